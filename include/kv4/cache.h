@@ -1,0 +1,116 @@
+// The cache of one attention layer: sinks, sealed pages and exact window of every sequence of
+// a batch. A model holds one Cache per layer.
+//
+// A step is append, attend, seal:
+//   append  adds T tokens to every sequence (sealing first what earlier steps left due),
+//   attend  answers queries over all that is held; it may be called any number of times,
+//   seal    turns what is due into pages and releases the exact rows. The next append does it
+//           too, so calling seal only returns memory earlier.
+// Sealing comes after attention because it uses what attention saw: the queries (automatic
+// lambda) and the masks (tokens that no query ever saw, such as padding, stay out of means and
+// scales; leading ones are dropped).
+//
+// What a query sees depends only on its position: a call of at most kPageTokens tokens answers
+// each query exactly as if the tokens had come one by one. Longer calls (prefill) see their own
+// tokens exactly.
+//
+// A failed call leaves the cache as it was. Objects are not thread-safe; clones may be used from
+// different threads (they share pages).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kv4/attention.h"
+#include "kv4/recipe.h"
+#include "kv4/status.h"
+#include "kv4/types.h"
+
+namespace kv4 {
+
+struct CacheConfig {
+  Recipe recipe;
+  DType dtype = DType::f32;     // of appended and exact tokens
+  int kv_heads = 0;
+  int head_dim_k = 0;
+  int head_dim_v = 0;
+  int sliding_window = 0;       // > 0: queries see at most this many newest tokens; older ones are evicted
+  std::vector<float> lambda_k;  // [kv_heads, head_dim_k], positive: where recipe.key.lambda is given
+  std::vector<float> lambda_v;  // [kv_heads, head_dim_v], positive: where recipe.value.lambda is given
+  std::vector<float> matrix_k;  // [head_dim_k, head_dim_k]: where recipe.key.rotation is dense
+  std::vector<float> matrix_v;  // [head_dim_v, head_dim_v]: where recipe.value.rotation is dense
+  std::string backend = "cpu";
+};
+
+class Cache {
+ public:
+  // Errors: invalid_argument naming the field; unsupported with the reason where no kernel
+  // serves the head dims (Recipe::exact() serves any).
+  static Status create(const CacheConfig& config, std::unique_ptr<Cache>* out);
+  ~Cache();
+  Cache(const Cache&) = delete;
+  Cache& operator=(const Cache&) = delete;
+
+  // k [batch, kv_heads, T, head_dim_k], v [batch, kv_heads, T, head_dim_v]; T may be 0. The first
+  // append fixes the batch. Non-finite rows are held as zeros and refused by the first attend
+  // that sees them.
+  Status append(const TensorView& k, const TensorView& v);
+
+  // out [batch, q_heads, T, head_dim_v] for the newest T positions.
+  // Errors: invalid_argument; non_finite for a visible NaN or infinity in q, k or v.
+  Status attend(const AttendArgs& args, const MutableTensorView& out);
+  // The partial state over the tokens at positions below `upto`, which must not cut into sealed
+  // tokens; queries and masks are recorded for all tokens as attend does.
+  Status attend_partial(const AttendArgs& args, std::int64_t upto, const PartialState& out);
+
+  Status seal();
+
+  // Keeps the first `length` positions of every sequence. Inside sealed pages the page is
+  // dequantised into the window (exactly restored if it was sealed during the last call).
+  // Errors: out_of_range beyond length(), below 0, or where the queries that follow would need
+  // tokens that a sliding window evicted.
+  Status crop(std::int64_t length);
+  // The new batch: sequence i continues old sequence rows[i]. Pages are shared, not copied.
+  Status select(std::span<const std::int64_t> rows);
+  Status repeat(int times);  // each sequence `times` times, in order
+  void reset();              // back to empty; the batch is open again
+  std::unique_ptr<Cache> clone() const;
+  // While on, a sliding window evicts nothing, so that any crop finds what it needs (assisted
+  // decoding). Whether on or off, a crop of tokens of the last call restores exactly what
+  // one-by-one decoding would hold.
+  void record_past(bool on);
+
+  // Tokens at positions [first, first + count) in the model's own basis, dequantised where
+  // sealed: [batch, kv_heads, count, dim]. Dropped padding reads as 0.
+  Status dense_keys(std::int64_t first, std::int64_t count, const MutableTensorView& out) const;
+  Status dense_values(std::int64_t first, std::int64_t count, const MutableTensorView& out) const;
+
+  // Every byte held: page slabs with their slack, exact rows by capacity, tables, lambda and the
+  // statistics kept for it.
+  std::size_t nbytes() const;
+
+  const CacheConfig& config() const;
+  int batch() const;                 // 0 before the first append
+  std::int64_t length() const;       // tokens appended to each sequence, minus cropped ones
+  std::int64_t first() const;        // smallest position that every sequence still holds
+  std::int64_t sealed_tokens(int row) const;
+  std::int64_t exact_tokens(int row) const;  // sinks and window; padding not yet dropped included
+  std::uint64_t version() const;     // changes with every append, crop, select, repeat and reset
+  // [kv_heads, head_dim_k]; empty before it is fixed or where the recipe has none.
+  std::span<const float> lambda(int row) const;
+  // A sealed head slice of row's page `index`, for tools: codes in canonical order.
+  Status page_codes(int row, int index, int head, std::span<std::uint8_t> k,
+                    std::span<std::uint8_t> v) const;
+  int page_count(int row) const;
+
+ private:
+  struct State;
+  explicit Cache(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace kv4

@@ -1,0 +1,27 @@
+// The CPU backend's switches: which instruction set runs, and on how many threads.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kv4/status.h"
+
+namespace kv4::cpu {
+
+// Names of the instruction sets compiled in, best first ("avx512", "avx2", "neon", "portable").
+std::vector<std::string> compiled_isas();
+// True where this machine can run it.
+bool supported(const std::string& isa);
+// The one in use: the best supported, unless forced by force_isa or by the environment
+// variable KV4_CPU_ISA, read once at first use (an unknown or unsupported name there is ignored).
+std::string active_isa();
+// Forces an instruction set for the process; "" returns to the best.
+// Errors: unsupported, with the list of those that this build and machine have.
+Status force_isa(const std::string& isa);
+
+// Threads that a call may use; the default is the OpenMP runtime's own number.
+int num_threads();
+// Errors: invalid_argument where n < 1.
+Status set_num_threads(int n);
+
+}  // namespace kv4::cpu

@@ -1,0 +1,133 @@
+/* The C ABI of kv4. Every call that can fail returns a kv4_status; kv4_last_error() then holds
+ * "argument: expected ...; got ..." for the calling thread. Semantics are those of kv4/cache.h.
+ * Tensors are [batch, heads, tokens, channels]; strides count elements; the channel stride is 1. */
+#ifndef KV4_KV4_H
+#define KV4_KV4_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define KV4_API
+#else
+#define KV4_API __attribute__((visibility("default")))
+#endif
+
+typedef enum kv4_status {
+  KV4_OK = 0,
+  KV4_INVALID_ARGUMENT = 1,
+  KV4_OUT_OF_RANGE = 2,
+  KV4_UNSUPPORTED = 3,
+  KV4_NON_FINITE = 4,
+  KV4_OUT_OF_MEMORY = 5,
+  KV4_FAILED_PRECONDITION = 6
+} kv4_status;
+
+typedef enum kv4_dtype { KV4_F32 = 0, KV4_F16 = 1, KV4_BF16 = 2 } kv4_dtype;
+typedef enum kv4_rotation {
+  KV4_ROTATION_IDENTITY = 0, KV4_ROTATION_SRFT = 1, KV4_ROTATION_SRHT = 2, KV4_ROTATION_HOUSEHOLDER = 3, KV4_ROTATION_DENSE = 4
+} kv4_rotation;
+typedef enum kv4_levels { KV4_LEVELS_LLOYD_MAX = 0, KV4_LEVELS_UNIFORM = 1 } kv4_levels;
+typedef enum kv4_scale { KV4_SCALE_LEAST_SQUARES = 0, KV4_SCALE_ABS_MAX = 1 } kv4_scale;
+typedef enum kv4_lambda { KV4_LAMBDA_NONE = 0, KV4_LAMBDA_AUTOMATIC = 1, KV4_LAMBDA_GIVEN = 2 } kv4_lambda;
+typedef enum kv4_seal { KV4_SEAL_PAGE = 0, KV4_SEAL_ARRIVAL = 1, KV4_SEAL_NEVER = 2 } kv4_seal;
+
+typedef struct kv4_side_recipe {
+  int32_t rotation;    /* kv4_rotation */
+  int32_t reflectors;  /* Householder only; 0 means d/2 */
+  uint64_t seed;
+  int32_t group;       /* channels per scale: 0 (the whole vector), 128, 64 or 32 */
+  int32_t levels;      /* kv4_levels */
+  int32_t scale;       /* kv4_scale */
+  int32_t mean;        /* keys: 1 subtracts the page's mean */
+  int32_t lambda;      /* kv4_lambda */
+} kv4_side_recipe;
+
+typedef struct kv4_recipe {
+  kv4_side_recipe key, value;
+  int32_t seal;    /* kv4_seal */
+  int32_t sinks;   /* first tokens kept exact */
+  int32_t window;  /* newest tokens kept exact */
+} kv4_recipe;
+
+KV4_API kv4_recipe kv4_recipe_default(void);
+KV4_API kv4_recipe kv4_recipe_paper(void);
+KV4_API kv4_recipe kv4_recipe_exact(void);
+
+typedef struct kv4_cache_config {
+  kv4_recipe recipe;
+  int32_t dtype;           /* kv4_dtype of appended and exact tokens */
+  int32_t kv_heads, head_dim_k, head_dim_v;
+  int32_t sliding_window;  /* 0: none */
+  const float* lambda_k;   /* [kv_heads, head_dim_k] or NULL */
+  const float* lambda_v;   /* [kv_heads, head_dim_v] or NULL */
+  const float* matrix_k;   /* [head_dim_k, head_dim_k] or NULL */
+  const float* matrix_v;   /* [head_dim_v, head_dim_v] or NULL */
+  const char* backend;     /* NULL: "cpu" */
+} kv4_cache_config;
+
+typedef struct kv4_tensor {
+  void* data;
+  int32_t dtype;  /* kv4_dtype */
+  int64_t shape[4];
+  int64_t stride[4];
+} kv4_tensor;
+
+typedef enum kv4_mask_kind { KV4_MASK_NONE = 0, KV4_MASK_BOOLEAN = 1, KV4_MASK_ADDITIVE = 2 } kv4_mask_kind;
+
+typedef struct kv4_attend_args {
+  kv4_tensor q;            /* [batch, q_heads, T, head_dim_k]: the newest T positions */
+  float scale;             /* 0: head_dim_k^-0.5 */
+  float softcap;           /* 0: none */
+  const float* sinks;      /* [q_heads] or NULL */
+  int32_t causal;          /* nonzero: column position <= query position */
+  int64_t offset;          /* position of column 0 of start and mask */
+  const int32_t* start;    /* [batch] first visible column, or NULL */
+  const int32_t* window;   /* [batch] newest visible columns, 0 all; or NULL */
+  int32_t mask_kind;       /* kv4_mask_kind */
+  const void* mask;        /* [batch, q_heads, T, columns] by mask_stride */
+  int32_t mask_dtype;      /* kv4_dtype of an additive mask */
+  int64_t mask_stride[4];
+  int64_t columns;
+} kv4_attend_args;
+
+typedef struct kv4_cache kv4_cache;
+
+KV4_API const char* kv4_version(void);
+KV4_API const char* kv4_last_error(void);
+
+KV4_API kv4_status kv4_cache_create(const kv4_cache_config* config, kv4_cache** out);
+KV4_API void kv4_cache_destroy(kv4_cache* cache); /* NULL is allowed */
+KV4_API kv4_status kv4_cache_append(kv4_cache* cache, const kv4_tensor* k, const kv4_tensor* v);
+KV4_API kv4_status kv4_cache_attend(kv4_cache* cache, const kv4_attend_args* args, const kv4_tensor* out);
+/* o [batch, q_heads, T, head_dim_v], m and l [batch, q_heads, T], contiguous float. */
+KV4_API kv4_status kv4_cache_attend_partial(kv4_cache* cache, const kv4_attend_args* args, int64_t upto, float* o, float* m,
+                                            float* l);
+KV4_API kv4_status kv4_cache_seal(kv4_cache* cache);
+KV4_API kv4_status kv4_cache_crop(kv4_cache* cache, int64_t length);
+KV4_API kv4_status kv4_cache_select(kv4_cache* cache, const int64_t* rows, size_t count);
+KV4_API kv4_status kv4_cache_repeat(kv4_cache* cache, int32_t times);
+KV4_API kv4_status kv4_cache_reset(kv4_cache* cache);
+KV4_API kv4_status kv4_cache_clone(const kv4_cache* cache, kv4_cache** out);
+KV4_API kv4_status kv4_cache_record_past(kv4_cache* cache, int32_t on);
+KV4_API kv4_status kv4_cache_dense_keys(const kv4_cache* cache, int64_t first, int64_t count, const kv4_tensor* out);
+KV4_API kv4_status kv4_cache_dense_values(const kv4_cache* cache, int64_t first, int64_t count, const kv4_tensor* out);
+KV4_API size_t kv4_cache_nbytes(const kv4_cache* cache);
+KV4_API int64_t kv4_cache_length(const kv4_cache* cache);
+KV4_API int64_t kv4_cache_first(const kv4_cache* cache);
+KV4_API int32_t kv4_cache_batch(const kv4_cache* cache);
+
+KV4_API kv4_status kv4_set_num_threads(int32_t threads);
+KV4_API int32_t kv4_num_threads(void);
+KV4_API kv4_status kv4_force_isa(const char* isa); /* "" or NULL: the best */
+KV4_API const char* kv4_active_isa(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* KV4_KV4_H */

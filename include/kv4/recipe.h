@@ -1,0 +1,74 @@
+// Recipe: how keys and values become codes, and which tokens stay exact.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "kv4/rotation.h"
+#include "kv4/status.h"
+
+namespace kv4 {
+
+constexpr int kPageTokens = 64;
+
+enum class LevelKind : std::uint8_t {
+  lloyd_max = 0,  // +-{6, 18, 31, 44, 58, 75, 96, 127}: Lloyd-Max levels of a Gaussian, scaled to int8
+  uniform = 1     // -7 ... 7
+};
+enum class ScaleRule : std::uint8_t {
+  least_squares = 0,  // codes nearest to gain * x / rms(x); scale = sum x L / sum L^2
+  abs_max = 1         // codes nearest to x * Lmax / max|x|; scale = max|x| / Lmax
+};
+enum class LambdaMode : std::uint8_t {
+  none = 0,   // lambda = 1
+  automatic = 1,  // keys: (E q^2 / E (k - mu)^2)^(1/4) of the sequence's first queries and first page
+  given = 2       // handed over with the cache's configuration
+};
+enum class SealMode : std::uint8_t {
+  page = 0,     // whole pages of kPageTokens, once they leave the exact window
+  arrival = 1,  // every vector as it arrives, before attention sees it
+  never = 2     // nothing is ever sealed: an exact cache
+};
+
+// A table of 16 int8 levels in ascending order, in the form the kernels use it:
+// magnitude[i] >= 0 ascending; with z = |2 y| the magnitude index is the number of
+// twice_threshold[] <= z. code = 8 + i for y >= 0, negative_base - i for y < 0.
+struct Levels {
+  std::array<std::int8_t, 16> table;
+  std::array<std::uint8_t, 8> magnitude;
+  std::array<std::uint8_t, 7> twice_threshold;  // 2 * midpoint of neighbouring magnitudes: exact integers
+  int negative_base;   // 7: mid-rise (no zero level); 8: mid-tread (code 0 is never made; it reads as code 1)
+  float gain;          // least_squares: codes are the nearest levels to gain * x / rms(x)
+};
+const Levels& levels(LevelKind kind);
+
+struct SideRecipe {
+  RotationKind rotation = RotationKind::srft;
+  int reflectors = 0;            // householder only; 0 means d/2
+  std::uint64_t seed = 0x6b7634; // "kv4"
+  int group = 0;                 // channels per scale: 0 = the whole vector, else 128, 64 or 32 dividing d
+  LevelKind levels = LevelKind::lloyd_max;
+  ScaleRule scale = ScaleRule::least_squares;
+  bool mean = false;             // keys only: subtract the page's mean
+  LambdaMode lambda = LambdaMode::none;  // values: none or given
+};
+
+struct Recipe {
+  SideRecipe key{.mean = true, .lambda = LambdaMode::automatic};
+  SideRecipe value{};
+  SealMode seal = SealMode::page;
+  int sinks = 4;    // first tokens of a sequence, kept exact
+  int window = 64;  // newest tokens kept exact: window ... window + kPageTokens - 1 between seals
+
+  static Recipe kv4() { return {}; }
+  static Recipe exact();
+  static Recipe paper();
+};
+
+// invalid_argument naming the field for anything out of range or contradictory
+// (arrival sealing with a mean, sinks, a window or automatic lambda; a value mean; ...).
+Status validate(const Recipe& recipe);
+// Also against the head dims: group must divide them, the rotation must exist there.
+Status validate(const Recipe& recipe, int head_dim_k, int head_dim_v);
+
+}  // namespace kv4

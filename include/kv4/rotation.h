@@ -1,0 +1,110 @@
+// Rotations as data. A Rotation of dimension d is a linear map R on d channels; kv4 stores
+// x = R k and never undoes it per key: scores use the dual map on queries.
+//
+//   keys, values   x  = R k
+//   queries        q' = R^-T q      (so that q'.x = q.k; equals R q for orthonormal R)
+//   outputs        o  = R^-1 y      (equals R^T y for orthonormal R)
+//
+// All kinds but `dense` are orthonormal. Everything random comes from `seed` through integer
+// arithmetic and correctly rounded operations only (SplitMix64, Steele et al. 2014), so signs and
+// reflectors are identical on every machine. The definition of each kind, with w_c = word c of
+// SplitMix64 started at `seed`:
+//
+//   D (srft, srht)  diag of signs: channel c is negated where bit c % 64 of w_(c / 64) is set.
+//   srft            with X_j = sum_n (D k)_n exp(-2 pi i j n / d), h = d / 2,
+//                   x = [X_0, X_h, sqrt2 Re X_1, sqrt2 Im X_1, ..., sqrt2 Re X_(h-1), sqrt2 Im X_(h-1)] / sqrt(d)
+//   srht            channel c = a m + b with a < 2^k, b < m; x_(a m + b) = sum over a', b' of
+//                   (-1)^popcount(a & a') / sqrt(2^k) F[b][b'] (D k)_(a' m + b'); rows of F:
+//                   1/sqrt(m), then sqrt(2/m) cos(2 pi j n / m), -sqrt(2/m) sin(2 pi j n / m) for j = 1 ... (m-1)/2
+//   householder     u_i = g / |g|, g_c = (sum of the four 16-bit fields of w_(i d + c)) - 131070;
+//                   R = (I - 2 u_last u_last^T) ... (I - 2 u_0 u_0^T)
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "kv4/status.h"
+
+namespace kv4 {
+
+enum class RotationKind : std::uint8_t {
+  identity = 0,
+  srft = 1,         // F D: orthonormal real FFT of the sign-flipped vector; any even d in 32..512
+  srht = 2,         // (H_(2^k) (x) F_m) D with d = 2^k m, m odd: Walsh-Hadamard, times a real DFT of size m where d is no power of two
+  householder = 3,  // product of `reflectors` reflections I - 2 u u^T
+  dense = 4         // a given (learned) invertible matrix, row-major [d, d]
+};
+
+constexpr int kMinHeadDim = 32;
+constexpr int kMaxHeadDim = 512;
+
+// Plan of a complex FFT of length `length` = product of `radix`, decimation in time, in place:
+// element n is first stored at slot[n]; stage s then joins, for every block of radix[s]*span
+// slots, the slots k, k+span, ... with twiddles exp(-2 pi i q k / (radix[s]*span)),
+// span = product of the earlier radices. Order: a 2 and a 4 where the power of two is odd (kernels
+// join them into one radix-8 stage), a 4 where it is even and at least 16; the odd primes,
+// ascending; the remaining 4s, so that a last 4 can be joined with the real split.
+struct FftPlan {
+  int length = 0;
+  std::vector<int> radix;             // each 2, 3, 4, 5 or an odd prime; in order of execution
+  std::vector<std::uint16_t> slot;    // [length]
+  std::vector<std::uint16_t> source;  // [length]: the inverse permutation, source[slot[n]] = n
+  std::vector<float> twiddle;         // (re, im) pairs: for each stage, for k < span, for q = 1..radix-1
+  std::vector<float> split;           // (re, im) of exp(-2 pi i k / (2*length)), k = 0..length: joins the real FFT
+  std::vector<float> root;            // for each stage of radix > 5: (re, im) of exp(-2 pi i j / radix), j < radix
+  std::vector<double> twiddle_f64, split_f64, root_f64;  // the same in binary64
+};
+
+class Rotation {
+ public:
+  // Errors: invalid_argument for a dimension outside [kMinHeadDim, kMaxHeadDim] or odd,
+  // reflectors outside [1, d], a matrix of the wrong size, with non-finite entries or singular
+  // (condition number in the 1-norm beyond 2^23, where float32 scores would have no correct digit).
+  static Status srft(int d, std::uint64_t seed, std::shared_ptr<const Rotation>* out);
+  static Status srht(int d, std::uint64_t seed, std::shared_ptr<const Rotation>* out);
+  static Status householder(int d, int reflectors, std::uint64_t seed,
+                            std::shared_ptr<const Rotation>* out);
+  static Status dense(int d, std::span<const float> matrix, std::shared_ptr<const Rotation>* out);
+  static Status identity(int d, std::shared_ptr<const Rotation>* out);
+
+  RotationKind kind() const { return kind_; }
+  int dim() const { return dim_; }
+
+  const std::vector<float>& signs() const { return signs_; }        // [d], +-1: srft, srht
+  // [d], signs with the kernels' one scale factor: / sqrt(2d) for srft (a pair X_j, X_(h-j) then
+  // costs no further factor), / sqrt(2^k) for srht.
+  const std::vector<float>& scaled_signs() const { return scaled_signs_; }
+  const FftPlan& fft() const { return fft_; }                       // srft: length d/2
+  int hadamard_order() const { return hadamard_order_; }            // srht: 2^k; the odd part is dim/2^k
+  const std::vector<float>& odd_dft() const { return odd_dft_; }    // srht: F_m, row-major [m, m]
+  int reflectors() const { return reflectors_; }
+  const std::vector<float>& reflector_vectors() const { return vectors_; }  // [reflectors, d], unit norm; the first is applied first
+  const std::vector<float>& matrix() const { return matrix_; }              // dense: R, row-major
+  const std::vector<float>& inverse() const { return inverse_; }            // dense: R^-1, row-major
+  const std::vector<float>& inverse_transpose() const { return inverse_transpose_; }
+
+  // The same tables in binary64.
+  const std::vector<double>& scaled_signs_f64() const { return scaled_signs_f64_; }
+  const std::vector<double>& odd_dft_f64() const { return odd_dft_f64_; }
+  const std::vector<double>& reflector_vectors_f64() const { return vectors_f64_; }
+  const std::vector<double>& dense_f64() const { return matrix_f64_; }           // dense: R, row-major
+  const std::vector<double>& dense_inverse_f64() const { return inverse_f64_; }  // dense: R^-1, row-major
+
+  // The float64 definition, row-major [d, d], from formulas and not from the plan.
+  std::vector<double> matrix_f64() const;
+  std::vector<double> inverse_f64() const;  // R^-1: the transpose where orthonormal
+
+ private:
+  Rotation() = default;
+  RotationKind kind_ = RotationKind::identity;
+  int dim_ = 0;
+  int hadamard_order_ = 0;
+  int reflectors_ = 0;
+  std::vector<float> signs_, scaled_signs_, odd_dft_, vectors_, matrix_, inverse_, inverse_transpose_;
+  std::vector<double> scaled_signs_f64_, odd_dft_f64_, vectors_f64_, matrix_f64_, inverse_f64_;
+  FftPlan fft_;
+};
+
+}  // namespace kv4
