@@ -1,0 +1,29 @@
+// Lambda: the per-channel scale that minimises the expected error of q.k, not of k
+// (DESIGN-level formula): lambda_c = (E q_c^2 / E (k_c - mu_c)^2)^(1/4), geometric mean 1.
+//
+// With quantisation noise spread evenly by the rotation, the error of q.k is proportional to
+// (sum_c q_c^2 / lambda_c^2) (sum_c lambda_c^2 (k_c - mu_c)^2); Cauchy-Schwarz gives the minimum.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "kv4/types.h"
+
+namespace kv4 {
+
+// query_energy [channels]: E q_c^2 in any unit (lambda is normalised), key_energy alike:
+// E (k_c - mu_c)^2. Both are clamped from below at 1e-6 of their mean over the channels, so a
+// channel that never moves gets a finite lambda. All-zero energies give 1. lambda [channels] out.
+void lambda_from_energies(std::span<const double> query_energy, std::span<const double> key_energy,
+                          std::span<float> lambda);
+
+// energy[c] = mean over the unmasked rows of (k_c - mean k_c)^2, rows [count, channels] of
+// `dtype` with channel stride 1; skip [count] or null. Returns the number of unmasked rows.
+int centred_energy(const void* rows, DType dtype, std::int64_t stride, const std::uint8_t* skip,
+                   int count, std::span<double> energy);
+
+// energy[c] += x_c^2 of one row.
+void add_energy(const void* row, DType dtype, std::span<float> energy);
+
+}  // namespace kv4

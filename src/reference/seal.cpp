@@ -1,0 +1,157 @@
+#include "reference/seal.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "format/convert.h"
+
+namespace kv4::reference {
+namespace {
+
+// y = matrix x
+void multiply(const std::vector<double>& matrix, const double* x, double* y, int d) {
+  for (int i = 0; i < d; ++i) {
+    double sum = 0;
+    for (int c = 0; c < d; ++c) sum += matrix[static_cast<std::size_t>(i) * d + c] * x[c];
+    y[i] = sum;
+  }
+}
+
+struct Nearest {
+  std::uint8_t code;
+  double margin;
+};
+
+Nearest nearest(const Levels& levels, double y) {
+  const int lowest = levels.negative_base == 8 ? 1 : 0;  // mid-tread has 15 levels: code 0 repeats code 1
+  // Two codes meet at each boundary; a magnitude tie goes away from 0, y = 0 goes to code 8.
+  int code = lowest;
+  double margin = std::numeric_limits<double>::infinity();
+  for (int n = lowest + 1; n < 16; ++n) {
+    const double below = levels.table[n - 1], above = levels.table[n], boundary = (below + above) / 2;
+    if (boundary >= 0 ? y >= boundary : y > boundary) code = n;
+    margin = std::min(margin, std::abs(y - boundary) / (above - below));
+  }
+  return {static_cast<std::uint8_t>(code), margin};
+}
+
+}  // namespace
+
+double least_squares_scale(const Levels& levels, const double* x, const std::uint8_t* codes, int n) {
+  double xl = 0, ll = 0;
+  for (int c = 0; c < n; ++c) {
+    const double level = levels.table[codes[c]];
+    xl += x[c] * level;
+    ll += level * level;
+  }
+  return ll > 0 ? xl / ll : 0;
+}
+
+Sealed seal(const SideSpec& side, const double* rows, int tokens, const std::uint8_t* skip, const double* lambda,
+            const std::uint16_t* stored_mean) {
+  const int d = side.dim;
+  const std::size_t n = static_cast<std::size_t>(tokens) * d;
+  const std::vector<double> rotation = side.rotation->matrix_f64();
+  const auto masked = [&](int j) { return skip != nullptr && skip[j] != 0; };
+  const auto weight = [&](int c) { return lambda != nullptr ? lambda[c] : 1.0; };
+
+  Sealed out;
+  out.tokens = tokens;
+  out.dim = d;
+  out.codes.assign(n, 8);
+  out.x.assign(n, 0.0);
+  out.margin.assign(n, std::numeric_limits<double>::infinity());
+  out.scales.assign(static_cast<std::size_t>(side.groups) * tokens, 0);
+  out.scale_f64.assign(out.scales.size(), 0.0);
+  out.step.assign(out.scales.size(), 0.0);
+
+  // Rows are taken relative to their mean and the mean's own rotation is added back, so that a large
+  // common bias costs no accuracy.
+  std::vector<double> mu(d, 0.0), offset(d, 0.0), centred(d);
+  if (side.mean) {
+    int used = 0;
+    for (int j = 0; j < tokens; ++j) used += !masked(j);
+    for (int c = 0; c < d; ++c) {
+      long double sum = 0;
+      for (int j = 0; j < tokens; ++j)
+        if (!masked(j)) sum += rows[static_cast<std::size_t>(j) * d + c];
+      mu[c] = used > 0 ? static_cast<double>(sum / used) : 0.0;
+      centred[c] = weight(c) * mu[c];
+    }
+    out.mean_f64.resize(d);
+    out.mean.resize(d);
+    multiply(rotation, centred.data(), out.mean_f64.data(), d);
+    for (int i = 0; i < d; ++i) {
+      out.mean[i] = stored_mean != nullptr ? stored_mean[i] : f32_to_f16(static_cast<float>(out.mean_f64[i]));
+      offset[i] = out.mean_f64[i] - f16_to_f32(out.mean[i]);
+    }
+  }
+
+  const double top = side.levels.magnitude[7];
+  for (int j = 0; j < tokens; ++j) {
+    if (masked(j)) continue;
+    for (int c = 0; c < d; ++c) centred[c] = weight(c) * (rows[static_cast<std::size_t>(j) * d + c] - mu[c]);
+    double* x = out.x.data() + static_cast<std::size_t>(j) * d;
+    multiply(rotation, centred.data(), x, d);
+    for (int i = 0; i < d; ++i) x[i] += offset[i];
+    for (int g = 0; g < side.groups; ++g) {
+      const double* xg = x + static_cast<std::size_t>(g) * side.group;
+      const std::size_t first = static_cast<std::size_t>(j) * d + static_cast<std::size_t>(g) * side.group;
+      double squares = 0, largest = 0;
+      for (int c = 0; c < side.group; ++c) {
+        squares += xg[c] * xg[c];
+        largest = std::max(largest, std::abs(xg[c]));
+      }
+      const double step = side.scale == ScaleRule::abs_max ? largest / top
+                                                           : std::sqrt(squares / side.group) / side.levels.gain;
+      if (!(step > 0)) continue;
+      for (int c = 0; c < side.group; ++c) {
+        const Nearest best = nearest(side.levels, xg[c] / step);
+        out.codes[first + c] = best.code;
+        out.margin[first + c] = best.margin;
+      }
+      const std::size_t s = static_cast<std::size_t>(g) * tokens + j;
+      out.step[s] = step;
+      out.scale_f64[s] = side.scale == ScaleRule::abs_max
+                             ? step
+                             : least_squares_scale(side.levels, xg, out.codes.data() + first, side.group);
+      out.scales[s] = f32_to_f16(static_cast<float>(out.scale_f64[s]));
+    }
+  }
+  return out;
+}
+
+std::vector<double> dequantise(const SideSpec& side, const std::uint8_t* codes, const std::uint16_t* scales,
+                               const std::uint16_t* mean, int tokens, const double* lambda) {
+  const int d = side.dim;
+  const std::vector<double> inverse = side.rotation->inverse_f64();
+  std::vector<double> out(static_cast<std::size_t>(tokens) * d), x(d);
+  for (int j = 0; j < tokens; ++j) {
+    for (int i = 0; i < d; ++i) {
+      const double scale = f16_to_f32(scales[static_cast<std::size_t>(i / side.group) * tokens + j]);
+      x[i] = scale * side.levels.table[codes[static_cast<std::size_t>(j) * d + i]];
+      if (mean != nullptr) x[i] += f16_to_f32(mean[i]);
+    }
+    double* row = out.data() + static_cast<std::size_t>(j) * d;
+    multiply(inverse, x.data(), row, d);
+    if (lambda != nullptr)
+      for (int c = 0; c < d; ++c) row[c] /= lambda[c];
+  }
+  return out;
+}
+
+std::vector<std::uint8_t> to_canonical(const std::vector<std::uint8_t>& codes) {
+  std::vector<std::uint8_t> nibbles(codes.size() / 2);
+  for (std::size_t i = 0; i < nibbles.size(); ++i)
+    nibbles[i] = static_cast<std::uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+  return nibbles;
+}
+
+std::vector<std::uint8_t> from_canonical(const std::uint8_t* nibbles, int tokens, int dim) {
+  std::vector<std::uint8_t> codes(static_cast<std::size_t>(tokens) * dim);
+  for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = nibbles[i / 2] >> (i % 2 * 4) & 15;
+  return codes;
+}
+
+}  // namespace kv4::reference

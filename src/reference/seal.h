@@ -1,0 +1,57 @@
+// The numeric definition of sealing and of dequantising, in float64 loops over one head slice.
+// Kernels are tested against it; production code never links it.
+//
+// Rows are [tokens, dim] doubles, row-major. With R the side's rotation (Rotation::matrix_f64),
+// lambda_c = 1 where null, mu the mean over unmasked rows and m' = fp16(R (lambda * mu)):
+//
+//   x_j = R (lambda * row_j) - m'          m' only with a mean
+//   code = the level nearest to y = x_jc / step, per group of `group` channels, where
+//     least_squares  step = rms(x over the group) / gain;  scale = fp16(sum x L / sum L^2)
+//     abs_max        step = max|x| / Lmax;                 scale = fp16(step)
+//   row_j ~ R^-1 (scale_j L[code] + m') / lambda
+//
+// A value midway between two levels takes the one of larger magnitude; 0 takes code 8. Masked rows and
+// groups of zeros get scale 0 and code 8 throughout.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "backend/backend.h"
+
+namespace kv4::reference {
+
+struct Sealed {
+  int tokens = 0;
+  int dim = 0;
+  std::vector<std::uint8_t> codes;       // [tokens, dim], one code 0 ... 15 per byte
+  std::vector<std::uint16_t> scales;     // fp16 [groups, tokens]
+  std::vector<std::uint16_t> mean;       // fp16 m' [dim]; empty without a mean
+
+  std::vector<double> x;                 // [tokens, dim]: what was quantised; 0 in masked rows
+  std::vector<double> step;              // [groups, tokens]: codes are nearest to x / step; 0 where all are code 8
+  std::vector<double> scale_f64;         // [groups, tokens]: before rounding to fp16
+  std::vector<double> mean_f64;          // [dim]: before rounding to fp16; empty without a mean
+  // [tokens, dim]: distance of y to the nearest decision boundary, in steps (gaps between the two
+  // levels that meet there); infinity where the code is 8 by rule.
+  std::vector<double> margin;
+};
+
+// skip [tokens]: nonzero rows are masked and never read; null for none. lambda [dim] or null.
+// stored_mean: fp16 [dim] to use as m' in place of the computed rounding, or null. Codes are relative
+// to the mean that a page stores, whichever way its last bit was rounded.
+Sealed seal(const SideSpec& side, const double* rows, int tokens, const std::uint8_t* skip = nullptr,
+            const double* lambda = nullptr, const std::uint16_t* stored_mean = nullptr);
+
+// sum x L / sum L^2 over n channels: the least-squares scale of given codes.
+double least_squares_scale(const Levels& levels, const double* x, const std::uint8_t* codes, int n);
+
+// [tokens, dim]: R^-1 (scale L + m') / lambda. codes, scales and mean as in Sealed; mean may be null.
+std::vector<double> dequantise(const SideSpec& side, const std::uint8_t* codes, const std::uint16_t* scales,
+                               const std::uint16_t* mean, int tokens, const double* lambda = nullptr);
+
+// One code per byte [tokens, dim] <-> canonical nibbles [tokens, dim / 2] of format/page.h.
+std::vector<std::uint8_t> to_canonical(const std::vector<std::uint8_t>& codes);
+std::vector<std::uint8_t> from_canonical(const std::uint8_t* nibbles, int tokens, int dim);
+
+}  // namespace kv4::reference
