@@ -1,0 +1,488 @@
+// How a call becomes tasks. An item is a run of queries of one sequence and KV head: all query heads
+// of the group share its pages. Where there are fewer items than threads need, an item is split along
+// its tokens; whichever split ends last joins the partial states, so that a call needs one parallel
+// region and no barrier inside.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "cpu/attend.h"
+#include "cpu/attention.h"
+#include "cpu/convert_rows.h"
+#include "cpu/isa.h"
+#include "cpu/threads.h"
+#include "cpu/workspace.h"
+#include "kv4/cpu.h"
+
+namespace kv4::cpu {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kEmpty = -std::numeric_limits<float>::infinity();
+
+// Rows of an item: enough to reuse a converted block of exact rows, few enough that q and o stay in L2.
+constexpr std::int64_t kItemRows = 64;
+
+// Work is counted in products of one row, token and channel; reading and unpacking a token costs about
+// as much as kTokenRows rows. A core does some 10^11 of them a second, so a split takes at least about
+// 5 us and a call of less than about 15 us wakes no other thread.
+constexpr double kTokenRows = 1.5;
+constexpr double kSplitWork = 1 << 19;
+constexpr double kParallelWork = 3 * kSplitWork;
+// Splits per thread where items are few: leaves something to hand out when cores run at different speeds.
+constexpr int kSplitsPerThread = 4;
+
+std::int64_t clamp(std::int64_t x, std::int64_t low, std::int64_t high) { return x < low ? low : x > high ? high : x; }
+std::size_t padded(int dim) { return static_cast<std::size_t>(pad_channels(dim)); }
+
+struct Item {
+  int sequence, head;
+  std::int64_t query, queries;             // within the job's query rows
+  int page_begin, page_end;                // those that some query sees
+  std::int64_t exact_begin[2], exact_end[2];
+  int splits;
+  std::size_t first_split;                 // index of split 0 in Workspace::splits
+
+  // The item's visible tokens as one axis: first exact set, pages, second exact set.
+  std::int64_t exact(int i) const { return exact_end[i] - exact_begin[i]; }
+  std::int64_t paged() const { return static_cast<std::int64_t>(page_end - page_begin) * kPageTokens; }
+  std::int64_t tokens() const { return exact(0) + paged() + exact(1); }
+  // Where split i begins: on whole pages and blocks.
+  std::int64_t cut(int i) const {
+    if (i == splits) return tokens();
+    const std::int64_t x = tokens() * i / splits;
+    const std::int64_t e = exact(0), p = e + paged();
+    if (x < e) return x / kBlockRows * kBlockRows;
+    if (x < p) return e + (x - e) / kPageTokens * kPageTokens;
+    return p + (x - p) / kBlockRows * kBlockRows;
+  }
+};
+
+// One split's partial states, in the rotated and in the model's basis. o is undefined where l is 0.
+struct States {
+  RowStates pages, exact;
+
+  void carve(Carver& carver, std::size_t rows, std::size_t o_stride) {
+    for (RowStates* s : {&pages, &exact}) {
+      s->o = carver.take<float>(rows * o_stride);
+      s->m = carver.take<float>(rows);
+      s->l = carver.take<float>(rows);
+      s->o_stride = static_cast<std::int64_t>(o_stride);
+    }
+  }
+};
+
+struct Split {
+  int item, index;
+  States states;  // in Workspace::slots; unused by an item of one split, whose states are the thread's own
+};
+
+// What one thread needs besides.
+struct Arena {
+  float* rows;               // [rows, max(head_dim)]: contiguous rows for the rotations
+  float* q_exact;            // [rows, padded head_dim_k]
+  float* q_pages;
+  float* result;             // [rows, padded head_dim_v]
+  std::uint8_t* bad;         // [rows] the query holds NaN or infinity
+  void* rotate;
+  States states;             // of an item without splits
+  PagesTask pages;           // scratch pointers only
+  ExactTask exact;
+
+  std::size_t carve(std::byte* base, const AttendJob& job, std::size_t count, const Kernels& kernels) {
+    Carver carver(base);
+    const std::size_t k = padded(job.head_dim_k), v = padded(job.head_dim_v);
+    rows = carver.take<float>(count * std::max(k, v));
+    q_exact = carver.take<float>(count * k);
+    q_pages = carver.take<float>(count * k);
+    result = carver.take<float>(count * v);
+    bad = carver.take<std::uint8_t>(count);
+    states.carve(carver, count, v);
+    exact.k_tile = carver.take<float>(kBlockRows * k);
+    exact.v_tile = carver.take<float>(kBlockRows * v);
+    if (job.spec != nullptr) {
+      const std::size_t groups_k = static_cast<std::size_t>(job.spec->key.groups);
+      const std::size_t groups_v = static_cast<std::size_t>(job.spec->value.groups);
+      pages.q_codes = carver.take<std::uint8_t>(count * k * 2);
+      pages.q_scale = carver.take<float>(count * groups_k);
+      pages.q_start = carver.take<std::int32_t>(count * groups_k);
+      pages.k_scale = carver.take<float>(groups_k * kPageTokens);
+      pages.v_scale = carver.take<float>(groups_v * kPageTokens);
+      pages.mean = carver.take<float>(k);
+      rotate = carver.take<std::byte>(
+          std::max(kernels.rotate_scratch(job.head_dim_k), kernels.rotate_scratch(job.head_dim_v)));
+    }
+    return carver.bytes();
+  }
+};
+
+struct Workspace {
+  std::vector<Item> items;
+  std::vector<Split> splits;
+  std::vector<Buffer> arenas;  // one per thread
+  Buffer slots;                // the states of split items
+  std::unique_ptr<std::atomic<int>[]> pending;  // splits of an item that still run
+  std::size_t pending_size = 0;
+};
+
+// Merges the partial states of row r of `count` states into out (its own row); weights in base 2.
+// Returns l; m in *m.
+template <class At>
+float join(int count, At at, std::int64_t r, int dim, float* out, float* m) {
+  float top = kEmpty;
+  for (int i = 0; i < count; ++i)
+    if (at(i).l[r] != 0 && !(at(i).m[r] <= top)) top = at(i).m[r];
+  float l = 0;
+  for (int c = 0; c < dim; ++c) out[c] = 0;
+  for (int i = 0; i < count; ++i) {
+    const RowStates& s = at(i);
+    if (s.l[r] == 0) continue;
+    const float weight = count == 1 ? 1.0f : std::exp2(s.m[r] - top);
+    const float* o = s.o + r * s.o_stride;
+    for (int c = 0; c < dim; ++c) out[c] += weight * o[c];
+    l += weight * s.l[r];
+  }
+  *m = top;
+  return l;
+}
+
+class Call {
+ public:
+  Call(const AttendJob& job, Workspace& workspace, const Kernels& kernels)
+      : job_(job), workspace_(workspace), kernels_(kernels), group_(job.args.q.shape[1] / job.kv_heads) {
+    const float scale = job.args.scale != 0 ? job.args.scale : 1.0f / std::sqrt(static_cast<float>(job.head_dim_k));
+    const float softcap = job.args.softcap;
+    factor_ = softcap > 0 ? scale / softcap : scale * kLog2E;
+    cap_ = softcap > 0 ? softcap * kLog2E : 0.0f;
+  }
+
+  Status run() {
+    plan();
+    const std::size_t rows = static_cast<std::size_t>(item_queries_ * group_);
+    Arena arena;
+    const std::size_t bytes = arena.carve(nullptr, job_, rows, kernels_);
+    if (workspace_.arenas.size() < static_cast<std::size_t>(threads_))
+      workspace_.arenas.resize(static_cast<std::size_t>(threads_));
+    for (int i = 0; i < threads_; ++i)
+      if (!workspace_.arenas[static_cast<std::size_t>(i)].reserve(bytes)) return no_memory(bytes);
+    const std::size_t slots = place_states(nullptr);
+    if (slots > 0) {
+      if (!workspace_.slots.reserve(slots)) return no_memory(slots);
+      place_states(workspace_.slots.data());
+    }
+    if (workspace_.pending_size < workspace_.items.size()) {
+      workspace_.pending.reset(new (std::nothrow) std::atomic<int>[workspace_.items.size()]);
+      workspace_.pending_size = workspace_.pending == nullptr ? 0 : workspace_.items.size();
+      if (workspace_.pending == nullptr) return no_memory(workspace_.items.size() * sizeof(int));
+    }
+    for (std::size_t i = 0; i < workspace_.items.size(); ++i)
+      workspace_.pending[i].store(workspace_.items[i].splits, std::memory_order_relaxed);
+    parallel_for(static_cast<std::int64_t>(workspace_.splits.size()), threads_,
+                 [this](std::int64_t task, int thread) { run_split(workspace_.splits[static_cast<std::size_t>(task)], thread); });
+    if (non_finite_.load(std::memory_order_relaxed))
+      return error(StatusCode::non_finite, "q", "finite values in queries that see a token", "NaN or infinity");
+    return {};
+  }
+
+ private:
+  static Status no_memory(std::size_t bytes) {
+    return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");
+  }
+
+  std::int64_t rows_of(const Item& item) const { return item.queries * group_; }
+  double work_of(const Item& item) const {
+    return static_cast<double>(item.tokens()) * (static_cast<double>(rows_of(item)) + kTokenRows) *
+           (job_.head_dim_k + job_.head_dim_v);
+  }
+
+  void plan() {
+    workspace_.items.clear();
+    workspace_.splits.clear();
+    item_queries_ = std::max<std::int64_t>(1, std::min(kItemRows / group_, job_.query_count));
+    double total = 0;
+    // Late queries see most under a causal mask: their items come first, so that none is left for the end.
+    const std::int64_t runs = (job_.query_count + item_queries_ - 1) / item_queries_;
+    for (std::int64_t run = runs - 1; run >= 0; --run) {
+      for (int b = 0; b < static_cast<int>(job_.sequences.size()); ++b) {
+        Item item = visible_part(b, run * item_queries_);
+        total += work_of(item) * job_.kv_heads;
+        for (int h = 0; h < job_.kv_heads; ++h) {
+          item.head = h;
+          workspace_.items.push_back(item);
+        }
+      }
+    }
+    threads_ = total < kParallelWork ? 1 : num_threads();
+    const double target = threads_ == 1 ? std::numeric_limits<double>::infinity()
+                                        : std::max(kSplitWork, total / (threads_ * kSplitsPerThread));
+    for (std::size_t i = 0; i < workspace_.items.size(); ++i) {
+      Item& item = workspace_.items[i];
+      const std::int64_t limit = std::max<std::int64_t>(1, item.tokens() / kPageTokens);
+      item.splits = static_cast<int>(clamp(static_cast<std::int64_t>(std::min(work_of(item) / target, 1e6) + 0.5), 1, limit));
+      item.first_split = workspace_.splits.size();
+      for (int s = 0; s < item.splits; ++s) workspace_.splits.push_back({static_cast<int>(i), s, States()});
+    }
+  }
+
+  // Lays the states of split items out from base (null: only sizes them).
+  std::size_t place_states(std::byte* base) {
+    Carver carver(base);
+    for (Split& split : workspace_.splits) {
+      const Item& item = workspace_.items[static_cast<std::size_t>(split.item)];
+      if (item.splits > 1) split.states.carve(carver, static_cast<std::size_t>(rows_of(item)), padded(job_.head_dim_v));
+    }
+    return carver.bytes();
+  }
+
+  RowMask mask_of(const Item& item) const {
+    const Mask& m = job_.args.mask;
+    const SequenceView& s = job_.sequences[static_cast<std::size_t>(item.sequence)];
+    RowMask mask;
+    mask.heads = static_cast<int>(group_);
+    mask.causal = m.causal;
+    mask.query_position = s.query_position + item.query;
+    mask.start = m.start != nullptr ? m.offset + m.start[item.sequence] : 0;
+    mask.window = m.window != nullptr ? m.window[item.sequence] : 0;
+    mask.kind = m.kind;
+    if (m.kind != Mask::General::none) {
+      mask.dtype = m.general_dtype;
+      const std::int64_t size = m.kind == Mask::General::boolean ? 1 : static_cast<std::int64_t>(size_of(m.general_dtype));
+      mask.general = static_cast<const std::byte*>(m.general) +
+                     (item.sequence * m.general_stride[0] + item.head * group_ * m.general_stride[1] +
+                      (job_.query_begin + item.query) * m.general_stride[2]) * size;
+      mask.head_stride = m.general_stride[1];
+      mask.query_stride = m.general_stride[2];
+      mask.column_stride = m.general_stride[3];
+      mask.offset = m.offset;
+      mask.columns = m.columns;
+    }
+    return mask;
+  }
+
+  // The pages and exact rows that some of the queries from `query` on may see.
+  Item visible_part(int sequence, std::int64_t query) const {
+    constexpr std::int64_t kFar = std::int64_t{1} << 62;
+    const SequenceView& s = job_.sequences[static_cast<std::size_t>(sequence)];
+    Item item{};
+    item.sequence = sequence;
+    item.query = query;
+    item.queries = std::min(item_queries_, job_.query_count - query);
+    const RowMask mask = mask_of(item);
+    std::int64_t low = mask.start, high = mask.causal ? mask.query_position + item.queries : kFar;
+    if (mask.window > 0) low = std::max(low, mask.query_position - mask.window + 1);
+    if (mask.kind != Mask::General::none) {
+      low = std::max(low, mask.offset);
+      high = std::min(high, mask.offset + mask.columns);
+    }
+    if (s.page_count > 0) {
+      const std::int64_t sealed = static_cast<std::int64_t>(s.page_count) * kPageTokens;
+      item.page_begin = static_cast<int>(clamp(low - s.pages_position, 0, sealed) / kPageTokens);
+      item.page_end = static_cast<int>((clamp(high - s.pages_position, 0, sealed) + kPageTokens - 1) / kPageTokens);
+      item.page_end = std::max(item.page_end, item.page_begin);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const ExactRows& rows = s.exact[i];
+      item.exact_begin[i] = clamp(low - rows.position, 0, rows.count);
+      item.exact_end[i] = std::max(item.exact_begin[i], clamp(high - rows.position, 0, rows.count));
+    }
+    return item;
+  }
+
+  void run_split(const Split& split, int thread) {
+    const Item& item = workspace_.items[static_cast<std::size_t>(split.item)];
+    Arena arena;
+    arena.carve(workspace_.arenas[static_cast<std::size_t>(thread)].data(), job_,
+                static_cast<std::size_t>(item_queries_ * group_), kernels_);
+    const bool whole = item.splits == 1;
+    const States& states = whole ? arena.states : split.states;
+    attend_part(item, item.cut(split.index), item.cut(split.index + 1), arena, states);
+    if (whole) {
+      const States own = states;
+      join_item(item, arena, [&own](int) -> const States& { return own; });
+    } else if (workspace_.pending[static_cast<std::size_t>(split.item)].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      const Split* splits = workspace_.splits.data() + item.first_split;
+      join_item(item, arena, [splits](int i) -> const States& { return splits[i].states; });
+    }
+  }
+
+  // The partial states of an item over the tokens [begin, end) of its axis.
+  void attend_part(const Item& item, std::int64_t begin, std::int64_t end, Arena& arena, const States& states) {
+    const SequenceView& s = job_.sequences[static_cast<std::size_t>(item.sequence)];
+    const int rows = static_cast<int>(rows_of(item));
+    const std::int64_t first_page = item.exact(0), second = first_page + item.paged();
+    const std::int64_t from_page = clamp(begin, first_page, second), to_page = clamp(end, first_page, second);
+    const std::int64_t exact_from[2] = {clamp(begin, 0, first_page), clamp(begin - second, 0, item.exact(1))};
+    const std::int64_t exact_to[2] = {clamp(end, 0, first_page), clamp(end - second, 0, item.exact(1))};
+    const bool any_page = to_page > from_page;
+    const bool any_exact = exact_to[0] > exact_from[0] || exact_to[1] > exact_from[1];
+    clear(states.pages, rows, any_page);
+    clear(states.exact, rows, any_exact);
+    if (!any_page && !any_exact) return;
+    load_queries(item, arena, any_page, any_exact);
+    const RowMask mask = mask_of(item);
+    const std::int64_t size = static_cast<std::int64_t>(size_of(job_.dtype));
+    for (int i = 0; i < 2; ++i) {
+      if (exact_to[i] <= exact_from[i]) continue;
+      const ExactRows& x = s.exact[i];
+      ExactTask task = arena.exact;
+      task.dtype = job_.dtype;
+      task.k = static_cast<const std::byte*>(x.k) + item.head * x.k_head_stride * size;
+      task.v = static_cast<const std::byte*>(x.v) + item.head * x.v_head_stride * size;
+      task.k_stride = x.k_stride;
+      task.v_stride = x.v_stride;
+      task.head_dim_k = job_.head_dim_k;
+      task.head_dim_v = job_.head_dim_v;
+      task.first = item.exact_begin[i] + exact_from[i];
+      task.last = item.exact_begin[i] + exact_to[i];
+      task.position = x.position;
+      task.rows = rows;
+      task.q = arena.q_exact;
+      task.q_stride = static_cast<std::int64_t>(padded(job_.head_dim_k));
+      task.cap = cap_;
+      task.mask = mask;
+      task.states = states.exact;
+      kernels_.attend_exact(task);
+    }
+    if (any_page) {
+      PagesTask task = arena.pages;
+      task.spec = job_.spec;
+      task.pages = s.pages;
+      task.slice = static_cast<std::size_t>(item.head) * job_.spec->layout.head_bytes;
+      task.first = item.page_begin + static_cast<int>((from_page - first_page) / kPageTokens);
+      task.last = item.page_begin + static_cast<int>((to_page - first_page) / kPageTokens);
+      task.page_count = s.page_count;
+      task.last_page_tokens = s.last_page_tokens;
+      task.position = s.pages_position;
+      task.rows = rows;
+      task.q = arena.q_pages;
+      task.q_stride = static_cast<std::int64_t>(padded(job_.head_dim_k));
+      task.cap = cap_;
+      task.mask = mask;
+      task.states = states.pages;
+      kernels_.attend_pages(task);
+    }
+    for (int r = 0; r < rows; ++r)
+      if (arena.bad[r] != 0 && (states.pages.l[r] != 0 || states.exact.l[r] != 0))
+        non_finite_.store(true, std::memory_order_relaxed);
+  }
+
+  static void clear(const RowStates& states, int rows, bool used) {
+    for (int r = 0; r < rows; ++r) {
+      states.m[r] = kEmpty;
+      states.l[r] = 0;
+    }
+    if (used) std::fill_n(states.o, static_cast<std::size_t>(rows) * static_cast<std::size_t>(states.o_stride), 0.0f);
+  }
+
+  // Queries holding NaN or infinity become zeros: whether they see a token shows in l.
+  void load_queries(const Item& item, Arena& arena, bool for_pages, bool for_exact) const {
+    const int d = job_.head_dim_k, rows = static_cast<int>(rows_of(item));
+    const TensorView& q = job_.args.q;
+    const SequenceView& s = job_.sequences[static_cast<std::size_t>(item.sequence)];
+    for (int r = 0; r < rows; ++r) {
+      float* x = arena.rows + static_cast<std::size_t>(r) * d;
+      widen_row(q.dtype, q.at(item.sequence, item.head * group_ + r % group_, job_.query_begin + item.query + r / group_), d, x);
+      arena.bad[r] = all_finite(x, d) ? 0 : 1;
+      if (arena.bad[r] != 0) std::fill_n(x, d, 0.0f);
+    }
+    if (for_exact) spread(arena.rows, rows, arena.q_exact);
+    if (!for_pages) return;
+    if (s.lambda_k != nullptr) {
+      const float* lambda = s.lambda_k + static_cast<std::size_t>(item.head) * d;
+      for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < d; ++c) arena.rows[static_cast<std::size_t>(r) * d + c] /= lambda[c];
+    }
+    kernels_.rotate_dual(*job_.spec->key.rotation, arena.rows, arena.rows, rows, arena.rotate);
+    spread(arena.rows, rows, arena.q_pages);
+  }
+
+  // Contiguous rows of head_dim_k, times factor_, to rows padded with zeros.
+  void spread(const float* from, int rows, float* to) const {
+    const int d = job_.head_dim_k, stride = pad_channels(d);
+    for (int r = 0; r < rows; ++r, from += d, to += stride) {
+      for (int c = 0; c < d; ++c) to[c] = from[c] * factor_;
+      for (int c = d; c < stride; ++c) to[c] = 0.0f;
+    }
+  }
+
+  // Joins the splits of an item, takes pages back to the model's basis and writes the answer.
+  template <class At>
+  void join_item(const Item& item, Arena& arena, At at) {
+    const SequenceView& s = job_.sequences[static_cast<std::size_t>(item.sequence)];
+    const int d = job_.head_dim_v, rows = static_cast<int>(rows_of(item));
+    // The joined pages go to arena.rows, contiguous as the rotation wants them; m and l to the arena's states
+    // of the pages, which no split reads any more.
+    RowStates joined = arena.states.pages;
+    joined.o = arena.rows;
+    joined.o_stride = d;
+    bool any_page = false;
+    for (int r = 0; r < rows; ++r) {
+      float m;
+      const float l = join(item.splits, [&](int i) -> const RowStates& { return at(i).pages; }, r, d, joined.o + static_cast<std::int64_t>(r) * d, &m);
+      joined.m[r] = m;
+      joined.l[r] = l;
+      any_page = any_page || l != 0;
+    }
+    if (any_page) {
+      kernels_.unrotate(*job_.spec->value.rotation, joined.o, joined.o, rows, arena.rotate);
+      if (s.lambda_v != nullptr) {
+        const float* lambda = s.lambda_v + static_cast<std::size_t>(item.head) * d;
+        for (int r = 0; r < rows; ++r)
+          for (int c = 0; c < d; ++c) joined.o[static_cast<std::size_t>(r) * d + c] /= lambda[c];
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      float* o = arena.result + static_cast<std::size_t>(r) * padded(d);
+      float m;
+      const float l = join(
+          item.splits + 1, [&](int i) -> const RowStates& { return i == 0 ? joined : at(i - 1).exact; }, r, d, o, &m);
+      if (!(l <= std::numeric_limits<float>::max())) non_finite_.store(true, std::memory_order_relaxed);
+      store(item, r, o, m, l);
+    }
+  }
+
+  void store(const Item& item, int r, float* o, float m, float l) const {
+    const int d = job_.head_dim_v;
+    const std::int64_t head = item.head * group_ + r % group_, t = job_.query_begin + item.query + r / group_;
+    if (job_.partial.o != nullptr) {
+      const TensorView& q = job_.args.q;
+      const std::int64_t row = (item.sequence * q.shape[1] + head) * q.shape[2] + t;
+      std::copy_n(o, d, job_.partial.o + row * d);
+      job_.partial.m[row] = m * kLn2;
+      job_.partial.l[row] = l;
+      return;
+    }
+    float factor = 0.0f;
+    if (l != 0) {
+      const float sink = job_.args.sinks != nullptr ? job_.args.sinks[head] * kLog2E : kEmpty;
+      const float top = sink > m ? sink : m;
+      const float weight = std::exp2(m - top);
+      factor = weight / (weight * l + std::exp2(sink - top));
+    }
+    for (int c = 0; c < d; ++c) o[c] *= factor;
+    narrow_row(job_.out.dtype, o, d, job_.out.at(item.sequence, head, t));
+  }
+
+  const AttendJob& job_;
+  Workspace& workspace_;
+  const Kernels& kernels_;
+  const std::int64_t group_;  // query heads per KV head
+  float factor_, cap_;
+  std::int64_t item_queries_ = 1;
+  int threads_ = 1;
+  std::atomic<bool> non_finite_{false};
+};
+
+}  // namespace
+
+Status attend(const AttendJob& job) {
+  if (job.query_count <= 0 || job.sequences.empty()) return {};
+  thread_local Workspace workspace;
+  return Call(job, workspace, active()).run();
+}
+
+}  // namespace kv4::cpu

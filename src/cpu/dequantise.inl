@@ -1,0 +1,98 @@
+// Dequantising tokens of a head slice into rows of the model's own basis, kLanes tokens at a time.
+//
+// Instructions per vector of kLanes values (AVX2 counts): unpack under 1; level lookup 1/4; shift up,
+// shift down, convert, fma with the scale, store; the inverse rotation; 3 transpose, 1 multiply, store.
+// Bound by the rotation: it reads about half a byte and writes four per value.
+#pragma once
+
+#include "cpu/quads.inl"
+
+namespace kv4::cpu::KV4_ISA {
+
+struct DequantiseScratch {
+  float* x;         // [padded][kLanes]
+  float* rotate;    // rotate_lanes_scratch(d)
+  float* inverse;   // [d] 1 / lambda
+  float* mean;      // [padded]
+  std::int32_t* quads;  // [padded / 4][kPageTokens]
+  std::size_t bytes;
+
+  DequantiseScratch(int d, int lanes, void* block) {
+    Parts parts(block);
+    const std::size_t padded = static_cast<std::size_t>(pad_channels(d));
+    x = parts.take<float>(padded * lanes);
+    rotate = parts.take<float>(rotate_lanes_scratch(d));
+    inverse = parts.take<float>(padded);
+    mean = parts.take<float>(padded);
+    quads = parts.take<std::int32_t>(padded / 4 * kPageTokens);
+    bytes = parts.used();
+  }
+};
+
+// scratch.quads holds the codes. mean: fp16 [d] or null; out [count, d].
+template <class Isa>
+void dequantise_side(const SideSpec& spec, const std::uint8_t* scales, const std::uint8_t* mean, const float* lambda,
+                     int first, int count, float* out, const DequantiseScratch& scratch) {
+  using F = typename Isa::F;
+  using I = typename Isa::I;
+  constexpr int L = Isa::kLanes;
+  const int d = spec.dim, end = first + count;
+  for (int c = 0; c < d; ++c) {
+    scratch.inverse[c] = lambda != nullptr ? 1.0f / lambda[c] : 1.0f;
+    scratch.mean[c] = mean != nullptr ? f16_to_f32(load_as<std::uint16_t>(mean + 2 * c)) : 0.0f;
+  }
+  for (int c = d; c < pad_channels(d); ++c) scratch.mean[c] = 0.0f;
+  const I table = load_table16<Isa>(spec.levels.table.data());
+
+  for (int t = first / L * L; t < end; t += L) {
+    for (int g = 0; g < spec.groups; ++g) {
+      alignas(64) std::uint16_t halves[L];
+      std::memcpy(halves, scales + 2 * (g * kPageTokens + t), sizeof halves);
+      const F scale = Isa::load_f16(halves);
+      for (int c = g * spec.group; c < (g + 1) * spec.group; c += 4) {
+        const I quad = load_as<I>(scratch.quads + c / 4 * kPageTokens + t);
+        const I level = SealOps::lookup16(table, quad);
+        for (int k = 0; k < 4; ++k) {
+          const F value = Isa::to_float((level << (24 - 8 * k)) >> 24);
+          Isa::store(scratch.x + (c + k) * L, Isa::fma(value, scale, Isa::set1(scratch.mean[c + k])));
+        }
+      }
+    }
+    rotate_lanes<Isa>(*spec.rotation, Map::inverse, scratch.x, scratch.rotate);
+    for (int next = 0; next < d; next += L) {
+      const int c = next + L <= d ? next : d - L;  // the last block overlaps rather than overruns
+      F r[L];
+      for (int i = 0; i < L; ++i) r[i] = Isa::load(scratch.x + (c + i) * L);
+      Isa::transpose(r);
+      const F inverse = Isa::load(scratch.inverse + c);
+      for (int i = 0; i < L; ++i) {
+        const int j = t + i - first;
+        if (j >= 0 && j < count) Isa::store(out + static_cast<std::int64_t>(j) * d + c, r[i] * inverse);
+      }
+    }
+  }
+}
+
+template <class Isa>
+void dequantise(const PageSpec& spec, const std::uint8_t* slice, const float* lambda_k, const float* lambda_v,
+                int first, int count, float* k, float* v, void* scratch) {
+  const kv4_page_layout& at = spec.layout;
+  if (k != nullptr) {
+    const DequantiseScratch parts(spec.key.dim, Isa::kLanes, scratch);
+    unpack_keys<Isa>(slice + at.k_codes, pad_channels(spec.key.dim), first, count, parts.quads);
+    dequantise_side<Isa>(spec.key, slice + at.k_scales, spec.key.mean ? slice + at.k_mean : nullptr, lambda_k, first,
+                         count, k, parts);
+  }
+  if (v != nullptr) {
+    const DequantiseScratch parts(spec.value.dim, Isa::kLanes, scratch);
+    unpack_values(slice + at.v_codes, pad_channels(spec.value.dim), first, count, parts.quads);
+    dequantise_side<Isa>(spec.value, slice + at.v_scales, nullptr, lambda_v, first, count, v, parts);
+  }
+}
+
+template <class Isa>
+std::size_t dequantise_scratch(const PageSpec& spec) {
+  return DequantiseScratch(spec.key.dim > spec.value.dim ? spec.key.dim : spec.value.dim, Isa::kLanes, nullptr).bytes;
+}
+
+}  // namespace kv4::cpu::KV4_ISA

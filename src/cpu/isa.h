@@ -1,0 +1,63 @@
+// Instruction sets of the CPU backend. Each is a folder with primitives.h (vector types and
+// operations) and kernels.cpp (the generic algorithms of src/cpu/*.inl compiled for it).
+// KV4_CPU_ISAS is the one list: dispatch, forcing, tests and benchmarks expand it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend/backend.h"
+
+// Best first. X(name, compiled where)
+#if defined(__x86_64__) || defined(_M_X64)
+#define KV4_CPU_ISAS_ARCH(X) X(avx512) X(avx2)
+#elif defined(__aarch64__)
+#define KV4_CPU_ISAS_ARCH(X) X(neon)
+#else
+#define KV4_CPU_ISAS_ARCH(X)
+#endif
+#define KV4_CPU_ISAS(X) KV4_CPU_ISAS_ARCH(X) X(portable)
+
+namespace kv4::cpu {
+
+struct PagesTask;  // attend.h
+struct ExactTask;  // attend.h
+
+// What one instruction set provides. Scratch is per call and per thread, 64-byte aligned.
+struct Kernels {
+  const char* name;
+  bool (*supported)();
+
+  // Seals one head slice. scratch: seal_scratch(spec) bytes.
+  void (*seal)(const PageSpec& spec, const SealJob& job, void* scratch);
+  std::size_t (*seal_scratch)(const PageSpec& spec);
+
+  // Backend::dequantise. scratch: dequantise_scratch(spec) bytes.
+  void (*dequantise)(const PageSpec& spec, const std::uint8_t* slice, const float* lambda_k, const float* lambda_v,
+                     int first, int count, float* k, float* v, void* scratch);
+  std::size_t (*dequantise_scratch)(const PageSpec& spec);
+
+  // Rows of `dim` floats, contiguous: out = R^-T in (rotate_dual), R^-1 in (unrotate), R in (rotate).
+  // in and out may be the same. scratch: rotate_scratch(dim) bytes.
+  void (*rotate)(const Rotation& r, const float* in, float* out, std::int64_t rows, void* scratch);
+  void (*rotate_dual)(const Rotation& r, const float* in, float* out, std::int64_t rows, void* scratch);
+  void (*unrotate)(const Rotation& r, const float* in, float* out, std::int64_t rows, void* scratch);
+  std::size_t (*rotate_scratch)(int dim);
+
+  void (*attend_pages)(const PagesTask& task);
+  void (*attend_exact)(const ExactTask& task);
+};
+
+#define KV4_DECLARE_KERNELS(isa) \
+  namespace isa {                \
+  extern const Kernels kernels;  \
+  }
+KV4_CPU_ISAS(KV4_DECLARE_KERNELS)
+#undef KV4_DECLARE_KERNELS
+
+// The kernels in use: see kv4/cpu.h.
+const Kernels& active();
+// By name, whether this machine runs them or not; null if not compiled in.
+const Kernels* find(const char* name);
+
+}  // namespace kv4::cpu

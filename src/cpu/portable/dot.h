@@ -1,0 +1,65 @@
+// Integer dot products of packed codes, in plain C++. Every other instruction set offers the same names.
+#pragma once
+
+#include "cpu/vec.h"
+#include "kv4/recipe.h"
+
+namespace kv4::cpu::portable {
+
+// sum over positions i of v_i L[code_i], for the 16 lanes of a block of layout.h (16 tokens of keys
+// or 16 channels of values) and several rows of v. |v_i| <= kLimit.
+struct Dot {
+  // With at most 512 positions and |L| <= 127, |sum| <= 512 * 32512 * 127 < 2^31. 32512 = 127 * 256
+  // is the largest multiple of 256 below 2^15: its upper and lower byte both fit int8 after rounding.
+  static constexpr int kLimit = 32512;
+  // Float registers that the exact kernel may hold sums in.
+  static constexpr int kAccumulators = 8;
+
+  struct Table {
+    std::int16_t levels[16];
+  };
+  static Table table(const Levels& l) {
+    Table t;
+    for (int n = 0; n < 16; ++n) t.levels[n] = l.table[n];
+    return t;
+  }
+  // What sums must start from when the table is offset; `sum` is the sum of v.
+  static std::int32_t start(const Levels&, std::int32_t) { return 0; }
+
+  // 16 positions of v as an operand of 32 bytes.
+  static void pack(const std::int32_t* v, std::uint8_t* operand) {
+    std::int16_t h[16];
+    for (int i = 0; i < 16; ++i) h[i] = static_cast<std::int16_t>(v[i]);
+    std::memcpy(operand, h, sizeof h);
+  }
+
+  // sums[r * 16 + lane] = start[r * start_stride] + the dot product over 8 * octets positions of row
+  // r, whose operand lies at operands + r * operand_stride. `next` is prefetched along.
+  template <int R>
+  static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands, std::size_t operand_stride,
+                    const std::int32_t* start, std::size_t start_stride, const Table& table, const std::uint8_t* next,
+                    std::int32_t* sums) {
+    std::int32_t acc[R][16];
+    for (int r = 0; r < R; ++r)
+      for (int lane = 0; lane < 16; ++lane) acc[r][lane] = start[r * start_stride];
+    for (int o = 0; o < octets; ++o, codes += 64) {
+      __builtin_prefetch(next + o * 64);
+      std::int16_t levels[8][16];
+      for (int lane = 0; lane < 16; ++lane) {
+        for (int i = 0; i < 4; ++i) {
+          levels[i][lane] = table.levels[codes[lane * 4 + i] & 15];
+          levels[4 + i][lane] = table.levels[codes[lane * 4 + i] >> 4];
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        std::int16_t v[8];
+        std::memcpy(v, operands + r * operand_stride + o * 16, sizeof v);
+        for (int i = 0; i < 8; ++i)
+          for (int lane = 0; lane < 16; ++lane) acc[r][lane] += levels[i][lane] * v[i];
+      }
+    }
+    std::memcpy(sums, acc, sizeof acc);
+  }
+};
+
+}  // namespace kv4::cpu::portable

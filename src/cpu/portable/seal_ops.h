@@ -1,0 +1,31 @@
+// Operations of sealing beyond primitives.h, on plain vector extensions.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace kv4::cpu::portable {
+
+struct SealOps {
+  using F = VecTypes<4>::F;
+  using I = VecTypes<4>::I;
+  typedef double D __attribute__((vector_size(16)));  // half of F's lanes
+  typedef std::uint8_t B __attribute__((vector_size(16)));
+
+  // Byte i of the result is table[index byte i], index bytes < 16; table holds its 16 bytes in every 128 bits.
+  static KV4_INLINE I lookup16(I table, I index) {
+    const B t = (B)table, n = (B)index;
+    B out{};
+    for (int i = 0; i < 16; ++i) out[i] = t[n[i] & 15];
+    return (I)out;
+  }
+
+  static KV4_INLINE void widen(F v, D& low, D& high) {
+    typedef float Half __attribute__((vector_size(8)));
+    Half half[2];
+    std::memcpy(half, &v, sizeof v);
+    low = __builtin_convertvector(half[0], D);
+    high = __builtin_convertvector(half[1], D);
+  }
+};
+
+}  // namespace kv4::cpu::portable

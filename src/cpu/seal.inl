@@ -1,0 +1,342 @@
+// Sealing one head slice: kLanes tokens at a time as [channel][token] vectors, so that a lane is one
+// token and sums over channels need no horizontal step.
+//
+// Instructions per vector of kLanes values, loads folded where AVX2 folds them (d channels of 64 tokens
+// are 64 d / kLanes vectors):
+//   mean             3.5   2 convert, half an extract for each of two, 2 add in double
+//   rows in          6     load, subtract, fma, 3 of the transpose (log2 kLanes), store
+//   rotation               rotate_lanes.inl
+//   measure          3     add a broadcast, fma, store
+//   codes           15     fma; abs, min, convert; sign shift, and; of each four: 3 shifts and 6 ors that
+//                          gather bytes, 7 thresholds on bytes of 3 each, 5 to join sign and index, store
+//   least squares    5     a quarter lookup, shift, and, convert, 2 fma
+//   pack             0.5   words of four codes
+// Bytes at d = 128, both sides of 64 tokens: 65,536 read from fp32 rows (32,768 from 16-bit ones), 8,704
+// written. Everything between stays in (3 kLanes + 27) d floats of scratch or less, 26 KB at d = 128 with 8
+// lanes: L1, and L2 for the largest d. So instructions bound it, 30 to 33 per vector beside the rotation.
+//
+// Bounds: |2y| is clamped to 255 before it becomes a byte; thresholds are at most 223. sum M^2 <=
+// 512 * 127^2 < 2^23. Steps below 1e-15 count as zero (their fp16 scale is 0 anyway) and steps are clamped to
+// 1e18, so squares that matter neither underflow nor overflow and no scale is NaN.
+#pragma once
+
+#include "cpu/quads.inl"
+#include "cpu/rotate_f64.h"
+
+namespace kv4::cpu::KV4_ISA {
+
+struct SealScratch {
+  float* x;             // [padded][kLanes]
+  float* rotate;        // rotate_lanes_scratch(d)
+  float* centre;        // [d] the mean, rounded to float
+  float* weight;        // [d] lambda
+  float* shift;         // [d] -lambda * (mean - centre)
+  float* correction;    // [d] R(lambda * mean) - m'
+  float* zeros;         // [d] the row that stands for masked ones, in any dtype
+  double* mean;         // [d]
+  double* rotate_f64;   // rotate_f64_scratch(d)
+  std::int32_t* quads;  // quads.inl: [padded / 4][kPageTokens]
+  std::size_t bytes;
+
+  SealScratch(int d, int lanes, void* block) {
+    Parts parts(block);
+    const std::size_t padded = static_cast<std::size_t>(pad_channels(d));
+    x = parts.take<float>(padded * lanes);
+    rotate = parts.take<float>(rotate_lanes_scratch(d));
+    centre = parts.take<float>(padded);
+    weight = parts.take<float>(padded);
+    shift = parts.take<float>(padded);
+    correction = parts.take<float>(padded);
+    zeros = parts.take<float>(padded);
+    mean = parts.take<double>(padded);
+    rotate_f64 = parts.take<double>(rotate_f64_scratch(d));
+    quads = parts.take<std::int32_t>(padded / 4 * kPageTokens);
+    bytes = parts.used();
+  }
+};
+
+// One side of a SealJob.
+struct SealSide {
+  const SideSpec* spec;
+  const std::byte* rows;
+  std::int64_t stride;  // bytes
+  DType dtype;
+  const std::uint8_t* skip;
+  const float* lambda;
+  int first, count;
+  std::uint8_t* codes;
+  std::byte* scales;
+  std::byte* mean;
+};
+
+template <class Isa, DType kType>
+KV4_INLINE typename Isa::F load_row(const std::byte* row, int c) {
+  if constexpr (kType == DType::f32) return Isa::load(reinterpret_cast<const float*>(row) + c);
+  if constexpr (kType == DType::f16) return Isa::load_f16(reinterpret_cast<const std::uint16_t*>(row) + c);
+  if constexpr (kType == DType::bf16) return Isa::load_bf16(reinterpret_cast<const std::uint16_t*>(row) + c);
+}
+
+// Mean over the unmasked rows, in double: the stored mean is compared with a float64 definition.
+template <class Isa, DType kType>
+void row_mean(const SealSide& s, double* mean) {
+  using D = SealOps::D;
+  constexpr int L = Isa::kLanes;
+  const int d = s.spec->dim;
+  int used = 0;
+  for (int j = 0; j < s.count; ++j) used += s.skip == nullptr || s.skip[j] == 0;
+  const double inverse = used > 0 ? 1.0 / used : 0.0;
+  // Two blocks at a time, for four independent sums; blocks overlap at the end rather than overrun.
+  for (int next = 0; next < d; next += 2 * L) {
+    const int c[2] = {next + L <= d ? next : d - L, next + 2 * L <= d ? next + L : d - L};
+    D sum[2][2] = {};
+    for (int j = 0; j < s.count; ++j) {
+      if (s.skip != nullptr && s.skip[j] != 0) continue;
+      for (int b = 0; b < 2; ++b) {
+        D low, high;
+        SealOps::widen(load_row<Isa, kType>(s.rows + j * s.stride, c[b]), low, high);
+        sum[b][0] += low;
+        sum[b][1] += high;
+      }
+    }
+    for (int b = 0; b < 2; ++b)
+      for (int i = 0; i < 2; ++i) store_as(mean + c[b] + i * L / 2, sum[b][i] * inverse);
+  }
+}
+
+// How a row becomes the rotation's input: (row - centre) * weight + shift.
+template <class Isa>
+void prepare_rows(const SealSide& s, const SealScratch& scratch) {
+  const int d = s.spec->dim;
+  for (int c = 0; c < d; ++c) scratch.weight[c] = s.lambda != nullptr ? s.lambda[c] : 1.0f;
+  if (!s.spec->mean) {
+    std::memset(scratch.centre, 0, d * sizeof(float));
+    std::memset(scratch.shift, 0, d * sizeof(float));
+    return;
+  }
+  switch (s.dtype) {
+    case DType::f32: row_mean<Isa, DType::f32>(s, scratch.mean); break;
+    case DType::f16: row_mean<Isa, DType::f16>(s, scratch.mean); break;
+    case DType::bf16: row_mean<Isa, DType::bf16>(s, scratch.mean); break;
+  }
+  // A key may lie a thousand spreads from 0: row - centre is exact or rounds relative to its own size,
+  // and what is common to all rows is rotated once, in double.
+  for (int c = 0; c < d; ++c) {
+    const double mean = scratch.mean[c], weight = scratch.weight[c];
+    scratch.centre[c] = static_cast<float>(mean);
+    scratch.shift[c] = static_cast<float>(weight * (scratch.centre[c] - mean));
+    scratch.mean[c] = weight * mean;
+  }
+  rotate_f64(*s.spec->rotation, Map::forward, scratch.mean, scratch.rotate_f64);
+  for (int c = 0; c < d; ++c) {
+    const std::uint16_t stored = f32_to_f16(static_cast<float>(scratch.mean[c]));
+    store_as(s.mean + 2 * c, stored);
+    scratch.correction[c] = static_cast<float>(scratch.mean[c] - f16_to_f32(stored));
+  }
+}
+
+template <class Isa, DType kType>
+void load_block(const std::byte* const (&rows)[Isa::kLanes], int d, const SealScratch& scratch) {
+  using F = typename Isa::F;
+  constexpr int L = Isa::kLanes;
+  for (int next = 0; next < d; next += L) {
+    const int c = next + L <= d ? next : d - L;
+    const F centre = Isa::load(scratch.centre + c), weight = Isa::load(scratch.weight + c);
+    const F shift = Isa::load(scratch.shift + c);
+    F r[L];
+    for (int i = 0; i < L; ++i) r[i] = Isa::fma(load_row<Isa, kType>(rows[i], c) - centre, weight, shift);
+    Isa::transpose(r);
+    for (int i = 0; i < L; ++i) Isa::store(scratch.x + (c + i) * L, r[i]);
+  }
+}
+
+// Adds the correction; returns per lane the largest magnitude or the sum of squares of n channels.
+template <class Isa, ScaleRule kRule>
+typename Isa::F measure(float* x, const float* correction, int n) {
+  using F = typename Isa::F;
+  constexpr int L = Isa::kLanes;
+  F part[4] = {};
+  const auto add = [&](int c, F& to) {
+    F v = Isa::load(x + c * L);
+    if (correction != nullptr) {
+      v += Isa::set1(correction[c]);
+      Isa::store(x + c * L, v);
+    }
+    to = kRule == ScaleRule::abs_max ? Isa::max(to, Isa::abs(v)) : Isa::fma(v, v, to);
+  };
+  int c = 0;
+  for (; c + 4 <= n; c += 4)
+    for (int i = 0; i < 4; ++i) add(c + i, part[i]);
+  for (; c < n; ++c) add(c, part[0]);
+  if (kRule == ScaleRule::abs_max) return Isa::max(Isa::max(part[0], part[1]), Isa::max(part[2], part[3]));
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+template <class Isa>
+struct LevelVectors {
+  using B = typename LaneTypes<Isa::kLanes>::B;
+  B threshold[7];
+  typename Isa::I magnitude;  // table of lookup16
+  B tread;                    // 1 where negative codes start one higher (mid-tread), else 0
+
+  explicit LevelVectors(const Levels& l) {
+    std::uint8_t table[16] = {};
+    for (int i = 0; i < 8; ++i) table[i] = l.magnitude[i];
+    for (int i = 0; i < 7; ++i) threshold[i] = B{} + l.twice_threshold[i];
+    magnitude = load_table16<Isa>(table);
+    tread = B{} + static_cast<std::uint8_t>(l.negative_base - 7);
+  }
+};
+
+template <class Isa>
+struct FitSums {
+  typename Isa::F xm{}, mm{};  // sum |2y| M and sum M^2
+};
+
+// Codes of channels 0 ... 3 at x into one vector of quads; `valid` is 0xff in the bytes of channels that
+// exist. All bytes of four channels share each threshold comparison.
+template <class Isa, ScaleRule kRule>
+KV4_INLINE typename Isa::I quantise_quad(const float* x, typename Isa::F twice_inverse, const LevelVectors<Isa>& levels,
+                                         int valid, FitSums<Isa> (&sums)[2]) {
+  using F = typename Isa::F;
+  using I = typename Isa::I;
+  using B = typename LaneTypes<Isa::kLanes>::B;
+  constexpr int L = Isa::kLanes;
+  F size[4];
+  I twice{}, negative{};
+  for (int k = 0; k < 4; ++k) {
+    // Adding 0 turns -0 into 0, whose code is 8.
+    const F y = Isa::fma(Isa::load(x + k * L), twice_inverse, F{});
+    size[k] = Isa::abs(y);
+    twice |= Isa::truncate(Isa::min(size[k], Isa::set1(255.0f))) << (8 * k);
+    negative |= ((I)y >> 31) & static_cast<std::int32_t>(0xffu << (8 * k));
+  }
+  B index{};
+  for (int i = 0; i < 7; ++i) index -= (B)((B)twice >= levels.threshold[i]);
+  if constexpr (kRule == ScaleRule::least_squares) {
+    const I magnitudes = SealOps::lookup16(levels.magnitude, (I)index) & valid;
+    for (int k = 0; k < 4; ++k) {
+      const F m = Isa::to_float((magnitudes >> (8 * k)) & 0xff);
+      sums[k % 2].xm = Isa::fma(size[k], m, sums[k % 2].xm);
+      sums[k % 2].mm = Isa::fma(m, m, sums[k % 2].mm);
+    }
+  }
+  // 8 + index, or negative_base - index = ~index + negative_base + 1.
+  const B sign = (B)negative;
+  return (I)((index ^ sign) + static_cast<std::uint8_t>(8) + (sign & levels.tread)) & valid;
+}
+
+// One group of n channels at x: quads and, per lane, the scale.
+template <class Isa, ScaleRule kRule>
+typename Isa::F quantise_group(float* x, const float* correction, int n, const Levels& table,
+                               const LevelVectors<Isa>& levels, typename Isa::F live, std::int32_t* quads) {
+  using F = typename Isa::F;
+  using I = typename Isa::I;
+  constexpr int L = Isa::kLanes;
+  const F measured = measure<Isa, kRule>(x, correction, n);
+  F step;
+  if constexpr (kRule == ScaleRule::abs_max) {
+    step = measured / Isa::set1(static_cast<float>(table.magnitude[7]));
+  } else {
+    step = Isa::sqrt(measured * Isa::set1(1.0f / static_cast<float>(n))) / Isa::set1(table.gain);
+  }
+  const I nonzero = (I)(step >= Isa::set1(1e-15f)) & (I)(live > F{});
+  step = (F)((I)Isa::min(step, Isa::set1(1e18f)) & nonzero);
+  const F twice_inverse = (F)((I)(Isa::set1(2.0f) / Isa::max(step, Isa::set1(1e-15f))) & nonzero);
+
+  FitSums<Isa> sums[2];
+  int c = 0;
+  for (; c + 4 <= n; c += 4)
+    store_as(quads + c / 4 * kPageTokens, quantise_quad<Isa, kRule>(x + c * L, twice_inverse, levels, -1, sums));
+  if (c < n)
+    store_as(quads + c / 4 * kPageTokens,
+             quantise_quad<Isa, kRule>(x + c * L, twice_inverse, levels, (1 << 8 * (n - c)) - 1, sums));
+  if constexpr (kRule == ScaleRule::abs_max) return step;
+  const F mm = Isa::max(sums[0].mm + sums[1].mm, Isa::set1(1.0f));
+  return Isa::set1(0.5f) * step * ((sums[0].xm + sums[1].xm) / mm);
+}
+
+template <class Isa>
+void seal_side(const SealSide& s, const SealScratch& scratch,
+               void (*pack)(const std::int32_t* quads, int padded, int first, int count, std::uint8_t* codes)) {
+  using F = typename Isa::F;
+  constexpr int L = Isa::kLanes;
+  const SideSpec& spec = *s.spec;
+  const int d = spec.dim, padded = pad_channels(d), end = s.first + s.count;
+  prepare_rows<Isa>(s, scratch);
+  std::memset(scratch.zeros, 0, d * sizeof(float));
+  std::int32_t* const tail = scratch.quads + (d + 3) / 4 * kPageTokens;
+  std::memset(tail, 0, static_cast<std::size_t>(padded / 4 - (d + 3) / 4) * kPageTokens * sizeof *tail);
+  const LevelVectors<Isa> levels(spec.levels);
+
+  for (int t = s.first / L * L; t < end; t += L) {
+    const std::byte* rows[L];
+    alignas(64) float live[L];
+    for (int i = 0; i < L; ++i) {
+      const int j = t + i - s.first;
+      const bool used = j >= 0 && j < s.count && (s.skip == nullptr || s.skip[j] == 0);
+      rows[i] = used ? s.rows + j * s.stride : reinterpret_cast<const std::byte*>(scratch.zeros);
+      live[i] = used ? 1.0f : 0.0f;
+    }
+    switch (s.dtype) {
+      case DType::f32: load_block<Isa, DType::f32>(rows, d, scratch); break;
+      case DType::f16: load_block<Isa, DType::f16>(rows, d, scratch); break;
+      case DType::bf16: load_block<Isa, DType::bf16>(rows, d, scratch); break;
+    }
+    rotate_lanes<Isa>(*spec.rotation, Map::forward, scratch.x, scratch.rotate);
+    // A last quad of two channels reads two more.
+    for (int c = d; c < (d + 3) / 4 * 4; ++c) Isa::store(scratch.x + c * L, F{});
+
+    for (int g = 0; g < spec.groups; ++g) {
+      const int c = g * spec.group;
+      const float* correction = spec.mean ? scratch.correction + c : nullptr;
+      std::int32_t* quads = scratch.quads + c / 4 * kPageTokens + t;
+      float* x = scratch.x + c * L;
+      const F lanes = Isa::load(live);
+      const auto quantise = spec.scale == ScaleRule::abs_max ? quantise_group<Isa, ScaleRule::abs_max>
+                                                             : quantise_group<Isa, ScaleRule::least_squares>;
+      const F scale = quantise(x, correction, spec.group, spec.levels, levels, lanes, quads);
+      alignas(64) std::uint16_t halves[L];
+      Isa::store_f16(halves, scale);
+      const int begin = t < s.first ? s.first - t : 0, count = (t + L < end ? L : end - t) - begin;
+      std::memcpy(s.scales + 2 * (g * kPageTokens + t + begin), halves + begin, 2 * static_cast<std::size_t>(count));
+    }
+  }
+  pack(scratch.quads, padded, s.first, s.count, s.codes);
+}
+
+template <class Isa>
+void seal(const PageSpec& spec, const SealJob& job, void* scratch) {
+  std::byte* const slice = reinterpret_cast<std::byte*>(job.slice);
+  const auto bytes = [&](std::int64_t stride) { return stride * static_cast<std::int64_t>(size_of(job.dtype)); };
+  seal_side<Isa>({.spec = &spec.key,
+                  .rows = static_cast<const std::byte*>(job.k),
+                  .stride = bytes(job.k_stride),
+                  .dtype = job.dtype,
+                  .skip = job.skip,
+                  .lambda = job.lambda_k,
+                  .first = job.first,
+                  .count = job.count,
+                  .codes = job.slice + spec.layout.k_codes,
+                  .scales = slice + spec.layout.k_scales,
+                  .mean = slice + spec.layout.k_mean},
+                 SealScratch(spec.key.dim, Isa::kLanes, scratch), pack_keys<Isa>);
+  seal_side<Isa>({.spec = &spec.value,
+                  .rows = static_cast<const std::byte*>(job.v),
+                  .stride = bytes(job.v_stride),
+                  .dtype = job.dtype,
+                  .skip = job.skip,
+                  .lambda = job.lambda_v,
+                  .first = job.first,
+                  .count = job.count,
+                  .codes = job.slice + spec.layout.v_codes,
+                  .scales = slice + spec.layout.v_scales,
+                  .mean = nullptr},
+                 SealScratch(spec.value.dim, Isa::kLanes, scratch), pack_values);
+}
+
+template <class Isa>
+std::size_t seal_scratch(const PageSpec& spec) {
+  return SealScratch(spec.key.dim > spec.value.dim ? spec.key.dim : spec.value.dim, Isa::kLanes, nullptr).bytes;
+}
+
+}  // namespace kv4::cpu::KV4_ISA

@@ -1,0 +1,744 @@
+// Attention kernels of every instruction set against float64 attention over the dequantised cache.
+//
+// The bound of each output follows from what the kernels round. Rounding errors are taken as independent and
+// uniform; an output may be off by six standard deviations of their sum, plus a few ulps of float:
+//   q'   to units of max|q'| / 32512 per group: score_j gets the deviation scale unit |s_j L_j| / sqrt(12),
+//   p s  to units of max / 32512 per page and group: each channel of the rotated output gets unit |L| / sqrt(12),
+//   float: 8 ulps of scale |q| |k_j| in a score, 4 ulps of sum p |v| in an output.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "attend_scene.h"
+#include "backend/backend.h"
+#include "cpu/isa.h"
+#include "guard.h"
+#include "kv4/cpu.h"
+
+namespace kv4 {
+namespace {
+
+using scene::Held;
+using scene::Scene;
+using scene::Shape;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kUlp = 0x1p-23;
+
+// Arguments of a call with the storage behind them.
+struct Call {
+  AttendArgs args;
+  std::vector<std::uint8_t> q;
+  std::vector<std::int32_t> start, window;
+  std::vector<float> sinks;
+  std::vector<std::uint8_t> mask;
+  DType out_dtype = DType::f32;
+  std::uint64_t seed = 7;
+
+  Call(const Scene& s, std::int64_t queries, DType dtype = DType::f32, double sigma = 1.0) {
+    const std::int64_t heads = s.shape().kv_heads * s.shape().group, d = s.shape().dim_k;
+    cases::Random random(s.shape().seed + 99);
+    // Physically [batch, T, heads, channels], with a gap after each head.
+    args.q.dtype = dtype;
+    args.q.shape = {s.batch(), heads, queries, d};
+    args.q.stride = {queries * heads * (d + 1), d + 1, heads * (d + 1), 1};
+    q.assign(static_cast<std::size_t>(s.batch() * args.q.stride[0]) * size_of(dtype), 0xff);
+    args.q.data = q.data();
+    for (std::int64_t b = 0; b < s.batch(); ++b)
+      for (std::int64_t h = 0; h < heads; ++h)
+        for (std::int64_t t = 0; t < queries; ++t)
+          for (std::int64_t c = 0; c < d; ++c) set_query(b, h, t, c, sigma * random.normal());
+  }
+  Call(Call&&) = delete;
+
+  void set_query(std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t c, double x) {
+    std::uint8_t* at = q.data() + (b * args.q.stride[0] + h * args.q.stride[1] + t * args.q.stride[2] + c) *
+                                      static_cast<std::int64_t>(size_of(args.q.dtype));
+    const float f = static_cast<float>(x);
+    if (args.q.dtype == DType::f32) {
+      std::memcpy(at, &f, 4);
+    } else {
+      const bool half = args.q.dtype == DType::f16;
+      // f32_to_f16 saturates; infinity is wanted here as it is.
+      const std::uint16_t h16 = half ? (std::isinf(f) ? 0x7c00 : f32_to_f16(f)) : f32_to_bf16(f);
+      std::memcpy(at, &h16, 2);
+    }
+  }
+  double query(std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t c) const {
+    const std::uint8_t* at = static_cast<const std::uint8_t*>(args.q.at(b, h, t)) + c * static_cast<std::int64_t>(size_of(args.q.dtype));
+    if (args.q.dtype == DType::f32) {
+      float f;
+      std::memcpy(&f, at, 4);
+      return f;
+    }
+    std::uint16_t h16;
+    std::memcpy(&h16, at, 2);
+    return args.q.dtype == DType::f16 ? f16_to_f32(h16) : bf16_to_f32(h16);
+  }
+  void starts(std::vector<std::int32_t> x) {
+    start = std::move(x);
+    args.mask.start = start.data();
+  }
+  void windows(std::vector<std::int32_t> x) {
+    window = std::move(x);
+    args.mask.window = window.data();
+  }
+  void with_sinks() {
+    cases::Random random(seed);
+    for (std::int64_t h = 0; h < args.q.shape[1]; ++h) sinks.push_back(static_cast<float>(random.normal() * 3));
+    args.sinks = sinks.data();
+  }
+  // A random mask over `columns` columns; axes of size 1 broadcast. A fifth of the columns is hidden.
+  void general(Mask::General kind, DType dtype, std::int64_t columns, bool per_head, bool per_query) {
+    cases::Random random(seed);
+    const std::int64_t heads = per_head ? args.q.shape[1] : 1, rows = per_query ? args.q.shape[2] : 1;
+    const std::int64_t width = columns + 3;
+    args.mask.kind = kind;
+    args.mask.general_dtype = dtype;
+    args.mask.columns = columns;
+    args.mask.general_stride = {heads * rows * width, per_head ? rows * width : 0, per_query ? width : 0, 1};
+    const std::size_t count = static_cast<std::size_t>(args.q.shape[0] * heads * rows * width);
+    const std::size_t size = kind == Mask::General::boolean ? 1 : size_of(dtype);
+    mask.assign(count * size, 0);
+    for (std::size_t i = 0; i < count; ++i) {
+      const bool hidden = random.below(5) == 0;
+      const double hide = random.below(2) == 0 ? -kInfinity : dtype == DType::f16 ? -65504.0 : -3.38e38;
+      const float x = static_cast<float>(hidden ? hide : random.normal());
+      if (kind == Mask::General::boolean) {
+        mask[i] = hidden ? 0 : 1;
+      } else if (dtype == DType::f32) {
+        std::memcpy(mask.data() + i * 4, &x, 4);
+      } else {
+        const std::uint16_t h = dtype == DType::f16 ? (std::isinf(x) ? 0xfc00 : f32_to_f16(x)) : f32_to_bf16(x);
+        std::memcpy(mask.data() + i * 2, &h, 2);
+      }
+    }
+    args.mask.general = mask.data();
+  }
+  double scale() const { return args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<double>(args.q.shape[3])); }
+};
+
+// Bounds of |error| of every output, [batch, q_heads, T, head_dim_v].
+std::vector<double> bounds(const Scene& s, const Call& call, const std::vector<reference::DenseTokens>& dense,
+                           const reference::Attention& expected) {
+  const int heads = s.shape().kv_heads * s.shape().group, dk = s.shape().dim_k, dv = s.shape().dim_v;
+  const std::int64_t queries = call.args.q.shape[2];
+  std::vector<double> inverse;
+  if (s.spec().key.rotation) inverse = s.spec().key.rotation->inverse_f64();
+  const double top_level = s.shape().levels == LevelKind::uniform ? 7 : 127;
+  std::vector<double> all;
+  std::size_t weight_row = 0, row = 0;
+  for (int b = 0; b < s.batch(); ++b) {
+    const reference::DenseTokens& tokens = dense[static_cast<std::size_t>(b)];
+    const std::size_t count = tokens.position.size();
+    const std::vector<SequenceView> views = s.views(queries);
+    const std::size_t paged = static_cast<std::size_t>(s.steps(b).first_token);
+    const SequenceView& view = views[static_cast<std::size_t>(b)];
+    const std::size_t page_tokens =
+        view.page_count == 0 ? 0 : static_cast<std::size_t>((view.page_count - 1) * kPageTokens + view.last_page_tokens);
+    for (int h = 0; h < heads; ++h) {
+      const int kv = h / s.shape().group;
+      const double* k = tokens.k[static_cast<std::size_t>(kv)].data();
+      const double* v = tokens.v[static_cast<std::size_t>(kv)].data();
+      for (std::int64_t t = 0; t < queries; ++t, ++row) {
+        const double* p = expected.weights.data() + weight_row;
+        weight_row += count;
+        std::vector<double> scaled(static_cast<std::size_t>(dk)), unit;
+        double q_norm = 0;
+        for (int c = 0; c < dk; ++c) {
+          const double x = call.query(b, h, t, c) / (s.lambda_k(kv) != nullptr ? s.lambda_k(kv)[c] : 1.0f);
+          scaled[static_cast<std::size_t>(c)] = x;
+          q_norm += x * x;
+        }
+        q_norm = std::sqrt(q_norm);
+        if (page_tokens > 0) {
+          unit.assign(static_cast<std::size_t>(s.spec().key.groups), 0.0);
+          for (int i = 0; i < dk; ++i) {
+            double x = 0;
+            for (int c = 0; c < dk; ++c) x += inverse[static_cast<std::size_t>(c * dk + i)] * scaled[static_cast<std::size_t>(c)];
+            double& u = unit[static_cast<std::size_t>(i / s.spec().key.group)];
+            u = std::max(u, std::abs(x) / 32512);
+          }
+        }
+        std::vector<double> sigma(count, 0.0), ulps(count, 0.0);
+        double rounded_weights = 0;
+        for (std::size_t j = 0; j < count; ++j) {
+          double norm = 0;
+          for (int c = 0; c < dk; ++c) {
+            const double x = k[j * static_cast<std::size_t>(dk) + static_cast<std::size_t>(c)] *
+                             (s.lambda_k(kv) != nullptr ? s.lambda_k(kv)[c] : 1.0f);
+            norm += x * x;
+          }
+          ulps[j] = 8 * kUlp * (1 + call.scale() * q_norm * std::sqrt(norm));
+          if (j < paged || j >= paged + page_tokens) continue;
+          double variance = 0;
+          for (int g = 0; g < s.spec().key.groups; ++g) {
+            const double x = unit[static_cast<std::size_t>(g)] *
+                             s.steps(b).key_norm[static_cast<std::size_t>(kv)][(j - paged) * static_cast<std::size_t>(s.spec().key.groups) + static_cast<std::size_t>(g)];
+            variance += x * x / 12;
+          }
+          sigma[j] = call.scale() * std::sqrt(variance);
+        }
+        for (std::size_t first = 0; first < page_tokens; first += kPageTokens) {
+          double largest = 0, used = 0;
+          for (std::size_t j = first; j < std::min<std::size_t>(first + kPageTokens, page_tokens); ++j) {
+            used += p[paged + j] > 0;
+            for (int g = 0; g < s.spec().value.groups; ++g)
+              largest = std::max(largest, p[paged + j] * s.steps(b).value_scale[static_cast<std::size_t>(kv)]
+                                                              [j * static_cast<std::size_t>(s.spec().value.groups) + static_cast<std::size_t>(g)]);
+          }
+          const double step = largest / 32512 * top_level;
+          rounded_weights += step * step / 12 * used;
+        }
+        for (int c = 0; c < dv; ++c) {
+          const double out = expected.out[row * static_cast<std::size_t>(dv) + static_cast<std::size_t>(c)];
+          double variance = rounded_weights, rounding = 0, magnitude = 0;
+          if (s.lambda_v(kv) != nullptr) variance /= s.lambda_v(kv)[c] * s.lambda_v(kv)[c];
+          for (std::size_t j = 0; j < count; ++j) {
+            const double value = v[j * static_cast<std::size_t>(dv) + static_cast<std::size_t>(c)];
+            const double move = p[j] * std::abs(value - out);
+            variance += move * move * sigma[j] * sigma[j];
+            rounding += move * ulps[j];
+            magnitude += p[j] * std::abs(value);
+          }
+          all.push_back(6 * std::sqrt(variance) + rounding + 4 * kUlp * magnitude);
+        }
+      }
+    }
+  }
+  return all;
+}
+
+class Attend : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    isa_ = cpu::active_isa();
+    threads_ = cpu::num_threads();
+  }
+  void TearDown() override {
+    EXPECT_TRUE(cpu::force_isa(isa_).ok());
+    EXPECT_TRUE(cpu::set_num_threads(threads_).ok());
+  }
+
+  template <class F>
+  static void every_isa(F f) {
+    for (const std::string& isa : cpu::compiled_isas()) {
+      if (!cpu::supported(isa)) continue;
+      SCOPED_TRACE(isa);
+      ASSERT_TRUE(cpu::force_isa(isa).ok());
+      f();
+      if (::testing::Test::HasFatalFailure()) return;
+    }
+  }
+
+  // Output of one call: physically [batch, T, heads, dim_v + 2], the gap and both ends guarded.
+  static std::vector<double> run(const Scene& s, const Call& call, Status* status) {
+    const std::int64_t heads = call.args.q.shape[1], queries = call.args.q.shape[2], dv = s.shape().dim_v;
+    const std::int64_t width = dv + 2, size = static_cast<std::int64_t>(size_of(call.out_dtype));
+    tests::Guarded buffer(static_cast<std::size_t>(s.batch() * queries * heads * width * size));
+    const std::vector<SequenceView> views = s.views(queries);
+    AttendJob job = s.job(call.args, views);
+    job.out.data = buffer.data();
+    job.out.dtype = call.out_dtype;
+    job.out.shape = {s.batch(), heads, queries, dv};
+    job.out.stride = {queries * heads * width, width, heads * width, 1};
+    *status = find_backend("cpu")->attend(job);
+    EXPECT_TRUE(buffer.intact());
+    std::vector<double> out;
+    for (std::int64_t b = 0; b < s.batch(); ++b)
+      for (std::int64_t h = 0; h < heads; ++h)
+        for (std::int64_t t = 0; t < queries; ++t) {
+          const std::uint8_t* row = static_cast<const std::uint8_t*>(job.out.at(b, h, t));
+          for (std::int64_t c = 0; c < dv; ++c) {
+            if (call.out_dtype == DType::f32) {
+              float f;
+              std::memcpy(&f, row + c * 4, 4);
+              out.push_back(f);
+            } else {
+              std::uint16_t x;
+              std::memcpy(&x, row + c * 2, 2);
+              out.push_back(call.out_dtype == DType::f16 ? f16_to_f32(x) : bf16_to_f32(x));
+            }
+          }
+          for (std::int64_t i = dv * size; i < width * size; ++i) EXPECT_EQ(row[i], tests::kGuard);
+        }
+    return out;
+  }
+
+  // Every instruction set, on one thread and on three (which splits the tokens of large calls).
+  static void check(const Scene& s, const Call& call) {
+    const std::vector<reference::DenseTokens> dense = s.dense();
+    std::vector<std::int64_t> position;
+    for (int b = 0; b < s.batch(); ++b) position.push_back(s.length(b) - call.args.q.shape[2]);
+    const reference::Attention expected = reference::attend(call.args, s.shape().kv_heads, s.shape().dim_v, dense, position);
+    const std::vector<double> bound = bounds(s, call, dense, expected);
+    const double half = call.out_dtype == DType::f32 ? 0x1p-24 : call.out_dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
+    const std::size_t dv = static_cast<std::size_t>(s.shape().dim_v);
+    every_isa([&] {
+      for (int threads : {1, 3}) {
+        SCOPED_TRACE(std::to_string(threads) + " threads");
+        ASSERT_TRUE(cpu::set_num_threads(threads).ok());
+        Status status;
+        const std::vector<double> out = run(s, call, &status);
+        ASSERT_TRUE(status.ok()) << status.message();
+        double worst = 0;
+        std::size_t at = 0;
+        for (std::size_t i = 0; i < out.size(); ++i) {
+          const double allowed = bound[i] + half * std::abs(expected.out[i]) + 0x1p-25;
+          const double used = std::abs(out[i] - expected.out[i]) / allowed;
+          if (!(used <= worst)) {
+            worst = used;
+            at = i;
+          }
+          if (used != used) break;
+        }
+        ASSERT_LE(worst, 1.0) << "row " << at / dv << " channel " << at % dv << ": " << out[at] << " for " << expected.out[at]
+                              << ", bound " << bound[at];
+      }
+    });
+  }
+
+ private:
+  std::string isa_;
+  int threads_ = 1;
+};
+
+TEST_F(Attend, EveryHeadDimAndGroup) {
+  std::uint64_t seed = 1;
+  for (int d : cases::kHeadDims) {
+    for (int group : cases::kQueryHeadsPerKvHead) {
+      if (d == 256 && group > 4) continue;
+      SCOPED_TRACE("head_dim " + std::to_string(d) + ", group " + std::to_string(group));
+      Shape shape;
+      shape.dim_k = shape.dim_v = d;
+      shape.group = group;
+      shape.kv_heads = 1 + static_cast<int>(seed % 2);
+      shape.dtype = static_cast<DType>(seed % 3);
+      shape.seed = seed++;
+      const Scene s(shape, {Held::of(200)});
+      const Call call(s, 1, static_cast<DType>(seed % 3));
+      check(s, call);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST_F(Attend, EveryTokenCount) {
+  std::uint64_t seed = 1000;
+  for (int n : cases::kTokens) {
+    SCOPED_TRACE(std::to_string(n) + " tokens");
+    Shape shape;
+    shape.dim_k = shape.dim_v = 64;
+    shape.group = 2;
+    shape.kv_heads = n > 1000 ? 1 : 2;
+    shape.seed = seed++;
+    const Scene s(shape, {Held::of(n)});
+    Call call(s, 1, DType::bf16);
+    call.out_dtype = static_cast<DType>(seed % 3);
+    check(s, call);
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST_F(Attend, OnlyPagesAndAPartOfOne) {
+  std::uint64_t seed = 2000;
+  for (int tokens : {1, 17, 63, 64, 65, 130}) {
+    Shape shape;
+    shape.dim_k = 96;
+    shape.dim_v = 64;
+    shape.group = 3;
+    shape.mean = seed % 2 == 0;
+    shape.seed = seed++;
+    SCOPED_TRACE(tokens);
+    const Scene s(shape, {Held{0, tokens, 0, 0}});
+    const Call call(s, 1);
+    check(s, call);
+    if (HasFatalFailure()) return;
+  }
+}
+
+// Dimensions that are no multiple of 16 or of any lane count, groups, levels, no lambda, no mean.
+TEST_F(Attend, EveryFormat) {
+  struct Format {
+    int dim_k, dim_v, group_k, group_v;
+    LevelKind levels;
+    bool mean, lambda;
+  };
+  const Format formats[] = {
+      {34, 46, 0, 0, LevelKind::lloyd_max, true, true},    {46, 34, 0, 0, LevelKind::uniform, true, false},
+      {128, 96, 32, 32, LevelKind::lloyd_max, true, true}, {64, 128, 32, 64, LevelKind::uniform, false, true},
+      {256, 256, 128, 64, LevelKind::lloyd_max, true, false}, {512, 512, 0, 0, LevelKind::lloyd_max, true, true},
+      {112, 160, 0, 32, LevelKind::lloyd_max, false, false},  {192, 320, 64, 0, LevelKind::lloyd_max, true, true},
+  };
+  std::uint64_t seed = 3000;
+  for (const Format& f : formats) {
+    SCOPED_TRACE("head dims " + std::to_string(f.dim_k) + " and " + std::to_string(f.dim_v));
+    Shape shape;
+    shape.kv_heads = 1;
+    shape.group = 5;
+    shape.dim_k = f.dim_k;
+    shape.dim_v = f.dim_v;
+    shape.scale_group_k = f.group_k;
+    shape.scale_group_v = f.group_v;
+    shape.levels = f.levels;
+    shape.mean = f.mean;
+    shape.lambda = f.lambda;
+    shape.seed = seed++;
+    const Scene s(shape, {Held{4, 100, 20, 0}});
+    const Call call(s, 2);
+    check(s, call);
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST_F(Attend, ExactRowsOfAnyHeadDim) {
+  std::uint64_t seed = 4000;
+  for (int d : {1, 8, 20, 33, 64, 80}) {
+    for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+      SCOPED_TRACE("head dim " + std::to_string(d) + " " + name_of(dtype));
+      Shape shape;
+      shape.dim_k = d;
+      shape.dim_v = d == 33 ? 20 : d;
+      shape.group = 3;
+      shape.dtype = dtype;
+      shape.lambda = false;
+      shape.seed = seed++;
+      const Scene s(shape, {Held{5, 0, 70, 0}});
+      const Call call(s, 9);
+      check(s, call);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST_F(Attend, LongPrefillOverExactRows) {
+  Shape shape;
+  shape.kv_heads = 1;
+  shape.group = 3;
+  shape.dim_k = shape.dim_v = 64;
+  shape.seed = 5000;
+  const Scene s(shape, {Held{0, 0, 300, 0}});
+  Call call(s, 300);
+  check(s, call);
+  call.windows({40});
+  check(s, call);
+}
+
+TEST_F(Attend, ChunksOverPages) {
+  std::uint64_t seed = 5100;
+  for (int queries : {2, 5, 64}) {
+    for (int group : {1, 6, 7}) {
+      SCOPED_TRACE(std::to_string(queries) + " queries, group " + std::to_string(group));
+      Shape shape;
+      shape.kv_heads = 1;
+      shape.group = group;
+      shape.dim_k = shape.dim_v = 64;
+      shape.seed = seed++;
+      const Scene s(shape, {Held{4, 128, 40, 0}});  // 64 queries begin inside the pages
+      Call call(s, queries);
+      check(s, call);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+class Masks : public Attend {
+ protected:
+  static constexpr int kQueries = 6;
+  Masks() {
+    shape_.group = 3;
+    shape_.dim_k = shape_.dim_v = 64;
+    shape_.seed = 6000;
+    scene_ = std::make_unique<Scene>(shape_, std::vector<Held>{Held{4, 128, 30, 0}, Held{3, 190, 9, 0}, Held{0, 0, 40, 0}});
+  }
+  Shape shape_;
+  std::unique_ptr<Scene> scene_;
+};
+
+TEST_F(Masks, None) {
+  Call call(*scene_, kQueries);
+  call.args.mask.causal = false;
+  check(*scene_, call);
+}
+TEST_F(Masks, Causal) { check(*scene_, Call(*scene_, kQueries)); }
+TEST_F(Masks, Start) {
+  Call call(*scene_, kQueries);
+  call.starts({70, 1, 33});
+  check(*scene_, call);
+  call.args.mask.offset = 2;
+  check(*scene_, call);
+}
+TEST_F(Masks, Window) {
+  for (std::int32_t w : {1, 20, 64, 100}) {
+    Call call(*scene_, kQueries);
+    call.windows({w, 2 * w, 0});
+    check(*scene_, call);
+    call.args.mask.causal = false;
+    check(*scene_, call);
+  }
+}
+TEST_F(Masks, General) {
+  for (bool per_head : {false, true}) {
+    for (bool per_query : {false, true}) {
+      for (int kind = 0; kind < 4; ++kind) {
+        SCOPED_TRACE(kind);
+        Call call(*scene_, kQueries);
+        call.general(kind == 0 ? Mask::General::boolean : Mask::General::additive, static_cast<DType>(kind == 0 ? 0 : kind - 1), 202,
+                     per_head, per_query);
+        check(*scene_, call);
+        call.args.mask.causal = false;
+        call.args.mask.columns = 150;  // what lies beyond is hidden
+        call.args.mask.offset = 5;
+        check(*scene_, call);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+TEST_F(Masks, AllTogetherWithSoftcapAndSinks) {
+  for (Mask::General kind : {Mask::General::none, Mask::General::boolean, Mask::General::additive}) {
+    Call call(*scene_, kQueries, DType::f16, 4.0);
+    call.args.softcap = 5.0f;
+    call.args.scale = 0.2f;
+    call.with_sinks();
+    call.starts({6, 0, 3});
+    call.windows({130, 90, 20});
+    if (kind != Mask::General::none) call.general(kind, DType::bf16, 202, true, true);
+    check(*scene_, call);
+  }
+}
+
+TEST_F(Attend, SoftcapAndSinks) {
+  Shape shape;
+  shape.seed = 7000;
+  shape.group = 4;
+  const Scene s(shape, {Held{4, 128, 70, 0}});
+  Call call(s, 1, DType::f32, 3.0);
+  call.with_sinks();
+  check(s, call);
+  call.args.softcap = 30.0f;
+  check(s, call);
+  call.args.sinks = nullptr;
+  check(s, call);
+  // A sink far above every score takes everything; no overflow on the way.
+  call.sinks.assign(call.sinks.size(), 500.0f);
+  call.args.sinks = call.sinks.data();
+  check(s, call);
+}
+
+TEST_F(Attend, LargeMeansAndPeakedScores) {
+  Shape shape;
+  shape.seed = 8000;
+  shape.group = 2;
+  shape.bias = 100;
+  const Scene biased(shape, {Held{4, 512, 70, 0}});
+  check(biased, Call(biased, 1));
+  shape.bias = 0;
+  const Scene peaked(shape, {Held{4, 512, 70, 0}});
+  check(peaked, Call(peaked, 1, DType::f32, 30.0));
+}
+
+TEST_F(Attend, RaggedBatchInTheMiddleOfASequence) {
+  Shape shape;
+  shape.seed = 9000;
+  shape.group = 7;
+  shape.kv_heads = 2;
+  shape.dim_k = shape.dim_v = 64;
+  const Scene s(shape, {Held{4, 1024, 64, 0}, Held{1, 0, 0, 0}, Held{0, 64, 3, 17}, Held{4, 640, 127, 1000}});
+  check(s, Call(s, 1));
+}
+
+// What an fp16 cache of the same tokens would be asked for: far inside the one part in a thousand.
+TEST_F(Attend, RelativeErrorOfARow) {
+  Shape shape;
+  shape.seed = 9100;
+  shape.group = 4;
+  const Scene s(shape, {Held::of(1000)});
+  const Call call(s, 1);
+  const std::vector<reference::DenseTokens> dense = s.dense();
+  const std::vector<std::int64_t> position{s.length(0) - 1};
+  const reference::Attention expected = reference::attend(call.args, 2, 128, dense, position);
+  every_isa([&] {
+    Status status;
+    const std::vector<double> out = run(s, call, &status);
+    ASSERT_TRUE(status.ok());
+    for (std::size_t row = 0; row < out.size(); row += 128) {
+      double largest = 0, error = 0;
+      for (std::size_t c = row; c < row + 128; ++c) {
+        largest = std::max(largest, std::abs(expected.out[c]));
+        error = std::max(error, std::abs(out[c] - expected.out[c]));
+      }
+      EXPECT_LE(error, 1e-3 * largest) << "row " << row / 128;
+    }
+  });
+}
+
+TEST_F(Attend, FullyMaskedRowsAreZero) {
+  Shape shape;
+  shape.seed = 10000;
+  shape.dim_k = shape.dim_v = 64;
+  const Scene s(shape, {Held{2, 64, 5, 0}, Held{0, 64, 5, 0}});
+  Call call(s, 3);
+  call.with_sinks();
+  call.starts({100, 68});  // sequence 0 sees nothing; of sequence 1 the last query sees one token
+  check(s, call);
+  every_isa([&] {
+    Status status;
+    const std::vector<double> out = run(s, call, &status);
+    ASSERT_TRUE(status.ok());
+    const std::size_t rows = static_cast<std::size_t>(call.args.q.shape[1]) * 3;
+    for (std::size_t i = 0; i < rows * 64; ++i) ASSERT_EQ(out[i], 0.0);
+  });
+}
+
+TEST_F(Attend, NonFiniteQueries) {
+  for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    for (double bad : {static_cast<double>(NAN), kInfinity, -kInfinity}) {
+      Shape shape;
+      shape.seed = 11000;
+      shape.dim_k = shape.dim_v = 64;
+      const Scene s(shape, {Held{2, 64, 5, 0}, Held{0, 64, 5, 0}});
+      Call call(s, 2, dtype);
+      call.starts({100, 0});
+      for (std::int64_t t = 0; t < 2; ++t) call.set_query(0, 1, t, 13, bad);
+      const Call clean(s, 2, dtype);
+      every_isa([&] {
+        Status status;
+        const std::vector<double> out = run(s, call, &status);  // sees nothing, reaches nothing
+        ASSERT_TRUE(status.ok()) << status.message();
+        for (double x : out) ASSERT_TRUE(std::isfinite(x));
+        const std::vector<std::int32_t> starts = {67, 0};
+        Call seeing(s, 2, dtype);
+        seeing.starts(starts);
+        seeing.set_query(0, 1, 1, 13, bad);
+        run(s, seeing, &status);
+        EXPECT_EQ(status.code(), StatusCode::non_finite);
+      });
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// Finite queries whose scores overflow are told apart from answers.
+TEST_F(Attend, OverflowingScoresAreRefused) {
+  Shape shape;
+  shape.seed = 11500;
+  shape.dim_k = shape.dim_v = 64;
+  const Scene s(shape, {Held{2, 64, 5, 0}});
+  const Call call(s, 1, DType::f32, 1e38);
+  every_isa([&] {
+    Status status;
+    run(s, call, &status);
+    EXPECT_EQ(status.code(), StatusCode::non_finite);
+  });
+}
+
+class Partial : public Attend {
+ protected:
+  struct State {
+    std::vector<float> o, m, l;
+    State(std::int64_t rows, int dim)
+        : o(static_cast<std::size_t>(rows * dim)), m(static_cast<std::size_t>(rows)), l(static_cast<std::size_t>(rows)) {}
+    PartialState view() { return {o.data(), m.data(), l.data()}; }
+  };
+};
+
+TEST_F(Partial, PartsMergeToTheWhole) {
+  Shape shape;
+  shape.seed = 12000;
+  shape.group = 3;
+  shape.dim_k = 128;
+  shape.dim_v = 64;
+  const Scene s(shape, {Held{4, 256, 70, 0}, Held{4, 64, 80, 0}});
+  Call call(s, 3);
+  call.with_sinks();
+  call.starts({0, 200});  // sequence 1: nothing is visible
+  const std::int64_t heads = call.args.q.shape[1], rows = 2 * heads * 3;
+  const std::vector<reference::DenseTokens> dense = s.dense();
+  const std::vector<std::int64_t> position{s.length(0) - 3, s.length(1) - 3};
+  const reference::Attention expected = reference::attend(call.args, 2, 64, dense, position);
+  const std::vector<double> bound = bounds(s, call, dense, expected);
+  every_isa([&] {
+    State whole(rows, 64), merged(rows, 64), part(rows, 64);
+    std::fill(merged.m.begin(), merged.m.end(), -std::numeric_limits<float>::infinity());
+    const std::vector<SequenceView> views = s.views(3);
+    AttendJob job = s.job(call.args, views);
+    job.partial = whole.view();
+    ASSERT_TRUE(find_backend("cpu")->attend(job).ok());
+    for (int i = 0; i < 3; ++i) {  // sinks, pages, window: each alone
+      std::vector<SequenceView> only = views;
+      for (SequenceView& v : only) {
+        if (i != 0) v.exact[0].count = 0;
+        if (i != 1) v.page_count = 0;
+        if (i != 2) v.exact[1].count = 0;
+      }
+      AttendJob piece = s.job(call.args, only);
+      piece.partial = part.view();
+      ASSERT_TRUE(find_backend("cpu")->attend(piece).ok());
+      merge(merged.view(), part.view(), rows, 64);
+    }
+    for (State* state : {&whole, &merged}) {
+      for (std::size_t r = 0; r < static_cast<std::size_t>(rows); ++r) {
+        if (expected.l[r] == 0) {
+          EXPECT_EQ(state->l[r], 0.0f);
+          EXPECT_EQ(state->m[r], -std::numeric_limits<float>::infinity());
+          continue;
+        }
+        // m is the largest score to within the rounding of q', and l exp(m) the sum of exponentials.
+        EXPECT_NEAR(state->m[r], expected.m[r], 1e-3);
+        EXPECT_NEAR(state->m[r] + std::log(state->l[r]), expected.m[r] + std::log(expected.l[r]), 1e-3);
+      }
+      std::vector<float> out(static_cast<std::size_t>(rows) * 64);
+      MutableTensorView view;
+      view.data = out.data();
+      view.shape = {2, heads, 3, 64};
+      view.stride = {heads * 3 * 64, 3 * 64, 64, 1};
+      finish(state->view(), call.args.sinks, view);
+      for (std::size_t i = 0; i < out.size(); ++i)
+        ASSERT_NEAR(out[i], expected.out[i], bound[i] + 8 * kUlp * std::abs(expected.out[i])) << i;
+    }
+  });
+}
+
+TEST_F(Partial, EmptyStateIsNeutral) {
+  State a(2, 3), empty(2, 3);
+  a.o = {1, 2, 3, 4, 5, 6};
+  a.m = {0.5f, -100.0f};
+  a.l = {2, 3};
+  const State before = a;
+  std::fill(empty.m.begin(), empty.m.end(), -std::numeric_limits<float>::infinity());
+  std::fill(empty.o.begin(), empty.o.end(), std::numeric_limits<float>::quiet_NaN());
+  merge(a.view(), empty.view(), 2, 3);
+  EXPECT_EQ(a.o, before.o);
+  EXPECT_EQ(a.m, before.m);
+  EXPECT_EQ(a.l, before.l);
+  merge(empty.view(), a.view(), 2, 3);
+  EXPECT_EQ(empty.o, before.o);
+  EXPECT_EQ(empty.m, before.m);
+  EXPECT_EQ(empty.l, before.l);
+}
+
+TEST(CpuBackend, RefusesWithAReason) {
+  Shape shape;
+  const Scene s(shape, {Held{1, 0, 0, 0}});
+  PageSpec spec = s.spec();
+  EXPECT_TRUE(find_backend("cpu")->supports(spec).ok());
+  spec.key.dim = 33;
+  Status status = find_backend("cpu")->supports(spec);
+  EXPECT_EQ(status.code(), StatusCode::unsupported);
+  EXPECT_NE(status.message().find("head_dim_k"), std::string::npos);
+  spec = s.spec();
+  spec.value.dim = 514;
+  status = find_backend("cpu")->supports(spec);
+  EXPECT_NE(status.message().find("head_dim_v"), std::string::npos);
+  spec = s.spec();
+  spec.key.group = 8;
+  spec.key.groups = 16;
+  EXPECT_EQ(find_backend("cpu")->supports(spec).code(), StatusCode::unsupported);
+}
+
+}  // namespace
+}  // namespace kv4

@@ -1,0 +1,120 @@
+// Dispatch: every instruction set that is compiled in and supported can be forced, and the forced
+// one is what runs.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "../cases.h"
+#include "cpu/isa.h"
+#include "kv4/cpu.h"
+
+namespace kv4 {
+namespace {
+
+class Isa : public ::testing::Test {
+ protected:
+  void SetUp() override { before_ = cpu::active_isa(); }
+  void TearDown() override { EXPECT_TRUE(cpu::force_isa(before_).ok()); }
+  std::string before_;
+};
+
+TEST_F(Isa, PortableIsAlwaysThere) {
+  const std::vector<std::string> names = cpu::compiled_isas();
+  ASSERT_FALSE(names.empty());
+  EXPECT_EQ(names.back(), "portable");
+  EXPECT_TRUE(cpu::supported("portable"));
+  EXPECT_EQ(std::set<std::string>(names.begin(), names.end()).size(), names.size());
+}
+
+// No table shares a kernel with another: a name that is forced cannot run another's code.
+TEST_F(Isa, EveryKernelIsItsOwn) {
+  std::set<void*> addresses;
+  std::size_t functions = 0;
+  for (const std::string& name : cpu::compiled_isas()) {
+    const cpu::Kernels* k = cpu::find(name.c_str());
+    ASSERT_NE(k, nullptr) << name;
+    EXPECT_EQ(k->name, name);
+    for (void* p : {reinterpret_cast<void*>(k->seal), reinterpret_cast<void*>(k->dequantise),
+                    reinterpret_cast<void*>(k->rotate), reinterpret_cast<void*>(k->rotate_dual),
+                    reinterpret_cast<void*>(k->unrotate), reinterpret_cast<void*>(k->attend_pages),
+                    reinterpret_cast<void*>(k->attend_exact)}) {
+      EXPECT_NE(p, nullptr) << name;
+      addresses.insert(p);
+      ++functions;
+    }
+  }
+  EXPECT_EQ(addresses.size(), functions);
+}
+
+TEST_F(Isa, TheForcedOneRuns) {
+  std::shared_ptr<const Rotation> r;
+  ASSERT_TRUE(Rotation::srft(64, 1, &r).ok());
+  const std::vector<float> x = cases::normal_rows(3, 64, 1);
+  int forced = 0;
+  for (const std::string& name : cpu::compiled_isas()) {
+    if (!cpu::supported(name)) continue;
+    ASSERT_TRUE(cpu::force_isa(name).ok());
+    EXPECT_EQ(cpu::active_isa(), name);
+    EXPECT_EQ(&cpu::active(), cpu::find(name.c_str()));
+    const cpu::Kernels& k = cpu::active();
+    // Its instructions execute here: an unsupported set would trap.
+    std::vector<float> y(x.size()), back(x.size());
+    std::vector<std::byte> memory(k.rotate_scratch(64) + 64);
+    void* scratch = memory.data() + (64 - reinterpret_cast<std::size_t>(memory.data()) % 64) % 64;
+    k.rotate(*r, x.data(), y.data(), 3, scratch);
+    k.unrotate(*r, y.data(), back.data(), 3, scratch);
+    EXPECT_NE(y, x);
+    for (std::size_t i = 0; i < x.size(); ++i) EXPECT_NEAR(back[i], x[i], 1e-4);
+    ++forced;
+  }
+  EXPECT_GE(forced, 1);
+}
+
+TEST_F(Isa, EmptyNameReturnsToTheBest) {
+  ASSERT_TRUE(cpu::force_isa("portable").ok());
+  ASSERT_TRUE(cpu::force_isa("").ok());
+  std::string best;
+  for (const std::string& name : cpu::compiled_isas())
+    if (best.empty() && cpu::supported(name)) best = name;
+  EXPECT_EQ(cpu::active_isa(), best);
+}
+
+TEST_F(Isa, UnknownAndUnsupportedNamesAreRefused) {
+  ASSERT_TRUE(cpu::force_isa("portable").ok());
+  std::vector<std::string> refused = {"avx1024", "AVX2", " portable", "portable "};
+  for (const std::string& name : cpu::compiled_isas())
+    if (!cpu::supported(name)) refused.push_back(name);
+  for (const std::string& name : refused) {
+    EXPECT_FALSE(cpu::supported(name));
+    const Status status = cpu::force_isa(name);
+    EXPECT_EQ(status.code(), StatusCode::unsupported);
+    EXPECT_EQ(status.message().rfind("isa: expected one of ", 0), 0u) << status.message();
+    EXPECT_NE(status.message().find("portable"), std::string::npos) << status.message();
+    EXPECT_NE(status.message().find("got " + name), std::string::npos) << status.message();
+    EXPECT_EQ(cpu::active_isa(), "portable");
+  }
+  EXPECT_EQ(cpu::find("avx1024"), nullptr);
+}
+
+// The environment is read once, at first use: each case needs a process of its own.
+void expect_with_environment(const char* value, const std::string& expected) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  setenv("KV4_CPU_ISA", value, 1);
+  EXPECT_EXIT(std::exit(cpu::active_isa() == expected ? 0 : 1), ::testing::ExitedWithCode(0), "") << value;
+  unsetenv("KV4_CPU_ISA");
+}
+
+TEST(IsaDeathTest, EnvironmentForcesPortable) { expect_with_environment("portable", "portable"); }
+
+TEST(IsaDeathTest, EnvironmentWithUnknownNameIsIgnored) {
+  std::string best;
+  for (const std::string& name : cpu::compiled_isas())
+    if (best.empty() && cpu::supported(name)) best = name;
+  expect_with_environment("avx1024", best);
+}
+
+}  // namespace
+}  // namespace kv4

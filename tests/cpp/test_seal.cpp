@@ -1,0 +1,561 @@
+// Sealing and dequantising of every instruction set against the float64 definition.
+//
+// The rule of equality (docs/format.md): codes are relative to the mean that the page stores; a code
+// equals the reference unless the reference value lies within 1e-4 of a step from a decision boundary,
+// then it is one level off at most; scales and means lie within one fp16 ulp, a scale being that of the
+// codes the kernel chose.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <ostream>
+#include <utility>
+#include <vector>
+
+#include "cases.h"
+#include "cpu/isa.h"
+#include "cpu/layout.h"
+#include "cpu/order.h"
+#include "format/convert.h"
+#include "guard.h"
+#include "kv4/cpu.h"
+#include "reference/seal.h"
+
+namespace kv4 {
+namespace {
+
+constexpr double kBoundary = 1e-4;  // of a step
+
+using tests::Guarded;
+
+std::vector<const cpu::Kernels*> runnable() {
+  std::vector<const cpu::Kernels*> all;
+  for (const std::string& name : cpu::compiled_isas())
+    if (cpu::supported(name)) all.push_back(cpu::find(name.c_str()));
+  return all;
+}
+
+// One rotation per kind and d: a dense one takes d^3 steps to invert.
+std::shared_ptr<const Rotation> make_rotation(RotationKind kind, int d) {
+  static std::map<std::pair<RotationKind, int>, std::shared_ptr<const Rotation>> made;
+  std::shared_ptr<const Rotation>& r = made[{kind, d}];
+  if (r != nullptr) return r;
+  const std::uint64_t seed = 0x6b7634 + static_cast<std::uint64_t>(d);
+  Status s;
+  switch (kind) {
+    case RotationKind::identity: s = Rotation::identity(d, &r); break;
+    case RotationKind::srft: s = Rotation::srft(d, seed, &r); break;
+    case RotationKind::srht: s = Rotation::srht(d, seed, &r); break;
+    case RotationKind::householder: s = Rotation::householder(d, d / 2, seed, &r); break;
+    case RotationKind::dense: {
+      std::vector<float> m = cases::normal_rows(d, d, seed, 0.3 / std::sqrt(d));
+      for (int i = 0; i < d; ++i) m[static_cast<std::size_t>(i) * d + i] += 1;
+      s = Rotation::dense(d, m, &r);
+      break;
+    }
+  }
+  EXPECT_TRUE(s.ok()) << s.message();
+  return r;
+}
+
+struct Side {
+  int dim = 128;
+  RotationKind rotation = RotationKind::srft;
+  int group = 0;
+  LevelKind levels = LevelKind::lloyd_max;
+  ScaleRule scale = ScaleRule::least_squares;
+  bool mean = false;
+  bool lambda = false;
+};
+std::ostream& operator<<(std::ostream& o, const Side& s) {
+  return o << "d " << s.dim << " rotation " << int(s.rotation) << " group " << s.group << " levels " << int(s.levels)
+           << " scale " << int(s.scale) << " mean " << s.mean << " lambda " << s.lambda;
+}
+
+SideSpec make_side(const Side& s) {
+  SideSpec spec;
+  spec.dim = s.dim;
+  spec.group = s.group == 0 ? s.dim : s.group;
+  spec.groups = s.dim / spec.group;
+  spec.rotation = make_rotation(s.rotation, s.dim);
+  spec.levels = levels(s.levels);
+  spec.scale = s.scale;
+  spec.mean = s.mean;
+  return spec;
+}
+
+PageSpec make_page(const Side& key, const Side& value) {
+  PageSpec p;
+  p.key = make_side(key);
+  p.value = make_side(value);
+  p.layout = kv4_make_page_layout(key.dim, value.dim, p.key.groups, p.value.groups, key.mean,
+                                  cpu::pad_channels(key.dim), cpu::pad_channels(value.dim));
+  return p;
+}
+
+std::vector<float> make_lambda(int d, std::uint64_t seed) {
+  cases::Random random(seed);
+  std::vector<float> lambda(d);
+  for (float& l : lambda) l = static_cast<float>(std::pow(10.0, random.uniform() - 0.5));
+  return lambda;
+}
+
+// Rows of a dtype with a gap between them, everything outside the rows and in masked ones NaN.
+struct Rows {
+  int dim;
+  DType dtype;
+  std::int64_t stride;
+  std::vector<float> f32;
+  std::vector<std::uint16_t> f16;
+  std::vector<double> exact;  // [tokens, dim], what the dtype holds
+
+  Rows(const std::vector<float>& x, int tokens, int d, DType type, const std::uint8_t* skip)
+      : dim(d), dtype(type), stride(d + 6) {
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    f32.assign(static_cast<std::size_t>(tokens) * stride, nan);
+    f16.assign(f32.size(), 0x7fff);  // NaN as fp16 and as bf16
+    exact.assign(static_cast<std::size_t>(tokens) * d, nan);
+    for (int j = 0; j < tokens; ++j) {
+      if (skip != nullptr && skip[j] != 0) continue;
+      for (int c = 0; c < d; ++c) {
+        const float v = x[static_cast<std::size_t>(j) * d + c];
+        const std::size_t at = j * stride + c;
+        f32[at] = v;
+        f16[at] = type == DType::bf16 ? f32_to_bf16(v) : f32_to_f16(v);
+        exact[static_cast<std::size_t>(j) * d + c] =
+            type == DType::f32 ? v : type == DType::f16 ? f16_to_f32(f16[at]) : bf16_to_f32(f16[at]);
+      }
+    }
+  }
+  const void* row(int j) const {
+    return dtype == DType::f32 ? static_cast<const void*>(f32.data() + j * stride) : f16.data() + j * stride;
+  }
+};
+
+void run_seal(const cpu::Kernels& kernels, const PageSpec& spec, const SealJob& job) {
+  Guarded scratch(kernels.seal_scratch(spec));
+  kernels.seal(spec, job, scratch.data());
+  EXPECT_TRUE(scratch.intact());
+}
+
+struct Codes {
+  std::vector<std::uint8_t> key, value;  // one per byte [64, dim]
+};
+Codes read_codes(const PageSpec& spec, const std::uint8_t* slice) {
+  std::vector<std::uint8_t> k(32 * spec.key.dim), v(32 * spec.value.dim);
+  cpu::codes_to_canonical(spec, slice, k.data(), v.data());
+  return {reference::from_canonical(k.data(), kPageTokens, spec.key.dim),
+          reference::from_canonical(v.data(), kPageTokens, spec.value.dim)};
+}
+std::vector<std::uint16_t> read_u16(const std::uint8_t* p, int n) {
+  std::vector<std::uint16_t> x(n);
+  std::memcpy(x.data(), p, 2 * x.size());
+  return x;
+}
+
+// Ordered like the values they stand for.
+int order_of(std::uint16_t half) { return half & 0x8000 ? -(half & 0x7fff) : half; }
+
+void check_padding(const PageSpec& spec, const std::uint8_t* slice) {
+  const int padded = cpu::pad_channels(spec.key.dim);
+  for (int j = 0; j < kPageTokens; ++j) {
+    for (int c = spec.key.dim; c < padded; ++c) {
+      const cpu::Nibble at = cpu::key_nibble(j, c, padded);
+      ASSERT_EQ(slice[spec.layout.k_codes + at.byte] >> at.shift & 15, 0);
+    }
+    for (int c = spec.value.dim; c < cpu::pad_channels(spec.value.dim); ++c) {
+      const cpu::Nibble at = cpu::value_nibble(j, c);
+      ASSERT_EQ(slice[spec.layout.v_codes + at.byte] >> at.shift & 15, 0);
+    }
+  }
+}
+
+void check_side(const SideSpec& spec, const Rows& rows, const std::uint8_t* skip, const std::vector<double>& lambda,
+                const std::vector<std::uint8_t>& codes, const std::vector<std::uint16_t>& scales,
+                const std::vector<std::uint16_t>& mean) {
+  const double* weights = lambda.empty() ? nullptr : lambda.data();
+  const reference::Sealed r =
+      reference::seal(spec, rows.exact.data(), kPageTokens, skip, weights, mean.empty() ? nullptr : mean.data());
+  for (std::size_t c = 0; c < mean.size(); ++c)
+    ASSERT_LE(std::abs(order_of(mean[c]) - order_of(f32_to_f16(static_cast<float>(r.mean_f64[c])))), 1) << c;
+  for (int j = 0; j < kPageTokens; ++j) {
+    for (int g = 0; g < spec.groups; ++g) {
+      const std::size_t first = static_cast<std::size_t>(j) * spec.dim + static_cast<std::size_t>(g) * spec.group;
+      for (std::size_t i = first; i < first + spec.group; ++i) {
+        const int off = std::abs(codes[i] - r.codes[i]);
+        ASSERT_TRUE(off == 0 || (off == 1 && r.margin[i] < kBoundary))
+            << "token " << j << " channel " << i % spec.dim << ": code " << int(codes[i]) << ", reference "
+            << int(r.codes[i]) << ", " << r.margin[i] << " steps from a boundary";
+      }
+      const std::size_t s = static_cast<std::size_t>(g) * kPageTokens + j;
+      double scale = r.step[s];
+      if (scale > 0 && spec.scale == ScaleRule::least_squares)
+        scale = reference::least_squares_scale(spec.levels, r.x.data() + first, codes.data() + first, spec.group);
+      ASSERT_LE(std::abs(scales[s] - f32_to_f16(static_cast<float>(scale))), 1) << "token " << j << " group " << g;
+    }
+  }
+}
+
+struct Case {
+  Side key, value;
+  DType dtype = DType::f32;
+  double bias = 20, sigma = 0;  // sigma > 0: every channel of the keys bias +- sigma
+  bool masked = false;
+};
+std::ostream& operator<<(std::ostream& o, const Case& c) {
+  return o << "key " << c.key << "; value " << c.value << "; " << name_of(c.dtype) << " bias " << c.bias << " sigma "
+           << c.sigma << " masked " << c.masked;
+}
+
+struct Inputs {
+  PageSpec spec;
+  std::vector<std::uint8_t> skip;
+  std::vector<float> lambda_k, lambda_v;
+  std::vector<float> raw_k, raw_v;
+  std::unique_ptr<Rows> k, v;
+
+  explicit Inputs(const Case& c) : spec(make_page(c.key, c.value)), skip(kPageTokens, 0) {
+    if (c.masked) {
+      cases::Random random(7);
+      for (auto& s : skip) s = random.below(3) == 0;
+      skip[0] = 1;
+    }
+    if (c.key.lambda) lambda_k = make_lambda(c.key.dim, 11);
+    if (c.value.lambda) lambda_v = make_lambda(c.value.dim, 13);
+    raw_k = c.sigma > 0 ? cases::normal_rows(kPageTokens, c.key.dim, 3, c.sigma)
+                        : cases::key_rows(kPageTokens, c.key.dim, 3, c.bias);
+    if (c.sigma > 0)
+      for (float& x : raw_k) x += static_cast<float>(c.bias);
+    raw_v = cases::normal_rows(kPageTokens, c.value.dim, 5);
+    std::fill_n(raw_v.begin() + static_cast<std::ptrdiff_t>(9) * c.value.dim, c.value.dim, 0.0f);  // a row of zeros
+    k = std::make_unique<Rows>(raw_k, kPageTokens, c.key.dim, c.dtype, skip.data());
+    v = std::make_unique<Rows>(raw_v, kPageTokens, c.value.dim, c.dtype, skip.data());
+  }
+  SealJob job(std::uint8_t* slice, int first = 0, int count = kPageTokens) const {
+    SealJob j;
+    j.k = k->row(first);
+    j.v = v->row(first);
+    j.dtype = k->dtype;
+    j.k_stride = k->stride;
+    j.v_stride = v->stride;
+    j.skip = skip.data() + first;
+    j.lambda_k = lambda_k.empty() ? nullptr : lambda_k.data();
+    j.lambda_v = lambda_v.empty() ? nullptr : lambda_v.data();
+    j.slice = slice;
+    j.first = first;
+    j.count = count;
+    return j;
+  }
+  std::vector<std::uint16_t> mean(const std::uint8_t* slice) const {
+    return spec.key.mean ? read_u16(slice + spec.layout.k_mean, spec.key.dim) : std::vector<std::uint16_t>{};
+  }
+};
+
+void check_case(const Case& c) {
+  const Inputs in(c);
+  for (const cpu::Kernels* kernels : runnable()) {
+    SCOPED_TRACE(testing::Message() << kernels->name << ": " << c);
+    Guarded slice(in.spec.layout.head_bytes);
+    run_seal(*kernels, in.spec, in.job(slice.data()));
+    ASSERT_TRUE(slice.intact());
+    const Codes codes = read_codes(in.spec, slice.data());
+    const kv4_page_layout& at = in.spec.layout;
+    check_padding(in.spec, slice.data());
+    check_side(in.spec.key, *in.k, in.skip.data(), {in.lambda_k.begin(), in.lambda_k.end()}, codes.key,
+               read_u16(slice.data() + at.k_scales, in.spec.key.groups * kPageTokens), in.mean(slice.data()));
+    check_side(in.spec.value, *in.v, in.skip.data(), {in.lambda_v.begin(), in.lambda_v.end()}, codes.value,
+               read_u16(slice.data() + at.v_scales, in.spec.value.groups * kPageTokens), {});
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
+constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
+constexpr RotationKind kRotations[] = {RotationKind::identity, RotationKind::srft, RotationKind::srht,
+                                       RotationKind::householder, RotationKind::dense};
+
+TEST(Seal, MatchesReference) {
+  int n = 0;
+  for (int d : {32, 34, 46, 64, 80, 96, 128, 256, 512}) {
+    for (RotationKind rotation : kRotations) {
+      for (int repeat = 0; repeat < (d == 512 ? 1 : 4); ++repeat, ++n) {
+        Case c;
+        const int groups[] = {0, 32, 64, 128};
+        const auto group = [&](int g) { return d % (g == 0 ? d : g) == 0 ? g : 0; };
+        c.key = {d, rotation, group(groups[repeat]), n % 3 == 0 ? LevelKind::uniform : LevelKind::lloyd_max,
+                 n % 5 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares, repeat != 1, repeat % 2 == 0};
+        c.value = {d == 34 ? 80 : d, rotation, d == 34 ? 0 : group(groups[3 - repeat]),
+                   n % 4 == 1 ? LevelKind::uniform : LevelKind::lloyd_max,
+                   n % 7 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares, false, repeat == 3};
+        c.dtype = kDTypes[(n + n / 4) % 3];
+        c.masked = n % 3 == 1;
+        c.bias = n % 2 == 0 ? 20 : 350;
+        check_case(c);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+// A common bias far above the spread costs no accuracy: what is left after the mean keeps its own.
+TEST(Seal, LargeKeyBias) {
+  for (int d : cases::kHeadDims) {
+    for (double sigma : {0.01, 0.1, 1.0, 10.0}) {
+      for (DType dtype : kDTypes) {
+        Case c;
+        c.key = {d, d == 96 ? RotationKind::householder : d == 80 ? RotationKind::srht : RotationKind::srft, 0,
+                 LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
+        c.value.dim = d;
+        c.dtype = dtype;
+        c.bias = 350;
+        c.sigma = sigma;
+        check_case(c);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST(Seal, MaskedRowsReachNothing) {
+  for (int d : {46, 128}) {
+    Case c;
+    c.key = {d, RotationKind::srft, 0, LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
+    c.value.dim = d;
+    for (DType dtype : kDTypes) {
+      c.dtype = dtype;
+      c.masked = true;
+      const Inputs in(c);
+      for (const cpu::Kernels* kernels : runnable()) {
+        SCOPED_TRACE(kernels->name);
+        Guarded a(in.spec.layout.head_bytes), b(in.spec.layout.head_bytes);
+        run_seal(*kernels, in.spec, in.job(a.data()));
+        // The same page, the masked rows being numbers instead of NaN.
+        const Rows k(in.raw_k, kPageTokens, d, dtype, nullptr), v(in.raw_v, kPageTokens, d, dtype, nullptr);
+        SealJob job = in.job(b.data());
+        job.k = k.row(0);
+        job.v = v.row(0);
+        run_seal(*kernels, in.spec, job);
+        EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size()), 0);
+        const Codes codes = read_codes(in.spec, a.data());
+        for (int j = 0; j < kPageTokens; ++j) {
+          if (in.skip[j] == 0) continue;
+          EXPECT_EQ(read_u16(a.data() + in.spec.layout.k_scales + 2 * j, 1)[0], 0);
+          EXPECT_EQ(read_u16(a.data() + in.spec.layout.v_scales + 2 * j, 1)[0], 0);
+          for (int i = 0; i < d; ++i) ASSERT_TRUE(codes.key[j * d + i] == 8 && codes.value[j * d + i] == 8);
+        }
+        // Nothing but masked rows: mean, scales and codes of zero.
+        SealJob none = in.job(a.data());
+        const std::vector<std::uint8_t> all(kPageTokens, 1);
+        none.skip = all.data();
+        run_seal(*kernels, in.spec, none);
+        for (std::uint16_t m : in.mean(a.data())) EXPECT_EQ(m & 0x7fff, 0);
+      }
+    }
+  }
+}
+
+// Tokens that arrive one by one or in pieces make the same bytes as a whole page, and change nothing
+// of their neighbours.
+TEST(Seal, PiecesMakeTheWholePage) {
+  for (int d : {34, 80, 128}) {
+    Case c;
+    c.key = {d, RotationKind::srft, d == 128 ? 32 : 0, LevelKind::uniform, ScaleRule::abs_max, false, true};
+    c.value = {d == 34 ? 46 : d, RotationKind::srft, 0, LevelKind::lloyd_max, ScaleRule::least_squares, false, false};
+    c.dtype = d == 80 ? DType::f16 : DType::f32;
+    c.masked = d == 128;
+    const Inputs in(c);
+    for (const cpu::Kernels* kernels : runnable()) {
+      SCOPED_TRACE(testing::Message() << kernels->name << " d " << d);
+      Guarded whole(in.spec.layout.head_bytes);
+      std::memset(whole.data(), 0, whole.size());
+      run_seal(*kernels, in.spec, in.job(whole.data()));
+      const std::vector<std::vector<int>> splits = {
+          {1, 1, 62}, {63, 1}, {5, 20, 39}, {7, 9, 16, 32}, {33, 3, 28}, std::vector<int>(64, 1)};
+      for (const std::vector<int>& split : splits) {
+        Guarded pieces(in.spec.layout.head_bytes);
+        std::memset(pieces.data(), 0, pieces.size());
+        int first = 0;
+        for (int count : split) {
+          run_seal(*kernels, in.spec, in.job(pieces.data(), first, count));
+          first += count;
+        }
+        ASSERT_TRUE(pieces.intact());
+        ASSERT_EQ(std::memcmp(whole.data(), pieces.data(), whole.size()), 0) << "pieces of " << split[0];
+      }
+      for (const auto& [first, count] : {std::pair{0, 1}, {3, 2}, {13, 30}, {40, 24}, {63, 1}}) {
+        Guarded slice(in.spec.layout.head_bytes);  // every nibble 0xa or 0x5
+        const Codes before = read_codes(in.spec, slice.data());
+        run_seal(*kernels, in.spec, in.job(slice.data(), first, count));
+        ASSERT_TRUE(slice.intact());
+        const Codes after = read_codes(in.spec, slice.data()), expected = read_codes(in.spec, whole.data());
+        const auto inside = [&, f = first, n = count](int j) { return j >= f && j < f + n; };
+        for (std::size_t i = 0; i < after.key.size(); ++i)
+          ASSERT_EQ(after.key[i], (inside(static_cast<int>(i) / d) ? expected : before).key[i]) << i;
+        for (std::size_t i = 0; i < after.value.size(); ++i)
+          ASSERT_EQ(after.value[i], (inside(static_cast<int>(i) / c.value.dim) ? expected : before).value[i]) << i;
+        for (int g = 0; g < in.spec.key.groups; ++g) {
+          for (int j = 0; j < kPageTokens; ++j) {
+            const std::size_t at = in.spec.layout.k_scales + 2 * (g * kPageTokens + j);
+            ASSERT_EQ(std::memcmp(slice.data() + at, (inside(j) ? whole.data() + at : Guarded(2).data()), 2), 0);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Magnitudes that fp16 scales cannot hold give scale 0 or the largest one, never NaN.
+TEST(Seal, ExtremeMagnitudes) {
+  for (float factor : {0.0f, 1e-42f, 1e-30f, 1e-12f, 1e7f, 1e20f, 1e30f}) {
+    Case c;
+    c.key = {64, RotationKind::srft, 32, LevelKind::lloyd_max, ScaleRule::least_squares, false, false};
+    c.value = {64, RotationKind::srft, 0, LevelKind::uniform, ScaleRule::abs_max, false, false};
+    Inputs in(c);
+    for (float& x : in.k->f32) x *= factor;
+    for (float& x : in.v->f32) x *= factor;
+    for (const cpu::Kernels* kernels : runnable()) {
+      SCOPED_TRACE(testing::Message() << kernels->name << " factor " << factor);
+      Guarded slice(in.spec.layout.head_bytes);
+      run_seal(*kernels, in.spec, in.job(slice.data()));
+      for (std::uint16_t s : read_u16(slice.data() + in.spec.layout.k_scales, 2 * kPageTokens)) {
+        if (factor < 1e-9f) ASSERT_EQ(s, 0);
+        else if (factor > 1e8f) ASSERT_EQ(s, 0x7bff);
+        else ASSERT_LE(s, 0x7bff);
+      }
+      for (std::uint16_t s : read_u16(slice.data() + in.spec.layout.v_scales, kPageTokens)) ASSERT_LE(s, 0x7bff);
+    }
+  }
+}
+
+struct Dequantised {
+  std::vector<float> k, v;
+};
+Dequantised run_dequantise(const cpu::Kernels& kernels, const Inputs& in, const std::uint8_t* slice, int first,
+                           int count) {
+  const PageSpec& spec = in.spec;
+  Guarded scratch(kernels.dequantise_scratch(spec));
+  Guarded k(4u * count * spec.key.dim), v(4u * count * spec.value.dim);
+  const float* lk = in.lambda_k.empty() ? nullptr : in.lambda_k.data();
+  const float* lv = in.lambda_v.empty() ? nullptr : in.lambda_v.data();
+  float* const kp = reinterpret_cast<float*>(k.data());
+  float* const vp = reinterpret_cast<float*>(v.data());
+  // Keys and values apart, then together: the same rows.
+  kernels.dequantise(spec, slice, lk, lv, first, count, kp, nullptr, scratch.data());
+  kernels.dequantise(spec, slice, lk, lv, first, count, nullptr, vp, scratch.data());
+  Dequantised out{{kp, kp + count * spec.key.dim}, {vp, vp + count * spec.value.dim}};
+  kernels.dequantise(spec, slice, lk, lv, first, count, kp, vp, scratch.data());
+  EXPECT_EQ(std::memcmp(out.k.data(), kp, k.size()), 0);
+  EXPECT_EQ(std::memcmp(out.v.data(), vp, v.size()), 0);
+  EXPECT_TRUE(scratch.intact() && k.intact() && v.intact());
+  return out;
+}
+
+// Against the same codes in float64. The float error of R^-1 x is at most d roundings of numbers no
+// larger than |x| (orthonormal) or sum |R^-1_ci| |x_i| (dense).
+void check_dequantised(const SideSpec& spec, const std::vector<std::uint8_t>& codes,
+                       const std::vector<std::uint16_t>& scales, const std::vector<std::uint16_t>& mean,
+                       const std::vector<double>& lambda, int first, int count, const std::vector<float>& got) {
+  const int d = spec.dim;
+  const std::vector<double> want = reference::dequantise(spec, codes.data(), scales.data(),
+                                                         mean.empty() ? nullptr : mean.data(), kPageTokens,
+                                                         lambda.empty() ? nullptr : lambda.data());
+  const std::vector<double> inverse = spec.rotation->inverse_f64();
+  std::vector<double> x(d);
+  for (int j = first; j < first + count; ++j) {
+    double norm = 0;
+    for (int i = 0; i < d; ++i) {
+      x[i] = f16_to_f32(scales[static_cast<std::size_t>(i / spec.group) * kPageTokens + j]) *
+             double(spec.levels.table[codes[static_cast<std::size_t>(j) * d + i]]);
+      if (!mean.empty()) x[i] += f16_to_f32(mean[i]);
+      norm += x[i] * x[i];
+    }
+    norm = std::sqrt(norm);
+    for (int c = 0; c < d; ++c) {
+      double size = norm;
+      for (int i = 0; i < d; ++i) size += std::abs(inverse[static_cast<std::size_t>(c) * d + i] * x[i]);
+      const double bound = d * 0x1p-24 * size / (lambda.empty() ? 1.0 : lambda[c]);
+      ASSERT_LE(std::abs(got[static_cast<std::size_t>(j - first) * d + c] - want[static_cast<std::size_t>(j) * d + c]),
+                bound)
+          << "token " << j << " channel " << c;
+    }
+  }
+}
+
+// The format's promise, in the basis that was quantised: x lies within half the gap next to its code,
+// plus what lies beyond the outermost level, plus the level's share of the scale's change by the fit.
+void check_error(const SideSpec& spec, const reference::Sealed& r, const std::vector<std::uint8_t>& codes,
+                 const std::vector<std::uint16_t>& scales, const std::vector<std::uint16_t>& mean,
+                 const std::vector<double>& lambda, const std::vector<float>& got) {
+  const int d = spec.dim;
+  const std::vector<double> rotation = spec.rotation->matrix_f64();
+  const int lowest = spec.levels.negative_base == 8 ? 1 : 0;
+  for (int j = 0; j < kPageTokens; ++j) {
+    for (int i = 0; i < d; ++i) {
+      double x = mean.empty() ? 0.0 : -f16_to_f32(mean[i]), size = std::abs(x);
+      for (int c = 0; c < d; ++c) {
+        const double term = rotation[static_cast<std::size_t>(i) * d + c] * (lambda.empty() ? 1.0 : lambda[c]) *
+                            got[static_cast<std::size_t>(j) * d + c];
+        x += term;
+        size += std::abs(term);
+      }
+      const std::size_t s = static_cast<std::size_t>(i / spec.group) * kPageTokens + j;
+      const int code = codes[static_cast<std::size_t>(j) * d + i];
+      const double level = spec.levels.table[code], step = r.step[s];
+      const double exact = r.x[static_cast<std::size_t>(j) * d + i];
+      const double gap = std::max(code < 15 ? spec.levels.table[code + 1] - level : 0.0,
+                                  code > lowest ? level - spec.levels.table[code - 1] : 0.0);
+      const double beyond = std::max(0.0, std::abs(exact) - step * spec.levels.magnitude[7]);
+      const double fit = std::abs(f16_to_f32(scales[s]) - step) * std::abs(level);
+      const double bound = step * gap * (0.5 + kBoundary) + beyond + fit + d * 0x1p-24 * size;
+      ASSERT_LE(std::abs(x - exact), bound) << "token " << j << " channel " << i;
+    }
+  }
+}
+
+TEST(Dequantise, ErrorsStayWithinTheFormat) {
+  int n = 0;
+  for (int d : {34, 46, 64, 80, 96, 128, 256}) {
+    for (RotationKind rotation : kRotations) {
+      ++n;
+      Case c;
+      c.key = {d, rotation, d % 32 == 0 && n % 2 == 0 ? 32 : 0, n % 3 == 0 ? LevelKind::uniform : LevelKind::lloyd_max,
+               n % 4 == 0 ? ScaleRule::abs_max : ScaleRule::least_squares, n % 5 != 0, n % 2 == 1};
+      c.value = {d, rotation, 0, LevelKind::lloyd_max, ScaleRule::least_squares, false, n % 3 == 1};
+      c.dtype = kDTypes[n % 3];
+      const Inputs in(c);
+      const kv4_page_layout& at = in.spec.layout;
+      const std::vector<double> lk(in.lambda_k.begin(), in.lambda_k.end()), lv(in.lambda_v.begin(), in.lambda_v.end());
+      for (const cpu::Kernels* kernels : runnable()) {
+        SCOPED_TRACE(testing::Message() << kernels->name << ": " << c);
+        Guarded slice(at.head_bytes);
+        run_seal(*kernels, in.spec, in.job(slice.data()));
+        const Codes codes = read_codes(in.spec, slice.data());
+        const auto ks = read_u16(slice.data() + at.k_scales, in.spec.key.groups * kPageTokens);
+        const auto vs = read_u16(slice.data() + at.v_scales, in.spec.value.groups * kPageTokens);
+        const auto mean = in.mean(slice.data());
+        const Dequantised all = run_dequantise(*kernels, in, slice.data(), 0, kPageTokens);
+        check_dequantised(in.spec.key, codes.key, ks, mean, lk, 0, kPageTokens, all.k);
+        check_dequantised(in.spec.value, codes.value, vs, {}, lv, 0, kPageTokens, all.v);
+        if (HasFatalFailure()) return;
+        for (const auto& [first, count] : {std::pair{0, 1}, {3, 2}, {13, 30}, {40, 24}, {63, 1}}) {
+          const Dequantised part = run_dequantise(*kernels, in, slice.data(), first, count);
+          EXPECT_TRUE(std::equal(part.k.begin(), part.k.end(), all.k.begin() + first * d));
+          EXPECT_TRUE(std::equal(part.v.begin(), part.v.end(), all.v.begin() + first * d));
+        }
+        const auto rk = reference::seal(in.spec.key, in.k->exact.data(), kPageTokens, nullptr,
+                                        lk.empty() ? nullptr : lk.data(), mean.empty() ? nullptr : mean.data());
+        const auto rv = reference::seal(in.spec.value, in.v->exact.data(), kPageTokens, nullptr,
+                                        lv.empty() ? nullptr : lv.data());
+        check_error(in.spec.key, rk, codes.key, ks, mean, lk, all.k);
+        check_error(in.spec.value, rv, codes.value, vs, {}, lv, all.v);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kv4
