@@ -1,0 +1,223 @@
+// Construction, the public surface and the byte count of a Cache. Its work is done by State.
+#include "kv4/cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+#include <string>
+
+#include "cache/state.h"
+
+namespace kv4 {
+namespace {
+
+std::string shape_text(std::size_t have) { return std::to_string(have) + " values"; }
+
+// Positive finite numbers, one per head and channel, where the recipe asks for them.
+Status check_lambda(const char* name, bool wanted, const std::vector<float>& values, int heads, int dim) {
+  if (!wanted) {
+    if (values.empty()) return {};
+    return invalid_argument(name, "nothing, since the recipe's lambda is not 'given'", shape_text(values.size()));
+  }
+  const std::size_t count = static_cast<std::size_t>(heads) * dim;
+  if (values.size() != count)
+    return invalid_argument(name, std::to_string(heads) + " x " + std::to_string(dim) + " values", shape_text(values.size()));
+  for (std::size_t i = 0; i < count; ++i)
+    if (!(values[i] > 0) || !std::isfinite(values[i]))
+      return invalid_argument(name, "positive finite values", std::to_string(values[i]) + " at index " + std::to_string(i));
+  return {};
+}
+
+Status make_rotation(const SideRecipe& side, int dim, const std::vector<float>& matrix, const char* matrix_name,
+                     std::shared_ptr<const Rotation>* out) {
+  if (side.rotation != RotationKind::dense && !matrix.empty())
+    return invalid_argument(matrix_name, "nothing, since the recipe's rotation is not 'dense'", shape_text(matrix.size()));
+  switch (side.rotation) {
+    case RotationKind::identity: return Rotation::identity(dim, out);
+    case RotationKind::srft: return Rotation::srft(dim, side.seed, out);
+    case RotationKind::srht: return Rotation::srht(dim, side.seed, out);
+    case RotationKind::householder:
+      return Rotation::householder(dim, side.reflectors > 0 ? side.reflectors : dim / 2, side.seed, out);
+    case RotationKind::dense: {
+      const std::size_t count = static_cast<std::size_t>(dim) * dim;
+      if (matrix.size() != count)
+        return invalid_argument(matrix_name, std::to_string(dim) + " x " + std::to_string(dim) + " values", shape_text(matrix.size()));
+      return Rotation::dense(dim, matrix, out);
+    }
+  }
+  return invalid_argument("recipe.rotation", "a known kind", std::to_string(static_cast<int>(side.rotation)));
+}
+
+Status make_side(const SideRecipe& recipe, int dim, const std::vector<float>& matrix, const char* matrix_name, SideSpec* side) {
+  side->dim = dim;
+  side->group = recipe.group > 0 ? recipe.group : dim;
+  side->groups = dim / side->group;
+  side->levels = levels(recipe.levels);
+  side->scale = recipe.scale;
+  side->mean = recipe.mean;
+  return make_rotation(recipe, dim, matrix, matrix_name, &side->rotation);
+}
+
+}  // namespace
+
+Cache::Cache(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Cache::~Cache() = default;
+
+Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {
+  const auto positive = [](const char* name, int value) {
+    return value > 0 ? Status() : invalid_argument(name, "at least 1", std::to_string(value));
+  };
+  KV4_RETURN_IF_ERROR(positive("kv_heads", config.kv_heads));
+  KV4_RETURN_IF_ERROR(positive("head_dim_k", config.head_dim_k));
+  KV4_RETURN_IF_ERROR(positive("head_dim_v", config.head_dim_v));
+  if (config.sliding_window < 0)
+    return invalid_argument("sliding_window", "0 (none) or more", std::to_string(config.sliding_window));
+  if (config.dtype != DType::f32 && config.dtype != DType::f16 && config.dtype != DType::bf16)
+    return invalid_argument("dtype", "float32, float16 or bfloat16", std::to_string(static_cast<int>(config.dtype)));
+  const Recipe& recipe = config.recipe;
+  KV4_RETURN_IF_ERROR(validate(recipe));
+  const bool seals = recipe.seal != SealMode::never;
+  KV4_RETURN_IF_ERROR(check_lambda("lambda_k", seals && recipe.key.lambda == LambdaMode::given, config.lambda_k,
+                                   config.kv_heads, config.head_dim_k));
+  KV4_RETURN_IF_ERROR(check_lambda("lambda_v", seals && recipe.value.lambda == LambdaMode::given, config.lambda_v,
+                                   config.kv_heads, config.head_dim_v));
+
+  auto state = std::make_unique<State>();
+  state->config = config;
+  state->shape = {config.kv_heads, config.head_dim_k, config.head_dim_v, config.dtype};
+  state->backend = find_backend(config.backend);
+  if (state->backend == nullptr) {
+    std::string names;
+    for (const std::string& name : backend_names()) names += (names.empty() ? "" : ", ") + name;
+    return invalid_argument("backend", "one of " + names, config.backend);
+  }
+  if (seals) {
+    KV4_RETURN_IF_ERROR(validate(recipe, config.head_dim_k, config.head_dim_v));
+    PageSpec& spec = state->spec;
+    KV4_RETURN_IF_ERROR(make_side(recipe.key, config.head_dim_k, config.matrix_k, "matrix_k", &spec.key));
+    KV4_RETURN_IF_ERROR(make_side(recipe.value, config.head_dim_v, config.matrix_v, "matrix_v", &spec.value));
+    spec.layout = kv4_make_page_layout(static_cast<std::uint32_t>(config.head_dim_k), static_cast<std::uint32_t>(config.head_dim_v),
+                                       static_cast<std::uint32_t>(spec.key.groups), static_cast<std::uint32_t>(spec.value.groups),
+                                       spec.key.mean, static_cast<std::uint32_t>(state->backend->code_channels(config.head_dim_k)),
+                                       static_cast<std::uint32_t>(state->backend->code_channels(config.head_dim_v)));
+    KV4_RETURN_IF_ERROR(state->backend->supports(spec));
+    state->pool = std::make_shared<PagePool>(*state->backend, static_cast<std::size_t>(spec.layout.head_bytes) * config.kv_heads);
+  }
+  out->reset(new Cache(std::move(state)));
+  return {};
+}
+
+Status Cache::append(const TensorView& k, const TensorView& v) { return state_->append(k, v); }
+Status Cache::attend(const AttendArgs& args, const MutableTensorView& out) {
+  return state_->attend(args, state_->length, &out, nullptr);
+}
+Status Cache::attend_partial(const AttendArgs& args, std::int64_t upto, const PartialState& out) {
+  return state_->attend(args, upto, nullptr, &out);
+}
+Status Cache::seal() { return state_->settle(); }
+Status Cache::crop(std::int64_t length) { return state_->crop(length); }
+
+Status Cache::select(std::span<const std::int64_t> rows) {
+  const std::int64_t batch = static_cast<std::int64_t>(state_->sequences.size());
+  for (std::size_t i = 0; i < rows.size(); ++i)
+    if (rows[i] < 0 || rows[i] >= batch)
+      return error(StatusCode::out_of_range, "rows", "indices from 0 to " + std::to_string(batch - 1),
+                   std::to_string(rows[i]) + " at " + std::to_string(i));
+  std::vector<Sequence> next;
+  next.reserve(rows.size());
+  for (std::int64_t row : rows) next.push_back(state_->sequences[static_cast<std::size_t>(row)]);
+  state_->sequences = std::move(next);
+  ++state_->version;
+  return {};
+}
+
+Status Cache::repeat(int times) {
+  if (times < 1) return invalid_argument("times", "at least 1", std::to_string(times));
+  std::vector<std::int64_t> rows;
+  for (std::size_t i = 0; i < state_->sequences.size(); ++i) rows.insert(rows.end(), static_cast<std::size_t>(times), static_cast<std::int64_t>(i));
+  return select(rows);
+}
+
+void Cache::reset() {
+  state_->sequences.clear();
+  state_->length = 0;
+  ++state_->version;
+}
+
+std::unique_ptr<Cache> Cache::clone() const {
+  auto copy = std::make_unique<State>(*state_);
+  return std::unique_ptr<Cache>(new Cache(std::move(copy)));
+}
+
+void Cache::record_past(bool on) { state_->recording = on; }
+
+Status Cache::dense_keys(std::int64_t first, std::int64_t count, const MutableTensorView& out) const {
+  return state_->dense(true, first, count, out);
+}
+Status Cache::dense_values(std::int64_t first, std::int64_t count, const MutableTensorView& out) const {
+  return state_->dense(false, first, count, out);
+}
+
+std::size_t Cache::nbytes() const {
+  const State& s = *state_;
+  std::size_t sum = sizeof(Cache) + sizeof(State);
+  if (s.pool) sum += s.pool->bytes();
+  std::set<const void*> counted;  // forks share rows and lambda: each block counts once
+  for (const Sequence& q : s.sequences) {
+    for (const RowBuffer* rows : {&q.sinks, &q.window})
+      if (rows->identity() != nullptr && counted.insert(rows->identity()).second) sum += rows->bytes();
+    if (q.lambda && counted.insert(q.lambda.get()).second) sum += q.lambda->capacity() * sizeof(float);
+    sum += q.pages.capacity() * sizeof(PageRef) + q.seen.capacity() + q.non_finite.capacity() * sizeof(NonFinite) +
+           q.query_energy.rows.capacity() * sizeof(float);
+  }
+  sum += s.sequences.capacity() * sizeof(Sequence) + s.views.capacity() * sizeof(SequenceView) +
+         s.page_pointers.capacity() * sizeof(const std::uint8_t*) + s.jobs.capacity() * sizeof(SealJob) + s.masked.capacity();
+  sum += (s.config.lambda_k.capacity() + s.config.lambda_v.capacity() + s.config.matrix_k.capacity() + s.config.matrix_v.capacity()) *
+         sizeof(float);
+  return sum;
+}
+
+const CacheConfig& Cache::config() const { return state_->config; }
+int Cache::batch() const { return static_cast<int>(state_->sequences.size()); }
+std::int64_t Cache::length() const { return state_->length; }
+std::int64_t Cache::first() const {
+  std::int64_t first = 0;
+  for (const Sequence& s : state_->sequences) first = std::max(first, s.evicted);
+  return first;
+}
+std::int64_t Cache::sealed_tokens(int row) const { return state_->sequences[static_cast<std::size_t>(row)].sealed_tokens(); }
+std::int64_t Cache::exact_tokens(int row) const {
+  const Sequence& s = state_->sequences[static_cast<std::size_t>(row)];
+  return s.sinks.count() + s.window.count();
+}
+std::uint64_t Cache::version() const { return state_->version; }
+
+std::span<const float> Cache::lambda(int row) const {
+  const float* values = state_->lambda_k(state_->sequences[static_cast<std::size_t>(row)], 0);
+  if (values == nullptr) return {};
+  return {values, static_cast<std::size_t>(state_->config.kv_heads) * state_->config.head_dim_k};
+}
+
+int Cache::page_count(int row) const { return static_cast<int>(state_->sequences[static_cast<std::size_t>(row)].pages.size()); }
+
+Status Cache::page_codes(int row, int index, int head, std::span<std::uint8_t> k, std::span<std::uint8_t> v) const {
+  const State& s = *state_;
+  const auto in_range = [](const char* name, int value, int end) {
+    return value >= 0 && value < end ? Status()
+                                     : error(StatusCode::out_of_range, name, "0 to " + std::to_string(end - 1), std::to_string(value));
+  };
+  KV4_RETURN_IF_ERROR(in_range("row", row, batch()));
+  KV4_RETURN_IF_ERROR(in_range("index", index, page_count(row)));
+  KV4_RETURN_IF_ERROR(in_range("head", head, s.config.kv_heads));
+  const auto room = [](const char* name, std::size_t have, int dim) {
+    const std::size_t need = static_cast<std::size_t>(kPageTokens) * dim / 2;
+    return have == need ? Status() : invalid_argument(name, std::to_string(need) + " bytes", std::to_string(have));
+  };
+  KV4_RETURN_IF_ERROR(room("k", k.size(), s.config.head_dim_k));
+  KV4_RETURN_IF_ERROR(room("v", v.size(), s.config.head_dim_v));
+  s.backend->codes_to_canonical(s.spec, s.slice(s.sequences[static_cast<std::size_t>(row)].pages[static_cast<std::size_t>(index)], head),
+                                k.data(), v.data());
+  return {};
+}
+
+}  // namespace kv4

@@ -1,0 +1,171 @@
+// Crop and the dequantised view of what is held.
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cache/state.h"
+#include "format/convert.h"
+
+namespace kv4 {
+namespace {
+
+void store_row(std::byte* to, DType dtype, const float* from, int channels) {
+  if (dtype == DType::f32) {
+    std::memcpy(to, from, static_cast<std::size_t>(channels) * 4);
+    return;
+  }
+  auto* half = reinterpret_cast<std::uint16_t*>(to);
+  for (int c = 0; c < channels; ++c) half[c] = dtype == DType::f16 ? f32_to_f16(from[c]) : f32_to_bf16(from[c]);
+}
+
+void load_row(const std::byte* from, DType dtype, float* to, int channels) {
+  if (dtype == DType::f32) {
+    std::memcpy(to, from, static_cast<std::size_t>(channels) * 4);
+    return;
+  }
+  const auto* half = reinterpret_cast<const std::uint16_t*>(from);
+  for (int c = 0; c < channels; ++c) to[c] = dtype == DType::f16 ? f16_to_f32(half[c]) : bf16_to_f32(half[c]);
+}
+
+}  // namespace
+
+Status Cache::State::crop(std::int64_t n) {
+  if (n < 0 || n > length)
+    return error(StatusCode::out_of_range, "length", "0 to " + std::to_string(length), std::to_string(n));
+  if (n == length) return {};
+  for (const Sequence& s : sequences) {
+    const std::int64_t needed = std::max<std::int64_t>(0, n - config.sliding_window + 1);
+    if (s.evicted > needed)
+      return error(StatusCode::out_of_range, "length",
+                   "at least " + std::to_string(s.evicted + config.sliding_window - 1) + " (older tokens left the sliding window), or 0 by reset",
+                   std::to_string(n));
+  }
+  std::vector<Sequence> next = sequences;  // pages and rows are shared: cheap, and undone by letting go
+  for (Sequence& s : next) KV4_RETURN_IF_ERROR(crop_sequence(s, n));
+  sequences = std::move(next);
+  length = n;
+  ++version;
+  return {};
+}
+
+Status Cache::State::crop_sequence(Sequence& s, std::int64_t n) const {
+  s.length = n;
+  std::erase_if(s.non_finite, [n](const NonFinite& x) { return x.position >= n; });
+  QueryEnergy& energy = s.query_energy;
+  if (n <= energy.first) {
+    energy.clear();
+  } else {
+    for (std::int64_t t = std::min<std::int64_t>(n - energy.first, kPageTokens); t < kPageTokens; ++t)
+      energy.filled[static_cast<std::size_t>(t)] = false;
+  }
+  if (arrival()) {
+    const std::int64_t kept = n - s.page_position(s.first_page);
+    const std::int64_t pages = (kept + kPageTokens - 1) / kPageTokens;
+    s.pages.resize(static_cast<std::size_t>(pages));
+    s.last_page_tokens = pages == 0 ? kPageTokens : static_cast<int>(kept - (pages - 1) * kPageTokens);
+    return {};
+  }
+  if (!s.anchored || n >= s.window_position) {
+    if (s.anchored) {
+      // Pages with exact rows behind them go if one-by-one decoding would not have them yet.
+      const std::int64_t keep = std::clamp(s.pages_due(n, config.recipe.window), s.released_pages(), s.page_end());
+      s.pages.resize(static_cast<std::size_t>(keep - s.first_page));
+    }
+    const std::int64_t rows = std::max<std::int64_t>(0, n - s.window_position);
+    s.window_position = std::min(s.window_position, n);
+    s.window.set_count(rows);
+    s.seen.resize(static_cast<std::size_t>(rows));
+  } else if (n >= s.body()) {
+    const std::int64_t index = (n - s.body()) / kPageTokens, rows = (n - s.body()) % kPageTokens;
+    KV4_RETURN_IF_ERROR(reopen_page(s, index, rows));
+  } else {
+    // Into the sinks, or before them: the sequence is no longer anchored.
+    s.window = s.sinks;
+    s.window_position = std::min(s.start, n);
+    s.window.set_count(std::max<std::int64_t>(0, n - s.start));
+    s.seen.assign(static_cast<std::size_t>(s.window.count()), Seen::visible);
+    s.sinks.clear();
+    s.pages.clear();
+    s.first_page = 0;
+    s.start = 0;
+    s.anchored = false;
+  }
+  if (s.pages.empty() && !energy.rows.empty()) s.lambda.reset();
+  return {};
+}
+
+// Makes page `index` the window again: its first `rows` tokens, dequantised.
+Status Cache::State::reopen_page(Sequence& s, std::int64_t index, std::int64_t rows) const {
+  RowBuffer window;
+  if (rows > 0) {
+    const PageRef page = s.pages[static_cast<std::size_t>(index - s.first_page)];
+    KV4_RETURN_IF_ERROR(window.reserve(*backend, shape, config.recipe.window + kPageTokens));
+    std::vector<float> k(static_cast<std::size_t>(rows) * config.head_dim_k), v(static_cast<std::size_t>(rows) * config.head_dim_v);
+    for (int h = 0; h < heads(); ++h) {
+      backend->dequantise(spec, slice(page, h), lambda_k(s, h), lambda_v(h), 0, static_cast<int>(rows), k.data(), v.data());
+      for (std::int64_t j = 0; j < rows; ++j) {
+        store_row(window.key(h, j), config.dtype, k.data() + j * config.head_dim_k, config.head_dim_k);
+        store_row(window.value(h, j), config.dtype, v.data() + j * config.head_dim_v, config.head_dim_v);
+      }
+    }
+    window.set_count(rows);
+  }
+  s.pages.resize(static_cast<std::size_t>(index - s.first_page));
+  s.window = std::move(window);
+  s.window_position = s.page_position(index);
+  s.seen.assign(static_cast<std::size_t>(rows), Seen::visible);
+  return {};
+}
+
+Status Cache::State::dense(bool keys, std::int64_t first, std::int64_t count, const MutableTensorView& out) const {
+  const int dim = keys ? config.head_dim_k : config.head_dim_v;
+  if (first < 0 || count < 0 || first + count > length)
+    return error(StatusCode::out_of_range, "first, count", "positions within 0 to " + std::to_string(length),
+                 std::to_string(first) + ", " + std::to_string(count));
+  for (const Sequence& s : sequences)
+    if (count > 0 && first < s.evicted)
+      return error(StatusCode::out_of_range, "first", "at least " + std::to_string(s.evicted) + " (older tokens left the sliding window)",
+                   std::to_string(first));
+  if (out.shape[0] != static_cast<std::int64_t>(sequences.size()) || out.shape[1] != heads() || out.shape[2] != count || out.shape[3] != dim)
+    return invalid_argument("out",
+                            "shape [" + std::to_string(sequences.size()) + ", " + std::to_string(heads()) + ", " + std::to_string(count) +
+                                ", " + std::to_string(dim) + "]",
+                            "[" + std::to_string(out.shape[0]) + ", " + std::to_string(out.shape[1]) + ", " + std::to_string(out.shape[2]) +
+                                ", " + std::to_string(out.shape[3]) + "]");
+  if (out.stride[3] != 1 && dim > 1) return invalid_argument("out", "channel stride 1", std::to_string(out.stride[3]));
+  std::vector<float> rows(static_cast<std::size_t>(kPageTokens) * dim);
+  for (std::size_t b = 0; b < sequences.size(); ++b) {
+    const Sequence& s = sequences[b];
+    for (int h = 0; h < heads(); ++h) {
+      const auto put = [&](std::int64_t position, const float* row) {
+        store_row(static_cast<std::byte*>(out.at(static_cast<std::int64_t>(b), h, position - first)), out.dtype, row, dim);
+      };
+      const auto put_exact = [&](const RowBuffer& from, std::int64_t at, std::int64_t lo) {
+        for (std::int64_t p = std::max(lo, first); p < std::min(at + from.count(), first + count); ++p) {
+          load_row(keys ? from.key(h, p - at) : from.value(h, p - at), config.dtype, rows.data(), dim);
+          put(p, rows.data());
+        }
+      };
+      // Padding that was dropped reads as 0.
+      const std::int64_t held = s.anchored ? s.start : s.window_position;
+      std::fill(rows.begin(), rows.begin() + dim, 0.0f);
+      for (std::int64_t p = first; p < std::min(held, first + count); ++p) put(p, rows.data());
+      put_exact(s.sinks, s.start, s.start);
+      for (std::int64_t i = s.first_page; i < s.page_end(); ++i) {
+        const std::int64_t at = s.page_position(i);
+        const std::int64_t tokens = i + 1 == s.page_end() ? s.last_page_tokens : kPageTokens;
+        const std::int64_t lo = std::max(at, first), hi = std::min(at + tokens, first + count);
+        if (lo >= hi) continue;
+        backend->dequantise(spec, slice(s.pages[static_cast<std::size_t>(i - s.first_page)], h), lambda_k(s, h), lambda_v(h),
+                            static_cast<int>(lo - at), static_cast<int>(hi - lo), keys ? rows.data() : nullptr, keys ? nullptr : rows.data());
+        for (std::int64_t p = lo; p < hi; ++p) put(p, rows.data() + (p - lo) * dim);
+      }
+      // Rows still exact win over pages sealed during the last call.
+      put_exact(s.window, s.window_position, s.window_position);
+    }
+  }
+  return {};
+}
+
+}  // namespace kv4

@@ -1,0 +1,198 @@
+// When tokens are sealed, dropped and evicted. What sealing computes is the backend's.
+#include "cache/state.h"
+#include "moments/lambda.h"
+
+namespace kv4 {
+
+const float* Cache::State::lambda_k(const Sequence& s, int head) const {
+  const std::vector<float>* values = config.recipe.key.lambda == LambdaMode::given ? &config.lambda_k
+                                     : s.lambda                                    ? s.lambda.get()
+                                                                                   : nullptr;
+  return values == nullptr ? nullptr : values->data() + static_cast<std::size_t>(head) * config.head_dim_k;
+}
+
+const float* Cache::State::lambda_v(int head) const {
+  if (config.recipe.value.lambda != LambdaMode::given) return nullptr;
+  return config.lambda_v.data() + static_cast<std::size_t>(head) * config.head_dim_v;
+}
+
+Status Cache::State::settle() {
+  if (arrival()) {
+    for (Sequence& s : sequences) KV4_RETURN_IF_ERROR(evict(s));
+    return {};
+  }
+  if (seals()) KV4_RETURN_IF_ERROR(seal_until(length));
+  for (Sequence& s : sequences) {
+    if (seals() && s.anchored) {
+      // Rows sealed while the last call was answered were kept until now: a crop of that call
+      // reopens their pages.
+      const std::int64_t due = std::min(s.page_end(), s.pages_due(length, config.recipe.window));
+      KV4_RETURN_IF_ERROR(release_rows(s, s.page_position(due)));
+      // A page that can no longer be undone has fixed lambda for good.
+      if (s.lambda && s.released_pages() > 0) s.query_energy.clear();
+    }
+    KV4_RETURN_IF_ERROR(evict(s));
+  }
+  return {};
+}
+
+Status Cache::State::anchor(Sequence& s) {
+  const std::int64_t start = s.presumed_start();
+  const std::int64_t skip = start - s.window_position;
+  const std::int64_t sinks = std::min<std::int64_t>(s.sink_limit, s.window.count() - skip);
+  RowBuffer rows;
+  if (sinks > 0) {
+    KV4_RETURN_IF_ERROR(rows.reserve(*backend, shape, sinks));
+    rows.push_rows(s.window, skip, sinks);
+  }
+  KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
+  s.sinks = std::move(rows);
+  s.start = start;
+  s.anchored = true;
+  s.first_page = 0;
+  s.drop_window_front(skip + std::max<std::int64_t>(0, sinks));
+  return {};
+}
+
+Status Cache::State::release_rows(Sequence& s, std::int64_t position) {
+  const std::int64_t rows = std::min(position - s.window_position, s.window.count());
+  if (rows > 0) {
+    KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
+    s.drop_window_front(rows);
+  }
+  // After a long prefill the buffer is far larger than decoding needs.
+  const std::int64_t decode_rows = config.recipe.window + kPageTokens;
+  if (s.window.capacity() > decode_rows && s.window.count() <= decode_rows)
+    KV4_RETURN_IF_ERROR(s.window.reserve(*backend, shape, decode_rows));
+  return {};
+}
+
+// Tokens that no later query can see are dropped: whole pages, and exact rows by pages too so
+// that page boundaries stay where they are.
+Status Cache::State::evict(Sequence& s) {
+  if (config.sliding_window == 0 || recording) return {};
+  const std::int64_t needed = s.length - config.sliding_window + 1;  // first position still visible
+  if (needed <= s.first_held()) return {};
+  const std::int64_t before = s.first_held();
+  KV4_RETURN_IF_ERROR(evict_below(s, needed));
+  if (s.first_held() > before) s.evicted = s.first_held();
+  return {};
+}
+
+Status Cache::State::evict_below(Sequence& s, std::int64_t needed) {
+  if (!seals()) {
+    // Rows go in batches, so that moving the rest costs less than a copy per token.
+    const std::int64_t rows = std::min(needed - s.window_position, s.window.count());
+    if (rows < kPageTokens / 2) return {};
+    KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
+    s.drop_window_front(rows);
+    const std::int64_t room = config.sliding_window + kPageTokens;
+    if (s.window.capacity() > room && s.window.count() <= room)
+      KV4_RETURN_IF_ERROR(s.window.reserve(*backend, shape, room));
+    return {};
+  }
+  if (arrival()) {
+    while (s.pages.size() > 1 && s.page_position(s.first_page + 1) <= needed) {
+      s.pages.erase(s.pages.begin());
+      ++s.first_page;
+    }
+    return {};
+  }
+  if (!s.anchored) {
+    if (needed < s.presumed_start() + s.sink_limit + kPageTokens) return {};
+    KV4_RETURN_IF_ERROR(anchor(s));
+  }
+  if (needed >= s.body()) s.sinks.clear();
+  while (!s.pages.empty() && s.page_position(s.first_page + 1) <= needed) {
+    s.pages.erase(s.pages.begin());
+    ++s.first_page;
+  }
+  if (s.pages.empty() && s.window_position <= s.page_position(s.first_page)) {
+    const std::int64_t rows = std::min(needed - s.window_position, s.window.count()) / kPageTokens * kPageTokens;
+    if (rows > 0) {
+      KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
+      s.drop_window_front(rows);
+      s.first_page += rows / kPageTokens;
+      const std::int64_t room = std::max<std::int64_t>(config.recipe.window, config.sliding_window) + kPageTokens;
+      if (s.window.capacity() > room && s.window.count() <= room)
+        KV4_RETURN_IF_ERROR(s.window.reserve(*backend, shape, room));
+    }
+  }
+  return {};
+}
+
+void Cache::State::fix_lambda(Sequence& s) {
+  if (config.recipe.key.lambda != LambdaMode::automatic || s.lambda) return;
+  const int dim = config.head_dim_k;
+  const std::int64_t row = s.page_position(s.page_end()) - s.window_position;
+  std::vector<float> values(static_cast<std::size_t>(heads()) * dim, 1.0f);
+  std::vector<double> query(dim), key(dim);
+  for (int h = 0; h < heads(); ++h) {
+    const int used = centred_energy(s.window.key(h, row), config.dtype, dim, masked.data(), kPageTokens, key);
+    if (used == 0) return;  // a page of holes says nothing: the next one decides
+    std::fill(query.begin(), query.end(), 0.0);
+    if (!s.query_energy.rows.empty()) {
+      for (int t = 0; t < kPageTokens; ++t) {
+        if (!s.query_energy.filled[t]) continue;
+        const float* energy = s.query_energy.rows.data() + (static_cast<std::size_t>(t) * heads() + h) * dim;
+        for (int c = 0; c < dim; ++c) query[c] += energy[c];
+      }
+    }
+    lambda_from_energies(query, key, std::span<float>(values).subspan(static_cast<std::size_t>(h) * dim, dim));
+  }
+  s.lambda = std::make_shared<const std::vector<float>>(std::move(values));
+}
+
+Status Cache::State::seal_until(std::int64_t n) {
+  for (Sequence& s : sequences) {
+    const std::int64_t due = s.pages_due(n, config.recipe.window);
+    if (due <= s.page_end() && s.anchored) continue;
+    if (due == 0) continue;
+    if (!s.anchored) KV4_RETURN_IF_ERROR(anchor(s));
+    // Pages that no query will ever see again are not worth sealing.
+    if (config.sliding_window > 0 && !recording && s.pages.empty() && s.window_position == s.page_position(s.first_page)) {
+      const std::int64_t needed = s.length - config.sliding_window + 1;
+      const std::int64_t gone = std::min((needed - s.window_position) / kPageTokens, due - s.first_page);
+      if (needed > s.window_position && gone > 0 && n == length) {
+        KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
+        s.drop_window_front(gone * kPageTokens);
+        s.first_page += gone;
+      }
+    }
+    const std::int64_t count = due - s.page_end();
+    if (count <= 0) continue;
+
+    std::vector<PageRef> fresh;
+    KV4_RETURN_IF_ERROR(pool->allocate(static_cast<std::size_t>(count), &fresh));
+    const std::int64_t first_row = s.page_position(s.page_end()) - s.window_position;
+    masked.resize(static_cast<std::size_t>(count) * kPageTokens);
+    for (std::size_t j = 0; j < masked.size(); ++j)
+      masked[j] = s.seen[static_cast<std::size_t>(first_row) + j] == Seen::masked;
+    for (const NonFinite& x : s.non_finite) {  // never seen: zeros that must not enter a mean
+      const std::int64_t j = x.position - s.window_position - first_row;
+      if (j >= 0 && j < static_cast<std::int64_t>(masked.size())) masked[j] = 1;
+    }
+    fix_lambda(s);
+    jobs.clear();
+    for (std::int64_t p = 0; p < count; ++p) {
+      for (int h = 0; h < heads(); ++h) {
+        SealJob job;
+        job.k = s.window.key(h, first_row + p * kPageTokens);
+        job.v = s.window.value(h, first_row + p * kPageTokens);
+        job.dtype = config.dtype;
+        job.k_stride = config.head_dim_k;
+        job.v_stride = config.head_dim_v;
+        job.skip = masked.data() + p * kPageTokens;
+        job.lambda_k = lambda_k(s, h);
+        job.lambda_v = lambda_v(h);
+        job.slice = slice(fresh[p], h);
+        jobs.push_back(job);
+      }
+    }
+    KV4_RETURN_IF_ERROR(backend->seal(spec, jobs));
+    s.pages.insert(s.pages.end(), std::make_move_iterator(fresh.begin()), std::make_move_iterator(fresh.end()));
+  }
+  return {};
+}
+
+}  // namespace kv4

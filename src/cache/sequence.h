@@ -1,0 +1,103 @@
+// One sequence of a layer's cache, and the arithmetic of positions.
+//
+//   [ dropped padding: start ][ sinks: S ][ page 0 ][ page 1 ] ... [ window ]
+//
+// Page i covers positions body() + 64 i ... + 63, body() = start + S. Until the sequence is
+// anchored (at its first seal or eviction) every token is in the window and start is not known.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cache/pool.h"
+#include "cache/rows.h"
+#include "kv4/recipe.h"
+
+namespace kv4 {
+
+// What attention has told about an exact token.
+enum class Seen : std::uint8_t { unknown = 0, visible = 1, masked = 2 };
+
+// A token whose row held NaN or infinity: stored as zeros, refused once a query sees it.
+struct NonFinite {
+  std::int64_t position;
+  bool key, value;
+};
+
+// Energies of the first kPageTokens unmasked queries, kept by position until lambda is fixed, so
+// that a crop or a repeated call leaves no trace: rows [kPageTokens][kv_heads * head_dim_k].
+struct QueryEnergy {
+  std::int64_t first = 0;                 // position of row 0
+  std::vector<float> rows;                // empty until the first query
+  std::array<bool, kPageTokens> filled{};
+
+  void clear() { *this = QueryEnergy(); }
+};
+
+struct Sequence {
+  std::int64_t length = 0;
+  std::int64_t start = 0;
+  bool anchored = false;
+  int sink_limit = 0;                     // S of the recipe
+
+  RowBuffer sinks;
+  std::int64_t first_page = 0;            // index of pages.front(): earlier ones are evicted
+  std::vector<PageRef> pages;
+  int last_page_tokens = kPageTokens;     // arrival mode fills the last page token by token
+
+  RowBuffer window;
+  std::int64_t window_position = 0;       // of window row 0
+  std::vector<Seen> seen;                 // per window row
+  std::vector<NonFinite> non_finite;      // ascending positions, window only (arrival: everywhere)
+
+  std::int64_t evicted = 0;               // a sliding window let go of every position below
+  QueryEnergy query_energy;
+  std::shared_ptr<const std::vector<float>> lambda;  // [kv_heads, head_dim_k]
+
+  std::int64_t body() const { return start + sink_limit; }
+  std::int64_t page_position(std::int64_t index) const { return body() + index * kPageTokens; }
+  std::int64_t page_end() const { return first_page + static_cast<std::int64_t>(pages.size()); }
+  // Position behind the last sealed token.
+  std::int64_t sealed_end() const {
+    return page_position(page_end()) - (pages.empty() ? 0 : kPageTokens - last_page_tokens);
+  }
+  std::int64_t sealed_tokens() const {
+    return pages.empty() ? 0 : static_cast<std::int64_t>(pages.size() - 1) * kPageTokens + last_page_tokens;
+  }
+  // First position that has not been dropped as padding (known or presumed).
+  std::int64_t leading_masked() const {
+    std::int64_t n = 0;
+    while (n < static_cast<std::int64_t>(seen.size()) && seen[n] == Seen::masked) ++n;
+    return n;
+  }
+  std::int64_t presumed_start() const { return anchored ? start : window_position + leading_masked(); }
+  // Pages that are sealed once `n` tokens are held: the window then keeps window ... window+63.
+  std::int64_t pages_due(std::int64_t n, int window_tokens) const {
+    return std::max<std::int64_t>(0, n - presumed_start() - sink_limit - window_tokens) / kPageTokens;
+  }
+  // Pages whose exact rows are gone.
+  std::int64_t released_pages() const {
+    if (!anchored || pages.empty()) return first_page;
+    return std::clamp<std::int64_t>((window_position - body()) / kPageTokens, first_page, page_end());
+  }
+  // Smallest position still held.
+  std::int64_t first_held() const {
+    if (sinks.count() > 0) return start;
+    if (!pages.empty()) return page_position(first_page);
+    return window_position;
+  }
+
+  // Drops the first `rows` rows of the window. The buffer must be private.
+  void drop_window_front(std::int64_t rows) {
+    if (rows <= 0) return;
+    window.drop_front(rows);
+    window_position += rows;
+    seen.erase(seen.begin(), seen.begin() + rows);
+    std::erase_if(non_finite, [this](const NonFinite& x) { return x.position < window_position; });
+  }
+};
+
+}  // namespace kv4

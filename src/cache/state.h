@@ -1,0 +1,77 @@
+// Private state of a Cache, shared by the files that implement it.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "cache/sequence.h"
+#include "kv4/cache.h"
+
+namespace kv4 {
+
+// Calls of at most this many tokens answer every query as if tokens came one by one; longer ones
+// are prefill and see their own tokens exactly.
+constexpr std::int64_t kStepwiseTokens = kPageTokens;
+
+struct Cache::State {
+  CacheConfig config;
+  Backend* backend = nullptr;
+  RowShape shape;
+  PageSpec spec;                        // valid unless the recipe never seals
+  std::shared_ptr<PagePool> pool;       // null where the recipe never seals
+  std::vector<Sequence> sequences;
+  std::int64_t length = 0;
+  std::uint64_t version = 0;
+  bool recording = false;
+
+  // Reused from call to call, so that decoding allocates nothing.
+  std::vector<SequenceView> views;
+  std::vector<const std::uint8_t*> page_pointers;
+  std::vector<SealJob> jobs;
+  std::vector<std::uint8_t> masked;
+  std::vector<std::int32_t> windows;
+
+  bool seals() const { return config.recipe.seal != SealMode::never; }
+  bool arrival() const { return config.recipe.seal == SealMode::arrival; }
+  int heads() const { return config.kv_heads; }
+  std::uint8_t* slice(const PageRef& page, int head) const {
+    return page.data() + static_cast<std::size_t>(head) * spec.layout.head_bytes;
+  }
+  const float* lambda_k(const Sequence& s, int head) const;
+  const float* lambda_v(int head) const;
+
+  // seal.cpp
+  Status settle();                                  // seals and evicts what is due at `length`
+  Status seal_until(std::int64_t n);                // the pages due once n tokens are held; keeps their exact rows
+  Status anchor(Sequence& s);                       // fixes start, moves the sinks out
+  Status release_rows(Sequence& s, std::int64_t position);  // drops exact rows below it
+  Status evict(Sequence& s);                        // what a sliding window no longer shows; nothing while recording
+  Status evict_below(Sequence& s, std::int64_t needed);
+  void fix_lambda(Sequence& s);
+  Status seal_arrived(const TensorView& k, const TensorView& v);
+
+  // append.cpp
+  Status check_rows(const TensorView& x, const char* name, int dim) const;
+  Status append(const TensorView& k, const TensorView& v);
+  Status make_room(Sequence& s, std::int64_t tokens) const;
+  void push(Sequence& s, int row, const TensorView& k, const TensorView& v) const;
+  void note_non_finite(Sequence& s, std::int64_t row, const TensorView& k, const TensorView& v) const;
+
+  // attend.cpp
+  Status check_queries(const AttendArgs& args) const;
+  Status attend(const AttendArgs& args, std::int64_t upto, const MutableTensorView* out,
+                const PartialState* partial);
+  void record(const AttendArgs& args);
+  std::int64_t visible_pages(const Sequence& s, std::int64_t query_position, bool stepwise) const;
+  void view(const Sequence& s, std::int64_t pages, std::int64_t upto, SequenceView* out) const;
+
+  // edit.cpp
+  Status crop(std::int64_t n);
+  Status crop_sequence(Sequence& s, std::int64_t n) const;
+  Status reopen_page(Sequence& s, std::int64_t index, std::int64_t rows) const;
+  Status dense(bool keys, std::int64_t first, std::int64_t count, const MutableTensorView& out) const;
+};
+
+}  // namespace kv4

@@ -1,0 +1,61 @@
+#include "cache/visibility.h"
+
+#include <algorithm>
+
+#include "format/convert.h"
+
+namespace kv4 {
+namespace {
+
+// Additive masks hide a column by -infinity or by the lowest number of their dtype.
+bool hides(const void* mask, DType dtype, std::int64_t index) {
+  if (dtype == DType::f32) return !(static_cast<const float*>(mask)[index] > -1e30f);
+  const std::uint16_t h = static_cast<const std::uint16_t*>(mask)[index];
+  return dtype == DType::f16 ? !(f16_to_f32(h) > -65504.0f) : !(bf16_to_f32(h) > -1e30f);
+}
+
+}  // namespace
+
+Visibility::Visibility(const AttendArgs& args, int row, std::int64_t length)
+    : args_(args),
+      row_(row),
+      first_query_(length - args.q.shape[2]),
+      queries_(args.q.shape[2]),
+      start_(args.mask.start != nullptr ? args.mask.offset + args.mask.start[row] : 0),
+      window_(args.mask.window != nullptr ? args.mask.window[row] : 0) {}
+
+bool Visibility::general_visible(std::int64_t t, std::int64_t position) const {
+  const Mask& m = args_.mask;
+  const std::int64_t column = position - m.offset;
+  if (column < 0 || column >= m.columns) return false;
+  const std::int64_t heads = m.general_stride[1] == 0 ? 1 : args_.q.shape[1];
+  for (std::int64_t h = 0; h < heads; ++h) {
+    const std::int64_t index = row_ * m.general_stride[0] + h * m.general_stride[1] +
+                               t * m.general_stride[2] + column * m.general_stride[3];
+    const bool hidden = m.kind == Mask::General::boolean
+                            ? static_cast<const std::uint8_t*>(m.general)[index] == 0
+                            : hides(m.general, m.general_dtype, index);
+    if (!hidden) return true;
+  }
+  return false;
+}
+
+bool Visibility::visible(std::int64_t t, std::int64_t position) const {
+  const std::int64_t query = first_query_ + t;
+  if (position < start_ || (args_.mask.causal && position > query)) return false;
+  if (window_ > 0 && position <= query - window_) return false;
+  return args_.mask.kind == Mask::General::none || general_visible(t, position);
+}
+
+bool Visibility::seen(std::int64_t position) const {
+  if (args_.mask.kind == Mask::General::none) {
+    // The query at the token's own position, or else the first one, has the widest view of it.
+    const std::int64_t own = std::clamp<std::int64_t>(position - first_query_, 0, queries_ - 1);
+    return queries_ > 0 && visible(own, position);
+  }
+  for (std::int64_t t = 0; t < queries_; ++t)
+    if (visible(t, position)) return true;
+  return false;
+}
+
+}  // namespace kv4

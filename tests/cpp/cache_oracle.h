@@ -1,0 +1,200 @@
+// One sequence of a cache, written from the definition of what a query sees and nothing else:
+// dense rows, float64, reference sealing. Slow and short.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "kv4/cache.h"
+#include "reference/seal.h"
+
+namespace kv4::oracle {
+
+struct Shape {
+  int q_heads, kv_heads, dim;
+};
+
+// Keys and values of one token, [kv_heads, dim] each.
+struct Token {
+  std::vector<double> k, v;
+  bool masked = false;  // padding
+};
+
+class Sequence {
+ public:
+  Sequence(const Recipe& recipe, Shape shape, int start) : recipe_(recipe), shape_(shape), start_(start) {
+    key_ = side(recipe.key);
+    value_ = side(recipe.value);
+  }
+
+  std::int64_t length() const { return static_cast<std::int64_t>(tokens_.size()); }
+
+  // Tokens of one call, before its queries. Pages due at the old length lose their exact rows.
+  void append(const std::vector<Token>& tokens) {
+    released_ = std::max(released_, due(length()));
+    for (std::int64_t p = 0; p < released_; ++p) seal(p);
+    fixed_for_good_ |= released_ > 0;
+    stepwise_ = static_cast<std::int64_t>(tokens.size()) <= kPageTokens;
+    tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+  }
+
+  // q [q_heads, dim] of the query at `position`.
+  void record(std::int64_t position, const std::vector<double>& q) {
+    if (recipe_.key.lambda != LambdaMode::automatic || position < start_ || position >= start_ + kPageTokens) return;
+    energy_[position] = q;
+  }
+
+  // Output [q_heads, dim] of the query at `position`; a window of 0 sees everything.
+  std::vector<double> attend(std::int64_t position, const std::vector<double>& q, double scale, std::int64_t window = 0) {
+    const std::int64_t pages = visible_pages(position);
+    std::vector<double> out(static_cast<std::size_t>(shape_.q_heads) * shape_.dim, 0.0);
+    const int group = shape_.q_heads / shape_.kv_heads;
+    for (int h = 0; h < shape_.q_heads; ++h) {
+      std::vector<double> score;
+      std::vector<std::int64_t> seen;
+      for (std::int64_t j = start_; j <= position; ++j) {
+        if (window > 0 && j <= position - window) continue;
+        const double* k = held(j, pages, true, h / group);
+        double s = 0;
+        for (int c = 0; c < shape_.dim; ++c) s += q[static_cast<std::size_t>(h) * shape_.dim + c] * k[c];
+        score.push_back(s * scale);
+        seen.push_back(j);
+      }
+      if (seen.empty()) continue;
+      const double top = *std::max_element(score.begin(), score.end());
+      double sum = 0;
+      for (double& s : score) sum += s = std::exp(s - top);
+      for (std::size_t i = 0; i < seen.size(); ++i) {
+        const double* v = held(seen[i], pages, false, h / group);
+        for (int c = 0; c < shape_.dim; ++c) out[static_cast<std::size_t>(h) * shape_.dim + c] += score[i] / sum * v[c];
+      }
+    }
+    return out;
+  }
+
+  void crop(std::int64_t n) {
+    for (auto it = energy_.begin(); it != energy_.end();) it = it->first >= n ? energy_.erase(it) : std::next(it);
+    if (n < body()) {
+      released_ = 0;
+    } else if (n < body() + released_ * kPageTokens) {
+      const std::int64_t page = (n - body()) / kPageTokens;
+      seal(page);
+      for (std::int64_t j = body() + page * kPageTokens; j < n; ++j) {
+        for (int h = 0; h < shape_.kv_heads; ++h) {
+          for (int c = 0; c < shape_.dim; ++c) {  // held as float32 rows again
+            tokens_[j].k[h * shape_.dim + c] = static_cast<float>(held(j, page + 1, true, h)[c]);
+            tokens_[j].v[h * shape_.dim + c] = static_cast<float>(held(j, page + 1, false, h)[c]);
+          }
+        }
+      }
+      released_ = page;
+    }
+    // Pages that are not released yet are sealed afresh when their turn comes.
+    pages_.erase(pages_.lower_bound(released_), pages_.end());
+    if (pages_.empty() && released_ == 0 && !fixed_for_good_) lambda_.clear();
+    tokens_.resize(static_cast<std::size_t>(n));
+  }
+
+ private:
+  struct Page {
+    std::vector<double> k, v;  // [kv_heads, 64, dim] dequantised
+  };
+
+  SideSpec side(const SideRecipe& r) const {
+    SideSpec s;
+    s.dim = shape_.dim;
+    s.group = r.group > 0 ? r.group : shape_.dim;
+    s.groups = s.dim / s.group;
+    s.levels = levels(r.levels);
+    s.scale = r.scale;
+    s.mean = r.mean;
+    EXPECT_TRUE(Rotation::srft(s.dim, r.seed, &s.rotation).ok());
+    return s;
+  }
+  std::int64_t body() const { return start_ + recipe_.sinks; }
+  std::int64_t due(std::int64_t n) const {
+    if (recipe_.seal == SealMode::never) return 0;
+    return std::max<std::int64_t>(0, n - body() - recipe_.window) / kPageTokens;
+  }
+  std::int64_t visible_pages(std::int64_t position) const {
+    return std::max(released_, stepwise_ ? due(position) : 0);
+  }
+
+  const double* held(std::int64_t j, std::int64_t pages, bool key, int head) {
+    const std::int64_t page = j < body() ? -1 : (j - body()) / kPageTokens;
+    if (page < 0 || page >= pages) return (key ? tokens_[j].k : tokens_[j].v).data() + static_cast<std::size_t>(head) * shape_.dim;
+    for (std::int64_t p = 0; p <= page; ++p) seal(p);
+    const std::int64_t row = (j - body()) % kPageTokens;
+    const Page& held_page = pages_.at(page);
+    return (key ? held_page.k : held_page.v).data() + (static_cast<std::size_t>(head) * kPageTokens + row) * shape_.dim;
+  }
+
+  void seal(std::int64_t page) {
+    if (pages_.count(page) > 0) return;
+    if (page == 0 && recipe_.key.lambda == LambdaMode::automatic && lambda_.empty()) fix_lambda();
+    Page sealed;
+    for (int h = 0; h < shape_.kv_heads; ++h) {
+      for (const bool key : {true, false}) {
+        std::vector<double> rows;
+        for (int t = 0; t < kPageTokens; ++t) {
+          const Token& token = tokens_[static_cast<std::size_t>(body() + page * kPageTokens + t)];
+          const std::vector<double>& x = key ? token.k : token.v;
+          rows.insert(rows.end(), x.begin() + h * shape_.dim, x.begin() + (h + 1) * shape_.dim);
+        }
+        const double* lambda = key && !lambda_.empty() ? lambda_.data() + static_cast<std::size_t>(h) * shape_.dim : nullptr;
+        const SideSpec& spec = key ? key_ : value_;
+        const reference::Sealed s = reference::seal(spec, rows.data(), kPageTokens, nullptr, lambda);
+        const std::vector<double> back =
+            reference::dequantise(spec, s.codes.data(), s.scales.data(), s.mean.empty() ? nullptr : s.mean.data(), kPageTokens, lambda);
+        (key ? sealed.k : sealed.v).insert((key ? sealed.k : sealed.v).end(), back.begin(), back.end());
+      }
+    }
+    pages_[page] = std::move(sealed);
+  }
+
+  // (E q^2 / E (k - mean)^2)^(1/4), geometric mean 1; moments clamped at 1e-6 of their channel mean.
+  void fix_lambda() {
+    const int group = shape_.q_heads / shape_.kv_heads;
+    lambda_.assign(static_cast<std::size_t>(shape_.kv_heads) * shape_.dim, 1.0);
+    if (energy_.empty()) return;
+    for (int h = 0; h < shape_.kv_heads; ++h) {
+      std::vector<double> q2(shape_.dim, 0.0), k2(shape_.dim, 0.0), mean(shape_.dim, 0.0);
+      for (const auto& [position, q] : energy_)
+        for (int g = 0; g < group; ++g)
+          for (int c = 0; c < shape_.dim; ++c) q2[c] += std::pow(q[(static_cast<std::size_t>(h) * group + g) * shape_.dim + c], 2);
+      const auto k = [&](int t, int c) { return tokens_[static_cast<std::size_t>(body() + t)].k[static_cast<std::size_t>(h) * shape_.dim + c]; };
+      for (int t = 0; t < kPageTokens; ++t)
+        for (int c = 0; c < shape_.dim; ++c) mean[c] += k(t, c) / kPageTokens;
+      for (int t = 0; t < kPageTokens; ++t)
+        for (int c = 0; c < shape_.dim; ++c) k2[c] += std::pow(k(t, c) - mean[c], 2) / kPageTokens;
+      double q_mean = 0, k_mean = 0, log_mean = 0;
+      for (int c = 0; c < shape_.dim; ++c) q_mean += q2[c] / shape_.dim, k_mean += k2[c] / shape_.dim;
+      std::vector<double> log_lambda(shape_.dim);
+      for (int c = 0; c < shape_.dim; ++c) {
+        log_lambda[c] = std::log(std::max(q2[c], 1e-6 * q_mean) / std::max(k2[c], 1e-6 * k_mean)) / 4;
+        log_mean += log_lambda[c] / shape_.dim;
+      }
+      for (int c = 0; c < shape_.dim; ++c) lambda_[static_cast<std::size_t>(h) * shape_.dim + c] = static_cast<float>(std::exp(log_lambda[c] - log_mean));
+    }
+  }
+
+  Recipe recipe_;
+  Shape shape_;
+  int start_;
+  SideSpec key_, value_;
+  std::vector<Token> tokens_;
+  std::map<std::int64_t, std::vector<double>> energy_;
+  std::vector<double> lambda_;
+  std::map<std::int64_t, Page> pages_;
+  std::int64_t released_ = 0;  // pages without exact rows
+  bool stepwise_ = true;
+  bool fixed_for_good_ = false;  // a released page was sealed with lambda
+};
+
+}  // namespace kv4::oracle
