@@ -1,0 +1,97 @@
+# kv4: set-up, demo and tests from a clean clone. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+# What the compiled module is made of. Python files are used in place and need no reinstall.
+CORE := CMakeLists.txt pyproject.toml $(shell find cmake include src python/bindings -type f 2>/dev/null)
+# Directories change when a file is added or removed.
+CORE += $(shell find include src python/bindings -type d 2>/dev/null)
+
+.PHONY: help setup system demo test test-cpp test-python test-neon check lint format asan ubsan tsan bench wheel clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make setup    system packages, .venv with kv4 installed"
+	@echo "make demo     setup, then text from a real model with its own cache and with kv4, side by side"
+	@echo "make test     setup, then every test: C++, Python, guideline checks, Arm under qemu"
+	@echo "make test-cpp | test-python | test-neon | check      one of them"
+	@echo "make asan | ubsan | tsan      the C++ tests under a sanitizer"
+	@echo "make bench    the C++ benchmarks, built"
+	@echo "make lint     check, and clang-tidy where it is installed;  make format    clang-format and ruff"
+	@echo "make wheel    a wheel in dist/;  make clean    removes build/"
+
+setup: $(VENV)/.kv4
+
+$(VENV)/.system: scripts/setup_system.sh
+	@PYTHON=$(PYTHON) bash scripts/setup_system.sh build
+	@mkdir -p $(VENV) && touch $@
+
+$(VENV)/.python: requirements.txt requirements-dev.txt | $(VENV)/.system
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "PYTHON: expected Python >= 3.10; got $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.kv4: $(VENV)/.python $(CORE)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	@touch $@
+
+demo: setup
+	$(BIN)/kv4 demo
+
+test: setup test-cpp test-python check test-neon
+	@echo "all tests passed"
+
+test-cpp: setup
+	cmake --preset release
+	cmake --build --preset release
+	ctest --preset release
+
+test-python: setup
+	$(BIN)/python -m pytest
+
+test-neon: setup
+	@bash scripts/setup_system.sh cross
+	@if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then \
+	  set -ex; cmake --preset aarch64; cmake --build --preset aarch64; ctest --preset aarch64; \
+	else \
+	  echo "Arm tests left out: they need g++-aarch64-linux-gnu, qemu-user and googletest"; \
+	fi
+
+check: setup
+	$(BIN)/python scripts/check_guidelines.py
+	$(BIN)/ruff check --quiet --output-format concise .
+
+lint: check
+	@if command -v clang-tidy >/dev/null; then \
+	  set -ex; cmake --preset debug; \
+	  git ls-files -co --exclude-standard 'src/*.cpp' | xargs -P $(JOBS) -n 1 clang-tidy --quiet -p build/debug; \
+	else echo "clang-tidy left out: it is not installed"; fi
+
+format:
+	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
+	git ls-files -co --exclude-standard '*.h' '*.cpp' '*.inl' '*.c' | xargs clang-format -i
+
+asan ubsan tsan: setup
+	cmake --preset $@
+	cmake --build --preset $@
+	ctest --preset $@
+
+bench: setup
+	cmake --preset bench
+	cmake --build --preset bench
+
+wheel: setup
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist

@@ -1,0 +1,17 @@
+# kv4._core: the bindings, as one module beside the package's Python files.
+
+find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
+find_package(nanobind CONFIG QUIET)
+if(NOT nanobind_FOUND)
+  execute_process(COMMAND ${Python_EXECUTABLE} -m nanobind --cmake_dir
+                  OUTPUT_VARIABLE nanobind_ROOT OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+  find_package(nanobind CONFIG REQUIRED)
+endif()
+
+file(GLOB KV4_BINDINGS CONFIGURE_DEPENDS python/bindings/*.cpp)
+nanobind_add_module(_core NB_STATIC NOMINSIZE ${KV4_BINDINGS})
+target_compile_options(_core PRIVATE ${KV4_WARNINGS})
+target_include_directories(_core PRIVATE python/bindings src)
+# libgomp by its name: whichever copy torch has loaded, or later loads, serves both.
+target_link_libraries(_core PRIVATE kv4)
+install(TARGETS _core LIBRARY DESTINATION kv4 COMPONENT python)

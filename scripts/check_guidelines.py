@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""Checks that the code keeps to its layers and its house rules. One line per finding; status 1 if there is any.
+
+Run without arguments from anywhere inside the repository; a path argument checks another tree.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+MAX_LINES = 600
+
+# For each folder of src/, and the bindings, the folders whose headers it may include besides its own. Listing only
+# what lies below keeps dependencies pointing downwards; a new folder has to be placed here first.
+LAYERS: dict[str, set[str]] = {
+    "include/kv4": set(),
+    "src/format": {"kv4"},
+    "src/rotation": {"kv4"},
+    "src/recipe": {"kv4", "rotation"},
+    "src/moments": {"kv4", "format"},
+    "src/attention": {"kv4", "format"},
+    "src/backend": {"kv4", "format", "rotation", "recipe"},
+    "src/reference": {"kv4", "format", "rotation", "recipe", "backend"},
+    "src/cpu": {"kv4", "format", "rotation", "recipe", "backend"},
+    "src/cuda": {"kv4", "format", "rotation", "recipe", "backend"},
+    "src/metal": {"kv4", "format", "rotation", "recipe", "backend"},
+    "src/cache": {"kv4", "format", "rotation", "recipe", "backend", "moments", "attention"},
+    "src/capi": {"kv4"},
+    "python/bindings": {"kv4"},
+}
+# The bindings' timing hooks reach the kernels themselves.
+EXCEPTIONS: dict[str, set[str]] = {"python/bindings/bench.cpp": {"cpu", "backend", "format", "rotation"}}
+
+SOURCE = {".h", ".hpp", ".inl", ".cpp", ".c", ".cu", ".cuh", ".metal", ".mm"}
+CODE = SOURCE | {".py", ".sh", ".cmake"}
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
+INTRINSIC_HEADER = re.compile(r"^(\w*mmintrin|immintrin|x86intrin|arm_\w+|cuda\w*|mma|Metal/.*|metal_\w+)(\.h)?$")
+INTRINSIC = re.compile(r"\b(_mm(256|512)?_\w+|__m(128|256|512)[di]?|v\w+q?_(n_|lane_|laneq_)?[sufp](8|16|32|64))\b")
+SPEAKS_OR_DIES = re.compile(
+    r"\b(f?printf|puts|perror|std::(cout|cerr|clog|abort|exit|terminate|quick_exit)|abort|_?exit|assert|throw)\b(?!\w)"
+)
+STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//.*|/\*.*?\*/')
+
+# Written apart so that this file passes its own check.
+HOSTS = [
+    "pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", "deb.debian" + ".org",
+    "registry.npmjs" + ".org", "crates" + ".io", "proxy.golang" + ".org",
+]  # fmt: skip
+MACHINE_PATH = re.compile(r"(?<![\w.~-])/(work|root|home/\w+|tmp/bash_jobs)/")
+OUTSIDE = re.compile(r"\b(DESIGN|CONTRACT|STYLE)" + r"\.md\b|\bissue #\d+")
+
+
+def files(root: Path) -> list[Path]:
+    """Tracked files and new ones that are not ignored."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=root, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    return sorted({root / name for name in listed.split("\0") if name and (root / name).is_file()})
+
+
+def layer_of(path: str) -> str | None:
+    """The key of LAYERS that holds `path`; a folder of src/ that is missing there is returned as it is."""
+    for layer in LAYERS:
+        if path.startswith(layer + "/"):
+            return layer
+    parts = path.split("/")
+    return "/".join(parts[:2]) if parts[0] == "src" and len(parts) > 2 else None
+
+
+def check_includes(path: str, lines: list[str]) -> Iterator[tuple[int, str]]:
+    layer = layer_of(path)
+    if layer is None:
+        if path.startswith("src/"):
+            yield 1, "a source file lies directly in src/; put it into one of its folders"
+        return
+    if layer not in LAYERS:
+        yield 1, f"{layer} has no place in the layers; add it to LAYERS in scripts/check_guidelines.py"
+        return
+    own = "kv4" if layer == "include/kv4" else layer.split("/")[-1]
+    allowed = LAYERS[layer] | {own} | EXCEPTIONS.get(path, set())
+    for number, line in enumerate(lines, start=1):
+        match = INCLUDE.match(line)
+        if not match:
+            continue
+        bracket, header = match.groups()
+        if INTRINSIC_HEADER.match(header) and not may_use_intrinsics(path):
+            yield number, f"<{header}> belongs into the folder of one instruction set or device"
+        elif bracket == '"':
+            folder = header.split("/")[0] if "/" in header else own
+            if folder not in allowed:
+                yield number, f'{layer} must not include "{header}" (it may use: {", ".join(sorted(allowed))})'
+            elif isa_of(header) and isa_of(path) != isa_of(header):
+                yield number, f'"{header}" is for {isa_of(header)} alone'
+
+
+def isa_of(path: str) -> str | None:
+    """avx2 for (src/)cpu/avx2/..., None for what all instruction sets share."""
+    match = re.match(r"(?:src/)?cpu/(\w+)/", path)
+    return match.group(1) if match else None
+
+
+def may_use_intrinsics(path: str) -> bool:
+    return (
+        isa_of(path) is not None
+        or path == "src/cpu/standard_headers.h"
+        or path.startswith(("src/cuda/", "src/metal/", "tests/", "bench/"))
+    )
+
+
+def check_core(path: str, lines: list[str]) -> Iterator[tuple[int, str]]:
+    """What the library itself never does."""
+    for number, line in enumerate(lines, start=1):
+        code = STRING_OR_COMMENT.sub(" ", line)
+        if found := SPEAKS_OR_DIES.search(code):
+            yield number, f"the core never prints, exits, aborts or throws: {found.group(0)}"
+        if not may_use_intrinsics(path) and (found := INTRINSIC.search(code)):
+            yield number, f"intrinsics belong into src/cpu/<isa>/: {found.group(0)}"
+        if path.startswith(("src/cache/", "include/")) and re.search(r"\b(__CUDA\w*|KV4_CUDA|__METAL\w*)\b", code):
+            yield number, "device switches belong into a backend"
+
+
+def check_text(path: str, lines: list[str]) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(lines, start=1):
+        for host in HOSTS:
+            if host in line:
+                yield number, f"names a registry's host: {host}"
+        if found := MACHINE_PATH.search(line):
+            yield number, f"names a path of one machine: {found.group(0)}"
+        if Path(path).suffix in CODE and (found := OUTSIDE.search(line)):
+            yield number, f"refers to something outside the repository: {found.group(0)}"
+
+
+def check_tree(root: Path) -> list[str]:
+    findings: list[str] = []
+    for file in files(root):
+        path = file.relative_to(root).as_posix()
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue  # an image or the like
+        found: list[tuple[int, str]] = list(check_text(path, lines))
+        suffix = file.suffix
+        if suffix in CODE and len(lines) > MAX_LINES:
+            found.append((len(lines), f"{len(lines)} lines; at most {MAX_LINES} are allowed"))
+        if suffix in SOURCE:
+            found += check_includes(path, lines)
+            if path.startswith(("src/", "include/")):
+                found += check_core(path, lines)
+        findings += [f"{path}:{number}: {what}" for number, what in sorted(found)]
+    return findings
+
+
+def main(arguments: list[str]) -> int:
+    root = Path(arguments[0]).resolve() if arguments else Path(__file__).resolve().parent.parent
+    findings = check_tree(root)
+    for finding in findings:
+        print(finding)
+    if not findings:
+        print("guideline checks passed")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

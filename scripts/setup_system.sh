@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that a step needs, where this is Debian and root runs it; says what to install
+# where it is not. Does nothing where everything is there.
+#
+#   setup_system.sh build    a C++ compiler and Python's venv; GTest. Fails where they cannot be had.
+#   setup_system.sh cross    the Arm cross compiler and emulator. Never fails: those tests are then left out.
+set -euo pipefail
+
+step=${1:?step: expected build or cross; got nothing}
+python=${PYTHON:-python3}
+missing=()
+
+need() { # package, test command...
+  local package=$1
+  shift
+  "$@" >/dev/null 2>&1 || missing+=("$package")
+}
+
+# g++ or clang++ that compiles C++20, from GCC 12 on.
+compiles() {
+  echo 'static_assert(__GNUC__ >= 12 || __clang_major__ >= 14); int main() {}' |
+    "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only -
+}
+gtest() {
+  echo '#include <gtest/gtest.h>' | "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only - || test -d /usr/src/googletest
+}
+
+case $step in
+  build)
+    need g++ compiles
+    need make command -v make
+    need python3-venv "$python" -c 'import ensurepip, venv'
+    need python3-dev "$python" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")'
+    need libgtest-dev gtest
+    need ccache command -v ccache
+    ;;
+  cross)
+    need g++-aarch64-linux-gnu command -v aarch64-linux-gnu-g++
+    need qemu-user command -v qemu-aarch64
+    need googletest test -d /usr/src/googletest
+    ;;
+  *)
+    echo "step: expected build or cross; got $step" >&2
+    exit 2
+    ;;
+esac
+[ ${#missing[@]} -eq 0 ] && exit 0
+
+if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+  echo "installing Debian packages: ${missing[*]}"
+  export DEBIAN_FRONTEND=noninteractive
+  log=$(mktemp)
+  if apt-get update -qq >"$log" 2>&1 && apt-get install -y -qq --no-install-recommends "${missing[@]}" >>"$log" 2>&1; then
+    rm -f "$log"
+    exit 0
+  fi
+  tail -n 5 "$log" >&2
+  rm -f "$log"
+fi
+
+echo "missing on this machine: ${missing[*]} (Debian's names; there: apt-get install ${missing[*]})" >&2
+# ccache only saves time, and GTest only serves the tests.
+for package in "${missing[@]}"; do
+  case $step:$package in build:ccache | build:libgtest-dev | cross:*) ;; *) exit 1 ;; esac
+done
