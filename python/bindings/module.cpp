@@ -1,0 +1,285 @@
+// kv4._core: the C++ API for Python. Conversions and exceptions only.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "kv4/cache.h"
+#include "kv4/cpu.h"
+#include "kv4/version.h"
+#include "tensor.h"
+
+namespace kv4::python {
+namespace {
+
+using namespace nb::literals;
+
+template <std::size_t N>
+int choice(nb::handle object, const char* attribute, const char* field, const char* const (&names)[N]) {
+  const std::string value = nb::cast<std::string>(nb::str(object.attr(attribute)));
+  std::string all;
+  for (std::size_t i = 0; i < N; ++i) {
+    if (value == names[i]) return static_cast<int>(i);
+    all += (i > 0 ? ", " : "") + std::string(names[i]);
+  }
+  raise_if_error(invalid_argument(std::string("recipe.") + field, "one of " + all, "'" + value + "'"));
+  return 0;
+}
+
+template <class T>
+T number(nb::handle object, const char* attribute, const char* field) {
+  try {
+    return nb::cast<T>(object.attr(attribute));
+  } catch (const nb::cast_error&) {
+    raise_if_error(invalid_argument(std::string("recipe.") + field, "an integer in range", nb::cast<std::string>(nb::repr(object.attr(attribute)))));
+    return T{};
+  }
+}
+
+SideRecipe side(nb::handle s, const std::string& which) {
+  const auto field = [&](const char* name) { return which + "." + name; };
+  SideRecipe out;
+  out.rotation = static_cast<RotationKind>(choice(s, "rotation", field("rotation").c_str(), {"identity", "srft", "srht", "householder", "dense"}));
+  out.reflectors = number<int>(s, "reflectors", field("reflectors").c_str());
+  out.seed = number<std::uint64_t>(s, "seed", field("seed").c_str());
+  out.group = number<int>(s, "group", field("group").c_str());
+  out.levels = static_cast<LevelKind>(choice(s, "levels", field("levels").c_str(), {"lloyd_max", "uniform"}));
+  out.scale = static_cast<ScaleRule>(choice(s, "scale", field("scale").c_str(), {"least_squares", "abs_max"}));
+  out.mean = nb::cast<bool>(s.attr("mean"));
+  out.lambda = static_cast<LambdaMode>(choice(s, "lambda_", field("lambda_").c_str(), {"none", "auto", "given"}));
+  return out;
+}
+
+Recipe recipe_of(nb::handle r) {
+  Recipe out;
+  out.key = side(r.attr("key"), "key");
+  out.value = side(r.attr("value"), "value");
+  out.seal = static_cast<SealMode>(choice(r, "seal", "seal", {"page", "arrival", "never"}));
+  out.sinks = number<int>(r, "sinks", "sinks");
+  out.window = number<int>(r, "window", "window");
+  return out;
+}
+
+std::vector<float> floats(nb::handle x, const char* name) {
+  if (x.is_none()) return {};
+  const Tensor t = tensor(x, name);
+  check_vector(t, name, Element::f32, "float32", -1);
+  std::int64_t count = 1;
+  for (int i = 0; i < t.rank; ++i) count *= t.shape[i];
+  const auto* data = static_cast<const float*>(t.data);
+  return {data, data + count};
+}
+
+DType dtype_of(const std::string& name) {
+  for (DType t : {DType::f32, DType::f16, DType::bf16})
+    if (name == kv4::name_of(t)) return t;
+  raise_if_error(invalid_argument("dtype", "float32, float16 or bfloat16", name));
+  return DType::f32;
+}
+
+// A call's arguments, with the tensors they point into.
+struct Call {
+  AttendArgs args;
+  Tensor sinks, start, window, mask;
+};
+
+void read_mask(Call* call, nb::handle mask, std::int64_t batch, std::int64_t heads, std::int64_t queries) {
+  call->mask = tensor(mask, "mask");
+  const Tensor& t = call->mask;
+  Mask& m = call->args.mask;
+  if (t.rank != 4) raise_if_error(invalid_argument("mask", "4 axes [batch or 1, q_heads or 1, T or 1, columns]", "shape " + shape_text(t)));
+  const std::array<std::int64_t, 3> full{batch, heads, queries};
+  for (int i = 0; i < 3; ++i) {
+    if (t.shape[i] != full[i] && t.shape[i] != 1)
+      raise_if_error(invalid_argument("mask", "shape [" + std::to_string(batch) + " or 1, " + std::to_string(heads) + " or 1, " +
+                                                  std::to_string(queries) + " or 1, columns]", shape_text(t)));
+    m.general_stride[i] = t.shape[i] == 1 ? 0 : t.stride[i];
+  }
+  m.general_stride[3] = t.stride[3];
+  m.columns = t.shape[3];
+  m.general = t.data;
+  switch (t.element) {
+    case Element::boolean: m.kind = Mask::General::boolean; return;
+    case Element::f32: m.general_dtype = DType::f32; break;
+    case Element::f16: m.general_dtype = DType::f16; break;
+    case Element::bf16: m.general_dtype = DType::bf16; break;
+    default: raise_if_error(invalid_argument("mask", "dtype bool, float32, float16 or bfloat16", t.element == Element::other ? t.element_name : name_of(t.element)));
+  }
+  m.kind = Mask::General::additive;
+}
+
+void read_call(Call* call, nb::handle q, double scale, double softcap, nb::handle sinks, bool causal, std::int64_t offset,
+               nb::handle start, nb::handle window, nb::handle mask) {
+  AttendArgs& a = call->args;
+  a.q = float_view(tensor(q, "q"), "q");
+  a.scale = static_cast<float>(scale);
+  a.softcap = static_cast<float>(softcap);
+  a.mask.causal = causal;
+  a.mask.offset = offset;
+  const std::int64_t batch = a.q.shape[0], heads = a.q.shape[1];
+  if (!sinks.is_none()) {
+    call->sinks = tensor(sinks, "sinks");
+    check_vector(call->sinks, "sinks", Element::f32, "float32", heads);
+    a.sinks = static_cast<const float*>(call->sinks.data);
+  }
+  if (!start.is_none()) {
+    call->start = tensor(start, "start");
+    check_vector(call->start, "start", Element::i32, "int32", batch);
+    a.mask.start = static_cast<const std::int32_t*>(call->start.data);
+  }
+  if (!window.is_none()) {
+    call->window = tensor(window, "window");
+    check_vector(call->window, "window", Element::i32, "int32", batch);
+    a.mask.window = static_cast<const std::int32_t*>(call->window.data);
+  }
+  if (!mask.is_none()) read_mask(call, mask, batch, heads, a.q.shape[2]);
+}
+
+// A Cache with Python's view of it.
+struct PyCache {
+  std::unique_ptr<Cache> cache;
+
+  int row(int r) const {
+    if (r < 0 || r >= cache->batch())
+      raise_if_error(error(StatusCode::out_of_range, "row", "0 to " + std::to_string(cache->batch() - 1), std::to_string(r)));
+    return r;
+  }
+};
+
+void create(PyCache* self, nb::handle recipe, const std::string& dtype, int kv_heads, int head_dim_k, int head_dim_v, int sliding_window,
+            nb::handle lambda_k, nb::handle lambda_v, nb::handle matrix_k, nb::handle matrix_v, const std::string& backend) {
+  CacheConfig config;
+  config.recipe = recipe_of(recipe);
+  config.dtype = dtype_of(dtype);
+  config.kv_heads = kv_heads;
+  config.head_dim_k = head_dim_k;
+  config.head_dim_v = head_dim_v;
+  config.sliding_window = sliding_window;
+  config.lambda_k = floats(lambda_k, "lambda_k");
+  config.lambda_v = floats(lambda_v, "lambda_v");
+  config.matrix_k = floats(matrix_k, "matrix_k");
+  config.matrix_v = floats(matrix_v, "matrix_v");
+  config.backend = backend;
+  std::unique_ptr<Cache> cache;
+  raise_if_error(Cache::create(config, &cache));
+  new (self) PyCache{std::move(cache)};
+}
+
+void append(PyCache& self, nb::handle k, nb::handle v) {
+  const Tensor keys = tensor(k, "k"), values = tensor(v, "v");
+  const TensorView key_view = float_view(keys, "k"), value_view = float_view(values, "v");
+  Status status;
+  {
+    const nb::gil_scoped_release unlocked;
+    status = self.cache->append(key_view, value_view);
+  }
+  raise_if_error(status);
+}
+
+void attend(PyCache& self, nb::handle q, nb::handle out, double scale, double softcap, nb::handle sinks, bool causal, std::int64_t offset,
+            nb::handle start, nb::handle window, nb::handle mask) {
+  Call call;
+  read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask);
+  const Tensor result = tensor(out, "out");
+  const MutableTensorView view = mutable_float_view(result, "out");
+  Status status;
+  {
+    const nb::gil_scoped_release unlocked;
+    status = self.cache->attend(call.args, view);
+  }
+  raise_if_error(status);
+}
+
+void attend_partial(PyCache& self, nb::handle q, nb::handle o, nb::handle m, nb::handle l, std::int64_t upto, double scale, double softcap,
+                    nb::handle sinks, bool causal, std::int64_t offset, nb::handle start, nb::handle window, nb::handle mask) {
+  Call call;
+  read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask);
+  const auto& s = call.args.q.shape;
+  const std::int64_t rows = s[0] * s[1] * s[2];
+  const Tensor ot = tensor(o, "o"), mt = tensor(m, "m"), lt = tensor(l, "l");
+  check_vector(ot, "o", Element::f32, "float32", rows * self.cache->config().head_dim_v);
+  check_vector(mt, "m", Element::f32, "float32", rows);
+  check_vector(lt, "l", Element::f32, "float32", rows);
+  const PartialState state{static_cast<float*>(ot.data), static_cast<float*>(mt.data), static_cast<float*>(lt.data)};
+  Status status;
+  {
+    const nb::gil_scoped_release unlocked;
+    status = self.cache->attend_partial(call.args, upto, state);
+  }
+  raise_if_error(status);
+}
+
+template <bool kKeys>
+void dense(const PyCache& self, std::int64_t first, std::int64_t count, nb::handle out) {
+  const Tensor t = tensor(out, "out");
+  const MutableTensorView view = mutable_float_view(t, "out");
+  raise_if_error(kKeys ? self.cache->dense_keys(first, count, view) : self.cache->dense_values(first, count, view));
+}
+
+}  // namespace
+}  // namespace kv4::python
+
+NB_MODULE(_core, m) {
+  using namespace kv4::python;
+  using namespace nb::literals;
+  m.doc() = "The kv4 core: an int4 key/value cache and its attention, on the CPU.";
+
+  nb::class_<PyCache>(m, "Cache", "The cache of one attention layer; see kv4/cache.h.")
+      .def("__init__", &create, "recipe"_a, nb::kw_only(), "dtype"_a = "float32", "kv_heads"_a, "head_dim_k"_a, "head_dim_v"_a,
+           "sliding_window"_a = 0, "lambda_k"_a = nb::none(), "lambda_v"_a = nb::none(), "matrix_k"_a = nb::none(),
+           "matrix_v"_a = nb::none(), "backend"_a = "cpu",
+           "dtype: of appended and exact tokens. lambda_*: float32 [kv_heads, head_dim]; matrix_*: float32 [head_dim, head_dim].")
+      .def("append", &append, "k"_a, "v"_a, "k [batch, kv_heads, T, head_dim_k], v alike with head_dim_v; T may be 0.")
+      .def("attend", &attend, "q"_a, "out"_a, nb::kw_only(), "scale"_a = 0.0, "softcap"_a = 0.0, "sinks"_a = nb::none(), "causal"_a = true,
+           "offset"_a = 0, "start"_a = nb::none(), "window"_a = nb::none(), "mask"_a = nb::none(),
+           "q [batch, q_heads, T, head_dim_k], the newest T positions; out [batch, q_heads, T, head_dim_v] is written in place.\n"
+           "sinks float32 [q_heads]; start, window int32 [batch]; mask bool or float, 4 axes; column j is position j + offset.")
+      .def("attend_partial", &attend_partial, "q"_a, "o"_a, "m"_a, "l"_a, nb::kw_only(), "upto"_a, "scale"_a = 0.0, "softcap"_a = 0.0,
+           "sinks"_a = nb::none(), "causal"_a = true, "offset"_a = 0, "start"_a = nb::none(), "window"_a = nb::none(), "mask"_a = nb::none(),
+           "The partial state over positions below upto: o float32 [batch, q_heads, T, head_dim_v], m and l [batch, q_heads, T].")
+      .def("seal", [](PyCache& c) { raise_if_error(c.cache->seal()); }, "Seals what is due now instead of at the next append.")
+      .def("crop", [](PyCache& c, std::int64_t length) { raise_if_error(c.cache->crop(length)); }, "length"_a)
+      .def("select", [](PyCache& c, const std::vector<std::int64_t>& rows) { raise_if_error(c.cache->select(rows)); }, "rows"_a)
+      .def("repeat", [](PyCache& c, int times) { raise_if_error(c.cache->repeat(times)); }, "times"_a)
+      .def("reset", [](PyCache& c) { c.cache->reset(); })
+      .def("clone", [](const PyCache& c) { return PyCache{c.cache->clone()}; })
+      .def("record_past", [](PyCache& c, bool on) { c.cache->record_past(on); }, "on"_a)
+      .def("dense_keys", &dense<true>, "first"_a, "count"_a, "out"_a)
+      .def("dense_values", &dense<false>, "first"_a, "count"_a, "out"_a)
+      .def("nbytes", [](const PyCache& c) { return c.cache->nbytes(); })
+      .def_prop_ro("batch", [](const PyCache& c) { return c.cache->batch(); })
+      .def_prop_ro("length", [](const PyCache& c) { return c.cache->length(); })
+      .def_prop_ro("first", [](const PyCache& c) { return c.cache->first(); })
+      .def_prop_ro("version", [](const PyCache& c) { return c.cache->version(); })
+      .def("sealed_tokens", [](const PyCache& c, int row) { return c.cache->sealed_tokens(c.row(row)); }, "row"_a)
+      .def("exact_tokens", [](const PyCache& c, int row) { return c.cache->exact_tokens(c.row(row)); }, "row"_a)
+      .def("lambda_", [](const PyCache& c, int row) {
+        const auto values = c.cache->lambda(c.row(row));
+        return std::vector<float>(values.begin(), values.end());
+      }, "row"_a, "Flat [kv_heads * head_dim_k]; empty before it is fixed.")
+      .def("page_count", [](const PyCache& c, int row) { return c.cache->page_count(c.row(row)); }, "row"_a)
+      .def("page_codes", [](const PyCache& c, int row, int index, int head) {
+        const auto& config = c.cache->config();
+        std::string k(static_cast<std::size_t>(kv4::kPageTokens) * config.head_dim_k / 2, '\0');
+        std::string v(static_cast<std::size_t>(kv4::kPageTokens) * config.head_dim_v / 2, '\0');
+        raise_if_error(c.cache->page_codes(row, index, head, {reinterpret_cast<std::uint8_t*>(k.data()), k.size()},
+                                           {reinterpret_cast<std::uint8_t*>(v.data()), v.size()}));
+        return nb::make_tuple(nb::bytes(k.data(), k.size()), nb::bytes(v.data(), v.size()));
+      }, "row"_a, "index"_a, "head"_a, "Codes of a sealed head slice in canonical order: (keys, values) as bytes.");
+
+  m.def("validate", [](nb::handle recipe) { raise_if_error(kv4::validate(recipe_of(recipe))); }, "recipe"_a);
+  m.def("validate", [](nb::handle recipe, int head_dim_k, int head_dim_v) {
+    raise_if_error(kv4::validate(recipe_of(recipe), head_dim_k, head_dim_v));
+  }, "recipe"_a, "head_dim_k"_a, "head_dim_v"_a);
+  m.def("num_threads", &kv4::cpu::num_threads);
+  m.def("set_num_threads", [](int n) { raise_if_error(kv4::cpu::set_num_threads(n)); }, "n"_a);
+  m.def("isa", &kv4::cpu::active_isa, "The instruction set in use.");
+  m.def("isas", [] {
+    std::vector<std::string> usable;
+    for (const std::string& name : kv4::cpu::compiled_isas())
+      if (kv4::cpu::supported(name)) usable.push_back(name);
+    return usable;
+  }, "Those that this build and machine have, best first.");
+  m.def("force_isa", [](const std::string& name) { raise_if_error(kv4::cpu::force_isa(name)); }, "name"_a);
+  m.def("version", [] { return KV4_VERSION; });
+}

@@ -1,0 +1,171 @@
+#include "tensor.h"
+
+#include <nanobind/ndarray.h>
+
+#include <cstring>
+#include <new>
+
+namespace kv4::python {
+namespace {
+
+// Attribute names are looked up on every decode step: interned once.
+struct Names {
+  nb::object data_ptr = nb::str("data_ptr"), shape = nb::str("shape"), stride = nb::str("stride"), dtype = nb::str("dtype"),
+             is_cpu = nb::str("is_cpu");
+};
+
+const Names& names() {
+  static const Names* n = new Names();  // lives as long as the process: no destruction after Python's end
+  return *n;
+}
+
+[[noreturn]] void bad(const char* name, const std::string& expected, const std::string& got) {
+  raise_if_error(invalid_argument(name, expected, got));
+  throw std::bad_alloc();  // not reached
+}
+
+Element element_of_torch(nb::handle dtype, std::string* other) {
+  // torch's dtype objects are singletons.
+  static PyObject* seen[5] = {};
+  for (int i = 0; i < 5; ++i)
+    if (seen[i] == dtype.ptr()) return static_cast<Element>(i);
+  static constexpr const char* kNames[5] = {"torch.float32", "torch.float16", "torch.bfloat16", "torch.bool", "torch.int32"};
+  const std::string text = nb::cast<std::string>(nb::str(dtype));
+  for (int i = 0; i < 5; ++i) {
+    if (text == kNames[i]) {
+      seen[i] = dtype.inc_ref().ptr();
+      return static_cast<Element>(i);
+    }
+  }
+  if (text == "torch.int64") return Element::i64;
+  *other = text.rfind("torch.", 0) == 0 ? text.substr(6) : text;
+  return Element::other;
+}
+
+void read_tuple(nb::handle tuple, int rank, std::array<std::int64_t, 4>* out) {
+  for (int i = 0; i < rank; ++i) {
+    (*out)[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
+    if ((*out)[i] == -1 && PyErr_Occurred()) throw nb::python_error();
+  }
+}
+
+Tensor from_torch(nb::handle x, const char* name) {
+  const Names& n = names();
+  Tensor t;
+  const nb::object cpu = nb::getattr(x, n.is_cpu, nb::none());
+  if (cpu.is(nb::bool_(false))) bad(name, "a tensor on the CPU", "device " + nb::cast<std::string>(nb::str(x.attr("device"))));
+  const nb::object shape = nb::getattr(x, n.shape);
+  t.rank = static_cast<int>(PyTuple_Size(shape.ptr()));
+  if (t.rank < 0) throw nb::python_error();
+  if (t.rank > 4) bad(name, "at most 4 axes", std::to_string(t.rank));
+  read_tuple(shape, t.rank, &t.shape);
+  const nb::object stride = nb::steal(PyObject_CallMethodNoArgs(x.ptr(), n.stride.ptr()));
+  if (!stride.is_valid()) throw nb::python_error();
+  read_tuple(stride, t.rank, &t.stride);
+  const nb::object pointer = nb::steal(PyObject_CallMethodNoArgs(x.ptr(), n.data_ptr.ptr()));
+  if (!pointer.is_valid()) throw nb::python_error();
+  t.data = PyLong_AsVoidPtr(pointer.ptr());
+  if (PyErr_Occurred()) throw nb::python_error();
+  t.element = element_of_torch(nb::getattr(x, n.dtype), &t.element_name);
+  return t;
+}
+
+Tensor from_dlpack(nb::handle x, const char* name) {
+  nb::ndarray<> array;
+  try {
+    array = nb::cast<nb::ndarray<>>(x);
+  } catch (const nb::cast_error&) {
+    try {
+      const nb::ndarray<nb::ro> readable = nb::cast<nb::ndarray<nb::ro>>(x);
+      array = nb::ndarray<>(readable.handle());
+    } catch (const nb::cast_error&) {
+      bad(name, "a tensor (torch, or anything that speaks DLPack)", nb::cast<std::string>(nb::str(x.type())));
+    }
+  }
+  Tensor t;
+  if (array.device_type() != nb::device::cpu::value) bad(name, "a tensor on the CPU", "device type " + std::to_string(array.device_type()));
+  if (array.ndim() > 4) bad(name, "at most 4 axes", std::to_string(array.ndim()));
+  t.rank = static_cast<int>(array.ndim());
+  for (int i = 0; i < t.rank; ++i) {
+    t.shape[i] = static_cast<std::int64_t>(array.shape(i));
+    t.stride[i] = array.stride(i);
+  }
+  t.data = array.data();
+  const nb::dlpack::dtype d = array.dtype();
+  const auto is = [&](nb::dlpack::dtype_code code, int bits) {
+    return d.code == static_cast<std::uint8_t>(code) && d.bits == bits && d.lanes == 1;
+  };
+  if (is(nb::dlpack::dtype_code::Float, 32)) t.element = Element::f32;
+  else if (is(nb::dlpack::dtype_code::Float, 16)) t.element = Element::f16;
+  else if (is(nb::dlpack::dtype_code::Bfloat, 16)) t.element = Element::bf16;
+  else if (is(nb::dlpack::dtype_code::Bool, 8)) t.element = Element::boolean;
+  else if (is(nb::dlpack::dtype_code::Int, 32)) t.element = Element::i32;
+  else if (is(nb::dlpack::dtype_code::Int, 64)) t.element = Element::i64;
+  else t.element_name = "dtype code " + std::to_string(d.code) + " of " + std::to_string(d.bits) + " bits";
+  t.owner = nb::cast(array);
+  return t;
+}
+
+DType float_type(const Tensor& t, const char* name) {
+  switch (t.element) {
+    case Element::f32: return DType::f32;
+    case Element::f16: return DType::f16;
+    case Element::bf16: return DType::bf16;
+    default: bad(name, "dtype float32, float16 or bfloat16", t.element == Element::other ? t.element_name : name_of(t.element));
+  }
+}
+
+template <class View>
+View view(const Tensor& t, const char* name) {
+  if (t.rank != 4) bad(name, "4 axes [batch, heads, tokens, channels]", "shape " + shape_text(t));
+  return View{t.data, float_type(t, name), t.shape, t.stride};
+}
+
+}  // namespace
+
+const char* name_of(Element e) {
+  static constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "bool", "int32", "int64", "another dtype"};
+  return kNames[static_cast<int>(e)];
+}
+
+std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int i = 0; i < t.rank; ++i) text += (i > 0 ? ", " : "") + std::to_string(t.shape[i]);
+  return text + "]";
+}
+
+Tensor tensor(nb::handle x, const char* name) {
+  if (nb::hasattr(x, names().data_ptr)) return from_torch(x, name);
+  return from_dlpack(x, name);
+}
+
+TensorView float_view(const Tensor& t, const char* name) { return view<TensorView>(t, name); }
+MutableTensorView mutable_float_view(const Tensor& t, const char* name) { return view<MutableTensorView>(t, name); }
+
+void check_vector(const Tensor& t, const char* name, Element element, const char* element_name, std::int64_t count) {
+  if (t.element != element)
+    bad(name, std::string("dtype ") + element_name, t.element == Element::other ? t.element_name : name_of(t.element));
+  std::int64_t have = 1;
+  bool contiguous = true;
+  for (int i = t.rank; i-- > 0;) {
+    contiguous &= t.shape[i] <= 1 || t.stride[i] == have;
+    have *= t.shape[i];
+  }
+  if (!contiguous) bad(name, "a contiguous tensor", "strides that are not");
+  if (count >= 0 && have != count) bad(name, std::to_string(count) + " values", "shape " + shape_text(t));
+}
+
+void raise_if_error(const Status& status) {
+  const char* text = status.message().c_str();
+  switch (status.code()) {
+    case StatusCode::ok: return;
+    case StatusCode::invalid_argument:
+    case StatusCode::non_finite: throw nb::value_error(text);
+    case StatusCode::out_of_range: throw nb::index_error(text);
+    case StatusCode::out_of_memory: PyErr_SetString(PyExc_MemoryError, text); throw nb::python_error();
+    case StatusCode::unsupported: PyErr_SetString(PyExc_NotImplementedError, text); throw nb::python_error();
+    case StatusCode::failed_precondition: PyErr_SetString(PyExc_RuntimeError, text); throw nb::python_error();
+  }
+}
+
+}  // namespace kv4::python

@@ -1,0 +1,46 @@
+// Tensors of the host language as pointers, shapes and strides: torch's by its own methods
+// (no DLPack capsule, so that decoding stays cheap), everything else by DLPack or the buffer protocol.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "kv4/status.h"
+#include "kv4/types.h"
+
+namespace kv4::python {
+
+namespace nb = nanobind;
+
+enum class Element : std::uint8_t { f32, f16, bf16, boolean, i32, i64, other };
+
+struct Tensor {
+  void* data = nullptr;
+  Element element = Element::other;
+  std::string element_name;  // as the host calls it, only where element is other
+  int rank = 0;
+  std::array<std::int64_t, 4> shape{};
+  std::array<std::int64_t, 4> stride{};
+  nb::object owner;  // keeps memory of a converted array alive
+};
+
+// Throws ValueError naming `name` for anything that is no CPU tensor of at most 4 axes.
+Tensor tensor(nb::handle x, const char* name);
+
+// A 4-D float tensor; throws ValueError otherwise.
+TensorView float_view(const Tensor& t, const char* name);
+MutableTensorView mutable_float_view(const Tensor& t, const char* name);
+
+// A contiguous vector of `element` with `count` entries (count < 0: any).
+void check_vector(const Tensor& t, const char* name, Element element, const char* element_name, std::int64_t count);
+
+const char* name_of(Element e);
+std::string shape_text(const Tensor& t);
+
+// Raises the Python exception that fits a failed status.
+void raise_if_error(const Status& status);
+
+}  // namespace kv4::python

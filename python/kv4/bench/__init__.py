@@ -1,0 +1,1 @@
+"""Measurements: decode attention, sealing, and generation with a whole model."""

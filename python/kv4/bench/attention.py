@@ -1,0 +1,149 @@
+"""Decode attention alone: one query per query head over a cache of T tokens.
+
+Candidates, in one process and interleaved: kv4 on int4 pages, kv4's kernels on exact rows, and
+torch's scaled_dot_product_attention on dense tensors. Each works through several layers in turn,
+so that a layer's keys and values come from where a model finds them, and not from the nearest cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kv4.bench.timing import interleaved
+
+# Query heads, KV heads, head dim: the models of tests/cases.h.
+GEOMETRIES: dict[str, tuple[int, int, int]] = {
+    "qwen2.5-1.5b": (12, 2, 128),
+    "llama-3-8b": (32, 8, 128),
+    "qwen2.5-0.5b": (14, 2, 64),
+    "gemma-3-270m": (4, 1, 256),
+}
+TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
+WORKING_SET = 64 << 20  # bytes of int4 layers to go round, at most MAX_LAYERS of them
+MAX_LAYERS = 28
+SDPA_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Row:
+    geometry: str
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    tokens: int
+    layers: int
+    candidate: str
+    seconds: float  # per layer
+    bytes_read: int  # per layer
+
+    @property
+    def ns_per_token_head(self) -> float:
+        """Nanoseconds per token and KV head."""
+        return 1e9 * self.seconds / (self.tokens * self.kv_heads)
+
+    @property
+    def bytes_per_token_head(self) -> float:
+        return self.bytes_read / (self.tokens * self.kv_heads)
+
+    @property
+    def gb_per_s(self) -> float:
+        return 1e-9 * self.bytes_read / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        derived = ("ns_per_token_head", "bytes_per_token_head", "gb_per_s")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+
+
+def page_bytes(head_dim: int) -> int:
+    """Bytes of one KV head's page of 64 tokens in the default recipe (src/format/page.h):
+    codes of K and V, an fp16 scale per token on each side, and the fp16 mean of the keys."""
+    return 64 * head_dim + 2 * 64 * 2 + head_dim * 2
+
+
+def _filled(recipe: Any, dtype: str, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> Any:
+    from kv4 import _core
+
+    cache = _core.Cache(recipe, dtype=dtype, kv_heads=k.shape[1], head_dim_k=k.shape[3], head_dim_v=v.shape[3])
+    cache.append(k, v)
+    cache.attend(q, torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype))
+    cache.seal()
+    return cache
+
+
+def _kv4_call(caches: Sequence[Any], q: torch.Tensor) -> Callable[[], None]:
+    out = torch.empty_like(q)
+
+    def call() -> None:
+        for cache in caches:
+            cache.attend(q, out)
+
+    return call
+
+
+def _sdpa_call(
+    layers: Sequence[tuple[torch.Tensor, torch.Tensor]], q: torch.Tensor, grouped: bool
+) -> Callable[[], None]:
+    kv_heads = layers[0][0].shape[1]
+    # One query per head and no mask: the heads of a group may stand as that many queries of one
+    # KV head, which spares SDPA the repetition of keys and values.
+    q = q.view(1, kv_heads, -1, q.shape[3]) if grouped else q
+
+    def call() -> None:
+        for k, v in layers:
+            F.scaled_dot_product_attention(q, k, v, enable_gqa=not grouped)
+
+    return call
+
+
+@torch.inference_mode()
+def measure(geometry: str, tokens: int, *, seconds: float = 0.2, repeats: int = 7) -> list[Row]:
+    """All candidates at one geometry and length; torch's figure is the faster of its GQA mode and
+    the grouped view."""
+    from kv4 import Recipe
+
+    if geometry not in GEOMETRIES:
+        raise ValueError(f"geometry: expected one of {', '.join(GEOMETRIES)}; got {geometry}")
+    q_heads, kv_heads, dim = GEOMETRIES[geometry]
+    size = kv_heads * page_bytes(dim) * tokens // 64
+    layers = max(1, min(MAX_LAYERS, -(-WORKING_SET // size)))
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, q_heads, 1, dim, generator=generator)
+    dense: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in SDPA_DTYPES}
+    packed: list[Any] = []
+    exact: dict[str, list[Any]] = {"float32": [], "float16": []}
+    for _ in range(layers):
+        k, v = (torch.randn(1, kv_heads, tokens, dim, generator=generator) for _ in range(2))
+        packed.append(_filled(Recipe(), "float32", k, v, q))
+        for name, caches in exact.items():
+            dtype = getattr(torch, name)
+            caches.append(_filled(Recipe.exact(), name, k.to(dtype), v.to(dtype), q.to(dtype)))
+        for name, dtype in SDPA_DTYPES.items():
+            dense[name].append((k.to(dtype), v.to(dtype)))
+
+    calls = {"kv4 int4": _kv4_call(packed, q)}
+    read = {"kv4 int4": _int4_bytes(packed[0], kv_heads, dim)}
+    for name, short in (("float32", "fp32"), ("float16", "fp16")):
+        calls[f"kv4 exact {short}"] = _kv4_call(exact[name], q.to(getattr(torch, name)))
+        read[f"kv4 exact {short}"] = 2 * kv_heads * tokens * dim * (4 if short == "fp32" else 2)
+    for name, dtype in SDPA_DTYPES.items():
+        for grouped in (False, True):
+            calls[f"sdpa {name}{' grouped' if grouped else ''}"] = _sdpa_call(dense[name], q.to(dtype), grouped)
+        read[f"sdpa {name}"] = 2 * kv_heads * tokens * dim * dtype.itemsize
+
+    times = interleaved(calls, seconds=seconds, repeats=repeats)
+    for name in SDPA_DTYPES:
+        times[f"sdpa {name}"] = min(times[f"sdpa {name}"], times.pop(f"sdpa {name} grouped"))
+    return [
+        Row(geometry, q_heads, kv_heads, dim, tokens, layers, name, times[name] / layers, read[name]) for name in read
+    ]
+
+
+def _int4_bytes(cache: Any, kv_heads: int, dim: int) -> int:
+    """Bytes that one decode step reads: sealed pages, and the exact sinks and window in float32."""
+    pages = cache.sealed_tokens(0) // 64
+    return kv_heads * (pages * page_bytes(dim) + cache.exact_tokens(0) * 2 * dim * 4)

@@ -1,0 +1,230 @@
+"""Milliseconds per generated token: the model's own cache against kv4, on one machine, in one run.
+
+The own cache is transformers' DynamicCache under scaled_dot_product_attention. Both caches decode
+greedily through the model's forward, each from a copy of its own prefilled state, so every repeat
+does the same work; the copy and the prefill are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from kv4.bench.memory import cache_bytes, fp16_bytes
+
+OWN, KV4 = "own", "kv4"
+PREFILL_CHUNK = 512
+# Untimed tokens at the start of a repeat: the first finds the copied cache outside the CPU's
+# caches, and the second is the first after kv4 has sealed what the prefill left.
+WARM_UP = 2
+# A dtype this much slower than the other after one repeat is measured no further.
+DROP = 1.5
+
+
+@dataclass
+class Decoded:
+    """One repeat: the tokens and the seconds that each took."""
+
+    tokens: list[int]
+    seconds: list[float]
+
+    @property
+    def ms_per_token(self) -> float:
+        """The mean, so that a page's sealing counts with the 64 tokens it belongs to."""
+        return 1e3 * sum(self.seconds) / len(self.seconds)
+
+
+@dataclass
+class Row:
+    """What one cache did at one context length, in one dtype.
+
+    generated: the prefill's token, those of the warm-up and the timed ones. Bytes are those at the end.
+    """
+
+    context: int
+    cache: str
+    dtype: str
+    cache_bytes: int
+    fp16_bytes: int
+    repeats_ms: list[float] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list, repr=False)
+    prefill_seconds: float = 0.0
+    best: bool = False
+
+    @property
+    def ms_per_token(self) -> float:
+        return median(self.repeats_ms)
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than fp16."""
+        return self.fp16_bytes / self.cache_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ms_per_token": self.ms_per_token, "ratio_to_fp16": self.ratio}
+
+
+@contextmanager
+def attention(model: Any, cache: str, recipe: Any = None) -> Iterator[None]:
+    """Runs a model under the attention that belongs to a cache, and puts back what it had.
+
+    Errors: ValueError with kv4.hf.attach's reason where kv4 cannot serve the model with this recipe.
+    """
+    from kv4.hf import attach, detach
+
+    before = model.config._attn_implementation
+    if cache == KV4:
+        if before == "kv4":  # attached by the caller, who may detach it later
+            yield
+            return
+        attach(model, recipe)
+        try:
+            yield
+        finally:
+            detach(model)
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def new_cache(model: Any, cache: str, recipe: Any = None) -> Any:
+    from transformers import DynamicCache
+
+    if cache == OWN:
+        return DynamicCache(config=model.config)
+    from kv4.hf import KV4Cache
+
+    return KV4Cache(model.config, recipe)
+
+
+@torch.inference_mode()
+def prefill(
+    model: Any,
+    cache: Any,
+    ids: torch.Tensor,
+    *,
+    chunk: int = PREFILL_CHUNK,
+    progress: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """Feeds ids [1, T] in chunks and returns the next token, [1, 1]."""
+    logits = None
+    for part in ids.split(chunk, dim=1):
+        logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        if progress is not None:
+            progress(part.shape[1])
+    if logits is None:
+        raise ValueError("ids: expected at least one token; got none")
+    return logits[:, -1].argmax(-1, keepdim=True)
+
+
+@torch.inference_mode()
+def decode(
+    model: Any,
+    cache: Any,
+    token: torch.Tensor,
+    tokens: int,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Decoded:
+    """Generates `tokens` tokens greedily after `token` [1, 1], never stopping early."""
+    produced, seconds = [int(token)], []
+    for _ in range(tokens):
+        begin = perf_counter()
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        produced.append(int(token))
+        seconds.append(perf_counter() - begin)
+        if progress is not None:
+            progress(1)
+    return Decoded(produced, seconds)
+
+
+def run(
+    models: Mapping[str, Any],
+    ids: torch.Tensor,
+    contexts: Sequence[int],
+    *,
+    tokens: int = 64,
+    repeats: int = 5,
+    recipe: Any = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> list[Row]:
+    """Measures every cache in every dtype at every context length.
+
+    models: the same model per dtype. ids: [1, >= max(contexts)]. A repeat decodes `tokens` tokens;
+    candidates take turns within it. Calls progress(what, tokens done) after every step.
+    """
+    contexts = sorted(set(contexts))
+    if not contexts or contexts[0] < 1:
+        raise ValueError(f"contexts: expected positive token counts; got {contexts}")
+    if ids.shape[1] < contexts[-1]:
+        raise ValueError(f"ids: expected at least {contexts[-1]} tokens; got {ids.shape[1]}")
+    if tokens < 1 or repeats < 1:
+        raise ValueError(f"tokens, repeats: expected at least 1; got {tokens}, {repeats}")
+
+    def step(what: str) -> Callable[[int], None] | None:
+        return None if progress is None else lambda done: progress(what, done)
+
+    candidates = [(cache, dtype) for dtype in models for cache in (OWN, KV4)]
+    held: dict[tuple[str, str], Any] = {}
+    prefilled = dict.fromkeys(candidates, 0.0)
+    rows: list[Row] = []
+    before = 0
+    for context in contexts:
+        here: dict[tuple[str, str], tuple[Row, torch.Tensor]] = {}
+        for key in candidates:
+            cache_name, dtype = key
+            model = models[dtype]
+            if key not in held:
+                held[key] = new_cache(model, cache_name, recipe)
+            what = f"prefill {context}: {cache_name} {dtype}"
+            with attention(model, cache_name, recipe):
+                begin = perf_counter()
+                token = prefill(model, held[key], ids[:, before:context], progress=step(what))
+                prefilled[key] += perf_counter() - begin
+            fp16 = fp16_bytes(model.config, context + WARM_UP + tokens)
+            row = Row(context, cache_name, dtype, 0, fp16, prefill_seconds=prefilled[key])
+            here[key] = (row, token)
+            rows.append(row)
+        for repeat in range(repeats):
+            for key in list(candidates):
+                row, token = here[key]
+                model = models[row.dtype]
+                cache = deepcopy(held[key])
+                what = f"decode at {context}: {row.cache} {row.dtype}"
+                with attention(model, row.cache, recipe):
+                    warm = decode(model, cache, token, WARM_UP)
+                    last = torch.tensor([[warm.tokens[-1]]], device=token.device)
+                    timed = decode(model, cache, last, tokens, progress=step(what))
+                row.repeats_ms.append(timed.ms_per_token)
+                row.generated = warm.tokens + timed.tokens[1:]
+                row.cache_bytes = cache_bytes(cache)
+            if repeat == 0:
+                candidates = [key for key in candidates if not _dropped(here, key)]
+                held = {key: held[key] for key in candidates}
+        for name in (OWN, KV4):
+            finished = [row for row, _ in here.values() if row.cache == name and len(row.repeats_ms) == repeats]
+            min(finished, key=lambda row: row.ms_per_token).best = True
+        before = context
+    return rows
+
+
+def _dropped(here: Mapping[tuple[str, str], tuple[Row, torch.Tensor]], key: tuple[str, str]) -> bool:
+    own = here[key][0].ms_per_token
+    return own > DROP * min(row.ms_per_token for row, _ in here.values() if row.cache == key[0])
+
+
+def best_rows(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """(own, kv4) per context length, each in its best dtype."""
+    best = {(row.context, row.cache): row for row in rows if row.best}
+    return [(best[c, OWN], best[c, KV4]) for c in sorted({row.context for row in rows})]

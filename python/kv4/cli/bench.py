@@ -1,0 +1,216 @@
+"""`kv4 bench`: attention, sealing, and whole-model generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kv4.cli import options
+from kv4.cli.output import out, plain_errors, progress, table, write_json
+
+app = typer.Typer(help="Measurements, each in one process with candidates taking turns.", no_args_is_help=True)
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """A comma-separated list of positive whole numbers; 1k means 1024."""
+    found = []
+    for part in text.split(","):
+        digits, unit = (part.strip()[:-1], 1024) if part.strip().lower().endswith("k") else (part.strip(), 1)
+        if not digits.isdecimal() or int(digits) < 1:
+            raise ValueError(f"{option}: expected positive numbers with commas between them; got {text!r}")
+        found.append(int(digits) * unit)
+    return sorted(set(found))
+
+
+def names(text: str, option: str, known: list[str]) -> list[str]:
+    found = [part.strip() for part in text.split(",")]
+    for name in found:
+        if name not in known:
+            raise ValueError(f"{option}: expected names out of {', '.join(known)}; got {name!r}")
+    return found
+
+
+@app.command("generate")
+@plain_errors
+def generate(
+    model: Annotated[str, typer.Option(help="A name of `kv4 models`, a HuggingFace folder or a GGUF file.")] = (
+        options.DEFAULT_MODEL
+    ),
+    contexts: Annotated[str, typer.Option(help="Tokens in the cache before decoding.")] = "256,1024,4096",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded in a repeat.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    dtypes: Annotated[str, typer.Option(help="Each cache is shown in the fastest of these.")] = "float32,bfloat16",
+    recipe: Annotated[Path | None, typer.Option(help="A recipe file; kv4's default if not given.")] = None,
+    threads: options.Threads = None,
+    json_: options.JsonFile = None,
+) -> None:
+    """Milliseconds per generated token: kv4 against the model's own cache."""
+    import torch
+
+    from kv4.bench import generate as measurement
+    from kv4.bench.text import prompt_ids
+
+    lengths = numbers(contexts, "--contexts")
+    kinds = names(dtypes, "--dtypes", ["float32", "bfloat16", "float16"])
+    used = options.load_recipe("kv4", recipe)
+    options.set_threads(threads)
+    loaded = {}
+    for kind in kinds:
+        loaded[kind], tokenizer = options.load(model, getattr(torch, kind))
+    ids = prompt_ids(tokenizer, lengths[-1])
+    # An upper bound: a dtype that falls behind is dropped and its share of the bar with it.
+    total = 2 * len(kinds) * (lengths[-1] + len(lengths) * repeats * tokens)
+    with progress("", total) as advance:
+        rows = measurement.run(
+            loaded,
+            ids,
+            lengths,
+            tokens=tokens,
+            repeats=repeats,
+            recipe=used,
+            progress=lambda what, done: advance(done, what),
+        )
+    show_generate(model, rows)
+    if json_:
+        data = {
+            "model": model,
+            "threads": torch.get_num_threads(),
+            "tokens": tokens,
+            "recipe": used.to_dict(),
+            "rows": [row.to_dict() for row in rows],
+        }
+        write_json(data, json_)
+
+
+def show_generate(model: str, rows: list) -> None:
+    from kv4.bench.generate import best_rows
+
+    shown = table(
+        f"decode of {model}; ms per token, each cache in its best dtype",
+        "context", "own", "kv4", "kv4/own", "own MiB", "fp16 MiB", "kv4 MiB", "fp16/kv4",
+    )  # fmt: skip
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    for own, kv4 in best_rows(rows):
+        quotient = kv4.ms_per_token / own.ms_per_token
+        shown.add_row(
+            f"{own.context:,}",
+            f"{own.ms_per_token:.2f} {short[own.dtype]}",
+            f"{kv4.ms_per_token:.2f} {short[kv4.dtype]}",
+            f"[{'green' if quotient <= 1 else 'red'}]{quotient:.3f}[/]",
+            *(f"{count / (1 << 20):.2f}" for count in (own.cache_bytes, kv4.fp16_bytes, kv4.cache_bytes)),
+            f"{kv4.ratio:.2f}x",
+        )
+    out.print(shown)
+
+
+@app.command("attention")
+@plain_errors
+def attention(
+    geometries: Annotated[str, typer.Option(help="Models by name, or all.")] = "all",
+    tokens: Annotated[str, typer.Option(help="Tokens in the cache; 1k means 1024.")] = "1k,4k,16k,32k",
+    repeats: Annotated[int, typer.Option(min=1)] = 7,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Time of one candidate in one repeat.")] = 0.2,
+    threads: options.Threads = None,
+    json_: options.JsonFile = None,
+) -> None:
+    """Decode attention alone: int4 pages, exact rows with the same kernels, and torch's SDPA."""
+    from kv4 import _core
+    from kv4.bench import attention as measurement
+
+    known = list(measurement.GEOMETRIES)
+    chosen = known if geometries == "all" else names(geometries, "--geometries", known)
+    lengths = numbers(tokens, "--tokens")
+    options.set_threads(threads)
+    rows = []
+    with progress("", len(chosen) * len(lengths)) as advance:
+        for geometry in chosen:
+            for length in lengths:
+                advance(0, f"{geometry}, {length:,} tokens")
+                rows += measurement.measure(geometry, length, seconds=seconds, repeats=repeats)
+                advance(1)
+    where = f"{_core.isa()}, {_core.num_threads()} threads"
+    out.print(f"decode attention, {where}; medians per token and KV head")
+    for geometry in chosen:
+        show_attention(geometry, [row for row in rows if row.geometry == geometry])
+    if json_:
+        write_json({"isa": _core.isa(), "threads": _core.num_threads(), "rows": [r.to_dict() for r in rows]}, json_)
+
+
+def show_attention(geometry: str, rows: list) -> None:
+    candidates = list(dict.fromkeys(row.candidate for row in rows))
+    first = rows[0]
+    shown = table(
+        f"{geometry}: {first.q_heads} query heads, {first.kv_heads} KV heads, d = {first.head_dim}",
+        "tokens", "", *candidates, "best sdpa / int4", left=("",),
+    )  # fmt: skip
+    for length in sorted({row.tokens for row in rows}):
+        here = {row.candidate: row for row in rows if row.tokens == length}
+        best = min(row.seconds for name, row in here.items() if name.startswith("sdpa"))
+        cells = [
+            f"{row.ns_per_token_head:.2f}\n{row.gb_per_s:.1f}\n{row.bytes_per_token_head:.0f}" for row in here.values()
+        ]
+        faster = f"{best / here['kv4 int4'].seconds:.2f}x"
+        shown.add_row(f"{length:,}", "ns\nGB/s\nbytes", *cells, faster, end_section=True)
+    out.print(shown)
+
+
+@app.command("seal")
+@plain_errors
+def seal(
+    dims: Annotated[str, typer.Option(help="Head dims.")] = "64,80,96,128,160,192,256",
+    repeats: Annotated[int, typer.Option(min=1)] = 15,
+    threads: options.Threads = None,
+    json_: options.JsonFile = None,
+) -> None:
+    """Fused rotate + lambda + abs-max + pack, beside the paper's 25 ns and 182 GFLOP/s."""
+    from kv4 import Recipe, _core
+    from kv4.bench import seal as measurement
+
+    chosen = numbers(dims, "--dims")
+    options.set_threads(threads)
+    rows = []
+    with progress("", 3 * len(chosen)) as advance:
+        for dim in chosen:
+            advance(0, f"d = {dim}")
+            rows.append(measurement.kernel(dim, repeats=repeats))
+            advance(1)
+            for what, recipe in (
+                ("cache, paper's recipe", Recipe.paper()),
+                ("cache, kv4's recipe", Recipe()),
+            ):
+                rows.append(measurement.through_cache(what, recipe, dim))
+                advance(1)
+    shown = table(
+        f"sealing, {_core.isa()}, {_core.num_threads()} threads; medians per vector",
+        "d", "what", "ns / vector", "GFLOP/s", "GFLOP/s, paper's count",
+        left=("what",),
+    )  # fmt: skip
+    for row in rows:
+        shown.add_row(
+            str(row.dim) if row.what == "kernel" else "",
+            row.what,
+            f"{row.ns_per_vector:.1f}",
+            f"{row.gflops:.1f}",
+            f"{row.paper_gflops:.1f}",
+            end_section=row is rows[-1] or row.what.startswith("cache, kv4"),
+        )
+    paper = (f"{measurement.PAPER_NS:.0f}", "", f"{measurement.PAPER_GFLOPS:.0f}")
+    shown.add_row(str(measurement.PAPER_DIM), "paper: kernel, Apple M1 8-core GPU", *paper, style="cyan")
+    out.print(shown)
+    out.print(f"FLOP per vector: {measurement.FLOP_FORMULA}", soft_wrap=True)
+    out.print("paper's count: 5 d log2 d, as its 182 GFLOP/s x 25 ns at d = 128 are within 2 %", soft_wrap=True)
+    if json_:
+        data = {
+            "isa": _core.isa(),
+            "threads": _core.num_threads(),
+            "flops_per_vector": measurement.FLOP_FORMULA,
+            "paper": {
+                "dim": measurement.PAPER_DIM,
+                "ns_per_vector": measurement.PAPER_NS,
+                "gflops": measurement.PAPER_GFLOPS,
+            },
+            "rows": [row.to_dict() for row in rows],
+        }
+        write_json(data, json_)

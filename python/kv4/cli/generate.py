@@ -1,0 +1,155 @@
+"""`kv4 generate`: text from a model through a cache of choice."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import typer
+
+from kv4.cli import options
+from kv4.cli.output import mebibytes, out, plain_errors, write_json
+
+
+class CacheName(str, Enum):
+    kv4 = "kv4"
+    fp16 = "fp16"
+    paper = "paper"
+    exact = "exact"
+
+
+@plain_errors
+def generate(
+    model: Annotated[str, typer.Argument(help="A name of `kv4 models`, a HuggingFace folder or a GGUF file.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt itself.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="A UTF-8 file that holds the prompt.")] = None,
+    cache: Annotated[
+        CacheName,
+        typer.Option(
+            help="kv4: 4 bits. fp16: the model's own cache, in the model's dtype. "
+            "paper: the recipe of arXiv 2605.05699. exact: kv4's kernels on exact rows."
+        ),
+    ] = CacheName.kv4,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe file for --cache kv4.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
+    dtype: Annotated[options.DType, typer.Option(help="auto: what this CPU computes in.")] = options.DType.auto,
+    greedy: Annotated[bool, typer.Option("--greedy/--sample", help="The likeliest token, or a drawn one.")] = True,
+    temperature: Annotated[float, typer.Option(min=0.0, help="With --sample; 0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --sample.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="With --sample; 0: all tokens.")] = 0,
+    seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    threads: options.Threads = None,
+    json_: options.JsonFile = None,
+) -> None:
+    """Generate text, printed as it comes; the last line says what it cost."""
+    text = read_prompt(prompt, file)
+    own = cache is CacheName.fp16
+    if own and recipe is not None:
+        raise ValueError("--recipe: expected with --cache kv4 only; got --cache fp16")
+    used = None if own else options.load_recipe(cache.value, recipe)
+    options.set_threads(threads)
+    loaded, tokenizer = options.load(model, options.torch_dtype(dtype))
+
+    import torch
+
+    from kv4.bench.generate import KV4, OWN, attention, new_cache
+    from kv4.bench.memory import cache_bytes, fp16_bytes
+    from kv4.bench.text import encode
+
+    if chat:
+        message = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).input_ids
+    else:
+        ids = encode(tokenizer, text)
+    if ids.shape[1] == 0:
+        raise ValueError("prompt: expected at least one token; got an empty text")
+    drawn = not greedy and temperature > 0
+    torch.manual_seed(seed)
+    held = new_cache(loaded, OWN if own else KV4, used)
+    stream = _stream(tokenizer)
+    with attention(loaded, OWN if own else KV4, used):
+        made = loaded.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=held,
+            max_new_tokens=max_new_tokens,
+            do_sample=drawn,
+            temperature=temperature if drawn else None,
+            top_p=top_p if drawn else None,
+            top_k=top_k if drawn else None,
+            streamer=stream,
+        )
+    tokens = made.shape[1] - ids.shape[1]
+    begin, first, last = stream.times[0], stream.times[1], stream.times[-1]
+    seen = held.get_seq_length()
+    figures = {
+        "model": model,
+        "cache": cache.value,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "prompt_tokens": ids.shape[1],
+        "tokens": tokens,
+        "prefill_ms": 1e3 * (first - begin),
+        "prefill_ms_per_token": 1e3 * (first - begin) / ids.shape[1],
+        "decode_ms_per_token": 1e3 * (last - first) / (tokens - 1) if tokens > 1 else None,
+        "cache_tokens": seen,
+        "cache_bytes": cache_bytes(held),
+        "fp16_bytes": fp16_bytes(loaded.config, seen),
+    }
+    out.print(summary(figures), style="dim", soft_wrap=True)
+    if json_:
+        write_json({**figures, "token_ids": made[0, ids.shape[1] :].tolist()}, json_)
+
+
+def summary(f: dict[str, Any]) -> str:
+    decode = "-" if f["decode_ms_per_token"] is None else f"{f['decode_ms_per_token']:.2f}"
+    ratio = f["fp16_bytes"] / f["cache_bytes"]
+    return (
+        f"{f['prompt_tokens']} + {f['tokens']} tokens in {f['dtype']}; "
+        f"prefill {f['prefill_ms_per_token']:.2f} ms/token, decode {decode} ms/token; "
+        f"cache {f['cache']} {mebibytes(f['cache_bytes'])} = "
+        f"fp16's {mebibytes(f['fp16_bytes'])} / {ratio:.2f}"
+    )
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise ValueError("--prompt, --file: expected one of them; got both")
+    if file is not None:
+        if not file.is_file():
+            raise FileNotFoundError(f"--file: expected a file; got {file}")
+        prompt = file.read_text(encoding="utf-8")
+    elif prompt is None:
+        if sys.stdin.isatty():
+            raise ValueError("--prompt: expected --prompt, --file or text on stdin; got none")
+        prompt = sys.stdin.read()
+    if not prompt:
+        raise ValueError("prompt: expected some text; got an empty one")
+    return prompt
+
+
+def _stream(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    class Stream(TextStreamer):
+        """Prints whole words as they come and keeps the time of every token; the prompt's comes first."""
+
+        def __init__(self) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.times: list[float] = []
+
+        def put(self, value: Any) -> None:
+            self.times.append(perf_counter())
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            sys.stdout.write(text + ("\n" if stream_end else ""))
+            sys.stdout.flush()
+
+    return Stream()

@@ -1,0 +1,79 @@
+"""Options and loading that several commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kv4.cli.output import model_steps, waiting
+
+DEFAULT_MODEL = "gemma-3-270m"
+
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch and kv4; torch's own number if not given.")]
+JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Exact data to FILE, or to stdout for -.")]
+
+
+class DType(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    import torch
+
+    import kv4
+
+    torch.set_num_threads(threads)
+    kv4.set_num_threads(threads)
+
+
+def torch_dtype(dtype: DType) -> Any:
+    """auto: bfloat16 where the CPU computes in it, float32 otherwise (there bfloat16 is slower)."""
+    import torch
+
+    if dtype is not DType.auto:
+        return getattr(torch, dtype.value)
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_recipe(cache: str, file: Path | None) -> Any:
+    """A kv4.Recipe for --cache kv4, paper or exact, or from --recipe FILE."""
+    from kv4 import Recipe
+
+    if file is not None:
+        if cache != "kv4":
+            raise ValueError(f"--recipe: expected with --cache kv4 only; got --cache {cache}")
+        if not file.is_file():
+            raise FileNotFoundError(f"--recipe: expected a file; got {file}")
+        return Recipe.from_file(file)
+    return {"kv4": Recipe, "paper": Recipe.paper, "exact": Recipe.exact}[cache]()
+
+
+def model_folder(model: str) -> Path:
+    """A HuggingFace folder for a name of `kv4 models`, a folder or a GGUF file; fetches what a name lacks."""
+    from kv4 import models
+
+    with model_steps() as report:
+        return models.resolve(model, report)
+
+
+def load(model: str, dtype: Any) -> tuple[Any, Any]:
+    """(model, tokenizer), in eval mode under torch's own attention."""
+    folder = model_folder(model)
+    with waiting(f"loading {model}"):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return loaded.eval(), tokenizer

@@ -1,0 +1,201 @@
+"""Switching a loaded model over to kv4."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from kv4 import _core
+from kv4.recipe import Recipe
+
+from .cache import _DTYPES, PACKED_LAYER_TYPES, KV4Cache, mismatch
+
+_SETTINGS = "_kv4_settings"
+
+
+def attach(
+    model: PreTrainedModel,
+    recipe: Recipe | None = None,
+    *,
+    lambda_k: Any = None,
+    lambda_v: Any = None,
+    matrix_k: Any = None,
+    matrix_v: Any = None,
+) -> PreTrainedModel:
+    """Switches `model` to the kv4 attention and lets its generate() use a new KV4Cache wherever it would have made a
+    dynamic cache of its own; a cache passed by the caller, `cache_implementation` and use_cache=False still count.
+    Returns the model. Attaching again replaces the recipe; detach(model) undoes it.
+
+    The arguments after `model` are those of KV4Cache. Calls of the model itself take `past_key_values=new_cache(model)`.
+
+    Errors: ValueError naming the argument, with the reason why this model or recipe cannot be served; the model is
+    then as it was.
+    """
+    calibration = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
+    reason = why_not(model, recipe, **calibration)
+    if reason is not None:
+        raise ValueError(reason)
+    previous = getattr(model, _SETTINGS, None)
+    before = previous["before"] if previous else _implementations(model)
+    try:
+        model.set_attn_implementation("kv4")
+        got = model.config.get_text_config(decoder=True)._attn_implementation
+        if got != "kv4":
+            raise ValueError(
+                mismatch("model", 'one that takes attn_implementation="kv4"', f"{_name(model)} with {got}")
+            )
+    except Exception:
+        _restore(before)
+        raise
+    settings = {"recipe": recipe if recipe is not None else Recipe(), "before": before, **calibration}
+    object.__setattr__(model, _SETTINGS, settings)
+    for name, method in _METHODS.items():
+        if hasattr(type(model), name):
+            object.__setattr__(model, name, method.__get__(model, type(model)))
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Gives an attached model its former attention and cache back; returns the model."""
+    settings = model.__dict__.pop(_SETTINGS, None)
+    if settings is not None:
+        for name in _METHODS:
+            model.__dict__.pop(name, None)
+        _restore(settings["before"])
+    return model
+
+
+def new_cache(model: PreTrainedModel, recipe: Recipe | None = None) -> KV4Cache:
+    """An empty KV4Cache for `model`: with `recipe`, or else as attach(model, ...) was told, or else with Recipe()."""
+    settings = dict(getattr(model, _SETTINGS, None) or {})
+    settings.pop("before", None)
+    if recipe is not None:
+        settings["recipe"] = recipe
+    return KV4Cache(model.config, **settings)
+
+
+def why_not(model: PreTrainedModel, recipe: Recipe | None = None, **calibration: Any) -> str | None:
+    """None where attach(model, recipe) would succeed, else the message of its error. Takes attach's arguments."""
+    if not isinstance(model, PreTrainedModel):
+        return mismatch("model", "a transformers PreTrainedModel", type(model).__name__)
+    name, config = _name(model), model.config
+    if config.is_encoder_decoder:
+        return mismatch("model", "a decoder-only model", f"{name}, an encoder-decoder model")
+    if getattr(model, "_is_stateful", False):
+        return mismatch(
+            "model", "a model whose only state is keys and values", f"{name}, which carries its own state"
+        )
+    if not model._can_set_attn_implementation():
+        return mismatch(
+            "model",
+            "a model built on transformers' attention interface",
+            f"{name}, whose attention cannot be replaced (a KV4Cache still works with it, dequantising)",
+        )
+    supports = getattr(type(model), "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        return mismatch(
+            "model", "a model that takes a transformers Cache", f"{name}, which brings its own cache"
+        )
+    types, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    if not any(layer_type in PACKED_LAYER_TYPES for layer_type in types):
+        found = ", ".join(sorted(set(types))) or "no layers"
+        return mismatch(
+            "model", f"at least one layer of {', '.join(PACKED_LAYER_TYPES)}", f"{name} with {found}"
+        )
+    for parameter in model.parameters():
+        if parameter.device.type != "cpu":
+            return mismatch("model", "a model on the CPU", f"{name} with parameters on {parameter.device}")
+    if model.dtype not in _DTYPES:
+        return mismatch("model", "float32, float16 or bfloat16 activations", f"{name} in {model.dtype}")
+    try:
+        cache = KV4Cache(config, recipe, **calibration)
+    except ValueError as error:
+        return str(error)
+    for (layer, dim_k, dim_v), index in _head_dims(model).items():
+        constants = {}
+        if isinstance(layer, int) and layer < len(cache.layers):
+            constants = getattr(cache.layers[layer], "constants", {})
+        heads = next((len(v) for n, v in constants.items() if n.startswith("lambda")), 1)
+        try:
+            _core.Cache(
+                cache.recipe,
+                dtype=_DTYPES[model.dtype],
+                kv_heads=heads,
+                head_dim_k=dim_k,
+                head_dim_v=dim_v,
+                **constants,
+            )
+        except (ValueError, NotImplementedError) as error:
+            return mismatch(
+                "recipe", f"one that serves {name} (head dims {dim_k} and {dim_v}, layer {index})", str(error)
+            )
+    return None
+
+
+def _head_dims(model: PreTrainedModel) -> dict[tuple[int | None, int, int], int]:
+    """(layer or None, key head dim, value head dim) -> layer index, of every decoder attention module that says them.
+    Modules that do not are checked by the cache's first update."""
+    settings = {}
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for module in decoder.modules():
+        index = getattr(module, "layer_idx", None)
+        dim_k = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
+        dim_v = getattr(module, "v_head_dim", None) or getattr(module, "head_dim", None)
+        if isinstance(index, int) and isinstance(dim_k, int) and isinstance(dim_v, int):
+            settings.setdefault((index, dim_k, dim_v), index)
+    return settings
+
+
+def _prepare_cache_for_generation(
+    self: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """generate()'s own step, with a KV4Cache where it would make a dynamic one."""
+    wanted = getattr(generation_config, "cache_implementation", None) in (None, "dynamic")
+    if wanted and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+        cache = new_cache(self)
+        if getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+        return None
+    return type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _get_candidate_generator(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """generate()'s own step. A prompt and its first drafts in one call would let the drafts see the whole prompt
+    exactly, which one-by-one decoding does not: the first drafts are dropped, so that both give one text."""
+    generator = type(self)._get_candidate_generator(self, *args, **kwargs)
+    cache = (kwargs.get("model_kwargs") or {}).get("past_key_values")
+    if isinstance(cache, KV4Cache) and cache.recipe.seal == "page" and not generator.requires_model_outputs:
+        drafts = generator.get_candidates
+
+        def dropped_at_first(input_ids: Any) -> tuple[Any, None]:
+            generator.get_candidates = drafts
+            drafts(input_ids)  # for what the generator keeps from call to call
+            return input_ids, None
+
+        generator.get_candidates = dropped_at_first
+    return generator
+
+
+# Set on an attached model, over its class's own.
+_METHODS = {
+    "_prepare_cache_for_generation": _prepare_cache_for_generation,
+    "_get_candidate_generator": _get_candidate_generator,
+}
+
+
+def _implementations(model: PreTrainedModel) -> list[tuple[Any, Any]]:
+    """(config, its attention) of the model and its submodels, outermost first."""
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [(config, config._attn_implementation) for config in {id(c): c for c in configs}.values()]
+
+
+def _restore(implementations: list[tuple[Any, Any]]) -> None:
+    for config, implementation in implementations:
+        config._attn_implementation = implementation
+
+
+def _name(model: Any) -> str:
+    return type(model).__name__

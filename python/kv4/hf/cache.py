@@ -1,0 +1,447 @@
+"""KV4Cache: a transformers cache whose attention layers live in the kv4 core."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
+
+from kv4 import _core
+from kv4.recipe import Recipe
+
+from .handle import KVHandle
+
+# Layer types that hold plain keys and values; only their masks differ.
+PACKED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+PAGE_TOKENS = 64
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def mismatch(argument: str, expected: object, got: object) -> str:
+    """The one form of every error message."""
+    return f"{argument}: expected {expected}; got {got}"
+
+
+class KV4Layer(CacheLayerMixin):
+    """One attention layer's keys and values in the kv4 core.
+
+    `update` appends and returns handles (see KVHandle); the kv4 attention attends through them. Sealing of what is
+    due happens in the core at the next update. The core is made at the first update, from its shapes and dtype.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sliding_window: int | None = None,
+        constants: Mapping[str, Any] | None = None,
+        layer_type: str = "full_attention",
+        **kwargs: Any,
+    ) -> None:
+        # Not the base constructor: `keys` and `values` are read-only views here.
+        self.recipe = recipe
+        self.layer_type = layer_type
+        self.sliding_window = int(sliding_window) if sliding_window else 0
+        self.is_sliding = bool(self.sliding_window)
+        self.constants = dict(constants or {})
+        self.attends_exact_call = recipe.seal != "arrival"
+        self.records_queries = recipe.seal == "page"
+        self.version = 0
+        self._record_past = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.core: Any = None
+        self.is_initialized = False
+        self.seen = 0
+        self.batch = 0
+        self.kv_heads = self.head_dim_k = self.head_dim_v = 0
+        self.dtype: torch.dtype | None = None
+        self.device = torch.device("cpu")
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Makes the core for keys [batch, kv_heads, T >= 0, head_dim] and values like them.
+        Errors: ValueError for a wrong rank, device or dtype; NotImplementedError or ValueError, with the core's
+        reason, where the recipe does not serve the head dims."""
+        for name, x in (("key_states", key_states), ("value_states", value_states)):
+            if not isinstance(x, torch.Tensor) or x.dim() != 4:
+                got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+                raise ValueError(mismatch(name, "a tensor [batch, kv_heads, tokens, head_dim]", got))
+            if x.device.type != "cpu":
+                raise ValueError(mismatch(name, "a tensor on the CPU", x.device))
+            if x.dtype not in _DTYPES:
+                raise ValueError(mismatch(name, "float32, float16 or bfloat16", x.dtype))
+        if value_states.dtype != key_states.dtype:
+            raise ValueError(
+                mismatch("value_states", f"the keys' dtype {key_states.dtype}", value_states.dtype)
+            )
+        core = _core.Cache(
+            self.recipe,
+            dtype=_DTYPES[key_states.dtype],
+            kv_heads=key_states.shape[1],
+            head_dim_k=key_states.shape[3],
+            head_dim_v=value_states.shape[3],
+            sliding_window=self.sliding_window,
+            **self.constants,
+        )
+        if self._record_past:
+            core.record_past(True)
+        self.core = core
+        self.batch, self.kv_heads, _, self.head_dim_k = key_states.shape
+        self.head_dim_v = value_states.shape[3]
+        self.dtype = key_states.dtype
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[KVHandle, KVHandle]:
+        """Appends keys [batch, kv_heads, T, head_dim] and values like them (any strides with unit channel stride;
+        copied otherwise) and returns their handles. Errors: ValueError naming the argument for a shape, dtype or
+        device that is not the layer's; the layer stays as it was."""
+        fresh = not self.is_initialized
+        if fresh:
+            self.lazy_initialization(key_states, value_states)
+        elif key_states.dtype is not self.dtype or value_states.dtype is not self.dtype:
+            self._refuse_dtype(key_states, value_states)
+        if not (key_states.is_cpu and value_states.is_cpu):
+            name, x = ("key_states", key_states) if not key_states.is_cpu else ("value_states", value_states)
+            raise ValueError(mismatch(name, "a tensor on the CPU", x.device))
+        if key_states.requires_grad or value_states.requires_grad:
+            key_states, value_states = key_states.detach(), value_states.detach()
+        before = self.seen
+        try:
+            self.core.append(_unit_stride(key_states), _unit_stride(value_states))
+        except BaseException:
+            if fresh:
+                self._forget()
+            raise
+        tokens = key_states.shape[2]
+        self.seen = length = before + tokens
+        self.batch = key_states.shape[0]
+        self.version = version = self.version + 1
+        window = self.sliding_window
+        columns = length if not window or before < window else tokens + window - 1
+        if tokens > PAGE_TOKENS:
+            return (
+                KVHandle(self, "key", version, length, columns, key_states),
+                KVHandle(self, "value", version, length, columns, value_states),
+            )
+        return (
+            KVHandle(self, "key", version, length, columns, None),
+            KVHandle(self, "value", version, length, columns, None),
+        )
+
+    def _refuse_dtype(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        for name, x in (("key_states", key_states), ("value_states", value_states)):
+            if x.dtype is not self.dtype:
+                raise ValueError(mismatch(name, f"the layer's dtype {self.dtype}", x.dtype))
+
+    def dense(self, which: str, first: int, count: int) -> torch.Tensor:
+        """Positions [first, first + count) of the "key" or "value" side, dequantised: [batch, kv_heads, count, dim]
+        in the model's dtype. Errors: IndexError for positions that are not held."""
+        dim = self.head_dim_k if which == "key" else self.head_dim_v
+        out = torch.empty((self.batch, self.kv_heads, count, dim), dtype=self.dtype)
+        if count:
+            (self.core.dense_keys if which == "key" else self.core.dense_values)(first, count, out)
+        return out
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All keys a next query may see, dequantised (a copy), or None before the first update."""
+        return self._dense_view("key")
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All values a next query may see, dequantised (a copy), or None before the first update."""
+        return self._dense_view("value")
+
+    def _dense_view(self, which: str) -> torch.Tensor | None:
+        if not self.is_initialized:
+            return None
+        columns, first = self.get_mask_sizes(0)
+        return self.dense(which, first, columns)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns, position of column 0) that a call of `query_length` more tokens will attend to."""
+        window = self.sliding_window
+        offset = self.seen - window + 1 if window and self.seen >= window else 0
+        return self.seen + query_length - offset, offset
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def record_past(self) -> bool:
+        return self._record_past
+
+    @record_past.setter
+    def record_past(self, on: bool) -> None:
+        self._record_past = bool(on)
+        if self.core is not None:
+            self.core.record_past(self._record_past)
+
+    def activate_past_recording(self) -> None:
+        """From now on the tokens of the last call can be cropped and leave no trace, sliding window or not."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops the newest -tokens_to_remove tokens; 0 drops none. Errors: ValueError for a positive number;
+        IndexError for more tokens than the layer has, or where a sliding window has evicted what would be needed
+        (activate_past_recording prevents it)."""
+        remove = self._checked_crop(tokens_to_remove)
+        if remove:
+            self.core.crop(self.seen - remove)
+            self.seen -= remove
+            self.version += 1
+
+    def _checked_crop(self, tokens_to_remove: int) -> int:
+        n = int(tokens_to_remove)
+        if n > 0:
+            raise ValueError(mismatch("tokens_to_remove", "0 or a negative number of tokens", n))
+        if not self.is_initialized:
+            return 0
+        if -n > self.seen:
+            raise IndexError(mismatch("tokens_to_remove", f"between {-self.seen} and 0", n))
+        return -n
+
+    def select(self, rows: list[int]) -> None:
+        """The new batch: sequence i continues old sequence rows[i]. Errors: IndexError for a row out of range."""
+        if self.core is not None and self.core.batch:
+            self.core.select(rows)
+            self.batch = len(rows)
+            self.version += 1
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.select(_rows(indices, self.batch))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if int(repeats) < 1:
+            raise ValueError(mismatch("repeats", "at least 1", repeats))
+        if self.core is not None and self.core.batch:
+            self.core.repeat(int(repeats))
+            self.batch *= int(repeats)
+            self.version += 1
+
+    def reset(self) -> None:
+        """Back to empty, open to another batch, dtype or shape; the memory is returned."""
+        self._forget()
+        self.version += 1
+
+    def offload(self) -> None:
+        """Nothing to do: the pages are in CPU memory already."""
+
+    def prefetch(self) -> None:
+        """Nothing to do: the pages are in CPU memory already."""
+
+    def nbytes(self) -> int:
+        """Every byte the core holds for this layer."""
+        return self.core.nbytes() if self.core is not None else 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KV4Layer:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(self.__dict__)
+        twin.core = self.core.clone() if self.core is not None else None
+        return twin
+
+    def __repr__(self) -> str:
+        return f"KV4Layer({self.layer_type}, tokens={self.seen}, nbytes={self.nbytes()})"
+
+
+class KV4Cache(Cache):
+    """A transformers cache that keeps keys and values in 4 bits, for any decoder model on the CPU.
+
+        cache = KV4Cache(model.config)
+        model.generate(**inputs, past_key_values=cache)
+
+    Args:
+        config: the model's config (its text decoder's part is used).
+        recipe: a kv4.Recipe; None means Recipe().
+        lambda_k, lambda_v: where the recipe's lambda is "given": positive [kv_heads, head_dim], one tensor for all
+            layers, or a sequence or a mapping from layer index with one per layer.
+        matrix_k, matrix_v: where the recipe's rotation is "dense": [head_dim, head_dim], in the same forms.
+
+    The kv4 attention (`attn_implementation="kv4"`, kv4.hf.attach) reads the packed pages; any other attention gets
+    dequantised tensors. Layers without plain keys and values (linear attention, convolutions, ...) are those of
+    transformers' DynamicCache. copy.deepcopy shares sealed pages.
+
+    Errors: ValueError for an argument that does not fit; the first update raises NotImplementedError or ValueError,
+    with the core's reason, where the recipe does not serve the model's head dims.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        recipe: Recipe | None = None,
+        *,
+        lambda_k: Any = None,
+        lambda_v: Any = None,
+        matrix_k: Any = None,
+        matrix_v: Any = None,
+    ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(mismatch("config", "a transformers PreTrainedConfig", type(config).__name__))
+        if recipe is None:
+            recipe = Recipe()
+        elif not isinstance(recipe, Recipe):
+            raise ValueError(mismatch("recipe", "a kv4.Recipe or None", type(recipe).__name__))
+        types, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        for index, layer_type in enumerate(types):
+            if layer_type not in PACKED_LAYER_TYPES and layer_type not in DYNAMIC_LAYER_TYPE_MAPPING:
+                known = ", ".join(sorted({*PACKED_LAYER_TYPES, *DYNAMIC_LAYER_TYPE_MAPPING}))
+                raise ValueError(mismatch(f"config.layer_types[{index}]", f"one of {known}", layer_type))
+        given = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
+        constants = _per_layer(given, len(types))
+        layers = [
+            KV4Layer(recipe, constants=constants[i], layer_type=layer_type, **arguments[i])
+            if layer_type in PACKED_LAYER_TYPES
+            else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments[i])
+            for i, layer_type in enumerate(types)
+        ]
+        super().__init__(layers=layers)
+        self.recipe = recipe
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: generate() must not compile around a cache that grows."""
+        return False
+
+    def packed_layers(self) -> list[KV4Layer]:
+        """The layers kept in the kv4 core, in order."""
+        return [layer for layer in self.layers if isinstance(layer, KV4Layer)]
+
+    def nbytes(self) -> int:
+        """Every byte held: packed pages with their slack, exact tokens, tables and statistics, and the tensors of
+        all other layers."""
+        return sum(
+            layer.nbytes() if isinstance(layer, KV4Layer) else _tensor_bytes(vars(layer), set())
+            for layer in self.layers
+        )
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One dict per layer: index, type, nbytes and, for packed layers, tokens (seen by each sequence), first
+        (smallest position still held), sealed and exact (tokens per sequence), kv_heads, head_dim (k, v),
+        sliding_window (0 = none), dtype."""
+        rows = []
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, KV4Layer):
+                nbytes = _tensor_bytes(vars(layer), set())
+                rows.append({"index": index, "type": type(layer).__name__, "nbytes": nbytes})
+                continue
+            row = {"index": index, "type": layer.layer_type, "nbytes": layer.nbytes(), "tokens": layer.seen}
+            row["sliding_window"] = layer.sliding_window
+            if layer.core is not None:
+                batch = range(layer.core.batch)
+                row |= {
+                    "first": layer.core.first,
+                    "sealed": [layer.core.sealed_tokens(b) for b in batch],
+                    "exact": [layer.core.exact_tokens(b) for b in batch],
+                    "kv_heads": layer.kv_heads,
+                    "head_dim": (layer.head_dim_k, layer.head_dim_v),
+                    "dtype": str(layer.dtype).removeprefix("torch."),
+                }
+            rows.append(row)
+        return rows
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops the newest -tokens_to_remove tokens of every layer, or of none where one refuses; see
+        KV4Layer.crop."""
+        packed = self.packed_layers()
+        for layer in packed:
+            layer._checked_crop(tokens_to_remove)
+        # Only eviction can make a layer refuse from here on: sliding layers go first, and with several window sizes
+        # the earlier ones keep a copy to go back to.
+        sliding = [layer for layer in packed if layer.is_sliding and tokens_to_remove]
+        kept = []
+        if len({layer.sliding_window for layer in sliding}) > 1:
+            kept = [(layer, copy.deepcopy(layer)) for layer in sliding]
+        try:
+            for layer in sliding:
+                layer.crop(tokens_to_remove)
+        except Exception:
+            for layer, before in kept:
+                version = layer.version
+                layer.__dict__.update(before.__dict__)
+                layer.version = version + 1
+            raise
+        for layer in self.layers:
+            if not (tokens_to_remove and isinstance(layer, KV4Layer) and layer.is_sliding):
+                layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Sequence i continues old sequence beam_idx[i] in every layer. Errors: IndexError for a row out of range."""
+        rows = beam_idx.tolist()
+        for layer in self.layers:
+            if isinstance(layer, KV4Layer):
+                layer.select(rows)
+            else:
+                layer.reorder_cache(beam_idx)
+
+    def __repr__(self) -> str:
+        tokens = max((layer.seen for layer in self.packed_layers()), default=0)
+        return f"KV4Cache(layers={len(self.layers)}, tokens={tokens}, nbytes={self.nbytes()}, recipe={self.recipe!r})"
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rows(indices: Any, batch: int) -> list[int]:
+    """Row numbers of an index as torch reads it on a batch: integers (negative from the end), a bool mask, a slice."""
+    return torch.arange(batch)[indices].reshape(-1).tolist()
+
+
+def _per_layer(given: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
+    """One dict of core arguments per layer, float32 contiguous, of the names that have a value there."""
+    result: list[dict[str, Any]] = [{} for _ in range(layers)]
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, Mapping):
+            unknown = [key for key in value if not (isinstance(key, int) and 0 <= key < layers)]
+            if unknown:
+                raise ValueError(mismatch(name, f"layer indices 0...{layers - 1}", unknown[0]))
+            items: Iterable[tuple[int, Any]] = value.items()
+        elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+            if len(value) != layers:
+                raise ValueError(mismatch(name, f"one entry per layer ({layers})", len(value)))
+            items = enumerate(value)
+        else:
+            items = ((i, value) for i in range(layers))
+        for index, entry in items:
+            if entry is not None:
+                tensor = torch.as_tensor(entry).detach()
+                if tensor.dim() != 2:
+                    raise ValueError(mismatch(f"{name}[{index}]", "a matrix", list(tensor.shape)))
+                result[index][name] = tensor.to("cpu", torch.float32).contiguous()
+    return result
+
+
+def _tensor_bytes(value: Any, seen: set[int]) -> int:
+    """Bytes of every distinct tensor in nested containers."""
+    if isinstance(value, torch.Tensor):
+        if id(value) in seen:
+            return 0
+        seen.add(id(value))
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(_tensor_bytes(item, seen) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(_tensor_bytes(item, seen) for item in value)
+    return 0

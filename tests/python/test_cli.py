@@ -1,0 +1,245 @@
+"""The `kv4` command: what it prints, what it writes, and how it answers bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+from typer.testing import CliRunner, Result
+
+import tiny_model
+from kv4 import Recipe
+from kv4.bench.memory import cache_bytes, fp16_bytes
+from kv4.bench.seal import flops
+from kv4.cli import app
+from kv4.cli.bench import numbers
+from kv4.cli.demo import first_difference
+from kv4.cli.output import write_json
+
+
+def kv4(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def succeeded(*arguments: object, stdin: str | None = None) -> Result:
+    result = kv4(*arguments, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model.save(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of inputs that no command can use."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("too short")
+    (folder / "latin1.txt").write_bytes(b"\xe9t\xe9")
+    (folder / "text.json").write_text("not json")
+    (folder / "field.json").write_text(json.dumps({**Recipe().to_dict(), "windows": 64}))
+    group = Recipe().to_dict()
+    group["value"]["group"] = 128  # of a head dim of 64
+    (folder / "group.json").write_text(json.dumps(group))
+    (folder / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    (folder / "no-model").mkdir()
+    return folder
+
+
+BAD_INPUT = [
+    (["generate", "no-such-model", "-p", "x"], "model: expected"),
+    (["generate", "{bad}/no-model", "-p", "x"], "config.json"),
+    (["generate", "{bad}/cut.gguf", "-p", "x"], "cut.gguf"),
+    (["generate", "{bad}/none.gguf", "-p", "x"], "none.gguf"),
+    (["generate", "{model}", "-p", "x", "-f", "y"], "--prompt, --file: expected one of them; got both"),
+    (["generate", "{model}", "-p", ""], "prompt: expected some text; got an empty one"),
+    (["generate", "{model}", "-f", "{bad}/none.txt"], "--file: expected a file"),
+    (["generate", "{model}", "-f", "{bad}/empty.txt"], "prompt: expected some text"),
+    (["generate", "{model}", "-f", "{bad}/latin1.txt"], "utf-8"),
+    (["generate", "{model}", "-p", "x", "--recipe", "{bad}/none.json"], "--recipe: expected a file"),
+    (["generate", "{model}", "-p", "x", "--recipe", "{bad}/text.json"], "expected a recipe in JSON"),
+    (["generate", "{model}", "-p", "x", "--recipe", "{bad}/field.json"], "recipe.windows"),
+    (["generate", "{model}", "-p", "x", "--recipe", "{bad}/group.json"], "group"),
+    (["generate", "{model}", "-p", "x", "--cache", "fp16", "--recipe", "{bad}/group.json"], "--recipe"),
+    (["generate", "{model}", "-p", "x", "--cache", "int3"], "--cache"),
+    (["generate", "{model}", "-p", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
+    (["generate", "{model}", "-p", "x", "--dtype", "int8"], "--dtype"),
+    (["generate", "{model}", "-p", "x", "--threads", "0"], "--threads"),
+    (["bench", "generate", "--model", "{model}", "--contexts", "64,x"], "--contexts: expected"),
+    (["bench", "generate", "--model", "{model}", "--dtypes", "int8"], "--dtypes: expected"),
+    (["bench", "attention", "--geometries", "gpt-2"], "--geometries: expected"),
+    (["bench", "attention", "--tokens", "0"], "--tokens: expected"),
+    (["bench", "seal", "--dims", "33"], "33"),
+    (["eval", "{model}", "--text", "{bad}/none.txt"], "--text: expected a file"),
+    (["eval", "{model}", "--text", "{bad}/short.txt"], "text: expected at least"),
+    (["eval", "{model}", "--recipe", "{bad}/none.json"], "--recipe: expected a file"),
+    (["pull", "no-such-model"], "expected one of gemma-3-270m"),
+    (["demo", "--model", "no-such-model"], "model: expected"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=[" ".join(map(str, a)) for a, _ in BAD_INPUT])
+def test_bad_input_is_answered_in_a_line(
+    arguments: list[str], message: str, model: Path, bad: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    result = kv4(*(argument.format(model=model, bad=bad) for argument in arguments))
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_a_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KV4_TRACEBACK", "1")
+    assert isinstance(kv4("pull", "no-such-model").exception, ValueError)
+
+
+def test_info() -> None:
+    shown = succeeded("info").stdout
+    found = json.loads(succeeded("info", "--json").stdout)
+    assert found["isa"] in found["isas"]
+    assert found["threads"] >= 1
+    assert found["torch"] == torch.__version__
+    assert found["devices"][0]["name"] == "cpu"
+    for value in (found["kv4"], found["isa"], found["transformers"]):
+        assert value in shown
+
+
+def test_models() -> None:
+    shown = succeeded("models").stdout
+    found = json.loads(succeeded("models", "--json").stdout)
+    names = [entry["name"] for entry in found]
+    assert names == ["gemma-3-270m", "qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b"]
+    assert all(name in shown for name in names)
+    assert all(entry["licence"] and entry["download_bytes"] > 0 for entry in found)
+
+
+def test_generate_prints_text_and_then_its_cost(model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "made.json"
+    prompt = "The language reference. " * 20
+    result = succeeded("generate", model, "-p", prompt, "-n", 12, "--json", data)
+    found = json.loads(data.read_text())
+    assert found["prompt_tokens"] == 1 + len(prompt)
+    assert found["tokens"] == len(found["token_ids"]) == 12
+    assert found["cache_tokens"] == found["prompt_tokens"] + 11
+    text, cost = result.stdout.rstrip("\n").rsplit("\n", 1)
+    assert text == tiny_model.byte_tokenizer().decode(found["token_ids"], skip_special_tokens=True)
+    assert f"{found['prompt_tokens']} + 12 tokens" in cost
+    assert "ms/token" in cost
+    assert f"{found['fp16_bytes'] / found['cache_bytes']:.2f}" in cost
+
+
+def test_an_exact_cache_generates_the_own_cache_s_tokens(model: Path, tmp_path: Path) -> None:
+    made = {}
+    for cache in ("fp16", "exact"):
+        data = tmp_path / f"{cache}.json"
+        succeeded("generate", model, "--cache", cache, "-n", 24, "--json", data, stdin="ab" * 150)
+        made[cache] = json.loads(data.read_text())["token_ids"]
+    assert made["exact"] == made["fp16"]
+
+
+def test_generate_takes_a_recipe_file_and_the_paper_s_recipe(model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    Recipe(window=0, sinks=0).to_file(recipe)
+    (tmp_path / "prompt.txt").write_text("a prompt " * 40)
+    file = ("-f", tmp_path / "prompt.txt")
+    held = {}
+    for name, option in {"wide": (), "none": ("--recipe", recipe), "paper": ("--cache", "paper")}.items():
+        succeeded("generate", model, *file, "-n", 4, *option, "--json", tmp_path / "made.json")
+        held[name] = json.loads((tmp_path / "made.json").read_text())["cache_bytes"]
+    assert held["none"] < held["wide"]
+    assert held["paper"] < held["wide"]
+
+
+def test_sampling_follows_its_seed(model: Path, tmp_path: Path) -> None:
+    made = []
+    for seed in (1, 1, 2):
+        options = ("--sample", "--temperature", 1.0, "--seed", seed, "-n", 24)
+        succeeded("generate", model, "-p", "abc", *options, "--json", tmp_path / "made.json")
+        made.append(json.loads((tmp_path / "made.json").read_text())["token_ids"])
+    assert made[0] == made[1] != made[2]
+
+
+def test_bench_generate(model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.json"
+    options = ("--contexts", "64,300", "--tokens", 4, "--repeats", 2, "--dtypes", "float32")
+    result = succeeded("bench", "generate", "--model", model, *options, "--json", data)
+    rows = json.loads(data.read_text())["rows"]
+    assert [(row["context"], row["cache"]) for row in rows] == [
+        (64, "own"), (64, "kv4"), (300, "own"), (300, "kv4"),
+    ]  # fmt: skip
+    assert all(len(row["repeats_ms"]) == 2 and row["best"] for row in rows)
+    # An own cache in float32 holds twice fp16's bytes, whatever its windows have let go of.
+    assert all(row["cache_bytes"] == 2 * row["fp16_bytes"] for row in rows if row["cache"] == "own")
+    assert "kv4/own" in result.stdout
+
+
+def test_bench_attention(tmp_path: Path) -> None:
+    data = tmp_path / "rows.json"
+    options = ("--geometries", "qwen2.5-0.5b", "--tokens", "256", "--seconds", 0.001, "--repeats", 1)
+    result = succeeded("bench", "attention", *options, "--json", data)
+    rows = {row["candidate"]: row for row in json.loads(data.read_text())["rows"]}
+    assert set(rows) == {
+        "kv4 int4", "kv4 exact fp32", "kv4 exact fp16", "sdpa fp32", "sdpa bf16", "sdpa fp16",
+    }  # fmt: skip
+    # 4 sinks; the window is at its shortest once all that is due is sealed: two pages of 64 tokens.
+    assert rows["kv4 int4"]["bytes_read"] == 2 * (2 * 64 * (64 + 4 + 2) + 128 * 2 * 64 * 4)
+    assert rows["sdpa fp16"]["bytes_read"] == 256 * 2 * 2 * 64 * 2
+    assert "qwen2.5-0.5b" in result.stdout
+
+
+def test_bench_seal(tmp_path: Path) -> None:
+    data = tmp_path / "rows.json"
+    result = succeeded("bench", "seal", "--dims", "64", "--repeats", 1, "--json", data)
+    found = json.loads(data.read_text())
+    assert [row["what"] for row in found["rows"]] == [
+        "kernel",
+        "cache, paper's recipe",
+        "cache, kv4's recipe",
+    ]
+    assert all(row["ns_per_vector"] > 0 for row in found["rows"])
+    assert "182" in result.stdout
+    assert found["flops_per_vector"] in result.stdout.replace("\n", " ")
+
+
+def test_eval(model: Path, tmp_path: Path) -> None:
+    options = ("--windows", 2, "--length", 256, "--json", tmp_path / "quality.json")
+    succeeded("eval", model, *options, "--recipe", "exact")
+    quality = json.loads((tmp_path / "quality.json").read_text())["quality"]
+    assert quality["top1"] == 1.0
+    assert [window["scored"] for window in quality["windows"]] == [127, 127]
+
+
+def test_demo_leaves_a_plot_and_its_data(model: Path, tmp_path: Path) -> None:
+    result = succeeded("demo", "--model", model, "--tokens", 8, "--repeats", 1, "--out", tmp_path)
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
+    assert all(len(row["generated"]) == 8 for row in rows)
+    assert min(row["context"] for row in rows if row["context"] > 256) > 1000
+    for words in ("tokens side by side", "first divergence", "ms/token", "fp16/kv4"):
+        assert words in result.stdout
+
+
+def test_fp16_bytes_are_what_a_half_precision_cache_holds(model: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16)
+    for tokens in (5, 127, 128, 300):
+        cache = DynamicCache(config=loaded.config)
+        with torch.inference_mode():
+            loaded(input_ids=torch.ones(2, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
+        assert fp16_bytes(loaded.config, tokens, batch=2) == cache_bytes(cache)
+
+
+def test_helpers(tmp_path: Path) -> None:
+    assert numbers("4k, 256,256", "--tokens") == [256, 4096]
+    assert first_difference([1, 2, 3], [1, 5, 3]) == 1
+    assert first_difference([1, 2], [1, 2]) is None
+    assert flops(128) == 2.5 * 128 * 7 + 5 * 128
+    write_json({"a": float("nan"), "b": (1.5, float("inf"))}, tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [1.5, None]}
