@@ -9,6 +9,8 @@ namespace {
 // A slab holds what is asked for at once, and at least 1/64 of what there is: slack stays below
 // 1.6 % while a growing sequence allocates O(log n) slabs per doubling, not one per page.
 constexpr std::size_t kGrowthDivisor = 64;
+// No slab is larger, so that a crop gives memory back although some old pages stay.
+constexpr std::size_t kMaxSlabBytes = 256 << 10;
 
 }  // namespace
 
@@ -26,8 +28,9 @@ Status PagePool::allocate(std::size_t count, std::vector<PageRef>* out) {
   std::vector<Page*> taken;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (free_.size() < count) {
-      const std::size_t add = std::max(count - free_.size(), pages_ / kGrowthDivisor);
+    while (free_.size() < count) {
+      const std::size_t most = std::max<std::size_t>(1, kMaxSlabBytes / page_bytes_);
+      const std::size_t add = std::min(most, std::max(count - free_.size(), pages_ / kGrowthDivisor));
       Slab slab;
       slab.count = add;
       slab.bytes = add * page_bytes_;

@@ -62,8 +62,10 @@ Status Cache::State::release_rows(Sequence& s, std::int64_t position) {
   }
   // After a long prefill the buffer is far larger than decoding needs.
   const std::int64_t decode_rows = config.recipe.window + kPageTokens;
-  if (s.window.capacity() > decode_rows && s.window.count() <= decode_rows)
+  if (s.window.capacity() > decode_rows && s.window.count() <= decode_rows) {
     KV4_RETURN_IF_ERROR(s.window.reserve(*backend, shape, decode_rows));
+    s.seen.shrink_to_fit();
+  }
   return {};
 }
 
@@ -191,6 +193,9 @@ Status Cache::State::seal_until(std::int64_t n) {
     }
     KV4_RETURN_IF_ERROR(backend->seal(spec, jobs));
     s.pages.insert(s.pages.end(), std::make_move_iterator(fresh.begin()), std::make_move_iterator(fresh.end()));
+    // A prefill's work lists are not kept for decoding, which needs them once in 64 tokens.
+    std::vector<SealJob>().swap(jobs);
+    std::vector<std::uint8_t>().swap(masked);
   }
   return {};
 }

@@ -26,7 +26,7 @@ struct Cache::State {
   std::uint64_t version = 0;
   bool recording = false;
 
-  // Reused from call to call, so that decoding allocates nothing.
+  // Reused from call to call, so that decoding allocates nothing (work lists of sealing excepted).
   std::vector<SequenceView> views;
   std::vector<const std::uint8_t*> page_pointers;
   std::vector<SealJob> jobs;

@@ -23,9 +23,12 @@ KV4_INLINE void reduce(typename V::F (&x)[N], float* sums) {
   if constexpr (N % V::kLanes == 0) {
     for (int i = 0; i < N; i += V::kLanes) {
       F part[V::kLanes];
+      KV4_UNROLL
       for (int lane = 0; lane < V::kLanes; ++lane) part[lane] = x[i + lane];
       V::transpose(part);
+      KV4_UNROLL
       for (int step = V::kLanes / 2; step > 0; step /= 2)
+        KV4_UNROLL
         for (int lane = 0; lane < step; ++lane) part[lane] += part[lane + step];
       V::store(sums + i, part[0]);
     }
@@ -34,25 +37,31 @@ KV4_INLINE void reduce(typename V::F (&x)[N], float* sums) {
   }
 }
 
-// scores[r][j] = q_r . k_j for R rows and C tokens; dim is a multiple of the lanes.
+// scores[r * kBlockRows + j] = q_r . k_j for R rows and C tokens; dim is a multiple of the lanes.
 template <class V, int R, int C>
 KV4_INLINE void dots(const float* q, std::int64_t q_stride, const float* k, std::int64_t k_stride, int dim,
-                     float (*scores)[kBlockRows]) {
+                     float* scores) {
   using F = typename V::F;
   F acc[R * C];
-  for (F& a : acc) a = V::set1(0.0f);
+  KV4_UNROLL
+  for (int i = 0; i < R * C; ++i) acc[i] = V::set1(0.0f);
   for (int i = 0; i < dim; i += V::kLanes) {
     F keys[C];
+    KV4_UNROLL
     for (int c = 0; c < C; ++c) keys[c] = V::load(k + c * k_stride + i);
+    KV4_UNROLL
     for (int r = 0; r < R; ++r) {
       const F x = V::load(q + r * q_stride + i);
+      KV4_UNROLL
       for (int c = 0; c < C; ++c) acc[r * C + c] = V::fma(x, keys[c], acc[r * C + c]);
     }
   }
   alignas(64) float sums[R * C];
   reduce<V, R * C>(acc, sums);
+  KV4_UNROLL
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) scores[r][c] = sums[r * C + c];
+    KV4_UNROLL
+    for (int c = 0; c < C; ++c) scores[r * kBlockRows + c] = sums[r * C + c];
 }
 
 // o_r = o_r * rescale_r + sum over tokens [begin, end) of w_rj v_j, for C vectors of channels.
@@ -61,17 +70,24 @@ KV4_INLINE void accumulate(const float (*weights)[kBlockRows], const float* v, s
                            std::int64_t end, const float* rescale, float* o, std::int64_t o_stride) {
   using F = typename V::F;
   F acc[R][C];
+  KV4_UNROLL
   for (int r = 0; r < R; ++r)
+    KV4_UNROLL
     for (int c = 0; c < C; ++c) acc[r][c] = V::load(o + r * o_stride + c * V::kLanes) * V::set1(rescale[r]);
   for (std::int64_t j = begin; j < end; ++j) {
     F values[C];
+    KV4_UNROLL
     for (int c = 0; c < C; ++c) values[c] = V::load(v + j * v_stride + c * V::kLanes);
+    KV4_UNROLL
     for (int r = 0; r < R; ++r) {
       const F w = V::set1(weights[r][j]);
+      KV4_UNROLL
       for (int c = 0; c < C; ++c) acc[r][c] = V::fma(w, values[c], acc[r][c]);
     }
   }
+  KV4_UNROLL
   for (int r = 0; r < R; ++r)
+    KV4_UNROLL
     for (int c = 0; c < C; ++c) V::store(o + r * o_stride + c * V::kLanes, acc[r][c]);
 }
 
@@ -125,16 +141,10 @@ void attend_rows(const ExactTask& t, const FloatBlock& block, int row0) {
   alignas(64) float scores[R][kBlockRows];
   const float* q = t.q + row0 * t.q_stride;
   std::int64_t j = begin;
-  float column[R][kBlockRows];
-  for (; j + kTokens <= end; j += kTokens) {
-    dots<V, R, kTokens>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, column);
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < kTokens; ++c) scores[r][j + c] = column[r][c];
-  }
-  for (; j < end; ++j) {
-    dots<V, R, 1>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, column);
-    for (int r = 0; r < R; ++r) scores[r][j] = column[r][0];
-  }
+  for (; j + kTokens <= end; j += kTokens)
+    dots<V, R, kTokens>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, scores[0] + j);
+  for (; j < end; ++j)
+    dots<V, R, 1>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, scores[0] + j);
 
   float rescale[R];
   for (int r = 0; r < R; ++r) {

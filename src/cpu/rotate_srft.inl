@@ -404,7 +404,7 @@ void srft_forward(const Rotation& r, Real<Isa>* x, Real<Isa>* work) {
   const bool joined = radix.back() == 4 && radix.size() > stage;
   run_stages<Isa>(r, work, spare, stage, radix.size() - (joined ? 1 : 0), span, twiddle);
   if (joined)
-    last_pass_split<Isa>(work, t.twiddle + r.fft().twiddle.size() - 2 * 3 * static_cast<std::size_t>(h / 4), t.split, x, h);
+    last_pass_split<Isa>(work, t.twiddle + plan.twiddle.size() - 2 * 3 * static_cast<std::size_t>(h / 4), t.split, x, h);
   else
     split_pass<Isa>(work, t.split, x, h);
 }

@@ -33,6 +33,7 @@ class Sequence {
     value_ = side(recipe.value);
   }
 
+  std::int64_t body() const { return start_ + recipe_.sinks; }  // position of page 0
   std::int64_t length() const { return static_cast<std::int64_t>(tokens_.size()); }
 
   // Tokens of one call, before its queries. Pages due at the old length lose their exact rows.
@@ -78,6 +79,21 @@ class Sequence {
     return out;
   }
 
+  // Takes over the codes [64, dim] that the cache holds for a page; returns how many differ. A code
+  // next to a decision boundary may be one level off (docs/format.md), which test_seal holds.
+  int adopt(std::int64_t page, bool key, int head, const std::vector<std::uint8_t>& codes) {
+    for (std::int64_t p = 0; p <= page; ++p) seal(p);
+    Half& half = key ? pages_.at(page).k : pages_.at(page).v;
+    std::vector<std::uint8_t>& mine = half.sealed[static_cast<std::size_t>(head)].codes;
+    int different = 0;
+    for (std::size_t i = 0; i < mine.size(); ++i) different += mine[i] != codes[i];
+    if (different > 0) {
+      mine = codes;
+      dequantise(half, key);
+    }
+    return different;
+  }
+
   void crop(std::int64_t n) {
     for (auto it = energy_.begin(); it != energy_.end();) it = it->first >= n ? energy_.erase(it) : std::next(it);
     if (n < body()) {
@@ -102,8 +118,12 @@ class Sequence {
   }
 
  private:
+  struct Half {
+    std::vector<reference::Sealed> sealed;  // [kv_heads]
+    std::vector<double> rows;               // [kv_heads, 64, dim] dequantised
+  };
   struct Page {
-    std::vector<double> k, v;  // [kv_heads, 64, dim] dequantised
+    Half k, v;
   };
 
   SideSpec side(const SideRecipe& r) const {
@@ -117,7 +137,6 @@ class Sequence {
     EXPECT_TRUE(Rotation::srft(s.dim, r.seed, &s.rotation).ok());
     return s;
   }
-  std::int64_t body() const { return start_ + recipe_.sinks; }
   std::int64_t due(std::int64_t n) const {
     if (recipe_.seal == SealMode::never) return 0;
     return std::max<std::int64_t>(0, n - body() - recipe_.window) / kPageTokens;
@@ -132,30 +151,41 @@ class Sequence {
     for (std::int64_t p = 0; p <= page; ++p) seal(p);
     const std::int64_t row = (j - body()) % kPageTokens;
     const Page& held_page = pages_.at(page);
-    return (key ? held_page.k : held_page.v).data() + (static_cast<std::size_t>(head) * kPageTokens + row) * shape_.dim;
+    return (key ? held_page.k : held_page.v).rows.data() + (static_cast<std::size_t>(head) * kPageTokens + row) * shape_.dim;
+  }
+
+  const double* lambda(bool key, int head) const {
+    return key && !lambda_.empty() ? lambda_.data() + static_cast<std::size_t>(head) * shape_.dim : nullptr;
+  }
+
+  void dequantise(Half& half, bool key) const {
+    half.rows.clear();
+    for (int h = 0; h < shape_.kv_heads; ++h) {
+      const reference::Sealed& s = half.sealed[static_cast<std::size_t>(h)];
+      const std::vector<double> rows = reference::dequantise(key ? key_ : value_, s.codes.data(), s.scales.data(),
+                                                             s.mean.empty() ? nullptr : s.mean.data(), kPageTokens, lambda(key, h));
+      half.rows.insert(half.rows.end(), rows.begin(), rows.end());
+    }
   }
 
   void seal(std::int64_t page) {
     if (pages_.count(page) > 0) return;
     if (page == 0 && recipe_.key.lambda == LambdaMode::automatic && lambda_.empty()) fix_lambda();
-    Page sealed;
-    for (int h = 0; h < shape_.kv_heads; ++h) {
-      for (const bool key : {true, false}) {
+    Page fresh;
+    for (const bool key : {true, false}) {
+      Half& half = key ? fresh.k : fresh.v;
+      for (int h = 0; h < shape_.kv_heads; ++h) {
         std::vector<double> rows;
         for (int t = 0; t < kPageTokens; ++t) {
           const Token& token = tokens_[static_cast<std::size_t>(body() + page * kPageTokens + t)];
           const std::vector<double>& x = key ? token.k : token.v;
           rows.insert(rows.end(), x.begin() + h * shape_.dim, x.begin() + (h + 1) * shape_.dim);
         }
-        const double* lambda = key && !lambda_.empty() ? lambda_.data() + static_cast<std::size_t>(h) * shape_.dim : nullptr;
-        const SideSpec& spec = key ? key_ : value_;
-        const reference::Sealed s = reference::seal(spec, rows.data(), kPageTokens, nullptr, lambda);
-        const std::vector<double> back =
-            reference::dequantise(spec, s.codes.data(), s.scales.data(), s.mean.empty() ? nullptr : s.mean.data(), kPageTokens, lambda);
-        (key ? sealed.k : sealed.v).insert((key ? sealed.k : sealed.v).end(), back.begin(), back.end());
+        half.sealed.push_back(reference::seal(key ? key_ : value_, rows.data(), kPageTokens, nullptr, lambda(key, h)));
       }
+      dequantise(half, key);
     }
-    pages_[page] = std::move(sealed);
+    pages_[page] = std::move(fresh);
   }
 
   // (E q^2 / E (k - mean)^2)^(1/4), geometric mean 1; moments clamped at 1e-6 of their channel mean.

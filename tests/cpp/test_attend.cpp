@@ -1,10 +1,5 @@
-// Attention kernels of every instruction set against float64 attention over the dequantised cache.
-//
-// The bound of each output follows from what the kernels round. Rounding errors are taken as independent and
-// uniform; an output may be off by six standard deviations of their sum, plus a few ulps of float:
-//   q'   to units of max|q'| / 32512 per group: score_j gets the deviation scale unit |s_j L_j| / sqrt(12),
-//   p s  to units of max / 32512 per page and group: each channel of the rotated output gets unit |L| / sqrt(12),
-//   float: 8 ulps of scale |q| |k_j| in a score, 4 ulps of sum p |v| in an output.
+// Attention kernels of every instruction set against float64 attention over the dequantised cache, within
+// the bounds of attend_call.h.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -12,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "attend_call.h"
 #include "attend_scene.h"
 #include "backend/backend.h"
 #include "cpu/isa.h"
@@ -21,196 +17,13 @@
 namespace kv4 {
 namespace {
 
+using scene::bounds;
+using scene::Call;
 using scene::Held;
+using scene::kInfinity;
+using scene::kUlp;
 using scene::Scene;
 using scene::Shape;
-
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kUlp = 0x1p-23;
-
-// Arguments of a call with the storage behind them.
-struct Call {
-  AttendArgs args;
-  std::vector<std::uint8_t> q;
-  std::vector<std::int32_t> start, window;
-  std::vector<float> sinks;
-  std::vector<std::uint8_t> mask;
-  DType out_dtype = DType::f32;
-  std::uint64_t seed = 7;
-
-  Call(const Scene& s, std::int64_t queries, DType dtype = DType::f32, double sigma = 1.0) {
-    const std::int64_t heads = s.shape().kv_heads * s.shape().group, d = s.shape().dim_k;
-    cases::Random random(s.shape().seed + 99);
-    // Physically [batch, T, heads, channels], with a gap after each head.
-    args.q.dtype = dtype;
-    args.q.shape = {s.batch(), heads, queries, d};
-    args.q.stride = {queries * heads * (d + 1), d + 1, heads * (d + 1), 1};
-    q.assign(static_cast<std::size_t>(s.batch() * args.q.stride[0]) * size_of(dtype), 0xff);
-    args.q.data = q.data();
-    for (std::int64_t b = 0; b < s.batch(); ++b)
-      for (std::int64_t h = 0; h < heads; ++h)
-        for (std::int64_t t = 0; t < queries; ++t)
-          for (std::int64_t c = 0; c < d; ++c) set_query(b, h, t, c, sigma * random.normal());
-  }
-  Call(Call&&) = delete;
-
-  void set_query(std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t c, double x) {
-    std::uint8_t* at = q.data() + (b * args.q.stride[0] + h * args.q.stride[1] + t * args.q.stride[2] + c) *
-                                      static_cast<std::int64_t>(size_of(args.q.dtype));
-    const float f = static_cast<float>(x);
-    if (args.q.dtype == DType::f32) {
-      std::memcpy(at, &f, 4);
-    } else {
-      const bool half = args.q.dtype == DType::f16;
-      // f32_to_f16 saturates; infinity is wanted here as it is.
-      const std::uint16_t h16 = half ? (std::isinf(f) ? 0x7c00 : f32_to_f16(f)) : f32_to_bf16(f);
-      std::memcpy(at, &h16, 2);
-    }
-  }
-  double query(std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t c) const {
-    const std::uint8_t* at = static_cast<const std::uint8_t*>(args.q.at(b, h, t)) + c * static_cast<std::int64_t>(size_of(args.q.dtype));
-    if (args.q.dtype == DType::f32) {
-      float f;
-      std::memcpy(&f, at, 4);
-      return f;
-    }
-    std::uint16_t h16;
-    std::memcpy(&h16, at, 2);
-    return args.q.dtype == DType::f16 ? f16_to_f32(h16) : bf16_to_f32(h16);
-  }
-  void starts(std::vector<std::int32_t> x) {
-    start = std::move(x);
-    args.mask.start = start.data();
-  }
-  void windows(std::vector<std::int32_t> x) {
-    window = std::move(x);
-    args.mask.window = window.data();
-  }
-  void with_sinks() {
-    cases::Random random(seed);
-    for (std::int64_t h = 0; h < args.q.shape[1]; ++h) sinks.push_back(static_cast<float>(random.normal() * 3));
-    args.sinks = sinks.data();
-  }
-  // A random mask over `columns` columns; axes of size 1 broadcast. A fifth of the columns is hidden.
-  void general(Mask::General kind, DType dtype, std::int64_t columns, bool per_head, bool per_query) {
-    cases::Random random(seed);
-    const std::int64_t heads = per_head ? args.q.shape[1] : 1, rows = per_query ? args.q.shape[2] : 1;
-    const std::int64_t width = columns + 3;
-    args.mask.kind = kind;
-    args.mask.general_dtype = dtype;
-    args.mask.columns = columns;
-    args.mask.general_stride = {heads * rows * width, per_head ? rows * width : 0, per_query ? width : 0, 1};
-    const std::size_t count = static_cast<std::size_t>(args.q.shape[0] * heads * rows * width);
-    const std::size_t size = kind == Mask::General::boolean ? 1 : size_of(dtype);
-    mask.assign(count * size, 0);
-    for (std::size_t i = 0; i < count; ++i) {
-      const bool hidden = random.below(5) == 0;
-      const double hide = random.below(2) == 0 ? -kInfinity : dtype == DType::f16 ? -65504.0 : -3.38e38;
-      const float x = static_cast<float>(hidden ? hide : random.normal());
-      if (kind == Mask::General::boolean) {
-        mask[i] = hidden ? 0 : 1;
-      } else if (dtype == DType::f32) {
-        std::memcpy(mask.data() + i * 4, &x, 4);
-      } else {
-        const std::uint16_t h = dtype == DType::f16 ? (std::isinf(x) ? 0xfc00 : f32_to_f16(x)) : f32_to_bf16(x);
-        std::memcpy(mask.data() + i * 2, &h, 2);
-      }
-    }
-    args.mask.general = mask.data();
-  }
-  double scale() const { return args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<double>(args.q.shape[3])); }
-};
-
-// Bounds of |error| of every output, [batch, q_heads, T, head_dim_v].
-std::vector<double> bounds(const Scene& s, const Call& call, const std::vector<reference::DenseTokens>& dense,
-                           const reference::Attention& expected) {
-  const int heads = s.shape().kv_heads * s.shape().group, dk = s.shape().dim_k, dv = s.shape().dim_v;
-  const std::int64_t queries = call.args.q.shape[2];
-  std::vector<double> inverse;
-  if (s.spec().key.rotation) inverse = s.spec().key.rotation->inverse_f64();
-  const double top_level = s.shape().levels == LevelKind::uniform ? 7 : 127;
-  std::vector<double> all;
-  std::size_t weight_row = 0, row = 0;
-  for (int b = 0; b < s.batch(); ++b) {
-    const reference::DenseTokens& tokens = dense[static_cast<std::size_t>(b)];
-    const std::size_t count = tokens.position.size();
-    const std::vector<SequenceView> views = s.views(queries);
-    const std::size_t paged = static_cast<std::size_t>(s.steps(b).first_token);
-    const SequenceView& view = views[static_cast<std::size_t>(b)];
-    const std::size_t page_tokens =
-        view.page_count == 0 ? 0 : static_cast<std::size_t>((view.page_count - 1) * kPageTokens + view.last_page_tokens);
-    for (int h = 0; h < heads; ++h) {
-      const int kv = h / s.shape().group;
-      const double* k = tokens.k[static_cast<std::size_t>(kv)].data();
-      const double* v = tokens.v[static_cast<std::size_t>(kv)].data();
-      for (std::int64_t t = 0; t < queries; ++t, ++row) {
-        const double* p = expected.weights.data() + weight_row;
-        weight_row += count;
-        std::vector<double> scaled(static_cast<std::size_t>(dk)), unit;
-        double q_norm = 0;
-        for (int c = 0; c < dk; ++c) {
-          const double x = call.query(b, h, t, c) / (s.lambda_k(kv) != nullptr ? s.lambda_k(kv)[c] : 1.0f);
-          scaled[static_cast<std::size_t>(c)] = x;
-          q_norm += x * x;
-        }
-        q_norm = std::sqrt(q_norm);
-        if (page_tokens > 0) {
-          unit.assign(static_cast<std::size_t>(s.spec().key.groups), 0.0);
-          for (int i = 0; i < dk; ++i) {
-            double x = 0;
-            for (int c = 0; c < dk; ++c) x += inverse[static_cast<std::size_t>(c * dk + i)] * scaled[static_cast<std::size_t>(c)];
-            double& u = unit[static_cast<std::size_t>(i / s.spec().key.group)];
-            u = std::max(u, std::abs(x) / 32512);
-          }
-        }
-        std::vector<double> sigma(count, 0.0), ulps(count, 0.0);
-        double rounded_weights = 0;
-        for (std::size_t j = 0; j < count; ++j) {
-          double norm = 0;
-          for (int c = 0; c < dk; ++c) {
-            const double x = k[j * static_cast<std::size_t>(dk) + static_cast<std::size_t>(c)] *
-                             (s.lambda_k(kv) != nullptr ? s.lambda_k(kv)[c] : 1.0f);
-            norm += x * x;
-          }
-          ulps[j] = 8 * kUlp * (1 + call.scale() * q_norm * std::sqrt(norm));
-          if (j < paged || j >= paged + page_tokens) continue;
-          double variance = 0;
-          for (int g = 0; g < s.spec().key.groups; ++g) {
-            const double x = unit[static_cast<std::size_t>(g)] *
-                             s.steps(b).key_norm[static_cast<std::size_t>(kv)][(j - paged) * static_cast<std::size_t>(s.spec().key.groups) + static_cast<std::size_t>(g)];
-            variance += x * x / 12;
-          }
-          sigma[j] = call.scale() * std::sqrt(variance);
-        }
-        for (std::size_t first = 0; first < page_tokens; first += kPageTokens) {
-          double largest = 0, used = 0;
-          for (std::size_t j = first; j < std::min<std::size_t>(first + kPageTokens, page_tokens); ++j) {
-            used += p[paged + j] > 0;
-            for (int g = 0; g < s.spec().value.groups; ++g)
-              largest = std::max(largest, p[paged + j] * s.steps(b).value_scale[static_cast<std::size_t>(kv)]
-                                                              [j * static_cast<std::size_t>(s.spec().value.groups) + static_cast<std::size_t>(g)]);
-          }
-          const double step = largest / 32512 * top_level;
-          rounded_weights += step * step / 12 * used;
-        }
-        for (int c = 0; c < dv; ++c) {
-          const double out = expected.out[row * static_cast<std::size_t>(dv) + static_cast<std::size_t>(c)];
-          double variance = rounded_weights, rounding = 0, magnitude = 0;
-          if (s.lambda_v(kv) != nullptr) variance /= s.lambda_v(kv)[c] * s.lambda_v(kv)[c];
-          for (std::size_t j = 0; j < count; ++j) {
-            const double value = v[j * static_cast<std::size_t>(dv) + static_cast<std::size_t>(c)];
-            const double move = p[j] * std::abs(value - out);
-            variance += move * move * sigma[j] * sigma[j];
-            rounding += move * ulps[j];
-            magnitude += p[j] * std::abs(value);
-          }
-          all.push_back(6 * std::sqrt(variance) + rounding + 4 * kUlp * magnitude);
-        }
-      }
-    }
-  }
-  return all;
-}
 
 class Attend : public ::testing::Test {
  protected:
@@ -700,6 +513,79 @@ TEST_F(Partial, PartsMergeToTheWhole) {
       for (std::size_t i = 0; i < out.size(); ++i)
         ASSERT_NEAR(out[i], expected.out[i], bound[i] + 8 * kUlp * std::abs(expected.out[i])) << i;
     }
+  });
+}
+
+// Two tokens with scores 0 and x: the state holds exp(x) as it was computed.
+TEST_F(Partial, Exponential) {
+  constexpr int kRows = 2001, kDim = 8;
+  std::vector<float> q(kRows * kDim, 0.0f), k(2 * kDim, 0.0f), v(2 * kDim, 0.0f);
+  for (int t = 0; t < kRows; ++t) q[static_cast<std::size_t>(t) * kDim] = -80.0f * static_cast<float>(t) / (kRows - 1);
+  k[kDim] = 1.0f;
+  v[kDim] = 1.0f;
+  AttendJob job;
+  job.args.q = {q.data(), DType::f32, {1, 1, kRows, kDim}, {0, 0, kDim, 1}};
+  job.args.scale = 1.0f;
+  job.args.mask.causal = false;
+  job.kv_heads = 1;
+  job.head_dim_k = job.head_dim_v = kDim;
+  SequenceView view;
+  view.exact[0] = {k.data(), v.data(), 0, 0, kDim, kDim, 0, 2};
+  job.sequences = {&view, 1};
+  job.query_count = kRows;
+  every_isa([&] {
+    State state(kRows, kDim);
+    job.partial = state.view();
+    ASSERT_TRUE(find_backend("cpu")->attend(job).ok());
+    for (std::size_t t = 0; t < kRows; ++t) {
+      // The score's own rounding, in units of log2 and back, and 2^-22 of the polynomial.
+      const double x = q[t * kDim], relative = std::abs(x) * 0x1p-23 + 0x1p-22;
+      ASSERT_NEAR(state.o[t * kDim], std::exp(x), std::exp(x) * relative) << x;
+      ASSERT_EQ(state.m[t], 0.0f);
+    }
+  });
+}
+
+// All products at their largest, at the largest head dim: even tokens score 1, odd ones -1.
+TEST_F(Attend, LargestSumsStayInRange) {
+  constexpr int d = kMaxHeadDim;
+  PageSpec spec;
+  for (SideSpec* side : {&spec.key, &spec.value}) {
+    side->dim = side->group = d;
+    side->groups = 1;
+    side->levels = levels(LevelKind::lloyd_max);
+    ASSERT_TRUE(Rotation::identity(d, &side->rotation).ok());
+  }
+  spec.layout = kv4_make_page_layout(d, d, 1, 1, false, d, d);
+  std::vector<std::uint8_t> codes(kPageTokens * d / 2), page(spec.layout.head_bytes);
+  for (int j = 0; j < kPageTokens; ++j)
+    std::memset(codes.data() + j * d / 2, j % 2 == 0 ? 0xff : 0x00, d / 2);  // levels 127 and -127
+  find_backend("cpu")->codes_from_canonical(spec, codes.data(), codes.data(), page.data());
+  const std::uint16_t step = f32_to_f16(0x1p-7f);
+  for (int j = 0; j < kPageTokens; ++j) {
+    std::memcpy(page.data() + spec.layout.k_scales + j * 2, &step, 2);
+    std::memcpy(page.data() + spec.layout.v_scales + j * 2, &step, 2);
+  }
+  const std::vector<float> q(d, 3.0f);
+  std::vector<float> out(d);
+  const std::uint8_t* pages[] = {page.data()};
+  SequenceView view;
+  view.pages = pages;
+  view.page_count = 1;
+  view.query_position = kPageTokens - 1;
+  AttendJob job;
+  job.args.q = {q.data(), DType::f32, {1, 1, 1, d}, {0, 0, 0, 1}};
+  job.args.scale = 1.0f / (3 * d * 127 * 0x1p-7f);
+  job.spec = &spec;
+  job.kv_heads = 1;
+  job.head_dim_k = job.head_dim_v = d;
+  job.sequences = {&view, 1};
+  job.query_count = 1;
+  job.out = {out.data(), DType::f32, {1, 1, 1, d}, {0, 0, 0, 1}};
+  every_isa([&] {
+    ASSERT_TRUE(find_backend("cpu")->attend(job).ok());
+    // The weights take two values: the smaller is off by at most half a unit of the larger / 32512.
+    for (float x : out) ASSERT_NEAR(x, 127 * 0x1p-7 * std::tanh(1.0), 127 * 0x1p-7 * (0.5 / 32512 + 16 * kUlp));
   });
 }
 

@@ -13,9 +13,11 @@ namespace kv4 {
 namespace {
 
 constexpr oracle::Shape kShape{4, 2, 64};
-// Codes next to a decision boundary may differ from the reference by one level: one step in one
-// channel of one token, far below this; kernels without it stay within 1e-3.
-constexpr double kTolerance = 2e-3;
+// Relative to the largest output: the bound of the attention kernels.
+constexpr double kTolerance = 1e-3;
+// Codes of a page side that may lie within 1e-4 of a step from a decision boundary: 4,096 codes
+// expect under one, and a page sealed from the wrong rows or lambda differs in hundreds.
+constexpr int kBoundaryCodes = 5;
 
 TensorView view(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) {
   return {x.data(), DType::f32, {b, h, t, d}, {h * t * d, t * d, d, 1}};
@@ -91,6 +93,8 @@ class Session {
         return row;
       };
       for (std::int64_t t = 0; t < tokens; ++t) o.record(before + t, query(t));
+      adopt_codes(b, o);
+      if (::testing::Test::HasFatalFailure()) return;
       const std::int64_t stride = std::max<std::int64_t>(1, tokens / 4);
       for (std::int64_t t = tokens - 1; t >= 0; t -= stride) {
         const std::vector<double> want = o.attend(before + t, query(t), 1 / std::sqrt(static_cast<double>(d)), window_);
@@ -101,6 +105,21 @@ class Session {
             ASSERT_NEAR(out[static_cast<std::size_t>(((b * kShape.q_heads + h) * tokens + t) * d + c)], want[static_cast<std::size_t>(h) * d + c],
                         kTolerance * top)
                 << "seed " << seed_ << ", sequence " << b << ", position " << before + t << ", head " << h << ", channel " << c;
+      }
+    }
+  }
+
+  void adopt_codes(std::int64_t b, oracle::Sequence& o) {
+    const std::int64_t evicted = std::max<std::int64_t>(0, cache_->first() - o.body()) / kPageTokens;
+    for (int p = 0; p < cache_->page_count(static_cast<int>(b)); ++p) {
+      for (int h = 0; h < kShape.kv_heads; ++h) {
+        std::vector<std::uint8_t> k(kPageTokens * kShape.dim / 2), v(k.size());
+        ASSERT_TRUE(cache_->page_codes(static_cast<int>(b), p, h, k, v).ok());
+        for (const bool key : {true, false}) {
+          const auto codes = reference::from_canonical(key ? k.data() : v.data(), kPageTokens, kShape.dim);
+          ASSERT_LE(o.adopt(evicted + p, key, h, codes), kBoundaryCodes)
+              << "seed " << seed_ << ", sequence " << b << ", page " << evicted + p << ", head " << h << (key ? ", keys" : ", values");
+        }
       }
     }
   }
@@ -227,7 +246,7 @@ TEST(Cache, BytesAreThreeAndAHalfTimesFewer) {
     // A cropped cache really shrinks.
     const std::size_t before = cache->nbytes();
     ASSERT_TRUE(cache->crop(100).ok());
-    EXPECT_LT(cache->nbytes(), before / 2);
+    if (tokens == 4096) EXPECT_LT(cache->nbytes(), before / 2);
   }
 }
 

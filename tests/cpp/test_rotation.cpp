@@ -99,7 +99,8 @@ double rounding(const Rotation& r) {
       for (std::size_t s = 0; s < r.fft().radix.size(); ++s) {
         const int radix = r.fft().radix[s];
         if (s > 0) sum += 3;
-        sum += radix == 2 ? 1 : radix == 4 ? 2 : std::sqrt(2.0 * radix) * (radix == 3 ? 4 : radix == 5 ? 6 : (radix + 1) / 2 + 2);
+        const int roundings = radix == 3 ? 4 : radix == 5 ? 6 : (radix + 1) / 2 + 2;
+        sum += radix == 2 ? 1 : radix == 4 ? 2 : std::sqrt(2.0 * radix) * roundings;
       }
       return sum;
     case RotationKind::srht: {
@@ -177,7 +178,8 @@ class Guarded {
 
 void run(const cpu::Kernels& kernels, const Rotation& r, Map map, const float* in, float* out, std::int64_t rows,
          void* scratch) {
-  (map == Map::forward ? kernels.rotate : map == Map::dual ? kernels.rotate_dual : kernels.unrotate)(r, in, out, rows, scratch);
+  const auto kernel = map == Map::forward ? kernels.rotate : map == Map::dual ? kernels.rotate_dual : kernels.unrotate;
+  kernel(r, in, out, rows, scratch);
 }
 
 std::vector<float> run(const cpu::Kernels& kernels, const Rotation& r, Map map, const std::vector<float>& in) {

@@ -113,9 +113,7 @@ NewCache = Callable[[PreTrainedModel], Cache]
 Scenario = Callable[[PreTrainedModel, NewCache, int, int], Result]
 
 
-def generate(
-    model: PreTrainedModel, cache: Cache, inputs: dict[str, torch.Tensor], new: int, **kwargs: Any
-) -> Result:
+def generate(model: PreTrainedModel, cache: Cache, inputs: dict[str, torch.Tensor], new: int, **kwargs: Any) -> Result:
     out = model.generate(
         **inputs,
         past_key_values=cache,
@@ -153,9 +151,7 @@ def prompt_lookup(model: PreTrainedModel, new_cache: NewCache, length: int, new:
 
 def assisted(model: PreTrainedModel, new_cache: NewCache, length: int, new: int) -> Result:
     """The assistant is the model itself with noise on its weights: right often, not always."""
-    return generate(
-        model, new_cache(model), _plain(tokens_of(1, length)), new, assistant_model=assistant_of(model)
-    )
+    return generate(model, new_cache(model), _plain(tokens_of(1, length)), new, assistant_model=assistant_of(model))
 
 
 @functools.cache
@@ -173,9 +169,7 @@ def assistant_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def chunked_prefill(model: PreTrainedModel, new_cache: NewCache, length: int, new: int) -> Result:
-    return generate(
-        model, new_cache(model), left_padded(2, length), new, prefill_chunk_size=max(5, length // 3)
-    )
+    return generate(model, new_cache(model), left_padded(2, length), new, prefill_chunk_size=max(5, length // 3))
 
 
 def multi_turn(model: PreTrainedModel, new_cache: NewCache, length: int, new: int) -> Result:

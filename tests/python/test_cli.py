@@ -218,7 +218,7 @@ def test_eval(model: Path, tmp_path: Path) -> None:
 
 
 def test_demo_leaves_a_plot_and_its_data(model: Path, tmp_path: Path) -> None:
-    result = succeeded("demo", "--model", model, "--tokens", 8, "--repeats", 1, "--out", tmp_path)
+    result = succeeded("demo", "--model", model, "--contexts", "256", "--tokens", 8, "--repeats", 1, "--out", tmp_path)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
     assert all(len(row["generated"]) == 8 for row in rows)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 
-import hf_cases
 import pytest
 import torch
-from hf_cases import one_thread  # noqa: F401, a fixture
 from transformers import DynamicCache
 
+import hf_cases
 import kv4.hf
+from hf_cases import one_thread  # noqa: F401, a fixture
 from kv4 import Recipe
 
 TOLERANCE = 1e-4

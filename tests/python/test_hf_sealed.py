@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 
-import hf_cases
 import pytest
 import torch
-from hf_cases import one_thread  # noqa: F401, a fixture
 from transformers import DynamicCache
 
+import hf_cases
 import kv4.hf
+from hf_cases import one_thread  # noqa: F401, a fixture
 from kv4 import Recipe, Side
 
 # Pages seal at 4 + 64 + 64 n tokens: three by the end of the prompt, one more (at 324) while decoding.
@@ -34,9 +34,7 @@ def attached():
 
 
 def _sealed(cache):
-    return max(
-        max(layer.core.sealed_tokens(b) for b in range(layer.batch)) for layer in cache.packed_layers()
-    )
+    return max(max(layer.core.sealed_tokens(b) for b in range(layer.batch)) for layer in cache.packed_layers())
 
 
 @pytest.mark.parametrize("scenario", ["padded_batch", "padded_beams", "chunked_prefill", "multi_turn"])
@@ -78,9 +76,7 @@ def test_beam_scores_are_those_of_one_by_one_decoding(name, attached):
     assert isinstance(out.past_key_values, kv4.hf.KV4Cache)
     # The same batch shape as in the search, so that the model's own matrix products round alike.
     tokens = out.sequences.repeat_interleave(beams, 0)
-    mask = torch.cat([inputs["attention_mask"], torch.ones(2, NEW, dtype=torch.long)], 1).repeat_interleave(
-        beams, 0
-    )
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, NEW, dtype=torch.long)], 1).repeat_interleave(beams, 0)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache, total = kv4.hf.new_cache(model), torch.zeros(2 * beams)
     with torch.no_grad():
@@ -133,10 +129,7 @@ def test_close_to_the_exact_cache(name, attached):
     with torch.no_grad():
         for cache in (DynamicCache(config=model.config), kv4.hf.new_cache(model)):
             model(ids[:, :LENGTH], past_key_values=cache)
-            steps = [
-                model(ids[:, t : t + 1], past_key_values=cache).logits[0, 0]
-                for t in range(LENGTH, LENGTH + NEW)
-            ]
+            steps = [model(ids[:, t : t + 1], past_key_values=cache).logits[0, 0] for t in range(LENGTH, LENGTH + NEW)]
             logits.append(torch.stack(steps))
     exact, sealed = logits
     assert not torch.equal(exact, sealed)
@@ -156,10 +149,7 @@ def test_dequantising_fallback_agrees(name, attached):
             model.set_attn_implementation(attention)
             cache = kv4.hf.new_cache(model)
             model(ids[:, :LENGTH], past_key_values=cache)
-            steps = [
-                model(ids[:, t : t + 1], past_key_values=cache).logits[0, 0]
-                for t in range(LENGTH, LENGTH + NEW)
-            ]
+            steps = [model(ids[:, t : t + 1], past_key_values=cache).logits[0, 0] for t in range(LENGTH, LENGTH + NEW)]
             assert _sealed(cache) >= 192
             logits.append(torch.stack(steps))
     # The fused kernel is within 1e-3 of attention over the dequantised cache; two layers.

@@ -42,12 +42,13 @@ struct Dot {
 
   // Sums wrap modulo 2^32 on the way; the result does not overflow (portable/dot.h).
   template <int R>
-  static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands, std::size_t operand_stride,
-                    const std::int32_t* start, std::size_t start_stride, const Table& table, const std::uint8_t* next,
-                    std::int32_t* sums) {
+  [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
+                                      std::size_t operand_stride, const std::int32_t* start, std::size_t start_stride,
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
     const __m256i nibble = _mm256_set1_epi16(15);
     for (int half = 0; half < 2; ++half, codes += 32) {
       __m256i acc[R];
+      KV4_UNROLL
       for (int r = 0; r < R; ++r) acc[r] = _mm256_set1_epi32(start[r * start_stride]);
       const std::uint8_t* operand = operands;
       for (int o = 0; o < octets; ++o, operand += 16) {
@@ -58,6 +59,7 @@ struct Dot {
         step<R>(acc, _mm256_and_si256(_mm256_srli_epi16(w, 8), nibble), table, operand + 8, operand_stride);
         step<R>(acc, _mm256_srli_epi16(w, 12), table, operand + 12, operand_stride);
       }
+      KV4_UNROLL
       for (int r = 0; r < R; ++r)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + r * 16 + half * 8), acc[r]);
     }
@@ -68,10 +70,13 @@ struct Dot {
   static KV4_INLINE void step(__m256i (&acc)[R], __m256i index, const Table& table, const std::uint8_t* operand,
                               std::size_t stride) {
     const __m256i levels = _mm256_shuffle_epi8(table.levels, index);
+    KV4_UNROLL
     for (int r = 0; r < R; ++r) {
       std::int32_t pair;
       std::memcpy(&pair, operand + r * stride, 4);
       acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(levels, _mm256_set1_epi32(pair)));
+      // GCC would join the four sums of a row into a tree, whose many parts no longer fit the registers.
+      asm("" : "+x"(acc[r]));
     }
   }
 };

@@ -40,14 +40,16 @@ struct Dot {
   // (high << 8) + low + start wraps modulo 2^32; the result does not overflow (portable/dot.h).
   // high and low themselves stay below 512 * 254 * 128 < 2^25.
   template <int R>
-  static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands, std::size_t operand_stride,
-                    const std::int32_t* start, std::size_t start_stride, const Table& table, const std::uint8_t* next,
-                    std::int32_t* sums) {
+  [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
+                                      std::size_t operand_stride, const std::int32_t* start, std::size_t start_stride,
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
     const __m512i nibble = _mm512_set1_epi8(15);
     // With few rows the latency of vpdpbusd binds: the two nibbles then have sums of their own.
     constexpr int kChains = R <= 4 ? 2 : 1;
     __m512i high[kChains][R], low[kChains][R];
+    KV4_UNROLL
     for (int c = 0; c < kChains; ++c)
+      KV4_UNROLL
       for (int r = 0; r < R; ++r) high[c][r] = low[c][r] = _mm512_setzero_si512();
     const std::uint8_t* operand = operands;
     for (int o = 0; o < octets; ++o, operand += 16) {
@@ -55,14 +57,16 @@ struct Dot {
       const __m512i w = _mm512_loadu_si512(codes + o * 64);
       const __m512i first = _mm512_shuffle_epi8(table.levels, _mm512_and_si512(w, nibble));
       const __m512i second = _mm512_shuffle_epi8(table.levels, _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble));
+      KV4_UNROLL
       for (int r = 0; r < R; ++r) {
         const std::uint8_t* v = operand + r * operand_stride;
-        high[0][r] = _mm512_dpbusd_epi32(high[0][r], first, broadcast(v));
-        low[0][r] = _mm512_dpbusd_epi32(low[0][r], first, broadcast(v + 8));
-        high[kChains - 1][r] = _mm512_dpbusd_epi32(high[kChains - 1][r], second, broadcast(v + 4));
-        low[kChains - 1][r] = _mm512_dpbusd_epi32(low[kChains - 1][r], second, broadcast(v + 12));
+        add_products(high[0][r], first, v);
+        add_products(low[0][r], first, v + 8);
+        add_products(high[kChains - 1][r], second, v + 4);
+        add_products(low[kChains - 1][r], second, v + 12);
       }
     }
+    KV4_UNROLL
     for (int r = 0; r < R; ++r) {
       __m512i h = high[0][r], l = low[0][r];
       if constexpr (kChains == 2) {
@@ -75,10 +79,12 @@ struct Dot {
   }
 
  private:
-  static KV4_INLINE __m512i broadcast(const std::uint8_t* v) {
-    std::int32_t four;
-    std::memcpy(&four, v, 4);
-    return _mm512_set1_epi32(four);
+  typedef std::int32_t Word __attribute__((may_alias));
+
+  // sum_i levels_4l+i v_i into each lane l: _mm512_dpbusd_epi32 with the four bytes at v in every lane. The
+  // intrinsic costs GCC 12 a broadcast and two moves of registers per product.
+  static KV4_INLINE void add_products(__m512i& sum, __m512i levels, const std::uint8_t* v) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(levels), "m"(*reinterpret_cast<const Word*>(v)));
   }
 };
 

@@ -58,7 +58,8 @@ struct Isa {
     KV4_UNROLL
     for (int j = 0; j < 4; ++j) {
       const __m512 a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x44), b = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xee);
-      const __m512 c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x44), d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xee);
+      const __m512 c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x44);
+      const __m512 d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xee);
       r[j] = (F)_mm512_shuffle_f32x4(a, c, 0x88);
       r[4 + j] = (F)_mm512_shuffle_f32x4(a, c, 0xdd);
       r[8 + j] = (F)_mm512_shuffle_f32x4(b, d, 0x88);

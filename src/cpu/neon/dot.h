@@ -38,25 +38,30 @@ struct Dot {
 
   // |high| and |low| stay below 512 * 127 * 128 < 2^23, the result within int32 (portable/dot.h).
   template <int R>
-  static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands, std::size_t operand_stride,
-                    const std::int32_t* start, std::size_t start_stride, const Table& table, const std::uint8_t* next,
-                    std::int32_t* sums) {
+  [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
+                                      std::size_t operand_stride, const std::int32_t* start, std::size_t start_stride,
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
     constexpr int kQuarters = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // 16-byte columns at a time: 16 sums at most
     const uint8x16_t nibble = vdupq_n_u8(15);
     for (int quarter = 0; quarter < 4; quarter += kQuarters, codes += 16 * kQuarters) {
       int32x4_t high[kQuarters][R], low[kQuarters][R];
+      KV4_UNROLL
       for (int c = 0; c < kQuarters; ++c)
+        KV4_UNROLL
         for (int r = 0; r < R; ++r) high[c][r] = low[c][r] = vdupq_n_s32(0);
       for (int o = 0; o < octets; ++o) {
         if (quarter == 0) __builtin_prefetch(next + o * 64);
         int8x16_t first[kQuarters], second[kQuarters];
+        KV4_UNROLL
         for (int c = 0; c < kQuarters; ++c) {
           const uint8x16_t w = vld1q_u8(codes + o * 64 + c * 16);
           first[c] = vqtbl1q_s8(table.levels, vandq_u8(w, nibble));
           second[c] = vqtbl1q_s8(table.levels, vshrq_n_u8(w, 4));
         }
+        KV4_UNROLL
         for (int r = 0; r < R; ++r) {
           const int8x16_t v = vreinterpretq_s8_u8(vld1q_u8(operands + r * operand_stride + o * 16));
+          KV4_UNROLL
           for (int c = 0; c < kQuarters; ++c) {
             high[c][r] = vdotq_laneq_s32(high[c][r], first[c], v, 0);
             low[c][r] = vdotq_laneq_s32(low[c][r], first[c], v, 2);
@@ -65,7 +70,9 @@ struct Dot {
           }
         }
       }
+      KV4_UNROLL
       for (int r = 0; r < R; ++r)
+        KV4_UNROLL
         for (int c = 0; c < kQuarters; ++c) {
           const int32x4_t sum = vaddq_s32(vshlq_n_s32(high[c][r], 8), low[c][r]);
           vst1q_s32(sums + r * 16 + (quarter + c) * 4, vaddq_s32(sum, vdupq_n_s32(start[r * start_stride])));
@@ -94,11 +101,10 @@ struct Dot {
   // Sums wrap modulo 2^32 on the way; the result does not overflow (portable/dot.h).
   template <int R>
   static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands, std::size_t operand_stride,
-                    const std::int32_t* start, std::size_t start_stride, const Table& table, const std::uint8_t* next,
-                    std::int32_t* sums) {
     const uint16x8_t nibble = vdupq_n_u16(15);
     for (int quarter = 0; quarter < 4; ++quarter, codes += 16) {
       int32x4_t first[R], second[R];
+      KV4_UNROLL
       for (int r = 0; r < R; ++r) first[r] = second[r] = vdupq_n_s32(0);
       for (int o = 0; o < octets; ++o) {
         if (quarter == 0) __builtin_prefetch(next + o * 64);
@@ -106,10 +112,13 @@ struct Dot {
         const uint16x8_t index[4] = {vandq_u16(w, nibble), vandq_u16(vshrq_n_u16(w, 4), nibble),
                                      vandq_u16(vshrq_n_u16(w, 8), nibble), vshrq_n_u16(w, 12)};
         int16x8_t levels[4];
+        KV4_UNROLL
         for (int i = 0; i < 4; ++i)
           levels[i] = vreinterpretq_s16_u8(vqtbl1q_u8(table.levels, vreinterpretq_u8_u16(index[i])));
+        KV4_UNROLL
         for (int r = 0; r < R; ++r) {
           const std::uint8_t* v = operands + r * operand_stride + o * 16;
+          KV4_UNROLL
           for (int i = 0; i < 4; ++i) {
             std::int32_t pair;
             std::memcpy(&pair, v + 4 * i, 4);
@@ -119,6 +128,7 @@ struct Dot {
           }
         }
       }
+      KV4_UNROLL
       for (int r = 0; r < R; ++r)
         vst1q_s32(sums + r * 16 + quarter * 4,
                   vaddq_s32(vpaddq_s32(first[r], second[r]), vdupq_n_s32(start[r * start_stride])));

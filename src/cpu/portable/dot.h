@@ -36,9 +36,9 @@ struct Dot {
   // sums[r * 16 + lane] = start[r * start_stride] + the dot product over 8 * octets positions of row
   // r, whose operand lies at operands + r * operand_stride. `next` is prefetched along.
   template <int R>
-  static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands, std::size_t operand_stride,
-                    const std::int32_t* start, std::size_t start_stride, const Table& table, const std::uint8_t* next,
-                    std::int32_t* sums) {
+  [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
+                                      std::size_t operand_stride, const std::int32_t* start, std::size_t start_stride,
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
     std::int32_t acc[R][16];
     for (int r = 0; r < R; ++r)
       for (int lane = 0; lane < 16; ++lane) acc[r][lane] = start[r * start_stride];
