@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "kv4/rotation.h"
 #include "kv4/status.h"
 
 namespace kv4::cpu {
@@ -23,5 +24,11 @@ Status force_isa(const std::string& isa);
 int num_threads();
 // Errors: invalid_argument where n < 1.
 Status set_num_threads(int n);
+
+// Times sealing alone, for benchmarks: `vectors` float vectors (rounded up to whole pages of keys and values)
+// of head dim `dim`, already in place, are rotated, scaled by a lambda per channel, quantised to uniform levels
+// by their abs-max and packed, `repeats` times after one warm-up, on num_threads() threads.
+// ns_per_vector: one wall-clock figure per repeat. Errors: invalid_argument; unsupported; out_of_memory.
+Status measure_seal(int dim, RotationKind rotation, std::int64_t vectors, int repeats, std::vector<double>* ns_per_vector);
 
 }  // namespace kv4::cpu

@@ -281,5 +281,16 @@ NB_MODULE(_core, m) {
     return usable;
   }, "Those that this build and machine have, best first.");
   m.def("force_isa", [](const std::string& name) { raise_if_error(kv4::cpu::force_isa(name)); }, "name"_a);
+  m.def("bench_seal", [](int dim, const std::string& rotation, std::int64_t vectors, int repeats) {
+    static constexpr const char* kNames[] = {"identity", "srft", "srht", "householder"};
+    for (int i = 0; i < 4; ++i) {
+      if (rotation != kNames[i]) continue;
+      std::vector<double> ns;
+      raise_if_error(kv4::cpu::measure_seal(dim, static_cast<kv4::RotationKind>(i), vectors, repeats, &ns));
+      return ns;
+    }
+    raise_if_error(kv4::invalid_argument("rotation", "identity, srft, srht or householder", rotation));
+    return std::vector<double>();
+  }, "dim"_a, "rotation"_a, "vectors"_a, "repeats"_a, "Nanoseconds per vector of sealing alone, one figure per repeat.");
   m.def("version", [] { return KV4_VERSION; });
 }

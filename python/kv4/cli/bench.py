@@ -169,6 +169,8 @@ def seal(
     from kv4.bench import seal as measurement
 
     chosen = numbers(dims, "--dims")
+    for dim in chosen:
+        _core.validate(Recipe(), dim, dim)
     options.set_threads(threads)
     rows = []
     with progress("", 3 * len(chosen)) as advance:

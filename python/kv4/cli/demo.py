@@ -11,11 +11,10 @@ from rich.markup import escape
 from rich.text import Text
 
 from kv4.cli import options
-from kv4.cli.bench import show_generate
+from kv4.cli.bench import numbers, show_generate
 from kv4.cli.output import mebibytes, out, plain_errors, progress, table, write_json
 
 PROMPT_TOKENS = 1024
-CONTEXTS = (256, PROMPT_TOKENS, 2048, 4096)
 TOKENS_PER_LINE = 6
 
 
@@ -25,12 +24,14 @@ def demo(
         options.DEFAULT_MODEL
     ),
     tokens: Annotated[int, typer.Option(min=8, help="Tokens to generate.")] = 64,
+    contexts: Annotated[str, typer.Option(help="Other context lengths of the plot.")] = "256,2048,4096",
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of every measurement.")] = 3,
     dtype: Annotated[options.DType, typer.Option(help="auto: what this CPU computes in.")] = options.DType.auto,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the plot and the data.")] = Path("out"),
     threads: options.Threads = None,
 ) -> None:
     """Text after a prompt of over 1,000 tokens, from the model's own cache and from kv4."""
+    others = numbers(contexts, "--contexts")
     options.set_threads(threads)
     loaded, tokenizer = options.load(model, options.torch_dtype(dtype))
 
@@ -40,21 +41,21 @@ def demo(
     from kv4.bench.text import prompt_ids
 
     name = str(loaded.dtype).removeprefix("torch.")
-    ids = prompt_ids(tokenizer, CONTEXTS[-1])
+    ids = prompt_ids(tokenizer, max(*others, 2 * PROMPT_TOKENS))
     prompt = _paragraph_end(tokenizer, ids[0].tolist())
-    contexts = [prompt if context == PROMPT_TOKENS else context for context in CONTEXTS]
+    lengths = sorted({prompt, *others})
     out.print(
         f"[bold]{escape(model)}[/], {name}, {torch.get_num_threads()} threads. Prompt: {prompt:,} tokens of "
         f"Python's language reference, then {tokens} tokens greedily, {repeats} times, taking turns."
     )
     out.print(Text("... " + _tail(tokenizer.decode(ids[0, :prompt])), style="dim italic"))
 
-    total = 2 * (contexts[-1] + len(contexts) * repeats * tokens)
+    total = 2 * (lengths[-1] + len(lengths) * repeats * tokens)
     with progress("", total) as advance:
         rows = measurement.run(
             {name: loaded},
             ids,
-            contexts,
+            lengths,
             tokens=tokens - 1 - measurement.WARM_UP,
             repeats=repeats,
             progress=lambda what, n: advance(n, what),
@@ -71,7 +72,7 @@ def demo(
 
 def _paragraph_end(tokenizer: Any, ids: Sequence[int]) -> int:
     """The first paragraph's end from PROMPT_TOKENS on, so that the model starts a fresh sentence."""
-    for count in range(PROMPT_TOKENS, min(2 * PROMPT_TOKENS, len(ids))):
+    for count in range(PROMPT_TOKENS, 2 * PROMPT_TOKENS):
         if tokenizer.decode(ids[count - 2 : count]).endswith("\n\n"):
             return count
     return PROMPT_TOKENS

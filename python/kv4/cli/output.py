@@ -83,7 +83,7 @@ def mebibytes(count: float) -> str:
 def progress(description: str, total: float | None) -> Iterator[Callable[..., None]]:
     """A bar on stderr, gone when done. Yields advance(count, description=None)."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description:<28}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),

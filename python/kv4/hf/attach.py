@@ -10,7 +10,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from kv4 import _core
 from kv4.recipe import Recipe
 
-from .cache import _DTYPES, PACKED_LAYER_TYPES, KV4Cache, mismatch
+from .cache import _DTYPES, PACKED_LAYER_TYPES, KV4Cache, KV4Layer, mismatch
 
 _SETTINGS = "_kv4_settings"
 
@@ -28,7 +28,8 @@ def attach(
     dynamic cache of its own; a cache passed by the caller, `cache_implementation` and use_cache=False still count.
     Returns the model. Attaching again replaces the recipe; detach(model) undoes it.
 
-    The arguments after `model` are those of KV4Cache. Calls of the model itself take `past_key_values=new_cache(model)`.
+    The arguments after `model` are those of KV4Cache. Calls of the model itself take
+    `past_key_values=new_cache(model)`.
 
     Errors: ValueError naming the argument, with the reason why this model or recipe cannot be served; the model is
     then as it was.
@@ -83,26 +84,21 @@ def why_not(model: PreTrainedModel, recipe: Recipe | None = None, **calibration:
     name, config = _name(model), model.config
     if config.is_encoder_decoder:
         return mismatch("model", "a decoder-only model", f"{name}, an encoder-decoder model")
-    if getattr(model, "_is_stateful", False):
-        return mismatch(
-            "model", "a model whose only state is keys and values", f"{name}, which carries its own state"
-        )
+    supports = getattr(type(model), "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        return mismatch("model", "a model that takes a transformers Cache", f"{name}, which brings its own cache")
+    decoder = config.get_text_config(decoder=True)
+    if getattr(model, "_is_stateful", False) and getattr(decoder, "layer_types", None) is None:
+        return mismatch("model", "a model whose state a transformers Cache holds", f"{name}, which carries its own")
+    types, _ = get_layer_types_and_kwargs(decoder)
+    if not any(layer_type in PACKED_LAYER_TYPES for layer_type in types):
+        found = ", ".join(sorted(set(types))) or "no layers"
+        return mismatch("model", f"at least one layer of {', '.join(PACKED_LAYER_TYPES)}", f"{name} with {found}")
     if not model._can_set_attn_implementation():
         return mismatch(
             "model",
             "a model built on transformers' attention interface",
             f"{name}, whose attention cannot be replaced (a KV4Cache still works with it, dequantising)",
-        )
-    supports = getattr(type(model), "_supports_default_dynamic_cache", None)
-    if supports is not None and not supports():
-        return mismatch(
-            "model", "a model that takes a transformers Cache", f"{name}, which brings its own cache"
-        )
-    types, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    if not any(layer_type in PACKED_LAYER_TYPES for layer_type in types):
-        found = ", ".join(sorted(set(types))) or "no layers"
-        return mismatch(
-            "model", f"at least one layer of {', '.join(PACKED_LAYER_TYPES)}", f"{name} with {found}"
         )
     for parameter in model.parameters():
         if parameter.device.type != "cpu":
@@ -113,11 +109,35 @@ def why_not(model: PreTrainedModel, recipe: Recipe | None = None, **calibration:
         cache = KV4Cache(config, recipe, **calibration)
     except ValueError as error:
         return str(error)
-    for (layer, dim_k, dim_v), index in _head_dims(model).items():
-        constants = {}
-        if isinstance(layer, int) and layer < len(cache.layers):
-            constants = getattr(cache.layers[layer], "constants", {})
-        heads = next((len(v) for n, v in constants.items() if n.startswith("lambda")), 1)
+    if any(hasattr(module, "expand_kv") for module in model.modules()):
+        return mismatch(
+            "model",
+            "attention that reads keys and values from the cache",
+            f"{name}, which caches latent vectors (a KV4Cache still works with it, dequantising)",
+        )
+    return _dims_not_served(model, cache)
+
+
+def _dims_not_served(model: PreTrainedModel, cache: KV4Cache) -> str | None:
+    """The message for the first head dims that the recipe does not serve. Attention modules that do not say their
+    head dims are checked by the cache's first update."""
+    tried = set()
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for module in decoder.modules():
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or not 0 <= index < len(cache.layers):
+            continue
+        layer = cache.layers[index]
+        dim_k = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
+        dim_v = getattr(module, "v_head_dim", None) or getattr(module, "head_dim", None)
+        if not (isinstance(layer, KV4Layer) and isinstance(dim_k, int) and isinstance(dim_v, int)):
+            continue
+        constants = layer.constants
+        case = (dim_k, dim_v, index if constants else None)
+        if case in tried:
+            continue
+        tried.add(case)
+        heads = next((len(values) for key, values in constants.items() if key.startswith("lambda")), 1)
         try:
             _core.Cache(
                 cache.recipe,
@@ -128,24 +148,9 @@ def why_not(model: PreTrainedModel, recipe: Recipe | None = None, **calibration:
                 **constants,
             )
         except (ValueError, NotImplementedError) as error:
-            return mismatch(
-                "recipe", f"one that serves {name} (head dims {dim_k} and {dim_v}, layer {index})", str(error)
-            )
+            expected = f"one that serves {_name(model)} (head dims {dim_k} and {dim_v}, layer {index})"
+            return mismatch("recipe", expected, error)
     return None
-
-
-def _head_dims(model: PreTrainedModel) -> dict[tuple[int | None, int, int], int]:
-    """(layer or None, key head dim, value head dim) -> layer index, of every decoder attention module that says them.
-    Modules that do not are checked by the cache's first update."""
-    settings = {}
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for module in decoder.modules():
-        index = getattr(module, "layer_idx", None)
-        dim_k = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
-        dim_v = getattr(module, "v_head_dim", None) or getattr(module, "head_dim", None)
-        if isinstance(index, int) and isinstance(dim_k, int) and isinstance(dim_v, int):
-            settings.setdefault((index, dim_k, dim_v), index)
-    return settings
 
 
 def _prepare_cache_for_generation(

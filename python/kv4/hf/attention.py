@@ -40,17 +40,14 @@ def kv4_attention(
     that do not fit, or NaN or infinity that a query would see. May be called again on one handle.
     """
     if type(key) is KVHandle and type(value) is KVHandle and kwargs.get("position_bias") is None:
-        if query.requires_grad:
-            if module.training and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "query: expected inference (model.eval() or torch.no_grad()); got a model in training: no gradient "
-                    "passes through a KV4Cache"
-                )
-            query = query.detach()
+        if module.training and query.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "query: expected inference (model.eval() or torch.no_grad()); got a model in training: no gradient "
+                "passes through a KV4Cache"
+            )
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        return _attend_packed(
-            query, key, value, attention_mask, scaling, softcap, s_aux, causal, sliding_window
-        ), None
+        attend = _attend_uncompiled if torch.compiler.is_dynamo_compiling() else _attend_packed
+        return attend(query, key, value, attention_mask, scaling, softcap, s_aux, causal, sliding_window), None
     return _attend_dense(
         module,
         query,
@@ -127,7 +124,7 @@ def _attend_packed(
         and supports_prefill(layer, query, own_k, own_v)
         and prefill(
             layer,
-            query,
+            query.detach(),
             own_k,
             own_v,
             out,
@@ -151,6 +148,12 @@ def _attend_packed(
         window=window,
     )
     return out
+
+
+@torch.compiler.disable
+def _attend_uncompiled(*args: Any) -> torch.Tensor:
+    """The core is no torch operator: compiled models step out of their graph here."""
+    return _attend_packed(*args)
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
@@ -197,7 +200,8 @@ def _attend_dense(
         is_causal = plain
     elif mask is None:
         is_causal = False
-    if softcap or s_aux is not None:
+    grouped = query.shape[1] != key.shape[1] and not hasattr(module, "num_key_value_groups")
+    if softcap or s_aux is not None or grouped:
         if mask is None and is_causal and q_length > 1:
             mask = expand(None, None, q_length, kv_length, query.device)
         return _eager(module, query, key, value, mask, scaling, softcap, s_aux, dropout), None

@@ -82,9 +82,7 @@ class KV4Layer(CacheLayerMixin):
             if x.dtype not in _DTYPES:
                 raise ValueError(mismatch(name, "float32, float16 or bfloat16", x.dtype))
         if value_states.dtype != key_states.dtype:
-            raise ValueError(
-                mismatch("value_states", f"the keys' dtype {key_states.dtype}", value_states.dtype)
-            )
+            raise ValueError(mismatch("value_states", f"the keys' dtype {key_states.dtype}", value_states.dtype))
         core = _core.Cache(
             self.recipe,
             dtype=_DTYPES[key_states.dtype],
@@ -108,19 +106,17 @@ class KV4Layer(CacheLayerMixin):
         """Appends keys [batch, kv_heads, T, head_dim] and values like them (any strides with unit channel stride;
         copied otherwise) and returns their handles. Errors: ValueError naming the argument for a shape, dtype or
         device that is not the layer's; the layer stays as it was."""
+        if torch.compiler.is_dynamo_compiling():
+            return _update_uncompiled(self, key_states, value_states)
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)
-        elif key_states.dtype is not self.dtype or value_states.dtype is not self.dtype:
-            self._refuse_dtype(key_states, value_states)
-        if not (key_states.is_cpu and value_states.is_cpu):
-            name, x = ("key_states", key_states) if not key_states.is_cpu else ("value_states", value_states)
-            raise ValueError(mismatch(name, "a tensor on the CPU", x.device))
-        if key_states.requires_grad or value_states.requires_grad:
-            key_states, value_states = key_states.detach(), value_states.detach()
         before = self.seen
         try:
-            self.core.append(_unit_stride(key_states), _unit_stride(value_states))
+            try:
+                self.core.append(key_states, value_states)
+            except (ValueError, RuntimeError):
+                self._append_checked(key_states, value_states)
         except BaseException:
             if fresh:
                 self._forget()
@@ -133,18 +129,22 @@ class KV4Layer(CacheLayerMixin):
         columns = length if not window or before < window else tokens + window - 1
         if tokens > PAGE_TOKENS:
             return (
-                KVHandle(self, "key", version, length, columns, key_states),
-                KVHandle(self, "value", version, length, columns, value_states),
+                KVHandle(self, "key", version, length, columns, key_states.detach()),
+                KVHandle(self, "value", version, length, columns, value_states.detach()),
             )
         return (
             KVHandle(self, "key", version, length, columns, None),
             KVHandle(self, "value", version, length, columns, None),
         )
 
-    def _refuse_dtype(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _append_checked(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Appends what the core refused if only its strides were in the way; else says what is wrong."""
         for name, x in (("key_states", key_states), ("value_states", value_states)):
+            if x.device.type != "cpu":
+                raise ValueError(mismatch(name, "a tensor on the CPU", x.device))
             if x.dtype is not self.dtype:
                 raise ValueError(mismatch(name, f"the layer's dtype {self.dtype}", x.dtype))
+        self.core.append(key_states.contiguous(), value_states.contiguous())
 
     def dense(self, which: str, first: int, count: int) -> torch.Tensor:
         """Positions [first, first + count) of the "key" or "value" side, dequantised: [batch, kv_heads, count, dim]
@@ -365,14 +365,15 @@ class KV4Cache(Cache):
         packed = self.packed_layers()
         for layer in packed:
             layer._checked_crop(tokens_to_remove)
-        # Only eviction can make a layer refuse from here on: sliding layers go first, and with several window sizes
-        # the earlier ones keep a copy to go back to.
-        sliding = [layer for layer in packed if layer.is_sliding and tokens_to_remove]
+        # Only sliding layers (for eviction) and transformers' own can refuse from here on: they go first, and where
+        # one may refuse after another has been cropped, the sliding ones keep a copy to go back to.
+        sliding = [layer for layer in packed if layer.is_sliding]
+        others = [layer for layer in self.layers if not isinstance(layer, KV4Layer)]
         kept = []
-        if len({layer.sliding_window for layer in sliding}) > 1:
+        if tokens_to_remove and (others or len({layer.sliding_window for layer in sliding}) > 1):
             kept = [(layer, copy.deepcopy(layer)) for layer in sliding]
         try:
-            for layer in sliding:
+            for layer in (*sliding, *others):
                 layer.crop(tokens_to_remove)
         except Exception:
             for layer, before in kept:
@@ -380,8 +381,8 @@ class KV4Cache(Cache):
                 layer.__dict__.update(before.__dict__)
                 layer.version = version + 1
             raise
-        for layer in self.layers:
-            if not (tokens_to_remove and isinstance(layer, KV4Layer) and layer.is_sliding):
+        for layer in packed:
+            if not layer.is_sliding:
                 layer.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -398,8 +399,9 @@ class KV4Cache(Cache):
         return f"KV4Cache(layers={len(self.layers)}, tokens={tokens}, nbytes={self.nbytes()}, recipe={self.recipe!r})"
 
 
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+@torch.compiler.disable
+def _update_uncompiled(layer: KV4Layer, *args: torch.Tensor) -> tuple[KVHandle, KVHandle]:
+    return layer.update(*args)
 
 
 def _rows(indices: Any, batch: int) -> list[int]:

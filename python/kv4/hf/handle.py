@@ -127,9 +127,7 @@ class KVHandle:
         return getattr(self.dense(), name)
 
     def __repr__(self) -> str:
-        return (
-            f"KVHandle({self.which}, shape={tuple(self.shape)}, dtype={self.dtype}, version={self.version})"
-        )
+        return f"KVHandle({self.which}, shape={tuple(self.shape)}, dtype={self.dtype}, version={self.version})"
 
 
 def _is_handle(x: Any) -> bool:

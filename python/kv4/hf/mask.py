@@ -83,9 +83,7 @@ def kv4_mask(
     )
 
 
-def _leading_padding(
-    attention_mask: torch.Tensor, kv_length: int, kv_offset: int
-) -> torch.Tensor | bool | None:
+def _leading_padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor | bool | None:
     """int64 [batch]: hidden columns at the start of each row. True where no row has any; None where a hidden column
     follows a visible one."""
     if attention_mask.shape[1] < kv_offset + kv_length:
@@ -114,9 +112,7 @@ def row_limits(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | 
     limits = mask.__dict__.get("_kv4_limits")
     if limits is None:
         if mask.dim() != 4 or tuple(mask.shape[1:]) != (1, 1, 2):
-            raise ValueError(
-                f"attention_mask: expected int32 [batch, 1, 1, 2] (start, window); got {list(mask.shape)}"
-            )
+            raise ValueError(f"attention_mask: expected int32 [batch, 1, 1, 2] (start, window); got {list(mask.shape)}")
         columns = mask.detach().cpu().reshape(-1, 2).unbind(1)
         start, window = (x.contiguous() if bool(x.any()) else None for x in columns)
         shared = int(window[0]) if window is not None and bool((window == window[0]).all()) else 0

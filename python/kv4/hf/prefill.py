@@ -49,21 +49,17 @@ def prefill(
     window: torch.Tensor | None,
     offset: int,
 ) -> bool:
-    """Writes causal attention of query [batch, q_heads, T, d] to out [batch, T, q_heads, d]; False, with
-    nothing written, where a visible value is not finite (the core refuses those by name). `start` and `window` are those of core.attend: int32 [batch] or None,
-    columns counted from position `offset`. own_k, own_v are [batch, kv_heads, T, d]."""
+    """Writes causal attention of query [batch, q_heads, T, d] to out [batch, T, q_heads, d]. False, with nothing
+    written, where a visible value is not finite (the core refuses those by name). own_k, own_v are
+    [batch, kv_heads, T, d]; start, window, offset are those of core.attend: int32 [batch] or None, columns counted
+    from position `offset`."""
     batch, heads, tokens, dim = query.shape
     before = layer.seen - tokens
-    first = (
-        [0] * batch if start is None else [min(max(x + offset - before, 0), tokens) for x in start.tolist()]
-    )
+    first = [0] * batch if start is None else [min(max(x - before, 0), tokens) for x in start.tolist()]
     limit = [layer.sliding_window] * batch if window is None else window.tolist()
     groups = _row_groups(first, limit)
     if not all(
-        _finite(x[rows, :, begin:])
-        for x in (query, own_k, own_v)
-        for rows, begin, _ in groups
-        if begin < tokens
+        _finite(x[rows, :, begin:]) for x in (query, own_k, own_v) for rows, begin, _ in groups if begin < tokens
     ):
         return False
 
@@ -108,9 +104,7 @@ def _finite(x: torch.Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
-def _flash_blocks(
-    query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, begin: int, width: int
-):
+def _flash_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, begin: int, width: int):
     """Causal attention of the tokens [begin, T) among themselves, each seeing the newest `width` (0 = all): yields
     (lo, hi, output [rows, heads, hi - lo, d], log-sum-exp [rows, heads, hi - lo]) over blocks of queries.
     A window is served block by block, so that the keys outside it are never read."""

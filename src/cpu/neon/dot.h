@@ -100,7 +100,9 @@ struct Dot {
 
   // Sums wrap modulo 2^32 on the way; the result does not overflow (portable/dot.h).
   template <int R>
-  static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands, std::size_t operand_stride,
+  [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
+                                      std::size_t operand_stride, const std::int32_t* start, std::size_t start_stride,
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
     const uint16x8_t nibble = vdupq_n_u16(15);
     for (int quarter = 0; quarter < 4; ++quarter, codes += 16) {
       int32x4_t first[R], second[R];

@@ -1,0 +1,97 @@
+// Attention of one call on the CPU, for every instruction set of this machine and all threads (or
+// KV4_BENCH_THREADS). Names: what / isa / geometry / tokens.
+//   decode  one query token over a cache of the default recipe: 4 sinks, pages, 64 to 127 exact tokens
+//   exact   one query token over as many exact fp16 tokens
+//   chunk   64 query tokens over pages
+//   prefill causal attention of as many queries as exact fp16 tokens
+// per_token is time per cached token and KV head (chunk, prefill: also per query token and head of its
+// group); bytes are those of the tokens, read once.
+#include <benchmark/benchmark.h>
+
+#include <cstdlib>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "attend_scene.h"
+#include "backend/backend.h"
+#include "cases.h"
+#include "kv4/cpu.h"
+
+namespace kv4 {
+namespace {
+
+using scene::Held;
+using scene::Scene;
+using scene::Shape;
+
+struct Case {
+  const char* what;
+  cases::Geometry geometry;
+  int tokens, queries;
+  bool sealed;
+};
+
+void attend(benchmark::State& state, const std::string& isa, const Case& c) {
+  if (!cpu::force_isa(isa).ok()) return state.SkipWithError("this machine does not run it");
+  Shape shape;
+  shape.kv_heads = c.geometry.kv_heads;
+  shape.group = c.geometry.q_heads / c.geometry.kv_heads;
+  shape.dim_k = shape.dim_v = c.geometry.head_dim;
+  const Held held = c.sealed ? Held::of(c.tokens) : Held{0, 0, c.tokens, 0};
+  const Scene s(shape, {held}, false);
+  const std::int64_t heads = c.geometry.q_heads, d = c.geometry.head_dim, T = c.queries;
+  const std::vector<float> q = cases::normal_rows(heads * T, c.geometry.head_dim, 3);
+  std::vector<std::uint16_t> q16, out(q.size());
+  for (float x : q) q16.push_back(f32_to_f16(x));
+  AttendArgs args;
+  args.q = {q16.data(), DType::f16, {1, heads, T, d}, {heads * T * d, d, heads * d, 1}};
+  const std::vector<SequenceView> views = s.views(T);
+  AttendJob job = s.job(args, views);
+  job.out = {out.data(), DType::f16, args.q.shape, args.q.stride};
+  Backend* backend = find_backend("cpu");
+  for (auto _ : state) {
+    const Status status = backend->attend(job);
+    if (!status.ok()) return state.SkipWithError(status.message().c_str());
+    benchmark::ClobberMemory();
+  }
+  const double exact = held.sinks + held.window, pages = static_cast<double>(held.page_tokens) / kPageTokens;
+  const double bytes = exact * shape.kv_heads * 2.0 * static_cast<double>(d) * 2 + pages * static_cast<double>(s.page_bytes());
+  double pairs = static_cast<double>(c.tokens) * shape.kv_heads;
+  if (T > 1) pairs *= static_cast<double>(T) * shape.group;
+  if (T == c.tokens) pairs /= 2;
+  state.counters["per_token"] =
+      benchmark::Counter(pairs, benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
+  state.SetBytesProcessed(static_cast<std::int64_t>(bytes) * state.iterations());
+}
+
+void add(const std::string& isa, const Case& c) {
+  const std::string name = std::string(c.what) + "/" + isa + "/" + c.geometry.name + "/" + std::to_string(c.tokens);
+  benchmark::RegisterBenchmark(name.c_str(), [isa, c](benchmark::State& state) { attend(state, isa, c); })->UseRealTime();
+}
+
+}  // namespace
+}  // namespace kv4
+
+int main(int argc, char** argv) {
+  using namespace kv4;
+  if (const char* threads = std::getenv("KV4_BENCH_THREADS")) {
+    if (!cpu::set_num_threads(std::atoi(threads)).ok()) return 1;
+  }
+  for (const std::string& isa : cpu::compiled_isas()) {
+    if (!cpu::supported(isa)) continue;
+    for (const cases::Geometry& g : cases::kGeometries) {
+      for (int tokens : {64, 300, 1000, 4096, 32768}) {
+        add(isa, {"decode", g, tokens, 1, true});
+        add(isa, {"exact", g, tokens, 1, false});
+      }
+      add(isa, {"chunk", g, 4096, 64, true});
+      add(isa, {"prefill", g, 1024, 1024, false});
+    }
+  }
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  benchmark::RunSpecifiedBenchmarks();
+  return 0;
+}
