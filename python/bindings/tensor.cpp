@@ -1,6 +1,7 @@
 #include "tensor.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
 
 #include <cstring>
 #include <new>

@@ -151,30 +151,37 @@ Status Cache::State::seal_until(std::int64_t n) {
     if (due <= s.page_end() && s.anchored) continue;
     if (due == 0) continue;
     if (!s.anchored) KV4_RETURN_IF_ERROR(anchor(s));
+    std::int64_t count = due - s.page_end();
+    if (count <= 0) continue;
+    const auto note_masked = [&] {
+      const std::int64_t first = s.page_position(s.page_end()) - s.window_position;
+      masked.resize(static_cast<std::size_t>(count) * kPageTokens);
+      for (std::size_t j = 0; j < masked.size(); ++j)
+        masked[j] = s.seen[static_cast<std::size_t>(first) + j] == Seen::masked;
+      for (const NonFinite& x : s.non_finite) {  // never seen: zeros that must not enter a mean
+        const std::int64_t j = x.position - s.window_position - first;
+        if (j >= 0 && j < static_cast<std::int64_t>(masked.size())) masked[j] = 1;
+      }
+      return first;
+    };
+    // Lambda is that of the first page due, sealed or not: recording the past must not change it.
+    std::int64_t first_row = note_masked();
+    fix_lambda(s);
     // Pages that no query will ever see again are not worth sealing.
     if (config.sliding_window > 0 && !recording && s.pages.empty() && s.window_position == s.page_position(s.first_page)) {
       const std::int64_t needed = s.length - config.sliding_window + 1;
-      const std::int64_t gone = std::min((needed - s.window_position) / kPageTokens, due - s.first_page);
+      const std::int64_t gone = std::min((needed - s.window_position) / kPageTokens, count);
       if (needed > s.window_position && gone > 0 && n == length) {
         KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
         s.drop_window_front(gone * kPageTokens);
         s.first_page += gone;
+        count -= gone;
+        if (count == 0) continue;
+        first_row = note_masked();
       }
     }
-    const std::int64_t count = due - s.page_end();
-    if (count <= 0) continue;
-
     std::vector<PageRef> fresh;
     KV4_RETURN_IF_ERROR(pool->allocate(static_cast<std::size_t>(count), &fresh));
-    const std::int64_t first_row = s.page_position(s.page_end()) - s.window_position;
-    masked.resize(static_cast<std::size_t>(count) * kPageTokens);
-    for (std::size_t j = 0; j < masked.size(); ++j)
-      masked[j] = s.seen[static_cast<std::size_t>(first_row) + j] == Seen::masked;
-    for (const NonFinite& x : s.non_finite) {  // never seen: zeros that must not enter a mean
-      const std::int64_t j = x.position - s.window_position - first_row;
-      if (j >= 0 && j < static_cast<std::int64_t>(masked.size())) masked[j] = 1;
-    }
-    fix_lambda(s);
     jobs.clear();
     for (std::int64_t p = 0; p < count; ++p) {
       for (int h = 0; h < heads(); ++h) {

@@ -13,6 +13,9 @@ import torch
 import transformers
 from transformers import Cache, PreTrainedModel
 
+from kv4 import Recipe
+from kv4.hf.cache import KV4Layer
+
 VOCAB = 96
 PAD = 0
 
@@ -196,3 +199,37 @@ SCENARIOS: dict[str, Scenario] = {
     "chunked_prefill": chunked_prefill,
     "multi_turn": multi_turn,
 }
+
+
+# Tensors and the definition of attention, for tests without a model.
+KV_HEADS, DIM, Q_HEADS = 2, 32, 4
+
+
+def rows_of(tokens, batch=2, heads=KV_HEADS, dim=DIM, seed=0):
+    return torch.randn(batch, heads, tokens, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def causal_module(training=False):
+    module = torch.nn.Module()
+    module.is_causal = True
+    module.num_key_value_groups = Q_HEADS // KV_HEADS
+    return module.train(training)
+
+
+def filled(tokens, recipe=None, sliding_window=None, batch=2):
+    layer = KV4Layer(recipe or Recipe.exact(), sliding_window=sliding_window)
+    k, v = rows_of(tokens, batch, seed=1), rows_of(tokens, batch, seed=2)
+    return layer, k, v, layer.update(k, v, 0)
+
+
+def softmax_attention(q, k, v, keep, sinks=None, softcap=None, bias=None):
+    """The definition, in float64; a row that sees nothing is 0. [batch, T, q_heads, dim]"""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    scores = q.double() @ k.mT * q.shape[-1] ** -0.5
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    scores = (scores if bias is None else scores + bias).masked_fill(~keep, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    weights = torch.nan_to_num(torch.softmax(scores, -1))[..., : k.shape[2]]
+    return (weights @ v).transpose(1, 2)

@@ -46,7 +46,7 @@ def demo(
     lengths = sorted({prompt, *others})
     out.print(
         f"[bold]{escape(model)}[/], {name}, {torch.get_num_threads()} threads. Prompt: {prompt:,} tokens of "
-        f"Python's language reference, then {tokens} tokens greedily, {repeats} times, taking turns."
+        f"Python's language reference, then {tokens} tokens greedily; medians of {repeats} repeats, taking turns."
     )
     out.print(Text("... " + _tail(tokenizer.decode(ids[0, :prompt])), style="dim italic"))
 

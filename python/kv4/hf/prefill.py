@@ -55,7 +55,7 @@ def prefill(
     from position `offset`."""
     batch, heads, tokens, dim = query.shape
     before = layer.seen - tokens
-    first = [0] * batch if start is None else [min(max(x - before, 0), tokens) for x in start.tolist()]
+    first = [0] * batch if start is None else [min(max(x + offset - before, 0), tokens) for x in start.tolist()]
     limit = [layer.sliding_window] * batch if window is None else window.tolist()
     groups = _row_groups(first, limit)
     if not all(
