@@ -47,11 +47,11 @@ class Row:
         return {**asdict(self), "gflops": self.gflops, "gflops_paper_count": self.paper_gflops}
 
 
-def kernel(dim: int, *, tokens: int = 8192, repeats: int = 15, rotation: str = "srft") -> Row:
-    """The kernel alone, called on rows that are in place."""
+def kernel(dim: int, *, vectors: int = 8192, repeats: int = 15, rotation: str = "srft") -> Row:
+    """The kernel alone, on rows that are in place: abs-max and uniform levels, as the paper seals."""
     from kv4 import _core
 
-    return Row("kernel", dim, _core.num_threads(), median(_core.bench_seal(dim, rotation, tokens, repeats)))
+    return Row("kernel", dim, _core.num_threads(), median(_core.bench_seal(dim, rotation, vectors, repeats)))
 
 
 @torch.inference_mode()

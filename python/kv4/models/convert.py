@@ -56,7 +56,7 @@ def convert(gguf: Path, folder: Path, title: str, dtype: str = "float32", progre
             loaded = AutoModelForCausalLM.from_pretrained(
                 **source, dtype=getattr(torch, dtype), quantization_config=GgufConfig(dequantize=True)
             )
-    except (ValueError, NotImplementedError, KeyError, OSError) as refusal:
+    except (ValueError, NotImplementedError, KeyError, OSError, struct.error) as refusal:
         raise ModelError(f"model file {title}", "a GGUF file that transformers can load", str(refusal)) from refusal
     progress("save", 0, 1)
     plain = _plain(loaded)
