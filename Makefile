@@ -87,6 +87,7 @@ asan ubsan tsan: setup
 	ctest --preset $@
 
 bench: setup
+	@bash scripts/setup_system.sh bench
 	cmake --preset bench
 	cmake --build --preset bench
 

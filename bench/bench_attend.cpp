@@ -9,8 +9,6 @@
 #include <benchmark/benchmark.h>
 
 #include <cstdlib>
-#include <iterator>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -57,7 +55,8 @@ void attend(benchmark::State& state, const std::string& isa, const Case& c) {
     benchmark::ClobberMemory();
   }
   const double exact = held.sinks + held.window, pages = static_cast<double>(held.page_tokens) / kPageTokens;
-  const double bytes = exact * shape.kv_heads * 2.0 * static_cast<double>(d) * 2 + pages * static_cast<double>(s.page_bytes());
+  const double bytes =
+      exact * shape.kv_heads * 2.0 * static_cast<double>(d) * 2 + pages * static_cast<double>(s.page_bytes());
   double pairs = static_cast<double>(c.tokens) * shape.kv_heads;
   if (T > 1) pairs *= static_cast<double>(T) * shape.group;
   if (T == c.tokens) pairs /= 2;
@@ -68,17 +67,12 @@ void attend(benchmark::State& state, const std::string& isa, const Case& c) {
 
 void add(const std::string& isa, const Case& c) {
   const std::string name = std::string(c.what) + "/" + isa + "/" + c.geometry.name + "/" + std::to_string(c.tokens);
-  benchmark::RegisterBenchmark(name.c_str(), [isa, c](benchmark::State& state) { attend(state, isa, c); })->UseRealTime();
+  benchmark::RegisterBenchmark(name.c_str(), attend, isa, c)->UseRealTime();
 }
 
-}  // namespace
-}  // namespace kv4
-
-int main(int argc, char** argv) {
-  using namespace kv4;
-  if (const char* threads = std::getenv("KV4_BENCH_THREADS")) {
-    if (!cpu::set_num_threads(std::atoi(threads)).ok()) return 1;
-  }
+const bool registered = [] {
+  if (const char* threads = std::getenv("KV4_BENCH_THREADS"))
+    if (!cpu::set_num_threads(std::atoi(threads)).ok()) return false;
   for (const std::string& isa : cpu::compiled_isas()) {
     if (!cpu::supported(isa)) continue;
     for (const cases::Geometry& g : cases::kGeometries) {
@@ -90,8 +84,8 @@ int main(int argc, char** argv) {
       add(isa, {"prefill", g, 1024, 1024, false});
     }
   }
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  benchmark::RunSpecifiedBenchmarks();
-  return 0;
-}
+  return true;
+}();
+
+}  // namespace
+}  // namespace kv4

@@ -3,10 +3,11 @@
 # where it is not. Does nothing where everything is there.
 #
 #   setup_system.sh build    a C++ compiler and Python's venv; GTest. Fails where they cannot be had.
+#   setup_system.sh bench    google-benchmark. Fails where it cannot be had.
 #   setup_system.sh cross    the Arm cross compiler and emulator. Never fails: those tests are then left out.
 set -euo pipefail
 
-step=${1:?step: expected build or cross; got nothing}
+step=${1:?step: expected build, bench or cross; got nothing}
 python=${PYTHON:-python3}
 missing=()
 
@@ -25,6 +26,10 @@ gtest() {
   echo '#include <gtest/gtest.h>' | "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only - || test -d /usr/src/googletest
 }
 
+benchmark() {
+  echo '#include <benchmark/benchmark.h>' | "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only -
+}
+
 case $step in
   build)
     need g++ compiles
@@ -39,8 +44,11 @@ case $step in
     need qemu-user command -v qemu-aarch64
     need googletest test -d /usr/src/googletest
     ;;
+  bench)
+    need libbenchmark-dev benchmark
+    ;;
   *)
-    echo "step: expected build or cross; got $step" >&2
+    echo "step: expected build, bench or cross; got $step" >&2
     exit 2
     ;;
 esac

@@ -17,19 +17,19 @@
 namespace kv4::scene {
 
 struct Shape {
-  int kv_heads = 2, group = 1;      // query heads: kv_heads * group
+  int kv_heads = 2, group = 1;  // query heads: kv_heads * group
   int dim_k = 128, dim_v = 128;
   int scale_group_k = 0, scale_group_v = 0;
   bool mean = true, lambda = true;
   LevelKind levels = LevelKind::lloyd_max;
-  DType dtype = DType::f16;         // of the exact rows
-  double bias = 0;                  // size of the means; 0: like the keys
+  DType dtype = DType::f16;  // of the exact rows
+  double bias = 0;           // size of the means; 0: like the keys
   std::uint64_t seed = 1;
 };
 
 struct Held {
   int sinks = 0, page_tokens = 0, window = 0;
-  int dropped = 0;                  // position of the first token
+  int dropped = 0;  // position of the first token
   int tokens() const { return sinks + page_tokens + window; }
 
   // What a cache of the default recipe holds of `n` tokens.
@@ -64,7 +64,7 @@ class Scene {
   }
   // Of tokens in pages: |s L| over the key's groups, and the value's scales; [kv_heads][tokens, groups].
   struct Steps {
-    std::int64_t first_token = 0;    // index of the first page's first token among the dense tokens
+    std::int64_t first_token = 0;  // index of the first page's first token among the dense tokens
     std::vector<std::vector<double>> key_norm, value_scale;
   };
   const Steps& steps(int b) const { return sequences_[static_cast<std::size_t>(b)].steps; }
@@ -126,13 +126,15 @@ class Scene {
     static_cast<void>(Rotation::srft(dim, shape_.seed, &side.rotation));
   }
   void make_spec() {
-    if (shape_.dim_k % 2 != 0 || shape_.dim_k < kMinHeadDim || shape_.dim_v % 2 != 0 || shape_.dim_v < kMinHeadDim) return;
+    if (shape_.dim_k % 2 != 0 || shape_.dim_k < kMinHeadDim || shape_.dim_v % 2 != 0 || shape_.dim_v < kMinHeadDim)
+      return;
     make_side(spec_.key, shape_.dim_k, shape_.scale_group_k, shape_.mean);
     make_side(spec_.value, shape_.dim_v, shape_.scale_group_v, false);
     spec_.layout = kv4_make_page_layout(
         static_cast<std::uint32_t>(shape_.dim_k), static_cast<std::uint32_t>(shape_.dim_v),
         static_cast<std::uint32_t>(spec_.key.groups), static_cast<std::uint32_t>(spec_.value.groups), shape_.mean,
-        static_cast<std::uint32_t>(cpu::pad_channels(shape_.dim_k)), static_cast<std::uint32_t>(cpu::pad_channels(shape_.dim_v)));
+        static_cast<std::uint32_t>(cpu::pad_channels(shape_.dim_k)),
+        static_cast<std::uint32_t>(cpu::pad_channels(shape_.dim_v)));
   }
 
   void fill_slice(cases::Random& random, int tokens, std::uint8_t* slice, std::vector<std::uint8_t>& k,
@@ -146,12 +148,15 @@ class Scene {
     // Scales after the sealed tokens stay random bytes: NaN and infinity among them.
     for (int g = 0; g < spec_.key.groups; ++g)
       for (int j = 0; j < tokens; ++j)
-        put(spec_.layout.k_scales + static_cast<std::uint32_t>(g * kPageTokens + j) * 2, step * (0.5 + random.uniform()));
+        put(spec_.layout.k_scales + static_cast<std::uint32_t>(g * kPageTokens + j) * 2,
+            step * (0.5 + random.uniform()));
     for (int g = 0; g < spec_.value.groups; ++g)
       for (int j = 0; j < tokens; ++j)
-        put(spec_.layout.v_scales + static_cast<std::uint32_t>(g * kPageTokens + j) * 2, step * (0.5 + random.uniform()));
+        put(spec_.layout.v_scales + static_cast<std::uint32_t>(g * kPageTokens + j) * 2,
+            step * (0.5 + random.uniform()));
     for (int c = 0; c < shape_.dim_k && shape_.mean; ++c)
-      put(spec_.layout.k_mean + static_cast<std::uint32_t>(c) * 2, (shape_.bias == 0 ? 0.3 : shape_.bias) * random.normal());
+      put(spec_.layout.k_mean + static_cast<std::uint32_t>(c) * 2,
+          (shape_.bias == 0 ? 0.3 : shape_.bias) * random.normal());
     k.assign(static_cast<std::size_t>(kPageTokens) * shape_.dim_k / 2, 0);
     v.assign(static_cast<std::size_t>(kPageTokens) * shape_.dim_v / 2, 0);
     const int padded = cpu::pad_channels(shape_.dim_k);
@@ -170,7 +175,8 @@ class Scene {
   }
 
   // Appends [tokens][groups] numbers of one page.
-  void add_steps(const std::uint8_t* slice, const std::vector<std::uint8_t>& k, int tokens, int head, Steps& steps) const {
+  void add_steps(const std::uint8_t* slice, const std::vector<std::uint8_t>& k, int tokens, int head,
+                 Steps& steps) const {
     const auto scale = [&](std::uint32_t at, int group, int token) {
       std::uint16_t h;
       std::memcpy(&h, slice + at + static_cast<std::uint32_t>(group * kPageTokens + token) * 2, 2);
@@ -180,10 +186,12 @@ class Scene {
       for (int g = 0; g < spec_.key.groups; ++g) {
         double squares = 0;
         for (int c = g * spec_.key.group; c < (g + 1) * spec_.key.group; ++c) {
-          const double level = spec_.key.levels.table[k[static_cast<std::size_t>(j * shape_.dim_k + c) / 2] >> c % 2 * 4 & 15];
+          const double level =
+              spec_.key.levels.table[k[static_cast<std::size_t>(j * shape_.dim_k + c) / 2] >> c % 2 * 4 & 15];
           squares += level * level;
         }
-        steps.key_norm[static_cast<std::size_t>(head)].push_back(scale(spec_.layout.k_scales, g, j) * std::sqrt(squares));
+        steps.key_norm[static_cast<std::size_t>(head)].push_back(scale(spec_.layout.k_scales, g, j) *
+                                                                 std::sqrt(squares));
       }
       for (int g = 0; g < spec_.value.groups; ++g)
         steps.value_scale[static_cast<std::size_t>(head)].push_back(scale(spec_.layout.v_scales, g, j));
@@ -196,7 +204,8 @@ class Scene {
       std::memcpy(bytes.data() + i * 4, &f, 4);
       return f;
     }
-    const std::uint16_t h = dtype == DType::f16 ? f32_to_f16(static_cast<float>(x)) : f32_to_bf16(static_cast<float>(x));
+    const std::uint16_t h =
+        dtype == DType::f16 ? f32_to_f16(static_cast<float>(x)) : f32_to_bf16(static_cast<float>(x));
     std::memcpy(bytes.data() + i * 2, &h, 2);
     return dtype == DType::f16 ? f16_to_f32(h) : bf16_to_f32(h);
   }
@@ -220,11 +229,13 @@ class Scene {
       for (int h = 0; h < heads; ++h)
         for (int j = 0; j < count; ++j) {
           for (int c = 0; c < shape_.dim_k; ++c)
-            s.dense.k[static_cast<std::size_t>(h)].push_back(put_element(
-                s.k[set], shape_.dtype, static_cast<std::size_t>(h * x.k_head_stride + j * x.k_stride + c), random.normal()));
+            s.dense.k[static_cast<std::size_t>(h)].push_back(
+                put_element(s.k[set], shape_.dtype, static_cast<std::size_t>(h * x.k_head_stride + j * x.k_stride + c),
+                            random.normal()));
           for (int c = 0; c < shape_.dim_v; ++c)
-            s.dense.v[static_cast<std::size_t>(h)].push_back(put_element(
-                s.v[set], shape_.dtype, static_cast<std::size_t>(h * x.v_head_stride + j * x.v_stride + c), random.normal()));
+            s.dense.v[static_cast<std::size_t>(h)].push_back(
+                put_element(s.v[set], shape_.dtype, static_cast<std::size_t>(h * x.v_head_stride + j * x.v_stride + c),
+                            random.normal()));
         }
       x.k = s.k[set].data();
       x.v = s.v[set].data();

@@ -11,8 +11,8 @@
 
 #include "cpu/attend.h"
 #include "cpu/attention.h"
-#include "cpu/convert_rows.h"
 #include "cpu/isa.h"
+#include "cpu/rows.h"
 #include "cpu/threads.h"
 #include "cpu/workspace.h"
 #include "kv4/cpu.h"
@@ -41,11 +41,11 @@ std::size_t padded(int dim) { return static_cast<std::size_t>(pad_channels(dim))
 
 struct Item {
   int sequence, head;
-  std::int64_t query, queries;             // within the job's query rows
-  int page_begin, page_end;                // those that some query sees
+  std::int64_t query, queries;  // within the job's query rows
+  int page_begin, page_end;     // those that some query sees
   std::int64_t exact_begin[2], exact_end[2];
   int splits;
-  std::size_t first_split;                 // index of split 0 in Workspace::splits
+  std::size_t first_split;  // index of split 0 in Workspace::splits
 
   // The item's visible tokens as one axis: first exact set, pages, second exact set.
   std::int64_t exact(int i) const { return exact_end[i] - exact_begin[i]; }
@@ -83,14 +83,14 @@ struct Split {
 
 // What one thread needs besides.
 struct Arena {
-  float* rows;               // [rows, max(head_dim)]: contiguous rows for the rotations
-  float* q_exact;            // [rows, padded head_dim_k]
+  float* rows;     // [rows, max(head_dim)]: contiguous rows for the rotations
+  float* q_exact;  // [rows, padded head_dim_k]
   float* q_pages;
-  float* result;             // [rows, padded head_dim_v]
-  std::uint8_t* bad;         // [rows] the query holds NaN or infinity
+  float* result;      // [head_dim_v]
+  std::uint8_t* bad;  // [rows] the query holds NaN or infinity
   void* rotate;
-  States states;             // of an item without splits
-  PagesTask pages;           // scratch pointers only
+  States states;    // of an item without splits
+  PagesTask pages;  // scratch pointers only
   ExactTask exact;
 
   std::size_t carve(std::byte* base, const AttendJob& job, std::size_t count, const Kernels& kernels) {
@@ -99,7 +99,7 @@ struct Arena {
     rows = carver.take<float>(count * std::max(k, v));
     q_exact = carver.take<float>(count * k);
     q_pages = carver.take<float>(count * k);
-    result = carver.take<float>(count * v);
+    result = carver.take<float>(v);
     bad = carver.take<std::uint8_t>(count);
     states.carve(carver, count, v);
     exact.k_tile = carver.take<float>(kBlockRows * k);
@@ -123,37 +123,20 @@ struct Arena {
 struct Workspace {
   std::vector<Item> items;
   std::vector<Split> splits;
-  std::vector<Buffer> arenas;  // one per thread
-  Buffer slots;                // the states of split items
+  std::vector<Buffer> arenas;                   // one per thread
+  Buffer slots;                                 // the states of split items
   std::unique_ptr<std::atomic<int>[]> pending;  // splits of an item that still run
   std::size_t pending_size = 0;
 };
 
-// Merges the partial states of row r of `count` states into out (its own row); weights in base 2.
-// Returns l; m in *m.
-template <class At>
-float join(int count, At at, std::int64_t r, int dim, float* out, float* m) {
-  float top = kEmpty;
-  for (int i = 0; i < count; ++i)
-    if (at(i).l[r] != 0 && !(at(i).m[r] <= top)) top = at(i).m[r];
-  float l = 0;
-  for (int c = 0; c < dim; ++c) out[c] = 0;
-  for (int i = 0; i < count; ++i) {
-    const RowStates& s = at(i);
-    if (s.l[r] == 0) continue;
-    const float weight = count == 1 ? 1.0f : std::exp2(s.m[r] - top);
-    const float* o = s.o + r * s.o_stride;
-    for (int c = 0; c < dim; ++c) out[c] += weight * o[c];
-    l += weight * s.l[r];
-  }
-  *m = top;
-  return l;
-}
-
 class Call {
  public:
   Call(const AttendJob& job, Workspace& workspace, const Kernels& kernels)
-      : job_(job), workspace_(workspace), kernels_(kernels), group_(job.args.q.shape[1] / job.kv_heads) {
+      : job_(job),
+        workspace_(workspace),
+        kernels_(kernels),
+        row_kernels_(row_kernels(kernels)),
+        group_(job.args.q.shape[1] / job.kv_heads) {
     const float scale = job.args.scale != 0 ? job.args.scale : 1.0f / std::sqrt(static_cast<float>(job.head_dim_k));
     const float softcap = job.args.softcap;
     factor_ = softcap > 0 ? scale / softcap : scale * kLog2E;
@@ -181,8 +164,9 @@ class Call {
     }
     for (std::size_t i = 0; i < workspace_.items.size(); ++i)
       workspace_.pending[i].store(workspace_.items[i].splits, std::memory_order_relaxed);
-    parallel_for(static_cast<std::int64_t>(workspace_.splits.size()), threads_,
-                 [this](std::int64_t task, int thread) { run_split(workspace_.splits[static_cast<std::size_t>(task)], thread); });
+    parallel_for(static_cast<std::int64_t>(workspace_.splits.size()), threads_, [this](std::int64_t task, int thread) {
+      run_split(workspace_.splits[static_cast<std::size_t>(task)], thread);
+    });
     if (non_finite_.load(std::memory_order_relaxed))
       return error(StatusCode::non_finite, "q", "finite values in queries that see a token", "NaN or infinity");
     return {};
@@ -222,7 +206,8 @@ class Call {
     for (std::size_t i = 0; i < workspace_.items.size(); ++i) {
       Item& item = workspace_.items[i];
       const std::int64_t limit = std::max<std::int64_t>(1, item.tokens() / kPageTokens);
-      item.splits = static_cast<int>(clamp(static_cast<std::int64_t>(std::min(work_of(item) / target, 1e6) + 0.5), 1, limit));
+      item.splits =
+          static_cast<int>(clamp(static_cast<std::int64_t>(std::min(work_of(item) / target, 1e6) + 0.5), 1, limit));
       item.first_split = workspace_.splits.size();
       for (int s = 0; s < item.splits; ++s) workspace_.splits.push_back({static_cast<int>(i), s, States()});
     }
@@ -250,10 +235,12 @@ class Call {
     mask.kind = m.kind;
     if (m.kind != Mask::General::none) {
       mask.dtype = m.general_dtype;
-      const std::int64_t size = m.kind == Mask::General::boolean ? 1 : static_cast<std::int64_t>(size_of(m.general_dtype));
+      const std::int64_t size =
+          m.kind == Mask::General::boolean ? 1 : static_cast<std::int64_t>(size_of(m.general_dtype));
       mask.general = static_cast<const std::byte*>(m.general) +
                      (item.sequence * m.general_stride[0] + item.head * group_ * m.general_stride[1] +
-                      (job_.query_begin + item.query) * m.general_stride[2]) * size;
+                      (job_.query_begin + item.query) * m.general_stride[2]) *
+                         size;
       mask.head_stride = m.general_stride[1];
       mask.query_stride = m.general_stride[2];
       mask.column_stride = m.general_stride[3];
@@ -385,8 +372,9 @@ class Call {
     const SequenceView& s = job_.sequences[static_cast<std::size_t>(item.sequence)];
     for (int r = 0; r < rows; ++r) {
       float* x = arena.rows + static_cast<std::size_t>(r) * d;
-      widen_row(q.dtype, q.at(item.sequence, item.head * group_ + r % group_, job_.query_begin + item.query + r / group_), d, x);
-      arena.bad[r] = all_finite(x, d) ? 0 : 1;
+      const void* row =
+          q.at(item.sequence, item.head * group_ + r % group_, job_.query_begin + item.query + r / group_);
+      arena.bad[r] = row_kernels_.load(q.dtype, row, d, x) ? 0 : 1;
       if (arena.bad[r] != 0) std::fill_n(x, d, 0.0f);
     }
     if (for_exact) spread(arena.rows, rows, arena.q_exact);
@@ -404,9 +392,35 @@ class Call {
   void spread(const float* from, int rows, float* to) const {
     const int d = job_.head_dim_k, stride = pad_channels(d);
     for (int r = 0; r < rows; ++r, from += d, to += stride) {
-      for (int c = 0; c < d; ++c) to[c] = from[c] * factor_;
+      row_kernels_.scale(from, d, factor_, to);
       for (int c = d; c < stride; ++c) to[c] = 0.0f;
     }
+  }
+
+  // Row r of `count` partial states (at(i)) as one, in out. Returns l.
+  template <class At>
+  float join(int count, At at, std::int64_t r, float* out, float* m) const {
+    const int d = job_.head_dim_v;
+    float top = kEmpty;
+    for (int i = 0; i < count; ++i)
+      if (at(i).l[r] != 0 && !(at(i).m[r] <= top)) top = at(i).m[r];
+    *m = top;
+    float l = 0;
+    bool first = true;
+    for (int i = 0; i < count; ++i) {
+      const RowStates& s = at(i);
+      if (s.l[r] == 0) continue;
+      const float weight = s.m[r] == top ? 1.0f : std::exp2(s.m[r] - top);
+      const float* o = s.o + r * s.o_stride;
+      if (first)
+        row_kernels_.scale(o, d, weight, out);
+      else
+        row_kernels_.add(o, d, weight, out);
+      first = false;
+      l += weight * s.l[r];
+    }
+    if (first) std::fill_n(out, d, 0.0f);
+    return l;
   }
 
   // Joins the splits of an item, takes pages back to the model's basis and writes the answer.
@@ -420,14 +434,17 @@ class Call {
     joined.o = arena.rows;
     joined.o_stride = d;
     bool any_page = false;
-    for (int r = 0; r < rows; ++r) {
-      float m;
-      const float l = join(item.splits, [&](int i) -> const RowStates& { return at(i).pages; }, r, d, joined.o + static_cast<std::int64_t>(r) * d, &m);
-      joined.m[r] = m;
-      joined.l[r] = l;
-      any_page = any_page || l != 0;
-    }
+    for (int i = 0; i < item.splits && !any_page; ++i)
+      for (int r = 0; r < rows && !any_page; ++r) any_page = at(i).pages.l[r] != 0;
     if (any_page) {
+      for (int r = 0; r < rows; ++r) {
+        float m;
+        const float l = join(
+            item.splits, [&](int i) -> const RowStates& { return at(i).pages; }, r,
+            joined.o + static_cast<std::int64_t>(r) * d, &m);
+        joined.m[r] = m;
+        joined.l[r] = l;
+      }
       kernels_.unrotate(*job_.spec->value.rotation, joined.o, joined.o, rows, arena.rotate);
       if (s.lambda_v != nullptr) {
         const float* lambda = s.lambda_v + static_cast<std::size_t>(item.head) * d;
@@ -435,17 +452,19 @@ class Call {
           for (int c = 0; c < d; ++c) joined.o[static_cast<std::size_t>(r) * d + c] /= lambda[c];
       }
     }
+    const int first = any_page ? 0 : 1;
     for (int r = 0; r < rows; ++r) {
-      float* o = arena.result + static_cast<std::size_t>(r) * padded(d);
       float m;
       const float l = join(
-          item.splits + 1, [&](int i) -> const RowStates& { return i == 0 ? joined : at(i - 1).exact; }, r, d, o, &m);
+          item.splits + 1 - first,
+          [&](int i) -> const RowStates& { return i + first == 0 ? joined : at(i + first - 1).exact; }, r, arena.result,
+          &m);
       if (!(l <= std::numeric_limits<float>::max())) non_finite_.store(true, std::memory_order_relaxed);
-      store(item, r, o, m, l);
+      store(item, r, arena.result, m, l);
     }
   }
 
-  void store(const Item& item, int r, float* o, float m, float l) const {
+  void store(const Item& item, int r, const float* o, float m, float l) const {
     const int d = job_.head_dim_v;
     const std::int64_t head = item.head * group_ + r % group_, t = job_.query_begin + item.query + r / group_;
     if (job_.partial.o != nullptr) {
@@ -463,13 +482,13 @@ class Call {
       const float weight = std::exp2(m - top);
       factor = weight / (weight * l + std::exp2(sink - top));
     }
-    for (int c = 0; c < d; ++c) o[c] *= factor;
-    narrow_row(job_.out.dtype, o, d, job_.out.at(item.sequence, head, t));
+    row_kernels_.store(o, d, factor, job_.out.dtype, job_.out.at(item.sequence, head, t));
   }
 
   const AttendJob& job_;
   Workspace& workspace_;
   const Kernels& kernels_;
+  const RowKernels& row_kernels_;
   const std::int64_t group_;  // query heads per KV head
   float factor_, cap_;
   std::int64_t item_queries_ = 1;
@@ -478,6 +497,14 @@ class Call {
 };
 
 }  // namespace
+
+const RowKernels& row_kernels(const Kernels& kernels) {
+#define KV4_ROW_KERNELS(isa) \
+  if (&kernels == &isa::kernels) return isa::row_kernels;
+  KV4_CPU_ISAS(KV4_ROW_KERNELS)
+#undef KV4_ROW_KERNELS
+  return portable::row_kernels;
+}
 
 Status attend(const AttendJob& job) {
   if (job.query_count <= 0 || job.sequences.empty()) return {};

@@ -21,16 +21,16 @@ constexpr int kBlockRows = 32;
 
 // Which positions the rows see: the conditions of kv4::Mask, for one sequence and KV head.
 struct RowMask {
-  int heads = 1;                     // query heads per KV head
+  int heads = 1;  // query heads per KV head
   bool causal = false;
-  std::int64_t query_position = 0;   // of row 0
-  std::int64_t start = 0;            // first visible position
-  std::int64_t window = 0;           // newest positions that are visible, the query's own included; 0 = all
+  std::int64_t query_position = 0;  // of row 0
+  std::int64_t start = 0;           // first visible position
+  std::int64_t window = 0;          // newest positions that are visible, the query's own included; 0 = all
   Mask::General kind = Mask::General::none;
-  DType dtype = DType::f32;          // of an additive mask
-  const void* general = nullptr;     // at row 0 and column 0
+  DType dtype = DType::f32;                                           // of an additive mask
+  const void* general = nullptr;                                      // at row 0 and column 0
   std::int64_t head_stride = 0, query_stride = 0, column_stride = 0;  // elements
-  std::int64_t offset = 0;           // position of column 0
+  std::int64_t offset = 0;                                            // position of column 0
   std::int64_t columns = 0;
 };
 
@@ -48,40 +48,40 @@ struct PagesTask {
   std::size_t slice = 0;                       // byte offset of the KV head's slice in a page
   int first = 0, last = 0;                     // pages [first, last) are attended to
   int page_count = 0;
-  int last_page_tokens = kPageTokens;          // tokens in page page_count - 1
-  std::int64_t position = 0;                   // of page 0's first token
+  int last_page_tokens = kPageTokens;  // tokens in page page_count - 1
+  std::int64_t position = 0;           // of page 0's first token
   int rows = 0;
-  const float* q = nullptr;                    // [rows, q_stride] R^-T(q / lambda) * factor, zero from head_dim_k on
-  std::int64_t q_stride = 0;                   // head_dim_k rounded up to 16
-  float cap = 0;                               // 0: score = q.k; else score = cap * tanh(q.k)
+  const float* q = nullptr;   // [rows, q_stride] R^-T(q / lambda) * factor, zero from head_dim_k on
+  std::int64_t q_stride = 0;  // head_dim_k rounded up to 16
+  float cap = 0;              // 0: score = q.k; else score = cap * tanh(q.k)
   RowMask mask;
-  RowStates states;                            // o in the rotated basis
+  RowStates states;  // o in the rotated basis
   // Scratch, 64-byte aligned.
-  std::uint8_t* q_codes = nullptr;             // [rows, q_stride * 2] bytes
-  float* q_scale = nullptr;                    // [rows, groups_k]
-  std::int32_t* q_start = nullptr;             // [rows, groups_k]
-  float* k_scale = nullptr;                    // [groups_k, 64]
-  float* v_scale = nullptr;                    // [groups_v, 64]
-  float* mean = nullptr;                       // [q_stride]
+  std::uint8_t* q_codes = nullptr;  // [rows, q_stride * 2] bytes
+  float* q_scale = nullptr;         // [rows, groups_k]
+  std::int32_t* q_start = nullptr;  // [rows, groups_k]
+  float* k_scale = nullptr;         // [groups_k, 64]
+  float* v_scale = nullptr;         // [groups_v, 64]
+  float* mean = nullptr;            // [q_stride]
 };
 
 struct ExactTask {
   DType dtype = DType::f32;
-  const void* k = nullptr;                     // row 0 of the KV head
+  const void* k = nullptr;  // row 0 of the KV head
   const void* v = nullptr;
-  std::int64_t k_stride = 0, v_stride = 0;     // elements between rows
+  std::int64_t k_stride = 0, v_stride = 0;  // elements between rows
   int head_dim_k = 0, head_dim_v = 0;
-  std::int64_t first = 0, last = 0;            // rows [first, last) are attended to
-  std::int64_t position = 0;                   // of row 0
+  std::int64_t first = 0, last = 0;  // rows [first, last) are attended to
+  std::int64_t position = 0;         // of row 0
   int rows = 0;
-  const float* q = nullptr;                    // [rows, q_stride] q * factor, zero from head_dim_k on
-  std::int64_t q_stride = 0;                   // head_dim_k rounded up to 16
-  float cap = 0;                               // as in PagesTask
+  const float* q = nullptr;   // [rows, q_stride] q * factor, zero from head_dim_k on
+  std::int64_t q_stride = 0;  // head_dim_k rounded up to 16
+  float cap = 0;              // as in PagesTask
   RowMask mask;
-  RowStates states;                            // o in the model's basis
+  RowStates states;  // o in the model's basis
   // Scratch, 64-byte aligned.
-  float* k_tile = nullptr;                     // [kBlockRows, q_stride]
-  float* v_tile = nullptr;                     // [kBlockRows, states.o_stride]
+  float* k_tile = nullptr;  // [kBlockRows, q_stride]
+  float* v_tile = nullptr;  // [kBlockRows, states.o_stride]
 };
 
 }  // namespace kv4::cpu

@@ -12,6 +12,7 @@
 // memory, prefill by FMA. Sums run in float over d terms and over one block of tokens at a time.
 #pragma once
 
+#include "cpu/rows.inl"
 #include "cpu/softmax.inl"
 
 namespace kv4::cpu::KV4_ISA {
@@ -27,9 +28,10 @@ KV4_INLINE void reduce(typename V::F (&x)[N], float* sums) {
       for (int lane = 0; lane < V::kLanes; ++lane) part[lane] = x[i + lane];
       V::transpose(part);
       KV4_UNROLL
-      for (int step = V::kLanes / 2; step > 0; step /= 2)
+      for (int step = V::kLanes / 2; step > 0; step /= 2) {
         KV4_UNROLL
         for (int lane = 0; lane < step; ++lane) part[lane] += part[lane + step];
+      }
       V::store(sums + i, part[0]);
     }
   } else {
@@ -59,21 +61,24 @@ KV4_INLINE void dots(const float* q, std::int64_t q_stride, const float* k, std:
   alignas(64) float sums[R * C];
   reduce<V, R * C>(acc, sums);
   KV4_UNROLL
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
     KV4_UNROLL
     for (int c = 0; c < C; ++c) scores[r * kBlockRows + c] = sums[r * C + c];
+  }
 }
 
 // o_r = o_r * rescale_r + sum over tokens [begin, end) of w_rj v_j, for C vectors of channels.
 template <class V, int R, int C>
-KV4_INLINE void accumulate(const float (*weights)[kBlockRows], const float* v, std::int64_t v_stride, std::int64_t begin,
-                           std::int64_t end, const float* rescale, float* o, std::int64_t o_stride) {
+KV4_INLINE void accumulate(const float (*weights)[kBlockRows], const float* v, std::int64_t v_stride,
+                           std::int64_t begin, std::int64_t end, const float* rescale, float* o,
+                           std::int64_t o_stride) {
   using F = typename V::F;
   F acc[R][C];
   KV4_UNROLL
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
     KV4_UNROLL
     for (int c = 0; c < C; ++c) acc[r][c] = V::load(o + r * o_stride + c * V::kLanes) * V::set1(rescale[r]);
+  }
   for (std::int64_t j = begin; j < end; ++j) {
     F values[C];
     KV4_UNROLL
@@ -86,30 +91,21 @@ KV4_INLINE void accumulate(const float (*weights)[kBlockRows], const float* v, s
     }
   }
   KV4_UNROLL
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
     KV4_UNROLL
     for (int c = 0; c < C; ++c) V::store(o + r * o_stride + c * V::kLanes, acc[r][c]);
+  }
 }
 
 // `count` rows of `dim` numbers as float rows, zero from dim to padded.
 template <class V>
 inline void widen_rows(DType dtype, const void* from, std::int64_t stride, std::int64_t count, int dim, int padded,
                        float* to) {
-  const float* f = static_cast<const float*>(from);
-  const std::uint16_t* h = static_cast<const std::uint16_t*>(from);
-  for (std::int64_t row = 0; row < count; ++row, f += stride, h += stride, to += padded) {
-    int i = 0;
-    if (dtype == DType::f32) {
-      for (; i + V::kLanes <= dim; i += V::kLanes) V::store(to + i, V::load(f + i));
-      for (; i < dim; ++i) to[i] = f[i];
-    } else if (dtype == DType::f16) {
-      for (; i + V::kLanes <= dim; i += V::kLanes) V::store(to + i, V::load_f16(h + i));
-      for (; i < dim; ++i) to[i] = f16_to_f32(h[i]);
-    } else {
-      for (; i + V::kLanes <= dim; i += V::kLanes) V::store(to + i, V::load_bf16(h + i));
-      for (; i < dim; ++i) to[i] = bf16_to_f32(h[i]);
-    }
-    for (; i < padded; ++i) to[i] = 0.0f;
+  const std::byte* row = static_cast<const std::byte*>(from);
+  stride *= static_cast<std::int64_t>(size_of(dtype));
+  for (std::int64_t j = 0; j < count; ++j, row += stride, to += padded) {
+    widen_row<V>(dtype, row, dim, to);
+    for (int i = dim; i < padded; ++i) to[i] = 0.0f;
   }
 }
 
@@ -143,8 +139,7 @@ void attend_rows(const ExactTask& t, const FloatBlock& block, int row0) {
   std::int64_t j = begin;
   for (; j + kTokens <= end; j += kTokens)
     dots<V, R, kTokens>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, scores[0] + j);
-  for (; j < end; ++j)
-    dots<V, R, 1>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, scores[0] + j);
+  for (; j < end; ++j) dots<V, R, 1>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, scores[0] + j);
 
   float rescale[R];
   for (int r = 0; r < R; ++r) {
@@ -163,7 +158,7 @@ void attend_rows(const ExactTask& t, const FloatBlock& block, int row0) {
       for (int i = 0; i < kBlockRows; ++i) scores[r][i] = 0.0f;
   }
 
-  const float(*weights)[kBlockRows] = scores;
+  const float (*weights)[kBlockRows] = scores;
   float* o = t.states.o + row0 * t.states.o_stride;
   int c = 0;
   for (; c + kVectors * V::kLanes <= dim_v; c += kVectors * V::kLanes)
@@ -209,10 +204,17 @@ void attend_exact(const ExactTask& t) {
     int row = 0;
     for (; row + 4 <= t.rows; row += 4) attend_rows<V, 4>(t, block, row);
     switch (t.rows - row) {
-      case 3: attend_rows<V, 3>(t, block, row); break;
-      case 2: attend_rows<V, 2>(t, block, row); break;
-      case 1: attend_rows<V, 1>(t, block, row); break;
-      default: break;
+      case 3:
+        attend_rows<V, 3>(t, block, row);
+        break;
+      case 2:
+        attend_rows<V, 2>(t, block, row);
+        break;
+      case 1:
+        attend_rows<V, 1>(t, block, row);
+        break;
+      default:
+        break;
     }
   }
 }

@@ -7,11 +7,11 @@
 // d = 128 with one scale per vector; keys and values cost the same (counted in dot.h, /8 or /16 lanes):
 //
 //                        unpacking      products      softmax, weights, mean, o     bytes of the page
-//   AVX2 (Zen 3)         2 x 22         R x 2 x 24    about R x 9                   136
-//   AVX-512 VNNI         2 x 6          R x 2 x 4     about R x 5                   136
+//   AVX2 (Zen 3)         2 x 22         R x 2 x 24    about R x 12                  136
+//   AVX-512 VNNI         2 x 6          R x 2 x 4     about R x 6                   136
 //
-// A Zen 3 core starts 2 vpmaddwd and 6 instructions a cycle: 17 cycles a token at R = 1, 45 at R = 4;
-// at 4 GHz and 10 GB/s a core, memory takes 54. So one row to four are bound by memory, more by vpmaddwd.
+// A Zen 3 core starts at most 6 instructions and 2 vpmaddwd a cycle, so a token takes at least 17 cycles at
+// R = 1 and 47 at R = 4; memory at 10 GB/s a core and 4 GHz takes 54. Up to four rows memory binds, then issue.
 //
 // Rounding: q_c is off by half a unit in 32512 of the row's largest q', w_j by half a unit in 32512
 // of the page's largest weight: 1.5e-5 of the largest term either way. Overflow: 64 tokens of |w| <= 32512
@@ -119,9 +119,11 @@ void attend_tile(const PagesTask& t, const PageAt& page, const Dot::Table& k_tab
   const std::uint8_t* k_next = page.next + layout.k_codes;
   for (int j = 0; j < kPageTokens; j += 16) {
     for (int g = 0; g < groups_k; ++g) {
-      const std::size_t at = (static_cast<std::size_t>(j / 16) * (padded_k / 8) + static_cast<std::size_t>(g) * octets) * 64;
-      Dot::block<R>(k_codes + at, octets, t.q_codes + row0 * q_bytes + static_cast<std::size_t>(g) * octets * 16, q_bytes,
-                    t.q_start + row0 * groups_k + g, static_cast<std::size_t>(groups_k), k_table, k_next + at, sums);
+      const std::size_t at =
+          (static_cast<std::size_t>(j / 16) * (padded_k / 8) + static_cast<std::size_t>(g) * octets) * 64;
+      Dot::block<R>(k_codes + at, octets, t.q_codes + row0 * q_bytes + static_cast<std::size_t>(g) * octets * 16,
+                    q_bytes, t.q_start + row0 * groups_k + g, static_cast<std::size_t>(groups_k), k_table, k_next + at,
+                    sums);
       for (int r = 0; r < R; ++r) {
         const F unit = V::set1(t.q_scale[(row0 + r) * groups_k + g]);
         for (int lane = 0; lane < 16; lane += V::kLanes) {
@@ -169,7 +171,8 @@ void attend_tile(const PagesTask& t, const PageAt& page, const Dot::Table& k_tab
     }
     for (int c = g * channels; c < (g + 1) * channels; c += 16) {
       const std::size_t at = static_cast<std::size_t>(c / 16) * (kPageTokens / 8) * 64;
-      Dot::block<R>(v_codes + at, kPageTokens / 8, w_codes[0], sizeof w_codes[0], w_start, 1, v_table, v_next + at, sums);
+      Dot::block<R>(v_codes + at, kPageTokens / 8, w_codes[0], sizeof w_codes[0], w_start, 1, v_table, v_next + at,
+                    sums);
       for (int r = 0; r < R; ++r) {
         float* o = t.states.o + (row0 + r) * t.states.o_stride + c;
         const F unit = V::set1(w_scale[r]), factor = V::set1(rescale[r]);
@@ -191,9 +194,9 @@ void attend_pages(const PagesTask& t) {
   for (int r = 0; r < t.rows; ++r) {
     for (int g = 0; g < key.groups; ++g) {
       std::int32_t sum;
-      t.q_scale[r * key.groups + g] =
-          quantise<V>(t.q + r * t.q_stride + g * positions, positions,
-                      t.q_codes + (static_cast<std::size_t>(r) * padded_k + static_cast<std::size_t>(g) * positions) * 2, &sum);
+      t.q_scale[r * key.groups + g] = quantise<V>(
+          t.q + r * t.q_stride + g * positions, positions,
+          t.q_codes + (static_cast<std::size_t>(r) * padded_k + static_cast<std::size_t>(g) * positions) * 2, &sum);
       t.q_start[r * key.groups + g] = Dot::start(key.levels, sum);
     }
   }
@@ -220,14 +223,30 @@ void attend_pages(const PagesTask& t) {
     for (int i = 0; i < tiles; ++i) {
       const int row = t.rows * i / tiles, rows = t.rows * (i + 1) / tiles - row;
       switch (rows) {
-        case 1: attend_tile<V, 1>(t, page, k_table, v_table, row); break;
-        case 2: attend_tile<V, 2>(t, page, k_table, v_table, row); break;
-        case 3: attend_tile<V, 3>(t, page, k_table, v_table, row); break;
-        case 4: attend_tile<V, 4>(t, page, k_table, v_table, row); break;
-        case 5: attend_tile<V, 5>(t, page, k_table, v_table, row); break;
-        case 6: attend_tile<V, 6>(t, page, k_table, v_table, row); break;
-        case 7: attend_tile<V, 7>(t, page, k_table, v_table, row); break;
-        default: attend_tile<V, 8>(t, page, k_table, v_table, row); break;
+        case 1:
+          attend_tile<V, 1>(t, page, k_table, v_table, row);
+          break;
+        case 2:
+          attend_tile<V, 2>(t, page, k_table, v_table, row);
+          break;
+        case 3:
+          attend_tile<V, 3>(t, page, k_table, v_table, row);
+          break;
+        case 4:
+          attend_tile<V, 4>(t, page, k_table, v_table, row);
+          break;
+        case 5:
+          attend_tile<V, 5>(t, page, k_table, v_table, row);
+          break;
+        case 6:
+          attend_tile<V, 6>(t, page, k_table, v_table, row);
+          break;
+        case 7:
+          attend_tile<V, 7>(t, page, k_table, v_table, row);
+          break;
+        default:
+          attend_tile<V, 8>(t, page, k_table, v_table, row);
+          break;
       }
       page.next = page.slice;
     }

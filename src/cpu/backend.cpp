@@ -29,7 +29,8 @@ Status supports_side(const SideSpec& side, const char* name) {
                  std::to_string(side.dim));
   // Groups begin on blocks of 16 channels (layout.h).
   if (side.groups > 1 && side.group % 16 != 0)
-    return error(StatusCode::unsupported, std::string("group of ") + name, "a multiple of 16 channels", std::to_string(side.group));
+    return error(StatusCode::unsupported, std::string("group of ") + name, "a multiple of 16 channels",
+                 std::to_string(side.group));
   return {};
 }
 

@@ -48,8 +48,7 @@ void parallel_for(std::int64_t tasks, int threads, void (*body)(void*, std::int6
 #else
   std::atomic<std::int64_t> next{0};
   auto work = [&](int thread) {
-    for (std::int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-      body(context, t, thread);
+    for (std::int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, t, thread);
   };
   std::vector<std::thread> pool;
   for (int i = 1; i < threads && i < tasks; ++i) pool.emplace_back(work, i);

@@ -18,11 +18,12 @@ double element(const void* data, DType dtype, std::int64_t i) {
 
 double lowest(DType dtype) { return dtype == DType::f16 ? -65504.0 : -1e30; }
 
-void append_side(const SideSpec& side, const std::uint8_t* nibbles, const std::uint8_t* scales, const std::uint8_t* mean,
-                 int count, const float* lambda, std::vector<double>* to) {
+void append_side(const SideSpec& side, const std::uint8_t* nibbles, const std::uint8_t* scales,
+                 const std::uint8_t* mean, int count, const float* lambda, std::vector<double>* to) {
   std::vector<std::uint16_t> scale(static_cast<std::size_t>(side.groups) * count), m(side.dim);
   for (int g = 0; g < side.groups; ++g)
-    std::memcpy(scale.data() + static_cast<std::size_t>(g) * count, scales + g * kPageTokens * 2, static_cast<std::size_t>(count) * 2);
+    std::memcpy(scale.data() + static_cast<std::size_t>(g) * count, scales + g * kPageTokens * 2,
+                static_cast<std::size_t>(count) * 2);
   if (mean != nullptr) std::memcpy(m.data(), mean, m.size() * 2);
   std::vector<double> weight(side.dim, 1.0);
   if (lambda != nullptr) weight.assign(lambda, lambda + side.dim);
@@ -73,13 +74,16 @@ Attention attend(const AttendArgs& args, int kv_heads, int head_dim_v, std::span
       const double* v = tokens.v[kv].data();
       for (std::int64_t t = 0; t < queries; ++t) {
         const void* row = q.at(b, h, t);
-        std::vector<double> score(count, -std::numeric_limits<double>::infinity()), out(static_cast<std::size_t>(dv), 0.0);
+        std::vector<double> score(count, -std::numeric_limits<double>::infinity()),
+            out(static_cast<std::size_t>(dv), 0.0);
         double m = -std::numeric_limits<double>::infinity();
         for (std::size_t j = 0; j < count; ++j) {
           double added;
-          if (!visible(args.mask, b, h, t, query_position[static_cast<std::size_t>(b)] + t, tokens.position[j], &added)) continue;
+          if (!visible(args.mask, b, h, t, query_position[static_cast<std::size_t>(b)] + t, tokens.position[j], &added))
+            continue;
           double s = 0;
-          for (std::int64_t c = 0; c < dk; ++c) s += element(row, q.dtype, c) * k[static_cast<std::int64_t>(j) * dk + c];
+          for (std::int64_t c = 0; c < dk; ++c)
+            s += element(row, q.dtype, c) * k[static_cast<std::int64_t>(j) * dk + c];
           s *= scale;
           if (args.softcap > 0) s = args.softcap * std::tanh(s / args.softcap);
           score[j] = s + added;

@@ -69,7 +69,8 @@ struct Call {
     }
   }
   double query(std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t c) const {
-    const std::uint8_t* at = static_cast<const std::uint8_t*>(args.q.at(b, h, t)) + c * static_cast<std::int64_t>(size_of(args.q.dtype));
+    const std::uint8_t* at =
+        static_cast<const std::uint8_t*>(args.q.at(b, h, t)) + c * static_cast<std::int64_t>(size_of(args.q.dtype));
     if (args.q.dtype == DType::f32) {
       float f;
       std::memcpy(&f, at, 4);
@@ -124,7 +125,7 @@ struct Call {
 
 // Bounds of |error| of every output, [batch, q_heads, T, head_dim_v].
 inline std::vector<double> bounds(const Scene& s, const Call& call, const std::vector<reference::DenseTokens>& dense,
-                           const reference::Attention& expected) {
+                                  const reference::Attention& expected) {
   const int heads = s.shape().kv_heads * s.shape().group, dk = s.shape().dim_k, dv = s.shape().dim_v;
   const std::int64_t queries = call.args.q.shape[2];
   std::vector<double> inverse;
@@ -139,7 +140,8 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
     const std::size_t paged = static_cast<std::size_t>(s.steps(b).first_token);
     const SequenceView& view = views[static_cast<std::size_t>(b)];
     const std::size_t page_tokens =
-        view.page_count == 0 ? 0 : static_cast<std::size_t>((view.page_count - 1) * kPageTokens + view.last_page_tokens);
+        view.page_count == 0 ? 0
+                             : static_cast<std::size_t>((view.page_count - 1) * kPageTokens + view.last_page_tokens);
     for (int h = 0; h < heads; ++h) {
       const int kv = h / s.shape().group;
       const double* k = tokens.k[static_cast<std::size_t>(kv)].data();
@@ -159,7 +161,8 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
           unit.assign(static_cast<std::size_t>(s.spec().key.groups), 0.0);
           for (int i = 0; i < dk; ++i) {
             double x = 0;
-            for (int c = 0; c < dk; ++c) x += inverse[static_cast<std::size_t>(c * dk + i)] * scaled[static_cast<std::size_t>(c)];
+            for (int c = 0; c < dk; ++c)
+              x += inverse[static_cast<std::size_t>(c * dk + i)] * scaled[static_cast<std::size_t>(c)];
             double& u = unit[static_cast<std::size_t>(i / s.spec().key.group)];
             u = std::max(u, std::abs(x) / 32512);
           }
@@ -177,8 +180,10 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
           if (j < paged || j >= paged + page_tokens) continue;
           double variance = 0;
           for (int g = 0; g < s.spec().key.groups; ++g) {
-            const double x = unit[static_cast<std::size_t>(g)] *
-                             s.steps(b).key_norm[static_cast<std::size_t>(kv)][(j - paged) * static_cast<std::size_t>(s.spec().key.groups) + static_cast<std::size_t>(g)];
+            const double x =
+                unit[static_cast<std::size_t>(g)] *
+                s.steps(b).key_norm[static_cast<std::size_t>(
+                    kv)][(j - paged) * static_cast<std::size_t>(s.spec().key.groups) + static_cast<std::size_t>(g)];
             variance += x * x / 12;
           }
           sigma[j] = call.scale() * std::sqrt(variance);
@@ -188,8 +193,11 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
           for (std::size_t j = first; j < std::min<std::size_t>(first + kPageTokens, page_tokens); ++j) {
             used += p[paged + j] > 0;
             for (int g = 0; g < s.spec().value.groups; ++g)
-              largest = std::max(largest, p[paged + j] * s.steps(b).value_scale[static_cast<std::size_t>(kv)]
-                                                              [j * static_cast<std::size_t>(s.spec().value.groups) + static_cast<std::size_t>(g)]);
+              largest = std::max(
+                  largest,
+                  p[paged + j] *
+                      s.steps(b).value_scale[static_cast<std::size_t>(
+                          kv)][j * static_cast<std::size_t>(s.spec().value.groups) + static_cast<std::size_t>(g)]);
           }
           const double step = largest / 32512 * top_level;
           rounded_weights += step * step / 12 * used;
@@ -274,7 +282,8 @@ class Attend : public ::testing::Test {
     const std::vector<reference::DenseTokens> dense = s.dense();
     std::vector<std::int64_t> position;
     for (int b = 0; b < s.batch(); ++b) position.push_back(s.length(b) - call.args.q.shape[2]);
-    const reference::Attention expected = reference::attend(call.args, s.shape().kv_heads, s.shape().dim_v, dense, position);
+    const reference::Attention expected =
+        reference::attend(call.args, s.shape().kv_heads, s.shape().dim_v, dense, position);
     const std::vector<double> bound = bounds(s, call, dense, expected);
     const double half = call.out_dtype == DType::f32 ? 0x1p-24 : call.out_dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
     const std::size_t dv = static_cast<std::size_t>(s.shape().dim_v);
@@ -296,8 +305,8 @@ class Attend : public ::testing::Test {
           }
           if (used != used) break;
         }
-        ASSERT_LE(worst, 1.0) << "row " << at / dv << " channel " << at % dv << ": " << out[at] << " for " << expected.out[at]
-                              << ", bound " << bound[at];
+        ASSERT_LE(worst, 1.0) << "row " << at / dv << " channel " << at % dv << ": " << out[at] << " for "
+                              << expected.out[at] << ", bound " << bound[at];
       }
     });
   }

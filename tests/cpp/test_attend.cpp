@@ -87,8 +87,8 @@ TEST_F(Attend, EveryFormat) {
     bool mean, lambda;
   };
   const Format formats[] = {
-      {34, 46, 0, 0, LevelKind::lloyd_max, true, true},    {46, 34, 0, 0, LevelKind::uniform, true, false},
-      {128, 96, 32, 32, LevelKind::lloyd_max, true, true}, {64, 128, 32, 64, LevelKind::uniform, false, true},
+      {34, 46, 0, 0, LevelKind::lloyd_max, true, true},       {46, 34, 0, 0, LevelKind::uniform, true, false},
+      {128, 96, 32, 32, LevelKind::lloyd_max, true, true},    {64, 128, 32, 64, LevelKind::uniform, false, true},
       {256, 256, 128, 64, LevelKind::lloyd_max, true, false}, {512, 512, 0, 0, LevelKind::lloyd_max, true, true},
       {112, 160, 0, 32, LevelKind::lloyd_max, false, false},  {192, 320, 64, 0, LevelKind::lloyd_max, true, true},
   };
@@ -171,7 +171,8 @@ class Masks : public Attend {
     shape_.group = 3;
     shape_.dim_k = shape_.dim_v = 64;
     shape_.seed = 6000;
-    scene_ = std::make_unique<Scene>(shape_, std::vector<Held>{Held{4, 128, 30, 0}, Held{3, 190, 9, 0}, Held{0, 0, 40, 0}});
+    scene_ =
+        std::make_unique<Scene>(shape_, std::vector<Held>{Held{4, 128, 30, 0}, Held{3, 190, 9, 0}, Held{0, 0, 40, 0}});
   }
   Shape shape_;
   std::unique_ptr<Scene> scene_;
@@ -205,8 +206,8 @@ TEST_F(Masks, General) {
       for (int kind = 0; kind < 4; ++kind) {
         SCOPED_TRACE(kind);
         Call call(*scene_, kQueries);
-        call.general(kind == 0 ? Mask::General::boolean : Mask::General::additive, static_cast<DType>(kind == 0 ? 0 : kind - 1), 202,
-                     per_head, per_query);
+        call.general(kind == 0 ? Mask::General::boolean : Mask::General::additive,
+                     static_cast<DType>(kind == 0 ? 0 : kind - 1), 202, per_head, per_query);
         check(*scene_, call);
         call.args.mask.causal = false;
         call.args.mask.columns = 150;  // what lies beyond is hidden
@@ -360,7 +361,9 @@ class Partial : public Attend {
   struct State {
     std::vector<float> o, m, l;
     State(std::int64_t rows, int dim)
-        : o(static_cast<std::size_t>(rows * dim)), m(static_cast<std::size_t>(rows)), l(static_cast<std::size_t>(rows)) {}
+        : o(static_cast<std::size_t>(rows * dim)),
+          m(static_cast<std::size_t>(rows)),
+          l(static_cast<std::size_t>(rows)) {}
     PartialState view() { return {o.data(), m.data(), l.data()}; }
   };
 };

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,11 +44,13 @@ def convert(gguf: Path, folder: Path, title: str, dtype: str = "float32", progre
         raise ModelError("dtype", "one of " + ", ".join(DTYPES), dtype)
     check_magic(gguf, title)
     try:
+        import accelerate  # noqa: F401
         import gguf as gguf_package  # noqa: F401
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as missing:
-        raise ModelError("environment", "torch, transformers and gguf to convert a GGUF file", str(missing)) from None
+        wanted = "torch, transformers, accelerate and gguf to convert a GGUF file"
+        raise ModelError("environment", wanted, str(missing)) from None
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
     try:
@@ -56,7 +59,7 @@ def convert(gguf: Path, folder: Path, title: str, dtype: str = "float32", progre
             loaded = AutoModelForCausalLM.from_pretrained(
                 **source, dtype=getattr(torch, dtype), quantization_config=GgufConfig(dequantize=True)
             )
-    except (ValueError, NotImplementedError, KeyError, OSError, struct.error) as refusal:
+    except (ValueError, RuntimeError, LookupError, OSError, struct.error) as refusal:
         raise ModelError(f"model file {title}", "a GGUF file that transformers can load", str(refusal)) from refusal
     progress("save", 0, 1)
     plain = _plain(loaded)

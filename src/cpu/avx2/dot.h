@@ -1,8 +1,8 @@
 // Integer dot products of packed codes for AVX2 (the names are described in portable/dot.h).
 //
 // Per 8 lanes and 8 positions: 1 load, 3 shifts, 3 ands and 4 vpshufb unpack the nibbles, then each row
-// takes 4 vpbroadcastd, 4 vpmaddwd and 4 vpaddd. Zen 3 starts 2 vpmaddwd, 2 vpshufb and 6
-// instructions a cycle: 11 + 12 R instructions, so from R = 2 on vpmaddwd and issue bind together.
+// takes 4 vpbroadcastd, 4 vpmaddwd and 4 vpaddd: 11 + 12 R instructions. Zen 3 starts 6 of them a
+// cycle, 2 vpmaddwd among them: issue binds, with vpmaddwd close behind it from R = 4 on.
 //
 // A 16-bit lane holds two code bytes; each nibble becomes an index whose upper byte is 0. Levels are
 // offset by -L[0], so that index 0 reads 0: one shuffle yields 8 dwords of two 16-bit levels and no
@@ -33,7 +33,8 @@ struct Dot {
   static KV4_INLINE void pack(const std::int32_t* v, std::uint8_t* operand) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     for (int o = 0; o < 2; ++o) {
-      const __m256i x = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + 8 * o)), order);
+      const __m256i x =
+          _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + 8 * o)), order);
       const __m128i upper = _mm_slli_epi32(_mm256_extracti128_si256(x, 1), 16);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(operand + 16 * o),
                        _mm_blend_epi16(_mm256_castsi256_si128(x), upper, 0xaa));
@@ -60,8 +61,7 @@ struct Dot {
         step<R>(acc, _mm256_srli_epi16(w, 12), table, operand + 12, operand_stride);
       }
       KV4_UNROLL
-      for (int r = 0; r < R; ++r)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + r * 16 + half * 8), acc[r]);
+      for (int r = 0; r < R; ++r) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + r * 16 + half * 8), acc[r]);
     }
   }
 

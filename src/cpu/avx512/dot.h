@@ -48,9 +48,10 @@ struct Dot {
     constexpr int kChains = R <= 4 ? 2 : 1;
     __m512i high[kChains][R], low[kChains][R];
     KV4_UNROLL
-    for (int c = 0; c < kChains; ++c)
+    for (int c = 0; c < kChains; ++c) {
       KV4_UNROLL
       for (int r = 0; r < R; ++r) high[c][r] = low[c][r] = _mm512_setzero_si512();
+    }
     const std::uint8_t* operand = operands;
     for (int o = 0; o < octets; ++o, operand += 16) {
       _mm_prefetch(reinterpret_cast<const char*>(next + o * 64), _MM_HINT_T0);

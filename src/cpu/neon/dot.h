@@ -46,9 +46,10 @@ struct Dot {
     for (int quarter = 0; quarter < 4; quarter += kQuarters, codes += 16 * kQuarters) {
       int32x4_t high[kQuarters][R], low[kQuarters][R];
       KV4_UNROLL
-      for (int c = 0; c < kQuarters; ++c)
+      for (int c = 0; c < kQuarters; ++c) {
         KV4_UNROLL
         for (int r = 0; r < R; ++r) high[c][r] = low[c][r] = vdupq_n_s32(0);
+      }
       for (int o = 0; o < octets; ++o) {
         if (quarter == 0) __builtin_prefetch(next + o * 64);
         int8x16_t first[kQuarters], second[kQuarters];
@@ -71,12 +72,13 @@ struct Dot {
         }
       }
       KV4_UNROLL
-      for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r) {
         KV4_UNROLL
         for (int c = 0; c < kQuarters; ++c) {
           const int32x4_t sum = vaddq_s32(vshlq_n_s32(high[c][r], 8), low[c][r]);
           vst1q_s32(sums + r * 16 + (quarter + c) * 4, vaddq_s32(sum, vdupq_n_s32(start[r * start_stride])));
         }
+      }
     }
   }
 #else
@@ -92,8 +94,9 @@ struct Dot {
   static KV4_INLINE void pack(const std::int32_t* v, std::uint8_t* operand) {
     for (int o = 0; o < 2; ++o, v += 8, operand += 16) {
       const int16x4_t a = vmovn_s32(vld1q_s32(v)), b = vmovn_s32(vld1q_s32(v + 4));
-      const std::int16_t order[8] = {vget_lane_s16(a, 0), vget_lane_s16(a, 2), vget_lane_s16(b, 0), vget_lane_s16(b, 2),
-                                     vget_lane_s16(a, 1), vget_lane_s16(a, 3), vget_lane_s16(b, 1), vget_lane_s16(b, 3)};
+      const std::int16_t order[8] = {vget_lane_s16(a, 0), vget_lane_s16(a, 2), vget_lane_s16(b, 0),
+                                     vget_lane_s16(b, 2), vget_lane_s16(a, 1), vget_lane_s16(a, 3),
+                                     vget_lane_s16(b, 1), vget_lane_s16(b, 3)};
       std::memcpy(operand, order, sizeof order);
     }
   }

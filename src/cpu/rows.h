@@ -1,0 +1,32 @@
+// Operations on single rows of floats that surround the attention kernels: reading queries,
+// joining partial states, writing answers. One table per instruction set, defined in rows.inl.
+#pragma once
+
+#include "cpu/isa.h"
+#include "kv4/types.h"
+
+namespace kv4::cpu {
+
+// Rows may have any count and alignment.
+struct RowKernels {
+  // to = from as float; false where some number is NaN or infinite.
+  bool (*load)(DType dtype, const void* from, int count, float* to);
+  // to = factor * from
+  void (*scale)(const float* from, int count, float factor, float* to);
+  // to += factor * from
+  void (*add)(const float* from, int count, float factor, float* to);
+  // to = factor * from, rounded to dtype (f16 saturates at +-65504)
+  void (*store)(const float* from, int count, float factor, DType dtype, void* to);
+};
+
+#define KV4_DECLARE_ROW_KERNELS(isa)   \
+  namespace isa {                      \
+  extern const RowKernels row_kernels; \
+  }
+KV4_CPU_ISAS(KV4_DECLARE_ROW_KERNELS)
+#undef KV4_DECLARE_ROW_KERNELS
+
+// Those of the same instruction set.
+const RowKernels& row_kernels(const Kernels& kernels);
+
+}  // namespace kv4::cpu
