@@ -55,13 +55,15 @@ void Cache::State::record(const AttendArgs& args) {
     if (!wants_energy || (s.lambda && s.query_energy.rows.empty())) continue;
     QueryEnergy& energy = s.query_energy;
     const std::int64_t row_size = static_cast<std::int64_t>(heads()) * config.head_dim_k;
+    const std::int64_t limit = config.recipe.sinks + config.recipe.window + kPageTokens;
     for (std::int64_t t = 0; t < queries; ++t) {
       const std::int64_t position = length - queries + t;
-      if (!energy.rows.empty() && position - energy.first >= kPageTokens) break;
+      if (!energy.rows.empty() && position - energy.first >= limit) break;
       if (!visibility.visible(t, position)) continue;
       if (energy.rows.empty()) {
         energy.first = position;
-        energy.rows.assign(static_cast<std::size_t>(kPageTokens * row_size), 0.0f);
+        energy.rows.assign(static_cast<std::size_t>(limit * row_size), 0.0f);
+        energy.filled.assign(static_cast<std::size_t>(limit), 0);
       }
       const std::int64_t slot = position - energy.first;
       if (slot < 0) continue;
@@ -70,7 +72,7 @@ void Cache::State::record(const AttendArgs& args) {
       for (std::int64_t h = 0; h < args.q.shape[1]; ++h)
         add_energy(args.q.at(static_cast<std::int64_t>(b), h, t), args.q.dtype,
                    row.subspan(static_cast<std::size_t>(h / group * config.head_dim_k), static_cast<std::size_t>(config.head_dim_k)));
-      energy.filled[static_cast<std::size_t>(slot)] = true;
+      energy.filled[static_cast<std::size_t>(slot)] = 1;
     }
   }
 }

@@ -168,7 +168,7 @@ std::size_t Cache::nbytes() const {
       if (rows->identity() != nullptr && counted.insert(rows->identity()).second) sum += rows->bytes();
     if (q.lambda && counted.insert(q.lambda.get()).second) sum += q.lambda->capacity() * sizeof(float);
     sum += q.pages.capacity() * sizeof(PageRef) + q.seen.capacity() + q.non_finite.capacity() * sizeof(NonFinite) +
-           q.query_energy.rows.capacity() * sizeof(float);
+           q.query_energy.rows.capacity() * sizeof(float) + q.query_energy.filled.capacity();
   }
   sum += s.sequences.capacity() * sizeof(Sequence) + s.views.capacity() * sizeof(SequenceView) +
          s.page_pointers.capacity() * sizeof(const std::uint8_t*) + s.jobs.capacity() * sizeof(SealJob) + s.masked.capacity();

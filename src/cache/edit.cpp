@@ -56,8 +56,7 @@ Status Cache::State::crop_sequence(Sequence& s, std::int64_t n) const {
   if (n <= energy.first) {
     energy.clear();
   } else {
-    for (std::int64_t t = std::min<std::int64_t>(n - energy.first, kPageTokens); t < kPageTokens; ++t)
-      energy.filled[static_cast<std::size_t>(t)] = false;
+    for (auto t = static_cast<std::size_t>(n - energy.first); t < energy.filled.size(); ++t) energy.filled[t] = 0;
   }
   if (arrival()) {
     const std::int64_t kept = n - s.page_position(s.first_page);

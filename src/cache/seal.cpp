@@ -123,22 +123,42 @@ Status Cache::State::evict_below(Sequence& s, std::int64_t needed) {
   return {};
 }
 
+// nonzero where a window row is masked, or held NaN or infinity (zeros that must not enter a mean).
+void Cache::State::note_masked(const Sequence& s, std::int64_t first_row, std::int64_t rows) {
+  masked.resize(static_cast<std::size_t>(rows));
+  for (std::int64_t j = 0; j < rows; ++j)
+    masked[static_cast<std::size_t>(j)] = s.seen[static_cast<std::size_t>(first_row + j)] == Seen::masked;
+  for (const NonFinite& x : s.non_finite) {
+    const std::int64_t j = x.position - s.window_position - first_row;
+    if (j >= 0 && j < rows) masked[static_cast<std::size_t>(j)] = 1;
+  }
+}
+
+// From all that one-by-one decoding holds when the first page is due: every query so far, and the
+// keys of that page and of the window behind it, each 64 about their own mean, as pages are.
 void Cache::State::fix_lambda(Sequence& s) {
   if (config.recipe.key.lambda != LambdaMode::automatic || s.lambda) return;
   const int dim = config.head_dim_k;
   const std::int64_t row = s.page_position(s.page_end()) - s.window_position;
+  const std::int64_t blocks = 1 + config.recipe.window / kPageTokens;
+  note_masked(s, row, blocks * kPageTokens);
   std::vector<float> values(static_cast<std::size_t>(heads()) * dim, 1.0f);
-  std::vector<double> query(dim), key(dim);
+  std::vector<double> query(dim), key(dim), block(dim);
   for (int h = 0; h < heads(); ++h) {
-    const int used = centred_energy(s.window.key(h, row), config.dtype, dim, masked.data(), kPageTokens, key);
-    if (used == 0) return;  // a page of holes says nothing: the next one decides
+    std::fill(key.begin(), key.end(), 0.0);
+    int used = 0;
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      const std::int64_t first = b * kPageTokens;
+      const int rows = centred_energy(s.window.key(h, row + first), config.dtype, dim, masked.data() + first, kPageTokens, block);
+      for (int c = 0; c < dim; ++c) key[c] += rows * block[c];
+      used += rows;
+    }
+    if (used == 0) return;  // pages of holes say nothing: the next one decides
     std::fill(query.begin(), query.end(), 0.0);
-    if (!s.query_energy.rows.empty()) {
-      for (int t = 0; t < kPageTokens; ++t) {
-        if (!s.query_energy.filled[t]) continue;
-        const float* energy = s.query_energy.rows.data() + (static_cast<std::size_t>(t) * heads() + h) * dim;
-        for (int c = 0; c < dim; ++c) query[c] += energy[c];
-      }
+    for (std::size_t t = 0; t < s.query_energy.filled.size(); ++t) {
+      if (s.query_energy.filled[t] == 0) continue;
+      const float* energy = s.query_energy.rows.data() + (t * static_cast<std::size_t>(heads()) + h) * dim;
+      for (int c = 0; c < dim; ++c) query[c] += energy[c];
     }
     lambda_from_energies(query, key, std::span<float>(values).subspan(static_cast<std::size_t>(h) * dim, dim));
   }
@@ -153,19 +173,7 @@ Status Cache::State::seal_until(std::int64_t n) {
     if (!s.anchored) KV4_RETURN_IF_ERROR(anchor(s));
     std::int64_t count = due - s.page_end();
     if (count <= 0) continue;
-    const auto note_masked = [&] {
-      const std::int64_t first = s.page_position(s.page_end()) - s.window_position;
-      masked.resize(static_cast<std::size_t>(count) * kPageTokens);
-      for (std::size_t j = 0; j < masked.size(); ++j)
-        masked[j] = s.seen[static_cast<std::size_t>(first) + j] == Seen::masked;
-      for (const NonFinite& x : s.non_finite) {  // never seen: zeros that must not enter a mean
-        const std::int64_t j = x.position - s.window_position - first;
-        if (j >= 0 && j < static_cast<std::int64_t>(masked.size())) masked[j] = 1;
-      }
-      return first;
-    };
-    // Lambda is that of the first page due, sealed or not: recording the past must not change it.
-    std::int64_t first_row = note_masked();
+    // Lambda comes before eviction: it is that of the first page due, sealed or not.
     fix_lambda(s);
     // Pages that no query will ever see again are not worth sealing.
     if (config.sliding_window > 0 && !recording && s.pages.empty() && s.window_position == s.page_position(s.first_page)) {
@@ -177,9 +185,10 @@ Status Cache::State::seal_until(std::int64_t n) {
         s.first_page += gone;
         count -= gone;
         if (count == 0) continue;
-        first_row = note_masked();
       }
     }
+    const std::int64_t first_row = s.page_position(s.page_end()) - s.window_position;
+    note_masked(s, first_row, count * kPageTokens);
     std::vector<PageRef> fresh;
     KV4_RETURN_IF_ERROR(pool->allocate(static_cast<std::size_t>(count), &fresh));
     jobs.clear();

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -27,12 +26,13 @@ struct NonFinite {
   bool key, value;
 };
 
-// Energies of the first kPageTokens unmasked queries, kept by position until lambda is fixed, so
-// that a crop or a repeated call leaves no trace: rows [kPageTokens][kv_heads * head_dim_k].
+// Energies of the unmasked queries that come before the first page is due, kept by position until
+// lambda is fixed, so that a crop or a repeated call leaves no trace and the size of calls does not
+// matter: rows [limit][kv_heads * head_dim_k].
 struct QueryEnergy {
-  std::int64_t first = 0;                 // position of row 0
-  std::vector<float> rows;                // empty until the first query
-  std::array<bool, kPageTokens> filled{};
+  std::int64_t first = 0;            // position of row 0
+  std::vector<float> rows;           // empty until the first query
+  std::vector<std::uint8_t> filled;  // [limit]
 
   void clear() { *this = QueryEnergy(); }
 };

@@ -50,6 +50,7 @@ struct Cache::State {
   Status evict(Sequence& s);                        // what a sliding window no longer shows; nothing while recording
   Status evict_below(Sequence& s, std::int64_t needed);
   void fix_lambda(Sequence& s);
+  void note_masked(const Sequence& s, std::int64_t first_row, std::int64_t rows);
   Status seal_arrived(const TensorView& k, const TensorView& v);
 
   // append.cpp

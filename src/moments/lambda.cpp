@@ -10,6 +10,7 @@ namespace kv4 {
 namespace {
 
 constexpr double kFloor = 1e-6;  // of the mean over the channels
+constexpr double kPairShrinkage = 0.2;
 
 double clamp_floor(std::span<const double> energy) {
   double sum = 0;
@@ -28,24 +29,36 @@ void for_each_channel(const void* row, DType dtype, int channels, F&& f) {
   }
 }
 
+// `energy`, drawn towards its rotary pair and clamped from below; empty where there is none.
+std::vector<double> shrunk(std::span<const double> energy) {
+  const double floor = clamp_floor(energy);
+  std::vector<double> out;
+  if (!(floor > 0)) return out;
+  const std::size_t half = energy.size() / 2;
+  out.assign(energy.begin(), energy.end());
+  for (std::size_t c = 0; c < half; ++c) {
+    const double pair = (energy[c] + energy[c + half]) / 2;
+    out[c] += kPairShrinkage * (pair - out[c]);
+    out[c + half] += kPairShrinkage * (pair - out[c + half]);
+  }
+  for (double& e : out) e = std::max(e, floor);
+  return out;
+}
+
 }  // namespace
 
 void lambda_from_energies(std::span<const double> query_energy, std::span<const double> key_energy,
                           std::span<float> lambda) {
-  const double query_floor = clamp_floor(query_energy), key_floor = clamp_floor(key_energy);
-  if (!(query_floor > 0) || !(key_floor > 0)) {
+  const std::vector<double> query = shrunk(query_energy), key = shrunk(key_energy);
+  if (query.empty() || key.empty()) {
     std::fill(lambda.begin(), lambda.end(), 1.0f);
     return;
   }
+  const auto log_lambda = [&](std::size_t c) { return 0.25 * std::log(query[c] / key[c]); };
   double mean_log = 0;
-  for (std::size_t c = 0; c < lambda.size(); ++c)
-    mean_log += 0.25 * std::log(std::max(query_energy[c], query_floor) / std::max(key_energy[c], key_floor));
+  for (std::size_t c = 0; c < lambda.size(); ++c) mean_log += log_lambda(c);
   mean_log /= static_cast<double>(lambda.size());
-  for (std::size_t c = 0; c < lambda.size(); ++c) {
-    const double log_c =
-        0.25 * std::log(std::max(query_energy[c], query_floor) / std::max(key_energy[c], key_floor));
-    lambda[c] = static_cast<float>(std::exp(log_c - mean_log));
-  }
+  for (std::size_t c = 0; c < lambda.size(); ++c) lambda[c] = static_cast<float>(std::exp(log_lambda(c) - mean_log));
 }
 
 int centred_energy(const void* rows, DType dtype, std::int64_t stride, const std::uint8_t* skip,

@@ -3,6 +3,10 @@
 //
 // With quantisation noise spread evenly by the rotation, the error of q.k is proportional to
 // (sum_c q_c^2 / lambda_c^2) (sum_c lambda_c^2 (k_c - mu_c)^2); Cauchy-Schwarz gives the minimum.
+//
+// The energies are estimates from a sequence's first tokens. Rotary position embedding turns channels
+// c and c + channels/2 into each other as positions grow, in the slow pairs over hundreds of tokens, so
+// each energy is first drawn a fifth of the way to its pair's mean. docs/quality.md has the measurement.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +17,7 @@
 namespace kv4 {
 
 // query_energy [channels]: E q_c^2 in any unit (lambda is normalised), key_energy alike:
-// E (k_c - mu_c)^2. Both are clamped from below at 1e-6 of their mean over the channels, so a
+// E (k_c - mu_c)^2. Both are drawn to their pairs and clamped from below at 1e-6 of their mean over the channels, so a
 // channel that never moves gets a finite lambda. All-zero energies give 1. lambda [channels] out.
 void lambda_from_energies(std::span<const double> query_energy, std::span<const double> key_energy,
                           std::span<float> lambda);

@@ -47,7 +47,7 @@ class Sequence {
 
   // q [q_heads, dim] of the query at `position`.
   void record(std::int64_t position, const std::vector<double>& q) {
-    if (recipe_.key.lambda != LambdaMode::automatic || position < start_ || position >= start_ + kPageTokens) return;
+    if (recipe_.key.lambda != LambdaMode::automatic || position < start_ || position >= body() + recipe_.window + kPageTokens) return;
     energy_[position] = q;
   }
 
@@ -188,29 +188,40 @@ class Sequence {
     pages_[page] = std::move(fresh);
   }
 
-  // (E q^2 / E (k - mean)^2)^(1/4), geometric mean 1; moments clamped at 1e-6 of their channel mean.
+  // (E q^2 / E (k - mean)^2)^(1/4), geometric mean 1. Moments: of all queries before the first page is
+  // due; of the keys of that page and of whole 64s of the window, each about its own mean. Both drawn by
+  // a fifth to the mean of channels c and c + dim/2, and clamped at 1e-6 of their channel mean.
   void fix_lambda() {
-    const int group = shape_.q_heads / shape_.kv_heads;
-    lambda_.assign(static_cast<std::size_t>(shape_.kv_heads) * shape_.dim, 1.0);
+    const int group = shape_.q_heads / shape_.kv_heads, dim = shape_.dim;
+    lambda_.assign(static_cast<std::size_t>(shape_.kv_heads) * dim, 1.0);
     if (energy_.empty()) return;
     for (int h = 0; h < shape_.kv_heads; ++h) {
-      std::vector<double> q2(shape_.dim, 0.0), k2(shape_.dim, 0.0), mean(shape_.dim, 0.0);
+      std::vector<double> q2(dim, 0.0), k2(dim, 0.0);
       for (const auto& [position, q] : energy_)
         for (int g = 0; g < group; ++g)
-          for (int c = 0; c < shape_.dim; ++c) q2[c] += std::pow(q[(static_cast<std::size_t>(h) * group + g) * shape_.dim + c], 2);
-      const auto k = [&](int t, int c) { return tokens_[static_cast<std::size_t>(body() + t)].k[static_cast<std::size_t>(h) * shape_.dim + c]; };
-      for (int t = 0; t < kPageTokens; ++t)
-        for (int c = 0; c < shape_.dim; ++c) mean[c] += k(t, c) / kPageTokens;
-      for (int t = 0; t < kPageTokens; ++t)
-        for (int c = 0; c < shape_.dim; ++c) k2[c] += std::pow(k(t, c) - mean[c], 2) / kPageTokens;
-      double q_mean = 0, k_mean = 0, log_mean = 0;
-      for (int c = 0; c < shape_.dim; ++c) q_mean += q2[c] / shape_.dim, k_mean += k2[c] / shape_.dim;
-      std::vector<double> log_lambda(shape_.dim);
-      for (int c = 0; c < shape_.dim; ++c) {
-        log_lambda[c] = std::log(std::max(q2[c], 1e-6 * q_mean) / std::max(k2[c], 1e-6 * k_mean)) / 4;
-        log_mean += log_lambda[c] / shape_.dim;
+          for (int c = 0; c < dim; ++c) q2[c] += std::pow(q[(static_cast<std::size_t>(h) * group + g) * dim + c], 2);
+      for (int block = 0; block <= recipe_.window / kPageTokens; ++block) {
+        const auto k = [&](int t, int c) {
+          return tokens_[static_cast<std::size_t>(body() + block * kPageTokens + t)].k[static_cast<std::size_t>(h) * dim + c];
+        };
+        for (int c = 0; c < dim; ++c) {
+          double mean = 0;
+          for (int t = 0; t < kPageTokens; ++t) mean += k(t, c) / kPageTokens;
+          for (int t = 0; t < kPageTokens; ++t) k2[c] += std::pow(k(t, c) - mean, 2);
+        }
       }
-      for (int c = 0; c < shape_.dim; ++c) lambda_[static_cast<std::size_t>(h) * shape_.dim + c] = static_cast<float>(std::exp(log_lambda[c] - log_mean));
+      const auto prepared = [&](const std::vector<double>& e) {
+        double mean = 0;
+        for (double x : e) mean += x / dim;
+        std::vector<double> out(dim);
+        for (int c = 0; c < dim; ++c) out[c] = std::max(1e-6 * mean, 0.8 * e[c] + 0.1 * (e[c] + e[(c + dim / 2) % dim]));
+        return out;
+      };
+      const std::vector<double> q = prepared(q2), k = prepared(k2);
+      double log_mean = 0;
+      for (int c = 0; c < dim; ++c) log_mean += std::log(q[c] / k[c]) / 4 / dim;
+      for (int c = 0; c < dim; ++c)
+        lambda_[static_cast<std::size_t>(h) * dim + c] = static_cast<float>(std::exp(std::log(q[c] / k[c]) / 4 - log_mean));
     }
   }
 
