@@ -224,6 +224,9 @@ NB_MODULE(_core, m) {
   using namespace nb::literals;
   m.doc() = "The kv4 core: an int4 key/value cache and its attention, on the CPU.";
 
+  // Caches held by modules at interpreter exit are no leak worth a user's attention.
+  nb::set_leak_warnings(false);
+
   nb::class_<PyCache>(m, "Cache", "The cache of one attention layer; see kv4/cache.h.")
       .def("__init__", &create, "recipe"_a, nb::kw_only(), "dtype"_a = "float32", "kv_heads"_a, "head_dim_k"_a, "head_dim_v"_a,
            "sliding_window"_a = 0, "lambda_k"_a = nb::none(), "lambda_v"_a = nb::none(), "matrix_k"_a = nb::none(),
