@@ -24,8 +24,8 @@ def demo(
         options.DEFAULT_MODEL
     ),
     tokens: Annotated[int, typer.Option(min=8, help="Tokens to generate.")] = 64,
-    contexts: Annotated[str, typer.Option(help="Other context lengths of the plot.")] = "256,2048,4096",
-    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of every measurement.")] = 3,
+    contexts: Annotated[str, typer.Option(help="Other context lengths of the plot.")] = "256,4096",
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of every measurement.")] = 2,
     dtype: Annotated[options.DType, typer.Option(help="auto: what this CPU computes in.")] = options.DType.auto,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the plot and the data.")] = Path("out"),
     threads: options.Threads = None,
