@@ -1,7 +1,6 @@
 #include "tensor.h"
 
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/string.h>
 
 #include <cstring>
 #include <new>
@@ -25,21 +24,27 @@ const Names& names() {
   throw std::bad_alloc();  // not reached
 }
 
+std::string text(nb::handle x) {
+  const nb::object name = nb::steal(PyObject_Str(x.ptr()));
+  if (!name.is_valid()) throw nb::python_error();
+  return PyUnicode_AsUTF8(name.ptr());
+}
+
 Element element_of_torch(nb::handle dtype, std::string* other) {
   // torch's dtype objects are singletons.
   static PyObject* seen[5] = {};
   for (int i = 0; i < 5; ++i)
     if (seen[i] == dtype.ptr()) return static_cast<Element>(i);
   static constexpr const char* kNames[5] = {"torch.float32", "torch.float16", "torch.bfloat16", "torch.bool", "torch.int32"};
-  const std::string text = nb::cast<std::string>(nb::str(dtype));
+  const std::string full = text(dtype);
   for (int i = 0; i < 5; ++i) {
-    if (text == kNames[i]) {
+    if (full == kNames[i]) {
       seen[i] = dtype.inc_ref().ptr();
       return static_cast<Element>(i);
     }
   }
-  if (text == "torch.int64") return Element::i64;
-  *other = text.rfind("torch.", 0) == 0 ? text.substr(6) : text;
+  if (full == "torch.int64") return Element::i64;
+  *other = full.rfind("torch.", 0) == 0 ? full.substr(6) : full;
   return Element::other;
 }
 
@@ -54,7 +59,7 @@ Tensor from_torch(nb::handle x, const char* name) {
   const Names& n = names();
   Tensor t;
   const nb::object cpu = nb::getattr(x, n.is_cpu, nb::none());
-  if (cpu.is(nb::bool_(false))) bad(name, "a tensor on the CPU", "device " + nb::cast<std::string>(nb::str(x.attr("device"))));
+  if (cpu.is(nb::bool_(false))) bad(name, "a tensor on the CPU", "device " + text(nb::object(nb::getattr(x, "device"))));
   const nb::object shape = nb::getattr(x, n.shape);
   t.rank = static_cast<int>(PyTuple_Size(shape.ptr()));
   if (t.rank < 0) throw nb::python_error();
@@ -80,7 +85,7 @@ Tensor from_dlpack(nb::handle x, const char* name) {
       const nb::ndarray<nb::ro> readable = nb::cast<nb::ndarray<nb::ro>>(x);
       array = nb::ndarray<>(readable.handle());
     } catch (const nb::cast_error&) {
-      bad(name, "a tensor (torch, or anything that speaks DLPack)", nb::cast<std::string>(nb::str(x.type())));
+      bad(name, "a tensor (torch, or anything that speaks DLPack)", text(x.type()));
     }
   }
   Tensor t;

@@ -56,7 +56,9 @@ def test_numpy_and_torch_give_the_same_answer():
 def test_half_precision(dtype):
     torch = pytest.importorskip("torch")
     kind = getattr(torch, dtype)
-    k, v, q = (torch.from_numpy(rows(h, t, s)).to(kind) for h, t, s in ((KV_HEADS, 50, 1), (KV_HEADS, 50, 2), (HEADS, 1, 3)))
+    k, v, q = (
+        torch.from_numpy(rows(h, t, s)).to(kind) for h, t, s in ((KV_HEADS, 50, 1), (KV_HEADS, 50, 2), (HEADS, 1, 3))
+    )
     cache = make(Recipe.exact(), dtype=dtype)
     cache.append(k, v)
     out = torch.empty(1, HEADS, 1, DIM)
@@ -74,12 +76,24 @@ def test_half_precision(dtype):
         (lambda c: c.append(rows(KV_HEADS, 5, 1)[..., ::2], rows(KV_HEADS, 5, 1)), ValueError, "k: expected"),
         (lambda c: c.append("keys", rows(KV_HEADS, 5, 1)), ValueError, "k: expected a tensor"),
         (lambda c: c.attend(rows(HEADS, 1, 1), rows(HEADS, 2, 1)), ValueError, "out: expected shape"),
-        (lambda c: c.attend(rows(HEADS, 1, 1), rows(HEADS, 1, 1), start=np.zeros(2, np.int32)), ValueError, "start: expected"),
-        (lambda c: c.attend(rows(HEADS, 1, 1), rows(HEADS, 1, 1), mask=np.zeros((1, 3, 1, 9), bool)), ValueError, "mask: expected"),
+        (
+            lambda c: c.attend(rows(HEADS, 1, 1), rows(HEADS, 1, 1), start=np.zeros(2, np.int32)),
+            ValueError,
+            "start: expected",
+        ),
+        (
+            lambda c: c.attend(rows(HEADS, 1, 1), rows(HEADS, 1, 1), mask=np.zeros((1, 3, 1, 9), bool)),
+            ValueError,
+            "mask: expected",
+        ),
         (lambda c: c.crop(11), IndexError, "length: expected 0 to 10"),
         (lambda c: c.select([1]), IndexError, "rows: expected"),
         (lambda c: c.lambda_(1), IndexError, "row: expected"),
-        (lambda c: _core.Cache(Recipe(), kv_heads=1, head_dim_k=20, head_dim_v=64), NotImplementedError, "head_dim_k: expected"),
+        (
+            lambda c: _core.Cache(Recipe(), kv_heads=1, head_dim_k=20, head_dim_v=64),
+            NotImplementedError,
+            "head_dim_k: expected",
+        ),
         (lambda c: _core.force_isa("mmx"), NotImplementedError, "isa: expected"),
         (lambda c: kv4.set_num_threads(0), ValueError, "num_threads: expected"),
     ],
@@ -105,7 +119,12 @@ def test_recipe_presets_and_files(tmp_path):
     assert Recipe() == Recipe(key=Side(mean=True, lambda_="auto"), value=Side(), seal="page", sinks=4, window=64)
     assert Recipe.paper().seal == "arrival" and not Recipe.paper().key.mean
     assert Recipe.exact().seal == "never"
-    for recipe in (Recipe(), Recipe.paper(), Recipe.exact(), Recipe(value=Side(rotation="householder", reflectors=7, group=32))):
+    for recipe in (
+        Recipe(),
+        Recipe.paper(),
+        Recipe.exact(),
+        Recipe(value=Side(rotation="householder", reflectors=7, group=32)),
+    ):
         recipe.to_file(tmp_path / "r.json")
         assert Recipe.from_file(tmp_path / "r.json") == recipe
 
