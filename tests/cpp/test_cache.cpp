@@ -246,7 +246,9 @@ TEST(Cache, BytesAreThreeAndAHalfTimesFewer) {
     // A cropped cache really shrinks.
     const std::size_t before = cache->nbytes();
     ASSERT_TRUE(cache->crop(100).ok());
-    if (tokens == 4096) EXPECT_LT(cache->nbytes(), before / 2);
+    if (tokens == 4096) {
+      EXPECT_LT(cache->nbytes(), before / 2);
+    }
   }
 }
 
