@@ -295,5 +295,10 @@ NB_MODULE(_core, m) {
     raise_if_error(kv4::invalid_argument("rotation", "identity, srft, srht or householder", rotation));
     return std::vector<double>();
   }, "dim"_a, "rotation"_a, "vectors"_a, "repeats"_a, "Nanoseconds per vector of sealing alone, one figure per repeat.");
+  m.def("bench_read", [](std::size_t bytes, int repeats) {
+    std::vector<double> speed;
+    raise_if_error(kv4::cpu::measure_read(bytes, repeats, &speed));
+    return speed;
+  }, "bytes"_a, "repeats"_a, "Bytes per second of reading memory in order on all threads, one figure per repeat.");
   m.def("version", [] { return KV4_VERSION; });
 }

@@ -9,8 +9,11 @@ namespace {
 // A slab holds what is asked for at once, and at least 1/64 of what there is: slack stays below
 // 1.6 % while a growing sequence allocates O(log n) slabs per doubling, not one per page.
 constexpr std::size_t kGrowthDivisor = 64;
-// No slab is larger, so that a crop gives memory back although some old pages stay.
-constexpr std::size_t kMaxSlabBytes = 256 << 10;
+// Slabs are small, so that a crop gives memory back although some old pages stay. A pool of four huge pages or
+// more takes whole ones where it needs that much at once: backends then spare the address cache.
+constexpr std::size_t kSlabBytes = 256 << 10;
+constexpr std::size_t kHugeSlabBytes = 2 << 20;
+constexpr std::size_t kHugeFrom = 4 * kHugeSlabBytes;
 
 }  // namespace
 
@@ -29,11 +32,13 @@ Status PagePool::allocate(std::size_t count, std::vector<PageRef>* out) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     while (free_.size() < count) {
-      const std::size_t most = std::max<std::size_t>(1, kMaxSlabBytes / page_bytes_);
-      const std::size_t add = std::min(most, std::max(count - free_.size(), pages_ / kGrowthDivisor));
+      const std::size_t wanted = std::max(count - free_.size(), pages_ / kGrowthDivisor);
+      const std::size_t in_huge = kHugeSlabBytes / page_bytes_;
+      const bool huge = in_huge > 0 && wanted >= in_huge && (pages_ + wanted) * page_bytes_ >= kHugeFrom;
+      const std::size_t add = huge ? in_huge : std::min(std::max<std::size_t>(1, kSlabBytes / page_bytes_), wanted);
       Slab slab;
       slab.count = add;
-      slab.bytes = add * page_bytes_;
+      slab.bytes = huge ? kHugeSlabBytes : add * page_bytes_;
       slab.memory = backend_.alloc(slab.bytes);
       if (slab.memory == nullptr)
         return error(StatusCode::out_of_memory, "pages", std::to_string(slab.bytes) + " free bytes",

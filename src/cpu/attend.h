@@ -57,7 +57,7 @@ struct PagesTask {
   RowMask mask;
   RowStates states;  // o in the rotated basis
   // Scratch, 64-byte aligned.
-  std::uint8_t* q_codes = nullptr;  // [rows, q_stride * 2] bytes
+  std::uint8_t* q_codes = nullptr;  // [rows, q_stride * operand_bytes] bytes
   float* q_scale = nullptr;         // [rows, groups_k]
   std::int32_t* q_start = nullptr;  // [rows, groups_k]
   float* k_scale = nullptr;         // [groups_k, 64]

@@ -1,15 +1,21 @@
 // Attention of query rows over exact rows, in float.
 //
-// Blocks of kBlockRows rows of K and V become float tiles once (float32 rows are read in place) and
-// serve all query rows, four at a time. Instructions per token and R rows at d = 128, d / lanes = s:
+// Up to kTileRows query rows read the rows of K and V in their own dtype, each vector widened once for all of
+// them: decoding touches no memory but the cache. More rows (prefill) work on blocks of kBlockRows rows that
+// are widened into float tiles once. Instructions per token and R query rows at d = 128, s = d / lanes:
 //
-//              K and V to float     scores      weights           o           bytes (fp16 rows)
-//   AVX2       4 s                  R s FMA     about R x 3       R s FMA     512
-//   AVX-512    4 s                  R s FMA     about R x 2       R s FMA     512
+//              widen K and V    scores            weights        o          bytes (fp16 rows)
+//   AVX2       2 s              R s FMA, R x 3    about R x 3    R s FMA    512
+//   AVX-512    2 s              R s FMA, R x 5    about R x 2    R s FMA    512
 //
-// with s = 16 and 8. Scores keep 8 (16) independent sums, as many as two FMA units of latency 4 need;
-// each vector of K is loaded once for 4 rows, each of q once for 2 (4) tokens. Decoding few rows is bound by
-// memory, prefill by FMA. Sums run in float over d terms and over one block of tokens at a time.
+// with s = 16 and 8; the second term of the scores adds up lanes. A block's scores and sums of o are held R x C
+// to registers, C tokens (scores) or vectors of channels (o) at a time: enough chains for two FMA of latency 4,
+// and each widened vector serves R of them. Decoding is bound by memory up to R = 6 (Zen 3: 32 R FMA, two a
+// cycle, against 512 bytes at 3 a cycle and core: 171 cycles), prefill by FMA.
+// Sums run in float over d terms and over one block of tokens at a time.
+//
+// Tried: widening every block into float tiles for decoding too (the tiles, 32 KiB, push the query and o out
+// of L1).
 #pragma once
 
 #include "cpu/rows.inl"
@@ -17,61 +23,91 @@
 
 namespace kv4::cpu::KV4_ISA {
 
-// The sums of N vectors, N a multiple of the lanes or not.
-template <class V, int N>
-KV4_INLINE void reduce(typename V::F (&x)[N], float* sums) {
-  using F = typename V::F;
-  if constexpr (N % V::kLanes == 0) {
-    for (int i = 0; i < N; i += V::kLanes) {
-      F part[V::kLanes];
-      KV4_UNROLL
-      for (int lane = 0; lane < V::kLanes; ++lane) part[lane] = x[i + lane];
-      V::transpose(part);
-      KV4_UNROLL
-      for (int step = V::kLanes / 2; step > 0; step /= 2) {
-        KV4_UNROLL
-        for (int lane = 0; lane < step; ++lane) part[lane] += part[lane + step];
-      }
-      V::store(sums + i, part[0]);
-    }
-  } else {
-    for (int i = 0; i < N; ++i) sums[i] = V::reduce_add(x[i]);
+// Elements of exact rows.
+template <class V>
+struct F32Row {
+  using T = float;
+  static KV4_INLINE typename V::F load(const T* p) { return V::load(p); }
+};
+template <class V>
+struct F16Row {
+  using T = std::uint16_t;
+  static KV4_INLINE typename V::F load(const T* p) { return V::load_f16(p); }
+};
+template <class V>
+struct BF16Row {
+  using T = std::uint16_t;
+  static KV4_INLINE typename V::F load(const T* p) { return V::load_bf16(p); }
+};
+
+// Rows to fetch while others are worked on.
+struct Ahead {
+  const void* row;
+  std::int64_t stride;  // bytes
+  std::int64_t begin, end;  // bytes of each row
+
+  KV4_INLINE void fetch(std::int64_t j) const {
+    const char* p = static_cast<const char*>(row) + j * stride;
+    for (std::int64_t i = begin; i < end; i += 64) __builtin_prefetch(p + i);
   }
+};
+
+// Sums that registers hold for each of R rows: a power of two, no more than latency needs.
+template <int R>
+constexpr int sums_per_row() {
+  int c = 1;
+  while (c < 8 && 2 * c * R <= Dot::kAccumulators) c *= 2;
+  return c;
 }
 
 // scores[r * kBlockRows + j] = q_r . k_j for R rows and C tokens; dim is a multiple of the lanes.
-template <class V, int R, int C>
-KV4_INLINE void dots(const float* q, std::int64_t q_stride, const float* k, std::int64_t k_stride, int dim,
+template <class V, class E, int R, int C>
+KV4_INLINE void dots(const float* q, std::int64_t q_stride, const typename E::T* k, std::int64_t k_stride, int dim,
                      float* scores) {
   using F = typename V::F;
   F acc[R * C];
   KV4_UNROLL
   for (int i = 0; i < R * C; ++i) acc[i] = V::set1(0.0f);
   for (int i = 0; i < dim; i += V::kLanes) {
-    F keys[C];
-    KV4_UNROLL
-    for (int c = 0; c < C; ++c) keys[c] = V::load(k + c * k_stride + i);
-    KV4_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const F x = V::load(q + r * q_stride + i);
+    if constexpr (R < C) {
+      F x[R];
       KV4_UNROLL
-      for (int c = 0; c < C; ++c) acc[r * C + c] = V::fma(x, keys[c], acc[r * C + c]);
+      for (int r = 0; r < R; ++r) x[r] = V::load(q + r * q_stride + i);
+      KV4_UNROLL
+      for (int c = 0; c < C; ++c) {
+        const F key = E::load(k + c * k_stride + i);
+        KV4_UNROLL
+        for (int r = 0; r < R; ++r) acc[r * C + c] = V::fma(x[r], key, acc[r * C + c]);
+      }
+    } else {
+      F keys[C];
+      KV4_UNROLL
+      for (int c = 0; c < C; ++c) keys[c] = E::load(k + c * k_stride + i);
+      KV4_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const F x = V::load(q + r * q_stride + i);
+        KV4_UNROLL
+        for (int c = 0; c < C; ++c) acc[r * C + c] = V::fma(x, keys[c], acc[r * C + c]);
+      }
     }
   }
-  alignas(64) float sums[R * C];
-  reduce<V, R * C>(acc, sums);
+  constexpr int kVectors = (R * C + V::kLanes - 1) / V::kLanes;
+  F sums[kVectors];
+  fold_lanes<V, AddLanes>(acc, sums);
+  alignas(64) float out[kVectors * V::kLanes];
+  std::memcpy(out, sums, sizeof out);
   KV4_UNROLL
   for (int r = 0; r < R; ++r) {
     KV4_UNROLL
-    for (int c = 0; c < C; ++c) scores[r * kBlockRows + c] = sums[r * C + c];
+    for (int c = 0; c < C; ++c) scores[r * kBlockRows + c] = out[r * C + c];
   }
 }
 
 // o_r = o_r * rescale_r + sum over tokens [begin, end) of w_rj v_j, for C vectors of channels.
-template <class V, int R, int C>
-KV4_INLINE void accumulate(const float (*weights)[kBlockRows], const float* v, std::int64_t v_stride,
+template <class V, class E, int R, int C>
+KV4_INLINE void accumulate(const float (*weights)[kBlockRows], const typename E::T* v, std::int64_t v_stride,
                            std::int64_t begin, std::int64_t end, const float* rescale, float* o,
-                           std::int64_t o_stride) {
+                           std::int64_t o_stride, const Ahead& ahead) {
   using F = typename V::F;
   F acc[R][C];
   KV4_UNROLL
@@ -80,14 +116,27 @@ KV4_INLINE void accumulate(const float (*weights)[kBlockRows], const float* v, s
     for (int c = 0; c < C; ++c) acc[r][c] = V::load(o + r * o_stride + c * V::kLanes) * V::set1(rescale[r]);
   }
   for (std::int64_t j = begin; j < end; ++j) {
-    F values[C];
-    KV4_UNROLL
-    for (int c = 0; c < C; ++c) values[c] = V::load(v + j * v_stride + c * V::kLanes);
-    KV4_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const F w = V::set1(weights[r][j]);
+    ahead.fetch(j);
+    if constexpr (R < C) {
+      F w[R];
       KV4_UNROLL
-      for (int c = 0; c < C; ++c) acc[r][c] = V::fma(w, values[c], acc[r][c]);
+      for (int r = 0; r < R; ++r) w[r] = V::set1(weights[r][j]);
+      KV4_UNROLL
+      for (int c = 0; c < C; ++c) {
+        const F value = E::load(v + j * v_stride + c * V::kLanes);
+        KV4_UNROLL
+        for (int r = 0; r < R; ++r) acc[r][c] = V::fma(w[r], value, acc[r][c]);
+      }
+    } else {
+      F values[C];
+      KV4_UNROLL
+      for (int c = 0; c < C; ++c) values[c] = E::load(v + j * v_stride + c * V::kLanes);
+      KV4_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const F w = V::set1(weights[r][j]);
+        KV4_UNROLL
+        for (int c = 0; c < C; ++c) acc[r][c] = V::fma(w, values[c], acc[r][c]);
+      }
     }
   }
   KV4_UNROLL
@@ -109,18 +158,21 @@ inline void widen_rows(DType dtype, const void* from, std::int64_t stride, std::
   }
 }
 
-struct FloatBlock {
-  const float *k, *v;
-  std::int64_t k_stride, v_stride;
+// Up to kBlockRows rows whose elements are E::T. Rows of `next` follow in memory: they are fetched meanwhile.
+template <class E>
+struct Block {
+  const typename E::T *k, *v;
+  std::int64_t k_stride, v_stride;  // elements
   std::int64_t position;
   int tokens;
+  bool next;
 };
 
-template <class V, int R>
-void attend_rows(const ExactTask& t, const FloatBlock& block, int row0) {
+template <class V, class E, int R>
+void attend_rows(const ExactTask& t, const Block<E>& block, int row0) {
   using F = typename V::F;
-  constexpr int kSums = Dot::kAccumulators;
-  constexpr int kTokens = kSums / (R == 3 ? 4 : R), kVectors = kSums / 4;
+  using T = typename E::T;
+  constexpr int kSums = sums_per_row<R>();
   const int dim_k = (t.head_dim_k + V::kLanes - 1) / V::kLanes * V::kLanes;
   const int dim_v = (t.head_dim_v + V::kLanes - 1) / V::kLanes * V::kLanes;
 
@@ -136,12 +188,16 @@ void attend_rows(const ExactTask& t, const FloatBlock& block, int row0) {
 
   alignas(64) float scores[R][kBlockRows];
   const float* q = t.q + row0 * t.q_stride;
+  constexpr std::int64_t kSize = static_cast<std::int64_t>(sizeof(T));
+  const Ahead values{block.v, block.v_stride * kSize, 0, dim_v * kSize};
   std::int64_t j = begin;
-  for (; j + kTokens <= end; j += kTokens)
-    dots<V, R, kTokens>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, scores[0] + j);
-  for (; j < end; ++j) dots<V, R, 1>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, scores[0] + j);
+  for (; j + kSums <= end; j += kSums) {
+    for (int c = 0; c < kSums; ++c) values.fetch(j + c);
+    dots<V, E, R, kSums>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, scores[0] + j);
+  }
+  for (; j < end; ++j)
+    dots<V, E, R, 1>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, scores[0] + j);
 
-  float rescale[R];
   for (int r = 0; r < R; ++r) {
     const int row = row0 + r;
     for (std::int64_t i = 0; i < begin; ++i) scores[r][i] = kHidden;
@@ -152,71 +208,90 @@ void attend_rows(const ExactTask& t, const FloatBlock& block, int row0) {
     }
     if (t.cap != 0 || t.mask.kind != Mask::General::none || spans[r].begin > begin || spans[r].end < end)
       apply_mask(t.mask, row, block.position, spans[r], kBlockRows, scores[r]);
-    const Weights w = weigh<V>(scores[r], kBlockRows, t.states.m + row, t.states.l + row);
-    rescale[r] = w.rescale;
-    if (!w.visible)
-      for (int i = 0; i < kBlockRows; ++i) scores[r][i] = 0.0f;
   }
+  alignas(64) float rescale[kRowLanes];
+  weigh<V>(scores, t.states.m + row0, t.states.l + row0, 0.0f, rescale);
 
   const float (*weights)[kBlockRows] = scores;
   float* o = t.states.o + row0 * t.states.o_stride;
+  Ahead keys{block.k + kBlockRows * block.k_stride, block.k_stride * kSize, 0, 0};
+  const std::int64_t bytes_per_channel = block.next ? dim_k * kSize / dim_v : 0;
   int c = 0;
-  for (; c + kVectors * V::kLanes <= dim_v; c += kVectors * V::kLanes)
-    accumulate<V, R, kVectors>(weights, block.v + c, block.v_stride, begin, end, rescale, o + c, t.states.o_stride);
+  for (; c + kSums * V::kLanes <= dim_v; c += kSums * V::kLanes) {
+    keys.begin = c * bytes_per_channel / 64 * 64;
+    keys.end = (c + kSums * V::kLanes) * bytes_per_channel / 64 * 64;
+    accumulate<V, E, R, kSums>(weights, block.v + c, block.v_stride, begin, end, rescale, o + c, t.states.o_stride,
+                               keys);
+  }
+  keys.end = keys.begin;
   for (; c < dim_v; c += V::kLanes)
-    accumulate<V, R, 1>(weights, block.v + c, block.v_stride, begin, end, rescale, o + c, t.states.o_stride);
+    accumulate<V, E, R, 1>(weights, block.v + c, block.v_stride, begin, end, rescale, o + c, t.states.o_stride, keys);
+}
+
+template <class V, class E, int R = kTileRows>
+void attend_run(const ExactTask& t, const Block<E>& block, int row, int rows) {
+  if constexpr (R > 1)
+    if (rows < R) return attend_run<V, E, R - 1>(t, block, row, rows);
+  attend_rows<V, E, R>(t, block, row);
+}
+
+// All rows of the task over one block, in runs of at most `most` rows and nearly equal size.
+template <class V, class E>
+void attend_block(const ExactTask& t, const Block<E>& block, int most) {
+  const int runs = (t.rows + most - 1) / most;
+  for (int i = 0; i < runs; ++i) {
+    const int row = t.rows * i / runs;
+    attend_run<V, E>(t, block, row, t.rows * (i + 1) / runs - row);
+  }
+}
+
+template <class V, class E>
+void attend_in_place(const ExactTask& t) {
+  using T = typename E::T;
+  for (std::int64_t first = t.first; first < t.last; first += kBlockRows) {
+    const std::int64_t left = t.last - first;
+    const Block<E> block{static_cast<const T*>(t.k) + first * t.k_stride,
+                         static_cast<const T*>(t.v) + first * t.v_stride,
+                         t.k_stride,
+                         t.v_stride,
+                         t.position + first,
+                         static_cast<int>(left < kBlockRows ? left : kBlockRows),
+                         left > kBlockRows};
+    attend_block<V, E>(t, block, kTileRows);
+  }
 }
 
 template <class V>
-void attend_exact(const ExactTask& t) {
+void attend_widened(const ExactTask& t) {
   const std::int64_t size = static_cast<std::int64_t>(size_of(t.dtype));
   const int padded_v = static_cast<int>(t.states.o_stride), padded_k = static_cast<int>(t.q_stride);
-  const bool k_in_place = t.dtype == DType::f32 && t.head_dim_k % V::kLanes == 0;
-  const bool v_in_place = t.dtype == DType::f32 && t.head_dim_v % V::kLanes == 0;
   for (std::int64_t first = t.first; first < t.last; first += kBlockRows) {
-    FloatBlock block;
-    block.position = t.position + first;
-    block.tokens = static_cast<int>(t.last - first < kBlockRows ? t.last - first : kBlockRows);
+    const std::int64_t left = t.last - first;
+    const Block<F32Row<V>> block{
+        t.k_tile, t.v_tile, padded_k, padded_v, t.position + first, static_cast<int>(left < kBlockRows ? left : kBlockRows),
+        false};
     bool any = false;
     for (int r = 0; r < t.rows && !any; r += t.mask.heads) {  // rows of one query see the same span
       const Span s = visible_span(t.mask, r, block.position, block.tokens);
       any = s.end > s.begin;
     }
     if (!any) continue;
-    const void* k = static_cast<const std::byte*>(t.k) + first * t.k_stride * size;
-    const void* v = static_cast<const std::byte*>(t.v) + first * t.v_stride * size;
-    if (k_in_place) {
-      block.k = static_cast<const float*>(k);
-      block.k_stride = t.k_stride;
-    } else {
-      widen_rows<V>(t.dtype, k, t.k_stride, block.tokens, t.head_dim_k, padded_k, t.k_tile);
-      block.k = t.k_tile;
-      block.k_stride = padded_k;
-    }
-    if (v_in_place) {
-      block.v = static_cast<const float*>(v);
-      block.v_stride = t.v_stride;
-    } else {
-      widen_rows<V>(t.dtype, v, t.v_stride, block.tokens, t.head_dim_v, padded_v, t.v_tile);
-      block.v = t.v_tile;
-      block.v_stride = padded_v;
-    }
-    int row = 0;
-    for (; row + 4 <= t.rows; row += 4) attend_rows<V, 4>(t, block, row);
-    switch (t.rows - row) {
-      case 3:
-        attend_rows<V, 3>(t, block, row);
-        break;
-      case 2:
-        attend_rows<V, 2>(t, block, row);
-        break;
-      case 1:
-        attend_rows<V, 1>(t, block, row);
-        break;
-      default:
-        break;
-    }
+    widen_rows<V>(t.dtype, static_cast<const std::byte*>(t.k) + first * t.k_stride * size, t.k_stride, block.tokens,
+                  t.head_dim_k, padded_k, t.k_tile);
+    widen_rows<V>(t.dtype, static_cast<const std::byte*>(t.v) + first * t.v_stride * size, t.v_stride, block.tokens,
+                  t.head_dim_v, padded_v, t.v_tile);
+    // Of 16 vector registers 6 rows by 2 tokens leave the best ratio of FMA to loads.
+    attend_block<V, F32Row<V>>(t, block, 6);
   }
+}
+
+template <class V>
+void attend_exact(const ExactTask& t) {
+  const bool whole = t.head_dim_k % V::kLanes == 0 && t.head_dim_v % V::kLanes == 0;
+  if (!whole || (t.rows > kTileRows && t.dtype != DType::f32)) return attend_widened<V>(t);
+  if (t.dtype == DType::f32) return attend_in_place<V, F32Row<V>>(t);
+  if (t.dtype == DType::f16) return attend_in_place<V, F16Row<V>>(t);
+  return attend_in_place<V, BF16Row<V>>(t);
 }
 
 }  // namespace kv4::cpu::KV4_ISA

@@ -26,34 +26,35 @@ namespace kv4::cpu::KV4_ISA {
 // than the last bit of a float.
 constexpr float kNegligible = 0x1p-40f;
 
-// n (a multiple of 16) numbers as an operand of Dot. Returns their unit; `sum` is the sum of the integers.
+// n (a multiple of 16) numbers times `inverse`, to the nearest integers, as an operand of Dot. Returns the sum of
+// the integers, one part in each lane.
 template <class V>
-inline float quantise(const float* x, int n, std::uint8_t* operand, std::int32_t* sum) {
-  using F = typename V::F;
+KV4_INLINE typename V::I quantise(const float* x, int n, typename V::F inverse, std::uint8_t* operand,
+                                  std::size_t octet_stride) {
   using I = typename V::I;
-  F largest = V::set1(0.0f);
-  for (int i = 0; i < n; i += V::kLanes) largest = V::max(largest, V::abs(V::load(x + i)));
-  const float top = V::reduce_max(largest);
-  *sum = 0;
-  if (!(top > 1e-30f && top <= std::numeric_limits<float>::max())) {
-    std::memset(operand, 0, static_cast<std::size_t>(n) * 2);
-    return top <= 1e-30f ? 0.0f : top;  // an infinite unit turns the products into NaN, which the caller looks for
-  }
-  const F inverse = V::set1(Dot::kLimit / top);
   I total{};
-  alignas(64) std::int32_t v[16];
   for (int i = 0; i < n; i += 16) {
+    alignas(64) std::int32_t v[16];
+    KV4_UNROLL
     for (int lane = 0; lane < 16; lane += V::kLanes) {
       const I r = V::round(V::load(x + i + lane) * inverse);
       total += r;
       std::memcpy(v + lane, &r, sizeof r);
     }
-    Dot::pack(v, operand + i * 2);
+    Dot::pack(v, operand + static_cast<std::size_t>(i / 8) * octet_stride, octet_stride);
   }
-  alignas(64) std::int32_t totals[V::kLanes];
-  std::memcpy(totals, &total, sizeof total);
-  for (int lane = 0; lane < V::kLanes; ++lane) *sum += totals[lane];
-  return top / Dot::kLimit;
+  return total;
+}
+
+// The units in which numbers of at most `top` become integers of at most Dot::kLimit, and their inverses. Where
+// top is next to 0 both are 0; where it is not finite the unit is not either, which shows in the products.
+template <class V>
+KV4_INLINE void units_of(typename V::F top, typename V::F* unit, typename V::F* inverse) {
+  using F = typename V::F;
+  using I = typename V::I;
+  const I tiny = (I)(top <= V::set1(1e-30f)), finite = (I)(top <= V::set1(std::numeric_limits<float>::max()));
+  *unit = (F)((I)(top * V::set1(1.0f / Dot::kLimit)) & ~tiny);
+  *inverse = (F)((I)(V::set1(static_cast<float>(Dot::kLimit)) / top) & ~tiny & finite);
 }
 
 template <class V>
@@ -79,16 +80,138 @@ struct PageAt {
   int tokens;
 };
 
+// Rows of a task in one tile, and where its parts of the task's scratch begin.
+struct TileAt {
+  int row, rows;
+};
+
+// Tile i of `tiles`: of nearly equal size.
+inline TileAt tile_at(const PagesTask& t, int i, int tiles) {
+  const int row = t.rows * i / tiles;
+  return {row, t.rows * (i + 1) / tiles - row};
+}
+
+// q'.m' of every row
+template <class V, int R>
+KV4_INLINE void dot_mean(const PagesTask& t, int row0, float* out) {
+  using F = typename V::F;
+  const int padded = static_cast<int>(t.q_stride);
+  const float* q = t.q + row0 * t.q_stride;
+  F sums[R] = {};
+  for (int i = 0; i < padded; i += V::kLanes) {
+    const F mean = V::load(t.mean + i);
+    KV4_UNROLL
+    for (int r = 0; r < R; ++r) sums[r] = V::fma(V::load(q + r * padded + i), mean, sums[r]);
+  }
+  F joined[kRowLanes / V::kLanes];
+  fold_lanes<V, AddLanes>(sums, joined);
+  KV4_UNROLL
+  for (int i = 0; i * V::kLanes < R; ++i) V::store(out + i * V::kLanes, joined[i]);
+}
+
+template <class V, int R>
+KV4_INLINE void score_tile(const PagesTask& t, const PageAt& page, const Dot::Table& table, int row0,
+                           float (&scores)[R][kPageTokens]) {
+  using F = typename V::F;
+  const kv4_page_layout& layout = t.spec->layout;
+  const int groups = t.spec->key.groups, padded = static_cast<int>(t.q_stride);
+  const int octets = (groups == 1 ? padded : t.spec->key.group) / 8;
+  const std::uint8_t* codes = page.slice + layout.k_codes;
+  const std::uint8_t* next = page.next + layout.k_codes;
+  const std::uint8_t* operands = t.q_codes + static_cast<std::size_t>(row0) * (padded / 8) * Dot::kOctetBytes;
+  const std::int32_t* const start = t.q_start + row0 * groups;
+  const float* const k_scale = t.k_scale;
+  const float* const q_scale = t.q_scale + row0 * groups;
+  alignas(64) float from_mean[kRowLanes] = {};
+  if (t.spec->key.mean) dot_mean<V, R>(t, row0, from_mean);
+  alignas(64) std::int32_t sums[R * 16];
+  for (int j = 0; j < kPageTokens; j += 16) {
+    for (int g = 0; g < groups; ++g) {
+      const std::size_t octet = static_cast<std::size_t>(g) * octets;
+      const std::size_t at = (static_cast<std::size_t>(j / 16) * (padded / 8) + octet) * 64;
+      Dot::block<R>(codes + at, octets, operands + octet * R * Dot::kOctetBytes, start + g,
+                    static_cast<std::size_t>(groups), table, next + at, sums);
+      KV4_UNROLL
+      for (int lane = 0; lane < 16; lane += V::kLanes) {
+        const F step = V::load(k_scale + g * kPageTokens + j + lane);
+        KV4_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const F scale = V::set1(q_scale[r * groups + g]) * step;
+          const F before = g == 0 ? V::set1(from_mean[r]) : V::load(scores[r] + j + lane);
+          V::store(scores[r] + j + lane, V::fma(load_integers<V>(sums + r * 16 + lane), scale, before));
+        }
+      }
+    }
+  }
+}
+
+// o += the values of the page weighted with the rows of `weights`, after o *= rescale.
+template <class V, int R>
+KV4_INLINE void add_values(const PagesTask& t, const PageAt& page, const Dot::Table& table, int row0,
+                           const float (&weights)[R][kPageTokens], const float* rescale) {
+  using F = typename V::F;
+  using I = typename V::I;
+  constexpr int kOctets = kPageTokens / 8, kVectors = kRowLanes / V::kLanes;
+  const int groups = t.spec->value.groups;
+  const int channels = groups == 1 ? static_cast<int>(t.states.o_stride) : t.spec->value.group;
+  const std::uint8_t* codes = page.slice + t.spec->layout.v_codes;
+  const std::uint8_t* next = page.next + t.spec->layout.v_codes;
+  const Levels& levels = t.spec->value.levels;
+  const std::int64_t o_stride = t.states.o_stride;
+  float* const o = t.states.o + row0 * o_stride;
+  const float* const v_scale = t.v_scale;
+  alignas(64) std::uint8_t operands[kOctets * R * Dot::kOctetBytes];
+  alignas(64) float scaled[R][kPageTokens];
+  alignas(64) float unit[kRowLanes], inverse[kRowLanes];
+  alignas(64) std::int32_t start[kRowLanes], sums[R * 16];
+  for (int g = 0; g < groups; ++g) {
+    F largest[R] = {};
+    for (int j = 0; j < kPageTokens; j += V::kLanes) {
+      const F step = V::load(v_scale + g * kPageTokens + j);
+      KV4_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const F w = V::load(weights[r] + j) * step;
+        V::store(scaled[r] + j, w);
+        largest[r] = V::max(largest[r], w);
+      }
+    }
+    F top[kVectors];
+    fold_lanes<V, MaxLanes<V>>(largest, top);
+    KV4_UNROLL
+    for (int i = 0; i * V::kLanes < R; ++i) {
+      F u, v;
+      units_of<V>(top[i], &u, &v);
+      V::store(unit + i * V::kLanes, u);
+      V::store(inverse + i * V::kLanes, v);
+    }
+    I parts[R], total[kVectors] = {};
+    KV4_UNROLL
+    for (int r = 0; r < R; ++r)
+      parts[r] = quantise<V>(scaled[r], kPageTokens, V::set1(inverse[r]), operands + r * Dot::kOctetBytes,
+                             R * Dot::kOctetBytes);
+    fold_lanes<V, AddLanes>(parts, total);
+    std::memcpy(start, total, sizeof start);
+    KV4_UNROLL
+    for (int r = 0; r < R; ++r) start[r] = Dot::start(levels, start[r]);
+    for (int c = g * channels; c < (g + 1) * channels; c += 16) {
+      const std::size_t at = static_cast<std::size_t>(c / 16) * kOctets * 64;
+      Dot::block<R>(codes + at, kOctets, operands, start, 1, table, next + at, sums);
+      KV4_UNROLL
+      for (int r = 0; r < R; ++r) {
+        float* const to = o + r * o_stride + c;
+        const F scale = V::set1(unit[r]), factor = V::set1(rescale[r]);
+        KV4_UNROLL
+        for (int lane = 0; lane < 16; lane += V::kLanes)
+          V::store(to + lane, V::fma(load_integers<V>(sums + r * 16 + lane), scale, V::load(to + lane) * factor));
+      }
+    }
+  }
+}
+
 template <class V, int R>
 void attend_tile(const PagesTask& t, const PageAt& page, const Dot::Table& k_table, const Dot::Table& v_table,
                  int row0) {
   using F = typename V::F;
-  const kv4_page_layout& layout = t.spec->layout;
-  const int groups_k = t.spec->key.groups, groups_v = t.spec->value.groups;
-  const int padded_k = static_cast<int>(t.q_stride), padded_v = static_cast<int>(t.states.o_stride);
-  const int octets = (groups_k == 1 ? padded_k : t.spec->key.group) / 8;
-  const std::size_t q_bytes = static_cast<std::size_t>(padded_k) * 2;
-
   Span spans[R];
   bool any = false;
   for (int r = 0; r < R; ++r) {
@@ -96,88 +219,56 @@ void attend_tile(const PagesTask& t, const PageAt& page, const Dot::Table& k_tab
     any = any || spans[r].end > spans[r].begin;
   }
   if (!any) return;
-
   alignas(64) float scores[R][kPageTokens];
-  alignas(64) std::int32_t sums[R * 16];
-  float from_mean[R];
+  score_tile<V>(t, page, k_table, row0, scores);
   for (int r = 0; r < R; ++r) {
-    from_mean[r] = 0.0f;
-    if (!t.spec->key.mean) continue;
-    const float* q = t.q + (row0 + r) * t.q_stride;
-    F a = V::set1(0.0f), b = a, c = a, d = a;
-    int i = 0;
-    for (; i + 4 * V::kLanes <= padded_k; i += 4 * V::kLanes) {
-      a = V::fma(V::load(q + i), V::load(t.mean + i), a);
-      b = V::fma(V::load(q + i + V::kLanes), V::load(t.mean + i + V::kLanes), b);
-      c = V::fma(V::load(q + i + 2 * V::kLanes), V::load(t.mean + i + 2 * V::kLanes), c);
-      d = V::fma(V::load(q + i + 3 * V::kLanes), V::load(t.mean + i + 3 * V::kLanes), d);
-    }
-    for (; i < padded_k; i += V::kLanes) a = V::fma(V::load(q + i), V::load(t.mean + i), a);
-    from_mean[r] = V::reduce_add((a + b) + (c + d));
-  }
-  const std::uint8_t* k_codes = page.slice + layout.k_codes;
-  const std::uint8_t* k_next = page.next + layout.k_codes;
-  for (int j = 0; j < kPageTokens; j += 16) {
-    for (int g = 0; g < groups_k; ++g) {
-      const std::size_t at =
-          (static_cast<std::size_t>(j / 16) * (padded_k / 8) + static_cast<std::size_t>(g) * octets) * 64;
-      Dot::block<R>(k_codes + at, octets, t.q_codes + row0 * q_bytes + static_cast<std::size_t>(g) * octets * 16,
-                    q_bytes, t.q_start + row0 * groups_k + g, static_cast<std::size_t>(groups_k), k_table, k_next + at,
-                    sums);
-      for (int r = 0; r < R; ++r) {
-        const F unit = V::set1(t.q_scale[(row0 + r) * groups_k + g]);
-        for (int lane = 0; lane < 16; lane += V::kLanes) {
-          const F scale = unit * V::load(t.k_scale + g * kPageTokens + j + lane);
-          const F before = g == 0 ? V::set1(from_mean[r]) : V::load(scores[r] + j + lane);
-          V::store(scores[r] + j + lane, V::fma(load_integers<V>(sums + r * 16 + lane), scale, before));
-        }
-      }
-    }
-  }
-
-  float rescale[R];
-  bool needed = false;
-  for (int r = 0; r < R; ++r) {
-    const int row = row0 + r;
     if (t.cap != 0) {
       const F cap = V::set1(t.cap);
       for (int j = 0; j < kPageTokens; j += V::kLanes)
         V::store(scores[r] + j, cap * tanh_of<V>(V::load(scores[r] + j)));
     }
     if (t.mask.kind != Mask::General::none || spans[r].begin > 0 || spans[r].end < kPageTokens)
-      apply_mask(t.mask, row, page.position, spans[r], kPageTokens, scores[r]);
-    const Weights w = weigh<V>(scores[r], kPageTokens, t.states.m + row, t.states.l + row);
-    rescale[r] = w.rescale;
-    needed = needed || !(w.sum < kNegligible);
-    if (!w.visible)
-      for (int j = 0; j < kPageTokens; ++j) scores[r][j] = 0.0f;
+      apply_mask(t.mask, row0 + r, page.position, spans[r], kPageTokens, scores[r]);
   }
-  if (!needed) return;
+  alignas(64) float rescale[kRowLanes];
+  if (weigh<V>(scores, t.states.m + row0, t.states.l + row0, kNegligible, rescale))
+    add_values<V>(t, page, v_table, row0, scores, rescale);
+}
 
-  alignas(64) std::uint8_t w_codes[R][kPageTokens * 2];
-  float w_scale[R];
-  std::int32_t w_start[R];
-  const std::uint8_t* v_codes = page.slice + layout.v_codes;
-  const std::uint8_t* v_next = page.next + layout.v_codes;
-  const int channels = groups_v == 1 ? padded_v : t.spec->value.group;
-  for (int g = 0; g < groups_v; ++g) {
-    for (int r = 0; r < R; ++r) {
-      alignas(64) float weights[kPageTokens];
-      for (int j = 0; j < kPageTokens; j += V::kLanes)
-        V::store(weights + j, V::load(scores[r] + j) * V::load(t.v_scale + g * kPageTokens + j));
-      std::int32_t sum;
-      w_scale[r] = quantise<V>(weights, kPageTokens, w_codes[r], &sum);
-      w_start[r] = Dot::start(t.spec->value.levels, sum);
-    }
-    for (int c = g * channels; c < (g + 1) * channels; c += 16) {
-      const std::size_t at = static_cast<std::size_t>(c / 16) * (kPageTokens / 8) * 64;
-      Dot::block<R>(v_codes + at, kPageTokens / 8, w_codes[0], sizeof w_codes[0], w_start, 1, v_table, v_next + at,
-                    sums);
-      for (int r = 0; r < R; ++r) {
-        float* o = t.states.o + (row0 + r) * t.states.o_stride + c;
-        const F unit = V::set1(w_scale[r]), factor = V::set1(rescale[r]);
-        for (int lane = 0; lane < 16; lane += V::kLanes)
-          V::store(o + lane, V::fma(load_integers<V>(sums + r * 16 + lane), unit, V::load(o + lane) * factor));
+template <class V, int R = kTileRows>
+void attend_tiles(const PagesTask& t, const PageAt& page, const Dot::Table& k_table, const Dot::Table& v_table,
+                  int row, int rows) {
+  if constexpr (R > 1)
+    if (rows < R) return attend_tiles<V, R - 1>(t, page, k_table, v_table, row, rows);
+  attend_tile<V, R>(t, page, k_table, v_table, row);
+}
+
+// The queries as operands, tile by tile.
+template <class V>
+inline void prepare_queries(const PagesTask& t, int tiles) {
+  using F = typename V::F;
+  const SideSpec& key = t.spec->key;
+  const int padded = static_cast<int>(t.q_stride), positions = key.groups == 1 ? padded : key.group;
+  for (int i = 0; i < tiles; ++i) {
+    const TileAt tile = tile_at(t, i, tiles);
+    const std::size_t stride = static_cast<std::size_t>(tile.rows) * Dot::kOctetBytes;
+    std::uint8_t* operands = t.q_codes + static_cast<std::size_t>(tile.row) * (padded / 8) * Dot::kOctetBytes;
+    for (int r = 0; r < tile.rows; ++r) {
+      for (int g = 0; g < key.groups; ++g) {
+        const float* q = t.q + (tile.row + r) * t.q_stride + g * positions;
+        F largest = F{};
+        for (int c = 0; c < positions; c += V::kLanes) largest = V::max(largest, V::abs(V::load(q + c)));
+        F unit, inverse;
+        units_of<V>(V::set1(V::reduce_max(largest)), &unit, &inverse);
+        const typename V::I total =
+            quantise<V>(q, positions, inverse,
+                        operands + static_cast<std::size_t>(g) * (positions / 8) * stride + r * Dot::kOctetBytes, stride);
+        alignas(64) std::int32_t parts[V::kLanes];
+        std::memcpy(parts, &total, sizeof parts);
+        std::int32_t sum = 0;
+        for (std::int32_t part : parts) sum += part;
+        t.q_scale[(tile.row + r) * key.groups + g] = unit[0];
+        t.q_start[(tile.row + r) * key.groups + g] = Dot::start(key.levels, sum);
       }
     }
   }
@@ -188,29 +279,18 @@ void attend_pages(const PagesTask& t) {
   const kv4_page_layout& layout = t.spec->layout;
   const SideSpec& key = t.spec->key;
   const int padded_k = static_cast<int>(t.q_stride);
-  const int positions = key.groups == 1 ? padded_k : key.group;
   const Dot::Table k_table = Dot::table(key.levels), v_table = Dot::table(t.spec->value.levels);
-
-  for (int r = 0; r < t.rows; ++r) {
-    for (int g = 0; g < key.groups; ++g) {
-      std::int32_t sum;
-      t.q_scale[r * key.groups + g] = quantise<V>(
-          t.q + r * t.q_stride + g * positions, positions,
-          t.q_codes + (static_cast<std::size_t>(r) * padded_k + static_cast<std::size_t>(g) * positions) * 2, &sum);
-      t.q_start[r * key.groups + g] = Dot::start(key.levels, sum);
-    }
-  }
-
-  // Tiles of nearly equal size.
   const int tiles = (t.rows + kTileRows - 1) / kTileRows;
+  prepare_queries<V>(t, tiles);
   for (int p = t.first; p < t.last; ++p) {
     PageAt page;
     page.slice = t.pages[p] + t.slice;
     page.next = t.pages[p + 1 < t.last ? p + 1 : p] + t.slice;
     page.position = t.position + static_cast<std::int64_t>(p) * kPageTokens;
     page.tokens = p + 1 == t.page_count ? t.last_page_tokens : kPageTokens;
-    for (std::uint32_t i = layout.k_scales; i < layout.v_codes; i += 64) __builtin_prefetch(page.next + i);
-    for (std::uint32_t i = layout.v_scales; i < layout.head_bytes; i += 64) __builtin_prefetch(page.next + i);
+    // Into L2, as the codes: L1 has too few line buffers to hold what a page of memory latency takes.
+    for (std::uint32_t i = layout.k_scales; i < layout.v_codes; i += 64) __builtin_prefetch(page.next + i, 0, 2);
+    for (std::uint32_t i = layout.v_scales; i < layout.head_bytes; i += 64) __builtin_prefetch(page.next + i, 0, 2);
     widen_f16<V>(page.slice + layout.k_scales, key.groups * kPageTokens, 0, t.k_scale);
     widen_f16<V>(page.slice + layout.v_scales, t.spec->value.groups * kPageTokens, 0, t.v_scale);
     if (key.mean) widen_f16<V>(page.slice + layout.k_mean, key.dim, padded_k, t.mean);
@@ -221,33 +301,8 @@ void attend_pages(const PagesTask& t) {
         for (int j = page.tokens; j < kPageTokens; ++j) t.v_scale[g * kPageTokens + j] = 0.0f;
     }
     for (int i = 0; i < tiles; ++i) {
-      const int row = t.rows * i / tiles, rows = t.rows * (i + 1) / tiles - row;
-      switch (rows) {
-        case 1:
-          attend_tile<V, 1>(t, page, k_table, v_table, row);
-          break;
-        case 2:
-          attend_tile<V, 2>(t, page, k_table, v_table, row);
-          break;
-        case 3:
-          attend_tile<V, 3>(t, page, k_table, v_table, row);
-          break;
-        case 4:
-          attend_tile<V, 4>(t, page, k_table, v_table, row);
-          break;
-        case 5:
-          attend_tile<V, 5>(t, page, k_table, v_table, row);
-          break;
-        case 6:
-          attend_tile<V, 6>(t, page, k_table, v_table, row);
-          break;
-        case 7:
-          attend_tile<V, 7>(t, page, k_table, v_table, row);
-          break;
-        default:
-          attend_tile<V, 8>(t, page, k_table, v_table, row);
-          break;
-      }
+      const TileAt tile = tile_at(t, i, tiles);
+      attend_tiles<V>(t, page, k_table, v_table, tile.row, tile.rows);
       page.next = page.slice;
     }
   }

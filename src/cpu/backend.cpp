@@ -1,7 +1,6 @@
 // The CPU backend: host memory, sealing over jobs in parallel, attention.
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <string>
 #include <vector>
 
@@ -9,6 +8,7 @@
 #include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/layout.h"
+#include "cpu/memory.h"
 #include "cpu/order.h"
 #include "cpu/threads.h"
 #include "cpu/workspace.h"
@@ -17,7 +17,6 @@
 namespace kv4::cpu {
 namespace {
 
-constexpr std::align_val_t kAlignment{64};
 // Sealing a page of one head takes some microseconds: fewer are not worth waking threads for.
 constexpr std::size_t kParallelSeals = 4;
 
@@ -44,8 +43,8 @@ class CpuBackend final : public Backend {
     return supports_side(spec.value, "v");
   }
 
-  void* alloc(std::size_t bytes) override { return ::operator new(bytes, kAlignment, std::nothrow); }
-  void free(void* p, std::size_t) override { ::operator delete(p, kAlignment); }
+  void* alloc(std::size_t bytes) override { return alloc_pages(bytes); }
+  void free(void* p, std::size_t bytes) override { free_pages(p, bytes); }
   void copy(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
   void clear(void* p, std::size_t bytes) override { std::memset(p, 0, bytes); }
 

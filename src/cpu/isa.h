@@ -45,6 +45,7 @@ struct Kernels {
   std::size_t (*rotate_scratch)(int dim);
 
   void (*attend_pages)(const PagesTask& task);
+  int operand_bytes;  // of PagesTask::q_codes, per row and channel
   void (*attend_exact)(const ExactTask& task);
 };
 

@@ -26,6 +26,7 @@ const Kernels kernels = {
     .unrotate = unrotate<Isa>,
     .rotate_scratch = rotate_scratch<Isa>,
     .attend_pages = attend_pages<Isa>,
+    .operand_bytes = Dot::kOctetBytes / 8,
     .attend_exact = attend_exact<Isa>,
 };
 

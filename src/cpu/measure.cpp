@@ -1,9 +1,13 @@
 #include <chrono>
 #include <cstddef>
+#include <cstring>
 #include <memory>
 #include <string>
 
 #include "backend/backend.h"
+#include "cpu/isa.h"
+#include "cpu/rows.h"
+#include "cpu/threads.h"
 #include "kv4/cpu.h"
 
 namespace kv4::cpu {
@@ -70,6 +74,36 @@ Status measure_seal(int dim, RotationKind rotation, std::int64_t vectors, int re
     const std::chrono::duration<double, std::nano> took = std::chrono::steady_clock::now() - begin;
     if (r > 0) ns_per_vector->push_back(took.count() / static_cast<double>(pages * 2 * kPageTokens));
   }
+  return {};
+}
+
+Status measure_read(std::size_t bytes, int repeats, std::vector<double>* bytes_per_second) {
+  if (bytes < 1) return invalid_argument("bytes", "at least 1", "0");
+  if (repeats < 1) return invalid_argument("repeats", "at least 1", std::to_string(repeats));
+  constexpr std::size_t kChunk = 1024;
+  const int threads = num_threads();
+  const std::size_t count = static_cast<std::size_t>(threads);
+  const std::size_t share = (bytes + count * kChunk - 1) / (count * kChunk) * kChunk;  // bytes of one thread
+  Backend* cpu = find_backend("cpu");
+  const std::unique_ptr<std::uint8_t, Freed> memory(static_cast<std::uint8_t*>(cpu->alloc(share * count)),
+                                                    Freed{cpu, share * count});
+  if (!memory) return error(StatusCode::out_of_memory, "bytes", std::to_string(share * count) + " free bytes", "none");
+  const RowKernels& rows = row_kernels(active());
+  std::vector<float> sums(count * 16);  // a cache line each
+  std::memset(memory.get(), 0, share * count);
+  bytes_per_second->clear();
+  for (int r = 0; r <= repeats; ++r) {
+    const auto begin = std::chrono::steady_clock::now();
+    parallel_for(threads, threads, [&](std::int64_t i, int) {
+      const std::size_t at = static_cast<std::size_t>(i);
+      sums[at * 16] += rows.sum(reinterpret_cast<const float*>(memory.get() + at * share),
+                                static_cast<std::int64_t>(share / sizeof(float)));
+    });
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+    if (r > 0) bytes_per_second->push_back(static_cast<double>(share * count) / took.count());
+  }
+  volatile float kept = 0;  // so that the reads are kept
+  for (float x : sums) kept = kept + x;
   return {};
 }
 

@@ -17,6 +17,8 @@ struct RowKernels {
   void (*add)(const float* from, int count, float factor, float* to);
   // to = factor * from, rounded to dtype (f16 saturates at +-65504)
   void (*store)(const float* from, int count, float factor, DType dtype, void* to);
+  // The sum of `count` floats, read once, in order, as fast as memory gives them.
+  float (*sum)(const float* from, std::int64_t count);
 };
 
 #define KV4_DECLARE_ROW_KERNELS(isa)   \

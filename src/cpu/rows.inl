@@ -6,6 +6,9 @@
 
 namespace kv4::cpu::KV4_ISA {
 
+// Bytes that streaming fetches ahead of its reads.
+constexpr std::int64_t kStreamAhead = 2048;
+
 // to[i] = from[i] for i < count, widened.
 template <class V>
 inline void widen_row(DType dtype, const void* from, int count, float* to) {
@@ -88,7 +91,33 @@ void store_row(const float* from, int count, float factor, DType dtype, void* to
   }
 }
 
-const RowKernels row_kernels = {
-    .load = load_row<Isa>, .scale = scale_row<Isa>, .add = add_row<Isa>, .store = store_row<Isa>};
+// Eight sums, so that loads bind and not the latency of additions.
+template <class V>
+float sum_rows(const float* from, std::int64_t count) {
+  using F = typename V::F;
+  constexpr int kStep = 8 * V::kLanes;
+  F part[8] = {};
+  std::int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    for (int b = 0; b < kStep * 4; b += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(from + i) + kStreamAhead + b);
+    KV4_UNROLL
+    for (int p = 0; p < 8; ++p) part[p] += V::load(from + i + p * V::kLanes);
+  }
+  float rest = 0;
+  for (; i < count; ++i) rest += from[i];
+  KV4_UNROLL
+  for (int step = 4; step > 0; step /= 2) {
+    KV4_UNROLL
+    for (int p = 0; p < step; ++p) part[p] += part[p + step];
+  }
+  return V::reduce_add(part[0]) + rest;
+}
+
+const RowKernels row_kernels = {.load = load_row<Isa>,
+                                .scale = scale_row<Isa>,
+                                .add = add_row<Isa>,
+                                .store = store_row<Isa>,
+                                .sum = sum_rows<Isa>};
 
 }  // namespace kv4::cpu::KV4_ISA

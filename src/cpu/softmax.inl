@@ -7,14 +7,14 @@ namespace kv4::cpu::KV4_ISA {
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896341f;
 
-// 2^x for x <= 126: 0 below -126, NaN for NaN. Relative error below 2^-22: 2^f = 1 + f p(f) with
-// the degree-4 p that minimises the relative error over |f| <= 1/2 (9.1e-8), in float arithmetic.
+// 2^x for x <= 126, NaN for NaN. Relative error below 2^-22: 2^f = 1 + f p(f) with the degree-4 p that
+// minimises the relative error over |f| <= 1/2 (9.1e-8), in float arithmetic. From -127 down the bits of 1
+// less 127 exponents are those of 0, exactly; between -126 and -127 the result is off by less than 2^-126.
 template <class V>
 KV4_INLINE typename V::F exp2_of(typename V::F x) {
   using F = typename V::F;
   using I = typename V::I;
-  const F low = V::set1(-126.0f);
-  const F clamped = V::max(low, x);  // this order keeps NaN on x86
+  const F clamped = V::max(V::set1(-127.0f), x);  // this order keeps NaN on x86
   const I n = V::round(clamped);
   const F f = clamped - V::to_float(n);
   F p = V::set1(1.326472614891827e-3f);
@@ -23,7 +23,7 @@ KV4_INLINE typename V::F exp2_of(typename V::F x) {
   p = V::fma(p, f, V::set1(2.402224242687225e-1f));
   p = V::fma(p, f, V::set1(6.931470036506653e-1f));
   p = V::fma(p, f, V::set1(1.0f));
-  return (F)((I)((F)((I)p + (n << 23))) & ~(I)(x < low));
+  return (F)((I)p + (n << 23));
 }
 
 template <class V>
@@ -93,36 +93,89 @@ inline void apply_mask(const RowMask& mask, int row, std::int64_t position, Span
   }
 }
 
-struct Weights {
-  bool visible;   // false where every token is hidden; the other members are then 0 and 1, the weights undefined
-  float sum;      // of the block's weights
-  float rescale;  // what the row's earlier weights must be multiplied with
+// Numbers of one tile's rows side by side: enough for kTileRows and a whole number of vectors.
+constexpr int kRowLanes = 16;
+
+struct AddLanes {
+  template <class F>
+  static KV4_INLINE F apply(F a, F b) {
+    return a + b;
+  }
+};
+template <class V>
+struct MaxLanes {
+  static KV4_INLINE typename V::F apply(typename V::F a, typename V::F b) { return V::max(a, b); }
 };
 
-// Turns the scores of `size` tokens (a multiple of the lanes) into weights 2^(score - m) and takes
-// them into m and l.
-template <class V>
-inline Weights weigh(float* scores, int size, float* m, float* l) {
+// Lane r of out, taken as one array, is the lanes of x[r] joined by Op; X is F or I. The last vector of out is
+// written whole. All rows share transposes: one row after another would wait for each other's shuffles.
+template <class V, class Op, class X, int R>
+KV4_INLINE void fold_lanes(const X (&x)[R], X* out) {
+  static_assert(sizeof(X) == sizeof(typename V::F));
   using F = typename V::F;
-  F largest = V::load(scores);
-  for (int j = V::kLanes; j < size; j += V::kLanes) largest = V::max(largest, V::load(scores + j));
-  const float top = V::reduce_max(largest);
-  if (top == kHidden) return {false, 0.0f, 1.0f};
-  float rescale = 1.0f;
-  if (!(top <= *m)) {
-    rescale = exp2_of<V>(V::set1(*m - top))[0];
-    *m = top;
+  KV4_UNROLL
+  for (int first = 0; first < R; first += V::kLanes) {
+    F part[V::kLanes];
+    KV4_UNROLL
+    for (int i = 0; i < V::kLanes; ++i) part[i] = first + i < R ? (F)x[first + i < R ? first + i : 0] : F{};
+    V::transpose(part);
+    KV4_UNROLL
+    for (int step = V::kLanes / 2; step > 0; step /= 2) {
+      KV4_UNROLL
+      for (int i = 0; i < step; ++i) part[i] = (F)Op::apply((X)part[i], (X)part[i + step]);
+    }
+    out[first / V::kLanes] = (X)part[0];
   }
-  const F centre = V::set1(*m);
-  F sums = V::set1(0.0f);
-  for (int j = 0; j < size; j += V::kLanes) {
-    const F w = exp2_of<V>(V::load(scores + j) - centre);
-    V::store(scores + j, w);
-    sums += w;
+}
+
+// Turns the scores of R rows over N tokens (N a multiple of the lanes) into weights 2^(score - m) and takes them
+// into m and l. rescale[r]: what the row's earlier weights must be multiplied with; kRowLanes entries. Returns
+// false where no row gains more than `negligible` in l. Each step is done for all rows before the next: the
+// rows' chains of dependent instructions then run side by side.
+template <class V, int R, int N>
+KV4_INLINE bool weigh(float (&scores)[R][N], float* m, float* l, float negligible, float* rescale) {
+  using F = typename V::F;
+  using I = typename V::I;
+  constexpr int kVectors = kRowLanes / V::kLanes;
+  F lanes[R];
+  for (int r = 0; r < R; ++r) {
+    lanes[r] = V::load(scores[r]);
+    for (int j = V::kLanes; j < N; j += V::kLanes) lanes[r] = V::max(lanes[r], V::load(scores[r] + j));
   }
-  const float sum = V::reduce_add(sums);
-  *l = *l * rescale + sum;
-  return {true, sum, rescale};
+  F top[kVectors], sum[kVectors];
+  fold_lanes<V, MaxLanes<V>>(lanes, top);
+  alignas(64) float now[kRowLanes] = {}, centre[kRowLanes];
+  for (int r = 0; r < R; ++r) now[r] = m[r];
+  KV4_UNROLL
+  for (int i = 0; i * V::kLanes < R; ++i) {
+    const F before = V::load(now + i * V::kLanes), after = V::max(before, top[i]);
+    // Rows that have seen nothing yet are centred on 0: their scores are -infinity, their weights 0.
+    const F c = (F)((I)after & ~(I)(after == V::set1(kHidden)));
+    V::store(now + i * V::kLanes, after);
+    V::store(centre + i * V::kLanes, c);
+    V::store(rescale + i * V::kLanes, exp2_of<V>(before - c));
+  }
+  for (int r = 0; r < R; ++r) {
+    const F c = V::set1(centre[r]);
+    F total = F{};
+    for (int j = 0; j < N; j += V::kLanes) {
+      const F w = exp2_of<V>(V::load(scores[r] + j) - c);
+      V::store(scores[r] + j, w);
+      total += w;
+    }
+    lanes[r] = total;
+    m[r] = now[r];
+  }
+  fold_lanes<V, AddLanes>(lanes, sum);
+  alignas(64) float gain[kRowLanes];
+  KV4_UNROLL
+  for (int i = 0; i * V::kLanes < R; ++i) V::store(gain + i * V::kLanes, sum[i]);
+  bool gains = false;
+  for (int r = 0; r < R; ++r) {
+    l[r] = l[r] * rescale[r] + gain[r];
+    gains = gains || !(gain[r] < negligible);
+  }
+  return gains;
 }
 
 }  // namespace kv4::cpu::KV4_ISA

@@ -19,4 +19,4 @@
 
 // Before a loop of constant bounds over an array of vectors: the array lives in registers only where
 // the loop is unrolled, at any optimisation level.
-#define KV4_UNROLL _Pragma("GCC unroll 16")
+#define KV4_UNROLL _Pragma("GCC unroll 32")

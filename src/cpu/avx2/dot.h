@@ -18,7 +18,7 @@ namespace kv4::cpu::avx2 {
 
 struct Dot {
   static constexpr int kLimit = 32512;
-  static constexpr int kAccumulators = 8;
+  static constexpr int kAccumulators = 12;
 
   struct Table {
     __m256i levels;  // L[n] - L[0], 0 ... 254, in both halves
@@ -29,52 +29,65 @@ struct Dot {
   }
   static KV4_INLINE std::int32_t start(const Levels& l, std::int32_t sum) { return l.table[0] * sum; }
 
-  // Positions (0, 2), (4, 6), (1, 3), (5, 7) of each 8 as pairs of int16: the order in which block() unpacks.
-  static KV4_INLINE void pack(const std::int32_t* v, std::uint8_t* operand) {
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    for (int o = 0; o < 2; ++o) {
-      const __m256i x =
-          _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + 8 * o)), order);
-      const __m128i upper = _mm_slli_epi32(_mm256_extracti128_si256(x, 1), 16);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(operand + 16 * o),
-                       _mm_blend_epi16(_mm256_castsi256_si128(x), upper, 0xaa));
+  // Pairs of int16, each repeated over a register: positions (0, 2), (4, 6), (1, 3), (5, 7) of each 8, the
+  // order in which block() unpacks. A memory operand of vpmaddwd then needs no broadcast of its own.
+  static constexpr int kOctetBytes = 128;
+  static KV4_INLINE void pack(const std::int32_t* v, std::uint8_t* operand, std::size_t octet_stride) {
+    for (int o = 0; o < 2; ++o, operand += octet_stride) {
+      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + 8 * o));
+      const __m256i pairs = _mm256_blend_epi16(x, _mm256_slli_epi32(_mm256_bsrli_epi128(x, 8), 16), 0xaa);
+      const __m256i low = _mm256_permute2x128_si256(pairs, pairs, 0x00);
+      const __m256i high = _mm256_permute2x128_si256(pairs, pairs, 0x11);
+      __m256i* to = reinterpret_cast<__m256i*>(operand);
+      _mm256_store_si256(to, _mm256_shuffle_epi32(low, 0x00));
+      _mm256_store_si256(to + 1, _mm256_shuffle_epi32(high, 0x00));
+      _mm256_store_si256(to + 2, _mm256_shuffle_epi32(low, 0x55));
+      _mm256_store_si256(to + 3, _mm256_shuffle_epi32(high, 0x55));
     }
   }
 
   // Sums wrap modulo 2^32 on the way; the result does not overflow (portable/dot.h).
   template <int R>
   [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                                      std::size_t operand_stride, const std::int32_t* start, std::size_t start_stride,
-                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+                                      const std::int32_t* start, std::size_t start_stride, const Table& table,
+                                      const std::uint8_t* next, std::int32_t* sums) {
     const __m256i nibble = _mm256_set1_epi16(15);
+    // With few rows the latency of the additions binds: each row then has several sums.
+    constexpr int kChains = R == 1 ? 4 : R <= 3 ? 2 : 1;
     for (int half = 0; half < 2; ++half, codes += 32) {
-      __m256i acc[R];
+      __m256i acc[kChains][R];
       KV4_UNROLL
-      for (int r = 0; r < R; ++r) acc[r] = _mm256_set1_epi32(start[r * start_stride]);
+      for (int c = 0; c < kChains; ++c) {
+        KV4_UNROLL
+        for (int r = 0; r < R; ++r) acc[c][r] = c == 0 ? _mm256_set1_epi32(start[r * start_stride]) : __m256i{};
+      }
       const std::uint8_t* operand = operands;
-      for (int o = 0; o < octets; ++o, operand += 16) {
-        if (half == 0) _mm_prefetch(reinterpret_cast<const char*>(next + o * 64), _MM_HINT_T0);
+      for (int o = 0; o < octets; ++o, operand += R * kOctetBytes) {
+        if (half == 0) _mm_prefetch(reinterpret_cast<const char*>(next + o * 64), _MM_HINT_T1);
         const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + o * 64));
-        step<R>(acc, _mm256_and_si256(w, nibble), table, operand, operand_stride);
-        step<R>(acc, _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble), table, operand + 4, operand_stride);
-        step<R>(acc, _mm256_and_si256(_mm256_srli_epi16(w, 8), nibble), table, operand + 8, operand_stride);
-        step<R>(acc, _mm256_srli_epi16(w, 12), table, operand + 12, operand_stride);
+        step<R>(acc[0], _mm256_and_si256(w, nibble), table, operand);
+        step<R>(acc[1 % kChains], _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble), table, operand + 32);
+        step<R>(acc[2 % kChains], _mm256_and_si256(_mm256_srli_epi16(w, 8), nibble), table, operand + 64);
+        step<R>(acc[3 % kChains], _mm256_srli_epi16(w, 12), table, operand + 96);
       }
       KV4_UNROLL
-      for (int r = 0; r < R; ++r) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + r * 16 + half * 8), acc[r]);
+      for (int r = 0; r < R; ++r) {
+        __m256i sum = acc[0][r];
+        KV4_UNROLL
+        for (int c = 1; c < kChains; ++c) sum = _mm256_add_epi32(sum, acc[c][r]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + r * 16 + half * 8), sum);
+      }
     }
   }
 
  private:
   template <int R>
-  static KV4_INLINE void step(__m256i (&acc)[R], __m256i index, const Table& table, const std::uint8_t* operand,
-                              std::size_t stride) {
+  static KV4_INLINE void step(__m256i (&acc)[R], __m256i index, const Table& table, const std::uint8_t* operand) {
     const __m256i levels = _mm256_shuffle_epi8(table.levels, index);
     KV4_UNROLL
     for (int r = 0; r < R; ++r) {
-      std::int32_t pair;
-      std::memcpy(&pair, operand + r * stride, 4);
-      acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(levels, _mm256_set1_epi32(pair)));
+      const __m256i pairs = _mm256_load_si256(reinterpret_cast<const __m256i*>(operand + r * kOctetBytes));
+      acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(levels, pairs));
       // GCC would join the four sums of a row into a tree, whose many parts no longer fit the registers.
       asm("" : "+x"(acc[r]));
     }

@@ -17,7 +17,8 @@ namespace kv4::cpu::avx512 {
 
 struct Dot {
   static constexpr int kLimit = 32512;
-  static constexpr int kAccumulators = 16;
+  static constexpr int kAccumulators = 24;
+  static constexpr int kOctetBytes = 16;
 
   struct Table {
     __m512i levels;  // L[n] - L[0], 0 ... 254, in all four quarters
@@ -29,20 +30,20 @@ struct Dot {
   static KV4_INLINE std::int32_t start(const Levels& l, std::int32_t sum) { return l.table[0] * sum; }
 
   // Each 8 positions: 8 bytes of h, then 8 bytes of l.
-  static KV4_INLINE void pack(const std::int32_t* v, std::uint8_t* operand) {
+  static KV4_INLINE void pack(const std::int32_t* v, std::uint8_t* operand, std::size_t octet_stride) {
     const __m512i x = _mm512_loadu_si512(v);
     const __m128i h = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8));
     const __m128i l = _mm512_cvtepi32_epi8(x);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(operand), _mm_unpacklo_epi64(h, l));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(operand + 16), _mm_unpackhi_epi64(h, l));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(operand + octet_stride), _mm_unpackhi_epi64(h, l));
   }
 
   // (high << 8) + low + start wraps modulo 2^32; the result does not overflow (portable/dot.h).
   // high and low themselves stay below 512 * 254 * 128 < 2^25.
   template <int R>
   [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                                      std::size_t operand_stride, const std::int32_t* start, std::size_t start_stride,
-                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+                                      const std::int32_t* start, std::size_t start_stride, const Table& table,
+                                      const std::uint8_t* next, std::int32_t* sums) {
     const __m512i nibble = _mm512_set1_epi8(15);
     // With few rows the latency of vpdpbusd binds: the two nibbles then have sums of their own.
     constexpr int kChains = R <= 4 ? 2 : 1;
@@ -53,14 +54,14 @@ struct Dot {
       for (int r = 0; r < R; ++r) high[c][r] = low[c][r] = _mm512_setzero_si512();
     }
     const std::uint8_t* operand = operands;
-    for (int o = 0; o < octets; ++o, operand += 16) {
-      _mm_prefetch(reinterpret_cast<const char*>(next + o * 64), _MM_HINT_T0);
+    for (int o = 0; o < octets; ++o, operand += R * kOctetBytes) {
+      _mm_prefetch(reinterpret_cast<const char*>(next + o * 64), _MM_HINT_T1);
       const __m512i w = _mm512_loadu_si512(codes + o * 64);
       const __m512i first = _mm512_shuffle_epi8(table.levels, _mm512_and_si512(w, nibble));
       const __m512i second = _mm512_shuffle_epi8(table.levels, _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble));
       KV4_UNROLL
       for (int r = 0; r < R; ++r) {
-        const std::uint8_t* v = operand + r * operand_stride;
+        const std::uint8_t* v = operand + r * kOctetBytes;
         add_products(high[0][r], first, v);
         add_products(low[0][r], first, v + 8);
         add_products(high[kChains - 1][r], second, v + 4);

@@ -18,7 +18,8 @@ namespace kv4::cpu::neon {
 
 struct Dot {
   static constexpr int kLimit = 32512;
-  static constexpr int kAccumulators = 16;
+  static constexpr int kAccumulators = 24;
+  static constexpr int kOctetBytes = 16;
 
 #if defined(__ARM_FEATURE_DOTPROD)
   struct Table {
@@ -28,8 +29,8 @@ struct Dot {
   static KV4_INLINE std::int32_t start(const Levels&, std::int32_t) { return 0; }
 
   // Each 8 positions: 8 bytes of h, then 8 bytes of l.
-  static KV4_INLINE void pack(const std::int32_t* v, std::uint8_t* operand) {
-    for (int o = 0; o < 2; ++o, v += 8, operand += 16) {
+  static KV4_INLINE void pack(const std::int32_t* v, std::uint8_t* operand, std::size_t octet_stride) {
+    for (int o = 0; o < 2; ++o, v += 8, operand += octet_stride) {
       const int16x8_t x = vcombine_s16(vmovn_s32(vld1q_s32(v)), vmovn_s32(vld1q_s32(v + 4)));
       const int8x8_t h = vshrn_n_s16(vaddq_s16(x, vdupq_n_s16(128)), 8);
       vst1q_u8(operand, vreinterpretq_u8_s8(vcombine_s8(h, vmovn_s16(x))));
@@ -39,8 +40,8 @@ struct Dot {
   // |high| and |low| stay below 512 * 127 * 128 < 2^23, the result within int32 (portable/dot.h).
   template <int R>
   [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                                      std::size_t operand_stride, const std::int32_t* start, std::size_t start_stride,
-                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+                                      const std::int32_t* start, std::size_t start_stride, const Table& table,
+                                      const std::uint8_t* next, std::int32_t* sums) {
     constexpr int kQuarters = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // 16-byte columns at a time: 16 sums at most
     const uint8x16_t nibble = vdupq_n_u8(15);
     for (int quarter = 0; quarter < 4; quarter += kQuarters, codes += 16 * kQuarters) {
@@ -61,7 +62,7 @@ struct Dot {
         }
         KV4_UNROLL
         for (int r = 0; r < R; ++r) {
-          const int8x16_t v = vreinterpretq_s8_u8(vld1q_u8(operands + r * operand_stride + o * 16));
+          const int8x16_t v = vreinterpretq_s8_u8(vld1q_u8(operands + (o * R + r) * kOctetBytes));
           KV4_UNROLL
           for (int c = 0; c < kQuarters; ++c) {
             high[c][r] = vdotq_laneq_s32(high[c][r], first[c], v, 0);
@@ -91,8 +92,8 @@ struct Dot {
   static KV4_INLINE std::int32_t start(const Levels& l, std::int32_t sum) { return l.table[0] * sum; }
 
   // Positions (0, 2), (4, 6), (1, 3), (5, 7) of each 8 as pairs of int16: the order in which block() unpacks.
-  static KV4_INLINE void pack(const std::int32_t* v, std::uint8_t* operand) {
-    for (int o = 0; o < 2; ++o, v += 8, operand += 16) {
+  static KV4_INLINE void pack(const std::int32_t* v, std::uint8_t* operand, std::size_t octet_stride) {
+    for (int o = 0; o < 2; ++o, v += 8, operand += octet_stride) {
       const int16x4_t a = vmovn_s32(vld1q_s32(v)), b = vmovn_s32(vld1q_s32(v + 4));
       const std::int16_t order[8] = {vget_lane_s16(a, 0), vget_lane_s16(a, 2), vget_lane_s16(b, 0),
                                      vget_lane_s16(b, 2), vget_lane_s16(a, 1), vget_lane_s16(a, 3),
@@ -104,8 +105,8 @@ struct Dot {
   // Sums wrap modulo 2^32 on the way; the result does not overflow (portable/dot.h).
   template <int R>
   [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                                      std::size_t operand_stride, const std::int32_t* start, std::size_t start_stride,
-                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+                                      const std::int32_t* start, std::size_t start_stride, const Table& table,
+                                      const std::uint8_t* next, std::int32_t* sums) {
     const uint16x8_t nibble = vdupq_n_u16(15);
     for (int quarter = 0; quarter < 4; ++quarter, codes += 16) {
       int32x4_t first[R], second[R];
@@ -122,7 +123,7 @@ struct Dot {
           levels[i] = vreinterpretq_s16_u8(vqtbl1q_u8(table.levels, vreinterpretq_u8_u16(index[i])));
         KV4_UNROLL
         for (int r = 0; r < R; ++r) {
-          const std::uint8_t* v = operands + r * operand_stride + o * 16;
+          const std::uint8_t* v = operands + (o * R + r) * kOctetBytes;
           KV4_UNROLL
           for (int i = 0; i < 4; ++i) {
             std::int32_t pair;

@@ -26,19 +26,24 @@ struct Dot {
   // What sums must start from when the table is offset; `sum` is the sum of v.
   static std::int32_t start(const Levels&, std::int32_t) { return 0; }
 
-  // 16 positions of v as an operand of 32 bytes.
-  static void pack(const std::int32_t* v, std::uint8_t* operand) {
-    std::int16_t h[16];
-    for (int i = 0; i < 16; ++i) h[i] = static_cast<std::int16_t>(v[i]);
-    std::memcpy(operand, h, sizeof h);
+  // Operands of the R rows that block<R> takes lie octet by octet, 8 positions of each row in turn:
+  // those of octet o and row r at (o * R + r) * kOctetBytes.
+  static constexpr int kOctetBytes = 16;
+  // 16 positions of v, two octets; octet_stride = R * kOctetBytes.
+  static void pack(const std::int32_t* v, std::uint8_t* operand, std::size_t octet_stride) {
+    for (int o = 0; o < 2; ++o) {
+      std::int16_t h[8];
+      for (int i = 0; i < 8; ++i) h[i] = static_cast<std::int16_t>(v[8 * o + i]);
+      std::memcpy(operand + o * octet_stride, h, sizeof h);
+    }
   }
 
-  // sums[r * 16 + lane] = start[r * start_stride] + the dot product over 8 * octets positions of row
-  // r, whose operand lies at operands + r * operand_stride. `next` is prefetched along.
+  // sums[r * 16 + lane] = start[r * start_stride] + the dot product over 8 * octets positions of row r.
+  // `next` is prefetched along.
   template <int R>
   [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                                      std::size_t operand_stride, const std::int32_t* start, std::size_t start_stride,
-                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+                                      const std::int32_t* start, std::size_t start_stride, const Table& table,
+                                      const std::uint8_t* next, std::int32_t* sums) {
     std::int32_t acc[R][16];
     for (int r = 0; r < R; ++r)
       for (int lane = 0; lane < 16; ++lane) acc[r][lane] = start[r * start_stride];
@@ -53,7 +58,7 @@ struct Dot {
       }
       for (int r = 0; r < R; ++r) {
         std::int16_t v[8];
-        std::memcpy(v, operands + r * operand_stride + o * 16, sizeof v);
+        std::memcpy(v, operands + (o * R + r) * kOctetBytes, sizeof v);
         for (int i = 0; i < 8; ++i)
           for (int lane = 0; lane < 16; ++lane) acc[r][lane] += levels[i][lane] * v[i];
       }
