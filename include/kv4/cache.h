@@ -105,6 +105,8 @@ class Cache {
   // A sealed head slice of row's page `index`, for tools: codes in canonical order.
   Status page_codes(int row, int index, int head, std::span<std::uint8_t> k,
                     std::span<std::uint8_t> v) const;
+  // Its scales, fp16 bits: [groups, kPageTokens] of keys and of values.
+  Status page_scales(int row, int index, int head, std::span<std::uint16_t> k, std::span<std::uint16_t> v) const;
   int page_count(int row) const;
 
  private:

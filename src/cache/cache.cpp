@@ -200,23 +200,49 @@ std::span<const float> Cache::lambda(int row) const {
 
 int Cache::page_count(int row) const { return static_cast<int>(state_->sequences[static_cast<std::size_t>(row)].pages.size()); }
 
+// The head slice that a tool asks for by number.
+Status Cache::State::find_slice(int row, int index, int head, const std::uint8_t** out) const {
+  const auto in_range = [](const char* name, int value, std::size_t end) {
+    return value >= 0 && value < static_cast<int>(end)
+               ? Status()
+               : error(StatusCode::out_of_range, name, "0 to " + std::to_string(static_cast<int>(end) - 1), std::to_string(value));
+  };
+  KV4_RETURN_IF_ERROR(in_range("row", row, sequences.size()));
+  const std::vector<PageRef>& pages = sequences[static_cast<std::size_t>(row)].pages;
+  KV4_RETURN_IF_ERROR(in_range("index", index, pages.size()));
+  KV4_RETURN_IF_ERROR(in_range("head", head, static_cast<std::size_t>(config.kv_heads)));
+  *out = slice(pages[static_cast<std::size_t>(index)], head);
+  return {};
+}
+
+namespace {
+
+Status expect_room(const char* name, std::size_t need, std::size_t have, const char* unit) {
+  return have == need ? Status() : invalid_argument(name, std::to_string(need) + unit, std::to_string(have));
+}
+
+}  // namespace
+
 Status Cache::page_codes(int row, int index, int head, std::span<std::uint8_t> k, std::span<std::uint8_t> v) const {
   const State& s = *state_;
-  const auto in_range = [](const char* name, int value, int end) {
-    return value >= 0 && value < end ? Status()
-                                     : error(StatusCode::out_of_range, name, "0 to " + std::to_string(end - 1), std::to_string(value));
-  };
-  KV4_RETURN_IF_ERROR(in_range("row", row, batch()));
-  KV4_RETURN_IF_ERROR(in_range("index", index, page_count(row)));
-  KV4_RETURN_IF_ERROR(in_range("head", head, s.config.kv_heads));
-  const auto room = [](const char* name, std::size_t have, int dim) {
-    const std::size_t need = static_cast<std::size_t>(kPageTokens) * dim / 2;
-    return have == need ? Status() : invalid_argument(name, std::to_string(need) + " bytes", std::to_string(have));
-  };
-  KV4_RETURN_IF_ERROR(room("k", k.size(), s.config.head_dim_k));
-  KV4_RETURN_IF_ERROR(room("v", v.size(), s.config.head_dim_v));
-  s.backend->codes_to_canonical(s.spec, s.slice(s.sequences[static_cast<std::size_t>(row)].pages[static_cast<std::size_t>(index)], head),
-                                k.data(), v.data());
+  const std::uint8_t* slice = nullptr;
+  KV4_RETURN_IF_ERROR(s.find_slice(row, index, head, &slice));
+  const auto bytes = [](int dim) { return static_cast<std::size_t>(kPageTokens) * static_cast<std::size_t>(dim) / 2; };
+  KV4_RETURN_IF_ERROR(expect_room("k", bytes(s.config.head_dim_k), k.size(), " bytes"));
+  KV4_RETURN_IF_ERROR(expect_room("v", bytes(s.config.head_dim_v), v.size(), " bytes"));
+  s.backend->codes_to_canonical(s.spec, slice, k.data(), v.data());
+  return {};
+}
+
+Status Cache::page_scales(int row, int index, int head, std::span<std::uint16_t> k, std::span<std::uint16_t> v) const {
+  const State& s = *state_;
+  const std::uint8_t* slice = nullptr;
+  KV4_RETURN_IF_ERROR(s.find_slice(row, index, head, &slice));
+  const auto count = [](int groups) { return static_cast<std::size_t>(groups * kPageTokens); };
+  KV4_RETURN_IF_ERROR(expect_room("k", count(s.spec.key.groups), k.size(), " scales"));
+  KV4_RETURN_IF_ERROR(expect_room("v", count(s.spec.value.groups), v.size(), " scales"));
+  s.backend->copy(k.data(), slice + s.spec.layout.k_scales, k.size_bytes());
+  s.backend->copy(v.data(), slice + s.spec.layout.v_scales, v.size_bytes());
   return {};
 }
 

@@ -36,6 +36,7 @@ struct Cache::State {
   bool seals() const { return config.recipe.seal != SealMode::never; }
   bool arrival() const { return config.recipe.seal == SealMode::arrival; }
   int heads() const { return config.kv_heads; }
+  Status find_slice(int row, int index, int head, const std::uint8_t** out) const;
   std::uint8_t* slice(const PageRef& page, int head) const {
     return page.data() + static_cast<std::size_t>(head) * spec.layout.head_bytes;
   }

@@ -3,15 +3,24 @@
 //   score_j = q_scale k_scale_j sum_c q_c L[n_jc] + q'.m'      q_c int16, one q_scale per row and group
 //   o_c    += w_scale sum_j w_j L[n_jc]                        w_j int16 of 2^(score_j - m) v_scale_j
 //
-// Codes are unpacked once for up to kTileRows rows. Instructions per token, KV head and R rows at
-// d = 128 with one scale per vector; keys and values cost the same (counted in dot.h, /8 or /16 lanes):
+// Codes are unpacked once for up to kTileRows rows. Instructions per token, KV head and R rows at d = 128 with
+// one scale per vector, 136 bytes (dot.h counts the first two columns; keys and values cost the same):
 //
-//                        unpacking      products      softmax, weights, mean, o     bytes of the page
-//   AVX2 (Zen 3)         2 x 22         R x 2 x 24    about R x 12                  136
-//   AVX-512 VNNI         2 x 6          R x 2 x 4     about R x 6                   136
+//                     unpacking   products   mean, softmax, weights, o    cycles: products and unpacking
+//   AVX2              44          R x 32     R x 10.5 (counted)           Zen 3: 10 + 8 R (four vector pipes)
+//   AVX-512 VNNI      12          R x 8      R x 5                        Zen 4: 4 + 8 R; Sapphire Rapids: 4 + 4 R
 //
-// A Zen 3 core starts at most 6 instructions and 2 vpmaddwd a cycle, so a token takes at least 17 cycles at
-// R = 1 and 47 at R = 4; memory at 10 GB/s a core and 4 GHz takes 54. Up to four rows memory binds, then issue.
+// Measured on Zen 3 at 3.2 GHz, in L1: products and unpacking 22, 29, 46, 65 cycles at R = 1, 2, 4, 6, the whole
+// 32, 43, 69, 94. At 11 GB/s a core 136 bytes take 40 cycles: memory binds up to R = 2, then the vector pipes.
+// Half of the memory's speed at R = 6 would leave 80 cycles. Zen 4 and Sapphire Rapids are counts, not runs.
+//
+// Versions tried (Zen 3, R = 6, ns per token and head on one core):
+//   34    operands of vpmaddwd broadcast by an instruction each; softmax row after row
+//   31    operands repeated over a register in memory; every step of the softmax for all rows before the next
+//   29.5  pointers kept out of memory that byte stores may alias
+//   slower: nibbles looked up bytewise and split into 16 bits afterwards (one instruction fewer, on busier pipes)
+// Prefetching (two threads from memory, R = 1 and 6): none 10.3, 19.4; 2 KiB ahead in the same page 9.2, 17.8; the
+// same place of the next page into L1 7.8, 16.0; into L2 6.7, 14.9.
 //
 // Rounding: q_c is off by half a unit in 32512 of the row's largest q', w_j by half a unit in 32512
 // of the page's largest weight: 1.5e-5 of the largest term either way. Overflow: 64 tokens of |w| <= 32512
@@ -32,12 +41,13 @@ template <class V>
 KV4_INLINE typename V::I quantise(const float* x, int n, typename V::F inverse, std::uint8_t* operand,
                                   std::size_t octet_stride) {
   using I = typename V::I;
+  const I used = (I)(inverse > typename V::F{});  // 0 times infinity has no integer
   I total{};
   for (int i = 0; i < n; i += 16) {
     alignas(64) std::int32_t v[16];
     KV4_UNROLL
     for (int lane = 0; lane < 16; lane += V::kLanes) {
-      const I r = V::round(V::load(x + i + lane) * inverse);
+      const I r = V::round(V::load(x + i + lane) * inverse) & used;
       total += r;
       std::memcpy(v + lane, &r, sizeof r);
     }

@@ -17,6 +17,7 @@ namespace kv4::cpu::KV4_ISA {
 template <int N>
 struct LaneTypes {
   typedef std::uint8_t B __attribute__((vector_size(4 * N)));  // bytes of a VecTypes<N>::I
+  typedef std::int8_t S __attribute__((vector_size(4 * N)));
 };
 typedef std::uint8_t Bytes16 __attribute__((vector_size(16)));
 

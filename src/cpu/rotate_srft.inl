@@ -4,7 +4,7 @@
 //
 // Passes over the data, each reading and writing d vectors once:
 //   first   radix 2, 3, 4, 5 or 8 (a 2 and a 4 together): permutes by the plan's source[], applies
-//           the signs with the transform's whole scale, needs no twiddles
+//           the signs with the transform's whole scale (sealing folds both into lambda), needs no twiddles
 //   middle  radix 2, 3, 4, 5 with twiddles; k = 0 apart, without
 //   last    radix 4 joined with the real split where the plan ends in 4: butterflies k and h/4 - k
 //           hold both elements of four split pairs, and share their twiddles
@@ -132,8 +132,8 @@ KV4_INLINE void butterfly(Complex<Isa>* z) {
   }
 }
 
-// First pass of the forward transform: x [d] -> slots, with signs and scale.
-template <class Isa, int R>
+// First pass of the forward transform: x [d] -> slots, with signs and scale unless x carries them already.
+template <class Isa, int R, bool kScaled>
 KV4_INLINE void first_pass(const Real<Isa>* x, const Real<Isa>* scaled_signs, const std::uint16_t* source,
                            Real<Isa>* slots, int h) {
   for (int base = 0; base < h; base += R) {
@@ -144,8 +144,11 @@ KV4_INLINE void first_pass(const Real<Isa>* x, const Real<Isa>* scaled_signs, co
       // slower digit is the 4's.
       const int digit = R == 8 ? leg / 2 + leg % 2 * 4 : leg;
       const int n = source[base] + digit * (h / R);
-      const Complex<Isa> sign = broadcast_complex<Isa>(scaled_signs, n), v = load_complex<Isa>(x, n);
-      z[leg] = {v.re * sign.re, v.im * sign.im};
+      z[leg] = load_complex<Isa>(x, n);
+      if constexpr (!kScaled) {
+        const Complex<Isa> sign = broadcast_complex<Isa>(scaled_signs, n);
+        z[leg] = {z[leg].re * sign.re, z[leg].im * sign.im};
+      }
     }
     butterfly<Isa, R>(z);
     KV4_UNROLL
@@ -320,13 +323,13 @@ KV4_INLINE void unsplit_pass(const Real<Isa>* x, const Real<Isa>* split, const s
 }
 
 // Forward transform for h = a power of two known at compile time: loops of constant bounds and strides.
-template <class Isa, int H>
+template <class Isa, int H, bool kScaled>
 void srft_power_of_two(const Rotation& r, Real<Isa>* x, Real<Isa>* slots) {
   const Tables<Real<Isa>> t(r);
   const std::uint16_t* source = r.fft().source.data();
   constexpr bool kOdd = H == 32 || H == 128;  // an odd power of two: the plan begins with 2, 4
   constexpr int kFirst = kOdd ? 8 : 4, kFirstTwiddles = kOdd ? 1 + 2 * 3 : 3;
-  first_pass<Isa, kFirst>(x, t.scaled_signs, source, slots, H);
+  first_pass<Isa, kFirst, kScaled>(x, t.scaled_signs, source, slots, H);
   const Real<Isa>* twiddle = t.twiddle + 2 * kFirstTwiddles;
   if constexpr (H >= kFirst * 16) {
     middle_pass<Isa, 4>(slots, twiddle, kFirst, H);
@@ -363,17 +366,18 @@ void run_stages(const Rotation& r, Real<Isa>* slots, Real<Isa>* work, std::size_
   }
 }
 
-// x [d] vectors, in place; work [2d] vectors: slots, then the primes' sums.
-template <class Isa>
+// x [d] vectors, in place; work [2d] vectors: slots, then the primes' sums. kScaled: x was multiplied with
+// scaled_signs before.
+template <class Isa, bool kScaled = false>
 void srft_forward(const Rotation& r, Real<Isa>* x, Real<Isa>* work) {
   const FftPlan& plan = r.fft();
   const int h = plan.length;
   switch (h) {
-    case 16: return srft_power_of_two<Isa, 16>(r, x, work);
-    case 32: return srft_power_of_two<Isa, 32>(r, x, work);
-    case 64: return srft_power_of_two<Isa, 64>(r, x, work);
-    case 128: return srft_power_of_two<Isa, 128>(r, x, work);
-    case 256: return srft_power_of_two<Isa, 256>(r, x, work);
+    case 16: return srft_power_of_two<Isa, 16, kScaled>(r, x, work);
+    case 32: return srft_power_of_two<Isa, 32, kScaled>(r, x, work);
+    case 64: return srft_power_of_two<Isa, 64, kScaled>(r, x, work);
+    case 128: return srft_power_of_two<Isa, 128, kScaled>(r, x, work);
+    case 256: return srft_power_of_two<Isa, 256, kScaled>(r, x, work);
     default: break;
   }
   const Tables<Real<Isa>> t(r);
@@ -383,17 +387,17 @@ void srft_forward(const Rotation& r, Real<Isa>* x, Real<Isa>* work) {
   std::size_t stage = 1;
   int span = radix[0];
   if (radix.size() >= 2 && radix[0] == 2 && radix[1] == 4) {
-    first_pass<Isa, 8>(x, t.scaled_signs, source, work, h);
+    first_pass<Isa, 8, kScaled>(x, t.scaled_signs, source, work, h);
     stage = 2;
     span = 8;
   } else {
     switch (radix[0]) {
-      case 2: first_pass<Isa, 2>(x, t.scaled_signs, source, work, h); break;
-      case 3: first_pass<Isa, 3>(x, t.scaled_signs, source, work, h); break;
-      case 4: first_pass<Isa, 4>(x, t.scaled_signs, source, work, h); break;
-      case 5: first_pass<Isa, 5>(x, t.scaled_signs, source, work, h); break;
+      case 2: first_pass<Isa, 2, kScaled>(x, t.scaled_signs, source, work, h); break;
+      case 3: first_pass<Isa, 3, kScaled>(x, t.scaled_signs, source, work, h); break;
+      case 4: first_pass<Isa, 4, kScaled>(x, t.scaled_signs, source, work, h); break;
+      case 5: first_pass<Isa, 5, kScaled>(x, t.scaled_signs, source, work, h); break;
       default:
-        first_pass<Isa, 1>(x, t.scaled_signs, source, work, h);
+        first_pass<Isa, 1, kScaled>(x, t.scaled_signs, source, work, h);
         stage = 0;
         span = 1;
     }

@@ -7,15 +7,16 @@
 //   rows in          6     load, subtract, fma, 3 of the transpose (log2 kLanes), store
 //   rotation               rotate_lanes.inl
 //   measure          3     add a broadcast, fma, store
-//   codes           15     fma; abs, min, convert; sign shift, and; of each four: 3 shifts and 6 ors that
-//                          gather bytes, 7 thresholds on bytes of 3 each, 5 to join sign and index, store
+//   codes            9     fma; abs, min, convert; of each four: 4 that gather sizes as bytes, 4 for signs, 7 that
+//                          look the index up, 5 to join sign and index, store
 //   least squares    5     a quarter lookup, shift, and, convert, 2 fma
 //   pack             0.5   words of four codes
 // Bytes at d = 128, both sides of 64 tokens: 65,536 read from fp32 rows (32,768 from 16-bit ones), 8,704
 // written. Everything between stays in (3 kLanes + 27) d floats of scratch or less, 26 KB at d = 128 with 8
-// lanes: L1, and L2 for the largest d. So instructions bound it, 30 to 33 per vector beside the rotation.
+// lanes: L1, and L2 for the largest d. So instructions bound it, 24 to 27 per vector beside the rotation. Tried
+// for codes: one comparison of bytes per threshold, 21 in place of the 7 that look up.
 //
-// Bounds: |2y| is clamped to 255 before it becomes a byte; thresholds are at most 223. sum M^2 <=
+// Bounds: |unit y| is clamped to 255 before it becomes a byte; thresholds are at most 223. sum M^2 <=
 // 512 * 127^2 < 2^23. Steps below 1e-15 count as zero (their fp16 scale is 0 anyway) and steps are clamped to
 // 1e18, so squares that matter neither underflow nor overflow and no scale is NaN.
 #pragma once
@@ -103,16 +104,22 @@ void row_mean(const SealSide& s, double* mean) {
   }
 }
 
-// How a row becomes the rotation's input: (row - centre) * weight + shift.
+// The SRFT begins by scaling each channel, as lambda does: one product serves both.
+inline void fold_scale(const Rotation& rotation, const SealScratch& scratch, bool mean) {
+  if (rotation.kind() != RotationKind::srft) return;
+  const float* scale = Tables<float>(rotation).scaled_signs;
+  for (int c = 0; c < rotation.dim(); ++c) {
+    scratch.weight[c] *= scale[c];
+    if (mean) scratch.shift[c] *= scale[c];
+  }
+}
+
+// How a row becomes the rotation's input: (row - centre) * weight + shift, or row * weight without a mean.
 template <class Isa>
 void prepare_rows(const SealSide& s, const SealScratch& scratch) {
   const int d = s.spec->dim;
   for (int c = 0; c < d; ++c) scratch.weight[c] = s.lambda != nullptr ? s.lambda[c] : 1.0f;
-  if (!s.spec->mean) {
-    std::memset(scratch.centre, 0, d * sizeof(float));
-    std::memset(scratch.shift, 0, d * sizeof(float));
-    return;
-  }
+  if (!s.spec->mean) return;
   switch (s.dtype) {
     case DType::f32: row_mean<Isa, DType::f32>(s, scratch.mean); break;
     case DType::f16: row_mean<Isa, DType::f16>(s, scratch.mean); break;
@@ -134,19 +141,33 @@ void prepare_rows(const SealSide& s, const SealScratch& scratch) {
   }
 }
 
-template <class Isa, DType kType>
+template <class Isa, DType kType, bool kMean>
 void load_block(const std::byte* const (&rows)[Isa::kLanes], int d, const SealScratch& scratch) {
   using F = typename Isa::F;
   constexpr int L = Isa::kLanes;
   for (int next = 0; next < d; next += L) {
     const int c = next + L <= d ? next : d - L;
-    const F centre = Isa::load(scratch.centre + c), weight = Isa::load(scratch.weight + c);
-    const F shift = Isa::load(scratch.shift + c);
+    const F weight = Isa::load(scratch.weight + c);
     F r[L];
-    for (int i = 0; i < L; ++i) r[i] = Isa::fma(load_row<Isa, kType>(rows[i], c) - centre, weight, shift);
+    if constexpr (kMean) {
+      const F centre = Isa::load(scratch.centre + c), shift = Isa::load(scratch.shift + c);
+      KV4_UNROLL
+      for (int i = 0; i < L; ++i) r[i] = Isa::fma(load_row<Isa, kType>(rows[i], c) - centre, weight, shift);
+    } else {
+      KV4_UNROLL
+      for (int i = 0; i < L; ++i) r[i] = load_row<Isa, kType>(rows[i], c) * weight;
+    }
     Isa::transpose(r);
+    KV4_UNROLL
     for (int i = 0; i < L; ++i) Isa::store(scratch.x + (c + i) * L, r[i]);
   }
+}
+
+template <class Isa, bool kMean>
+auto load_block_of(DType dtype) {
+  return dtype == DType::f32   ? load_block<Isa, DType::f32, kMean>
+         : dtype == DType::f16 ? load_block<Isa, DType::f16, kMean>
+                               : load_block<Isa, DType::bf16, kMean>;
 }
 
 // Adds the correction; returns per lane the largest magnitude or the sum of squares of n channels.
@@ -171,49 +192,69 @@ typename Isa::F measure(float* x, const float* correction, int n) {
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
+// Magnitudes are looked up in sixteenths: with z = |unit y| < 256 and h = z / 16, the index is
+// base[h] + (z >= threshold[h]), since no sixteenth holds two thresholds (levels.cpp).
 template <class Isa>
 struct LevelVectors {
   using B = typename LaneTypes<Isa::kLanes>::B;
-  B threshold[7];
-  typename Isa::I magnitude;  // table of lookup16
-  B tread;                    // 1 where negative codes start one higher (mid-tread), else 0
+  typename Isa::I base, threshold, magnitude;  // tables of lookup16
+  B tread;                                     // 1 where negative codes start one higher (mid-tread), else 0
+  float unit;
 
   explicit LevelVectors(const Levels& l) {
-    std::uint8_t table[16] = {};
-    for (int i = 0; i < 8; ++i) table[i] = l.magnitude[i];
-    for (int i = 0; i < 7; ++i) threshold[i] = B{} + l.twice_threshold[i];
-    magnitude = load_table16<Isa>(table);
+    std::uint8_t bases[16], thresholds[16], magnitudes[16] = {};
+    for (int h = 0; h < 16; ++h) {
+      int below = 0;
+      thresholds[h] = 0;
+      for (int i = 0; i < 7; ++i) {
+        const int threshold_i = l.twice_threshold[i] << l.spread;
+        if (threshold_i / 16 < h) ++below;
+        if (threshold_i / 16 == h) thresholds[h] = static_cast<std::uint8_t>(threshold_i);
+      }
+      // Without a threshold of its own every z of the sixteenth passes 0.
+      const bool own = thresholds[h] / 16 == h && thresholds[h] != 0;
+      bases[h] = static_cast<std::uint8_t>(own ? below : below - 1);
+    }
+    for (int i = 0; i < 8; ++i) magnitudes[i] = l.magnitude[i];
+    base = load_table16<Isa>(bases);
+    threshold = load_table16<Isa>(thresholds);
+    magnitude = load_table16<Isa>(magnitudes);
     tread = B{} + static_cast<std::uint8_t>(l.negative_base - 7);
+    unit = static_cast<float>(2 << l.spread);
   }
 };
 
 template <class Isa>
 struct FitSums {
-  typename Isa::F xm{}, mm{};  // sum |2y| M and sum M^2
+  typename Isa::F xm{}, mm{};  // sum |unit y| M and sum M^2
 };
 
 // Codes of channels 0 ... 3 at x into one vector of quads; `valid` is 0xff in the bytes of channels that
-// exist. All bytes of four channels share each threshold comparison.
+// exist.
 template <class Isa, ScaleRule kRule>
-KV4_INLINE typename Isa::I quantise_quad(const float* x, typename Isa::F twice_inverse, const LevelVectors<Isa>& levels,
+KV4_INLINE typename Isa::I quantise_quad(const float* x, typename Isa::F inverse, const LevelVectors<Isa>& levels,
                                          int valid, FitSums<Isa> (&sums)[2]) {
   using F = typename Isa::F;
   using I = typename Isa::I;
   using B = typename LaneTypes<Isa::kLanes>::B;
   constexpr int L = Isa::kLanes;
-  F size[4];
-  I twice{}, negative{};
+  F y[4], size[4];
+  I whole[4];
+  KV4_UNROLL
   for (int k = 0; k < 4; ++k) {
     // Adding 0 turns -0 into 0, whose code is 8.
-    const F y = Isa::fma(Isa::load(x + k * L), twice_inverse, F{});
-    size[k] = Isa::abs(y);
-    twice |= Isa::truncate(Isa::min(size[k], Isa::set1(255.0f))) << (8 * k);
-    negative |= ((I)y >> 31) & static_cast<std::int32_t>(0xffu << (8 * k));
+    y[k] = Isa::fma(Isa::load(x + k * L), inverse, F{});
+    size[k] = Isa::abs(y[k]);
+    whole[k] = Isa::truncate(Isa::min(size[k], Isa::set1(255.0f)));
   }
-  B index{};
-  for (int i = 0; i < 7; ++i) index -= (B)((B)twice >= levels.threshold[i]);
+  const I z = SealOps::gather_bytes(whole);
+  const I sixteenth = (z >> 4) & 0x0f0f0f0f;
+  // A comparison that holds is -1 in each byte.
+  const B index = (B)SealOps::lookup16(levels.base, sixteenth) -
+                  (B)((B)z >= (B)SealOps::lookup16(levels.threshold, sixteenth));
   if constexpr (kRule == ScaleRule::least_squares) {
     const I magnitudes = SealOps::lookup16(levels.magnitude, (I)index) & valid;
+    KV4_UNROLL
     for (int k = 0; k < 4; ++k) {
       const F m = Isa::to_float((magnitudes >> (8 * k)) & 0xff);
       sums[k % 2].xm = Isa::fma(size[k], m, sums[k % 2].xm);
@@ -221,7 +262,7 @@ KV4_INLINE typename Isa::I quantise_quad(const float* x, typename Isa::F twice_i
     }
   }
   // 8 + index, or negative_base - index = ~index + negative_base + 1.
-  const B sign = (B)negative;
+  const B sign = (B)((typename LaneTypes<L>::S)SealOps::gather_signs(y) < 0);
   return (I)((index ^ sign) + static_cast<std::uint8_t>(8) + (sign & levels.tread)) & valid;
 }
 
@@ -241,18 +282,18 @@ typename Isa::F quantise_group(float* x, const float* correction, int n, const L
   }
   const I nonzero = (I)(step >= Isa::set1(1e-15f)) & (I)(live > F{});
   step = (F)((I)Isa::min(step, Isa::set1(1e18f)) & nonzero);
-  const F twice_inverse = (F)((I)(Isa::set1(2.0f) / Isa::max(step, Isa::set1(1e-15f))) & nonzero);
+  const F inverse = (F)((I)(Isa::set1(levels.unit) / Isa::max(step, Isa::set1(1e-15f))) & nonzero);
 
   FitSums<Isa> sums[2];
   int c = 0;
   for (; c + 4 <= n; c += 4)
-    store_as(quads + c / 4 * kPageTokens, quantise_quad<Isa, kRule>(x + c * L, twice_inverse, levels, -1, sums));
+    store_as(quads + c / 4 * kPageTokens, quantise_quad<Isa, kRule>(x + c * L, inverse, levels, -1, sums));
   if (c < n)
     store_as(quads + c / 4 * kPageTokens,
-             quantise_quad<Isa, kRule>(x + c * L, twice_inverse, levels, (1 << 8 * (n - c)) - 1, sums));
+             quantise_quad<Isa, kRule>(x + c * L, inverse, levels, (1 << 8 * (n - c)) - 1, sums));
   if constexpr (kRule == ScaleRule::abs_max) return step;
   const F mm = Isa::max(sums[0].mm + sums[1].mm, Isa::set1(1.0f));
-  return Isa::set1(0.5f) * step * ((sums[0].xm + sums[1].xm) / mm);
+  return Isa::set1(1.0f / levels.unit) * step * ((sums[0].xm + sums[1].xm) / mm);
 }
 
 template <class Isa>
@@ -263,10 +304,12 @@ void seal_side(const SealSide& s, const SealScratch& scratch,
   const SideSpec& spec = *s.spec;
   const int d = spec.dim, padded = pad_channels(d), end = s.first + s.count;
   prepare_rows<Isa>(s, scratch);
+  fold_scale(*spec.rotation, scratch, spec.mean);
   std::memset(scratch.zeros, 0, d * sizeof(float));
   std::int32_t* const tail = scratch.quads + (d + 3) / 4 * kPageTokens;
   std::memset(tail, 0, static_cast<std::size_t>(padded / 4 - (d + 3) / 4) * kPageTokens * sizeof *tail);
   const LevelVectors<Isa> levels(spec.levels);
+  const auto load = spec.mean ? load_block_of<Isa, true>(s.dtype) : load_block_of<Isa, false>(s.dtype);
 
   for (int t = s.first / L * L; t < end; t += L) {
     const std::byte* rows[L];
@@ -277,12 +320,11 @@ void seal_side(const SealSide& s, const SealScratch& scratch,
       rows[i] = used ? s.rows + j * s.stride : reinterpret_cast<const std::byte*>(scratch.zeros);
       live[i] = used ? 1.0f : 0.0f;
     }
-    switch (s.dtype) {
-      case DType::f32: load_block<Isa, DType::f32>(rows, d, scratch); break;
-      case DType::f16: load_block<Isa, DType::f16>(rows, d, scratch); break;
-      case DType::bf16: load_block<Isa, DType::bf16>(rows, d, scratch); break;
-    }
-    rotate_lanes<Isa>(*spec.rotation, Map::forward, scratch.x, scratch.rotate);
+    load(rows, d, scratch);
+    if (spec.rotation->kind() == RotationKind::srft)
+      srft_forward<Isa, true>(*spec.rotation, scratch.x, scratch.rotate);
+    else
+      rotate_lanes<Isa>(*spec.rotation, Map::forward, scratch.x, scratch.rotate);
     // A last quad of two channels reads two more.
     for (int c = d; c < (d + 3) / 4 * 4; ++c) Isa::store(scratch.x + c * L, F{});
 

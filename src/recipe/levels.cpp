@@ -12,10 +12,11 @@
 namespace kv4 {
 namespace {
 
-constexpr Levels make_levels(const std::array<std::uint8_t, 8>& magnitude, int negative_base, float gain) {
+constexpr Levels make_levels(const std::array<std::uint8_t, 8>& magnitude, int negative_base, int spread, float gain) {
   Levels l{};
   l.magnitude = magnitude;
   l.negative_base = negative_base;
+  l.spread = spread;
   l.gain = gain;
   for (int i = 0; i < 7; ++i) l.twice_threshold[i] = static_cast<std::uint8_t>(magnitude[i] + magnitude[i + 1]);
   for (int i = 0; i < 8; ++i) {
@@ -29,8 +30,18 @@ constexpr Levels make_levels(const std::array<std::uint8_t, 8>& magnitude, int n
   return l;
 }
 
-constexpr Levels kLloydMax = make_levels({6, 18, 31, 44, 58, 75, 96, 127}, 7, 46.48f);
-constexpr Levels kUniform = make_levels({0, 1, 2, 3, 4, 5, 6, 7}, 8, 2.829564f);
+// No two thresholds, times 2^spread, may share a sixteenth of 0 ... 255: sealing looks them up by it.
+constexpr bool spread_fits(const Levels& l) {
+  for (int i = 0; i < 7; ++i) {
+    if ((l.twice_threshold[i] << l.spread) > 255) return false;
+    if (i > 0 && (l.twice_threshold[i] << l.spread) / 16 == (l.twice_threshold[i - 1] << l.spread) / 16) return false;
+  }
+  return true;
+}
+
+constexpr Levels kLloydMax = make_levels({6, 18, 31, 44, 58, 75, 96, 127}, 7, 0, 46.48f);
+constexpr Levels kUniform = make_levels({0, 1, 2, 3, 4, 5, 6, 7}, 8, 4, 2.829564f);
+static_assert(spread_fits(kLloydMax) && spread_fits(kUniform));
 
 }  // namespace
 

@@ -79,16 +79,21 @@ class Sequence {
     return out;
   }
 
-  // Takes over the codes [64, dim] that the cache holds for a page; returns how many differ. A code
-  // next to a decision boundary may be one level off (docs/format.md), which test_seal holds.
-  int adopt(std::int64_t page, bool key, int head, const std::vector<std::uint8_t>& codes) {
+  // Takes over the codes [64, dim] and the scales [64] that the cache holds for a page; returns how many codes
+  // differ, or all of them where a scale is more than one unit in its last place off. A code next to a decision
+  // boundary may be one level off and a scale one unit (docs/format.md), which test_seal holds.
+  int adopt(std::int64_t page, bool key, int head, const std::vector<std::uint8_t>& codes,
+            const std::vector<std::uint16_t>& scales) {
     for (std::int64_t p = 0; p <= page; ++p) seal(p);
     Half& half = key ? pages_.at(page).k : pages_.at(page).v;
-    std::vector<std::uint8_t>& mine = half.sealed[static_cast<std::size_t>(head)].codes;
+    reference::Sealed& mine = half.sealed[static_cast<std::size_t>(head)];
     int different = 0;
-    for (std::size_t i = 0; i < mine.size(); ++i) different += mine[i] != codes[i];
-    if (different > 0) {
-      mine = codes;
+    for (std::size_t i = 0; i < codes.size(); ++i) different += mine.codes[i] != codes[i];
+    for (std::size_t i = 0; i < scales.size(); ++i)  // positive halves are ordered as their bits are
+      if (std::abs(mine.scales[i] - scales[i]) > 1) return static_cast<int>(codes.size());
+    if (different > 0 || mine.scales != scales) {
+      mine.codes = codes;
+      mine.scales = scales;
       dequantise(half, key);
     }
     return different;

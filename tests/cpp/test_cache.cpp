@@ -114,10 +114,12 @@ class Session {
     for (int p = 0; p < cache_->page_count(static_cast<int>(b)); ++p) {
       for (int h = 0; h < kShape.kv_heads; ++h) {
         std::vector<std::uint8_t> k(kPageTokens * kShape.dim / 2), v(k.size());
+        std::vector<std::uint16_t> k_scales(kPageTokens), v_scales(kPageTokens);
         ASSERT_TRUE(cache_->page_codes(static_cast<int>(b), p, h, k, v).ok());
+        ASSERT_TRUE(cache_->page_scales(static_cast<int>(b), p, h, k_scales, v_scales).ok());
         for (const bool key : {true, false}) {
           const auto codes = reference::from_canonical(key ? k.data() : v.data(), kPageTokens, kShape.dim);
-          ASSERT_LE(o.adopt(evicted + p, key, h, codes), kBoundaryCodes)
+          ASSERT_LE(o.adopt(evicted + p, key, h, codes, key ? k_scales : v_scales), kBoundaryCodes)
               << "seed " << seed_ << ", sequence " << b << ", page " << evicted + p << ", head " << h << (key ? ", keys" : ", values");
         }
       }

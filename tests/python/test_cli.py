@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -179,20 +182,69 @@ def test_bench_generate(model: Path, tmp_path: Path) -> None:
     # An own cache in float32 holds twice fp16's bytes, whatever its windows have let go of.
     assert all(row["cache_bytes"] == 2 * row["fp16_bytes"] for row in rows if row["cache"] == "own")
     assert "kv4/own" in result.stdout
+    assert "kv4/exact" not in result.stdout
+    result = succeeded("bench", "generate", "--model", model, *options, "--exact", "--json", data)
+    rows = json.loads(data.read_text())["rows"]
+    assert [row["cache"] for row in rows] == ["own", "kv4", "kv4 exact"] * 2
+    # Exact rows under either attention generate the same text.
+    assert rows[0]["generated"] == rows[2]["generated"]
+    assert "kv4/exact" in result.stdout
 
 
 def test_bench_attention(tmp_path: Path) -> None:
     data = tmp_path / "rows.json"
-    options = ("--geometries", "qwen2.5-0.5b", "--tokens", "256", "--seconds", 0.001, "--repeats", 1)
-    result = succeeded("bench", "attention", *options, "--json", data)
+    options = ("--geometries", "qwen2.5-0.5b", "--tokens", "256", "--seconds", 0.001, "--repeats", 1, "--threads", 2)
+    result = succeeded("bench", "attention", *options, "--json", data, "--plot", tmp_path / "time.png")
     rows = {row["candidate"]: row for row in json.loads(data.read_text())["rows"]}
     assert set(rows) == {
-        "kv4 int4", "kv4 exact fp32", "kv4 exact fp16", "sdpa fp32", "sdpa bf16", "sdpa fp16",
+        "kv4 int4", "kv4 int4, 1 thread", "kv4 exact fp32", "kv4 exact fp16", "sdpa fp32", "sdpa bf16", "sdpa fp16",
     }  # fmt: skip
+    assert all(row["roofline"] == pytest.approx(1e9 * row["gb_per_s"] / row["read_bandwidth"]) for row in rows.values())
+    assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
     # 4 sinks; the window is at its shortest once all that is due is sealed: two pages of 64 tokens.
     assert rows["kv4 int4"]["bytes_read"] == 2 * (2 * 64 * (64 + 4 + 2) + 128 * 2 * 64 * 4)
     assert rows["sdpa fp16"]["bytes_read"] == 256 * 2 * 2 * 64 * 2
     assert "qwen2.5-0.5b" in result.stdout
+
+
+class FakeLlama:
+    """Stands in for llama_cpp.Llama: a clock that runs 1 ms a token, and a quarter more for each cached one in q4_0."""
+
+    clock = 0.0
+
+    def __init__(self, **options: Any) -> None:
+        self.n_tokens, self.slow = 0, options["type_k"] == options["type_v"] == 2
+        self.metadata = {
+            "general.architecture": "fake", "fake.block_count": "5", "fake.attention.head_count": "8",
+            "fake.attention.head_count_kv": "2", "fake.embedding_length": "512",
+        }  # fmt: skip
+        assert options["flash_attn"]
+
+    def eval(self, tokens: list[int]) -> None:
+        FakeLlama.clock += len(tokens) * (1.0 + self.n_tokens * (0.25 if self.slow else 0.125)) * 1e-3
+        self.n_tokens += len(tokens)
+
+
+def test_llama_slope_is_per_token_layer_and_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kv4.bench import llama
+
+    module = SimpleNamespace(Llama=FakeLlama, GGML_TYPE_F16=1, GGML_TYPE_Q8_0=8, GGML_TYPE_Q4_0=2)
+    monkeypatch.setitem(sys.modules, "llama_cpp", module)
+    monkeypatch.setattr(llama, "perf_counter", lambda: FakeLlama.clock)
+    rows = {row.cache_type: row for row in llama.measure(Path("m.gguf"), [64, 256, 1024], steps=2, repeats=3)}
+    # 0.125 ms per cached token over 5 layers of 2 KV heads.
+    assert rows["f16"].ns_per_token_head == pytest.approx(12500, rel=1e-3)
+    assert rows["q4_0"].ns_per_token_head == pytest.approx(25000, rel=1e-3)
+    assert (rows["f16"].layers, rows["f16"].kv_heads, rows["f16"].head_dim) == (5, 2, 64)
+    with pytest.raises(ValueError, match="expected two numbers or more; got 1"):
+        llama.measure(Path("m.gguf"), [64])
+
+
+def test_llama_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    result = kv4("bench", "attention", "--llama", "gemma-3-270m")
+    assert result.exit_code != 0
+    assert "kv4[llama]" in result.output
 
 
 def test_bench_seal(tmp_path: Path) -> None:

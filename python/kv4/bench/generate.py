@@ -1,6 +1,7 @@
 """Milliseconds per generated token: the model's own cache against kv4, on one machine, in one run.
 
-The own cache is transformers' DynamicCache under scaled_dot_product_attention. Both caches decode
+The own cache is transformers' DynamicCache under scaled_dot_product_attention; kv4's exact cache holds the
+model's own dtype under kv4's attention, so that nobody need take torch's for the baseline. All decode
 greedily through the model's forward, each from a copy of its own prefilled state, so every repeat
 does the same work; the copy and the prefill are not counted.
 """
@@ -19,7 +20,7 @@ import torch
 
 from kv4.bench.memory import cache_bytes, fp16_bytes
 
-OWN, KV4 = "own", "kv4"
+OWN, KV4, EXACT = "own", "kv4", "kv4 exact"
 PREFILL_CHUNK = 512
 # Untimed tokens at the start of a repeat: the first finds the copied cache outside the CPU's
 # caches, and the second is the first after kv4 has sealed what the prefill left.
@@ -80,7 +81,7 @@ def attention(model: Any, cache: str, recipe: Any = None) -> Iterator[None]:
     from kv4.hf import attach, detach
 
     before = model.config._attn_implementation
-    if cache == KV4:
+    if cache != OWN:
         if before == "kv4":  # attached by the caller, who may detach it later
             yield
             return
@@ -157,9 +158,10 @@ def run(
     tokens: int = 64,
     repeats: int = 5,
     recipe: Any = None,
+    exact: bool = False,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Row]:
-    """Measures every cache in every dtype at every context length.
+    """Measures every cache in every dtype at every context length; `exact` adds kv4's exact cache.
 
     models: the same model per dtype. ids: [1, >= max(contexts)]. A repeat decodes `tokens` tokens;
     candidates take turns within it. Calls progress(what, tokens done) after every step.
@@ -175,7 +177,11 @@ def run(
     def step(what: str) -> Callable[[int], None] | None:
         return None if progress is None else lambda done: progress(what, done)
 
-    candidates = [(cache, dtype) for dtype in models for cache in (OWN, KV4)]
+    from kv4 import Recipe
+
+    caches = (OWN, KV4, EXACT) if exact else (OWN, KV4)
+    recipes = {OWN: None, KV4: recipe, EXACT: Recipe.exact()}
+    candidates = [(cache, dtype) for dtype in models for cache in caches]
     held: dict[tuple[str, str], Any] = {}
     prefilled = dict.fromkeys(candidates, 0.0)
     rows: list[Row] = []
@@ -186,9 +192,9 @@ def run(
             cache_name, dtype = key
             model = models[dtype]
             if key not in held:
-                held[key] = new_cache(model, cache_name, recipe)
+                held[key] = new_cache(model, cache_name, recipes[cache_name])
             what = f"prefill {context}: {cache_name} {dtype}"
-            with attention(model, cache_name, recipe):
+            with attention(model, cache_name, recipes[cache_name]):
                 begin = perf_counter()
                 token = prefill(model, held[key], ids[:, before:context], progress=step(what))
                 prefilled[key] += perf_counter() - begin
@@ -202,7 +208,7 @@ def run(
                 model = models[row.dtype]
                 cache = deepcopy(held[key])
                 what = f"decode at {context}: {row.cache} {row.dtype}"
-                with attention(model, row.cache, recipe):
+                with attention(model, row.cache, recipes[row.cache]):
                     warm = decode(model, cache, token, WARM_UP)
                     last = torch.tensor([[warm.tokens[-1]]], device=token.device)
                     timed = decode(model, cache, last, tokens, progress=step(what))
@@ -212,7 +218,7 @@ def run(
             if repeat == 0:
                 candidates = [key for key in candidates if not _dropped(here, key)]
                 held = {key: held[key] for key in candidates}
-        for name in (OWN, KV4):
+        for name in caches:
             finished = [row for row, _ in here.values() if row.cache == name and len(row.repeats_ms) == repeats]
             min(finished, key=lambda row: row.ms_per_token).best = True
         before = context
@@ -222,6 +228,11 @@ def run(
 def _dropped(here: Mapping[tuple[str, str], tuple[Row, torch.Tensor]], key: tuple[str, str]) -> bool:
     own = here[key][0].ms_per_token
     return own > DROP * min(row.ms_per_token for row, _ in here.values() if row.cache == key[0])
+
+
+def best_exact(rows: Sequence[Row]) -> dict[int, Row]:
+    """kv4's exact cache in its best dtype, by context length; empty where it was not measured."""
+    return {row.context: row for row in rows if row.best and row.cache == EXACT}
 
 
 def best_rows(rows: Sequence[Row]) -> list[tuple[Row, Row]]:

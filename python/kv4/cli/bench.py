@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from kv4.cli import options
 from kv4.cli.output import out, plain_errors, progress, table, write_json
@@ -43,6 +44,7 @@ def generate(
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     dtypes: Annotated[str, typer.Option(help="Each cache is shown in the fastest of these.")] = "float32,bfloat16",
     recipe: Annotated[Path | None, typer.Option(help="A recipe file; kv4's default if not given.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Also a cache of exact rows under kv4's attention.")] = False,
     threads: options.Threads = None,
     json_: options.JsonFile = None,
 ) -> None:
@@ -61,7 +63,7 @@ def generate(
         loaded[kind], tokenizer = options.load(model, getattr(torch, kind))
     ids = prompt_ids(tokenizer, lengths[-1])
     # An upper bound: a dtype that falls behind is dropped and its share of the bar with it.
-    total = 2 * len(kinds) * (lengths[-1] + len(lengths) * repeats * tokens)
+    total = (3 if exact else 2) * len(kinds) * (lengths[-1] + len(lengths) * repeats * tokens)
     with progress("", total) as advance:
         rows = measurement.run(
             loaded,
@@ -70,6 +72,7 @@ def generate(
             tokens=tokens,
             repeats=repeats,
             recipe=used,
+            exact=exact,
             progress=lambda what, done: advance(done, what),
         )
     show_generate(model, rows)
@@ -85,20 +88,27 @@ def generate(
 
 
 def show_generate(model: str, rows: list) -> None:
-    from kv4.bench.generate import best_rows
+    from kv4.bench.generate import best_exact, best_rows
 
+    exact = best_exact(rows)
     shown = table(
         f"decode of {model}; ms per token, each cache in its best dtype",
-        "context", "own", "kv4", "kv4/own", "own MiB", "fp16 MiB", "kv4 MiB", "fp16/kv4",
+        "context", "own", "kv4", "kv4/own", *(("kv4 exact", "kv4/exact") if exact else ()),
+        "own MiB", "fp16 MiB", "kv4 MiB", "fp16/kv4",
     )  # fmt: skip
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     for own, kv4 in best_rows(rows):
         quotient = kv4.ms_per_token / own.ms_per_token
+        beside = ()
+        if exact:
+            other = exact[own.context]
+            beside = (f"{other.ms_per_token:.2f} {short[other.dtype]}", f"{kv4.ms_per_token / other.ms_per_token:.3f}")
         shown.add_row(
             f"{own.context:,}",
             f"{own.ms_per_token:.2f} {short[own.dtype]}",
             f"{kv4.ms_per_token:.2f} {short[kv4.dtype]}",
             f"[{'green' if quotient <= 1 else 'red'}]{quotient:.3f}[/]",
+            *beside,
             *(f"{count / (1 << 20):.2f}" for count in (own.cache_bytes, kv4.fp16_bytes, kv4.cache_bytes)),
             f"{kv4.ratio:.2f}x",
         )
@@ -112,16 +122,25 @@ def attention(
     tokens: Annotated[str, typer.Option(help="Tokens in the cache; 1k means 1024.")] = "1k,4k,16k,32k",
     repeats: Annotated[int, typer.Option(min=1)] = 7,
     seconds: Annotated[float, typer.Option(min=0.001, help="Time of one candidate in one repeat.")] = 0.2,
+    llama: Annotated[
+        str | None, typer.Option(help="Also llama.cpp on this model: a name of `kv4 models` or a GGUF file.")
+    ] = None,
+    llama_contexts: Annotated[str, typer.Option(help="Contexts of llama.cpp's slope.")] = "512,2k,4k",
+    plot: Annotated[Path | None, typer.Option(help="Time against context with the roofline, as a PNG.")] = None,
     threads: options.Threads = None,
     json_: options.JsonFile = None,
 ) -> None:
-    """Decode attention alone: int4 pages, exact rows with the same kernels, and torch's SDPA."""
+    """Decode attention alone: int4 pages, exact rows with the same kernels, torch's SDPA, llama.cpp."""
     from kv4 import _core
     from kv4.bench import attention as measurement
+    from kv4.bench import llama as llama_cpp
 
     known = list(measurement.GEOMETRIES)
     chosen = known if geometries == "all" else names(geometries, "--geometries", known)
     lengths = numbers(tokens, "--tokens")
+    depths = numbers(llama_contexts, "--llama-contexts")
+    if llama:
+        llama_cpp.require()
     options.set_threads(threads)
     rows = []
     with progress("", len(chosen) * len(lengths)) as advance:
@@ -130,29 +149,66 @@ def attention(
                 advance(0, f"{geometry}, {length:,} tokens")
                 rows += measurement.measure(geometry, length, seconds=seconds, repeats=repeats)
                 advance(1)
+    others = []
+    if llama:
+        file = options.gguf_file(llama)
+        with progress("", None) as advance:
+            others = llama_cpp.measure(file, depths, threads=_core.num_threads(), report=lambda text: advance(0, text))
     where = f"{_core.isa()}, {_core.num_threads()} threads"
     out.print(f"decode attention, {where}; medians per token and KV head")
     for geometry in chosen:
-        show_attention(geometry, [row for row in rows if row.geometry == geometry])
+        show_attention(geometry, [row for row in rows if row.geometry == geometry], others)
+    if others:
+        show_llama(others)
+    if plot:
+        from kv4.bench.plot import attention as draw
+
+        draw(rows, plot, f"decode attention, {where}")
+        out.print(f"plot: {escape(str(plot))}", soft_wrap=True)
     if json_:
-        write_json({"isa": _core.isa(), "threads": _core.num_threads(), "rows": [r.to_dict() for r in rows]}, json_)
+        data = {"isa": _core.isa(), "threads": _core.num_threads(), "rows": [row.to_dict() for row in rows]}
+        write_json({**data, "llama": [row.to_dict() for row in others]}, json_)
 
 
-def show_attention(geometry: str, rows: list) -> None:
+def show_attention(geometry: str, rows: list, others: list) -> None:
     candidates = list(dict.fromkeys(row.candidate for row in rows))
     first = rows[0]
     shown = table(
         f"{geometry}: {first.q_heads} query heads, {first.kv_heads} KV heads, d = {first.head_dim}",
-        "tokens", "", *candidates, "best sdpa / int4", left=("",),
+        "tokens", "candidate", "ns", "bytes", "GB/s", "of roofline", "time / int4", left=("candidate",),
     )  # fmt: skip
+    shape = (first.q_heads, first.kv_heads, first.head_dim)
+    same = [other for other in others if (other.q_heads, other.kv_heads, other.head_dim) == shape]
     for length in sorted({row.tokens for row in rows}):
         here = {row.candidate: row for row in rows if row.tokens == length}
-        best = min(row.seconds for name, row in here.items() if name.startswith("sdpa"))
-        cells = [
-            f"{row.ns_per_token_head:.2f}\n{row.gb_per_s:.1f}\n{row.bytes_per_token_head:.0f}" for row in here.values()
-        ]
-        faster = f"{best / here['kv4 int4'].seconds:.2f}x"
-        shown.add_row(f"{length:,}", "ns\nGB/s\nbytes", *cells, faster, end_section=True)
+        int4 = here["kv4 int4"].ns_per_token_head
+        for name in candidates:
+            row = here[name]
+            shown.add_row(
+                f"{length:,}" if name == candidates[0] else "",
+                name,
+                f"{row.ns_per_token_head:.2f}",
+                f"{row.bytes_per_token_head:.0f}",
+                f"{row.gb_per_s:.1f}",
+                # The roofline is that of all threads.
+                "" if name.endswith("1 thread") else f"{row.roofline:.0%}",
+                f"{row.ns_per_token_head / int4:.2f}x",
+            )
+        for other in same:
+            slope = other.ns_per_token_head
+            shown.add_row("", f"llama.cpp {other.cache_type}", f"{slope:.1f}", "", "", "", f"{slope / int4:.1f}x")
+        read = here["kv4 int4"].read_bandwidth
+        shown.add_row("", "reading memory", "", "", f"{1e-9 * read:.1f}", "", "", end_section=True)
+    out.print(shown)
+
+
+def show_llama(rows: list) -> None:
+    shown = table(
+        f"llama.cpp, {rows[0].model}: ms per token, and its slope per token, KV head and layer",
+        "cache", *(f"{depth:,}" for depth in rows[0].contexts), "ns", left=("cache",),
+    )  # fmt: skip
+    for row in rows:
+        shown.add_row(row.cache_type, *(f"{ms:.1f}" for ms in row.ms_per_token), f"{row.ns_per_token_head:.1f}")
     out.print(shown)
 
 

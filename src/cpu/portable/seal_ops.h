@@ -19,6 +19,19 @@ struct SealOps {
     return (I)out;
   }
 
+  // Byte k of lane i is v[k][i], 0 <= v < 2^31, at most 255.
+  static KV4_INLINE I gather_bytes(const I (&v)[4]) {
+    I out{};
+    for (int k = 0; k < 4; ++k) out |= (v[k] < 255 ? v[k] : I{} + 255) << (8 * k);
+    return out;
+  }
+  // The top bit of byte k of lane i is the sign of v[k][i].
+  static KV4_INLINE I gather_signs(const F (&v)[4]) {
+    I out{};
+    for (int k = 0; k < 4; ++k) out |= ((I)v[k] >> 31) & static_cast<std::int32_t>(0x80u << (8 * k));
+    return out;
+  }
+
   static KV4_INLINE void widen(F v, D& low, D& high) {
     typedef float Half __attribute__((vector_size(8)));
     Half half[2];
