@@ -20,6 +20,7 @@ struct Geometry {
 inline constexpr Geometry kGeometries[] = {
     {"qwen2.5-1.5b", 12, 2, 128}, {"llama-3-8b", 32, 8, 128}, {"qwen2.5-0.5b", 14, 2, 64},
     {"gemma-3-270m", 4, 1, 256},  {"phi-2", 32, 32, 80},      {"smollm2-360m", 15, 5, 64},
+    {"qwen3-0.6b", 16, 8, 128},   {"llama-2-7b", 32, 32, 128},
 };
 
 // SplitMix64: the same stream on every machine.

@@ -11,7 +11,7 @@
 
 namespace kv4::cpu {
 
-// Names of the instruction sets compiled in, best first ("avx512", "avx2", "neon", "portable").
+// Names of the instruction sets compiled in, best first ("avx512", "avxvnni", "avx2", "neon", "portable").
 std::vector<std::string> compiled_isas();
 // True where this machine can run it.
 bool supported(const std::string& isa);

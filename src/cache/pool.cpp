@@ -10,7 +10,8 @@ namespace {
 // 1.6 % while a growing sequence allocates O(log n) slabs per doubling, not one per page.
 constexpr std::size_t kGrowthDivisor = 64;
 // Slabs are small, so that a crop gives memory back although some old pages stay. A pool of four huge pages or
-// more takes whole ones where it needs that much at once: backends then spare the address cache.
+// more takes whole ones where it needs that much at once and its pages fill them: backends then spare the
+// address cache.
 constexpr std::size_t kSlabBytes = 256 << 10;
 constexpr std::size_t kHugeSlabBytes = 2 << 20;
 constexpr std::size_t kHugeFrom = 4 * kHugeSlabBytes;
@@ -34,7 +35,8 @@ Status PagePool::allocate(std::size_t count, std::vector<PageRef>* out) {
     while (free_.size() < count) {
       const std::size_t wanted = std::max(count - free_.size(), pages_ / kGrowthDivisor);
       const std::size_t in_huge = kHugeSlabBytes / page_bytes_;
-      const bool huge = in_huge > 0 && wanted >= in_huge && (pages_ + wanted) * page_bytes_ >= kHugeFrom;
+      const bool fills = in_huge > 0 && kHugeSlabBytes % page_bytes_ <= kHugeSlabBytes / kGrowthDivisor;
+      const bool huge = fills && wanted >= in_huge && (pages_ + wanted) * page_bytes_ >= kHugeFrom;
       const std::size_t add = huge ? in_huge : std::min(std::max<std::size_t>(1, kSlabBytes / page_bytes_), wanted);
       Slab slab;
       slab.count = add;

@@ -1,15 +1,16 @@
 // Attention of query rows over exact rows, in float.
 //
-// Up to kTileRows query rows read the rows of K and V in their own dtype, each vector widened once for all of
-// them: decoding touches no memory but the cache. More rows (prefill) work on blocks of kBlockRows rows that
-// are widened into float tiles once. Instructions per token and R query rows at d = 128, s = d / lanes:
+// Up to kTileRows query rows (any number of float32 ones) read the rows of K and V in their own dtype, each
+// vector widened once for all of them: decoding touches no memory but the cache. More rows (prefill), and head
+// dims that are no multiple of the lanes, work on blocks of kBlockRows rows that are widened into float tiles
+// once. Instructions per token and R query rows at d = 128, s = d / lanes:
 //
 //              widen K and V    scores            weights        o          bytes (fp16 rows)
-//   AVX2       2 s              R s FMA, R x 3    about R x 3    R s FMA    512
-//   AVX-512    2 s              R s FMA, R x 5    about R x 2    R s FMA    512
+//   AVX2       2 s              R s FMA, R x 5    about R x 3    R s FMA    512
+//   AVX-512    2 s              R s FMA, R x 6    about R x 2    R s FMA    512
 //
 // with s = 16 and 8; the second term of the scores adds up lanes. A block's scores and sums of o are held R x C
-// to registers, C tokens (scores) or vectors of channels (o) at a time: enough chains for two FMA of latency 4,
+// in registers, C tokens (scores) or vectors of channels (o) at a time: enough chains for two FMA of latency 4,
 // and each widened vector serves R of them. Decoding is bound by memory up to R = 6 (Zen 3: 32 R FMA, two a
 // cycle, against 512 bytes at 3 a cycle and core: 171 cycles), prefill by FMA.
 // Sums run in float over d terms and over one block of tokens at a time.
@@ -63,7 +64,7 @@ constexpr int sums_per_row() {
 // scores[r * kBlockRows + j] = q_r . k_j for R rows and C tokens; dim is a multiple of the lanes.
 template <class V, class E, int R, int C>
 KV4_INLINE void dots(const float* q, std::int64_t q_stride, const typename E::T* k, std::int64_t k_stride, int dim,
-                     float* scores) {
+                     typename V::F overflow, float* scores) {
   using F = typename V::F;
   F acc[R * C];
   KV4_UNROLL
@@ -94,6 +95,8 @@ KV4_INLINE void dots(const float* q, std::int64_t q_stride, const typename E::T*
   constexpr int kVectors = (R * C + V::kLanes - 1) / V::kLanes;
   F sums[kVectors];
   fold_lanes<V, AddLanes>(acc, sums);
+  KV4_UNROLL
+  for (int i = 0; i < kVectors; ++i) sums[i] = V::fma(sums[i], overflow, sums[i]);
   alignas(64) float out[kVectors * V::kLanes];
   std::memcpy(out, sums, sizeof out);
   KV4_UNROLL
@@ -189,14 +192,16 @@ void attend_rows(const ExactTask& t, const Block<E>& block, int row0) {
   alignas(64) float scores[R][kBlockRows];
   const float* q = t.q + row0 * t.q_stride;
   constexpr std::int64_t kSize = static_cast<std::int64_t>(sizeof(T));
+  const F overflow = overflow_factor<V>(t.cap);
   const Ahead values{block.v, block.v_stride * kSize, 0, dim_v * kSize};
   std::int64_t j = begin;
   for (; j + kSums <= end; j += kSums) {
     for (int c = 0; c < kSums; ++c) values.fetch(j + c);
-    dots<V, E, R, kSums>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, scores[0] + j);
+    dots<V, E, R, kSums>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, overflow,
+                          scores[0] + j);
   }
   for (; j < end; ++j)
-    dots<V, E, R, 1>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, scores[0] + j);
+    dots<V, E, R, 1>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, overflow, scores[0] + j);
 
   for (int r = 0; r < R; ++r) {
     const int row = row0 + r;
@@ -215,11 +220,14 @@ void attend_rows(const ExactTask& t, const Block<E>& block, int row0) {
   const float (*weights)[kBlockRows] = scores;
   float* o = t.states.o + row0 * t.states.o_stride;
   Ahead keys{block.k + kBlockRows * block.k_stride, block.k_stride * kSize, 0, 0};
-  const std::int64_t bytes_per_channel = block.next ? dim_k * kSize / dim_v : 0;
+  // Channels of values stand for as large a share of the next block's keys.
+  const auto share = [&](int channels) {
+    return block.next ? (channels * dim_k * kSize / dim_v + 63) / 64 * 64 : std::int64_t{0};
+  };
   int c = 0;
   for (; c + kSums * V::kLanes <= dim_v; c += kSums * V::kLanes) {
-    keys.begin = c * bytes_per_channel / 64 * 64;
-    keys.end = (c + kSums * V::kLanes) * bytes_per_channel / 64 * 64;
+    keys.begin = share(c);
+    keys.end = share(c + kSums * V::kLanes);
     accumulate<V, E, R, kSums>(weights, block.v + c, block.v_stride, begin, end, rescale, o + c, t.states.o_stride,
                                keys);
   }

@@ -20,7 +20,7 @@
 //   29.5  pointers kept out of memory that byte stores may alias
 //   slower: nibbles looked up bytewise and split into 16 bits afterwards (one instruction fewer, on busier pipes)
 // Prefetching (two threads from memory, R = 1 and 6): none 10.3, 19.4; 2 KiB ahead in the same page 9.2, 17.8; the
-// same place of the next page into L1 7.8, 16.0; into L2 6.7, 14.9.
+// same place of the next page into L1 7.8, 16.0; into L2, as on x86 now, 6.7, 14.9.
 //
 // Rounding: q_c is off by half a unit in 32512 of the row's largest q', w_j by half a unit in 32512
 // of the page's largest weight: 1.5e-5 of the largest term either way. Overflow: 64 tokens of |w| <= 32512
@@ -131,6 +131,7 @@ KV4_INLINE void score_tile(const PagesTask& t, const PageAt& page, const Dot::Ta
   const std::uint8_t* operands = t.q_codes + static_cast<std::size_t>(row0) * (padded / 8) * Dot::kOctetBytes;
   const std::int32_t* const start = t.q_start + row0 * groups;
   const float* const k_scale = t.k_scale;
+  const F overflow = overflow_factor<V>(t.cap);
   const float* const q_scale = t.q_scale + row0 * groups;
   alignas(64) float from_mean[kRowLanes] = {};
   if (t.spec->key.mean) dot_mean<V, R>(t, row0, from_mean);
@@ -148,7 +149,8 @@ KV4_INLINE void score_tile(const PagesTask& t, const PageAt& page, const Dot::Ta
         for (int r = 0; r < R; ++r) {
           const F scale = V::set1(q_scale[r * groups + g]) * step;
           const F before = g == 0 ? V::set1(from_mean[r]) : V::load(scores[r] + j + lane);
-          V::store(scores[r] + j + lane, V::fma(load_integers<V>(sums + r * 16 + lane), scale, before));
+          const F s = V::fma(load_integers<V>(sums + r * 16 + lane), scale, before);
+          V::store(scores[r] + j + lane, V::fma(s, overflow, s));
         }
       }
     }
@@ -266,10 +268,15 @@ inline void prepare_queries(const PagesTask& t, int tiles) {
     for (int r = 0; r < tile.rows; ++r) {
       for (int g = 0; g < key.groups; ++g) {
         const float* q = t.q + (tile.row + r) * t.q_stride + g * positions;
-        F largest = F{};
-        for (int c = 0; c < positions; c += V::kLanes) largest = V::max(largest, V::abs(V::load(q + c)));
+        // max may lose a NaN, which the rotation makes of a query that overflows in it; 0 times it does not.
+        F largest = F{}, poison = F{};
+        for (int c = 0; c < positions; c += V::kLanes) {
+          const F x = V::load(q + c);
+          largest = V::max(largest, V::abs(x));
+          poison = V::fma(x, F{}, poison);
+        }
         F unit, inverse;
-        units_of<V>(V::set1(V::reduce_max(largest)), &unit, &inverse);
+        units_of<V>(V::set1(V::reduce_max(largest) + V::reduce_add(poison)), &unit, &inverse);
         const typename V::I total =
             quantise<V>(q, positions, inverse,
                         operands + static_cast<std::size_t>(g) * (positions / 8) * stride + r * Dot::kOctetBytes, stride);

@@ -10,7 +10,7 @@
 
 // Best first. X(name, compiled where)
 #if defined(__x86_64__) || defined(_M_X64)
-#define KV4_CPU_ISAS_ARCH(X) X(avx512) X(avx2)
+#define KV4_CPU_ISAS_ARCH(X) X(avx512) X(avxvnni) X(avx2)
 #elif defined(__aarch64__)
 #define KV4_CPU_ISAS_ARCH(X) X(neon)
 #else

@@ -1,6 +1,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <string>
 
@@ -83,6 +84,8 @@ Status measure_read(std::size_t bytes, int repeats, std::vector<double>* bytes_p
   constexpr std::size_t kChunk = 1024;
   const int threads = num_threads();
   const std::size_t count = static_cast<std::size_t>(threads);
+  if (bytes > std::numeric_limits<std::size_t>::max() - count * kChunk)
+    return error(StatusCode::out_of_memory, "bytes", std::to_string(bytes) + " free bytes", "none");
   const std::size_t share = (bytes + count * kChunk - 1) / (count * kChunk) * kChunk;  // bytes of one thread
   Backend* cpu = find_backend("cpu");
   const std::unique_ptr<std::uint8_t, Freed> memory(static_cast<std::uint8_t*>(cpu->alloc(share * count)),
@@ -90,7 +93,10 @@ Status measure_read(std::size_t bytes, int repeats, std::vector<double>* bytes_p
   if (!memory) return error(StatusCode::out_of_memory, "bytes", std::to_string(share * count) + " free bytes", "none");
   const RowKernels& rows = row_kernels(active());
   std::vector<float> sums(count * 16);  // a cache line each
-  std::memset(memory.get(), 0, share * count);
+  // Each thread touches its own share first: systems of several nodes place memory by it.
+  parallel_for(threads, threads, [&](std::int64_t i, int) {
+    std::memset(memory.get() + static_cast<std::size_t>(i) * share, 0, share);
+  });
   bytes_per_second->clear();
   for (int r = 0; r <= repeats; ++r) {
     const auto begin = std::chrono::steady_clock::now();

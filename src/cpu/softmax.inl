@@ -34,6 +34,13 @@ KV4_INLINE typename V::F tanh_of(typename V::F x) {
   return V::set1(1.0f) - V::set1(2.0f) / (e + V::set1(1.0f));
 }
 
+// s + s * factor is s where it is finite, and NaN where it overflowed: an infinite score must not pass for that of
+// a hidden token. A soft cap brings infinite scores back, and keeps them.
+template <class V>
+KV4_INLINE typename V::F overflow_factor(float cap) {
+  return V::set1(cap == 0 ? 0.0f : 1e-30f);
+}
+
 struct Span {
   std::int64_t begin, end;
 };
@@ -88,8 +95,10 @@ inline void apply_mask(const RowMask& mask, int row, std::int64_t position, Span
     for (std::int64_t j = span.begin; j < span.end; ++j)
       if (visible[first + j * mask.column_stride] == 0) scores[j] = kHidden;
   } else {
-    for (std::int64_t j = span.begin; j < span.end; ++j)
-      scores[j] += additive_entry(mask.general, mask.dtype, first + j * mask.column_stride);
+    for (std::int64_t j = span.begin; j < span.end; ++j) {
+      const float entry = additive_entry(mask.general, mask.dtype, first + j * mask.column_stride);
+      scores[j] = entry == kHidden ? kHidden : scores[j] + entry;
+    }
   }
 }
 

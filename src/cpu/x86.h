@@ -1,4 +1,4 @@
-// A processor feature that Clang's __builtin_cpu_supports does not know by name.
+// Processor features that some compiler's __builtin_cpu_supports does not know by name.
 #pragma once
 
 #include <cpuid.h>
@@ -8,6 +8,11 @@ namespace kv4::cpu {
 inline bool supports_f16c() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+
+inline bool supports_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
 }
 
 }  // namespace kv4::cpu

@@ -2,8 +2,10 @@
 // the bounds of attend_call.h.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -12,6 +14,7 @@
 #include "backend/backend.h"
 #include "cpu/isa.h"
 #include "guard.h"
+#include "kv4/cache.h"
 #include "kv4/cpu.h"
 
 namespace kv4 {
@@ -354,6 +357,39 @@ TEST_F(Attend, OverflowingScoresAreRefused) {
     run(s, call, &status);
     EXPECT_EQ(status.code(), StatusCode::non_finite);
   });
+}
+
+// An infinite score is never taken for a hidden token's, whichever its sign, and a hidden one never counts.
+TEST_F(Attend, InfiniteScoresAreRefusedUnlessHidden) {
+  constexpr int kDim = 64;
+  for (const float key : {-10.0f, 10.0f}) {
+    CacheConfig config;
+    config.recipe = Recipe::exact();
+    config.kv_heads = 1;
+    config.head_dim_k = config.head_dim_v = kDim;
+    std::unique_ptr<Cache> cache;
+    ASSERT_TRUE(Cache::create(config, &cache).ok());
+    // Token 0 overflows, token 1 scores 0.
+    std::vector<float> k(2 * kDim, 0.0f), v(2 * kDim, 3.0f), out(kDim);
+    std::fill_n(k.begin(), kDim, key);
+    std::fill_n(v.begin(), kDim, 5.0f);
+    const std::vector<float> q(kDim, 1e38f);
+    const std::array<std::int64_t, 4> two{1, 1, 2, kDim}, one{1, 1, 1, kDim}, stride{2 * kDim, 2 * kDim, kDim, 1};
+    ASSERT_TRUE(cache->append({k.data(), DType::f32, two, stride}, {v.data(), DType::f32, two, stride}).ok());
+    const float hidden[2] = {-std::numeric_limits<float>::infinity(), 0.0f};
+    AttendArgs args;
+    args.q = {q.data(), DType::f32, one, stride};
+    AttendArgs masked = args;
+    masked.mask.kind = Mask::General::additive;
+    masked.mask.general = hidden;
+    masked.mask.columns = 2;
+    masked.mask.general_stride[3] = 1;
+    every_isa([&] {
+      EXPECT_EQ(cache->attend(args, {out.data(), DType::f32, one, stride}).code(), StatusCode::non_finite) << key;
+      ASSERT_TRUE(cache->attend(masked, {out.data(), DType::f32, one, stride}).ok()) << key;
+      for (float x : out) EXPECT_EQ(x, 3.0f);
+    });
+  }
 }
 
 class Partial : public Attend {

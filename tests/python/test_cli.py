@@ -186,9 +186,15 @@ def test_bench_generate(model: Path, tmp_path: Path) -> None:
     result = succeeded("bench", "generate", "--model", model, *options, "--exact", "--json", data)
     rows = json.loads(data.read_text())["rows"]
     assert [row["cache"] for row in rows] == ["own", "kv4", "kv4 exact"] * 2
-    # Exact rows under either attention generate the same text.
-    assert rows[0]["generated"] == rows[2]["generated"]
+    # Exact rows take the own cache's room and what the growing buffer has spare.
+    assert all(own["cache_bytes"] <= exact["cache_bytes"] for own, _, exact in (rows[:3], rows[3:]))
     assert "kv4/exact" in result.stdout
+    prompt = [row["cache_bytes"] for row in rows]
+    succeeded("bench", "generate", "--model", model, *options, "--exact", "--random", "--json", data)
+    filled = json.loads(data.read_text())
+    assert filled["random_fill"]
+    # As many tokens, held alike.
+    assert [row["cache_bytes"] for row in filled["rows"]] == pytest.approx(prompt, rel=0.1)
 
 
 def test_bench_attention(tmp_path: Path) -> None:
@@ -202,7 +208,7 @@ def test_bench_attention(tmp_path: Path) -> None:
     assert all(row["roofline"] == pytest.approx(1e9 * row["gb_per_s"] / row["read_bandwidth"]) for row in rows.values())
     assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
     # 4 sinks; the window is at its shortest once all that is due is sealed: two pages of 64 tokens.
-    assert rows["kv4 int4"]["bytes_read"] == 2 * (2 * 64 * (64 + 4 + 2) + 128 * 2 * 64 * 4)
+    assert rows["kv4 int4"]["bytes_read"] == 2 * (2 * 64 * (64 + 4 + 2) + 128 * 2 * 64 * 2)
     assert rows["sdpa fp16"]["bytes_read"] == 256 * 2 * 2 * 64 * 2
     assert "qwen2.5-0.5b" in result.stdout
 

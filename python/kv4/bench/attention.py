@@ -24,6 +24,8 @@ GEOMETRIES: dict[str, tuple[int, int, int]] = {
     "llama-3-8b": (32, 8, 128),
     "qwen2.5-0.5b": (14, 2, 64),
     "gemma-3-270m": (4, 1, 256),
+    "qwen3-0.6b": (16, 8, 128),
+    "llama-2-7b": (32, 32, 128),
 }
 TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 WORKING_SET = 64 << 20  # bytes of int4 layers to go round, at most MAX_LAYERS of them
@@ -142,14 +144,14 @@ def measure(geometry: str, tokens: int, *, seconds: float = 0.2, repeats: int = 
     exact: dict[str, list[Any]] = {"float32": [], "float16": []}
     for _ in range(layers):
         k, v = (torch.randn(1, kv_heads, tokens, dim, generator=generator) for _ in range(2))
-        packed.append(_filled(Recipe(), "float32", k, v, q))
+        packed.append(_filled(Recipe(), "float16", k.half(), v.half(), q.half()))
         for name, caches in exact.items():
             dtype = getattr(torch, name)
             caches.append(_filled(Recipe.exact(), name, k.to(dtype), v.to(dtype), q.to(dtype)))
         for name, dtype in SDPA_DTYPES.items():
             dense[name].append((k.to(dtype), v.to(dtype)))
 
-    calls = {"kv4 int4": _kv4_call(packed, q)}
+    calls = {"kv4 int4": _kv4_call(packed, q.half())}
     read = {"kv4 int4": _int4_bytes(packed[0], kv_heads, dim)}
     if _core.num_threads() > 1:
         calls[ONE_THREAD] = _on_one_thread(calls["kv4 int4"])
@@ -174,6 +176,6 @@ def measure(geometry: str, tokens: int, *, seconds: float = 0.2, repeats: int = 
 
 
 def _int4_bytes(cache: Any, kv_heads: int, dim: int) -> int:
-    """Bytes that one decode step reads: sealed pages, and the exact sinks and window in float32."""
+    """Bytes that one decode step reads: sealed pages, and the exact sinks and window in float16."""
     pages = cache.sealed_tokens(0) // 64
-    return kv_heads * (pages * page_bytes(dim) + cache.exact_tokens(0) * 2 * dim * 4)
+    return kv_heads * (pages * page_bytes(dim) + cache.exact_tokens(0) * 2 * dim * 2)

@@ -129,6 +129,24 @@ def prefill(
 
 
 @torch.inference_mode()
+def fill(model: Any, cache: Any, ids: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
+    """As prefill, with random keys and values for all of ids [1, T] but the last token: the time of a decode step
+    does not depend on them, and a long prompt takes minutes on a slow machine. Returns the next token, [1, 1]."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    generator = torch.Generator().manual_seed(seed)
+    # A cache's layers exist, and kv4's have seen queries, only after a first token.
+    model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for part in ids[:, 1:-1].split(PREFILL_CHUNK, dim=1):
+        for layer in range(config.num_hidden_layers):
+            k, v = (torch.randn(1, heads, part.shape[1], dim, generator=generator, dtype=model.dtype) for _ in "kv")
+            cache.update(k, v, layer)
+    logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits[:, -1].argmax(-1, keepdim=True)
+
+
+@torch.inference_mode()
 def decode(
     model: Any,
     cache: Any,
@@ -159,9 +177,11 @@ def run(
     repeats: int = 5,
     recipe: Any = None,
     exact: bool = False,
+    random_fill: bool = False,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Row]:
-    """Measures every cache in every dtype at every context length; `exact` adds kv4's exact cache.
+    """Measures every cache in every dtype at every context length; `exact` adds kv4's exact cache,
+    `random_fill` replaces prompts by `fill`.
 
     models: the same model per dtype. ids: [1, >= max(contexts)]. A repeat decodes `tokens` tokens;
     candidates take turns within it. Calls progress(what, tokens done) after every step.
@@ -196,7 +216,11 @@ def run(
             what = f"prefill {context}: {cache_name} {dtype}"
             with attention(model, cache_name, recipes[cache_name]):
                 begin = perf_counter()
-                token = prefill(model, held[key], ids[:, before:context], progress=step(what))
+                part = ids[:, before:context]
+                if random_fill:
+                    token = fill(model, held[key], part)
+                else:
+                    token = prefill(model, held[key], part, progress=step(what))
                 prefilled[key] += perf_counter() - begin
             fp16 = fp16_bytes(model.config, context + WARM_UP + tokens)
             row = Row(context, cache_name, dtype, 0, fp16, prefill_seconds=prefilled[key])

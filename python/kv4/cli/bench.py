@@ -44,6 +44,9 @@ def generate(
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     dtypes: Annotated[str, typer.Option(help="Each cache is shown in the fastest of these.")] = "float32,bfloat16",
     recipe: Annotated[Path | None, typer.Option(help="A recipe file; kv4's default if not given.")] = None,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random keys and values in place of a prompt's: long contexts in seconds.")
+    ] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Also a cache of exact rows under kv4's attention.")] = False,
     threads: options.Threads = None,
     json_: options.JsonFile = None,
@@ -73,6 +76,7 @@ def generate(
             repeats=repeats,
             recipe=used,
             exact=exact,
+            random_fill=random,
             progress=lambda what, done: advance(done, what),
         )
     show_generate(model, rows)
@@ -81,6 +85,7 @@ def generate(
             "model": model,
             "threads": torch.get_num_threads(),
             "tokens": tokens,
+            "random_fill": random,
             "recipe": used.to_dict(),
             "rows": [row.to_dict() for row in rows],
         }

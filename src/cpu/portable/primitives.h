@@ -38,7 +38,9 @@ struct Isa {
     for (int i = 0; i < kLanes; ++i) a[i] = std::sqrt(a[i]);
     return a;
   }
-  static KV4_INLINE I truncate(F a) { return __builtin_convertvector(a, I); }      // toward zero
+  static KV4_INLINE I truncate(F a) {  // toward zero; 0 of NaN, which C++ leaves open
+    return __builtin_convertvector((F)((I)a & (I)(a == a)), I);
+  }
   static KV4_INLINE I round(F a) {                                                // to nearest
     return truncate(a + (a < 0 ? set1(-0.5f) : set1(0.5f)));
   }

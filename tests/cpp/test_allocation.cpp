@@ -1,0 +1,82 @@
+// Decoding allocates nothing once it is under way: every operator new of this program is counted.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "cases.h"
+#include "kv4/cache.h"
+#include "kv4/cpu.h"
+
+namespace {
+std::atomic<long> g_allocations{0};
+
+void* counted(std::size_t bytes, std::size_t alignment) {
+  g_allocations.fetch_add(1, std::memory_order_relaxed);
+  if (bytes == 0) bytes = 1;
+  return alignment <= alignof(std::max_align_t) ? std::malloc(bytes)
+                                                : std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+}
+void* or_throw(void* p) {
+  if (p == nullptr) throw std::bad_alloc();
+  return p;
+}
+}  // namespace
+
+void* operator new(std::size_t n) { return or_throw(counted(n, 0)); }
+void* operator new[](std::size_t n) { return or_throw(counted(n, 0)); }
+void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return counted(n, 0); }
+void* operator new[](std::size_t n, const std::nothrow_t&) noexcept { return counted(n, 0); }
+void* operator new(std::size_t n, std::align_val_t a) { return or_throw(counted(n, static_cast<std::size_t>(a))); }
+void* operator new[](std::size_t n, std::align_val_t a) { return or_throw(counted(n, static_cast<std::size_t>(a))); }
+void* operator new(std::size_t n, std::align_val_t a, const std::nothrow_t&) noexcept {
+  return counted(n, static_cast<std::size_t>(a));
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete[](void* p) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+
+namespace kv4 {
+namespace {
+
+TEST(Allocation, DecodeAttentionAllocatesNothing) {
+  constexpr int kHeads = 12, kKvHeads = 2, kDim = 128, kPrompt = 4000;
+  CacheConfig config;
+  config.dtype = DType::f32;
+  config.kv_heads = kKvHeads;
+  config.head_dim_k = config.head_dim_v = kDim;
+  std::unique_ptr<Cache> cache;
+  ASSERT_TRUE(Cache::create(config, &cache).ok());
+  const std::vector<float> rows = cases::normal_rows(kKvHeads * kPrompt, kDim, 1);
+  const std::vector<float> q = cases::normal_rows(kHeads, kDim, 2);
+  std::vector<float> out(q.size());
+  const auto step = [&](std::int64_t tokens) {
+    const TensorView x{rows.data(), DType::f32, {1, kKvHeads, tokens, kDim}, {0, tokens * kDim, kDim, 1}};
+    ASSERT_TRUE(cache->append(x, x).ok());
+  };
+  const auto attend = [&] {
+    AttendArgs args;
+    args.q = {q.data(), DType::f32, {1, kHeads, 1, kDim}, {kHeads * kDim, kDim, kDim, 1}};
+    ASSERT_TRUE(cache->attend(args, {out.data(), DType::f32, args.q.shape, args.q.stride}).ok());
+  };
+  step(kPrompt);
+  attend();
+  step(1);
+  attend();
+  step(1);
+  ASSERT_GT(cache->sealed_tokens(0), 3000);
+  ASSERT_GT(g_allocations.load(), 0);
+  const long before = g_allocations.load();
+  attend();
+  EXPECT_EQ(g_allocations.load(), before);
+}
+
+}  // namespace
+}  // namespace kv4
