@@ -34,8 +34,9 @@ constexpr std::int64_t kItemRows = 64;
 constexpr double kTokenRows = 1.5;
 constexpr double kSplitWork = 1 << 18;
 constexpr double kParallelWork = 1.5 * kSplitWork;
-// Splits per thread where items are few: leaves something to hand out when cores run at different speeds.
-constexpr int kSplitsPerThread = 4;
+// Splits per thread where items are few: leaves something to hand out when cores run at different speeds. Each
+// rotates its queries anew: four per thread lost 10 to 20 % at 512 to 2,048 tokens of d = 256.
+constexpr int kSplitsPerThread = 2;
 
 std::int64_t clamp(std::int64_t x, std::int64_t low, std::int64_t high) { return x < low ? low : x > high ? high : x; }
 std::size_t padded(int dim) { return static_cast<std::size_t>(pad_channels(dim)); }
@@ -52,13 +53,13 @@ struct Item {
   std::int64_t exact(int i) const { return exact_end[i] - exact_begin[i]; }
   std::int64_t paged() const { return static_cast<std::int64_t>(page_end - page_begin) * kPageTokens; }
   std::int64_t tokens() const { return exact(0) + paged() + exact(1); }
-  // Where split i begins: on whole pages and blocks.
+  // Where split i begins: on whole pages and blocks, pages to the nearest.
   std::int64_t cut(int i) const {
     if (i == splits) return tokens();
     const std::int64_t x = tokens() * i / splits;
     const std::int64_t e = exact(0), p = e + paged();
     if (x < e) return x / kBlockRows * kBlockRows;
-    if (x < p) return e + (x - e) / kPageTokens * kPageTokens;
+    if (x < p) return e + (x - e + kPageTokens / 2) / kPageTokens * kPageTokens;
     return p + (x - p) / kBlockRows * kBlockRows;
   }
 };
@@ -208,7 +209,7 @@ class Call {
       Item& item = workspace_.items[i];
       const std::int64_t limit = std::max<std::int64_t>(1, item.tokens() / kPageTokens);
       item.splits =
-          static_cast<int>(clamp(static_cast<std::int64_t>(std::min(work_of(item) / target, 1e6) + 0.5), 1, limit));
+          static_cast<int>(clamp(static_cast<std::int64_t>(std::min(work_of(item) / target, 1e6)), 1, limit));
       item.first_split = workspace_.splits.size();
       for (int s = 0; s < item.splits; ++s) workspace_.splits.push_back({static_cast<int>(i), s, States()});
     }
