@@ -90,7 +90,7 @@ struct PageAt {
   int tokens;
 };
 
-// Rows of a task in one tile, and where its parts of the task's scratch begin.
+// Rows [row, row + rows) of a task: one tile.
 struct TileAt {
   int row, rows;
 };
