@@ -52,6 +52,12 @@ def require() -> Any:
     return llama_cpp
 
 
+def check_contexts(contexts: Sequence[int]) -> None:
+    """A slope takes two contexts. Errors: ValueError."""
+    if len(contexts) < 2:
+        raise ValueError(f"--llama-contexts: expected two numbers or more; got {len(contexts)}")
+
+
 def measure(
     gguf: Path,
     contexts: Sequence[int] = (512, 2048, 4096),
@@ -64,8 +70,7 @@ def measure(
     """Milliseconds per decoded token at each context, for every cache type. A repeat is `steps` tokens of one type;
     types take turns. Errors: ValueError without llama-cpp-python or with fewer than two contexts."""
     contexts = sorted(set(contexts))
-    if len(contexts) < 2:
-        raise ValueError(f"--llama-contexts: expected two numbers or more; got {len(contexts)}")
+    check_contexts(contexts)
     llama_cpp = require()
     models = {}
     for kind in TYPES:

@@ -150,8 +150,11 @@ def attention(
     chosen = known if geometries == "all" else names(geometries, "--geometries", known)
     lengths = numbers(tokens, "--tokens")
     depths = numbers(llama_contexts, "--llama-contexts")
-    if llama:
+    file = None
+    if llama:  # what it lacks is said before anything is measured
         llama_cpp.require()
+        llama_cpp.check_contexts(depths)
+        file = options.gguf_file(llama)
     options.set_threads(threads)
     rows = []
     with progress("", len(chosen) * len(lengths)) as advance:
@@ -161,8 +164,7 @@ def attention(
                 rows += measurement.measure(geometry, length, seconds=seconds, repeats=repeats)
                 advance(1)
     others = []
-    if llama:
-        file = options.gguf_file(llama)
+    if file:
         with progress("", None) as advance:
             others = llama_cpp.measure(file, depths, threads=_core.num_threads(), report=lambda text: advance(0, text))
     where = f"{_core.isa()}, {_core.num_threads()} threads"
