@@ -123,9 +123,14 @@ struct Call {
   double scale() const { return args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<double>(args.q.shape[3])); }
 };
 
+// What a device rounds beyond that at exact rows, relative to the number: queries and weights.
+struct ExactRounding {
+  double query = 0, weight = 0;
+};
+
 // Bounds of |error| of every output, [batch, q_heads, T, head_dim_v].
 inline std::vector<double> bounds(const Scene& s, const Call& call, const std::vector<reference::DenseTokens>& dense,
-                                  const reference::Attention& expected) {
+                                  const reference::Attention& expected, ExactRounding exact = {}) {
   const int heads = s.shape().kv_heads * s.shape().group, dk = s.shape().dim_k, dv = s.shape().dim_v;
   const std::int64_t queries = call.args.q.shape[2];
   std::vector<double> inverse;
@@ -177,7 +182,10 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
             norm += x * x;
           }
           ulps[j] = 8 * kUlp * (1 + call.scale() * q_norm * std::sqrt(norm));
-          if (j < paged || j >= paged + page_tokens) continue;
+          if (j < paged || j >= paged + page_tokens) {
+            sigma[j] = call.scale() * exact.query * q_norm * std::sqrt(norm);
+            continue;
+          }
           double variance = 0;
           for (int g = 0; g < s.spec().key.groups; ++g) {
             const double x =
@@ -212,6 +220,7 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
             variance += move * move * sigma[j] * sigma[j];
             rounding += move * ulps[j];
             magnitude += p[j] * std::abs(value);
+            if (j < paged || j >= paged + page_tokens) variance += std::pow(p[j] * exact.weight * value, 2);
           }
           all.push_back(6 * std::sqrt(variance) + rounding + 4 * kUlp * magnitude);
         }

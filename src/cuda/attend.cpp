@@ -1,0 +1,61 @@
+#include "cuda/attend.h"
+
+#include <algorithm>
+
+#include "cuda/attend_tuning.h"
+
+namespace kv4::cuda {
+namespace {
+
+std::size_t round_up(std::size_t n) { return (n + 255) / 256 * 256; }
+
+struct Scratch {
+  std::size_t line, operands, row_scale, states, bytes;
+};
+
+Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
+  const std::size_t blocks = static_cast<std::size_t>(p.batch) * p.kv_heads * p.blocks;
+  const std::size_t rows = static_cast<std::size_t>(plan.segment_blocks) * kBlockRows;
+  const std::size_t slots = static_cast<std::size_t>(plan.ctas) * plan.warps_per_cta + 2 * (blocks / plan.segment_blocks);
+  Scratch s{};
+  s.line = 0;
+  s.operands = round_up((static_cast<std::size_t>(p.batch) + 1) * sizeof(int));
+  s.row_scale = s.operands + round_up(blocks * operand_words(p.dim) * sizeof(uint4));
+  s.states = s.row_scale + round_up(blocks * 2 * kBlockRows * sizeof(float));
+  s.bytes = s.states + round_up(slots * rows * (static_cast<std::size_t>(p.dim) + 2) * sizeof(float));
+  return s;
+}
+
+}  // namespace
+
+AttendPlan plan_attend(const AttendParams& p, int multiprocessors, int compute_major) {
+  AttendPlan plan;
+  plan.early = compute_major >= 9;
+  const int rows = p.group * p.queries;
+  plan.segment_blocks = rows > kBlockRows ? 2 : 1;
+  plan.ctas = multiprocessors;
+  plan.warps_per_cta = with_dim(p.dim, [&](auto d) { return Tuning<decltype(d)::value>::kWarps[plan.segment_blocks - 1]; });
+  AttendParams sized = p;
+  sized.blocks = (rows + kBlockRows * plan.segment_blocks - 1) / (kBlockRows * plan.segment_blocks) * plan.segment_blocks;
+  plan.scratch = lay_out(sized, plan).bytes;
+  return plan;
+}
+
+cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch, cudaStream_t stream) {
+  const int rows = p.group * p.queries;
+  p.segment_blocks = plan.segment_blocks;
+  p.blocks = (rows + kBlockRows * plan.segment_blocks - 1) / (kBlockRows * plan.segment_blocks) * plan.segment_blocks;
+  p.warps = plan.ctas * plan.warps_per_cta;
+  // Few segments: their rows are spread, so that the states of each are read by many. Every CTA reads the rotation's matrix.
+  const int segments = p.batch * p.kv_heads * (p.blocks / plan.segment_blocks);
+  p.merge_rows = segments * 2 >= plan.ctas ? kBlockRows * plan.segment_blocks : segments * 8 >= plan.ctas ? 2 : 1;
+  const Scratch s = lay_out(p, plan);
+  auto* memory = static_cast<unsigned char*>(scratch);
+  p.line = reinterpret_cast<int*>(memory + s.line);
+  p.operands = reinterpret_cast<uint4*>(memory + s.operands);
+  p.row_scale = reinterpret_cast<float*>(memory + s.row_scale);
+  p.states = reinterpret_cast<float*>(memory + s.states);
+  return with_dim(p.dim, [&](auto d) { return launch_dim<decltype(d)::value>(p, plan, stream); });
+}
+
+}  // namespace kv4::cuda

@@ -1,0 +1,87 @@
+// One call of attention on a CUDA device: three kernels, queued on a stream.
+//
+//   prepare  turns the queries into the matrix operands that the others read: rotated, divided by lambda and
+//            quantised for pages; as they are for exact rows,
+//   main     reads the cache once. Its work is one line of items, a page or 16 exact rows each; every warp takes an equal
+//            stretch of it and leaves one partial state for each (sequence, KV head, row block) that it touched,
+//   merge    joins the partial states, turns those over pages back into the model's basis and writes the output.
+//
+// Everything that changes from step to step (page tables, counts, positions) is read from device memory, nothing
+// is allocated and nothing waits: a captured call replays on a cache that has grown.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <vector_types.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend/backend.h"
+#include "cuda/layout.h"
+
+namespace kv4::cuda {
+
+// Rows of the MMA's 16 x 8: 8 query rows in two halves of their precision.
+constexpr int kBlockRows = 8;
+constexpr int kExactTokens = 16;  // exact rows of an item
+
+struct AttendParams {
+  const SequenceView* sequences = nullptr;  // [batch] in device memory, every pointer in it too
+  int batch = 0, kv_heads = 0, group = 0;   // group: query heads per KV head
+  int queries = 0;                          // T
+  int dim = 0;
+  int blocks = 0;                           // blocks of kBlockRows rows per KV head, rounded up to whole segments
+  bool bf16 = false;                        // exact rows: bfloat16, else float16
+  bool packed = false, mean = false;        // whether there are pages at all, and whether they hold means
+  std::uint32_t head_bytes = 0, k_copy_bytes = 0, v_copy_bytes = 0;
+  std::uint32_t v_codes = 0;               // offset in a head slice
+  std::uint32_t value_scales = 0;          // from v_codes
+  Tables key, value;
+  float factor = 0;  // of q.k, to scores in units of log2 (or, with a cap, to the argument of tanh)
+  float cap = 0;     // > 0: score = cap * tanh(factor q.k), log2 units
+  Mask mask;         // start, window, general: device memory
+
+  // Queries [batch, kv_heads * group, queries, dim] and the output alike.
+  const void* q = nullptr;
+  DType q_dtype = DType::f32;
+  std::int64_t q_stride[3] = {};
+  void* out = nullptr;  // or null, where `partial` is wanted
+  DType out_dtype = DType::f32;
+  std::int64_t out_stride[3] = {};
+  PartialState partial;  // rows of the whole call: `partial_queries`, this one's begin at `partial_begin`
+  int partial_queries = 0, partial_begin = 0;
+  const float* sinks = nullptr;
+
+  const float* dual = nullptr;               // keys: [dim, dim] R^-1 by rows, which gives q' = (R^-1)^T (q / lambda)
+  const float* inverse_transpose = nullptr;  // values: [dim, dim] (R^-1)^T by rows, which turns outputs back
+
+  // Scratch.
+  int* line = nullptr;             // [batch + 1] items before each sequence
+  uint4* operands = nullptr;       // per block: bytes, halves of q', halves of q (see operand_* below)
+  float* row_scale = nullptr;      // per block: [kBlockRows] of bytes times factor, then of the halves of q'
+  float* states = nullptr;         // per slot: o [rows][dim], m [rows], l [rows]
+  int warps = 0;                   // that share the line
+  int segment_blocks = 0;          // blocks of a segment: 1 or 2
+  int merge_rows = 0;              // rows of a segment that one CTA merges
+};
+
+// uint4 per block of operands: [k-tile of 32][lane] bytes, [k-step of 16][lane] of q', [k-step of 16][lane] of q.
+constexpr int operand_bytes_tiles(int dim) { return pad_channels(dim) / 32; }
+constexpr int operand_mean_steps(int dim) { return pad_channels(dim) / 16; }
+constexpr int operand_exact_steps(int dim) { return (dim + 15) / 16; }
+constexpr int operand_words(int dim) {
+  return (operand_bytes_tiles(dim) + operand_mean_steps(dim) + operand_exact_steps(dim)) * kLanes;
+}
+
+// The launch configuration of one call and the scratch it needs, in bytes.
+struct AttendPlan {
+  int segment_blocks = 1;
+  int ctas = 0, warps_per_cta = 0;
+  bool early = false;  // the kernels may begin before those before them have ended (sm_90)
+  std::size_t scratch = 0;
+};
+AttendPlan plan_attend(const AttendParams& p, int multiprocessors, int compute_major);
+// Fills in the scratch pointers from `scratch` and queues the three kernels.
+cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch, cudaStream_t stream);
+
+}  // namespace kv4::cuda

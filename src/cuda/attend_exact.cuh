@@ -1,0 +1,109 @@
+// 16 exact rows: scores and weights by 16-bit matrix products, queries and weights in two halves of their precision.
+#pragma once
+
+#include "cuda/attend_main.cuh"
+
+namespace kv4::cuda {
+
+// Rows that could not be copied 16 bytes at a time: by the warp itself.
+__device__ __noinline__ inline void copy_unaligned(const Piece& piece, unsigned char* slot, int pitch, int lane) {
+  for (int r = 0; r < piece.rows; ++r)
+    for (uint32_t i = lane * 2; i < piece.bytes; i += kLanes * 2)
+      *reinterpret_cast<uint16_t*>(slot + r * pitch + i) = *reinterpret_cast<const uint16_t*>(piece.from + r * piece.pitch + i);
+  fence_shared_writes();
+  __syncwarp();
+}
+
+template <int D, int kBlocks, class Slots, class StateT>
+__device__ __forceinline__ void exact_item(const AttendParams& p, Slots& queue, Pieces& pieces, StateT& state,
+                                           const uint4 (&q)[kBlocks][D / 16],
+                                           const Cursor& at, int head, int row0, int lane) {
+  constexpr int kPitch = Shape<D>::kExactPitch;
+  const int g = lane / 4, t = lane % 4;
+  const int matrix = lane / 8, matrix_row = lane % 8;
+  const int set = at.item < at.sink_items ? 0 : 1;
+  const long long position = p.sequences[at.b].exact[set].position + (set == 0 ? at.item : at.item - at.sink_items) * kExactTokens;
+  int rows;
+  float c[kBlocks][2][4] = {};
+  {
+    unsigned char* slot = queue.wait();
+    const Piece keys = exact_piece(p, at, head, 0);
+    rows = keys.rows;
+    if (!keys.aligned()) copy_unaligned(keys, slot, kPitch, lane);
+    const uint32_t base = shared_address(slot);
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      const uint4 x = load_matrices<false>(base + (matrix / 2 * 8 + matrix_row) * kPitch + (k * 16 + matrix % 2 * 8) * 2);
+#pragma unroll
+      for (int r = 0; r < kBlocks; ++r) {
+        mma_halves(p.bf16, c[r][0], q[r][k], x.x, x.y);
+        mma_halves(p.bf16, c[r][1], q[r][k], x.z, x.w);
+      }
+    }
+  }
+  queue.release(pieces);
+  uint4 weights[kBlocks];
+#pragma unroll
+  for (int r = 0; r < kBlocks; ++r) {
+    float score[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      score[i] = (c[r][i / 2][i % 2] + c[r][i / 2][i % 2 + 2]) * p.factor;
+      if (p.cap > 0) score[i] = soft_cap(p.cap, score[i]);
+    }
+    hide<4>(p, at.b, head, row0 + r * kBlockRows + g, position, rows, score, [t](int i) { return i / 2 * 8 + 2 * t + i % 2; });
+    const float m = state.raise(r, quad_max(fmaxf(fmaxf(score[0], score[1]), fmaxf(score[2], score[3]))));
+    uint32_t high[2], low[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float w0 = exp2_fast(score[2 * n] - m), w1 = exp2_fast(score[2 * n + 1] - m);
+      state.l[r] += w0 + w1;
+      high[n] = pack_halves(p.bf16, w0, w1);
+      const float2 rounded = unpack_halves(p.bf16, high[n]);
+      low[n] = pack_halves(p.bf16, w0 - rounded.x, w1 - rounded.y);
+    }
+    weights[r] = {high[0], low[0], high[1], low[1]};
+  }
+  unsigned char* slot = queue.wait();
+  const Piece values = exact_piece(p, at, head, 1);
+  if (!values.aligned()) copy_unaligned(values, slot, kPitch, lane);
+  const uint32_t base = shared_address(slot);
+  if (rows < kExactTokens) {  // what lies behind the rows is anything; its weight is 0, and 0 times NaN is NaN
+    for (int i = lane; i < (kExactTokens - rows) * (D / 8); i += kLanes)
+      *reinterpret_cast<uint4*>(slot + (rows + i / (D / 8)) * kPitch + i % (D / 8) * 16) = {};
+    fence_shared_writes();
+    __syncwarp();
+  }
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) {
+    const uint4 x = load_matrices<true>(base + (matrix % 2 * 8 + matrix_row) * kPitch + (k * 16 + matrix / 2 * 8) * 2);
+#pragma unroll
+    for (int r = 0; r < kBlocks; ++r) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        float (&o)[2] = state.o[r][2 * k + n];
+        float sum[4] = {o[0], o[1], 0, 0};
+        mma_halves(p.bf16, sum, weights[r], n == 0 ? x.x : x.z, n == 0 ? x.y : x.w);
+        o[0] = sum[0] + sum[2];
+        o[1] = sum[1] + sum[3];
+      }
+    }
+  }
+  queue.release(pieces);
+}
+
+// A run of exact items of one segment.
+template <int D, int kBlocks, class Slots, class StateT>
+__device__ __forceinline__ void exact_run(const AttendParams& p, Slots& queue, Pieces& pieces, StateT& state, const Cursor& here, int head,
+                                          int block, int row0, int run, int lane) {
+  const uint4* operands = p.operands + static_cast<std::size_t>(block) * operand_words(D) + (operand_bytes_tiles(D) + operand_mean_steps(D)) * kLanes + lane;
+  uint4 q[kBlocks][D / 16];
+#pragma unroll
+  for (int r = 0; r < kBlocks; ++r)
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) q[r][k] = operands[r * operand_words(D) + k * kLanes];
+  Cursor at = here;
+  for (int i = 0; i < run; ++i, ++at.item) exact_item<D, kBlocks>(p, queue, pieces, state, q, at, head, row0, lane);
+}
+
+}  // namespace kv4::cuda

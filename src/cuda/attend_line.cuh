@@ -1,0 +1,163 @@
+// The line of items that the warps share out among themselves, and the pieces of the cache that an item is read in.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/attend.h"
+#include "cuda/device.cuh"
+
+namespace kv4::cuda {
+
+// First item of warp w's stretch.
+__host__ __device__ inline int stretch(int items, int w, int warps) {
+  return static_cast<int>(static_cast<long long>(items) * w / warps);
+}
+
+// Items of a sequence, all heads and segments of the call.
+__device__ __forceinline__ int items_of(const AttendParams& p, int b) {
+  const SequenceView& s = p.sequences[b];
+  const long long exact = (s.exact[0].count + kExactTokens - 1) / kExactTokens + (s.exact[1].count + kExactTokens - 1) / kExactTokens;
+  return (static_cast<int>(exact) + s.page_count) * p.kv_heads * (p.blocks / p.segment_blocks);
+}
+
+// line[b] = items of the sequences before b. One warp.
+__device__ inline void lay_line(const AttendParams& p, int lane, int* line) {
+  int before = 0;
+  for (int first = 0; first < p.batch; first += kLanes) {
+    const int b = first + lane;
+    const int mine = b < p.batch ? items_of(p, b) : 0;
+    int sum = mine;
+    for (int step = 1; step < kLanes; step *= 2) {
+      const int other = __shfl_up_sync(kAll, sum, step);
+      if (lane >= step) sum += other;
+    }
+    if (b < p.batch) line[b] = before + sum - mine;
+    before += __shfl_sync(kAll, sum, kLanes - 1);
+  }
+  if (lane == 0) line[p.batch] = before;
+}
+
+// Where a warp stands on the line of items: sequence, head and segment of row blocks, and the item among theirs.
+// A sequence's items are 16 sinks each, 16 window rows each, then its pages.
+struct Cursor {
+  int flat = 0, end = 0;
+  int b = 0, segment = 0;  // segment: KV head * segments per head + its row blocks
+  int item = 0, items = 0;
+  int sink_items = 0, exact_items = 0;
+
+  __device__ __forceinline__ void enter(const AttendParams& p) {
+    const SequenceView& s = p.sequences[b];
+    sink_items = static_cast<int>((s.exact[0].count + kExactTokens - 1) / kExactTokens);
+    exact_items = sink_items + static_cast<int>((s.exact[1].count + kExactTokens - 1) / kExactTokens);
+    items = exact_items + s.page_count;
+  }
+  __device__ void start(const AttendParams& p, const int* line, int first, int last) {
+    flat = first;
+    end = last;
+    if (flat >= end) return;
+    int low = 0, high = p.batch - 1;  // the last sequence that begins at or before `first`
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (line[middle] <= first) low = middle;
+      else high = middle - 1;
+    }
+    b = low;
+    enter(p);
+    const int at = first - line[b];
+    segment = at / items;
+    item = at % items;
+  }
+  // By `count` items, within the segment or to its end.
+  __device__ __forceinline__ void skip(const AttendParams& p, int count, int segments) {
+    flat += count;
+    item += count;
+    if (item < items) return;
+    item = 0;
+    if (++segment < segments) return;
+    segment = 0;
+    if (flat >= end) return;
+    do {
+      ++b;
+      enter(p);
+    } while (items == 0);
+  }
+  __device__ __forceinline__ bool packed() const { return item >= exact_items; }
+  // Items of this kind and segment from here on.
+  __device__ __forceinline__ int run() const { return min((packed() ? items : exact_items) - item, end - flat); }
+};
+
+// Keys or values (half 0 or 1) of an exact item.
+__device__ inline Piece exact_piece(const AttendParams& p, const Cursor& at, int head, int half) {
+  const int set = at.item < at.sink_items ? 0 : 1;
+  const int first = (set == 0 ? at.item : at.item - at.sink_items) * kExactTokens;
+  const ExactRows& x = p.sequences[at.b].exact[set];
+  Piece piece;
+  piece.pitch = (half == 0 ? x.k_stride : x.v_stride) * 2;
+  piece.from = static_cast<const unsigned char*>(half == 0 ? x.k : x.v) + (half == 0 ? x.k_head_stride : x.v_head_stride) * 2 * head + first * piece.pitch;
+  piece.rows = min(kExactTokens, static_cast<int>(x.count) - first);
+  piece.bytes = static_cast<uint32_t>(p.dim) * 2;
+  return piece;
+}
+
+// The pieces of a stretch in the order in which they are read: keys and values of an exact item; the keys of two
+// pages, then their values. A run of pages is taken two by two, a last odd one alone.
+class Pieces {
+ public:
+  __device__ __forceinline__ Pieces(const AttendParams& p, const Cursor& at, int segments_per_head)
+      : p_(p), at_(at), segments_per_head_(segments_per_head) {
+    enter();
+  }
+  __device__ __forceinline__ bool done() const { return at_.flat >= at_.end; }
+  __device__ __forceinline__ Piece piece() const {
+    const int head = at_.segment / segments_per_head_;
+    if (!at_.packed()) return exact_piece(p_, at_, head, step_);
+    Piece piece;
+    const bool values = step_ >= pages_;
+    piece.from = (step_ - (values ? pages_ : 0) == 0 ? page_[0] : page_[1]) + static_cast<std::size_t>(head) * p_.head_bytes + (values ? p_.v_codes : 0);
+    piece.bytes = values ? p_.v_copy_bytes : p_.k_copy_bytes;
+    return piece;
+  }
+  __device__ __forceinline__ void next() {
+    if (++step_ < 2 * pages_) return;
+    at_.skip(p_, pages_, p_.kv_heads * segments_per_head_);
+    enter();
+  }
+
+ private:
+  // Page addresses are loaded two ahead of their use, so that nobody waits for them within a run.
+  __device__ __forceinline__ void enter() {
+    step_ = 0;
+    pages_ = 1;
+    if (done()) return;
+    if (!at_.packed()) {
+      next_item_ = -1;
+      return;
+    }
+    pages_ = min(2, at_.run());
+    const std::uint8_t* const* table = p_.sequences[at_.b].pages + (at_.item - at_.exact_items);
+    if (at_.item == next_item_ && at_.b == next_b_) {
+      page_[0] = next_[0];
+      page_[1] = next_[1];
+    } else {
+      page_[0] = table[0];
+      page_[1] = pages_ == 2 ? table[1] : nullptr;
+    }
+    const int left = at_.items - at_.item - pages_;
+    next_item_ = at_.item + pages_;
+    next_b_ = at_.b;
+    if (left > 0) next_[0] = table[pages_];
+    if (left > 1) next_[1] = table[pages_ + 1];
+  }
+
+  const AttendParams& p_;
+  Cursor at_;
+  int segments_per_head_;
+  int step_ = 0, pages_ = 1;
+  const unsigned char* page_[2] = {};
+  const unsigned char* next_[2] = {};
+  int next_item_ = -1, next_b_ = -1;
+};
+
+}  // namespace kv4::cuda

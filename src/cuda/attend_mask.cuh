@@ -1,0 +1,80 @@
+// Which positions a query row sees, and what its scores become.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+
+#include "cuda/attend.h"
+#include "cuda/device.cuh"
+
+namespace kv4::cuda {
+
+// Which positions the rows of a KV head see.
+struct Sight {
+  long long query_position;  // of query 0
+  long long start;
+  int window;
+  int head0, rows, b;  // head0: first query head of the KV head; rows: of the whole KV head
+
+  __device__ Sight(const AttendParams& p, int sequence, int kv_head)
+      : query_position(p.sequences[sequence].query_position),
+        start(p.mask.start != nullptr ? p.mask.offset + p.mask.start[sequence] : -(1ll << 62)),
+        window(p.mask.window != nullptr ? p.mask.window[sequence] : 0),
+        head0(kv_head * p.group), rows(p.group * p.queries), b(sequence) {}
+
+  // First and last position that every row sees, where there is no general mask.
+  __device__ long long first_of_all(const AttendParams& p) const {
+    return window > 0 ? max(start, query_position + p.queries - window) : start;
+  }
+  __device__ long long last_of_all(const AttendParams& p) const { return p.mask.causal ? query_position : 1ll << 62; }
+
+  // First and last position that `row` sees; an empty range for rows that do not exist.
+  __device__ longlong2 range(const AttendParams& p, int row) const {
+    if (row >= rows) return {0, -1};
+    const long long query = query_position + row / p.group;
+    return {window > 0 ? max(start, query - window + 1) : start, p.mask.causal ? query : 1ll << 62};
+  }
+};
+
+// The general mask on one score: a cold path, kept out of line.
+__device__ __noinline__ inline float general_mask(const AttendParams& p, int b, int head, int query, long long position, float score) {
+  const long long column = position - p.mask.offset;
+  if (column < 0 || column >= p.mask.columns) return -INFINITY;
+  const auto& stride = p.mask.general_stride;
+  const long long at = b * stride[0] + head * stride[1] + query * stride[2] + column * stride[3];
+  if (p.mask.kind == Mask::General::boolean)
+    return static_cast<const unsigned char*>(p.mask.general)[at] != 0 ? score : -INFINITY;
+  constexpr float kLog2e = 1.4426950408889634f;
+  float added, lowest = -1e30f;
+  if (p.mask.general_dtype == DType::f32) {
+    added = static_cast<const float*>(p.mask.general)[at];
+  } else if (p.mask.general_dtype == DType::f16) {
+    added = __half2float(static_cast<const __half*>(p.mask.general)[at]);
+    lowest = -65504.0f;
+  } else {
+    added = __bfloat162float(static_cast<const __nv_bfloat16*>(p.mask.general)[at]);
+  }
+  return added > lowest ? score + added * kLog2e : -INFINITY;
+}
+
+__device__ __noinline__ inline float soft_cap(float cap, float x) { return cap * tanhf(x); }
+
+// Hides what the row does not see. token(i): offset of score i from `position`; those from `tokens` on do not exist.
+template <int kScores, class Token>
+__device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, int row, long long position, int tokens,
+                                     float* score, Token token) {
+  const Sight sight(p, b, kv_head);
+  const longlong2 seen = sight.range(p, row);
+  const int first = static_cast<int>(max(seen.x - position, 0ll));
+  const int last = static_cast<int>(min(seen.y - position, static_cast<long long>(tokens - 1)));
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) {
+    const int j = token(i);
+    if (j < first || j > last) score[i] = -INFINITY;
+    else if (p.mask.kind != Mask::General::none)
+      score[i] = general_mask(p, sight.b, sight.head0 + row % p.group, row / p.group, position + j, score[i]);
+  }
+}
+
+}  // namespace kv4::cuda

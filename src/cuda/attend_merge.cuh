@@ -1,0 +1,173 @@
+// Joins the partial states of one segment, turns the part over pages back into the model's basis, and writes the
+// output or the call's own partial state. CTA (x, y): sequence, KV head and segment of row blocks x, merge_rows of its rows.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/attend_line.cuh"
+#include "cuda/attend_prepare.cuh"
+
+namespace kv4::cuda {
+
+// The warp whose stretch holds `item`.
+__device__ __forceinline__ int owner(int items, int item, int warps) {
+  int w = static_cast<int>((static_cast<long long>(item) * warps + warps - 1) / items);
+  w = min(w, warps - 1);
+  while (stretch(items, w, warps) > item) --w;
+  while (w + 1 < warps && stretch(items, w + 1, warps) <= item) ++w;
+  return w;
+}
+
+__device__ __forceinline__ void store_element(void* data, DType dtype, long long i, float x) {
+  if (dtype == DType::f32) static_cast<float*>(data)[i] = x;
+  else if (dtype == DType::f16) static_cast<__half*>(data)[i] = __float2half_rn(x);
+  else static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
+}
+
+template <int D, int kBlocks>
+struct MergeShape {
+  static constexpr int kWarps = kTurnThreads / kLanes, kRows = kBlocks * kBlockRows;
+  static constexpr int kUnits = kWarps > kRows ? kWarps : kRows;
+  static constexpr int kShared = (2 * kUnits * D + Turn<D>::kPartialFloats + kBlockRows * D) * 4;
+};
+
+template <int D, int kBlocks>
+__global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_constant__ AttendParams p) {
+  constexpr int kRows = kBlocks * kBlockRows, kWarps = kTurnThreads / kLanes;
+  constexpr int kWide = D / 4;  // float4 of a row
+  constexpr long long kSlot = static_cast<long long>(kRows) * (D + 2);
+  constexpr int kUnits = MergeShape<D, kBlocks>::kUnits;
+  extern __shared__ __align__(16) unsigned char memory[];
+  auto (*sums)[kUnits][kWide] = reinterpret_cast<float4 (*)[kUnits][kWide]>(memory);  // [2]: over exact rows, over pages
+  float* partial = reinterpret_cast<float*>(sums + 2);
+  float* x = partial + Turn<D>::kPartialFloats;
+  __shared__ float m_all[kRows], l_all[kRows];
+  __shared__ float ls[kWarps > kRows ? kWarps : kRows];
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int segments_per_head = p.blocks / kBlocks, segments = p.kv_heads * segments_per_head;
+  const int segment = blockIdx.x % segments, b = blockIdx.x / segments;
+  // Rows of the segment that this CTA takes, from `first_row` of it on.
+  const int first_row = blockIdx.y * p.merge_rows;
+  const int head = segment / segments_per_head, row0 = segment % segments_per_head * kRows + first_row;
+  const int all_rows = p.group * p.queries, rows = min(min(p.merge_rows, kRows - first_row), all_rows - row0);
+  if (rows <= 0) return;
+
+  Turn<D> turn;
+  if (p.inverse_transpose != nullptr) turn.prefetch(p.inverse_transpose);
+  wait_for_previous();
+  let_next_begin();
+  const SequenceView& s = p.sequences[b];
+  const int total = p.line[p.batch], warps = min(p.warps, total);
+  const int exact_items = static_cast<int>((s.exact[0].count + kExactTokens - 1) / kExactTokens + (s.exact[1].count + kExactTokens - 1) / kExactTokens);
+  const int items = exact_items + s.page_count, base = p.line[b] + segment * items;
+  int first[2] = {0, 0}, count[2] = {0, 0};  // slots of each kind: first, and how many
+  if (exact_items > 0) {
+    const int w0 = owner(total, base, warps), w1 = owner(total, base + exact_items - 1, warps);
+    first[0] = w0 + 2 * (b * segments + segment);
+    count[0] = w1 - w0 + 1;
+  }
+  if (s.page_count > 0) {
+    const int w0 = owner(total, base + exact_items, warps), w1 = owner(total, base + items - 1, warps);
+    first[1] = w0 + 2 * (b * segments + segment) + 1;
+    count[1] = w1 - w0 + 1;
+  }
+
+  // Maximum of each row.
+  for (int r = warp; r < rows; r += kWarps) {
+    float m = -INFINITY;
+    for (int kind = 0; kind < 2; ++kind)
+      for (int i = lane; i < count[kind]; i += kLanes)
+        m = fmaxf(m, p.states[(first[kind] + i) * kSlot + kRows * D + first_row + r]);
+    for (int step = 16; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(kAll, m, step));
+    if (lane == 0) m_all[r] = m;
+  }
+  __syncthreads();
+
+  // Sums: a warp per row, or several that share a row's slots.
+  const int share = rows < kWarps ? kWarps / rows : 1;
+  for (int unit = warp; unit < rows * share; unit += kWarps) {
+    const int r = unit / share, part = unit % share;
+    const float m = m_all[r];
+    float l = 0;
+    for (int kind = 0; kind < 2; ++kind) {
+      for (int c0 = 0; c0 < kWide; c0 += kLanes) {
+        const int c = c0 + lane;
+        float4 sum = {};
+#pragma unroll 8
+        for (int i = part; i < count[kind]; i += share) {
+          const float* slot = p.states + (first[kind] + i) * kSlot;
+          const float weight = m == -INFINITY ? 0.0f : exp2_fast(slot[kRows * D + first_row + r] - m);
+          if (c < kWide) {
+            const float4 o = reinterpret_cast<const float4*>(slot + (first_row + r) * D)[c];
+            sum.x = fmaf(o.x, weight, sum.x);
+            sum.y = fmaf(o.y, weight, sum.y);
+            sum.z = fmaf(o.z, weight, sum.z);
+            sum.w = fmaf(o.w, weight, sum.w);
+          }
+          if (c0 == 0) l = fmaf(slot[kRows * (D + 1) + first_row + r], weight, l);
+        }
+        if (c < kWide) sums[kind][unit][c] = sum;
+      }
+    }
+    if (lane == 0) ls[unit] = l;
+  }
+  __syncthreads();
+  if (share > 1) {
+    for (int i = threadIdx.x; i < rows * kWide * 2; i += kTurnThreads) {
+      const int kind = i / (rows * kWide), r = i / kWide % rows, c = i % kWide;
+      float4 sum = sums[kind][r * share][c];
+      for (int part = 1; part < share; ++part) {
+        const float4 o = sums[kind][r * share + part][c];
+        sum.x += o.x;
+        sum.y += o.y;
+        sum.z += o.z;
+        sum.w += o.w;
+      }
+      sums[kind][r * share][c] = sum;
+    }
+  }
+  if (threadIdx.x < rows) {
+    float l = 0;
+    for (int part = 0; part < share; ++part) l += ls[threadIdx.x * share + part];
+    l_all[threadIdx.x] = l;
+  }
+  __syncthreads();
+
+  // out = R^-1 y / lambda + z, eight rows at a time.
+  constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+  const bool rotated = s.page_count > 0 && p.inverse_transpose != nullptr;
+  for (int r0 = 0; r0 < rows; r0 += kBlockRows) {
+    const int valid = min(kBlockRows, rows - r0);
+    for (int i = threadIdx.x; i < valid * D; i += kTurnThreads)
+      x[i] = s.page_count > 0 ? reinterpret_cast<const float*>(sums[1][(r0 + i / D) * share])[i % D] : 0.0f;
+    __syncthreads();
+    if (rotated) {
+      if (r0 > 0) turn.prefetch(p.inverse_transpose);
+      turn.apply(p.inverse_transpose, x, partial, x, valid);
+    }
+    for (int i = threadIdx.x; i < valid * D; i += kTurnThreads) {
+      const int r = r0 + i / D, c = i % D, row = row0 + r, query = row / p.group, q_head = head * p.group + row % p.group;
+      const float lambda = s.lambda_v != nullptr ? s.lambda_v[head * D + c] : 1.0f;
+      const float o = x[i] / lambda + reinterpret_cast<const float*>(sums[0][r * share])[c];
+      const float m = m_all[r], l = l_all[r];
+      if (p.out != nullptr) {
+        const float denominator = p.sinks != nullptr && l > 0 ? l + exp2f(p.sinks[q_head] * kLog2e - m) : l;
+        store_element(p.out, p.out_dtype, b * p.out_stride[0] + q_head * p.out_stride[1] + query * p.out_stride[2] + c,
+                      l > 0 ? o / denominator : 0.0f);
+      } else {
+        const long long at = (static_cast<long long>(b) * p.kv_heads * p.group + q_head) * p.partial_queries + p.partial_begin + query;
+        p.partial.o[at * D + c] = l > 0 ? o : 0.0f;
+        if (c == 0) {
+          p.partial.m[at] = m * kLn2;
+          p.partial.l[at] = l;
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace kv4::cuda

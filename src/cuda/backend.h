@@ -1,0 +1,17 @@
+// The backend of NVIDIA GPUs of compute capability 8.0 and later. Every pointer it is given is one of device memory, but for
+// the arrays that a job itself consists of (jobs, sequences, page tables). Work is queued on the calling thread's
+// stream; attend reports no non-finite queries, since it does not wait: NaN comes out of the rows that saw it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "backend/backend.h"
+
+namespace kv4::cuda {
+
+// Null where there is no such GPU or driver.
+Backend* backend();
+// The stream of this thread's calls from now on; null is the default stream.
+void set_stream(cudaStream_t stream);
+
+}  // namespace kv4::cuda

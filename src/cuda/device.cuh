@@ -1,0 +1,309 @@
+// What the kernels use of the machine: matrix instructions, byte look-ups, asynchronous copies.
+//
+// PTX ISA 8.x, "Warp-level matrix instructions" and "Data movement": the register layouts stated here are its.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/layout.h"
+
+namespace kv4::cuda {
+
+constexpr unsigned kAll = 0xffffffffu;  // every lane of a warp
+
+// Programmatic dependent launch (sm_90): a kernel may begin while the one before it in the stream still runs. What that
+// one wrote is there after wait_for_previous; let_next_begin says that the next kernel may begin.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// A (16 x 32, unsigned or signed bytes) times B (32 x 8, signed bytes), added to C (16 x 8). Lane 4g + t holds of A
+// rows g (a.x, a.z) and g + 8 (a.y, a.w), columns 4t ... 4t+3 (x, y) and 16 + 4t ... (z, w); of C rows g
+// (c[0], c[1]) and g + 8 (c[2], c[3]), columns 2t and 2t + 1.
+template <bool kSigned>
+__device__ __forceinline__ void mma_bytes(int (&c)[4], uint4 a, uint2 b) {
+  if constexpr (kSigned) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+  } else {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+  }
+}
+
+// A (16 x 16) times B (16 x 8) of 16-bit floats, added to C in float. Lane 4g + t holds of A rows g (x, z) and g + 8
+// (y, w), columns 2t, 2t+1 (x, y) and 8 + 2t, 8 + 2t+1 (z, w); of B column g, rows 2t, 2t+1 and 8 + 2t, 8 + 2t+1.
+__device__ __forceinline__ void mma_halves(bool bf16, float (&c)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  if (bf16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8 (16 bytes).
+template <bool kTransposed>
+__device__ __forceinline__ uint4 load_matrices(uint32_t shared) {
+  uint4 r;
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(shared) : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(shared) : "memory");
+  return r;
+}
+
+// Four bytes of {a, b}, each chosen by the low three bits of a nibble of `selector`; where its fourth is set, that byte's sign
+// eight times. (__byte_perm clears the fourth bits.)
+__device__ __forceinline__ uint32_t look_up(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+  return r;
+}
+
+// 8 stored codes to the B fragments of mma_bytes that hold their levels: magnitudes of those >= 0 and of those below
+// (layout.h). 7 instructions.
+struct Levels8 {
+  uint2 positive, negative;
+};
+__device__ __forceinline__ Levels8 levels_of(uint32_t word, const Tables& t) {
+  const uint32_t flipped = word ^ 0x88888888u;
+  return {{look_up(t.positive[0], t.positive[1], word), look_up(t.positive[0], t.positive[1], word >> 16)},
+          {look_up(t.negative[0], t.negative[1], flipped), look_up(t.negative[0], t.negative[1], flipped >> 16)}};
+}
+
+// Sums of 16-bit numbers times levels: rows g of the accumulators hold the numbers' high bytes, rows g + 8 the low ones.
+// Accumulators start from a constant that makes their bits floats, the sum (below 2^22 in magnitude) plus 1.5 * 2^23:
+// subtracting those of the negative levels from those of the positive ones takes it away, with no conversion at all.
+struct Sums {
+  int positive[4] = {0x4b400000, 0x4b400000, 0x4b400000, 0x4b400000};
+  int negative[4] = {0x4b400000, 0x4b400000, 0x4b400000, 0x4b400000};
+
+  template <bool kSigned>
+  __device__ __forceinline__ void add(uint4 numbers, const Levels8& levels) {
+    mma_bytes<kSigned>(positive, numbers, levels.positive);
+    mma_bytes<kSigned>(negative, numbers, levels.negative);
+  }
+  // Of column 2t + e.
+  __device__ __forceinline__ float operator[](int e) const {
+    return fmaf(__int_as_float(positive[e]) - __int_as_float(negative[e]), 256.0f,
+                __int_as_float(positive[e + 2]) - __int_as_float(negative[e + 2]));
+  }
+};
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Over the four lanes that hold one row of an accumulator.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(kAll, x, 1);
+  return x + __shfl_xor_sync(kAll, x, 2);
+}
+
+// Two floats as 16-bit floats, the first in the low half.
+__device__ __forceinline__ uint32_t pack_halves(bool bf16, float low, float high) {
+  if (bf16) {
+    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&x);
+  }
+  const __half2 x = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+__device__ __forceinline__ float2 unpack_halves(bool bf16, uint32_t x) {
+  if (bf16) return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&x));
+  return __half22float2(*reinterpret_cast<const __half2*>(&x));
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Before a slot that ordinary stores have written is filled by the copy engine; by every lane that wrote.
+__device__ __forceinline__ void fence_shared_writes() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// A piece of the cache on its way into shared memory: rows of `bytes`, `pitch` apart in device memory.
+struct Piece {
+  const unsigned char* from = nullptr;
+  int rows = 1;
+  uint32_t bytes = 0;
+  long long pitch = 0;
+
+  // Whether it can be copied 16 bytes at a time.
+  __device__ __forceinline__ bool aligned() const {
+    return ((reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(pitch)) & 15) == 0;
+  }
+};
+
+// One warp's queue of copies from device into shared memory: kDepth slots of kSlotBytes, filled and read in turn, rows
+// kRowPitch apart. From sm_90 on a slot has two barriers, and one lane of another warp fills it by the bulk copy engine
+// (Filler); before, the warp fills it itself, 16 bytes per lane and instruction.
+template <int kDepth, int kSlotBytes, int kRowPitch>
+class Queue {
+ public:
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr bool kBulk = false;
+#else
+  static constexpr bool kBulk = true;
+#endif
+  static constexpr int kBytes = (kDepth * kSlotBytes + kDepth * 16 + 127) / 128 * 128;
+
+  // `memory`: kBytes of this warp, 128-byte aligned.
+  __device__ Queue(unsigned char* memory, int lane) : base_(memory), lane_(lane) {}
+
+  // Once, by one thread for each queue, before a barrier of the CTA.
+  static __device__ void prepare(unsigned char* memory) {
+    if constexpr (kBulk) {
+      const uint32_t barriers = shared_address(memory + kDepth * kSlotBytes);
+      for (int i = 0; i < 2 * kDepth; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+  }
+
+  // The next slot in turn, complete.
+  __device__ __forceinline__ unsigned char* wait() {
+    if constexpr (kBulk) {
+      const uint32_t barrier = shared_address(base_ + kDepth * kSlotBytes) + read_ * 16;
+      while (!passed(barrier, parity_)) {
+      }
+    } else {
+      asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 1) : "memory");
+      __syncwarp();
+    }
+    unsigned char* slot = base_ + read_ * kSlotBytes;
+    if (++read_ == kDepth) {
+      read_ = 0;
+      parity_ ^= 1;
+    }
+    return slot;
+  }
+
+  // Every lane has finished reading the oldest slot that was waited for: it may be filled again, from `pieces` where the
+  // warp does that itself.
+  template <class Pieces>
+  __device__ __forceinline__ void release(Pieces& pieces) {
+    __syncwarp();
+    if constexpr (kBulk) {
+      if (lane_ == 0) arrive(shared_address(base_ + kDepth * kSlotBytes) + freed_ * 16 + 8);
+      freed_ = freed_ + 1 == kDepth ? 0 : freed_ + 1;
+    } else {
+      fill(pieces);
+    }
+  }
+
+  // The warp's own filling, before sm_90.
+  template <class Pieces>
+  __device__ __forceinline__ void fill(Pieces& pieces) {
+    if (!pieces.done()) {
+      const Piece piece = pieces.piece();
+      if (piece.aligned()) {
+        const uint32_t to = shared_address(base_ + freed_ * kSlotBytes), chunks = piece.bytes / 16;
+        for (uint32_t i = lane_; i < piece.rows * chunks; i += kLanes)
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i / chunks * kRowPitch + i % chunks * 16),
+                       "l"(piece.from + i / chunks * piece.pitch + i % chunks * 16) : "memory");
+      }
+      pieces.next();
+      freed_ = freed_ + 1 == kDepth ? 0 : freed_ + 1;
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+
+  static __device__ __forceinline__ bool passed(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    return done != 0;
+  }
+  static __device__ __forceinline__ void arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+  }
+
+ private:
+  unsigned char* base_;
+  int lane_;
+  int read_ = 0, freed_ = 0;
+  uint32_t parity_ = 0;
+};
+
+// Fills one queue from one lane of the filling warp. Never blocks: the warp's other lanes serve other queues.
+template <int kDepth, int kSlotBytes, int kRowPitch>
+class Filler {
+ public:
+  __device__ explicit Filler(unsigned char* memory) : base_(shared_address(memory)) {
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy_));
+  }
+
+  // Whether the next slot is free.
+  __device__ __forceinline__ bool ready() const {
+    uint32_t done;
+    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done) : "r"(full() + 8), "r"(parity_ ^ 1) : "memory");
+    return done != 0;
+  }
+  // Of all lanes together, those with something to put say so: pieces of one row go out from their own lanes, the rows of
+  // others from as many lanes. What is not aligned is left to the reader, who gets the slot at once.
+  __device__ __forceinline__ void put(bool mine, const Piece& piece, int lane) {
+    const bool many = mine && piece.rows > 1 && piece.aligned();
+    if (mine) {
+      if (piece.aligned()) {
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full()), "r"(piece.rows * piece.bytes) : "memory");
+        if (!many) copy(base_ + slot_ * kSlotBytes, piece.from, piece.bytes, full());
+      } else {
+        asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(full()) : "memory");
+      }
+    }
+    for (unsigned left = __ballot_sync(kAll, many); left != 0; left &= left - 1) {
+      const int from = __ffs(left) - 1;
+      const auto address = __shfl_sync(kAll, reinterpret_cast<unsigned long long>(piece.from), from);
+      const auto pitch = __shfl_sync(kAll, piece.pitch, from);
+      const int rows = __shfl_sync(kAll, piece.rows, from);
+      const uint32_t bytes = __shfl_sync(kAll, piece.bytes, from), barrier = __shfl_sync(kAll, full(), from);
+      const uint32_t to = __shfl_sync(kAll, base_ + slot_ * kSlotBytes, from);
+      if (lane < rows) copy(to + lane * kRowPitch, reinterpret_cast<const unsigned char*>(address) + lane * pitch, bytes, barrier);
+    }
+    if (mine && ++slot_ == kDepth) {
+      slot_ = 0;
+      parity_ ^= 1;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void copy(uint32_t to, const unsigned char* from, uint32_t bytes, uint32_t barrier) const {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy_) : "memory");
+  }
+  __device__ __forceinline__ uint32_t full() const { return base_ + kDepth * kSlotBytes + slot_ * 16; }
+
+  uint32_t base_;
+  uint64_t policy_;
+  int slot_ = 0;
+  uint32_t parity_ = 0;
+};
+
+}  // namespace kv4::cuda

@@ -1,0 +1,46 @@
+// Sealing on a CUDA device: rotate, scale, quantise and pack whole pages or parts of them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "backend/backend.h"
+#include "cuda/layout.h"
+
+namespace kv4::cuda {
+
+// One side of a page, for the kernels.
+struct SideParams {
+  int dim = 0, group = 0, groups = 0;
+  bool mean = false, abs_max = false;
+  float gain = 1, top = 1;                // of Levels: rms in steps; the largest magnitude
+  int negative_base = 7;                  // of Levels
+  float thresholds[7] = {};               // between magnitudes i and i + 1, in levels
+  std::int8_t levels[16] = {};
+  const float* rotation_transpose = nullptr;       // [dim, dim] R^T by rows; null for the identity
+  const double* rotation_transpose_f64 = nullptr;  // the same, for means: a bias may be 10^5 times the spread around it
+  std::uint32_t codes = 0, code_bytes = 0, scales = 0, mean_at = 0;  // in a head slice
+};
+
+struct SealParams {
+  SideParams key, value;
+  const SealJob* jobs = nullptr;  // in device memory, every pointer in them too
+  int count = 0;
+};
+cudaError_t launch_seal(const SealParams& p, cudaStream_t stream);
+
+struct DequantiseParams {
+  SideParams key, value;
+  const std::uint8_t* slice = nullptr;
+  const float* lambda_k = nullptr;
+  const float* lambda_v = nullptr;
+  const float* inverse_k = nullptr;  // [dim, dim] (R^-1)^T by rows
+  const float* inverse_v = nullptr;
+  int first = 0, count = 0;
+  float* k = nullptr;  // [count, dim] or null
+  float* v = nullptr;
+};
+cudaError_t launch_dequantise(const DequantiseParams& p, cudaStream_t stream);
+
+}  // namespace kv4::cuda

@@ -1,0 +1,218 @@
+// Inputs of sealing and the rule of equality with the float64 definition (docs/format.md): codes are relative to the mean that
+// the page stores; a code equals the reference unless the reference value lies within 1e-4 of a step from a decision
+// boundary, then it is one level off at most; scales and means lie within one fp16 ulp, a scale being that of the codes the
+// kernel chose.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <ostream>
+#include <utility>
+#include <vector>
+
+#include "cases.h"
+#include "cpu/layout.h"
+#include "format/convert.h"
+#include "reference/seal.h"
+
+namespace kv4::seal_case {
+
+constexpr double kBoundary = 1e-4;  // of a step
+
+// One rotation per kind and d: a dense one takes d^3 steps to invert.
+inline std::shared_ptr<const Rotation> make_rotation(RotationKind kind, int d) {
+  static std::map<std::pair<RotationKind, int>, std::shared_ptr<const Rotation>> made;
+  std::shared_ptr<const Rotation>& r = made[{kind, d}];
+  if (r != nullptr) return r;
+  const std::uint64_t seed = 0x6b7634 + static_cast<std::uint64_t>(d);
+  Status s;
+  switch (kind) {
+    case RotationKind::identity: s = Rotation::identity(d, &r); break;
+    case RotationKind::srft: s = Rotation::srft(d, seed, &r); break;
+    case RotationKind::srht: s = Rotation::srht(d, seed, &r); break;
+    case RotationKind::householder: s = Rotation::householder(d, d / 2, seed, &r); break;
+    case RotationKind::dense: {
+      std::vector<float> m = cases::normal_rows(d, d, seed, 0.3 / std::sqrt(d));
+      for (int i = 0; i < d; ++i) m[static_cast<std::size_t>(i) * d + i] += 1;
+      s = Rotation::dense(d, m, &r);
+      break;
+    }
+  }
+  EXPECT_TRUE(s.ok()) << s.message();
+  return r;
+}
+
+struct Side {
+  int dim = 128;
+  RotationKind rotation = RotationKind::srft;
+  int group = 0;
+  LevelKind levels = LevelKind::lloyd_max;
+  ScaleRule scale = ScaleRule::least_squares;
+  bool mean = false;
+  bool lambda = false;
+};
+inline std::ostream& operator<<(std::ostream& o, const Side& s) {
+  return o << "d " << s.dim << " rotation " << int(s.rotation) << " group " << s.group << " levels " << int(s.levels)
+           << " scale " << int(s.scale) << " mean " << s.mean << " lambda " << s.lambda;
+}
+
+inline SideSpec make_side(const Side& s) {
+  SideSpec spec;
+  spec.dim = s.dim;
+  spec.group = s.group == 0 ? s.dim : s.group;
+  spec.groups = s.dim / spec.group;
+  spec.rotation = make_rotation(s.rotation, s.dim);
+  spec.levels = levels(s.levels);
+  spec.scale = s.scale;
+  spec.mean = s.mean;
+  return spec;
+}
+
+inline PageSpec make_page(const Side& key, const Side& value) {
+  PageSpec p;
+  p.key = make_side(key);
+  p.value = make_side(value);
+  p.layout = kv4_make_page_layout(key.dim, value.dim, p.key.groups, p.value.groups, key.mean,
+                                  cpu::pad_channels(key.dim), cpu::pad_channels(value.dim));
+  return p;
+}
+
+inline std::vector<float> make_lambda(int d, std::uint64_t seed) {
+  cases::Random random(seed);
+  std::vector<float> lambda(d);
+  for (float& l : lambda) l = static_cast<float>(std::pow(10.0, random.uniform() - 0.5));
+  return lambda;
+}
+
+// Rows of a dtype with a gap between them, everything outside the rows and in masked ones NaN.
+struct Rows {
+  int dim;
+  DType dtype;
+  std::int64_t stride;
+  std::vector<float> f32;
+  std::vector<std::uint16_t> f16;
+  std::vector<double> exact;  // [tokens, dim], what the dtype holds
+
+  Rows(const std::vector<float>& x, int tokens, int d, DType type, const std::uint8_t* skip)
+      : dim(d), dtype(type), stride(d + 6) {
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    f32.assign(static_cast<std::size_t>(tokens) * stride, nan);
+    f16.assign(f32.size(), 0x7fff);  // NaN as fp16 and as bf16
+    exact.assign(static_cast<std::size_t>(tokens) * d, nan);
+    for (int j = 0; j < tokens; ++j) {
+      if (skip != nullptr && skip[j] != 0) continue;
+      for (int c = 0; c < d; ++c) {
+        const float v = x[static_cast<std::size_t>(j) * d + c];
+        const std::size_t at = j * stride + c;
+        f32[at] = v;
+        f16[at] = type == DType::bf16 ? f32_to_bf16(v) : f32_to_f16(v);
+        exact[static_cast<std::size_t>(j) * d + c] =
+            type == DType::f32 ? v : type == DType::f16 ? f16_to_f32(f16[at]) : bf16_to_f32(f16[at]);
+      }
+    }
+  }
+  const void* row(int j) const {
+    return dtype == DType::f32 ? static_cast<const void*>(f32.data() + j * stride) : f16.data() + j * stride;
+  }
+};
+
+struct Codes {
+  std::vector<std::uint8_t> key, value;  // one per byte [64, dim]
+};
+inline std::vector<std::uint16_t> read_u16(const std::uint8_t* p, int n) {
+  std::vector<std::uint16_t> x(n);
+  std::memcpy(x.data(), p, 2 * x.size());
+  return x;
+}
+
+// Ordered like the values they stand for.
+inline int order_of(std::uint16_t half) { return half & 0x8000 ? -(half & 0x7fff) : half; }
+
+inline void check_side(const SideSpec& spec, const Rows& rows, const std::uint8_t* skip, const std::vector<double>& lambda,
+                const std::vector<std::uint8_t>& codes, const std::vector<std::uint16_t>& scales,
+                const std::vector<std::uint16_t>& mean) {
+  const double* weights = lambda.empty() ? nullptr : lambda.data();
+  const reference::Sealed r =
+      reference::seal(spec, rows.exact.data(), kPageTokens, skip, weights, mean.empty() ? nullptr : mean.data());
+  for (std::size_t c = 0; c < mean.size(); ++c)
+    ASSERT_LE(std::abs(order_of(mean[c]) - order_of(f32_to_f16(static_cast<float>(r.mean_f64[c])))), 1) << c;
+  for (int j = 0; j < kPageTokens; ++j) {
+    for (int g = 0; g < spec.groups; ++g) {
+      const std::size_t first = static_cast<std::size_t>(j) * spec.dim + static_cast<std::size_t>(g) * spec.group;
+      for (std::size_t i = first; i < first + spec.group; ++i) {
+        const int off = std::abs(codes[i] - r.codes[i]);
+        ASSERT_TRUE(off == 0 || (off == 1 && r.margin[i] < kBoundary))
+            << "token " << j << " channel " << i % spec.dim << ": code " << int(codes[i]) << ", reference "
+            << int(r.codes[i]) << ", " << r.margin[i] << " steps from a boundary";
+      }
+      const std::size_t s = static_cast<std::size_t>(g) * kPageTokens + j;
+      double scale = r.step[s];
+      if (scale > 0 && spec.scale == ScaleRule::least_squares)
+        scale = reference::least_squares_scale(spec.levels, r.x.data() + first, codes.data() + first, spec.group);
+      ASSERT_LE(std::abs(scales[s] - f32_to_f16(static_cast<float>(scale))), 1) << "token " << j << " group " << g;
+    }
+  }
+}
+
+struct Case {
+  Side key, value;
+  DType dtype = DType::f32;
+  double bias = 20, sigma = 0;  // sigma > 0: every channel of the keys bias +- sigma
+  bool masked = false;
+};
+inline std::ostream& operator<<(std::ostream& o, const Case& c) {
+  return o << "key " << c.key << "; value " << c.value << "; " << name_of(c.dtype) << " bias " << c.bias << " sigma "
+           << c.sigma << " masked " << c.masked;
+}
+
+struct Inputs {
+  PageSpec spec;
+  std::vector<std::uint8_t> skip;
+  std::vector<float> lambda_k, lambda_v;
+  std::vector<float> raw_k, raw_v;
+  std::unique_ptr<Rows> k, v;
+
+  explicit Inputs(const Case& c) : spec(make_page(c.key, c.value)), skip(kPageTokens, 0) {
+    if (c.masked) {
+      cases::Random random(7);
+      for (auto& s : skip) s = random.below(3) == 0;
+      skip[0] = 1;
+    }
+    if (c.key.lambda) lambda_k = make_lambda(c.key.dim, 11);
+    if (c.value.lambda) lambda_v = make_lambda(c.value.dim, 13);
+    raw_k = c.sigma > 0 ? cases::normal_rows(kPageTokens, c.key.dim, 3, c.sigma)
+                        : cases::key_rows(kPageTokens, c.key.dim, 3, c.bias);
+    if (c.sigma > 0)
+      for (float& x : raw_k) x += static_cast<float>(c.bias);
+    raw_v = cases::normal_rows(kPageTokens, c.value.dim, 5);
+    std::fill_n(raw_v.begin() + static_cast<std::ptrdiff_t>(9) * c.value.dim, c.value.dim, 0.0f);  // a row of zeros
+    k = std::make_unique<Rows>(raw_k, kPageTokens, c.key.dim, c.dtype, skip.data());
+    v = std::make_unique<Rows>(raw_v, kPageTokens, c.value.dim, c.dtype, skip.data());
+  }
+  SealJob job(std::uint8_t* slice, int first = 0, int count = kPageTokens) const {
+    SealJob j;
+    j.k = k->row(first);
+    j.v = v->row(first);
+    j.dtype = k->dtype;
+    j.k_stride = k->stride;
+    j.v_stride = v->stride;
+    j.skip = skip.data() + first;
+    j.lambda_k = lambda_k.empty() ? nullptr : lambda_k.data();
+    j.lambda_v = lambda_v.empty() ? nullptr : lambda_v.data();
+    j.slice = slice;
+    j.first = first;
+    j.count = count;
+    return j;
+  }
+  std::vector<std::uint16_t> mean(const std::uint8_t* slice) const {
+    return spec.key.mean ? read_u16(slice + spec.layout.k_mean, spec.key.dim) : std::vector<std::uint16_t>{};
+  }
+};
+
+}  // namespace kv4::seal_case

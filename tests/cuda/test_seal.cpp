@@ -1,0 +1,201 @@
+// Sealing and dequantising on a CUDA device against the float64 definition, by the CPU's rule of equality (seal_case.h).
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../cpp/seal_case.h"
+#include "device.h"
+
+namespace kv4 {
+namespace {
+
+using namespace seal_case;
+using tests::DeviceBytes;
+
+class CudaSeal : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (cuda::backend() == nullptr) GTEST_SKIP() << "no CUDA device of compute capability 8.0 or later";
+  }
+
+  struct Device {
+    DeviceBytes k, v, skip, lambda_k, lambda_v, slice;
+    SealJob job;
+    Device(const Inputs& in, const PageSpec& spec)
+        : k(in.k->dtype == DType::f32 ? DeviceBytes(in.k->f32) : DeviceBytes(in.k->f16)),
+          v(in.v->dtype == DType::f32 ? DeviceBytes(in.v->f32) : DeviceBytes(in.v->f16)),
+          skip(in.skip), lambda_k(in.lambda_k), lambda_v(in.lambda_v), slice(spec.layout.head_bytes, 0) {
+      job = in.job(slice.as<std::uint8_t>());
+      place(in, 0, kPageTokens);
+    }
+    void place(const Inputs& in, int first, int count) {
+      const std::size_t size = size_of(in.k->dtype);
+      job.k = k.as<std::byte>() + static_cast<std::size_t>(first * in.k->stride) * size;
+      job.v = v.as<std::byte>() + static_cast<std::size_t>(first * in.v->stride) * size;
+      job.skip = skip.as<std::uint8_t>() + first;
+      job.lambda_k = in.lambda_k.empty() ? nullptr : lambda_k.as<float>();
+      job.lambda_v = in.lambda_v.empty() ? nullptr : lambda_v.as<float>();
+      job.slice = slice.as<std::uint8_t>();
+      job.first = first;
+      job.count = count;
+    }
+  };
+
+  static Codes codes_of(const PageSpec& spec, const std::vector<std::uint8_t>& slice) {
+    std::vector<std::uint8_t> k(32u * static_cast<unsigned>(spec.key.dim)), v(32u * static_cast<unsigned>(spec.value.dim));
+    cuda::codes_to_canonical(spec, slice.data(), k.data(), v.data());
+    return {reference::from_canonical(k.data(), kPageTokens, spec.key.dim), reference::from_canonical(v.data(), kPageTokens, spec.value.dim)};
+  }
+
+  static void check(const Case& c) {
+    SCOPED_TRACE(testing::Message() << c);
+    const Inputs in(c);
+    const PageSpec spec = tests::on_device(in.spec);
+    const Device device(in, spec);
+    const Status status = cuda::backend()->seal(spec, {&device.job, 1});
+    ASSERT_TRUE(status.ok()) << status.message();
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    const std::vector<std::uint8_t> slice = device.slice.read();
+    const Codes codes = codes_of(spec, slice);
+    check_side(spec.key, *in.k, in.skip.data(), {in.lambda_k.begin(), in.lambda_k.end()}, codes.key,
+               read_u16(slice.data() + spec.layout.k_scales, kPageTokens), in.spec.key.mean ? read_u16(slice.data() + spec.layout.k_mean, spec.key.dim) : std::vector<std::uint16_t>{});
+    check_side(spec.value, *in.v, in.skip.data(), {in.lambda_v.begin(), in.lambda_v.end()}, codes.value,
+               read_u16(slice.data() + spec.layout.v_scales, kPageTokens), {});
+  }
+};
+
+constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
+
+TEST_F(CudaSeal, MatchesReference) {
+  int n = 0;
+  for (int d : cases::kHeadDims) {
+    for (RotationKind rotation : {RotationKind::identity, RotationKind::srft, RotationKind::srht, RotationKind::householder, RotationKind::dense}) {
+      for (int repeat = 0; repeat < 3; ++repeat, ++n) {
+        Case c;
+        c.key = {d, rotation, 0, n % 3 == 0 ? LevelKind::uniform : LevelKind::lloyd_max,
+                 n % 5 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares, repeat != 1, repeat % 2 == 0};
+        c.value = {d, rotation, 0, n % 4 == 1 ? LevelKind::uniform : LevelKind::lloyd_max,
+                   n % 7 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares, false, repeat == 2};
+        c.dtype = kDTypes[(n + n / 3) % 3];
+        c.masked = n % 3 == 1;
+        c.bias = n % 2 == 0 ? 20 : 350;
+        check(c);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST_F(CudaSeal, LargeKeyBias) {
+  for (int d : cases::kHeadDims) {
+    for (double sigma : {0.01, 0.1, 1.0, 10.0}) {
+      for (DType dtype : kDTypes) {
+        Case c;
+        c.key = {d, RotationKind::srft, 0, LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
+        c.value.dim = d;
+        c.dtype = dtype;
+        c.bias = 350;
+        c.sigma = sigma;
+        check(c);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+// A page filled in parts holds what one filled at once does.
+TEST_F(CudaSeal, PartsOfAPage) {
+  Case c;
+  c.key.mean = false;
+  c.dtype = DType::bf16;
+  const Inputs in(c);
+  const PageSpec spec = tests::on_device(in.spec);
+  Device whole(in, spec), parts(in, spec);
+  ASSERT_TRUE(cuda::backend()->seal(spec, {&whole.job, 1}).ok());
+  int first = 0;
+  for (int count : {1, 6, 25, 32}) {
+    parts.place(in, first, count);
+    ASSERT_TRUE(cuda::backend()->seal(spec, {&parts.job, 1}).ok());
+    first += count;
+  }
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  EXPECT_EQ(whole.slice.read(), parts.slice.read());
+}
+
+TEST_F(CudaSeal, DequantisesAsDefined) {
+  for (int d : cases::kHeadDims) {
+    Case c;
+    c.key = {d, RotationKind::srft, 0, LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
+    c.value = {d, RotationKind::srht, 0, LevelKind::uniform, ScaleRule::abs_max, false, true};
+    c.dtype = DType::f16;
+    const Inputs in(c);
+    const PageSpec spec = tests::on_device(in.spec);
+    const Device device(in, spec);
+    ASSERT_TRUE(cuda::backend()->seal(spec, {&device.job, 1}).ok());
+    const int first = 5, count = 51;
+    const DeviceBytes k(static_cast<std::size_t>(count * d * 4)), v(static_cast<std::size_t>(count * d * 4));
+    cuda::backend()->dequantise(spec, device.job.slice, device.job.lambda_k, device.job.lambda_v, first, count, k.as<float>(), v.as<float>());
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    const std::vector<std::uint8_t> slice = device.slice.read();
+    const Codes codes = codes_of(spec, slice);
+    for (int side = 0; side < 2; ++side) {
+      const SideSpec& s = side == 0 ? spec.key : spec.value;
+      const std::vector<std::uint16_t> scales = read_u16(slice.data() + (side == 0 ? spec.layout.k_scales : spec.layout.v_scales), kPageTokens);
+      const std::vector<std::uint16_t> mean = read_u16(slice.data() + spec.layout.k_mean, d);
+      const std::vector<float>& weights = side == 0 ? in.lambda_k : in.lambda_v;
+      const std::vector<double> lambda(weights.begin(), weights.end());
+      const std::vector<double> expected = reference::dequantise(s, side == 0 ? codes.key.data() : codes.value.data(), scales.data(),
+                                                                 side == 0 ? mean.data() : nullptr, kPageTokens, lambda.data());
+      const std::vector<std::uint8_t> bytes = side == 0 ? k.read() : v.read();
+      for (int j = 0; j < count; ++j) {
+        double norm = 0;
+        for (int i = 0; i < d; ++i) norm += std::pow(expected[static_cast<std::size_t>((first + j) * d + i)] * lambda[static_cast<std::size_t>(i)], 2);
+        for (int i = 0; i < d; ++i) {
+          float got;
+          std::memcpy(&got, bytes.data() + (static_cast<std::size_t>(j) * d + i) * 4, 4);
+          // A sum of d products in float; their magnitudes sum to at most the row's norm, the matrix being orthonormal.
+          ASSERT_NEAR(got, expected[static_cast<std::size_t>((first + j) * d + i)], d * 0x1p-24 * std::sqrt(norm) / lambda[static_cast<std::size_t>(i)])
+              << "d " << d << " side " << side << " token " << first + j << " channel " << i;
+        }
+      }
+    }
+  }
+}
+
+// The device's order of codes is a permutation of the canonical one, tested without a device.
+TEST(CudaOrder, RoundTrips) {
+  for (int d : cases::kHeadDims) {
+    Case c;
+    c.key.dim = c.value.dim = d;
+    c.key.mean = true;
+    const PageSpec spec = tests::on_device(make_page(c.key, c.value));
+    cases::Random random(static_cast<std::uint64_t>(d));
+    std::vector<std::uint8_t> k(32u * static_cast<unsigned>(d)), v(k.size()), k2(k.size()), v2(k.size()), slice(spec.layout.head_bytes);
+    for (auto& x : k) x = static_cast<std::uint8_t>(random.bits());
+    for (auto& x : v) x = static_cast<std::uint8_t>(random.bits());
+    cuda::codes_from_canonical(spec, k.data(), v.data(), slice.data());
+    cuda::codes_to_canonical(spec, slice.data(), k2.data(), v2.data());
+    EXPECT_EQ(k, k2);
+    EXPECT_EQ(v, v2);
+  }
+}
+
+TEST(CudaOrder, TablesGiveEveryLevel) {
+  for (LevelKind kind : {LevelKind::lloyd_max, LevelKind::uniform}) {
+    const cuda::Tables t = cuda::make_tables(levels(kind).table.data());
+    for (std::uint32_t code = 0; code < 16; ++code) {
+      const std::uint32_t stored = cuda::to_stored(code), index = stored & 7;
+      EXPECT_EQ(cuda::from_stored(stored), code);
+      const std::uint32_t* table = stored < 8 ? t.positive : t.negative;
+      const int size = static_cast<int>(table[index / 4] >> index % 4 * 8 & 255);
+      EXPECT_LT(size, 128) << "the look-up spreads a byte's sign: it must be 0";
+      EXPECT_EQ(stored < 8 ? size : -size, levels(kind).table[code]) << code;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kv4
