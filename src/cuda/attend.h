@@ -25,6 +25,12 @@ namespace kv4::cuda {
 constexpr int kBlockRows = 8;
 constexpr int kExactTokens = 16;  // exact rows of an item
 
+// A rotation's matrix as attend_turn.cuh multiplies by it, entries divided by `scale`, the largest magnitude. Null words: none.
+struct PackedMatrix {
+  const uint4* words = nullptr;
+  float scale = 1;
+};
+
 struct AttendParams {
   const SequenceView* sequences = nullptr;  // [batch] in device memory, every pointer in it too
   int batch = 0, kv_heads = 0, group = 0;   // group: query heads per KV head
@@ -52,8 +58,8 @@ struct AttendParams {
   int partial_queries = 0, partial_begin = 0;
   const float* sinks = nullptr;
 
-  const float* dual = nullptr;               // keys: [dim, dim] R^-1 by rows, which gives q' = (R^-1)^T (q / lambda)
-  const float* inverse_transpose = nullptr;  // values: [dim, dim] (R^-1)^T by rows, which turns outputs back
+  PackedMatrix dual;               // keys: R^-1, so that rows q / lambda times it are q' = (R^-1)^T (q / lambda)
+  PackedMatrix inverse_transpose;  // values: (R^-1)^T, which turns rows of outputs back
 
   // Scratch.
   int* line = nullptr;             // [batch + 1] items before each sequence

@@ -17,7 +17,7 @@ __device__ __noinline__ inline void copy_unaligned(const Piece& piece, unsigned 
 template <int D, int kBlocks, class Slots, class StateT>
 __device__ __forceinline__ void exact_item(const AttendParams& p, Slots& queue, Pieces& pieces, StateT& state,
                                            const uint4 (&q)[kBlocks][D / 16],
-                                           const Cursor& at, int head, int row0, int lane) {
+                                           const Cursor& at, int head, int row0, longlong2 seen, int lane) {
   constexpr int kPitch = Shape<D>::kExactPitch;
   const int g = lane / 4, t = lane % 4;
   const int matrix = lane / 8, matrix_row = lane % 8;
@@ -51,18 +51,16 @@ __device__ __forceinline__ void exact_item(const AttendParams& p, Slots& queue, 
       score[i] = (c[r][i / 2][i % 2] + c[r][i / 2][i % 2 + 2]) * p.factor;
       if (p.cap > 0) score[i] = soft_cap(p.cap, score[i]);
     }
-    hide<4>(p, at.b, head, row0 + r * kBlockRows + g, position, rows, score, [t](int i) { return i / 2 * 8 + 2 * t + i % 2; });
+    if (rows < kExactTokens || position < seen.x || position + kExactTokens - 1 > seen.y)
+      hide<4>(p, at.b, head, row0 + r * kBlockRows + g, position, rows, score, [t](int i) { return i / 2 * 8 + 2 * t + i % 2; });
     const float m = state.raise(r, quad_max(fmaxf(fmaxf(score[0], score[1]), fmaxf(score[2], score[3]))));
-    uint32_t high[2], low[2];
+    float weight[4];
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float w0 = exp2_fast(score[2 * n] - m), w1 = exp2_fast(score[2 * n + 1] - m);
-      state.l[r] += w0 + w1;
-      high[n] = pack_halves(p.bf16, w0, w1);
-      const float2 rounded = unpack_halves(p.bf16, high[n]);
-      low[n] = pack_halves(p.bf16, w0 - rounded.x, w1 - rounded.y);
+    for (int i = 0; i < 4; ++i) {
+      weight[i] = exp2_fast(score[i] - m);
+      state.l[r] += weight[i];
     }
-    weights[r] = {high[0], low[0], high[1], low[1]};
+    weights[r] = two_halves(p.bf16, weight[0], weight[1], weight[2], weight[3]);
   }
   unsigned char* slot = queue.wait();
   const Piece values = exact_piece(p, at, head, 1);
@@ -102,8 +100,14 @@ __device__ __forceinline__ void exact_run(const AttendParams& p, Slots& queue, P
   for (int r = 0; r < kBlocks; ++r)
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) q[r][k] = operands[r * operand_words(D) + k * kLanes];
+  // What every row sees of the sequence: nothing for certain under a general mask.
+  longlong2 seen = {0, -1};
+  if (p.mask.kind == Mask::General::none) {
+    const Sight sight(p, here.b, head);
+    seen = {sight.first_of_all(p), sight.last_of_all(p)};
+  }
   Cursor at = here;
-  for (int i = 0; i < run; ++i, ++at.item) exact_item<D, kBlocks>(p, queue, pieces, state, q, at, head, row0, lane);
+  for (int i = 0; i < run; ++i, ++at.item) exact_item<D, kBlocks>(p, queue, pieces, state, q, at, head, row0, seen, lane);
 }
 
 }  // namespace kv4::cuda

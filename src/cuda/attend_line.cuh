@@ -10,10 +10,24 @@
 
 namespace kv4::cuda {
 
-// First item of warp w's stretch.
-__host__ __device__ inline int stretch(int items, int w, int warps) {
-  return static_cast<int>(static_cast<long long>(items) * w / warps);
-}
+// How the items are shared out: every warp takes as many, the first ones one more. No more warps than items.
+struct Shares {
+  int warps, each, more;  // warps [0, more) take each + 1
+
+  __device__ __forceinline__ Shares(int items, int most_warps) : warps(min(most_warps, items)), each(0), more(0) {
+    if (warps > 0) {
+      each = items / warps;
+      more = items % warps;
+    }
+  }
+  // First item of warp w's stretch.
+  __device__ __forceinline__ int first(int w) const { return w * each + min(w, more); }
+  // The warp whose stretch holds `item`.
+  __device__ __forceinline__ int owner(int item) const {
+    const int longer = more * (each + 1);
+    return item < longer ? item / (each + 1) : more + (item - longer) / each;
+  }
+};
 
 // Items of a sequence, all heads and segments of the call.
 __device__ __forceinline__ int items_of(const AttendParams& p, int b) {

@@ -86,13 +86,13 @@ __global__ void __launch_bounds__((kWarps + 1) * kLanes, 1) attend_main(const __
   int* line = reinterpret_cast<int*>(memory + main_shared(kWarps, Slots::kBytes, kBlocks * S::kMeanOperands * 16));
   if (warp == kWarps) lay_line(p, lane, line);  // not from the kernel before: fetching begins without it
   __syncthreads();
-  const int total = line[p.batch], warps = min(p.warps, total);
+  const Shares shares(line[p.batch], p.warps);
 
   if (warp == kWarps) {
     if constexpr (Slots::kBulk) {
       const int w = blockIdx.x * kWarps + lane;
       Cursor at;
-      if (lane < kWarps && w < warps) at.start(p, line, stretch(total, w, warps), stretch(total, w + 1, warps));
+      if (lane < kWarps && w < shares.warps) at.start(p, line, shares.first(w), shares.first(w + 1));
       Pieces pieces(p, at, segments_per_head);
       Filler<kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, kWarps - 1) * Slots::kBytes);
       while (__any_sync(kAll, !pieces.done())) {
@@ -106,9 +106,9 @@ __global__ void __launch_bounds__((kWarps + 1) * kLanes, 1) attend_main(const __
   }
 
   const int w = blockIdx.x * kWarps + warp;
-  if (w >= warps) return;
+  if (w >= shares.warps) return;
   Cursor here;
-  here.start(p, line, stretch(total, w, warps), stretch(total, w + 1, warps));
+  here.start(p, line, shares.first(w), shares.first(w + 1));
   Slots queue(memory + warp * Slots::kBytes, lane);
   Pieces pieces(p, here, segments_per_head);  // used, and then not kept up, only where warps fill their own queues
   if constexpr (!Slots::kBulk)

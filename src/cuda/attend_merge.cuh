@@ -12,15 +12,6 @@
 
 namespace kv4::cuda {
 
-// The warp whose stretch holds `item`.
-__device__ __forceinline__ int owner(int items, int item, int warps) {
-  int w = static_cast<int>((static_cast<long long>(item) * warps + warps - 1) / items);
-  w = min(w, warps - 1);
-  while (stretch(items, w, warps) > item) --w;
-  while (w + 1 < warps && stretch(items, w + 1, warps) <= item) ++w;
-  return w;
-}
-
 __device__ __forceinline__ void store_element(void* data, DType dtype, long long i, float x) {
   if (dtype == DType::f32) static_cast<float*>(data)[i] = x;
   else if (dtype == DType::f16) static_cast<__half*>(data)[i] = __float2half_rn(x);
@@ -31,7 +22,7 @@ template <int D, int kBlocks>
 struct MergeShape {
   static constexpr int kWarps = kTurnThreads / kLanes, kRows = kBlocks * kBlockRows;
   static constexpr int kUnits = kWarps > kRows ? kWarps : kRows;
-  static constexpr int kShared = (2 * kUnits * D + Turn<D>::kPartialFloats + kBlockRows * D) * 4;
+  static constexpr int kShared = (2 * kUnits * D + Turn<D>::kOperands * 4 + kBlockRows * D) * 4;
 };
 
 template <int D, int kBlocks>
@@ -42,8 +33,8 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   constexpr int kUnits = MergeShape<D, kBlocks>::kUnits;
   extern __shared__ __align__(16) unsigned char memory[];
   auto (*sums)[kUnits][kWide] = reinterpret_cast<float4 (*)[kUnits][kWide]>(memory);  // [2]: over exact rows, over pages
-  float* partial = reinterpret_cast<float*>(sums + 2);
-  float* x = partial + Turn<D>::kPartialFloats;
+  uint4* operands = reinterpret_cast<uint4*>(sums + 2);
+  float* x = reinterpret_cast<float*>(operands + Turn<D>::kOperands);
   __shared__ float m_all[kRows], l_all[kRows];
   __shared__ float ls[kWarps > kRows ? kWarps : kRows];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -56,21 +47,21 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   if (rows <= 0) return;
 
   Turn<D> turn;
-  if (p.inverse_transpose != nullptr) turn.prefetch(p.inverse_transpose);
+  if (p.inverse_transpose.words != nullptr) turn.prefetch(p.inverse_transpose);
   wait_for_previous();
   let_next_begin();
   const SequenceView& s = p.sequences[b];
-  const int total = p.line[p.batch], warps = min(p.warps, total);
+  const Shares shares(p.line[p.batch], p.warps);
   const int exact_items = static_cast<int>((s.exact[0].count + kExactTokens - 1) / kExactTokens + (s.exact[1].count + kExactTokens - 1) / kExactTokens);
   const int items = exact_items + s.page_count, base = p.line[b] + segment * items;
   int first[2] = {0, 0}, count[2] = {0, 0};  // slots of each kind: first, and how many
   if (exact_items > 0) {
-    const int w0 = owner(total, base, warps), w1 = owner(total, base + exact_items - 1, warps);
+    const int w0 = shares.owner(base), w1 = shares.owner(base + exact_items - 1);
     first[0] = w0 + 2 * (b * segments + segment);
     count[0] = w1 - w0 + 1;
   }
   if (s.page_count > 0) {
-    const int w0 = owner(total, base + exact_items, warps), w1 = owner(total, base + items - 1, warps);
+    const int w0 = shares.owner(base + exact_items), w1 = shares.owner(base + items - 1);
     first[1] = w0 + 2 * (b * segments + segment) + 1;
     count[1] = w1 - w0 + 1;
   }
@@ -138,7 +129,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
 
   // out = R^-1 y / lambda + z, eight rows at a time.
   constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-  const bool rotated = s.page_count > 0 && p.inverse_transpose != nullptr;
+  const bool rotated = s.page_count > 0 && p.inverse_transpose.words != nullptr;
   for (int r0 = 0; r0 < rows; r0 += kBlockRows) {
     const int valid = min(kBlockRows, rows - r0);
     for (int i = threadIdx.x; i < valid * D; i += kTurnThreads)
@@ -146,7 +137,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
     __syncthreads();
     if (rotated) {
       if (r0 > 0) turn.prefetch(p.inverse_transpose);
-      turn.apply(p.inverse_transpose, x, partial, x, valid);
+      turn.apply(p.inverse_transpose, x, operands, x, valid);
     }
     for (int i = threadIdx.x; i < valid * D; i += kTurnThreads) {
       const int r = r0 + i / D, c = i % D, row = row0 + r, query = row / p.group, q_head = head * p.group + row % p.group;

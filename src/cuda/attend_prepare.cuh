@@ -20,30 +20,32 @@ __device__ __forceinline__ float load_element(const void* data, DType dtype, lon
 template <int D>
 __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_constant__ AttendParams p) {
   constexpr int kPadded = pad_channels(D);
-  __shared__ __align__(16) float x[kBlockRows * D], partial[Turn<D>::kPartialFloats];
+  __shared__ __align__(16) float x[kBlockRows * D];
+  __shared__ uint4 operands[Turn<D>::kOperands];
   __shared__ float plain[kBlockRows][kPadded], y[kBlockRows][kPadded], largest[kBlockRows];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4;
   const int block = blockIdx.x % p.blocks, head = blockIdx.x / p.blocks % p.kv_heads, b = blockIdx.x / p.blocks / p.kv_heads;
   Turn<D> turn;
-  if (p.dual != nullptr) turn.prefetch(p.dual);
+  if (p.dual.words != nullptr) turn.prefetch(p.dual);
   wait_for_previous();
   let_next_begin();
   if (blockIdx.x == 0 && warp == 0) lay_line(p, lane, p.line);
 
   const float* lambda = p.sequences[b].lambda_k;
   const int rows = p.group * p.queries, valid = min(kBlockRows, rows - block * kBlockRows);
-  for (int i = threadIdx.x; i < kBlockRows * kPadded; i += kTurnThreads) {
-    const int r = i / kPadded, c = i % kPadded, row = block * kBlockRows + r;
-    float value = 0;
-    if (r < valid && c < D)
-      value = load_element(p.q, p.q_dtype, b * p.q_stride[0] + (head * p.group + row % p.group) * p.q_stride[1] +
-                                               row / p.group * p.q_stride[2] + c);
-    plain[r][c] = value;
-    y[r][c] = 0;
-    if (c < D) x[r * D + c] = lambda != nullptr ? value / lambda[head * D + c] : value;
+  if (warp < kBlockRows) {
+    const int row = block * kBlockRows + warp, query = row / p.group;
+    const long long from = b * p.q_stride[0] + (head * p.group + row - query * p.group) * p.q_stride[1] + query * p.q_stride[2];
+#pragma unroll
+    for (int c = lane; c < kPadded; c += kLanes) {
+      const float value = warp < valid && c < D ? load_element(p.q, p.q_dtype, from + c) : 0.0f;
+      plain[warp][c] = value;
+      y[warp][c] = 0;
+      if (c < D) x[warp * D + c] = lambda != nullptr ? value / lambda[head * D + c] : value;
+    }
   }
   __syncthreads();
-  if (p.dual != nullptr) turn.apply(p.dual, x, partial, x, valid);
+  if (p.dual.words != nullptr) turn.apply(p.dual, x, operands, x, valid);
   for (int i = threadIdx.x; i < kBlockRows * D; i += kTurnThreads) y[i / D][i % D] = x[i];
   __syncthreads();
   if (warp < kBlockRows) {
@@ -80,15 +82,10 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
       float n[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) n[j] = y[g][c + j] * to_one;
-      const uint32_t h0 = pack_halves(false, n[0], n[1]), h1 = pack_halves(false, n[2], n[3]);
-      const float2 r0 = unpack_halves(false, h0), r1 = unpack_halves(false, h1);
-      a = {h0, pack_halves(false, n[0] - r0.x, n[1] - r0.y), h1, pack_halves(false, n[2] - r1.x, n[3] - r1.y)};
+      a = two_halves(false, n[0], n[1], n[2], n[3]);
     } else {
       const int c = (k - kTiles - kMeanSteps) * 16 + t * 2;
-      const float n[4] = {plain[g][c], plain[g][c + 1], plain[g][c + 8], plain[g][c + 9]};
-      const uint32_t h0 = pack_halves(p.bf16, n[0], n[1]), h1 = pack_halves(p.bf16, n[2], n[3]);
-      const float2 r0 = unpack_halves(p.bf16, h0), r1 = unpack_halves(p.bf16, h1);
-      a = {h0, pack_halves(p.bf16, n[0] - r0.x, n[1] - r0.y), h1, pack_halves(p.bf16, n[2] - r1.x, n[3] - r1.y)};
+      a = two_halves(p.bf16, plain[g][c], plain[g][c + 1], plain[g][c + 8], plain[g][c + 9]);
     }
     out[k * kLanes] = a;
   }

@@ -1,75 +1,72 @@
-// Rows times a rotation's matrix, for the few rows of a query block: bound by the latency of reading the matrix, so every
-// thread asks for all of its share at once, and before the rows are there.
+// Rows times a rotation's matrix, for the few rows of a query block. Bound by the latency of reading the matrix, so every
+// thread asks for its share before the rows are there; the products are the matrix unit's, both factors in two 16-bit
+// floats (22 bits), which takes a fifth of the instructions that float multiply-adds take.
+//
+// The packed matrix (pack_matrix) holds for rows 16 k ... 16 k + 15 and columns 8 n ... 8 n + 7 and each lane 4g + t column
+// 8 n + g, rows 16 k + {2t, 2t+1} and + {8 + 2t, 9 + 2t}: high halves, then low halves: word (n * D / 16 + k) * 32 + lane.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "cuda/attend.h"
+#include "cuda/device.cuh"
 
 namespace kv4::cuda {
 
 constexpr int kTurnThreads = 256;
 
-// y[r][i] = sum over c of x[r][c] matrix[c][i], for kBlockRows rows. A CTA of kTurnThreads; thread part * (D / 4) + i / 4 takes
-// four columns i and a stretch of the c's.
+// y[r][i] = sum over c of x[r][c] matrix[c][i], for kBlockRows rows; a CTA of kTurnThreads.
 template <int D>
 class Turn {
  public:
-  static constexpr int kWide = D / 4, kParts = kTurnThreads / kWide, kEach = (D + kParts - 1) / kParts;
-  static constexpr int kBatch = kEach < 16 ? kEach : 16;
-  static constexpr int kTogether = 4;                            // rows
-  static constexpr int kPartialFloats = kParts * kTogether * D;  // of shared memory, at most 16 KiB
+  static constexpr int kSteps = D / 16, kTiles = D / 8, kWarps = kTurnThreads / kLanes;
+  static constexpr int kOperands = kSteps * kLanes;  // uint4 of shared memory that apply works in
 
-  // Asks for the first rows of the share.
-  __device__ __forceinline__ void prefetch(const float* matrix) { load(matrix, 0); }
+  __device__ __forceinline__ void prefetch(const PackedMatrix& matrix) { load(matrix, threadIdx.x / kLanes); }
 
-  // x, y: [kBlockRows][D] in shared memory, 16-byte aligned; they may be the same. Rows from `valid` on are left alone.
-  __device__ void apply(const float* matrix, const float* x, float* partial, float* y, int valid) {
-    const int part = threadIdx.x / kWide, wide = threadIdx.x % kWide;
-    for (int row = 0; row < valid; row += kTogether) {
-      if (part < kParts) {
-        float4 sum[kTogether] = {};
-        for (int first = 0; first < kEach; first += kBatch) {
-          if (first > 0 || (row > 0 && kBatch < kEach)) load(matrix, first);
-#pragma unroll
-          for (int j = 0; j < kBatch; ++j) {
-            const int c = part * kEach + first + j;
-            if (first + j >= kEach || c >= D) break;
-#pragma unroll
-            for (int r = 0; r < kTogether; ++r) {
-              const float value = x[(row + r) * D + c];
-              sum[r].x = fmaf(value, m_[j].x, sum[r].x);
-              sum[r].y = fmaf(value, m_[j].y, sum[r].y);
-              sum[r].z = fmaf(value, m_[j].z, sum[r].z);
-              sum[r].w = fmaf(value, m_[j].w, sum[r].w);
-            }
-          }
-        }
-#pragma unroll
-        for (int r = 0; r < kTogether; ++r) reinterpret_cast<float4*>(partial)[(part * kTogether + r) * kWide + wide] = sum[r];
+  // x, y: [kBlockRows][D] in shared memory; they may be the same. Rows from `valid` on are 0.
+  __device__ void apply(const PackedMatrix& matrix, const float* x, uint4* operands, float* y, int valid) {
+    __shared__ float largest[kBlockRows];
+    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4;
+    float top = 0;
+    if (warp < valid)
+      for (int c = lane; c < D; c += kLanes) top = fmaxf(top, fabsf(x[warp * D + c]));
+    for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kAll, top, step));
+    if (lane == 0) largest[warp] = top;
+    __syncthreads();
+    const float scale = largest[g], inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    for (int k = warp; k < kSteps; k += kWarps) {
+      float2 a = {}, b = {};
+      if (g < valid) {
+        a = *reinterpret_cast<const float2*>(x + g * D + k * 16 + 2 * t);
+        b = *reinterpret_cast<const float2*>(x + g * D + k * 16 + 8 + 2 * t);
       }
-      __syncthreads();
-      for (int i = threadIdx.x; i < min(kTogether, valid - row) * D; i += kTurnThreads) {
-        float total = 0;
-#pragma unroll
-        for (int k = 0; k < kParts; ++k) total += partial[k * kTogether * D + i];
-        y[row * D + i] = total;
-      }
-      __syncthreads();
+      operands[k * kLanes + lane] = two_halves(false, a.x * inverse, a.y * inverse, b.x * inverse, b.y * inverse);
     }
+    __syncthreads();
+    for (int n = warp; n < kTiles; n += kWarps) {
+      if (n != warp) load(matrix, n);
+      float c[4] = {};
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        const uint4 a = operands[k * kLanes + lane];
+        mma_halves(false, c, a, m_[k].x, m_[k].y);
+        mma_halves(false, c, a, m_[k].z, m_[k].w);
+      }
+      const float back = scale * matrix.scale;
+      *reinterpret_cast<float2*>(y + g * D + n * 8 + 2 * t) = {(c[0] + c[2]) * back, (c[1] + c[3]) * back};
+    }
+    __syncthreads();
   }
 
  private:
-  __device__ __forceinline__ void load(const float* matrix, int first) {
-    const int part = threadIdx.x / kWide, wide = threadIdx.x % kWide;
+  __device__ __forceinline__ void load(const PackedMatrix& matrix, int n) {
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int c = part * kEach + first + j;
-      if (part < kParts && first + j < kEach && c < D) m_[j] = __ldg(reinterpret_cast<const float4*>(matrix + static_cast<std::size_t>(c) * D) + wide);
-    }
+    for (int k = 0; k < kSteps; ++k)
+      if (n < kTiles) m_[k] = __ldg(matrix.words + (n * kSteps + k) * kLanes + threadIdx.x % kLanes);
   }
 
-  float4 m_[kBatch];
+  uint4 m_[kSteps];
 };
 
 }  // namespace kv4::cuda

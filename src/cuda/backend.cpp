@@ -11,6 +11,7 @@
 #include "cuda/attend.h"
 #include "cuda/attend_tuning.h"
 #include "cuda/order.h"
+#include "cuda/pack.h"
 #include "cuda/seal.h"
 
 namespace kv4::cuda {
@@ -55,8 +56,8 @@ class DeviceBuffer {
 struct Matrices {
   DeviceBuffer memory;
   const float* rotation_transpose = nullptr;  // R^T by rows
-  const float* inverse = nullptr;             // R^-1 by rows
-  const float* inverse_transpose = nullptr;
+  const float* inverse_transpose = nullptr;   // (R^-1)^T by rows
+  PackedMatrix inverse_packed, inverse_transpose_packed;
   const double* rotation_transpose_f64 = nullptr;
 };
 
@@ -64,24 +65,37 @@ cudaError_t upload(const Rotation& rotation, Matrices* out) {
   if (rotation.kind() == RotationKind::identity) return cudaSuccess;
   const std::size_t d = static_cast<std::size_t>(rotation.dim()), n = d * d;
   const std::vector<double> forward = rotation.matrix_f64(), inverse = rotation.inverse_f64();
-  std::vector<double> wide(n);
-  std::vector<float> narrow(3 * n);
+  std::vector<double> forward_transpose(n), inverse_transpose(n);
   for (std::size_t i = 0; i < d; ++i) {
     for (std::size_t c = 0; c < d; ++c) {
-      wide[c * d + i] = forward[i * d + c];
-      narrow[c * d + i] = static_cast<float>(forward[i * d + c]);
-      narrow[n + i * d + c] = static_cast<float>(inverse[i * d + c]);
-      narrow[2 * n + c * d + i] = static_cast<float>(inverse[i * d + c]);
+      forward_transpose[c * d + i] = forward[i * d + c];
+      inverse_transpose[c * d + i] = inverse[i * d + c];
     }
   }
-  if (const cudaError_t e = out->memory.reserve(n * 8 + 3 * n * 4); e != cudaSuccess) return e;
+  const std::vector<float> narrow(forward_transpose.begin(), forward_transpose.end());
+  const std::vector<float> narrow_inverse(inverse_transpose.begin(), inverse_transpose.end());
+  const std::vector<std::uint32_t> packed = pack_matrix(inverse, rotation.dim(), &out->inverse_packed.scale);
+  const std::vector<std::uint32_t> packed_transpose = pack_matrix(inverse_transpose, rotation.dim(), &out->inverse_transpose_packed.scale);
+  if (const cudaError_t e = out->memory.reserve(n * 24); e != cudaSuccess) return e;
   auto* at = static_cast<std::byte*>(out->memory.data());
-  if (const cudaError_t e = cudaMemcpy(at, wide.data(), n * 8, cudaMemcpyHostToDevice); e != cudaSuccess) return e;
-  if (const cudaError_t e = cudaMemcpy(at + n * 8, narrow.data(), 3 * n * 4, cudaMemcpyHostToDevice); e != cudaSuccess) return e;
-  out->rotation_transpose_f64 = reinterpret_cast<const double*>(at);
-  out->rotation_transpose = reinterpret_cast<const float*>(at + n * 8);
-  out->inverse = out->rotation_transpose + n;
-  out->inverse_transpose = out->inverse + n;
+  const auto put = [&at](const auto& values) {
+    const cudaError_t e = cudaMemcpy(at, values.data(), values.size() * sizeof(values[0]), cudaMemcpyHostToDevice);
+    const std::byte* from = at;
+    at += values.size() * sizeof(values[0]);
+    return std::pair(e, from);
+  };
+  const auto [e0, doubles] = put(forward_transpose);
+  const auto [e1, floats] = put(narrow);
+  const auto [e2, inverse_floats] = put(narrow_inverse);
+  const auto [e3, words] = put(packed);
+  const auto [e4, transpose_words] = put(packed_transpose);
+  for (cudaError_t e : {e0, e1, e2, e3, e4})
+    if (e != cudaSuccess) return e;
+  out->rotation_transpose_f64 = reinterpret_cast<const double*>(doubles);
+  out->rotation_transpose = reinterpret_cast<const float*>(floats);
+  out->inverse_transpose = reinterpret_cast<const float*>(inverse_floats);
+  out->inverse_packed.words = reinterpret_cast<const uint4*>(words);
+  out->inverse_transpose_packed.words = reinterpret_cast<const uint4*>(transpose_words);
   return cudaSuccess;
 }
 
@@ -150,6 +164,65 @@ class CudaBackend final : public Backend {
     KV4_RETURN_IF_CUDA("sequences", cudaMemcpyAsync(at, staged.data(), staged.size(), cudaMemcpyHostToDevice, current_stream));
     p.sequences = reinterpret_cast<const SequenceView*>(at);
     KV4_RETURN_IF_CUDA("attend", launch_attend(p, plan, at + head, current_stream));
+    return {};
+  }
+
+  Status fill(const AttendJob& job, AttendParams* p) const {
+    const AttendArgs& a = job.args;
+    bool any_exact = false;
+    for (const SequenceView& s : job.sequences) any_exact = any_exact || s.exact[0].count + s.exact[1].count > 0;
+    if (any_exact && job.dtype == DType::f32)
+      return error(StatusCode::unsupported, "dtype", "float16 or bfloat16 on CUDA", "float32");
+    if (job.head_dim_k != job.head_dim_v)
+      return error(StatusCode::unsupported, "head_dim_v", "head_dim_k, " + std::to_string(job.head_dim_k), std::to_string(job.head_dim_v));
+    if (!has_dim(job.head_dim_k)) return error(StatusCode::unsupported, "head_dim_k", "64, 80, 96, 128 or 256 on CUDA", std::to_string(job.head_dim_k));
+    p->batch = static_cast<int>(job.sequences.size());
+    p->kv_heads = job.kv_heads;
+    p->group = static_cast<int>(a.q.shape[1]) / job.kv_heads;
+    p->queries = static_cast<int>(job.query_count);
+    p->dim = job.head_dim_k;
+    p->bf16 = job.dtype == DType::bf16;
+    if (job.spec != nullptr) {
+      KV4_RETURN_IF_ERROR(supports(*job.spec));
+      const kv4_page_layout& l = job.spec->layout;
+      p->mean = job.spec->key.mean;
+      p->head_bytes = l.head_bytes;
+      p->k_copy_bytes = l.k_mean + (p->mean ? l.head_dim_k * 2 : 0);  // codes, scales, mean
+      p->v_copy_bytes = l.v_code_bytes + kPageTokens * 2;
+      p->v_codes = l.v_codes;
+      p->value_scales = l.v_scales - l.v_codes;
+      p->key = make_tables(job.spec->key.levels.table.data());
+      p->value = make_tables(job.spec->value.levels.table.data());
+      const Matrices* k = matrices(job.spec->key);
+      const Matrices* v = matrices(job.spec->value);
+      if (k == nullptr || v == nullptr) return error(StatusCode::out_of_memory, "rotation", "free device memory", "none");
+      p->dual = k->inverse_packed;
+      p->inverse_transpose = v->inverse_transpose_packed;
+      p->packed = true;
+    }
+    constexpr double kLog2e = 1.4426950408889634;
+    const double scale = a.scale != 0 ? a.scale : 1 / std::sqrt(static_cast<double>(job.head_dim_k));
+    p->cap = static_cast<float>(a.softcap * kLog2e);
+    p->factor = static_cast<float>(a.softcap > 0 ? scale / a.softcap : scale * kLog2e);
+    p->mask = a.mask;
+    const std::int64_t size = static_cast<std::int64_t>(size_of(a.q.dtype));
+    p->q = static_cast<const std::byte*>(a.q.data) + job.query_begin * a.q.stride[2] * size;
+    p->q_dtype = a.q.dtype;
+    for (int i = 0; i < 3; ++i) p->q_stride[i] = a.q.stride[static_cast<std::size_t>(i)];
+    if (a.mask.kind != Mask::General::none) {
+      const std::int64_t bytes = a.mask.kind == Mask::General::boolean ? 1 : static_cast<std::int64_t>(size_of(a.mask.general_dtype));
+      p->mask.general = static_cast<const std::byte*>(a.mask.general) + job.query_begin * a.mask.general_stride[2] * bytes;
+    }
+    if (job.out.data != nullptr) {
+      p->out = static_cast<std::byte*>(job.out.data) + job.query_begin * job.out.stride[2] * static_cast<std::int64_t>(size_of(job.out.dtype));
+      p->out_dtype = job.out.dtype;
+      for (int i = 0; i < 3; ++i) p->out_stride[i] = job.out.stride[static_cast<std::size_t>(i)];
+      p->sinks = a.sinks;
+    } else {
+      p->partial = job.partial;
+      p->partial_queries = static_cast<int>(a.q.shape[2]);
+      p->partial_begin = static_cast<int>(job.query_begin);
+    }
     return {};
   }
 
@@ -238,65 +311,6 @@ class CudaBackend final : public Backend {
     return {};
   }
 
-  Status fill(const AttendJob& job, AttendParams* p) const {
-    const AttendArgs& a = job.args;
-    bool any_exact = false;
-    for (const SequenceView& s : job.sequences) any_exact = any_exact || s.exact[0].count + s.exact[1].count > 0;
-    if (any_exact && job.dtype == DType::f32)
-      return error(StatusCode::unsupported, "dtype", "float16 or bfloat16 on CUDA", "float32");
-    if (job.head_dim_k != job.head_dim_v)
-      return error(StatusCode::unsupported, "head_dim_v", "head_dim_k, " + std::to_string(job.head_dim_k), std::to_string(job.head_dim_v));
-    if (!has_dim(job.head_dim_k)) return error(StatusCode::unsupported, "head_dim_k", "64, 80, 96, 128 or 256 on CUDA", std::to_string(job.head_dim_k));
-    p->batch = static_cast<int>(job.sequences.size());
-    p->kv_heads = job.kv_heads;
-    p->group = static_cast<int>(a.q.shape[1]) / job.kv_heads;
-    p->queries = static_cast<int>(job.query_count);
-    p->dim = job.head_dim_k;
-    p->bf16 = job.dtype == DType::bf16;
-    if (job.spec != nullptr) {
-      KV4_RETURN_IF_ERROR(supports(*job.spec));
-      const kv4_page_layout& l = job.spec->layout;
-      p->mean = job.spec->key.mean;
-      p->head_bytes = l.head_bytes;
-      p->k_copy_bytes = l.k_mean + (p->mean ? l.head_dim_k * 2 : 0);  // codes, scales, mean
-      p->v_copy_bytes = l.v_code_bytes + kPageTokens * 2;
-      p->v_codes = l.v_codes;
-      p->value_scales = l.v_scales - l.v_codes;
-      p->key = make_tables(job.spec->key.levels.table.data());
-      p->value = make_tables(job.spec->value.levels.table.data());
-      const Matrices* k = matrices(job.spec->key);
-      const Matrices* v = matrices(job.spec->value);
-      if (k == nullptr || v == nullptr) return error(StatusCode::out_of_memory, "rotation", "free device memory", "none");
-      p->dual = k->inverse;
-      p->inverse_transpose = v->inverse_transpose;
-      p->packed = true;
-    }
-    constexpr double kLog2e = 1.4426950408889634;
-    const double scale = a.scale != 0 ? a.scale : 1 / std::sqrt(static_cast<double>(job.head_dim_k));
-    p->cap = static_cast<float>(a.softcap * kLog2e);
-    p->factor = static_cast<float>(a.softcap > 0 ? scale / a.softcap : scale * kLog2e);
-    p->mask = a.mask;
-    const std::int64_t size = static_cast<std::int64_t>(size_of(a.q.dtype));
-    p->q = static_cast<const std::byte*>(a.q.data) + job.query_begin * a.q.stride[2] * size;
-    p->q_dtype = a.q.dtype;
-    for (int i = 0; i < 3; ++i) p->q_stride[i] = a.q.stride[static_cast<std::size_t>(i)];
-    if (a.mask.kind != Mask::General::none) {
-      const std::int64_t bytes = a.mask.kind == Mask::General::boolean ? 1 : static_cast<std::int64_t>(size_of(a.mask.general_dtype));
-      p->mask.general = static_cast<const std::byte*>(a.mask.general) + job.query_begin * a.mask.general_stride[2] * bytes;
-    }
-    if (job.out.data != nullptr) {
-      p->out = static_cast<std::byte*>(job.out.data) + job.query_begin * job.out.stride[2] * static_cast<std::int64_t>(size_of(job.out.dtype));
-      p->out_dtype = job.out.dtype;
-      for (int i = 0; i < 3; ++i) p->out_stride[i] = job.out.stride[static_cast<std::size_t>(i)];
-      p->sinks = a.sinks;
-    } else {
-      p->partial = job.partial;
-      p->partial_queries = static_cast<int>(a.q.shape[2]);
-      p->partial_begin = static_cast<int>(job.query_begin);
-    }
-    return {};
-  }
-
   int device_ = 0, multiprocessors_ = 1, major_ = 8;
   mutable std::mutex mutex_;
   mutable std::map<const Rotation*, std::pair<std::weak_ptr<const Rotation>, std::unique_ptr<Matrices>>> rotations_;
@@ -308,13 +322,21 @@ bool usable() {
   return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess && major >= 8;
 }
 
-}  // namespace
-
-Backend* backend() {
+CudaBackend* the_backend() {
   static const bool there = usable();
   if (!there) return nullptr;
   static CudaBackend backend;
   return &backend;
+}
+
+}  // namespace
+
+Backend* backend() { return the_backend(); }
+
+Status attend_params(const AttendJob& job, AttendParams* params) {
+  if (the_backend() == nullptr)
+    return error(StatusCode::unsupported, "device", "a CUDA device of compute capability 8.0 or later", "none");
+  return the_backend()->fill(job, params);
 }
 
 void set_stream(cudaStream_t stream) { current_stream = stream; }

@@ -6,11 +6,15 @@
 #include <cuda_runtime_api.h>
 
 #include "backend/backend.h"
+#include "cuda/attend.h"
 
 namespace kv4::cuda {
 
 // Null where there is no such GPU or driver.
 Backend* backend();
+// A call as launch_attend takes it, for callers that keep sequences and page tables in device memory themselves (params->
+// sequences is left to them), which a captured call must. Errors: unsupported, with the reason; out_of_memory.
+Status attend_params(const AttendJob& job, AttendParams* params);
 // The stream of this thread's calls from now on; null is the default stream.
 void set_stream(cudaStream_t stream);
 

@@ -137,6 +137,13 @@ __device__ __forceinline__ float2 unpack_halves(bool bf16, uint32_t x) {
   return __half22float2(*reinterpret_cast<const __half2*>(&x));
 }
 
+// Four numbers as an A fragment of mma_halves whose rows g hold their first 16-bit float and rows g + 8 what it left.
+__device__ __forceinline__ uint4 two_halves(bool bf16, float a, float b, float c, float d) {
+  const uint32_t ab = pack_halves(bf16, a, b), cd = pack_halves(bf16, c, d);
+  const float2 rab = unpack_halves(bf16, ab), rcd = unpack_halves(bf16, cd);
+  return {ab, pack_halves(bf16, a - rab.x, b - rab.y), cd, pack_halves(bf16, c - rcd.x, d - rcd.y)};
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
