@@ -22,6 +22,21 @@
 // Prefetching (two threads from memory, R = 1 and 6): none 10.3, 19.4; 2 KiB ahead in the same page 9.2, 17.8; the
 // same place of the next page into L1 7.8, 16.0; into L2, as on x86 now, 6.7, 14.9.
 //
+// Many rows (chunked prefill): 8 share an unpacking, and a task holds up to 64. What unpacking a page once per task, to
+// levels in L1 or L2, would save at most: 7/8 of unpacking, in cycles per token of 8 rows by the pipes that bind.
+//
+//                          now                                     saved
+//   AVX2, Zen 3            74 + 42 (vector pipes)                  2: 16-bit levels take 4 loads for 1, and then loads
+//                                                                     bind, 36 a step at two a cycle           2 %
+//   AVX-512, Zen 4         68 + 20                                 3.5                                          4 %
+//   AVX-512, S. Rapids     37 + 20                                 4.4                                          8 %
+//   AVX-VNNI, Alder Lake   68 + 28 (ports 0 and 1; 3 ports)        4                                            4 %
+//   NEON sdot, 4 pipes     72 + 42                                 7                                            6 %
+//   NEON smmla, 4 pipes    44 + 42                                 10.5                                        12 %
+//
+// The second term is what surrounds the products. None reaches 15 %, so it is not done; AMX multiplies so fast that it
+// must be (attend_tiles.inl).
+//
 // Rounding: q_c is off by half a unit in 32512 of the row's largest q', w_j by half a unit in 32512
 // of the page's largest weight: 1.5e-5 of the largest term either way. Overflow: 64 tokens of |w| <= 32512
 // and |L| <= 127 stay below 2^28; keys are bounded in dot.h.
@@ -299,9 +314,8 @@ inline void prepare_queries(const PagesTask& t, int tiles) {
         const float* q = t.q + (tile.row + r) * t.q_stride + g * positions;
         F unit, inverse;
         units_of_query<V>(q, positions, &unit, &inverse);
-        const typename V::I total = quantise<V>(
-            q, positions, inverse,
-            DotOperand{operands + static_cast<std::size_t>(g) * (positions / 8) * stride + r * Dot::kOctetBytes, stride});
+        std::uint8_t* first = operands + static_cast<std::size_t>(g) * (positions / 8) * stride + r * Dot::kOctetBytes;
+        const typename V::I total = quantise<V>(q, positions, inverse, DotOperand{first, stride});
         alignas(64) std::int32_t parts[V::kLanes];
         std::memcpy(parts, &total, sizeof parts);
         std::int32_t sum = 0;

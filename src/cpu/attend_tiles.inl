@@ -1,10 +1,10 @@
 // Attention of many query rows over sealed pages with a matrix unit: 16 rows of 64 int8 positions by 64 positions of
 // 16 lanes. An instruction set that has one offers it as Isa::Tiles (amx/tiles.h); elsewhere nothing here is compiled.
 //
-// The sums are those of attend_pages.inl, in the same integers: q_c = 256 h + l, h and l in int8, against the levels as
-// they are, which are int8 too. A page is unpacked once for all rows of a task: 64 bytes of codes (layout.h) are, nibble
-// by nibble, two rows of the multiplier's second operand, 4 positions of 16 lanes each, so that unpacking permutes
-// nothing. Soft cap, mask and softmax are the code of the other path.
+// The sums are those of attend_pages.inl, in the same integers: q_c = 256 h + l, h and l in int8, against the levels
+// as they are, which are int8 too. A page is unpacked once for all rows of a task: 64 bytes of codes (layout.h) are,
+// nibble by nibble, two rows of the multiplier's second operand, 4 positions of 16 lanes each, so that unpacking
+// permutes nothing. Soft cap, mask and softmax are the code of the other path.
 //
 // Overflow: |sum of h L|, |sum of l L| <= 512 * 128 * 127 < 2^23, 256 h + l < 2^31 (portable/dot.h).
 #pragma once
@@ -16,9 +16,9 @@
 
 namespace kv4::cpu::KV4_ISA {
 
-constexpr int kTileBytes = 1024;     // 16 rows of 64
-constexpr int kMatrixRows = 16;      // query rows of one product
-constexpr int kMatrixPositions = 64; // positions that one product sums over
+constexpr int kTileBytes = 1024;      // 16 rows of 64
+constexpr int kMatrixRows = 16;       // query rows of one product
+constexpr int kMatrixPositions = 64;  // positions that one product sums over
 
 // Scratch of a task; with a null block only its size.
 struct TilesScratch {

@@ -12,9 +12,9 @@
 //   sdot            4          4 R           8   12    20    28    36
 //   smmla           6          2 R           8   10    14    18    22
 //
-// Where smmla starts as often as sdot (Neoverse N2: 2 a cycle, V2: 4) it takes 17 % fewer cycles at R = 2 and 36 % fewer
-// at R = 6. At R = 1 it gains nothing, and sdot stays. At its end a block takes 2 uzp per 4 lanes and row more, 1/16
-// of its products at d = 128. Counted, not measured.
+// Where smmla starts as often as sdot (Neoverse N2: 2 a cycle, V2: 4) it takes 17 % fewer cycles at R = 2 and 36 %
+// fewer at R = 6. At R = 1 it gains nothing, and sdot stays. At its end a block takes 2 uzp per 4 lanes and row more,
+// 1/16 of its products at d = 128. Counted, not measured.
 #pragma once
 
 #include "cpu/neon/dot.h"
