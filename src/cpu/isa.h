@@ -13,7 +13,8 @@
 #define KV4_CPU_ISAS_ARCH(X) X(amx) X(avx512) X(avxvnni) X(avx2)
 #elif defined(__aarch64__)
 // Clang's arm_neon.h may hide what the command line does not ask for.
-#if defined(__ARM_FEATURE_MATMUL_INT8) || (defined(__GNUC__) && !defined(__clang__) && defined(__linux__))
+#if (defined(__ARM_FEATURE_MATMUL_INT8) && defined(__ARM_FEATURE_DOTPROD)) || \
+    (defined(__GNUC__) && !defined(__clang__) && defined(__linux__))
 #define KV4_CPU_HAS_I8MM
 #define KV4_CPU_ISAS_ARCH(X) X(i8mm) X(neon)
 #else

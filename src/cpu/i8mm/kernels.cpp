@@ -6,7 +6,7 @@
 #include "cpu/target.h"
 
 // As in neon/kernels.cpp.
-#if !defined(__ARM_FEATURE_MATMUL_INT8)
+#if !defined(__ARM_FEATURE_MATMUL_INT8) || !defined(__ARM_FEATURE_DOTPROD)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #define KV4_I8MM_REGION
