@@ -8,12 +8,12 @@
 //   tilestored   2 pairs x 4 = 8                  4 pairs x 4 = 16                 1 store a cycle, 16 each: 384
 //   vectors      16 x 36 instructions             16 x 206: softmax, weights, o    about 2 a cycle: 1,900
 //
-// The three units work side by side, so what surrounds the products binds: about 1.9 cycles per token and row, where
-// avx512/dot.h takes 4 + 4 / 8 for products and unpacking and as much again for the rest as here. Unpacking a page,
-// 8.5 KiB to 16 KiB of levels, takes some 400 cycles once per task, 0.1 per token and row at 64 rows. TMUL takes 16
-// cycles whichever part of a tile is filled: 9 rows cost it what 16 do, 0.9 cycles per token and row, still less than
-// vectors' 4.5. Up to 8 rows one unpacking serves the vectors too, and decoding waits for memory either way
-// (8.5 KiB a page at 12 GB/s a core: 2,100 cycles).
+// The three units work side by side, so what surrounds the products binds: about 1.9 cycles per token and row. Vectors
+// (avx512/dot.h) take 4 for the products and 4 / 8 for unpacking besides, 6.4 together. Unpacking a page to its 16 KiB
+// of levels takes some 400 cycles once per task, 0.1 per token and row at 64 rows. TMUL takes 16 cycles whichever part
+// of a tile is filled: 9 rows cost it what 16 do, 0.9 cycles per token and row, still less than 4.5. Up to 8 rows one
+// unpacking serves the vectors too, and decoding waits for memory either way (8.5 KiB a page at 12 GB/s a core: 2,100
+// cycles).
 //
 // The instructions are written as assembly: GCC's intrinsics do not say that they touch memory.
 #pragma once
