@@ -34,7 +34,7 @@ LAYERS: dict[str, set[str]] = {
 }
 # The bindings' timing hooks reach the kernels themselves.
 # Instruction sets that add to another and may use its folder.
-EXTENDS = {"avxvnni": "avx2"}
+EXTENDS = {"amx": "avx512", "avxvnni": "avx2", "i8mm": "neon"}
 EXCEPTIONS: dict[str, set[str]] = {"python/bindings/bench.cpp": {"cpu", "backend", "format", "rotation"}}
 
 SOURCE = {".h", ".hpp", ".inl", ".cpp", ".c", ".cu", ".cuh", ".metal", ".mm"}

@@ -12,6 +12,12 @@ inline constexpr int kRotationDims[] = {32, 34, 46, 64, 80, 96, 112, 128, 160, 1
 inline constexpr int kQueryHeadsPerKvHead[] = {1, 2, 3, 4, 6, 7, 8};
 inline constexpr int kTokens[] = {1, 2, 63, 64, 65, 97, 127, 128, 131, 132, 133, 200, 1000, 5000};
 
+// Calls whose rows, queries times group, fill one, several, whole and broken tiles and work items.
+struct Rows {
+  int queries, group;
+};
+inline constexpr Rows kQueryRows[] = {{3, 3}, {15, 1}, {16, 1}, {17, 1}, {5, 5}, {16, 2}, {33, 1}, {32, 2}, {13, 6}};
+
 // Geometries of real models: query heads, KV heads, head dim.
 struct Geometry {
   const char* name;

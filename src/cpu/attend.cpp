@@ -115,6 +115,7 @@ struct Arena {
       pages.k_scale = carver.take<float>(groups_k * kPageTokens);
       pages.v_scale = carver.take<float>(groups_v * kPageTokens);
       pages.mean = carver.take<float>(k);
+      pages.tiles = carver.take<std::byte>(kernels.tiles_scratch(*job.spec, static_cast<std::int64_t>(count)));
       rotate = carver.take<std::byte>(
           std::max(kernels.rotate_scratch(job.head_dim_k), kernels.rotate_scratch(job.head_dim_v)));
     }

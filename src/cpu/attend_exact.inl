@@ -18,6 +18,16 @@
 // and 2 reach 80 to 95 % of its speed, R = 6 70 %.
 // Sums run in float over d terms and over one block of tokens at a time.
 //
+// AVX512-BF16 (vdpbf16ps, 32 products of bf16) is not used, by count, at d = 128 and R rows of bf16:
+//   scores   exact for a query that is bf16 itself and scaled afterwards; any other takes three parts of 8 bits. 4 R
+//            instructions for 16 + 8 R. Sapphire Rapids makes each of 4 micro-operations on the two ports that start a
+//            whole FMA each: 16 R, as much at R = 2, more above, and at R = 1 memory binds (28 cycles of vectors for
+//            the whole token, 128 of memory).
+//   values   pairs of tokens, interleaved by 2 shuffles for 4 of widening; but weights are float, and two parts of 8
+//            bits leave 2^-18 where outputs are held to 2^-21 of sum p |v|: three parts, 12 R for 8 R.
+// Where it starts as often as FMA (Zen 4) scores alone would gain: 12 R cycles for 16 R, at 6 rows and more, which is
+// where arithmetic takes as long as memory. The same processor flag stands for both.
+//
 // Tried: widening every block into float tiles for decoding too. The tiles, 32 KiB, push the query and o out of L1:
 // 45 ns per token and head at R = 6 on two cores and 32,768 tokens, 26 without them. Fetching into L2 as
 // attend_pages.inl does: 1 to 20 % slower. Not fetching: 20 to 50 % slower at R = 2 to 6.

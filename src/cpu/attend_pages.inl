@@ -22,6 +22,21 @@
 // Prefetching (two threads from memory, R = 1 and 6): none 10.3, 19.4; 2 KiB ahead in the same page 9.2, 17.8; the
 // same place of the next page into L1 7.8, 16.0; into L2, as on x86 now, 6.7, 14.9.
 //
+// Many rows (chunked prefill): 8 share an unpacking, and a task holds up to 64. What unpacking a page once per task, to
+// levels in L1 or L2, would save at most: 7/8 of unpacking, in cycles per token of 8 rows by the pipes that bind.
+//
+//                          now                                     saved
+//   AVX2, Zen 3            74 + 42 (vector pipes)                  2: 16-bit levels take 4 loads for 1, and then loads
+//                                                                     bind, 36 a step at two a cycle           2 %
+//   AVX-512, Zen 4         68 + 20                                 3.5                                          4 %
+//   AVX-512, S. Rapids     37 + 20                                 4.4                                          8 %
+//   AVX-VNNI, Alder Lake   68 + 28 (ports 0 and 1; 3 ports)        4                                            4 %
+//   NEON sdot, 4 pipes     72 + 42                                 7                                            6 %
+//   NEON smmla, 4 pipes    44 + 42                                 10.5                                        12 %
+//
+// The second term is what surrounds the products. None reaches 15 %, so it is not done; AMX multiplies so fast that it
+// must be (attend_tiles.inl).
+//
 // Rounding: q_c is off by half a unit in 32512 of the row's largest q', w_j by half a unit in 32512
 // of the page's largest weight: 1.5e-5 of the largest term either way. Overflow: 64 tokens of |w| <= 32512
 // and |L| <= 127 stay below 2^28; keys are bounded in dot.h.
@@ -35,11 +50,10 @@ namespace kv4::cpu::KV4_ISA {
 // than the last bit of a float.
 constexpr float kNegligible = 0x1p-40f;
 
-// n (a multiple of 16) numbers times `inverse`, to the nearest integers, as an operand of Dot. Returns the sum of
-// the integers, one part in each lane.
-template <class V>
-KV4_INLINE typename V::I quantise(const float* x, int n, typename V::F inverse, std::uint8_t* operand,
-                                  std::size_t octet_stride) {
+// n (a multiple of 16) numbers times `inverse`, to the nearest integers, which pack(i, v) takes 16 at a time:
+// v = those of numbers i ... i + 15. Returns the sum of the integers, one part in each lane.
+template <class V, class Pack>
+KV4_INLINE typename V::I quantise(const float* x, int n, typename V::F inverse, Pack pack) {
   using I = typename V::I;
   const I used = (I)(inverse > typename V::F{});  // 0 times infinity has no integer
   I total{};
@@ -51,10 +65,19 @@ KV4_INLINE typename V::I quantise(const float* x, int n, typename V::F inverse, 
       total += r;
       std::memcpy(v + lane, &r, sizeof r);
     }
-    Dot::pack(v, operand + static_cast<std::size_t>(i / 8) * octet_stride, octet_stride);
+    pack(i, v);
   }
   return total;
 }
+
+// Takes integers as operands of Dot.
+struct DotOperand {
+  std::uint8_t* operand;
+  std::size_t octet_stride;
+  KV4_INLINE void operator()(int i, const std::int32_t* v) const {
+    Dot::pack(v, operand + static_cast<std::size_t>(i / 8) * octet_stride, octet_stride);
+  }
+};
 
 // The units in which numbers of at most `top` become integers of at most Dot::kLimit, and their inverses. Where
 // top is next to 0 both are 0; where it is not finite the unit is not either, which shows in the products.
@@ -65,6 +88,20 @@ KV4_INLINE void units_of(typename V::F top, typename V::F* unit, typename V::F* 
   const I tiny = (I)(top <= V::set1(1e-30f)), finite = (I)(top <= V::set1(std::numeric_limits<float>::max()));
   *unit = (F)((I)(top * V::set1(1.0f / Dot::kLimit)) & ~tiny);
   *inverse = (F)((I)(V::set1(static_cast<float>(Dot::kLimit)) / top) & ~tiny & finite);
+}
+
+// Those of n numbers of a query.
+template <class V>
+KV4_INLINE void units_of_query(const float* q, int n, typename V::F* unit, typename V::F* inverse) {
+  using F = typename V::F;
+  // max may lose a NaN, which the rotation makes of a query that overflows in it; 0 times it does not.
+  F largest = F{}, poison = F{};
+  for (int c = 0; c < n; c += V::kLanes) {
+    const F x = V::load(q + c);
+    largest = V::max(largest, V::abs(x));
+    poison = V::fma(x, F{}, poison);
+  }
+  units_of<V>(V::set1(V::reduce_max(largest) + V::reduce_add(poison)), unit, inverse);
 }
 
 template <class V>
@@ -199,8 +236,8 @@ KV4_INLINE void add_values(const PagesTask& t, const PageAt& page, const Dot::Ta
     I parts[R], total[kVectors] = {};
     KV4_UNROLL
     for (int r = 0; r < R; ++r)
-      parts[r] = quantise<V>(scaled[r], kPageTokens, V::set1(inverse[r]), operands + r * Dot::kOctetBytes,
-                             R * Dot::kOctetBytes);
+      parts[r] = quantise<V>(scaled[r], kPageTokens, V::set1(inverse[r]),
+                             DotOperand{operands + r * Dot::kOctetBytes, R * Dot::kOctetBytes});
     fold_lanes<V, AddLanes>(parts, total);
     std::memcpy(start, total, sizeof start);
     KV4_UNROLL
@@ -220,19 +257,11 @@ KV4_INLINE void add_values(const PagesTask& t, const PageAt& page, const Dot::Ta
   }
 }
 
+// Scores of R rows to weights (softmax.inl), after soft cap and mask; spans[r] is what row row0 + r may see.
 template <class V, int R>
-void attend_tile(const PagesTask& t, const PageAt& page, const Dot::Table& k_table, const Dot::Table& v_table,
-                 int row0) {
+KV4_INLINE bool weigh_page(const PagesTask& t, const PageAt& page, int row0, const Span* spans,
+                           float (&scores)[R][kPageTokens], float* rescale) {
   using F = typename V::F;
-  Span spans[R];
-  bool any = false;
-  for (int r = 0; r < R; ++r) {
-    spans[r] = visible_span(t.mask, row0 + r, page.position, page.tokens);
-    any = any || spans[r].end > spans[r].begin;
-  }
-  if (!any) return;
-  alignas(64) float scores[R][kPageTokens];
-  score_tile<V>(t, page, k_table, row0, scores);
   for (int r = 0; r < R; ++r) {
     if (t.cap != 0) {
       const F cap = V::set1(t.cap);
@@ -242,16 +271,31 @@ void attend_tile(const PagesTask& t, const PageAt& page, const Dot::Table& k_tab
     if (t.mask.kind != Mask::General::none || spans[r].begin > 0 || spans[r].end < kPageTokens)
       apply_mask(t.mask, row0 + r, page.position, spans[r], kPageTokens, scores[r]);
   }
+  return weigh<V>(scores, t.states.m + row0, t.states.l + row0, kNegligible, rescale);
+}
+
+template <class V, int R>
+void attend_tile(const PagesTask& t, const PageAt& page, const Dot::Table& k_table, const Dot::Table& v_table,
+                 int row0) {
+  Span spans[R];
+  bool any = false;
+  for (int r = 0; r < R; ++r) {
+    spans[r] = visible_span(t.mask, row0 + r, page.position, page.tokens);
+    any = any || spans[r].end > spans[r].begin;
+  }
+  if (!any) return;
+  alignas(64) float scores[R][kPageTokens];
+  score_tile<V>(t, page, k_table, row0, scores);
   alignas(64) float rescale[kRowLanes];
-  if (weigh<V>(scores, t.states.m + row0, t.states.l + row0, kNegligible, rescale))
+  if (weigh_page<V>(t, page, row0, spans, scores, rescale))
     add_values<V>(t, page, v_table, row0, scores, rescale);
 }
 
 template <class V, int R = kTileRows>
-void attend_tiles(const PagesTask& t, const PageAt& page, const Dot::Table& k_table, const Dot::Table& v_table,
-                  int row, int rows) {
+void attend_few(const PagesTask& t, const PageAt& page, const Dot::Table& k_table, const Dot::Table& v_table, int row,
+                int rows) {
   if constexpr (R > 1)
-    if (rows < R) return attend_tiles<V, R - 1>(t, page, k_table, v_table, row, rows);
+    if (rows < R) return attend_few<V, R - 1>(t, page, k_table, v_table, row, rows);
   attend_tile<V, R>(t, page, k_table, v_table, row);
 }
 
@@ -268,18 +312,10 @@ inline void prepare_queries(const PagesTask& t, int tiles) {
     for (int r = 0; r < tile.rows; ++r) {
       for (int g = 0; g < key.groups; ++g) {
         const float* q = t.q + (tile.row + r) * t.q_stride + g * positions;
-        // max may lose a NaN, which the rotation makes of a query that overflows in it; 0 times it does not.
-        F largest = F{}, poison = F{};
-        for (int c = 0; c < positions; c += V::kLanes) {
-          const F x = V::load(q + c);
-          largest = V::max(largest, V::abs(x));
-          poison = V::fma(x, F{}, poison);
-        }
         F unit, inverse;
-        units_of<V>(V::set1(V::reduce_max(largest) + V::reduce_add(poison)), &unit, &inverse);
-        const typename V::I total =
-            quantise<V>(q, positions, inverse,
-                        operands + static_cast<std::size_t>(g) * (positions / 8) * stride + r * Dot::kOctetBytes, stride);
+        units_of_query<V>(q, positions, &unit, &inverse);
+        std::uint8_t* first = operands + static_cast<std::size_t>(g) * (positions / 8) * stride + r * Dot::kOctetBytes;
+        const typename V::I total = quantise<V>(q, positions, inverse, DotOperand{first, stride});
         alignas(64) std::int32_t parts[V::kLanes];
         std::memcpy(parts, &total, sizeof parts);
         std::int32_t sum = 0;
@@ -291,35 +327,41 @@ inline void prepare_queries(const PagesTask& t, int tiles) {
   }
 }
 
+// Page p, its scales and mean widened.
+template <class V>
+inline PageAt open_page(const PagesTask& t, int p) {
+  const kv4_page_layout& layout = t.spec->layout;
+  const SideSpec &key = t.spec->key, &value = t.spec->value;
+  PageAt page;
+  page.slice = t.pages[p] + t.slice;
+  page.next = t.pages[p + 1 < t.last ? p + 1 : p] + t.slice;
+  page.position = t.position + static_cast<std::int64_t>(p) * kPageTokens;
+  page.tokens = p + 1 == t.page_count ? t.last_page_tokens : kPageTokens;
+  // Into L2, as the codes: L1 has too few line buffers to hold what a page of memory latency takes.
+  for (std::uint32_t i = layout.k_scales; i < layout.v_codes; i += 64) __builtin_prefetch(page.next + i, 0, 2);
+  for (std::uint32_t i = layout.v_scales; i < layout.head_bytes; i += 64) __builtin_prefetch(page.next + i, 0, 2);
+  widen_f16<V>(page.slice + layout.k_scales, key.groups * kPageTokens, 0, t.k_scale);
+  widen_f16<V>(page.slice + layout.v_scales, value.groups * kPageTokens, 0, t.v_scale);
+  if (key.mean) widen_f16<V>(page.slice + layout.k_mean, key.dim, static_cast<int>(t.q_stride), t.mean);
+  if (page.tokens < kPageTokens) {  // what follows the sealed tokens is undefined
+    for (int g = 0; g < key.groups; ++g)
+      for (int j = page.tokens; j < kPageTokens; ++j) t.k_scale[g * kPageTokens + j] = 0.0f;
+    for (int g = 0; g < value.groups; ++g)
+      for (int j = page.tokens; j < kPageTokens; ++j) t.v_scale[g * kPageTokens + j] = 0.0f;
+  }
+  return page;
+}
+
 template <class V>
 void attend_pages(const PagesTask& t) {
-  const kv4_page_layout& layout = t.spec->layout;
-  const SideSpec& key = t.spec->key;
-  const int padded_k = static_cast<int>(t.q_stride);
-  const Dot::Table k_table = Dot::table(key.levels), v_table = Dot::table(t.spec->value.levels);
+  const Dot::Table k_table = Dot::table(t.spec->key.levels), v_table = Dot::table(t.spec->value.levels);
   const int tiles = (t.rows + kTileRows - 1) / kTileRows;
   prepare_queries<V>(t, tiles);
   for (int p = t.first; p < t.last; ++p) {
-    PageAt page;
-    page.slice = t.pages[p] + t.slice;
-    page.next = t.pages[p + 1 < t.last ? p + 1 : p] + t.slice;
-    page.position = t.position + static_cast<std::int64_t>(p) * kPageTokens;
-    page.tokens = p + 1 == t.page_count ? t.last_page_tokens : kPageTokens;
-    // Into L2, as the codes: L1 has too few line buffers to hold what a page of memory latency takes.
-    for (std::uint32_t i = layout.k_scales; i < layout.v_codes; i += 64) __builtin_prefetch(page.next + i, 0, 2);
-    for (std::uint32_t i = layout.v_scales; i < layout.head_bytes; i += 64) __builtin_prefetch(page.next + i, 0, 2);
-    widen_f16<V>(page.slice + layout.k_scales, key.groups * kPageTokens, 0, t.k_scale);
-    widen_f16<V>(page.slice + layout.v_scales, t.spec->value.groups * kPageTokens, 0, t.v_scale);
-    if (key.mean) widen_f16<V>(page.slice + layout.k_mean, key.dim, padded_k, t.mean);
-    if (page.tokens < kPageTokens) {  // what follows the sealed tokens is undefined
-      for (int g = 0; g < key.groups; ++g)
-        for (int j = page.tokens; j < kPageTokens; ++j) t.k_scale[g * kPageTokens + j] = 0.0f;
-      for (int g = 0; g < t.spec->value.groups; ++g)
-        for (int j = page.tokens; j < kPageTokens; ++j) t.v_scale[g * kPageTokens + j] = 0.0f;
-    }
+    PageAt page = open_page<V>(t, p);
     for (int i = 0; i < tiles; ++i) {
       const TileAt tile = tile_at(t, i, tiles);
-      attend_tiles<V>(t, page, k_table, v_table, tile.row, tile.rows);
+      attend_few<V>(t, page, k_table, v_table, tile.row, tile.rows);
       page.next = page.slice;
     }
   }

@@ -10,9 +10,16 @@
 
 // Best first. X(name, compiled where)
 #if defined(__x86_64__) || defined(_M_X64)
-#define KV4_CPU_ISAS_ARCH(X) X(avx512) X(avxvnni) X(avx2)
+#define KV4_CPU_ISAS_ARCH(X) X(amx) X(avx512) X(avxvnni) X(avx2)
 #elif defined(__aarch64__)
+// Clang's arm_neon.h may hide what the command line does not ask for.
+#if (defined(__ARM_FEATURE_MATMUL_INT8) && defined(__ARM_FEATURE_DOTPROD)) || \
+    (defined(__GNUC__) && !defined(__clang__) && defined(__linux__))
+#define KV4_CPU_HAS_I8MM
+#define KV4_CPU_ISAS_ARCH(X) X(i8mm) X(neon)
+#else
 #define KV4_CPU_ISAS_ARCH(X) X(neon)
+#endif
 #else
 #define KV4_CPU_ISAS_ARCH(X)
 #endif
@@ -46,6 +53,8 @@ struct Kernels {
 
   void (*attend_pages)(const PagesTask& task);
   int operand_bytes;  // of PagesTask::q_codes, per row and channel
+  // Bytes of PagesTask::tiles for up to `rows` rows; 0 where the instruction set has no tiles.
+  std::size_t (*tiles_scratch)(const PageSpec& spec, std::int64_t rows);
   void (*attend_exact)(const ExactTask& task);
 };
 

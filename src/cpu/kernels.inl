@@ -8,6 +8,7 @@
 #include "cpu/dequantise.inl"
 #include "cpu/attend_exact.inl"
 #include "cpu/attend_pages.inl"
+#include "cpu/attend_tiles.inl"
 
 #define KV4_STRING_(x) #x
 #define KV4_STRING(x) KV4_STRING_(x)
@@ -25,8 +26,9 @@ const Kernels kernels = {
     .rotate_dual = rotate_dual<Isa>,
     .unrotate = unrotate<Isa>,
     .rotate_scratch = rotate_scratch<Isa>,
-    .attend_pages = attend_pages<Isa>,
+    .attend_pages = attend_any_rows<Isa>,
     .operand_bytes = Dot::kOctetBytes / 8,
+    .tiles_scratch = tiles_scratch<Isa>,
     .attend_exact = attend_exact<Isa>,
 };
 

@@ -33,6 +33,12 @@ def succeeded(*arguments: object, stdin: str | None = None) -> Result:
     return result
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands remember the files they were shown: not among the user's."""
+    monkeypatch.setenv("KV4_CACHE_DIR", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model.save(tmp_path_factory.mktemp("tiny"))

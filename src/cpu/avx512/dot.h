@@ -44,6 +44,13 @@ struct Dot {
   [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
                                       const std::int32_t* start, std::size_t start_stride, const Table& table,
                                       const std::uint8_t* next, std::int32_t* sums) {
+    products<R>(codes, octets, operands, start, start_stride, table, next, sums);
+  }
+  // The same, part of its caller: for instruction sets that add to this one.
+  template <int R>
+  static KV4_INLINE void products(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
+                                  const std::int32_t* start, std::size_t start_stride, const Table& table,
+                                  const std::uint8_t* next, std::int32_t* sums) {
     const __m512i nibble = _mm512_set1_epi8(15);
     // With few rows the latency of vpdpbusd binds: the two nibbles then have sums of their own.
     constexpr int kChains = R <= 4 ? 2 : 1;

@@ -42,6 +42,13 @@ struct Dot {
   [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
                                       const std::int32_t* start, std::size_t start_stride, const Table& table,
                                       const std::uint8_t* next, std::int32_t* sums) {
+    products<R>(codes, octets, operands, start, start_stride, table, next, sums);
+  }
+  // The same, part of its caller: for instruction sets that add to this one.
+  template <int R>
+  static KV4_INLINE void products(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
+                                  const std::int32_t* start, std::size_t start_stride, const Table& table,
+                                  const std::uint8_t* next, std::int32_t* sums) {
     constexpr int kQuarters = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // 16-byte columns at a time: 16 sums at most
     const uint8x16_t nibble = vdupq_n_u8(15);
     for (int quarter = 0; quarter < 4; quarter += kQuarters, codes += 16 * kQuarters) {

@@ -1,0 +1,239 @@
+// Attention of many rows with a matrix unit, on any machine: the unit is played by loops over its registers, the rest
+// is the portable instruction set. Its integers are those of the other path, so the partial states must agree to what
+// float arithmetic in another order may change.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#define KV4_ISA portable
+#include "cpu/standard_headers.h"
+#include "cpu/portable/primitives.h"
+#include "cpu/portable/dot.h"
+#include "cpu/attend_tiles.inl"
+
+#include "attend_scene.h"
+#include "cases.h"
+#include "guard.h"
+
+namespace kv4 {
+namespace {
+
+using scene::Held;
+using scene::Scene;
+using scene::Shape;
+
+// A matrix unit that also notices what no hardware would: registers used before they are set, a unit that is not
+// configured, or configured twice.
+struct TilesState {
+  bool configured = false, set[8] = {};
+  std::uint8_t bytes[8][1024];
+  int products = 0, misuses = 0;
+};
+struct Tiles {
+  static constexpr int kFewestRows = cpu::kTileRows + 1;
+  static inline TilesState state;
+
+  static void check(bool ok) { state.misuses += ok ? 0 : 1; }
+  static void configure() {
+    check(!state.configured);
+    state.configured = true;
+    std::fill_n(state.set, 8, false);
+  }
+  static void release() {
+    check(state.configured);
+    state.configured = false;
+  }
+  template <int kTile>
+  static void zero() {
+    check(state.configured);
+    std::memset(state.bytes[kTile], 0, 1024);
+    state.set[kTile] = true;
+  }
+  template <int kTile>
+  static void load(const void* p) {
+    check(state.configured);
+    std::memcpy(state.bytes[kTile], p, 1024);
+    state.set[kTile] = true;
+  }
+  template <int kTile>
+  static void store(void* p) {
+    check(state.configured && state.set[kTile]);
+    std::memcpy(p, state.bytes[kTile], 1024);
+  }
+  template <int kSums, int kRows, int kLevels>
+  static void multiply() {
+    check(state.configured && state.set[kSums] && state.set[kRows] && state.set[kLevels]);
+    ++state.products;
+    std::int32_t sums[16][16];
+    std::int8_t rows[16][64], levels[16][64];
+    std::memcpy(sums, state.bytes[kSums], sizeof sums);
+    std::memcpy(rows, state.bytes[kRows], sizeof rows);
+    std::memcpy(levels, state.bytes[kLevels], sizeof levels);
+    for (int m = 0; m < 16; ++m)
+      for (int n = 0; n < 16; ++n)
+        for (int k = 0; k < 64; ++k) sums[m][n] += rows[m][k] * levels[k / 4][4 * n + k % 4];
+    std::memcpy(state.bytes[kSums], sums, sizeof sums);
+  }
+};
+
+struct TileIsa : cpu::portable::Isa {
+  using Tiles = kv4::Tiles;
+};
+
+// Partial states of a task with the memory that it needs, guarded.
+struct Task {
+  cpu::PagesTask task;
+  std::vector<float> o, m, l;
+
+  Task(const Scene& s, const std::vector<SequenceView>& views, const std::vector<float>& q, int rows, int heads,
+       bool causal)
+      : tiles_(cpu::portable::tiles_scratch<TileIsa>(s.spec(), rows)) {
+    const PageSpec& spec = s.spec();
+    const std::size_t k = static_cast<std::size_t>(cpu::pad_channels(spec.key.dim));
+    const std::size_t v = static_cast<std::size_t>(cpu::pad_channels(spec.value.dim));
+    const std::size_t n = static_cast<std::size_t>(rows), groups = static_cast<std::size_t>(spec.key.groups);
+    o.assign(n * v, 0.0f);
+    m.assign(n, -std::numeric_limits<float>::infinity());
+    l.assign(n, 0.0f);
+    codes_.resize(n * k * cpu::portable::Dot::kOctetBytes / 8);
+    q_scale_.resize(n * groups);
+    q_start_.resize(n * groups);
+    k_scale_.resize(groups * kPageTokens);
+    v_scale_.resize(static_cast<std::size_t>(spec.value.groups) * kPageTokens);
+    mean_.resize(k);
+    task.spec = &spec;
+    task.pages = views[0].pages;
+    task.last = task.page_count = views[0].page_count;
+    task.last_page_tokens = views[0].last_page_tokens;
+    task.position = views[0].pages_position;
+    task.rows = rows;
+    task.q = q.data();
+    task.q_stride = static_cast<std::int64_t>(k);
+    task.mask.heads = heads;
+    task.mask.causal = causal;
+    task.mask.query_position = views[0].query_position;
+    task.states = {o.data(), m.data(), l.data(), static_cast<std::int64_t>(v)};
+    task.q_codes = codes_.data();
+    task.q_scale = q_scale_.data();
+    task.q_start = q_start_.data();
+    task.k_scale = k_scale_.data();
+    task.v_scale = v_scale_.data();
+    task.mean = mean_.data();
+    task.tiles = tiles_.data();
+  }
+  Task(const Task&) = delete;
+  bool intact() const { return tiles_.intact(); }
+
+ private:
+  std::vector<std::uint8_t> codes_;
+  std::vector<float> q_scale_, k_scale_, v_scale_, mean_;
+  std::vector<std::int32_t> q_start_;
+  tests::Guarded tiles_;
+};
+
+void expect_same(const Shape& shape, int page_tokens, const cases::Rows& count, bool causal) {
+  const Scene s(shape, {Held{0, page_tokens, 0, 0}}, false);
+  const std::vector<SequenceView> views = s.views(count.queries);
+  const int rows = count.queries * count.group, padded = cpu::pad_channels(shape.dim_k);
+  std::vector<float> q = cases::normal_rows(rows, padded, shape.seed, 0.2);
+  for (int r = 0; r < rows; ++r)
+    std::fill(q.begin() + r * padded + shape.dim_k, q.begin() + (r + 1) * padded, 0.0f);
+  Task vectors(s, views, q, rows, count.group, causal), tiles(s, views, q, rows, count.group, causal);
+  Tiles::state = TilesState();
+  cpu::portable::attend_pages<cpu::portable::Isa>(vectors.task);
+  EXPECT_EQ(Tiles::state.products, 0);
+  cpu::portable::attend_any_rows<TileIsa>(tiles.task);
+  EXPECT_EQ(Tiles::state.products > 0, rows >= Tiles::kFewestRows);
+  EXPECT_EQ(Tiles::state.misuses, 0);
+  EXPECT_FALSE(Tiles::state.configured);
+  EXPECT_TRUE(tiles.intact());
+  // Scores are the same numbers but for the mean's sum; l and o differ by a few roundings of their terms.
+  const std::size_t stride = static_cast<std::size_t>(vectors.task.states.o_stride);
+  for (std::size_t r = 0; r < static_cast<std::size_t>(rows); ++r) {
+    ASSERT_NEAR(tiles.m[r], vectors.m[r], 1e-6 * std::max(1.0f, std::abs(vectors.m[r]))) << "row " << r;
+    ASSERT_NEAR(tiles.l[r], vectors.l[r], 4e-6 * vectors.l[r]) << "row " << r;
+    for (int c = 0; c < shape.dim_v; ++c) {
+      const std::size_t i = r * stride + static_cast<std::size_t>(c);
+      ASSERT_NEAR(tiles.o[i], vectors.o[i], 1e-5 * vectors.l[r]) << "row " << r << " channel " << c;
+    }
+  }
+}
+
+TEST(TilesPath, EveryHeadDimAndRowCount) {
+  std::uint64_t seed = 1;
+  for (int d : cases::kHeadDims) {
+    for (const cases::Rows& rows : cases::kQueryRows) {
+      SCOPED_TRACE("head_dim " + std::to_string(d) + ", " + std::to_string(rows.queries) + " queries, group " +
+                   std::to_string(rows.group));
+      Shape shape;
+      shape.kv_heads = 1;
+      shape.dim_k = shape.dim_v = d;
+      shape.mean = seed % 3 != 0;
+      shape.seed = seed++;
+      expect_same(shape, seed % 2 == 0 ? 192 : 130, rows, seed % 4 < 2);
+      if (::testing::Test::HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST(TilesPath, ScaleGroups) {
+  Shape shape;
+  shape.kv_heads = 1;
+  std::uint64_t seed = 100;
+  for (int group_k : {16, 32, 48, 96, 192}) {
+    for (int group_v : {16, 48, 96}) {
+      SCOPED_TRACE(std::to_string(group_k) + " and " + std::to_string(group_v));
+      shape.dim_k = 192;
+      shape.dim_v = 96;
+      shape.scale_group_k = group_k;
+      shape.scale_group_v = group_v;
+      shape.seed = seed++;
+      expect_same(shape, 100, {19, 1}, false);
+      if (::testing::Test::HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST(TilesPath, FewRowsTakeTheOtherPath) {
+  Shape shape;
+  shape.kv_heads = 1;
+  for (int rows : {1, 7, 8, 9}) expect_same(shape, 64, {rows, 1}, true);
+}
+
+// All products at their largest: nothing overflows at the largest head dim.
+TEST(TilesPath, LargestSums) {
+  Shape shape;
+  shape.kv_heads = 1;
+  shape.dim_k = shape.dim_v = kMaxHeadDim;
+  shape.mean = false;
+  const Scene s(shape, {Held{0, 64, 0, 0}}, false);
+  const std::vector<SequenceView> views = s.views(1);
+  std::uint8_t* page = const_cast<std::uint8_t*>(views[0].pages[0]);
+  std::memset(page + s.spec().layout.k_codes, 0xff, kMaxHeadDim / 2 * kPageTokens);  // level 127
+  std::memset(page + s.spec().layout.v_codes, 0x00, kMaxHeadDim / 2 * kPageTokens);  // level -127
+  const std::uint16_t one = f32_to_f16(1.0f);
+  for (std::uint32_t j = 0; j < kPageTokens; ++j) {
+    std::memcpy(page + s.spec().layout.k_scales + j * 2, &one, 2);
+    std::memcpy(page + s.spec().layout.v_scales + j * 2, &one, 2);
+  }
+  const float score = 3.0f, x = score / (127.0f * kMaxHeadDim);
+  const std::vector<float> q(static_cast<std::size_t>(16 * kMaxHeadDim), x);
+  Task task(s, views, q, 16, 16, false);
+  cpu::portable::attend_any_rows<TileIsa>(task.task);
+  for (std::size_t r = 0; r < 16; ++r) {
+    EXPECT_NEAR(task.m[r], score, 1e-6 * score);
+    EXPECT_NEAR(task.l[r], kPageTokens, 1e-4);
+    for (std::size_t c = 0; c < kMaxHeadDim; ++c)
+      ASSERT_NEAR(task.o[r * kMaxHeadDim + c], -127.0 * kPageTokens, 127.0 * kPageTokens * 1e-6);
+  }
+}
+
+}  // namespace
+}  // namespace kv4
