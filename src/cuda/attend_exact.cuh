@@ -7,9 +7,11 @@ namespace kv4::cuda {
 
 // Rows that could not be copied 16 bytes at a time: by the warp itself.
 __device__ __noinline__ inline void copy_unaligned(const Piece& piece, unsigned char* slot, int pitch, int lane) {
-  for (int r = 0; r < piece.rows; ++r)
-    for (uint32_t i = lane * 2; i < piece.bytes; i += kLanes * 2)
-      *reinterpret_cast<uint16_t*>(slot + r * pitch + i) = *reinterpret_cast<const uint16_t*>(piece.from + r * piece.pitch + i);
+  const int width = static_cast<int>(piece.bytes / 2);
+#pragma unroll 8
+  for (int i = lane; i < piece.rows * width; i += kLanes)
+    *reinterpret_cast<uint16_t*>(slot + i / width * pitch + i % width * 2) =
+        *reinterpret_cast<const uint16_t*>(piece.from + i / width * piece.pitch + i % width * 2);
   fence_shared_writes();
   __syncwarp();
 }

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, on a machine that has one: the tests, the same under compute-sanitizer, the
+# benchmarks. Usage: check_gpu.sh BUILD_DIR [TESTS BENCH]; builds BUILD_DIR unless the two programs are given.
+set -euo pipefail
+build=${1:?usage: check_gpu.sh BUILD_DIR [TESTS BENCH]}
+tests=${2:-$build/tests/kv4_cuda_tests}
+bench=${3:-$build/bench/kv4_cuda_bench}
+if [ $# -lt 3 ]; then
+  cmake -S "$(dirname "$0")/.." -B "$build" -DCMAKE_BUILD_TYPE=Release -DKV4_CUDA=ON -DKV4_BUILD_BENCH=ON
+  cmake --build "$build" --target kv4_cuda_tests kv4_cuda_bench
+fi
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+"$tests" --gtest_brief=1
+if command -v compute-sanitizer >/dev/null; then
+  # The largest scenes left out: the tools run hundreds of times slower.
+  for tool in memcheck racecheck initcheck; do
+    echo "== $tool"
+    compute-sanitizer --tool "$tool" --error-exitcode 1 "$tests" --gtest_brief=1 \
+      --gtest_filter='*PartOfOne*:*PartsOf*:*Ragged*:*Partial*:*General*:*LargeMeans*' | tail -n 4
+  done
+fi
+"$bench" --benchmark_filter="${KV4_BENCH_FILTER:-.}" --benchmark_counters_tabular=true
