@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import tiny_model
 from kv4 import Recipe, Side, _core
@@ -22,8 +24,11 @@ from kv4.evaluate.fake import fp16, seal
 from kv4.evaluate.laboratory import _Session, page_runs, seal_layer
 from kv4.evaluate.learn import learn, squared_error
 from kv4.evaluate.levels import levels
+from kv4.evaluate.peers import measure_hf, measure_llama
+from kv4.evaluate.quality import exact_outputs
 from kv4.evaluate.rotations import rotation
 from kv4.evaluate.rows import all_rows, select
+from kv4.evaluate.state import State
 from kv4.evaluate.variant import SideVariant, Variant, from_recipe
 from kv4.evaluate.windows import cut
 
@@ -289,3 +294,65 @@ def test_rows_run_and_have_names_of_their_own() -> None:
 def test_bits_per_value() -> None:
     assert Variant().bits_per_value(128, 128) == 4.25
     assert Variant().replace(both__bits=3, both__group=32).bits_per_value(128, 128) == 3.5 + 0.125
+
+
+@pytest.mark.parametrize("backend", ["quanto", "hqq"])
+def test_transformers_own_quantised_cache(backend: str) -> None:
+    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=300, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).eval()  # fmt: skip
+    ids = torch.randint(300, (1, 400), generator=torch.Generator().manual_seed(1))
+    state = State(None)
+    options = {"backend": backend, "identity": {"digest": "tiny"}}
+
+    def exact(ids: torch.Tensor) -> torch.Tensor:
+        return exact_outputs(model, ids, None, None)
+
+    found = measure_hf(model, [ids], exact, state, **options)
+    assert len(found[0].kl) == 199 and found[0].kl.mean() > 1e-7
+    again = measure_hf(model, [ids], lambda _: pytest.fail("computed what was known"), state, **options)
+    assert (again[0].kl == found[0].kl).all()
+
+
+class _Llama:
+    """Logits that depend on the tokens, and a little on the cache's type."""
+
+    def __init__(self, *, n_ctx: int, type_k: int, type_v: int, logits_all: bool, **options: object) -> None:
+        assert type_k == type_v and logits_all and options["flash_attn"]
+        self.scores = np.zeros((n_ctx, 50), dtype=np.float32)
+        self.noise, self.n_tokens = 0.1 * type_k, 0
+
+    def eval(self, tokens: list[int]) -> None:
+        for token in tokens:
+            row = np.random.default_rng(token).standard_normal(50) * 3
+            row += self.noise * np.random.default_rng(self.n_tokens).standard_normal(50)
+            self.scores[self.n_tokens] = row
+            self.n_tokens += 1
+
+    def close(self) -> None:
+        pass
+
+
+def test_llama_cpp_s_caches_against_its_own_f16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(Llama=_Llama, GGML_TYPE_F16=0, GGML_TYPE_Q8_0=1, GGML_TYPE_Q4_0=2)
+    monkeypatch.setitem(sys.modules, "llama_cpp", module)
+    gguf = tmp_path / "m.gguf"
+    gguf.write_bytes(b"GGUF")
+    windows = [torch.arange(600)[None] % 50, torch.arange(7, 607)[None] % 50]
+    done: list[int] = []
+    state = State(tmp_path / "state")
+    found = measure_llama(gguf, windows, state, progress=done.append)
+    assert len(found["q8_0"]) == 2 and len(found["q8_0"][0].kl) == 299
+    for q8, q4 in zip(found["q8_0"], found["q4_0"], strict=True):
+        assert 0 < q8.kl.mean() < q4.kl.mean()
+    assert sum(done) == 3 * 2 * 600
+    monkeypatch.setattr(module, "Llama", None)
+    assert (measure_llama(gguf, windows, State(tmp_path / "state"))["q4_0"][1].kl == found["q4_0"][1].kl).all()
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(ValueError, match=r"kv4\[llama\]"):
+        measure_llama(gguf, windows, state)

@@ -17,7 +17,7 @@ import tiny_model
 from kv4 import Recipe
 from kv4.bench.text import python_reference
 from kv4.evaluate import Candidate, Quality, TokenScores, measure, measure_all, quality
-from kv4.evaluate.scores import Head, score_many, summarise
+from kv4.evaluate.scores import Head, paired, score_many, summarise
 from kv4.evaluate.state import State
 from kv4.evaluate.variant import from_recipe, q8_0
 from kv4.evaluate.windows import cut
@@ -108,6 +108,9 @@ def test_summary() -> None:
     assert few.kl_median == pytest.approx(0.1275, rel=1e-5)
     assert few.kl_p99 == pytest.approx(np.quantile([i / 1000 for i in range(256)] * 3, 0.99), rel=1e-5)
     assert few.dppl == pytest.approx(math.exp(0.5) - 1)
+    base = [_scores([0.0] * 256)] * 3
+    assert paired(windows, base) == pytest.approx((few.kl, few.kl_se), rel=1e-5)
+    assert paired(windows, windows) == (0, 0)
     many = summarise([_scores([float(i)] * 128) for i in range(5)])
     assert many.se_over == "windows"
     assert many.kl_se == pytest.approx(np.arange(5).std(ddof=1) / math.sqrt(5))

@@ -14,10 +14,12 @@ from kv4.evaluate.calibration import Calibration, load
 from kv4.evaluate.learn import learn
 from kv4.evaluate.quality import Candidate, Quality, measure_all
 from kv4.evaluate.rows import Row
+from kv4.evaluate.scores import paired
 from kv4.evaluate.state import State, digest
 from kv4.recipe import Recipe
 
 Tensor = torch.Tensor
+_CAPTURED = 1024
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,15 @@ class Result:
     quality: Quality
     errors: Errors
     bits_per_value: float
+    # KL divergence less that of the row kv4 on the same tokens, and its standard error; None without that row.
+    difference: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.row.name, "group": self.row.group, "label": self.row.label,
             "bits_per_value": self.bits_per_value, "errors": vars(self.errors),
             "variant": self.row.variant.to_dict(), "quality": self.quality.to_dict(),
+            "difference": self.difference,
         }  # fmt: skip
 
 
@@ -47,9 +52,9 @@ class Calibrations:
 
     @property
     def layers(self) -> list[Layer]:
-        """Captured from the first window; quantisation errors are measured on it too."""
+        """Captured from the first tokens of the first window; quantisation errors are measured on them too."""
         if self._layers is None:
-            self._layers = capture(self.model, self.windows[0])
+            self._layers = capture(self.model, self.windows[0][:, :_CAPTURED])
         return self._layers
 
     def get(self, needs: str) -> Calibration | None:
@@ -98,17 +103,21 @@ def ablate(
     qualities = measure_all(
         model, windows, candidates, state=state, identity=identity, scratch=scratch, progress=progress, found=found
     )
-    first = calibrations.layers[0]
+    config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     results = []
     for row, candidate in zip(rows, candidates, strict=True):
         key = State.key(
-            kind="errors", model=identity.get("digest"), window=digest(calibrations.windows[0]), **candidate.to_dict()
+            kind="errors", model=identity.get("digest"), window=digest(calibrations.windows[0]), **candidate.key()
         )
         if (kept := state.get(key)) is None:
             measured = errors(calibrations.layers, row.variant, candidate.calibration)
             state.put(key, name=row.name, errors=vars(measured))
         else:
             measured = Errors(**kept["errors"])
-        bits = row.variant.bits_per_value(first.key.shape[-1], first.value.shape[-1])
-        results.append(Result(row, qualities[row.name], measured, bits))
+        bits = row.variant.bits_per_value(head_dim, head_dim)
+        quality = qualities[row.name]
+        base = qualities.get("kv4")
+        difference = None if base is None or row.name == "kv4" else paired(quality.scores, base.scores)
+        results.append(Result(row, quality, measured, bits, difference))
     return results

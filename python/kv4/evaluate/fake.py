@@ -14,6 +14,10 @@ from kv4.evaluate.variant import SideVariant
 
 Tensor = torch.Tensor
 _FP16_MAX = 65504.0
+_GAINS = {
+    "search": (0.85, 0.925, 1.0, 1.075, 1.15),
+    "search_fine": tuple(0.7 + 0.05 * i for i in range(15)),
+}
 
 
 @dataclass
@@ -59,13 +63,15 @@ def seal(
         raise ValueError(f"group: expected 0 or a divisor of the head dim {d}; got {side.group}")
     groups = x.view(heads, tokens, d // width, width)
     step = _step(groups, side, table)
+    if side.scale in _GAINS:
+        step = _searched(groups, step, table, _GAINS[side.scale])
     if side.rounding == "moment" and hessian is not None:
         codes = _moment_rounding(x, step.expand_as(groups).reshape_as(x), table, hessian)
     else:
         codes = _nearest(groups / step, table).view_as(x)
     level = _level(codes, table, x.dtype)
     fitted = level.view_as(groups)
-    if side.scale == "least_squares":
+    if side.scale != "abs_max":
         scale = (groups * fitted).sum(-1) / fitted.square().sum(-1).clamp(min=1e-30)
     else:
         scale = step[..., 0].expand(groups.shape[:3])
@@ -107,6 +113,21 @@ def _step(groups: Tensor, side: SideVariant, table: object) -> Tensor:
     else:
         step = groups.square().mean(-1, keepdim=True).sqrt() / table.gain
     return torch.where(step > 0, step, 1.0)
+
+
+def _searched(groups: Tensor, step: Tensor, table: object, gains: tuple[float, ...]) -> Tensor:
+    """Of the steps step / gain the one whose codes fit best: with its own least-squares scale, codes leave the error
+    sum x^2 - (sum x L)^2 / sum L^2."""
+    best, chosen = None, step
+    for gain in gains:
+        level = _level(_nearest(groups * (gain / step), table), table, groups.dtype)
+        fit = (groups * level).sum(-1, keepdim=True).square() / level.square().sum(-1, keepdim=True).clamp(min=1e-30)
+        if best is None:
+            best, chosen = fit, step / gain
+        else:
+            chosen = torch.where(fit > best, step / gain, chosen)
+            best = torch.maximum(fit, best)
+    return chosen
 
 
 def _nearest(y: Tensor, table: object) -> Tensor:

@@ -190,7 +190,7 @@ def _lambda(
             # Known when the first page is due: every query before, and the keys of the pages held by then.
             queries = query[:, : body + variant.window + variant.page]
             keys = key[:, body : body + variant.page * (1 + variant.window // variant.page)]
-            shrink = 0.2
+            shrink = side.shrink
         else:
             queries, keys, shrink = query, key[:, body:], 0.0
         if keys.shape[1] < min(variant.page, tokens - body):

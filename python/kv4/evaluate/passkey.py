@@ -82,7 +82,7 @@ def needle(
             first = length - answer - 1
             for candidate in candidates:
                 name = EXACT if candidate is None else candidate.name
-                about = {} if candidate is None else candidate.to_dict()
+                about = {} if candidate is None else candidate.key()
                 whose = (identity or {}).get("digest")
                 key = State.key(kind="needle", model=whose, dtype=str(model.dtype), ids=digest(ids), **about)
                 if (kept := state.get(key)) is None:

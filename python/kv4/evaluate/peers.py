@@ -93,15 +93,12 @@ def measure_hf(
     serve the model or is not installed."""
     from transformers import QuantizedCache
 
-    options: dict[str, Any] = {"nbits": nbits}
-    if backend == "hqq":
-        options |= {"axis_key": 1, "axis_value": 1}  # 0, the default, fails its own check of shapes
     found = []
     for index, ids in enumerate(windows):
         key = State.key(kind="hf", backend=backend, nbits=nbits, model=identity.get("digest"), window=digest(ids))
         if (kept := state.scores(key)) is None:
             try:
-                cache = QuantizedCache(backend, model.config, **options)
+                cache = QuantizedCache(backend, model.config, nbits=nbits)
             except ImportError as error:
                 raise ValueError(f"backend: expected {backend} to be installed; got {error}") from None
             first = ids.shape[1] // 2

@@ -41,6 +41,13 @@ class Candidate:
     def engine(self) -> str:
         return "packed" if isinstance(self.recipe, Recipe) else "simulated"
 
+    def key(self) -> dict[str, Any]:
+        """What tells its results from another's."""
+        found = self.to_dict()
+        if isinstance(self.recipe, Variant):
+            found["recipe"] = self.recipe.differences()
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         found = {"engine": self.engine, "recipe": self.recipe.to_dict()}
         if self.calibration is not None:
@@ -152,7 +159,7 @@ def quality_of(scores: Sequence[TokenScores], config: Any, length: int, cache_by
 
 def _key(model: Any, ids: torch.Tensor, candidate: Candidate, identity: Mapping[str, Any] | None) -> str:
     return State.key(
-        model=(identity or {}).get("digest"), dtype=str(model.dtype), window=digest(ids), **candidate.to_dict()
+        model=(identity or {}).get("digest"), dtype=str(model.dtype), window=digest(ids), **candidate.key()
     )
 
 

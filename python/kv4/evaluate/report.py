@@ -7,7 +7,7 @@ from math import isnan
 from typing import Any
 
 HEADER = ("recipe", "KL", "median", "99 %", "99.9 %", "top-1", "dPPL", "bytes, fp16 / it")
-ABLATION = ("row", "bits", "KL", "top-1", "dPPL", "MSE K", "MSE V", "MSE q.k")
+ABLATION = ("row", "bits", "KL", "less kv4's", "top-1", "dPPL", "MSE K", "MSE V", "MSE q.k")
 
 
 def with_error(value: float, error: float, form: str) -> str:
@@ -43,6 +43,7 @@ def ablation_cells(result: Any) -> tuple[str, ...]:
         result.row.label,
         f"{result.bits_per_value:.3g}" if result.bits_per_value >= 10 else f"{result.bits_per_value:.3f}",
         with_error(q.kl, q.kl_se, ".4f"),
+        with_error(*result.difference, "+.4f") if result.difference else "",
         f"{q.top1:.4f}",
         percent(q.dppl, q.dppl_se),
         f"{e.key:.4f}",

@@ -121,6 +121,18 @@ class Summary:
         return asdict(self)
 
 
+def paired(windows: Sequence[TokenScores], base: Sequence[TokenScores]) -> tuple[float, float]:
+    """(mean of the KL divergence less that of `base` on the same tokens, its standard error over blocks)."""
+    parts = [
+        (a.kl.astype(np.float64) - b.kl)[i : i + BLOCK]
+        for a, b in zip(windows, base, strict=True)
+        for i in range(0, len(a.kl), BLOCK)
+    ]
+    means = np.array([part.mean() for part in parts])
+    error = float(means.std(ddof=1) / sqrt(len(means))) if len(means) > 1 else nan
+    return float(np.concatenate(parts).mean()), error
+
+
 def summarise(windows: Sequence[TokenScores]) -> Summary:
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(w, name) for w in windows]).astype(np.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,9 +17,12 @@ class SideVariant:
 
     rotation: those of kv4.evaluate.rotations, or "given": the matrix of a Calibration, invertible, per KV head.
     bits: 2 to 8, or 16 for a side that is never quantised. group: channels per scale, 0 for the whole vector.
+    scale: "search" tries 5 gains around the table's own and keeps the codes whose least-squares fit is best,
+        "search_fine" 15.
     mean: "page"; "group": one number for `mean_group` neighbouring channels of a page; "none".
     lambda_: "auto" is the core's estimate from a sequence's first tokens; "window" that of all its tokens (an oracle);
-        "given" a Calibration's. damping: exponent of lambda, 1 as it stands.
+        "given" a Calibration's. shrink: share of the way that "auto" draws energies to their rotary pair's mean.
+        damping: exponent of lambda, 1 as it stands.
     rounding: "nearest", or "moment": codes chosen one after another so that the error of q.k under the queries' second
         moments is least, not that of k (keys only; Frantar et al., GPTQ, 2023, with S_q as the Hessian).
     """
@@ -31,10 +33,11 @@ class SideVariant:
     bits: int = 4
     group: int = 0
     levels: str = "lloyd_max"
-    scale: Literal["least_squares", "abs_max"] = "least_squares"
+    scale: Literal["least_squares", "abs_max", "search", "search_fine"] = "least_squares"
     mean: Literal["none", "page", "group"] = "none"
     mean_group: int = 16
     lambda_: Literal["none", "auto", "window", "given"] = "none"
+    shrink: float = 0.2
     damping: float = 1.0
     rounding: Literal["nearest", "moment"] = "nearest"
 
@@ -45,7 +48,7 @@ class SideVariant:
 
         expect("rotation", (*rotations.KINDS, "given"))
         expect("levels", level_tables.KINDS)
-        expect("scale", ("least_squares", "abs_max"))
+        expect("scale", ("least_squares", "abs_max", "search", "search_fine"))
         expect("mean", ("none", "page", "group"))
         expect("lambda_", ("none", "auto", "window", "given"))
         expect("rounding", ("nearest", "moment"))
@@ -81,9 +84,14 @@ class Variant:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def key_text(self) -> str:
-        """The same text for the same variant."""
-        return json.dumps(self.to_dict(), sort_keys=True)
+    def differences(self) -> dict[str, Any]:
+        """What differs from Variant(): the same for the same variant, also once there are more fields."""
+        own, base = self.to_dict(), Variant().to_dict()
+        found = {name: value for name, value in own.items() if value != base[name]}
+        for side in ("key", "value"):
+            if side in found:
+                found[side] = {name: value for name, value in own[side].items() if value != base[side][name]}
+        return found
 
     def bits_per_value(self, d_k: int, d_v: int) -> float:
         """Mean over keys and values of a sealed token, as its context grows without end."""
