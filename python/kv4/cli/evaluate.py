@@ -50,6 +50,9 @@ def quality(
         list[str] | None,
         typer.Option(help="llama (llama.cpp's q8_0, q4_0), quanto or hqq (transformers' QuantizedCache). Repeatable."),
     ] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Recipes by fake quantisation in one call: same figures, sooner.")
+    ] = False,
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
     threads: options.Threads = None,
     state: lab.StateFile = None,
@@ -59,7 +62,7 @@ def quality(
     plot: lab.Plot = None,
 ) -> None:
     """KL divergence, top-1 agreement and perplexity against the model's own cache."""
-    named = {name: lab.recipe(name) for name in recipe or ([] if calibration or peer else ["kv4"])}
+    named = {name: lab.recipe(name, simulate) for name in recipe or ([] if calibration or peer else ["kv4"])}
     tokens = lab.whole(length, "--length", 4)
     for name in peer or []:
         if name not in PEERS:

@@ -59,13 +59,14 @@ def whole(text: str, option: str, least: int = 1) -> int:
     return int(digits) * unit
 
 
-def recipe(name: str) -> Any:
-    """A kv4.Recipe (kv4, paper, exact, or a file) or a Variant that is only simulated (q8_0, q4_0)."""
+def recipe(name: str, simulate: bool = False) -> Any:
+    """A kv4.Recipe (kv4, paper, exact, or a file) or, where only that is to be had or asked for, a Variant."""
     from kv4.evaluate import variant
 
     if name in SIMULATED:
         return {"q8_0": variant.q8_0, "q4_0": variant.q4_0}[name]()
-    return options.load_recipe(name if name in PACKED else "kv4", None if name in PACKED else Path(name))
+    used = options.load_recipe(name if name in PACKED else "kv4", None if name in PACKED else Path(name))
+    return variant.from_recipe(used) if simulate else used
 
 
 def store(state: Path | None, fresh: bool) -> tuple[Any, Path | None]:
