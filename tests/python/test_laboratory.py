@@ -21,7 +21,7 @@ from kv4.evaluate import Candidate, measure_all
 from kv4.evaluate.calibrate import Layer, calibrate, capture, errors
 from kv4.evaluate.calibration import identity_of, lambda_from_energies, load, score_transform
 from kv4.evaluate.fake import fp16, seal
-from kv4.evaluate.laboratory import _Session, page_runs, seal_layer
+from kv4.evaluate.laboratory import _attend, _Session, page_runs, seal_layer
 from kv4.evaluate.learn import learn, squared_error
 from kv4.evaluate.levels import levels
 from kv4.evaluate.peers import measure_hf, measure_llama
@@ -356,3 +356,18 @@ def test_llama_cpp_s_caches_against_its_own_f16(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(ValueError, match=r"kv4\[llama\]"):
         measure_llama(gguf, windows, state)
+
+
+def test_a_token_s_own_step_may_see_it_exact() -> None:
+    random = torch.Generator().manual_seed(2)
+    q, k, v, rounded_k, rounded_v = (torch.randn(1, 2, 300, 32, generator=random) for _ in "qkvab")
+    runs = [(0, 256, 0), (256, 300, 0)]
+    for window in (None, 100):
+        options = (None, None, None, window)
+        out = _attend(None, q, rounded_k, rounded_v, runs, lambda n: None, options, (k, v))[0]
+        for t in (0, 1, 99, 100, 255, 256, 299):
+            past = slice(max(0, t + 1 - window) if window else 0, t)
+            keys = torch.cat([rounded_k[0, :, past], k[0, :, t : t + 1]], 1)
+            values = torch.cat([rounded_v[0, :, past], v[0, :, t : t + 1]], 1)
+            weights = torch.softmax(torch.einsum("hd,hkd->hk", q[0, :, t], keys) * 32**-0.5, -1)
+            torch.testing.assert_close(out[t], torch.einsum("hk,hkd->hd", weights, values), atol=1e-5, rtol=1e-4)

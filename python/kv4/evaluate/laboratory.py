@@ -99,11 +99,12 @@ def attention(
             mixed_v[0, :, held[0] : position] = sealed_v[:, held[0] - body : position - body]
             held[0] = position
 
-    if variant.seal == "arrival":
+    if variant.seal in ("arrival", "after"):
         seal_to(tokens)
         runs = [(lo, min(lo + _RUN, tokens), 0) for lo in range(0, tokens, _RUN)]
-    else:
-        runs = list(page_runs(tokens, body, variant.window, variant.page))
+        own = (key, value) if variant.seal == "after" else None
+        return _attend(module, query, mixed_k, mixed_v, runs, seal_to, options, own), None
+    runs = list(page_runs(tokens, body, variant.window, variant.page))
     return _attend(module, query, mixed_k, mixed_v, runs, seal_to, options), None
 
 
@@ -126,7 +127,9 @@ def _attend(
     runs: list[tuple[int, int, int]],
     seal_to: Callable[[int], None],
     options: tuple[float | None, float | None, Tensor | None, int | None],
+    own: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
+    """own: exact keys and values of which a query sees its own token, in place of what `key` and `value` hold."""
     from kv4.hf.attention import _eager
 
     scaling, softcap, s_aux, sliding = options
@@ -140,6 +143,9 @@ def _attend(
         if sliding:
             mask &= column > row - sliding
         q, k, v = query[:, :, lo:hi], key[:, :, first:hi], value[:, :, first:hi]
+        if own is not None:
+            mask = torch.cat([mask & (column < row), torch.arange(lo, hi)[None] == row], 1)
+            k, v = (torch.cat([x, y[:, :, lo:hi]], 2) for x, y in zip((k, v), own, strict=True))
         if softcap or s_aux is not None:
             parts.append(_eager(module, q, k, v, mask[None, None], scaling, softcap, s_aux, 0.0))
             continue

@@ -104,6 +104,7 @@ def energy(models: Mapping[str, Sequence[Any]], path: Path, title: str) -> None:
         bottom.axhline(1, color="#444444", linewidth=0.8, linestyle="--")
         bottom.set_xlabel("layer")
         for axes in (top, bottom):
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.legend(frameon=False, fontsize=8)
             _plain(axes)
     panels[0][0].set_ylabel("key energy in the mean, %")

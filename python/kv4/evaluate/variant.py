@@ -67,15 +67,16 @@ class SideVariant:
 class Variant:
     """A whole cache's recipe; `Variant()` is kv4's own.
 
-    seal: "page", "arrival" or "never" as in kv4.Recipe. With "arrival" a mean is that of the finished page, which no
-        cache could know: only for seeing one step of the recipe without the next.
+    seal: "page", "arrival" or "never" as in kv4.Recipe; "after": as "arrival", but a query sees its own token exact.
+        With "arrival" and "after" a mean is that of the finished page, which no cache could know: only for seeing one
+        step of the recipe without the next.
     page: tokens of a page. sinks: exact tokens; chosen "first", or "mass": those that drew most attention when their
         page was sealed, as many per page as `sinks` a sequence (in place of the first ones).
     """
 
     key: SideVariant = field(default_factory=lambda: SideVariant(mean="page", lambda_="auto"))
     value: SideVariant = SideVariant()
-    seal: Literal["page", "arrival", "never"] = "page"
+    seal: Literal["page", "arrival", "after", "never"] = "page"
     page: int = 64
     sinks: int = 4
     window: int = 64
