@@ -88,6 +88,13 @@ BAD_INPUT = [
     (["eval", "{model}", "--text", "{bad}/none.txt"], "--text: expected a file"),
     (["eval", "{model}", "--text", "{bad}/short.txt"], "text: expected at least"),
     (["eval", "{model}", "--recipe", "{bad}/none.json"], "--recipe: expected a file"),
+    (["eval", "{model}", "--peer", "mlx"], "--peer: expected one of llama, quanto, hqq"),
+    (["eval", "{model}", "--length", "2"], "--length: expected a number of at least 4"),
+    (["eval", "{model}", "--calibration", "{bad}/none"], "calibration: expected a file"),
+    (["eval", "greedy", "{model}", "--recipe", "q8_0"], "--recipe: expected one of the packed cache"),
+    (["eval", "needle", "{model}", "--lengths", "40"], "lengths: expected at least"),
+    (["ablate", "{model}", "--rows", "none"], "--rows: expected all, groups"),
+    (["calibrate", "{model}", "{bad}/out", "--method", "best"], "method: expected one of lambda, transform"),
     (["pull", "no-such-model"], "expected one of gemma-3-270m"),
     (["demo", "--model", "no-such-model"], "model: expected"),
 ]
@@ -274,11 +281,60 @@ def test_bench_seal(tmp_path: Path) -> None:
 
 
 def test_eval(model: Path, tmp_path: Path) -> None:
-    options = ("--windows", 2, "--length", 256, "--json", tmp_path / "quality.json")
-    succeeded("eval", model, *options, "--recipe", "exact")
-    quality = json.loads((tmp_path / "quality.json").read_text())["quality"]
-    assert quality["top1"] == 1.0
-    assert [window["scored"] for window in quality["windows"]] == [127, 127]
+    files = {name: tmp_path / f"quality.{name}" for name in ("json", "md", "png")}
+    options = ("--windows", 2, "--length", 256, "--state", tmp_path / "state", "--json", files["json"])
+    written = ("--markdown", files["md"], "--plot", files["png"])
+    succeeded("eval", model, *options, "--recipe", "exact", "--recipe", "q8_0", *written)
+    found = json.loads(files["json"].read_text())
+    exact, simulated = found["quality"]["exact"], found["quality"]["q8_0"]
+    assert exact["top1"] == 1.0 and exact["windows"] == 2 and exact["tokens"] == 2 * 127
+    assert 0 < simulated["kl_median"] <= simulated["kl_p99"] <= simulated["kl_p999"]
+    assert found["recipes"]["exact"]["engine"] == "packed" and found["recipes"]["q8_0"]["engine"] == "simulated"
+    assert "| exact | 0.0000" in files["md"].read_text()
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    assert "Standard errors over blocks" in files["md"].read_text()
+    assert len((tmp_path / "state").read_text().splitlines()) == 4
+
+
+def test_calibrate_then_eval(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "lambda.safetensors"
+    succeeded("calibrate", model, file, "--windows", 1, "--length", 512)
+    data = tmp_path / "quality.json"
+    succeeded("eval", model, "--calibration", file, "--windows", 1, "--length", 512, "--fresh", "--json", data)
+    quality = json.loads(data.read_text())["quality"][file.name]
+    assert quality["kl"] > 0 and quality["cache_bytes"] > 0
+
+
+def test_ablate(model: Path, tmp_path: Path) -> None:
+    files = {name: tmp_path / f"ablate.{name}" for name in ("json", "md", "png")}
+    options = ("--windows", 1, "--length", 512, "--state", tmp_path / "state", "--rows", "kv4,mean,lambda-calibrated")
+    succeeded("ablate", model, *options, "--json", files["json"], "--markdown", files["md"], "--plot", files["png"])
+    rows = {row["name"]: row for row in json.loads(files["json"].read_text())["rows"]}
+    assert list(rows) == ["kv4", "mean-off", "lambda-calibrated"]
+    assert all(row["quality"]["kl"] > 0 and row["errors"]["score"] > 0 for row in rows.values())
+    assert rows["kv4"]["bits_per_value"] - rows["mean-off"]["bits_per_value"] == 16 / 64 / 2
+    assert "| no page mean | 4.250 |" in files["md"].read_text()
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    listed = succeeded("ablate", model, "--list").stdout
+    assert "rot-learned-srft" in listed and "k4v3" in listed
+
+
+def test_eval_needle_greedy_and_energy(model: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "needle.png"
+    data = tmp_path / "needle.json"
+    options = ("--lengths", "256,320", "--depths", 2, "--fresh", "--plot", plot, "--json", data)
+    succeeded("eval", "needle", model, *options)
+    cells = json.loads(data.read_text())["cells"]
+    assert {cell["cache"] for cell in cells} == {"fp16", "kv4", "paper"} and len(cells) == 12
+    assert all(0 < cell["probability"] < 1 for cell in cells)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    succeeded("eval", "greedy", model, "--context", 200, "--tokens", 8, "--recipe", "exact", "--json", data)
+    caches = json.loads(data.read_text())["caches"]
+    assert caches[1]["first_difference"] == 8 and caches[1]["forced"] == 1.0
+    succeeded("eval", "energy", model, "--length", 256, "--plot", plot, "--json", data)
+    layers = next(iter(json.loads(data.read_text())["models"].values()))
+    assert [row["layer"] for row in layers] == [0, 1, 2]
+    assert all(0 <= row["mean"] <= row["page_mean"] <= 1 and row["kv4"] > 0 for row in layers)
 
 
 def test_demo_leaves_a_plot_and_its_data(model: Path, tmp_path: Path) -> None:

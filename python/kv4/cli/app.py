@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kv4.cli import bench, demo, evaluate, generate, info, models
+from kv4.cli import ablate, bench, demo, evaluate, generate, info, models
 
 app = typer.Typer(
     name="kv4",
@@ -17,7 +17,9 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("demo")(demo.demo)
-app.command("eval")(evaluate.evaluate)
+app.add_typer(evaluate.app, name="eval")
+app.command("calibrate")(ablate.calibrate)
+app.command("ablate")(ablate.ablate)
 app.add_typer(bench.app, name="bench")
 app.command("models")(models.models)
 app.command("pull")(models.pull)

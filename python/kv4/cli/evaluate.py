@@ -1,60 +1,290 @@
-"""`kv4 eval`: quality of a recipe against the exact cache."""
+"""`kv4 eval`: quality of caches against the exact cache."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from kv4.cli import laboratory as lab
 from kv4.cli import options
-from kv4.cli.output import mebibytes, out, plain_errors, progress, table, write_json
+from kv4.cli.output import out, plain_errors, progress, table, write_json
+
+PEERS = ("llama", "quanto", "hqq")
 
 
+class _DefaultGroup(TyperGroup):
+    """`kv4 eval MODEL` is `kv4 eval quality MODEL`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["quality", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_DefaultGroup,
+    no_args_is_help=True,
+    help="Quality against the exact cache: [bold]kv4 eval MODEL[/] for KL divergence, top-1 agreement and perplexity.",
+)
+
+
+@app.command("quality")
 @plain_errors
-def evaluate(
-    model: Annotated[str, typer.Argument(help="A name of `kv4 models`, a HuggingFace folder or a GGUF file.")],
-    text: Annotated[Path | None, typer.Option(help="A UTF-8 text; Python's language reference if not given.")] = None,
+def quality(
+    model: lab.Model,
+    text: lab.Text = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows from the start of the text.")] = 10,
-    length: Annotated[int, typer.Option(min=4, help="Tokens in a window; its second half is scored.")] = 2048,
-    recipe: Annotated[str, typer.Option(help="kv4, paper, exact, or a recipe file.")] = "kv4",
+    length: lab.Length = "2048",
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="kv4 (default), paper, exact, a recipe file; q8_0, q4_0: simulated. Repeatable."),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A file of `kv4 calibrate`, with its own recipe. Repeatable."),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="llama (llama.cpp's q8_0, q4_0), quanto or hqq (transformers' QuantizedCache). Repeatable."),
+    ] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Recipes by fake quantisation in one call: same figures, sooner.")
+    ] = False,
+    dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
+    threads: options.Threads = None,
+    state: lab.StateFile = None,
+    fresh: lab.Fresh = False,
+    json_: options.JsonFile = None,
+    markdown: lab.Markdown = None,
+    plot: lab.Plot = None,
+) -> None:
+    """KL divergence, top-1 agreement and perplexity against the model's own cache."""
+    named = {name: lab.recipe(name, simulate) for name in recipe or ([] if calibration or peer else ["kv4"])}
+    tokens = lab.whole(length, "--length", 4)
+    for name in peer or []:
+        if name not in PEERS:
+            raise ValueError(f"--peer: expected one of {', '.join(PEERS)}; got {name!r}")
+    content, source = lab.read_text(text)
+    if "llama" in (peer or []):
+        from kv4.bench.llama import require
+
+        require()
+    b = lab.bench(model, dtype, threads, state, fresh)
+
+    from kv4.evaluate import Candidate, measure_all
+    from kv4.evaluate.calibration import load
+    from kv4.evaluate.windows import cut
+
+    parts = cut(b.tokenizer, content, windows, tokens)
+    candidates = [Candidate(name, used) for name, used in named.items()]
+    for file in calibration or []:
+        loaded = load(file, b.folder)
+        candidates.append(Candidate(file.name, loaded.recipe, loaded))
+    found: dict[str, Any] = {}
+    with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens * len(candidates) or None) as advance:
+        if candidates:
+            found = measure_all(
+                b.model, parts, candidates, state=b.state, identity=b.identity, scratch=b.scratch, progress=advance
+            )
+    for name in peer or []:
+        found |= _peer(name, model, b, parts, threads)
+    title = f"{model}: {windows} windows of {tokens:,} tokens of {source}, second halves scored"
+    _show(found, title)
+    if json_:
+        write_json(
+            {
+                "model": b.identity, "text": source, "length": tokens, "windows": windows, "dtype": str(b.model.dtype),
+                "recipes": {c.name: c.to_dict() for c in candidates},
+                "quality": {name: q.to_dict() for name, q in found.items()},
+            },
+            json_,
+        )  # fmt: skip
+    if markdown:
+        from kv4.evaluate import report
+
+        lines = report.markdown(report.HEADER, [report.quality_cells(name, q) for name, q in found.items()])
+        lab.write_markdown([f"{title}. {_errors_over(found)}", "", *lines], markdown)
+    if plot:
+        from kv4.evaluate import plots
+
+        plots.divergence(found, plot, title)
+        lab.say_plot(plot)
+
+
+def _show(found: dict[str, Any], title: str) -> None:
+    from kv4.evaluate import report
+
+    shown = table(title, *report.HEADER, left=("recipe",))
+    for name, q in found.items():
+        shown.add_row(*report.quality_cells(name, q))
+    shown.caption = f"KL divergence in nats per token, against the exact cache. {_errors_over(found)}"
+    shown.caption_justify = "left"
+    out.print(shown)
+    for name, q in found.items():
+        out.print(f"{name}: perplexity {q.ppl:,.3f}, own cache {q.ppl_exact:,.3f}", soft_wrap=True)
+
+
+def _errors_over(found: dict[str, Any]) -> str:
+    over = {q.se_over for q in found.values()}
+    return f"Standard errors over {' and '.join(sorted(over))} in brackets." if over else ""
+
+
+def _peer(name: str, model: str, b: lab.Bench, parts: list[Any], threads: int | None) -> dict[str, Any]:
+    import torch
+
+    from kv4.evaluate import peers
+    from kv4.evaluate.quality import exact_outputs, quality_of
+
+    length = parts[0].shape[1]
+    if name == "llama":
+        gguf = options.gguf_file(model)
+        total = len(parts) * length * (1 + len(peers.LLAMA_TYPES))
+        with progress("llama.cpp", total) as advance:
+            scores = peers.measure_llama(
+                gguf, parts, b.state, threads=threads or torch.get_num_threads(), progress=advance
+            )
+        return {f"llama.cpp {kind}": quality_of(found, b.model.config, length) for kind, found in scores.items()}
+    with progress(f"QuantizedCache {name}", len(parts) * length) as advance:
+        hf = peers.measure_hf(
+            b.model, parts, lambda ids: exact_outputs(b.model, ids, b.scratch, b.identity), b.state,
+            backend=name, identity=b.identity, progress=advance,
+        )  # fmt: skip
+    return {f"QuantizedCache {name}, 4 bit": quality_of(hf, b.model.config, length)}
+
+
+@app.command("needle")
+@plain_errors
+def needle(
+    model: lab.Model,
+    text: lab.Text = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of the whole prompt, with commas.")] = "512,1k,2k,4k",
+    depths: Annotated[int, typer.Option(min=2, help="Places of the passkey, from start to end.")] = 5,
+    recipe: Annotated[list[str] | None, typer.Option(help="As for kv4 eval; kv4 and paper if not given.")] = None,
+    dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
+    threads: options.Threads = None,
+    state: lab.StateFile = None,
+    fresh: lab.Fresh = False,
+    json_: options.JsonFile = None,
+    markdown: lab.Markdown = None,
+    plot: lab.Plot = None,
+) -> None:
+    """Passkey retrieval over depth and length, the model's own cache beside others."""
+    from kv4.cli.bench import numbers
+
+    sizes = numbers(lengths, "--lengths")
+    named = {name: lab.recipe(name) for name in recipe or ["kv4", "paper"]}
+    content, source = lab.read_text(text)
+    b = lab.bench(model, dtype, threads, state, fresh)
+
+    from kv4.evaluate import Candidate, passkey, report
+
+    candidates = [None, *(Candidate(name, used) for name, used in named.items())]
+    with progress("passkeys", sum(sizes) * depths * len(candidates)) as advance:
+        cells = passkey.needle(
+            b.model, b.tokenizer, content, candidates, lengths=sizes,
+            depths=[i / (depths - 1) for i in range(depths)], state=b.state, identity=b.identity, progress=advance,
+        )  # fmt: skip
+    title = f"{model}: passkey in {source}, {depths} depths"
+    shown = table(title, "cache", *(f"{n:,} tokens" for n in sizes), left=("cache",))
+    for name in dict.fromkeys(cell.cache for cell in cells):
+        here = [[c for c in cells if (c.cache, c.length) == (name, n)] for n in sizes]
+        shown.add_row(name, *(f"{sum(c.found for c in cs)} of {len(cs)}" for cs in here))
+    out.print(shown)
+    if json_:
+        write_json({"model": b.identity, "text": source, "cells": [cell.to_dict() for cell in cells]}, json_)
+    if markdown:
+        lab.write_markdown([title, "", *report.heat_table(cells)], markdown)
+    if plot:
+        from kv4.evaluate import plots
+
+        plots.heat_map(cells, plot, title)
+        lab.say_plot(plot)
+
+
+@app.command("greedy")
+@plain_errors
+def greedy(
+    model: lab.Model,
+    text: lab.Text = None,
+    context: Annotated[str, typer.Option(help="Tokens of the prompt.")] = "1k",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 256,
+    recipe: Annotated[list[str] | None, typer.Option(help="As for kv4 eval; default kv4 and paper.")] = None,
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
     threads: options.Threads = None,
     json_: options.JsonFile = None,
 ) -> None:
-    """KL divergence, top-1 agreement and perplexity against the model's own cache."""
-    from kv4.bench.text import python_reference
+    """A long greedy generation, token by token against the model's own cache: first divergence and agreement."""
+    length = lab.whole(context, "--context", 2)
+    used = {name: lab.recipe(name) for name in recipe or ["kv4", "paper"]}
+    for name in used:
+        if name in lab.SIMULATED:
+            raise ValueError(f"--recipe: expected one of the packed cache; got {name}, which is simulated")
+    content, source = lab.read_text(text)
+    b = lab.bench(model, dtype, threads, None, True)
 
-    named = recipe in ("kv4", "paper", "exact")
-    used = options.load_recipe(recipe if named else "kv4", None if named else Path(recipe))
-    if text is not None and not text.is_file():
-        raise FileNotFoundError(f"--text: expected a file; got {text}")
-    content = python_reference() if text is None else text.read_text(encoding="utf-8")
-    options.set_threads(threads)
-    loaded, tokenizer = options.load(model, options.torch_dtype(dtype))
+    from kv4.bench.text import prompt_ids
+    from kv4.evaluate import Candidate, passkey
 
-    from kv4.evaluate import measure
-
-    with progress(f"{windows} windows of {length:,} tokens", 2 * windows * length) as advance:
-        found = measure(loaded, tokenizer, content, used, windows=windows, length=length, progress=advance)
-    source = "Python's language reference" if text is None else text.name
-    shown = table(
-        f"{model}, recipe {recipe}: {windows} windows of {length:,} tokens of {source}, second halves scored",
-        "what", "mean", "standard error", left=("what",),
-    )  # fmt: skip
-
-    def error(value: float, digits: int) -> str:
-        return "one window" if math.isnan(value) else f"{value:.{digits}f}"
-
-    shown.add_row("KL divergence, nats per token", f"{found.kl:.5f}", error(found.kl_se, 5))
-    shown.add_row("top-1 agreement", f"{found.top1:.4f}", error(found.top1_se, 4))
-    shown.add_row("perplexity, own cache", f"{found.ppl_exact:.3f}", "")
-    shown.add_row("perplexity, this recipe", f"{found.ppl:.3f}", "")
-    shown.add_row("change of perplexity, %", f"{100 * found.dppl:+.3f}", error(100 * found.dppl_se, 3))
-    shown.add_row("cache at the end of a window", mebibytes(found.cache_bytes), "")
-    shown.add_row("times smaller than fp16", f"{found.fp16_bytes / found.cache_bytes:.2f}", "")
+    with progress("generating", (tokens - 1) * (1 + 2 * len(used))) as advance:
+        found = passkey.greedy(
+            b.model, b.tokenizer, prompt_ids(b.tokenizer, length, content),
+            [Candidate(name, recipe) for name, recipe in used.items()], tokens=tokens, progress=advance,
+        )  # fmt: skip
+    title = f"{model}: {tokens} greedy tokens after {length:,} of {source}"
+    shown = table(title, "cache", "first difference", "same place", "on the own cache's text", left=("cache",))
+    for g in found:
+        first = "none" if g.first_difference == g.tokens else str(g.first_difference)
+        shown.add_row(g.cache, first, f"{100 * g.same_place:.1f} %", f"{100 * g.forced:.1f} %")
     out.print(shown)
     if json_:
-        data = {"model": model, "text": source, "recipe": used.to_dict(), "quality": found.to_dict()}
-        write_json(data, json_)
+        caches = [g.to_dict() for g in found]
+        write_json({"model": b.identity, "text": source, "context": length, "caches": caches}, json_)
+
+
+@app.command("energy")
+@plain_errors
+def energy(
+    models: Annotated[list[str], typer.Argument(help="Names of `kv4 models`, HuggingFace folders or GGUF files.")],
+    text: lab.Text = None,
+    length: Annotated[str, typer.Option(help="Tokens of the one window.")] = "1k",
+    dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
+    threads: options.Threads = None,
+    json_: options.JsonFile = None,
+    plot: lab.Plot = None,
+) -> None:
+    """Per layer: the share of key energy in the mean, and what quantising does to scores."""
+    tokens = lab.whole(length, "--length", 128)
+    content, source = lab.read_text(text)
+    found: dict[str, list[Any]] = {}
+    for model in models:
+        b = lab.bench(model, dtype, threads, None, True)
+
+        from kv4.evaluate.calibrate import capture
+        from kv4.evaluate.energy import key_energy
+        from kv4.evaluate.windows import cut
+
+        layers = capture(b.model, cut(b.tokenizer, content, 1, tokens)[0])
+        config = b.model.config.get_text_config(decoder=True)
+        scale = (getattr(config, "query_pre_attn_scalar", None) or layers[0].key.shape[-1]) ** -0.5
+        found[model] = key_energy(layers, scale)
+        shown = table(
+            f"{model}: keys of {tokens:,} tokens of {source}", "layer", "energy in the mean", "in page means",
+            "largest mean", "score error, paper", "kv4",
+        )  # fmt: skip
+        for row in found[model]:
+            shown.add_row(
+                str(row.layer), f"{100 * row.mean:.1f} %", f"{100 * row.page_mean:.1f} %", f"{row.largest:.1f}",
+                f"{row.paper:.3f}", f"{row.kv4:.3f}",
+            )  # fmt: skip
+        out.print(shown)
+    if json_:
+        rows = {name: [row.to_dict() for row in rows] for name, rows in found.items()}
+        write_json({"text": source, "models": rows}, json_)
+    if plot:
+        from kv4.evaluate import plots
+
+        plots.energy(found, plot, f"Keys of {tokens:,} tokens of {source}")
+        lab.say_plot(plot)

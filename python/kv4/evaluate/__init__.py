@@ -1,5 +1,18 @@
 """How close a model with a kv4 cache stays to the same model with its own cache."""
 
-from kv4.evaluate.quality import Quality, WindowResult, measure
+from kv4.evaluate.calibration import Calibration
+from kv4.evaluate.quality import Candidate, Quality, measure, measure_all
+from kv4.evaluate.scores import Summary, TokenScores
+from kv4.evaluate.variant import SideVariant, Variant
 
-__all__ = ["Quality", "WindowResult", "measure"]
+__all__ = [
+    "Calibration",
+    "Candidate",
+    "Quality",
+    "SideVariant",
+    "Summary",
+    "TokenScores",
+    "Variant",
+    "measure",
+    "measure_all",
+]

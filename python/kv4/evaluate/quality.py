@@ -1,173 +1,211 @@
-"""KL divergence, top-1 agreement and perplexity of a cache recipe, against the exact cache.
+"""KL divergence, top-1 agreement and perplexity of a cache, against the exact cache.
 
 The text is cut into windows of `length` tokens, each read from an empty cache; the second half of a
-window is scored. The exact distribution comes from one full forward with the model's own cache. The
-recipe's comes from calls of at most 64 tokens through the packed cache: such a call answers each
-query exactly as if the tokens had come one by one, so what is scored is generation, not prefill.
+window is scored. The exact distribution comes from one full forward with the model's own cache. A
+kv4.Recipe's comes from calls of at most 64 tokens through the packed cache: such a call answers each
+query exactly as if the tokens had come one by one, so what is scored is generation, not prefill. A
+Variant's comes from fake quantisation in one call with the same semantics (kv4.evaluate.laboratory).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import exp, nan, sqrt
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from kv4.bench.generate import KV4, OWN, attention, new_cache
-from kv4.bench.text import encode
+from kv4.bench.generate import KV4, OWN, attention
+from kv4.evaluate.calibration import Calibration
+from kv4.evaluate.laboratory import laboratory
+from kv4.evaluate.scores import Head, Summary, TokenScores, score_many, summarise
+from kv4.evaluate.state import State, digest
+from kv4.evaluate.variant import Variant
+from kv4.evaluate.windows import cut
+from kv4.recipe import Recipe
 
 CALL = 64  # kPageTokens: the longest call that equals one-by-one decoding
+_AT_ONCE = 6  # candidates scored against one computation of the exact distributions
 
 
 @dataclass(frozen=True)
-class WindowResult:
-    """Sums over one window's scored positions."""
+class Candidate:
+    """A cache under test: a kv4.Recipe is the packed cache, a Variant fake quantisation."""
 
-    scored: int
-    kl: float  # nats
-    same_top1: int
-    nll_exact: float  # nats
-    nll: float
+    name: str
+    recipe: Recipe | Variant
+    calibration: Calibration | None = None
 
+    @property
+    def engine(self) -> str:
+        return "packed" if isinstance(self.recipe, Recipe) else "simulated"
 
-@dataclass(frozen=True)
-class Quality:
-    """Means per scored token over all windows; `_se` is the standard error over windows."""
-
-    length: int
-    windows: tuple[WindowResult, ...]
-    kl: float
-    kl_se: float
-    top1: float
-    top1_se: float
-    ppl_exact: float
-    ppl: float
-    dppl: float  # ppl / ppl_exact - 1
-    dppl_se: float
-    cache_bytes: int  # at the end of a window
-    fp16_bytes: int
+    def key(self) -> dict[str, Any]:
+        """What tells its results from another's."""
+        found = self.to_dict()
+        if isinstance(self.recipe, Variant):
+            found["recipe"] = self.recipe.differences()
+        return found
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        found = {"engine": self.engine, "recipe": self.recipe.to_dict()}
+        if self.calibration is not None:
+            sums = {name: float(x.double().sum()) for name, x in self.calibration.tensors.items()}
+            found["calibration"] = digest(sums)
+        return found
+
+
+@dataclass(frozen=True)
+class Quality(Summary):
+    """A Summary, with bytes at the end of a window: of the packed cache, 0 for a simulation, and of fp16."""
+
+    length: int
+    cache_bytes: int
+    fp16_bytes: int
+    scores: tuple[TokenScores, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "scores"}
 
 
 def measure(
     model: Any,
     tokenizer: Any,
     text: str,
-    recipe: Any = None,
+    recipe: Recipe | Variant | None = None,
     *,
     windows: int = 10,
     length: int = 2048,
+    calibration: Calibration | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Quality:
-    """Measures `recipe` (None: kv4's default) on the first `windows` windows of `text`.
-
-    Where the tokenizer starts a text with a special token, each window starts with it too, within
-    its `length` tokens. Calls progress(tokens) as tokens are done, 2 * length for each window.
-    Errors: ValueError for a text too short, a length below 4 or no window.
-    """
-    if windows < 1:
-        raise ValueError(f"windows: expected at least 1; got {windows}")
-    if length < 4:
-        raise ValueError(f"length: expected at least 4 tokens; got {length}")
-    parts = _windows(tokenizer, text, windows, length)
-    results, held, fp16 = [], 0, 0
-    for ids in parts:
-        result, held, fp16 = _measure_window(model, ids, recipe, progress or (lambda _: None))
-        results.append(result)
-    return _summary(results, length, held, fp16)
-
-
-def _windows(tokenizer: Any, text: str, windows: int, length: int) -> list[torch.Tensor]:
-    ids = encode(tokenizer, text)[0]
-    prefix = encode(tokenizer, "")[0].to(ids.dtype)
-    body = ids[len(prefix) :]
-    fresh = length - len(prefix)
-    if len(body) < windows * fresh:
-        raise ValueError(
-            f"text: expected at least {windows * fresh} tokens for {windows} windows of {length}; got {len(body)}"
-        )
-    return [torch.cat([prefix, body[i * fresh : (i + 1) * fresh]])[None] for i in range(windows)]
+    """Measures one recipe (None: kv4's default) on the first `windows` windows of `text`. See measure_all."""
+    one = Candidate("recipe", recipe if recipe is not None else Recipe(), calibration)
+    return measure_all(model, cut(tokenizer, text, windows, length), [one], progress=progress)["recipe"]
 
 
 @torch.inference_mode()
-def _measure_window(
-    model: Any, ids: torch.Tensor, recipe: Any, progress: Callable[[int], None]
-) -> tuple[WindowResult, int, int]:
-    from kv4.bench.memory import cache_bytes, fp16_bytes
+def measure_all(
+    model: Any,
+    windows: Sequence[torch.Tensor],
+    candidates: Sequence[Candidate],
+    *,
+    state: State | None = None,
+    identity: Mapping[str, Any] | None = None,
+    scratch: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+    found: Callable[[int, str, TokenScores], None] | None = None,
+) -> dict[str, Quality]:
+    """Measures every candidate on windows of ids [1, T], the second half of each scored.
 
-    length = ids.shape[1]
-    first = length // 2
-    # Position t predicts token t + 1, so the last position has nothing to be scored on.
-    with attention(model, OWN):
-        exact = model(
-            input_ids=ids,
-            past_key_values=new_cache(model, OWN),
-            use_cache=True,
-            logits_to_keep=length - first,
-        ).logits[0]
-    progress(length)
+    state: results already there are not computed again, new ones are added; `identity` (of the model) goes into their
+    keys. scratch: a folder for the exact model's outputs, so that another run saves that pass. Calls progress(tokens)
+    for every window and candidate, and found(window, name, scores) as each result is known.
+    Errors: ValueError for a recipe that does not serve the model, two candidates of one name, or no window.
+    """
+    if len({c.name for c in candidates}) < len(candidates):
+        raise ValueError(f"candidates: expected different names; got {[c.name for c in candidates]}")
+    if not windows:
+        raise ValueError("windows: expected at least 1; got 0")
+    state = state or State(None)
+    tick = progress or (lambda _: None)
+    kept: dict[str, list[TokenScores]] = {c.name: [] for c in candidates}
+    held: dict[str, int] = {}
+    for index, ids in enumerate(windows):
+        keys = {c.name: _key(model, ids, c, identity) for c in candidates}
+        todo = [c for c in candidates if state.get(keys[c.name]) is None]
+        tick(ids.shape[1] * (len(candidates) - len(todo)))
+        exact = exact_outputs(model, ids, scratch, identity) if todo else None
+        for some in (todo[i : i + _AT_ONCE] for i in range(0, len(todo), _AT_ONCE)):
+            outputs, sizes = [], []
+            for candidate in some:
+                hidden, size = decoder_outputs(model, ids, candidate, ids.shape[1] // 2)
+                outputs.append(hidden)
+                sizes.append(size)
+                tick(ids.shape[1] // 2)
+            first = ids.shape[1] // 2
+            half = (ids.shape[1] - ids.shape[1] // 2) / max(len(exact), 1)
+            results = score_many(
+                Head(model), exact, outputs, ids[0, first + 1 :], lambda n, half=half: tick(n * half)
+            )  # fmt: skip
+            for candidate, size, scores in zip(some, sizes, results, strict=True):
+                state.put(
+                    keys[candidate.name], scores, name=candidate.name, window=index, length=ids.shape[1],
+                    model=(identity or {}).get("name"), bytes=size, **candidate.to_dict(),
+                )  # fmt: skip
+        for candidate in candidates:
+            scores = state.scores(keys[candidate.name])
+            assert scores is not None
+            kept[candidate.name].append(scores)
+            held[candidate.name] = (state.get(keys[candidate.name]) or {}).get("bytes", 0)
+            if found:
+                found(index, candidate.name, scores)
+    length = windows[0].shape[1]
+    return {c.name: quality_of(kept[c.name], model.config, length, held[c.name]) for c in candidates}
 
-    kl = nll_exact = nll = 0.0
-    same = 0
-    cache = new_cache(model, KV4, recipe)
-    with attention(model, KV4, recipe):
-        for begin in range(0, length, CALL):
-            end = min(begin + CALL, length)
-            skip = min(max(first - begin, 0), end - begin)  # rows before the scored half
-            keep = max(end - begin - skip, 1)
-            logits = model(
-                input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True, logits_to_keep=keep
-            ).logits[0]
-            progress(end - begin)
-            scored = min(end, length - 1) - (begin + skip)
-            if scored <= 0:
-                continue
-            at = begin + skip
-            p = torch.log_softmax(exact[at - first : at - first + scored].double(), -1)
-            q = torch.log_softmax(logits[:scored].double(), -1)
-            target = ids[0, at + 1 : at + 1 + scored, None]
-            kl += float((p.exp() * (p - q)).sum())
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            nll_exact -= float(p.gather(1, target).sum())
-            nll -= float(q.gather(1, target).sum())
-    result = WindowResult(length - 1 - first, kl, same, nll_exact, nll)
-    return result, cache_bytes(cache), fp16_bytes(model.config, length)
 
+def quality_of(scores: Sequence[TokenScores], config: Any, length: int, cache_bytes: int = 0) -> Quality:
+    from kv4.bench.memory import fp16_bytes
 
-def _summary(results: list[WindowResult], length: int, held: int, fp16: int) -> Quality:
-    kl, kl_se = _mean([r.kl / r.scored for r in results])
-    top1, top1_se = _mean([r.same_top1 / r.scored for r in results])
-    exact, _ = _mean([r.nll_exact / r.scored for r in results])
-    nll, _ = _mean([r.nll / r.scored for r in results])
-    change, change_se = _mean([(r.nll - r.nll_exact) / r.scored for r in results])
     return Quality(
+        **asdict(summarise(scores)),
         length=length,
-        windows=tuple(results),
-        kl=kl,
-        kl_se=kl_se,
-        top1=top1,
-        top1_se=top1_se,
-        ppl_exact=_exp(exact),
-        ppl=_exp(nll),
-        dppl=_exp(change) - 1,
-        dppl_se=_exp(change) * change_se,
-        cache_bytes=held,
-        fp16_bytes=fp16,
+        cache_bytes=cache_bytes,
+        fp16_bytes=fp16_bytes(config, length),
+        scores=tuple(scores),
     )
 
 
-def _exp(x: float) -> float:
-    return exp(x) if x < 700 else float("inf")
+def _key(model: Any, ids: torch.Tensor, candidate: Candidate, identity: Mapping[str, Any] | None) -> str:
+    return State.key(
+        model=(identity or {}).get("digest"), dtype=str(model.dtype), window=digest(ids), **candidate.key()
+    )
 
 
-def _mean(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error; the latter is nan for one window."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, nan
-    return mean, sqrt(sum((x - mean) ** 2 for x in values) / (n - 1) / n)
+@torch.inference_mode()
+def exact_outputs(
+    model: Any, ids: torch.Tensor, scratch: Path | None, identity: Mapping[str, Any] | None
+) -> torch.Tensor:
+    """The exact model's outputs at positions T / 2 ... T - 2, kept in `scratch` where there is one."""
+    from safetensors.torch import load_file, save_file
+
+    file = None
+    if scratch is not None and identity is not None:
+        name = digest([identity.get("digest"), str(model.dtype), digest(ids)])
+        file = scratch / f"{name}.safetensors"
+        if file.is_file():
+            return load_file(file)["hidden"]
+    hidden = decoder_outputs(model, ids, None, ids.shape[1] // 2)[0]
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        save_file({"hidden": hidden.clone().contiguous()}, str(part))
+        part.replace(file)
+    return hidden
+
+
+def decoder_outputs(model: Any, ids: torch.Tensor, candidate: Candidate | None, first: int) -> tuple[torch.Tensor, int]:
+    """(the decoder's outputs at positions `first` ... T - 2 of ids [1, T], [positions, hidden]; bytes of the packed
+    cache at the end, 0 for others). candidate None: one call with the model's own attention."""
+    decoder = model.get_decoder()
+    if candidate is None:
+        with attention(model, OWN):
+            return decoder(input_ids=ids, use_cache=False).last_hidden_state[0, first:-1], 0
+    if not isinstance(candidate.recipe, Recipe):
+        with laboratory(model, candidate.recipe, candidate.calibration):
+            return decoder(input_ids=ids, use_cache=False).last_hidden_state[0, first:-1], 0
+    from kv4.bench.memory import cache_bytes
+    from kv4.hf import KV4Cache
+
+    given = {} if candidate.calibration is None else candidate.calibration.arguments()
+    given.pop("recipe", None)
+    cache = KV4Cache(model.config, candidate.recipe, **given)
+    parts = []
+    with attention(model, KV4, None if given else candidate.recipe):
+        for begin in range(0, ids.shape[1], CALL):
+            block = ids[:, begin : begin + CALL]
+            hidden = decoder(input_ids=block, past_key_values=cache, use_cache=True).last_hidden_state
+            if begin + block.shape[1] > first:
+                parts.append(hidden[0, max(first - begin, 0) :])
+    return torch.cat(parts)[:-1], cache_bytes(cache)

@@ -1,0 +1,155 @@
+"""`kv4 ablate` and `kv4 calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from kv4.cli import laboratory as lab
+from kv4.cli import options
+from kv4.cli.output import err, out, plain_errors, progress, table, write_json
+
+CALIBRATION_WINDOWS = 2
+
+
+@plain_errors
+def ablate(
+    model: lab.Model,
+    text: lab.Text = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows from the start of the text.")] = 2,
+    length: lab.Length = "2048",
+    rows: Annotated[
+        str,
+        typer.Option(help="all, or names of groups and rows with commas between; --list prints them."),
+    ] = "all",
+    calibration_text: Annotated[
+        Path | None,
+        typer.Option(help="What lambda and matrices are measured or trained on; the end of --text if not given."),
+    ] = None,
+    dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
+    threads: options.Threads = None,
+    state: lab.StateFile = None,
+    fresh: lab.Fresh = False,
+    list_: Annotated[bool, typer.Option("--list", help="Print the rows and stop.")] = False,
+    json_: options.JsonFile = None,
+    markdown: lab.Markdown = None,
+    plot: lab.Plot = None,
+) -> None:
+    """The table that shows why each step of the recipe is there, by fake quantisation in the attention's own path."""
+    from kv4.evaluate.rows import select
+
+    if list_:
+        for row in select(rows, 128):
+            out.print(f"{row.group:<9} {row.name:<20} {row.label}", soft_wrap=True)
+        return
+    select(rows, 128)  # a name that is unknown is said before anything is loaded
+    tokens = lab.whole(length, "--length", 256)
+    content, source = lab.read_text(text)
+    b = lab.bench(model, dtype, threads, state, fresh)
+
+    import tempfile
+
+    from kv4.evaluate import report
+    from kv4.evaluate.ablate import Calibrations
+    from kv4.evaluate.ablate import ablate as run
+    from kv4.evaluate.windows import cut
+
+    config = b.model.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    chosen = select(rows, head_dim)
+    parts = cut(b.tokenizer, content, windows, tokens)
+    calibration, calibration_source = _calibration_windows(b, content, source, calibration_text, parts, tokens)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = b.scratch or Path(temporary)
+        needed = Calibrations(b.model, calibration, b.identity, scratch, calibration_source)
+        with progress(f"{len(chosen)} rows", windows * tokens * len(chosen)) as advance:
+            results = run(
+                b.model, parts, chosen, needed, state=b.state, identity=b.identity, scratch=b.scratch, progress=advance
+            )
+    title = f"{model}: {windows} windows of {tokens:,} tokens of {source}, second halves scored"
+    shown = table(title, *report.ABLATION, left=("row",))
+    group = ""
+    for result in results:
+        if result.row.group != group:
+            shown.add_section()
+            group = result.row.group
+        shown.add_row(*report.ablation_cells(result))
+    shown.caption = f"MSE: relative, on {calibration_source}; q.k by the second moments of queries."
+    shown.caption_justify = "left"
+    out.print(shown)
+    if json_:
+        data = {"model": b.identity, "text": source, "length": tokens, "windows": windows}
+        write_json({**data, "calibration": calibration_source, "rows": [r.to_dict() for r in results]}, json_)
+    if markdown:
+        lines = report.markdown(report.ABLATION, [report.ablation_cells(r) for r in results])
+        lab.write_markdown([f"{title}. MSE on {calibration_source}.", "", *lines], markdown)
+    if plot:
+        from kv4.evaluate import plots
+
+        bars = [(r.row.group, r.row.label, r.quality.kl, r.quality.kl_se) for r in results]
+        plots.table(bars, plot, title)
+        lab.say_plot(plot)
+
+
+def _calibration_windows(
+    b: lab.Bench, content: str, source: str, given: Path | None, scored: list[Any], tokens: int
+) -> tuple[list[Any], str]:
+    """Windows for calibration, apart from those that are scored."""
+    import torch
+
+    from kv4.bench.text import encode
+    from kv4.evaluate.windows import cut
+
+    size = min(tokens, 2048)
+    if given is not None:
+        text, name = lab.read_text(given)
+        return cut(b.tokenizer, text, CALIBRATION_WINDOWS, size), name
+    ids = encode(b.tokenizer, content)[0]
+    prefix = encode(b.tokenizer, "")[0]
+    fresh = size - len(prefix)
+    used = len(scored) * tokens
+    if len(ids) < used + CALIBRATION_WINDOWS * fresh:
+        raise ValueError(
+            f"--calibration-text: expected one where {source} has no {CALIBRATION_WINDOWS * fresh} tokens beyond the "
+            f"windows that are scored; got none"
+        )
+    tail = ids[len(ids) - CALIBRATION_WINDOWS * fresh :]
+    return [torch.cat([prefix.to(ids.dtype), part])[None] for part in tail.split(fresh)], f"the end of {source}"
+
+
+@plain_errors
+def calibrate(
+    model: lab.Model,
+    output: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    text: lab.Text = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows from the start of the text.")] = 4,
+    length: Annotated[str, typer.Option(help="Tokens in a window.")] = "2048",
+    first: Annotated[int, typer.Option(min=0, help="Windows of the text to skip.")] = 0,
+    method: Annotated[
+        str, typer.Option(help="lambda: a weight per channel. transform: the full matrix of least error of q.k.")
+    ] = "lambda",
+    recipe: Annotated[str, typer.Option(help="kv4, paper or a recipe file: what else the cache does.")] = "kv4",
+    dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
+    threads: options.Threads = None,
+) -> None:
+    """Measure lambda, or a full matrix for keys, on a text; `kv4 eval --calibration` and kv4.hf.attach take it."""
+    tokens = lab.whole(length, "--length", 256)
+    if recipe in (*lab.SIMULATED, "exact"):
+        raise ValueError(f"--recipe: expected kv4, paper or a recipe file; got {recipe}")
+    used = lab.recipe(recipe)
+    content, source = lab.read_text(text)
+    b = lab.bench(model, dtype, threads, None, True)
+
+    from kv4.evaluate.calibrate import calibrate as run
+    from kv4.evaluate.windows import cut
+
+    parts = cut(b.tokenizer, content, windows, tokens, first)
+    with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens) as advance:
+        made = run(
+            b.model, parts, method=method, recipe=used, identity=b.identity, text=source, progress=advance
+        )  # fmt: skip
+    made.save(output)
+    err.print(f"calibration: {escape(str(output))}", soft_wrap=True)

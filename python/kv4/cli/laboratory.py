@@ -1,0 +1,100 @@
+"""What `kv4 eval`, `kv4 ablate` and `kv4 calibrate` share: texts, lengths, recipes, where results are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from kv4.cli import options
+from kv4.cli.output import err
+
+Text = Annotated[Path | None, typer.Option(help="A UTF-8 text; Python's language reference if not given.")]
+Length = Annotated[str, typer.Option(help="Tokens in a window, 8k for 8,192; its second half is scored.")]
+Model = Annotated[str, typer.Argument(help="A name of `kv4 models`, a HuggingFace folder or a GGUF file.")]
+StateFile = Annotated[
+    Path | None,
+    typer.Option("--state", metavar="FILE", help="Where results are kept for another run; else kv4's cache folder."),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Neither read nor keep results.")]
+Markdown = Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="The table in Markdown.")]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="A picture.")]
+
+PACKED = ("kv4", "paper", "exact")
+SIMULATED = ("q8_0", "q4_0")
+
+
+@dataclass
+class Bench:
+    """A loaded model with all that a command needs beside it."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    folder: Path
+    identity: dict[str, Any]
+    state: Any
+    scratch: Path | None
+
+
+def read_text(path: Path | None) -> tuple[str, str]:
+    """(text, what to call it)."""
+    from kv4.bench.text import python_reference
+
+    if path is None:
+        return python_reference(), "Python's language reference"
+    if not path.is_file():
+        raise FileNotFoundError(f"--text: expected a file; got {path}")
+    return path.read_text(encoding="utf-8"), path.name
+
+
+def whole(text: str, option: str, least: int = 1) -> int:
+    """A whole number of at least `least`; 1k means 1024. Errors: ValueError."""
+    digits, unit = (text[:-1], 1024) if text.lower().endswith("k") else (text, 1)
+    if not digits.isdecimal() or int(digits) * unit < least:
+        raise ValueError(f"{option}: expected a number of at least {least}, 2k for 2048; got {text!r}")
+    return int(digits) * unit
+
+
+def recipe(name: str, simulate: bool = False) -> Any:
+    """A kv4.Recipe (kv4, paper, exact, or a file) or, where only that is to be had or asked for, a Variant."""
+    from kv4.evaluate import variant
+
+    if name in SIMULATED:
+        return {"q8_0": variant.q8_0, "q4_0": variant.q4_0}[name]()
+    used = options.load_recipe(name if name in PACKED else "kv4", None if name in PACKED else Path(name))
+    return variant.from_recipe(used) if simulate else used
+
+
+def store(state: Path | None, fresh: bool) -> tuple[Any, Path | None]:
+    """(a State, the folder for what is worth keeping between runs)."""
+    from kv4.evaluate.state import State
+    from kv4.models.store import cache_dir
+
+    if fresh:
+        return State(None), None
+    folder = cache_dir() / "evaluations"
+    return State(state or folder / "results.jsonl"), folder / "exact"
+
+
+def bench(model: str, dtype: options.DType, threads: int | None, state: Path | None, fresh: bool) -> Bench:
+    from kv4.evaluate.calibration import identity_of
+
+    options.set_threads(threads)
+    folder = options.model_folder(model)
+    loaded, tokenizer = options.load(model, options.torch_dtype(dtype))
+    kept, scratch = store(state, fresh)
+    return Bench(model, loaded, tokenizer, folder, identity_of(folder), kept, scratch)
+
+
+def write_markdown(lines: list[str], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    err.print(f"table: {escape(str(path))}", soft_wrap=True)
+
+
+def say_plot(path: Path) -> None:
+    err.print(f"plot: {escape(str(path))}", soft_wrap=True)

@@ -1,0 +1,159 @@
+"""Fake quantisation: what a cache would read back, computed in torch.
+
+The rule is that of docs/format.md, step by step; a test holds codes, scales and means against the packed cache's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kv4.evaluate.levels import levels
+from kv4.evaluate.variant import SideVariant
+
+Tensor = torch.Tensor
+_FP16_MAX = 65504.0
+_GAINS = {
+    "search": (0.85, 0.925, 1.0, 1.075, 1.15),
+    "search_fine": tuple(0.7 + 0.05 * i for i in range(15)),
+}
+
+
+@dataclass
+class Sealed:
+    """rows [heads, T, d]: dequantised, in the model's basis. codes [heads, T, d]: signed magnitude index, i for a
+    value >= 0 and -1 - i below (mid-tread tables: -i). scales [heads, groups, T] as stored; mean [heads, pages, d]:
+    m' as stored, or None."""
+
+    rows: Tensor
+    codes: Tensor
+    scales: Tensor
+    mean: Tensor | None
+
+
+def fp16(x: Tensor) -> Tensor:
+    """Rounded to fp16, saturating, in the dtype of x."""
+    return x.float().clamp(-_FP16_MAX, _FP16_MAX).half().to(x.dtype)
+
+
+def seal(
+    rows: Tensor,
+    side: SideVariant,
+    matrix: Tensor,
+    inverse: Tensor,
+    *,
+    lambda_: Tensor | None = None,
+    page: int = 64,
+    hessian: Tensor | None = None,
+) -> Sealed:
+    """Seals rows [heads, T, d], pages counted from the first row; the last page may be short. matrix, inverse: R and
+    R^-1, [d, d] or [heads, d, d], in float64. lambda_ [heads, d] or None. hessian [heads, d, d]: second moments of
+    what keys are multiplied by in the stored basis, for rounding="moment". Computes in the dtype of rows."""
+    heads, tokens, d = rows.shape
+    weight = torch.ones(heads, 1, d, dtype=rows.dtype) if lambda_ is None else lambda_.to(rows.dtype)[:, None]
+    forth, back = matrix.to(rows.dtype), inverse.to(rows.dtype)
+    mean, stored, shift = _means(rows, side, matrix, weight, page)
+    x = ((rows - mean) * weight if mean is not None else rows * weight) @ forth.mT
+    if shift is not None:
+        x = x + shift
+    table = levels(side.levels, side.bits)
+    width = side.group or d
+    if d % width:
+        raise ValueError(f"group: expected 0 or a divisor of the head dim {d}; got {side.group}")
+    groups = x.view(heads, tokens, d // width, width)
+    step = _step(groups, side, table)
+    if side.scale in _GAINS:
+        step = _searched(groups, step, table, _GAINS[side.scale])
+    if side.rounding == "moment" and hessian is not None:
+        codes = _moment_rounding(x, step.expand_as(groups).reshape_as(x), table, hessian)
+    else:
+        codes = _nearest(groups / step, table).view_as(x)
+    level = _level(codes, table, x.dtype)
+    fitted = level.view_as(groups)
+    if side.scale != "abs_max":
+        scale = (groups * fitted).sum(-1) / fitted.square().sum(-1).clamp(min=1e-30)
+    else:
+        scale = step[..., 0].expand(groups.shape[:3])
+    scale = fp16(torch.where(groups.abs().amax(-1) > 0, scale, 0.0))
+    y = (fitted * scale[..., None]).view_as(x)
+    if shift is not None:
+        y = y - shift
+    back_rows = y @ back.mT / weight
+    if mean is not None:
+        back_rows = back_rows + mean
+    return Sealed(back_rows, codes, scale.mT, stored)
+
+
+def _means(
+    rows: Tensor, side: SideVariant, matrix: Tensor, weight: Tensor, page: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(mu per row, m' per page as stored, R (lambda mu) - m' per row): [heads, T, d], [heads, pages, d]."""
+    if side.mean == "none":
+        return None, None, None
+    heads, tokens, d = rows.shape
+    pages = [rows[:, a : a + page].double().mean(1) for a in range(0, tokens, page)]
+    mu = torch.stack(pages, 1)
+    if side.mean == "group":
+        wide = mu.view(heads, len(pages), d // side.mean_group, side.mean_group).mean(-1, keepdim=True)
+        mu = fp16(wide).expand(-1, -1, -1, side.mean_group).reshape(mu.shape)
+        return mu.repeat_interleave(page, 1)[:, :tokens].to(rows.dtype), mu, None
+    mu = mu.to(rows.dtype)
+    full = (mu.double() * weight.double()) @ matrix.double().mT
+    stored = fp16(full)
+    shift = (full - stored).to(rows.dtype)
+    spread = [x.repeat_interleave(page, 1)[:, :tokens] for x in (mu, shift)]
+    return spread[0], stored, spread[1]
+
+
+def _step(groups: Tensor, side: SideVariant, table: object) -> Tensor:
+    """Codes are the levels nearest to x / step; [heads, T, groups, 1], 1 where all is 0."""
+    if side.scale == "abs_max":
+        step = groups.abs().amax(-1, keepdim=True) / table.magnitude[-1]
+    else:
+        step = groups.square().mean(-1, keepdim=True).sqrt() / table.gain
+    return torch.where(step > 0, step, 1.0)
+
+
+def _searched(groups: Tensor, step: Tensor, table: object, gains: tuple[float, ...]) -> Tensor:
+    """Of the steps step / gain the one whose codes fit best: with its own least-squares scale, codes leave the error
+    sum x^2 - (sum x L)^2 / sum L^2."""
+    best, chosen = None, step
+    for gain in gains:
+        level = _level(_nearest(groups * (gain / step), table), table, groups.dtype)
+        fit = (groups * level).sum(-1, keepdim=True).square() / level.square().sum(-1, keepdim=True).clamp(min=1e-30)
+        if best is None:
+            best, chosen = fit, step / gain
+        else:
+            chosen = torch.where(fit > best, step / gain, chosen)
+            best = torch.maximum(fit, best)
+    return chosen
+
+
+def _nearest(y: Tensor, table: object) -> Tensor:
+    """Signed magnitude index of the nearest level; a tie takes the larger magnitude, 0 is positive."""
+    edges = torch.tensor(table.boundaries, dtype=y.dtype)
+    index = torch.bucketize(y.abs(), edges, right=True, out_int32=True).to(torch.int8)
+    negative = -index if table.magnitude[0] == 0 else -1 - index
+    return torch.where(y < 0, negative, index)
+
+
+def _level(codes: Tensor, table: object, dtype: torch.dtype) -> Tensor:
+    magnitude = torch.tensor(table.magnitude, dtype=dtype)
+    low = -magnitude.flip(0) if table.magnitude[0] != 0 else -magnitude[1:].flip(0)
+    return torch.cat([low, magnitude])[codes.int() + len(low)]
+
+
+def _moment_rounding(x: Tensor, step: Tensor, table: object, hessian: Tensor) -> Tensor:
+    """Channels one after another, each error spread over those still open (Frantar et al. 2023, section 3)."""
+    d = x.shape[-1]
+    damp = 0.01 * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
+    full = hessian.double() + damp[:, None, None] * torch.eye(d, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(full), upper=True).to(x.dtype)
+    rest, codes = x.clone(), torch.empty_like(x, dtype=torch.int8)
+    for c in range(d):
+        code = _nearest(rest[..., c] / step[..., c], table)
+        codes[..., c] = code
+        error = (rest[..., c] - _level(code, table, x.dtype) * step[..., c]) / upper[:, None, c, c]
+        rest[..., c + 1 :] -= error[..., None] * upper[:, None, c, c + 1 :]
+    return codes

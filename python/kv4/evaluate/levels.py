@@ -1,0 +1,106 @@
+"""Tables of quantisation levels for any number of bits, symmetric about 0.
+
+4-bit `lloyd_max` and `uniform` are the core's own (src/recipe/levels.cpp). The others are made by the same
+definitions: S. P. Lloyd, Least squares quantization in PCM, IEEE Trans. IT 28, 1982, and J. Max, Quantizing for
+minimum distortion, IRE Trans. IT 6, 1960, both for a unit Gaussian.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from math import erf, exp, inf, pi, sqrt
+
+import numpy as np
+
+KINDS = ("lloyd_max", "uniform", "cubic")
+
+
+@dataclass(frozen=True)
+class Levels:
+    """magnitude: ascending, >= 0; the levels are plus and minus these. A magnitude 0 makes the table odd (mid-tread).
+    gain: where the scale is a least-squares fit, codes are the levels nearest to gain * x / rms(x)."""
+
+    magnitude: tuple[float, ...]
+    gain: float
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        """Midpoints of neighbouring magnitudes: a value on one takes the larger."""
+        return tuple((a + b) / 2 for a, b in pairwise(self.magnitude))
+
+
+@lru_cache
+def levels(kind: str, bits: int) -> Levels:
+    """The table of 2^bits levels, or 2^bits - 1 for `uniform`. `cubic`: a u + b u^3 at evenly spaced u, the a : b and
+    gain of least squared error on a Gaussian, so that a kernel needs no table. Errors: ValueError."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits: expected 2 to 8; got {bits}")
+    if kind == "uniform":
+        top = 2 ** (bits - 1) - 1
+        steps = tuple(float(i) for i in range(top + 1))
+        return Levels(steps, 2.829564 if bits == 4 else _best_gain(np.array(steps)))
+    if kind == "lloyd_max":
+        if bits == 4:
+            return Levels((6.0, 18.0, 31.0, 44.0, 58.0, 75.0, 96.0, 127.0), 46.48)
+        return Levels(tuple(_lloyd_max(2 ** (bits - 1))), 1.0)
+    if kind == "cubic":
+        return _cubic(bits)
+    raise ValueError(f"levels: expected one of {', '.join(KINDS)}; got {kind!r}")
+
+
+def _mass(a: float, b: float) -> float:
+    return (erf(b / sqrt(2)) - erf(a / sqrt(2))) / 2
+
+
+def _density(x: float) -> float:
+    return 0.0 if x == inf else exp(-x * x / 2) / sqrt(2 * pi)
+
+
+def _lloyd_max(count: int) -> list[float]:
+    """The positive levels of the 2 * count level optimum: each the mean of a Gaussian over its cell."""
+    found = [(i + 0.5) * 3 / count for i in range(count)]
+    for _ in range(20000):
+        edges = [0.0, *((a + b) / 2 for a, b in pairwise(found)), inf]
+        cells = list(pairwise(edges))
+        new = [(_density(a) - _density(b)) / _mass(a, b) for a, b in cells]
+        change = max(abs(a - b) for a, b in zip(new, found, strict=True))
+        found = new
+        if change < 1e-12:
+            break
+    return found
+
+
+def _distortion(magnitude: np.ndarray, gain: float) -> float:
+    """Mean squared error of a unit Gaussian x quantised as the level nearest to gain x, over gain."""
+    found = magnitude / gain
+    edges = np.concatenate([[0.0], (found[1:] + found[:-1]) / 2, [inf]])
+    total = 0.0
+    for level, a, b in zip(found, edges, edges[1:], strict=False):
+        mass, first = _mass(a, b), _density(a) - _density(b)
+        second = mass + a * _density(a) - (0.0 if b == inf else b * _density(b))
+        total += 2 * (second - 2 * level * first + level * level * mass)
+    return total
+
+
+def _best_gain(magnitude: np.ndarray) -> float:
+    low, high = magnitude[-1] / 8, magnitude[-1] / 1.0
+    for _ in range(200):  # golden section: the distortion has one minimum in the gain
+        a, b = high - 0.618034 * (high - low), low + 0.618034 * (high - low)
+        low, high = (low, b) if _distortion(magnitude, a) < _distortion(magnitude, b) else (a, high)
+    return float((low + high) / 2)
+
+
+def _cubic(bits: int) -> Levels:
+    count = 2 ** (bits - 1)
+    u = (np.arange(count) + 0.5) / count
+    best: tuple[float, Levels] | None = None
+    for share in np.linspace(0, 1, 101):
+        magnitude = (1 - share) * u + share * u**3
+        gain = _best_gain(magnitude)
+        error = _distortion(magnitude, gain)
+        if best is None or error < best[0]:
+            best = error, Levels(tuple(float(m) for m in magnitude), gain)
+    assert best is not None
+    return best[1]

@@ -1,0 +1,139 @@
+"""A recipe of the laboratory: kv4.Recipe, and what the core cannot store."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kv4.evaluate import levels as level_tables
+from kv4.evaluate import rotations
+from kv4.recipe import Recipe, Side
+
+
+@dataclass(frozen=True)
+class SideVariant:
+    """One side, keys or values. Fields that kv4.Side has mean the same there.
+
+    rotation: those of kv4.evaluate.rotations, or "given": the matrix of a Calibration, invertible, per KV head.
+    bits: 2 to 8, or 16 for a side that is never quantised. group: channels per scale, 0 for the whole vector.
+    scale: "search" tries 5 gains around the table's own and keeps the codes whose least-squares fit is best,
+        "search_fine" 15.
+    mean: "page"; "group": one number for `mean_group` neighbouring channels of a page; "none".
+    lambda_: "auto" is the core's estimate from a sequence's first tokens; "window" that of all its tokens (an oracle);
+        "given" a Calibration's. shrink: share of the way that "auto" draws energies to their rotary pair's mean.
+        damping: exponent of lambda, 1 as it stands.
+    rounding: "nearest", or "moment": codes chosen one after another so that the error of q.k under the queries' second
+        moments is least, not that of k (keys only; Frantar et al., GPTQ, 2023, with S_q as the Hessian).
+    """
+
+    rotation: str = "srft"
+    reflectors: int = 0
+    seed: int = Side.seed
+    bits: int = 4
+    group: int = 0
+    levels: str = "lloyd_max"
+    scale: Literal["least_squares", "abs_max", "search", "search_fine"] = "least_squares"
+    mean: Literal["none", "page", "group"] = "none"
+    mean_group: int = 16
+    lambda_: Literal["none", "auto", "window", "given"] = "none"
+    shrink: float = 0.2
+    damping: float = 1.0
+    rounding: Literal["nearest", "moment"] = "nearest"
+
+    def __post_init__(self) -> None:
+        def expect(name: str, known: tuple[str, ...]) -> None:
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}; got {getattr(self, name)!r}")
+
+        expect("rotation", (*rotations.KINDS, "given"))
+        expect("levels", level_tables.KINDS)
+        expect("scale", ("least_squares", "abs_max", "search", "search_fine"))
+        expect("mean", ("none", "page", "group"))
+        expect("lambda_", ("none", "auto", "window", "given"))
+        expect("rounding", ("nearest", "moment"))
+        if self.bits not in (*range(2, 9), 16):
+            raise ValueError(f"bits: expected 2 to 8, or 16 for exact; got {self.bits}")
+
+    def bits_per_value(self, d: int, page: int) -> float:
+        """Storage of a sealed token: codes, fp16 scales and the fp16 mean."""
+        if self.bits == 16:
+            return 16.0
+        mean = {"none": 0.0, "page": 16 / page, "group": 16 / page / self.mean_group}[self.mean]
+        return self.bits + 16 / (self.group or d) + mean
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A whole cache's recipe; `Variant()` is kv4's own.
+
+    seal: "page", "arrival" or "never" as in kv4.Recipe; "after": as "arrival", but a query sees its own token exact.
+        With "arrival" and "after" a mean is that of the finished page, which no cache could know: only for seeing one
+        step of the recipe without the next.
+    page: tokens of a page. sinks: exact tokens; chosen "first", or "mass": those that drew most attention when their
+        page was sealed, as many per page as `sinks` a sequence (in place of the first ones).
+    """
+
+    key: SideVariant = field(default_factory=lambda: SideVariant(mean="page", lambda_="auto"))
+    value: SideVariant = SideVariant()
+    seal: Literal["page", "arrival", "after", "never"] = "page"
+    page: int = 64
+    sinks: int = 4
+    window: int = 64
+    chosen: Literal["first", "mass"] = "first"
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def differences(self) -> dict[str, Any]:
+        """What differs from Variant(): the same for the same variant, also once there are more fields."""
+        own, base = self.to_dict(), Variant().to_dict()
+        found = {name: value for name, value in own.items() if value != base[name]}
+        for side in ("key", "value"):
+            if side in found:
+                found[side] = {name: value for name, value in own[side].items() if value != base[side][name]}
+        return found
+
+    def bits_per_value(self, d_k: int, d_v: int) -> float:
+        """Mean over keys and values of a sealed token, as its context grows without end."""
+        if self.seal == "never":
+            return 16.0
+        both = self.key.bits_per_value(d_k, self.page) * d_k + self.value.bits_per_value(d_v, self.page) * d_v
+        extra = 0.0
+        if self.chosen == "mass" and self.sinks:  # exact copies beside the page, and their places
+            extra = self.sinks * (16 * (d_k + d_v) + 8) / self.page
+        return (both + extra) / (d_k + d_v)
+
+    def replace(self, **changes: Any) -> Variant:
+        """A copy; `key__bits=3` changes a field of a side, `both__bits=3` of both."""
+        plain = {name: value for name, value in changes.items() if "__" not in name}
+        for name, value in changes.items():
+            side, _, part = name.partition("__")
+            for which in ("key", "value") if side == "both" else (side,):
+                if part:
+                    plain[which] = dataclasses.replace(plain.get(which, getattr(self, which)), **{part: value})
+        return dataclasses.replace(self, **plain)
+
+
+def from_recipe(recipe: Recipe) -> Variant:
+    """What the core's recipe is in the laboratory. Errors: ValueError for a dense rotation."""
+
+    def side(given: Side) -> SideVariant:
+        if given.rotation == "dense":
+            raise ValueError("recipe.rotation: expected one that a seed defines; got 'dense'")
+        fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
+        return SideVariant(**{**fields, "mean": "page" if given.mean else "none"})
+
+    return Variant(side(recipe.key), side(recipe.value), recipe.seal, 64, recipe.sinks, recipe.window)
+
+
+def q8_0() -> Variant:
+    """8 bits, groups of 32 channels with an fp16 abs-max scale, everything as it arrives: like llama.cpp's q8_0."""
+    side = SideVariant(rotation="identity", bits=8, group=32, levels="uniform", scale="abs_max")
+    return Variant(side, side, seal="arrival", sinks=0, window=0)
+
+
+def q4_0() -> Variant:
+    """4 bits, groups of 32 channels, a Hadamard rotation: like llama.cpp's q4_0 (15 levels in place of its 16)."""
+    side = SideVariant(rotation="srht", bits=4, group=32, levels="uniform", scale="abs_max")
+    return Variant(side, side, seal="arrival", sinks=0, window=0)
