@@ -45,7 +45,8 @@ def ablate(
         for row in select(rows, 128):
             out.print(f"{row.group:<9} {row.name:<20} {row.label}", soft_wrap=True)
         return
-    select(rows, 128)  # a name that is unknown is said before anything is loaded
+    if "rot-h" not in rows:  # numbers of reflectors depend on the head dim
+        select(rows, 128)  # a name that is unknown is said before anything is loaded
     tokens = lab.whole(length, "--length", 256)
     content, source = lab.read_text(text)
     b = lab.bench(model, dtype, threads, state, fresh)

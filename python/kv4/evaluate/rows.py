@@ -87,7 +87,7 @@ def ablations(head_dim: int) -> list[Row]:
     for size in (64, 32):
         add("groups", f"group-{size}", f"groups of {size}", both__group=size)
     both = ((2, 2), (3, 3), (8, 8))
-    apart = ((3, 4), (4, 3), (2, 4), (4, 2), (8, 4), (4, 8), (16, 4), (4, 16))
+    apart = ((3, 4), (4, 3), (2, 4), (4, 2), (5, 3), (5, 4), (8, 4), (4, 8), (16, 4), (4, 16))
     for key_bits, value_bits in both + apart:
         add("bits", f"k{key_bits}v{value_bits}", f"K {key_bits}, V {value_bits} bits", key__bits=key_bits,
             value__bits=value_bits)  # fmt: skip
