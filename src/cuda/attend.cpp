@@ -1,11 +1,15 @@
 #include "cuda/attend.h"
 
-#include <algorithm>
-
 #include "cuda/attend_tuning.h"
 
 namespace kv4::cuda {
 namespace {
+
+// Blocks of a KV head's rows, rounded up to whole segments.
+int blocks_of_rows(const AttendParams& p, int segment_blocks) {
+  const int segment_rows = kBlockRows * segment_blocks;
+  return (p.group * p.queries + segment_rows - 1) / segment_rows * segment_blocks;
+}
 
 std::size_t round_up(std::size_t n) { return (n + 255) / 256 * 256; }
 
@@ -31,20 +35,18 @@ Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
 AttendPlan plan_attend(const AttendParams& p, int multiprocessors, int compute_major) {
   AttendPlan plan;
   plan.early = compute_major >= 9;
-  const int rows = p.group * p.queries;
-  plan.segment_blocks = rows > kBlockRows ? 2 : 1;
+  plan.segment_blocks = p.group * p.queries > kBlockRows ? 2 : 1;
   plan.ctas = multiprocessors;
   plan.warps_per_cta = with_dim(p.dim, [&](auto d) { return Tuning<decltype(d)::value>::kWarps[plan.segment_blocks - 1]; });
   AttendParams sized = p;
-  sized.blocks = (rows + kBlockRows * plan.segment_blocks - 1) / (kBlockRows * plan.segment_blocks) * plan.segment_blocks;
+  sized.blocks = blocks_of_rows(p, plan.segment_blocks);
   plan.scratch = lay_out(sized, plan).bytes;
   return plan;
 }
 
 cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch, cudaStream_t stream) {
-  const int rows = p.group * p.queries;
   p.segment_blocks = plan.segment_blocks;
-  p.blocks = (rows + kBlockRows * plan.segment_blocks - 1) / (kBlockRows * plan.segment_blocks) * plan.segment_blocks;
+  p.blocks = blocks_of_rows(p, plan.segment_blocks);
   p.warps = plan.ctas * plan.warps_per_cta;
   // Few segments: their rows are spread, so that the states of each are read by many. Every CTA reads the rotation's matrix.
   const int segments = p.batch * p.kv_heads * (p.blocks / plan.segment_blocks);

@@ -38,7 +38,7 @@ struct AttendParams {
   int dim = 0;
   int blocks = 0;                           // blocks of kBlockRows rows per KV head, rounded up to whole segments
   bool bf16 = false;                        // exact rows: bfloat16, else float16
-  bool packed = false, mean = false;        // whether there are pages at all, and whether they hold means
+  bool mean = false;                        // whether pages hold means
   std::uint32_t head_bytes = 0, k_copy_bytes = 0, v_copy_bytes = 0;
   std::uint32_t v_codes = 0;               // offset in a head slice
   std::uint32_t value_scales = 0;          // from v_codes

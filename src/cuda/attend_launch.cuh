@@ -5,6 +5,7 @@
 #include "cuda/attend_main.cuh"
 #include "cuda/attend_merge.cuh"
 #include "cuda/attend_prepare.cuh"
+#include "cuda/attend_tuning.h"
 
 namespace kv4::cuda {
 
@@ -38,12 +39,12 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
   return queue(merge, dim3(segments, (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows)), kTurnThreads, MergeShape<D, kBlocks>::kShared);
 }
 
-// kWarps warps of a CTA read the cache, kDepth slots of each one's queue: for up to 8 query rows, and for more.
-template <int D, int kWarps8, int kDepth8, int kWarps16, int kDepth16>
+template <int D>
 cudaError_t launch_rows(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
-  if (p.segment_blocks == 2) return launch<D, Rows::sixteen, kWarps16, kDepth16>(p, plan, stream);
-  if (p.group * p.queries <= 4) return launch<D, Rows::four, kWarps8, kDepth8>(p, plan, stream);
-  return launch<D, Rows::eight, kWarps8, kDepth8>(p, plan, stream);
+  using T = Tuning<D>;
+  if (p.segment_blocks == 2) return launch<D, Rows::sixteen, T::kWarps[1], T::kDepth[1]>(p, plan, stream);
+  if (p.group * p.queries <= 4) return launch<D, Rows::four, T::kWarps[0], T::kDepth[0]>(p, plan, stream);
+  return launch<D, Rows::eight, T::kWarps[0], T::kDepth[0]>(p, plan, stream);
 }
 
 }  // namespace kv4::cuda

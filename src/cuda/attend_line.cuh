@@ -29,11 +29,12 @@ struct Shares {
   }
 };
 
+__device__ __forceinline__ int items_of(const ExactRows& x) { return static_cast<int>((x.count + kExactTokens - 1) / kExactTokens); }
+
 // Items of a sequence, all heads and segments of the call.
 __device__ __forceinline__ int items_of(const AttendParams& p, int b) {
   const SequenceView& s = p.sequences[b];
-  const long long exact = (s.exact[0].count + kExactTokens - 1) / kExactTokens + (s.exact[1].count + kExactTokens - 1) / kExactTokens;
-  return (static_cast<int>(exact) + s.page_count) * p.kv_heads * (p.blocks / p.segment_blocks);
+  return (items_of(s.exact[0]) + items_of(s.exact[1]) + s.page_count) * p.kv_heads * (p.blocks / p.segment_blocks);
 }
 
 // line[b] = items of the sequences before b. One warp.
@@ -63,8 +64,8 @@ struct Cursor {
 
   __device__ __forceinline__ void enter(const AttendParams& p) {
     const SequenceView& s = p.sequences[b];
-    sink_items = static_cast<int>((s.exact[0].count + kExactTokens - 1) / kExactTokens);
-    exact_items = sink_items + static_cast<int>((s.exact[1].count + kExactTokens - 1) / kExactTokens);
+    sink_items = items_of(s.exact[0]);
+    exact_items = sink_items + items_of(s.exact[1]);
     items = exact_items + s.page_count;
   }
   __device__ void start(const AttendParams& p, const int* line, int first, int last) {

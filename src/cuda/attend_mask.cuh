@@ -46,15 +46,8 @@ __device__ __noinline__ inline float general_mask(const AttendParams& p, int b, 
   if (p.mask.kind == Mask::General::boolean)
     return static_cast<const unsigned char*>(p.mask.general)[at] != 0 ? score : -INFINITY;
   constexpr float kLog2e = 1.4426950408889634f;
-  float added, lowest = -1e30f;
-  if (p.mask.general_dtype == DType::f32) {
-    added = static_cast<const float*>(p.mask.general)[at];
-  } else if (p.mask.general_dtype == DType::f16) {
-    added = __half2float(static_cast<const __half*>(p.mask.general)[at]);
-    lowest = -65504.0f;
-  } else {
-    added = __bfloat162float(static_cast<const __nv_bfloat16*>(p.mask.general)[at]);
-  }
+  const float added = load_element(p.mask.general, p.mask.general_dtype, at);
+  const float lowest = p.mask.general_dtype == DType::f16 ? -65504.0f : -1e30f;
   return added > lowest ? score + added * kLog2e : -INFINITY;
 }
 

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   let_next_begin();
   const SequenceView& s = p.sequences[b];
   const Shares shares(p.line[p.batch], p.warps);
-  const int exact_items = static_cast<int>((s.exact[0].count + kExactTokens - 1) / kExactTokens + (s.exact[1].count + kExactTokens - 1) / kExactTokens);
+  const int exact_items = items_of(s.exact[0]) + items_of(s.exact[1]);
   const int items = exact_items + s.page_count, base = p.line[b] + segment * items;
   int first[2] = {0, 0}, count[2] = {0, 0};  // slots of each kind: first, and how many
   if (exact_items > 0) {
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
     for (int kind = 0; kind < 2; ++kind)
       for (int i = lane; i < count[kind]; i += kLanes)
         m = fmaxf(m, p.states[(first[kind] + i) * kSlot + kRows * D + first_row + r]);
-    for (int step = 16; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(kAll, m, step));
+    m = warp_max(m);
     if (lane == 0) m_all[r] = m;
   }
   __syncthreads();

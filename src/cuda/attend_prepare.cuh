@@ -11,12 +11,6 @@
 
 namespace kv4::cuda {
 
-__device__ __forceinline__ float load_element(const void* data, DType dtype, long long i) {
-  if (dtype == DType::f32) return static_cast<const float*>(data)[i];
-  if (dtype == DType::f16) return __half2float(static_cast<const __half*>(data)[i]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-}
-
 template <int D>
 __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_constant__ AttendParams p) {
   constexpr int kPadded = pad_channels(D);
@@ -51,7 +45,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
   if (warp < kBlockRows) {
     float top = 0;
     for (int c = lane; c < D; c += kLanes) top = fmaxf(top, fabsf(y[warp][c]));
-    for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kAll, top, step));
+    top = warp_max(top);
     if (lane == 0) {
       largest[warp] = top;
       float* scale = p.row_scale + static_cast<std::size_t>(blockIdx.x) * 2 * kBlockRows;

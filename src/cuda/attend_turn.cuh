@@ -31,7 +31,7 @@ class Turn {
     float top = 0;
     if (warp < valid)
       for (int c = lane; c < D; c += kLanes) top = fmaxf(top, fabsf(x[warp * D + c]));
-    for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kAll, top, step));
+    top = warp_max(top);
     if (lane == 0) largest[warp] = top;
     __syncthreads();
     const float scale = largest[g], inverse = scale > 0 ? 1.0f / scale : 0.0f;

@@ -198,7 +198,6 @@ class CudaBackend final : public Backend {
       if (k == nullptr || v == nullptr) return error(StatusCode::out_of_memory, "rotation", "free device memory", "none");
       p->dual = k->inverse_packed;
       p->inverse_transpose = v->inverse_transpose_packed;
-      p->packed = true;
     }
     constexpr double kLog2e = 1.4426950408889634;
     const double scale = a.scale != 0 ? a.scale : 1 / std::sqrt(static_cast<double>(job.head_dim_k));
@@ -302,11 +301,9 @@ class CudaBackend final : public Backend {
     KV4_RETURN_IF_ERROR(one(spec.key, key));
     KV4_RETURN_IF_ERROR(one(spec.value, value));
     key->codes = l.k_codes;
-    key->code_bytes = l.k_code_bytes;
     key->scales = l.k_scales;
     key->mean_at = l.k_mean;
     value->codes = l.v_codes;
-    value->code_bytes = l.v_code_bytes;
     value->scales = l.v_scales;
     return {};
   }

@@ -15,7 +15,8 @@ Backend* backend();
 // A call as launch_attend takes it, for callers that keep sequences and page tables in device memory themselves (params->
 // sequences is left to them), which a captured call must. Errors: unsupported, with the reason; out_of_memory.
 Status attend_params(const AttendJob& job, AttendParams* params);
-// The stream of this thread's calls from now on; null is the default stream.
+// The stream of this thread's calls from now on; null is the default stream. Calls of one thread share scratch: work of the
+// stream before must have ended, or the new one wait for it.
 void set_stream(cudaStream_t stream);
 
 }  // namespace kv4::cuda

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cuda/layout.h"
+#include "kv4/types.h"
 
 namespace kv4::cuda {
 
@@ -106,6 +107,19 @@ struct Sums {
                 __int_as_float(positive[e + 2]) - __int_as_float(negative[e + 2]));
   }
 };
+
+// Element i of `data`, widened.
+__device__ __forceinline__ float load_element(const void* data, DType dtype, long long i) {
+  if (dtype == DType::f32) return static_cast<const float*>(data)[i];
+  if (dtype == DType::f16) return __half2float(static_cast<const __half*>(data)[i]);
+  return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+}
+
+// Over the lanes of a warp.
+__device__ __forceinline__ float warp_max(float x) {
+  for (int step = kLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, step));
+  return x;
+}
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

@@ -6,23 +6,15 @@
 // copy. A structured rotation (14 multiply-adds a channel for the FFT) is the next version.
 #include "cuda/seal.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
+
+#include "cuda/device.cuh"
 
 namespace kv4::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kLanes;
 constexpr int kTokensAtOnce = 8;  // rows that share a read of the matrix
-constexpr unsigned kAll = 0xffffffffu;
-
-__device__ float element(const void* data, DType dtype, long long i) {
-  if (dtype == DType::f32) return static_cast<const float*>(data)[i];
-  if (dtype == DType::f16) return __half2float(static_cast<const __half*>(data)[i]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-}
 
 // Beyond the range of fp16 the largest finite number, as the reference stores it.
 __device__ unsigned short to_half(float x) { return __half_as_ushort(__float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f))); }
@@ -54,11 +46,6 @@ __device__ void multiply(const float* matrix_transpose, int dim, const float* x,
       if (r < rows) y[r * pitch + i] = sum[half][r];
   }
   __syncthreads();
-}
-
-__device__ float warp_max(float x) {
-  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, step));
-  return x;
 }
 
 // Sums as float pairs (Knuth's two-sum): scale and mean are then correct to the last place of fp16.
@@ -104,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
 
   for (int i = threadIdx.x; i < job.count * dim; i += kThreads) {
     const int j = i / dim, c = i % dim;
-    x[j * pitch + c] = masked(j) ? 0.0f : element(rows, job.dtype, j * stride + c);
+    x[j * pitch + c] = masked(j) ? 0.0f : load_element(rows, job.dtype, j * stride + c);
   }
   __syncthreads();
   if (side.mean) {

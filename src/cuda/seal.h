@@ -20,7 +20,7 @@ struct SideParams {
   std::int8_t levels[16] = {};
   const float* rotation_transpose = nullptr;       // [dim, dim] R^T by rows; null for the identity
   const double* rotation_transpose_f64 = nullptr;  // the same, for means: a bias may be 10^5 times the spread around it
-  std::uint32_t codes = 0, code_bytes = 0, scales = 0, mean_at = 0;  // in a head slice
+  std::uint32_t codes = 0, scales = 0, mean_at = 0;  // in a head slice
 };
 
 struct SealParams {

@@ -230,6 +230,45 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
   return all;
 }
 
+// Every output within its bound and the rounding of the output's dtype. A miss is a fatal failure.
+inline void expect_within(const Scene& s, const Call& call, const std::vector<double>& out,
+                          const reference::Attention& expected, const std::vector<double>& bound) {
+  const double half = call.out_dtype == DType::f32 ? 0x1p-24 : call.out_dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
+  const std::size_t dv = static_cast<std::size_t>(s.shape().dim_v);
+  double worst = 0;
+  std::size_t at = 0;
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const double allowed = bound[i] + half * std::abs(expected.out[i]) + 0x1p-25;
+    const double used = std::abs(out[i] - expected.out[i]) / allowed;
+    if (!(used <= worst)) {
+      worst = used;
+      at = i;
+    }
+    if (used != used) break;
+  }
+  ASSERT_LE(worst, 1.0) << "row " << at / dv << " channel " << at % dv << ": " << out[at] << " for " << expected.out[at]
+                        << ", bound " << bound[at];
+}
+
+// check(scene, call) of every token count of the case list.
+template <class Check>
+void every_token_count(Check check) {
+  std::uint64_t seed = 1000;
+  for (int n : cases::kTokens) {
+    SCOPED_TRACE(std::to_string(n) + " tokens");
+    Shape shape;
+    shape.dim_k = shape.dim_v = 64;
+    shape.group = 2;
+    shape.kv_heads = n > 1000 ? 1 : 2;
+    shape.seed = seed++;
+    const Scene s(shape, {Held::of(n)});
+    Call call(s, 1, DType::bf16);
+    call.out_dtype = static_cast<DType>(seed % 3);
+    check(s, call);
+    if (::testing::Test::HasFatalFailure()) return;
+  }
+}
+
 class Attend : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -294,8 +333,6 @@ class Attend : public ::testing::Test {
     const reference::Attention expected =
         reference::attend(call.args, s.shape().kv_heads, s.shape().dim_v, dense, position);
     const std::vector<double> bound = bounds(s, call, dense, expected);
-    const double half = call.out_dtype == DType::f32 ? 0x1p-24 : call.out_dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
-    const std::size_t dv = static_cast<std::size_t>(s.shape().dim_v);
     every_isa([&] {
       for (int threads : {1, 3}) {
         SCOPED_TRACE(std::to_string(threads) + " threads");
@@ -303,19 +340,7 @@ class Attend : public ::testing::Test {
         Status status;
         const std::vector<double> out = run(s, call, &status);
         ASSERT_TRUE(status.ok()) << status.message();
-        double worst = 0;
-        std::size_t at = 0;
-        for (std::size_t i = 0; i < out.size(); ++i) {
-          const double allowed = bound[i] + half * std::abs(expected.out[i]) + 0x1p-25;
-          const double used = std::abs(out[i] - expected.out[i]) / allowed;
-          if (!(used <= worst)) {
-            worst = used;
-            at = i;
-          }
-          if (used != used) break;
-        }
-        ASSERT_LE(worst, 1.0) << "row " << at / dv << " channel " << at % dv << ": " << out[at] << " for "
-                              << expected.out[at] << ", bound " << bound[at];
+        ASSERT_NO_FATAL_FAILURE(expect_within(s, call, out, expected, bound));
       }
     });
   }

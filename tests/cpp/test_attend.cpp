@@ -48,22 +48,7 @@ TEST_F(Attend, EveryHeadDimAndGroup) {
   }
 }
 
-TEST_F(Attend, EveryTokenCount) {
-  std::uint64_t seed = 1000;
-  for (int n : cases::kTokens) {
-    SCOPED_TRACE(std::to_string(n) + " tokens");
-    Shape shape;
-    shape.dim_k = shape.dim_v = 64;
-    shape.group = 2;
-    shape.kv_heads = n > 1000 ? 1 : 2;
-    shape.seed = seed++;
-    const Scene s(shape, {Held::of(n)});
-    Call call(s, 1, DType::bf16);
-    call.out_dtype = static_cast<DType>(seed % 3);
-    check(s, call);
-    if (HasFatalFailure()) return;
-  }
-}
+TEST_F(Attend, EveryTokenCount) { scene::every_token_count(check); }
 
 TEST_F(Attend, OnlyPagesAndAPartOfOne) {
   std::uint64_t seed = 2000;

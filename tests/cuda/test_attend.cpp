@@ -92,24 +92,10 @@ class CudaAttend : public ::testing::Test {
     const double half_unit = bf16 ? 0x1p-17 : 0x1p-22;
     const scene::ExactRounding exact{call.args.q.dtype == s.shape().dtype ? 0 : half_unit, half_unit};
     const std::vector<double> bound = scene::bounds(s, call, dense, expected, exact);
-    const double half = call.out_dtype == DType::f32 ? 0x1p-24 : call.out_dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
-    const std::size_t dv = static_cast<std::size_t>(s.shape().dim_v);
     Status status;
     const std::vector<double> out = run(s, call, &status);
     ASSERT_TRUE(status.ok()) << status.message();
-    double worst = 0;
-    std::size_t at = 0;
-    for (std::size_t i = 0; i < out.size(); ++i) {
-      const double allowed = bound[i] + half * std::abs(expected.out[i]) + 0x1p-25;
-      const double used = std::abs(out[i] - expected.out[i]) / allowed;
-      if (!(used <= worst)) {
-        worst = used;
-        at = i;
-      }
-      if (used != used) break;
-    }
-    ASSERT_LE(worst, 1.0) << "row " << at / dv << " channel " << at % dv << ": " << out[at] << " for " << expected.out[at]
-                          << ", bound " << bound[at];
+    scene::expect_within(s, call, out, expected, bound);
   }
 };
 
@@ -134,22 +120,7 @@ TEST_F(CudaAttend, EveryHeadDimAndGroup) {
   }
 }
 
-TEST_F(CudaAttend, EveryTokenCount) {
-  std::uint64_t seed = 1000;
-  for (int n : cases::kTokens) {
-    SCOPED_TRACE(std::to_string(n) + " tokens");
-    Shape shape;
-    shape.dim_k = shape.dim_v = 64;
-    shape.group = 2;
-    shape.kv_heads = n > 1000 ? 1 : 2;
-    shape.seed = seed++;
-    const Scene s(shape, {Held::of(n)});
-    Call call(s, 1, DType::bf16);
-    call.out_dtype = static_cast<DType>(seed % 3);
-    check(s, call);
-    if (HasFatalFailure()) return;
-  }
-}
+TEST_F(CudaAttend, EveryTokenCount) { scene::every_token_count(check); }
 
 TEST_F(CudaAttend, OnlyPagesAndAPartOfOne) {
   std::uint64_t seed = 2000;
