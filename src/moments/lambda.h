@@ -1,4 +1,4 @@
-// Lambda: the per-channel scale that minimises the expected error of q.k, not of k
+// Lambda: the per-channel scale that minimises the expected error of q.k, not of k:
 // lambda_c = (E q_c^2 / E (k_c - mu_c)^2)^(1/4), geometric mean 1, taken to the power 0.9.
 //
 // With quantisation noise spread evenly by the rotation, the error of q.k is proportional to
