@@ -33,10 +33,14 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
     config.numAttrs = plan.early ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, p);
   };
-  if (const cudaError_t e = queue(attend_prepare<D>, dim3(static_cast<unsigned>(p.batch * p.kv_heads * p.blocks)), kTurnThreads, 0); e != cudaSuccess) return e;
+  // Few CTAs are chains of latency, which more threads shorten; many share their multiprocessors.
+  const auto threads = [&](unsigned ctas) { return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kTurnThreads : kTurnThreads / 2; };
+  const unsigned blocks = static_cast<unsigned>(p.batch * p.kv_heads * p.blocks);
+  if (const cudaError_t e = queue(attend_prepare<D>, dim3(blocks), threads(blocks), 0); e != cudaSuccess) return e;
   if (const cudaError_t e = queue(main, dim3(static_cast<unsigned>(plan.ctas)), (kWarps + 1) * kLanes, shared); e != cudaSuccess) return e;
   const unsigned segments = static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks)), rows = static_cast<unsigned>(kBlocks * kBlockRows);
-  return queue(merge, dim3(segments, (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows)), kTurnThreads, MergeShape<D, kBlocks>::kShared);
+  const unsigned parts = (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows);
+  return queue(merge, dim3(segments, parts), threads(segments * parts), MergeShape<D, kBlocks>::kShared);
 }
 
 template <int D>

@@ -27,7 +27,7 @@ struct MergeShape {
 
 template <int D, int kBlocks>
 __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_constant__ AttendParams p) {
-  constexpr int kRows = kBlocks * kBlockRows, kWarps = kTurnThreads / kLanes;
+  constexpr int kRows = kBlocks * kBlockRows;
   constexpr int kWide = D / 4;  // float4 of a row
   constexpr long long kSlot = static_cast<long long>(kRows) * (D + 2);
   constexpr int kUnits = MergeShape<D, kBlocks>::kUnits;
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   uint4* operands = reinterpret_cast<uint4*>(sums + 2);
   float* x = reinterpret_cast<float*>(operands + Turn<D>::kOperands);
   __shared__ float m_all[kRows], l_all[kRows];
-  __shared__ float ls[kWarps > kRows ? kWarps : kRows];
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  __shared__ float ls[kUnits];
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
   const int segments_per_head = p.blocks / kBlocks, segments = p.kv_heads * segments_per_head;
   const int segment = blockIdx.x % segments, b = blockIdx.x / segments;
   // Rows of the segment that this CTA takes, from `first_row` of it on.
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   }
 
   // Maximum of each row.
-  for (int r = warp; r < rows; r += kWarps) {
+  for (int r = warp; r < rows; r += warps) {
     float m = -INFINITY;
     for (int kind = 0; kind < 2; ++kind)
       for (int i = lane; i < count[kind]; i += kLanes)
@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   __syncthreads();
 
   // Sums: a warp per row, or several that share a row's slots.
-  const int share = rows < kWarps ? kWarps / rows : 1;
-  for (int unit = warp; unit < rows * share; unit += kWarps) {
+  const int share = rows < warps ? warps / rows : 1;
+  for (int unit = warp; unit < rows * share; unit += warps) {
     const int r = unit / share, part = unit % share;
     const float m = m_all[r];
     float l = 0;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   }
   __syncthreads();
   if (share > 1) {
-    for (int i = threadIdx.x; i < rows * kWide * 2; i += kTurnThreads) {
+    for (int i = threadIdx.x; i < rows * kWide * 2; i += blockDim.x) {
       const int kind = i / (rows * kWide), r = i / kWide % rows, c = i % kWide;
       float4 sum = sums[kind][r * share][c];
       for (int part = 1; part < share; ++part) {
@@ -132,14 +132,14 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   const bool rotated = s.page_count > 0 && p.inverse_transpose.words != nullptr;
   for (int r0 = 0; r0 < rows; r0 += kBlockRows) {
     const int valid = min(kBlockRows, rows - r0);
-    for (int i = threadIdx.x; i < valid * D; i += kTurnThreads)
+    for (int i = threadIdx.x; i < valid * D; i += blockDim.x)
       x[i] = s.page_count > 0 ? reinterpret_cast<const float*>(sums[1][(r0 + i / D) * share])[i % D] : 0.0f;
     __syncthreads();
     if (rotated) {
       if (r0 > 0) turn.prefetch(p.inverse_transpose);
       turn.apply(p.inverse_transpose, x, operands, x, valid);
     }
-    for (int i = threadIdx.x; i < valid * D; i += kTurnThreads) {
+    for (int i = threadIdx.x; i < valid * D; i += blockDim.x) {
       const int r = r0 + i / D, c = i % D, row = row0 + r, query = row / p.group, q_head = head * p.group + row % p.group;
       const float lambda = s.lambda_v != nullptr ? s.lambda_v[head * D + c] : 1.0f;
       const float o = x[i] / lambda + reinterpret_cast<const float*>(sums[0][r * share])[c];

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
   }
   __syncthreads();
   if (p.dual.words != nullptr) turn.apply(p.dual, x, operands, x, valid);
-  for (int i = threadIdx.x; i < kBlockRows * D; i += kTurnThreads) y[i / D][i % D] = x[i];
+  for (int i = threadIdx.x; i < kBlockRows * D; i += blockDim.x) y[i / D][i % D] = x[i];
   __syncthreads();
   if (warp < kBlockRows) {
     float top = 0;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
   const float to_units = top > 0 ? 32512.0f / top : 0.0f, to_one = top > 0 ? 1.0f / top : 0.0f;
   uint4* out = p.operands + static_cast<std::size_t>(blockIdx.x) * operand_words(D) + lane;
   constexpr int kTiles = operand_bytes_tiles(D), kMeanSteps = operand_mean_steps(D), kExactSteps = operand_exact_steps(D);
-  for (int k = warp; k < kTiles + kMeanSteps + kExactSteps; k += kTurnThreads / kLanes) {
+  for (int k = warp; k < kTiles + kMeanSteps + kExactSteps; k += blockDim.x / kLanes) {
     uint4 a;
     if (k < kTiles) {
       uint32_t high[2] = {}, low[2] = {};

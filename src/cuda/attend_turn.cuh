@@ -13,13 +13,13 @@
 
 namespace kv4::cuda {
 
-constexpr int kTurnThreads = 512;
+constexpr int kTurnThreads = 512;  // at most; half of it where many CTAs take part
 
-// y[r][i] = sum over c of x[r][c] matrix[c][i], for kBlockRows rows; a CTA of kTurnThreads.
+// y[r][i] = sum over c of x[r][c] matrix[c][i], for kBlockRows rows; all threads of a CTA, at least kBlockRows warps.
 template <int D>
 class Turn {
  public:
-  static constexpr int kSteps = D / 16, kTiles = D / 8, kWarps = kTurnThreads / kLanes;
+  static constexpr int kSteps = D / 16, kTiles = D / 8;
   static constexpr int kOperands = kSteps * kLanes;  // uint4 of shared memory that apply works in
 
   __device__ __forceinline__ void prefetch(const PackedMatrix& matrix) { load(matrix, threadIdx.x / kLanes); }
@@ -27,7 +27,7 @@ class Turn {
   // x, y: [kBlockRows][D] in shared memory; they may be the same. Rows from `valid` on are 0.
   __device__ void apply(const PackedMatrix& matrix, const float* x, uint4* operands, float* y, int valid) {
     __shared__ float largest[kBlockRows];
-    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, g = lane / 4, t = lane % 4;
     float top = 0;
     if (warp < valid)
       for (int c = lane; c < D; c += kLanes) top = fmaxf(top, fabsf(x[warp * D + c]));
@@ -35,7 +35,7 @@ class Turn {
     if (lane == 0 && warp < kBlockRows) largest[warp] = top;
     __syncthreads();
     const float scale = largest[g], inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    for (int k = warp; k < kSteps; k += kWarps) {
+    for (int k = warp; k < kSteps; k += warps) {
       float2 a = {}, b = {};
       if (g < valid) {
         a = *reinterpret_cast<const float2*>(x + g * D + k * 16 + 2 * t);
@@ -44,7 +44,7 @@ class Turn {
       operands[k * kLanes + lane] = two_halves(false, a.x * inverse, a.y * inverse, b.x * inverse, b.y * inverse);
     }
     __syncthreads();
-    for (int n = warp; n < kTiles; n += kWarps) {
+    for (int n = warp; n < kTiles; n += warps) {
       if (n != warp) load(matrix, n);
       float c[4] = {};
 #pragma unroll
