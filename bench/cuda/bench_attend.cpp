@@ -139,9 +139,7 @@ void decode(benchmark::State& state, const Case& c) {
   cuda::AttendParams p;
   if (const Status s = cuda::attend_params(job, &p); !s.ok()) return state.SkipWithError(s.message().c_str());
   p.sequences = device_views.as<SequenceView>();
-  cudaDeviceProp device;
-  cudaGetDeviceProperties(&device, 0);
-  const cuda::AttendPlan plan = cuda::plan_attend(p, device.multiProcessorCount, device.major);
+  const cuda::AttendPlan plan = cuda::plan_attend(p, cuda::chip_of(0));
   const DeviceBytes scratch(plan.scratch), flush(kFlushBytes);
 
   Timer timer;

@@ -32,12 +32,13 @@ Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
 
 }  // namespace
 
-AttendPlan plan_attend(const AttendParams& p, int multiprocessors, int compute_major) {
+AttendPlan plan_attend(const AttendParams& p, const Chip& chip) {
   AttendPlan plan;
-  plan.early = compute_major >= 9;
+  plan.room = room_of(chip);
+  plan.early = chip.code >= 90;
   plan.segment_blocks = p.group * p.queries > kBlockRows ? 2 : 1;
-  plan.ctas = multiprocessors;
-  plan.warps_per_cta = with_dim(p.dim, [&](auto d) { return Tuning<decltype(d)::value>::kWarps[plan.segment_blocks - 1]; });
+  plan.ctas = chip.multiprocessors;
+  plan.warps_per_cta = with_dim(p.dim, [&](auto d) { return fit<decltype(d)::value>(plan.room, plan.segment_blocks).warps; });
   AttendParams sized = p;
   sized.blocks = blocks_of_rows(p, plan.segment_blocks);
   plan.scratch = lay_out(sized, plan).bytes;

@@ -79,15 +79,27 @@ constexpr int operand_words(int dim) {
   return (operand_bytes_tiles(dim) + operand_mean_steps(dim) + operand_exact_steps(dim)) * kLanes;
 }
 
+// What a call's plan depends on of the device.
+struct Chip {
+  int multiprocessors = 1;
+  int shared = 0;  // bytes of shared memory that a CTA may ask for
+  int code = 0;    // the compute capability that the kernels it runs were compiled for: 80, 89, 90, ...
+};
+Chip chip_of(int device);  // the current one; shared and code are 0 where this build has no code that it can run
+
+// What attend_main is compiled for, by a CTA's shared memory and by how its queues are filled (attend_tuning.h).
+enum class Room { none, small, middle, large };
+
 // The launch configuration of one call and the scratch it needs, in bytes.
 struct AttendPlan {
+  Room room = Room::none;
   int segment_blocks = 1;
   int ctas = 0, warps_per_cta = 0;
   bool early = false;  // the kernels may begin before those before them have ended (sm_90)
   std::size_t scratch = 0;
 };
-AttendPlan plan_attend(const AttendParams& p, int multiprocessors, int compute_major);
-// Fills in the scratch pointers from `scratch` and queues the three kernels.
+AttendPlan plan_attend(const AttendParams& p, const Chip& chip);
+// Fills in the scratch pointers from `scratch` and queues the three kernels. cudaErrorNoKernelImageForDevice: the plan has no room.
 cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch, cudaStream_t stream);
 
 }  // namespace kv4::cuda

@@ -9,12 +9,15 @@
 
 namespace kv4::cuda {
 
-template <int D, Rows kRows, int kWarps, int kDepth>
+template <int D, Rows kRows, Room kRoom>
 cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
   constexpr int kBlocks = blocks_of(kRows);
-  const int shared = main_shared(kWarps, Queue<kDepth, Shape<D>::kSlotBytes, Shape<D>::kExactPitch>::kBytes, kBlocks * Shape<D>::kMeanOperands * 16) +
-                     (p.batch + 1) * static_cast<int>(sizeof(int));
-  const auto main = attend_main<D, kRows, kWarps, kDepth>;
+  constexpr Fit kFit = fit<D>(kRoom, kBlocks);
+  static_assert(kFit.warps > 0 && kFit.depth >= 2, "no queues fit");
+  static_assert(main_shared<D>(kFit.warps, kFit.depth, kBlocks) + kLineBytes <= room_bytes(kRoom), "more shared memory than the room has");
+  static_assert(MergeShape<D, kBlocks>::kShared + 4096 <= room_bytes(kRoom), "attend_merge: more shared memory than the room has");
+  const int shared = main_shared<D>(kFit.warps, kFit.depth, kBlocks) + (p.batch + 1) * static_cast<int>(sizeof(int));
+  const auto main = attend_main<D, kRows, kRoom>;
   if (const cudaError_t e = cudaFuncSetAttribute(main, cudaFuncAttributeMaxDynamicSharedMemorySize, shared); e != cudaSuccess) return e;
   const auto merge = attend_merge<D, kBlocks>;
   if (const cudaError_t e = cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, MergeShape<D, kBlocks>::kShared);
@@ -37,18 +40,28 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
   const auto threads = [&](unsigned ctas) { return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kTurnThreads : kTurnThreads / 2; };
   const unsigned blocks = static_cast<unsigned>(p.batch * p.kv_heads * p.blocks);
   if (const cudaError_t e = queue(attend_prepare<D>, dim3(blocks), threads(blocks), 0); e != cudaSuccess) return e;
-  if (const cudaError_t e = queue(main, dim3(static_cast<unsigned>(plan.ctas)), (kWarps + 1) * kLanes, shared); e != cudaSuccess) return e;
+  if (const cudaError_t e = queue(main, dim3(static_cast<unsigned>(plan.ctas)), (kFit.warps + 1) * kLanes, shared); e != cudaSuccess) return e;
   const unsigned segments = static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks)), rows = static_cast<unsigned>(kBlocks * kBlockRows);
   const unsigned parts = (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows);
   return queue(merge, dim3(segments, parts), threads(segments * parts), MergeShape<D, kBlocks>::kShared);
 }
 
+template <int D, Rows kRows>
+cudaError_t launch_room(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
+  switch (plan.room) {
+    case Room::large: return launch<D, kRows, Room::large>(p, plan, stream);
+    case Room::middle: return launch<D, kRows, Room::middle>(p, plan, stream);
+    case Room::small: return launch<D, kRows, Room::small>(p, plan, stream);
+    case Room::none: break;
+  }
+  return cudaErrorNoKernelImageForDevice;
+}
+
 template <int D>
 cudaError_t launch_rows(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
-  using T = Tuning<D>;
-  if (p.segment_blocks == 2) return launch<D, Rows::sixteen, T::kWarps[1], T::kDepth[1]>(p, plan, stream);
-  if (p.group * p.queries <= 4) return launch<D, Rows::four, T::kWarps[0], T::kDepth[0]>(p, plan, stream);
-  return launch<D, Rows::eight, T::kWarps[0], T::kDepth[0]>(p, plan, stream);
+  if (p.segment_blocks == 2) return launch_room<D, Rows::sixteen>(p, plan, stream);
+  if (p.group * p.queries <= 4) return launch_room<D, Rows::four>(p, plan, stream);
+  return launch_room<D, Rows::eight>(p, plan, stream);
 }
 
 }  // namespace kv4::cuda

@@ -9,28 +9,10 @@
 #include "cuda/attend.h"
 #include "cuda/attend_line.cuh"
 #include "cuda/attend_mask.cuh"
+#include "cuda/attend_tuning.h"
 #include "cuda/device.cuh"
 
 namespace kv4::cuda {
-
-template <int D>
-struct Shape {
-  static constexpr int kTiles = operand_bytes_tiles(D);         // of 32 key channels
-  static constexpr int kKeyCodeBytes = kPageTokens * pad_channels(D) / 2;
-  static constexpr int kExactPitch = D * 2 + 16;                // keeps ldmatrix free of bank conflicts
-  static constexpr int kMeanAt = kKeyCodeBytes + kPageTokens * 2;     // in a slot of keys
-  static constexpr int kPackedBytes = kMeanAt + D * 2;
-  static constexpr bool kKept = D <= 128;                       // whether a warp keeps the operands of its queries
-  static constexpr int kMeanOperands = kKept ? operand_mean_steps(D) * kLanes : 0;  // uint4 of a block
-  static constexpr int kExactBytes = kExactTokens * kExactPitch;
-  static constexpr int kSlotBytes = ((kPackedBytes > kExactBytes ? kPackedBytes : kExactBytes) + 127) / 128 * 128;
-};
-
-// How the query rows of a segment lie in the products' 8 rows. At most 4 rows are laid twice, so that no lane's work on
-// scores is for nothing: rows 0 ... 3 take the even groups of 8 tokens, rows 4 ... 7 are the same queries and take the
-// odd ones, and the two partial states are added at the end.
-enum class Rows { four, eight, sixteen };
-constexpr int blocks_of(Rows rows) { return rows == Rows::sixteen ? 2 : 1; }
 
 template <int D, int kBlocks>
 struct State {
@@ -70,21 +52,19 @@ struct State {
 
 namespace kv4::cuda {
 
-// Shared memory of a CTA but for the line: queues, then each warp's operands of the means.
-constexpr int main_shared(int warps, int queue_bytes, int operand_bytes) { return warps * (queue_bytes + operand_bytes); }
-
-template <int D, Rows kRows, int kWarps, int kDepth>
-__global__ void __launch_bounds__((kWarps + 1) * kLanes, 1) attend_main(const __grid_constant__ AttendParams p) {
+template <int D, Rows kRows, Room kRoom>
+__device__ __forceinline__ void attend_all(const AttendParams& p) {
   using S = Shape<D>;
+  constexpr int kWarps = fit<D>(kRoom, blocks_of(kRows)).warps, kDepth = fit<D>(kRoom, blocks_of(kRows)).depth;
   using Slots = Queue<kDepth, S::kSlotBytes, S::kExactPitch>;
-  constexpr int kBlocks = blocks_of(kRows);
+  constexpr int kBlocks = blocks_of(kRows), kQueueBytes = queue_bytes(kDepth, S::kSlotBytes);
   extern __shared__ __align__(128) unsigned char memory[];
   const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
   const int warp = threadIdx.x / kLanes;
   const int segments_per_head = p.blocks / kBlocks, segments = p.kv_heads * segments_per_head;
-  if (threadIdx.x < kWarps) Slots::prepare(memory + threadIdx.x * Slots::kBytes);
-  auto* mean_operands = reinterpret_cast<uint4*>(memory + kWarps * Slots::kBytes) + warp * kBlocks * S::kMeanOperands;
-  int* line = reinterpret_cast<int*>(memory + main_shared(kWarps, Slots::kBytes, kBlocks * S::kMeanOperands * 16));
+  if (threadIdx.x < kWarps) Slots::prepare(memory + threadIdx.x * kQueueBytes);
+  auto* mean_operands = reinterpret_cast<uint4*>(memory + kWarps * kQueueBytes) + warp * kBlocks * S::kMeanOperands;
+  int* line = reinterpret_cast<int*>(memory + main_shared<D>(kWarps, kDepth, kBlocks));
   if (warp == kWarps) lay_line(p, lane, line);  // not from the kernel before: fetching begins without it
   __syncthreads();
   const Shares shares(line[p.batch], p.warps);
@@ -95,7 +75,7 @@ __global__ void __launch_bounds__((kWarps + 1) * kLanes, 1) attend_main(const __
       Cursor at;
       if (lane < kWarps && w < shares.warps) at.start(p, line, shares.first(w), shares.first(w + 1));
       Pieces pieces(p, at, segments_per_head);
-      Filler<kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, kWarps - 1) * Slots::kBytes);
+      Filler<kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, kWarps - 1) * kQueueBytes);
       while (__any_sync(kAll, !pieces.done())) {
         const bool mine = !pieces.done() && filler.ready();
         const Piece piece = mine ? pieces.piece() : Piece();
@@ -110,7 +90,7 @@ __global__ void __launch_bounds__((kWarps + 1) * kLanes, 1) attend_main(const __
   if (w >= shares.warps) return;
   Cursor here;
   here.start(p, line, shares.first(w), shares.first(w + 1));
-  Slots queue(memory + warp * Slots::kBytes, lane);
+  Slots queue(memory + warp * kQueueBytes, lane);
   Pieces pieces(p, here, segments_per_head);  // used, and then not kept up, only where warps fill their own queues
   if constexpr (!Slots::kBulk)
     for (int i = 0; i < kDepth; ++i) queue.fill(pieces);
@@ -151,6 +131,14 @@ __global__ void __launch_bounds__((kWarps + 1) * kLanes, 1) attend_main(const __
     }
     here.skip(p, run, segments);
   }
+}
+
+// Empty where no device that runs this code has such room, so that each architecture compiles what it may run.
+template <int D, Rows kRows, Room kRoom>
+__global__ void __launch_bounds__((fit<D>(kRoom, blocks_of(kRows)).warps + 1) * kLanes, 1) attend_main(const __grid_constant__ AttendParams p) {
+#ifdef __CUDA_ARCH__
+  if constexpr (runs_in(kRoom, __CUDA_ARCH__ / 10)) attend_all<D, kRows, kRoom>(p);
+#endif
 }
 
 }  // namespace kv4::cuda

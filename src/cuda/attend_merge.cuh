@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   constexpr int kWide = D / 4;  // float4 of a row
   constexpr long long kSlot = static_cast<long long>(kRows) * (D + 2);
   constexpr int kUnits = MergeShape<D, kBlocks>::kUnits;
-  extern __shared__ __align__(16) unsigned char memory[];
+  extern __shared__ __align__(128) unsigned char memory[];  // as attend_main declares it
   auto (*sums)[kUnits][kWide] = reinterpret_cast<float4 (*)[kUnits][kWide]>(memory);  // [2]: over exact rows, over pages
   uint4* operands = reinterpret_cast<uint4*>(sums + 2);
   float* x = reinterpret_cast<float*>(operands + Turn<D>::kOperands);

@@ -72,7 +72,7 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
     const bool two = i + 1 < run;
     unsigned char* slot[2];
     slot[0] = queue.wait();
-    slot[1] = two ? queue.wait() : slot[0];
+    slot[1] = two ? queue.template wait<1>() : slot[0];
     float mean[kBlocks][2];  // q'.mu' of both pages, which are columns 0 and 1 of a product
 #pragma unroll
     for (int r = 0; r < kBlocks; ++r) mean[r][0] = mean[r][1] = 0;
@@ -148,7 +148,7 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
 
     // Weights, and the next product's operand: p times the value's scale, in 16 bits as two bytes.
     slot[0] = queue.wait();
-    slot[1] = two ? queue.wait() : slot[0];  // read with weights of 0
+    slot[1] = two ? queue.template wait<1>() : slot[0];  // read with weights of 0
     const int last = first_page + i + (two ? 1 : 0);
     if (last + 1 == pages && last_tokens < kPageTokens) {
       // Scales behind the last token are anything; its weight is 0, and 0 times NaN is NaN.

@@ -2,7 +2,8 @@
 // query rows of a KV head and for more. A new head dim is a line here and a file attend_<head dim>.cu.
 //
 // 7 warps and the one that fills their queues are two to a scheduler, which leaves 255 registers a thread; slots fill what
-// shared memory is left.
+// shared memory is left. Where a CTA may have less of it than on 9.0, slots are left out down to two, which a pair of pages
+// needs, then warps.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,6 +21,65 @@ template <> struct Tuning<80> { static constexpr int kWarps[2] = {7, 7}, kDepth[
 template <> struct Tuning<96> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {8, 6}; };
 template <> struct Tuning<128> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {6, 5}; };
 template <> struct Tuning<256> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {3, 3}; };
+
+template <int D>
+struct Shape {
+  static constexpr int kTiles = operand_bytes_tiles(D);         // of 32 key channels
+  static constexpr int kKeyCodeBytes = kPageTokens * pad_channels(D) / 2;
+  static constexpr int kExactPitch = D * 2 + 16;                // keeps ldmatrix free of bank conflicts
+  static constexpr int kMeanAt = kKeyCodeBytes + kPageTokens * 2;     // in a slot of keys
+  static constexpr int kPackedBytes = kMeanAt + D * 2;
+  static constexpr bool kKept = D <= 128;                       // whether a warp keeps the operands of its queries
+  static constexpr int kMeanOperands = kKept ? operand_mean_steps(D) * kLanes : 0;  // uint4 of a block
+  static constexpr int kExactBytes = kExactTokens * kExactPitch;
+  static constexpr int kSlotBytes = ((kPackedBytes > kExactBytes ? kPackedBytes : kExactBytes) + 127) / 128 * 128;
+};
+
+// How the query rows of a segment lie in the products' 8 rows. At most 4 rows are laid twice, so that no lane's work on
+// scores is for nothing: rows 0 ... 3 take the even groups of 8 tokens, rows 4 ... 7 are the same queries and take the
+// odd ones, and the two partial states are added at the end.
+enum class Rows { four, eight, sixteen };
+constexpr int blocks_of(Rows rows) { return rows == Rows::sixteen ? 2 : 1; }
+
+// Shared memory of one warp's queue: its slots, then two barriers for each.
+constexpr int queue_bytes(int depth, int slot_bytes) { return (depth * slot_bytes + depth * 16 + 127) / 128 * 128; }
+// Of a CTA of attend_main but for the line: queues, then each warp's operands of the means.
+template <int D>
+constexpr int main_shared(int warps, int depth, int blocks) {
+  return warps * (queue_bytes(depth, Shape<D>::kSlotBytes) + blocks * Shape<D>::kMeanOperands * 16);
+}
+constexpr int kLineBytes = 4096;  // left for the line at least: 1,023 sequences
+
+// Bytes that a CTA may ask for: on 9.0 and 10.0; on 8.0 and 8.7; on 8.6 and 8.9.
+constexpr int room_bytes(Room room) {
+  return room == Room::large ? 227 << 10 : room == Room::middle ? 163 << 10 : room == Room::small ? 99 << 10 : 0;
+}
+// Code for 9.0 and later, whose queues another warp fills, is compiled for the large room alone, that before for the others.
+constexpr Room room_of(const Chip& chip) {
+  if (chip.code >= 90) return chip.shared >= room_bytes(Room::large) ? Room::large : Room::none;
+  if (chip.code < 80) return Room::none;
+  return chip.shared >= room_bytes(Room::middle) && chip.code != 86 && chip.code != 89 ? Room::middle
+         : chip.shared >= room_bytes(Room::small)                                      ? Room::small
+                                                                                       : Room::none;
+}
+// Whether code for compute capability `code` may be run with such room. Code for 8.0 runs on 8.6 and 8.9 too.
+constexpr bool runs_in(Room room, int code) {
+  if (code >= 90) return room == Room::large;
+  return room == Room::small || (room == Room::middle && code != 86 && code != 89);
+}
+
+struct Fit {
+  int warps, depth;
+};
+template <int D>
+constexpr Fit fit(Room room, int segment_blocks) {
+  using T = Tuning<D>;
+  const int most = room_bytes(room) - kLineBytes, i = segment_blocks - 1;
+  for (int warps = T::kWarps[i]; warps > 0; --warps)
+    for (int depth = T::kDepth[i]; depth >= 2; --depth)
+      if (main_shared<D>(warps, depth, segment_blocks) <= most) return {warps, depth};
+  return {0, 0};
+}
 
 template <int D>
 cudaError_t launch_dim(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream);

@@ -38,8 +38,8 @@ Status supports_side(const SideSpec& side, const char* name) {
 class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(int device) : device_(device), name_("cuda:" + std::to_string(device)), memory_(device) {
-    cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, device_);
-    cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_);
+    const DeviceGuard guard(device_);
+    chip_ = chip_of(device_);
   }
   const char* name() const override { return name_.c_str(); }
   bool host_memory() const override { return false; }
@@ -47,12 +47,22 @@ class CudaBackend final : public Backend {
   bool capturing() const override { return is_capturing(current_stream()); }
   int code_channels(int dim) const override { return pad_channels(dim); }
 
+  // attend_main is compiled for some amounts of shared memory (room_of).
+  Status supports_device() const {
+    if (room_of(chip_) != Room::none) return {};
+    if (chip_.code == 0) return error(StatusCode::unsupported, "device", "one that this build has CUDA code for", name_);
+    const int needed = room_bytes(chip_.code >= 90 ? Room::large : Room::small) >> 10;
+    return error(StatusCode::unsupported, "device", std::to_string(needed) + " KiB of shared memory for a block of threads, with code for compute capability " +
+                 std::to_string(chip_.code / 10) + "." + std::to_string(chip_.code % 10), std::to_string(chip_.shared >> 10) + " KiB on " + name_);
+  }
   Status supports(const PageSpec& spec) const override {
+    KV4_RETURN_IF_ERROR(supports_device());
     KV4_RETURN_IF_ERROR(supports_dims(spec.key.dim, spec.value.dim));
     KV4_RETURN_IF_ERROR(supports_side(spec.key, "k"));
     return supports_side(spec.value, "v");
   }
   Status supports_rows(int head_dim_k, int head_dim_v, DType dtype, SealMode seal) const override {
+    KV4_RETURN_IF_ERROR(supports_device());
     KV4_RETURN_IF_ERROR(supports_dims(head_dim_k, head_dim_v));
     if (seal == SealMode::arrival) return error(StatusCode::unsupported, "recipe.seal", "page or never on CUDA", "arrival");
     return dtype != DType::f32 ? Status() : error(StatusCode::unsupported, "dtype", "float16 or bfloat16 on CUDA", "float32");
@@ -208,7 +218,7 @@ class CudaBackend final : public Backend {
       KV4_RETURN_IF_ERROR(upload_views(job, &views, &pages));
       p.sequences = views.as<SequenceView>();
     }
-    const AttendPlan plan = plan_attend(p, multiprocessors_, major_);
+    const AttendPlan plan = plan_attend(p, chip_);
     void* scratch = nullptr;
     thread_local std::map<int, Scratch> scratches;
     KV4_RETURN_IF_ERROR(scratches[device_].reserve(plan.scratch, captured, &scratch));
@@ -217,6 +227,7 @@ class CudaBackend final : public Backend {
   }
 
   Status fill(const AttendJob& job, AttendParams* p) {
+    KV4_RETURN_IF_ERROR(supports_device());
     const AttendArgs& a = job.args;
     bool any_exact = false;
     for (const SequenceView& s : job.sequences) any_exact = any_exact || s.exact[0].count + s.exact[1].count > 0;
@@ -340,7 +351,7 @@ class CudaBackend final : public Backend {
 
   const int device_;
   const std::string name_;
-  int multiprocessors_ = 1, major_ = 8;
+  Chip chip_;
   mutable Memory memory_;
   mutable Rotations rotations_;
 };

@@ -193,9 +193,8 @@ class Queue {
 #else
   static constexpr bool kBulk = true;
 #endif
-  static constexpr int kBytes = (kDepth * kSlotBytes + kDepth * 16 + 127) / 128 * 128;
 
-  // `memory`: kBytes of this warp, 128-byte aligned.
+  // `memory`: queue_bytes(kDepth, kSlotBytes) of this warp, 128-byte aligned.
   __device__ Queue(unsigned char* memory, int lane) : base_(memory), lane_(lane) {}
 
   // Once, by one thread for each queue, before a barrier of the CTA.
@@ -207,14 +206,16 @@ class Queue {
     }
   }
 
-  // The next slot in turn, complete.
+  // The next slot in turn, complete; `kHeld` slots were waited for and are not released yet.
+  template <int kHeld = 0>
   __device__ __forceinline__ unsigned char* wait() {
     if constexpr (kBulk) {
       const uint32_t barrier = shared_address(base_ + kDepth * kSlotBytes) + read_ * 16;
       while (!passed(barrier, parity_)) {
       }
     } else {
-      asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 1) : "memory");
+      // Each release begins a group of copies: with kHeld to come, as many fewer are behind this slot's.
+      asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 1 - kHeld) : "memory");
       __syncwarp();
     }
     unsigned char* slot = base_ + read_ * kSlotBytes;

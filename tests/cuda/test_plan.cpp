@@ -1,0 +1,107 @@
+// How attention is laid out on devices, by what a block of threads may have of shared memory there. Needs no GPU.
+#include <gtest/gtest.h>
+
+#include <array>
+
+#include "cuda/attend_tuning.h"
+
+namespace kv4::cuda {
+namespace {
+
+constexpr int kDims[] = {64, 80, 96, 128, 256};
+
+// Bytes a CTA may ask for, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+constexpr Chip kA100 = {108, 163 * 1024, 80}, kL40 = {142, 99 * 1024, 89}, kH100 = {132, 227 * 1024, 90};
+
+AttendPlan plan_of(const Chip& chip, int dim, int group, int queries) {
+  AttendParams p;
+  p.batch = 3;
+  p.kv_heads = 2;
+  p.group = group;
+  p.queries = queries;
+  p.dim = dim;
+  return plan_attend(p, chip);
+}
+
+struct Expected {
+  Chip chip;
+  Room room;
+};
+
+TEST(CudaPlan, EveryHeadDimAndRowsFitTheDevice) {
+  for (const Expected& e : {Expected{kA100, Room::middle}, Expected{kL40, Room::small}, Expected{kH100, Room::large}})
+    for (const int dim : kDims)
+      for (const int group : {1, 4, 8, 9, 16}) {
+        SCOPED_TRACE(::testing::Message() << "code " << e.chip.code << ", d " << dim << ", group " << group);
+        ASSERT_TRUE(has_dim(dim));
+        const AttendPlan plan = plan_of(e.chip, dim, group, 1);
+        EXPECT_EQ(plan.room, e.room);
+        EXPECT_TRUE(runs_in(plan.room, e.chip.code));
+        EXPECT_EQ(plan.segment_blocks, group > kBlockRows ? 2 : 1);
+        EXPECT_EQ(plan.ctas, e.chip.multiprocessors);
+        EXPECT_EQ(plan.early, e.chip.code >= 90);
+        EXPECT_GT(plan.scratch, 0u);
+        with_dim(dim, [&](auto d) {
+          constexpr int kDim = decltype(d)::value;
+          const Fit used = fit<kDim>(plan.room, plan.segment_blocks);
+          EXPECT_EQ(used.warps, plan.warps_per_cta);
+          EXPECT_GE(used.warps, 4);  // one to a scheduler
+          EXPECT_GE(used.depth, 2);  // the keys of two pages are held at once
+          EXPECT_LE(main_shared<kDim>(used.warps, used.depth, plan.segment_blocks) + kLineBytes, e.chip.shared);
+          return true;
+        });
+      }
+}
+
+TEST(CudaPlan, NoMoreIsLeftOutThanMust) {
+  for (const int dim : kDims)
+    with_dim(dim, [](auto d) {
+      constexpr int kDim = decltype(d)::value;
+      using T = Tuning<kDim>;
+      for (const int blocks : {1, 2}) {
+        SCOPED_TRACE(::testing::Message() << "d " << kDim << ", blocks " << blocks);
+        const int warps = T::kWarps[blocks - 1], depth = T::kDepth[blocks - 1];
+        const Fit large = fit<kDim>(Room::large, blocks);
+        EXPECT_EQ(large.warps, warps);
+        EXPECT_EQ(large.depth, depth);
+        for (const Room room : {Room::small, Room::middle}) {
+          const Fit f = fit<kDim>(room, blocks);
+          const int most = room_bytes(room) - kLineBytes;
+          if (f.depth < depth) EXPECT_GT(main_shared<kDim>(f.warps, f.depth + 1, blocks), most);
+          if (f.warps < warps) EXPECT_GT(main_shared<kDim>(f.warps + 1, 2, blocks), most);
+        }
+      }
+      return true;
+    });
+}
+
+TEST(CudaPlan, RoomFollowsTheCodeThatRuns) {
+  EXPECT_EQ(room_of({132, 227 * 1024, 80}), Room::middle);  // code for 8.0 alone, on 9.0
+  EXPECT_EQ(room_of({84, 99 * 1024, 80}), Room::small);     // on 8.6
+  EXPECT_EQ(room_of({16, 163 * 1024, 87}), Room::middle);
+  EXPECT_EQ(room_of({148, 227 * 1024, 100}), Room::large);
+  // Refused: code for 9.0 with 99 KB, none at all, one before 8.0.
+  EXPECT_EQ(room_of({170, 99 * 1024, 90}), Room::none);
+  EXPECT_EQ(room_of({170, 99 * 1024, 120}), Room::none);
+  EXPECT_EQ(room_of({}), Room::none);
+  EXPECT_EQ(room_of({80, 96 * 1024, 75}), Room::none);
+  // What is asked for is compiled there.
+  for (const int code : {80, 86, 87, 89, 90, 100, 120})
+    for (const int kib : {99, 163, 227}) {
+      const Room room = room_of({1, kib * 1024, code});
+      EXPECT_TRUE(room == Room::none || runs_in(room, code)) << code << " " << kib;
+    }
+}
+
+TEST(CudaPlan, WithoutRoomNothingIsQueued) {
+  AttendParams p;
+  p.batch = p.kv_heads = p.group = p.queries = 1;
+  p.dim = 128;
+  const AttendPlan plan = plan_attend(p, {170, 99 * 1024, 120});
+  EXPECT_EQ(plan.warps_per_cta, 0);
+  std::array<unsigned char, 1> scratch;
+  EXPECT_EQ(launch_attend(p, plan, scratch.data(), nullptr), cudaErrorNoKernelImageForDevice);
+}
+
+}  // namespace
+}  // namespace kv4::cuda
