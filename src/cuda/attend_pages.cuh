@@ -2,6 +2,8 @@
 // values, so that what each output costs beyond the products is paid once for 128 tokens.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/attend_main.cuh"
 
 namespace kv4::cuda {
@@ -208,27 +210,31 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
           }
         }
     }
-    // Values: eight channels at a time.
-    uint4 words[2] = {};
+    // Values: eight channels at a time. A page alone is not multiplied as two.
+    const auto values = [&](auto together) {
+      uint4 words[2] = {};
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      Sums sums[kBlocks];
+      for (int n = 0; n < D / 8; ++n) {
+        Sums sums[kBlocks];
 #pragma unroll
-      for (int page = 0; page < 2; ++page) {
-        if (n % 2 == 0) words[page] = reinterpret_cast<const uint4*>(slot[page])[n / 2 * kLanes + lane];
-        const Levels8 even = levels_of(n % 2 == 0 ? words[page].x : words[page].z, p.value);
-        const Levels8 odds = levels_of(n % 2 == 0 ? words[page].y : words[page].w, p.value);
+        for (int page = 0; page < decltype(together)::value; ++page) {
+          if (n % 2 == 0) words[page] = reinterpret_cast<const uint4*>(slot[page])[n / 2 * kLanes + lane];
+          const Levels8 even = levels_of(n % 2 == 0 ? words[page].x : words[page].z, p.value);
+          const Levels8 odds = levels_of(n % 2 == 0 ? words[page].y : words[page].w, p.value);
 #pragma unroll
-        for (int r = 0; r < kBlocks; ++r) {
-          sums[r].template add<false>(weights[r][page][0], even);
-          sums[r].template add<false>(weights[r][page][1], odds);
+          for (int r = 0; r < kBlocks; ++r) {
+            sums[r].template add<false>(weights[r][page][0], even);
+            sums[r].template add<false>(weights[r][page][1], odds);
+          }
         }
+#pragma unroll
+        for (int r = 0; r < kBlocks; ++r)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) state.o[r][n][e] = fmaf(sums[r][e], step[r], state.o[r][n][e]);
       }
-#pragma unroll
-      for (int r = 0; r < kBlocks; ++r)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) state.o[r][n][e] = fmaf(sums[r][e], step[r], state.o[r][n][e]);
-    }
+    };
+    if (two) values(std::integral_constant<int, 2>());
+    else values(std::integral_constant<int, 1>());
     queue.release(pieces);
     if (two) queue.release(pieces);
   }
