@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .device import on_stream
 from .handle import KVHandle
-from .mask import expand, row_limits
+from .mask import expand, on_host, row_limits
 from .prefill import prefill, supports_prefill
 
 
@@ -83,9 +84,11 @@ def _attend_packed(
     if query.dim() != 4:
         raise ValueError(f"query: expected [batch, q_heads, tokens, head_dim]; got {list(query.shape)}")
     batch, heads, tokens, _ = query.shape
-    out = torch.empty((batch, tokens, heads, layer.head_dim_v), dtype=query.dtype)
+    out = torch.empty((batch, tokens, heads, layer.head_dim_v), dtype=query.dtype, device=query.device)
     if not tokens:
         return out
+    if layer.on_device:
+        on_stream(layer)
     scale = scaling or 0.0
     start = window = None
     offset = 0
@@ -105,6 +108,8 @@ def _attend_packed(
                 f"attention_mask: expected at most {key.length} columns, the tokens in the cache; got {mask.shape[-1]}"
             )
         options = {"scale": scale, "causal": False, "offset": offset, "mask": _readable(mask)}
+        if layer.on_device:
+            options["host_mask"] = on_host(mask)
         if softcap:
             options["softcap"] = softcap
         if s_aux is not None:

@@ -95,20 +95,25 @@ def _leading_padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: in
         return True
     start = kv_length - visible.sum(-1)
     columns = torch.arange(kv_length, device=visible.device)
-    return start if torch.equal(visible, columns >= start[:, None]) else None
+    leading = (visible == (columns >= start[:, None])).all()
+    *start, leading = torch.cat([start, leading[None]]).tolist()  # one wait for the device, not two
+    return torch.tensor(start) if leading else None
 
 
 def _rows(batch: int, start: torch.Tensor | None, window: int, device: torch.device | str) -> torch.Tensor:
-    mask = torch.empty((batch, 1, 1, 2), dtype=torch.int32, device=device)
-    mask[..., 0] = 0 if start is None else start.to(device)[:, None, None]
-    mask[..., 1] = window
+    """The int32 mask of rows that start at `start` (in CPU memory), with its limits kept on it: see row_limits."""
+    host = torch.empty((batch, 1, 1, 2), dtype=torch.int32)
+    host[..., 0] = 0 if start is None else start[:, None, None]
+    host[..., 1] = window
+    mask = host.to(device)
+    mask._kv4_limits = row_limits(host)
     return mask
 
 
 def row_limits(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
-    """(start, window, shared) of an int32 mask [batch, 1, 1, 2]: contiguous int32 tensors [batch], None where they
-    hide nothing, and the window of every row where all have the same one, else 0. Every layer of a forward pass gets
-    the same mask object, so the answer is kept on it. Errors: ValueError for any other shape."""
+    """(start, window, shared) of an int32 mask [batch, 1, 1, 2]: contiguous int32 tensors [batch] in CPU memory, None
+    where they hide nothing, and the window of every row where all have the same one, else 0. Every layer of a forward
+    pass gets the same mask object, so the answer is kept on it. Errors: ValueError for any other shape."""
     limits = mask.__dict__.get("_kv4_limits")
     if limits is None:
         if mask.dim() != 4 or tuple(mask.shape[1:]) != (1, 1, 2):
@@ -119,6 +124,17 @@ def row_limits(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | 
         limits = (start, window, shared)
         mask._kv4_limits = limits
     return limits
+
+
+def on_host(mask: torch.Tensor) -> torch.Tensor | None:
+    """A general mask in CPU memory, for the core's own notes on what no query saw; kept on the mask, since every layer
+    of a forward pass gets the same object. None while a CUDA graph is captured, which must not wait for the device."""
+    if not mask.is_cuda:
+        return mask
+    host = mask.__dict__.get("_kv4_host")
+    if host is None and not torch.cuda.is_current_stream_capturing():
+        host = mask._kv4_host = mask.detach().cpu()
+    return host
 
 
 def expand(
