@@ -16,7 +16,8 @@ from transformers.cache_utils import (
 from kv4 import _core
 from kv4.recipe import Recipe
 
-from .device import check_device, core_name, on_stream
+from . import ops
+from .device import check_device, core_name, on_stream, place
 from .handle import KVHandle
 from .layers import layer_kinds
 
@@ -71,6 +72,12 @@ class KV4Layer(CacheLayerMixin):
         self.dtype: torch.dtype | None = None
         self.device = torch.device("cpu")
         self.on_device = False  # of CUDA
+        # What a compiled graph knows of the layer: see ops.py.
+        self.number = 0
+        self.state: torch.Tensor | None = None
+        # Version, and a long call's own keys and values, of the newest kv4::append.
+        self.appended: tuple[int, torch.Tensor | None, torch.Tensor | None] = (-1, None, None)
+        self.columns = 0  # of the newest update's handles
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes the core for keys [batch, kv_heads, T >= 0, head_dim] and values like them.
@@ -84,9 +91,7 @@ class KV4Layer(CacheLayerMixin):
             if x.dtype not in _DTYPES:
                 raise ValueError(mismatch(name, "float32, float16 or bfloat16", x.dtype))
         if value_states.device != key_states.device:
-            raise ValueError(
-                mismatch("value_states", f"a tensor on the keys' {key_states.device}", value_states.device)
-            )
+            raise ValueError(mismatch("value_states", f"a tensor on {place(key_states.device)}", value_states.device))
         if value_states.dtype != key_states.dtype:
             raise ValueError(mismatch("value_states", f"the keys' dtype {key_states.dtype}", value_states.dtype))
         core = _core.Cache(
@@ -107,6 +112,8 @@ class KV4Layer(CacheLayerMixin):
         self.dtype = key_states.dtype
         self.device = key_states.device
         self.on_device = self.device.type == "cuda"
+        self.number = ops.enter(self)
+        self.state = torch.empty(0, device=self.device)
         self.is_initialized = True
 
     def update(
@@ -116,7 +123,10 @@ class KV4Layer(CacheLayerMixin):
         copied otherwise) and returns their handles. Errors: ValueError naming the argument for a shape, dtype or
         device that is not the layer's; the layer stays as it was."""
         if torch.compiler.is_dynamo_compiling():
-            return _update_uncompiled(self, key_states, value_states)
+            if not self.is_initialized:
+                return _update_uncompiled(self, key_states, value_states)
+            ops.append(self.state, key_states, value_states, self.number)
+            return ops.CompiledHandle(self, "key"), ops.CompiledHandle(self, "value")
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)
@@ -137,7 +147,7 @@ class KV4Layer(CacheLayerMixin):
         self.batch = key_states.shape[0]
         self.version = version = self.version + 1
         window = self.sliding_window
-        columns = length if not window or before < window else tokens + window - 1
+        self.columns = columns = length if not window or before < window else tokens + window - 1
         if tokens > PAGE_TOKENS:
             return (
                 KVHandle(self, "key", version, length, columns, key_states.detach()),
@@ -153,7 +163,7 @@ class KV4Layer(CacheLayerMixin):
         says what is wrong."""
         for name, x in (("key_states", key_states), ("value_states", value_states)):
             if x.device != self.device:
-                raise ValueError(mismatch(name, f"a tensor on the layer's device {self.device}", x.device))
+                raise ValueError(mismatch(name, f"a tensor on {place(self.device)}", x.device))
             if x.dtype is not self.dtype:
                 raise ValueError(mismatch(name, f"the layer's dtype {self.dtype}", x.dtype))
         if self.on_device:
@@ -277,6 +287,8 @@ class KV4Layer(CacheLayerMixin):
         twin.__dict__.update(self.__dict__)
         on_stream(self)
         twin.core = self.core.clone() if self.core is not None else None
+        if self.is_initialized:
+            twin.number, twin.appended = ops.enter(twin), (-1, None, None)
         return twin
 
     def __repr__(self) -> str:

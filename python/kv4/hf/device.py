@@ -49,6 +49,10 @@ def usable_devices() -> str:
     return "the CPU or a CUDA device" if "cuda" in getattr(_core, "backends", list)() else "the CPU"
 
 
+def place(device: torch.device) -> str:
+    return "the CPU" if device.type == "cpu" else str(device)
+
+
 def core_name(device: torch.device) -> str:
     """What _core.Cache calls the backend of `device`."""
     return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"

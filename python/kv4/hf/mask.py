@@ -16,9 +16,11 @@ from transformers.masking_utils import (
     causal_mask_function,
     sdpa_mask,
     sliding_window_causal_mask_function,
+    sliding_window_overlay,
 )
 
 _AND_MASK_CODE = sliding_window_causal_mask_function(1).__code__
+_OVERLAY_CODE = sliding_window_overlay(1).__code__
 
 
 def window_of(mask_function: Callable) -> int | None:
@@ -30,7 +32,7 @@ def window_of(mask_function: Callable) -> int | None:
     parts = mask_function.__closure__[0].cell_contents
     if len(parts) != 2 or parts[1] is not causal_mask_function:
         return None
-    if not parts[0].__qualname__.startswith("sliding_window_overlay."):
+    if getattr(parts[0], "__code__", None) is not _OVERLAY_CODE:
         return None
     window = parts[0].__closure__[0].cell_contents
     return window if isinstance(window, int) and window > 0 else None
@@ -57,7 +59,7 @@ def kv4_mask(
         and kv_length > 1
         and isinstance(q_offset, int)
         and q_offset + q_length == kv_offset + kv_length  # queries are the newest columns
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
     )
     if compact:
         if window and kv_length <= window:
@@ -83,9 +85,10 @@ def kv4_mask(
     )
 
 
+@torch.compiler.disable
 def _leading_padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor | bool | None:
     """int64 [batch]: hidden columns at the start of each row. True where no row has any; None where a hidden column
-    follows a visible one."""
+    follows a visible one. What a mask holds decides the program: a compiled graph is left here, once per mask."""
     if attention_mask.shape[1] < kv_offset + kv_length:
         return None  # columns beyond the mask are hidden, at the end
     visible = attention_mask[:, kv_offset : kv_offset + kv_length]
@@ -105,6 +108,8 @@ def _rows(batch: int, start: torch.Tensor | None, window: int, device: torch.dev
     host = torch.empty((batch, 1, 1, 2), dtype=torch.int32)
     host[..., 0] = 0 if start is None else start[:, None, None]
     host[..., 1] = window
+    if torch.compiler.is_dynamo_compiling():
+        return host  # attributes do not survive a graph: the limits are read where they cost nothing
     mask = host.to(device)
     mask._kv4_limits = row_limits(host)
     return mask
