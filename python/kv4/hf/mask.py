@@ -16,23 +16,22 @@ from transformers.masking_utils import (
     causal_mask_function,
     sdpa_mask,
     sliding_window_causal_mask_function,
-    sliding_window_overlay,
 )
 
 _AND_MASK_CODE = sliding_window_causal_mask_function(1).__code__
-_OVERLAY_CODE = sliding_window_overlay(1).__code__
 
 
 def window_of(mask_function: Callable) -> int | None:
-    """0 for the plain causal pattern, W for the plain sliding window, None for any other pattern."""
+    """0 for the plain causal pattern, W for the plain sliding window, None for any other pattern, and in a compiled
+    graph for all but the causal one."""
     if mask_function is causal_mask_function:
         return 0
-    if getattr(mask_function, "__code__", None) is not _AND_MASK_CODE:
-        return None
+    if torch.compiler.is_dynamo_compiling() or getattr(mask_function, "__code__", None) is not _AND_MASK_CODE:
+        return None  # the compiler does not show what a function closes over
     parts = mask_function.__closure__[0].cell_contents
     if len(parts) != 2 or parts[1] is not causal_mask_function:
         return None
-    if getattr(parts[0], "__code__", None) is not _OVERLAY_CODE:
+    if not parts[0].__qualname__.startswith("sliding_window_overlay."):
         return None
     window = parts[0].__closure__[0].cell_contents
     return window if isinstance(window, int) and window > 0 else None
