@@ -21,7 +21,7 @@ import torch
 
 from kv4.bench.memory import cache_bytes, fp16_bytes
 
-OWN, KV4, EXACT = "own", "kv4", "kv4 exact"
+OWN, KV4, EXACT, GRAPH = "own", "kv4", "kv4 exact", "kv4 graph"
 PREFILL_CHUNK = 512
 FILL_CHUNK = {"cpu": 512, "cuda": 4096}
 # Untimed tokens at the start of a repeat: the first finds the copied cache outside the CPU's
@@ -161,14 +161,20 @@ def decode(
     token: torch.Tensor,
     tokens: int,
     *,
+    step: Callable[[torch.Tensor], torch.Tensor] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Decoded:
-    """Generates `tokens` tokens greedily after `token` [batch, 1], never stopping early."""
+    """Generates `tokens` tokens greedily after `token` [batch, 1], never stopping early. step: from tokens to logits;
+    the model's forward if not given."""
+
+    def forward(token: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    step = step or forward
     produced, seconds = [int(token[0])], []
     for _ in range(tokens):
         begin = perf_counter()
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
+        token = step(token)[:, -1].argmax(-1, keepdim=True)
         produced.append(int(token[0]))  # waits for a CUDA device
         seconds.append(perf_counter() - begin)
         if progress is not None:
@@ -188,8 +194,8 @@ def run(
     random_fill: bool = False,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Row]:
-    """Measures every cache in every dtype at every context length; `exact` adds kv4's exact cache,
-    `random_fill` replaces prompts by `fill`.
+    """Measures every cache in every dtype at every context length; `exact` adds kv4's exact cache, a CUDA device
+    kv4's steps as a captured graph, `random_fill` replaces prompts by `fill`.
 
     models: the same model per dtype. ids: [batch, >= max(contexts)], on the models' device. A repeat decodes `tokens`
     tokens of every sequence; candidates take turns within it. Calls progress(what, tokens done) after every step.
@@ -207,10 +213,11 @@ def run(
         return None if progress is None else lambda done: progress(what, done)
 
     from kv4 import Recipe
+    from kv4.hf import DecodeGraph
 
     batch = ids.shape[0]
-    caches = (OWN, KV4, EXACT) if exact else (OWN, KV4)
-    recipes = {OWN: None, KV4: recipe, EXACT: Recipe.exact()}
+    caches = (OWN, KV4, *((EXACT,) if exact else ()), *((GRAPH,) if ids.is_cuda else ()))
+    recipes = {OWN: None, KV4: recipe, EXACT: Recipe.exact(), GRAPH: recipe}
     candidates = [(cache, dtype) for dtype in models for cache in caches]
     held: dict[tuple[str, str], Any] = {}
     prefilled = dict.fromkeys(candidates, 0.0)
@@ -253,8 +260,9 @@ def run(
                 try:
                     cache = deepcopy(held[key])
                     with attention(model, row.cache, recipes[row.cache]):
-                        warm = decode(model, cache, token, WARM_UP)
-                        timed = decode(model, cache, warm.last, tokens, progress=step(what))
+                        one = DecodeGraph(model, cache) if row.cache == GRAPH else None
+                        warm = decode(model, cache, token, WARM_UP, step=one)
+                        timed = decode(model, cache, warm.last, tokens, step=one, progress=step(what))
                 except OUT_OF_MEMORY:
                     row.fits, row.repeats_ms = False, []
                     cache = held[key] = None
@@ -264,7 +272,7 @@ def run(
                 row.repeats_ms.append(timed.ms_per_token)
                 row.generated = warm.tokens + timed.tokens[1:]
                 row.cache_bytes = cache_bytes(cache)
-                del cache
+                del cache, one
             if repeat == 0:
                 candidates = [key for key in candidates if not _dropped(here, key)]
                 held = {key: held[key] for key in candidates}
@@ -288,9 +296,9 @@ def _return_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def best_exact(rows: Sequence[Row]) -> dict[int, Row]:
-    """kv4's exact cache in its best dtype, by context length; empty where it was not measured."""
-    return {row.context: row for row in rows if row.best and row.cache == EXACT}
+def best_of(rows: Sequence[Row], cache: str) -> dict[int, Row]:
+    """One cache in its best dtype, by context length; empty where it was not measured."""
+    return {row.context: row for row in rows if row.best and row.cache == cache}
 
 
 def best_rows(rows: Sequence[Row]) -> list[tuple[Row, Row]]:

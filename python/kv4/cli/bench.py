@@ -121,7 +121,7 @@ def generate(
 
 
 def show_generate(model: str, rows: list) -> None:
-    from kv4.bench.generate import best_exact, best_rows
+    from kv4.bench.generate import EXACT, GRAPH, best_of, best_rows
 
     shown = table(
         f"decode of {model}; ms per token, each cache in its best dtype",
@@ -139,7 +139,18 @@ def show_generate(model: str, rows: list) -> None:
             f"{kv4.ratio:.2f}x",
         )
     out.print(shown)
-    if not (exact := best_exact(rows)):
+    if graph := best_of(rows, GRAPH):
+        replayed = table(
+            "the same with kv4's steps replayed as a CUDA graph", "context", "own", "kv4 graph", "graph/own"
+        )
+        for own, _ in pairs:
+            if (row := graph.get(own.context)) is None:
+                continue
+            own_ms = f"{own.ms_per_token:.2f}" if own.repeats_ms else "no memory"
+            quotient = f"{row.ms_per_token / own.ms_per_token:.3f}" if own.repeats_ms else "-"
+            replayed.add_row(f"{own.context:,}", own_ms, f"{row.ms_per_token:.2f}", quotient)
+        out.print(replayed)
+    if not (exact := best_of(rows, EXACT)):
         return
     beside = table("the same against exact rows under kv4's attention", "context", "kv4 exact", "kv4", "kv4/exact")
     for own, kv4 in pairs:

@@ -20,7 +20,7 @@ def collect() -> dict[str, Any]:
 
     devices = [{"name": "cpu", "description": _cpu_name(), "kv4": True}]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        reason = _core.cuda_reason()
+        reason = _core.why_not("cuda")
         name, described = f"cuda:{index}", torch.cuda.get_device_name(index)
         devices.append({"name": name, "description": described, "kv4": not reason, "reason": reason})
     return {

@@ -170,9 +170,24 @@ class KV4Layer(CacheLayerMixin):
             torch.cuda.empty_cache()
         self.core.append(key_states.contiguous(), value_states.contiguous())
 
+    def reserve(self, tokens: int) -> None:
+        """Takes the room of `tokens` more tokens now, so that steps allocate nothing."""
+        if self.core is not None:
+            on_stream(self)
+            self.core.reserve(tokens)
+
+    def advance(self) -> None:
+        """Before each replay of a captured step: seals what is due and counts one more token (see DecodeGraph)."""
+        on_stream(self)
+        self.core.advance()
+        self.seen += 1
+        self.version += 1
+
     def dense(self, which: str, first: int, count: int) -> torch.Tensor:
         """Positions [first, first + count) of the "key" or "value" side, dequantised: [batch, kv_heads, count, dim]
         in the model's dtype. Errors: IndexError for positions that are not held."""
+        if torch.compiler.is_dynamo_compiling():
+            return _dense_uncompiled(self, which, first, count)
         dim = self.head_dim_k if which == "key" else self.head_dim_v
         out = torch.empty((self.batch, self.kv_heads, count, dim), dtype=self.dtype, device=self.device)
         if count:
@@ -429,6 +444,11 @@ class KV4Cache(Cache):
     def __repr__(self) -> str:
         tokens = max((layer.seen for layer in self.packed_layers()), default=0)
         return f"KV4Cache(layers={len(self.layers)}, tokens={tokens}, nbytes={self.nbytes()}, recipe={self.recipe!r})"
+
+
+@torch.compiler.disable
+def _dense_uncompiled(layer: KV4Layer, *args: Any) -> torch.Tensor:
+    return layer.dense(*args)
 
 
 @torch.compiler.disable

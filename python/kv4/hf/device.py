@@ -8,6 +8,10 @@ import torch
 
 from kv4 import _core
 
+if not hasattr(_core, "why_not"):
+    _core.why_not = lambda n: "built without it"
+    _core.backends = lambda: ["cpu"]  # TEMP
+
 if TYPE_CHECKING:
     from .cache import KV4Layer
 
@@ -41,12 +45,12 @@ def why_no_device(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return ""
-    reason = getattr(_core, "cuda_reason", lambda: "built without CUDA")()
+    reason = _core.why_not("cuda")
     return f" ({reason})" if reason else None
 
 
 def usable_devices() -> str:
-    return "the CPU or a CUDA device" if "cuda" in getattr(_core, "backends", list)() else "the CPU"
+    return "the CPU or a CUDA device" if "cuda" in _core.backends() else "the CPU"
 
 
 def place(device: torch.device) -> str:

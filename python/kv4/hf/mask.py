@@ -64,12 +64,12 @@ def kv4_mask(
         if window and kv_length <= window:
             window = 0
         if attention_mask is None:
-            return _rows(batch_size, None, window, device) if window else None
+            return _rows(batch_size, None, window) if window else None
         start = _leading_padding(attention_mask, kv_length, kv_offset)
         if start is True:
-            return _rows(batch_size, None, window, device) if window else None
+            return _rows(batch_size, None, window) if window else None
         if start is not None:
-            return _rows(batch_size, start, window, device)
+            return _rows(batch_size, start, window)
     return sdpa_mask(
         batch_size,
         q_length,
@@ -102,15 +102,11 @@ def _leading_padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: in
     return torch.tensor(start) if leading else None
 
 
-def _rows(batch: int, start: torch.Tensor | None, window: int, device: torch.device | str) -> torch.Tensor:
-    """The int32 mask of rows that start at `start` (in CPU memory), with its limits kept on it: see row_limits."""
-    host = torch.empty((batch, 1, 1, 2), dtype=torch.int32)
-    host[..., 0] = 0 if start is None else start[:, None, None]
-    host[..., 1] = window
-    if torch.compiler.is_dynamo_compiling():
-        return host  # attributes do not survive a graph: the limits are read where they cost nothing
-    mask = host.to(device)
-    mask._kv4_limits = row_limits(host)
+def _rows(batch: int, start: torch.Tensor | None, window: int) -> torch.Tensor:
+    """The int32 mask of rows that start at `start`, in CPU memory wherever the model is: the core reads it there."""
+    mask = torch.empty((batch, 1, 1, 2), dtype=torch.int32)
+    mask[..., 0] = 0 if start is None else start[:, None, None]
+    mask[..., 1] = window
     return mask
 
 
