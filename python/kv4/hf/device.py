@@ -10,7 +10,6 @@ from kv4 import _core
 
 if not hasattr(_core, "why_not"):
     _core.why_not = lambda n: "built without it"
-    _core.backends = lambda: ["cpu"]  # TEMP
 
 if TYPE_CHECKING:
     from .cache import KV4Layer
