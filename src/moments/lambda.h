@@ -16,6 +16,9 @@
 
 namespace kv4 {
 
+constexpr double kLambdaFloor = 1e-6;          // of the mean over the channels
+constexpr double kLambdaPairShrinkage = 0.2;
+
 // query_energy [channels]: E q_c^2 in any unit (lambda is normalised), key_energy alike:
 // E (k_c - mu_c)^2. Both are drawn to their pairs and clamped from below at 1e-6 of their mean over the channels, so a
 // channel that never moves gets a finite lambda. All-zero energies give 1. lambda [channels] out.
