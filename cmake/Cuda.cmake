@@ -1,4 +1,4 @@
-# kv4_cuda: the kernels for NVIDIA GPUs, where nvcc is found. Machine code for compute capabilities 8.0, 8.9 and 9.0, and
+# The backend for NVIDIA GPUs, a part of kv4 where nvcc is found. Machine code for compute capabilities 8.0, 8.9 and 9.0, and
 # code that later ones compile when it is loaded.
 
 include(CheckLanguage)
@@ -31,9 +31,11 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
 file(GLOB KV4_CUDA_SOURCES CONFIGURE_DEPENDS src/cuda/*.cu src/cuda/*.cpp)
-add_library(kv4_cuda STATIC ${KV4_CUDA_SOURCES})
-target_include_directories(kv4_cuda PUBLIC src include)
+add_library(kv4_cuda OBJECT ${KV4_CUDA_SOURCES})
+target_include_directories(kv4_cuda PRIVATE src include ${CUDAToolkit_INCLUDE_DIRS})
 target_compile_options(kv4_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${KV4_WARNINGS}>
                                         $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)
 set_target_properties(kv4_cuda PROPERTIES CUDA_VISIBILITY_PRESET hidden CXX_VISIBILITY_PRESET hidden)
-target_link_libraries(kv4_cuda PUBLIC kv4 CUDA::cudart_static)
+target_sources(kv4 PRIVATE $<TARGET_OBJECTS:kv4_cuda>)
+set_source_files_properties(src/backend/registry.cpp PROPERTIES COMPILE_DEFINITIONS KV4_HAS_CUDA=1)
+target_link_libraries(kv4 PRIVATE CUDA::cudart_static)

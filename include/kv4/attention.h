@@ -16,8 +16,8 @@ namespace kv4 {
 struct Mask {
   bool causal = true;                     // column position <= query position
   std::int64_t offset = 0;                // position of column 0 of `start` and `general`
-  const std::int32_t* start = nullptr;    // [batch] first visible column (left padding), or null
-  const std::int32_t* window = nullptr;   // [batch] see only the newest `window` columns up to the query's own; 0 = all; or null
+  const std::int32_t* start = nullptr;    // [batch] in host memory: first visible column (left padding), or null
+  const std::int32_t* window = nullptr;   // [batch] in host memory: see only the newest `window` columns up to the query's own; 0 = all; or null
 
   enum class General : std::uint8_t { none, boolean, additive };
   General kind = General::none;
@@ -25,6 +25,10 @@ struct Mask {
   DType general_dtype = DType::f32;       // of an additive mask
   std::array<std::int64_t, 4> general_stride{};  // elements; 0 broadcasts
   std::int64_t columns = 0;               // columns of the general mask; positions beyond them are hidden
+  // A copy of `general` in host memory, where that is device memory, for what the cache remembers of masks: without it
+  // tokens that the mask hides enter means and scales as if they were seen.
+  const void* host_general = nullptr;
+  std::array<std::int64_t, 4> host_general_stride{};
 };
 
 struct AttendArgs {

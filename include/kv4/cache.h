@@ -43,8 +43,15 @@ struct CacheConfig {
   std::vector<float> lambda_v;  // [kv_heads, head_dim_v], positive: where recipe.value.lambda is given
   std::vector<float> matrix_k;  // [head_dim_k, head_dim_k]: where recipe.key.rotation is dense
   std::vector<float> matrix_v;  // [head_dim_v, head_dim_v]: where recipe.value.rotation is dense
+  // "cpu", or "cuda" (the first device), "cuda:1", ... where they are built in and there. On a device every tensor of a call is
+  // its memory, but for the start and window of a mask.
   std::string backend = "cpu";
 };
+
+// The backends that are built in and find a device.
+std::vector<std::string> backends();
+// Why "cuda" (or another name) is not among them: "built without it", "no device that it serves"; "" where it is.
+std::string why_not(const std::string& backend);
 
 class Cache {
  public:
@@ -68,6 +75,20 @@ class Cache {
   Status attend_partial(const AttendArgs& args, std::int64_t upto, const PartialState& out);
 
   Status seal();
+
+  // Devices. Work is queued on `stream` (a cudaStream_t; null: the device's default stream) by every call that follows, the
+  // destructor's included; calls wait for nothing but what they hand to the host. Clones that share pages need one order
+  // of their streams' work. Non-finite rows are told of by the device: an attend that sees them refuses as soon as it knows.
+  void set_stream(void* stream);
+  // Room for `tokens` more of each sequence, so that steps of one token allocate nothing until then.
+  Status reserve(std::int64_t tokens);
+  // While the stream is being captured, append and attend of one token only queue kernels, which read counts and tables
+  // from device memory: the captured step may be replayed. Before each replay, on the same stream, advance() seals what
+  // is due and counts the token that the replay appends.
+  // Errors: unsupported where the backend cannot be captured; failed_precondition for an empty cache.
+  // Capture needs one step of the same shape before it, and automatic lambda fixed by the first sealed page:
+  // failed_precondition otherwise.
+  Status advance();
 
   // Keeps the first `length` positions of every sequence. Inside sealed pages the page is
   // dequantised into the window (exactly restored if it was sealed during the last call).

@@ -67,7 +67,7 @@ typedef struct kv4_cache_config {
   const float* lambda_v;   /* [kv_heads, head_dim_v] or NULL */
   const float* matrix_k;   /* [head_dim_k, head_dim_k] or NULL */
   const float* matrix_v;   /* [head_dim_v, head_dim_v] or NULL */
-  const char* backend;     /* NULL: "cpu" */
+  const char* backend;     /* NULL: "cpu"; "cuda", "cuda:1", ...: tensors of calls are the device's memory */
 } kv4_cache_config;
 
 typedef struct kv4_tensor {
@@ -93,6 +93,8 @@ typedef struct kv4_attend_args {
   int32_t mask_dtype;      /* kv4_dtype of an additive mask */
   int64_t mask_stride[4];
   int64_t columns;
+  const void* host_mask;   /* where mask is a device's memory: a copy in host memory, or NULL (kv4/attention.h) */
+  int64_t host_mask_stride[4];
 } kv4_attend_args;
 
 typedef struct kv4_cache kv4_cache;
@@ -108,6 +110,10 @@ KV4_API kv4_status kv4_cache_attend(kv4_cache* cache, const kv4_attend_args* arg
 KV4_API kv4_status kv4_cache_attend_partial(kv4_cache* cache, const kv4_attend_args* args, int64_t upto, float* o, float* m,
                                             float* l);
 KV4_API kv4_status kv4_cache_seal(kv4_cache* cache);
+/* Devices: the stream (a cudaStream_t) of the calls that follow; room for tokens; a captured step's next token. */
+KV4_API kv4_status kv4_cache_set_stream(kv4_cache* cache, void* stream);
+KV4_API kv4_status kv4_cache_reserve(kv4_cache* cache, int64_t tokens);
+KV4_API kv4_status kv4_cache_advance(kv4_cache* cache);
 KV4_API kv4_status kv4_cache_crop(kv4_cache* cache, int64_t length);
 KV4_API kv4_status kv4_cache_select(kv4_cache* cache, const int64_t* rows, size_t count);
 KV4_API kv4_status kv4_cache_repeat(kv4_cache* cache, int32_t times);

@@ -80,11 +80,11 @@ DType dtype_of(const std::string& name) {
 // A call's arguments, with the tensors they point into.
 struct Call {
   AttendArgs args;
-  Tensor sinks, start, window, mask;
+  Tensor sinks, start, window, mask, host_mask;
 };
 
-void read_mask(Call* call, nb::handle mask, std::int64_t batch, std::int64_t heads, std::int64_t queries) {
-  call->mask = tensor(mask, "mask");
+void read_mask(Call* call, nb::handle mask, nb::handle host_mask, std::int64_t batch, std::int64_t heads, std::int64_t queries, int device) {
+  call->mask = tensor(mask, "mask", device);
   const Tensor& t = call->mask;
   Mask& m = call->args.mask;
   if (t.rank != 4) raise_if_error(invalid_argument("mask", "4 axes [batch or 1, q_heads or 1, T or 1, columns]", "shape " + shape_text(t)));
@@ -98,6 +98,14 @@ void read_mask(Call* call, nb::handle mask, std::int64_t batch, std::int64_t hea
   m.general_stride[3] = t.stride[3];
   m.columns = t.shape[3];
   m.general = t.data;
+  if (!host_mask.is_none()) {
+    call->host_mask = tensor(host_mask, "host_mask");
+    const Tensor& copy = call->host_mask;
+    if (copy.rank != 4 || copy.shape != t.shape || copy.element != t.element)
+      raise_if_error(invalid_argument("host_mask", "the shape and dtype of mask, " + shape_text(t), "shape " + shape_text(copy)));
+    m.host_general = copy.data;
+    for (int i = 0; i < 4; ++i) m.host_general_stride[i] = i < 3 && copy.shape[i] == 1 ? 0 : copy.stride[i];
+  }
   switch (t.element) {
     case Element::boolean: m.kind = Mask::General::boolean; return;
     case Element::f32: m.general_dtype = DType::f32; break;
@@ -109,16 +117,16 @@ void read_mask(Call* call, nb::handle mask, std::int64_t batch, std::int64_t hea
 }
 
 void read_call(Call* call, nb::handle q, double scale, double softcap, nb::handle sinks, bool causal, std::int64_t offset,
-               nb::handle start, nb::handle window, nb::handle mask) {
+               nb::handle start, nb::handle window, nb::handle mask, nb::handle host_mask, int device) {
   AttendArgs& a = call->args;
-  a.q = float_view(tensor(q, "q"), "q");
+  a.q = float_view(tensor(q, "q", device), "q");
   a.scale = static_cast<float>(scale);
   a.softcap = static_cast<float>(softcap);
   a.mask.causal = causal;
   a.mask.offset = offset;
   const std::int64_t batch = a.q.shape[0], heads = a.q.shape[1];
   if (!sinks.is_none()) {
-    call->sinks = tensor(sinks, "sinks");
+    call->sinks = tensor(sinks, "sinks", device);
     check_vector(call->sinks, "sinks", Element::f32, "float32", heads);
     a.sinks = static_cast<const float*>(call->sinks.data);
   }
@@ -132,12 +140,13 @@ void read_call(Call* call, nb::handle q, double scale, double softcap, nb::handl
     check_vector(call->window, "window", Element::i32, "int32", batch);
     a.mask.window = static_cast<const std::int32_t*>(call->window.data);
   }
-  if (!mask.is_none()) read_mask(call, mask, batch, heads, a.q.shape[2]);
+  if (!mask.is_none()) read_mask(call, mask, host_mask, batch, heads, a.q.shape[2], device);
 }
 
 // A Cache with Python's view of it.
 struct PyCache {
   std::unique_ptr<Cache> cache;
+  int device = kHost;  // where its tensors are
 
   int row(int r) const {
     if (r < 0 || r >= cache->batch())
@@ -162,11 +171,13 @@ void create(PyCache* self, nb::handle recipe, const std::string& dtype, int kv_h
   config.backend = backend;
   std::unique_ptr<Cache> cache;
   raise_if_error(Cache::create(config, &cache));
-  new (self) PyCache{std::move(cache)};
+  const std::size_t colon = backend.find(':');
+  const int device = backend.substr(0, colon) == "cpu" ? kHost : colon == std::string::npos ? 0 : std::stoi(backend.substr(colon + 1));
+  new (self) PyCache{std::move(cache), device};
 }
 
 void append(PyCache& self, nb::handle k, nb::handle v) {
-  const Tensor keys = tensor(k, "k"), values = tensor(v, "v");
+  const Tensor keys = tensor(k, "k", self.device), values = tensor(v, "v", self.device);
   const TensorView key_view = float_view(keys, "k"), value_view = float_view(values, "v");
   Status status;
   {
@@ -177,10 +188,10 @@ void append(PyCache& self, nb::handle k, nb::handle v) {
 }
 
 void attend(PyCache& self, nb::handle q, nb::handle out, double scale, double softcap, nb::handle sinks, bool causal, std::int64_t offset,
-            nb::handle start, nb::handle window, nb::handle mask) {
+            nb::handle start, nb::handle window, nb::handle mask, nb::handle host_mask) {
   Call call;
-  read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask);
-  const Tensor result = tensor(out, "out");
+  read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask, host_mask, self.device);
+  const Tensor result = tensor(out, "out", self.device);
   const MutableTensorView view = mutable_float_view(result, "out");
   Status status;
   {
@@ -191,12 +202,13 @@ void attend(PyCache& self, nb::handle q, nb::handle out, double scale, double so
 }
 
 void attend_partial(PyCache& self, nb::handle q, nb::handle o, nb::handle m, nb::handle l, std::int64_t upto, double scale, double softcap,
-                    nb::handle sinks, bool causal, std::int64_t offset, nb::handle start, nb::handle window, nb::handle mask) {
+                    nb::handle sinks, bool causal, std::int64_t offset, nb::handle start, nb::handle window, nb::handle mask,
+                    nb::handle host_mask) {
   Call call;
-  read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask);
+  read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask, host_mask, self.device);
   const auto& s = call.args.q.shape;
   const std::int64_t rows = s[0] * s[1] * s[2];
-  const Tensor ot = tensor(o, "o"), mt = tensor(m, "m"), lt = tensor(l, "l");
+  const Tensor ot = tensor(o, "o", self.device), mt = tensor(m, "m", self.device), lt = tensor(l, "l", self.device);
   check_vector(ot, "o", Element::f32, "float32", rows * self.cache->config().head_dim_v);
   check_vector(mt, "m", Element::f32, "float32", rows);
   check_vector(lt, "l", Element::f32, "float32", rows);
@@ -211,7 +223,7 @@ void attend_partial(PyCache& self, nb::handle q, nb::handle o, nb::handle m, nb:
 
 template <bool kKeys>
 void dense(const PyCache& self, std::int64_t first, std::int64_t count, nb::handle out) {
-  const Tensor t = tensor(out, "out");
+  const Tensor t = tensor(out, "out", self.device);
   const MutableTensorView view = mutable_float_view(t, "out");
   raise_if_error(kKeys ? self.cache->dense_keys(first, count, view) : self.cache->dense_values(first, count, view));
 }
@@ -222,7 +234,7 @@ void dense(const PyCache& self, std::int64_t first, std::int64_t count, nb::hand
 NB_MODULE(_core, m) {
   using namespace kv4::python;
   using namespace nb::literals;
-  m.doc() = "The kv4 core: an int4 key/value cache and its attention, on the CPU.";
+  m.doc() = "The kv4 core: an int4 key/value cache and its attention.";
 
   // Caches held by modules at interpreter exit are no leak worth a user's attention.
   nb::set_leak_warnings(false);
@@ -235,17 +247,26 @@ NB_MODULE(_core, m) {
       .def("append", &append, "k"_a, "v"_a, "k [batch, kv_heads, T, head_dim_k], v alike with head_dim_v; T may be 0.")
       .def("attend", &attend, "q"_a, "out"_a, nb::kw_only(), "scale"_a = 0.0, "softcap"_a = 0.0, "sinks"_a = nb::none(), "causal"_a = true,
            "offset"_a = 0, "start"_a = nb::none(), "window"_a = nb::none(), "mask"_a = nb::none(),
+           "host_mask"_a = nb::none(),
            "q [batch, q_heads, T, head_dim_k], the newest T positions; out [batch, q_heads, T, head_dim_v] is written in place.\n"
-           "sinks float32 [q_heads]; start, window int32 [batch]; mask bool or float, 4 axes; column j is position j + offset.")
+           "sinks float32 [q_heads]; start, window int32 [batch], always on the CPU; mask bool or float, 4 axes; column j is position\n"
+           "j + offset. host_mask: a copy of a device's mask on the CPU, so that hidden tokens stay out of means and scales.")
       .def("attend_partial", &attend_partial, "q"_a, "o"_a, "m"_a, "l"_a, nb::kw_only(), "upto"_a, "scale"_a = 0.0, "softcap"_a = 0.0,
            "sinks"_a = nb::none(), "causal"_a = true, "offset"_a = 0, "start"_a = nb::none(), "window"_a = nb::none(), "mask"_a = nb::none(),
+           "host_mask"_a = nb::none(),
            "The partial state over positions below upto: o float32 [batch, q_heads, T, head_dim_v], m and l [batch, q_heads, T].")
+      .def("set_stream", [](PyCache& c, std::uintptr_t stream) { c.cache->set_stream(reinterpret_cast<void*>(stream)); }, "stream"_a,
+           "The CUDA stream of the calls that follow, as torch's Stream.cuda_stream; 0 is the default stream. The CPU has none.")
+      .def("reserve", [](PyCache& c, std::int64_t tokens) { raise_if_error(c.cache->reserve(tokens)); }, "tokens"_a,
+           "Room for that many more tokens, so that steps of one token allocate nothing until then.")
+      .def("advance", [](PyCache& c) { raise_if_error(c.cache->advance()); },
+           "Before each replay of a captured step: seals what is due and counts the token that the replay appends.")
       .def("seal", [](PyCache& c) { raise_if_error(c.cache->seal()); }, "Seals what is due now instead of at the next append.")
       .def("crop", [](PyCache& c, std::int64_t length) { raise_if_error(c.cache->crop(length)); }, "length"_a)
       .def("select", [](PyCache& c, const std::vector<std::int64_t>& rows) { raise_if_error(c.cache->select(rows)); }, "rows"_a)
       .def("repeat", [](PyCache& c, int times) { raise_if_error(c.cache->repeat(times)); }, "times"_a)
       .def("reset", [](PyCache& c) { c.cache->reset(); })
-      .def("clone", [](const PyCache& c) { return PyCache{c.cache->clone()}; })
+      .def("clone", [](const PyCache& c) { return PyCache{c.cache->clone(), c.device}; })
       .def("record_past", [](PyCache& c, bool on) { c.cache->record_past(on); }, "on"_a)
       .def("dense_keys", &dense<true>, "first"_a, "count"_a, "out"_a)
       .def("dense_values", &dense<false>, "first"_a, "count"_a, "out"_a)
@@ -274,6 +295,8 @@ NB_MODULE(_core, m) {
   m.def("validate", [](nb::handle recipe, int head_dim_k, int head_dim_v) {
     raise_if_error(kv4::validate(recipe_of(recipe), head_dim_k, head_dim_v));
   }, "recipe"_a, "head_dim_k"_a, "head_dim_v"_a);
+  m.def("backends", &kv4::backends, "Those that are built in and find a device.");
+  m.def("why_not", &kv4::why_not, "backend"_a, "Why a backend is not among them; empty where it is.");
   m.def("num_threads", &kv4::cpu::num_threads);
   m.def("set_num_threads", [](int n) { raise_if_error(kv4::cpu::set_num_threads(n)); }, "n"_a);
   m.def("isa", &kv4::cpu::active_isa, "The instruction set in use.");

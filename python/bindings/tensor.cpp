@@ -11,7 +11,7 @@ namespace {
 // Attribute names are looked up on every decode step: interned once.
 struct Names {
   nb::object data_ptr = nb::str("data_ptr"), shape = nb::str("shape"), stride = nb::str("stride"), dtype = nb::str("dtype"),
-             is_cpu = nb::str("is_cpu");
+             is_cpu = nb::str("is_cpu"), is_cuda = nb::str("is_cuda"), get_device = nb::str("get_device");
 };
 
 const Names& names() {
@@ -55,11 +55,21 @@ void read_tuple(nb::handle tuple, int rank, std::array<std::int64_t, 4>* out) {
   }
 }
 
-Tensor from_torch(nb::handle x, const char* name) {
+std::string place_text(int device) { return device == kHost ? "a tensor on the CPU" : "a tensor on cuda:" + std::to_string(device); }
+
+bool is_on(nb::handle x, int device) {
+  const Names& n = names();
+  if (device == kHost) return !nb::getattr(x, n.is_cpu, nb::none()).is(nb::bool_(false));
+  if (!nb::getattr(x, n.is_cuda, nb::bool_(false)).is(nb::bool_(true))) return false;
+  const nb::object index = nb::steal(PyObject_CallMethodNoArgs(x.ptr(), n.get_device.ptr()));
+  if (!index.is_valid()) throw nb::python_error();
+  return PyLong_AsLong(index.ptr()) == device;
+}
+
+Tensor from_torch(nb::handle x, const char* name, int device) {
   const Names& n = names();
   Tensor t;
-  const nb::object cpu = nb::getattr(x, n.is_cpu, nb::none());
-  if (cpu.is(nb::bool_(false))) bad(name, "a tensor on the CPU", "device " + text(nb::object(nb::getattr(x, "device"))));
+  if (!is_on(x, device)) bad(name, place_text(device), "device " + text(nb::object(nb::getattr(x, "device"))));
   const nb::object shape = nb::getattr(x, n.shape);
   t.rank = static_cast<int>(PyTuple_Size(shape.ptr()));
   if (t.rank < 0) throw nb::python_error();
@@ -76,7 +86,7 @@ Tensor from_torch(nb::handle x, const char* name) {
   return t;
 }
 
-Tensor from_dlpack(nb::handle x, const char* name) {
+Tensor from_dlpack(nb::handle x, const char* name, int device) {
   nb::ndarray<> array;
   try {
     array = nb::cast<nb::ndarray<>>(x);
@@ -89,7 +99,9 @@ Tensor from_dlpack(nb::handle x, const char* name) {
     }
   }
   Tensor t;
-  if (array.device_type() != nb::device::cpu::value) bad(name, "a tensor on the CPU", "device type " + std::to_string(array.device_type()));
+  const bool there = device == kHost ? array.device_type() == nb::device::cpu::value
+                                     : array.device_type() == nb::device::cuda::value && array.device_id() == device;
+  if (!there) bad(name, place_text(device), "device type " + std::to_string(array.device_type()) + ", number " + std::to_string(array.device_id()));
   if (array.ndim() > 4) bad(name, "at most 4 axes", std::to_string(array.ndim()));
   t.rank = static_cast<int>(array.ndim());
   for (int i = 0; i < t.rank; ++i) {
@@ -140,9 +152,9 @@ std::string shape_text(const Tensor& t) {
   return text + "]";
 }
 
-Tensor tensor(nb::handle x, const char* name) {
-  if (nb::hasattr(x, names().data_ptr)) return from_torch(x, name);
-  return from_dlpack(x, name);
+Tensor tensor(nb::handle x, const char* name, int device) {
+  if (nb::hasattr(x, names().data_ptr)) return from_torch(x, name, device);
+  return from_dlpack(x, name, device);
 }
 
 TensorView float_view(const Tensor& t, const char* name) { return view<TensorView>(t, name); }

@@ -27,8 +27,11 @@ struct Tensor {
   nb::object owner;  // keeps memory of a converted array alive
 };
 
-// Throws ValueError naming `name` for anything that is no CPU tensor of at most 4 axes.
-Tensor tensor(nb::handle x, const char* name);
+constexpr int kHost = -1;
+
+// Throws ValueError naming `name` for anything that is no tensor of at most 4 axes on `device`: kHost or a CUDA device's
+// number.
+Tensor tensor(nb::handle x, const char* name, int device = kHost);
 
 // A 4-D float tensor; throws ValueError otherwise.
 TensorView float_view(const Tensor& t, const char* name);

@@ -43,13 +43,25 @@ struct SealJob {
   DType dtype = DType::f32;
   std::int64_t k_stride = 0;            // elements between tokens
   std::int64_t v_stride = 0;
-  const std::uint8_t* skip = nullptr;   // [count]: nonzero rows are masked: they stay out of the
+  const std::uint8_t* skip = nullptr;   // [count], where kernels read it: nonzero rows are masked: they stay out of the
                                         // mean and get scale 0 (they dequantise to mean and to 0)
   const float* lambda_k = nullptr;      // [head_dim_k] or null for 1
   const float* lambda_v = nullptr;      // [head_dim_v] or null for 1
   std::uint8_t* slice = nullptr;        // the head slice
   int first = 0;
   int count = kPageTokens;
+};
+
+// A token whose row held NaN or infinity: stored as zeros, refused once a query sees it.
+struct NonFinite {
+  std::int64_t position;
+  bool key, value;
+};
+
+// What a backend that queues its work tells later, in host memory: 1 + the newest position whose key (value) held NaN or
+// infinity in some head, 0 while none did.
+struct LateNote {
+  volatile std::int64_t key = 0, value = 0;
 };
 
 // Exact tokens of one sequence, all KV heads, channel stride 1, values finite.
@@ -64,6 +76,7 @@ struct ExactRows {
 
 struct SequenceView {
   const std::uint8_t* const* pages = nullptr;  // [page_count], in order of position
+  std::uint64_t pages_stamp = 0;               // equal stamps: equal pages, as far as both tables reach; 0: not known
   int page_count = 0;
   int last_page_tokens = kPageTokens;          // tokens in the last page, 1 ... kPageTokens
   std::int64_t pages_position = 0;             // of the first page's first token
@@ -71,6 +84,72 @@ struct SequenceView {
   const float* lambda_k = nullptr;             // [kv_heads, head_dim_k] or null for 1
   const float* lambda_v = nullptr;             // [kv_heads, head_dim_v] or null for 1
   std::int64_t query_position = 0;             // position of the call's query row `query_begin`
+  LateNote* note = nullptr;                    // where a backend with alloc_note tells of NaN and infinity
+};
+
+// What a backend keeps on its device for one cache: its sequences and their page tables, brought in line where they changed.
+class DeviceTables {
+ public:
+  virtual ~DeviceTables() = default;
+  // Room for page tables of `pages` each, so that no later call allocates.
+  virtual Status reserve(std::size_t batch, std::size_t pages) = 0;
+  virtual std::size_t bytes() const = 0;
+};
+
+// Rows [batch, kv_heads, T, dim] that go behind the rows of exact[1] of each sequence, whose memory has room for them. A
+// row of one head with NaN or infinity is stored as zeros.
+struct StoreJob {
+  TensorView k, v;
+  std::span<const SequenceView> sequences;  // [batch], before the call; query_position: length - T
+  std::vector<NonFinite>* const* found = nullptr;  // [batch]: told at once where the backend works at once, ascending
+  DeviceTables* tables = nullptr;
+};
+
+// Rows from one place to another, all heads, channel stride 1: to[h][j] = from[h][j], or 0 where from is null.
+struct ConvertJob {
+  const void* from = nullptr;
+  DType from_dtype = DType::f32;
+  std::int64_t from_head_stride = 0, from_stride = 0;  // elements
+  void* to = nullptr;
+  DType to_dtype = DType::f32;
+  std::int64_t to_head_stride = 0, to_stride = 0;
+  int heads = 0, dim = 0;
+  std::int64_t rows = 0;
+};
+
+// Tokens [first, first + count) of a head slice as rows in the model's own basis: k = R^-1(s L + mean') / lambda,
+// v = R^-1(s L) / lambda_v. Either output may be null.
+struct DequantiseJob {
+  const std::uint8_t* slice = nullptr;
+  const float* lambda_k = nullptr;  // [head_dim_k] or null for 1
+  const float* lambda_v = nullptr;
+  int first = 0, count = 0;
+  DType dtype = DType::f32;         // of the rows
+  void* k = nullptr;
+  void* v = nullptr;
+  std::int64_t k_stride = 0, v_stride = 0;  // elements between rows
+};
+
+// Query rows [first, first + count) of one sequence: their energies q_c^2, summed over the query heads of each KV head,
+// become rows [count][kv_heads * head_dim_k].
+struct EnergyJob {
+  int sequence = 0;
+  std::int64_t first = 0, count = 0;
+  float* rows = nullptr;
+};
+
+// The automatic lambda of one sequence (moments/lambda.h): from the energies of queries and those of the keys about the
+// mean of each 64.
+struct LambdaJob {
+  const void* k = nullptr;  // [blocks * kPageTokens] rows of every head
+  DType dtype = DType::f32;
+  std::int64_t k_head_stride = 0, k_stride = 0;
+  int kv_heads = 0, dim = 0;
+  int blocks = 0;
+  std::span<const std::uint8_t> skip;    // [blocks * kPageTokens] in host memory: nonzero rows stay out
+  const float* energies = nullptr;       // [filled.size()][kv_heads * dim]
+  std::span<const std::uint8_t> filled;  // in host memory: rows of `energies` that count
+  float* lambda = nullptr;               // [kv_heads, dim]
 };
 
 // Attention of query rows [query_begin, query_begin + query_count) of `args.q`.
@@ -80,7 +159,9 @@ struct AttendJob {
   DType dtype = DType::f32;         // of the exact rows
   int kv_heads = 0;
   int head_dim_k = 0, head_dim_v = 0;
-  std::span<const SequenceView> sequences;  // [batch]
+  // [batch]. With tables, the mask's start and window are host memory; without, memory that the kernels read.
+  std::span<const SequenceView> sequences;
+  DeviceTables* tables = nullptr;
   std::int64_t query_begin = 0, query_count = 0;
   // Exactly one of the two: finished output, [batch, q_heads, T, head_dim_v] by strides, or
   // the partial state of the same rows ([batch, q_heads, T] contiguous), sinks left out.
@@ -88,41 +169,66 @@ struct AttendJob {
   PartialState partial;
 };
 
+// Memory is the backend's own wherever kernels read it: pages, rows, lambda, tensors of a call. Jobs, sequences, page
+// tables and what is said to be host memory is read before a call returns. A backend may queue its work on the calling
+// thread's stream; what it queued is in order.
 class Backend {
  public:
   virtual ~Backend() = default;
   virtual const char* name() const = 0;
+  // Whether its memory is the host's, and what it does is done when a call returns.
+  virtual bool host_memory() const { return true; }
+  // The stream of this thread's calls from now on, as the device's library has it; null is its default.
+  virtual void set_stream(void* /*stream*/) {}
+  // Whether the stream is being captured: store and attend then only queue kernels, which read what is in the tables
+  // when they run.
+  virtual bool capturing() const { return false; }
 
   // Channels stored per token for a head of `dim` channels (kernel padding).
   virtual int code_channels(int dim) const = 0;
   // ok, or unsupported with the reason why no kernel serves this page.
   virtual Status supports(const PageSpec& spec) const = 0;
+  // The same of exact rows, and of sealing them as they arrive.
+  virtual Status supports_rows(int head_dim_k, int head_dim_v, DType dtype, SealMode seal) const = 0;
 
   // Memory that the kernels read, 64-byte aligned; null when there is none left.
   virtual void* alloc(std::size_t bytes) = 0;
   virtual void free(void* p, std::size_t bytes) = 0;
+  // To, from or within the backend's memory. What comes from the host may be reused, what goes there is there.
   virtual void copy(void* to, const void* from, std::size_t bytes) = 0;
   virtual void clear(void* p, std::size_t bytes) = 0;  // zero bytes
+  // `lines` times `bytes`, their beginnings a pitch of bytes apart. A line may overlap its own source where it lies below it.
+  virtual void copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) = 0;
+  // A note for store to write to, or null where it tells at once.
+  virtual LateNote* alloc_note() { return nullptr; }
+  virtual void free_note(LateNote* /*note*/) {}
+  // Null where it keeps none; a cache then cannot be captured.
+  virtual std::unique_ptr<DeviceTables> make_tables() { return nullptr; }
+  // Brings tables in line with the sequences that a captured store of `tokens` rows will find, and counts on it.
+  virtual Status foresee(DeviceTables* /*tables*/, std::span<const SequenceView> /*sequences*/, int /*tokens*/) {
+    return error(StatusCode::unsupported, "backend", "one whose steps can be captured", name());
+  }
 
+  virtual Status store(const StoreJob& job) = 0;
+  virtual Status convert(const ConvertJob& job) = 0;
+  virtual Status query_energies(const TensorView& q, int kv_heads, std::span<const EnergyJob> jobs) = 0;
+  virtual Status fix_lambda(const LambdaJob& job) = 0;
   virtual Status seal(const PageSpec& spec, std::span<const SealJob> jobs) = 0;
-  // non_finite where a query that sees some column holds NaN or infinity.
+  virtual Status dequantise(const PageSpec& spec, std::span<const DequantiseJob> jobs) const = 0;
+  // non_finite where a query that sees some column holds NaN or infinity, if the backend works at once; else NaN comes out.
   virtual Status attend(const AttendJob& job) = 0;
 
   // Codes of a head slice between the backend's order and the canonical one
-  // (format/page.h: [64][d/2] bytes per side).
+  // (format/page.h: [64][d/2] bytes per side, in host memory).
   virtual void codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice,
                                   std::uint8_t* k, std::uint8_t* v) const = 0;
   virtual void codes_from_canonical(const PageSpec& spec, const std::uint8_t* k,
                                     const std::uint8_t* v, std::uint8_t* slice) const = 0;
-  // Tokens [first, first + count) of a slice as float rows [count, dim], in the model's own
-  // basis: k = R^-1(s L + mean') / lambda, v = R^-1(s L) / lambda_v. Either output may be null.
-  virtual void dequantise(const PageSpec& spec, const std::uint8_t* slice, const float* lambda_k,
-                          const float* lambda_v, int first, int count, float* k,
-                          float* v) const = 0;
 };
 
-// The registry: one line per backend in registry.cpp.
-Backend* find_backend(const std::string& name);  // null if there is none of that name
+// The registry: one line per backend in registry.cpp. `name` may end in ":" and the number of a device.
+// Null if there is none of that name, or no such device.
+Backend* find_backend(const std::string& name);
 std::vector<std::string> backend_names();
 
 }  // namespace kv4

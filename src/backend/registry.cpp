@@ -1,34 +1,67 @@
 // The one list of backends.
 #include "backend/backend.h"
+#include "kv4/cache.h"
 
 namespace kv4 {
 
 namespace cpu {
 Backend* backend();
 }
+#if KV4_HAS_CUDA
+namespace cuda {
+Backend* backend(int device);
+}
+#endif
 
 namespace {
 
 struct Entry {
   const char* name;
-  Backend* (*get)();
+  Backend* (*get)(int device);  // null where there is no such device
 };
 constexpr Entry kBackends[] = {
-    {"cpu", cpu::backend},
+    {"cpu", [](int device) { return device == 0 ? cpu::backend() : nullptr; }},
+#if KV4_HAS_CUDA
+    {"cuda", cuda::backend},
+#endif
 };
+
+// The number behind the colon; -1 where it is none.
+int device_number(const std::string& text) {
+  if (text.empty() || text.size() > 4) return -1;
+  int n = 0;
+  for (const char c : text) {
+    if (c < '0' || c > '9') return -1;
+    n = n * 10 + (c - '0');
+  }
+  return n;
+}
 
 }  // namespace
 
 Backend* find_backend(const std::string& name) {
+  const std::size_t colon = name.find(':');
+  const int device = colon == std::string::npos ? 0 : device_number(name.substr(colon + 1));
+  if (device < 0) return nullptr;
   for (const Entry& e : kBackends)
-    if (name == e.name) return e.get();
+    if (name.substr(0, colon) == e.name) return e.get(device);
   return nullptr;
 }
 
 std::vector<std::string> backend_names() {
   std::vector<std::string> names;
-  for (const Entry& e : kBackends) names.emplace_back(e.name);
+  for (const Entry& e : kBackends)
+    if (e.get(0) != nullptr) names.emplace_back(e.name);
   return names;
+}
+
+std::vector<std::string> backends() { return backend_names(); }
+
+std::string why_not(const std::string& backend) {
+  if (find_backend(backend) != nullptr) return "";
+  for (const Entry& e : kBackends)
+    if (backend.substr(0, backend.find(':')) == e.name) return "no device that it serves";
+  return "built without it";
 }
 
 }  // namespace kv4

@@ -1,30 +1,15 @@
 // Taking tokens in: checks, non-finite rows, room in the window; arrival mode seals at once.
 #include <algorithm>
-#include <cstring>
 #include <string>
 
 #include "cache/state.h"
-#include "format/convert.h"
+#include "format/finite.h"
 
 namespace kv4 {
 namespace {
 
 std::string shape_text(const std::array<std::int64_t, 4>& s) {
   return "[" + std::to_string(s[0]) + ", " + std::to_string(s[1]) + ", " + std::to_string(s[2]) + ", " + std::to_string(s[3]) + "]";
-}
-
-// NaN and infinity have all exponent bits set.
-bool finite(const void* row, DType dtype, int channels) {
-  bool ok = true;
-  if (dtype == DType::f32) {
-    const auto* bits = static_cast<const std::uint32_t*>(row);
-    for (int c = 0; c < channels; ++c) ok &= (bits[c] & 0x7f800000u) != 0x7f800000u;
-  } else {
-    const std::uint16_t exponent = dtype == DType::f16 ? 0x7c00u : 0x7f80u;
-    const auto* bits = static_cast<const std::uint16_t*>(row);
-    for (int c = 0; c < channels; ++c) ok &= (bits[c] & exponent) != exponent;
-  }
-  return ok;
 }
 
 }  // namespace
@@ -49,6 +34,7 @@ Status Cache::State::append(const TensorView& k, const TensorView& v) {
   if (v.shape[0] != k.shape[0] || v.shape[2] != k.shape[2])
     return invalid_argument("v", "the batch and tokens of k, " + shape_text(k.shape), shape_text(v.shape));
   const std::int64_t tokens = k.shape[2];
+  if (backend->capturing()) return append_captured(k, v);
   KV4_RETURN_IF_ERROR(settle());
   const bool opening = sequences.empty();
   if (opening) {
@@ -56,27 +42,27 @@ Status Cache::State::append(const TensorView& k, const TensorView& v) {
     for (Sequence& s : sequences) {
       s.sink_limit = seals() ? config.recipe.sinks : 0;
       s.anchored = arrival();
+      give_note(s);
     }
     length = 0;
+    own.tables.reset();
   }
   if (tokens == 0) return {};
-  Status room;
+  Status status;
   if (arrival()) {
-    room = seal_arrived(k, v);
+    status = seal_arrived(k, v);
   } else {
     for (Sequence& s : sequences)
-      if (room = make_room(s, tokens); !room.ok()) break;
+      if (status = make_room(s, tokens); !status.ok()) break;
+    if (status.ok()) status = push(k, v);
   }
-  if (!room.ok()) {
+  if (!status.ok()) {
     if (opening) sequences.clear();
-    return room;
-  }
-  if (!arrival()) {
-    for (std::size_t b = 0; b < sequences.size(); ++b) push(sequences[b], static_cast<int>(b), k, v);
+    return status;
   }
   for (std::size_t b = 0; b < sequences.size(); ++b) {
     sequences[b].length += tokens;
-    note_non_finite(sequences[b], static_cast<std::int64_t>(b), k, v);
+    if (arrival()) note_non_finite(sequences[b], static_cast<std::int64_t>(b), k, v);
   }
   length += tokens;
   ++version;
@@ -100,25 +86,27 @@ Status Cache::State::make_room(Sequence& s, std::int64_t tokens) const {
   return s.window.own(*backend, shape);
 }
 
-void Cache::State::push(Sequence& s, int row, const TensorView& k, const TensorView& v) const {
-  const std::int64_t tokens = k.shape[2], first = s.window.count();
-  const std::size_t k_bytes = static_cast<std::size_t>(config.head_dim_k) * size_of(config.dtype);
-  const std::size_t v_bytes = static_cast<std::size_t>(config.head_dim_v) * size_of(config.dtype);
-  for (int h = 0; h < heads(); ++h) {
-    for (std::int64_t t = 0; t < tokens; ++t) {
-      std::byte* key = s.window.key(h, first + t);
-      std::byte* value = s.window.value(h, first + t);
-      std::memcpy(key, k.at(row, h, t), k_bytes);
-      std::memcpy(value, v.at(row, h, t), v_bytes);
-      if (!finite(key, config.dtype, config.head_dim_k)) std::memset(key, 0, k_bytes);
-      if (!finite(value, config.dtype, config.head_dim_v)) std::memset(value, 0, v_bytes);
-    }
+Status Cache::State::push(const TensorView& k, const TensorView& v) {
+  const std::int64_t tokens = k.shape[2];
+  KV4_RETURN_IF_ERROR(make_tables());
+  view_before(tokens);
+  found.clear();
+  for (Sequence& s : sequences) found.push_back(&s.non_finite);
+  StoreJob job;
+  job.k = k;
+  job.v = v;
+  job.sequences = views;
+  job.found = found.data();
+  job.tables = own.tables.get();
+  KV4_RETURN_IF_ERROR(backend->store(job));
+  for (Sequence& s : sequences) {
+    s.window.set_count(s.window.count() + tokens);
+    s.seen.resize(static_cast<std::size_t>(s.window.count()), Seen::unknown);
   }
-  s.window.set_count(first + tokens);
-  s.seen.resize(static_cast<std::size_t>(first + tokens), Seen::unknown);
+  return {};
 }
 
-// Remembers which of the newest tokens held NaN or infinity.
+// Remembers which of the newest tokens held NaN or infinity, where they are sealed from the caller's rows.
 void Cache::State::note_non_finite(Sequence& s, std::int64_t row, const TensorView& k, const TensorView& v) const {
   const std::int64_t tokens = k.shape[2];
   for (std::int64_t t = 0; t < tokens; ++t) {
@@ -147,7 +135,7 @@ Status Cache::State::seal_arrived(const TensorView& k, const TensorView& v) {
   }
   jobs.clear();
   masked.assign(sequences.size() * static_cast<std::size_t>(tokens), 0);
-  std::vector<std::vector<PageRef>> pages(sequences.size());
+  std::vector<PageList> pages(sequences.size());
   std::vector<int> last(sequences.size());
   for (std::size_t b = 0; b < sequences.size(); ++b) {
     const Sequence& s = sequences[b];
@@ -156,7 +144,7 @@ Status Cache::State::seal_arrived(const TensorView& k, const TensorView& v) {
     int used = s.pages.empty() ? kPageTokens : s.last_page_tokens;
     if (copied[b]) {
       backend->copy(next->data(), s.pages.back().data(), pool->page_bytes());
-      pages[b].back() = *next++;
+      pages[b].replace_back(*next++);
     }
     std::uint8_t* skip = masked.data() + b * static_cast<std::size_t>(tokens);
     for (std::int64_t t = 0; t < tokens; ++t)
@@ -166,7 +154,7 @@ Status Cache::State::seal_arrived(const TensorView& k, const TensorView& v) {
     for (std::int64_t t = 0; t < tokens;) {
       if (used == kPageTokens) {
         backend->clear(next->data(), pool->page_bytes());
-        pages[b].push_back(*next++);
+        pages[b].append(*next++);
         used = 0;
       }
       const int count = static_cast<int>(std::min<std::int64_t>(kPageTokens - used, tokens - t));

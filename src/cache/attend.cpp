@@ -5,7 +5,6 @@
 
 #include "cache/state.h"
 #include "cache/visibility.h"
-#include "moments/lambda.h"
 
 namespace kv4 {
 namespace {
@@ -41,40 +40,51 @@ Status Cache::State::check_queries(const AttendArgs& args) const {
 }
 
 // Remembers which exact tokens the call's queries see, and the energies of the first queries.
-void Cache::State::record(const AttendArgs& args) {
-  const std::int64_t queries = args.q.shape[2], group = args.q.shape[1] / heads();
+Status Cache::State::record(const AttendArgs& args) {
+  const std::int64_t queries = args.q.shape[2];
+  const bool told = args.mask.kind == Mask::General::none || args.mask.general != nullptr;
+  energies.clear();
   const bool wants_energy = seals() && config.recipe.key.lambda == LambdaMode::automatic;
   for (std::size_t b = 0; b < sequences.size(); ++b) {
     Sequence& s = sequences[b];
     const Visibility visibility(args, static_cast<int>(b), length);
-    if (seals() && !arrival()) {
+    if (seals() && !arrival() && told) {
       for (std::int64_t j = 0; j < static_cast<std::int64_t>(s.seen.size()); ++j)
         if (s.seen[static_cast<std::size_t>(j)] != Seen::visible)
           s.seen[static_cast<std::size_t>(j)] = visibility.seen(s.window_position + j) ? Seen::visible : Seen::masked;
     }
-    if (!wants_energy || (s.lambda && s.query_energy.rows.empty())) continue;
+    if (!wants_energy || (s.lambda && !s.query_energy.rows)) continue;
     QueryEnergy& energy = s.query_energy;
     const std::int64_t row_size = static_cast<std::int64_t>(heads()) * config.head_dim_k;
     const std::int64_t limit = config.recipe.sinks + config.recipe.window + kPageTokens;
+    const std::size_t bytes = static_cast<std::size_t>(limit * row_size) * sizeof(float);
     for (std::int64_t t = 0; t < queries; ++t) {
       const std::int64_t position = length - queries + t;
-      if (!energy.rows.empty() && position - energy.first >= limit) break;
+      if (energy.rows && position - energy.first >= limit) break;
       if (!visibility.visible(t, position)) continue;
-      if (energy.rows.empty()) {
+      if (!energy.rows) {
+        KV4_RETURN_IF_ERROR(Block::make(*backend, "query energies", bytes, &energy.rows));
         energy.first = position;
-        energy.rows.assign(static_cast<std::size_t>(limit * row_size), 0.0f);
         energy.filled.assign(static_cast<std::size_t>(limit), 0);
       }
       const std::int64_t slot = position - energy.first;
       if (slot < 0) continue;
-      const std::span<float> row(energy.rows.data() + slot * row_size, static_cast<std::size_t>(row_size));
-      std::fill(row.begin(), row.end(), 0.0f);
-      for (std::int64_t h = 0; h < args.q.shape[1]; ++h)
-        add_energy(args.q.at(static_cast<std::int64_t>(b), h, t), args.q.dtype,
-                   row.subspan(static_cast<std::size_t>(h / group * config.head_dim_k), static_cast<std::size_t>(config.head_dim_k)));
+      if (energy.rows.use_count() > 1) {
+        std::shared_ptr<Block> mine;
+        KV4_RETURN_IF_ERROR(Block::make(*backend, "query energies", bytes, &mine));
+        backend->copy(mine->as<float>(), energy.rows->as<float>(), bytes);
+        energy.rows = std::move(mine);
+      }
       energy.filled[static_cast<std::size_t>(slot)] = 1;
+      const int row = static_cast<int>(b);
+      if (!energies.empty() && energies.back().sequence == row && energies.back().first + energies.back().count == t)
+        ++energies.back().count;
+      else
+        energies.push_back({row, t, 1, energy.rows->as<float>() + slot * row_size});
     }
   }
+  if (energies.empty()) return {};
+  return backend->query_energies(args.q, heads(), energies);
 }
 
 // Pages that a query at `position` reads packed: those due before its token came. Released ones
@@ -93,15 +103,46 @@ void Cache::State::view(const Sequence& s, std::int64_t pages, std::int64_t upto
   };
   out->exact[0] = s.sinks.view(0, below(s.start, s.sinks.count()), s.start);
   if (!s.pages.empty()) {
+    out->pages = s.pages.data();
+    out->pages_stamp = s.pages.stamp();
     out->page_count = static_cast<int>(pages - s.first_page);
     out->pages_position = s.page_position(s.first_page);
     out->last_page_tokens = pages == s.page_end() ? s.last_page_tokens : kPageTokens;
   }
   const std::int64_t skip = s.pages.empty() ? 0 : std::max<std::int64_t>(0, s.page_position(pages) - s.window_position);
   const std::int64_t rows = below(s.window_position, s.window.count());
-  if (rows > skip) out->exact[1] = s.window.view(skip, rows - skip, s.window_position + skip);
+  if (rows >= skip) out->exact[1] = s.window.view(skip, rows - skip, s.window_position + skip);
   out->lambda_k = lambda_k(s, 0);
   out->lambda_v = lambda_v(0);
+  out->note = s.note.get();
+}
+
+Status Cache::State::check_output(const AttendArgs& args, const MutableTensorView* out, const PartialState* partial) const {
+  if (out != nullptr) {
+    const auto& s = out->shape;
+    if (s[0] != args.q.shape[0] || s[1] != args.q.shape[1] || s[2] != args.q.shape[2] || s[3] != config.head_dim_v)
+      return invalid_argument("out", "shape " + dims(args.q.shape[0], args.q.shape[1], args.q.shape[2], config.head_dim_v),
+                              dims(s[0], s[1], s[2], s[3]));
+    if (out->stride[3] != 1 && s[3] > 1) return invalid_argument("out", "channel stride 1", std::to_string(out->stride[3]));
+    if (out->data == nullptr) return invalid_argument("out", "data", "a null pointer");
+  } else if (partial->o == nullptr || partial->m == nullptr || partial->l == nullptr) {
+    return invalid_argument("state", "pointers to o, m and l", "a null pointer");
+  }
+  return {};
+}
+
+// All but the queries' range and the output.
+AttendJob Cache::State::job_of(const AttendArgs& args) {
+  AttendJob job;
+  job.args = args;
+  job.spec = seals() ? &spec : nullptr;
+  job.dtype = config.dtype;
+  job.kv_heads = heads();
+  job.head_dim_k = config.head_dim_k;
+  job.head_dim_v = config.head_dim_v;
+  job.sequences = views;
+  job.tables = own.tables.get();
+  return job;
 }
 
 Status Cache::State::attend(const AttendArgs& given, std::int64_t upto, const MutableTensorView* out,
@@ -114,28 +155,28 @@ Status Cache::State::attend(const AttendArgs& given, std::int64_t upto, const Mu
     windows.assign(sequences.size(), config.sliding_window);
     args.mask.window = windows.data();
   }
-  if (out != nullptr) {
-    const auto& s = out->shape;
-    if (s[0] != args.q.shape[0] || s[1] != args.q.shape[1] || s[2] != queries || s[3] != config.head_dim_v)
-      return invalid_argument("out", "shape " + dims(args.q.shape[0], args.q.shape[1], queries, config.head_dim_v),
-                              dims(s[0], s[1], s[2], s[3]));
-    if (out->stride[3] != 1 && s[3] > 1) return invalid_argument("out", "channel stride 1", std::to_string(out->stride[3]));
-    if (out->data == nullptr) return invalid_argument("out", "data", "a null pointer");
-  } else if (partial->o == nullptr || partial->m == nullptr || partial->l == nullptr) {
-    return invalid_argument("state", "pointers to o, m and l", "a null pointer");
-  }
+  if (backend->capturing()) return attend_captured(args, out);
+  KV4_RETURN_IF_ERROR(check_output(args, out, partial));
   if (upto < 0 || upto > length)
     return error(StatusCode::out_of_range, "upto", "0 to " + std::to_string(length), std::to_string(upto));
 
+  // Masks as the host can read them.
+  AttendArgs readable = args;
+  if (!backend->host_memory()) {
+    readable.mask.general = args.mask.host_general;
+    readable.mask.general_stride = args.mask.host_general_stride;
+  }
   for (std::size_t b = 0; b < sequences.size(); ++b) {
-    if (sequences[b].non_finite.empty()) continue;
-    const Visibility visibility(args, static_cast<int>(b), length);
-    for (const NonFinite& x : sequences[b].non_finite)
+    Sequence& s = sequences[b];
+    hear(s);
+    if (s.non_finite.empty()) continue;
+    const Visibility visibility(readable, static_cast<int>(b), length);
+    for (const NonFinite& x : s.non_finite)
       if (visibility.seen(x.position))
         return error(StatusCode::non_finite, x.key ? "k" : "v", "finite values in tokens that a query sees",
                      "NaN or infinity at sequence " + std::to_string(b) + ", position " + std::to_string(x.position));
   }
-  record(args);
+  KV4_RETURN_IF_ERROR(record(readable));
   const bool stepwise = queries <= kStepwiseTokens;
   if (seals() && !arrival() && stepwise) KV4_RETURN_IF_ERROR(seal_until(length - 1));
 
@@ -150,7 +191,6 @@ Status Cache::State::attend(const AttendArgs& given, std::int64_t upto, const Mu
           if (visible_pages(s, first_query + t, true) != pages) end = t;
       }
     }
-    page_pointers.clear();
     views.resize(sequences.size());
     for (std::size_t b = 0; b < sequences.size(); ++b) {
       const Sequence& s = sequences[b];
@@ -162,21 +202,8 @@ Status Cache::State::attend(const AttendArgs& given, std::int64_t upto, const Mu
         return error(StatusCode::out_of_range, "upto", "at least " + std::to_string(sealed) + ", the end of the sealed tokens",
                      std::to_string(upto));
       views[b].query_position = first_query + begin;
-      for (int p = 0; p < views[b].page_count; ++p) page_pointers.push_back(s.pages[static_cast<std::size_t>(p)].data());
     }
-    std::size_t offset = 0;  // pointers are handed out only now that the vector no longer moves
-    for (SequenceView& v : views) {
-      v.pages = page_pointers.data() + offset;
-      offset += static_cast<std::size_t>(v.page_count);
-    }
-    AttendJob job;
-    job.args = args;
-    job.spec = seals() ? &spec : nullptr;
-    job.dtype = config.dtype;
-    job.kv_heads = heads();
-    job.head_dim_k = config.head_dim_k;
-    job.head_dim_v = config.head_dim_v;
-    job.sequences = views;
+    AttendJob job = job_of(args);
     job.query_begin = begin;
     job.query_count = end - begin;
     if (out != nullptr) job.out = *out;

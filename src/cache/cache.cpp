@@ -61,7 +61,9 @@ Status make_side(const SideRecipe& recipe, int dim, const std::vector<float>& ma
 }  // namespace
 
 Cache::Cache(std::unique_ptr<State> state) : state_(std::move(state)) {}
-Cache::~Cache() = default;
+Cache::~Cache() {
+  if (state_) state_->on_stream();  // what it frees
+}
 
 Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {
   const auto positive = [](const char* name, int value) {
@@ -91,6 +93,12 @@ Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {
     for (const std::string& name : backend_names()) names += (names.empty() ? "" : ", ") + name;
     return invalid_argument("backend", "one of " + names, config.backend);
   }
+  KV4_RETURN_IF_ERROR(state->backend->supports_rows(config.head_dim_k, config.head_dim_v, config.dtype, recipe.seal));
+  const auto given = [&](const std::vector<float>& values, const char* name, std::shared_ptr<Block>* block) {
+    return Block::copy_of(*state->backend, name, values.data(), values.size() * sizeof(float), block);
+  };
+  KV4_RETURN_IF_ERROR(given(config.lambda_k, "lambda_k", &state->given_k));
+  KV4_RETURN_IF_ERROR(given(config.lambda_v, "lambda_v", &state->given_v));
   if (seals) {
     KV4_RETURN_IF_ERROR(validate(recipe, config.head_dim_k, config.head_dim_v));
     PageSpec& spec = state->spec;
@@ -107,15 +115,21 @@ Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {
   return {};
 }
 
-Status Cache::append(const TensorView& k, const TensorView& v) { return state_->append(k, v); }
+Status Cache::append(const TensorView& k, const TensorView& v) { return state_->on_stream().append(k, v); }
 Status Cache::attend(const AttendArgs& args, const MutableTensorView& out) {
-  return state_->attend(args, state_->length, &out, nullptr);
+  return state_->on_stream().attend(args, state_->length, &out, nullptr);
 }
 Status Cache::attend_partial(const AttendArgs& args, std::int64_t upto, const PartialState& out) {
-  return state_->attend(args, upto, nullptr, &out);
+  return state_->on_stream().attend(args, upto, nullptr, &out);
 }
-Status Cache::seal() { return state_->settle(); }
-Status Cache::crop(std::int64_t length) { return state_->crop(length); }
+Status Cache::seal() { return state_->on_stream().settle(); }
+Status Cache::crop(std::int64_t length) { return state_->on_stream().crop(length); }
+Status Cache::reserve(std::int64_t tokens) { return state_->on_stream().reserve(tokens); }
+Status Cache::advance() { return state_->on_stream().advance(); }
+void Cache::set_stream(void* stream) {
+  state_->stream = stream;
+  state_->on_stream();
+}
 
 Status Cache::select(std::span<const std::int64_t> rows) {
   const std::int64_t batch = static_cast<std::int64_t>(state_->sequences.size());
@@ -123,6 +137,7 @@ Status Cache::select(std::span<const std::int64_t> rows) {
     if (rows[i] < 0 || rows[i] >= batch)
       return error(StatusCode::out_of_range, "rows", "indices from 0 to " + std::to_string(batch - 1),
                    std::to_string(rows[i]) + " at " + std::to_string(i));
+  state_->on_stream();
   std::vector<Sequence> next;
   next.reserve(rows.size());
   for (std::int64_t row : rows) next.push_back(state_->sequences[static_cast<std::size_t>(row)]);
@@ -139,6 +154,7 @@ Status Cache::repeat(int times) {
 }
 
 void Cache::reset() {
+  state_->on_stream();
   state_->sequences.clear();
   state_->length = 0;
   ++state_->version;
@@ -152,10 +168,10 @@ std::unique_ptr<Cache> Cache::clone() const {
 void Cache::record_past(bool on) { state_->recording = on; }
 
 Status Cache::dense_keys(std::int64_t first, std::int64_t count, const MutableTensorView& out) const {
-  return state_->dense(true, first, count, out);
+  return state_->on_stream().dense(true, first, count, out);
 }
 Status Cache::dense_values(std::int64_t first, std::int64_t count, const MutableTensorView& out) const {
-  return state_->dense(false, first, count, out);
+  return state_->on_stream().dense(false, first, count, out);
 }
 
 std::size_t Cache::nbytes() const {
@@ -166,14 +182,18 @@ std::size_t Cache::nbytes() const {
   for (const Sequence& q : s.sequences) {
     for (const RowBuffer* rows : {&q.sinks, &q.window})
       if (rows->identity() != nullptr && counted.insert(rows->identity()).second) sum += rows->bytes();
-    if (q.lambda && counted.insert(q.lambda.get()).second) sum += q.lambda->capacity() * sizeof(float);
-    sum += q.pages.capacity() * sizeof(PageRef) + q.seen.capacity() + q.non_finite.capacity() * sizeof(NonFinite) +
-           q.query_energy.rows.capacity() * sizeof(float) + q.query_energy.filled.capacity();
+    for (const Block* block : {q.lambda.get(), q.query_energy.rows.get()})
+      if (block != nullptr && counted.insert(block).second) sum += block->bytes();
+    if (q.note && counted.insert(q.note.get()).second) sum += sizeof(LateNote);
+    sum += q.pages.bytes() + q.seen.capacity() + q.non_finite.capacity() * sizeof(NonFinite) + q.query_energy.filled.capacity();
   }
   sum += s.sequences.capacity() * sizeof(Sequence) + s.views.capacity() * sizeof(SequenceView) +
-         s.page_pointers.capacity() * sizeof(const std::uint8_t*) + s.jobs.capacity() * sizeof(SealJob) + s.masked.capacity();
+         s.found.capacity() * sizeof(s.found[0]) + s.energies.capacity() * sizeof(EnergyJob) + s.lambda_copy.capacity() * sizeof(float) +
+         s.windows.capacity() * sizeof(std::int32_t) + s.jobs.capacity() * sizeof(SealJob) + s.masked.capacity();
   sum += (s.config.lambda_k.capacity() + s.config.lambda_v.capacity() + s.config.matrix_k.capacity() + s.config.matrix_v.capacity()) *
          sizeof(float);
+  for (const Block* block : {s.given_k.get(), s.given_v.get()}) sum += block != nullptr ? block->bytes() : 0;
+  if (s.own.tables) sum += s.own.tables->bytes();
   return sum;
 }
 
@@ -195,7 +215,11 @@ std::uint64_t Cache::version() const { return state_->version; }
 std::span<const float> Cache::lambda(int row) const {
   const float* values = state_->lambda_k(state_->sequences[static_cast<std::size_t>(row)], 0);
   if (values == nullptr) return {};
-  return {values, static_cast<std::size_t>(state_->config.kv_heads) * state_->config.head_dim_k};
+  const std::size_t count = static_cast<std::size_t>(state_->config.kv_heads) * state_->config.head_dim_k;
+  if (state_->backend->host_memory()) return {values, count};
+  state_->lambda_copy.resize(count);
+  state_->on_stream().backend->copy(state_->lambda_copy.data(), values, count * sizeof(float));
+  return state_->lambda_copy;
 }
 
 int Cache::page_count(int row) const { return static_cast<int>(state_->sequences[static_cast<std::size_t>(row)].pages.size()); }
@@ -208,7 +232,7 @@ Status Cache::State::find_slice(int row, int index, int head, const std::uint8_t
                : error(StatusCode::out_of_range, name, "0 to " + std::to_string(static_cast<int>(end) - 1), std::to_string(value));
   };
   KV4_RETURN_IF_ERROR(in_range("row", row, sequences.size()));
-  const std::vector<PageRef>& pages = sequences[static_cast<std::size_t>(row)].pages;
+  const PageList& pages = sequences[static_cast<std::size_t>(row)].pages;
   KV4_RETURN_IF_ERROR(in_range("index", index, pages.size()));
   KV4_RETURN_IF_ERROR(in_range("head", head, static_cast<std::size_t>(config.kv_heads)));
   *out = slice(pages[static_cast<std::size_t>(index)], head);
@@ -230,7 +254,7 @@ Status Cache::page_codes(int row, int index, int head, std::span<std::uint8_t> k
   const auto bytes = [](int dim) { return static_cast<std::size_t>(kPageTokens) * static_cast<std::size_t>(dim) / 2; };
   KV4_RETURN_IF_ERROR(expect_room("k", bytes(s.config.head_dim_k), k.size(), " bytes"));
   KV4_RETURN_IF_ERROR(expect_room("v", bytes(s.config.head_dim_v), v.size(), " bytes"));
-  s.backend->codes_to_canonical(s.spec, slice, k.data(), v.data());
+  state_->on_stream().backend->codes_to_canonical(s.spec, slice, k.data(), v.data());
   return {};
 }
 
@@ -241,7 +265,7 @@ Status Cache::page_scales(int row, int index, int head, std::span<std::uint16_t>
   const auto count = [](int groups) { return static_cast<std::size_t>(groups * kPageTokens); };
   KV4_RETURN_IF_ERROR(expect_room("k", count(s.spec.key.groups), k.size(), " scales"));
   KV4_RETURN_IF_ERROR(expect_room("v", count(s.spec.value.groups), v.size(), " scales"));
-  s.backend->copy(k.data(), slice + s.spec.layout.k_scales, k.size_bytes());
+  state_->on_stream().backend->copy(k.data(), slice + s.spec.layout.k_scales, k.size_bytes());
   s.backend->copy(v.data(), slice + s.spec.layout.v_scales, v.size_bytes());
   return {};
 }

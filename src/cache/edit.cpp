@@ -1,35 +1,11 @@
 // Crop and the dequantised view of what is held.
 #include <algorithm>
-#include <cstring>
 #include <string>
 #include <vector>
 
 #include "cache/state.h"
-#include "format/convert.h"
 
 namespace kv4 {
-namespace {
-
-void store_row(std::byte* to, DType dtype, const float* from, int channels) {
-  if (dtype == DType::f32) {
-    std::memcpy(to, from, static_cast<std::size_t>(channels) * 4);
-    return;
-  }
-  auto* half = reinterpret_cast<std::uint16_t*>(to);
-  for (int c = 0; c < channels; ++c) half[c] = dtype == DType::f16 ? f32_to_f16(from[c]) : f32_to_bf16(from[c]);
-}
-
-void load_row(const std::byte* from, DType dtype, float* to, int channels) {
-  if (dtype == DType::f32) {
-    std::memcpy(to, from, static_cast<std::size_t>(channels) * 4);
-    return;
-  }
-  const auto* half = reinterpret_cast<const std::uint16_t*>(from);
-  for (int c = 0; c < channels; ++c) to[c] = dtype == DType::f16 ? f16_to_f32(half[c]) : bf16_to_f32(half[c]);
-}
-
-}  // namespace
-
 Status Cache::State::crop(std::int64_t n) {
   if (n < 0 || n > length)
     return error(StatusCode::out_of_range, "length", "0 to " + std::to_string(length), std::to_string(n));
@@ -51,7 +27,9 @@ Status Cache::State::crop(std::int64_t n) {
 
 Status Cache::State::crop_sequence(Sequence& s, std::int64_t n) const {
   s.length = n;
+  hear(s);
   std::erase_if(s.non_finite, [n](const NonFinite& x) { return x.position >= n; });
+  if (s.told_key != 0 || s.told_value != 0) give_note(s);  // the old one may tell of what is gone
   QueryEnergy& energy = s.query_energy;
   if (n <= energy.first) {
     energy.clear();
@@ -61,7 +39,7 @@ Status Cache::State::crop_sequence(Sequence& s, std::int64_t n) const {
   if (arrival()) {
     const std::int64_t kept = n - s.page_position(s.first_page);
     const std::int64_t pages = (kept + kPageTokens - 1) / kPageTokens;
-    s.pages.resize(static_cast<std::size_t>(pages));
+    s.pages.truncate(static_cast<std::size_t>(pages));
     s.last_page_tokens = pages == 0 ? kPageTokens : static_cast<int>(kept - (pages - 1) * kPageTokens);
     return {};
   }
@@ -69,7 +47,7 @@ Status Cache::State::crop_sequence(Sequence& s, std::int64_t n) const {
     if (s.anchored) {
       // Pages with exact rows behind them go if one-by-one decoding would not have them yet.
       const std::int64_t keep = std::clamp(s.pages_due(n, config.recipe.window), s.released_pages(), s.page_end());
-      s.pages.resize(static_cast<std::size_t>(keep - s.first_page));
+      s.pages.truncate(static_cast<std::size_t>(keep - s.first_page));
     }
     const std::int64_t rows = std::max<std::int64_t>(0, n - s.window_position);
     s.window_position = std::min(s.window_position, n);
@@ -90,7 +68,7 @@ Status Cache::State::crop_sequence(Sequence& s, std::int64_t n) const {
     s.start = 0;
     s.anchored = false;
   }
-  if (s.pages.empty() && !energy.rows.empty()) s.lambda.reset();
+  if (s.pages.empty() && energy.rows) s.lambda.reset();
   return {};
 }
 
@@ -100,17 +78,24 @@ Status Cache::State::reopen_page(Sequence& s, std::int64_t index, std::int64_t r
   if (rows > 0) {
     const PageRef page = s.pages[static_cast<std::size_t>(index - s.first_page)];
     KV4_RETURN_IF_ERROR(window.reserve(*backend, shape, config.recipe.window + kPageTokens));
-    std::vector<float> k(static_cast<std::size_t>(rows) * config.head_dim_k), v(static_cast<std::size_t>(rows) * config.head_dim_v);
+    std::vector<DequantiseJob> all;
     for (int h = 0; h < heads(); ++h) {
-      backend->dequantise(spec, slice(page, h), lambda_k(s, h), lambda_v(h), 0, static_cast<int>(rows), k.data(), v.data());
-      for (std::int64_t j = 0; j < rows; ++j) {
-        store_row(window.key(h, j), config.dtype, k.data() + j * config.head_dim_k, config.head_dim_k);
-        store_row(window.value(h, j), config.dtype, v.data() + j * config.head_dim_v, config.head_dim_v);
-      }
+      DequantiseJob job;
+      job.slice = slice(page, h);
+      job.lambda_k = lambda_k(s, h);
+      job.lambda_v = lambda_v(h);
+      job.count = static_cast<int>(rows);
+      job.dtype = config.dtype;
+      job.k = window.key(h, 0);
+      job.v = window.value(h, 0);
+      job.k_stride = config.head_dim_k;
+      job.v_stride = config.head_dim_v;
+      all.push_back(job);
     }
+    KV4_RETURN_IF_ERROR(backend->dequantise(spec, all));
     window.set_count(rows);
   }
-  s.pages.resize(static_cast<std::size_t>(index - s.first_page));
+  s.pages.truncate(static_cast<std::size_t>(index - s.first_page));
   s.window = std::move(window);
   s.window_position = s.page_position(index);
   s.seen.assign(static_cast<std::size_t>(rows), Seen::visible);
@@ -133,36 +118,55 @@ Status Cache::State::dense(bool keys, std::int64_t first, std::int64_t count, co
                             "[" + std::to_string(out.shape[0]) + ", " + std::to_string(out.shape[1]) + ", " + std::to_string(out.shape[2]) +
                                 ", " + std::to_string(out.shape[3]) + "]");
   if (out.stride[3] != 1 && dim > 1) return invalid_argument("out", "channel stride 1", std::to_string(out.stride[3]));
-  std::vector<float> rows(static_cast<std::size_t>(kPageTokens) * dim);
+  std::vector<DequantiseJob> packed;
   for (std::size_t b = 0; b < sequences.size(); ++b) {
     const Sequence& s = sequences[b];
-    for (int h = 0; h < heads(); ++h) {
-      const auto put = [&](std::int64_t position, const float* row) {
-        store_row(static_cast<std::byte*>(out.at(static_cast<std::int64_t>(b), h, position - first)), out.dtype, row, dim);
-      };
-      const auto put_exact = [&](const RowBuffer& from, std::int64_t at, std::int64_t lo) {
-        for (std::int64_t p = std::max(lo, first); p < std::min(at + from.count(), first + count); ++p) {
-          load_row(keys ? from.key(h, p - at) : from.value(h, p - at), config.dtype, rows.data(), dim);
-          put(p, rows.data());
-        }
-      };
-      // Padding that was dropped reads as 0.
-      const std::int64_t held = s.anchored ? s.start : s.window_position;
-      std::fill(rows.begin(), rows.begin() + dim, 0.0f);
-      for (std::int64_t p = first; p < std::min(held, first + count); ++p) put(p, rows.data());
-      put_exact(s.sinks, s.start, s.start);
-      for (std::int64_t i = s.first_page; i < s.page_end(); ++i) {
-        const std::int64_t at = s.page_position(i);
-        const std::int64_t tokens = i + 1 == s.page_end() ? s.last_page_tokens : kPageTokens;
-        const std::int64_t lo = std::max(at, first), hi = std::min(at + tokens, first + count);
-        if (lo >= hi) continue;
-        backend->dequantise(spec, slice(s.pages[static_cast<std::size_t>(i - s.first_page)], h), lambda_k(s, h), lambda_v(h),
-                            static_cast<int>(lo - at), static_cast<int>(hi - lo), keys ? rows.data() : nullptr, keys ? nullptr : rows.data());
-        for (std::int64_t p = lo; p < hi; ++p) put(p, rows.data() + (p - lo) * dim);
+    const auto put_exact = [&](const RowBuffer* from, std::int64_t at, std::int64_t count_there) {
+      const std::int64_t lo = std::max(at, first), hi = std::min(at + count_there, first + count);
+      if (lo >= hi) return Status();
+      ConvertJob job;
+      if (from != nullptr) {
+        const ExactRows rows = from->view(lo - at, hi - lo, lo);
+        job.from = keys ? rows.k : rows.v;
+        job.from_head_stride = keys ? rows.k_head_stride : rows.v_head_stride;
+        job.from_stride = keys ? rows.k_stride : rows.v_stride;
       }
-      // Rows still exact win over pages sealed during the last call.
-      put_exact(s.window, s.window_position, s.window_position);
+      job.from_dtype = config.dtype;
+      job.to = out.at(static_cast<std::int64_t>(b), 0, lo - first);
+      job.to_dtype = out.dtype;
+      job.to_head_stride = out.stride[1];
+      job.to_stride = out.stride[2];
+      job.heads = heads();
+      job.dim = dim;
+      job.rows = hi - lo;
+      return backend->convert(job);
+    };
+    // Padding that was dropped reads as 0.
+    const std::int64_t held = s.anchored ? s.start : s.window_position;
+    KV4_RETURN_IF_ERROR(put_exact(nullptr, 0, held));
+    KV4_RETURN_IF_ERROR(put_exact(&s.sinks, s.start, s.sinks.count()));
+    packed.clear();
+    for (std::int64_t i = s.first_page; i < s.page_end(); ++i) {
+      const std::int64_t at = s.page_position(i);
+      const std::int64_t tokens = i + 1 == s.page_end() ? s.last_page_tokens : kPageTokens;
+      const std::int64_t lo = std::max(at, first), hi = std::min(at + tokens, first + count);
+      if (lo >= hi) continue;
+      for (int h = 0; h < heads(); ++h) {
+        DequantiseJob job;
+        job.slice = slice(s.pages[static_cast<std::size_t>(i - s.first_page)], h);
+        job.lambda_k = lambda_k(s, h);
+        job.lambda_v = lambda_v(h);
+        job.first = static_cast<int>(lo - at);
+        job.count = static_cast<int>(hi - lo);
+        job.dtype = out.dtype;
+        (keys ? job.k : job.v) = out.at(static_cast<std::int64_t>(b), h, lo - first);
+        job.k_stride = job.v_stride = out.stride[2];
+        packed.push_back(job);
+      }
     }
+    KV4_RETURN_IF_ERROR(backend->dequantise(spec, packed));
+    // Rows still exact win over pages sealed during the last call.
+    KV4_RETURN_IF_ERROR(put_exact(&s.window, s.window_position, s.window.count()));
   }
   return {};
 }

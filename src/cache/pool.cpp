@@ -28,33 +28,43 @@ PagePool::~PagePool() {
   for (Slab& slab : slabs_) backend_.free(slab.memory, slab.bytes);
 }
 
+Status PagePool::grow(std::size_t count) {
+  while (free_.size() < count) {
+    const std::size_t wanted = std::max(count - free_.size(), pages_ / kGrowthDivisor);
+    const std::size_t in_huge = kHugeSlabBytes / page_bytes_;
+    const bool fills = in_huge > 0 && kHugeSlabBytes % page_bytes_ <= kHugeSlabBytes / kGrowthDivisor;
+    const bool huge = fills && wanted >= in_huge && (pages_ + wanted) * page_bytes_ >= kHugeFrom;
+    const std::size_t add = huge ? in_huge : std::min(std::max<std::size_t>(1, kSlabBytes / page_bytes_), wanted);
+    Slab slab;
+    slab.count = add;
+    slab.bytes = huge ? kHugeSlabBytes : add * page_bytes_;
+    slab.memory = backend_.alloc(slab.bytes);
+    if (slab.memory == nullptr)
+      return error(StatusCode::out_of_memory, "pages", std::to_string(slab.bytes) + " free bytes",
+                   "none");
+    slab.pages = std::make_unique<Page[]>(add);
+    slabs_.push_back(std::move(slab));
+    Slab& held = slabs_.back();
+    for (std::size_t i = add; i-- > 0;) {
+      held.pages[i].data = static_cast<std::uint8_t*>(held.memory) + i * page_bytes_;
+      held.pages[i].slab = &held;
+      free_.push_back(&held.pages[i]);
+    }
+    pages_ += add;
+  }
+  return {};
+}
+
+Status PagePool::reserve(std::size_t count) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return grow(count);
+}
+
 Status PagePool::allocate(std::size_t count, std::vector<PageRef>* out) {
   std::vector<Page*> taken;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    while (free_.size() < count) {
-      const std::size_t wanted = std::max(count - free_.size(), pages_ / kGrowthDivisor);
-      const std::size_t in_huge = kHugeSlabBytes / page_bytes_;
-      const bool fills = in_huge > 0 && kHugeSlabBytes % page_bytes_ <= kHugeSlabBytes / kGrowthDivisor;
-      const bool huge = fills && wanted >= in_huge && (pages_ + wanted) * page_bytes_ >= kHugeFrom;
-      const std::size_t add = huge ? in_huge : std::min(std::max<std::size_t>(1, kSlabBytes / page_bytes_), wanted);
-      Slab slab;
-      slab.count = add;
-      slab.bytes = huge ? kHugeSlabBytes : add * page_bytes_;
-      slab.memory = backend_.alloc(slab.bytes);
-      if (slab.memory == nullptr)
-        return error(StatusCode::out_of_memory, "pages", std::to_string(slab.bytes) + " free bytes",
-                     "none");
-      slab.pages = std::make_unique<Page[]>(add);
-      slabs_.push_back(std::move(slab));
-      Slab& held = slabs_.back();
-      for (std::size_t i = add; i-- > 0;) {
-        held.pages[i].data = static_cast<std::uint8_t*>(held.memory) + i * page_bytes_;
-        held.pages[i].slab = &held;
-        free_.push_back(&held.pages[i]);
-      }
-      pages_ += add;
-    }
+    KV4_RETURN_IF_ERROR(grow(count));
     for (std::size_t i = 0; i < count; ++i) {
       taken.push_back(free_.back());
       free_.pop_back();

@@ -58,12 +58,15 @@ class PagePool {
 
   // `count` pages appended to out; out_of_memory leaves out as it was.
   Status allocate(std::size_t count, std::vector<PageRef>* out);
+  // Free pages for `count` that are allocated later.
+  Status reserve(std::size_t count);
   std::size_t bytes() const;  // slabs, used or not, and their bookkeeping
   std::size_t page_bytes() const { return page_bytes_; }
 
  private:
   friend class PageRef;
   void give_back(Page* page);
+  Status grow(std::size_t count);  // to at least `count` free pages; under the lock
 
   Backend& backend_;
   const std::size_t page_bytes_;

@@ -1,6 +1,5 @@
 #include "cache/rows.h"
 
-#include <cstring>
 #include <string>
 
 namespace kv4 {
@@ -18,7 +17,7 @@ std::byte* RowBuffer::value(int head, std::int64_t row) const {
 
 ExactRows RowBuffer::view(std::int64_t first, std::int64_t rows, std::int64_t position) const {
   ExactRows view;
-  if (rows <= 0) return view;
+  if (block_ == nullptr || rows < 0) return view;
   const RowShape& s = block_->shape;
   view.k = key(0, first);
   view.v = value(0, first);
@@ -48,24 +47,25 @@ Status RowBuffer::reserve(Backend& backend, const RowShape& shape, std::int64_t 
   return {};
 }
 
-void RowBuffer::drop_front(std::int64_t rows) {
+void RowBuffer::copy_rows(const RowBuffer& from, std::int64_t first, std::int64_t to, std::int64_t rows) {
+  if (rows <= 0) return;
   const RowShape& s = block_->shape;
-  const std::int64_t kept = count_ - rows;
-  if (rows > 0 && kept > 0) {
-    for (int h = 0; h < s.kv_heads; ++h) {
-      std::memmove(key(h, 0), key(h, rows), static_cast<std::size_t>(kept) * s.head_dim_k * size_of(s.dtype));
-      std::memmove(value(h, 0), value(h, rows), static_cast<std::size_t>(kept) * s.head_dim_v * size_of(s.dtype));
-    }
-  }
-  count_ = kept;
+  const auto side = [&](std::byte* into, const std::byte* out_of, int dim) {
+    const std::size_t row = static_cast<std::size_t>(dim) * size_of(s.dtype);
+    block_->backend->copy_lines(into, static_cast<std::size_t>(block_->capacity) * row, out_of,
+                                static_cast<std::size_t>(from.block_->capacity) * row, static_cast<std::size_t>(rows) * row, s.kv_heads);
+  };
+  side(key(0, to), from.key(0, first), s.head_dim_k);
+  side(value(0, to), from.value(0, first), s.head_dim_v);
+}
+
+void RowBuffer::drop_front(std::int64_t rows) {
+  if (rows > 0) copy_rows(*this, rows, 0, count_ - rows);
+  count_ -= rows;
 }
 
 void RowBuffer::push_rows(const RowBuffer& from, std::int64_t first, std::int64_t rows) {
-  const RowShape& s = block_->shape;
-  for (int h = 0; h < s.kv_heads; ++h) {
-    std::memcpy(key(h, count_), from.key(h, first), static_cast<std::size_t>(rows) * s.head_dim_k * size_of(s.dtype));
-    std::memcpy(value(h, count_), from.value(h, first), static_cast<std::size_t>(rows) * s.head_dim_v * size_of(s.dtype));
-  }
+  copy_rows(from, first, count_, rows);
   count_ += rows;
 }
 

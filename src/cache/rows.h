@@ -28,6 +28,7 @@ class RowBuffer {
   std::int64_t capacity() const { return block_ ? block_->capacity : 0; }
   std::byte* key(int head, std::int64_t row) const;
   std::byte* value(int head, std::int64_t row) const;
+  // Rows [first, first + rows); none of them where nothing is allocated.
   ExactRows view(std::int64_t first, std::int64_t rows, std::int64_t position) const;
 
   // Makes the rows private and gives them exactly `capacity` (>= count) rows of room; the
@@ -64,6 +65,9 @@ class RowBuffer {
     Block(const Block&) = delete;
     Block& operator=(const Block&) = delete;
   };
+  // rows [first, first + rows) of `from` to rows [to, to + rows); within one buffer only downwards
+  void copy_rows(const RowBuffer& from, std::int64_t first, std::int64_t to, std::int64_t rows);
+
   std::shared_ptr<Block> block_;
   std::int64_t count_ = 0;
 };

@@ -1,19 +1,17 @@
 // When tokens are sealed, dropped and evicted. What sealing computes is the backend's.
+#include <algorithm>
+
 #include "cache/state.h"
-#include "moments/lambda.h"
 
 namespace kv4 {
 
 const float* Cache::State::lambda_k(const Sequence& s, int head) const {
-  const std::vector<float>* values = config.recipe.key.lambda == LambdaMode::given ? &config.lambda_k
-                                     : s.lambda                                    ? s.lambda.get()
-                                                                                   : nullptr;
-  return values == nullptr ? nullptr : values->data() + static_cast<std::size_t>(head) * config.head_dim_k;
+  const std::shared_ptr<Block>& values = given_k ? given_k : s.lambda;
+  return values == nullptr ? nullptr : values->as<float>() + static_cast<std::size_t>(head) * config.head_dim_k;
 }
 
 const float* Cache::State::lambda_v(int head) const {
-  if (config.recipe.value.lambda != LambdaMode::given) return nullptr;
-  return config.lambda_v.data() + static_cast<std::size_t>(head) * config.head_dim_v;
+  return given_v == nullptr ? nullptr : given_v->as<float>() + static_cast<std::size_t>(head) * config.head_dim_v;
 }
 
 Status Cache::State::settle() {
@@ -95,7 +93,7 @@ Status Cache::State::evict_below(Sequence& s, std::int64_t needed) {
   }
   if (arrival()) {
     while (s.pages.size() > 1 && s.page_position(s.first_page + 1) <= needed) {
-      s.pages.erase(s.pages.begin());
+      s.pages.drop_front();
       ++s.first_page;
     }
     return {};
@@ -106,7 +104,7 @@ Status Cache::State::evict_below(Sequence& s, std::int64_t needed) {
   }
   if (needed >= s.body()) s.sinks.clear();
   while (!s.pages.empty() && s.page_position(s.first_page + 1) <= needed) {
-    s.pages.erase(s.pages.begin());
+    s.pages.drop_front();
     ++s.first_page;
   }
   if (s.pages.empty() && s.window_position <= s.page_position(s.first_page)) {
@@ -136,33 +134,31 @@ void Cache::State::note_masked(const Sequence& s, std::int64_t first_row, std::i
 
 // From all that one-by-one decoding holds when the first page is due: every query so far, and the
 // keys of that page and of the window behind it, each 64 about their own mean, as pages are.
-void Cache::State::fix_lambda(Sequence& s) {
-  if (config.recipe.key.lambda != LambdaMode::automatic || s.lambda) return;
-  const int dim = config.head_dim_k;
+Status Cache::State::fix_lambda(Sequence& s) {
+  if (config.recipe.key.lambda != LambdaMode::automatic || s.lambda) return {};
   const std::int64_t row = s.page_position(s.page_end()) - s.window_position;
   const std::int64_t blocks = 1 + config.recipe.window / kPageTokens;
   note_masked(s, row, blocks * kPageTokens);
-  std::vector<float> values(static_cast<std::size_t>(heads()) * dim, 1.0f);
-  std::vector<double> query(dim), key(dim), block(dim);
-  for (int h = 0; h < heads(); ++h) {
-    std::fill(key.begin(), key.end(), 0.0);
-    int used = 0;
-    for (std::int64_t b = 0; b < blocks; ++b) {
-      const std::int64_t first = b * kPageTokens;
-      const int rows = centred_energy(s.window.key(h, row + first), config.dtype, dim, masked.data() + first, kPageTokens, block);
-      for (int c = 0; c < dim; ++c) key[c] += rows * block[c];
-      used += rows;
-    }
-    if (used == 0) return;  // pages of holes say nothing: the next one decides
-    std::fill(query.begin(), query.end(), 0.0);
-    for (std::size_t t = 0; t < s.query_energy.filled.size(); ++t) {
-      if (s.query_energy.filled[t] == 0) continue;
-      const float* energy = s.query_energy.rows.data() + (t * static_cast<std::size_t>(heads()) + h) * dim;
-      for (int c = 0; c < dim; ++c) query[c] += energy[c];
-    }
-    lambda_from_energies(query, key, std::span<float>(values).subspan(static_cast<std::size_t>(h) * dim, dim));
-  }
-  s.lambda = std::make_shared<const std::vector<float>>(std::move(values));
+  // Pages of holes say nothing: the next one decides.
+  if (std::find(masked.begin(), masked.end(), 0) == masked.end()) return {};
+  std::shared_ptr<Block> values;
+  KV4_RETURN_IF_ERROR(Block::make(*backend, "lambda", static_cast<std::size_t>(heads()) * config.head_dim_k * sizeof(float), &values));
+  LambdaJob job;
+  const ExactRows keys = s.window.view(row, blocks * kPageTokens, 0);
+  job.k = keys.k;
+  job.dtype = config.dtype;
+  job.k_head_stride = keys.k_head_stride;
+  job.k_stride = keys.k_stride;
+  job.kv_heads = heads();
+  job.dim = config.head_dim_k;
+  job.blocks = static_cast<int>(blocks);
+  job.skip = masked;
+  job.energies = s.query_energy.rows ? s.query_energy.rows->as<float>() : nullptr;
+  job.filled = s.query_energy.filled;
+  job.lambda = values->as<float>();
+  KV4_RETURN_IF_ERROR(backend->fix_lambda(job));
+  s.lambda = std::move(values);
+  return {};
 }
 
 Status Cache::State::seal_until(std::int64_t n) {
@@ -174,7 +170,7 @@ Status Cache::State::seal_until(std::int64_t n) {
     std::int64_t count = due - s.page_end();
     if (count <= 0) continue;
     // Lambda comes before eviction: it is that of the first page due, sealed or not.
-    fix_lambda(s);
+    KV4_RETURN_IF_ERROR(fix_lambda(s));
     // Pages that no query will ever see again are not worth sealing.
     if (config.sliding_window > 0 && !recording && s.pages.empty() && s.window_position == s.page_position(s.first_page)) {
       const std::int64_t needed = s.length - config.sliding_window + 1;
@@ -191,6 +187,14 @@ Status Cache::State::seal_until(std::int64_t n) {
     note_masked(s, first_row, count * kPageTokens);
     std::vector<PageRef> fresh;
     KV4_RETURN_IF_ERROR(pool->allocate(static_cast<std::size_t>(count), &fresh));
+    // Kernels that read their own memory alone get a copy of the flags, where there are any.
+    const std::uint8_t* flags = masked.data();
+    std::shared_ptr<Block> copied;
+    if (!backend->host_memory()) {
+      const bool any = std::find(masked.begin(), masked.end(), 1) != masked.end();
+      KV4_RETURN_IF_ERROR(Block::copy_of(*backend, "masked", masked.data(), any ? masked.size() : 0, &copied));
+      flags = any ? copied->as<std::uint8_t>() : nullptr;
+    }
     jobs.clear();
     for (std::int64_t p = 0; p < count; ++p) {
       for (int h = 0; h < heads(); ++h) {
@@ -200,7 +204,7 @@ Status Cache::State::seal_until(std::int64_t n) {
         job.dtype = config.dtype;
         job.k_stride = config.head_dim_k;
         job.v_stride = config.head_dim_v;
-        job.skip = masked.data() + p * kPageTokens;
+        job.skip = flags == nullptr ? nullptr : flags + p * kPageTokens;
         job.lambda_k = lambda_k(s, h);
         job.lambda_v = lambda_v(h);
         job.slice = slice(fresh[p], h);
@@ -208,7 +212,7 @@ Status Cache::State::seal_until(std::int64_t n) {
       }
     }
     KV4_RETURN_IF_ERROR(backend->seal(spec, jobs));
-    s.pages.insert(s.pages.end(), std::make_move_iterator(fresh.begin()), std::make_move_iterator(fresh.end()));
+    s.pages.append(std::move(fresh));
     // A prefill's work lists are not kept for decoding, which needs them once in 64 tokens.
     std::vector<SealJob>().swap(jobs);
     std::vector<std::uint8_t>().swap(masked);

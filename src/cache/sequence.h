@@ -11,7 +11,8 @@
 #include <memory>
 #include <vector>
 
-#include "cache/pool.h"
+#include "cache/block.h"
+#include "cache/page_list.h"
 #include "cache/rows.h"
 #include "kv4/recipe.h"
 
@@ -20,18 +21,12 @@ namespace kv4 {
 // What attention has told about an exact token.
 enum class Seen : std::uint8_t { unknown = 0, visible = 1, masked = 2 };
 
-// A token whose row held NaN or infinity: stored as zeros, refused once a query sees it.
-struct NonFinite {
-  std::int64_t position;
-  bool key, value;
-};
-
 // Energies of the unmasked queries that come before the first page is due, kept by position until
 // lambda is fixed, so that a crop or a repeated call leaves no trace and the size of calls does not
 // matter: rows [limit][kv_heads * head_dim_k].
 struct QueryEnergy {
   std::int64_t first = 0;            // position of row 0
-  std::vector<float> rows;           // empty until the first query
+  std::shared_ptr<Block> rows;       // float; null until the first query; shared between forks until one writes
   std::vector<std::uint8_t> filled;  // [limit]
 
   void clear() { *this = QueryEnergy(); }
@@ -45,17 +40,19 @@ struct Sequence {
 
   RowBuffer sinks;
   std::int64_t first_page = 0;            // index of pages.front(): earlier ones are evicted
-  std::vector<PageRef> pages;
+  PageList pages;
   int last_page_tokens = kPageTokens;     // arrival mode fills the last page token by token
 
   RowBuffer window;
   std::int64_t window_position = 0;       // of window row 0
   std::vector<Seen> seen;                 // per window row
   std::vector<NonFinite> non_finite;      // ascending positions, window only (arrival: everywhere)
+  std::shared_ptr<LateNote> note;         // shared between forks; null where the backend tells at once
+  std::int64_t told_key = 0, told_value = 0;  // what of the note is in non_finite
 
   std::int64_t evicted = 0;               // a sliding window let go of every position below
   QueryEnergy query_energy;
-  std::shared_ptr<const std::vector<float>> lambda;  // [kv_heads, head_dim_k]
+  std::shared_ptr<Block> lambda;          // float [kv_heads, head_dim_k]
 
   std::int64_t body() const { return start + sink_limit; }
   std::int64_t page_position(std::int64_t index) const { return body() + index * kPageTokens; }

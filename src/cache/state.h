@@ -15,12 +15,22 @@ namespace kv4 {
 // are prefill and see their own tokens exactly.
 constexpr std::int64_t kStepwiseTokens = kPageTokens;
 
+// The tables that a backend keeps for one cache; a copy of the cache gets its own.
+struct OwnTables {
+  std::unique_ptr<DeviceTables> tables;
+  OwnTables() = default;
+  OwnTables(const OwnTables&) {}
+};
+
 struct Cache::State {
   CacheConfig config;
   Backend* backend = nullptr;
   RowShape shape;
   PageSpec spec;                        // valid unless the recipe never seals
   std::shared_ptr<PagePool> pool;       // null where the recipe never seals
+  std::shared_ptr<Block> given_k, given_v;  // lambda of the configuration; null where it has none
+  OwnTables own;
+  void* stream = nullptr;
   std::vector<Sequence> sequences;
   std::int64_t length = 0;
   std::uint64_t version = 0;
@@ -28,14 +38,21 @@ struct Cache::State {
 
   // Reused from call to call, so that decoding allocates nothing (work lists of sealing excepted).
   std::vector<SequenceView> views;
-  std::vector<const std::uint8_t*> page_pointers;
   std::vector<SealJob> jobs;
   std::vector<std::uint8_t> masked;
   std::vector<std::int32_t> windows;
+  std::vector<std::vector<NonFinite>*> found;
+  std::vector<EnergyJob> energies;
+  mutable std::vector<float> lambda_copy;  // of device memory, for lambda()
 
   bool seals() const { return config.recipe.seal != SealMode::never; }
   bool arrival() const { return config.recipe.seal == SealMode::arrival; }
   int heads() const { return config.kv_heads; }
+  // Before anything is asked of the backend.
+  State& on_stream() {
+    backend->set_stream(stream);
+    return *this;
+  }
   Status find_slice(int row, int index, int head, const std::uint8_t** out) const;
   std::uint8_t* slice(const PageRef& page, int head) const {
     return page.data() + static_cast<std::size_t>(head) * spec.layout.head_bytes;
@@ -50,7 +67,7 @@ struct Cache::State {
   Status release_rows(Sequence& s, std::int64_t position);  // drops exact rows below it
   Status evict(Sequence& s);                        // what a sliding window no longer shows; nothing while recording
   Status evict_below(Sequence& s, std::int64_t needed);
-  void fix_lambda(Sequence& s);
+  Status fix_lambda(Sequence& s);
   void note_masked(const Sequence& s, std::int64_t first_row, std::int64_t rows);
   Status seal_arrived(const TensorView& k, const TensorView& v);
 
@@ -58,14 +75,24 @@ struct Cache::State {
   Status check_rows(const TensorView& x, const char* name, int dim) const;
   Status append(const TensorView& k, const TensorView& v);
   Status make_room(Sequence& s, std::int64_t tokens) const;
-  void push(Sequence& s, int row, const TensorView& k, const TensorView& v) const;
+  Status push(const TensorView& k, const TensorView& v);
+  Status append_captured(const TensorView& k, const TensorView& v);
   void note_non_finite(Sequence& s, std::int64_t row, const TensorView& k, const TensorView& v) const;
+  void give_note(Sequence& s) const;
+  void hear(Sequence& s) const;                     // takes over what the note says
+  Status make_tables();
+  void view_before(std::int64_t tokens);            // views as a store of `tokens` rows finds them
+  Status reserve(std::int64_t tokens);
+  Status advance();
 
   // attend.cpp
   Status check_queries(const AttendArgs& args) const;
   Status attend(const AttendArgs& args, std::int64_t upto, const MutableTensorView* out,
                 const PartialState* partial);
-  void record(const AttendArgs& args);
+  Status attend_captured(const AttendArgs& args, const MutableTensorView* out);
+  Status record(const AttendArgs& args);
+  AttendJob job_of(const AttendArgs& args);
+  Status check_output(const AttendArgs& args, const MutableTensorView* out, const PartialState* partial) const;
   std::int64_t visible_pages(const Sequence& s, std::int64_t query_position, bool stepwise) const;
   void view(const Sequence& s, std::int64_t pages, std::int64_t upto, SequenceView* out) const;
 

@@ -26,6 +26,7 @@ Visibility::Visibility(const AttendArgs& args, int row, std::int64_t length)
 
 bool Visibility::general_visible(std::int64_t t, std::int64_t position) const {
   const Mask& m = args_.mask;
+  if (m.general == nullptr) return true;  // not to be read from here
   const std::int64_t column = position - m.offset;
   if (column < 0 || column >= m.columns) return false;
   const std::int64_t heads = m.general_stride[1] == 0 ? 1 : args_.q.shape[1];

@@ -100,6 +100,8 @@ kv4::Status args_of(const kv4_attend_args& a, kv4::AttendArgs* out) {
   if (m.kind == kv4::Mask::General::additive) KV4_RETURN_IF_ERROR(dtype_of("mask_dtype", a.mask_dtype, &m.general_dtype));
   for (int i = 0; i < 4; ++i) m.general_stride[i] = a.mask_stride[i];
   m.columns = a.columns;
+  m.host_general = a.host_mask;
+  for (int i = 0; i < 4; ++i) m.host_general_stride[i] = a.host_mask_stride[i];
   return {};
 }
 
@@ -180,6 +182,18 @@ kv4_status kv4_cache_attend_partial(kv4_cache* cache, const kv4_attend_args* arg
 
 kv4_status kv4_cache_seal(kv4_cache* cache) {
   return guarded({{"cache", cache}}, [&] { return cache->cache->seal(); });
+}
+kv4_status kv4_cache_set_stream(kv4_cache* cache, void* stream) {
+  return guarded({{"cache", cache}}, [&]() -> kv4::Status {
+    cache->cache->set_stream(stream);
+    return {};
+  });
+}
+kv4_status kv4_cache_reserve(kv4_cache* cache, int64_t tokens) {
+  return guarded({{"cache", cache}}, [&] { return cache->cache->reserve(tokens); });
+}
+kv4_status kv4_cache_advance(kv4_cache* cache) {
+  return guarded({{"cache", cache}}, [&] { return cache->cache->advance(); });
 }
 kv4_status kv4_cache_crop(kv4_cache* cache, int64_t length) {
   return guarded({{"cache", cache}}, [&] { return cache->cache->crop(length); });

@@ -6,6 +6,7 @@
 
 #include "backend/backend.h"
 #include "cpu/attention.h"
+#include "cpu/exact_rows.h"
 #include "cpu/isa.h"
 #include "cpu/layout.h"
 #include "cpu/memory.h"
@@ -42,11 +43,32 @@ class CpuBackend final : public Backend {
     KV4_RETURN_IF_ERROR(supports_side(spec.key, "k"));
     return supports_side(spec.value, "v");
   }
+  Status supports_rows(int, int, DType, SealMode) const override { return {}; }
 
   void* alloc(std::size_t bytes) override { return alloc_pages(bytes); }
   void free(void* p, std::size_t bytes) override { free_pages(p, bytes); }
   void copy(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
   void clear(void* p, std::size_t bytes) override { std::memset(p, 0, bytes); }
+  void copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
+    cpu::copy_lines(to, to_pitch, from, from_pitch, bytes, lines);
+  }
+
+  Status store(const StoreJob& job) override {
+    cpu::store(job);
+    return {};
+  }
+  Status convert(const ConvertJob& job) override {
+    cpu::convert(job);
+    return {};
+  }
+  Status query_energies(const TensorView& q, int kv_heads, std::span<const EnergyJob> jobs) override {
+    cpu::query_energies(q, kv_heads, jobs);
+    return {};
+  }
+  Status fix_lambda(const LambdaJob& job) override {
+    cpu::fix_lambda(job);
+    return {};
+  }
 
   Status seal(const PageSpec& spec, std::span<const SealJob> jobs) override {
     thread_local std::vector<Buffer> scratch;
@@ -75,12 +97,30 @@ class CpuBackend final : public Backend {
     cpu::codes_from_canonical(spec, k, v, slice);
   }
 
-  void dequantise(const PageSpec& spec, const std::uint8_t* slice, const float* lambda_k, const float* lambda_v,
-                  int first, int count, float* k, float* v) const override {
+  Status dequantise(const PageSpec& spec, std::span<const DequantiseJob> jobs) const override {
+    if (jobs.empty()) return {};
     thread_local Buffer scratch;
     const Kernels& kernels = active();
-    if (!scratch.reserve(kernels.dequantise_scratch(spec))) return;
-    kernels.dequantise(spec, slice, lambda_k, lambda_v, first, count, k, v, scratch.data());
+    const std::size_t bytes = kernels.dequantise_scratch(spec);
+    if (!scratch.reserve(bytes)) return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");
+    std::vector<float> rows[2];
+    for (const DequantiseJob& job : jobs) {
+      float* plain[2];  // where the kernel writes: at once into place, or to be converted
+      const auto place = [&](int i, void* out, std::int64_t stride, int dim) {
+        const bool direct = out == nullptr || (job.dtype == DType::f32 && stride == dim);
+        if (!direct) rows[i].resize(static_cast<std::size_t>(job.count) * dim);
+        plain[i] = direct ? static_cast<float*>(out) : rows[i].data();
+        return direct;
+      };
+      const bool k_direct = place(0, job.k, job.k_stride, spec.key.dim), v_direct = place(1, job.v, job.v_stride, spec.value.dim);
+      kernels.dequantise(spec, job.slice, job.lambda_k, job.lambda_v, job.first, job.count, plain[0], plain[1], scratch.data());
+      const auto finish = [&](int i, void* out, std::int64_t stride, int dim) {
+        cpu::convert({.from = plain[i], .from_stride = dim, .to = out, .to_dtype = job.dtype, .to_stride = stride, .heads = 1, .dim = dim, .rows = job.count});
+      };
+      if (!k_direct) finish(0, job.k, job.k_stride, spec.key.dim);
+      if (!v_direct) finish(1, job.v, job.v_stride, spec.value.dim);
+    }
+    return {};
   }
 };
 

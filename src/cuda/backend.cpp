@@ -1,5 +1,6 @@
 #include "cuda/backend.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -10,164 +11,212 @@
 
 #include "cuda/attend.h"
 #include "cuda/attend_tuning.h"
+#include "cuda/dequantise.h"
+#include "cuda/matrices.h"
+#include "cuda/memory.h"
 #include "cuda/order.h"
-#include "cuda/pack.h"
+#include "cuda/rows.h"
 #include "cuda/seal.h"
+#include "cuda/tables.h"
 
 namespace kv4::cuda {
 namespace {
 
-thread_local cudaStream_t current_stream = nullptr;
-
-Status failed(const char* what, cudaError_t e) {
-  return error(e == cudaErrorMemoryAllocation ? StatusCode::out_of_memory : StatusCode::failed_precondition, what, "success",
-               cudaGetErrorString(e));
+Status supports_dim(int dim, const char* name) {
+  return has_dim(dim) ? Status() : error(StatusCode::unsupported, std::string("head_dim_") + name, "64, 80, 96, 128 or 256 on CUDA", std::to_string(dim));
 }
-
-#define KV4_RETURN_IF_CUDA(what, expr) \
-  do {                                 \
-    if (const cudaError_t kv4_cuda_ = (expr); kv4_cuda_ != cudaSuccess) return failed(what, kv4_cuda_); \
-  } while (false)
-
-// Device memory that grows; what it held is lost.
-class DeviceBuffer {
- public:
-  DeviceBuffer() = default;
-  DeviceBuffer(const DeviceBuffer&) = delete;
-  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-  ~DeviceBuffer() { cudaFree(data_); }
-  cudaError_t reserve(std::size_t bytes) {
-    if (bytes <= size_) return cudaSuccess;
-    cudaFree(data_);
-    data_ = nullptr;
-    size_ = 0;
-    if (const cudaError_t e = cudaMalloc(&data_, bytes); e != cudaSuccess) return e;
-    size_ = bytes;
-    return cudaSuccess;
-  }
-  void* data() const { return data_; }
-
- private:
-  void* data_ = nullptr;
-  std::size_t size_ = 0;
-};
-
-// A rotation's matrices in device memory; null for the identity.
-struct Matrices {
-  DeviceBuffer memory;
-  const float* rotation_transpose = nullptr;  // R^T by rows
-  const float* inverse_transpose = nullptr;   // (R^-1)^T by rows
-  PackedMatrix inverse_packed, inverse_transpose_packed;
-  const double* rotation_transpose_f64 = nullptr;
-};
-
-cudaError_t upload(const Rotation& rotation, Matrices* out) {
-  if (rotation.kind() == RotationKind::identity) return cudaSuccess;
-  const std::size_t d = static_cast<std::size_t>(rotation.dim()), n = d * d;
-  const std::vector<double> forward = rotation.matrix_f64(), inverse = rotation.inverse_f64();
-  std::vector<double> forward_transpose(n), inverse_transpose(n);
-  for (std::size_t i = 0; i < d; ++i) {
-    for (std::size_t c = 0; c < d; ++c) {
-      forward_transpose[c * d + i] = forward[i * d + c];
-      inverse_transpose[c * d + i] = inverse[i * d + c];
-    }
-  }
-  const std::vector<float> narrow(forward_transpose.begin(), forward_transpose.end());
-  const std::vector<float> narrow_inverse(inverse_transpose.begin(), inverse_transpose.end());
-  const std::vector<std::uint32_t> packed = pack_matrix(inverse, rotation.dim(), &out->inverse_packed.scale);
-  const std::vector<std::uint32_t> packed_transpose = pack_matrix(inverse_transpose, rotation.dim(), &out->inverse_transpose_packed.scale);
-  if (const cudaError_t e = out->memory.reserve(n * 24); e != cudaSuccess) return e;
-  auto* at = static_cast<std::byte*>(out->memory.data());
-  const auto put = [&at](const auto& values) {
-    const cudaError_t e = cudaMemcpy(at, values.data(), values.size() * sizeof(values[0]), cudaMemcpyHostToDevice);
-    const std::byte* from = at;
-    at += values.size() * sizeof(values[0]);
-    return std::pair(e, from);
-  };
-  const auto [e0, doubles] = put(forward_transpose);
-  const auto [e1, floats] = put(narrow);
-  const auto [e2, inverse_floats] = put(narrow_inverse);
-  const auto [e3, words] = put(packed);
-  const auto [e4, transpose_words] = put(packed_transpose);
-  for (cudaError_t e : {e0, e1, e2, e3, e4})
-    if (e != cudaSuccess) return e;
-  out->rotation_transpose_f64 = reinterpret_cast<const double*>(doubles);
-  out->rotation_transpose = reinterpret_cast<const float*>(floats);
-  out->inverse_transpose = reinterpret_cast<const float*>(inverse_floats);
-  out->inverse_packed.words = reinterpret_cast<const uint4*>(words);
-  out->inverse_transpose_packed.words = reinterpret_cast<const uint4*>(transpose_words);
-  return cudaSuccess;
+Status supports_dims(int k, int v) {
+  KV4_RETURN_IF_ERROR(supports_dim(k, "k"));
+  KV4_RETURN_IF_ERROR(supports_dim(v, "v"));
+  return k == v ? Status() : error(StatusCode::unsupported, "head_dim_v", "head_dim_k, " + std::to_string(k) + ", on CUDA", std::to_string(v));
+}
+Status supports_side(const SideSpec& side, const char* name) {
+  if (side.groups == 1) return {};
+  return error(StatusCode::unsupported, std::string("recipe.") + name + ".group", "one scale per vector on CUDA", std::to_string(side.group));
 }
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend() {
-    if (cudaGetDevice(&device_) != cudaSuccess) device_ = 0;
+  explicit CudaBackend(int device) : device_(device), name_("cuda:" + std::to_string(device)), memory_(device) {
     cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, device_);
     cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_);
   }
-  const char* name() const override { return "cuda"; }
+  const char* name() const override { return name_.c_str(); }
+  bool host_memory() const override { return false; }
+  void set_stream(void* stream) override { cuda::set_stream(static_cast<cudaStream_t>(stream)); }
+  bool capturing() const override { return is_capturing(current_stream()); }
   int code_channels(int dim) const override { return pad_channels(dim); }
 
   Status supports(const PageSpec& spec) const override {
+    KV4_RETURN_IF_ERROR(supports_dims(spec.key.dim, spec.value.dim));
     KV4_RETURN_IF_ERROR(supports_side(spec.key, "k"));
-    KV4_RETURN_IF_ERROR(supports_side(spec.value, "v"));
-    if (spec.key.dim != spec.value.dim)
-      return error(StatusCode::unsupported, "head_dim_v", "head_dim_k, " + std::to_string(spec.key.dim), std::to_string(spec.value.dim));
-    return {};
+    return supports_side(spec.value, "v");
+  }
+  Status supports_rows(int head_dim_k, int head_dim_v, DType dtype, SealMode seal) const override {
+    KV4_RETURN_IF_ERROR(supports_dims(head_dim_k, head_dim_v));
+    if (seal == SealMode::arrival) return error(StatusCode::unsupported, "recipe.seal", "page or never on CUDA", "arrival");
+    return dtype != DType::f32 ? Status() : error(StatusCode::unsupported, "dtype", "float16 or bfloat16 on CUDA", "float32");
   }
 
   void* alloc(std::size_t bytes) override {
-    void* p = nullptr;
-    return cudaMalloc(&p, bytes) == cudaSuccess ? p : nullptr;
+    const DeviceGuard guard(device_);
+    return memory_.alloc(bytes);
   }
-  void free(void* p, std::size_t) override { cudaFree(p); }
-  void copy(void* to, const void* from, std::size_t bytes) override { cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, current_stream); }
-  void clear(void* p, std::size_t bytes) override { cudaMemsetAsync(p, 0, bytes, current_stream); }
+  void free(void* p, std::size_t) override {
+    const DeviceGuard guard(device_);
+    memory_.free(p);
+  }
+  void copy(void* to, const void* from, std::size_t bytes) override {
+    const DeviceGuard guard(device_);
+    cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, current_stream());
+  }
+  void clear(void* p, std::size_t bytes) override {
+    const DeviceGuard guard(device_);
+    cudaMemsetAsync(p, 0, bytes, current_stream());
+  }
+  void copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
+    const DeviceGuard guard(device_);
+    const auto* first = static_cast<const std::byte*>(from);
+    const bool overlap = to < from && static_cast<std::byte*>(to) + bytes > first;
+    if (overlap) launch_move_lines(to, to_pitch, from, from_pitch, bytes, lines, current_stream());
+    else cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, bytes, static_cast<std::size_t>(lines), cudaMemcpyDeviceToDevice, current_stream());
+  }
+  LateNote* alloc_note() override {
+    const DeviceGuard guard(device_);
+    return memory_.notes.alloc();
+  }
+  void free_note(LateNote* note) override { memory_.notes.free(note); }
+  std::unique_ptr<DeviceTables> make_tables() override { return std::make_unique<CacheTables>(device_, memory_); }
+  Status foresee(DeviceTables* tables, std::span<const SequenceView> sequences, int tokens) override {
+    const DeviceGuard guard(device_);
+    auto& held = static_cast<CacheTables&>(*tables);
+    KV4_RETURN_IF_ERROR(held.sync(sequences));
+    held.expect(tokens);
+    return {};
+  }
+
+  Status store(const StoreJob& job) override {
+    const DeviceGuard guard(device_);
+    auto& tables = static_cast<CacheTables&>(*job.tables);
+    StoreParams p;
+    p.batch = static_cast<int>(job.k.shape[0]);
+    p.heads = static_cast<int>(job.k.shape[1]);
+    p.tokens = static_cast<int>(job.k.shape[2]);
+    p.dim = static_cast<int>(job.k.shape[3]);
+    p.bf16 = job.k.dtype == DType::bf16;
+    p.k = job.k.data;
+    p.v = job.v.data;
+    for (std::size_t i = 0; i < 3; ++i) {
+      p.k_stride[i] = job.k.stride[i];
+      p.v_stride[i] = job.v.stride[i];
+    }
+    // One CTA a sequence counts: more tokens than it should take are told of by the next sync.
+    p.count = p.tokens == 1;
+    if (!capturing()) KV4_RETURN_IF_ERROR(tables.sync(job.sequences));
+    p.sequences = tables.sequences();
+    KV4_RETURN_IF_CUDA("store", launch_store(p, current_stream()));
+    if (p.count && !capturing()) tables.expect(p.tokens);
+    return {};
+  }
+
+  Status convert(const ConvertJob& job) override {
+    const DeviceGuard guard(device_);
+    KV4_RETURN_IF_CUDA("convert", launch_convert(job, current_stream()));
+    return {};
+  }
+
+  Status query_energies(const TensorView& q, int kv_heads, std::span<const EnergyJob> jobs) override {
+    const DeviceGuard guard(device_);
+    EnergyParams p;
+    p.q = q.data;
+    p.dtype = q.dtype;
+    for (std::size_t i = 0; i < 3; ++i) p.stride[i] = q.stride[i];
+    p.kv_heads = kv_heads;
+    p.group = static_cast<int>(q.shape[1]) / kv_heads;
+    p.dim = static_cast<int>(q.shape[3]);
+    for (std::size_t first = 0; first < jobs.size(); first += EnergyParams::kJobs) {
+      p.jobs = static_cast<int>(std::min<std::size_t>(EnergyParams::kJobs, jobs.size() - first));
+      std::copy_n(jobs.begin() + static_cast<std::ptrdiff_t>(first), p.jobs, p.job);
+      KV4_RETURN_IF_CUDA("query energies", launch_energies(p, current_stream()));
+    }
+    return {};
+  }
+
+  Status fix_lambda(const LambdaJob& job) override {
+    const DeviceGuard guard(device_);
+    Temporary skip(memory_), filled(memory_);
+    KV4_RETURN_IF_ERROR(skip.upload("lambda", job.skip.data(), job.skip.size()));
+    KV4_RETURN_IF_ERROR(filled.upload("lambda", job.filled.data(), job.filled.size()));
+    LambdaParams p;
+    p.k = job.k;
+    p.bf16 = job.dtype == DType::bf16;
+    p.k_head_stride = job.k_head_stride;
+    p.k_stride = job.k_stride;
+    p.kv_heads = job.kv_heads;
+    p.dim = job.dim;
+    p.blocks = job.blocks;
+    p.skip = skip.as<std::uint8_t>();
+    p.energies = job.energies;
+    p.filled = filled.as<std::uint8_t>();
+    p.energy_rows = static_cast<int>(job.filled.size());
+    p.lambda = job.lambda;
+    KV4_RETURN_IF_CUDA("lambda", launch_lambda(p, current_stream()));
+    return {};
+  }
 
   Status seal(const PageSpec& spec, std::span<const SealJob> jobs) override {
     KV4_RETURN_IF_ERROR(supports(spec));
-    thread_local DeviceBuffer memory;
-    KV4_RETURN_IF_CUDA("workspace", memory.reserve(jobs.size_bytes()));
-    KV4_RETURN_IF_CUDA("jobs", cudaMemcpyAsync(memory.data(), jobs.data(), jobs.size_bytes(), cudaMemcpyHostToDevice, current_stream));
+    const DeviceGuard guard(device_);
+    Temporary memory(memory_);
+    KV4_RETURN_IF_ERROR(memory.upload("jobs", jobs.data(), jobs.size_bytes()));
     SealParams p;
     KV4_RETURN_IF_ERROR(sides(spec, &p.key, &p.value));
-    p.jobs = static_cast<const SealJob*>(memory.data());
+    p.jobs = memory.as<SealJob>();
     p.count = static_cast<int>(jobs.size());
-    KV4_RETURN_IF_CUDA("seal", launch_seal(p, current_stream));
+    KV4_RETURN_IF_CUDA("seal", launch_seal(p, current_stream()));
+    return {};
+  }
+
+  Status dequantise(const PageSpec& spec, std::span<const DequantiseJob> jobs) const override {
+    if (jobs.empty()) return {};
+    const DeviceGuard guard(device_);
+    Temporary memory(memory_);
+    KV4_RETURN_IF_ERROR(memory.upload("jobs", jobs.data(), jobs.size_bytes()));
+    DequantiseJobs p;
+    KV4_RETURN_IF_ERROR(sides(spec, &p.key, &p.value));
+    p.inverse_k = rotations_.find(spec.key.rotation)->inverse_transpose;
+    p.inverse_v = rotations_.find(spec.value.rotation)->inverse_transpose;
+    p.jobs = memory.as<DequantiseJob>();
+    p.count = static_cast<int>(jobs.size());
+    KV4_RETURN_IF_CUDA("dequantise", launch_dequantise_jobs(p, current_stream()));
     return {};
   }
 
   Status attend(const AttendJob& job) override {
+    const DeviceGuard guard(device_);
+    const bool captured = capturing();
     AttendParams p;
     KV4_RETURN_IF_ERROR(fill(job, &p));
-    const AttendPlan plan = plan_attend(p, multiprocessors_, major_);
-    // The sequences and their page tables, then the scratch.
-    std::size_t pages = 0;
-    for (const SequenceView& s : job.sequences) pages += static_cast<std::size_t>(s.page_count);
-    const std::size_t views_bytes = job.sequences.size_bytes(), table_bytes = pages * sizeof(void*);
-    const std::size_t head = (views_bytes + table_bytes + 255) / 256 * 256;
-    thread_local DeviceBuffer memory;
-    KV4_RETURN_IF_CUDA("workspace", memory.reserve(head + plan.scratch));
-    auto* at = static_cast<std::byte*>(memory.data());
-    thread_local std::vector<std::byte> staged;
-    staged.resize(views_bytes + table_bytes);
-    std::size_t used = 0;
-    for (std::size_t b = 0; b < job.sequences.size(); ++b) {
-      SequenceView view = job.sequences[b];
-      const std::size_t bytes = static_cast<std::size_t>(view.page_count) * sizeof(void*);
-      if (bytes > 0) std::memcpy(staged.data() + views_bytes + used, view.pages, bytes);
-      view.pages = reinterpret_cast<const std::uint8_t* const*>(at + views_bytes + used);
-      used += bytes;
-      std::memcpy(staged.data() + b * sizeof(SequenceView), &view, sizeof(SequenceView));
+    Temporary views(memory_), pages(memory_);
+    if (job.tables != nullptr) {
+      auto& tables = static_cast<CacheTables&>(*job.tables);
+      if (!captured) KV4_RETURN_IF_ERROR(tables.sync(job.sequences));
+      p.sequences = tables.sequences();
+      KV4_RETURN_IF_ERROR(tables.limits(CacheTables::kStart, job.args.mask.start, captured, &p.mask.start));
+      KV4_RETURN_IF_ERROR(tables.limits(CacheTables::kWindow, job.args.mask.window, captured, &p.mask.window));
+    } else {
+      KV4_RETURN_IF_ERROR(upload_views(job, &views, &pages));
+      p.sequences = views.as<SequenceView>();
     }
-    KV4_RETURN_IF_CUDA("sequences", cudaMemcpyAsync(at, staged.data(), staged.size(), cudaMemcpyHostToDevice, current_stream));
-    p.sequences = reinterpret_cast<const SequenceView*>(at);
-    KV4_RETURN_IF_CUDA("attend", launch_attend(p, plan, at + head, current_stream));
+    const AttendPlan plan = plan_attend(p, multiprocessors_, major_);
+    void* scratch = nullptr;
+    thread_local std::map<int, Scratch> scratches;
+    KV4_RETURN_IF_ERROR(scratches[device_].reserve(plan.scratch, captured, &scratch));
+    KV4_RETURN_IF_CUDA("attend", launch_attend(p, plan, scratch, current_stream()));
     return {};
   }
 
-  Status fill(const AttendJob& job, AttendParams* p) const {
+  Status fill(const AttendJob& job, AttendParams* p) {
     const AttendArgs& a = job.args;
     bool any_exact = false;
     for (const SequenceView& s : job.sequences) any_exact = any_exact || s.exact[0].count + s.exact[1].count > 0;
@@ -191,10 +240,10 @@ class CudaBackend final : public Backend {
       p->v_copy_bytes = l.v_code_bytes + kPageTokens * 2;
       p->v_codes = l.v_codes;
       p->value_scales = l.v_scales - l.v_codes;
-      p->key = make_tables(job.spec->key.levels.table.data());
-      p->value = make_tables(job.spec->value.levels.table.data());
-      const Matrices* k = matrices(job.spec->key);
-      const Matrices* v = matrices(job.spec->value);
+      p->key = cuda::make_tables(job.spec->key.levels.table.data());
+      p->value = cuda::make_tables(job.spec->value.levels.table.data());
+      const Matrices* k = rotations_.find(job.spec->key.rotation);
+      const Matrices* v = rotations_.find(job.spec->value.rotation);
       if (k == nullptr || v == nullptr) return error(StatusCode::out_of_memory, "rotation", "free device memory", "none");
       p->dual = k->inverse_packed;
       p->inverse_transpose = v->inverse_transpose_packed;
@@ -232,57 +281,38 @@ class CudaBackend final : public Backend {
   void codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* slice) const override {
     std::vector<std::uint8_t> host = download(spec, slice);
     cuda::codes_from_canonical(spec, k, v, host.data());
-    cudaMemcpyAsync(slice, host.data(), host.size(), cudaMemcpyHostToDevice, current_stream);
-  }
-  void dequantise(const PageSpec& spec, const std::uint8_t* slice, const float* lambda_k, const float* lambda_v, int first, int count,
-                  float* k, float* v) const override {
-    DequantiseParams p;
-    if (!sides(spec, &p.key, &p.value).ok()) return;
-    p.slice = slice;
-    p.lambda_k = lambda_k;
-    p.lambda_v = lambda_v;
-    p.inverse_k = matrices(spec.key)->inverse_transpose;
-    p.inverse_v = matrices(spec.value)->inverse_transpose;
-    p.first = first;
-    p.count = count;
-    p.k = k;
-    p.v = v;
-    launch_dequantise(p, current_stream);
+    const DeviceGuard guard(device_);
+    cudaMemcpyAsync(slice, host.data(), host.size(), cudaMemcpyHostToDevice, current_stream());
+    cudaStreamSynchronize(current_stream());
   }
 
  private:
-  static Status supports_side(const SideSpec& side, const char* name) {
-    if (has_dim(side.dim) && side.groups == 1) return {};
-    if (has_dim(side.dim))
-      return error(StatusCode::unsupported, std::string("recipe.") + name + ".group", "one scale per vector on CUDA", std::to_string(side.group));
-    return error(StatusCode::unsupported, std::string("head_dim_") + name, "64, 80, 96, 128 or 256 on CUDA", std::to_string(side.dim));
-  }
-
-  static std::vector<std::uint8_t> download(const PageSpec& spec, const std::uint8_t* slice) {
+  std::vector<std::uint8_t> download(const PageSpec& spec, const std::uint8_t* slice) const {
+    const DeviceGuard guard(device_);
     std::vector<std::uint8_t> host(spec.layout.head_bytes);
-    cudaMemcpyAsync(host.data(), slice, host.size(), cudaMemcpyDeviceToHost, current_stream);
-    cudaStreamSynchronize(current_stream);
+    cudaMemcpyAsync(host.data(), slice, host.size(), cudaMemcpyDeviceToHost, current_stream());
+    cudaStreamSynchronize(current_stream());
     return host;
   }
 
-  // The device's copy of a rotation, kept while anyone holds the rotation; null where memory ran out.
-  const Matrices* matrices(const SideSpec& side) const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto it = rotations_.begin(); it != rotations_.end();) it = it->second.first.expired() ? rotations_.erase(it) : std::next(it);
-    auto& entry = rotations_[side.rotation.get()];
-    if (entry.second == nullptr) {
-      entry.first = side.rotation;
-      auto made = std::make_unique<Matrices>();
-      if (upload(*side.rotation, made.get()) != cudaSuccess) return nullptr;
-      entry.second = std::move(made);
+  // Sequences and page tables of a call without tables, for as long as it runs.
+  static Status upload_views(const AttendJob& job, Temporary* views, Temporary* pages) {
+    std::vector<const std::uint8_t*> table;
+    for (const SequenceView& s : job.sequences) table.insert(table.end(), s.pages, s.pages + s.page_count);
+    KV4_RETURN_IF_ERROR(pages->upload("page tables", table.data(), table.size() * sizeof(table[0])));
+    std::vector<SequenceView> staged(job.sequences.begin(), job.sequences.end());
+    const auto* at = pages->as<const std::uint8_t*>();
+    for (SequenceView& s : staged) {
+      s.pages = at;
+      at += s.page_count;
     }
-    return entry.second.get();
+    return views->upload("sequences", staged.data(), staged.size() * sizeof(SequenceView));
   }
 
   Status sides(const PageSpec& spec, SideParams* key, SideParams* value) const {
     const kv4_page_layout& l = spec.layout;
     const auto one = [&](const SideSpec& side, SideParams* out) {
-      const Matrices* m = matrices(side);
+      const Matrices* m = rotations_.find(side.rotation);
       if (m == nullptr) return error(StatusCode::out_of_memory, "rotation", "free device memory", "none");
       out->dim = side.dim;
       out->group = side.group;
@@ -308,34 +338,39 @@ class CudaBackend final : public Backend {
     return {};
   }
 
-  int device_ = 0, multiprocessors_ = 1, major_ = 8;
-  mutable std::mutex mutex_;
-  mutable std::map<const Rotation*, std::pair<std::weak_ptr<const Rotation>, std::unique_ptr<Matrices>>> rotations_;
+  const int device_;
+  const std::string name_;
+  int multiprocessors_ = 1, major_ = 8;
+  mutable Memory memory_;
+  mutable Rotations rotations_;
 };
 
-bool usable() {
+bool usable(int device) {
   int count = 0, major = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) return false;
-  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess && major >= 8;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || device >= count) {
+    cudaGetLastError();
+    return false;
+  }
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8;
 }
 
-CudaBackend* the_backend() {
-  static const bool there = usable();
-  if (!there) return nullptr;
-  static CudaBackend backend;
-  return &backend;
+CudaBackend* the_backend(int device) {
+  // Never destroyed: the driver may be gone before a static object is.
+  static std::mutex* const mutex = new std::mutex();
+  static auto* const backends = new std::map<int, CudaBackend*>();
+  const std::lock_guard<std::mutex> lock(*mutex);
+  if (const auto it = backends->find(device); it != backends->end()) return it->second;
+  return (*backends)[device] = usable(device) ? new CudaBackend(device) : nullptr;
 }
 
 }  // namespace
 
-Backend* backend() { return the_backend(); }
+Backend* backend(int device) { return the_backend(device); }
 
 Status attend_params(const AttendJob& job, AttendParams* params) {
-  if (the_backend() == nullptr)
+  if (the_backend(0) == nullptr)
     return error(StatusCode::unsupported, "device", "a CUDA device of compute capability 8.0 or later", "none");
-  return the_backend()->fill(job, params);
+  return the_backend(0)->fill(job, params);
 }
-
-void set_stream(cudaStream_t stream) { current_stream = stream; }
 
 }  // namespace kv4::cuda

@@ -1,6 +1,7 @@
-// The backend of NVIDIA GPUs of compute capability 8.0 and later. Every pointer it is given is one of device memory, but for
-// the arrays that a job itself consists of (jobs, sequences, page tables). Work is queued on the calling thread's
-// stream; attend reports no non-finite queries, since it does not wait: NaN comes out of the rows that saw it.
+// The backend of NVIDIA GPUs of compute capability 8.0 and later, one object per device. Every pointer it is given is one of
+// its device's memory, but for the arrays that a job itself consists of (jobs, sequences, page tables) and what is said to be
+// host memory. Work is queued on the calling thread's stream; attend reports no non-finite queries, since it does not
+// wait: NaN comes out of the rows that saw it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,8 +12,8 @@
 namespace kv4::cuda {
 
 // Null where there is no such GPU or driver.
-Backend* backend();
-// A call as launch_attend takes it, for callers that keep sequences and page tables in device memory themselves (params->
+Backend* backend(int device = 0);
+// A call on the first device as launch_attend takes it, for callers that keep sequences and page tables in device memory themselves (params->
 // sequences is left to them), which a captured call must. Errors: unsupported, with the reason; out_of_memory.
 Status attend_params(const AttendJob& job, AttendParams* params);
 // The stream of this thread's calls from now on; null is the default stream. Calls of one thread share scratch: work of the

@@ -9,13 +9,10 @@
 namespace kv4 {
 namespace {
 
-constexpr double kFloor = 1e-6;  // of the mean over the channels
-constexpr double kPairShrinkage = 0.2;
-
 double clamp_floor(std::span<const double> energy) {
   double sum = 0;
   for (double e : energy) sum += e;
-  return kFloor * sum / static_cast<double>(energy.size());
+  return kLambdaFloor * sum / static_cast<double>(energy.size());
 }
 
 template <class F>
@@ -38,8 +35,8 @@ std::vector<double> shrunk(std::span<const double> energy) {
   out.assign(energy.begin(), energy.end());
   for (std::size_t c = 0; c < half; ++c) {
     const double pair = (energy[c] + energy[c + half]) / 2;
-    out[c] += kPairShrinkage * (pair - out[c]);
-    out[c + half] += kPairShrinkage * (pair - out[c + half]);
+    out[c] += kLambdaPairShrinkage * (pair - out[c]);
+    out[c + half] += kLambdaPairShrinkage * (pair - out[c + half]);
   }
   for (double& e : out) e = std::max(e, floor);
   return out;

@@ -1,4 +1,4 @@
-// Lambda: the per-channel scale that minimises the expected error of q.k, not of k
+// Lambda: the per-channel scale that minimises the expected error of q.k, not of k:
 // lambda_c = (E q_c^2 / E (k_c - mu_c)^2)^(1/4), geometric mean 1, taken to the power 0.9.
 //
 // With quantisation noise spread evenly by the rotation, the error of q.k is proportional to
@@ -17,6 +17,8 @@
 
 namespace kv4 {
 
+constexpr double kLambdaFloor = 1e-6;  // of the mean over the channels
+constexpr double kLambdaPairShrinkage = 0.2;
 constexpr double kLambdaExponent = 0.9 / 4;  // of the ratio of energies
 
 // query_energy [channels]: E q_c^2 in any unit (lambda is normalised), key_energy alike:

@@ -99,6 +99,22 @@ class Sequence {
     return different;
   }
 
+  // First position behind the pages that have no exact rows.
+  std::int64_t first_exact() const { return body() + released_ * kPageTokens; }
+  // Takes over an exact row [dim] of one head that is within a unit of `epsilon` of what it should be; false if it is not.
+  bool adopt_row(std::int64_t position, int head, const float* k, const float* v, double epsilon) {
+    Token& token = tokens_[static_cast<std::size_t>(position)];
+    for (int c = 0; c < shape_.dim; ++c) {
+      const std::size_t at = static_cast<std::size_t>(head) * shape_.dim + c;
+      if (position >= start_ && (std::abs(token.k[at] - k[c]) > epsilon * (std::abs(token.k[at]) + 1e-3) ||
+                                 std::abs(token.v[at] - v[c]) > epsilon * (std::abs(token.v[at]) + 1e-3)))
+        return false;
+      token.k[at] = k[c];
+      token.v[at] = v[c];
+    }
+    return true;
+  }
+
   void crop(std::int64_t n) {
     for (auto it = energy_.begin(); it != energy_.end();) it = it->first >= n ? energy_.erase(it) : std::next(it);
     if (n < body()) {

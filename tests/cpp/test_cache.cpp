@@ -1,230 +1,24 @@
-// The cache against its definition (cache_oracle.h): random sessions of append, attend, crop,
+// The cache against its definition: random sessions (cache_session.h) of append, attend, crop,
 // select, repeat and clone; byte counts; errors.
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <limits>
 
-#include "cache_oracle.h"
-#include "cases.h"
-#include "kv4/cache.h"
+#include "cache_session.h"
 
 namespace kv4 {
 namespace {
 
-constexpr oracle::Shape kShape{4, 2, 64};
-// Relative to the largest output: the bound of the attention kernels.
-constexpr double kTolerance = 1e-3;
-// Codes of a page side that may lie within 1e-4 of a step from a decision boundary: 4,096 codes
-// expect under one, and a page sealed from the wrong rows or lambda differs in hundreds.
-constexpr int kBoundaryCodes = 5;
-
-TensorView view(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) {
-  return {x.data(), DType::f32, {b, h, t, d}, {h * t * d, t * d, d, 1}};
-}
-MutableTensorView into(std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) {
-  return {x.data(), DType::f32, {b, h, t, d}, {h * t * d, t * d, d, 1}};
-}
-
-std::unique_ptr<Cache> make(const Recipe& recipe, const oracle::Shape& shape = kShape, int sliding_window = 0, DType dtype = DType::f32) {
-  CacheConfig config;
-  config.recipe = recipe;
-  config.dtype = dtype;
-  config.kv_heads = shape.kv_heads;
-  config.head_dim_k = config.head_dim_v = shape.dim;
-  config.sliding_window = sliding_window;
-  std::unique_ptr<Cache> cache;
-  const Status status = Cache::create(config, &cache);
-  EXPECT_TRUE(status.ok()) << status.message();
-  return cache;
-}
-
-// A cache and one oracle per sequence, driven together.
-class Session {
- public:
-  Session(const Recipe& recipe, std::vector<std::int32_t> starts, std::uint64_t seed, int sliding_window = 0)
-      : cache_(make(recipe, kShape, sliding_window)), starts_(std::move(starts)), random_(seed), seed_(seed), window_(sliding_window) {
-    for (std::int32_t start : starts_) oracles_.emplace_back(recipe, kShape, start);
-  }
-
-  void step(std::int64_t tokens) {
-    const std::int64_t batch = static_cast<std::int64_t>(oracles_.size());
-    const int d = kShape.dim;
-    std::vector<float> k, v;
-    for (std::int64_t b = 0; b < batch; ++b) {
-      for (int h = 0; h < kShape.kv_heads; ++h) {
-        // The same channel statistics in every call, fresh tokens each time.
-        const std::vector<float> all = cases::key_rows(static_cast<int>(tokens), d, 100 + static_cast<std::uint64_t>(h));
-        const std::vector<float> noise = cases::normal_rows(tokens, d, random_.bits(), 0.5);
-        for (std::size_t i = 0; i < all.size(); ++i) k.push_back(all[i] + noise[i]);
-        const std::vector<float> values = cases::normal_rows(tokens, d, random_.bits());
-        v.insert(v.end(), values.begin(), values.end());
-      }
-    }
-    ASSERT_TRUE(cache_->append(view(k, batch, kShape.kv_heads, tokens, d), view(v, batch, kShape.kv_heads, tokens, d)).ok());
-    const std::vector<float> q = cases::normal_rows(batch * kShape.q_heads * tokens, d, random_.bits(), 0.3);
-    std::vector<float> out(static_cast<std::size_t>(batch) * kShape.q_heads * tokens * d, -77.0f);
-    AttendArgs args;
-    args.q = view(q, batch, kShape.q_heads, tokens, d);
-    args.mask.start = starts_.data();
-    for (int repeat = 0; repeat < 2; ++repeat) {  // a second call answers the same
-      const Status status = cache_->attend(args, into(out, batch, kShape.q_heads, tokens, d));
-      ASSERT_TRUE(status.ok()) << status.message();
-    }
-
-    for (std::int64_t b = 0; b < batch; ++b) {
-      oracle::Sequence& o = oracles_[static_cast<std::size_t>(b)];
-      const std::int64_t before = o.length();
-      std::vector<oracle::Token> rows(static_cast<std::size_t>(tokens));
-      for (std::int64_t t = 0; t < tokens; ++t) {
-        for (int h = 0; h < kShape.kv_heads; ++h) {
-          const std::size_t at = static_cast<std::size_t>(((b * kShape.kv_heads + h) * tokens + t) * d);
-          rows[static_cast<std::size_t>(t)].k.insert(rows[static_cast<std::size_t>(t)].k.end(), k.begin() + at, k.begin() + at + d);
-          rows[static_cast<std::size_t>(t)].v.insert(rows[static_cast<std::size_t>(t)].v.end(), v.begin() + at, v.begin() + at + d);
-        }
-      }
-      o.append(rows);
-      const auto query = [&](std::int64_t t) {
-        std::vector<double> row;
-        for (int h = 0; h < kShape.q_heads; ++h) {
-          const std::size_t at = static_cast<std::size_t>(((b * kShape.q_heads + h) * tokens + t) * d);
-          row.insert(row.end(), q.begin() + at, q.begin() + at + d);
-        }
-        return row;
-      };
-      for (std::int64_t t = 0; t < tokens; ++t) o.record(before + t, query(t));
-      adopt_codes(b, o);
-      if (::testing::Test::HasFatalFailure()) return;
-      const std::int64_t stride = std::max<std::int64_t>(1, tokens / 4);
-      for (std::int64_t t = tokens - 1; t >= 0; t -= stride) {
-        const std::vector<double> want = o.attend(before + t, query(t), 1 / std::sqrt(static_cast<double>(d)), window_);
-        double top = 1e-6;
-        for (double x : want) top = std::max(top, std::abs(x));
-        for (int h = 0; h < kShape.q_heads; ++h)
-          for (int c = 0; c < d; ++c)
-            ASSERT_NEAR(out[static_cast<std::size_t>(((b * kShape.q_heads + h) * tokens + t) * d + c)], want[static_cast<std::size_t>(h) * d + c],
-                        kTolerance * top)
-                << "seed " << seed_ << ", sequence " << b << ", position " << before + t << ", head " << h << ", channel " << c;
-      }
-    }
-  }
-
-  void adopt_codes(std::int64_t b, oracle::Sequence& o) {
-    const std::int64_t evicted = std::max<std::int64_t>(0, cache_->first() - o.body()) / kPageTokens;
-    for (int p = 0; p < cache_->page_count(static_cast<int>(b)); ++p) {
-      for (int h = 0; h < kShape.kv_heads; ++h) {
-        std::vector<std::uint8_t> k(kPageTokens * kShape.dim / 2), v(k.size());
-        std::vector<std::uint16_t> k_scales(kPageTokens), v_scales(kPageTokens);
-        ASSERT_TRUE(cache_->page_codes(static_cast<int>(b), p, h, k, v).ok());
-        ASSERT_TRUE(cache_->page_scales(static_cast<int>(b), p, h, k_scales, v_scales).ok());
-        for (const bool key : {true, false}) {
-          const auto codes = reference::from_canonical(key ? k.data() : v.data(), kPageTokens, kShape.dim);
-          ASSERT_LE(o.adopt(evicted + p, key, h, codes, key ? k_scales : v_scales), kBoundaryCodes)
-              << "seed " << seed_ << ", sequence " << b << ", page " << evicted + p << ", head " << h << (key ? ", keys" : ", values");
-        }
-      }
-    }
-  }
-
-  void crop(std::int64_t n) {
-    const Status status = cache_->crop(n);
-    ASSERT_TRUE(status.ok()) << status.message();
-    for (oracle::Sequence& o : oracles_) o.crop(n);
-  }
-  void select(const std::vector<std::int64_t>& rows) {
-    ASSERT_TRUE(cache_->select(rows).ok());
-    std::vector<oracle::Sequence> next;
-    std::vector<std::int32_t> starts;
-    for (std::int64_t r : rows) next.push_back(oracles_[static_cast<std::size_t>(r)]), starts.push_back(starts_[static_cast<std::size_t>(r)]);
-    oracles_ = std::move(next);
-    starts_ = std::move(starts);
-  }
-  void clone() { cache_ = cache_->clone(); }
-
-  Cache& cache() { return *cache_; }
-  cases::Random& random() { return random_; }
-  std::int64_t batch() const { return static_cast<std::int64_t>(oracles_.size()); }
-
- private:
-  std::unique_ptr<Cache> cache_;
-  std::vector<std::int32_t> starts_;
-  std::vector<oracle::Sequence> oracles_;
-  cases::Random random_;
-  std::uint64_t seed_;
-  int window_;
-};
-
-Recipe with(int sinks, int window) {
-  Recipe r;
-  r.sinks = sinks;
-  r.window = window;
-  return r;
-}
+using namespace sessions;
 
 class Sessions : public ::testing::TestWithParam<int> {};
+TEST_P(Sessions, EveryQuerySeesWhatTheDefinitionSays) { random_session(GetParam()); }
+INSTANTIATE_TEST_SUITE_P(Seeds, Sessions, ::testing::Range(0, kSeeds));
 
-TEST_P(Sessions, EveryQuerySeesWhatTheDefinitionSays) {
-  const int seed = GetParam();
-  const Recipe recipes[] = {Recipe(), with(0, 0), with(4, 0), with(1, 100), Recipe::exact()};
-  Session s(recipes[seed % 5], {0, 7}, static_cast<std::uint64_t>(seed));
-  constexpr int kSizes[] = {1, 1, 1, 2, 5, 17, 63, 64, 65, 130};
-  s.step(20);
-  for (int i = 0; i < 14; ++i) {
-    s.step(kSizes[s.random().below(10)]);
-    if (HasFatalFailure()) return;
-    const int action = s.random().below(8);
-    const std::int64_t length = s.cache().length();
-    if (action == 0) s.crop(std::max<std::int64_t>(9, length - s.random().below(90)));
-    if (action == 1) s.crop(length - s.random().below(6));
-    if (action == 2) s.select({s.random().below(static_cast<int>(s.batch())), s.random().below(static_cast<int>(s.batch()))});
-    if (action == 3) s.clone();
-    if (HasFatalFailure()) return;
-  }
-}
-INSTANTIATE_TEST_SUITE_P(Seeds, Sessions, ::testing::Range(0, 20));
-
-TEST(Cache, CropOfTheLastCallRestoresOneByOneDecoding) {
-  // Speculative decoding: drafts of 8 of which some are rejected, across many page boundaries.
-  Session s(Recipe(), {0}, 5);
-  s.step(100);
-  for (int i = 0; i < 40; ++i) {
-    s.step(8);
-    s.crop(s.cache().length() - s.random().below(8));
-    if (HasFatalFailure()) return;
-  }
-  EXPECT_GT(s.cache().sealed_tokens(0), 64);
-}
-
-TEST(Cache, SlidingWindowEvictsAndStaysRight) {
-  for (const Recipe& recipe : {Recipe(), with(4, 0), Recipe::exact()}) {
-    Session s(recipe, {0}, 9, 150);
-    std::size_t most = 0;
-    s.step(40);
-    for (int i = 0; i < 60; ++i) {
-      s.step(1 + s.random().below(40));
-      if (HasFatalFailure()) return;
-      if (s.cache().length() > 500) most = std::max(most, s.cache().nbytes());
-    }
-    EXPECT_GT(s.cache().length(), 900);
-    EXPECT_GT(s.cache().first(), s.cache().length() - 150 - 2 * kPageTokens - 40);
-    // Everything visible and at most two pages and a call's tokens more.
-    EXPECT_LT(most, (150u + 2 * 64 + 41 + 64) * 2 * 2 * 64 * 4 * 9 / 8 + 65536);
-    EXPECT_EQ(s.cache().crop(s.cache().first() + 10).code(), StatusCode::out_of_range);
-  }
-}
-
-TEST(Cache, RecordingEvictsNothing) {
-  Session s(Recipe(), {0}, 3, 100);
-  s.cache().record_past(true);
-  for (int i = 0; i < 12; ++i) s.step(50);
-  EXPECT_EQ(s.cache().first(), 0);
-  s.crop(300);
-  s.step(3);
-  s.cache().record_past(false);
-  s.step(1);
-  s.step(1);
-  EXPECT_GT(s.cache().first(), 0);
-}
+TEST(Cache, CropOfTheLastCallRestoresOneByOneDecoding) { crops_of_the_last_call(); }
+TEST(Cache, SlidingWindowEvictsAndStaysRight) { sliding_window(); }
+TEST(Cache, RecordingEvictsNothing) { recording(); }
 
 TEST(Cache, BytesAreThreeAndAHalfTimesFewer) {
   // Qwen2.5-1.5B's geometry in bfloat16, prefilled and then decoded for a while.

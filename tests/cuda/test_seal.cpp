@@ -137,7 +137,11 @@ TEST_F(CudaSeal, DequantisesAsDefined) {
     ASSERT_TRUE(cuda::backend()->seal(spec, {&device.job, 1}).ok());
     const int first = 5, count = 51;
     const DeviceBytes k(static_cast<std::size_t>(count * d * 4)), v(static_cast<std::size_t>(count * d * 4));
-    cuda::backend()->dequantise(spec, device.job.slice, device.job.lambda_k, device.job.lambda_v, first, count, k.as<float>(), v.as<float>());
+    DequantiseJob job{device.job.slice, device.job.lambda_k, device.job.lambda_v, first, count};
+    job.k = k.as<float>();
+    job.v = v.as<float>();
+    job.k_stride = job.v_stride = d;
+    ASSERT_TRUE(cuda::backend()->dequantise(spec, {&job, 1}).ok());
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     const std::vector<std::uint8_t> slice = device.slice.read();
     const Codes codes = codes_of(spec, slice);

@@ -1,0 +1,45 @@
+// A block of the backend's memory.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+
+#include "backend/backend.h"
+
+namespace kv4 {
+
+class Block {
+ public:
+  // out_of_memory, naming `what`.
+  static Status make(Backend& backend, const char* what, std::size_t bytes, std::shared_ptr<Block>* out) {
+    void* memory = backend.alloc(bytes);
+    if (memory == nullptr) return error(StatusCode::out_of_memory, what, std::to_string(bytes) + " free bytes", "none");
+    *out = std::shared_ptr<Block>(new Block(backend, memory, bytes));
+    return {};
+  }
+  // Filled from host memory; nothing for no bytes.
+  static Status copy_of(Backend& backend, const char* what, const void* from, std::size_t bytes, std::shared_ptr<Block>* out) {
+    out->reset();
+    if (bytes == 0) return {};
+    KV4_RETURN_IF_ERROR(make(backend, what, bytes, out));
+    backend.copy((*out)->memory_, from, bytes);
+    return {};
+  }
+  ~Block() { backend_.free(memory_, bytes_); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  template <class T>
+  T* as() const { return static_cast<T*>(memory_); }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  Block(Backend& backend, void* memory, std::size_t bytes) : backend_(backend), memory_(memory), bytes_(bytes) {}
+
+  Backend& backend_;
+  void* memory_;
+  std::size_t bytes_;
+};
+
+}  // namespace kv4

@@ -1,0 +1,106 @@
+// What only backends with memory of their own need: tables on the device, steps of a captured graph, news that come late.
+#include <algorithm>
+#include <string>
+
+#include "cache/state.h"
+
+namespace kv4 {
+
+void Cache::State::give_note(Sequence& s) const {
+  Backend* const owner = backend;
+  s.note.reset();
+  if (LateNote* note = owner->alloc_note(); note != nullptr) s.note = std::shared_ptr<LateNote>(note, [owner](LateNote* p) { owner->free_note(p); });
+  s.told_key = s.told_value = 0;
+}
+
+void Cache::State::hear(Sequence& s) const {
+  if (!s.note) return;
+  const std::int64_t key = s.note->key, value = s.note->value;
+  if (key > s.told_key) s.non_finite.push_back({key - 1, true, false});
+  if (value > s.told_value) s.non_finite.push_back({value - 1, false, true});
+  s.told_key = std::max(s.told_key, key);
+  s.told_value = std::max(s.told_value, value);
+}
+
+Status Cache::State::make_tables() {
+  if (!own.tables) own.tables = backend->make_tables();
+  return {};
+}
+
+void Cache::State::view_before(std::int64_t tokens) {
+  views.resize(sequences.size());
+  for (std::size_t b = 0; b < sequences.size(); ++b) {
+    const Sequence& s = sequences[b];
+    view(s, s.page_end(), length, &views[b]);
+    views[b].query_position = length - tokens;
+  }
+}
+
+Status Cache::State::reserve(std::int64_t tokens) {
+  if (tokens < 0) return invalid_argument("tokens", "0 or more", std::to_string(tokens));
+  if (sequences.empty()) return error(StatusCode::failed_precondition, "tokens", "a cache that holds tokens", "an empty cache");
+  if (!seals()) {
+    const std::int64_t kept = config.sliding_window > 0 ? config.sliding_window + kPageTokens : sequences[0].length + tokens;
+    for (Sequence& s : sequences)
+      if (s.window.capacity() < kept) KV4_RETURN_IF_ERROR(s.window.reserve(*backend, shape, std::max(kept, s.window.count())));
+    return {};
+  }
+  std::int64_t pages = 0, longest = 0;
+  for (const Sequence& s : sequences) {
+    const std::int64_t due = s.pages_due(s.length + tokens, config.recipe.window);
+    const std::int64_t fresh = arrival() ? (tokens + kPageTokens - 1) / kPageTokens : due - s.page_end();
+    pages += std::max<std::int64_t>(0, fresh);
+    longest = std::max({longest, static_cast<std::int64_t>(s.pages.size()), static_cast<std::int64_t>(s.pages.size()) + fresh});
+  }
+  KV4_RETURN_IF_ERROR(pool->reserve(static_cast<std::size_t>(pages)));
+  KV4_RETURN_IF_ERROR(make_tables());
+  return own.tables ? own.tables->reserve(sequences.size(), static_cast<std::size_t>(longest)) : Status();
+}
+
+Status Cache::State::advance() {
+  if (sequences.empty()) return error(StatusCode::failed_precondition, "cache", "tokens", "an empty cache");
+  if (arrival()) return error(StatusCode::unsupported, "recipe.seal", "page or never, where steps are captured", "arrival");
+  KV4_RETURN_IF_ERROR(settle());
+  for (Sequence& s : sequences) KV4_RETURN_IF_ERROR(make_room(s, 1));
+  KV4_RETURN_IF_ERROR(make_tables());
+  view_before(1);
+  KV4_RETURN_IF_ERROR(backend->foresee(own.tables.get(), views, 1));
+  for (Sequence& s : sequences) {
+    s.window.set_count(s.window.count() + 1);
+    s.seen.resize(static_cast<std::size_t>(s.window.count()), Seen::visible);
+    ++s.length;
+  }
+  ++length;
+  ++version;
+  return {};
+}
+
+Status Cache::State::append_captured(const TensorView& k, const TensorView& v) {
+  if (k.shape[2] != 1) return error(StatusCode::failed_precondition, "k", "one token in a captured step", std::to_string(k.shape[2]));
+  if (sequences.empty() || !own.tables || arrival())
+    return error(StatusCode::failed_precondition, "k", "a step that was not captured before it", arrival() ? "a recipe that seals on arrival" : "none");
+  if (seals() && config.recipe.key.lambda == LambdaMode::automatic)
+    for (const Sequence& s : sequences)
+      if (!s.lambda || s.query_energy.rows)
+        return error(StatusCode::failed_precondition, "k", "capture after the first page was sealed, which fixes lambda",
+                     std::to_string(s.sealed_tokens()) + " sealed tokens");
+  StoreJob job;
+  job.k = k;
+  job.v = v;
+  job.tables = own.tables.get();
+  return backend->store(job);
+}
+
+Status Cache::State::attend_captured(const AttendArgs& args, const MutableTensorView* out) {
+  if (args.q.shape[2] != 1 || out == nullptr)
+    return error(StatusCode::failed_precondition, "q", "one token in a captured step, and all that is held",
+                 out == nullptr ? "a part of it" : std::to_string(args.q.shape[2]) + " tokens");
+  if (!own.tables) return error(StatusCode::failed_precondition, "q", "a step that was not captured before it", "none");
+  views.resize(sequences.size());
+  AttendJob job = job_of(args);
+  job.query_count = 1;
+  job.out = *out;
+  return backend->attend(job);
+}
+
+}  // namespace kv4

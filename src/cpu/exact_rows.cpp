@@ -1,0 +1,124 @@
+#include "cpu/exact_rows.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "format/convert.h"
+#include "format/finite.h"
+#include "moments/lambda.h"
+
+namespace kv4::cpu {
+namespace {
+
+void load_row(const std::byte* from, DType dtype, float* to, int channels) {
+  if (dtype == DType::f32) {
+    std::memcpy(to, from, static_cast<std::size_t>(channels) * 4);
+    return;
+  }
+  const auto* half = reinterpret_cast<const std::uint16_t*>(from);
+  for (int c = 0; c < channels; ++c) to[c] = dtype == DType::f16 ? f16_to_f32(half[c]) : bf16_to_f32(half[c]);
+}
+
+void store_row(std::byte* to, DType dtype, const float* from, int channels) {
+  if (dtype == DType::f32) {
+    std::memcpy(to, from, static_cast<std::size_t>(channels) * 4);
+    return;
+  }
+  auto* half = reinterpret_cast<std::uint16_t*>(to);
+  for (int c = 0; c < channels; ++c) half[c] = dtype == DType::f16 ? f32_to_f16(from[c]) : f32_to_bf16(from[c]);
+}
+
+// One side of one sequence; told(t) hears of every row with NaN or infinity.
+template <class Told>
+void store_side(const TensorView& x, std::int64_t b, void* rows, std::int64_t head_stride, std::int64_t stride, std::int64_t first, Told told) {
+  const std::int64_t heads = x.shape[1], tokens = x.shape[2], size = static_cast<std::int64_t>(size_of(x.dtype));
+  const int channels = static_cast<int>(x.shape[3]);
+  const std::size_t bytes = static_cast<std::size_t>(channels) * size_of(x.dtype);
+  for (std::int64_t h = 0; h < heads; ++h) {
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      std::byte* to = static_cast<std::byte*>(rows) + (h * head_stride + (first + t) * stride) * size;
+      std::memcpy(to, x.at(b, h, t), bytes);
+      if (finite(to, x.dtype, channels)) continue;
+      std::memset(to, 0, bytes);
+      told(t);
+    }
+  }
+}
+
+}  // namespace
+
+void store(const StoreJob& job) {
+  std::vector<std::uint8_t> bad;  // [T] 1 key, 2 value; empty while all is finite
+  for (std::size_t b = 0; b < job.sequences.size(); ++b) {
+    const ExactRows& rows = job.sequences[b].exact[1];
+    bad.clear();
+    const auto told = [&](std::uint8_t side) {
+      return [&bad, &job, side](std::int64_t t) {
+        bad.resize(static_cast<std::size_t>(job.k.shape[2]));
+        bad[static_cast<std::size_t>(t)] |= side;
+      };
+    };
+    const auto row = static_cast<std::int64_t>(b);
+    store_side(job.k, row, const_cast<void*>(rows.k), rows.k_head_stride, rows.k_stride, rows.count, told(1));
+    store_side(job.v, row, const_cast<void*>(rows.v), rows.v_head_stride, rows.v_stride, rows.count, told(2));
+    for (std::size_t t = 0; t < bad.size(); ++t)
+      if (bad[t] != 0)
+        job.found[b]->push_back({rows.position + rows.count + static_cast<std::int64_t>(t), (bad[t] & 1) != 0, (bad[t] & 2) != 0});
+  }
+}
+
+void convert(const ConvertJob& job) {
+  std::vector<float> row(static_cast<std::size_t>(job.dim), 0.0f);
+  for (int h = 0; h < job.heads; ++h) {
+    for (std::int64_t j = 0; j < job.rows; ++j) {
+      if (job.from != nullptr)
+        load_row(static_cast<const std::byte*>(job.from) +
+                     (h * job.from_head_stride + j * job.from_stride) * static_cast<std::int64_t>(size_of(job.from_dtype)),
+                 job.from_dtype, row.data(), job.dim);
+      store_row(static_cast<std::byte*>(job.to) + (h * job.to_head_stride + j * job.to_stride) * static_cast<std::int64_t>(size_of(job.to_dtype)),
+                job.to_dtype, row.data(), job.dim);
+    }
+  }
+}
+
+void copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) {
+  for (int i = 0; i < lines; ++i)
+    std::memmove(static_cast<std::byte*>(to) + to_pitch * static_cast<std::size_t>(i),
+                 static_cast<const std::byte*>(from) + from_pitch * static_cast<std::size_t>(i), bytes);
+}
+
+void query_energies(const TensorView& q, int kv_heads, std::span<const EnergyJob> jobs) {
+  const std::int64_t group = q.shape[1] / kv_heads, dim = q.shape[3], row_size = kv_heads * dim;
+  for (const EnergyJob& job : jobs) {
+    for (std::int64_t t = 0; t < job.count; ++t) {
+      const std::span<float> row(job.rows + t * row_size, static_cast<std::size_t>(row_size));
+      std::fill(row.begin(), row.end(), 0.0f);
+      for (std::int64_t h = 0; h < q.shape[1]; ++h)
+        add_energy(q.at(job.sequence, h, job.first + t), q.dtype, row.subspan(static_cast<std::size_t>(h / group * dim), static_cast<std::size_t>(dim)));
+    }
+  }
+}
+
+void fix_lambda(const LambdaJob& job) {
+  const std::size_t dim = static_cast<std::size_t>(job.dim);
+  std::vector<double> query(dim), key(dim), block(dim);
+  for (int h = 0; h < job.kv_heads; ++h) {
+    std::fill(key.begin(), key.end(), 0.0);
+    for (int b = 0; b < job.blocks; ++b) {
+      const std::int64_t first = b * kPageTokens;
+      const auto* rows = static_cast<const std::byte*>(job.k) + (h * job.k_head_stride + first * job.k_stride) * static_cast<std::int64_t>(size_of(job.dtype));
+      const int used = centred_energy(rows, job.dtype, job.k_stride, job.skip.data() + first, kPageTokens, block);
+      for (std::size_t c = 0; c < dim; ++c) key[c] += used * block[c];
+    }
+    std::fill(query.begin(), query.end(), 0.0);
+    for (std::size_t t = 0; t < job.filled.size(); ++t) {
+      if (job.filled[t] == 0) continue;
+      const float* energy = job.energies + (t * static_cast<std::size_t>(job.kv_heads) + static_cast<std::size_t>(h)) * dim;
+      for (std::size_t c = 0; c < dim; ++c) query[c] += energy[c];
+    }
+    lambda_from_energies(query, key, std::span<float>(job.lambda + static_cast<std::size_t>(h) * dim, dim));
+  }
+}
+
+}  // namespace kv4::cpu

@@ -1,0 +1,76 @@
+// One CTA per slice and side, 8 tokens at a time: codes to levels in shared memory, times the inverse rotation's matrix. Bound
+// by reading that matrix from L2 for every 8 tokens; for crops and for models that read keys themselves, not for decoding.
+#include "cuda/dequantise.h"
+
+#include <cstdint>
+
+#include "cuda/device.cuh"
+
+namespace kv4::cuda {
+namespace {
+
+constexpr int kThreads = 256, kTokensAtOnce = 8;
+
+__device__ float from_half(unsigned short h) { return __half2float(__ushort_as_half(h)); }
+
+__device__ void put(void* data, DType dtype, long long i, float x) {
+  if (dtype == DType::f32) static_cast<float*>(data)[i] = x;
+  else if (dtype == DType::f16) static_cast<__half*>(data)[i] = __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
+  else static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
+}
+
+__global__ void __launch_bounds__(kThreads) dequantise_jobs(const __grid_constant__ DequantiseJobs p) {
+  extern __shared__ float x[];  // [kTokensAtOnce][dim]
+  const DequantiseJob& job = p.jobs[blockIdx.x];
+  const bool values = blockIdx.y == 1;
+  const SideParams& side = values ? p.value : p.key;
+  void* out = values ? job.v : job.k;
+  if (out == nullptr) return;
+  const int dim = side.dim, padded = pad_channels(dim);
+  const float* lambda = values ? job.lambda_v : job.lambda_k;
+  const float* inverse = values ? p.inverse_v : p.inverse_k;
+  const std::int64_t stride = values ? job.v_stride : job.k_stride;
+  for (int j = 0; j < job.count; j += kTokensAtOnce) {
+    const int rows = min(kTokensAtOnce, job.count - j);
+    for (int i = threadIdx.x; i < kTokensAtOnce * dim; i += kThreads) {
+      const int r = i / dim, c = i % dim, token = job.first + j + r;
+      float value = 0;
+      if (r < rows) {
+        const Nibble at = values ? value_nibble(token, c) : key_nibble(token, c, padded);
+        const uint32_t code = from_stored(reinterpret_cast<const uint32_t*>(job.slice + side.codes)[at.word] >> at.shift & 15);
+        value = from_half(reinterpret_cast<const unsigned short*>(job.slice + side.scales)[c / side.group * kPageTokens + token]) * side.levels[code];
+        if (side.mean) value += from_half(reinterpret_cast<const unsigned short*>(job.slice + side.mean_at)[c]);
+      }
+      x[i] = value;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < dim; i += kThreads) {
+      float sum[kTokensAtOnce];
+#pragma unroll
+      for (int r = 0; r < kTokensAtOnce; ++r) sum[r] = inverse == nullptr ? x[r * dim + i] : 0.0f;
+      if (inverse != nullptr) {
+        for (int c = 0; c < dim; ++c) {
+          const float m = inverse[static_cast<std::size_t>(c) * dim + i];
+#pragma unroll
+          for (int r = 0; r < kTokensAtOnce; ++r) sum[r] = fmaf(m, x[r * dim + c], sum[r]);
+        }
+      }
+      const float weight = lambda != nullptr ? lambda[i] : 1.0f;
+#pragma unroll
+      for (int r = 0; r < kTokensAtOnce; ++r)
+        if (r < rows) put(out, job.dtype, (j + r) * stride + i, sum[r] / weight);
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_dequantise_jobs(const DequantiseJobs& p, cudaStream_t stream) {
+  const int dim = p.key.dim > p.value.dim ? p.key.dim : p.value.dim;
+  if (p.count > 0)
+    dequantise_jobs<<<dim3(static_cast<unsigned>(p.count), 2), kThreads, static_cast<std::size_t>(kTokensAtOnce) * dim * sizeof(float), stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace kv4::cuda

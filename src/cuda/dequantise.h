@@ -1,0 +1,19 @@
+// Sealed tokens as rows in the model's own basis, many slices in one launch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/seal.h"
+
+namespace kv4::cuda {
+
+struct DequantiseJobs {
+  SideParams key, value;
+  const DequantiseJob* jobs = nullptr;  // [count] in device memory, every pointer in them too
+  int count = 0;
+  const float* inverse_k = nullptr;     // [dim, dim] (R^-1)^T by rows; null for the identity
+  const float* inverse_v = nullptr;
+};
+cudaError_t launch_dequantise_jobs(const DequantiseJobs& p, cudaStream_t stream);
+
+}  // namespace kv4::cuda

@@ -1,0 +1,68 @@
+#include "cuda/matrices.h"
+
+#include <cstdint>
+#include <vector>
+
+#include "cuda/pack.h"
+
+namespace kv4::cuda {
+namespace {
+
+cudaError_t upload(const Rotation& rotation, Matrices* out) {
+  if (rotation.kind() == RotationKind::identity) return cudaSuccess;
+  const std::size_t d = static_cast<std::size_t>(rotation.dim()), n = d * d;
+  const std::vector<double> forward = rotation.matrix_f64(), inverse = rotation.inverse_f64();
+  std::vector<double> forward_transpose(n), inverse_transpose(n);
+  for (std::size_t i = 0; i < d; ++i) {
+    for (std::size_t c = 0; c < d; ++c) {
+      forward_transpose[c * d + i] = forward[i * d + c];
+      inverse_transpose[c * d + i] = inverse[i * d + c];
+    }
+  }
+  const std::vector<float> narrow(forward_transpose.begin(), forward_transpose.end());
+  const std::vector<float> narrow_inverse(inverse_transpose.begin(), inverse_transpose.end());
+  const std::vector<std::uint32_t> packed = pack_matrix(inverse, rotation.dim(), &out->inverse_packed.scale);
+  const std::vector<std::uint32_t> packed_transpose = pack_matrix(inverse_transpose, rotation.dim(), &out->inverse_transpose_packed.scale);
+  if (const cudaError_t e = out->memory.make(n * 24); e != cudaSuccess) return e;
+  auto* at = static_cast<std::byte*>(out->memory.data());
+  const auto put = [&at](const auto& values) {
+    const cudaError_t e = cudaMemcpy(at, values.data(), values.size() * sizeof(values[0]), cudaMemcpyHostToDevice);
+    const std::byte* from = at;
+    at += values.size() * sizeof(values[0]);
+    return std::pair(e, from);
+  };
+  const auto [e0, doubles] = put(forward_transpose);
+  const auto [e1, floats] = put(narrow);
+  const auto [e2, inverse_floats] = put(narrow_inverse);
+  const auto [e3, words] = put(packed);
+  const auto [e4, transpose_words] = put(packed_transpose);
+  for (cudaError_t e : {e0, e1, e2, e3, e4})
+    if (e != cudaSuccess) return e;
+  out->rotation_transpose_f64 = reinterpret_cast<const double*>(doubles);
+  out->rotation_transpose = reinterpret_cast<const float*>(floats);
+  out->inverse_transpose = reinterpret_cast<const float*>(inverse_floats);
+  out->inverse_packed.words = reinterpret_cast<const uint4*>(words);
+  out->inverse_transpose_packed.words = reinterpret_cast<const uint4*>(transpose_words);
+  return cudaSuccess;
+}
+
+}  // namespace
+
+const Matrices* Rotations::find(const std::shared_ptr<const Rotation>& rotation) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (auto it = held_.begin(); it != held_.end();) it = it->second.first.expired() ? held_.erase(it) : std::next(it);
+  auto& entry = held_[rotation.get()];
+  if (entry.second == nullptr) {
+    auto made = std::make_unique<Matrices>();
+    if (upload(*rotation, made.get()) != cudaSuccess) {
+      cudaGetLastError();
+      held_.erase(rotation.get());
+      return nullptr;
+    }
+    entry.first = rotation;
+    entry.second = std::move(made);
+  }
+  return entry.second.get();
+}
+
+}  // namespace kv4::cuda

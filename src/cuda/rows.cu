@@ -1,0 +1,155 @@
+// Taking exact rows in, moving and converting them: a few kilobytes a decode step, so what counts is the launch. One token of
+// a sequence is one CTA, a warp for a row of one head and side: 512 bytes a head and token at d = 128, read and written once.
+#include "cuda/rows.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/device.cuh"
+
+namespace kv4::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxDim = 256;
+
+// One row of 16-bit floats by one warp; zeros and true where some element is NaN or infinity.
+template <class Word>
+__device__ __forceinline__ bool copy_row(const void* from, void* to, int dim, uint32_t exponents, int lane) {
+  constexpr int kPer = sizeof(Word) / 2, kWords = (kMaxDim / kPer + kLanes - 1) / kLanes;
+  Word x[kWords];
+  bool bad = false;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int at = lane + i * kLanes;
+    if (at * kPer >= dim) continue;
+    x[i] = static_cast<const Word*>(from)[at];
+    const auto* halves = reinterpret_cast<const unsigned short*>(&x[i]);
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) bad = bad || (halves[j] & exponents) == exponents;
+  }
+  bad = __any_sync(kAll, bad);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int at = lane + i * kLanes;
+    if (at * kPer < dim) static_cast<Word*>(to)[at] = bad ? Word{} : x[i];
+  }
+  return bad;
+}
+
+__global__ void store_kernel(const __grid_constant__ StoreParams p) {
+  SequenceView& sequence = p.sequences[blockIdx.x];
+  const ExactRows rows = sequence.exact[1];
+  const int lane = threadIdx.x % kLanes, warps = blockDim.x / kLanes;
+  const long long items = 2ll * p.heads * p.tokens;
+  for (long long i = blockIdx.y * warps + threadIdx.x / kLanes; i < items; i += static_cast<long long>(gridDim.y) * warps) {
+    const bool value = i % 2 != 0;
+    const int head = static_cast<int>(i / 2 % p.heads);
+    const long long token = i / 2 / p.heads;
+    const std::int64_t* stride = value ? p.v_stride : p.k_stride;
+    const auto* from = static_cast<const unsigned short*>(value ? p.v : p.k) + blockIdx.x * stride[0] + head * stride[1] + token * stride[2];
+    auto* to = static_cast<unsigned short*>(const_cast<void*>(value ? rows.v : rows.k)) +
+               head * (value ? rows.v_head_stride : rows.k_head_stride) + (rows.count + token) * (value ? rows.v_stride : rows.k_stride);
+    const uint32_t exponents = p.bf16 ? 0x7f80u : 0x7c00u;
+    const bool wide = ((reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) & 7) == 0 && p.dim % 4 == 0;
+    const bool bad = wide ? copy_row<uint2>(from, to, p.dim, exponents, lane) : copy_row<unsigned short>(from, to, p.dim, exponents, lane);
+    if (bad && lane == 0 && sequence.note != nullptr)
+      atomicMax(reinterpret_cast<long long*>(const_cast<std::int64_t*>(value ? &sequence.note->value : &sequence.note->key)),
+                static_cast<long long>(rows.position + rows.count + token + 1));
+  }
+  if (!p.count) return;
+  __syncthreads();  // every warp has read the count
+  if (threadIdx.x == 0) {
+    sequence.exact[1].count = rows.count + p.tokens;
+    sequence.query_position += p.tokens;
+  }
+}
+
+struct Payload {
+  unsigned char bytes[kPutBytes];
+};
+__global__ void put_kernel(unsigned char* to, int bytes, const __grid_constant__ Payload from) {
+  if (((reinterpret_cast<uintptr_t>(to) | bytes) & 3) == 0) {
+    for (int i = threadIdx.x * 4; i < bytes; i += blockDim.x * 4) *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(from.bytes + i);
+  } else {
+    for (int i = threadIdx.x; i < bytes; i += blockDim.x) to[i] = from.bytes[i];
+  }
+}
+
+// A CTA per line. A chunk is read by all before any of it is written: chunks behind it lie above what it overwrites.
+template <class Word>
+__device__ void move_line(unsigned char* to, const unsigned char* from, std::size_t bytes) {
+  constexpr int kEach = 4;
+  const std::size_t words = bytes / sizeof(Word);
+  for (std::size_t first = 0; first < words; first += kThreads * kEach) {
+    Word x[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const std::size_t at = first + i * kThreads + threadIdx.x;
+      if (at < words) x[i] = reinterpret_cast<const Word*>(from)[at];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const std::size_t at = first + i * kThreads + threadIdx.x;
+      if (at < words) reinterpret_cast<Word*>(to)[at] = x[i];
+    }
+    __syncthreads();
+  }
+}
+__global__ void __launch_bounds__(kThreads) move_lines_kernel(unsigned char* to, std::size_t to_pitch, const unsigned char* from,
+                                                              std::size_t from_pitch, std::size_t bytes) {
+  to += blockIdx.x * to_pitch;
+  from += blockIdx.x * from_pitch;
+  if (((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) & 15) == 0) move_line<uint4>(to, from, bytes);
+  else move_line<unsigned short>(to, from, bytes);
+}
+
+__device__ void put_element(void* data, DType dtype, long long i, float x) {
+  if (dtype == DType::f32) static_cast<float*>(data)[i] = x;
+  else if (dtype == DType::f16) static_cast<__half*>(data)[i] = __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
+  else static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
+}
+__global__ void convert_kernel(const __grid_constant__ ConvertJob job) {
+  const long long all = static_cast<long long>(job.heads) * job.rows * job.dim;
+  for (long long i = blockIdx.x * static_cast<long long>(kThreads) + threadIdx.x; i < all; i += static_cast<long long>(gridDim.x) * kThreads) {
+    const long long c = i % job.dim, j = i / job.dim % job.rows, h = i / job.dim / job.rows;
+    const float x = job.from == nullptr ? 0.0f : load_element(job.from, job.from_dtype, h * job.from_head_stride + j * job.from_stride + c);
+    put_element(job.to, job.to_dtype, h * job.to_head_stride + j * job.to_stride + c, x);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_store(const StoreParams& p, cudaStream_t stream) {
+  const long long items = 2ll * p.heads * p.tokens;
+  if (p.batch == 0 || items == 0) return cudaSuccess;
+  const int threads = p.count ? static_cast<int>(std::min(items, 32ll)) * kLanes : kThreads;
+  // A warp of a long call takes about 8 rows.
+  const long long ctas = p.count ? 1 : std::clamp(items / (kThreads / kLanes) / 8, 1ll, 4096ll);
+  store_kernel<<<dim3(static_cast<unsigned>(p.batch), static_cast<unsigned>(ctas)), threads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_put(void* to, const void* from, std::size_t bytes, cudaStream_t stream) {
+  Payload payload;
+  std::memcpy(payload.bytes, from, bytes);
+  put_kernel<<<1, kThreads, 0, stream>>>(static_cast<unsigned char*>(to), static_cast<int>(bytes), payload);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_move_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines,
+                              cudaStream_t stream) {
+  move_lines_kernel<<<static_cast<unsigned>(lines), kThreads, 0, stream>>>(static_cast<unsigned char*>(to), to_pitch,
+                                                                           static_cast<const unsigned char*>(from), from_pitch, bytes);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_convert(const ConvertJob& job, cudaStream_t stream) {
+  const long long all = static_cast<long long>(job.heads) * job.rows * job.dim;
+  if (all == 0) return cudaSuccess;
+  convert_kernel<<<static_cast<unsigned>(std::min((all + kThreads - 1) / kThreads, 4096ll)), kThreads, 0, stream>>>(job);
+  return cudaGetLastError();
+}
+
+}  // namespace kv4::cuda

@@ -1,0 +1,60 @@
+// Exact rows on a CUDA device: taking them in, moving and converting them, and the moments that lambda is made of.
+// Rows are 16-bit floats where nothing else is said.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend/backend.h"
+
+namespace kv4::cuda {
+
+// T rows of every sequence and head behind those of exact[1] (StoreJob).
+struct StoreParams {
+  SequenceView* sequences = nullptr;  // [batch] in device memory
+  const void* k = nullptr;
+  const void* v = nullptr;
+  std::int64_t k_stride[3] = {}, v_stride[3] = {};  // elements: batch, head, token
+  int batch = 0, heads = 0, tokens = 0, dim = 0;
+  bool bf16 = false;
+  // Counts and query positions of the sequences go up by `tokens`: a replayed launch finds what the one before left.
+  bool count = false;
+};
+// A call that counts takes one CTA per sequence: meant for few tokens.
+cudaError_t launch_store(const StoreParams& p, cudaStream_t stream);
+
+// `bytes` <= kPutBytes of host memory to `to`, as arguments of a launch.
+constexpr std::size_t kPutBytes = 3840;
+cudaError_t launch_put(void* to, const void* from, std::size_t bytes, cudaStream_t stream);
+
+// Lines that overlap their own sources, moved downwards.
+cudaError_t launch_move_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines, cudaStream_t stream);
+
+cudaError_t launch_convert(const ConvertJob& job, cudaStream_t stream);
+
+struct EnergyParams {
+  static constexpr int kJobs = 96;
+  const void* q = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t stride[3] = {};
+  int kv_heads = 0, group = 0, dim = 0, jobs = 0;
+  EnergyJob job[kJobs];
+};
+cudaError_t launch_energies(const EnergyParams& p, cudaStream_t stream);
+
+struct LambdaParams {
+  const void* k = nullptr;
+  bool bf16 = false;
+  std::int64_t k_head_stride = 0, k_stride = 0;
+  int kv_heads = 0, dim = 0, blocks = 0;
+  const std::uint8_t* skip = nullptr;    // device memory, as in LambdaJob
+  const float* energies = nullptr;
+  const std::uint8_t* filled = nullptr;  // device memory
+  int energy_rows = 0;
+  float* lambda = nullptr;
+};
+cudaError_t launch_lambda(const LambdaParams& p, cudaStream_t stream);
+
+}  // namespace kv4::cuda

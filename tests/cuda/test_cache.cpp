@@ -1,0 +1,323 @@
+// The cache on a CUDA device: the CPU's sessions against the definition, and what only a device has: late news of NaN, steps of
+// a captured graph, streams.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "cache_session.h"
+#include "device.h"
+
+namespace kv4 {
+namespace {
+
+using namespace sessions;
+using tests::DeviceBytes;
+
+class DevicePlace final : public Place {
+ public:
+  explicit DevicePlace(DType dtype) : dtype_(dtype) {}
+  std::string backend() const override { return "cuda"; }
+  DType dtype() const override { return dtype_; }
+  TensorView rows(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) override {
+    std::vector<std::uint16_t> halves(x.size());
+    for (std::size_t i = 0; i < x.size(); ++i) halves[i] = dtype_ == DType::f16 ? f32_to_f16(x[i]) : f32_to_bf16(x[i]);
+    TensorView v = view(x, b, h, t, d);
+    v.data = keep(DeviceBytes(halves));
+    v.dtype = dtype_;
+    return v;
+  }
+  TensorView queries(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) override {
+    TensorView v = view(x, b, h, t, d);
+    v.data = keep(DeviceBytes(x));
+    return v;
+  }
+  MutableTensorView into(std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) override {
+    MutableTensorView v = sessions::into(x, b, h, t, d);
+    v.data = keep(DeviceBytes(x));
+    wanted_.push_back({&x, held_.size() - 1});
+    return v;
+  }
+  void fetch() override {
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    for (const auto& [to, at] : wanted_) {
+      const std::vector<std::uint8_t> bytes = held_[at].read();
+      std::memcpy(to->data(), bytes.data(), bytes.size());
+    }
+    wanted_.clear();
+  }
+
+ private:
+  void* keep(DeviceBytes bytes) {
+    held_.push_back(std::move(bytes));
+    return held_.back().as<void>();
+  }
+  DType dtype_;
+  std::vector<DeviceBytes> held_;  // queries are used again after a fetch
+  std::vector<std::pair<std::vector<float>*, std::size_t>> wanted_;
+};
+
+class CudaCache : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (cuda::backend() == nullptr) GTEST_SKIP() << "no CUDA device of compute capability 8.0 or later";
+  }
+  void TearDown() override { cuda::set_stream(nullptr); }
+};
+
+class CudaSessions : public CudaCache, public ::testing::WithParamInterface<int> {};
+TEST_P(CudaSessions, EveryQuerySeesWhatTheDefinitionSays) {
+  DevicePlace place(GetParam() % 2 == 0 ? DType::f16 : DType::bf16);
+  random_session(GetParam(), &place);
+}
+INSTANTIATE_TEST_SUITE_P(Seeds, CudaSessions, ::testing::Range(0, kSeeds));
+
+TEST_F(CudaCache, CropOfTheLastCallRestoresOneByOneDecoding) {
+  DevicePlace place(DType::bf16);
+  crops_of_the_last_call(&place);
+}
+TEST_F(CudaCache, SlidingWindowEvictsAndStaysRight) {
+  DevicePlace place(DType::f16);
+  sliding_window(&place);
+}
+TEST_F(CudaCache, RecordingEvictsNothing) {
+  DevicePlace place(DType::f16);
+  recording(&place);
+}
+
+TEST_F(CudaCache, CreateRefusesWhatNoKernelServes) {
+  CacheConfig config;
+  config.backend = "cuda";
+  config.dtype = DType::f16;
+  config.kv_heads = 2;
+  config.head_dim_k = config.head_dim_v = 64;
+  const auto expect = [](const CacheConfig& c, StatusCode code, const std::string& word) {
+    std::unique_ptr<Cache> cache;
+    const Status status = Cache::create(c, &cache);
+    EXPECT_EQ(status.code(), code) << status.message();
+    EXPECT_NE(status.message().find(word), std::string::npos) << status.message();
+  };
+  expect(config, StatusCode::ok, "");
+  CacheConfig bad = config;
+  bad.dtype = DType::f32;
+  expect(bad, StatusCode::unsupported, "dtype");
+  bad = config;
+  bad.head_dim_k = bad.head_dim_v = 112;
+  expect(bad, StatusCode::unsupported, "head_dim_k");
+  bad = config;
+  bad.head_dim_v = 128;
+  expect(bad, StatusCode::unsupported, "head_dim_v");
+  bad = config;
+  bad.recipe.key.group = 32;
+  expect(bad, StatusCode::unsupported, "group");
+  bad = config;
+  bad.recipe = Recipe::paper();
+  expect(bad, StatusCode::unsupported, "seal");
+  bad = config;
+  bad.backend = "cuda:77";
+  expect(bad, StatusCode::invalid_argument, "backend");
+  bad = config;
+  bad.recipe = Recipe::exact();
+  expect(bad, StatusCode::ok, "");
+  bad.head_dim_k = bad.head_dim_v = 20;
+  expect(bad, StatusCode::unsupported, "head_dim_k");
+}
+
+// Without waiting a query first sees zeros; the news arrives with the device's work.
+TEST_F(CudaCache, NonFiniteRowsAreRefusedOnceSeen) {
+  DevicePlace place(DType::f16);
+  const int d = kShape.dim;
+  auto cache = make(Recipe(), kShape, 0, DType::f16, "cuda");
+  std::vector<float> k = cases::normal_rows(kShape.kv_heads * 10, d, 1), v = k;
+  for (int c = 0; c < 3 * d; ++c) {  // head 0, tokens 0 ... 2
+    k[static_cast<std::size_t>(c)] = std::numeric_limits<float>::quiet_NaN();
+    v[static_cast<std::size_t>(c)] = std::numeric_limits<float>::quiet_NaN();
+  }
+  ASSERT_TRUE(cache->append(place.rows(k, 1, kShape.kv_heads, 10, d), place.rows(v, 1, kShape.kv_heads, 10, d)).ok());
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  const std::vector<float> q = cases::normal_rows(kShape.q_heads, d, 2);
+  std::vector<float> out(q.size());
+  AttendArgs args;
+  args.q = place.queries(q, 1, kShape.q_heads, 1, d);
+  const Status status = cache->attend(args, place.into(out, 1, kShape.q_heads, 1, d));
+  EXPECT_EQ(status.code(), StatusCode::non_finite);
+  EXPECT_NE(status.message().find("k: expected finite values"), std::string::npos) << status.message();
+  EXPECT_NE(status.message().find("position 2"), std::string::npos) << status.message();
+  const std::int32_t start = 3;
+  args.mask.start = &start;
+  ASSERT_TRUE(cache->attend(args, place.into(out, 1, kShape.q_heads, 1, d)).ok());
+  place.fetch();
+  for (float x : out) EXPECT_TRUE(std::isfinite(x));
+  // The rows were held as zeros.
+  std::vector<float> keys(static_cast<std::size_t>(kShape.kv_heads) * 10 * d, -1.0f);
+  ASSERT_TRUE(cache->dense_keys(0, 10, place.into(keys, 1, kShape.kv_heads, 10, d)).ok());
+  place.fetch();
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    const float want = i < static_cast<std::size_t>(3 * d) ? 0.0f : place.round(k[i]);
+    ASSERT_EQ(keys[i], want) << i;
+  }
+  // A crop of them forgets them.
+  ASSERT_TRUE(cache->crop(0).ok());
+  args.mask.start = nullptr;
+  const std::vector<float> fine = cases::normal_rows(kShape.kv_heads * 4, d, 3);
+  ASSERT_TRUE(cache->append(place.rows(fine, 1, kShape.kv_heads, 4, d), place.rows(fine, 1, kShape.kv_heads, 4, d)).ok());
+  EXPECT_TRUE(cache->attend(args, place.into(out, 1, kShape.q_heads, 1, d)).ok());
+}
+
+// Holes of a general mask stay out of a page's mean, where the host can read the mask.
+TEST_F(CudaCache, HolesOfAGeneralMaskStayOutOfMeans) {
+  DevicePlace place(DType::f16);
+  const int d = kShape.dim, tokens = 200, hole = 20;
+  std::vector<float> k = cases::normal_rows(kShape.kv_heads * tokens, d, 1), v = cases::normal_rows(kShape.kv_heads * tokens, d, 2);
+  std::vector<std::uint8_t> mask(tokens * tokens, 0);
+  for (int t = 0; t < tokens; ++t)
+    for (int j = 0; j <= t; ++j) mask[static_cast<std::size_t>(t * tokens + j)] = j != hole;
+  const std::vector<float> q = cases::normal_rows(kShape.q_heads * tokens, d, 3);
+  const DeviceBytes device_mask(mask);
+  const auto codes = [&](float at_the_hole, bool host_copy) {
+    for (int h = 0; h < kShape.kv_heads; ++h)
+      for (int c = 0; c < d; ++c) k[static_cast<std::size_t>((h * tokens + hole) * d + c)] = at_the_hole;
+    auto cache = make(Recipe(), kShape, 0, DType::f16, "cuda");
+    EXPECT_TRUE(cache->append(place.rows(k, 1, kShape.kv_heads, tokens, d), place.rows(v, 1, kShape.kv_heads, tokens, d)).ok());
+    AttendArgs args;
+    args.q = place.queries(q, 1, kShape.q_heads, tokens, d);
+    args.mask.causal = false;
+    args.mask.kind = Mask::General::boolean;
+    args.mask.general = device_mask.as<void>();
+    args.mask.general_stride = {0, 0, tokens, 1};
+    args.mask.columns = tokens;
+    if (host_copy) args.mask.host_general = mask.data();
+    args.mask.host_general_stride = args.mask.general_stride;
+    std::vector<float> out(static_cast<std::size_t>(kShape.q_heads) * tokens * d);
+    EXPECT_TRUE(cache->attend(args, place.into(out, 1, kShape.q_heads, tokens, d)).ok());
+    EXPECT_TRUE(cache->seal().ok());
+    place.fetch();
+    for (float x : out) EXPECT_TRUE(std::isfinite(x));
+    EXPECT_EQ(cache->page_count(0), 2);
+    std::vector<std::uint8_t> key(32u * static_cast<unsigned>(d)), value(key.size());
+    EXPECT_TRUE(cache->page_codes(0, 0, 0, key, value).ok());
+    const std::size_t row = static_cast<std::size_t>((hole - 4) * d / 2);  // the hole's own codes say nothing
+    std::fill(key.begin() + static_cast<std::ptrdiff_t>(row), key.begin() + static_cast<std::ptrdiff_t>(row) + d / 2, 0);
+    return key;
+  };
+  EXPECT_EQ(codes(0, true), codes(500, true));
+  EXPECT_NE(codes(0, false), codes(500, false));
+}
+
+// Decoding by a replayed graph gives what the same steps give one by one, through seals and on another stream.
+TEST_F(CudaCache, CapturedStepsAreTheSame) {
+  const int d = kShape.dim, prompt = 150, steps = 200, batch = 2;
+  DevicePlace place(DType::bf16);
+  cudaStream_t stream = nullptr;
+  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  for (const int window : {0, 100}) {
+    for (const Recipe& recipe : {Recipe(), with(4, 0), Recipe::exact()}) {
+      auto eager = make(recipe, kShape, window, DType::bf16, "cuda"), captured = make(recipe, kShape, window, DType::bf16, "cuda");
+      for (Cache* c : {eager.get(), captured.get()}) c->set_stream(stream);
+      std::vector<float> out(static_cast<std::size_t>(batch * kShape.q_heads * d)), again(out.size());
+      const std::int32_t starts[] = {0, 5};
+      const auto step = [&](Cache& c, std::int64_t tokens, std::uint64_t seed, std::vector<float>& to) {
+        std::vector<float> k = cases::key_rows(static_cast<int>(batch * kShape.kv_heads * tokens), d, seed), v = cases::normal_rows(batch * kShape.kv_heads * tokens, d, seed + 1);
+        ASSERT_TRUE(c.append(place.rows(k, batch, kShape.kv_heads, tokens, d), place.rows(v, batch, kShape.kv_heads, tokens, d)).ok());
+        const std::vector<float> q = cases::normal_rows(batch * kShape.q_heads * tokens, d, seed + 2);
+        std::vector<float> all(q.size());
+        AttendArgs args;
+        args.q = place.queries(q, batch, kShape.q_heads, tokens, d);
+        args.mask.start = starts;
+        const Status status = c.attend(args, place.into(all, batch, kShape.q_heads, tokens, d));
+        ASSERT_TRUE(status.ok()) << status.message();
+        place.fetch();
+        if (tokens == 1) to = all;
+      };
+      step(*eager, prompt, 10, out);
+      step(*captured, prompt, 10, again);
+      step(*eager, 1, 20, out);
+      step(*captured, 1, 20, again);
+      ASSERT_EQ(out, again);
+      ASSERT_TRUE(captured->reserve(steps + 1).ok());
+      const std::size_t bytes = static_cast<std::size_t>(batch * kShape.kv_heads * d) * 2;
+      const DeviceBytes k(bytes), v(bytes), q(out.size() * 4), o(out.size() * 4);
+      const TensorView keys{k.as<void>(), DType::bf16, {batch, kShape.kv_heads, 1, d}, {kShape.kv_heads * d, d, d, 1}};
+      TensorView values = keys;
+      values.data = v.as<void>();
+      AttendArgs args;
+      args.q = {q.as<void>(), DType::f32, {batch, kShape.q_heads, 1, d}, {kShape.q_heads * d, d, d, 1}};
+      args.mask.start = starts;
+      const MutableTensorView result{o.as<void>(), DType::f32, args.q.shape, args.q.stride};
+      ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+      const std::int64_t length = captured->length();
+      Status status = captured->append(keys, values);
+      const Status attended = captured->attend(args, result);
+      cudaGraph_t graph = nullptr;
+      ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+      ASSERT_TRUE(status.ok()) << status.message();
+      ASSERT_TRUE(attended.ok()) << attended.message();
+      EXPECT_EQ(captured->length(), length);
+      cudaGraphExec_t exec = nullptr;
+      ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+      for (int i = 0; i < steps; ++i) {
+        const std::uint64_t seed = 1000 + static_cast<std::uint64_t>(3 * i);
+        step(*eager, 1, seed, out);
+        const std::vector<float> kr = cases::key_rows(batch * kShape.kv_heads, d, seed), vr = cases::normal_rows(batch * kShape.kv_heads, d, seed + 1);
+        const std::vector<float> qr = cases::normal_rows(batch * kShape.q_heads, d, seed + 2);
+        const auto put = [&](const DeviceBytes& to, const void* from, std::size_t n) { ASSERT_EQ(cudaMemcpy(to.as<void>(), from, n, cudaMemcpyHostToDevice), cudaSuccess); };
+        std::vector<std::uint16_t> kh(kr.size()), vh(vr.size());
+        for (std::size_t j = 0; j < kr.size(); ++j) kh[j] = f32_to_bf16(kr[j]), vh[j] = f32_to_bf16(vr[j]);
+        put(k, kh.data(), bytes);
+        put(v, vh.data(), bytes);
+        put(q, qr.data(), qr.size() * 4);
+        status = captured->advance();
+        ASSERT_TRUE(status.ok()) << status.message();
+        ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
+        ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+        const std::vector<std::uint8_t> got = o.read();
+        ASSERT_EQ(std::memcmp(got.data(), out.data(), got.size()), 0) << "window " << window << ", step " << i;
+      }
+      EXPECT_EQ(captured->length(), eager->length());
+      EXPECT_EQ(captured->sealed_tokens(1), eager->sealed_tokens(1));
+      // And back to single calls.
+      step(*eager, 1, 7, out);
+      step(*captured, 1, 7, again);
+      ASSERT_EQ(out, again);
+      cudaGraphExecDestroy(exec);
+      cudaGraphDestroy(graph);
+    }
+  }
+  EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+}
+
+TEST_F(CudaCache, CaptureSaysWhatItNeeds) {
+  const int d = kShape.dim;
+  DevicePlace place(DType::f16);
+  cudaStream_t stream = nullptr;
+  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  {
+    auto cache = make(Recipe(), kShape, 0, DType::f16, "cuda");
+    cache->set_stream(stream);
+    EXPECT_EQ(cache->advance().code(), StatusCode::failed_precondition);
+    const std::vector<float> rows = cases::normal_rows(kShape.kv_heads * 2, d, 1), q = cases::normal_rows(kShape.q_heads, d, 2);
+    const TensorView two = place.rows(rows, 1, kShape.kv_heads, 2, d), one{two.data, two.dtype, {1, kShape.kv_heads, 1, d}, {2 * d, d, d, 1}};
+    ASSERT_TRUE(cache->append(two, two).ok());
+    const auto captured = [&](const TensorView& x) {
+      EXPECT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+      const Status status = cache->append(x, x);
+      cudaGraph_t graph = nullptr;
+      EXPECT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+      if (graph != nullptr) cudaGraphDestroy(graph);
+      return status;
+    };
+    Status status = captured(two);
+    EXPECT_EQ(status.code(), StatusCode::failed_precondition);
+    EXPECT_NE(status.message().find("one token"), std::string::npos) << status.message();
+    status = captured(one);
+    EXPECT_EQ(status.code(), StatusCode::failed_precondition);
+    EXPECT_NE(status.message().find("lambda"), std::string::npos) << status.message();
+    EXPECT_EQ(cache->length(), 2);
+  }
+  EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+}
+
+}  // namespace
+}  // namespace kv4
