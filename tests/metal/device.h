@@ -1,8 +1,7 @@
-// A stand-in for an Apple GPU: kernels run in the emulator, each .metal file a shared library of it (emulator/runtime/abi.h).
-// Memory of a call, its launches, and what the emulator had to say.
+// A stand-in for an Apple GPU: each .metal file is a module of the emulator (emulator/host/module.h). Whatever the emulator
+// has to report fails the test.
 #pragma once
 
-#include <dlfcn.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,11 +9,11 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
-#include <utility>
 #include <vector>
 
-#include "emulator/runtime/abi.h"
+#include "emulator/host/module.h"
 #include "metal/arguments.h"
 
 namespace kv4::tests {
@@ -27,80 +26,47 @@ class Module {
  public:
   static Module& get(const std::string& name, Build build) {
     static std::map<std::string, std::unique_ptr<Module>> loaded;
-    std::unique_ptr<Module>& m = loaded[name + name_of(build)];
-    if (m == nullptr) m.reset(new Module(std::string(KV4_METAL_MODULES) + "/" + name + "." + name_of(build) + ".so"));
+    const std::string path = std::string(KV4_METAL_MODULES) + "/" + name + "." + name_of(build) + ".so";
+    std::unique_ptr<Module>& m = loaded[path];
+    if (m == nullptr) m = std::make_unique<Module>(path);
     return *m;
   }
+  explicit Module(const std::string& path) : module_(path) {}
 
-  void* alloc(std::size_t bytes, const char* name, std::uint32_t kind) const { return alloc_(bytes, name, kind, 0); }
-  void free(void* p) const { free_(p); }
-
-  // threads: of the grid. A report of the emulator fails the test.
+  // threads: of the grid.
   EmuStats run(const std::string& kernel, EmuSize threads, EmuSize group, const std::vector<void*>& buffers, std::uint64_t seed) const {
-    EmuLaunch launch = {};
-    launch.grid = threads;
-    launch.group = group;
-    launch.seed = seed;
-    EmuStats stats = {};
-    clear_();
-    EXPECT_EQ(run_(kernel.c_str(), &launch, buffers.data(), static_cast<std::uint32_t>(buffers.size()), &stats), EMU_RAN) << kernel;
-    EXPECT_EQ(report_count_(), 0u) << kernel << ": " << reports_();
-    return stats;
+    const emu::Run run = module_.run(kernel, {threads, group, seed, 0, {}}, buffers);
+    EXPECT_TRUE(run.clean()) << kernel << ": result " << run.result << "; " << run.reports;
+    return run.stats;
   }
 
  private:
-  explicit Module(const std::string& path) {
-    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (library == nullptr) {
-      ADD_FAILURE() << dlerror();
-      std::abort();
-    }
-    const auto find = [library](const char* name, auto* to) {
-      *reinterpret_cast<void**>(to) = dlsym(library, name);
-      EXPECT_NE(*reinterpret_cast<void**>(to), nullptr) << name;
-    };
-    find("emu_alloc", &alloc_);
-    find("emu_free", &free_);
-    find("emu_run", &run_);
-    find("emu_reports", &reports_);
-    find("emu_report_count", &report_count_);
-    find("emu_clear", &clear_);
-  }
-
-  decltype(&emu_alloc) alloc_ = nullptr;
-  decltype(&emu_free) free_ = nullptr;
-  decltype(&emu_run) run_ = nullptr;
-  decltype(&emu_reports) reports_ = nullptr;
-  decltype(&emu_report_count) report_count_ = nullptr;
-  decltype(&emu_clear) clear_ = nullptr;
+  friend class Buffer;
+  emu::Module module_;
 };
 
-// A buffer that a kernel of `module` may touch.
+// A buffer that kernels of `module` may touch; at least 16 bytes.
 class Buffer {
  public:
-  Buffer(const Module& module, const char* name, const void* from, std::size_t bytes, std::uint32_t kind = EMU_INPUT)
-      : module_(&module), bytes_(bytes), data_(module.alloc(std::max<std::size_t>(bytes, 16), name, kind)) {
-    if (from != nullptr && bytes > 0) std::memcpy(data_, from, bytes);
+  Buffer(const Module& module, const char* name, const void* from, std::size_t bytes, EmuBuffer kind = EMU_INPUT)
+      : bytes_(bytes), memory_(module.module_.buffer<std::uint8_t>(std::max<std::size_t>(bytes, 16), name, kind)) {
+    if (from != nullptr && bytes > 0) std::memcpy(memory_.data(), from, bytes);
   }
   template <class T>
-  Buffer(const Module& module, const char* name, const std::vector<T>& from, std::uint32_t kind = EMU_INPUT)
+  Buffer(const Module& module, const char* name, const std::vector<T>& from, EmuBuffer kind = EMU_INPUT)
       : Buffer(module, name, from.data(), from.size() * sizeof(T), kind) {}
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { module_->free(data_); }
 
-  void* data() const { return data_; }
+  void* data() const { return memory_.data(); }
   template <class T = std::uint8_t>
   std::vector<T> read() const {
     std::vector<T> out(bytes_ / sizeof(T));
-    std::memcpy(out.data(), data_, out.size() * sizeof(T));
+    std::memcpy(out.data(), memory_.data(), out.size() * sizeof(T));
     return out;
   }
 
  private:
-  const Module* module_;
   std::size_t bytes_;
-  void* data_;
+  emu::Buffer<std::uint8_t> memory_;
 };
 
 }  // namespace kv4::tests

@@ -25,7 +25,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .source import HERE, METAL_VERSION, MetalError, preprocess, tokenise
+from .instructions import instrument
+from .source import HERE, MetalError, preprocess, tokenise
 from .translate import Kernel, Translation, translate
 
 REPOSITORY = HERE.parents[2]
@@ -46,7 +47,7 @@ KERNEL_FLAGS = {
     "check": f"-O1 -ffp-contract=off -fsanitize=thread {UNDEFINED} -ftrivial-auto-var-init=pattern",
     "asan": "-O1 -ffp-contract=off -fsanitize=address -fsanitize-recover=address -fno-omit-frame-pointer "
             "-ftrivial-auto-var-init=pattern",
-    "count": "-O2 -ffast-math",
+    "count": "-O2 -ffast-math -fno-vectorize -fno-slp-vectorize",
 }  # fmt: skip
 RUNTIME = ["abi", "bfloat", "memory", "report", "scheduler", "checker"]
 EXTRA = {"check": ["hooks", "ubsan"], "asan": ["asan"]}
@@ -191,9 +192,7 @@ def _compile(translation: Translation, mode: str, cxx: str, scratch: Path) -> Pa
     common += ["-g1", "-fPIC", "-fvisibility=hidden", f"-I{HERE}"]
     kernels = scratch / "kernels.o"
     if mode == "count":
-        from . import count
-
-        count.compile_counting(cxx, common, text, kernels, scratch / "module.blocks")
+        _compile_counting(cxx, common, text, kernels)
     else:
         run_tool([cxx, *common, "-c", str(text), "-o", str(kernels)])
     module = scratch / "module.so"
@@ -201,6 +200,17 @@ def _compile(translation: Translation, mode: str, cxx: str, scratch: Path) -> Pa
     objects = [str(runtime_object(name, mode, cxx)) for name in RUNTIME + EXTRA.get(mode, [])]
     run_tool([cxx, "-shared", "-Wl,-Bsymbolic", *link, str(kernels), *objects, "-o", str(module)])
     return module
+
+
+def _compile_counting(cxx: str, flags: Sequence[str], text: Path, to: Path) -> None:
+    """An object file with a counter in every basic block; what a block costs goes to module.blocks as JSON."""
+    ir = to.with_suffix(".ll")
+    run_tool([cxx, *flags, "-S", "-emit-llvm", "-DEMU_COUNT=1", str(text), "-o", str(ir)])
+    instrumented, blocks = instrument(ir.read_text())
+    ir.write_text(instrumented)
+    costs = [[[kind, line, n] for (kind, line), n in block.costs.items()] for block in blocks]
+    to.with_name("module.blocks").write_text(json.dumps(costs))
+    run_tool([cxx, "-O1", "-fPIC", "-Wno-override-module", "-c", str(ir), "-o", str(to)])
 
 
 def runtime_object(name: str, mode: str, cxx: str) -> Path:

@@ -6,6 +6,11 @@
 // Where the kernel calls, as defaults at the end of each parameter list.
 #define EMU_SITE const char *file_ = __builtin_FILE(), int line_ = __builtin_LINE(), int column_ = __builtin_COLUMN()
 #define EMU_HERE emu::Site{file_, line_, column_}
+#ifdef EMU_COUNT  // calls that count.py finds by name
+#define EMU_OPERATION __attribute__((noinline))
+#else
+#define EMU_OPERATION inline
+#endif
 
 namespace emu {
 
@@ -89,7 +94,7 @@ namespace names {
 
 #define EMU_SHUFFLE(name, edge, expression)                                                                     \
   template <class T>                                                                                            \
-  inline T name(T value, ushort by, EMU_SITE) {                                                                 \
+  EMU_OPERATION T name(T value, ushort by, EMU_SITE) {                                                                 \
     return shuffle(#name, value, by, EMU_HERE, edge, [](int lane, int p) { (void)lane; return expression; });   \
   }
 EMU_SHUFFLE(simd_shuffle, false, p)
@@ -104,7 +109,7 @@ EMU_SHUFFLE(quad_broadcast, false, (lane & ~3) + p)
 EMU_SHUFFLE(quad_shuffle_xor, false, lane ^ (p & 3))
 #undef EMU_SHUFFLE
 template <class T>
-inline T simd_broadcast_first(T value, EMU_SITE) {
+EMU_OPERATION T simd_broadcast_first(T value, EMU_SITE) {
   return exchange("simd_broadcast_first", value, 0, EMU_HERE, [](LaneValue** lanes, unsigned active) {
     const T first = value_of<T>(lanes[__builtin_ctz(active)]);
     for (int i = 0; i < 32; ++i)
@@ -114,7 +119,7 @@ inline T simd_broadcast_first(T value, EMU_SITE) {
 
 #define EMU_REDUCE(name, expression)                                                                \
   template <class T>                                                                                \
-  inline T name(T value, EMU_SITE) {                                                                \
+  EMU_OPERATION T name(T value, EMU_SITE) {                                                                \
     return reduce(#name, value, EMU_HERE, [](T x, T y) { return static_cast<T>(expression); });     \
   }
 EMU_REDUCE(simd_sum, x + y)
@@ -126,17 +131,17 @@ EMU_REDUCE(simd_and, x & y)
 EMU_REDUCE(simd_xor, x ^ y)
 #undef EMU_REDUCE
 template <class T>
-inline T simd_prefix_inclusive_sum(T value, EMU_SITE) {
+EMU_OPERATION T simd_prefix_inclusive_sum(T value, EMU_SITE) {
   return scan("simd_prefix_inclusive_sum", value, EMU_HERE, true, T(0), [](T x, T y) { return x + y; });
 }
 template <class T>
-inline T simd_prefix_exclusive_sum(T value, EMU_SITE) {
+EMU_OPERATION T simd_prefix_exclusive_sum(T value, EMU_SITE) {
   return scan("simd_prefix_exclusive_sum", value, EMU_HERE, false, T(0), [](T x, T y) { return x + y; });
 }
-inline bool simd_any(bool value, EMU_SITE) {
+EMU_OPERATION static bool simd_any(bool value, EMU_SITE) {
   return reduce("simd_any", value, EMU_HERE, [](bool x, bool y) { return x || y; });
 }
-inline bool simd_all(bool value, EMU_SITE) {
+EMU_OPERATION static bool simd_all(bool value, EMU_SITE) {
   return reduce("simd_all", value, EMU_HERE, [](bool x, bool y) { return x && y; });
 }
 

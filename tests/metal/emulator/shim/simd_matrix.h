@@ -47,7 +47,7 @@ using tile = metal::simdgroup_matrix<T, 8, 8>;
 
 // Each lane reads its two elements itself, so that the checker sees who read what.
 template <class T, class P>
-inline void simdgroup_load(tile<T>& m, const P* from, ulong stride = 8, ulong2 origin = ulong2{0, 0}, bool transposed = false, EMU_SITE) {
+EMU_OPERATION void simdgroup_load(tile<T>& m, const P* from, ulong stride = 8, ulong2 origin = ulong2{0, 0}, bool transposed = false, EMU_SITE) {
   static_assert(is_same<T, P>::value, "simdgroup_load: the element types differ");
   EMU_TILE_MEET("simdgroup_load")
   for (uint k = 0; k < 2; ++k) {
@@ -56,7 +56,7 @@ inline void simdgroup_load(tile<T>& m, const P* from, ulong stride = 8, ulong2 o
   }
 }
 template <class T, class P>
-inline void simdgroup_store(tile<T> m, P* to, ulong stride = 8, ulong2 origin = ulong2{0, 0}, bool transposed = false, EMU_SITE) {
+EMU_OPERATION void simdgroup_store(tile<T> m, P* to, ulong stride = 8, ulong2 origin = ulong2{0, 0}, bool transposed = false, EMU_SITE) {
   static_assert(is_same<T, P>::value, "simdgroup_store: the element types differ");
   EMU_TILE_MEET("simdgroup_store")
   for (uint k = 0; k < 2; ++k) {
@@ -66,7 +66,7 @@ inline void simdgroup_store(tile<T> m, P* to, ulong stride = 8, ulong2 origin = 
 }
 // d = a * b + c, sums in float.
 template <class D, class A, class B, class C>
-inline void simdgroup_multiply_accumulate(tile<D>& d, const tile<A>& a, const tile<B>& b, const tile<C>& c, EMU_SITE) {
+EMU_OPERATION void simdgroup_multiply_accumulate(tile<D>& d, const tile<A>& a, const tile<B>& b, const tile<C>& c, EMU_SITE) {
   MatrixOperands lane{a.element, b.element, c.element, d.element};
   const Site site = EMU_HERE;
   emu::collective("simdgroup_multiply_accumulate", site, &lane, [](void** lanes, unsigned active, void* s) {
@@ -85,7 +85,7 @@ inline void simdgroup_multiply_accumulate(tile<D>& d, const tile<A>& a, const ti
   }, const_cast<Site*>(&site));
 }
 template <class D, class A, class B>
-inline void simdgroup_multiply(tile<D>& d, const tile<A>& a, const tile<B>& b, EMU_SITE) {
+EMU_OPERATION void simdgroup_multiply(tile<D>& d, const tile<A>& a, const tile<B>& b, EMU_SITE) {
   names::simdgroup_multiply_accumulate(d, a, b, tile<D>(D(0)), file_, line_, column_);
 }
 #undef EMU_TILE_MEET
