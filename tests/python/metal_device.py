@@ -18,7 +18,6 @@ sys.path.insert(0, str(ROOT / "tests" / "metal"))
 
 from emulator.build import build, compiler  # noqa: E402
 from emulator.module import Module  # noqa: E402
-
 from kv4.metal import Host  # noqa: E402
 
 needs_emulator = pytest.mark.skipif(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from kv4 import _core
 from kv4.recipe import Recipe
 
-from .cache import _DTYPES, PACKED_LAYER_TYPES, KV4Cache, KV4Layer, mismatch
+from .cache import _DTYPES, DEVICES, PACKED_LAYER_TYPES, KV4Cache, KV4Layer, mismatch, new_core
 
 _SETTINGS = "_kv4_settings"
 
@@ -101,8 +101,11 @@ def why_not(model: PreTrainedModel, recipe: Recipe | None = None, **calibration:
             f"{name}, whose attention cannot be replaced (a KV4Cache still works with it, dequantising)",
         )
     for parameter in model.parameters():
-        if parameter.device.type != "cpu":
-            return mismatch("model", "a model on the CPU", f"{name} with parameters on {parameter.device}")
+        if parameter.device.type not in DEVICES:
+            expected = f"a model on one of {', '.join(DEVICES)}"
+            return mismatch("model", expected, f"{name} with parameters on {parameter.device}")
+        if parameter.device.type == "mps" and (reason := _no_metal()) is not None:
+            return reason
     if model.dtype not in _DTYPES:
         return mismatch("model", "float32, float16 or bfloat16 activations", f"{name} in {model.dtype}")
     try:
@@ -116,6 +119,12 @@ def why_not(model: PreTrainedModel, recipe: Recipe | None = None, **calibration:
             f"{name}, which caches latent vectors (a KV4Cache still works with it, dequantising)",
         )
     return _dims_not_served(model, cache)
+
+
+def _no_metal() -> str | None:
+    from kv4.metal import why_not as reason
+
+    return reason()
 
 
 def _dims_not_served(model: PreTrainedModel, cache: KV4Cache) -> str | None:
@@ -139,7 +148,8 @@ def _dims_not_served(model: PreTrainedModel, cache: KV4Cache) -> str | None:
         tried.add(case)
         heads = next((len(values) for key, values in constants.items() if key.startswith("lambda")), 1)
         try:
-            _core.Cache(
+            new_core(
+                torch.device(model.device),
                 cache.recipe,
                 dtype=_DTYPES[model.dtype],
                 kv_heads=heads,
@@ -147,7 +157,7 @@ def _dims_not_served(model: PreTrainedModel, cache: KV4Cache) -> str | None:
                 head_dim_v=dim_v,
                 **constants,
             )
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, RuntimeError) as error:
             expected = f"one that serves {_name(model)} (head dims {dim_k} and {dim_v}, layer {index})"
             return mismatch("recipe", expected, error)
     return None

@@ -83,7 +83,7 @@ def _attend_packed(
     if query.dim() != 4:
         raise ValueError(f"query: expected [batch, q_heads, tokens, head_dim]; got {list(query.shape)}")
     batch, heads, tokens, _ = query.shape
-    out = torch.empty((batch, tokens, heads, layer.head_dim_v), dtype=query.dtype)
+    out = torch.empty((batch, tokens, heads, layer.head_dim_v), dtype=query.dtype, device=query.device)
     if not tokens:
         return out
     scale = scaling or 0.0

@@ -22,12 +22,23 @@ from .handle import KVHandle
 # Layer types that hold plain keys and values; only their masks differ.
 PACKED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 PAGE_TOKENS = 64
+DEVICES = ("cpu", "mps")
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def mismatch(argument: str, expected: object, got: object) -> str:
     """The one form of every error message."""
     return f"{argument}: expected {expected}; got {got}"
+
+
+def new_core(device: torch.device, recipe: Recipe, **arguments: Any) -> Any:
+    """The cache behind a layer: the C++ core, or on Apple GPUs its counterpart kv4.metal.MetalCache. Errors:
+    RuntimeError, ValueError or NotImplementedError with the reason where device, recipe or head dims are not served."""
+    if device.type == "mps":
+        from kv4.metal import MetalCache, mps_host
+
+        return MetalCache(mps_host(arguments["head_dim_k"]), recipe, **arguments)
+    return _core.Cache(recipe, **arguments)
 
 
 class KV4Layer(CacheLayerMixin):
@@ -77,13 +88,14 @@ class KV4Layer(CacheLayerMixin):
             if not isinstance(x, torch.Tensor) or x.dim() != 4:
                 got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
                 raise ValueError(mismatch(name, "a tensor [batch, kv_heads, tokens, head_dim]", got))
-            if x.device.type != "cpu":
-                raise ValueError(mismatch(name, "a tensor on the CPU", x.device))
+            if x.device.type not in DEVICES or x.device.type != key_states.device.type:
+                raise ValueError(mismatch(name, f"a tensor on one of {', '.join(DEVICES)}", x.device))
             if x.dtype not in _DTYPES:
                 raise ValueError(mismatch(name, "float32, float16 or bfloat16", x.dtype))
         if value_states.dtype != key_states.dtype:
             raise ValueError(mismatch("value_states", f"the keys' dtype {key_states.dtype}", value_states.dtype))
-        core = _core.Cache(
+        core = new_core(
+            key_states.device,
             self.recipe,
             dtype=_DTYPES[key_states.dtype],
             kv_heads=key_states.shape[1],
@@ -98,6 +110,7 @@ class KV4Layer(CacheLayerMixin):
         self.batch, self.kv_heads, _, self.head_dim_k = key_states.shape
         self.head_dim_v = value_states.shape[3]
         self.dtype = key_states.dtype
+        self.device = key_states.device
         self.is_initialized = True
 
     def update(
@@ -140,8 +153,8 @@ class KV4Layer(CacheLayerMixin):
     def _append_checked(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Appends what the core refused if only its strides were in the way; else says what is wrong."""
         for name, x in (("key_states", key_states), ("value_states", value_states)):
-            if x.device.type != "cpu":
-                raise ValueError(mismatch(name, "a tensor on the CPU", x.device))
+            if x.device.type != self.device.type:
+                raise ValueError(mismatch(name, f"a tensor on the layer's device {self.device}", x.device))
             if x.dtype is not self.dtype:
                 raise ValueError(mismatch(name, f"the layer's dtype {self.dtype}", x.dtype))
         self.core.append(key_states.contiguous(), value_states.contiguous())
@@ -150,7 +163,7 @@ class KV4Layer(CacheLayerMixin):
         """Positions [first, first + count) of the "key" or "value" side, dequantised: [batch, kv_heads, count, dim]
         in the model's dtype. Errors: IndexError for positions that are not held."""
         dim = self.head_dim_k if which == "key" else self.head_dim_v
-        out = torch.empty((self.batch, self.kv_heads, count, dim), dtype=self.dtype)
+        out = torch.empty((self.batch, self.kv_heads, count, dim), dtype=self.dtype, device=self.device)
         if count:
             (self.core.dense_keys if which == "key" else self.core.dense_values)(first, count, out)
         return out
@@ -265,7 +278,7 @@ class KV4Layer(CacheLayerMixin):
 
 
 class KV4Cache(Cache):
-    """A transformers cache that keeps keys and values in 4 bits, for any decoder model on the CPU.
+    """A transformers cache that keeps keys and values in 4 bits, for any decoder model on the CPU or an Apple GPU.
 
         cache = KV4Cache(model.config)
         model.generate(**inputs, past_key_values=cache)

@@ -88,7 +88,7 @@ class KVHandle:
 
     @property
     def is_cpu(self) -> bool:
-        return True
+        return self.device.type == "cpu"
 
     def dim(self) -> int:
         return 4
@@ -102,7 +102,7 @@ class KVHandle:
     def to(self, *args: Any, **kwargs: Any) -> KVHandle | torch.Tensor:
         """Itself where nothing would change, else a dense tensor."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
-        if (device is None or torch.device(device).type == "cpu") and dtype in (None, self.dtype):
+        if (device is None or torch.device(device).type == self.device.type) and dtype in (None, self.dtype):
             return self
         return self.dense().to(*args, **kwargs)
 

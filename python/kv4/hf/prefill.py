@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .cache import KV4Layer
 
 _flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_PLAIN_BLOCK = 256  # queries of a block: bounds the scores held at once
 _NEVER = -1.0e30  # below every log-sum-exp, so that exp(x - _NEVER) of an empty set is exp(-inf) = 0
 
 
@@ -24,7 +25,7 @@ def supports_prefill(layer: KV4Layer, query: torch.Tensor, own_k: torch.Tensor, 
     """True where the flash kernel may answer for the call's own tokens: it reads one head dim and one dtype, and the
     recipe must let attention see them exactly."""
     return (
-        _flash is not None
+        (_flash is not None or not query.is_cpu)
         and layer.attends_exact_call
         and own_k.shape[-1] == own_v.shape[-1]
         and query.dtype == own_k.dtype
@@ -65,9 +66,10 @@ def prefill(
 
     earlier = None
     if before > 0 or layer.records_queries:
-        o = torch.empty((batch, heads, tokens, dim), dtype=torch.float32)
-        m = torch.empty((batch, heads, tokens), dtype=torch.float32)
-        total = torch.empty((batch, heads, tokens), dtype=torch.float32)
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
+        o = torch.empty((batch, heads, tokens, dim), **floats)
+        m = torch.empty((batch, heads, tokens), **floats)
+        total = torch.empty((batch, heads, tokens), **floats)
         options: dict[str, Any] = {"scale": scale, "offset": offset, "start": start, "window": window}
         layer.core.attend_partial(query, o, m, total, upto=before, **options)
         if before > 0:
@@ -110,6 +112,9 @@ def _flash_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
     A window is served block by block, so that the keys outside it are never read."""
     tokens = query.shape[2]
     factor = scale or query.shape[3] ** -0.5
+    if not query.is_cpu:
+        yield from _plain_blocks(query, k, v, factor, begin, width)
+        return
     if not width or tokens - begin <= width:
         o, lse = _flash(query[:, :, begin:], k[:, :, begin:], v[:, :, begin:], 0.0, True, scale=factor)
         yield begin, tokens, o, lse
@@ -132,6 +137,24 @@ def _flash_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
             scale=factor,
         )
         yield lo, hi, o, lse
+
+
+def _plain_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float, begin: int, width: int):
+    """_flash_blocks by matrix products in float32, for devices whose kernels tell no log-sum-exp."""
+    batch, heads, tokens, dim = query.shape
+    kv_heads = k.shape[1]
+    for lo in range(begin, tokens, _PLAIN_BLOCK):
+        hi = min(lo + _PLAIN_BLOCK, tokens)
+        key_lo = max(begin, lo - width + 1) if width else begin
+        row = torch.arange(lo, hi, device=query.device)[:, None]
+        column = torch.arange(key_lo, hi, device=query.device)[None]
+        hidden = (column > row) | (column <= row - width) if width else column > row
+        grouped = query[:, :, lo:hi].float().reshape(batch, kv_heads, heads // kv_heads, hi - lo, dim) * factor
+        scores = grouped @ k[:, :, None, key_lo:hi].float().mT
+        scores = scores.masked_fill(hidden, -math.inf)
+        lse = scores.logsumexp(-1, keepdim=True)
+        o = (scores - lse).exp() @ v[:, :, None, key_lo:hi].float()
+        yield lo, hi, o.reshape(batch, heads, hi - lo, dim), lse.reshape(batch, heads, hi - lo)
 
 
 def _merge(

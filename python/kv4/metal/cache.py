@@ -59,7 +59,7 @@ class MetalCache(Sealing):
             matrix_v=matrix_v,
         )
         if matrix_k is None and matrix_v is None:
-            self.constants = shared_constants(host, recipe, dtype, kv_heads, head_dim_k)
+            self.constants = shared_constants(host, recipe, dtype, kv_heads, head_dim_k, head_dim_v)
         else:
             shape = {"dtype": dtype, "kv_heads": kv_heads, "head_dim_k": head_dim_k, "head_dim_v": head_dim_v}
             tables = _core.MetalTables(recipe, **shape, matrix_k=matrix_k, matrix_v=matrix_v)
@@ -107,7 +107,7 @@ class MetalCache(Sealing):
         if not tokens:
             return
         self._make_room(tokens)
-        for side, x in enumerate((k, v)):
+        for side, x in enumerate((k.detach(), v.detach())):
             x = torch.where(torch.isfinite(x).all(-1, keepdim=True), x, torch.zeros((), dtype=x.dtype, device=x.device))
             if len({s.count for s in self.sequences}) == 1:
                 first = self.sink_limit + self.sequences[0].count
@@ -225,7 +225,7 @@ class MetalCache(Sealing):
             part = slice(begin, end)
             attend(
                 self,
-                q[:, :, part],
+                q[:, :, part].detach(),
                 None if out is None else out[:, :, part],
                 None if partial is None else partial[:, :, part],
                 views,
@@ -267,7 +267,7 @@ class MetalCache(Sealing):
             if not slots:
                 continue
             at = [torch.tensor(x, device=self.host.device) for x in zip(*slots, strict=True)]
-            x = q[b, :, at[0]].float().square().reshape(self.heads, group, len(slots), self.dim).sum(1)
+            x = q[b, :, at[0]].detach().float().square().reshape(self.heads, group, len(slots), self.dim).sum(1)
             energy.rows = energy.rows.index_copy(0, at[1], x.transpose(0, 1))
             for _, slot in slots:
                 energy.filled[slot] = 1
@@ -443,7 +443,7 @@ class MetalCache(Sealing):
 
     @property
     def first(self) -> int:
-        return max((s.first_held() for s in self.sequences), default=0)
+        return max((s.evicted for s in self.sequences), default=0)
 
     def sealed_tokens(self, row: int) -> int:
         return len(self._row(row).pages) * PAGE

@@ -113,6 +113,6 @@ class Constants:
 
 
 @functools.lru_cache(maxsize=64)
-def shared_constants(host: Host, recipe: Any, dtype: str, kv_heads: int, head_dim: int) -> Constants:
-    tables = _core.MetalTables(recipe, dtype=dtype, kv_heads=kv_heads, head_dim_k=head_dim, head_dim_v=head_dim)
-    return Constants(host, tables, head_dim)
+def shared_constants(host: Host, recipe: Any, dtype: str, kv_heads: int, head_dim_k: int, head_dim_v: int) -> Constants:
+    tables = _core.MetalTables(recipe, dtype=dtype, kv_heads=kv_heads, head_dim_k=head_dim_k, head_dim_v=head_dim_v)
+    return Constants(host, tables, head_dim_k)
