@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kv4 import _core
 from kv4.recipe import Recipe
 
 from .cache import _DTYPES, PACKED_LAYER_TYPES, KV4Cache, KV4Layer, mismatch
-from .device import core_name, usable_devices, why_no_device
+from .device import new_core, usable_devices, why_no_device
 from .layers import layer_kinds
 
 _SETTINGS = "_kv4_settings"
@@ -144,16 +143,16 @@ def _dims_not_served(model: PreTrainedModel, cache: KV4Cache) -> str | None:
         tried.add(case)
         heads = next((len(values) for key, values in constants.items() if key.startswith("lambda")), 1)
         try:
-            _core.Cache(
+            new_core(
+                device,
                 cache.recipe,
                 dtype=_DTYPES[model.dtype],
                 kv_heads=heads,
                 head_dim_k=dim_k,
                 head_dim_v=dim_v,
-                backend=core_name(device),
                 **constants,
             )
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, RuntimeError) as error:
             expected = f"one that serves {_name(model)} (head dims {dim_k} and {dim_v}, layer {index})"
             return mismatch("recipe", expected, error)
     return None

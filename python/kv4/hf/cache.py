@@ -13,11 +13,10 @@ from transformers.cache_utils import (
     CacheLayerMixin,
 )
 
-from kv4 import _core
 from kv4.recipe import Recipe
 
 from . import ops
-from .device import check_device, core_name, on_stream, place
+from .device import check_device, new_core, on_stream, place
 from .handle import KVHandle
 from .layers import layer_kinds
 
@@ -94,14 +93,14 @@ class KV4Layer(CacheLayerMixin):
             raise ValueError(mismatch("value_states", f"a tensor on {place(key_states.device)}", value_states.device))
         if value_states.dtype != key_states.dtype:
             raise ValueError(mismatch("value_states", f"the keys' dtype {key_states.dtype}", value_states.dtype))
-        core = _core.Cache(
+        core = new_core(
+            key_states.device,
             self.recipe,
             dtype=_DTYPES[key_states.dtype],
             kv_heads=key_states.shape[1],
             head_dim_k=key_states.shape[3],
             head_dim_v=value_states.shape[3],
             sliding_window=self.sliding_window,
-            backend=core_name(key_states.device),
             **self.constants,
         )
         if self._record_past:
@@ -311,8 +310,8 @@ class KV4Layer(CacheLayerMixin):
 
 
 class KV4Cache(Cache):
-    """A transformers cache that keeps keys and values in 4 bits, for any decoder model on the CPU or a CUDA device.
-    Each layer lives where its first keys are.
+    """A transformers cache that keeps keys and values in 4 bits, for any decoder model on the CPU, a CUDA device or an
+    Apple GPU. Each layer lives where its first keys are.
 
         cache = KV4Cache(model.config)
         model.generate(**inputs, past_key_values=cache)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kv4 import _core
+from kv4.recipe import Recipe
 
 if not hasattr(_core, "why_not"):
     _core.why_not = lambda n: "built without it"
@@ -42,13 +43,20 @@ def why_no_device(device: torch.device) -> str | None:
     """None where kv4 runs on `device`; else "", or the reason in brackets."""
     if device.type == "cpu":
         return None
-    if device.type != "cuda":
+    if device.type == "mps":
+        from kv4.metal import why_not
+
+        reason = why_not()
+    elif device.type == "cuda":
+        reason = _core.why_not("cuda")
+    else:
         return ""
-    reason = _core.why_not("cuda")
     return f" ({reason})" if reason else None
 
 
 def usable_devices() -> str:
+    if torch.backends.mps.is_available():
+        return "the CPU or an Apple GPU"
     return "the CPU or a CUDA device" if "cuda" in _core.backends() else "the CPU"
 
 
@@ -56,6 +64,11 @@ def place(device: torch.device) -> str:
     return "the CPU" if device.type == "cpu" else str(device)
 
 
-def core_name(device: torch.device) -> str:
-    """What _core.Cache calls the backend of `device`."""
-    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+def new_core(device: torch.device, recipe: Recipe, **arguments: Any) -> Any:
+    """The cache behind a layer: the C++ core, or on Apple GPUs its counterpart kv4.metal.MetalCache. Errors:
+    RuntimeError, ValueError or NotImplementedError with the reason where device, recipe or head dims are not served."""
+    if device.type == "mps":
+        from kv4.metal import MetalCache, mps_host
+
+        return MetalCache(mps_host(arguments["head_dim_k"]), recipe, **arguments)
+    return _core.Cache(recipe, backend="cpu" if device.type == "cpu" else f"cuda:{device.index or 0}", **arguments)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _flash_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _flash_cuda = getattr(torch.ops.aten, "_flash_attention_forward", None)
+_PLAIN_BLOCK = 256  # queries of a block: bounds the scores held at once
 _NEVER = -1.0e30  # below every log-sum-exp, so that exp(x - _NEVER) of an empty set is exp(-inf) = 0
 
 
@@ -38,8 +39,11 @@ def supports_prefill(layer: KV4Layer, query: torch.Tensor, own_k: torch.Tensor, 
 
 
 def _has_flash(query: torch.Tensor) -> bool:
-    if not query.is_cuda:
+    """Something here answers for the call's own tokens with their log-sum-exp."""
+    if query.is_cpu:
         return _flash_cpu is not None
+    if not query.is_cuda:
+        return True  # _plain_blocks
     dim = query.shape[-1]
     half = query.dtype in (torch.float16, torch.bfloat16)
     return _flash_cuda is not None and half and dim <= 256 and dim % 8 == 0
@@ -122,6 +126,9 @@ def _flash_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
     A window is served block by block, so that the keys outside it are never read."""
     tokens = query.shape[2]
     factor = scale or query.shape[3] ** -0.5
+    if not query.is_cpu:
+        yield from _plain_blocks(query, k, v, factor, begin, width)
+        return
     if not width or tokens - begin <= width:
         o, lse = _flash_cpu(query[:, :, begin:], k[:, :, begin:], v[:, :, begin:], 0.0, True, scale=factor)
         yield begin, tokens, o, lse
@@ -159,6 +166,22 @@ def _flash_blocks_cuda(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sc
 
 def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+def _plain_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float, begin: int, width: int):
+    """_flash_blocks by matrix products in float32, for devices whose kernels tell no log-sum-exp."""
+    batch, heads, tokens, dim = query.shape
+    kv_heads = k.shape[1]
+    for lo in range(begin, tokens, _PLAIN_BLOCK):
+        hi = min(lo + _PLAIN_BLOCK, tokens)
+        key_lo = max(begin, lo - width + 1) if width else begin
+        row = torch.arange(lo, hi, device=query.device)[:, None]
+        column = torch.arange(key_lo, hi, device=query.device)[None]
+        hidden = (column > row) | (column <= row - width) if width else column > row
+        grouped = query[:, :, lo:hi].float().reshape(batch, kv_heads, heads // kv_heads, hi - lo, dim) * factor
+        scores = grouped @ k[:, :, None, key_lo:hi].float().mT
+        scores = scores.masked_fill(hidden, -math.inf)
+        lse = scores.logsumexp(-1, keepdim=True)
+        o = (scores - lse).exp() @ v[:, :, None, key_lo:hi].float()
+        yield lo, hi, o.reshape(batch, heads, hi - lo, dim), lse.reshape(batch, heads, hi - lo)
 
 
 def _merge(

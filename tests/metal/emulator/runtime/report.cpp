@@ -1,0 +1,36 @@
+// Findings, each kept once.
+#include <cstdarg>
+#include <cstdio>
+#include <set>
+#include <string>
+
+#include "runtime.h"
+
+namespace emu {
+namespace {
+constexpr size_t kMost = 40;
+std::set<std::string> seen;
+std::string text;
+uint64_t count;
+}  // namespace
+
+void report(const char* kind, const char* format, ...) {
+  char line[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(line, sizeof line, format, arguments);
+  va_end(arguments);
+  ++count;
+  if (seen.size() >= kMost) return;
+  const std::string whole = std::string(kind) + ": " + line + "\n";
+  if (seen.insert(whole).second) text += whole;
+}
+}  // namespace emu
+
+const char* emu_reports(void) { return emu::text.c_str(); }
+uint64_t emu_report_count(void) { return emu::count; }
+void emu_clear(void) {
+  emu::seen.clear();
+  emu::text.clear();
+  emu::count = 0;
+}
