@@ -71,4 +71,9 @@ def new_core(device: torch.device, recipe: Recipe, **arguments: Any) -> Any:
         from kv4.metal import MetalCache, mps_host
 
         return MetalCache(mps_host(arguments["head_dim_k"]), recipe, **arguments)
-    return _core.Cache(recipe, backend="cpu" if device.type == "cpu" else f"cuda:{device.index or 0}", **arguments)
+    return _core.Cache(recipe, backend=core_name(device), **arguments)
+
+
+def core_name(device: torch.device) -> str:
+    """What _core.Cache calls the backend of `device`."""
+    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
