@@ -282,29 +282,44 @@ inline void attend_exact(thread const AttendArguments& a, thread const Block& bl
       if (none_seen(block, position, tokens)) continue;
       float2 score[R];
       for (int r = 0; r < R; ++r) score[r] = float2(0.0f);
-      // Lanes without a token repeat the last one.
+      // Lanes without a token, and the last four's missing ones, repeat the last token: their weights are 0.
       const long k0 = k_head + (row + long(min(int(2 * lane), tokens - 1))) * k_stride;
       const long k1 = k_head + (row + long(min(int(2 * lane) + 1, tokens - 1))) * k_stride;
+      device const uchar* row0 = a.exact_k + k0 * long(element_bytes(dtype));
+      device const uchar* row1 = a.exact_k + k1 * long(element_bytes(dtype));
       for (int i = 0; i < D / 4; ++i) {
-        const float4 x0 = load_four(a.exact_k, dtype, k0 + long(4 * i), k_aligned);
-        const float4 x1 = load_four(a.exact_k, dtype, k1 + long(4 * i), k_aligned);
+        const float4 x = load_four(row0, dtype, uint(4 * i), k_aligned), y = load_four(row1, dtype, uint(4 * i), k_aligned);
+        threadgroup const float4* from = (threadgroup const float4*)q + i;
+#pragma unroll
         for (int r = 0; r < R; ++r) {
-          const float4 four = ((threadgroup const float4*)q)[r * (D / 4) + i];
-          score[r] += float2(dot(four, x0), dot(four, x1));
+          const float4 four = from[r * (D / 4)];
+          score[r].x = fma(four.x, x.x, fma(four.y, x.y, fma(four.z, x.z, fma(four.w, x.w, score[r].x))));
+          score[r].y = fma(four.x, y.x, fma(four.y, y.y, fma(four.z, y.z, fma(four.w, y.w, score[r].y))));
         }
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
       weigh<D, R>(a, block, state, score, float2(1.0f), position, tokens, p, lane);
       simdgroup_barrier(mem_flags::mem_threadgroup);
-      for (int j = 0; j < tokens; ++j) {
-        float2 v[kPairs];
-        for (int n = 0; n < kPairs; ++n) {
-          const uint pair = min(lane + uint(n) * kLanes, uint(D / 2 - 1));
-          v[n] = load_two(a.exact_v, dtype, v_head + (row + long(j)) * v_stride + long(2 * pair), v_aligned);
+      for (int j = 0; j < tokens; j += 4) {
+        float2 v[kPairs][4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const long at = v_head + (row + long(min(j + e, tokens - 1))) * v_stride;
+          device const uchar* value = a.exact_v + at * long(element_bytes(dtype));
+#pragma unroll
+          for (int n = 0; n < kPairs; ++n)
+            v[n][e] = load_two(value, dtype, 2 * min(lane + uint(n) * kLanes, uint(D / 2 - 1)), v_aligned);
         }
+        threadgroup const float4* from = (threadgroup const float4*)p + j / 4;
+#pragma unroll
         for (int r = 0; r < R; ++r) {
-          const float weight = p[r * int(kPageTokens) + j];
-          for (int n = 0; n < kPairs; ++n) state.o[r][n] += weight * v[n];
+          const float4 four = from[r * 16];
+#pragma unroll
+          for (int n = 0; n < kPairs; ++n) {
+            const float2 o = state.o[r][n];
+            state.o[r][n] = float2(fma(four.x, v[n][0].x, fma(four.y, v[n][1].x, fma(four.z, v[n][2].x, fma(four.w, v[n][3].x, o.x)))),
+                                   fma(four.x, v[n][0].y, fma(four.y, v[n][1].y, fma(four.z, v[n][2].y, fma(four.w, v[n][3].y, o.y)))));
+          }
         }
       }
     }
