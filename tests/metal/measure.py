@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+
 from emulator import Module, Output, build
 from emulator.count import count_run
 
