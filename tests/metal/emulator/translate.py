@@ -307,7 +307,8 @@ class Translator:
             f"*static_cast<emu_type_{n}*>(emu::group_array(&emu_key_{n}, sizeof(emu_type_{n}), alignof(emu_type_{n}), "
             f'"{n}"));'
         )
-        self.put(at, end + 1, run, f"static threadgroup {kind} {n} {size};")
+        static = f"typedef threadgroup {kind} emu_type_{n} {size}; emu_type_{n}& {n} = *(emu_type_{n}*)0;"
+        self.put(at, end + 1, run, static)
 
     def rewrite_constants(self) -> None:
         for first, end, inside in attributes(self.tokens):
