@@ -1,4 +1,4 @@
-"""What kv4_attend costs per cached token, measured in emulation: bytes by the checker, lane-instructions by the counter.
+"""What kv4_attend costs per cached token, in emulation: bytes by the checker, lane-instructions by the counter.
 
 Both are differences of two launches in the same splits, one over twice the pages of the other, over the tokens added:
 what a call costs once is left out.

@@ -1,4 +1,4 @@
-"""The tables of docs/metal_model.md: what attention over the cache would take on Apple GPUs. A model, not a measurement.
+"""The tables of docs/metal_model.md: what attention over the cache would take on Apple GPUs. Not a measurement.
 
     python tests/metal/model.py > tables.md        needs clang 19, as the emulator does
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from measure import cost
 
-# Memory bandwidth in GB/s and TFLOPS of fp32, as Apple published them; docs/metal_model.md names the documents. Apple gives
-# no TFLOPS for M3 Max and M4 Max: M1's 0.325 per core times their 40 cores, a lower bound.
+# Memory bandwidth in GB/s and TFLOPS of fp32 as Apple published them; docs/metal_model.md has the documents. Apple
+# gives no TFLOPS for M3 Max and M4 Max: M1's 0.325 per core times their 40 cores, a lower bound.
 CHIPS = {"M1": (68.25, 2.6), "M1 Max": (400.0, 10.4), "M3 Max": (400.0, 13.0), "M4 Max": (546.0, 13.0)}
 CONTEXTS = (256, 512, 1024, 2048, 4096, 32768)
 SINKS, WINDOW = 4, 96  # exact tokens of the default recipe; the window holds 64 to 127, 96 on average
@@ -105,7 +105,8 @@ def print_steps() -> None:
         for tokens in CONTEXTS:
             weights, fp16, kv4 = step(g, tokens, "M1")
             change = (weights + kv4) / (weights + fp16) - 1
-            print(f"| {g.name} | {tokens:,} | {weights:.1f} | {weights + fp16:.2f} | {weights + kv4:.2f} | {100 * change:+.1f} % |")
+            numbers = f"{weights:.1f} | {weights + fp16:.2f} | {weights + kv4:.2f} | {100 * change:+.1f} %"
+            print(f"| {g.name} | {tokens:,} | {numbers} |")
 
 
 if __name__ == "__main__":
