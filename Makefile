@@ -15,14 +15,14 @@ CORE := CMakeLists.txt pyproject.toml $(shell find cmake include src python/bind
 # Directories change when a file is added or removed.
 CORE += $(shell find include src python/bindings -type d 2>/dev/null)
 
-.PHONY: help setup system demo test test-cpp test-python test-neon check lint format asan ubsan tsan bench wheel clean
+.PHONY: help setup system demo test test-cpp test-python test-neon test-metal metal-tools check lint format asan ubsan tsan bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make setup    system packages, .venv with kv4 installed"
 	@echo "make demo     setup, then text from a real model with its own cache and with kv4, side by side"
 	@echo "make test     setup, then every test: C++, Python, guideline checks, Arm under qemu"
-	@echo "make test-cpp | test-python | test-neon | check      one of them"
+	@echo "make test-cpp | test-python | test-neon | check      one of them; test-metal: the Metal tests of the first two"
 	@echo "make asan | ubsan | tsan      the C++ tests under a sanitizer"
 	@echo "make bench    the C++ benchmarks, built"
 	@echo "make lint     check, and clang-tidy where it is installed;  make format    clang-format and ruff"
@@ -51,12 +51,22 @@ demo: setup
 test: setup test-cpp test-python check test-neon
 	@echo "all tests passed"
 
-test-cpp: setup
+# The Metal kernels run in an emulator; without clang 19 its tests are left out.
+metal-tools: setup
+	@bash scripts/setup_system.sh metal
+
+test-metal: metal-tools
+	cmake --preset release
+	cmake --build --preset release
+	ctest --preset release -R '^Metal'
+	$(BIN)/python -m pytest tests/metal
+
+test-cpp: metal-tools
 	cmake --preset release
 	cmake --build --preset release
 	ctest --preset release
 
-test-python: setup
+test-python: metal-tools
 	$(BIN)/python -m pytest
 
 test-neon: setup

@@ -335,3 +335,44 @@ def seal(
             "rows": [row.to_dict() for row in rows],
         }
         write_json(data, json_)
+
+
+@app.command("mlx")
+@plain_errors
+def mlx(
+    model: Annotated[str, typer.Option(help="A name of `kv4 models`, a HuggingFace folder or a GGUF file.")] = (
+        options.DEFAULT_MODEL
+    ),
+    tokens: Annotated[int, typer.Option(min=256, help="Tokens of text; the second half is scored.")] = 512,
+    generated: Annotated[int, typer.Option(min=1, help="Greedy tokens after the first half.")] = 48,
+    dtype: Annotated[options.DType, typer.Option(help="Of the model.")] = options.DType.float32,
+    json_: options.JsonFile = None,
+) -> None:
+    """mlx-lm with kv4's cache beside its own and its 4-bit one: bytes, KL, greedy tokens."""
+    if dtype is options.DType.auto:
+        dtype = options.DType.float32
+    folder = options.model_folder(model)
+    try:
+        from kv4.bench import mlx as measurement
+    except ImportError as error:
+        raise ImportError(f"kv4 bench mlx: expected mlx and mlx-lm (pip install 'kv4[mlx]'); got {error}") from None
+    loaded, tokenizer = measurement.load(folder, dtype.value)
+    rows = []
+    with progress("", len(measurement.caches())) as advance:
+        rows = measurement.run(
+            loaded, tokenizer, tokens=tokens, generated=generated, progress=lambda what: advance(1, what)
+        )
+    shown = table(
+        f"{model} in {dtype.value}, {tokens} tokens in calls of {measurement.CALL}",
+        "cache", "bytes, fp16 model", "own / this", "KL, nats", "top-1", f"same of {generated} tokens",
+        left=("cache",),
+    )  # fmt: skip
+    for row in rows:
+        if row.refused:
+            shown.add_row(row.cache, escape(row.refused))
+            continue
+        ratio = f"{rows[0].nbytes / row.nbytes:.2f}"
+        shown.add_row(row.cache, f"{row.nbytes:,}", ratio, f"{row.kl:.5f}", f"{row.top1:.4f}", str(row.same))
+    out.print(shown)
+    if json_:
+        write_json({"model": model, "tokens": tokens, "rows": [row.to_dict() for row in rows]}, json_)

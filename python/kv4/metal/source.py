@@ -14,9 +14,9 @@ FILES = ("metal/rotate.metal", "metal/attend.metal", "metal/seal.metal")
 
 
 def folder() -> Path:
-    """Where the sources lie: beside the compiled module, or in the project's own tree where kv4 is used in place.
+    """Where the sources lie: in the project's own tree where kv4 is used in place, else beside the compiled module.
     Errors: FileNotFoundError."""
-    tried = [Path(_core.__file__).parent / "metal_source", Path(__file__).resolve().parents[3] / "src"]
+    tried = [Path(__file__).resolve().parents[2] / "../src", Path(_core.__file__).parent / "metal_source"]
     for place in tried:
         if (place / FILES[0]).is_file():
             return place

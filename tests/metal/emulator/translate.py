@@ -87,8 +87,9 @@ def attributes(tokens: Sequence[Token]) -> list[tuple[int, int, list[Token]]]:
 
 
 class Translator:
-    def __init__(self, tokens: list[Token]) -> None:
+    def __init__(self, tokens: list[Token], only: Sequence[str]) -> None:
         self.tokens = tokens
+        self.only = only
         self.run = [token.text for token in tokens]
         self.static = [token.text for token in tokens]
         self.kernels: list[Kernel] = []
@@ -154,7 +155,7 @@ class Translator:
         for k in self.kernels:
             if not k.template:
                 k.instances.insert(0, (k.name, ""))
-            elif not k.instances:
+            elif not k.instances and not self.only:
                 self.error(k.place, f"kernel {k.name}: expected an instantiation with a host_name; got none")
 
     def kernel(self, at: int) -> int:
@@ -165,12 +166,13 @@ class Translator:
             if self.tokens[before].kind == "marker":
                 break
             start = before
-        head = words(self.tokens[start:at])
+        before = at if self.text(self.previous(at)) != "[" else self.previous(self.previous(at))  # of [[kernel]]
+        head = words(self.tokens[start:before])
         template = self.text(start) == "template"
-        host = next((inside[2].text.strip('"') for _, _, inside in attributes(self.tokens[start:at])
+        host = next((inside[2].text.strip('"') for _, _, inside in attributes(self.tokens[start:before])
                      if len(inside) > 2 and inside[0].text == "host_name"), None)  # fmt: skip
         if template and self.text(self.next(start)) != "<":
-            return self.instantiation(at, host)
+            return self.instantiation(start, at, host)
         i = self.next(at)
         while self.text(i) == "]" or self.text(i) == "[":  # [[kernel]], [[max_total_threads...]]
             i = closing(self.tokens, i) if self.text(i) == "[" else i
@@ -199,7 +201,7 @@ class Translator:
         self.kernels.append(k)
         return brace
 
-    def instantiation(self, at: int, host: str | None) -> int:
+    def instantiation(self, start: int, at: int, host: str | None) -> int:
         """template [[host_name("x")]] kernel R name<args>(types);   or   kernel alias name<args>;"""
         end = at
         while self.text(end) != ";":
@@ -212,6 +214,9 @@ class Translator:
         where = [i for i, t in enumerate(inside) if t.text in by_name]
         if host is None or not where:
             self.error(self.tokens[at], "instantiation: expected a host_name, and a kernel defined above")
+            return end
+        if self.only and host not in self.only:
+            self.blank(start, end + 1)
             return end
         name = where[-1]
         arguments = ""
@@ -307,7 +312,8 @@ class Translator:
             f"*static_cast<emu_type_{n}*>(emu::group_array(&emu_key_{n}, sizeof(emu_type_{n}), alignof(emu_type_{n}), "
             f'"{n}"));'
         )
-        self.put(at, end + 1, run, f"static threadgroup {kind} {n} {size};")
+        static = f"typedef threadgroup {kind} emu_type_{n} {size}; emu_type_{n}& {n} = *(emu_type_{n}*)0;"
+        self.put(at, end + 1, run, static)
 
     def rewrite_constants(self) -> None:
         for first, end, inside in attributes(self.tokens):
@@ -384,7 +390,8 @@ class Translator:
             for host, instance in k.instances:
                 lines.append(
                     f"EMU_LAUNCHER static void emu_launch_{count}(void* const* b) {{ "
-                    f"const emu::Thread& t = emu::self(); (void)t; (void)b; {k.name}{instance}({arguments}); }}\n"
+                    f"const emu::Thread& t = emu::self(); (void)t; (void)b; "
+                    f"[[clang::noinline]] {k.name}{instance}({arguments}); }}\n"  # count.py counts in it, not here
                     f'static emu::Kernel emu_kernel_{count}("{host}", {buffers}, emu_launch_{count});'
                 )
                 count += 1
@@ -402,5 +409,6 @@ class Translator:
         return f"t.{SCALARS[p.attribute]}" if SCALARS.get(p.attribute) else "32"
 
 
-def translate(tokens: list[Token]) -> Translation:
-    return Translator(tokens).translate()
+def translate(tokens: list[Token], only: Sequence[str] = ()) -> Translation:
+    """`only`: the host names of instances to keep; all if empty."""
+    return Translator(tokens, only).translate()

@@ -8,6 +8,7 @@
 
 namespace emu {
 bool run_launch(const EmuLaunch& launch, void (*body)(void* const*), void* const* arguments, EmuStats* stats);
+void record(const char* kernel, const EmuLaunch& launch, void* const* arguments, uint32_t count);
 
 namespace {
 Kernel* kernels;
@@ -37,6 +38,7 @@ int emu_run(const char* name, const EmuLaunch* launch, void* const* arguments, u
                 EMU_MAX_THREADS, g.x, g.y, g.z, n.x, n.y, n.z);
     return EMU_BAD_LAUNCH;
   }
+  emu::record(name, *launch, arguments, count);
   return emu::run_launch(*launch, kernel->body, arguments, stats) ? EMU_RAN : EMU_STOPPED;
 }
 

@@ -59,7 +59,7 @@ const char* emu_kernels(void);
 // Sets a [[function_constant]]; false where there is none of that name and size.
 int emu_set_constant(const char* name, const void* value, size_t bytes);
 
-// Findings since the last emu_clear: "kind: text" lines, each once, 40 at most; and how often there was one.
+// Findings since the last emu_clear: "kind: text" lines, each once, 8 of a kind at most; and how often there was one.
 const char* emu_reports(void);
 uint64_t emu_report_count(void);
 void emu_clear(void);

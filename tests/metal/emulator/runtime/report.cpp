@@ -1,6 +1,7 @@
 // Findings, each kept once.
 #include <cstdarg>
 #include <cstdio>
+#include <map>
 #include <set>
 #include <string>
 
@@ -8,8 +9,8 @@
 
 namespace emu {
 namespace {
-constexpr size_t kMost = 40;
-std::set<std::string> seen;
+constexpr size_t kMost = 8;  // of one kind
+std::map<std::string, std::set<std::string>> seen;
 std::string text;
 uint64_t count;
 }  // namespace
@@ -21,9 +22,8 @@ void report(const char* kind, const char* format, ...) {
   vsnprintf(line, sizeof line, format, arguments);
   va_end(arguments);
   ++count;
-  if (seen.size() >= kMost) return;
-  const std::string whole = std::string(kind) + ": " + line + "\n";
-  if (seen.insert(whole).second) text += whole;
+  std::set<std::string>& lines = seen[kind];
+  if (lines.size() < kMost && lines.insert(line).second) text += std::string(kind) + ": " + line + "\n";
 }
 }  // namespace emu
 

@@ -17,6 +17,7 @@
 #endif
 
 #ifdef EMU_ASAN
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -198,6 +199,9 @@ void start_fiber(unsigned index, const Thread& thread) {
   f = Fiber();
   f.state = State::kReady;
   f.thread = thread;
+#ifdef EMU_ASAN
+  __asan_unpoison_memory_region(stack_of(static_cast<int>(index)), kStack);  // frames that never returned
+#endif
   // Stacks start staggered: 64 KiB apart, all would share one set of the L1 cache.
   void** sp = reinterpret_cast<void**>(stack_of(static_cast<int>(index)) + kStack - (index * 17 & 63) * 64);
   *--sp = nullptr;

@@ -15,6 +15,17 @@ template <class T>
 struct atomic {
   T value;
 };
+#define EMU_MATRIX(space)                                                  \
+  template <class T, int C, int R>                                         \
+  matrix<T, R, C> transpose(const space matrix<T, C, R>&);                 \
+  template <class T, int C, int R>                                         \
+  vec<T, R> operator*(const space matrix<T, C, R>&, vec<T, C>);            \
+  template <class T, int C, int R>                                         \
+  vec<T, C> operator*(vec<T, R>, const space matrix<T, C, R>&);
+EMU_MATRIX(device)
+EMU_MATRIX(constant)
+EMU_MATRIX(threadgroup)
+#undef EMU_MATRIX
 }  // namespace metal
 typedef metal::simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 typedef metal::simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
