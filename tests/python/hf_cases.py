@@ -67,13 +67,11 @@ def one_thread() -> Iterator[None]:
 
 
 @functools.cache
-def model_of(name: str, sliding_window: int = 24, seed: int = 0, head_dim: int | None = None) -> PreTrainedModel:
-    """A random model in eval mode with eager attention, the same for the same arguments. head_dim: instead
-    of its own."""
+def model_of(name: str, sliding_window: int = 24, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model in eval mode with eager attention, the same for the same arguments. changes: of its config."""
     prefix, own = MODELS[name]
     settings = {**_SHARED, **own}
-    if head_dim is not None:
-        settings |= {"head_dim": head_dim, "hidden_size": settings["num_attention_heads"] * head_dim}
+    settings |= changes
     if name in SLIDING:
         settings["sliding_window"] = sliding_window
     config_class = getattr(transformers, f"{prefix}Config" if prefix != "Gemma3" else "Gemma3TextConfig")

@@ -9,9 +9,6 @@ import torch
 from kv4 import _core
 from kv4.recipe import Recipe
 
-if not hasattr(_core, "why_not"):
-    _core.why_not = lambda n: "built without it"
-
 if TYPE_CHECKING:
     from .cache import KV4Layer
 
