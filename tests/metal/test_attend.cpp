@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "attend_cases.h"
 #include "scene.h"
 
 namespace kv4 {
@@ -37,36 +38,21 @@ void check(const Scene& s, const Call& call, const Options& options = {}) {
   }
 }
 
-constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
-
-// `step`: every how many cases; the checker is slow.
-void every_head_dim_and_group(Build build, int step) {
-  std::uint64_t seed = 1;
-  int n = 0;
-  for (int d : cases::kHeadDims) {
-    for (int group : {1, 2, 3, 4, 6, 7, 8, 9, 12, 16}) {
-      if (n++ % step != 0) continue;
-      SCOPED_TRACE("head_dim " + std::to_string(d) + ", group " + std::to_string(group));
-      Shape shape;
-      shape.dim_k = shape.dim_v = d;
-      shape.group = group;
-      shape.kv_heads = 1 + n % 2;
-      shape.dtype = kDTypes[n % 3];
-      shape.seed = seed++;
-      const Scene s(shape, {Held::of(200)});
-      const Call call(s, 1, static_cast<DType>(n / 2 % 3));
-      check(s, call, {build, static_cast<std::uint64_t>(n), 8, false});
-      if (testing::Test::HasFatalFailure()) return;
-    }
-  }
+// One of a scene's checks in a build, with a seed of its own for the order of lanes.
+auto in(Build build) {
+  return [build, seed = std::uint64_t{0}](const Scene& s, const Call& call) mutable { check(s, call, {build, ++seed, 8, false}); };
 }
 
-TEST(MetalAttend, EveryHeadDimAndGroup) { every_head_dim_and_group(Build::fast, 1); }
-TEST(MetalAttend, EveryHeadDimAndGroupChecked) { every_head_dim_and_group(Build::check, 7); }
-
-TEST(MetalAttend, EveryTokenCount) {
-  scene::every_token_count([](const Scene& s, const Call& call) { check(s, call); });
-}
+TEST(MetalAttend, EveryHeadDimAndGroup) { scene::every_head_dim_and_group(scene::kEveryDType, 1, in(Build::fast)); }
+TEST(MetalAttend, EveryHeadDimAndGroupChecked) { scene::every_head_dim_and_group(scene::kEveryDType, 7, in(Build::check)); }
+TEST(MetalAttend, EveryTokenCount) { scene::every_token_count(in(Build::fast)); }
+TEST(MetalAttend, OnlyPagesAndAPartOfOne) { scene::pages_and_a_part_of_one(in(Build::fast)); }
+TEST(MetalAttend, ManyQueries) { scene::many_queries(scene::kEveryDType, {2, 5, 9, 33}, in(Build::fast)); }
+TEST(MetalAttend, RaggedBatchWithStartsAndWindows) { scene::ragged_batch({1, 7}, 2048, in(Build::fast)); }
+TEST(MetalAttend, RaggedBatchChecked) { scene::ragged_batch({1}, 320, in(Build::check)); }
+TEST(MetalAttend, GeneralMasksAndSoftcap) { scene::general_masks({false, true}, in(Build::fast)); }
+TEST(MetalAttend, GeneralMasksChecked) { scene::general_masks({true}, in(Build::check)); }
+TEST(MetalAttend, LargeMeans) { scene::large_means(in(Build::fast)); }
 
 TEST(MetalAttend, EveryRotationKind) {
   std::uint64_t seed = 1500;
@@ -82,101 +68,19 @@ TEST(MetalAttend, EveryRotationKind) {
   }
 }
 
-TEST(MetalAttend, OnlyPagesAndAPartOfOne) {
-  std::uint64_t seed = 2000;
-  for (int tokens : {1, 17, 63, 64, 65, 130, 640, 1000}) {
-    Shape shape;
-    shape.dim_k = shape.dim_v = seed % 2 == 0 ? 96 : 128;
-    shape.group = 3;
-    shape.mean = seed % 3 != 0;
-    shape.levels = seed % 3 == 1 ? LevelKind::uniform : LevelKind::lloyd_max;
-    shape.lambda = seed % 4 != 2;
-    shape.seed = seed++;
-    SCOPED_TRACE(tokens);
-    const Scene s(shape, {Held{0, tokens, 0, 0}});
-    const Call call(s, 1);
-    check(s, call);
-    if (HasFatalFailure()) return;
-  }
-}
-
 TEST(MetalAttend, OnlyExactRows) {
   std::uint64_t seed = 2500;
   for (int tokens : {1, 63, 64, 65, 130, 700}) {
     Shape shape;
     shape.dim_k = shape.dim_v = seed % 2 == 0 ? 80 : 128;
     shape.group = 4;
-    shape.dtype = kDTypes[seed % 3];
+    shape.dtype = scene::kEveryDType[seed % 3];
     shape.seed = seed++;
     SCOPED_TRACE(tokens);
     const Scene s(shape, {Held{0, 0, tokens, 0}});
     const Call call(s, 1);
     check(s, call);
     if (HasFatalFailure()) return;
-  }
-}
-
-// Several queries: verification of drafts, chunks of a prompt.
-TEST(MetalAttend, ManyQueries) {
-  std::uint64_t seed = 3000;
-  for (int queries : {2, 5, 9, 33}) {
-    for (int group : {1, 4, 6}) {
-      Shape shape;
-      shape.dim_k = shape.dim_v = seed % 3 == 0 ? 256 : 128;
-      shape.group = group;
-      shape.kv_heads = 1;
-      shape.dtype = kDTypes[seed % 3];
-      shape.seed = seed++;
-      SCOPED_TRACE(std::to_string(queries) + " queries, group " + std::to_string(group));
-      const Scene s(shape, {Held{4, 320, 90, 0}});
-      const Call call(s, queries, shape.dtype);
-      check(s, call);
-      if (HasFatalFailure()) return;
-    }
-  }
-}
-
-TEST(MetalAttend, RaggedBatchWithStartsAndWindows) {
-  std::uint64_t seed = 4000;
-  for (Build build : {Build::fast, Build::check}) {
-    for (int queries : {1, 7}) {
-      if (build == Build::check && queries > 1) continue;
-      Shape shape;
-      shape.group = 4;
-      shape.seed = seed++;
-      const Scene s(shape, {Held{4, 640, 70, 0}, Held{0, 0, 40, 3}, Held{4, 128, 127, 20}, Held{2, 0, 9, 0},
-                            Held{0, build == Build::check ? 320 : 2048, 64, 0}});
-      Call call(s, queries);
-      call.starts({5, 10, 25, 0, 100});
-      call.windows({200, 0, 64, 4, 1000});
-      call.with_sinks();
-      check(s, call, {build, seed, 32, false});
-      if (HasFatalFailure()) return;
-    }
-  }
-}
-
-TEST(MetalAttend, GeneralMasksAndSoftcap) {
-  std::uint64_t seed = 5000;
-  for (Build build : {Build::fast, Build::check}) {
-    for (Mask::General kind : {Mask::General::boolean, Mask::General::additive}) {
-      for (DType dtype : kDTypes) {
-        if (kind == Mask::General::boolean && dtype != DType::f32) continue;
-        for (bool wide : {false, true}) {
-          if (build == Build::check && !wide) continue;
-          Shape shape;
-          shape.group = 3;
-          shape.seed = seed++;
-          const Scene s(shape, {Held{4, 200, 50, 0}, Held{4, 64, 66, 30}});
-          Call call(s, 3);
-          call.general(kind, dtype, 254, wide, wide);
-          call.args.softcap = wide ? 3.0f : 0.0f;
-          call.args.scale = 0.2f;
-          check(s, call, {build, seed, 8, false});
-          if (HasFatalFailure()) return;
-        }
-      }
-    }
   }
 }
 
@@ -202,17 +106,6 @@ TEST(MetalAttend, RowsThatSeeNothing) {
   const Ran ran = MetalScene(s).run(call, {});
   const std::size_t half = ran.out.size() / 2;
   for (std::size_t i = 0; i < half; ++i) ASSERT_EQ(ran.out[i], 0.0);
-  check(s, call);
-}
-
-// The mean adds hundreds to every score of a page; the softmax must not notice.
-TEST(MetalAttend, LargeMeans) {
-  Shape shape;
-  shape.bias = 30;
-  shape.group = 6;
-  shape.seed = 77;
-  const Scene s(shape, {Held{4, 1024, 64, 0}});
-  const Call call(s, 1);
   check(s, call);
 }
 
