@@ -48,8 +48,11 @@ struct AttendArguments {
 struct Block {
   uint b, head;        // sequence, KV head
   uint first_row;      // of the KV head's T * group rows
+  uint rows;           // T * group
   uint group;
-  long query_position;
+  long query_position; // of query 0
+  long first_query;    // positions of the first and the last query of the block
+  long last_query;
   long start;
   long window;
   bool causal;
@@ -78,7 +81,10 @@ inline Block block_of(thread const AttendArguments& a, uint b, uint head, uint b
   out.head = head;
   out.first_row = block * uint(a.call[kv4_call_block_rows]);
   out.group = uint(a.call[kv4_call_group]);
+  out.rows = out.group * uint(a.call[kv4_call_queries]);
   out.query_position = s[kv4_sequence_query_position];
+  out.first_query = out.query_position + long(out.first_row / out.group);
+  out.last_query = out.query_position + long((min(out.first_row + uint(a.call[kv4_call_block_rows]), out.rows) - 1) / out.group);
   out.start = s[kv4_sequence_start];
   out.window = s[kv4_sequence_window];
   out.causal = a.call[kv4_call_causal] != 0;
@@ -104,7 +110,6 @@ template <int R>
 inline void hide(thread const AttendArguments& a, thread const Block& block, long position, int tokens, uint lane,
                  thread float2* s) {
   const bool general = a.call[kv4_call_general_kind] != 0;
-  const uint rows = block.group * uint(a.call[kv4_call_queries]);
   for (int r = 0; r < R; ++r) {
     const uint row = block.first_row + uint(r);
     const long query = block.query_position + long(row / block.group);
@@ -113,29 +118,23 @@ inline void hide(thread const AttendArguments& a, thread const Block& block, lon
       const int j = int(2 * lane) + e;
       const long at = position + long(j);
       float score = s[r][e];
-      if (j >= tokens || row >= rows || at < first || (block.causal && at > query)) score = kHidden;
+      if (j >= tokens || row >= block.rows || at < first || (block.causal && at > query)) score = kHidden;
       else if (general) score = general_mask(a, block, row, at, score);
       s[r][e] = score;
     }
   }
 }
 
-// Whether every row sees all of positions [position, position + 64), or none of them any.
-inline bool all_seen(thread const AttendArguments& a, thread const Block& block, long position, int tokens, uint row_count) {
-  const uint last_row = block.first_row + row_count - 1;
-  const long first_query = block.query_position + long(block.first_row / block.group);
-  const long last_query = block.query_position + long(last_row / block.group);
+// Whether every row sees all 64 positions from `position` on; and whether none sees any of `tokens`.
+inline bool all_seen(thread const AttendArguments& a, thread const Block& block, long position, int tokens) {
   return tokens == int(kPageTokens) && a.call[kv4_call_general_kind] == 0 && position >= block.start &&
-         last_row < block.group * uint(a.call[kv4_call_queries]) &&
-         (block.window <= 0 || position > last_query - block.window) &&
-         (!block.causal || position + long(kPageTokens) - 1 <= first_query);
+         (block.window <= 0 || position > block.last_query - block.window) &&
+         (!block.causal || position + long(kPageTokens) - 1 <= block.first_query);
 }
-inline bool none_seen(thread const Block& block, long position, int tokens, uint row_count) {
-  const long first_query = block.query_position + long(block.first_row / block.group);
-  const long last_query = block.query_position + long((block.first_row + row_count - 1) / block.group);
+inline bool none_seen(thread const Block& block, long position, int tokens) {
   const long last = position + long(tokens) - 1;
-  return last < block.start || (block.window > 0 && last <= first_query - block.window) ||
-         (block.causal && position > last_query);
+  return last < block.start || (block.window > 0 && last <= block.first_query - block.window) ||
+         (block.causal && position > block.last_query);
 }
 
 // Scores of 64 tokens to weights: masks, raises the maxima, adds to l, rescales o, and writes weight times `scale` to
@@ -146,7 +145,7 @@ inline void weigh(thread const AttendArguments& a, thread const Block& block, th
   const float cap = a.factors[kv4_factor_cap];
   if (cap > 0.0f)
     for (int r = 0; r < R; ++r) s[r] = cap * precise::tanh(s[r]);
-  if (!all_seen(a, block, position, tokens, uint(R))) hide<R>(a, block, position, tokens, lane, s);
+  if (!all_seen(a, block, position, tokens)) hide<R>(a, block, position, tokens, lane, s);
   for (int r = 0; r < R; ++r) {
     const float top = simd_max(max(s[r].x, s[r].y));
     if (top > state.m[r]) {
@@ -169,6 +168,7 @@ inline void key_scores(device const uint4* codes, threadgroup const float4* q, t
   for (int r = 0; r < R; ++r) s[r] = float2(0.0f);
   for (int i = 0; i < D / 16; ++i) {
     const uint4 w = codes[uint(i) * kLanes + lane];
+    threadgroup const float4* from = q + i * 4;
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const uint x = (n < 2 ? w.x : w.y) >> (16 * (n % 2)), y = (n < 2 ? w.z : w.w) >> (16 * (n % 2));
@@ -176,7 +176,7 @@ inline void key_scores(device const uint4* codes, threadgroup const float4* q, t
       const half2 y0 = table[(y & 255u) * kTableCopies], y1 = table[((y >> 8) & 255u) * kTableCopies];
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        const float4 four = q[r * (D / 4) + i * 4 + n];
+        const float4 four = from[r * (D / 4) + n];
         s[r].x = fma(four.x, float(x0.x), fma(four.y, float(x0.y), fma(four.z, float(x1.x), fma(four.w, float(x1.y), s[r].x))));
         s[r].y = fma(four.x, float(y0.x), fma(four.y, float(y0.y), fma(four.z, float(y1.x), fma(four.w, float(y1.y), s[r].y))));
       }
@@ -190,6 +190,7 @@ inline void add_values(device const uint4* codes, threadgroup const float4* p, t
                        thread State<D, R>& state) {
   constexpr int kPairs = (D / 2 + 31) / 32;
   for (int t = 0; t < 4; ++t) {
+    threadgroup const float4* from = p + t * 4;
     uint4 w[kPairs];
 #pragma unroll
     for (int n = 0; n < kPairs; ++n) w[n] = codes[uint(t) * (D / 2) + min(lane + uint(n) * kLanes, uint(D / 2 - 1))];
@@ -206,7 +207,7 @@ inline void add_values(device const uint4* codes, threadgroup const float4* p, t
       }
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        const float4 four = p[r * 16 + t * 4 + k];
+        const float4 four = from[r * 16 + k];
 #pragma unroll
         for (int n = 0; n < kPairs; ++n) {
           const float2 o = state.o[r][n];
@@ -229,7 +230,7 @@ inline void attend_pages(thread const AttendArguments& a, thread const Block& bl
   for (uint page = first + group; page < last; page += kAttendGroups) {
     const int tokens = page + 1 == count ? int(s[kv4_sequence_last_page_tokens]) : int(kPageTokens);
     const long position = s[kv4_sequence_pages_position] + long(page * kPageTokens);
-    if (none_seen(block, position, tokens, uint(R))) continue;
+    if (none_seen(block, position, tokens)) continue;
     device const uchar* slice = a.pages + long(a.table[s[kv4_sequence_table] + long(page)]) * c[kv4_call_page_bytes] +
                                 long(block.head) * c[kv4_call_head_bytes];
     float2 score[R];
@@ -278,32 +279,47 @@ inline void attend_exact(thread const AttendArguments& a, thread const Block& bl
       if (item % step != first) continue;
       const int tokens = int(min(count - row, long(kPageTokens)));
       const long position = x[kv4_exact_position] + row;
-      if (none_seen(block, position, tokens, uint(R))) continue;
+      if (none_seen(block, position, tokens)) continue;
       float2 score[R];
       for (int r = 0; r < R; ++r) score[r] = float2(0.0f);
-      // Lanes without a token repeat the last one.
+      // Lanes without a token, and the last four's missing ones, repeat the last token: their weights are 0.
       const long k0 = k_head + (row + long(min(int(2 * lane), tokens - 1))) * k_stride;
       const long k1 = k_head + (row + long(min(int(2 * lane) + 1, tokens - 1))) * k_stride;
+      device const uchar* row0 = a.exact_k + k0 * long(element_bytes(dtype));
+      device const uchar* row1 = a.exact_k + k1 * long(element_bytes(dtype));
       for (int i = 0; i < D / 4; ++i) {
-        const float4 x0 = load_four(a.exact_k, dtype, k0 + long(4 * i), k_aligned);
-        const float4 x1 = load_four(a.exact_k, dtype, k1 + long(4 * i), k_aligned);
+        const float4 x = load_four(row0, dtype, uint(4 * i), k_aligned), y = load_four(row1, dtype, uint(4 * i), k_aligned);
+        threadgroup const float4* from = (threadgroup const float4*)q + i;
+#pragma unroll
         for (int r = 0; r < R; ++r) {
-          const float4 four = ((threadgroup const float4*)q)[r * (D / 4) + i];
-          score[r] += float2(dot(four, x0), dot(four, x1));
+          const float4 four = from[r * (D / 4)];
+          score[r].x = fma(four.x, x.x, fma(four.y, x.y, fma(four.z, x.z, fma(four.w, x.w, score[r].x))));
+          score[r].y = fma(four.x, y.x, fma(four.y, y.y, fma(four.z, y.z, fma(four.w, y.w, score[r].y))));
         }
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
       weigh<D, R>(a, block, state, score, float2(1.0f), position, tokens, p, lane);
       simdgroup_barrier(mem_flags::mem_threadgroup);
-      for (int j = 0; j < tokens; ++j) {
-        float2 v[kPairs];
-        for (int n = 0; n < kPairs; ++n) {
-          const uint pair = min(lane + uint(n) * kLanes, uint(D / 2 - 1));
-          v[n] = load_two(a.exact_v, dtype, v_head + (row + long(j)) * v_stride + long(2 * pair), v_aligned);
+      for (int j = 0; j < tokens; j += 4) {
+        float2 v[kPairs][4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const long at = v_head + (row + long(min(j + e, tokens - 1))) * v_stride;
+          device const uchar* value = a.exact_v + at * long(element_bytes(dtype));
+#pragma unroll
+          for (int n = 0; n < kPairs; ++n)
+            v[n][e] = load_two(value, dtype, 2 * min(lane + uint(n) * kLanes, uint(D / 2 - 1)), v_aligned);
         }
+        threadgroup const float4* from = (threadgroup const float4*)p + j / 4;
+#pragma unroll
         for (int r = 0; r < R; ++r) {
-          const float weight = p[r * int(kPageTokens) + j];
-          for (int n = 0; n < kPairs; ++n) state.o[r][n] += weight * v[n];
+          const float4 four = from[r * 16];
+#pragma unroll
+          for (int n = 0; n < kPairs; ++n) {
+            const float2 o = state.o[r][n];
+            state.o[r][n] = float2(fma(four.x, v[n][0].x, fma(four.y, v[n][1].x, fma(four.z, v[n][2].x, fma(four.w, v[n][3].x, o.x)))),
+                                   fma(four.x, v[n][0].y, fma(four.y, v[n][1].y, fma(four.z, v[n][2].y, fma(four.w, v[n][3].y, o.y)))));
+          }
         }
       }
     }

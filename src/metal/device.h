@@ -30,21 +30,23 @@ inline float load_element(device const uchar* data, int dtype, long i) {
   return from_bfloat(((device const ushort*)data)[i]);
 }
 
-// Elements i ... i + 3; `aligned`: i is a multiple of 4, and so is the address of element 0 times the element's size.
-inline float4 load_four(device const uchar* data, int dtype, long i, bool aligned) {
+inline uint element_bytes(int dtype) { return dtype == 0 ? 4u : 2u; }
+
+// Elements i ... of a row; `aligned`: i is a multiple of the number loaded, and so is the row's first element in its buffer.
+inline float4 load_four(device const uchar* row, int dtype, uint i, bool aligned) {
   if (!aligned)
-    return float4(load_element(data, dtype, i), load_element(data, dtype, i + 1), load_element(data, dtype, i + 2),
-                  load_element(data, dtype, i + 3));
-  if (dtype == 0) return ((device const float4*)data)[i / 4];
-  if (dtype == 1) return float4(((device const half4*)data)[i / 4]);
-  const ushort4 x = ((device const ushort4*)data)[i / 4];
+    return float4(load_element(row, dtype, i), load_element(row, dtype, i + 1), load_element(row, dtype, i + 2),
+                  load_element(row, dtype, i + 3));
+  if (dtype == 0) return ((device const float4*)row)[i / 4];
+  if (dtype == 1) return float4(((device const half4*)row)[i / 4]);
+  const ushort4 x = ((device const ushort4*)row)[i / 4];
   return float4(from_bfloat(x.x), from_bfloat(x.y), from_bfloat(x.z), from_bfloat(x.w));
 }
-inline float2 load_two(device const uchar* data, int dtype, long i, bool aligned) {
-  if (!aligned) return float2(load_element(data, dtype, i), load_element(data, dtype, i + 1));
-  if (dtype == 0) return ((device const float2*)data)[i / 2];
-  if (dtype == 1) return float2(((device const half2*)data)[i / 2]);
-  const ushort2 x = ((device const ushort2*)data)[i / 2];
+inline float2 load_two(device const uchar* row, int dtype, uint i, bool aligned) {
+  if (!aligned) return float2(load_element(row, dtype, i), load_element(row, dtype, i + 1));
+  if (dtype == 0) return ((device const float2*)row)[i / 2];
+  if (dtype == 1) return float2(((device const half2*)row)[i / 2]);
+  const ushort2 x = ((device const ushort2*)row)[i / 2];
   return float2(from_bfloat(x.x), from_bfloat(x.y));
 }
 

@@ -72,16 +72,18 @@ def quality(
         from kv4.bench.llama import require
 
         require()
-    b = lab.bench(model, dtype, threads, state, fresh)
 
     from kv4.evaluate import Candidate, measure_all
     from kv4.evaluate.calibration import load
     from kv4.evaluate.windows import cut
 
+    calibrations = {file: load(file) for file in calibration or []}
+    b = lab.bench(model, dtype, threads, state, fresh)
+
     parts = cut(b.tokenizer, content, windows, tokens)
     candidates = [Candidate(name, used) for name, used in named.items()]
-    for file in calibration or []:
-        loaded = load(file, b.folder)
+    for file, loaded in calibrations.items():
+        loaded.check_model(b.folder)
         candidates.append(Candidate(file.name, loaded.recipe, loaded))
     found: dict[str, Any] = {}
     with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens * len(candidates) or None) as advance:
