@@ -119,7 +119,7 @@ def find(m: Mutation, folder: Path, mode: str) -> dict[str, list[str]]:
             if mode == "check":
                 _, translation = load(copy / entry, [Path(scratch)], only=only)
                 if said := lint(translation):
-                    found["lint"] = said
+                    return {"lint": said}
             module = build(copy / entry, mode, [Path(scratch)], only=only)
         except MetalError as error:
             found[error.stage] = str(error).splitlines()[:3]
