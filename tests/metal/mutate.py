@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def find(m: Mutation, folder: Path, mode: str) -> dict[str, list[str]]:
             if mode == "check":
                 _, translation = load(copy / entry, [Path(scratch)], only=only)
                 if said := lint(translation):
-                    found["lint"] = said
+                    return {"lint": said}
             module = build(copy / entry, mode, [Path(scratch)], only=only)
         except MetalError as error:
             found[error.stage] = str(error).splitlines()[:3]
@@ -203,18 +204,18 @@ def main() -> int:
         for prefix in sorted({m.kernel for m in wanted}):
             write_baseline(prefix, folder)
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            results = list(pool.map(lambda m: result_of(m, folder), wanted))
-    return report(wanted, results)
+            results = pool.map(lambda m: result_of(m, folder), wanted)
+            return report(wanted, results)
 
 
-def report(wanted: list[Mutation], results: list[dict[str, list[str]]]) -> int:
+def report(wanted: list[Mutation], results: Iterable[dict[str, list[str]]]) -> int:
     missed = 0
     for m, found in zip(wanted, results, strict=True):
         ok = m.found_by in found
         missed += not ok
         kinds = sorted({line.split(":", 1)[0] for line in found.get("checker", [])})
         layers = ", ".join(f"{layer} ({', '.join(kinds)})" if layer == "checker" else layer for layer in found)
-        print(f"{m.name:58} {layers or 'NOT FOUND'}{'' if ok else f'   expected: {m.found_by}'}")
+        print(f"{m.name:58} {layers or 'NOT FOUND'}{'' if ok else f'   expected: {m.found_by}'}", flush=True)
     print(f"{len(wanted)} bugs, {missed} not found by the layer that has to")
     return 1 if missed else 0
 

@@ -86,7 +86,7 @@ MUTATIONS = [
         "float squares = 0.0f, largest = 0.0f; if (lane == 0) ((device uchar*)a.skip)[0] = 0;",
         "checker",
     ),
-    seal("tokens behind the last are packed", "n < 4 && r + n < count; ++n) {", "n < 4; ++n) {", "checker"),
+    seal("last token of a tile not packed", "i < count * words;", "i + words < count * words;", "numbers"),
     attend(
         "table entry beyond its copies",
         "(threadgroup const float4*)q, key_table + copy",

@@ -14,7 +14,7 @@ SEEDS = [0, 1, 2, 7]
 random = np.random.default_rng(4)
 
 
-@pytest.fixture(scope="module", params=["fast", "check"])
+@pytest.fixture(scope="module", params=["fast", "fastmath", "check"])
 def module(request: pytest.FixtureRequest) -> Module:
     return Module(build(KERNELS / "features.metal", request.param))
 

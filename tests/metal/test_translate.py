@@ -86,6 +86,9 @@ LINTED = {
     body("out[0] = 1e-3 + 2.0f;"): "case.metal:4: 1e-3: expected a suffix",
     body("double d = 1.0f;"): "case.metal:4: double: MSL has no double",
     body("auto f = [](float x) { return x; };"): "case.metal:4: MSL has no lambda",
+    body(
+        "", OUT + ", uint i [[thread_position_in_grid]], uint3 n [[threads_per_grid]]"
+    ): "case.metal:3: k: expected positions",
     body("goto end; end: out[0] = 0.0f;"): "case.metal:4: goto",
     "inline float f(const float* x) { return x[0]; }\n"
     + body(""): "case.metal:3: const float * x: expected an address space",

@@ -13,6 +13,7 @@ Modules are kept in build/metal/cache of the repository under a hash of all that
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -22,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from .translate import Kernel, Translation, translate
 
 REPOSITORY = HERE.parents[2]
 INCLUDE = [REPOSITORY / "src", REPOSITORY / "include"]
+KEEP_DAYS = 7
 MODES = ("fast", "fastmath", "check", "asan", "count")
 UNDEFINED = "-fsanitize=undefined,float-cast-overflow -fno-sanitize=vptr,function"
 
@@ -116,6 +119,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("KV4_METAL_CACHE", REPOSITORY / "build" / "metal" / "cache"))
 
 
+def _forget_the_old(folder: Path) -> None:
+    """Every change of the tool or of a kernel leaves modules behind that nothing asks for again."""
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process may be as tidy
+            if path.is_file() and time.time() - path.stat().st_mtime > KEEP_DAYS * 86400:
+                path.unlink()
+
+
 @functools.cache
 def tool_hash() -> str:
     """Of everything in this folder that a module depends on."""
@@ -167,6 +178,7 @@ def build(
     module = folder / f"{source.stem}.{mode}.{key}.so"
     if not module.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        _forget_the_old(folder)
         check_spaces(translation)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = _compile(translation, mode, cxx, Path(scratch))

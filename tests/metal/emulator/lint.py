@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from .source import Token, closing, split, words
-from .translate import SPACES, Kernel, Parameter, Translation
+from .translate import EXTENTS, SPACES, Kernel, Parameter, Translation
 
 BANNED = {
     "double": "MSL has no double", "goto": "MSL has no goto", "new": "MSL has no new", "delete": "MSL has no delete",
@@ -43,7 +43,19 @@ def lint_language(translation: Translation) -> list[str]:
                 found.append(f"{token.place}: {token.text}: expected a suffix, f or h; got none")
         elif token.text == "[" and _opens_lambda(before, after):
             found.append(f"{token.place}: MSL has no lambda expressions")
-    return found + _unspaced_pointers(tokens)
+    return found + _unspaced_pointers(tokens) + _mixed_dimensions(translation)
+
+
+def _mixed_dimensions(translation: Translation) -> list[str]:
+    """Positions and sizes in the grid have one number of components in a kernel: Metal's vectors of them must agree."""
+    found = []
+    for k in translation.kernels:
+        extents = [p for p in k.parameters if p.attribute in EXTENTS]
+        sizes = {re.sub(r"\D", "", p.text.split()[0]) for p in extents}
+        if len(sizes) > 1:
+            what = ", ".join(f"{p.text} [[{p.attribute}]]" for p in extents)
+            found.append(f"{k.place}: {k.name}: expected positions and sizes of one number of components; got {what}")
+    return found
 
 
 def _opens_lambda(before: Token | None, after: Token | None) -> bool:

@@ -9,21 +9,25 @@
 
 namespace emu {
 namespace {
-constexpr size_t kMost = 8;  // of one kind
+constexpr size_t kMost = 8;           // of one kind
+constexpr uint64_t kTooMany = 10000;  // a launch with more ends: nothing new is to be learnt
 std::map<std::string, std::set<std::string>> seen;
 std::string text;
 uint64_t count;
 }  // namespace
 
 void report(const char* kind, const char* format, ...) {
-  char line[1024];
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(line, sizeof line, format, arguments);
-  va_end(arguments);
   ++count;
   std::set<std::string>& lines = seen[kind];
-  if (lines.size() < kMost && lines.insert(line).second) text += std::string(kind) + ": " + line + "\n";
+  if (lines.size() < kMost) {
+    char line[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    if (lines.insert(line).second) text += std::string(kind) + ": " + line + "\n";
+  }
+  if (count > kTooMany && running()) stop_launch();
 }
 }  // namespace emu
 
