@@ -17,7 +17,7 @@ if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck; do
     echo "== $tool"
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$tests" --gtest_brief=1 \
-      --gtest_filter='*PartOfOne*:*PartsOf*:*Ragged*:*Partial*:*General*:*LargeMeans*' | tail -n 4
+      --gtest_filter='*PartOfOne*:*PartsOf*:*PagesTogether*:*Ragged*:*Partial*:*General*:*LargeMeans*' | tail -n 4
   done
 fi
 "$bench" --benchmark_filter="${KV4_BENCH_FILTER:-.}" --benchmark_counters_tabular=true

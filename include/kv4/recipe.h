@@ -21,7 +21,7 @@ enum class ScaleRule : std::uint8_t {
 };
 enum class LambdaMode : std::uint8_t {
   none = 0,   // lambda = 1
-  automatic = 1,  // keys: (E q^2 / E (k - mu)^2)^(1/4) of the sequence's tokens up to its first seal
+  automatic = 1,  // keys: (E q^2 / E (k - mu)^2)^(0.9/4) of the sequence's tokens up to its first seal
   given = 2       // handed over with the cache's configuration
 };
 enum class SealMode : std::uint8_t {

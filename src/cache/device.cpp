@@ -60,9 +60,10 @@ Status Cache::State::reserve(std::int64_t tokens) {
 Status Cache::State::advance() {
   if (sequences.empty()) return error(StatusCode::failed_precondition, "cache", "tokens", "an empty cache");
   if (arrival()) return error(StatusCode::unsupported, "recipe.seal", "page or never, where steps are captured", "arrival");
+  KV4_RETURN_IF_ERROR(make_tables());
+  if (!own.tables) return error(StatusCode::unsupported, "backend", "one whose steps can be captured", backend->name());
   KV4_RETURN_IF_ERROR(settle());
   for (Sequence& s : sequences) KV4_RETURN_IF_ERROR(make_room(s, 1));
-  KV4_RETURN_IF_ERROR(make_tables());
   view_before(1);
   KV4_RETURN_IF_ERROR(backend->foresee(own.tables.get(), views, 1));
   for (Sequence& s : sequences) {

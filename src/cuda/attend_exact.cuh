@@ -18,7 +18,7 @@ __device__ __noinline__ inline void copy_unaligned(const Piece& piece, unsigned 
 
 template <int D, int kBlocks, class Slots, class StateT>
 __device__ __forceinline__ void exact_item(const AttendParams& p, Slots& queue, Pieces& pieces, StateT& state,
-                                           const uint4 (&q)[kBlocks][D / 16],
+                                           const uint4 (&kept)[kBlocks][Shape<D>::kKept ? D / 16 : 1], const uint4* operands,
                                            const Cursor& at, int head, int row0, longlong2 seen, int lane) {
   constexpr int kPitch = Shape<D>::kExactPitch;
   const int g = lane / 4, t = lane % 4;
@@ -38,8 +38,9 @@ __device__ __forceinline__ void exact_item(const AttendParams& p, Slots& queue, 
       const uint4 x = load_matrices<false>(base + (matrix / 2 * 8 + matrix_row) * kPitch + (k * 16 + matrix % 2 * 8) * 2);
 #pragma unroll
       for (int r = 0; r < kBlocks; ++r) {
-        mma_halves(p.bf16, c[r][0], q[r][k], x.x, x.y);
-        mma_halves(p.bf16, c[r][1], q[r][k], x.z, x.w);
+        const uint4 q = Shape<D>::kKept ? kept[r][Shape<D>::kKept ? k : 0] : operands[r * operand_words(D) + k * kLanes];
+        mma_halves(p.bf16, c[r][0], q, x.x, x.y);
+        mma_halves(p.bf16, c[r][1], q, x.z, x.w);
       }
     }
   }
@@ -97,11 +98,12 @@ template <int D, int kBlocks, class Slots, class StateT>
 __device__ __forceinline__ void exact_run(const AttendParams& p, Slots& queue, Pieces& pieces, StateT& state, const Cursor& here, int head,
                                           int block, int row0, int run, int lane) {
   const uint4* operands = p.operands + static_cast<std::size_t>(block) * operand_words(D) + (operand_bytes_tiles(D) + operand_mean_steps(D)) * kLanes + lane;
-  uint4 q[kBlocks][D / 16];
+  constexpr int kSteps = Shape<D>::kKept ? D / 16 : 0;
+  uint4 q[kBlocks][kSteps > 0 ? kSteps : 1];
 #pragma unroll
   for (int r = 0; r < kBlocks; ++r)
 #pragma unroll
-    for (int k = 0; k < D / 16; ++k) q[r][k] = operands[r * operand_words(D) + k * kLanes];
+    for (int k = 0; k < kSteps; ++k) q[r][k] = operands[r * operand_words(D) + k * kLanes];
   // What every row sees of the sequence: nothing for certain under a general mask.
   longlong2 seen = {0, -1};
   if (p.mask.kind == Mask::General::none) {
@@ -109,7 +111,7 @@ __device__ __forceinline__ void exact_run(const AttendParams& p, Slots& queue, P
     seen = {sight.first_of_all(p), sight.last_of_all(p)};
   }
   Cursor at = here;
-  for (int i = 0; i < run; ++i, ++at.item) exact_item<D, kBlocks>(p, queue, pieces, state, q, at, head, row0, seen, lane);
+  for (int i = 0; i < run; ++i, ++at.item) exact_item<D, kBlocks>(p, queue, pieces, state, q, operands, at, head, row0, seen, lane);
 }
 
 }  // namespace kv4::cuda

@@ -20,7 +20,8 @@ struct Shape {
   static constexpr int kExactPitch = D * 2 + 16;                // keeps ldmatrix free of bank conflicts
   static constexpr int kMeanAt = kKeyCodeBytes + kPageTokens * 2;     // in a slot of keys
   static constexpr int kPackedBytes = kMeanAt + D * 2;
-  static constexpr int kMeanOperands = operand_mean_steps(D) * kLanes;  // uint4 of a block
+  static constexpr bool kKept = D <= 128;                       // whether a warp keeps the operands of its queries
+  static constexpr int kMeanOperands = kKept ? operand_mean_steps(D) * kLanes : 0;  // uint4 of a block
   static constexpr int kExactBytes = kExactTokens * kExactPitch;
   static constexpr int kSlotBytes = ((kPackedBytes > kExactBytes ? kPackedBytes : kExactBytes) + 127) / 128 * 128;
 };

@@ -19,23 +19,26 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
   const SequenceView& s = p.sequences[here.b];
   const uint4* operands = p.operands + static_cast<std::size_t>(block) * operand_words(D) + lane;
 
-  uint4 q[kBlocks][S::kTiles];                   // rows of the even groups where they are apart
-  uint4 q_odd[kFour ? S::kTiles : 1];
+  // Operands of the queries, in registers and shared memory where those suffice; else read as they are needed, from L1.
+  uint4 q[S::kKept ? kBlocks : 1][S::kKept ? S::kTiles : 1];  // rows of the even groups where they are apart
+  uint4 q_odd[kFour && S::kKept ? S::kTiles : 1] = {};
   float row_scale[kBlocks], mean_scale[kBlocks];
 #pragma unroll
   for (int r = 0; r < kBlocks; ++r) {
-#pragma unroll
-    for (int c = 0; c < S::kTiles; ++c) q[r][c] = operands[r * operand_words(D) + c * kLanes];
     row_scale[r] = p.row_scale[(block + r) * 2 * kBlockRows + row];
     mean_scale[r] = p.row_scale[(block + r) * 2 * kBlockRows + kBlockRows + g];
-    if (p.mean) {
+    if constexpr (S::kKept) {
 #pragma unroll
-      for (int k = 0; k < 2 * S::kTiles; ++k)
-        mean_operands[r * S::kMeanOperands + k * kLanes + lane] = operands[r * operand_words(D) + (S::kTiles + k) * kLanes];
+      for (int c = 0; c < S::kTiles; ++c) q[r][c] = operands[r * operand_words(D) + c * kLanes];
+      if (p.mean) {
+#pragma unroll
+        for (int k = 0; k < 2 * S::kTiles; ++k)
+          mean_operands[r * S::kMeanOperands + k * kLanes + lane] = operands[r * operand_words(D) + (S::kTiles + k) * kLanes];
+      }
     }
   }
   __syncwarp();
-  if constexpr (kFour) {
+  if constexpr (kFour && S::kKept) {
 #pragma unroll
     for (int c = 0; c < S::kTiles; ++c) {  // rows 4 ... 7 of q are empty
       const uint4 x = q[0][c];
@@ -43,6 +46,13 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
       if (lane < 16) q_odd[c] = {};
     }
   }
+  const auto query = [&](int r, int c, bool of_odd) {
+    if constexpr (S::kKept) return of_odd ? q_odd[kFour ? c : 0] : q[r][c];
+    if (!of_odd) return operands[r * operand_words(D) + c * kLanes];
+    return lane < 16 ? uint4{} : operands[c * kLanes - 16];
+  };
+  const uint4* means = S::kKept ? mean_operands + lane : operands + S::kTiles * kLanes;
+  constexpr int kMeansPitch = S::kKept ? S::kMeanOperands : operand_words(D);
 
   const int first_page = here.item - here.exact_items, pages = s.page_count, last_tokens = s.last_page_tokens;
   const long long pages_position = s.pages_position;
@@ -74,7 +84,7 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
         if (g < 2 && k * 32 + t * 8 < D) b = *reinterpret_cast<const uint4*>((g == 0 ? slot[0] : slot[1]) + S::kMeanAt + (k * 32 + t * 8) * 2);
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r) {
-          const uint4* a = mean_operands + r * S::kMeanOperands + 2 * k * kLanes + lane;
+          const uint4* a = means + r * kMeansPitch + 2 * k * kLanes;
           mma_halves(false, c[r], a[0], b.x, b.y);
           mma_halves(false, c[r], a[kLanes], b.z, b.w);
         }
@@ -110,7 +120,7 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
           const Levels8 b = levels_of(f % 4 == 0 ? words.x : f % 4 == 1 ? words.y : f % 4 == 2 ? words.z : words.w, p.key);
 #pragma unroll
           for (int r = 0; r < kBlocks; ++r)
-            sums[r].template add<true>(kFour && k >= S::kTiles ? q_odd[k % S::kTiles] : q[r][k % S::kTiles], b);
+            sums[r].template add<true>(query(r, k % S::kTiles, kFour && k >= S::kTiles), b);
         }
         const float2 scale = __half22float2(scales[n * kTogether * 4]);
 #pragma unroll

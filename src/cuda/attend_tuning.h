@@ -19,7 +19,7 @@ template <> struct Tuning<64> { static constexpr int kWarps[2] = {11, 7}, kDepth
 template <> struct Tuning<80> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {8, 6}; };
 template <> struct Tuning<96> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {8, 6}; };
 template <> struct Tuning<128> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {6, 5}; };
-template <> struct Tuning<256> { static constexpr int kWarps[2] = {7, 5}, kDepth[2] = {2, 3}; };
+template <> struct Tuning<256> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {3, 3}; };
 
 template <int D>
 cudaError_t launch_dim(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream);

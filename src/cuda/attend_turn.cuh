@@ -13,7 +13,7 @@
 
 namespace kv4::cuda {
 
-constexpr int kTurnThreads = 256;
+constexpr int kTurnThreads = 512;
 
 // y[r][i] = sum over c of x[r][c] matrix[c][i], for kBlockRows rows; a CTA of kTurnThreads.
 template <int D>
@@ -32,7 +32,7 @@ class Turn {
     if (warp < valid)
       for (int c = lane; c < D; c += kLanes) top = fmaxf(top, fabsf(x[warp * D + c]));
     top = warp_max(top);
-    if (lane == 0) largest[warp] = top;
+    if (lane == 0 && warp < kBlockRows) largest[warp] = top;
     __syncthreads();
     const float scale = largest[g], inverse = scale > 0 ? 1.0f / scale : 0.0f;
     for (int k = warp; k < kSteps; k += kWarps) {

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) lambda_kernel(const __grid_constant_
   __syncthreads();
   const double k = shrunk(key, keys, p.dim, c, shared), q = shrunk(query, queries, p.dim, c, shared);
   const bool any = k > 0 && q > 0;  // the same for every channel
-  const double log_lambda = any ? 0.25 * log(q / k) : 0.0;
+  const double log_lambda = any ? kLambdaExponent * log(q / k) : 0.0;
   const double mean = sum_of_all(c < p.dim ? log_lambda : 0.0, shared) / p.dim;
   if (c < p.dim) p.lambda[head * p.dim + c] = any ? static_cast<float>(exp(log_lambda - mean)) : 1.0f;
 }

@@ -1,5 +1,6 @@
 // Taking exact rows in, moving and converting them: a few kilobytes a decode step, so what counts is the launch. One token of
 // a sequence is one CTA, a warp for a row of one head and side: 512 bytes a head and token at d = 128, read and written once.
+// H100, 8 KV heads, d = 128, in a graph of 32 such launches (bench/cuda/bench_cache.cpp): 2.1 us a layer at batch 1, 2.4 at 16.
 #include "cuda/rows.h"
 
 #include <algorithm>

@@ -1,24 +1,21 @@
-// One CTA per page slice and side: its 64 tokens are centred, weighted and kept as float in shared memory, multiplied
-// by the rotation's matrix, and quantised by one warp per token.
+// Sealing and dequantising any page: one CTA per page slice and side, its 64 tokens as float in shared memory, multiplied by
+// the rotation's matrix, quantised by one warp per token. Pages that seal_pages.cuh takes, the common ones, go there.
 //
 // Count for d = 128 and one vector: 256 bytes read, 68 written; 16,384 multiply-adds, that is 128 cycles of a
-// multiprocessor's 128 lanes, where the bytes take 25 of them at 3 TB/s: bound by arithmetic, about 6 times slower than a
-// copy. A structured rotation (14 multiply-adds a channel for the FFT) is the next version.
+// multiprocessor's 128 lanes, where the bytes take 25 of them at 3 TB/s; the matrix is read from L2 for every 8 tokens.
 #include "cuda/seal.h"
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/device.cuh"
+#include "cuda/seal_pages.cuh"
 
 namespace kv4::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kLanes;
 constexpr int kTokensAtOnce = 8;  // rows that share a read of the matrix
-
-// Beyond the range of fp16 the largest finite number, as the reference stores it.
-__device__ unsigned short to_half(float x) { return __half_as_ushort(__float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f))); }
-__device__ float from_half(unsigned short h) { return __half2float(__ushort_as_half(h)); }
 
 // y[r][i] = sum over c of matrix_transpose[c][i] x[r][c] for kTokensAtOnce rows; x and y [.., pitch] in shared memory,
 // they may be the same rows. All threads.
@@ -211,14 +208,49 @@ __global__ void __launch_bounds__(kThreads) dequantise_kernel(const __grid_const
 
 int larger_dim(const SideParams& a, const SideParams& b) { return a.dim > b.dim ? a.dim : b.dim; }
 
+bool for_pages(const SideParams& side) { return side.groups == 1 && side.rotation_transpose != nullptr; }
+
+// Whether a CTA may have as much shared memory.
+bool has_shared(int device, int bytes) {
+  int most = 0;
+  return cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess && bytes <= most;
+}
+
+template <int D>
+cudaError_t launch_pages(const SealParams& p, int device, cudaStream_t stream) {
+  int multiprocessors = 1;
+  if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
+  static const cudaError_t sized = cudaFuncSetAttribute(seal_pages<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, SealShape<D>::kShared);
+  if (sized != cudaSuccess) return sized;
+  // A slice of keys with means takes longer than one of values.
+  const int ctas = std::min(multiprocessors, 2 * p.count);
+  const int keys = p.key.mean && ctas < 2 * p.count ? std::max(1, ctas * 5 / 8) : ctas / 2;
+  seal_pages<D><<<static_cast<unsigned>(ctas), SealShape<D>::kThreads, SealShape<D>::kShared, stream>>>(p, keys);
+  return cudaGetLastError();
+}
+
 }  // namespace
 
 cudaError_t launch_seal(const SealParams& p, cudaStream_t stream) {
+  if (p.count <= 0) return cudaSuccess;
+  int device = 0;
+  if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
+  if (p.key.dim == p.value.dim && for_pages(p.key) && for_pages(p.value)) {
+    switch (p.key.dim) {
+      case 64: return launch_pages<64>(p, device, stream);
+      case 80: return launch_pages<80>(p, device, stream);
+      case 96: return launch_pages<96>(p, device, stream);
+      case 128:
+        if (has_shared(device, SealShape<128>::kShared)) return launch_pages<128>(p, device, stream);
+        break;  // 8.6 and 8.9
+      default: break;
+    }
+  }
   const int dim = larger_dim(p.key, p.value);
   const int bytes = kPageTokens * (dim + 1) * 4 + 8 + dim * 12 + kPageTokens * pad_channels(dim);
   static const cudaError_t sized = cudaFuncSetAttribute(seal_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 200 << 10);
   if (sized != cudaSuccess) return sized;
-  if (p.count > 0) seal_kernel<<<static_cast<unsigned>(p.count) * 2, kThreads, static_cast<std::size_t>(bytes), stream>>>(p);
+  seal_kernel<<<static_cast<unsigned>(p.count) * 2, kThreads, static_cast<std::size_t>(bytes), stream>>>(p);
   return cudaGetLastError();
 }
 

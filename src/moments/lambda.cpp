@@ -51,7 +51,7 @@ void lambda_from_energies(std::span<const double> query_energy, std::span<const 
     std::fill(lambda.begin(), lambda.end(), 1.0f);
     return;
   }
-  const auto log_lambda = [&](std::size_t c) { return 0.25 * std::log(query[c] / key[c]); };
+  const auto log_lambda = [&](std::size_t c) { return kLambdaExponent * std::log(query[c] / key[c]); };
   double mean_log = 0;
   for (std::size_t c = 0; c < lambda.size(); ++c) mean_log += log_lambda(c);
   mean_log /= static_cast<double>(lambda.size());

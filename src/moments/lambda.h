@@ -1,12 +1,13 @@
-// Lambda: the per-channel scale that minimises the expected error of q.k, not of k
-// (DESIGN-level formula): lambda_c = (E q_c^2 / E (k_c - mu_c)^2)^(1/4), geometric mean 1.
+// Lambda: the per-channel scale that minimises the expected error of q.k, not of k:
+// lambda_c = (E q_c^2 / E (k_c - mu_c)^2)^(1/4), geometric mean 1, taken to the power 0.9.
 //
 // With quantisation noise spread evenly by the rotation, the error of q.k is proportional to
 // (sum_c q_c^2 / lambda_c^2) (sum_c lambda_c^2 (k_c - mu_c)^2); Cauchy-Schwarz gives the minimum.
 //
 // The energies are estimates from a sequence's first tokens. Rotary position embedding turns channels
 // c and c + channels/2 into each other as positions grow, in the slow pairs over hundreds of tokens, so
-// each energy is first drawn a fifth of the way to its pair's mean. docs/quality.md has the measurement.
+// each energy is first drawn a fifth of the way to its pair's mean, and lambda is taken to the power 0.9, a tenth of
+// the way to none at all. docs/quality.md has the measurements.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,9 @@
 
 namespace kv4 {
 
-constexpr double kLambdaFloor = 1e-6;          // of the mean over the channels
+constexpr double kLambdaFloor = 1e-6;        // of the mean over the channels
 constexpr double kLambdaPairShrinkage = 0.2;
+constexpr double kLambdaExponent = 0.9 / 4;  // of the ratio of energies
 
 // query_energy [channels]: E q_c^2 in any unit (lambda is normalised), key_energy alike:
 // E (k_c - mu_c)^2. Both are drawn to their pairs and clamped from below at 1e-6 of their mean over the channels, so a

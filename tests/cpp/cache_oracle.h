@@ -209,7 +209,7 @@ class Sequence {
     pages_[page] = std::move(fresh);
   }
 
-  // (E q^2 / E (k - mean)^2)^(1/4), geometric mean 1. Moments: of all queries before the first page is
+  // (E q^2 / E (k - mean)^2)^(0.9/4), geometric mean 1. Moments: of all queries before the first page is
   // due; of the keys of that page and of whole 64s of the window, each about its own mean. Both drawn by
   // a fifth to the mean of channels c and c + dim/2, and clamped at 1e-6 of their channel mean.
   void fix_lambda() {
@@ -240,9 +240,9 @@ class Sequence {
       };
       const std::vector<double> q = prepared(q2), k = prepared(k2);
       double log_mean = 0;
-      for (int c = 0; c < dim; ++c) log_mean += std::log(q[c] / k[c]) / 4 / dim;
+      for (int c = 0; c < dim; ++c) log_mean += 0.225 * std::log(q[c] / k[c]) / dim;
       for (int c = 0; c < dim; ++c)
-        lambda_[static_cast<std::size_t>(h) * dim + c] = static_cast<float>(std::exp(std::log(q[c] / k[c]) / 4 - log_mean));
+        lambda_[static_cast<std::size_t>(h) * dim + c] = static_cast<float>(std::exp(0.225 * std::log(q[c] / k[c]) - log_mean));
     }
   }
 

@@ -2,6 +2,7 @@
 // select, repeat and clone; byte counts; errors.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -178,6 +179,36 @@ TEST(Cache, ErrorsNameTheArgumentAndChangeNothing) {
   nan_query[5] = std::numeric_limits<float>::quiet_NaN();
   wrong.q = view(nan_query, 1, kShape.q_heads, 1, d);
   expect(cache->attend(wrong, into(out, 1, kShape.q_heads, 1, d)), StatusCode::non_finite, "q: ");
+}
+
+TEST(Cache, ReserveKeepsWhatIsHeld) {
+  for (const Recipe& recipe : {Recipe(), Recipe::exact()}) {
+    Session s(recipe, {0, 3}, 6);
+    EXPECT_EQ(s.cache().reserve(10).code(), StatusCode::failed_precondition);
+    s.step(100);
+    EXPECT_EQ(s.cache().reserve(-1).code(), StatusCode::invalid_argument);
+    ASSERT_TRUE(s.cache().reserve(300).ok());
+    const std::size_t bytes = s.cache().nbytes();
+    for (int i = 0; i < 6; ++i) s.step(50);
+    if (HasFatalFailure()) return;
+    if (recipe.seal == SealMode::never) {
+      EXPECT_LE(s.cache().nbytes(), bytes + 4096) << "room was there";
+    }
+  }
+}
+
+TEST(Cache, BackendsAreNamed) {
+  const std::vector<std::string> names = backends();
+  EXPECT_NE(std::find(names.begin(), names.end(), "cpu"), names.end());
+  EXPECT_EQ(why_not("cpu"), "");
+  EXPECT_NE(why_not("cpu:1"), "");
+  EXPECT_EQ(why_not("abacus"), "built without it");
+  Session s(Recipe(), {0}, 7);
+  s.step(5);
+  const std::uint64_t version = s.cache().version();
+  EXPECT_EQ(s.cache().advance().code(), StatusCode::unsupported) << "the host's memory is not captured";
+  EXPECT_EQ(s.cache().version(), version);
+  EXPECT_EQ(s.cache().length(), 5);
 }
 
 TEST(Cache, CreateRefusesWhatNoKernelServes) {

@@ -125,6 +125,59 @@ TEST_F(CudaSeal, PartsOfAPage) {
   EXPECT_EQ(whole.slice.read(), parts.slice.read());
 }
 
+// More pages than the device seals at once hold what each holds that is sealed alone: means, weights and masks included.
+TEST_F(CudaSeal, PagesTogether) {
+  for (int d : {80, 128}) {
+    Case c;
+    c.key = {d, RotationKind::srft, 0, LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
+    c.value = {d, RotationKind::srht, 0, LevelKind::uniform, ScaleRule::least_squares, false, false};
+    c.dtype = DType::f16;
+    c.masked = true;
+    const Inputs in(c);
+    const PageSpec spec = tests::on_device(in.spec);
+    const Device device(in, spec);
+    constexpr int kDistinct = 8;  // windows of the same rows
+    constexpr std::size_t kJobs = 700;
+    // Twice the rows; once with their gaps between, once without, which is read 16 bytes at a time.
+    const auto twice = [d](const Rows& rows, std::int64_t stride) {
+      std::vector<std::uint16_t> all;
+      for (int j = 0; j < 2 * kPageTokens; ++j) {
+        const auto row = rows.f16.begin() + j % kPageTokens * rows.stride;
+        all.insert(all.end(), row, row + d);
+        all.resize(static_cast<std::size_t>((j + 1) * stride), 0x7fff);
+      }
+      return all;
+    };
+    std::vector<std::uint8_t> skip = in.skip;
+    skip.insert(skip.end(), in.skip.begin(), in.skip.end());
+    const DeviceBytes k(twice(*in.k, in.k->stride)), v(twice(*in.v, in.v->stride)), dense_k(twice(*in.k, d)), dense_v(twice(*in.v, d)), mask(skip);
+    const std::size_t bytes = spec.layout.head_bytes;
+    const DeviceBytes alone(bytes * kDistinct, 0), together(bytes * kJobs, 0);
+    const auto job = [&](std::size_t i, bool dense, const DeviceBytes& slices) {
+      SealJob j = device.job;
+      if (dense) j.k_stride = j.v_stride = d;
+      const std::size_t from = i % kDistinct * 5;
+      j.k = (dense ? dense_k : k).as<std::uint16_t>() + from * static_cast<std::size_t>(j.k_stride);
+      j.v = (dense ? dense_v : v).as<std::uint16_t>() + from * static_cast<std::size_t>(j.v_stride);
+      j.skip = mask.as<std::uint8_t>() + from;
+      j.slice = slices.as<std::uint8_t>() + i * bytes;
+      return j;
+    };
+    for (std::size_t i = 0; i < kDistinct; ++i) {
+      const SealJob one = job(i, false, alone);
+      ASSERT_TRUE(cuda::backend()->seal(spec, {&one, 1}).ok());
+    }
+    std::vector<SealJob> jobs;
+    for (std::size_t i = 0; i < kJobs; ++i) jobs.push_back(job(i, true, together));
+    ASSERT_TRUE(cuda::backend()->seal(spec, jobs).ok());
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    const std::vector<std::uint8_t> expected = alone.read(), got = together.read();
+    for (std::size_t i = 0; i < kJobs; ++i)
+      ASSERT_EQ(std::memcmp(got.data() + i * bytes, expected.data() + i % kDistinct * bytes, bytes), 0) << "d " << d << " page " << i;
+    EXPECT_NE(std::memcmp(expected.data(), expected.data() + bytes, bytes), 0);
+  }
+}
+
 TEST_F(CudaSeal, DequantisesAsDefined) {
   for (int d : cases::kHeadDims) {
     Case c;

@@ -166,3 +166,48 @@ def test_threads_can_be_set():
     kv4.set_num_threads(1)
     assert kv4.num_threads() == 1
     kv4.set_num_threads(before)
+
+
+def test_what_a_device_has_is_named_on_the_cpu():
+    assert "cpu" in _core.backends()
+    assert _core.why_not("cpu") == ""
+    assert _core.why_not("abacus") == "built without it"
+    with pytest.raises(ValueError, match="backend: expected one of cpu"):
+        make(backend="abacus")
+    cache = make()
+    cache.set_stream(0)
+    with pytest.raises(RuntimeError, match="expected a cache that holds tokens"):
+        cache.reserve(5)
+    cache.append(rows(KV_HEADS, 5, 1), rows(KV_HEADS, 5, 2))
+    cache.reserve(5)
+    with pytest.raises(NotImplementedError, match="expected one whose steps can be captured; got cpu"):
+        cache.advance()
+    mask, out = np.ones((1, 1, 1, 5), bool), np.zeros((1, HEADS, 1, DIM), np.float32)
+    with pytest.raises(ValueError, match=r"host_mask: expected the shape and dtype of mask"):
+        cache.attend(rows(HEADS, 1, 3), out, mask=mask, host_mask=mask[..., :4])
+    cache.attend(rows(HEADS, 1, 3), out, mask=mask, host_mask=mask)
+
+
+@pytest.mark.skipif("cuda" not in _core.backends(), reason=f"no CUDA backend: {_core.why_not('cuda')}")
+def test_cuda_tensors():
+    torch = pytest.importorskip("torch")
+    cache = make(dtype="float16", backend="cuda:0")
+    cache.set_stream(torch.cuda.current_stream().cuda_stream)
+    k, v, q = (torch.from_numpy(rows(h, t, s)) for h, t, s in ((KV_HEADS, 200, 1), (KV_HEADS, 200, 2), (HEADS, 1, 3)))
+    with pytest.raises(ValueError, match=r"k: expected a tensor on cuda:0; got device cpu"):
+        cache.append(k.half(), v.half())
+    k, v = (x.half().transpose(1, 2).contiguous().transpose(1, 2).cuda() for x in (k, v))
+    cache.append(k, v)
+    out = torch.zeros(1, HEADS, 1, DIM, device="cuda")
+    with pytest.raises(ValueError, match=r"q: expected a tensor on cuda:0; got device cpu"):
+        cache.attend(q, out)
+    cache.attend(q.cuda(), out)
+    want = softmax_attention(q.numpy(), k.float().cpu().numpy(), v.float().cpu().numpy())
+    np.testing.assert_allclose(out.cpu().numpy(), want, atol=1e-3 * np.abs(want).max())
+    cache.seal()
+    assert cache.sealed_tokens(0) == 128
+    assert len(cache.lambda_(0)) == KV_HEADS * DIM
+    start = torch.tensor([3], dtype=torch.int32)
+    cache.attend(q.cuda(), out, start=start)
+    with pytest.raises(ValueError, match=r"start: expected a tensor on the CPU; got device cuda:0"):
+        cache.attend(q.cuda(), out, start=start.cuda())

@@ -141,11 +141,15 @@ def calibrate(
     if recipe in (*lab.SIMULATED, "exact"):
         raise ValueError(f"--recipe: expected kv4, paper or a recipe file; got {recipe}")
     used = lab.recipe(recipe)
-    content, source = lab.read_text(text)
-    b = lab.bench(model, dtype, threads, None, True)
 
+    from kv4.evaluate.calibrate import METHODS
     from kv4.evaluate.calibrate import calibrate as run
     from kv4.evaluate.windows import cut
+
+    if method not in METHODS:
+        raise ValueError(f"--method: expected one of {', '.join(METHODS)}; got {method!r}")
+    content, source = lab.read_text(text)
+    b = lab.bench(model, dtype, threads, None, True)
 
     parts = cut(b.tokenizer, content, windows, tokens, first)
     with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens) as advance:

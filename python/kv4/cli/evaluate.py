@@ -71,22 +71,26 @@ def quality(
     for name in peer or []:
         if name not in PEERS:
             raise ValueError(f"--peer: expected one of {', '.join(PEERS)}; got {name!r}")
+    if peer and device != "cpu":
+        raise ValueError(f"--peer: expected with --device cpu only; got --device {device}")
     content, source = lab.read_text(text)
     if "llama" in (peer or []):
         from kv4.bench.llama import require
 
         require()
-    kind = dtype or (options.DType.float32 if device == "cpu" else options.DType.auto)
-    b = lab.bench(model, kind, threads, state, fresh, device)
 
     from kv4.evaluate import Candidate, measure_all
     from kv4.evaluate.calibration import load
     from kv4.evaluate.windows import cut
 
+    calibrations = {file: load(file) for file in calibration or []}
+    kind = dtype or (options.DType.float32 if device == "cpu" else options.DType.auto)
+    b = lab.bench(model, kind, threads, state, fresh, device)
+
     parts = cut(b.tokenizer, content, windows, tokens)
     candidates = [Candidate(name, used) for name, used in named.items()]
-    for file in calibration or []:
-        loaded = load(file, b.folder)
+    for file, loaded in calibrations.items():
+        loaded.check_model(b.folder)
         candidates.append(Candidate(file.name, loaded.recipe, loaded))
     found: dict[str, Any] = {}
     with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens * len(candidates) or None) as advance:

@@ -122,6 +122,15 @@ class Calibration:
                 found[argument] = [self._get(name).float() for name in names]
         return found
 
+    def check_model(self, folder: str | Path) -> None:
+        """ValueError unless it was measured on the model in `folder`."""
+        here = identity_of(folder)
+        if here["digest"] != self.model.get("digest"):
+            raise ValueError(
+                f"calibration: expected one of this model ({here['name']}, {here['digest'][:8]}); got one of "
+                f"{self.model.get('name')}, {str(self.model.get('digest'))[:8]}"
+            )
+
     def save(self, path: str | Path) -> None:
         from safetensors.torch import save_file
 
@@ -178,10 +187,5 @@ def load(path: str | Path, model: str | Path | None = None) -> Calibration:
         if name.endswith(".lambda") and not bool((x > 0).all()):
             raise ValueError(f"calibration: expected positive lambda; got {float(x.min())} in {name}")
     if model is not None:
-        here = identity_of(model)
-        if here["digest"] != found.model.get("digest"):
-            raise ValueError(
-                f"calibration: expected one of this model ({here['name']}, {here['digest'][:8]}); got one of "
-                f"{found.model.get('name')}, {str(found.model.get('digest'))[:8]}"
-            )
+        found.check_model(model)
     return found

@@ -196,17 +196,17 @@ def _lambda(
             # Known when the first page is due: every query before, and the keys of the pages held by then.
             queries = query[:, : body + variant.window + variant.page]
             keys = key[:, body : body + variant.page * (1 + variant.window // variant.page)]
-            shrink = side.shrink
+            shrink, damping = side.shrink, side.damping
         else:
-            queries, keys, shrink = query, key[:, body:], 0.0
+            queries, keys, shrink, damping = query, key[:, body:], 0.0, 1.0
         if keys.shape[1] < min(variant.page, tokens - body):
             return None
         energy_q = queries.double().square().reshape(heads, -1, queries.shape[1], d).sum((1, 2))
         energy_k = sum(
             block.sub(block.mean(1, keepdim=True)).square().sum(1) for block in keys.double().split(variant.page, 1)
         )
-        lam = lambda_from_energies(energy_q, energy_k, shrink)
-    return lam if side.damping == 1 else lam**side.damping
+        lam = lambda_from_energies(energy_q, energy_k, shrink) ** damping
+    return lam
 
 
 def _matrices(session: _Session, layer: int, side: SideVariant, which: str, d: int) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ def trials() -> list[Row]:
         ("shrink-0.1", "energies drawn 10 % to their pairs", "", base.replace(key__shrink=0.1)),
         ("shrink-0.35", "energies drawn 35 % to their pairs", "", base.replace(key__shrink=0.35)),
         ("lambda-0.75", "lambda to the power 3/4", "", base.replace(key__damping=0.75)),
-        ("lambda-0.9", "lambda to the power 0.9", "", base.replace(key__damping=0.9)),
+        ("lambda-1", "lambda itself, not to the power 0.9", "", base.replace(key__damping=1.0)),
         ("key-group-64", "groups of 64 for keys", "", base.replace(key__group=64)),
         ("value-group-64", "groups of 64 for values", "", base.replace(value__group=64)),
         ("k4v3-g32", "K 4 bits, V 3 bits in groups of 32", "", base.replace(value__bits=3, value__group=32)),

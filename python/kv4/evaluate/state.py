@@ -11,8 +11,8 @@ import torch
 
 from kv4.evaluate.scores import TokenScores
 
-# Part of every key: a change of what is measured makes old results unreadable, not wrong.
-_VERSION = 1
+# Part of every key: a change of what is measured, or of a recipe's arithmetic, makes old results unreadable, not wrong.
+_VERSION = 2
 
 
 def digest(data: Any) -> str:

@@ -22,7 +22,7 @@ class SideVariant:
     mean: "page"; "group": one number for `mean_group` neighbouring channels of a page; "none".
     lambda_: "auto" is the core's estimate from a sequence's first tokens; "window" that of all its tokens (an oracle);
         "given" a Calibration's. shrink: share of the way that "auto" draws energies to their rotary pair's mean.
-        damping: exponent of lambda, 1 as it stands.
+        damping: exponent of an "auto" lambda.
     rounding: "nearest", or "moment": codes chosen one after another so that the error of q.k under the queries' second
         moments is least, not that of k (keys only; Frantar et al., GPTQ, 2023, with S_q as the Hessian).
     """
@@ -38,7 +38,7 @@ class SideVariant:
     mean_group: int = 16
     lambda_: Literal["none", "auto", "window", "given"] = "none"
     shrink: float = 0.2
-    damping: float = 1.0
+    damping: float = 0.9
     rounding: Literal["nearest", "moment"] = "nearest"
 
     def __post_init__(self) -> None:
