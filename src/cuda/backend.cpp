@@ -39,6 +39,7 @@ class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(int device) : device_(device), name_("cuda:" + std::to_string(device)), memory_(device) {
     cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, device_);
+    cudaDeviceGetAttribute(&minor_, cudaDevAttrComputeCapabilityMinor, device_);
     cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_);
   }
   const char* name() const override { return name_.c_str(); }
@@ -53,6 +54,8 @@ class CudaBackend final : public Backend {
     return supports_side(spec.value, "v");
   }
   Status supports_rows(int head_dim_k, int head_dim_v, DType dtype, SealMode seal) const override {
+    // Attention's queues take more of a CTA's shared memory than earlier ones give.
+    if (major_ < 9) return error(StatusCode::unsupported, "device", "compute capability 9.0 or later", std::to_string(major_) + "." + std::to_string(minor_));
     KV4_RETURN_IF_ERROR(supports_dims(head_dim_k, head_dim_v));
     if (seal == SealMode::arrival) return error(StatusCode::unsupported, "recipe.seal", "page or never on CUDA", "arrival");
     return dtype != DType::f32 ? Status() : error(StatusCode::unsupported, "dtype", "float16 or bfloat16 on CUDA", "float32");
@@ -340,7 +343,7 @@ class CudaBackend final : public Backend {
 
   const int device_;
   const std::string name_;
-  int multiprocessors_ = 1, major_ = 8;
+  int multiprocessors_ = 1, major_ = 8, minor_ = 0;
   mutable Memory memory_;
   mutable Rotations rotations_;
 };
