@@ -71,6 +71,8 @@ def quality(
     for name in peer or []:
         if name not in PEERS:
             raise ValueError(f"--peer: expected one of {', '.join(PEERS)}; got {name!r}")
+    if peer and device != "cpu":
+        raise ValueError(f"--peer: expected with --device cpu only; got --device {device}")
     content, source = lab.read_text(text)
     if "llama" in (peer or []):
         from kv4.bench.llama import require
