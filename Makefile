@@ -5,6 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
+# Under one name in every build, so that ccache has what the first one compiled. Make's own defaults are cc and g++.
+ifeq ($(origin CC),default)
+  CC := gcc
+endif
+export CC CXX
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
@@ -42,7 +47,7 @@ $(VENV)/.python: requirements.txt requirements-dev.txt | $(VENV)/.system
 	@touch $@
 
 $(VENV)/.kv4: $(VENV)/.python $(CORE)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	CC=$(CC) CXX=$(CXX) $(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 	@touch $@
 
 demo: setup
@@ -67,7 +72,7 @@ test-cpp: metal-tools
 	ctest --preset release
 
 test-python: metal-tools
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 test-neon: setup
 	@bash scripts/setup_system.sh cross
