@@ -20,7 +20,7 @@ need() { # package, test command...
 
 # g++ or clang++ that compiles C++20, from GCC 12 on.
 compiles() {
-  echo 'static_assert(__GNUC__ >= 12 || __clang_major__ >= 14); int main() {}' |
+  printf '#if !(__GNUC__ >= 12 || __clang_major__ >= 14)\n#error\n#endif\nint main() {}\n' |
     "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only -
 }
 gtest() {
