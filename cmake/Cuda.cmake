@@ -1,6 +1,6 @@
 # The backend for NVIDIA GPUs, a part of kv4 where nvcc is found. Machine code for compute capabilities 8.0, 8.9 and 9.0, and
-# code that later ones compile when it is loaded; 8.9 runs that for 8.0 in the Python module, which is built while its user
-# waits.
+# code that later ones compile when it is loaded; the Python module, which is built while its user
+# waits, has what the cache runs on: 9.0 and later.
 
 include(CheckLanguage)
 if(CMAKE_CROSSCOMPILING OR KV4_SANITIZE)
@@ -23,7 +23,7 @@ endif()
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90)
   if(SKBUILD)
-    set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
+    set(CMAKE_CUDA_ARCHITECTURES 90)
   endif()
 endif()
 if(KV4_CCACHE AND NOT CMAKE_CUDA_COMPILER_LAUNCHER)

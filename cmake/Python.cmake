@@ -15,3 +15,6 @@ target_include_directories(_core PRIVATE python/bindings src)
 # libgomp by its name: whichever copy torch has loaded, or later loads, serves both.
 target_link_libraries(_core PRIVATE kv4)
 install(TARGETS _core LIBRARY DESTINATION kv4 COMPONENT python)
+# Metal kernels are compiled on the user's machine.
+install(DIRECTORY src/metal DESTINATION kv4/metal_source COMPONENT python FILES_MATCHING PATTERN "*.metal" PATTERN "*.h")
+install(FILES src/format/page.h DESTINATION kv4/metal_source/format COMPONENT python)

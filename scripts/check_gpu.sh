@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, on a machine that has one: the tests, the same under compute-sanitizer, the
-# benchmarks. Usage: check_gpu.sh BUILD_DIR [TESTS BENCH]; builds BUILD_DIR unless the two programs are given.
+# benchmarks; and the Python package's, where KV4_PYTHON names an interpreter that has it with torch and pytest.
+# Usage: check_gpu.sh BUILD_DIR [TESTS BENCH]; builds BUILD_DIR unless the two programs are given.
 set -euo pipefail
 build=${1:?usage: check_gpu.sh BUILD_DIR [TESTS BENCH]}
 tests=${2:-$build/tests/kv4_cuda_tests}
@@ -20,3 +21,8 @@ if command -v compute-sanitizer >/dev/null; then
   done
 fi
 "$bench" --benchmark_filter="${KV4_BENCH_FILTER:-.}" --benchmark_counters_tabular=true
+if [ -n "${KV4_PYTHON:-}" ]; then
+  "$KV4_PYTHON" -m pytest -q "$(dirname "$0")/../tests/python/test_hf_cuda.py"
+  "$KV4_PYTHON" -c 'from kv4.cli import app; app()' bench attention --device cuda
+  "$KV4_PYTHON" -c 'from kv4.cli import app; app()' bench generate --device cuda --shape llama-3-8b --random --contexts 4k,32k,128k
+fi

@@ -5,9 +5,10 @@
 #   setup_system.sh build    a C++ compiler and Python's venv; GTest. Fails where they cannot be had.
 #   setup_system.sh bench    google-benchmark. Fails where it cannot be had.
 #   setup_system.sh cross    the Arm cross compiler and emulator. Never fails: those tests are then left out.
+#   setup_system.sh metal    clang 19, which compiles the Metal kernels for their emulator. Never fails, likewise.
 set -euo pipefail
 
-step=${1:?step: expected build, bench or cross; got nothing}
+step=${1:?step: expected build, bench, cross or metal; got nothing}
 python=${PYTHON:-python3}
 missing=()
 
@@ -19,11 +20,20 @@ need() { # package, test command...
 
 # g++ or clang++ that compiles C++20, from GCC 12 on.
 compiles() {
-  echo 'static_assert(__GNUC__ >= 12 || __clang_major__ >= 14); int main() {}' |
+  printf '#if !(__GNUC__ >= 12 || __clang_major__ >= 14)\n#error\n#endif\nint main() {}\n' |
     "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only -
 }
 gtest() {
   echo '#include <gtest/gtest.h>' | "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only - || test -d /usr/src/googletest
+}
+
+# Any version from 19 on, with AddressSanitizer's shared library.
+metal() {
+  local cxx
+  for cxx in clang++-19 clang++-20 clang++-21; do
+    command -v "$cxx" && test -f "$("$cxx" -print-file-name=libclang_rt.asan-x86_64.so)" && return 0
+  done
+  return 1
 }
 
 benchmark() {
@@ -44,11 +54,15 @@ case $step in
     need qemu-user command -v qemu-aarch64
     need googletest test -d /usr/src/googletest
     ;;
+  metal)
+    need clang-19 metal
+    need libclang-rt-19-dev metal
+    ;;
   bench)
     need libbenchmark-dev benchmark
     ;;
   *)
-    echo "step: expected build, bench or cross; got $step" >&2
+    echo "step: expected build, bench, cross or metal; got $step" >&2
     exit 2
     ;;
 esac
@@ -69,5 +83,5 @@ fi
 echo "missing on this machine: ${missing[*]} (Debian's names; there: apt-get install ${missing[*]})" >&2
 # ccache only saves time, and GTest only serves the tests.
 for package in "${missing[@]}"; do
-  case $step:$package in build:ccache | build:libgtest-dev | cross:*) ;; *) exit 1 ;; esac
+  case $step:$package in build:ccache | build:libgtest-dev | cross:* | metal:*) ;; *) exit 1 ;; esac
 done

@@ -22,6 +22,7 @@ struct Shape {
   int scale_group_k = 0, scale_group_v = 0;
   bool mean = true, lambda = true;
   LevelKind levels = LevelKind::lloyd_max;
+  RotationKind rotation = RotationKind::srft;  // every kind but dense
   DType dtype = DType::f16;  // of the exact rows
   double bias = 0;           // size of the means; 0: like the keys
   std::uint64_t seed = 1;
@@ -123,7 +124,12 @@ class Scene {
     side.groups = dim / side.group;
     side.levels = levels(shape_.levels);
     side.mean = mean;
-    static_cast<void>(Rotation::srft(dim, shape_.seed, &side.rotation));
+    switch (shape_.rotation) {
+      case RotationKind::identity: static_cast<void>(Rotation::identity(dim, &side.rotation)); break;
+      case RotationKind::srht: static_cast<void>(Rotation::srht(dim, shape_.seed, &side.rotation)); break;
+      case RotationKind::householder: static_cast<void>(Rotation::householder(dim, dim / 2, shape_.seed, &side.rotation)); break;
+      default: static_cast<void>(Rotation::srft(dim, shape_.seed, &side.rotation)); break;
+    }
   }
   void make_spec() {
     if (shape_.dim_k % 2 != 0 || shape_.dim_k < kMinHeadDim || shape_.dim_v % 2 != 0 || shape_.dim_v < kMinHeadDim)

@@ -7,6 +7,7 @@
 #include "kv4/cache.h"
 #include "kv4/cpu.h"
 #include "kv4/version.h"
+#include "metal.h"
 #include "tensor.h"
 
 namespace kv4::python {
@@ -76,6 +77,14 @@ DType dtype_of(const std::string& name) {
   raise_if_error(invalid_argument("dtype", "float32, float16 or bfloat16", name));
   return DType::f32;
 }
+
+}  // namespace
+
+Recipe read_recipe(nb::handle recipe) { return recipe_of(recipe); }
+DType read_dtype(const std::string& name) { return dtype_of(name); }
+std::vector<float> read_floats(nb::handle x, const char* name) { return floats(x, name); }
+
+namespace {
 
 // A call's arguments, with the tensors they point into.
 struct Call {
@@ -290,6 +299,8 @@ NB_MODULE(_core, m) {
                                            {reinterpret_cast<std::uint8_t*>(v.data()), v.size()}));
         return nb::make_tuple(nb::bytes(k.data(), k.size()), nb::bytes(v.data(), v.size()));
       }, "row"_a, "index"_a, "head"_a, "Codes of a sealed head slice in canonical order: (keys, values) as bytes.");
+
+  bind_metal(m);
 
   m.def("validate", [](nb::handle recipe) { raise_if_error(kv4::validate(recipe_of(recipe))); }, "recipe"_a);
   m.def("validate", [](nb::handle recipe, int head_dim_k, int head_dim_v) {

@@ -6,6 +6,7 @@
 #include <set>
 #include <string>
 
+#include "backend/spec.h"
 #include "cache/state.h"
 
 namespace kv4 {
@@ -26,36 +27,6 @@ Status check_lambda(const char* name, bool wanted, const std::vector<float>& val
     if (!(values[i] > 0) || !std::isfinite(values[i]))
       return invalid_argument(name, "positive finite values", std::to_string(values[i]) + " at index " + std::to_string(i));
   return {};
-}
-
-Status make_rotation(const SideRecipe& side, int dim, const std::vector<float>& matrix, const char* matrix_name,
-                     std::shared_ptr<const Rotation>* out) {
-  if (side.rotation != RotationKind::dense && !matrix.empty())
-    return invalid_argument(matrix_name, "nothing, since the recipe's rotation is not 'dense'", shape_text(matrix.size()));
-  switch (side.rotation) {
-    case RotationKind::identity: return Rotation::identity(dim, out);
-    case RotationKind::srft: return Rotation::srft(dim, side.seed, out);
-    case RotationKind::srht: return Rotation::srht(dim, side.seed, out);
-    case RotationKind::householder:
-      return Rotation::householder(dim, side.reflectors > 0 ? side.reflectors : dim / 2, side.seed, out);
-    case RotationKind::dense: {
-      const std::size_t count = static_cast<std::size_t>(dim) * dim;
-      if (matrix.size() != count)
-        return invalid_argument(matrix_name, std::to_string(dim) + " x " + std::to_string(dim) + " values", shape_text(matrix.size()));
-      return Rotation::dense(dim, matrix, out);
-    }
-  }
-  return invalid_argument("recipe.rotation", "a known kind", std::to_string(static_cast<int>(side.rotation)));
-}
-
-Status make_side(const SideRecipe& recipe, int dim, const std::vector<float>& matrix, const char* matrix_name, SideSpec* side) {
-  side->dim = dim;
-  side->group = recipe.group > 0 ? recipe.group : dim;
-  side->groups = dim / side->group;
-  side->levels = levels(recipe.levels);
-  side->scale = recipe.scale;
-  side->mean = recipe.mean;
-  return make_rotation(recipe, dim, matrix, matrix_name, &side->rotation);
 }
 
 }  // namespace
@@ -102,8 +73,7 @@ Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {
   if (seals) {
     KV4_RETURN_IF_ERROR(validate(recipe, config.head_dim_k, config.head_dim_v));
     PageSpec& spec = state->spec;
-    KV4_RETURN_IF_ERROR(make_side(recipe.key, config.head_dim_k, config.matrix_k, "matrix_k", &spec.key));
-    KV4_RETURN_IF_ERROR(make_side(recipe.value, config.head_dim_v, config.matrix_v, "matrix_v", &spec.value));
+    KV4_RETURN_IF_ERROR(make_sides(recipe, config.head_dim_k, config.head_dim_v, config.matrix_k, config.matrix_v, &spec));
     spec.layout = kv4_make_page_layout(static_cast<std::uint32_t>(config.head_dim_k), static_cast<std::uint32_t>(config.head_dim_v),
                                        static_cast<std::uint32_t>(spec.key.groups), static_cast<std::uint32_t>(spec.value.groups),
                                        spec.key.mean, static_cast<std::uint32_t>(state->backend->code_channels(config.head_dim_k)),

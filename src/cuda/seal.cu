@@ -1,4 +1,4 @@
-// Sealing and dequantising any page: one CTA per page slice and side, its 64 tokens as float in shared memory, multiplied by
+// Sealing any page: one CTA per page slice and side, its 64 tokens as float in shared memory, multiplied by
 // the rotation's matrix, quantised by one warp per token. Pages that seal_pages.cuh takes, the common ones, go there.
 //
 // Count for d = 128 and one vector: 256 bytes read, 68 written; 16,384 multiply-adds, that is 128 cycles of a
@@ -174,38 +174,6 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
   }
 }
 
-__global__ void __launch_bounds__(kThreads) dequantise_kernel(const __grid_constant__ DequantiseParams p) {
-  const bool values = blockIdx.x % 2 == 1;
-  const SideParams& side = values ? p.value : p.key;
-  float* out = values ? p.v : p.k;
-  if (out == nullptr) return;
-  const int dim = side.dim, pitch = dim + 1, padded = pad_channels(dim);
-  const float* lambda = values ? p.lambda_v : p.lambda_k;
-  const float* inverse = values ? p.inverse_v : p.inverse_k;
-  float* x = reinterpret_cast<float*>(shared);
-  for (int j = 0; j < p.count; j += kTokensAtOnce) {
-    const int rows = min(kTokensAtOnce, p.count - j);
-    for (int i = threadIdx.x; i < kTokensAtOnce * dim; i += kThreads) {
-      const int r = i / dim, c = i % dim, token = p.first + j + r;
-      float value = 0;
-      if (r < rows) {
-        const Nibble at = values ? value_nibble(token, c) : key_nibble(token, c, padded);
-        const uint32_t code = from_stored(reinterpret_cast<const uint32_t*>(p.slice + side.codes)[at.word] >> at.shift & 15);
-        value = from_half(reinterpret_cast<const unsigned short*>(p.slice + side.scales)[c / side.group * kPageTokens + token]) * side.levels[code];
-        if (side.mean) value += from_half(reinterpret_cast<const unsigned short*>(p.slice + side.mean_at)[c]);
-      }
-      x[r * pitch + c] = value;
-    }
-    __syncthreads();
-    if (inverse != nullptr) multiply(inverse, dim, x, x, pitch, rows);
-    for (int i = threadIdx.x; i < rows * dim; i += kThreads) {
-      const int r = i / dim, c = i % dim;
-      out[static_cast<std::size_t>(j + r) * dim + c] = x[r * pitch + c] / (lambda != nullptr ? lambda[c] : 1.0f);
-    }
-    __syncthreads();
-  }
-}
-
 int larger_dim(const SideParams& a, const SideParams& b) { return a.dim > b.dim ? a.dim : b.dim; }
 
 bool for_pages(const SideParams& side) { return side.groups == 1 && side.rotation_transpose != nullptr; }
@@ -220,8 +188,7 @@ template <int D>
 cudaError_t launch_pages(const SealParams& p, int device, cudaStream_t stream) {
   int multiprocessors = 1;
   if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
-  static const cudaError_t sized = cudaFuncSetAttribute(seal_pages<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, SealShape<D>::kShared);
-  if (sized != cudaSuccess) return sized;
+  if (const cudaError_t e = cudaFuncSetAttribute(seal_pages<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, SealShape<D>::kShared); e != cudaSuccess) return e;
   // A slice of keys with means takes longer than one of values.
   const int ctas = std::min(multiprocessors, 2 * p.count);
   const int keys = p.key.mean && ctas < 2 * p.count ? std::max(1, ctas * 5 / 8) : ctas / 2;
@@ -248,15 +215,8 @@ cudaError_t launch_seal(const SealParams& p, cudaStream_t stream) {
   }
   const int dim = larger_dim(p.key, p.value);
   const int bytes = kPageTokens * (dim + 1) * 4 + 8 + dim * 12 + kPageTokens * pad_channels(dim);
-  static const cudaError_t sized = cudaFuncSetAttribute(seal_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 200 << 10);
-  if (sized != cudaSuccess) return sized;
+  if (const cudaError_t e = cudaFuncSetAttribute(seal_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); e != cudaSuccess) return e;
   seal_kernel<<<static_cast<unsigned>(p.count) * 2, kThreads, static_cast<std::size_t>(bytes), stream>>>(p);
-  return cudaGetLastError();
-}
-
-cudaError_t launch_dequantise(const DequantiseParams& p, cudaStream_t stream) {
-  const std::size_t bytes = static_cast<std::size_t>(kTokensAtOnce) * (larger_dim(p.key, p.value) + 1) * 4;
-  if (p.count > 0) dequantise_kernel<<<2, kThreads, bytes, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -30,17 +30,4 @@ struct SealParams {
 };
 cudaError_t launch_seal(const SealParams& p, cudaStream_t stream);
 
-struct DequantiseParams {
-  SideParams key, value;
-  const std::uint8_t* slice = nullptr;
-  const float* lambda_k = nullptr;
-  const float* lambda_v = nullptr;
-  const float* inverse_k = nullptr;  // [dim, dim] (R^-1)^T by rows
-  const float* inverse_v = nullptr;
-  int first = 0, count = 0;
-  float* k = nullptr;  // [count, dim] or null
-  float* v = nullptr;
-};
-cudaError_t launch_dequantise(const DequantiseParams& p, cudaStream_t stream);
-
 }  // namespace kv4::cuda

@@ -17,7 +17,7 @@
 
 namespace kv4 {
 
-constexpr double kLambdaFloor = 1e-6;        // of the mean over the channels
+constexpr double kLambdaFloor = 1e-6;  // of the mean over the channels
 constexpr double kLambdaPairShrinkage = 0.2;
 constexpr double kLambdaExponent = 0.9 / 4;  // of the ratio of energies
 

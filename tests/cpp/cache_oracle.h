@@ -80,7 +80,7 @@ class Sequence {
   }
 
   // Takes over the codes [64, dim] and the scales [64] that the cache holds for a page; returns how many codes
-  // differ, or all of them where a scale is more than one unit in its last place off. A code next to a decision
+  // differ, or all of them where the scale of equal codes is more than one unit in its last place off. A code next to a decision
   // boundary may be one level off and a scale one unit (docs/format.md), which test_seal holds.
   int adopt(std::int64_t page, bool key, int head, const std::vector<std::uint8_t>& codes,
             const std::vector<std::uint16_t>& scales) {
@@ -89,8 +89,13 @@ class Sequence {
     reference::Sealed& mine = half.sealed[static_cast<std::size_t>(head)];
     int different = 0;
     for (std::size_t i = 0; i < codes.size(); ++i) different += mine.codes[i] != codes[i];
-    for (std::size_t i = 0; i < scales.size(); ++i)  // positive halves are ordered as their bits are
-      if (std::abs(mine.scales[i] - scales[i]) > 1) return static_cast<int>(codes.size());
+    const std::size_t dim = codes.size() / scales.size();
+    for (std::size_t i = 0; i < scales.size(); ++i) {  // positive halves are ordered as their bits are
+      // A scale is that of its row's codes: where one of them is another, so is the scale.
+      const auto row = static_cast<std::ptrdiff_t>(i * dim), end = row + static_cast<std::ptrdiff_t>(dim);
+      const bool same = std::equal(codes.begin() + row, codes.begin() + end, mine.codes.begin() + row);
+      if (same && std::abs(mine.scales[i] - scales[i]) > 1) return static_cast<int>(codes.size());
+    }
     if (different > 0 || mine.scales != scales) {
       mine.codes = codes;
       mine.scales = scales;

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../cpp/attend_call.h"
+#include "attend_cases.h"
 #include "device.h"
 
 namespace kv4 {
@@ -101,110 +101,13 @@ class CudaAttend : public ::testing::Test {
 
 constexpr DType kHalves[] = {DType::f16, DType::bf16};
 
-TEST_F(CudaAttend, EveryHeadDimAndGroup) {
-  std::uint64_t seed = 1;
-  for (int d : cases::kHeadDims) {
-    for (int group : {1, 2, 3, 4, 6, 7, 8, 9, 12, 16}) {
-      SCOPED_TRACE("head_dim " + std::to_string(d) + ", group " + std::to_string(group));
-      Shape shape;
-      shape.dim_k = shape.dim_v = d;
-      shape.group = group;
-      shape.kv_heads = 1 + static_cast<int>(seed % 2);
-      shape.dtype = kHalves[seed % 2];
-      shape.seed = seed++;
-      const Scene s(shape, {Held::of(200)});
-      const Call call(s, 1, static_cast<DType>(seed % 3));
-      check(s, call);
-      if (HasFatalFailure()) return;
-    }
-  }
-}
-
+TEST_F(CudaAttend, EveryHeadDimAndGroup) { scene::every_head_dim_and_group(kHalves, 1, check); }
 TEST_F(CudaAttend, EveryTokenCount) { scene::every_token_count(check); }
-
-TEST_F(CudaAttend, OnlyPagesAndAPartOfOne) {
-  std::uint64_t seed = 2000;
-  for (int tokens : {1, 17, 63, 64, 65, 130, 640, 1000}) {
-    Shape shape;
-    shape.dim_k = shape.dim_v = seed % 2 == 0 ? 96 : 128;
-    shape.group = 3;
-    shape.mean = seed % 3 != 0;
-    shape.levels = seed % 3 == 1 ? LevelKind::uniform : LevelKind::lloyd_max;
-    shape.lambda = seed % 4 != 2;
-    shape.seed = seed++;
-    SCOPED_TRACE(tokens);
-    const Scene s(shape, {Held{0, tokens, 0, 0}});
-    const Call call(s, 1);
-    check(s, call);
-    if (HasFatalFailure()) return;
-  }
-}
-
-TEST_F(CudaAttend, ManyQueries) {
-  std::uint64_t seed = 3000;
-  for (int queries : {2, 5, 9, 33, 64}) {
-    for (int group : {1, 4, 6}) {
-      Shape shape;
-      shape.dim_k = shape.dim_v = seed % 3 == 0 ? 256 : 128;
-      shape.group = group;
-      shape.dtype = kHalves[seed % 2];
-      shape.seed = seed++;
-      SCOPED_TRACE(std::to_string(queries) + " queries, group " + std::to_string(group));
-      const Scene s(shape, {Held{4, 320, 90, 0}});
-      const Call call(s, queries, shape.dtype);
-      check(s, call);
-      if (HasFatalFailure()) return;
-    }
-  }
-}
-
-TEST_F(CudaAttend, RaggedBatchWithStartsAndWindows) {
-  std::uint64_t seed = 4000;
-  for (int queries : {1, 7}) {
-    Shape shape;
-    shape.group = 4;
-    shape.seed = seed++;
-    const Scene s(shape, {Held{4, 640, 70, 0}, Held{0, 0, 40, 3}, Held{4, 128, 127, 20}, Held{2, 0, 9, 0}, Held{0, 2048, 64, 0}});
-    Call call(s, queries);
-    call.starts({5, 10, 25, 0, 100});
-    call.windows({200, 0, 64, 4, 1000});
-    call.with_sinks();
-    check(s, call);
-    if (HasFatalFailure()) return;
-  }
-}
-
-TEST_F(CudaAttend, GeneralMasksAndSoftcap) {
-  std::uint64_t seed = 5000;
-  for (Mask::General kind : {Mask::General::boolean, Mask::General::additive}) {
-    for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-      if (kind == Mask::General::boolean && dtype != DType::f32) continue;
-      for (bool wide : {false, true}) {
-        Shape shape;
-        shape.group = 3;
-        shape.seed = seed++;
-        const Scene s(shape, {Held{4, 200, 50, 0}, Held{4, 64, 66, 30}});
-        Call call(s, 3);
-        call.general(kind, dtype, 254, wide, wide);
-        call.args.softcap = wide ? 3.0f : 0.0f;
-        call.args.scale = 0.2f;
-        check(s, call);
-        if (HasFatalFailure()) return;
-      }
-    }
-  }
-}
-
-// The mean adds hundreds to every score of a page; the softmax must not notice.
-TEST_F(CudaAttend, LargeMeans) {
-  Shape shape;
-  shape.bias = 30;
-  shape.group = 6;
-  shape.seed = 77;
-  const Scene s(shape, {Held{4, 1024, 64, 0}});
-  const Call call(s, 1);
-  check(s, call);
-}
+TEST_F(CudaAttend, OnlyPagesAndAPartOfOne) { scene::pages_and_a_part_of_one(check); }
+TEST_F(CudaAttend, ManyQueries) { scene::many_queries(kHalves, {2, 5, 9, 33, 64}, check); }
+TEST_F(CudaAttend, RaggedBatchWithStartsAndWindows) { scene::ragged_batch({1, 7}, 2048, check); }
+TEST_F(CudaAttend, GeneralMasksAndSoftcap) { scene::general_masks({false, true}, check); }
+TEST_F(CudaAttend, LargeMeans) { scene::large_means(check); }
 
 TEST_F(CudaAttend, PartialStatesMergeToTheWhole) {
   Shape shape;

@@ -67,10 +67,11 @@ def one_thread() -> Iterator[None]:
 
 
 @functools.cache
-def model_of(name: str, sliding_window: int = 24, seed: int = 0) -> PreTrainedModel:
-    """A random model in eval mode with eager attention, the same for the same arguments."""
+def model_of(name: str, sliding_window: int = 24, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model in eval mode with eager attention, the same for the same arguments. changes: of its config."""
     prefix, own = MODELS[name]
     settings = {**_SHARED, **own}
+    settings |= changes
     if name in SLIDING:
         settings["sliding_window"] = sliding_window
     config_class = getattr(transformers, f"{prefix}Config" if prefix != "Gemma3" else "Gemma3TextConfig")

@@ -84,6 +84,8 @@ BAD_INPUT = [
     (["bench", "generate", "--model", "{model}", "--dtypes", "int8"], "--dtypes: expected"),
     (["bench", "attention", "--geometries", "gpt-2"], "--geometries: expected"),
     (["bench", "attention", "--tokens", "0"], "--tokens: expected"),
+    (["bench", "attention", "--device", "tpu"], "--device: expected cpu, cuda or cuda:N"),
+    (["bench", "generate", "--shape", "gpt-5"], "shape: expected one of llama-3-8b"),
     (["bench", "seal", "--dims", "33"], "33"),
     (["eval", "{model}", "--text", "{bad}/none.txt"], "--text: expected a file"),
     (["eval", "{model}", "--text", "{bad}/short.txt"], "text: expected at least"),
@@ -363,3 +365,49 @@ def test_helpers(tmp_path: Path) -> None:
     assert flops(128) == 2.5 * 128 * 7 + 5 * 128
     write_json({"a": float("nan"), "b": (1.5, float("inf"))}, tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [1.5, None]}
+
+
+def test_bench_generate_of_a_shape_and_a_batch(tmp_path: Path) -> None:
+    data = tmp_path / "rows.json"
+    options = ("--contexts", "64", "--tokens", 2, "--repeats", 1, "--dtypes", "float32", "--batch", 3, "--random")
+    result = succeeded("bench", "generate", "--shape", "llama-tiny", *options, "--json", data)
+    found = json.loads(data.read_text())
+    assert (found["model"], found["device"], found["batch"]) == ("llama-tiny (random weights)", "cpu", 3)
+    own = next(row for row in found["rows"] if row["cache"] == "own")
+    # 64 tokens, 2 to warm up and 2 timed: 2 layers of one KV head of 64 channels, on two sides, in float32.
+    assert own["cache_bytes"] == 2 * own["fp16_bytes"] == 3 * 68 * 2 * 2 * 64 * 4
+    assert "batch 3" in result.stdout
+
+
+def test_bench_generate_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache for which memory runs out stands without figures, and the others are measured on."""
+    import torch
+
+    from kv4.bench import generate, shapes
+
+    real = generate.new_cache
+
+    def scarce(model: Any, cache: str, recipe: Any = None) -> Any:
+        made = real(model, cache, recipe)
+        if cache == generate.OWN:
+            monkeypatch.setattr(made, "update", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+        return made
+
+    monkeypatch.setattr(generate, "new_cache", scarce)
+    model = shapes.random_model("llama-tiny", torch.float32, torch.device("cpu"))
+    ids = torch.randint(256, (1, 90), generator=torch.Generator().manual_seed(0))
+    rows = generate.run({"float32": model}, ids, [64, 90], tokens=2, repeats=1, random_fill=True)
+    assert [(row.context, row.cache, row.fits, len(row.repeats_ms)) for row in rows] == [
+        (64, "own", False, 0), (64, "kv4", True, 1), (90, "kv4", True, 1),
+    ]  # fmt: skip
+    pairs = generate.best_rows(rows)
+    assert [(own.fits, own.batch, kv4.fits) for own, kv4 in pairs] == [(False, 1, True)] * 2
+
+
+@pytest.mark.parametrize("text", ["16", "16x", "x32k", "16x32kx2", "0x4k"])
+def test_cases_of_the_cuda_benchmark(text: str) -> None:
+    from kv4.cli.bench_cuda import cases_of
+
+    assert cases_of("16x32k,1x4096") == [(16, 32768), (1, 4096)]
+    with pytest.raises(ValueError, match="--cases: expected"):
+        cases_of(text)

@@ -89,7 +89,8 @@ def test_attach_says_why_not(model):
 
     with torch.device("meta"):
         elsewhere = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(num_hidden_layers=1))
-    assert refused(elsewhere) == "model: expected a model on the CPU; got Qwen2ForCausalLM with parameters on meta"
+    expected = "model: expected a model on one of cpu, mps; got Qwen2ForCausalLM with parameters on meta"
+    assert refused(elsewhere) == expected
 
     double = copy.deepcopy(model).double()
     assert "got Qwen3ForCausalLM in torch.float64" in refused(double)

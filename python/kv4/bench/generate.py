@@ -8,6 +8,7 @@ does the same work; the copy and the prefill are not counted.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,11 +21,13 @@ import torch
 
 from kv4.bench.memory import cache_bytes, fp16_bytes
 
-OWN, KV4, EXACT = "own", "kv4", "kv4 exact"
+OWN, KV4, EXACT, GRAPH = "own", "kv4", "kv4 exact", "kv4 graph"
 PREFILL_CHUNK = 512
+FILL_CHUNK = {"cpu": 512, "cuda": 4096}
 # Untimed tokens at the start of a repeat: the first finds the copied cache outside the CPU's
 # caches, and the second is the first after kv4 has sealed what the prefill left.
 WARM_UP = 2
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 # A dtype this much slower than the other after one repeat is measured no further.
 DROP = 1.5
 
@@ -33,8 +36,9 @@ DROP = 1.5
 class Decoded:
     """One repeat: the tokens and the seconds that each took."""
 
-    tokens: list[int]
+    tokens: list[int]  # of the batch's first sequence
     seconds: list[float]
+    last: torch.Tensor  # [batch, 1], the newest tokens
 
     @property
     def ms_per_token(self) -> float:
@@ -46,7 +50,8 @@ class Decoded:
 class Row:
     """What one cache did at one context length, in one dtype.
 
-    generated: the prefill's token, those of the warm-up and the timed ones. Bytes are those at the end.
+    generated: the prefill's token, those of the warm-up and the timed ones, of the batch's first sequence. Bytes are
+    those at the end. fits: False where memory ran out; then there are no figures.
     """
 
     context: int
@@ -58,15 +63,17 @@ class Row:
     generated: list[int] = field(default_factory=list, repr=False)
     prefill_seconds: float = 0.0
     best: bool = False
+    batch: int = 1
+    fits: bool = True
 
     @property
     def ms_per_token(self) -> float:
-        return median(self.repeats_ms)
+        return median(self.repeats_ms) if self.repeats_ms else float("nan")
 
     @property
     def ratio(self) -> float:
         """How many times smaller than fp16."""
-        return self.fp16_bytes / self.cache_bytes
+        return self.fp16_bytes / self.cache_bytes if self.cache_bytes else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ms_per_token": self.ms_per_token, "ratio_to_fp16": self.ratio}
@@ -117,7 +124,7 @@ def prefill(
     chunk: int = PREFILL_CHUNK,
     progress: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """Feeds ids [1, T] in chunks and returns the next token, [1, 1]."""
+    """Feeds ids [batch, T] in chunks and returns the next tokens, [batch, 1]."""
     logits = None
     for part in ids.split(chunk, dim=1):
         logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -130,17 +137,18 @@ def prefill(
 
 @torch.inference_mode()
 def fill(model: Any, cache: Any, ids: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
-    """As prefill, with random keys and values for all of ids [1, T] but the last token: the time of a decode step
-    does not depend on them, and a long prompt takes minutes on a slow machine. Returns the next token, [1, 1]."""
+    """As prefill, with random keys and values for all of ids [batch, T] but the last token: the time of a decode step
+    does not depend on them, and a long prompt takes minutes on a slow machine. Returns the next tokens, [batch, 1]."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(ids.device).manual_seed(seed)
+    options = {"generator": generator, "dtype": model.dtype, "device": ids.device}
     # A cache's layers exist, and kv4's have seen queries, only after a first token.
     model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    for part in ids[:, 1:-1].split(PREFILL_CHUNK, dim=1):
+    for part in ids[:, 1:-1].split(FILL_CHUNK[ids.device.type], dim=1):
         for layer in range(config.num_hidden_layers):
-            k, v = (torch.randn(1, heads, part.shape[1], dim, generator=generator, dtype=model.dtype) for _ in "kv")
+            k, v = (torch.randn(part.shape[0], heads, part.shape[1], dim, **options) for _ in "kv")
             cache.update(k, v, layer)
     logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1].argmax(-1, keepdim=True)
@@ -153,19 +161,25 @@ def decode(
     token: torch.Tensor,
     tokens: int,
     *,
+    step: Callable[[torch.Tensor], torch.Tensor] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Decoded:
-    """Generates `tokens` tokens greedily after `token` [1, 1], never stopping early."""
-    produced, seconds = [int(token)], []
+    """Generates `tokens` tokens greedily after `token` [batch, 1], never stopping early. step: from tokens to logits;
+    the model's forward if not given."""
+
+    def forward(token: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    step = step or forward
+    produced, seconds = [int(token[0])], []
     for _ in range(tokens):
         begin = perf_counter()
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        produced.append(int(token))
+        token = step(token)[:, -1].argmax(-1, keepdim=True)
+        produced.append(int(token[0]))  # waits for a CUDA device
         seconds.append(perf_counter() - begin)
         if progress is not None:
             progress(1)
-    return Decoded(produced, seconds)
+    return Decoded(produced, seconds, token)
 
 
 def run(
@@ -180,11 +194,12 @@ def run(
     random_fill: bool = False,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Row]:
-    """Measures every cache in every dtype at every context length; `exact` adds kv4's exact cache,
-    `random_fill` replaces prompts by `fill`.
+    """Measures every cache in every dtype at every context length; `exact` adds kv4's exact cache, a CUDA device
+    kv4's steps as a captured graph, `random_fill` replaces prompts by `fill`.
 
-    models: the same model per dtype. ids: [1, >= max(contexts)]. A repeat decodes `tokens` tokens;
-    candidates take turns within it. Calls progress(what, tokens done) after every step.
+    models: the same model per dtype. ids: [batch, >= max(contexts)], on the models' device. A repeat decodes `tokens`
+    tokens of every sequence; candidates take turns within it. Calls progress(what, tokens done) after every step.
+    A candidate for which memory runs out is measured no further.
     """
     contexts = sorted(set(contexts))
     if not contexts or contexts[0] < 1:
@@ -198,9 +213,11 @@ def run(
         return None if progress is None else lambda done: progress(what, done)
 
     from kv4 import Recipe
+    from kv4.hf import DecodeGraph
 
-    caches = (OWN, KV4, EXACT) if exact else (OWN, KV4)
-    recipes = {OWN: None, KV4: recipe, EXACT: Recipe.exact()}
+    batch = ids.shape[0]
+    caches = (OWN, KV4, *((EXACT,) if exact else ()), *((GRAPH,) if ids.is_cuda else ()))
+    recipes = {OWN: None, KV4: recipe, EXACT: Recipe.exact(), GRAPH: recipe}
     candidates = [(cache, dtype) for dtype in models for cache in caches]
     held: dict[tuple[str, str], Any] = {}
     prefilled = dict.fromkeys(candidates, 0.0)
@@ -214,52 +231,83 @@ def run(
             if key not in held:
                 held[key] = new_cache(model, cache_name, recipes[cache_name])
             what = f"prefill {context}: {cache_name} {dtype}"
-            with attention(model, cache_name, recipes[cache_name]):
-                begin = perf_counter()
-                part = ids[:, before:context]
-                if random_fill:
-                    token = fill(model, held[key], part)
-                else:
-                    token = prefill(model, held[key], part, progress=step(what))
-                prefilled[key] += perf_counter() - begin
-            fp16 = fp16_bytes(model.config, context + WARM_UP + tokens)
-            row = Row(context, cache_name, dtype, 0, fp16, prefill_seconds=prefilled[key])
-            here[key] = (row, token)
+            fp16 = fp16_bytes(model.config, context + WARM_UP + tokens, batch)
+            row = Row(context, cache_name, dtype, 0, fp16, batch=batch)
             rows.append(row)
+            begin = perf_counter()
+            try:
+                with attention(model, cache_name, recipes[cache_name]):
+                    part = ids[:, before:context]
+                    if random_fill:
+                        token = fill(model, held[key], part)
+                    else:
+                        token = prefill(model, held[key], part, progress=step(what))
+                    int(token[0])  # waits for a CUDA device
+            except OUT_OF_MEMORY:
+                row.fits = False
+                held[key] = None
+                _return_memory(ids.device)
+                continue
+            prefilled[key] += perf_counter() - begin
+            row.prefill_seconds = prefilled[key]
+            here[key] = (row, token)
+        candidates = [key for key in candidates if key in here]
         for repeat in range(repeats):
             for key in list(candidates):
                 row, token = here[key]
                 model = models[row.dtype]
-                cache = deepcopy(held[key])
                 what = f"decode at {context}: {row.cache} {row.dtype}"
-                with attention(model, row.cache, recipes[row.cache]):
-                    warm = decode(model, cache, token, WARM_UP)
-                    last = torch.tensor([[warm.tokens[-1]]], device=token.device)
-                    timed = decode(model, cache, last, tokens, progress=step(what))
+                try:
+                    cache = deepcopy(held[key])
+                    with attention(model, row.cache, recipes[row.cache]):
+                        one = DecodeGraph(model, cache) if row.cache == GRAPH else None
+                        warm = decode(model, cache, token, WARM_UP, step=one)
+                        timed = decode(model, cache, warm.last, tokens, step=one, progress=step(what))
+                except OUT_OF_MEMORY:
+                    row.fits, row.repeats_ms = False, []
+                    cache = held[key] = None
+                    candidates.remove(key)
+                    _return_memory(ids.device)
+                    continue
                 row.repeats_ms.append(timed.ms_per_token)
                 row.generated = warm.tokens + timed.tokens[1:]
                 row.cache_bytes = cache_bytes(cache)
+                del cache, one
             if repeat == 0:
                 candidates = [key for key in candidates if not _dropped(here, key)]
                 held = {key: held[key] for key in candidates}
         for name in caches:
             finished = [row for row, _ in here.values() if row.cache == name and len(row.repeats_ms) == repeats]
-            min(finished, key=lambda row: row.ms_per_token).best = True
+            if finished:
+                min(finished, key=lambda row: row.ms_per_token).best = True
         before = context
     return rows
 
 
 def _dropped(here: Mapping[tuple[str, str], tuple[Row, torch.Tensor]], key: tuple[str, str]) -> bool:
     own = here[key][0].ms_per_token
-    return own > DROP * min(row.ms_per_token for row, _ in here.values() if row.cache == key[0])
+    return own > DROP * min(row.ms_per_token for row, _ in here.values() if row.cache == key[0] and row.repeats_ms)
 
 
-def best_exact(rows: Sequence[Row]) -> dict[int, Row]:
-    """kv4's exact cache in its best dtype, by context length; empty where it was not measured."""
-    return {row.context: row for row in rows if row.best and row.cache == EXACT}
+def _return_memory(device: torch.device) -> None:
+    """Gives what a failed candidate held to the next one."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def best_of(rows: Sequence[Row], cache: str) -> dict[int, Row]:
+    """One cache in its best dtype, by context length; empty where it was not measured."""
+    return {row.context: row for row in rows if row.best and row.cache == cache}
 
 
 def best_rows(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """(own, kv4) per context length, each in its best dtype."""
-    best = {(row.context, row.cache): row for row in rows if row.best}
+    """(own, kv4) per context length, each in its best dtype; one that did not fit stands without figures."""
+    best = {(row.context, row.cache): row for row in sorted(rows, key=lambda row: row.best)}
+    lacking = [c for c in sorted({row.context for row in rows}) if (c, OWN) not in best or (c, KV4) not in best]
+    for context in lacking:  # dropped at a shorter context: it would not fit here either
+        other = next(row for (c, _), row in best.items() if c == context)
+        for name in (OWN, KV4):
+            gone = Row(context, name, other.dtype, 0, other.fp16_bytes, batch=other.batch, fits=False)
+            best.setdefault((context, name), gone)
     return [(best[c, OWN], best[c, KV4]) for c in sorted({row.context for row in rows})]

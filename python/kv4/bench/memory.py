@@ -23,13 +23,13 @@ def fp16_bytes(config: Any, tokens: int, batch: int = 1) -> int:
     2 bytes * (key + value channels) * KV heads * tokens, over the layers; a layer with a sliding
     window w holds the newest w - 1 tokens, as transformers' DynamicCache does.
     """
-    from transformers.cache_utils import get_layer_types_and_kwargs
+    from kv4.hf.layers import layer_kinds
 
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     total = 0
-    for kind, arguments in zip(*get_layer_types_and_kwargs(text), strict=True):
+    for kind, arguments in layer_kinds(text):
         if not kind.endswith("_attention") or kind == "linear_attention":
             continue
         window = arguments.get("sliding_window")

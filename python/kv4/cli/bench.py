@@ -11,6 +11,8 @@ from rich.markup import escape
 from kv4.cli import options
 from kv4.cli.output import out, plain_errors, progress, table, write_json
 
+_DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
+
 app = typer.Typer(help="Measurements, each in one process with candidates taking turns.", no_args_is_help=True)
 
 
@@ -39,10 +41,22 @@ def generate(
     model: Annotated[str, typer.Option(help="A name of `kv4 models`, a HuggingFace folder or a GGUF file.")] = (
         options.DEFAULT_MODEL
     ),
+    shape: Annotated[
+        str | None,
+        typer.Option(help="In place of a model: random weights of llama-3-8b's, qwen2.5-1.5b's or a tiny shape."),
+    ] = None,
+    device: options.Device = "cpu",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once, of one prompt.")] = 1,
     contexts: Annotated[str, typer.Option(help="Tokens in the cache before decoding.")] = "256,1024,4096",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded in a repeat.")] = 64,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
-    dtypes: Annotated[str, typer.Option(help="Each cache is shown in the fastest of these.")] = "float32,bfloat16",
+    dtypes: Annotated[
+        str | None,
+        typer.Option(
+            help="Each cache is shown in the fastest of these; float32,bfloat16 on the CPU, bfloat16 on CUDA.",
+            show_default=False,
+        ),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe file; kv4's default if not given.")] = None,
     random: Annotated[
         bool, typer.Option("--random", help="Random keys and values in place of a prompt's: long contexts in seconds.")
@@ -55,16 +69,26 @@ def generate(
     import torch
 
     from kv4.bench import generate as measurement
+    from kv4.bench import shapes
     from kv4.bench.text import prompt_ids
 
     lengths = numbers(contexts, "--contexts")
-    kinds = names(dtypes, "--dtypes", ["float32", "bfloat16", "float16"])
+    where = options.torch_device(device)
+    kinds = names(dtypes or _DTYPES[where.type], "--dtypes", ["float32", "bfloat16", "float16"])
     used = options.load_recipe("kv4", recipe)
     options.set_threads(threads)
     loaded = {}
     for kind in kinds:
-        loaded[kind], tokenizer = options.load(model, getattr(torch, kind))
-    ids = prompt_ids(tokenizer, lengths[-1])
+        if shape is None:
+            loaded[kind], tokenizer = options.load(model, getattr(torch, kind), where)
+        else:
+            loaded[kind] = shapes.random_model(shape, getattr(torch, kind), where)
+    if shape is None:
+        ids = prompt_ids(tokenizer, lengths[-1]).to(where)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(loaded[kinds[0]].config.vocab_size, (1, lengths[-1]), generator=generator).to(where)
+    ids = ids.expand(batch, -1)
     # An upper bound: a dtype that falls behind is dropped and its share of the bar with it.
     total = (3 if exact else 2) * len(kinds) * (lengths[-1] + len(lengths) * repeats * tokens)
     with progress("", total) as advance:
@@ -79,10 +103,14 @@ def generate(
             random_fill=random,
             progress=lambda what, done: advance(done, what),
         )
-    show_generate(model, rows)
+    name = model if shape is None else f"{shape} (random weights)"
+    at = "" if where.type == "cpu" and batch == 1 else f", {options.device_title(where)}, batch {batch}"
+    show_generate(name + at, rows)
     if json_:
         data = {
-            "model": model,
+            "model": name,
+            "device": options.device_title(where),
+            "batch": batch,
             "threads": torch.get_num_threads(),
             "tokens": tokens,
             "random_fill": random,
@@ -93,7 +121,7 @@ def generate(
 
 
 def show_generate(model: str, rows: list) -> None:
-    from kv4.bench.generate import best_exact, best_rows
+    from kv4.bench.generate import EXACT, GRAPH, best_of, best_rows
 
     shown = table(
         f"decode of {model}; ms per token, each cache in its best dtype",
@@ -105,18 +133,29 @@ def show_generate(model: str, rows: list) -> None:
         quotient = kv4.ms_per_token / own.ms_per_token
         shown.add_row(
             f"{own.context:,}",
-            f"{own.ms_per_token:.2f} {short[own.dtype]}",
-            f"{kv4.ms_per_token:.2f} {short[kv4.dtype]}",
-            f"[{'green' if quotient <= 1 else 'red'}]{quotient:.3f}[/]",
+            *(f"{x.ms_per_token:.2f} {short[x.dtype]}" if x.repeats_ms else "no memory" for x in (own, kv4)),
+            f"[{'green' if quotient <= 1 else 'red'}]{quotient:.3f}[/]" if quotient == quotient else "-",
             *(f"{count / (1 << 20):.2f}" for count in (own.cache_bytes, kv4.fp16_bytes, kv4.cache_bytes)),
             f"{kv4.ratio:.2f}x",
         )
     out.print(shown)
-    if not (exact := best_exact(rows)):
+    if graph := best_of(rows, GRAPH):
+        replayed = table(
+            "the same with kv4's steps replayed as a CUDA graph", "context", "own", "kv4 graph", "graph/own"
+        )
+        for own, _ in pairs:
+            if (row := graph.get(own.context)) is None:
+                continue
+            own_ms = f"{own.ms_per_token:.2f}" if own.repeats_ms else "no memory"
+            quotient = f"{row.ms_per_token / own.ms_per_token:.3f}" if own.repeats_ms else "-"
+            replayed.add_row(f"{own.context:,}", own_ms, f"{row.ms_per_token:.2f}", quotient)
+        out.print(replayed)
+    if not (exact := best_of(rows, EXACT)):
         return
     beside = table("the same against exact rows under kv4's attention", "context", "kv4 exact", "kv4", "kv4/exact")
     for own, kv4 in pairs:
-        other = exact[own.context]
+        if (other := exact.get(own.context)) is None:
+            continue
         beside.add_row(
             f"{own.context:,}",
             f"{other.ms_per_token:.2f} {short[other.dtype]}",
@@ -131,6 +170,10 @@ def show_generate(model: str, rows: list) -> None:
 def attention(
     geometries: Annotated[str, typer.Option(help="Models by name, or all.")] = "all",
     tokens: Annotated[str, typer.Option(help="Tokens in the cache; 1k means 1024.")] = "1k,4k,16k,32k",
+    device: options.Device = "cpu",
+    cases: Annotated[str, typer.Option(help="On CUDA, in place of --tokens: batch x tokens.")] = (
+        "16x32k,64x8k,1x128k,1x4k"
+    ),
     repeats: Annotated[int, typer.Option(min=1)] = 7,
     seconds: Annotated[float, typer.Option(min=0.001, help="Time of one candidate in one repeat.")] = 0.2,
     llama: Annotated[
@@ -142,6 +185,13 @@ def attention(
     json_: options.JsonFile = None,
 ) -> None:
     """Decode attention alone: int4 pages, exact rows with the same kernels, torch's SDPA, llama.cpp."""
+    if (where := options.torch_device(device)).type == "cuda":
+        from kv4.cli.bench_cuda import attention as on_cuda
+
+        if llama or plot:
+            raise ValueError("--llama, --plot: expected with --device cpu only; got --device cuda")
+        on_cuda(geometries, cases, where, repeats, json_)
+        return
     from kv4 import _core
     from kv4.bench import attention as measurement
     from kv4.bench import llama as llama_cpp
@@ -285,3 +335,44 @@ def seal(
             "rows": [row.to_dict() for row in rows],
         }
         write_json(data, json_)
+
+
+@app.command("mlx")
+@plain_errors
+def mlx(
+    model: Annotated[str, typer.Option(help="A name of `kv4 models`, a HuggingFace folder or a GGUF file.")] = (
+        options.DEFAULT_MODEL
+    ),
+    tokens: Annotated[int, typer.Option(min=256, help="Tokens of text; the second half is scored.")] = 512,
+    generated: Annotated[int, typer.Option(min=1, help="Greedy tokens after the first half.")] = 48,
+    dtype: Annotated[options.DType, typer.Option(help="Of the model.")] = options.DType.float32,
+    json_: options.JsonFile = None,
+) -> None:
+    """mlx-lm with kv4's cache beside its own and its 4-bit one: bytes, KL, greedy tokens."""
+    if dtype is options.DType.auto:
+        dtype = options.DType.float32
+    folder = options.model_folder(model)
+    try:
+        from kv4.bench import mlx as measurement
+    except ImportError as error:
+        raise ImportError(f"kv4 bench mlx: expected mlx and mlx-lm (pip install 'kv4[mlx]'); got {error}") from None
+    loaded, tokenizer = measurement.load(folder, dtype.value)
+    rows = []
+    with progress("", len(measurement.caches())) as advance:
+        rows = measurement.run(
+            loaded, tokenizer, tokens=tokens, generated=generated, progress=lambda what: advance(1, what)
+        )
+    shown = table(
+        f"{model} in {dtype.value}, {tokens} tokens in calls of {measurement.CALL}",
+        "cache", "bytes, fp16 model", "own / this", "KL, nats", "top-1", f"same of {generated} tokens",
+        left=("cache",),
+    )  # fmt: skip
+    for row in rows:
+        if row.refused:
+            shown.add_row(row.cache, escape(row.refused))
+            continue
+        ratio = f"{rows[0].nbytes / row.nbytes:.2f}"
+        shown.add_row(row.cache, f"{row.nbytes:,}", ratio, f"{row.kl:.5f}", f"{row.top1:.4f}", str(row.same))
+    out.print(shown)
+    if json_:
+        write_json({"model": model, "tokens": tokens, "rows": [row.to_dict() for row in rows]}, json_)

@@ -53,7 +53,11 @@ def quality(
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Recipes by fake quantisation in one call: same figures, sooner.")
     ] = False,
-    dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
+    device: options.Device = "cpu",
+    dtype: Annotated[
+        options.DType | None,
+        typer.Option(help="The model's dtype; float32 on the CPU, bfloat16 on CUDA.", show_default=False),
+    ] = None,
     threads: options.Threads = None,
     state: lab.StateFile = None,
     fresh: lab.Fresh = False,
@@ -67,6 +71,8 @@ def quality(
     for name in peer or []:
         if name not in PEERS:
             raise ValueError(f"--peer: expected one of {', '.join(PEERS)}; got {name!r}")
+    if peer and device != "cpu":
+        raise ValueError(f"--peer: expected with --device cpu only; got --device {device}")
     content, source = lab.read_text(text)
     if "llama" in (peer or []):
         from kv4.bench.llama import require
@@ -78,7 +84,8 @@ def quality(
     from kv4.evaluate.windows import cut
 
     calibrations = {file: load(file) for file in calibration or []}
-    b = lab.bench(model, dtype, threads, state, fresh)
+    kind = dtype or (options.DType.float32 if device == "cpu" else options.DType.auto)
+    b = lab.bench(model, kind, threads, state, fresh, device)
 
     parts = cut(b.tokenizer, content, windows, tokens)
     candidates = [Candidate(name, used) for name, used in named.items()]
@@ -99,6 +106,7 @@ def quality(
         write_json(
             {
                 "model": b.identity, "text": source, "length": tokens, "windows": windows, "dtype": str(b.model.dtype),
+                "device": options.device_title(b.model.device),
                 "recipes": {c.name: c.to_dict() for c in candidates},
                 "quality": {name: q.to_dict() for name, q in found.items()},
             },

@@ -35,7 +35,8 @@ def generate(
     ] = CacheName.kv4,
     recipe: Annotated[Path | None, typer.Option(help="A recipe file for --cache kv4.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
-    dtype: Annotated[options.DType, typer.Option(help="auto: what this CPU computes in.")] = options.DType.auto,
+    device: options.Device = "cpu",
+    dtype: Annotated[options.DType, typer.Option(help="auto: what the device computes in.")] = options.DType.auto,
     greedy: Annotated[bool, typer.Option("--greedy/--sample", help="The likeliest token, or a drawn one.")] = True,
     temperature: Annotated[float, typer.Option(min=0.0, help="With --sample; 0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --sample.")] = 1.0,
@@ -52,7 +53,8 @@ def generate(
         raise ValueError("--recipe: expected with --cache kv4 only; got --cache fp16")
     used = None if own else options.load_recipe(cache.value, recipe)
     options.set_threads(threads)
-    loaded, tokenizer = options.load(model, options.torch_dtype(dtype))
+    where = options.torch_device(device)
+    loaded, tokenizer = options.load(model, options.torch_dtype(dtype, where), where)
 
     import torch
 
@@ -67,6 +69,7 @@ def generate(
         ).input_ids
     else:
         ids = encode(tokenizer, text)
+    ids = ids.to(where)
     if ids.shape[1] == 0:
         raise ValueError("prompt: expected at least one token; got an empty text")
     drawn = not greedy and temperature > 0
@@ -91,6 +94,7 @@ def generate(
     figures = {
         "model": model,
         "cache": cache.value,
+        "device": options.device_title(where),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "prompt_tokens": ids.shape[1],

@@ -20,7 +20,9 @@ def collect() -> dict[str, Any]:
 
     devices = [{"name": "cpu", "description": _cpu_name(), "kv4": True}]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        devices.append({"name": f"cuda:{index}", "description": torch.cuda.get_device_name(index), "kv4": False})
+        reason = _core.why_not("cuda")
+        name, described = f"cuda:{index}", torch.cuda.get_device_name(index)
+        devices.append({"name": name, "description": described, "kv4": not reason, "reason": reason})
     return {
         "kv4": _core.version(),
         "isa": _core.isa(),
@@ -69,7 +71,7 @@ def info(
     shown.add_row("instruction set", f"{found['isa']}" + (f"  (also here: {', '.join(others)})" if others else ""))
     shown.add_row("threads", f"{found['threads']}  (torch {found['torch_threads']}, CPUs {found['cpus']})")
     for device in found["devices"]:
-        note = "" if device["kv4"] else "  (no kv4 backend)"
+        note = "" if device["kv4"] else f"  (not used by kv4: {device['reason']})"
         shown.add_row(f"device {device['name']}", escape(device["description"]) + note)
     for name in ("python", "torch", "transformers", "platform"):
         shown.add_row(name, escape(str(found[name] or "not installed")))

@@ -80,12 +80,15 @@ def store(state: Path | None, fresh: bool) -> tuple[Any, Path | None]:
     return State(state or folder / "results.jsonl"), folder / "exact"
 
 
-def bench(model: str, dtype: options.DType, threads: int | None, state: Path | None, fresh: bool) -> Bench:
+def bench(
+    model: str, dtype: options.DType, threads: int | None, state: Path | None, fresh: bool, device: str = "cpu"
+) -> Bench:
     from kv4.evaluate.calibration import identity_of
 
     options.set_threads(threads)
+    where = options.torch_device(device)
     folder = options.model_folder(model)
-    loaded, tokenizer = options.load(model, options.torch_dtype(dtype))
+    loaded, tokenizer = options.load(model, options.torch_dtype(dtype, where), where)
     kept, scratch = store(state, fresh)
     return Bench(model, loaded, tokenizer, folder, identity_of(folder), kept, scratch)
 

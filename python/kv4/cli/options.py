@@ -13,6 +13,7 @@ from kv4.cli.output import model_steps, waiting
 DEFAULT_MODEL = "gemma-3-270m"
 
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch and kv4; torch's own number if not given.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Exact data to FILE, or to stdout for -.")]
 
 
@@ -34,12 +35,43 @@ def set_threads(threads: int | None) -> None:
     kv4.set_num_threads(threads)
 
 
-def torch_dtype(dtype: DType) -> Any:
-    """auto: bfloat16 where the CPU computes in it, float32 otherwise (there bfloat16 is slower)."""
+def torch_device(device: str) -> Any:
+    """The torch device of --device. Errors: ValueError where there is none, or no kv4 for it, with the reason."""
+    import torch
+
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N; got {device!r}")
+    if found.type == "cpu":
+        return found
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (found.index or 0) >= count:
+        raise ValueError(f"--device: expected one of the {count} CUDA devices that torch finds here; got {device!r}")
+    from kv4.hf.device import why_no_device
+
+    reason = why_no_device(found)
+    if reason:
+        raise ValueError(f"--device: expected a device that kv4 has kernels for; got {device!r}{reason}")
+    return torch.device("cuda", found.index or 0)
+
+
+def device_title(device: Any) -> str:
+    import torch
+
+    return "cpu" if device.type == "cpu" else f"{torch.cuda.get_device_name(device)} ({device})"
+
+
+def torch_dtype(dtype: DType, device: Any = None) -> Any:
+    """auto: bfloat16 on CUDA and where the CPU computes in it, float32 otherwise (there bfloat16 is slower)."""
     import torch
 
     if dtype is not DType.auto:
         return getattr(torch, dtype.value)
+    if device is not None and device.type == "cuda":
+        return torch.bfloat16
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if native else torch.float32
 
@@ -75,8 +107,8 @@ def model_folder(model: str) -> Path:
         return models.resolve(model, report)
 
 
-def load(model: str, dtype: Any) -> tuple[Any, Any]:
-    """(model, tokenizer), in eval mode under torch's own attention."""
+def load(model: str, dtype: Any, device: Any = "cpu") -> tuple[Any, Any]:
+    """(model, tokenizer), on `device`, in eval mode under torch's own attention."""
     folder = model_folder(model)
     with waiting(f"loading {model}"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -86,4 +118,4 @@ def load(model: str, dtype: Any) -> tuple[Any, Any]:
         logging.disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    return loaded.eval(), tokenizer
+    return loaded.to(device).eval(), tokenizer

@@ -158,8 +158,9 @@ def quality_of(scores: Sequence[TokenScores], config: Any, length: int, cache_by
 
 
 def _key(model: Any, ids: torch.Tensor, candidate: Candidate, identity: Mapping[str, Any] | None) -> str:
+    where = {} if model.device.type == "cpu" else {"device": model.device.type}
     return State.key(
-        model=(identity or {}).get("digest"), dtype=str(model.dtype), window=digest(ids), **candidate.key()
+        model=(identity or {}).get("digest"), dtype=str(model.dtype), window=digest(ids), **where, **candidate.key()
     )
 
 
@@ -172,10 +173,11 @@ def exact_outputs(
 
     file = None
     if scratch is not None and identity is not None:
-        name = digest([identity.get("digest"), str(model.dtype), digest(ids)])
+        where = [] if model.device.type == "cpu" else [model.device.type]
+        name = digest([identity.get("digest"), str(model.dtype), digest(ids), *where])
         file = scratch / f"{name}.safetensors"
         if file.is_file():
-            return load_file(file)["hidden"]
+            return load_file(file)["hidden"].to(model.device)
     hidden = decoder_outputs(model, ids, None, ids.shape[1] // 2)[0]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -189,6 +191,7 @@ def decoder_outputs(model: Any, ids: torch.Tensor, candidate: Candidate | None, 
     """(the decoder's outputs at positions `first` ... T - 2 of ids [1, T], [positions, hidden]; bytes of the packed
     cache at the end, 0 for others). candidate None: one call with the model's own attention."""
     decoder = model.get_decoder()
+    ids = ids.to(model.device)
     if candidate is None:
         with attention(model, OWN):
             return decoder(input_ids=ids, use_cache=False).last_hidden_state[0, first:-1], 0

@@ -51,7 +51,8 @@ class Head:
         output = BaseModelOutputWithPast(last_hidden_state=hidden[None])
         self.decoder.forward = lambda *args, **kwargs: output
         try:
-            return self.model(input_ids=torch.zeros((1, hidden.shape[0]), dtype=torch.long), use_cache=False).logits[0]
+            ids = torch.zeros((1, hidden.shape[0]), dtype=torch.long, device=hidden.device)
+            return self.model(input_ids=ids, use_cache=False).logits[0]
         finally:
             del self.decoder.forward
 
@@ -68,6 +69,7 @@ def score_many(
 
     Logits less their maximum are compared in float32; the error of a KL is below 1e-6 nats (tests)."""
     n = exact.shape[0]
+    targets = targets.to(exact.device)
     found = [TokenScores(*(np.empty(n, dtype=np.float32) for _ in range(4))) for _ in others]
     for lo in range(0, n, _ROWS):
         hi = min(lo + _ROWS, n)
@@ -81,10 +83,10 @@ def score_many(
             nll = other_total - zq.gather(1, target)[:, 0].double()
             difference = torch.sub(zp, zq, out=zq)
             kl = torch.linalg.vecdot(p, difference).double() - log_total + other_total
-            scores.kl[lo:hi] = kl.clamp(min=0).numpy()
-            scores.same[lo:hi] = (top == other_top).numpy()
-            scores.nll_exact[lo:hi] = nll_exact.numpy()
-            scores.nll[lo:hi] = nll.numpy()
+            scores.kl[lo:hi] = kl.clamp(min=0).cpu().numpy()
+            scores.same[lo:hi] = (top == other_top).cpu().numpy()
+            scores.nll_exact[lo:hi] = nll_exact.cpu().numpy()
+            scores.nll[lo:hi] = nll.cpu().numpy()
             progress(hi - lo)
     return found
 

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from .attach import attach, detach, new_cache, why_not
 from .attention import kv4_attention
 from .cache import KV4Cache, KV4Layer
+from .graph import DecodeGraph
 from .handle import KVHandle
 from .mask import kv4_mask
 
@@ -21,6 +22,7 @@ AttentionInterface.register("kv4", kv4_attention)
 AttentionMaskInterface.register("kv4", kv4_mask)
 
 __all__ = [
+    "DecodeGraph",
     "KV4Cache",
     "KV4Layer",
     "KVHandle",

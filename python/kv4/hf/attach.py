@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
 
-from kv4 import _core
 from kv4.recipe import Recipe
 
 from .cache import _DTYPES, PACKED_LAYER_TYPES, KV4Cache, KV4Layer, mismatch
+from .device import new_core, usable_devices, why_no_device
+from .layers import layer_kinds
 
 _SETTINGS = "_kv4_settings"
 
@@ -90,7 +91,7 @@ def why_not(model: PreTrainedModel, recipe: Recipe | None = None, **calibration:
     decoder = config.get_text_config(decoder=True)
     if getattr(model, "_is_stateful", False) and getattr(decoder, "layer_types", None) is None:
         return mismatch("model", "a model whose state a transformers Cache holds", f"{name}, which carries its own")
-    types, _ = get_layer_types_and_kwargs(decoder)
+    types = [kind for kind, _ in layer_kinds(decoder)]
     if not any(layer_type in PACKED_LAYER_TYPES for layer_type in types):
         found = ", ".join(sorted(set(types))) or "no layers"
         return mismatch("model", f"at least one layer of {', '.join(PACKED_LAYER_TYPES)}", f"{name} with {found}")
@@ -101,8 +102,10 @@ def why_not(model: PreTrainedModel, recipe: Recipe | None = None, **calibration:
             f"{name}, whose attention cannot be replaced (a KV4Cache still works with it, dequantising)",
         )
     for parameter in model.parameters():
-        if parameter.device.type != "cpu":
-            return mismatch("model", "a model on the CPU", f"{name} with parameters on {parameter.device}")
+        reason = why_no_device(parameter.device)
+        if reason is not None:
+            got = f"{name} with parameters on {parameter.device}{reason}"
+            return mismatch("model", f"a model on {usable_devices()}", got)
     if model.dtype not in _DTYPES:
         return mismatch("model", "float32, float16 or bfloat16 activations", f"{name} in {model.dtype}")
     try:
@@ -133,13 +136,15 @@ def _dims_not_served(model: PreTrainedModel, cache: KV4Cache) -> str | None:
         if not (isinstance(layer, KV4Layer) and isinstance(dim_k, int) and isinstance(dim_v, int)):
             continue
         constants = layer.constants
-        case = (dim_k, dim_v, index if constants else None)
+        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        case = (dim_k, dim_v, device, index if constants else None)
         if case in tried:
             continue
         tried.add(case)
         heads = next((len(values) for key, values in constants.items() if key.startswith("lambda")), 1)
         try:
-            _core.Cache(
+            new_core(
+                device,
                 cache.recipe,
                 dtype=_DTYPES[model.dtype],
                 kv_heads=heads,
@@ -147,7 +152,7 @@ def _dims_not_served(model: PreTrainedModel, cache: KV4Cache) -> str | None:
                 head_dim_v=dim_v,
                 **constants,
             )
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, RuntimeError) as error:
             expected = f"one that serves {_name(model)} (head dims {dim_k} and {dim_v}, layer {index})"
             return mismatch("recipe", expected, error)
     return None

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from . import ops
+from .device import on_stream
 from .handle import KVHandle
-from .mask import expand, row_limits
+from .mask import expand, on_host, row_limits
+from .ops import CompiledHandle
 from .prefill import prefill, supports_prefill
+
+if TYPE_CHECKING:
+    from .cache import KV4Layer
+
+_HANDLES = (KVHandle, CompiledHandle)
 
 
 def kv4_attention(
@@ -39,14 +47,20 @@ def kv4_attention(
     Errors: RuntimeError for a stale handle or where gradients are wanted; ValueError naming the argument for shapes
     that do not fit, or NaN or infinity that a query would see. May be called again on one handle.
     """
-    if type(key) is KVHandle and type(value) is KVHandle and kwargs.get("position_bias") is None:
+    if type(key) in _HANDLES and type(value) in _HANDLES and kwargs.get("position_bias") is None:
         if module.training and query.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "query: expected inference (model.eval() or torch.no_grad()); got a model in training: no gradient "
                 "passes through a KV4Cache"
             )
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        attend = _attend_uncompiled if torch.compiler.is_dynamo_compiling() else _attend_packed
+        if type(key) is CompiledHandle and type(value) is CompiledHandle:
+            if torch.compiler.is_dynamo_compiling():
+                return _attend_in_graph(
+                    query, key.layer, attention_mask, scaling, softcap, s_aux, causal, sliding_window
+                ), None
+            key, value = key.now(), value.now()
+        attend = _attend_uncompiled if torch.compiler.is_dynamo_compiling() else attend_packed
         return attend(query, key, value, attention_mask, scaling, softcap, s_aux, causal, sliding_window), None
     return _attend_dense(
         module,
@@ -64,7 +78,7 @@ def kv4_attention(
     )
 
 
-def _attend_packed(
+def attend_packed(
     query: torch.Tensor,
     key: KVHandle,
     value: KVHandle,
@@ -83,9 +97,11 @@ def _attend_packed(
     if query.dim() != 4:
         raise ValueError(f"query: expected [batch, q_heads, tokens, head_dim]; got {list(query.shape)}")
     batch, heads, tokens, _ = query.shape
-    out = torch.empty((batch, tokens, heads, layer.head_dim_v), dtype=query.dtype)
+    out = torch.empty((batch, tokens, heads, layer.head_dim_v), dtype=query.dtype, device=query.device)
     if not tokens:
         return out
+    if layer.on_device:
+        on_stream(layer)
     scale = scaling or 0.0
     start = window = None
     offset = 0
@@ -105,6 +121,8 @@ def _attend_packed(
                 f"attention_mask: expected at most {key.length} columns, the tokens in the cache; got {mask.shape[-1]}"
             )
         options = {"scale": scale, "causal": False, "offset": offset, "mask": _readable(mask)}
+        if layer.on_device:
+            options["host_mask"] = on_host(mask)
         if softcap:
             options["softcap"] = softcap
         if s_aux is not None:
@@ -150,10 +168,25 @@ def _attend_packed(
     return out
 
 
+def _attend_in_graph(
+    query: torch.Tensor,
+    layer: KV4Layer,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    causal: bool,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    return ops.attend(
+        layer.state, query, layer.number, layer.head_dim_v, mask, scaling, softcap, s_aux, causal, sliding_window
+    )
+
+
 @torch.compiler.disable
 def _attend_uncompiled(*args: Any) -> torch.Tensor:
-    """The core is no torch operator: compiled models step out of their graph here."""
-    return _attend_packed(*args)
+    """Handles of eager mode that meet a compiled graph: it is left here."""
+    return attend_packed(*args)
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:

@@ -11,13 +11,14 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     CacheLayerMixin,
-    get_layer_types_and_kwargs,
 )
 
-from kv4 import _core
 from kv4.recipe import Recipe
 
+from . import ops
+from .device import check_device, new_core, on_stream, place
 from .handle import KVHandle
+from .layers import layer_kinds
 
 # Layer types that hold plain keys and values; only their masks differ.
 PACKED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
@@ -34,7 +35,8 @@ class KV4Layer(CacheLayerMixin):
     """One attention layer's keys and values in the kv4 core.
 
     `update` appends and returns handles (see KVHandle); the kv4 attention attends through them. Sealing of what is
-    due happens in the core at the next update. The core is made at the first update, from its shapes and dtype.
+    due happens in the core at the next update. The core is made at the first update, from its shapes, dtype and
+    device. On a CUDA device everything is queued on torch's current stream and nothing waits.
     """
 
     is_compileable = False
@@ -68,22 +70,31 @@ class KV4Layer(CacheLayerMixin):
         self.kv_heads = self.head_dim_k = self.head_dim_v = 0
         self.dtype: torch.dtype | None = None
         self.device = torch.device("cpu")
+        self.on_device = False  # of CUDA
+        # What a compiled graph knows of the layer: see ops.py.
+        self.number = 0
+        self.state: torch.Tensor | None = None
+        # Version, and a long call's own keys and values, of the newest kv4::append.
+        self.appended: tuple[int, torch.Tensor | None, torch.Tensor | None] = (-1, None, None)
+        self.columns = 0  # of the newest update's handles
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes the core for keys [batch, kv_heads, T >= 0, head_dim] and values like them.
         Errors: ValueError for a wrong rank, device or dtype; NotImplementedError or ValueError, with the core's
-        reason, where the recipe does not serve the head dims."""
+        reason, where the recipe does not serve the head dims or the device."""
         for name, x in (("key_states", key_states), ("value_states", value_states)):
             if not isinstance(x, torch.Tensor) or x.dim() != 4:
                 got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
                 raise ValueError(mismatch(name, "a tensor [batch, kv_heads, tokens, head_dim]", got))
-            if x.device.type != "cpu":
-                raise ValueError(mismatch(name, "a tensor on the CPU", x.device))
+            check_device(name, x.device)
             if x.dtype not in _DTYPES:
                 raise ValueError(mismatch(name, "float32, float16 or bfloat16", x.dtype))
+        if value_states.device != key_states.device:
+            raise ValueError(mismatch("value_states", f"a tensor on {place(key_states.device)}", value_states.device))
         if value_states.dtype != key_states.dtype:
             raise ValueError(mismatch("value_states", f"the keys' dtype {key_states.dtype}", value_states.dtype))
-        core = _core.Cache(
+        core = new_core(
+            key_states.device,
             self.recipe,
             dtype=_DTYPES[key_states.dtype],
             kv_heads=key_states.shape[1],
@@ -98,6 +109,10 @@ class KV4Layer(CacheLayerMixin):
         self.batch, self.kv_heads, _, self.head_dim_k = key_states.shape
         self.head_dim_v = value_states.shape[3]
         self.dtype = key_states.dtype
+        self.device = key_states.device
+        self.on_device = self.device.type == "cuda"
+        self.number = ops.enter(self)
+        self.state = torch.empty(0, device=self.device)
         self.is_initialized = True
 
     def update(
@@ -107,15 +122,20 @@ class KV4Layer(CacheLayerMixin):
         copied otherwise) and returns their handles. Errors: ValueError naming the argument for a shape, dtype or
         device that is not the layer's; the layer stays as it was."""
         if torch.compiler.is_dynamo_compiling():
-            return _update_uncompiled(self, key_states, value_states)
+            if not self.is_initialized:
+                return _update_uncompiled(self, key_states, value_states)
+            ops.append(self.state, key_states, value_states, self.number)
+            return ops.CompiledHandle(self, "key"), ops.CompiledHandle(self, "value")
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)
         before = self.seen
         try:
             try:
+                if self.on_device:
+                    on_stream(self)
                 self.core.append(key_states, value_states)
-            except (ValueError, RuntimeError):
+            except (ValueError, RuntimeError, MemoryError):
                 self._append_checked(key_states, value_states)
         except BaseException:
             if fresh:
@@ -126,7 +146,7 @@ class KV4Layer(CacheLayerMixin):
         self.batch = key_states.shape[0]
         self.version = version = self.version + 1
         window = self.sliding_window
-        columns = length if not window or before < window else tokens + window - 1
+        self.columns = columns = length if not window or before < window else tokens + window - 1
         if tokens > PAGE_TOKENS:
             return (
                 KVHandle(self, "key", version, length, columns, key_states.detach()),
@@ -138,20 +158,39 @@ class KV4Layer(CacheLayerMixin):
         )
 
     def _append_checked(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Appends what the core refused if only its strides were in the way; else says what is wrong."""
+        """Appends what the core refused if only its strides were in the way, or memory that torch holds unused; else
+        says what is wrong."""
         for name, x in (("key_states", key_states), ("value_states", value_states)):
-            if x.device.type != "cpu":
-                raise ValueError(mismatch(name, "a tensor on the CPU", x.device))
+            if x.device != self.device:
+                raise ValueError(mismatch(name, f"a tensor on {place(self.device)}", x.device))
             if x.dtype is not self.dtype:
                 raise ValueError(mismatch(name, f"the layer's dtype {self.dtype}", x.dtype))
+        if self.on_device:
+            torch.cuda.empty_cache()
         self.core.append(key_states.contiguous(), value_states.contiguous())
+
+    def reserve(self, tokens: int) -> None:
+        """Takes the room of `tokens` more tokens now, so that steps allocate nothing."""
+        if self.core is not None:
+            on_stream(self)
+            self.core.reserve(tokens)
+
+    def advance(self) -> None:
+        """Before each replay of a captured step: seals what is due and counts one more token (see DecodeGraph)."""
+        on_stream(self)
+        self.core.advance()
+        self.seen += 1
+        self.version += 1
 
     def dense(self, which: str, first: int, count: int) -> torch.Tensor:
         """Positions [first, first + count) of the "key" or "value" side, dequantised: [batch, kv_heads, count, dim]
         in the model's dtype. Errors: IndexError for positions that are not held."""
+        if torch.compiler.is_dynamo_compiling():
+            return _dense_uncompiled(self, which, first, count)
         dim = self.head_dim_k if which == "key" else self.head_dim_v
-        out = torch.empty((self.batch, self.kv_heads, count, dim), dtype=self.dtype)
+        out = torch.empty((self.batch, self.kv_heads, count, dim), dtype=self.dtype, device=self.device)
         if count:
+            on_stream(self)
             (self.core.dense_keys if which == "key" else self.core.dense_values)(first, count, out)
         return out
 
@@ -203,6 +242,7 @@ class KV4Layer(CacheLayerMixin):
         (activate_past_recording prevents it)."""
         remove = self._checked_crop(tokens_to_remove)
         if remove:
+            on_stream(self)
             self.core.crop(self.seen - remove)
             self.seen -= remove
             self.version += 1
@@ -220,6 +260,7 @@ class KV4Layer(CacheLayerMixin):
     def select(self, rows: list[int]) -> None:
         """The new batch: sequence i continues old sequence rows[i]. Errors: IndexError for a row out of range."""
         if self.core is not None and self.core.batch:
+            on_stream(self)
             self.core.select(rows)
             self.batch = len(rows)
             self.version += 1
@@ -234,6 +275,7 @@ class KV4Layer(CacheLayerMixin):
         if int(repeats) < 1:
             raise ValueError(mismatch("repeats", "at least 1", repeats))
         if self.core is not None and self.core.batch:
+            on_stream(self)
             self.core.repeat(int(repeats))
             self.batch *= int(repeats)
             self.version += 1
@@ -244,10 +286,10 @@ class KV4Layer(CacheLayerMixin):
         self.version += 1
 
     def offload(self) -> None:
-        """Nothing to do: the pages are in CPU memory already."""
+        """Nothing to do: packed pages stay where attention reads them."""
 
     def prefetch(self) -> None:
-        """Nothing to do: the pages are in CPU memory already."""
+        """Nothing to do: packed pages stay where attention reads them."""
 
     def nbytes(self) -> int:
         """Every byte the core holds for this layer."""
@@ -257,7 +299,10 @@ class KV4Layer(CacheLayerMixin):
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__)
+        on_stream(self)
         twin.core = self.core.clone() if self.core is not None else None
+        if self.is_initialized:
+            twin.number, twin.appended = ops.enter(twin), (-1, None, None)
         return twin
 
     def __repr__(self) -> str:
@@ -265,7 +310,8 @@ class KV4Layer(CacheLayerMixin):
 
 
 class KV4Cache(Cache):
-    """A transformers cache that keeps keys and values in 4 bits, for any decoder model on the CPU.
+    """A transformers cache that keeps keys and values in 4 bits, for any decoder model on the CPU, a CUDA device or an
+    Apple GPU. Each layer lives where its first keys are.
 
         cache = KV4Cache(model.config)
         model.generate(**inputs, past_key_values=cache)
@@ -301,18 +347,18 @@ class KV4Cache(Cache):
             recipe = Recipe()
         elif not isinstance(recipe, Recipe):
             raise ValueError(mismatch("recipe", "a kv4.Recipe or None", type(recipe).__name__))
-        types, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        for index, layer_type in enumerate(types):
+        kinds = layer_kinds(config.get_text_config(decoder=True))
+        for index, (layer_type, _) in enumerate(kinds):
             if layer_type not in PACKED_LAYER_TYPES and layer_type not in DYNAMIC_LAYER_TYPE_MAPPING:
                 known = ", ".join(sorted({*PACKED_LAYER_TYPES, *DYNAMIC_LAYER_TYPE_MAPPING}))
                 raise ValueError(mismatch(f"config.layer_types[{index}]", f"one of {known}", layer_type))
         given = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
-        constants = _per_layer(given, len(types))
+        constants = _per_layer(given, len(kinds))
         layers = [
-            KV4Layer(recipe, constants=constants[i], layer_type=layer_type, **arguments[i])
+            KV4Layer(recipe, constants=constants[i], layer_type=layer_type, **arguments)
             if layer_type in PACKED_LAYER_TYPES
-            else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments[i])
-            for i, layer_type in enumerate(types)
+            else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments)
+            for i, (layer_type, arguments) in enumerate(kinds)
         ]
         super().__init__(layers=layers)
         self.recipe = recipe
@@ -400,12 +446,19 @@ class KV4Cache(Cache):
 
 
 @torch.compiler.disable
+def _dense_uncompiled(layer: KV4Layer, *args: Any) -> torch.Tensor:
+    return layer.dense(*args)
+
+
+@torch.compiler.disable
 def _update_uncompiled(layer: KV4Layer, *args: torch.Tensor) -> tuple[KVHandle, KVHandle]:
     return layer.update(*args)
 
 
 def _rows(indices: Any, batch: int) -> list[int]:
     """Row numbers of an index as torch reads it on a batch: integers (negative from the end), a bool mask, a slice."""
+    if isinstance(indices, torch.Tensor):
+        indices = indices.cpu()
     return torch.arange(batch)[indices].reshape(-1).tolist()
 
 

@@ -88,7 +88,11 @@ class KVHandle:
 
     @property
     def is_cpu(self) -> bool:
-        return True
+        return self.layer.device.type == "cpu"
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.layer.on_device
 
     def dim(self) -> int:
         return 4
@@ -102,7 +106,7 @@ class KVHandle:
     def to(self, *args: Any, **kwargs: Any) -> KVHandle | torch.Tensor:
         """Itself where nothing would change, else a dense tensor."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
-        if (device is None or torch.device(device).type == "cpu") and dtype in (None, self.dtype):
+        if (device is None or _same_device(torch.device(device), self.device)) and dtype in (None, self.dtype):
             return self
         return self.dense().to(*args, **kwargs)
 
@@ -128,6 +132,10 @@ class KVHandle:
 
     def __repr__(self) -> str:
         return f"KVHandle({self.which}, shape={tuple(self.shape)}, dtype={self.dtype}, version={self.version})"
+
+
+def _same_device(wanted: torch.device, have: torch.device) -> bool:
+    return wanted.type == have.type and wanted.index in (None, have.index)
 
 
 def _is_handle(x: Any) -> bool:

@@ -22,11 +22,12 @@ _AND_MASK_CODE = sliding_window_causal_mask_function(1).__code__
 
 
 def window_of(mask_function: Callable) -> int | None:
-    """0 for the plain causal pattern, W for the plain sliding window, None for any other pattern."""
+    """0 for the plain causal pattern, W for the plain sliding window, None for any other pattern, and in a compiled
+    graph for all but the causal one."""
     if mask_function is causal_mask_function:
         return 0
-    if getattr(mask_function, "__code__", None) is not _AND_MASK_CODE:
-        return None
+    if torch.compiler.is_dynamo_compiling() or getattr(mask_function, "__code__", None) is not _AND_MASK_CODE:
+        return None  # the compiler does not show what a function closes over
     parts = mask_function.__closure__[0].cell_contents
     if len(parts) != 2 or parts[1] is not causal_mask_function:
         return None
@@ -57,18 +58,18 @@ def kv4_mask(
         and kv_length > 1
         and isinstance(q_offset, int)
         and q_offset + q_length == kv_offset + kv_length  # queries are the newest columns
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
     )
     if compact:
         if window and kv_length <= window:
             window = 0
         if attention_mask is None:
-            return _rows(batch_size, None, window, device) if window else None
+            return _rows(batch_size, None, window) if window else None
         start = _leading_padding(attention_mask, kv_length, kv_offset)
         if start is True:
-            return _rows(batch_size, None, window, device) if window else None
+            return _rows(batch_size, None, window) if window else None
         if start is not None:
-            return _rows(batch_size, start, window, device)
+            return _rows(batch_size, start, window)
     return sdpa_mask(
         batch_size,
         q_length,
@@ -83,9 +84,10 @@ def kv4_mask(
     )
 
 
+@torch.compiler.disable
 def _leading_padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor | bool | None:
     """int64 [batch]: hidden columns at the start of each row. True where no row has any; None where a hidden column
-    follows a visible one."""
+    follows a visible one. What a mask holds decides the program: a compiled graph is left here, once per mask."""
     if attention_mask.shape[1] < kv_offset + kv_length:
         return None  # columns beyond the mask are hidden, at the end
     visible = attention_mask[:, kv_offset : kv_offset + kv_length]
@@ -95,20 +97,23 @@ def _leading_padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: in
         return True
     start = kv_length - visible.sum(-1)
     columns = torch.arange(kv_length, device=visible.device)
-    return start if torch.equal(visible, columns >= start[:, None]) else None
+    leading = (visible == (columns >= start[:, None])).all()
+    *start, leading = torch.cat([start, leading[None]]).tolist()  # one wait for the device, not two
+    return torch.tensor(start) if leading else None
 
 
-def _rows(batch: int, start: torch.Tensor | None, window: int, device: torch.device | str) -> torch.Tensor:
-    mask = torch.empty((batch, 1, 1, 2), dtype=torch.int32, device=device)
-    mask[..., 0] = 0 if start is None else start.to(device)[:, None, None]
+def _rows(batch: int, start: torch.Tensor | None, window: int) -> torch.Tensor:
+    """The int32 mask of rows that start at `start`, in CPU memory wherever the model is: the core reads it there."""
+    mask = torch.empty((batch, 1, 1, 2), dtype=torch.int32)
+    mask[..., 0] = 0 if start is None else start[:, None, None]
     mask[..., 1] = window
     return mask
 
 
 def row_limits(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
-    """(start, window, shared) of an int32 mask [batch, 1, 1, 2]: contiguous int32 tensors [batch], None where they
-    hide nothing, and the window of every row where all have the same one, else 0. Every layer of a forward pass gets
-    the same mask object, so the answer is kept on it. Errors: ValueError for any other shape."""
+    """(start, window, shared) of an int32 mask [batch, 1, 1, 2]: contiguous int32 tensors [batch] in CPU memory, None
+    where they hide nothing, and the window of every row where all have the same one, else 0. Every layer of a forward
+    pass gets the same mask object, so the answer is kept on it. Errors: ValueError for any other shape."""
     limits = mask.__dict__.get("_kv4_limits")
     if limits is None:
         if mask.dim() != 4 or tuple(mask.shape[1:]) != (1, 1, 2):
@@ -119,6 +124,17 @@ def row_limits(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | 
         limits = (start, window, shared)
         mask._kv4_limits = limits
     return limits
+
+
+def on_host(mask: torch.Tensor) -> torch.Tensor | None:
+    """A general mask in CPU memory, for the core's own notes on what no query saw; kept on the mask, since every layer
+    of a forward pass gets the same object. None while a CUDA graph is captured, which must not wait for the device."""
+    if not mask.is_cuda:
+        return mask
+    host = mask.__dict__.get("_kv4_host")
+    if host is None and not torch.cuda.is_current_stream_capturing():
+        host = mask._kv4_host = mask.detach().cpu()
+    return host
 
 
 def expand(

@@ -16,7 +16,9 @@ import torch
 if TYPE_CHECKING:
     from .cache import KV4Layer
 
-_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_flash_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_flash_cuda = getattr(torch.ops.aten, "_flash_attention_forward", None)
+_PLAIN_BLOCK = 256  # queries of a block: bounds the scores held at once
 _NEVER = -1.0e30  # below every log-sum-exp, so that exp(x - _NEVER) of an empty set is exp(-inf) = 0
 
 
@@ -24,7 +26,7 @@ def supports_prefill(layer: KV4Layer, query: torch.Tensor, own_k: torch.Tensor, 
     """True where the flash kernel may answer for the call's own tokens: it reads one head dim and one dtype, and the
     recipe must let attention see them exactly."""
     return (
-        _flash is not None
+        _has_flash(query)
         and layer.attends_exact_call
         and own_k.shape[-1] == own_v.shape[-1]
         and query.dtype == own_k.dtype
@@ -34,6 +36,17 @@ def supports_prefill(layer: KV4Layer, query: torch.Tensor, own_k: torch.Tensor, 
         and query.shape[3] == own_k.shape[3]
         and query.shape[1] % own_k.shape[1] == 0
     )
+
+
+def _has_flash(query: torch.Tensor) -> bool:
+    """Something here answers for the call's own tokens with their log-sum-exp."""
+    if query.is_cpu:
+        return _flash_cpu is not None
+    if not query.is_cuda:
+        return True  # _plain_blocks
+    dim = query.shape[-1]
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return _flash_cuda is not None and half and dim <= 256 and dim % 8 == 0
 
 
 def prefill(
@@ -50,24 +63,26 @@ def prefill(
     offset: int,
 ) -> bool:
     """Writes causal attention of query [batch, q_heads, T, d] to out [batch, T, q_heads, d]. False, with nothing
-    written, where a visible value is not finite (the core refuses those by name). own_k, own_v are
-    [batch, kv_heads, T, d]; start, window, offset are those of core.attend: int32 [batch] or None, columns counted
-    from position `offset`."""
+    written, where a visible value is not finite (the core refuses those by name); on a CUDA device nobody waits to
+    find out: such a value makes the outputs that see it NaN, and a later call raises. own_k, own_v are
+    [batch, kv_heads, T, d]; start, window, offset are those of core.attend: int32 [batch] in CPU memory or None,
+    columns counted from position `offset`."""
     batch, heads, tokens, dim = query.shape
     before = layer.seen - tokens
     first = [0] * batch if start is None else [min(max(x + offset - before, 0), tokens) for x in start.tolist()]
     limit = [layer.sliding_window] * batch if window is None else window.tolist()
     groups = _row_groups(first, limit)
-    if not all(
+    if not layer.on_device and not all(
         _finite(x[rows, :, begin:]) for x in (query, own_k, own_v) for rows, begin, _ in groups if begin < tokens
     ):
         return False
 
     earlier = None
     if before > 0 or layer.records_queries:
-        o = torch.empty((batch, heads, tokens, dim), dtype=torch.float32)
-        m = torch.empty((batch, heads, tokens), dtype=torch.float32)
-        total = torch.empty((batch, heads, tokens), dtype=torch.float32)
+        of_float = {"dtype": torch.float32, "device": query.device}
+        o = torch.empty((batch, heads, tokens, dim), **of_float)
+        m = torch.empty((batch, heads, tokens), **of_float)
+        total = torch.empty((batch, heads, tokens), **of_float)
         options: dict[str, Any] = {"scale": scale, "offset": offset, "start": start, "window": window}
         layer.core.attend_partial(query, o, m, total, upto=before, **options)
         if before > 0:
@@ -80,7 +95,8 @@ def prefill(
                 _merge(out[rows, :begin].transpose(1, 2), None, None, earlier, sinks, rows, slice(0, begin))
         if begin == tokens:
             continue
-        for lo, hi, o, lse in _flash_blocks(query[rows], own_k[rows], own_v[rows], scale, begin, width):
+        blocks = _flash_blocks_cuda if layer.on_device else _flash_blocks
+        for lo, hi, o, lse in blocks(query[rows], own_k[rows], own_v[rows], scale, begin, width):
             target = out[rows, lo:hi].transpose(1, 2)
             if earlier is None and sinks is None:
                 target.copy_(o)
@@ -110,8 +126,11 @@ def _flash_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
     A window is served block by block, so that the keys outside it are never read."""
     tokens = query.shape[2]
     factor = scale or query.shape[3] ** -0.5
+    if not query.is_cpu:
+        yield from _plain_blocks(query, k, v, factor, begin, width)
+        return
     if not width or tokens - begin <= width:
-        o, lse = _flash(query[:, :, begin:], k[:, :, begin:], v[:, :, begin:], 0.0, True, scale=factor)
+        o, lse = _flash_cpu(query[:, :, begin:], k[:, :, begin:], v[:, :, begin:], 0.0, True, scale=factor)
         yield begin, tokens, o, lse
         return
     block = max(64, (width + 1) // 2)
@@ -122,7 +141,7 @@ def _flash_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
         column = torch.arange(key_lo, hi)[None]
         hidden = (column > row) | (column <= row - width)
         mask = torch.zeros((1, 1, *hidden.shape), dtype=query.dtype).masked_fill_(hidden, -math.inf)
-        o, lse = _flash(
+        o, lse = _flash_cpu(
             query[:, :, lo:hi],
             k[:, :, key_lo:hi],
             v[:, :, key_lo:hi],
@@ -132,6 +151,37 @@ def _flash_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
             scale=factor,
         )
         yield lo, hi, o, lse
+
+
+def _flash_blocks_cuda(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, begin: int, width: int):
+    """As _flash_blocks, in one block: torch's CUDA kernel takes [rows, tokens, heads, d], grouped heads and windows."""
+    tokens = query.shape[2]
+    q, k, v = (_unit_stride(x[:, :, begin:].transpose(1, 2)) for x in (query, k, v))
+    length = tokens - begin
+    window = {"window_size_left": width - 1, "window_size_right": 0} if width and length > width else {}
+    factor = scale or query.shape[3] ** -0.5
+    o, lse, *_ = _flash_cuda(q, k, v, None, None, length, length, 0.0, True, False, scale=factor, **window)
+    yield begin, tokens, o.transpose(1, 2), lse[..., :length]
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+def _plain_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float, begin: int, width: int):
+    """_flash_blocks by matrix products in float32, for devices whose kernels tell no log-sum-exp."""
+    batch, heads, tokens, dim = query.shape
+    kv_heads = k.shape[1]
+    for lo in range(begin, tokens, _PLAIN_BLOCK):
+        hi = min(lo + _PLAIN_BLOCK, tokens)
+        key_lo = max(begin, lo - width + 1) if width else begin
+        row = torch.arange(lo, hi, device=query.device)[:, None]
+        column = torch.arange(key_lo, hi, device=query.device)[None]
+        hidden = (column > row) | (column <= row - width) if width else column > row
+        grouped = query[:, :, lo:hi].float().reshape(batch, kv_heads, heads // kv_heads, hi - lo, dim) * factor
+        scores = grouped @ k[:, :, None, key_lo:hi].float().mT
+        scores = scores.masked_fill(hidden, -math.inf)
+        lse = scores.logsumexp(-1, keepdim=True)
+        o = (scores - lse).exp() @ v[:, :, None, key_lo:hi].float()
+        yield lo, hi, o.reshape(batch, heads, hi - lo, dim), lse.reshape(batch, heads, hi - lo)
 
 
 def _merge(

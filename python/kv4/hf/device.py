@@ -1,0 +1,76 @@
+"""Where a layer's core lives, and the stream its calls are queued on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kv4 import _core
+from kv4.recipe import Recipe
+
+if TYPE_CHECKING:
+    from .cache import KV4Layer
+
+# One integer from torch's C side, without the Stream object that torch.cuda.current_stream builds.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def current_stream(device: torch.device) -> int:
+    """The cudaStream_t that torch queues on now, on a CUDA device."""
+    if _raw_stream is not None and device.index is not None:
+        return _raw_stream(device.index)
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def on_stream(layer: KV4Layer) -> None:
+    """Lets the layer's next calls follow what torch has queued. Nothing on the CPU."""
+    if layer.on_device:
+        layer.core.set_stream(current_stream(layer.device))
+
+
+def check_device(name: str, device: torch.device) -> None:
+    """Errors: ValueError where kv4 has no kernels for tensors on `device`, with the reason."""
+    reason = why_no_device(device)
+    if reason is not None:
+        raise ValueError(f"{name}: expected a tensor on {usable_devices()}; got {device}{reason}")
+
+
+def why_no_device(device: torch.device) -> str | None:
+    """None where kv4 runs on `device`; else "", or the reason in brackets."""
+    if device.type == "cpu":
+        return None
+    if device.type == "mps":
+        from kv4.metal import why_not
+
+        reason = why_not()
+    elif device.type == "cuda":
+        reason = _core.why_not("cuda")
+    else:
+        return ""
+    return f" ({reason})" if reason else None
+
+
+def usable_devices() -> str:
+    if torch.backends.mps.is_available():
+        return "the CPU or an Apple GPU"
+    return "the CPU or a CUDA device" if "cuda" in _core.backends() else "the CPU"
+
+
+def place(device: torch.device) -> str:
+    return "the CPU" if device.type == "cpu" else str(device)
+
+
+def new_core(device: torch.device, recipe: Recipe, **arguments: Any) -> Any:
+    """The cache behind a layer: the C++ core, or on Apple GPUs its counterpart kv4.metal.MetalCache. Errors:
+    RuntimeError, ValueError or NotImplementedError with the reason where device, recipe or head dims are not served."""
+    if device.type == "mps":
+        from kv4.metal import MetalCache, mps_host
+
+        return MetalCache(mps_host(arguments["head_dim_k"]), recipe, **arguments)
+    return _core.Cache(recipe, backend=core_name(device), **arguments)
+
+
+def core_name(device: torch.device) -> str:
+    """What _core.Cache calls the backend of `device`."""
+    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"

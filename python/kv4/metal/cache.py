@@ -1,0 +1,472 @@
+"""MetalCache: the calls of the C++ core's Cache, its tensors on a Metal device.
+
+Policy (what is sealed, dropped and visible when) is that of src/cache, in the same order and under the same names;
+tests hold both to the same lengths, pages and codes. Numbers are the kernels'.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence as Rows
+from typing import Any
+
+import torch
+
+from kv4 import _core
+from kv4.recipe import Recipe
+
+from .host import DTYPES, Constants, Host, mismatch, shared_constants
+from .launch import attend, dequantise
+from .sealing import Sealing
+from .sequence import MASKED, PAGE, UNKNOWN, VISIBLE, Page, PagePool, Sequence
+from .visibility import Visibility
+
+
+class MetalCache(Sealing):
+    """One layer's cache; the arguments are those of kv4._core.Cache, and the host that runs the kernels.
+
+    NaN and infinity are held as zeros; no error is raised for them, since finding out would wait for the device.
+    Errors: NotImplementedError with the reason where no Metal kernel serves the recipe or the head dims; ValueError,
+    IndexError and RuntimeError as the core's. A failed call leaves the cache as it was.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        recipe: Recipe,
+        *,
+        dtype: str,
+        kv_heads: int,
+        head_dim_k: int,
+        head_dim_v: int,
+        sliding_window: int = 0,
+        lambda_k: Any = None,
+        lambda_v: Any = None,
+        matrix_k: Any = None,
+        matrix_v: Any = None,
+    ) -> None:
+        # The core's own checks of every argument.
+        _core.Cache(
+            recipe,
+            dtype=dtype,
+            kv_heads=kv_heads,
+            head_dim_k=head_dim_k,
+            head_dim_v=head_dim_v,
+            sliding_window=sliding_window,
+            lambda_k=lambda_k,
+            lambda_v=lambda_v,
+            matrix_k=matrix_k,
+            matrix_v=matrix_v,
+        )
+        if matrix_k is None and matrix_v is None:
+            self.constants = shared_constants(host, recipe, dtype, kv_heads, head_dim_k, head_dim_v)
+        else:
+            shape = {"dtype": dtype, "kv_heads": kv_heads, "head_dim_k": head_dim_k, "head_dim_v": head_dim_v}
+            tables = _core.MetalTables(recipe, **shape, matrix_k=matrix_k, matrix_v=matrix_v)
+            self.constants = Constants(host, tables, head_dim_k)
+        self.host = host
+        self.recipe = recipe
+        self.dtype = next(t for t, name in DTYPES.items() if name == dtype)
+        self.heads, self.dim, self.window = kv_heads, head_dim_k, sliding_window
+        self.given_k, self.given_v = (
+            None if x is None else torch.as_tensor(x).to(host.device, torch.float32) for x in (lambda_k, lambda_v)
+        )
+        self.seals = recipe.seal == "page"
+        self.sink_limit = recipe.sinks if self.seals else 0
+        self.pool = PagePool()
+        self.slab = torch.empty(0, dtype=torch.uint8, device=host.device)
+        self.recording = False
+        self.version = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.sequences: list[Sequence] = []
+        self.length = 0
+        # [2, batch, kv_heads, sinks + capacity, head_dim]: keys and values; sinks lie before the window.
+        self.rows: torch.Tensor | None = None
+
+    # Appending.
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v [batch, kv_heads, T, head_dim], T may be 0. The first call fixes the batch."""
+        for name, x in (("k", k), ("v", v)):
+            if x.device.type != self.host.device.type:
+                raise ValueError(mismatch(name, f"a tensor on {self.host.device}", x.device))
+            if x.dtype is not self.dtype:
+                raise ValueError(mismatch(name, f"dtype {DTYPES[self.dtype]}", x.dtype))
+            batch = len(self.sequences) or x.shape[0]
+            if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, self.heads, self.dim) or batch < 1:
+                expected = f"shape [{batch}, {self.heads}, tokens, {self.dim}]"
+                raise ValueError(mismatch(name, expected, list(x.shape)))
+        if k.shape != v.shape:
+            raise ValueError(mismatch("v", f"the batch and tokens of k, {list(k.shape)}", list(v.shape)))
+        self.settle()
+        if not self.sequences:
+            self.sequences = [Sequence(self.sink_limit) for _ in range(k.shape[0])]
+        tokens = k.shape[2]
+        if not tokens:
+            return
+        self._make_room(tokens)
+        for side, x in enumerate((k.detach(), v.detach())):
+            x = torch.where(torch.isfinite(x).all(-1, keepdim=True), x, torch.zeros((), dtype=x.dtype, device=x.device))
+            if len({s.count for s in self.sequences}) == 1:
+                first = self.sink_limit + self.sequences[0].count
+                self.rows[side, :, :, first : first + tokens] = x
+                continue
+            for b, s in enumerate(self.sequences):
+                first = self.sink_limit + s.count
+                self.rows[side, b, :, first : first + tokens] = x[b]
+        for s in self.sequences:
+            s.seen += bytes([UNKNOWN]) * tokens
+            s.length += tokens
+        self.length += tokens
+        self.version += 1
+
+    def _make_room(self, tokens: int) -> None:
+        need = max(s.count for s in self.sequences) + tokens
+        room = 0 if self.rows is None else self.rows.shape[3] - self.sink_limit
+        if need <= room:
+            return
+        if self.seals:
+            decode = self.recipe.window + PAGE + self.sink_limit
+            room = decode if need <= decode else need
+        else:
+            room = max(need, PAGE, need + need // 8)
+        self._resize(room)
+
+    # Attention: src/cache/attend.cpp.
+
+    def attend(self, q: torch.Tensor, out: torch.Tensor, **options: Any) -> None:
+        """q [batch, q_heads, T, head_dim], the newest T positions; out alike is written. The options are the core's:
+        scale, softcap, sinks, causal, offset, start, window, mask."""
+        shape = [*q.shape[:3], self.dim]
+        if list(out.shape) != shape or out.stride(-1) != 1 or out.dtype not in DTYPES:
+            raise ValueError(mismatch("out", f"shape {shape} and channel stride 1", list(out.shape)))
+        self._attend(q, self.length, out, None, **options)
+
+    def attend_partial(
+        self,
+        q: torch.Tensor,
+        o: torch.Tensor,
+        m: torch.Tensor,
+        l: torch.Tensor,  # noqa: E741
+        *,
+        upto: int,
+        **options: Any,
+    ) -> None:
+        """The partial state over positions below upto: o float32 [batch, q_heads, T, head_dim], m, l without d."""
+        if not 0 <= upto <= self.length:
+            raise IndexError(mismatch("upto", f"0 to {self.length}", upto))
+        state = torch.empty((*q.shape[:3], self.dim + 2), dtype=torch.float32, device=self.host.device)
+        self._attend(q, upto, None, state, **options)
+        o.copy_(state[..., : self.dim])
+        m.copy_(state[..., self.dim])
+        l.copy_(state[..., self.dim + 1])
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        upto: int,
+        out: torch.Tensor | None,
+        partial: torch.Tensor | None,
+        *,
+        scale: float = 0.0,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+        causal: bool = True,
+        offset: int = 0,
+        start: torch.Tensor | None = None,
+        window: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> None:
+        if not self.sequences:
+            raise RuntimeError(mismatch("q", "a cache that holds tokens", "an empty cache"))
+        batch, tokens = len(self.sequences), q.shape[2]
+        fits = q.dim() == 4 and q.shape[0] == batch and q.shape[1] % self.heads == 0 and q.shape[3] == self.dim
+        if not fits or not 1 <= tokens <= self.length or q.stride(-1) != 1:
+            expected = f"shape [{batch}, a multiple of {self.heads}, 1 to {self.length}, {self.dim}], channel stride 1"
+            raise ValueError(mismatch("q", expected, list(q.shape)))
+        if q.device.type != self.host.device.type or q.dtype not in DTYPES:
+            raise ValueError(mismatch("q", f"floats on {self.host.device}", f"{q.dtype} on {q.device}"))
+        if softcap < 0:
+            raise ValueError(mismatch("softcap", "0 (none) or a positive number", softcap))
+        if mask is not None:
+            full = (batch, q.shape[1], tokens)
+            if mask.dim() != 4 or any(have not in (1, want) for have, want in zip(mask.shape, full, strict=False)):
+                raise ValueError(mismatch("mask", f"shape {[*full]} or 1 each, columns", list(mask.shape)))
+        if window is None and self.window and causal:
+            limits = [self.window] * batch
+        else:
+            limits = [0] * batch if window is None else window.tolist()
+        starts = [0] * batch if start is None else [offset + x for x in start.tolist()]
+        seen = Visibility(self.length, tokens, causal, starts, limits, mask, offset)
+        self._record(q, seen)
+        stepwise = tokens <= PAGE
+        if self.seals and stepwise:
+            self._seal_until(self.length - 1)
+        first_query = self.length - tokens
+        begin = 0
+        while begin < tokens:
+            end = tokens
+            if stepwise:
+                for s in self.sequences:
+                    pages = self._visible_pages(s, first_query + begin, True)
+                    end = next(
+                        (t for t in range(begin + 1, end) if self._visible_pages(s, first_query + t, True) != pages),
+                        end,
+                    )
+            views = []
+            for b, s in enumerate(self.sequences):
+                pages = self._visible_pages(s, first_query + begin, stepwise)
+                sealed = s.page_position(pages) if s.pages else 0
+                if pages > s.first_page and upto < sealed:
+                    raise IndexError(mismatch("upto", f"at least {sealed}, the end of the sealed tokens", upto))
+                views.append(self._view(b, s, pages, upto, first_query + begin, starts[b], limits[b], mask, start))
+            part = slice(begin, end)
+            attend(
+                self,
+                q[:, :, part].detach(),
+                None if out is None else out[:, :, part],
+                None if partial is None else partial[:, :, part],
+                views,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                causal=causal,
+                mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, part],
+                offset=offset,
+            )
+            begin = end
+
+    def _record(self, q: torch.Tensor, seen: Visibility) -> None:
+        """Remembers which exact tokens the call's queries see, and the energies of the first queries."""
+        if not self.seals:
+            return
+        tokens, group = q.shape[2], q.shape[1] // self.heads
+        limit = self.recipe.sinks + self.recipe.window + PAGE
+        for b, s in enumerate(self.sequences):
+            for j, known in enumerate(s.seen):
+                if known != VISIBLE:
+                    s.seen[j] = VISIBLE if seen.seen(b, s.window_position + j) else MASKED
+            energy = s.energy
+            if self.recipe.key.lambda_ != "auto" or (s.lambda_ is not None and energy.rows is None):
+                continue
+            first_query = self.length - tokens
+            if energy.rows is not None and first_query - energy.first >= limit:
+                continue
+            visible = [t for t in range(tokens) if seen.visible(b, t, first_query + t)]
+            if energy.rows is None:
+                if not visible:
+                    continue
+                energy.first = first_query + visible[0]
+                shape = (limit, self.heads, self.dim)
+                energy.rows = torch.zeros(shape, dtype=torch.float32, device=self.host.device)
+                energy.filled = bytearray(limit)
+            slots = [(t, first_query + t - energy.first) for t in visible]
+            slots = [(t, slot) for t, slot in slots if 0 <= slot < limit]
+            if not slots:
+                continue
+            at = [torch.tensor(x, device=self.host.device) for x in zip(*slots, strict=True)]
+            x = q[b, :, at[0]].detach().float().square().reshape(self.heads, group, len(slots), self.dim).sum(1)
+            energy.rows = energy.rows.index_copy(0, at[1], x.transpose(0, 1))
+            for _, slot in slots:
+                energy.filled[slot] = 1
+
+    def _visible_pages(self, s: Sequence, position: int, stepwise: bool) -> int:
+        """Pages that a query at `position` reads packed: those due before its token came."""
+        due = s.pages_due(position, self.recipe.window) if stepwise and s.anchored else 0
+        return min(max(due, s.released_pages()), s.page_end)
+
+    def _view(
+        self, b: int, s: Sequence, pages: int, upto: int, query: int, start: int, limit: int, mask: Any, given: Any
+    ) -> tuple:
+        """One sequence as MetalTables.attend reads it; offsets are elements of self.rows[0] and self.rows[1]."""
+        head = self.rows.shape[3] * self.dim
+        base = b * self.heads * head
+
+        def exact(row: int, position: int, count: int) -> tuple[int, ...]:
+            at = base + row * self.dim
+            return (position, count, at, head, self.dim, at, head, self.dim)
+
+        sets = [exact(0, s.start, max(0, min(upto - s.start, s.sinks)))]
+        skip = max(0, s.page_position(pages) - s.window_position) if s.pages else 0
+        held = max(0, min(upto - s.window_position, s.count))
+        sets.append(exact(self.sink_limit + skip, s.window_position + skip, max(0, held - skip)))
+        table = [page.index for page in s.pages[: pages - s.first_page]]
+        position = s.page_position(s.first_page) if s.pages else 0
+        return table, position, PAGE, query, start if given is not None else -(2**31), limit, self._has_lambda(s), sets
+
+    def _has_lambda(self, s: Sequence) -> bool:
+        return self.lambda_k(s) is not None
+
+    # Crop, forks and what is held: src/cache/edit.cpp.
+
+    def crop(self, length: int) -> None:
+        """Keeps the first `length` positions of every sequence."""
+        if not 0 <= length <= self.length:
+            raise IndexError(mismatch("length", f"0 to {self.length}", length))
+        if length == self.length:
+            return
+        for s in self.sequences:
+            if s.evicted > max(0, length - self.window + 1):
+                least = s.evicted + self.window - 1
+                text = f"at least {least} (older tokens left the sliding window), or 0 by reset"
+                raise IndexError(mismatch("length", text, length))
+        for b, s in enumerate(self.sequences):
+            self._crop_sequence(b, s, length)
+        self.length = length
+        self.version += 1
+
+    def _crop_sequence(self, b: int, s: Sequence, n: int) -> None:
+        s.length = n
+        energy = s.energy
+        if n <= energy.first:
+            s.energy = type(energy)()
+        else:
+            for t in range(n - energy.first, len(energy.filled)):
+                energy.filled[t] = 0
+        if not s.anchored or n >= s.window_position:
+            if s.anchored:
+                keep = min(max(s.pages_due(n, self.recipe.window), s.released_pages()), s.page_end)
+                del s.pages[keep - s.first_page :]
+            del s.seen[max(0, n - s.window_position) :]
+            s.window_position = min(s.window_position, n)
+        elif n >= s.body:
+            index, rows = divmod(n - s.body, PAGE)
+            if rows:
+                self._reopen(b, s, s.pages[index - s.first_page], rows)
+            del s.pages[index - s.first_page :]
+            s.window_position = s.page_position(index)
+            s.seen = bytearray([VISIBLE]) * rows
+        else:  # into the sinks, or before them: no longer anchored
+            count = max(0, n - s.start)
+            first = self.sink_limit
+            self.rows[:, b, :, first : first + s.sinks] = self.rows[:, b, :, : s.sinks].clone()
+            s.window_position = min(s.start, n)
+            s.seen = bytearray([VISIBLE]) * count
+            s.sinks, s.first_page, s.start, s.anchored = 0, 0, 0, False
+            s.pages.clear()
+        if not s.pages and s.energy.rows is not None:
+            s.lambda_ = None
+
+    def _reopen(self, b: int, s: Sequence, page: Page, rows: int) -> None:
+        first = self.sink_limit
+        for values in (False, True):
+            dense = dequantise(self, b, [page.index], values)[:, :rows]
+            self.rows[int(values), b, :, first : first + rows] = dense.to(self.dtype)
+
+    def select(self, rows: Rows[int]) -> None:
+        """Sequence i continues old sequence rows[i]; pages are shared."""
+        for i, row in enumerate(rows):
+            if not 0 <= row < len(self.sequences):
+                raise IndexError(mismatch("rows", f"indices from 0 to {len(self.sequences) - 1}", f"{row} at {i}"))
+        self.sequences = [self.sequences[row].fork() for row in rows]
+        if self.rows is not None:
+            self.rows = self.rows[:, torch.tensor(list(rows), device=self.host.device)]
+        self.version += 1
+
+    def repeat(self, times: int) -> None:
+        if times < 1:
+            raise ValueError(mismatch("times", "at least 1", times))
+        self.select([b for b in range(len(self.sequences)) for _ in range(times)])
+
+    def reset(self) -> None:
+        self._forget()
+        self.version += 1
+
+    def clone(self) -> MetalCache:
+        """A cache of its own. Each cache writes to its own slab, so pages are copied."""
+        twin = copy.copy(self)
+        twin.pool = PagePool()
+        twin.sequences = [s.fork() for s in self.sequences]
+        moved: dict[int, Page] = {}
+        for s in twin.sequences:
+            for page in s.pages:
+                if page.index not in moved:
+                    moved[page.index] = twin.pool.allocate(1)[0]
+            s.pages = [moved[page.index] for page in s.pages]
+        old = list(moved)
+        twin.slab = torch.empty(0, dtype=torch.uint8, device=self.host.device)
+        if old:
+            index = torch.tensor(old, device=self.host.device)
+            twin.slab = self.slab.reshape(-1, self.page_bytes)[index].reshape(-1)
+        twin.rows = None if self.rows is None else self.rows.clone()
+        return twin
+
+    def record_past(self, on: bool) -> None:
+        self.recording = bool(on)
+
+    def dense_keys(self, first: int, count: int, out: torch.Tensor) -> None:
+        self._dense(0, first, count, out)
+
+    def dense_values(self, first: int, count: int, out: torch.Tensor) -> None:
+        self._dense(1, first, count, out)
+
+    def _dense(self, side: int, first: int, count: int, out: torch.Tensor) -> None:
+        """Positions [first, first + count), dequantised where sealed: [batch, kv_heads, count, head_dim]."""
+        if first < 0 or count < 0 or first + count > self.length:
+            raise IndexError(mismatch("first, count", f"positions within 0 to {self.length}", f"{first}, {count}"))
+        for s in self.sequences:
+            if first < s.evicted:
+                raise IndexError(mismatch("first", f"at least {s.evicted}, the oldest token held", first))
+        out.zero_()
+        for b, s in enumerate(self.sequences):
+
+            def put(position: int, rows: torch.Tensor, b: int = b) -> None:
+                lo, hi = max(position, first), min(position + rows.shape[1], first + count)
+                if lo < hi:
+                    out[b, :, lo - first : hi - first] = rows[:, lo - position : hi - position].to(out.dtype)
+
+            rows = self.rows[side, b]
+            put(s.start, rows[:, : s.sinks])
+            wanted = [
+                (i, page.index)
+                for i, page in enumerate(s.pages, s.first_page)
+                if s.page_position(i) < first + count and s.page_position(i + 1) > first
+            ]
+            if wanted:
+                dense = dequantise(self, b, [index for _, index in wanted], bool(side))
+                for n, (i, _) in enumerate(wanted):
+                    put(s.page_position(i), dense[:, n * PAGE : (n + 1) * PAGE])
+            # Rows still exact win over pages sealed during the last call.
+            put(s.window_position, rows[:, self.sink_limit : self.sink_limit + s.count])
+
+    def nbytes(self) -> int:
+        """Bytes of the slab with its slack, exact rows by capacity, lambda and the energies kept for it."""
+        tensors = [self.slab, self.rows, self.given_k, self.given_v]
+        tensors += [x for s in self.sequences for x in (s.lambda_, s.energy.rows)]
+        return sum(x.nbytes for x in {id(x): x for x in tensors if x is not None}.values())
+
+    @property
+    def batch(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def first(self) -> int:
+        return max((s.evicted for s in self.sequences), default=0)
+
+    def sealed_tokens(self, row: int) -> int:
+        return len(self._row(row).pages) * PAGE
+
+    def exact_tokens(self, row: int) -> int:
+        s = self._row(row)
+        return s.sinks + s.count
+
+    def page_count(self, row: int) -> int:
+        return len(self._row(row).pages)
+
+    def lambda_(self, row: int) -> list[float]:
+        """Flat [kv_heads * head_dim]; empty before it is fixed."""
+        values = self.lambda_k(self._row(row))
+        return [] if values is None else values.flatten().tolist()
+
+    def page_codes(self, row: int, index: int, head: int) -> tuple[bytes, bytes]:
+        """Codes of a sealed head slice in canonical order: (keys, values)."""
+        size = self.constants.tables.head_bytes
+        at = self._row(row).pages[index].index * self.page_bytes + head * size
+        return self.constants.tables.canonical(self.slab[at : at + size].cpu().numpy().tobytes())
+
+    def _row(self, row: int) -> Sequence:
+        if not 0 <= row < len(self.sequences):
+            raise IndexError(mismatch("row", f"0 to {len(self.sequences) - 1}", row))
+        return self.sequences[row]

@@ -1,0 +1,48 @@
+#include "backend/spec.h"
+
+#include <string>
+
+namespace kv4 {
+namespace {
+
+std::string shape_text(std::size_t have) { return std::to_string(have) + " values"; }
+
+Status make_rotation(const SideRecipe& side, int dim, const std::vector<float>& matrix, const char* matrix_name,
+                     std::shared_ptr<const Rotation>* out) {
+  if (side.rotation != RotationKind::dense && !matrix.empty())
+    return invalid_argument(matrix_name, "nothing, since the recipe's rotation is not 'dense'", shape_text(matrix.size()));
+  switch (side.rotation) {
+    case RotationKind::identity: return Rotation::identity(dim, out);
+    case RotationKind::srft: return Rotation::srft(dim, side.seed, out);
+    case RotationKind::srht: return Rotation::srht(dim, side.seed, out);
+    case RotationKind::householder:
+      return Rotation::householder(dim, side.reflectors > 0 ? side.reflectors : dim / 2, side.seed, out);
+    case RotationKind::dense: {
+      const std::size_t count = static_cast<std::size_t>(dim) * dim;
+      if (matrix.size() != count)
+        return invalid_argument(matrix_name, std::to_string(dim) + " x " + std::to_string(dim) + " values", shape_text(matrix.size()));
+      return Rotation::dense(dim, matrix, out);
+    }
+  }
+  return invalid_argument("recipe.rotation", "a known kind", std::to_string(static_cast<int>(side.rotation)));
+}
+
+Status make_side(const SideRecipe& recipe, int dim, const std::vector<float>& matrix, const char* matrix_name, SideSpec* side) {
+  side->dim = dim;
+  side->group = recipe.group > 0 ? recipe.group : dim;
+  side->groups = dim / side->group;
+  side->levels = levels(recipe.levels);
+  side->scale = recipe.scale;
+  side->mean = recipe.mean;
+  return make_rotation(recipe, dim, matrix, matrix_name, &side->rotation);
+}
+
+}  // namespace
+
+Status make_sides(const Recipe& recipe, int head_dim_k, int head_dim_v, const std::vector<float>& matrix_k,
+                  const std::vector<float>& matrix_v, PageSpec* out) {
+  KV4_RETURN_IF_ERROR(make_side(recipe.key, head_dim_k, matrix_k, "matrix_k", &out->key));
+  return make_side(recipe.value, head_dim_v, matrix_v, "matrix_v", &out->value);
+}
+
+}  // namespace kv4

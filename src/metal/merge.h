@@ -1,0 +1,72 @@
+// Joins the partial states of one query row, turns the part over pages back into the model's basis and writes the output
+// or the row's own partial state. One threadgroup a row.
+#ifndef KV4_METAL_MERGE_H
+#define KV4_METAL_MERGE_H
+
+#include "metal/attend.h"
+#include "metal/rotate.h"
+
+namespace kv4 {
+namespace apple {
+
+// matrix: (R^-1)^T of the values' rotation. lambda [.., kv_heads, dim], sinks [kv_heads * group].
+// Threadgroup memory: x and y [kMaxDim], partial [KV4_ROW_THREADS].
+inline void merge_row(device const float* states, device const float* matrix, device const float* lambda,
+                      device const float* sinks, device const long* sequences, device const long* call, device uchar* out,
+                      uint row, uint head, uint b, threadgroup float* x, threadgroup float* y, threadgroup float* partial,
+                      uint tid, uint lane) {
+  const uint dim = uint(call[kv4_call_dim]), group = uint(call[kv4_call_group]), heads = uint(call[kv4_call_kv_heads]);
+  const uint exact_splits = uint(call[kv4_call_exact_splits]), splits = exact_splits + uint(call[kv4_call_page_splits]);
+  const uint block_rows = uint(call[kv4_call_block_rows]), blocks = uint(call[kv4_call_blocks]);
+  const long step = long(block_rows) * long(dim + 2);
+  device const float* from = states + (long(b * heads + head) * long(blocks) + long(row / block_rows)) * long(splits) * step +
+                             long(row % block_rows) * long(dim + 2);
+  float top = kHidden;
+  for (uint s = lane; s < splits; s += kLanes) top = max(top, from[long(s) * step + long(dim)]);
+  top = simd_max(top);
+
+  // Exact rows and pages apart: they lie in different bases.
+  float exact = 0.0f, l = 0.0f;
+  if (tid < dim) {
+    float packed = 0.0f;
+    for (uint s = 0; s < splits; ++s) {
+      device const float* state = from + long(s) * step;
+      const float m = state[dim];
+      const float weight = m <= kHiddenBelow ? 0.0f : exp2(m - top);
+      l = fma(weight, state[dim + 1], l);
+      const float value = weight * state[tid];
+      if (s < exact_splits) exact += value;
+      else packed += value;
+    }
+    x[tid] = packed;
+    y[tid] = packed;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (call[kv4_call_value_rotated] != 0 && splits > exact_splits) multiply_row(matrix, dim, x, y, partial, tid);
+  if (tid >= dim) return;
+
+  const long lambda_row = sequences[b * kv4_sequence_fields + kv4_sequence_lambda];
+  const uint q_head = head * group + row % group;
+  float o = y[tid];
+  if (lambda_row >= 0) o /= lambda[(lambda_row * long(heads) + long(head)) * long(dim) + long(tid)];
+  o += exact;
+  const int dtype = int(call[kv4_call_out_dtype]);
+  const long at = long(b) * call[kv4_call_out_stride_batch] + long(q_head) * call[kv4_call_out_stride_head] +
+                  long(row / group) * call[kv4_call_out_stride_query];
+  if (dtype == KV4_OUT_PARTIAL) {
+    device float* row_out = (device float*)out + at;
+    row_out[tid] = o;
+    if (tid == 0) {
+      row_out[dim] = l > 0.0f ? top * 0.69314718055994531f : -INFINITY;
+      row_out[dim + 1] = l;
+    }
+    return;
+  }
+  const float denominator = call[kv4_call_has_sinks] != 0 ? l + exp2(sinks[q_head] * kLog2e - top) : l;
+  store_element(out, dtype, at + long(tid), l > 0.0f ? o / denominator : 0.0f);
+}
+
+}  // namespace apple
+}  // namespace kv4
+
+#endif  // KV4_METAL_MERGE_H

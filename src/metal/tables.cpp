@@ -1,0 +1,203 @@
+#include "metal/tables.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "metal/arguments.h"
+
+namespace kv4::apple {
+namespace {
+
+constexpr int kDims[] = {64, 80, 96, 128, 256};
+constexpr int kBlockRows[] = {1, 2, 3, 4, 6, 8};
+constexpr int kPagesPerSplit = 8;  // two for each SIMD-group
+constexpr int kExactRowsPerSplit = KV4_PAGE_TOKENS * KV4_ATTEND_THREADS / 32;
+constexpr int kMaxSplits = 64;
+constexpr int kThreadgroupsPerCore = 4;
+constexpr std::int64_t kBeforeAll = -(std::int64_t{1} << 62);
+
+std::vector<double> transposed(const std::vector<double>& matrix, std::size_t d) {
+  std::vector<double> out(matrix.size());
+  for (std::size_t i = 0; i < d; ++i)
+    for (std::size_t c = 0; c < d; ++c) out[c * d + i] = matrix[i * d + c];
+  return out;
+}
+
+Status supports_side(const SideSpec& side, const char* name) {
+  if (std::find(std::begin(kDims), std::end(kDims), side.dim) == std::end(kDims))
+    return error(StatusCode::unsupported, std::string("head_dim_") + name, "64, 80, 96, 128 or 256 on Metal", std::to_string(side.dim));
+  if (side.groups != 1)
+    return error(StatusCode::unsupported, std::string("recipe.") + name + ".group", "one scale per vector on Metal", std::to_string(side.group));
+  return {};
+}
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+Status supports(const PageSpec& spec) {
+  KV4_RETURN_IF_ERROR(supports_side(spec.key, "k"));
+  KV4_RETURN_IF_ERROR(supports_side(spec.value, "v"));
+  if (spec.key.dim != spec.value.dim)
+    return error(StatusCode::unsupported, "head_dim_v", "head_dim_k, " + std::to_string(spec.key.dim), std::to_string(spec.value.dim));
+  return {};
+}
+
+std::vector<float> query_matrix(const Rotation& rotation) {
+  if (rotation.kind() == RotationKind::identity) return {};
+  const std::vector<double> m = rotation.inverse_f64();
+  return {m.begin(), m.end()};
+}
+
+std::vector<float> output_matrix(const Rotation& rotation) {
+  if (rotation.kind() == RotationKind::identity) return {};
+  const std::vector<double> m = transposed(rotation.inverse_f64(), static_cast<std::size_t>(rotation.dim()));
+  return {m.begin(), m.end()};
+}
+
+std::vector<float> sealing_matrix(const Rotation& rotation) {
+  if (rotation.kind() == RotationKind::identity) return {};
+  const std::vector<double> m = transposed(rotation.matrix_f64(), static_cast<std::size_t>(rotation.dim()));
+  std::vector<float> out(m.begin(), m.end());
+  for (std::size_t i = 0; i < m.size(); ++i) out.push_back(static_cast<float>(m[i] - static_cast<double>(out[i])));
+  return out;
+}
+
+std::vector<std::int64_t> side_table(const PageSpec& spec, bool values, DType dtype, std::int64_t stride) {
+  const SideSpec& side = values ? spec.value : spec.key;
+  std::vector<std::int64_t> t(kv4_side_fields);
+  t[kv4_side_dim] = side.dim;
+  t[kv4_side_dtype] = static_cast<std::int64_t>(dtype);
+  t[kv4_side_stride] = stride;
+  t[kv4_side_codes] = values ? spec.layout.v_codes : spec.layout.k_codes;
+  t[kv4_side_scales] = values ? spec.layout.v_scales : spec.layout.k_scales;
+  t[kv4_side_mean] = spec.layout.k_mean;
+  t[kv4_side_has_mean] = side.mean;
+  t[kv4_side_abs_max] = side.scale == ScaleRule::abs_max;
+  t[kv4_side_negative_base] = side.levels.negative_base;
+  t[kv4_side_rotated] = side.rotation->kind() != RotationKind::identity;
+  t[kv4_side_values] = values;
+  return t;
+}
+
+std::vector<float> level_table(const SideSpec& side) {
+  std::vector<float> t(kv4_level_fields);
+  t[kv4_level_gain] = side.levels.gain;
+  t[kv4_level_top] = side.levels.magnitude[7];
+  for (std::size_t i = 0; i < 7; ++i) t[kv4_level_threshold + i] = static_cast<float>(side.levels.twice_threshold[i]) * 0.5f;
+  for (std::size_t i = 0; i < 16; ++i) t[kv4_level_table + i] = side.levels.table[i];
+  return t;
+}
+
+AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores) {
+  const AttendArgs& a = job.args;
+  AttendTables t;
+  const int batch = static_cast<int>(job.sequences.size()), group = static_cast<int>(a.q.shape[1]) / job.kv_heads;
+  t.dim = job.head_dim_k;
+  t.rows = group * static_cast<int>(job.query_count);
+  t.block_rows = *std::find_if(std::begin(kBlockRows), std::end(kBlockRows) - 1, [&](int r) { return r >= t.rows; });
+  t.blocks = ceil_div(t.rows, t.block_rows);
+  int most_pages = 0;
+  std::int64_t most_exact = 0;
+  for (const SequenceView& s : job.sequences) {
+    most_pages = std::max(most_pages, s.page_count);
+    most_exact = std::max(most_exact, s.exact[0].count + s.exact[1].count);
+  }
+  const int groups = batch * job.kv_heads * t.blocks;
+  const int wanted = std::clamp(ceil_div(cores * kThreadgroupsPerCore, groups), 1, kMaxSplits);
+  const int exact_splits = std::clamp(static_cast<int>((most_exact + kExactRowsPerSplit - 1) / kExactRowsPerSplit), 1, wanted);
+  const int page_splits = most_pages == 0 ? 0 : std::clamp(ceil_div(most_pages, kPagesPerSplit), 1, wanted);
+  t.splits = exact_splits + page_splits;
+  t.prepared_floats = std::size_t{2} * static_cast<std::size_t>(batch * job.kv_heads * t.rows) * static_cast<std::size_t>(t.dim);
+  t.state_floats = static_cast<std::size_t>(groups) * static_cast<std::size_t>(t.splits * t.block_rows) * static_cast<std::size_t>(t.dim + 2);
+
+  t.call.assign(kv4_call_fields, 0);
+  std::vector<std::int64_t>& c = t.call;
+  c[kv4_call_dim] = t.dim;
+  c[kv4_call_kv_heads] = job.kv_heads;
+  c[kv4_call_group] = group;
+  c[kv4_call_queries] = job.query_count;
+  c[kv4_call_block_rows] = t.block_rows;
+  c[kv4_call_blocks] = t.blocks;
+  c[kv4_call_exact_splits] = exact_splits;
+  c[kv4_call_page_splits] = page_splits;
+  t.levels.assign(32, 0);
+  std::int64_t page_bytes = 1;
+  if (job.spec != nullptr) {
+    const kv4_page_layout& l = job.spec->layout;
+    page_bytes = std::int64_t{l.head_bytes} * job.kv_heads;
+    c[kv4_call_page_bytes] = page_bytes;
+    c[kv4_call_head_bytes] = l.head_bytes;
+    c[kv4_call_k_scales] = l.k_scales;
+    c[kv4_call_k_mean] = l.k_mean;
+    c[kv4_call_v_codes] = l.v_codes;
+    c[kv4_call_v_scales] = l.v_scales;
+    c[kv4_call_has_mean] = job.spec->key.mean;
+    c[kv4_call_key_rotated] = job.spec->key.rotation->kind() != RotationKind::identity;
+    c[kv4_call_value_rotated] = job.spec->value.rotation->kind() != RotationKind::identity;
+    for (std::size_t i = 0; i < 16; ++i) {
+      t.levels[i] = job.spec->key.levels.table[i];
+      t.levels[16 + i] = job.spec->value.levels.table[i];
+    }
+  }
+  c[kv4_call_exact_dtype] = static_cast<std::int64_t>(job.dtype);
+  c[kv4_call_causal] = a.mask.causal;
+  c[kv4_call_general_kind] = static_cast<std::int64_t>(a.mask.kind);
+  c[kv4_call_general_dtype] = static_cast<std::int64_t>(a.mask.general_dtype);
+  for (std::size_t i = 0; i < 4; ++i) c[kv4_call_general_stride_batch + i] = a.mask.general_stride[i];
+  c[kv4_call_general_columns] = a.mask.columns;
+  c[kv4_call_general_offset] = a.mask.offset;
+  c[kv4_call_q_dtype] = static_cast<std::int64_t>(a.q.dtype);
+  for (std::size_t i = 0; i < 3; ++i) c[kv4_call_q_stride_batch + i] = a.q.stride[i];
+  if (job.out.data != nullptr) {
+    c[kv4_call_out_dtype] = static_cast<std::int64_t>(job.out.dtype);
+    for (std::size_t i = 0; i < 3; ++i) c[kv4_call_out_stride_batch + i] = job.out.stride[i];
+  } else {
+    c[kv4_call_out_dtype] = KV4_OUT_PARTIAL;
+    const std::int64_t row = t.dim + 2;
+    c[kv4_call_out_stride_query] = row;
+    c[kv4_call_out_stride_head] = row * job.query_count;
+    c[kv4_call_out_stride_batch] = c[kv4_call_out_stride_head] * a.q.shape[1];
+  }
+  c[kv4_call_has_sinks] = a.sinks != nullptr;
+  c[kv4_call_batch] = batch;
+
+  constexpr double kLog2e = 1.4426950408889634;
+  const double scale = a.scale != 0 ? a.scale : 1 / std::sqrt(static_cast<double>(t.dim));
+  t.factors.assign(kv4_factor_fields, 0.0f);
+  t.factors[kv4_factor_scale] = static_cast<float>(a.softcap > 0 ? scale / a.softcap : scale * kLog2e);
+  t.factors[kv4_factor_cap] = static_cast<float>(a.softcap * kLog2e);
+
+  const auto size = static_cast<std::int64_t>(size_of(job.dtype));
+  t.sequences.assign(static_cast<std::size_t>(batch) * kv4_sequence_fields, 0);
+  for (int b = 0; b < batch; ++b) {
+    const SequenceView& s = job.sequences[static_cast<std::size_t>(b)];
+    std::int64_t* out = t.sequences.data() + static_cast<std::size_t>(b) * kv4_sequence_fields;
+    out[kv4_sequence_query_position] = s.query_position;
+    out[kv4_sequence_page_count] = s.page_count;
+    out[kv4_sequence_last_page_tokens] = s.last_page_tokens;
+    out[kv4_sequence_pages_position] = s.pages_position;
+    out[kv4_sequence_table] = static_cast<std::int64_t>(t.pages.size());
+    out[kv4_sequence_start] = a.mask.start != nullptr ? a.mask.offset + a.mask.start[b] : kBeforeAll;
+    out[kv4_sequence_window] = a.mask.window != nullptr ? a.mask.window[b] : 0;
+    out[kv4_sequence_lambda] = s.lambda_k != nullptr ? b : -1;
+    for (int p = 0; p < s.page_count; ++p) t.pages.push_back(static_cast<std::int32_t>((s.pages[p] - bases.pages) / page_bytes));
+    for (int set = 0; set < 2; ++set) {
+      const ExactRows& x = s.exact[set];
+      std::int64_t* e = out + kv4_sequence_exact + set * kv4_exact_fields;
+      e[kv4_exact_position] = x.position;
+      e[kv4_exact_count] = x.count;
+      if (x.count == 0) continue;
+      e[kv4_exact_k_offset] = (static_cast<const std::byte*>(x.k) - static_cast<const std::byte*>(bases.exact_k)) / size;
+      e[kv4_exact_k_stride_head] = x.k_head_stride;
+      e[kv4_exact_k_stride] = x.k_stride;
+      e[kv4_exact_v_offset] = (static_cast<const std::byte*>(x.v) - static_cast<const std::byte*>(bases.exact_v)) / size;
+      e[kv4_exact_v_stride_head] = x.v_head_stride;
+      e[kv4_exact_v_stride] = x.v_stride;
+    }
+  }
+  return t;
+}
+
+}  // namespace kv4::apple

@@ -1,0 +1,89 @@
+"""The text that mlx.fast.metal_kernel compiles around a body, so that a body can be run here.
+
+MLX writes the signature from the arrays of a call: each input as `const device T*`, or `const constant T*` where it has
+fewer than 8 elements, or a reference where it has no dimensions; each output as `device T*`; and the attributes, sizes
+and strides that the body mentions. Template values are a template's parameters of one instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .translate import EXTENTS, SCALARS
+
+SMALL = 8  # elements: arrays with fewer are constants
+TYPES = {name: f"{name}_t" for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")}
+TYPES |= {"float32": "float", "float16": "float16_t", "bool": "bool"}
+PRELUDE = """#include <metal_stdlib>
+#include <metal_math>
+using namespace metal;
+typedef half float16_t;
+typedef bfloat bfloat16_t;
+"""
+
+
+def type_name(array: np.ndarray | np.generic) -> str:
+    name = array.dtype.name
+    if name not in TYPES:
+        raise TypeError(f"dtype: expected one of {', '.join(TYPES)}; got {name}")
+    return TYPES[name]
+
+
+def kernel_text(
+    name: str,
+    inputs: Sequence[tuple[str, np.ndarray]],
+    outputs: Sequence[tuple[str, np.ndarray]],
+    source: str,
+    header: str = "",
+    template: Sequence[tuple[str, int | bool | str]] = (),
+) -> str:
+    """A .metal file with kernel `name`. `source` and `header` as for mlx.fast.metal_kernel; `template`: (name, value),
+    a type by its Metal name."""
+    parameters, index = [], 0
+    for label, array in inputs:
+        space = "constant" if array.size < SMALL else "device"
+        parameters.append(
+            f"const {space} {type_name(array)}{'&' if array.ndim == 0 else '*'} {label} [[buffer({index})]]"
+        )
+        index += 1
+        for suffix, kind in (("shape", "int*"), ("strides", "int64_t*"), ("ndim", "int&")):
+            if array.ndim and f"{label}_{suffix}" in source:
+                parameters.append(f"const constant {kind} {label}_{suffix} [[buffer({index})]]")
+                index += 1
+    for label, array in outputs:
+        parameters.append(f"device {type_name(array)}* {label} [[buffer({index})]]")
+        index += 1
+    parameters += [f"uint3 {a} [[{a}]]" for a in EXTENTS if a in source]
+    parameters += [f"uint {a} [[{a}]]" for a in SCALARS if a in source]
+    signature = ",\n  ".join(parameters)
+    text = f"{PRELUDE}{header}\n"
+    if template:
+        kinds = [
+            f"{'bool' if v is True or v is False else 'int' if isinstance(v, int) else 'typename'} {n}"
+            for n, v in template
+        ]
+        text += f"template <{', '.join(kinds)}>\n"
+    text += f"[[kernel]] void {name}_body(\n  {signature}) {{\n{source}\n}}\n" if template else (
+        f"[[kernel]] void {name}(\n  {signature}) {{\n{source}\n}}\n"
+    )  # fmt: skip
+    if template:
+        values = ", ".join(str(v).lower() if isinstance(v, bool) else str(v) for _, v in template)
+        text += f'template [[host_name("{name}")]] [[kernel]] decltype({name}_body<{values}>) {name}_body<{values}>;\n'
+    return text
+
+
+def arguments(inputs: Sequence[tuple[str, np.ndarray]], outputs: Sequence[np.ndarray], source: str) -> list:
+    """The buffers of a call, in the order of kernel_text's parameters."""
+    found: list = []
+    for label, array in inputs:
+        found.append(array)
+        strides = [s // array.itemsize for s in array.strides]
+        extra = (
+            ("shape", np.array(array.shape, np.int32)),
+            ("strides", np.array(strides, np.int64)),
+            ("ndim", np.int32(array.ndim)),
+        )
+        found += [value for suffix, value in extra if array.ndim and f"{label}_{suffix}" in source]
+    return found + list(outputs)
