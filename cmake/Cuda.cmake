@@ -1,6 +1,6 @@
 # The backend for NVIDIA GPUs, a part of kv4 where nvcc is found. Machine code for compute capabilities 8.0, 8.9 and 9.0, and
-# code that later ones compile when it is loaded; the Python module, which is built while its user
-# waits, has what the cache runs on: 9.0 and later.
+# code that later ones compile when it is loaded; the Python module, which is built while its user waits, has code for the
+# GPU of the machine alone, or for 9.0 where there is none.
 
 include(CheckLanguage)
 if(CMAKE_CROSSCOMPILING OR KV4_SANITIZE)
@@ -23,7 +23,13 @@ endif()
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90)
   if(SKBUILD)
-    set(CMAKE_CUDA_ARCHITECTURES 90)
+    # This machine's GPU, where it has one.
+    execute_process(COMMAND nvidia-smi -L RESULT_VARIABLE KV4_NO_GPU OUTPUT_QUIET ERROR_QUIET)
+    if(KV4_NO_GPU)
+      set(CMAKE_CUDA_ARCHITECTURES 90)
+    else()
+      set(CMAKE_CUDA_ARCHITECTURES native)
+    endif()
   endif()
 endif()
 if(KV4_CCACHE AND NOT CMAKE_CUDA_COMPILER_LAUNCHER)
