@@ -14,6 +14,7 @@ import kv4.hf
 import kv4.hf.handle
 from hf_cases import one_thread  # noqa: F401, a fixture
 from kv4 import Recipe
+from kv4.hf.device import usable_devices
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_attach_says_why_not(model):
 
     with torch.device("meta"):
         elsewhere = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(num_hidden_layers=1))
-    expected = "model: expected a model on one of cpu, mps; got Qwen2ForCausalLM with parameters on meta"
+    expected = f"model: expected a model on {usable_devices()}; got Qwen2ForCausalLM with parameters on meta"
     assert refused(elsewhere) == expected
 
     double = copy.deepcopy(model).double()

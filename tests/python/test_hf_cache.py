@@ -20,6 +20,7 @@ from hf_cases import (
     rows_of,
 )
 from kv4 import Recipe, Side
+from kv4.hf.device import usable_devices
 from kv4.hf.cache import KV4Layer
 
 
@@ -227,7 +228,7 @@ def test_bad_tensors_leave_the_cache_as_it_was():
         (good[0], good, "k: expected 4 axes"),
         (good.to(torch.float16), good, "key_states: expected the layer's dtype torch.float32; got torch.float16"),
         (good, good.double(), "value_states: expected the layer's dtype torch.float32; got torch.float64"),
-        (good.to("meta"), good, "key_states: expected a tensor on the layer's device cpu; got meta"),
+        (good.to("meta"), good, "key_states: expected a tensor on the CPU; got meta"),
     ]
     for key, value, message in bad:
         with pytest.raises(ValueError, match=message):
@@ -244,7 +245,7 @@ def test_bad_tensors_leave_the_cache_as_it_was():
             torch.zeros(2, 4),
             "key_states: expected a tensor .batch, kv_heads, tokens, head_dim.",
         ),
-        (rows_of(1).to("meta"), rows_of(1), "key_states: expected a tensor on one of cpu, mps; got meta"),
+        (rows_of(1).to("meta"), rows_of(1), f"key_states: expected a tensor on {usable_devices()}; got meta"),
         (rows_of(1).long(), rows_of(1), "key_states: expected float32, float16 or bfloat16; got torch.int64"),
         (rows_of(1), rows_of(1).half(), "value_states: expected the keys' dtype torch.float32; got torch.float16"),
         (rows_of(1), rows_of(2), "v: expected"),
