@@ -20,8 +20,8 @@ from hf_cases import (
     rows_of,
 )
 from kv4 import Recipe, Side
-from kv4.hf.device import usable_devices
 from kv4.hf.cache import KV4Layer
+from kv4.hf.device import usable_devices
 
 
 def test_update_reads_any_strides():
