@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "../cpp/seal_case.h"
 #include "device.h"
+#include "seal_cases.h"
 
 namespace kv4 {
 namespace {
@@ -67,44 +67,8 @@ class CudaSeal : public ::testing::Test {
   }
 };
 
-constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
-
-TEST_F(CudaSeal, MatchesReference) {
-  int n = 0;
-  for (int d : cases::kHeadDims) {
-    for (RotationKind rotation : {RotationKind::identity, RotationKind::srft, RotationKind::srht, RotationKind::householder, RotationKind::dense}) {
-      for (int repeat = 0; repeat < 3; ++repeat, ++n) {
-        Case c;
-        c.key = {d, rotation, 0, n % 3 == 0 ? LevelKind::uniform : LevelKind::lloyd_max,
-                 n % 5 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares, repeat != 1, repeat % 2 == 0};
-        c.value = {d, rotation, 0, n % 4 == 1 ? LevelKind::uniform : LevelKind::lloyd_max,
-                   n % 7 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares, false, repeat == 2};
-        c.dtype = kDTypes[(n + n / 3) % 3];
-        c.masked = n % 3 == 1;
-        c.bias = n % 2 == 0 ? 20 : 350;
-        check(c);
-        if (HasFatalFailure()) return;
-      }
-    }
-  }
-}
-
-TEST_F(CudaSeal, LargeKeyBias) {
-  for (int d : cases::kHeadDims) {
-    for (double sigma : {0.01, 0.1, 1.0, 10.0}) {
-      for (DType dtype : kDTypes) {
-        Case c;
-        c.key = {d, RotationKind::srft, 0, LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
-        c.value.dim = d;
-        c.dtype = dtype;
-        c.bias = 350;
-        c.sigma = sigma;
-        check(c);
-        if (HasFatalFailure()) return;
-      }
-    }
-  }
-}
+TEST_F(CudaSeal, MatchesReference) { every_dim_and_rotation(1, check); }
+TEST_F(CudaSeal, LargeKeyBias) { large_key_bias(check); }
 
 // A page filled in parts holds what one filled at once does.
 TEST_F(CudaSeal, PartsOfAPage) {

@@ -7,10 +7,10 @@
 #include <string>
 #include <vector>
 
-#include "../cpp/seal_case.h"
 #include "device.h"
 #include "metal/order.h"
 #include "metal/tables.h"
+#include "seal_cases.h"
 
 namespace kv4 {
 namespace {
@@ -66,50 +66,14 @@ void check(const Case& c, Build build, std::uint64_t seed) {
              read_u16(slice.data() + spec.layout.v_scales, kPageTokens), {});
 }
 
-constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
-constexpr RotationKind kRotations[] = {RotationKind::identity, RotationKind::srft, RotationKind::srht, RotationKind::householder,
-                                       RotationKind::dense};
-
-void check_all(Build build, int stride) {
-  int n = 0;
-  for (int d : cases::kHeadDims) {
-    for (RotationKind rotation : kRotations) {
-      for (int repeat = 0; repeat < 3; ++repeat, ++n) {
-        if (n % stride != 0) continue;
-        Case c;
-        c.key = {d, rotation, 0, n % 3 == 0 ? LevelKind::uniform : LevelKind::lloyd_max,
-                 n % 5 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares, repeat != 1, repeat % 2 == 0};
-        c.value = {d, rotation, 0, n % 4 == 1 ? LevelKind::uniform : LevelKind::lloyd_max,
-                   n % 7 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares, false, repeat == 2};
-        c.dtype = kDTypes[(n + n / 3) % 3];
-        c.masked = n % 3 == 1;
-        c.bias = n % 2 == 0 ? 20 : 350;
-        check(c, build, static_cast<std::uint64_t>(n));
-        if (testing::Test::HasFatalFailure()) return;
-      }
-    }
-  }
+// A case's check in a build, with a seed of its own for the order of lanes.
+auto in(Build build) {
+  return [build, seed = std::uint64_t{0}](const Case& c) mutable { check(c, build, seed++); };
 }
 
-TEST(MetalSeal, MatchesReference) { check_all(Build::fast, 1); }
-TEST(MetalSeal, MatchesReferenceChecked) { check_all(Build::check, 7); }
-
-TEST(MetalSeal, LargeKeyBias) {
-  for (int d : cases::kHeadDims) {
-    for (double sigma : {0.01, 0.1, 1.0, 10.0}) {
-      for (DType dtype : kDTypes) {
-        Case c;
-        c.key = {d, RotationKind::srft, 0, LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
-        c.value.dim = d;
-        c.dtype = dtype;
-        c.bias = 350;
-        c.sigma = sigma;
-        check(c, Build::fast, 0);
-        if (HasFatalFailure()) return;
-      }
-    }
-  }
-}
+TEST(MetalSeal, MatchesReference) { every_dim_and_rotation(1, in(Build::fast)); }
+TEST(MetalSeal, MatchesReferenceChecked) { every_dim_and_rotation(7, in(Build::check)); }
+TEST(MetalSeal, LargeKeyBias) { large_key_bias(in(Build::fast)); }
 
 // A page filled in parts holds what one filled at once does.
 TEST(MetalSeal, PartsOfAPage) {
@@ -186,8 +150,8 @@ TEST(MetalAppend, CopiesStridedRows) {
   for (Build build : {Build::fast, Build::check}) {
     const Module& m = Module::get("seal", build);
     const std::int64_t batch = 2, heads = 3, tokens = 5, dim = 80;
-    for (DType from : kDTypes) {
-      for (DType to : kDTypes) {
+    for (DType from : kEveryDType) {
+      for (DType to : kEveryDType) {
         const std::vector<float> x = cases::normal_rows(batch * tokens * heads, static_cast<int>(dim), 9);
         std::vector<std::uint8_t> bytes(x.size() * size_of(from));
         std::vector<float> held(x.size());
