@@ -38,7 +38,14 @@ AttendPlan plan_attend(const AttendParams& p, const Chip& chip) {
   plan.early = chip.code >= 90;
   plan.segment_blocks = p.group * p.queries > kBlockRows ? 2 : 1;
   plan.ctas = chip.multiprocessors;
-  plan.warps_per_cta = with_dim(p.dim, [&](auto d) { return fit<decltype(d)::value>(plan.room, plan.segment_blocks).warps; });
+  with_dim(p.dim, [&](auto d) {
+    constexpr int kDim = decltype(d)::value;
+    const Fit used = fit<kDim>(plan.room, plan.segment_blocks);
+    plan.warps_per_cta = used.warps;
+    const int left = room_bytes(plan.room) - main_shared<kDim>(used.warps, used.depth, plan.segment_blocks);
+    plan.most_sequences = used.warps > 0 ? left / static_cast<int>(sizeof(int)) - 1 : 0;
+    return true;
+  });
   AttendParams sized = p;
   sized.blocks = blocks_of_rows(p, plan.segment_blocks);
   plan.scratch = lay_out(sized, plan).bytes;

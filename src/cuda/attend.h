@@ -93,6 +93,7 @@ enum class Room { none, small, middle, large };
 // The launch configuration of one call and the scratch it needs, in bytes.
 struct AttendPlan {
   Room room = Room::none;
+  int most_sequences = 0;  // whose line fits beside the queues
   int segment_blocks = 1;
   int ctas = 0, warps_per_cta = 0;
   bool early = false;  // the kernels may begin before those before them have ended (sm_90)

@@ -219,6 +219,9 @@ class CudaBackend final : public Backend {
       p.sequences = views.as<SequenceView>();
     }
     const AttendPlan plan = plan_attend(p, chip_);
+    if (p.batch > plan.most_sequences)
+      return error(StatusCode::unsupported, "q", "at most " + std::to_string(plan.most_sequences) + " sequences of these heads on this device",
+                   std::to_string(p.batch));
     void* scratch = nullptr;
     thread_local std::map<int, Scratch> scratches;
     KV4_RETURN_IF_ERROR(scratches[device_].reserve(plan.scratch, captured, &scratch));

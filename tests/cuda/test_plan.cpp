@@ -48,6 +48,8 @@ TEST(CudaPlan, EveryHeadDimAndRowsFitTheDevice) {
           EXPECT_GE(used.warps, 4);  // one to a scheduler
           EXPECT_GE(used.depth, 2);  // the keys of two pages are held at once
           EXPECT_LE(main_shared<kDim>(used.warps, used.depth, plan.segment_blocks) + kLineBytes, e.chip.shared);
+          EXPECT_GE(plan.most_sequences, 1023);
+          EXPECT_LE(main_shared<kDim>(used.warps, used.depth, plan.segment_blocks) + 4 * (plan.most_sequences + 1), e.chip.shared);
           return true;
         });
       }
@@ -99,6 +101,7 @@ TEST(CudaPlan, WithoutRoomNothingIsQueued) {
   p.dim = 128;
   const AttendPlan plan = plan_attend(p, {170, 99 * 1024, 120});
   EXPECT_EQ(plan.warps_per_cta, 0);
+  EXPECT_EQ(plan.most_sequences, 0);
   std::array<unsigned char, 1> scratch;
   EXPECT_EQ(launch_attend(p, plan, scratch.data(), nullptr), cudaErrorNoKernelImageForDevice);
 }
