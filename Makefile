@@ -47,7 +47,7 @@ $(VENV)/.python: requirements.txt requirements-dev.txt | $(VENV)/.system
 	@touch $@
 
 $(VENV)/.kv4: $(VENV)/.python $(CORE)
-	CC=$(CC) CXX=$(CXX) $(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 	@touch $@
 
 demo: setup

@@ -1,10 +1,19 @@
 # The backend for NVIDIA GPUs, a part of kv4 where nvcc is found. Machine code for compute capabilities 8.0, 8.9 and 9.0, and
-# code that later ones compile when it is loaded; the Python module, which is built while its user waits, has code for the
-# GPU of the machine alone, or for 9.0 where there is none.
+# code that later ones compile when it is loaded. The Python module is built while its user waits: it has code for the GPU of
+# the machine alone, and where there is none, none unless KV4_CUDA=ON asks for it.
 
 include(CheckLanguage)
 if(CMAKE_CROSSCOMPILING OR KV4_SANITIZE)
   set(KV4_CUDA OFF)  # nothing there to run it, or nothing that sees into it
+endif()
+if(SKBUILD)
+  execute_process(COMMAND nvidia-smi -L RESULT_VARIABLE KV4_NO_GPU OUTPUT_QUIET ERROR_QUIET)
+  if(NOT KV4_NO_GPU)
+    set(KV4_NATIVE_CUDA native)
+  elseif(KV4_CUDA STREQUAL "AUTO")
+    message(STATUS "CUDA left out of the Python module: no NVIDIA GPU found (KV4_CUDA=ON builds it all the same)")
+    set(KV4_CUDA OFF)
+  endif()
 endif()
 if(NOT KV4_CUDA STREQUAL "OFF")
   check_language(CUDA)
@@ -21,15 +30,9 @@ if(NOT KV4_HAS_CUDA)
 endif()
 
 if(NOT CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90)
-  if(SKBUILD)
-    # This machine's GPU, where it has one.
-    execute_process(COMMAND nvidia-smi -L RESULT_VARIABLE KV4_NO_GPU OUTPUT_QUIET ERROR_QUIET)
-    if(KV4_NO_GPU)
-      set(CMAKE_CUDA_ARCHITECTURES 90)
-    else()
-      set(CMAKE_CUDA_ARCHITECTURES native)
-    endif()
+  set(CMAKE_CUDA_ARCHITECTURES ${KV4_NATIVE_CUDA})
+  if(NOT CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90)
   endif()
 endif()
 if(KV4_CCACHE AND NOT CMAKE_CUDA_COMPILER_LAUNCHER)

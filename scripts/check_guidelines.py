@@ -27,18 +27,16 @@ LAYERS: dict[str, set[str]] = {
     "src/reference": {"kv4", "format", "rotation", "recipe", "backend"},
     "src/cpu": {"kv4", "format", "rotation", "recipe", "moments", "backend"},
     "src/cuda": {"kv4", "format", "rotation", "recipe", "moments", "backend"},
-    "src/metal": {"kv4", "format", "rotation", "recipe", "moments", "backend"},
+    "src/metal": {"kv4", "format", "rotation", "recipe", "backend"},
     "src/cache": {"kv4", "format", "rotation", "recipe", "backend", "attention"},
     "src/capi": {"kv4"},
     "python/bindings": {"kv4"},
 }
-# The bindings' timing hooks reach the kernels themselves.
 # Instruction sets that add to another and may use its folder.
 EXTENDS = {"amx": "avx512", "avxvnni": "avx2", "i8mm": "neon"}
 # The Metal host in Python asks for the tables that a host in C++ would make.
 EXCEPTIONS: dict[str, set[str]] = {
-    "python/bindings/bench.cpp": {"cpu", "backend", "format", "rotation"},
-    "python/bindings/metal.cpp": {"metal", "backend", "moments", "format"},
+    "python/bindings/metal.cpp": {"metal", "backend", "moments"},
 }
 
 SOURCE = {".h", ".hpp", ".inl", ".cpp", ".c", ".cu", ".cuh", ".metal", ".mm"}

@@ -27,7 +27,7 @@ gtest() {
   echo '#include <gtest/gtest.h>' | "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only - || test -d /usr/src/googletest
 }
 
-# Any version from 19 on, with AddressSanitizer's shared library.
+# Versions 19 to 21, with AddressSanitizer's shared library.
 metal() {
   local cxx
   for cxx in clang++-19 clang++-20 clang++-21; do

@@ -12,7 +12,7 @@
 
 namespace kv4::scene {
 
-inline constexpr DType kEveryDType[] = {DType::f32, DType::f16, DType::bf16};
+using cases::kEveryDType;
 
 // `dtypes`: of exact rows. `step`: one of so many cases, for what runs slowly.
 template <class F>

@@ -5,8 +5,11 @@
 #include <cstdint>
 #include <vector>
 
+#include "kv4/types.h"
+
 namespace kv4::cases {
 
+inline constexpr DType kEveryDType[] = {DType::f32, DType::f16, DType::bf16};
 inline constexpr int kHeadDims[] = {64, 80, 96, 128, 256};
 inline constexpr int kRotationDims[] = {32, 34, 46, 64, 80, 96, 112, 128, 160, 192, 256, 320, 512};
 inline constexpr int kQueryHeadsPerKvHead[] = {1, 2, 3, 4, 6, 7, 8};

@@ -7,7 +7,7 @@
 
 namespace kv4::seal_case {
 
-inline constexpr DType kEveryDType[] = {DType::f32, DType::f16, DType::bf16};
+using cases::kEveryDType;
 
 // Every head dim with every rotation; levels, scale rules, means, lambda, masks and biases in turn. `step`: one of so many
 // cases, for what runs slowly.

@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "backend/backend.h"
@@ -27,7 +28,7 @@ nb::object array(std::vector<T> values) {
   return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(kept->data(), {kept->size()}, owner));
 }
 
-// One side's settings and the layout of a page, for a head dim.
+// Both sides' settings and the layout of a page, for a head dim.
 struct Metal {
   PageSpec spec;
   DType dtype = DType::f32;
@@ -47,11 +48,9 @@ void create(Metal* self, nb::handle recipe, const std::string& dtype, int kv_hea
   made.seals = r.seal != SealMode::never;
   if (r.seal == SealMode::arrival)
     raise_if_error(error(StatusCode::unsupported, "recipe.seal", "page or never on Metal", "arrival"));
-  Recipe sides = r;
   if (made.seals) raise_if_error(validate(r, head_dim_k, head_dim_v));
-  raise_if_error(make_sides(sides, head_dim_k, head_dim_v, read_floats(matrix_k, "matrix_k"), read_floats(matrix_v, "matrix_v"), &made.spec));
-  made.spec.layout = kv4_make_page_layout(static_cast<std::uint32_t>(head_dim_k), static_cast<std::uint32_t>(head_dim_v), 1, 1,
-                                          made.spec.key.mean, static_cast<std::uint32_t>(head_dim_k), static_cast<std::uint32_t>(head_dim_v));
+  raise_if_error(make_sides(r, head_dim_k, head_dim_v, read_floats(matrix_k, "matrix_k"), read_floats(matrix_v, "matrix_v"), &made.spec));
+  made.spec.layout = apple::page_layout(made.spec);
   raise_if_error(apple::supports(made.spec));
   new (self) Metal(std::move(made));
 }
@@ -109,7 +108,6 @@ nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_sha
   std::vector<SequenceView> views(sequences.size());
   std::vector<std::vector<const std::uint8_t*>> pages(sequences.size());
   std::vector<std::int32_t> starts(sequences.size()), windows(sequences.size());
-  std::vector<std::uint8_t> has_lambda(sequences.size());
   constexpr float kOne[1] = {1.0f};
   for (std::size_t b = 0; b < sequences.size(); ++b) {
     const auto& [table, pages_position, last, query_position, start, window, lambda, exact] = sequences[b];

@@ -51,7 +51,9 @@ SideRecipe side(nb::handle s, const std::string& which) {
   return out;
 }
 
-Recipe recipe_of(nb::handle r) {
+}  // namespace
+
+Recipe read_recipe(nb::handle r) {
   Recipe out;
   out.key = side(r.attr("key"), "key");
   out.value = side(r.attr("value"), "value");
@@ -61,7 +63,7 @@ Recipe recipe_of(nb::handle r) {
   return out;
 }
 
-std::vector<float> floats(nb::handle x, const char* name) {
+std::vector<float> read_floats(nb::handle x, const char* name) {
   if (x.is_none()) return {};
   const Tensor t = tensor(x, name);
   check_vector(t, name, Element::f32, "float32", -1);
@@ -71,18 +73,12 @@ std::vector<float> floats(nb::handle x, const char* name) {
   return {data, data + count};
 }
 
-DType dtype_of(const std::string& name) {
+DType read_dtype(const std::string& name) {
   for (DType t : {DType::f32, DType::f16, DType::bf16})
     if (name == kv4::name_of(t)) return t;
   raise_if_error(invalid_argument("dtype", "float32, float16 or bfloat16", name));
   return DType::f32;
 }
-
-}  // namespace
-
-Recipe read_recipe(nb::handle recipe) { return recipe_of(recipe); }
-DType read_dtype(const std::string& name) { return dtype_of(name); }
-std::vector<float> read_floats(nb::handle x, const char* name) { return floats(x, name); }
 
 namespace {
 
@@ -167,16 +163,16 @@ struct PyCache {
 void create(PyCache* self, nb::handle recipe, const std::string& dtype, int kv_heads, int head_dim_k, int head_dim_v, int sliding_window,
             nb::handle lambda_k, nb::handle lambda_v, nb::handle matrix_k, nb::handle matrix_v, const std::string& backend) {
   CacheConfig config;
-  config.recipe = recipe_of(recipe);
-  config.dtype = dtype_of(dtype);
+  config.recipe = read_recipe(recipe);
+  config.dtype = read_dtype(dtype);
   config.kv_heads = kv_heads;
   config.head_dim_k = head_dim_k;
   config.head_dim_v = head_dim_v;
   config.sliding_window = sliding_window;
-  config.lambda_k = floats(lambda_k, "lambda_k");
-  config.lambda_v = floats(lambda_v, "lambda_v");
-  config.matrix_k = floats(matrix_k, "matrix_k");
-  config.matrix_v = floats(matrix_v, "matrix_v");
+  config.lambda_k = read_floats(lambda_k, "lambda_k");
+  config.lambda_v = read_floats(lambda_v, "lambda_v");
+  config.matrix_k = read_floats(matrix_k, "matrix_k");
+  config.matrix_v = read_floats(matrix_v, "matrix_v");
   config.backend = backend;
   std::unique_ptr<Cache> cache;
   raise_if_error(Cache::create(config, &cache));
@@ -302,9 +298,9 @@ NB_MODULE(_core, m) {
 
   bind_metal(m);
 
-  m.def("validate", [](nb::handle recipe) { raise_if_error(kv4::validate(recipe_of(recipe))); }, "recipe"_a);
+  m.def("validate", [](nb::handle recipe) { raise_if_error(kv4::validate(read_recipe(recipe))); }, "recipe"_a);
   m.def("validate", [](nb::handle recipe, int head_dim_k, int head_dim_v) {
-    raise_if_error(kv4::validate(recipe_of(recipe), head_dim_k, head_dim_v));
+    raise_if_error(kv4::validate(read_recipe(recipe), head_dim_k, head_dim_v));
   }, "recipe"_a, "head_dim_k"_a, "head_dim_v"_a);
   m.def("backends", &kv4::backends, "Those that are built in and find a device.");
   m.def("why_not", &kv4::why_not, "backend"_a, "Why a backend is not among them; empty where it is.");

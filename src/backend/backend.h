@@ -229,6 +229,5 @@ class Backend {
 // The registry: one line per backend in registry.cpp. `name` may end in ":" and the number of a device.
 // Null if there is none of that name, or no such device.
 Backend* find_backend(const std::string& name);
-std::vector<std::string> backend_names();
 
 }  // namespace kv4

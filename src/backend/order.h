@@ -38,24 +38,25 @@ void scatter_codes(const std::uint8_t* canonical, int dim, std::uint8_t* codes, 
   }
 }
 
-// A backend's order: Order::key(token, channel, spec.key.dim), Order::value(token, channel), Order::from, Order::to.
+// A backend's order: Order::key(token, channel, spec.key.dim), Order::value(token, channel, spec.value.dim), Order::from, Order::to.
 // k [64][head_dim_k / 2] and v [64][head_dim_v / 2] bytes; either may be null.
 template <class Order>
 void slice_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k, std::uint8_t* v) {
-  const int dim = spec.key.dim;
   if (k != nullptr)
-    gather_codes(slice + spec.layout.k_codes, dim, k, [dim](int j, int c) { return Order::key(j, c, dim); }, Order::from);
-  if (v != nullptr) gather_codes(slice + spec.layout.v_codes, spec.value.dim, v, Order::value, Order::from);
+    gather_codes(slice + spec.layout.k_codes, spec.key.dim, k, [d = spec.key.dim](int j, int c) { return Order::key(j, c, d); }, Order::from);
+  if (v != nullptr)
+    gather_codes(slice + spec.layout.v_codes, spec.value.dim, v, [d = spec.value.dim](int j, int c) { return Order::value(j, c, d); },
+                 Order::from);
 }
 
 template <class Order>
 void slice_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* slice) {
-  const int dim = spec.key.dim;
   if (k != nullptr)
-    scatter_codes(k, dim, slice + spec.layout.k_codes, spec.layout.k_code_bytes,
-                  [dim](int j, int c) { return Order::key(j, c, dim); }, Order::to);
+    scatter_codes(k, spec.key.dim, slice + spec.layout.k_codes, spec.layout.k_code_bytes,
+                  [d = spec.key.dim](int j, int c) { return Order::key(j, c, d); }, Order::to);
   if (v != nullptr)
-    scatter_codes(v, spec.value.dim, slice + spec.layout.v_codes, spec.layout.v_code_bytes, Order::value, Order::to);
+    scatter_codes(v, spec.value.dim, slice + spec.layout.v_codes, spec.layout.v_code_bytes,
+                  [d = spec.value.dim](int j, int c) { return Order::value(j, c, d); }, Order::to);
 }
 
 }  // namespace kv4

@@ -37,31 +37,32 @@ int device_number(const std::string& text) {
   return n;
 }
 
+const Entry* entry_of(const std::string& backend) {
+  const std::string name = backend.substr(0, backend.find(':'));
+  for (const Entry& e : kBackends)
+    if (name == e.name) return &e;
+  return nullptr;
+}
+
 }  // namespace
 
 Backend* find_backend(const std::string& name) {
   const std::size_t colon = name.find(':');
   const int device = colon == std::string::npos ? 0 : device_number(name.substr(colon + 1));
-  if (device < 0) return nullptr;
-  for (const Entry& e : kBackends)
-    if (name.substr(0, colon) == e.name) return e.get(device);
-  return nullptr;
+  const Entry* entry = entry_of(name);
+  return entry != nullptr && device >= 0 ? entry->get(device) : nullptr;
 }
 
-std::vector<std::string> backend_names() {
+std::vector<std::string> backends() {
   std::vector<std::string> names;
   for (const Entry& e : kBackends)
     if (e.get(0) != nullptr) names.emplace_back(e.name);
   return names;
 }
 
-std::vector<std::string> backends() { return backend_names(); }
-
 std::string why_not(const std::string& backend) {
   if (find_backend(backend) != nullptr) return "";
-  for (const Entry& e : kBackends)
-    if (backend.substr(0, backend.find(':')) == e.name) return "no device that it serves";
-  return "built without it";
+  return entry_of(backend) != nullptr ? "no device that it serves" : "built without it";
 }
 
 }  // namespace kv4

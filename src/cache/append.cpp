@@ -88,7 +88,7 @@ Status Cache::State::make_room(Sequence& s, std::int64_t tokens) const {
 
 Status Cache::State::push(const TensorView& k, const TensorView& v) {
   const std::int64_t tokens = k.shape[2];
-  KV4_RETURN_IF_ERROR(make_tables());
+  make_tables();
   view_before(tokens);
   found.clear();
   for (Sequence& s : sequences) found.push_back(&s.non_finite);
@@ -106,16 +106,17 @@ Status Cache::State::push(const TensorView& k, const TensorView& v) {
   return {};
 }
 
-// Remembers which of the newest tokens held NaN or infinity, where they are sealed from the caller's rows.
+// Remembers which of the newest tokens held NaN or infinity: of those that seal_arrived marked, whether key or value.
 void Cache::State::note_non_finite(Sequence& s, std::int64_t row, const TensorView& k, const TensorView& v) const {
   const std::int64_t tokens = k.shape[2];
   for (std::int64_t t = 0; t < tokens; ++t) {
+    if (masked[static_cast<std::size_t>(row * tokens + t)] == 0) continue;
     NonFinite x{s.length - tokens + t, false, false};
     for (int h = 0; h < heads(); ++h) {
       x.key |= !finite(k.at(row, h, t), config.dtype, config.head_dim_k);
       x.value |= !finite(v.at(row, h, t), config.dtype, config.head_dim_v);
     }
-    if (x.key || x.value) s.non_finite.push_back(x);
+    s.non_finite.push_back(x);
   }
 }
 

@@ -111,7 +111,7 @@ void Cache::State::view(const Sequence& s, std::int64_t pages, std::int64_t upto
   }
   const std::int64_t skip = s.pages.empty() ? 0 : std::max<std::int64_t>(0, s.page_position(pages) - s.window_position);
   const std::int64_t rows = below(s.window_position, s.window.count());
-  if (rows >= skip) out->exact[1] = s.window.view(skip, rows - skip, s.window_position + skip);
+  out->exact[1] = s.window.view(skip, rows - skip, s.window_position + skip);
   out->lambda_k = lambda_k(s, 0);
   out->lambda_v = lambda_v(0);
   out->note = s.note.get();
@@ -155,8 +155,8 @@ Status Cache::State::attend(const AttendArgs& given, std::int64_t upto, const Mu
     windows.assign(sequences.size(), config.sliding_window);
     args.mask.window = windows.data();
   }
-  if (backend->capturing()) return attend_captured(args, out);
   KV4_RETURN_IF_ERROR(check_output(args, out, partial));
+  if (backend->capturing()) return attend_captured(args, out);
   if (upto < 0 || upto > length)
     return error(StatusCode::out_of_range, "upto", "0 to " + std::to_string(length), std::to_string(upto));
 

@@ -61,7 +61,7 @@ Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {
   state->backend = find_backend(config.backend);
   if (state->backend == nullptr) {
     std::string names;
-    for (const std::string& name : backend_names()) names += (names.empty() ? "" : ", ") + name;
+    for (const std::string& name : backends()) names += (names.empty() ? "" : ", ") + name;
     return invalid_argument("backend", "one of " + names, config.backend);
   }
   KV4_RETURN_IF_ERROR(state->backend->supports_rows(config.head_dim_k, config.head_dim_v, config.dtype, recipe.seal));

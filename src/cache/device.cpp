@@ -22,9 +22,8 @@ void Cache::State::hear(Sequence& s) const {
   s.told_value = std::max(s.told_value, value);
 }
 
-Status Cache::State::make_tables() {
+void Cache::State::make_tables() {
   if (!own.tables) own.tables = backend->make_tables();
-  return {};
 }
 
 void Cache::State::view_before(std::int64_t tokens) {
@@ -48,19 +47,19 @@ Status Cache::State::reserve(std::int64_t tokens) {
   std::int64_t pages = 0, longest = 0;
   for (const Sequence& s : sequences) {
     const std::int64_t due = s.pages_due(s.length + tokens, config.recipe.window);
-    const std::int64_t fresh = arrival() ? (tokens + kPageTokens - 1) / kPageTokens : due - s.page_end();
-    pages += std::max<std::int64_t>(0, fresh);
-    longest = std::max({longest, static_cast<std::int64_t>(s.pages.size()), static_cast<std::int64_t>(s.pages.size()) + fresh});
+    const std::int64_t fresh = arrival() ? (tokens + kPageTokens - 1) / kPageTokens : std::max<std::int64_t>(0, due - s.page_end());
+    pages += fresh;
+    longest = std::max(longest, static_cast<std::int64_t>(s.pages.size()) + fresh);
   }
   KV4_RETURN_IF_ERROR(pool->reserve(static_cast<std::size_t>(pages)));
-  KV4_RETURN_IF_ERROR(make_tables());
+  make_tables();
   return own.tables ? own.tables->reserve(sequences.size(), static_cast<std::size_t>(longest)) : Status();
 }
 
 Status Cache::State::advance() {
   if (sequences.empty()) return error(StatusCode::failed_precondition, "cache", "tokens", "an empty cache");
   if (arrival()) return error(StatusCode::unsupported, "recipe.seal", "page or never, where steps are captured", "arrival");
-  KV4_RETURN_IF_ERROR(make_tables());
+  make_tables();
   if (!own.tables) return error(StatusCode::unsupported, "backend", "one whose steps can be captured", backend->name());
   KV4_RETURN_IF_ERROR(settle());
   for (Sequence& s : sequences) KV4_RETURN_IF_ERROR(make_room(s, 1));

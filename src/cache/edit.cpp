@@ -6,6 +6,7 @@
 #include "cache/state.h"
 
 namespace kv4 {
+
 Status Cache::State::crop(std::int64_t n) {
   if (n < 0 || n > length)
     return error(StatusCode::out_of_range, "length", "0 to " + std::to_string(length), std::to_string(n));

@@ -46,7 +46,7 @@ struct Sequence {
   RowBuffer window;
   std::int64_t window_position = 0;       // of window row 0
   std::vector<Seen> seen;                 // per window row
-  std::vector<NonFinite> non_finite;      // ascending positions, window only (arrival: everywhere)
+  std::vector<NonFinite> non_finite;      // window only (arrival: everywhere)
   std::shared_ptr<LateNote> note;         // shared between forks; null where the backend tells at once
   std::int64_t told_key = 0, told_value = 0;  // what of the note is in non_finite
 

@@ -43,7 +43,7 @@ struct Cache::State {
   std::vector<std::int32_t> windows;
   std::vector<std::vector<NonFinite>*> found;
   std::vector<EnergyJob> energies;
-  mutable std::vector<float> lambda_copy;  // of device memory, for lambda()
+  std::vector<float> lambda_copy;  // of device memory, for lambda()
 
   bool seals() const { return config.recipe.seal != SealMode::never; }
   bool arrival() const { return config.recipe.seal == SealMode::arrival; }
@@ -80,7 +80,7 @@ struct Cache::State {
   void note_non_finite(Sequence& s, std::int64_t row, const TensorView& k, const TensorView& v) const;
   void give_note(Sequence& s) const;
   void hear(Sequence& s) const;                     // takes over what the note says
-  Status make_tables();
+  void make_tables();
   void view_before(std::int64_t tokens);            // views as a store of `tokens` rows finds them
   Status reserve(std::int64_t tokens);
   Status advance();

@@ -8,7 +8,7 @@ namespace {
 
 struct Order {
   static Nibble key(int token, int channel, int dim) { return key_nibble(token, channel, pad_channels(dim)); }
-  static Nibble value(int token, int channel) { return value_nibble(token, channel); }
+  static Nibble value(int token, int channel, int /*dim*/) { return value_nibble(token, channel); }
   static std::uint32_t from(std::uint32_t stored) { return stored; }
   static std::uint32_t to(std::uint32_t code) { return code; }
 };

@@ -85,7 +85,7 @@ struct Chip {
   int shared = 0;  // bytes of shared memory that a CTA may ask for
   int code = 0;    // the compute capability that the kernels it runs were compiled for: 80, 89, 90, ...
 };
-Chip chip_of(int device);  // the current one; shared and code are 0 where this build has no code that it can run
+Chip chip_of(int device);  // `device` is the current one; shared and code are 0 where this build has no code that it can run
 
 // What attend_main is compiled for, by a CTA's shared memory and by how its queues are filled (attend_tuning.h).
 enum class Room { none, small, middle, large };

@@ -236,9 +236,7 @@ class CudaBackend final : public Backend {
     for (const SequenceView& s : job.sequences) any_exact = any_exact || s.exact[0].count + s.exact[1].count > 0;
     if (any_exact && job.dtype == DType::f32)
       return error(StatusCode::unsupported, "dtype", "float16 or bfloat16 on CUDA", "float32");
-    if (job.head_dim_k != job.head_dim_v)
-      return error(StatusCode::unsupported, "head_dim_v", "head_dim_k, " + std::to_string(job.head_dim_k), std::to_string(job.head_dim_v));
-    if (!has_dim(job.head_dim_k)) return error(StatusCode::unsupported, "head_dim_k", "64, 80, 96, 128 or 256 on CUDA", std::to_string(job.head_dim_k));
+    KV4_RETURN_IF_ERROR(supports_dims(job.head_dim_k, job.head_dim_v));
     p->batch = static_cast<int>(job.sequences.size());
     p->kv_heads = job.kv_heads;
     p->group = static_cast<int>(a.q.shape[1]) / job.kv_heads;
@@ -384,6 +382,7 @@ Backend* backend(int device) { return the_backend(device); }
 Status attend_params(const AttendJob& job, AttendParams* params) {
   if (the_backend(0) == nullptr)
     return error(StatusCode::unsupported, "device", "a CUDA device of compute capability 8.0 or later", "none");
+  const DeviceGuard guard(0);
   return the_backend(0)->fill(job, params);
 }
 

@@ -11,14 +11,6 @@ namespace {
 
 constexpr int kThreads = 256, kTokensAtOnce = 8;
 
-__device__ float from_half(unsigned short h) { return __half2float(__ushort_as_half(h)); }
-
-__device__ void put(void* data, DType dtype, long long i, float x) {
-  if (dtype == DType::f32) static_cast<float*>(data)[i] = x;
-  else if (dtype == DType::f16) static_cast<__half*>(data)[i] = __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
-  else static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
-}
-
 __global__ void __launch_bounds__(kThreads) dequantise_jobs(const __grid_constant__ DequantiseJobs p) {
   extern __shared__ float x[];  // [kTokensAtOnce][dim]
   const DequantiseJob& job = p.jobs[blockIdx.x];
@@ -58,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) dequantise_jobs(const __grid_constan
       const float weight = lambda != nullptr ? lambda[i] : 1.0f;
 #pragma unroll
       for (int r = 0; r < kTokensAtOnce; ++r)
-        if (r < rows) put(out, job.dtype, (j + r) * stride + i, sum[r] / weight);
+        if (r < rows) put_element(out, job.dtype, (j + r) * stride + i, sum[r] / weight);
     }
     __syncthreads();
   }

@@ -115,6 +115,17 @@ __device__ __forceinline__ float load_element(const void* data, DType dtype, lon
   return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
 }
 
+// Beyond the range of fp16 the largest finite number, as the reference stores it.
+__device__ __forceinline__ __half saturated_half(float x) { return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
+__device__ __forceinline__ unsigned short to_half(float x) { return __half_as_ushort(saturated_half(x)); }
+__device__ __forceinline__ float from_half(unsigned short h) { return __half2float(__ushort_as_half(h)); }
+
+__device__ __forceinline__ void put_element(void* data, DType dtype, long long i, float x) {
+  if (dtype == DType::f32) static_cast<float*>(data)[i] = x;
+  else if (dtype == DType::f16) static_cast<__half*>(data)[i] = saturated_half(x);
+  else static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
+}
+
 // Over the lanes of a warp.
 __device__ __forceinline__ float warp_max(float x) {
   for (int step = kLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, step));

@@ -50,19 +50,16 @@ cudaError_t upload(const Rotation& rotation, Matrices* out) {
 
 const Matrices* Rotations::find(const std::shared_ptr<const Rotation>& rotation) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (auto it = held_.begin(); it != held_.end();) it = it->second.first.expired() ? held_.erase(it) : std::next(it);
-  auto& entry = held_[rotation.get()];
-  if (entry.second == nullptr) {
-    auto made = std::make_unique<Matrices>();
-    if (upload(*rotation, made.get()) != cudaSuccess) {
-      cudaGetLastError();
-      held_.erase(rotation.get());
-      return nullptr;
-    }
-    entry.first = rotation;
-    entry.second = std::move(made);
+  // An expired entry may be of another rotation that had this address.
+  if (const auto it = held_.find(rotation.get()); it != held_.end() && !it->second.first.expired()) return it->second.second.get();
+  // Memory is given back here alone, which a captured call never reaches: its rotation is known.
+  std::erase_if(held_, [](const auto& entry) { return entry.second.first.expired(); });
+  auto made = std::make_unique<Matrices>();
+  if (upload(*rotation, made.get()) != cudaSuccess) {
+    cudaGetLastError();
+    return nullptr;
   }
-  return entry.second.get();
+  return held_.emplace(rotation.get(), std::pair(std::weak_ptr<const Rotation>(rotation), std::move(made))).first->second.second.get();
 }
 
 }  // namespace kv4::cuda

@@ -23,7 +23,7 @@ struct Matrices {
 // One per device.
 class Rotations {
  public:
-  // Kept while anyone holds the rotation; null where memory ran out. The first call for a rotation waits for its upload.
+  // Kept while anyone holds the rotation, and until another one is new; null where memory ran out. The first call for a rotation waits for its upload.
   const Matrices* find(const std::shared_ptr<const Rotation>& rotation);
 
  private:

@@ -154,16 +154,16 @@ void Memory::free(void* p) {
   if (p != nullptr && cudaFreeAsync(p, current_stream()) != cudaSuccess) cudaGetLastError();
 }
 
-Status Memory::upload(void* to, const void* from, std::size_t bytes, cudaStream_t stream) {
+Status Memory::upload(void* to, const void* from, std::size_t bytes) {
   // A few kilobytes travel with kernel launches, which need no memory that lasts.
   constexpr std::size_t kByLaunches = 2 * kPutBytes;
   if (bytes > kByLaunches) {
-    KV4_RETURN_IF_CUDA("upload", staging_.upload(to, from, bytes, stream));
+    KV4_RETURN_IF_CUDA("upload", staging_.upload(to, from, bytes, current_stream()));
     return {};
   }
   for (std::size_t at = 0; at < bytes; at += kPutBytes)
     KV4_RETURN_IF_CUDA("upload", launch_put(static_cast<std::byte*>(to) + at, static_cast<const std::byte*>(from) + at,
-                                            std::min(kPutBytes, bytes - at), stream));
+                                            std::min(kPutBytes, bytes - at), current_stream()));
   return {};
 }
 
@@ -171,7 +171,7 @@ Status Temporary::upload(const char* what, const void* from, std::size_t bytes) 
   if (bytes == 0) return {};
   data_ = memory_.alloc(bytes);
   if (data_ == nullptr) return error(StatusCode::out_of_memory, what, std::to_string(bytes) + " free bytes", "none");
-  return memory_.upload(data_, from, bytes, current_stream());
+  return memory_.upload(data_, from, bytes);
 }
 
 }  // namespace kv4::cuda

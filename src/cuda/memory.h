@@ -67,7 +67,7 @@ class DeviceBuffer {
 };
 
 // Scratch of one thread's calls on one device. It grows by a block twice the size and keeps the old ones: a captured graph
-// may still use them.
+// may still use them, as long as the thread lives.
 class Scratch {
  public:
   // Errors: out_of_memory; failed_precondition where it would have to grow while a stream is captured.
@@ -116,7 +116,7 @@ class Memory {
   void* alloc(std::size_t bytes);  // null where there is none
   void free(void* p);
   // `from` may be reused as soon as this returns; nothing waits for the device but where 64 MiB are on their way.
-  Status upload(void* to, const void* from, std::size_t bytes, cudaStream_t stream);
+  Status upload(void* to, const void* from, std::size_t bytes);
   Notes notes;
 
  private:

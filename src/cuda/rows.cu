@@ -106,11 +106,6 @@ __global__ void __launch_bounds__(kThreads) move_lines_kernel(unsigned char* to,
   else move_line<unsigned short>(to, from, bytes);
 }
 
-__device__ void put_element(void* data, DType dtype, long long i, float x) {
-  if (dtype == DType::f32) static_cast<float*>(data)[i] = x;
-  else if (dtype == DType::f16) static_cast<__half*>(data)[i] = __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
-  else static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
-}
 __global__ void convert_kernel(const __grid_constant__ ConvertJob job) {
   const long long all = static_cast<long long>(job.heads) * job.rows * job.dim;
   for (long long i = blockIdx.x * static_cast<long long>(kThreads) + threadIdx.x; i < all; i += static_cast<long long>(gridDim.x) * kThreads) {

@@ -37,12 +37,6 @@
 
 namespace kv4::cuda {
 
-// Beyond the range of fp16 the largest finite number, as the reference stores it.
-__device__ __forceinline__ unsigned short to_half(float x) {
-  return __half_as_ushort(__float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)));
-}
-__device__ __forceinline__ float from_half(unsigned short h) { return __half2float(__ushort_as_half(h)); }
-
 template <int D>
 struct SealShape {
   static constexpr int kGroups = 3, kGroupThreads = 128, kThreads = kGroups * kGroupThreads;

@@ -40,12 +40,10 @@ Status CacheTables::reserve(std::size_t batch, std::size_t pages) {
   if (batch != known_.size() || sequences_ == nullptr) {
     release();
     known_.clear();
-    held_.clear();
     for (auto& limits : known_limits_) limits.clear();
     KV4_RETURN_IF_ERROR(make(&sequences_, batch * sizeof(SequenceView)));
     for (std::int32_t*& limits : limits_) KV4_RETURN_IF_ERROR(make(&limits, batch * sizeof(std::int32_t)));
     known_.assign(batch, SequenceView());
-    held_.assign(batch, Table());
     for (SequenceView& s : known_) s.page_count = -1;  // like nothing that is wanted
   }
   if (pages > capacity_ || tables_ == nullptr) {
@@ -67,7 +65,7 @@ Status CacheTables::sync_pages(std::size_t row, const SequenceView& wanted) {
   if (wanted.page_count > first) {
     held = Table();  // not known until it is there
     KV4_RETURN_IF_ERROR(memory_.upload(tables_ + row * capacity_ + first, wanted.pages + first,
-                                       static_cast<std::size_t>(wanted.page_count - first) * sizeof(void*), current_stream()));
+                                       static_cast<std::size_t>(wanted.page_count - first) * sizeof(void*)));
   }
   held = {wanted.pages_stamp, std::max(first, wanted.page_count)};
   return {};
@@ -77,9 +75,10 @@ Status CacheTables::sync(std::span<const SequenceView> wanted) {
   std::size_t longest = 0;
   for (const SequenceView& s : wanted) longest = std::max(longest, static_cast<std::size_t>(s.page_count));
   KV4_RETURN_IF_ERROR(reserve(wanted.size(), longest));
+  // All page tables first: what is noted in known_ below is then uploaded, or forgotten.
+  for (std::size_t b = 0; b < wanted.size(); ++b) KV4_RETURN_IF_ERROR(sync_pages(b, wanted[b]));
   std::size_t first = wanted.size(), end = 0;
   for (std::size_t b = 0; b < wanted.size(); ++b) {
-    KV4_RETURN_IF_ERROR(sync_pages(b, wanted[b]));
     SequenceView here = wanted[b];
     here.pages = tables_ + b * capacity_;
     here.pages_stamp = 0;
@@ -89,7 +88,7 @@ Status CacheTables::sync(std::span<const SequenceView> wanted) {
     end = b + 1;
   }
   if (first >= end) return {};
-  const Status status = memory_.upload(sequences_ + first, known_.data() + first, (end - first) * sizeof(SequenceView), current_stream());
+  const Status status = memory_.upload(sequences_ + first, known_.data() + first, (end - first) * sizeof(SequenceView));
   if (!status.ok())
     for (std::size_t b = first; b < end; ++b) known_[b].page_count = -1;
   return status;
@@ -110,7 +109,7 @@ Status CacheTables::limits(Limit which, const std::int32_t* host, bool capturing
     if (capturing)
       return error(StatusCode::failed_precondition, which == kStart ? "start" : "window", "that of a call before the capture", "another");
     known.clear();
-    KV4_RETURN_IF_ERROR(memory_.upload(limits_[which], host, known_.size() * sizeof(std::int32_t), current_stream()));
+    KV4_RETURN_IF_ERROR(memory_.upload(limits_[which], host, known_.size() * sizeof(std::int32_t)));
     known.assign(host, host + known_.size());
   }
   *out = limits_[which];

@@ -25,7 +25,6 @@ class CacheTables final : public DeviceTables {
   // What a store that counts `tokens` has left in them.
   void expect(int tokens);
   SequenceView* sequences() const { return sequences_; }
-  std::size_t batch() const { return known_.size(); }
 
   enum Limit { kStart, kWindow };
   // The device's copy of a mask's start or window [batch], null for null. Errors: failed_precondition where it would have

@@ -6,36 +6,30 @@
 namespace kv4::apple {
 namespace {
 
-struct InByte {
-  std::size_t byte;
-  int shift;
-};
-
-InByte key(int token, int channel) {
-  return {key_byte(static_cast<std::uint32_t>(token), static_cast<std::uint32_t>(channel)), channel % 2 * 4};
-}
-
-// The values' order depends on their head dim.
-auto value(int dim) {
-  return [dim](int token, int channel) {
-    return InByte{value_byte(static_cast<std::uint32_t>(token), static_cast<std::uint32_t>(channel), static_cast<std::uint32_t>(dim)),
-                  channel % 2 * 4};
+struct Order {
+  struct InByte {
+    std::size_t byte;
+    int shift;
   };
-}
-
-std::uint32_t same(std::uint32_t code) { return code; }
+  static InByte key(int token, int channel, int /*dim*/) {
+    return {key_byte(static_cast<std::uint32_t>(token), static_cast<std::uint32_t>(channel)), channel % 2 * 4};
+  }
+  static InByte value(int token, int channel, int dim) {
+    return {value_byte(static_cast<std::uint32_t>(token), static_cast<std::uint32_t>(channel), static_cast<std::uint32_t>(dim)),
+            channel % 2 * 4};
+  }
+  static std::uint32_t from(std::uint32_t stored) { return stored; }
+  static std::uint32_t to(std::uint32_t code) { return code; }
+};
 
 }  // namespace
 
 void codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k, std::uint8_t* v) {
-  if (k != nullptr) gather_codes(slice + spec.layout.k_codes, spec.key.dim, k, key, same);
-  if (v != nullptr) gather_codes(slice + spec.layout.v_codes, spec.value.dim, v, value(spec.value.dim), same);
+  slice_to_canonical<Order>(spec, slice, k, v);
 }
 
 void codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* slice) {
-  if (k != nullptr) scatter_codes(k, spec.key.dim, slice + spec.layout.k_codes, spec.layout.k_code_bytes, key, same);
-  if (v != nullptr)
-    scatter_codes(v, spec.value.dim, slice + spec.layout.v_codes, spec.layout.v_code_bytes, value(spec.value.dim), same);
+  slice_from_canonical<Order>(spec, k, v, slice);
 }
 
 }  // namespace kv4::apple

@@ -44,6 +44,11 @@ Status supports(const PageSpec& spec) {
   return {};
 }
 
+kv4_page_layout page_layout(const PageSpec& spec) {
+  const auto k = static_cast<std::uint32_t>(spec.key.dim), v = static_cast<std::uint32_t>(spec.value.dim);
+  return kv4_make_page_layout(k, v, 1, 1, spec.key.mean, k, v);
+}
+
 std::vector<float> query_matrix(const Rotation& rotation) {
   if (rotation.kind() == RotationKind::identity) return {};
   const std::vector<double> m = rotation.inverse_f64();

@@ -12,6 +12,8 @@ namespace kv4::apple {
 
 // ok, or unsupported with the reason why no kernel serves this page.
 Status supports(const PageSpec& spec);
+// Of spec's head dims and mean: one scale a vector, no padded channels.
+kv4_page_layout page_layout(const PageSpec& spec);
 
 // Matrices as the kernels want them, [dim, dim] floats by rows; empty for the identity.
 std::vector<float> query_matrix(const Rotation& rotation);       // R^-1
@@ -41,8 +43,8 @@ struct AttendTables {
   std::size_t state_floats = 0;     // of kv4_attend's
 };
 
-// Lambda tables hold one row per sequence, [batch, kv_heads, dim]; sequences without lambda read none. Offsets of q, mask and out are those
-// of the whole tensors, so job.query_begin must be 0. Splits are chosen for a device of `cores`.
+// Lambda tables hold one row per sequence, [batch, kv_heads, dim]; sequences without lambda read none. Offsets of q, mask
+// and out are those of the whole tensors, so job.query_begin must be 0. Splits are chosen for a device of `cores`.
 AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores);
 
 }  // namespace kv4::apple

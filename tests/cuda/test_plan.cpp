@@ -3,12 +3,11 @@
 
 #include <array>
 
+#include "cases.h"
 #include "cuda/attend_tuning.h"
 
 namespace kv4::cuda {
 namespace {
-
-constexpr int kDims[] = {64, 80, 96, 128, 256};
 
 // Bytes a CTA may ask for, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 constexpr Chip kA100 = {108, 163 * 1024, 80}, kL40 = {142, 99 * 1024, 89}, kH100 = {132, 227 * 1024, 90};
@@ -30,7 +29,7 @@ struct Expected {
 
 TEST(CudaPlan, EveryHeadDimAndRowsFitTheDevice) {
   for (const Expected& e : {Expected{kA100, Room::middle}, Expected{kL40, Room::small}, Expected{kH100, Room::large}})
-    for (const int dim : kDims)
+    for (const int dim : kv4::cases::kHeadDims)
       for (const int group : {1, 4, 8, 9, 16}) {
         SCOPED_TRACE(::testing::Message() << "code " << e.chip.code << ", d " << dim << ", group " << group);
         ASSERT_TRUE(has_dim(dim));
@@ -56,7 +55,7 @@ TEST(CudaPlan, EveryHeadDimAndRowsFitTheDevice) {
 }
 
 TEST(CudaPlan, NoMoreIsLeftOutThanMust) {
-  for (const int dim : kDims)
+  for (const int dim : kv4::cases::kHeadDims)
     with_dim(dim, [](auto d) {
       constexpr int kDim = decltype(d)::value;
       using T = Tuning<kDim>;

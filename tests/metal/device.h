@@ -15,6 +15,7 @@
 
 #include "emulator/host/module.h"
 #include "metal/arguments.h"
+#include "metal/tables.h"
 
 namespace kv4::tests {
 
@@ -68,5 +69,11 @@ class Buffer {
   std::size_t bytes_;
   emu::Buffer<std::uint8_t> memory_;
 };
+
+// A page as the Metal kernels lay it out.
+inline PageSpec on_metal(PageSpec spec) {
+  spec.layout = apple::page_layout(spec);
+  return spec;
+}
 
 }  // namespace kv4::tests

@@ -20,7 +20,7 @@ class Mutation:
     new: str
     found_by: str  # the layer that must find it; others may too
     nth: int = 1  # which occurrence of `old`
-    kernel: str = ""  # prefix of the kernels that are run; all of the .metal file's if empty
+    kernel: str = ""  # prefix of the kernels that are run; every bug names one
 
 
 def seal(name: str, old: str, new: str, found_by: str, nth: int = 1, file: str = "seal.h") -> Mutation:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
+from measure import enums
+
 TOLERANCE = 2e-3  # of the largest magnitude, as in the kernels' own tests
 # Bytes of sealed pages that may differ: a value beside a decision boundary may fall on its other side, and a scale may
 # round the other way.
@@ -54,7 +55,7 @@ def pack(tests: Path, to: Path) -> None:
     (to / "launches.json").write_text(json.dumps(described))
 
 
-def as_floats(data: np.ndarray, launch: dict, dtype: int) -> np.ndarray:
+def as_floats(data: np.ndarray, dtype: int) -> np.ndarray:
     if dtype == 2:
         return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return data.view(DTYPES[dtype]).astype(np.float32)
@@ -62,24 +63,22 @@ def as_floats(data: np.ndarray, launch: dict, dtype: int) -> np.ndarray:
 
 def out_dtype(launch: dict, arrays) -> int:
     """Of kv4_merge's output: the call's own table says."""
-    names = re.findall(r"\b(kv4_call_\w+)\b", (HERE.parents[1] / "src" / "metal" / "arguments.h").read_text())
-    order = list(dict.fromkeys(names))
     call = next(i for i, kind in enumerate(launch["types"]) if kind.endswith(" call"))
-    return int(arrays[f"before{call}"].view(np.int64)[order.index("kv4_call_out_dtype")])
+    return int(arrays[f"before{call}"].view(np.int64)[enums()["kv4_call_out_dtype"]])
 
 
 def difference(launch: dict, i: int, was: np.ndarray, now: np.ndarray, arrays) -> str:
     """What is wrong with output i; "" if nothing is."""
     kind = launch["types"][i]
-    if launch["kernel"] == "kv4_merge" and out_dtype(launch, arrays) in (0, 1, 2):
-        dtype = out_dtype(launch, arrays)
+    if launch["kernel"] == "kv4_merge" and (held := out_dtype(launch, arrays)) in (0, 1, 2):
+        dtype = held
     elif "float" in kind or launch["kernel"] == "kv4_merge":
         dtype = 0
     else:
         share = float((was != now).mean())
         limit = 0.0 if launch["kernel"] == "kv4_append" else SHARE
         return f"{share:.4f} of the bytes differ; at most {limit}" if share > limit else ""
-    a, b = as_floats(was, launch, dtype), as_floats(now, launch, dtype)
+    a, b = as_floats(was, dtype), as_floats(now, dtype)
     finite = np.isfinite(a) & (np.abs(a) < 1e30)
     scale = float(np.abs(a[finite]).max(initial=1e-30))
     worst = float(np.abs(a[finite] - b[finite]).max(initial=0.0)) / scale

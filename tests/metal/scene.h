@@ -18,12 +18,6 @@
 
 namespace kv4::tests {
 
-inline PageSpec on_metal(PageSpec spec) {
-  const auto d = static_cast<std::uint32_t>(spec.key.dim);
-  spec.layout = kv4_make_page_layout(d, d, 1, 1, spec.key.mean, d, d);
-  return spec;
-}
-
 // What the kernels of a call did.
 struct Ran {
   std::vector<double> out;         // [batch, q_heads, T, dim]

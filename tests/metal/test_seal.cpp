@@ -19,12 +19,7 @@ using namespace seal_case;
 using tests::Buffer;
 using tests::Build;
 using tests::Module;
-
-PageSpec on_metal(PageSpec spec) {
-  const auto d = static_cast<std::uint32_t>(spec.key.dim);
-  spec.layout = kv4_make_page_layout(d, d, 1, 1, spec.key.mean, d, d);
-  return spec;
-}
+using tests::on_metal;
 
 constexpr std::uint32_t kThreads = KV4_ROW_THREADS;
 

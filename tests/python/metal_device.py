@@ -41,7 +41,6 @@ class EmulatedLibrary:
         if not path.exists():
             path.write_text(text, encoding="utf-8")
         self.module, self.seed = Module(build(path, mode)), seed
-        self.launches: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self.module.kernels:
@@ -49,7 +48,6 @@ class EmulatedLibrary:
         return functools.partial(self._run, name)
 
     def _run(self, name: str, *arguments: torch.Tensor, threads: list[int], group_size: list[int]) -> None:
-        self.launches.append(name)
         assert all(isinstance(x, torch.Tensor) and x.numel() for x in arguments), f"{name}: an empty or foreign buffer"
         done = self.module.run(name, threads, group_size, [_bytes(x) for x in arguments], seed=self.seed)
         assert done.result == "ran" and not done.reports, (name, done.result, done.reports)

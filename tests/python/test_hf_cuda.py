@@ -36,15 +36,12 @@ def attached(name, dtype=torch.float16, recipe=None, dim=64):
 
 
 @torch.inference_mode()
-def forced(model, cache, ids, calls, **kwargs):
+def forced(model, cache, ids, calls):
     """Logits of every token of ids, fed in calls of the given lengths, in float32 on the CPU."""
     found, begin = [], 0
-    mask = kwargs.get("attention_mask")
     for length in calls:
         part = ids[:, begin : begin + length].to(model.device)
-        if mask is not None:
-            kwargs["attention_mask"] = mask[:, : begin + length].to(model.device)
-        found.append(model(input_ids=part, past_key_values=cache, **kwargs).logits.float().cpu())
+        found.append(model(input_ids=part, past_key_values=cache).logits.float().cpu())
         begin += length
     return torch.cat(found, 1)
 
@@ -71,7 +68,7 @@ def test_packed_pages_give_the_cpus_logits(name, calls):
     """Codes differ where a value lies on a decision boundary, so it is the mean that must agree closely."""
     model = attached(name)
     ids = hf_cases.tokens_of(2, sum(calls))
-    on_device, on_cpu = kv4.hf.new_cache(model), None
+    on_device = kv4.hf.new_cache(model)
     found = forced(model, on_device, ids, calls)
     model = model.to("cpu")
     on_cpu = kv4.hf.new_cache(model)

@@ -41,7 +41,6 @@ class Pair:
         self.core = _core.Cache(recipe, **arguments)
         self.batch, self.dim, self.dtype = batch, dim, dtype
         self.random = torch.Generator().manual_seed(5)
-        self.lengths_only = False
 
     def normal(self, heads: int, tokens: int) -> torch.Tensor:
         # [batch, T, heads, d] in memory, as a model's projections leave it.
@@ -302,7 +301,7 @@ def test_recipes_without_kernels_are_refused_with_the_reason():
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """Every new layer is a MetalCache, whose launches are counted."""
+    """Every new layer is a MetalCache; the list of them."""
     made = []
 
     def new_core(device, recipe, **arguments):

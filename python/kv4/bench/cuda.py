@@ -26,8 +26,6 @@ CALLS = 5  # of one candidate in one repeat
 HOST_CALLS = 50
 INT4, FLASH, CUDNN, FLASHINFER = "kv4 int4", "sdpa flash fp16", "sdpa cudnn fp16", "flashinfer fp16"
 FLASHINFER_PAGE = 16
-# Batch and tokens of the cases shown by default.
-CASES = ((16, 32768), (64, 8192), (1, 131072), (1, 4096))
 
 
 @dataclass
@@ -113,7 +111,7 @@ def measure(geometry: str, batch: int, tokens: int, device: torch.device, *, rep
     """All candidates that run here at one geometry, batch and length. Errors: ValueError for an unknown geometry,
     RuntimeError with the reason where kv4 has no kernels for the device."""
     from kv4 import Recipe
-    from kv4.hf.device import core_name, current_stream, why_no_device
+    from kv4.hf.device import current_stream, new_core, why_no_device
 
     if geometry not in GEOMETRIES:
         raise ValueError(f"geometry: expected one of {', '.join(GEOMETRIES)}; got {geometry}")
@@ -127,11 +125,7 @@ def measure(geometry: str, batch: int, tokens: int, device: torch.device, *, rep
         return torch.randn(batch, heads, count, dim, generator=generator, device=device, dtype=torch.float16)
 
     q, k, v = normal(q_heads, 1), normal(kv_heads, tokens), normal(kv_heads, tokens)
-    from kv4 import _core
-
-    cache = _core.Cache(
-        Recipe(), dtype="float16", kv_heads=kv_heads, head_dim_k=dim, head_dim_v=dim, backend=core_name(device)
-    )
+    cache = new_core(device, Recipe(), dtype="float16", kv_heads=kv_heads, head_dim_k=dim, head_dim_v=dim)
     cache.set_stream(current_stream(device))
     out = torch.empty_like(q)
     cache.append(k, v)
@@ -177,9 +171,9 @@ def _flashinfer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, 
     except ImportError:
         return {}
     batch, kv_heads, tokens, dim = k.shape
-    per_row = -(-tokens // FLASHINFER_PAGE)
     if tokens % FLASHINFER_PAGE:
         return {}
+    per_row = tokens // FLASHINFER_PAGE
     pages = torch.stack([x.transpose(1, 2).reshape(-1, FLASHINFER_PAGE, kv_heads, dim) for x in (k, v)], 1)
     counts = {"dtype": torch.int32, "device": q.device}
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(

@@ -245,6 +245,7 @@ def run(
                     int(token[0])  # waits for a CUDA device
             except OUT_OF_MEMORY:
                 row.fits = False
+            if not row.fits:  # not in the handler, whose traceback holds the failed call's tensors
                 held[key] = None
                 _return_memory(ids.device)
                 continue
@@ -257,6 +258,7 @@ def run(
                 row, token = here[key]
                 model = models[row.dtype]
                 what = f"decode at {context}: {row.cache} {row.dtype}"
+                cache = one = None
                 try:
                     cache = deepcopy(held[key])
                     with attention(model, row.cache, recipes[row.cache]):
@@ -265,7 +267,8 @@ def run(
                         timed = decode(model, cache, warm.last, tokens, step=one, progress=step(what))
                 except OUT_OF_MEMORY:
                     row.fits, row.repeats_ms = False, []
-                    cache = held[key] = None
+                if not row.fits:
+                    cache = one = held[key] = None
                     candidates.remove(key)
                     _return_memory(ids.device)
                     continue

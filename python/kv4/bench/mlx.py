@@ -6,7 +6,6 @@ tokens exactly. KL is sum p (log p - log q) in nats with p under mlx-lm's own ca
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,7 +51,7 @@ def load(folder: Path, dtype: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def caches(bits: int | None = 4) -> dict[str, Callable[[Any], list[Any]]]:
+def caches(bits: int = 4) -> dict[str, Callable[[Any], list[Any]]]:
     """How each candidate's cache is made for a model. mlx-lm's --kv-bits quantises with groups of 64."""
     return {
         "mlx-lm's own": stock.make_prompt_cache,
@@ -82,9 +81,11 @@ def nbytes(cache: list[Any], shapes: list[tuple[int, int, int]], tokens: int) ->
         for at in range(0, tokens, CALL):
             n = min(CALL, tokens - at)
             k, v = (mx.random.normal((1, heads, n, dim)).astype(mx.float16) for dim in (dim_k, dim_v))
-            mx.eval(layer.update_and_fetch(k, v) if not isinstance(layer, kv4.mlx.KV4Cache) else layer.append(k, v))
             if isinstance(layer, kv4.mlx.KV4Cache):
+                layer.append(k, v)
                 layer.core.seal()
+            else:
+                mx.eval(layer.update_and_fetch(k, v))
     return sum(layer.nbytes for layer in cache)
 
 
@@ -122,7 +123,7 @@ def run(
         del logp
         steps = generate_step(ids[: tokens // 2], model, max_tokens=generated, prompt_cache=make(model))
         out = [token for token, _ in steps]
-        own_tokens = own_tokens or copy.copy(out)
+        own_tokens = own_tokens or out
         same = next((i for i, (a, b) in enumerate(zip(out, own_tokens, strict=True)) if a != b), generated)
         rows.append(Row(name, nbytes(make(model), shapes, tokens), kl, top1, same, generated))
     return rows

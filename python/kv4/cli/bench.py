@@ -90,7 +90,7 @@ def generate(
         ids = torch.randint(loaded[kinds[0]].config.vocab_size, (1, lengths[-1]), generator=generator).to(where)
     ids = ids.expand(batch, -1)
     # An upper bound: a dtype that falls behind is dropped and its share of the bar with it.
-    total = (3 if exact else 2) * len(kinds) * (lengths[-1] + len(lengths) * repeats * tokens)
+    total = (2 + exact + (where.type == "cuda")) * len(kinds) * (lengths[-1] + len(lengths) * repeats * tokens)
     with progress("", total) as advance:
         rows = measurement.run(
             loaded,
@@ -357,7 +357,6 @@ def mlx(
     except ImportError as error:
         raise ImportError(f"kv4 bench mlx: expected mlx and mlx-lm (pip install 'kv4[mlx]'); got {error}") from None
     loaded, tokenizer = measurement.load(folder, dtype.value)
-    rows = []
     with progress("", len(measurement.caches())) as advance:
         rows = measurement.run(
             loaded, tokenizer, tokens=tokens, generated=generated, progress=lambda what: advance(1, what)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
-from .cache import _DTYPES, PACKED_LAYER_TYPES, KV4Cache, KV4Layer, mismatch
+from .cache import _DTYPES, PACKED_LAYER_TYPES, KV4Cache, KV4Layer
 from .device import new_core, usable_devices, why_no_device
 from .layers import layer_kinds
 

@@ -13,7 +13,7 @@ from .device import on_stream
 from .handle import KVHandle
 from .mask import expand, on_host, row_limits
 from .ops import CompiledHandle
-from .prefill import prefill, supports_prefill
+from .prefill import prefill, readable, supports_prefill
 
 if TYPE_CHECKING:
     from .cache import KV4Layer
@@ -120,17 +120,17 @@ def attend_packed(
             raise ValueError(
                 f"attention_mask: expected at most {key.length} columns, the tokens in the cache; got {mask.shape[-1]}"
             )
-        options = {"scale": scale, "causal": False, "offset": offset, "mask": _readable(mask)}
+        options = {"scale": scale, "causal": False, "offset": offset, "mask": readable(mask)}
         if layer.on_device:
             options["host_mask"] = on_host(mask)
         if softcap:
             options["softcap"] = softcap
         if s_aux is not None:
             options["sinks"] = _sinks(s_aux)
-        layer.core.attend(_readable(query), out.transpose(1, 2), **options)
+        layer.core.attend(readable(query), out.transpose(1, 2), **options)
         return out
     if start is None and window is None and softcap is None and s_aux is None and causal and key.own is None:
-        layer.core.attend(_readable(query), out.transpose(1, 2), scale=scale)  # the common step of decoding
+        layer.core.attend(readable(query), out.transpose(1, 2), scale=scale)  # the common step of decoding
         return out
     sinks = None if s_aux is None else _sinks(s_aux)
     own_k, own_v = key.own, value.own
@@ -155,7 +155,7 @@ def attend_packed(
     ):
         return out
     layer.core.attend(
-        _readable(query),
+        readable(query),
         out.transpose(1, 2),
         scale=scale,
         softcap=softcap or 0.0,
@@ -187,10 +187,6 @@ def _attend_in_graph(
 def _attend_uncompiled(*args: Any) -> torch.Tensor:
     """Handles of eager mode that meet a compiled graph: it is left here."""
     return attend_packed(*args)
-
-
-def _readable(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _sinks(s_aux: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
 )
 
+from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
 from . import ops
@@ -24,11 +25,6 @@ from .layers import layer_kinds
 PACKED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 PAGE_TOKENS = 64
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-def mismatch(argument: str, expected: object, got: object) -> str:
-    """The one form of every error message."""
-    return f"{argument}: expected {expected}; got {got}"
 
 
 class KV4Layer(CacheLayerMixin):
@@ -135,7 +131,9 @@ class KV4Layer(CacheLayerMixin):
                 if self.on_device:
                     on_stream(self)
                 self.core.append(key_states, value_states)
-            except (ValueError, RuntimeError, MemoryError):
+            except MemoryError:
+                self._append_checked(key_states, value_states, torch_s_memory=True)
+            except (ValueError, RuntimeError):
                 self._append_checked(key_states, value_states)
         except BaseException:
             if fresh:
@@ -157,7 +155,9 @@ class KV4Layer(CacheLayerMixin):
             KVHandle(self, "value", version, length, columns, None),
         )
 
-    def _append_checked(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _append_checked(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, torch_s_memory: bool = False
+    ) -> None:
         """Appends what the core refused if only its strides were in the way, or memory that torch holds unused; else
         says what is wrong."""
         for name, x in (("key_states", key_states), ("value_states", value_states)):
@@ -165,7 +165,7 @@ class KV4Layer(CacheLayerMixin):
                 raise ValueError(mismatch(name, f"a tensor on {place(self.device)}", x.device))
             if x.dtype is not self.dtype:
                 raise ValueError(mismatch(name, f"the layer's dtype {self.dtype}", x.dtype))
-        if self.on_device:
+        if torch_s_memory and self.on_device:
             torch.cuda.empty_cache()
         self.core.append(key_states.contiguous(), value_states.contiguous())
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kv4 import _core
+from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def check_device(name: str, device: torch.device) -> None:
     """Errors: ValueError where kv4 has no kernels for tensors on `device`, with the reason."""
     reason = why_no_device(device)
     if reason is not None:
-        raise ValueError(f"{name}: expected a tensor on {usable_devices()}; got {device}{reason}")
+        raise ValueError(mismatch(name, f"a tensor on {usable_devices()}", f"{device}{reason}"))
 
 
 def why_no_device(device: torch.device) -> str | None:
@@ -68,9 +69,5 @@ def new_core(device: torch.device, recipe: Recipe, **arguments: Any) -> Any:
         from kv4.metal import MetalCache, mps_host
 
         return MetalCache(mps_host(arguments["head_dim_k"]), recipe, **arguments)
-    return _core.Cache(recipe, backend=core_name(device), **arguments)
-
-
-def core_name(device: torch.device) -> str:
-    """What _core.Cache calls the backend of `device`."""
-    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+    backend = "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+    return _core.Cache(recipe, backend=backend, **arguments)

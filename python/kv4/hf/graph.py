@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from .cache import KV4Cache, KV4Layer, mismatch
+from kv4.messages import mismatch
+
+from .cache import KV4Cache, KV4Layer
 from .device import place
 
 

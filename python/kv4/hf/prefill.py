@@ -88,6 +88,8 @@ def prefill(
         if before > 0:
             earlier = (o, m, total)
 
+    blocks = _cpu_blocks if query.is_cpu else _cuda_blocks if query.is_cuda else _plain_blocks
+    factor = scale or dim**-0.5
     for rows, begin, width in groups:
         if begin > 0:
             out[rows, :begin] = 0
@@ -95,8 +97,7 @@ def prefill(
                 _merge(out[rows, :begin].transpose(1, 2), None, None, earlier, sinks, rows, slice(0, begin))
         if begin == tokens:
             continue
-        blocks = _flash_blocks_cuda if layer.on_device else _flash_blocks
-        for lo, hi, o, lse in blocks(query[rows], own_k[rows], own_v[rows], scale, begin, width):
+        for lo, hi, o, lse in blocks(query[rows], own_k[rows], own_v[rows], factor, begin, width):
             target = out[rows, lo:hi].transpose(1, 2)
             if earlier is None and sinks is None:
                 target.copy_(o)
@@ -120,15 +121,11 @@ def _finite(x: torch.Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
-def _flash_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, begin: int, width: int):
+def _cpu_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float, begin: int, width: int):
     """Causal attention of the tokens [begin, T) among themselves, each seeing the newest `width` (0 = all): yields
     (lo, hi, output [rows, heads, hi - lo, d], log-sum-exp [rows, heads, hi - lo]) over blocks of queries.
     A window is served block by block, so that the keys outside it are never read."""
     tokens = query.shape[2]
-    factor = scale or query.shape[3] ** -0.5
-    if not query.is_cpu:
-        yield from _plain_blocks(query, k, v, factor, begin, width)
-        return
     if not width or tokens - begin <= width:
         o, lse = _flash_cpu(query[:, :, begin:], k[:, :, begin:], v[:, :, begin:], 0.0, True, scale=factor)
         yield begin, tokens, o, lse
@@ -153,21 +150,23 @@ def _flash_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
         yield lo, hi, o, lse
 
 
-def _flash_blocks_cuda(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, begin: int, width: int):
-    """As _flash_blocks, in one block: torch's CUDA kernel takes [rows, tokens, heads, d], grouped heads and windows."""
+def _cuda_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float, begin: int, width: int):
+    """As _cpu_blocks, in one block: torch's CUDA kernel takes [rows, tokens, heads, d], grouped heads and windows."""
     tokens = query.shape[2]
-    q, k, v = (_unit_stride(x[:, :, begin:].transpose(1, 2)) for x in (query, k, v))
+    q, k, v = (readable(x[:, :, begin:].transpose(1, 2)) for x in (query, k, v))
     length = tokens - begin
     window = {"window_size_left": width - 1, "window_size_right": 0} if width and length > width else {}
-    factor = scale or query.shape[3] ** -0.5
     o, lse, *_ = _flash_cuda(q, k, v, None, None, length, length, 0.0, True, False, scale=factor, **window)
     yield begin, tokens, o.transpose(1, 2), lse[..., :length]
 
 
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it with channel stride 1, which kernels read."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def _plain_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float, begin: int, width: int):
-    """_flash_blocks by matrix products in float32, for devices whose kernels tell no log-sum-exp."""
+    """_cpu_blocks by matrix products in float32, for devices whose kernels tell no log-sum-exp."""
     batch, heads, tokens, dim = query.shape
     kv_heads = k.shape[1]
     for lo in range(begin, tokens, _PLAIN_BLOCK):

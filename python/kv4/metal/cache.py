@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from kv4 import _core
+from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
-from .host import DTYPES, Constants, Host, mismatch, shared_constants
+from .host import DTYPES, Constants, Host, shared_constants
 from .launch import attend, dequantise
 from .sealing import Sealing
 from .sequence import MASKED, PAGE, UNKNOWN, VISIBLE, Page, PagePool, Sequence
@@ -25,7 +26,7 @@ from .visibility import Visibility
 class MetalCache(Sealing):
     """One layer's cache; the arguments are those of kv4._core.Cache, and the host that runs the kernels.
 
-    NaN and infinity are held as zeros; no error is raised for them, since finding out would wait for the device.
+    NaN and infinity are held as zeros; no error is raised for them.
     Errors: NotImplementedError with the reason where no Metal kernel serves the recipe or the head dims; ValueError,
     IndexError and RuntimeError as the core's. A failed call leaves the cache as it was.
     """
@@ -76,7 +77,6 @@ class MetalCache(Sealing):
         self.pool = PagePool()
         self.slab = torch.empty(0, dtype=torch.uint8, device=host.device)
         self.recording = False
-        self.version = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -102,6 +102,7 @@ class MetalCache(Sealing):
             raise ValueError(mismatch("v", f"the batch and tokens of k, {list(k.shape)}", list(v.shape)))
         self.settle()
         if not self.sequences:
+            self._forget()
             self.sequences = [Sequence(self.sink_limit) for _ in range(k.shape[0])]
         tokens = k.shape[2]
         if not tokens:
@@ -120,7 +121,6 @@ class MetalCache(Sealing):
             s.seen += bytes([UNKNOWN]) * tokens
             s.length += tokens
         self.length += tokens
-        self.version += 1
 
     def _make_room(self, tokens: int) -> None:
         need = max(s.count for s in self.sequences) + tokens
@@ -294,10 +294,16 @@ class MetalCache(Sealing):
         sets.append(exact(self.sink_limit + skip, s.window_position + skip, max(0, held - skip)))
         table = [page.index for page in s.pages[: pages - s.first_page]]
         position = s.page_position(s.first_page) if s.pages else 0
-        return table, position, PAGE, query, start if given is not None else -(2**31), limit, self._has_lambda(s), sets
-
-    def _has_lambda(self, s: Sequence) -> bool:
-        return self.lambda_k(s) is not None
+        return (
+            table,
+            position,
+            PAGE,
+            query,
+            start if given is not None else -(2**31),
+            limit,
+            self.lambda_k(s) is not None,
+            sets,
+        )
 
     # Crop, forks and what is held: src/cache/edit.cpp.
 
@@ -315,7 +321,6 @@ class MetalCache(Sealing):
         for b, s in enumerate(self.sequences):
             self._crop_sequence(b, s, length)
         self.length = length
-        self.version += 1
 
     def _crop_sequence(self, b: int, s: Sequence, n: int) -> None:
         s.length = n
@@ -363,7 +368,6 @@ class MetalCache(Sealing):
         self.sequences = [self.sequences[row].fork() for row in rows]
         if self.rows is not None:
             self.rows = self.rows[:, torch.tensor(list(rows), device=self.host.device)]
-        self.version += 1
 
     def repeat(self, times: int) -> None:
         if times < 1:
@@ -372,7 +376,6 @@ class MetalCache(Sealing):
 
     def reset(self) -> None:
         self._forget()
-        self.version += 1
 
     def clone(self) -> MetalCache:
         """A cache of its own. Each cache writes to its own slab, so pages are copied."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from kv4 import _core
+from kv4.messages import mismatch
 
 from . import source
 
@@ -19,10 +20,6 @@ THREADGROUP_BYTES = 32768  # what every Apple GPU has (Metal Feature Set Tables)
 MACOS = (14, 0)  # Metal 3.1
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-def mismatch(argument: str, expected: object, got: object) -> str:
-    return f"{argument}: expected {expected}; got {got}"
 
 
 class Host:

@@ -117,13 +117,20 @@ def attend(
         partial.copy_(target)
 
 
-def _jobs(cache: MetalCache, b: int, pages: list[int], row: int, step: int) -> np.ndarray:
-    """int64 [pages * kv_heads, 6] (kv4_job): head slices whose rows begin at element row + p * step of their head."""
+def _jobs(cache: MetalCache, pages: list[int], row: int, head: int, masked: bool, given: Any) -> np.ndarray:
+    """int64 [pages * kv_heads, 6] (kv4_job): head slices whose rows begin at element row + h * head + p * 64 * d.
+    masked: they have flags; given: their lambda, or None."""
     tables = cache.constants.tables
-    head = cache.rows.shape[3] * cache.dim if step else 0
     return np.array(
         [
-            [row + h * head + p * step, p * PAGE, page * tables.page_bytes + h * tables.head_bytes, h, 0, PAGE]
+            [
+                row + h * head + p * PAGE * cache.dim,
+                p * PAGE if masked else -1,
+                page * tables.page_bytes + h * tables.head_bytes,
+                h if given is not None else -1,
+                0,
+                PAGE,
+            ]
             for p, page in enumerate(pages)
             for h in range(cache.heads)
         ],
@@ -135,11 +142,11 @@ def seal(cache: MetalCache, b: int, first: int, skip: bytes, pages: list[int]) -
     """Seals window rows [first, first + 64 * len(pages)) of sequence b. skip: a byte per row, nonzero = masked."""
     host, constants = cache.host, cache.constants
     lambda_k = cache.lambda_k(cache.sequences[b])
-    row = (b * cache.heads * cache.rows.shape[3] + cache.sink_limit + first) * cache.dim
-    jobs = _jobs(cache, b, pages, row, PAGE * cache.dim)
+    head = cache.rows.shape[3] * cache.dim
+    row = b * cache.heads * head + (cache.sink_limit + first) * cache.dim
     masked = host.tensor(np.frombuffer(skip, np.uint8).copy())
     for values, given in ((False, lambda_k), (True, cache.given_v)):
-        jobs[:, 3] = np.tile(np.arange(cache.heads), len(pages)) if given is not None else -1
+        jobs = _jobs(cache, pages, row, head, True, given)
         arguments = (
             cache.rows[int(values)],
             masked,
@@ -158,10 +165,7 @@ def dequantise(cache: MetalCache, b: int, pages: list[int], values: bool) -> tor
     host, constants = cache.host, cache.constants
     given = cache.given_v if values else cache.lambda_k(cache.sequences[b])
     out = torch.empty((cache.heads, PAGE * len(pages), cache.dim), dtype=torch.float32, device=host.device)
-    jobs = _jobs(cache, b, pages, 0, 0)
-    jobs[:, 0] = [(h * PAGE * len(pages) + p * PAGE) * cache.dim for p in range(len(pages)) for h in range(cache.heads)]
-    jobs[:, 1] = -1
-    jobs[:, 3] = np.tile(np.arange(cache.heads), len(pages)) if given is not None else -1
+    jobs = _jobs(cache, pages, 0, PAGE * len(pages) * cache.dim, False, given)
     arguments = (
         cache.slab,
         host.nothing if given is None else given,

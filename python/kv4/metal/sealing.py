@@ -126,7 +126,7 @@ class Sealing:
                 s.first_page += rows // PAGE
 
     def _fix_lambda(self, b: int, s: Sequence) -> None:
-        """Once per sequence, in float64 on the host, as src/cache/seal.cpp does: the one wait for the device."""
+        """Once per sequence, in float64 on the host, as src/cache/seal.cpp does, which waits for the device."""
         if self.recipe.key.lambda_ != "auto" or s.lambda_ is not None:
             return
         blocks = 1 + self.recipe.window // PAGE

@@ -11,11 +11,6 @@ DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 _DLPACK_CPU = 1
 
 
-def mismatch(argument: str, expected: object, got: object) -> str:
-    """The one form of every error message."""
-    return f"{argument}: expected {expected}; got {got}"
-
-
 class _BFloat16:
     """Names the dtype to the core, which knows torch's by name; numpy has no bfloat16."""
 

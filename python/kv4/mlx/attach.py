@@ -17,9 +17,9 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
 from kv4 import _core
+from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
-from .arrays import mismatch
 from .attention import _dense_attention, scaled_dot_product_attention
 from .cache import KV4Cache
 

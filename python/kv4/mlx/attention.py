@@ -7,7 +7,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import base
 
-from .arrays import mismatch
+from kv4.messages import mismatch
+
 from .handle import KVHandle
 
 _dense_attention = base.scaled_dot_product_attention

@@ -8,7 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .arrays import mismatch
+from kv4.messages import mismatch
+
 from .cache import PAGE_TOKENS, KV4Cache, Unsaveable
 from .handle import KVHandle
 

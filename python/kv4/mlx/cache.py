@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,10 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 
 from kv4 import _core
+from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
-from .arrays import DTYPES, mismatch, readable, unit_stride
+from .arrays import DTYPES, readable, unit_stride
 from .handle import KVHandle
 from .prefill import State, own_attention, own_state
 
@@ -181,11 +181,11 @@ class KV4Cache:
         if columns > self.offset:
             raise ValueError(mismatch("mask", f"at most {self.offset} columns, the tokens in the cache", columns))
         full = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
-        if full.dtype == mx.bool_:
-            return {"causal": False, "offset": self.offset - columns, "mask": np.array(full)}
-        if full.dtype not in DTYPES:
-            raise ValueError(mismatch("mask", "bool, float32, float16 or bfloat16", full.dtype))
-        return {"causal": False, "offset": self.offset - columns, "mask": np.array(full.astype(mx.float32))}
+        if full.dtype != mx.bool_:
+            if full.dtype not in DTYPES:
+                raise ValueError(mismatch("mask", "bool, float32, float16 or bfloat16", full.dtype))
+            full = full.astype(mx.float32)
+        return {"causal": False, "offset": self.offset - columns, "mask": np.array(full)}
 
     def _long(self, q: mx.array, k: mx.array | None, v: mx.array | None, mask: Any) -> bool:
         """True where MLX's own kernels may answer for the call's own tokens."""
@@ -327,7 +327,7 @@ class KV4Cache:
         """One ragged cache of single-sequence caches, which stay as they are."""
         from .batch import BatchKV4Cache
 
-        return BatchKV4Cache([copy.deepcopy(cache) for cache in caches])
+        return BatchKV4Cache.merge(caches)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KV4Cache:
         """A cache that goes its own way; sealed pages are shared."""

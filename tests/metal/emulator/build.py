@@ -172,7 +172,6 @@ def build(
     cxx = _compiler()
     text, translation = load(source, [Path(folder) for folder in include], define, only)
     parts = [text, *only, mode, cxx, KERNEL_FLAGS[mode], tool_hash()]
-    parts = [text, *only, mode, cxx, KERNEL_FLAGS[mode], tool_hash()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     folder = cache_folder()
     module = folder / f"{source.stem}.{mode}.{key}.so"

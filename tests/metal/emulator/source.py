@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,8 +105,3 @@ def words(tokens: Sequence[Token]) -> list[Token]:
 
 def joined(tokens: Sequence[Token]) -> str:
     return " ".join(t.text for t in words(tokens))
-
-
-def significant(tokens: Sequence[Token]) -> Iterator[int]:
-    """Indices of tokens that are neither white space nor line markers."""
-    return (i for i, token in enumerate(tokens) if token.kind not in ("space", "marker"))
