@@ -43,8 +43,8 @@ TESTS = [
     "MetalSeal.DequantisesAsDefined",
     "MetalAppend.*",
 ]
-# Recorded launches that are run of each kernel: the smallest, no two of one shape, so that masks, parts of pages, several
-# splits and channels that do not fill the lanes are among them.
+# Recorded launches that are run of each kernel: the smallest, no two of one shape, so that masks, parts of pages,
+# several splits and channels that do not fill the lanes are among them.
 LAUNCHES = 3
 TOLERANCE = 2e-3  # of the largest magnitude: the bound of the kernels' own tests of attention
 SEED = 3
