@@ -20,7 +20,7 @@ CORE := CMakeLists.txt pyproject.toml $(shell find cmake include src python/bind
 # Directories change when a file is added or removed.
 CORE += $(shell find include src python/bindings -type d 2>/dev/null)
 
-.PHONY: help setup system demo test test-cpp test-python test-neon test-metal metal-tools check lint format asan ubsan tsan bench wheel clean
+.PHONY: help setup system demo test test-cpp test-python test-neon test-metal test-tools metal-tools check lint format asan ubsan tsan bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,10 +39,15 @@ $(VENV)/.system: scripts/setup_system.sh
 	@PYTHON=$(PYTHON) bash scripts/setup_system.sh build
 	@mkdir -p $(VENV) && touch $@
 
-$(VENV)/.python: requirements.txt requirements-dev.txt | $(VENV)/.system
+$(VENV)/.python: requirements.txt requirements-build.txt | $(VENV)/.system
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "PYTHON: expected Python >= 3.10; got $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-build.txt
+	@touch $@
+
+# Apart from the above, so that whoever only wants the demo does not wait for them.
+$(VENV)/.tests: requirements-dev.txt $(VENV)/.python
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
@@ -56,8 +61,10 @@ demo: setup
 test: setup test-cpp test-python check test-neon
 	@echo "all tests passed"
 
+test-tools: $(VENV)/.tests
+
 # The Metal kernels run in an emulator; without clang 19 its tests are left out.
-metal-tools: setup
+metal-tools: setup test-tools
 	@bash scripts/setup_system.sh metal
 
 test-metal: metal-tools
@@ -82,7 +89,7 @@ test-neon: setup
 	  echo "Arm tests left out: they need g++-aarch64-linux-gnu, qemu-user and googletest"; \
 	fi
 
-check: setup
+check: setup test-tools
 	$(BIN)/python scripts/check_guidelines.py
 	$(BIN)/ruff check --quiet --output-format concise .
 
@@ -92,7 +99,7 @@ lint: check
 	  git ls-files -co --exclude-standard 'src/*.cpp' | xargs -P $(JOBS) -n 1 clang-tidy --quiet -p build/debug; \
 	else echo "clang-tidy left out: it is not installed"; fi
 
-format:
+format: test-tools
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
 	git ls-files -co --exclude-standard '*.h' '*.cpp' '*.inl' '*.c' | xargs clang-format -i
 
