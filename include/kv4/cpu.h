@@ -22,10 +22,23 @@ std::string active_isa();
 // Errors: unsupported, with the list of those that this build and machine have.
 Status force_isa(const std::string& isa);
 
-// Threads that a call may use; the default is the OpenMP runtime's own number.
+// Threads that a call may use; the default is the OpenMP runtime's own number. On a thread that has an executor: its own.
 int num_threads();
 // Errors: invalid_argument where n < 1.
 Status set_num_threads(int n);
+
+// Threads that a program lends: its own pool's, where a second pool would fight for the same cores.
+class Executor {
+ public:
+  virtual ~Executor() = default;
+  virtual int threads() const = 0;  // at least 1
+  // Calls body(context, i) once for every i in [0, threads()), each on a thread of its own, one of them the caller's;
+  // returns when all have returned. body never throws.
+  virtual void run(void (*body)(void* context, int thread), void* context) = 0;
+};
+// Calls that the calling thread makes from here on share their work through `executor`, which must outlive them; null: through the
+// process's own threads again. Returns the one before.
+Executor* set_executor(Executor* executor);
 
 // Times sealing alone, for benchmarks: `vectors` float vectors (rounded up to whole pages of keys and values)
 // of head dim `dim`, already in place, are rotated, scaled by a lambda per channel, quantised to uniform levels

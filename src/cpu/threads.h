@@ -1,6 +1,7 @@
 // Threads of the CPU backend. With OpenMP the pool is the process's own libgomp, which torch
 // shares: a second pool would fight its spinning workers for the cores. Without OpenMP (the
-// thread-sanitiser build: libgomp is not instrumented) each call starts std::threads.
+// thread-sanitiser build: libgomp is not instrumented) each call starts std::threads. A caller that lends
+// threads of its own (kv4::cpu::Executor) is served by those alone.
 #pragma once
 
 #include <cstdint>
