@@ -24,7 +24,8 @@ typedef enum kv4_status {
   KV4_UNSUPPORTED = 3,
   KV4_NON_FINITE = 4,
   KV4_OUT_OF_MEMORY = 5,
-  KV4_FAILED_PRECONDITION = 6
+  KV4_FAILED_PRECONDITION = 6,
+  KV4_DATA_LOSS = 7 /* bytes that are no intact saved cache */
 } kv4_status;
 
 typedef enum kv4_dtype { KV4_F32 = 0, KV4_F16 = 1, KV4_BF16 = 2 } kv4_dtype;
