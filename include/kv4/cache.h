@@ -20,6 +20,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -52,6 +53,10 @@ struct CacheConfig {
 std::vector<std::string> backends();
 // Why "cuda" (or another name) is not among them: "built without it", "no device that it serves"; "" where it is.
 std::string why_not(const std::string& backend);
+
+// Where saved bytes go, and where they come from.
+using Sink = std::function<Status(std::span<const std::byte>)>;  // takes all the bytes, or says why not
+using Source = std::function<Status(std::span<std::byte>)>;      // fills all of it, or says why not
 
 class Cache {
  public:
@@ -104,6 +109,19 @@ class Cache {
   // decoding). Whether on or off, a crop of tokens of the last call restores exactly what
   // one-by-one decoding would hold.
   void record_past(bool on);
+
+  // Writes the cache to `sink`, block by block, at any boundary of calls (format: docs/format.md). Pages that sequences
+  // share are written once; exact rows, and a prefill that is not sealed yet, as they are: seal() before makes the least of
+  // them, and gives up that a crop into the last call restores its tokens exactly.
+  // Errors: what the sink says, passed on; failed_precondition while the stream is being captured.
+  Status save(const Sink& sink) const;
+  // Takes over what another cache of the same configuration saved, on any backend or instruction set: outputs and codes
+  // are then those that it would have gone on to give, bit for bit where the same kernels run. What sequences shared of exact rows
+  // each holds for itself. Reads just what save wrote, so that several caches may follow each other in a file.
+  // Errors, the cache then being empty as before: failed_precondition where it is not empty; invalid_argument naming the
+  // field of the configuration that differs; data_loss for other bytes than save wrote (magic, version, CRC-32C, values
+  // that no cache has); what the source says, passed on. Memory is taken as bytes come in, never for a count alone.
+  Status load(const Source& source);
 
   // Tokens at positions [first, first + count) in the model's own basis, dequantised where
   // sealed: [batch, kv_heads, count, dim]. Dropped padding reads as 0.

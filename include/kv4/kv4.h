@@ -24,7 +24,8 @@ typedef enum kv4_status {
   KV4_UNSUPPORTED = 3,
   KV4_NON_FINITE = 4,
   KV4_OUT_OF_MEMORY = 5,
-  KV4_FAILED_PRECONDITION = 6
+  KV4_FAILED_PRECONDITION = 6,
+  KV4_DATA_LOSS = 7 /* bytes that are no intact saved cache */
 } kv4_status;
 
 typedef enum kv4_dtype { KV4_F32 = 0, KV4_F16 = 1, KV4_BF16 = 2 } kv4_dtype;
@@ -99,6 +100,11 @@ typedef struct kv4_attend_args {
 
 typedef struct kv4_cache kv4_cache;
 
+/* Where saved bytes go: takes all of them, or says why not. Where they come from: fills all of it, or says why not. What they
+ * return is what the call returns. */
+typedef kv4_status (*kv4_sink)(void* context, const void* data, size_t bytes);
+typedef kv4_status (*kv4_source)(void* context, void* data, size_t bytes);
+
 KV4_API const char* kv4_version(void);
 KV4_API const char* kv4_last_error(void);
 
@@ -120,6 +126,9 @@ KV4_API kv4_status kv4_cache_repeat(kv4_cache* cache, int32_t times);
 KV4_API kv4_status kv4_cache_reset(kv4_cache* cache);
 KV4_API kv4_status kv4_cache_clone(const kv4_cache* cache, kv4_cache** out);
 KV4_API kv4_status kv4_cache_record_past(kv4_cache* cache, int32_t on);
+/* The cache as a self-describing blob, and back into an empty cache of the same configuration (docs/format.md). */
+KV4_API kv4_status kv4_cache_save(const kv4_cache* cache, kv4_sink sink, void* context);
+KV4_API kv4_status kv4_cache_load(kv4_cache* cache, kv4_source source, void* context);
 KV4_API kv4_status kv4_cache_dense_keys(const kv4_cache* cache, int64_t first, int64_t count, const kv4_tensor* out);
 KV4_API kv4_status kv4_cache_dense_values(const kv4_cache* cache, int64_t first, int64_t count, const kv4_tensor* out);
 KV4_API size_t kv4_cache_nbytes(const kv4_cache* cache);

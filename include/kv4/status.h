@@ -15,7 +15,8 @@ enum class StatusCode : int {
   unsupported = 3,        // well-formed, but no kernel or recipe serves it; the message says why
   non_finite = 4,         // NaN or infinity where a visible value was expected
   out_of_memory = 5,
-  failed_precondition = 6 // the object is not in a state that allows the call
+  failed_precondition = 6,  // the object is not in a state that allows the call
+  data_loss = 7           // bytes that are no intact saved cache
 };
 
 class [[nodiscard]] Status {

@@ -178,7 +178,8 @@ void raise_if_error(const Status& status) {
   switch (status.code()) {
     case StatusCode::ok: return;
     case StatusCode::invalid_argument:
-    case StatusCode::non_finite: throw nb::value_error(text);
+    case StatusCode::non_finite:
+    case StatusCode::data_loss: throw nb::value_error(text);
     case StatusCode::out_of_range: throw nb::index_error(text);
     case StatusCode::out_of_memory: PyErr_SetString(PyExc_MemoryError, text); throw nb::python_error();
     case StatusCode::unsupported: PyErr_SetString(PyExc_NotImplementedError, text); throw nb::python_error();

@@ -177,6 +177,7 @@ Status Cache::State::attend(const AttendArgs& given, std::int64_t upto, const Mu
                      "NaN or infinity at sequence " + std::to_string(b) + ", position " + std::to_string(x.position));
   }
   KV4_RETURN_IF_ERROR(record(readable));
+  make_tables();  // a clone or a loaded cache has none yet
   const bool stepwise = queries <= kStepwiseTokens;
   if (seals() && !arrival() && stepwise) KV4_RETURN_IF_ERROR(seal_until(length - 1));
 

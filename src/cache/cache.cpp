@@ -95,6 +95,8 @@ Status Cache::attend_partial(const AttendArgs& args, std::int64_t upto, const Pa
 Status Cache::seal() { return state_->on_stream().settle(); }
 Status Cache::crop(std::int64_t length) { return state_->on_stream().crop(length); }
 Status Cache::reserve(std::int64_t tokens) { return state_->on_stream().reserve(tokens); }
+Status Cache::save(const Sink& sink) const { return state_->on_stream().save(sink); }
+Status Cache::load(const Source& source) { return state_->on_stream().load(source); }
 Status Cache::advance() { return state_->on_stream().advance(); }
 void Cache::set_stream(void* stream) {
   state_->stream = stream;

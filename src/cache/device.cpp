@@ -13,11 +13,16 @@ void Cache::State::give_note(Sequence& s) const {
   s.told_key = s.told_value = 0;
 }
 
-void Cache::State::hear(Sequence& s) const {
-  if (!s.note) return;
+std::pair<std::int64_t, std::int64_t> Cache::State::listen(const Sequence& s, std::vector<NonFinite>* found) const {
+  if (!s.note) return {0, 0};
   const std::int64_t key = s.note->key, value = s.note->value;
-  if (key > s.told_key) s.non_finite.push_back({key - 1, true, false});
-  if (value > s.told_value) s.non_finite.push_back({value - 1, false, true});
+  if (key > s.told_key) found->push_back({key - 1, true, false});
+  if (value > s.told_value) found->push_back({value - 1, false, true});
+  return {key, value};
+}
+
+void Cache::State::hear(Sequence& s) const {
+  const auto [key, value] = listen(s, &s.non_finite);
   s.told_key = std::max(s.told_key, key);
   s.told_value = std::max(s.told_value, value);
 }

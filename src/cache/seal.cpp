@@ -180,6 +180,7 @@ Status Cache::State::seal_until(std::int64_t n) {
         s.drop_window_front(gone * kPageTokens);
         s.first_page += gone;
         count -= gone;
+        if (s.sinks.count() == 0) s.evicted = s.window_position;  // evict sees to those that still have sinks
         if (count == 0) continue;
       }
     }

@@ -4,12 +4,19 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cache/sequence.h"
 #include "kv4/cache.h"
 
 namespace kv4 {
+
+namespace blob {
+class Reader;
+class Writer;
+struct Sequence;
+}  // namespace blob
 
 // Calls of at most this many tokens answer every query as if tokens came one by one; longer ones
 // are prefill and see their own tokens exactly.
@@ -80,6 +87,8 @@ struct Cache::State {
   void note_non_finite(Sequence& s, std::int64_t row, const TensorView& k, const TensorView& v) const;
   void give_note(Sequence& s) const;
   void hear(Sequence& s) const;                     // takes over what the note says
+  // The note's key and value; what is new of it goes to `found`.
+  std::pair<std::int64_t, std::int64_t> listen(const Sequence& s, std::vector<NonFinite>* found) const;
   void make_tables();
   void view_before(std::int64_t tokens);            // views as a store of `tokens` rows finds them
   Status reserve(std::int64_t tokens);
@@ -101,6 +110,20 @@ struct Cache::State {
   Status crop_sequence(Sequence& s, std::int64_t n) const;
   Status reopen_page(Sequence& s, std::int64_t index, std::int64_t rows) const;
   Status dense(bool keys, std::int64_t first, std::int64_t count, const MutableTensorView& out) const;
+
+  // save.cpp
+  Status save(const Sink& sink) const;
+  Status save_sequence(const Sequence& s, std::span<const std::uint64_t> table, blob::Writer& out) const;
+  Status save_page(const PageRef& page, blob::Writer& out) const;
+
+  // load.cpp
+  Status load(const Source& source);
+  bool automatic() const { return seals() && config.recipe.key.lambda == LambdaMode::automatic; }
+  Status check(const blob::Sequence& saved, std::int64_t tokens) const;
+  Status load_sequence(std::int64_t tokens, blob::Reader& in, Sequence* s, std::vector<std::uint64_t>* table) const;
+  Status load_rows(std::int64_t count, blob::Reader& in, RowBuffer* rows) const;
+  Status load_queries(std::int64_t first, blob::Reader& in, QueryEnergy* energy) const;
+  Status load_page(blob::Reader& in, const PageRef& page) const;
 };
 
 }  // namespace kv4

@@ -4,6 +4,7 @@
 #include <array>
 #include <memory>
 #include <new>
+#include <span>
 #include <string>
 
 #include "kv4/cache.h"
@@ -103,6 +104,14 @@ kv4::Status args_of(const kv4_attend_args& a, kv4::AttendArgs* out) {
   m.host_general = a.host_mask;
   for (int i = 0; i < 4; ++i) m.host_general_stride[i] = a.host_mask_stride[i];
   return {};
+}
+
+// What a callback returned.
+kv4::Status answer_of(const char* name, kv4_status status) {
+  if (status == KV4_OK) return {};
+  const bool known = status > KV4_OK && status <= KV4_DATA_LOSS;
+  return kv4::error(known ? static_cast<kv4::StatusCode>(status) : kv4::StatusCode::invalid_argument, name, "KV4_OK",
+                    "status " + std::to_string(static_cast<int>(status)));
 }
 
 kv4::Status dense(const kv4_cache* cache, bool keys, int64_t first, int64_t count, const kv4_tensor& out) {
@@ -222,6 +231,18 @@ kv4_status kv4_cache_record_past(kv4_cache* cache, int32_t on) {
   return guarded({{"cache", cache}}, [&]() -> kv4::Status {
     cache->cache->record_past(on != 0);
     return {};
+  });
+}
+kv4_status kv4_cache_save(const kv4_cache* cache, kv4_sink sink, void* context) {
+  return guarded({{"cache", cache}}, [&]() -> kv4::Status {
+    if (sink == nullptr) return null_pointer("sink");
+    return cache->cache->save([&](std::span<const std::byte> x) { return answer_of("sink", sink(context, x.data(), x.size())); });
+  });
+}
+kv4_status kv4_cache_load(kv4_cache* cache, kv4_source source, void* context) {
+  return guarded({{"cache", cache}}, [&]() -> kv4::Status {
+    if (source == nullptr) return null_pointer("source");
+    return cache->cache->load([&](std::span<std::byte> x) { return answer_of("source", source(context, x.data(), x.size())); });
   });
 }
 kv4_status kv4_cache_dense_keys(const kv4_cache* cache, int64_t first, int64_t count, const kv4_tensor* out) {

@@ -187,6 +187,26 @@ class Session {
     starts_ = std::move(starts);
   }
   void clone() { cache_ = cache_->clone(); }
+  // Goes on with what was saved.
+  void reload() {
+    std::vector<std::byte> bytes;
+    const Status saved = cache_->save([&](std::span<const std::byte> x) {
+      bytes.insert(bytes.end(), x.begin(), x.end());
+      return Status();
+    });
+    ASSERT_TRUE(saved.ok()) << saved.message();
+    std::unique_ptr<Cache> fresh;
+    ASSERT_TRUE(Cache::create(cache_->config(), &fresh).ok());
+    std::size_t at = 0;
+    const Status loaded = fresh->load([&](std::span<std::byte> to) {
+      if (to.size() > bytes.size() - at) return Status(StatusCode::out_of_range, "bytes: expected more; got their end");
+      std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(at), to.size(), to.begin());
+      at += to.size();
+      return Status();
+    });
+    ASSERT_TRUE(loaded.ok()) << loaded.message();
+    cache_ = std::move(fresh);
+  }
 
   Cache& cache() { return *cache_; }
   cases::Random& random() { return random_; }
@@ -225,6 +245,7 @@ inline void random_session(int seed, Place* place = nullptr) {
     if (action == 1) s.crop(length - s.random().below(6));
     if (action == 2) s.select({s.random().below(static_cast<int>(s.batch())), s.random().below(static_cast<int>(s.batch()))});
     if (action == 3) s.clone();
+    if (action == 4) s.reload();
     if (::testing::Test::HasFatalFailure()) return;
   }
 }

@@ -1,6 +1,8 @@
 // The C ABI: one session through it equals the same session through the C++ API; its errors.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -91,6 +93,69 @@ TEST(CAbi, AnswersAsTheCppApi) {
   ASSERT_EQ(kv4_cache_reset(copy), KV4_OK);
   EXPECT_EQ(kv4_cache_batch(copy), 0);
   kv4_cache_destroy(copy);
+  kv4_cache_destroy(cache);
+}
+
+struct File {
+  std::vector<unsigned char> bytes;
+  size_t at = 0, most = SIZE_MAX;  // most: a disk's size
+};
+
+kv4_status put(void* context, const void* data, size_t bytes) {
+  auto* file = static_cast<File*>(context);
+  if (bytes > file->most - file->bytes.size()) return KV4_OUT_OF_MEMORY;
+  const auto* from = static_cast<const unsigned char*>(data);
+  file->bytes.insert(file->bytes.end(), from, from + bytes);
+  return KV4_OK;
+}
+
+kv4_status get(void* context, void* data, size_t bytes) {
+  auto* file = static_cast<File*>(context);
+  if (bytes > file->bytes.size() - file->at) return KV4_OUT_OF_RANGE;
+  std::copy_n(file->bytes.begin() + static_cast<std::ptrdiff_t>(file->at), bytes, static_cast<unsigned char*>(data));
+  file->at += bytes;
+  return KV4_OK;
+}
+
+TEST(CAbi, SavesAndLoads) {
+  const kv4_cache_config c = config();
+  kv4_cache *cache = nullptr, *loaded = nullptr;
+  ASSERT_EQ(kv4_cache_create(&c, &cache), KV4_OK);
+  ASSERT_EQ(kv4_cache_create(&c, &loaded), KV4_OK);
+  const int tokens = 200;
+  const std::vector<float> rows = kv4::cases::key_rows(kKvHeads * tokens, kDim, 1), q = kv4::cases::normal_rows(kHeads, kDim, 3);
+  const kv4_tensor t = tensor(rows, kKvHeads, tokens);
+  const kv4_attend_args args = query(q);
+  std::vector<float> want(kHeads * kDim), got(kHeads * kDim);
+  const kv4_tensor wt = tensor(want, kHeads, 1), gt = tensor(got, kHeads, 1);
+  ASSERT_EQ(kv4_cache_append(cache, &t, &t), KV4_OK);
+  ASSERT_EQ(kv4_cache_seal(cache), KV4_OK);
+  File file;
+  ASSERT_EQ(kv4_cache_save(cache, put, &file), KV4_OK) << kv4_last_error();
+  ASSERT_EQ(kv4_cache_load(loaded, get, &file), KV4_OK) << kv4_last_error();
+  EXPECT_EQ(file.at, file.bytes.size());
+  EXPECT_EQ(kv4_cache_length(loaded), tokens);
+  ASSERT_EQ(kv4_cache_attend(cache, &args, &wt), KV4_OK);
+  ASSERT_EQ(kv4_cache_attend(loaded, &args, &gt), KV4_OK);
+  EXPECT_EQ(got, want);
+
+  // What a callback returns is what the call returns.
+  File small;
+  small.most = 5000;
+  EXPECT_EQ(kv4_cache_save(cache, put, &small), KV4_OUT_OF_MEMORY);
+  EXPECT_STREQ(kv4_last_error(), "sink: expected KV4_OK; got status 5");
+  ASSERT_EQ(kv4_cache_reset(loaded), KV4_OK);
+  EXPECT_EQ(kv4_cache_load(loaded, get, &small), KV4_OUT_OF_RANGE);
+  EXPECT_STREQ(kv4_last_error(), "source: expected KV4_OK; got status 2");
+  EXPECT_EQ(kv4_cache_batch(loaded), 0);
+  file.at = 0;
+  file.bytes[file.bytes.size() / 2] ^= 1;
+  EXPECT_EQ(kv4_cache_load(loaded, get, &file), KV4_DATA_LOSS);
+  EXPECT_EQ(kv4_cache_save(cache, nullptr, nullptr), KV4_INVALID_ARGUMENT);
+  EXPECT_STREQ(kv4_last_error(), "sink: expected a pointer; got NULL");
+  EXPECT_EQ(kv4_cache_load(loaded, nullptr, nullptr), KV4_INVALID_ARGUMENT);
+  EXPECT_EQ(kv4_cache_load(nullptr, get, &file), KV4_INVALID_ARGUMENT);
+  kv4_cache_destroy(loaded);
   kv4_cache_destroy(cache);
 }
 

@@ -1,5 +1,5 @@
 // The cache against its definition: random sessions (cache_session.h) of append, attend, crop,
-// select, repeat and clone; byte counts; errors.
+// select, clone, save and load; byte counts; errors.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -19,6 +19,25 @@ INSTANTIATE_TEST_SUITE_P(Seeds, Sessions, ::testing::Range(0, kSeeds));
 
 TEST(Cache, CropOfTheLastCallRestoresOneByOneDecoding) { crops_of_the_last_call(); }
 TEST(Cache, SlidingWindowEvictsAndStaysRight) { sliding_window(); }
+// A call of many windows passes tokens that were never sealed.
+TEST(Cache, LongCallsEvictForGood) {
+  for (const int sinks : {0, 4}) {
+    Session s(with(sinks, 64), {0}, 10, 150);
+    for (const std::int64_t tokens : {1000, 1, 700, 1}) {
+      s.step(tokens);
+      if (HasFatalFailure()) return;
+      if (tokens > 1) continue;
+      const std::int64_t first = s.cache().first(), length = s.cache().length();
+      EXPECT_GT(first, length - 150 - kPageTokens);
+      EXPECT_LE(first, length - 150 + 1);
+      EXPECT_EQ(s.cache().crop(first + 148).code(), StatusCode::out_of_range);
+      s.crop(first + 149);
+      s.step(3);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
 TEST(Cache, RecordingEvictsNothing) { recording(); }
 
 TEST(Cache, BytesAreThreeAndAHalfTimesFewer) {

@@ -9,6 +9,7 @@
 
 #include "cache_session.h"
 #include "device.h"
+#include "save_case.h"
 
 namespace kv4 {
 namespace {
@@ -73,6 +74,41 @@ TEST_P(CudaSessions, EveryQuerySeesWhatTheDefinitionSays) {
   random_session(GetParam(), &place);
 }
 INSTANTIATE_TEST_SUITE_P(Seeds, CudaSessions, ::testing::Range(0, kSeeds));
+
+// The device's order of codes is not the file's: what it saved the host loads, and the other way round.
+TEST_F(CudaCache, HostAndDeviceReadEachOther) {
+  for (const int dim : cases::kHeadDims) {
+    SCOPED_TRACE(dim);
+    DevicePlace place(DType::bf16);
+    saved::Case c{"device", saved::config_of(Recipe(), 2, dim, dim, DType::bf16), 2, {0, 7}};
+    saved::Twins t(c, static_cast<std::uint64_t>(dim));
+    t.append(300);
+    t.attend();
+    const saved::Bytes bytes = saved::save(t.cache(0));
+    c.config.backend = "cuda";
+    auto device = saved::create(c.config);
+    const Status status = saved::load(*device, bytes);
+    ASSERT_TRUE(status.ok()) << status.message();
+    EXPECT_EQ(saved::save(*device), bytes);
+    ASSERT_GT(device->page_count(1), 1);
+    for (int page = 0; page < device->page_count(1); ++page)
+      EXPECT_EQ(saved::Twins::slice(*device, 1, page, 1), saved::Twins::slice(t.cache(0), 1, page, 1));
+    // Its attention over them is the host's, within the kernels' bound.
+    const std::vector<float> q = cases::normal_rows(2 * 4, dim, 5, 0.3);
+    std::vector<float> want(q.size()), got(q.size());
+    const std::int32_t starts[] = {0, 7};
+    AttendArgs args;
+    args.mask.start = starts;
+    args.q = view(q, 2, 4, 1, dim);
+    ASSERT_TRUE(t.cache(0).attend(args, into(want, 2, 4, 1, dim)).ok());
+    args.q = place.queries(q, 2, 4, 1, dim);
+    ASSERT_TRUE(device->attend(args, place.into(got, 2, 4, 1, dim)).ok());
+    place.fetch();
+    double top = 0;
+    for (const float x : want) top = std::max(top, std::abs(static_cast<double>(x)));
+    for (std::size_t i = 0; i < got.size(); ++i) ASSERT_NEAR(got[i], want[i], kTolerance * top);
+  }
+}
 
 TEST_F(CudaCache, CropOfTheLastCallRestoresOneByOneDecoding) {
   DevicePlace place(DType::bf16);

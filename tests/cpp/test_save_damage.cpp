@@ -1,0 +1,260 @@
+// Bytes that save did not write: each flipped bit and each missing end is told; files that lie under right checksums
+// are refused, or hold what some cache might, and then no later call reads out of bounds (`make asan` runs these tests too).
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "cache/checksum.h"
+#include "save_case.h"
+
+namespace kv4 {
+namespace {
+
+using namespace saved;
+
+// Small caches with every kind of block between them.
+std::vector<Case> small_cases() {
+  using sessions::with;
+  Recipe arrival = Recipe::paper();
+  return {{"before the first page", config_of(with(1, 0), 1, 32, 32, DType::bf16), 1, {0, 2}},
+          {"pages", config_of(with(1, 0), 1, 32, 32, DType::bf16), 1, {2, 0}},
+          {"exact", config_of(Recipe::exact(), 1, 2, 3), 1, {0, 1}},
+          {"arrival", config_of(arrival, 1, 32, 32), 1, {0, 2}},
+          {"sliding window", config_of(with(1, 0), 1, 32, 32, DType::bf16, 70), 1, {0, 2}},
+          {"sliding window, arrival", config_of(arrival, 1, 32, 32, DType::bf16, 70), 1, {0}},
+          {"sliding window, exact", config_of(Recipe::exact(), 1, 2, 3, DType::f32, 40), 1, {0}}};
+}
+
+Bytes saved_small(const Case& c) {
+  Twins t(c, 8);
+  const std::string name = c.name;
+  t.append(name == "before the first page" ? 3 : name == "exact" ? 5 : 66);
+  t.attend();
+  if (name.rfind("sliding", 0) == 0) {
+    for (int i = 0; i < 3; ++i) {
+      t.append(33);
+      t.attend();
+    }
+  } else if (name != "before the first page" && name != "exact") {
+    t.select({1, 0, 1});
+    t.append(3);
+    t.attend(false);
+  }
+  return save(t.cache(0));
+}
+
+void expect_refused(Cache& cache, std::span<const std::byte> bytes, StatusCode code) {
+  const Status status = load(cache, bytes);
+  ASSERT_EQ(status.code(), code) << status.message();
+  ASSERT_NE(status.message().find("expected"), std::string::npos);
+  ASSERT_NE(status.message().find("got"), std::string::npos);
+  ASSERT_EQ(cache.batch(), 0);
+  ASSERT_EQ(cache.length(), 0);
+  ASSERT_EQ(cache.version(), 0u);
+}
+
+TEST(SaveDamage, EveryFlippedByteIsTold) {
+  for (const Case& c : small_cases()) {
+    SCOPED_TRACE(c.name);
+    const Bytes good = saved_small(c);
+    auto cache = create(c.config);
+    Bytes bytes = good;
+    for (std::size_t i = 0; i < bytes.size(); ++i) {
+      for (const int flip : {0xff, 1 << i % 8}) {
+        bytes[i] = good[i] ^ static_cast<std::byte>(flip);
+        expect_refused(*cache, bytes, StatusCode::data_loss);
+        if (HasFatalFailure()) FAIL() << "byte " << i;
+      }
+      bytes[i] = good[i];
+    }
+    ASSERT_TRUE(load(*cache, good).ok());
+    EXPECT_EQ(save(*cache), good);
+  }
+}
+
+TEST(SaveDamage, EveryMissingEndIsTold) {
+  for (const Case& c : small_cases()) {
+    SCOPED_TRACE(c.name);
+    const Bytes good = saved_small(c);
+    auto cache = create(c.config);
+    for (std::size_t n = 0; n < good.size(); ++n) {
+      expect_refused(*cache, std::span(good).first(n), StatusCode::out_of_range);
+      if (HasFatalFailure()) FAIL() << "of " << n << " bytes";
+    }
+    ASSERT_TRUE(load(*cache, good).ok());
+  }
+}
+
+TEST(SaveDamage, MagicAndVersionAreNamed) {
+  const Case c = small_cases()[0];
+  const Bytes good = saved_small(c);
+  auto cache = create(c.config);
+  Bytes bytes = good;
+  bytes[0] = std::byte{'K'};
+  EXPECT_EQ(load(*cache, bytes).message(), "saved magic: expected kv4cache; got other bytes: this is no saved cache");
+  bytes = good;
+  bytes[8] = std::byte{2};
+  EXPECT_EQ(load(*cache, bytes).message(), "saved version: expected 1; got 2");
+}
+
+struct Block {
+  std::uint32_t kind;
+  std::size_t payload, bytes;
+};
+constexpr std::uint32_t kConfig = 1, kState = 2, kSequence = 3, kTable = 4, kRows = 5, kEnergies = 9, kPage = 10;
+
+std::vector<Block> blocks_of(const Bytes& file) {
+  std::vector<Block> list;
+  for (std::size_t at = 12; at < file.size();) {
+    Block b{};
+    std::uint64_t bytes = 0;
+    std::memcpy(&b.kind, &file[at], 4);
+    std::memcpy(&bytes, &file[at + 4], 8);
+    b.payload = at + 12;
+    b.bytes = static_cast<std::size_t>(bytes);
+    list.push_back(b);
+    at = b.payload + b.bytes + 4;
+  }
+  return list;
+}
+
+void seal_block(Bytes& file, const Block& b) {
+  const std::uint32_t crc = crc32c(std::span(file).subspan(b.payload - 12, b.bytes + 12));
+  std::memcpy(&file[b.payload + b.bytes], &crc, 4);
+}
+
+// Everything a cache can be asked, on what a lying file made of it. Statuses do not matter here, memory does.
+void exercise(const Case& c, const Bytes& file, Cache& loaded) {
+  const std::int64_t batch = loaded.batch(), h = c.config.kv_heads, dk = c.config.head_dim_k, dv = c.config.head_dim_v;
+  ASSERT_LE(batch, 4);
+  ASSERT_TRUE(load(loaded, file).code() == StatusCode::failed_precondition || batch == 0);
+  if (batch == 0) return;
+  const auto ask = [&](Cache& cache) {
+    const std::int64_t b = cache.batch(), tokens = std::min<std::int64_t>(70, cache.length());
+    if (b == 0 || tokens == 0) return;
+    const std::vector<float> q(static_cast<std::size_t>(b * h * tokens * dk), 0.25f);
+    std::vector<float> out(static_cast<std::size_t>(b * h * tokens * std::max(dk, dv)));
+    for (const std::int64_t n : {std::int64_t{1}, tokens}) {
+      AttendArgs args;
+      args.q = {q.data(), DType::f32, {b, h, n, dk}, {h * n * dk, n * dk, dk, 1}};
+      static_cast<void>(cache.attend(args, {out.data(), DType::f32, {b, h, n, dv}, {h * n * dv, n * dv, dv, 1}}));
+    }
+    for (const std::int64_t first : {std::int64_t{0}, cache.length() - tokens}) {
+      static_cast<void>(cache.dense_keys(first, tokens, {out.data(), DType::f32, {b, h, tokens, dk}, {h * tokens * dk, tokens * dk, dk, 1}}));
+      static_cast<void>(cache.dense_values(first, tokens, {out.data(), DType::f32, {b, h, tokens, dv}, {h * tokens * dv, tokens * dv, dv, 1}}));
+    }
+    EXPECT_GT(cache.nbytes(), 0u);
+  };
+  const auto append = [&](Cache& cache, std::int64_t tokens) {
+    const std::vector<float> rows(static_cast<std::size_t>(cache.batch() * h * tokens * std::max(dk, dv)), 1.0f);
+    const auto view = [&](std::int64_t d) {
+      return TensorView{rows.data(), c.config.dtype, {cache.batch(), h, tokens, d}, {h * tokens * d, tokens * d, d, 1}};
+    };
+    return cache.append(view(dk), view(dv));
+  };
+  EXPECT_FALSE(save(loaded).empty());
+  auto going_on = loaded.clone();
+  ask(*going_on);
+  for (const std::int64_t tokens : {1, 70, 1, 140}) {
+    static_cast<void>(append(*going_on, tokens));
+    ask(*going_on);
+  }
+  const std::int64_t length = loaded.length();
+  for (const std::int64_t n : {length - 1, length - 3, length - 64, length - 67, loaded.first() + 1, std::int64_t{66}, std::int64_t{3}, std::int64_t{2}, std::int64_t{1}, std::int64_t{0}}) {
+    auto cropped = loaded.clone();
+    if (!cropped->crop(n).ok()) continue;
+    ask(*cropped);
+    static_cast<void>(append(*cropped, 100));
+    ask(*cropped);
+    static_cast<void>(cropped->seal());
+  }
+}
+
+TEST(SaveDamage, LiesUnderRightChecksumsAreBounded) {
+  long accepted = 0, refused = 0;
+  for (const Case& c : small_cases()) {
+    SCOPED_TRACE(c.name);
+    const Bytes good = saved_small(c);
+    const auto tell = [&](const Bytes& file) {
+      auto cache = create(c.config);
+      if (load(*cache, file).ok()) {
+        ++accepted;
+        exercise(c, file, *cache);
+      } else {
+        ++refused;
+        ASSERT_EQ(cache->batch(), 0);
+      }
+    };
+    Bytes file = good;
+    for (const Block& b : blocks_of(good)) {
+      const bool data = b.kind == kRows || b.kind == kEnergies || b.kind == kPage;  // any bytes are values there
+      for (std::size_t i = 0; i < b.bytes; i += data ? 61 : 1) {
+        for (const int flip : {1, 2, 0x40, 0x80, 0xff}) {
+          file[b.payload + i] ^= static_cast<std::byte>(flip);
+          seal_block(file, b);
+          tell(file);
+          if (HasFatalFailure()) FAIL() << "block of kind " << b.kind << ", byte " << i << ", flip " << flip;
+          file[b.payload + i] = good[b.payload + i];
+        }
+      }
+      if (b.kind == kConfig || data || b.bytes % 8 != 0) {
+        seal_block(file, b);
+        continue;
+      }
+      for (std::size_t i = 0; i + 8 <= b.bytes; i += 8) {
+        std::int64_t held = 0;
+        std::memcpy(&held, &good[b.payload + i], 8);
+        for (const std::int64_t x : {std::int64_t{-1}, std::int64_t{0}, std::int64_t{1}, std::int64_t{2}, std::int64_t{64}, held - 64, held + 64, held - 1, held + 1,
+                                     std::int64_t{1} << 31, std::int64_t{1} << 32, std::int64_t{1} << 36, std::numeric_limits<std::int64_t>::max(),
+                                     std::numeric_limits<std::int64_t>::min()}) {
+          std::memcpy(&file[b.payload + i], &x, 8);
+          seal_block(file, b);
+          tell(file);
+          if (HasFatalFailure()) FAIL() << "block of kind " << b.kind << ", number " << i / 8 << ", value " << x;
+        }
+        std::memcpy(&file[b.payload + i], &good[b.payload + i], 8);
+      }
+      seal_block(file, b);
+    }
+    ASSERT_EQ(file, good);
+  }
+  EXPECT_GT(accepted, 0);
+  EXPECT_GT(refused, accepted);
+}
+
+// Counts that agree with each other, of far more than the file holds: its end comes before the memory is asked for.
+TEST(SaveDamage, CountsAloneTakeNoMemory) {
+  for (const bool exact : {true, false}) {
+    const Case c = exact ? Case{"exact", config_of(Recipe::exact(), 1, 64, 64)} : Case{"arrival", config_of(Recipe::paper(), 1, 64, 64)};
+    Twins t(c, 9);
+    t.append(64);
+    Bytes file = save(t.cache(0));
+    constexpr std::int64_t kTokens = std::int64_t{1} << 36;
+    for (const Block& b : blocks_of(file)) {
+      const auto put = [&](std::size_t number, std::int64_t x) { std::memcpy(&file[b.payload + 8 * number], &x, 8); };
+      if (b.kind == kState) put(1, kTokens);
+      if (b.kind == kState && !exact) put(2, kTokens / kPageTokens);
+      if (b.kind == kSequence) put(exact ? 6 : 3, exact ? kTokens : kTokens / kPageTokens);
+      if (b.kind == kSequence || b.kind == kState) seal_block(file, b);
+    }
+    auto cache = create(c.config);
+    const std::size_t before = cache->nbytes();
+    EXPECT_EQ(load(*cache, file).code(), StatusCode::data_loss);
+    const std::vector<Block> blocks = blocks_of(file);
+    const auto last = std::find_if(blocks.begin(), blocks.end(), [&](const Block& b) { return b.kind == (exact ? kRows : kTable); });
+    ASSERT_NE(last, blocks.end());
+    // Where the file goes on as it began, memory follows what has come.
+    const Bytes head(file.begin(), file.begin() + static_cast<std::ptrdiff_t>(last->payload - 12));
+    const Bytes rows(file.begin() + static_cast<std::ptrdiff_t>(last->payload - 12), file.begin() + static_cast<std::ptrdiff_t>(last->payload + last->bytes + 4));
+    file = head;
+    for (int i = 0; i < 20 && exact; ++i) file.insert(file.end(), rows.begin(), rows.end());
+    EXPECT_EQ(load(*cache, file).message(), kEnd);
+    EXPECT_EQ(cache->nbytes(), before);
+    EXPECT_EQ(cache->batch(), 0);
+  }
+}
+
+}  // namespace
+}  // namespace kv4
