@@ -80,14 +80,14 @@ class Kv4Store final : public Store {
     return bytes;
   }
 
-  Status save(const kv4::Sink&) const override {
-    
+  Status save(const kv4::Sink& sink) const override {
+    for (const Layer& l : layers_) KV4_RETURN_IF_ERROR(l.cache->save(sink));
     return {};
   }
-  Status load(const kv4::Source&) override {
+  Status load(const kv4::Source& source) override {
     Status status;
     for (Layer& l : layers_)
-      if (status = Status() /*LOAD*/; !status.ok()) break;
+      if (status = l.cache->load(source); !status.ok()) break;
     if (status.ok()) {
       length_ = layers_.front().cache->length();
       for (const Layer& l : layers_)
