@@ -1,0 +1,54 @@
+// Lent threads: every share of every loop is done once, whoever comes late.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <barrier>
+#include <thread>
+#include <vector>
+
+#include "team.h"
+
+namespace kv4::engine {
+namespace {
+
+TEST(Team, RunsEveryLoopOnEveryThread) {
+  for (const int threads : {1, 2, 4}) {
+    Team team;
+    team.reset(threads);
+    constexpr int kOperations = 50, kLoops = 7;
+    std::vector<std::vector<int>> done(static_cast<std::size_t>(threads), std::vector<int>(kLoops));
+    std::barrier between(threads);  // as ggml has between two operations
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads; ++t)
+      others.emplace_back([&, t] {
+        for (int i = 0; i < kOperations; ++i) {
+          if ((i + t) % 5 == 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
+          team.follow(t);
+          between.arrive_and_wait();
+        }
+      });
+    for (int i = 0; i < kOperations; ++i) {
+      if (i % 7 == 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
+      team.lead(threads, [&] {
+        EXPECT_EQ(cpu::num_threads(), threads);
+        for (int loop = 0; loop < i % (kLoops + 1); ++loop) {
+          struct Job {
+            std::vector<std::vector<int>>* done;
+            int loop;
+          } job = {&done, loop};
+          team.run([](void* c, int thread) { ++(*static_cast<Job*>(c)->done)[static_cast<std::size_t>(thread)][static_cast<std::size_t>(static_cast<Job*>(c)->loop)]; }, &job);
+        }
+      });
+      between.arrive_and_wait();
+    }
+    for (std::thread& t : others) t.join();
+    for (int loop = 0; loop < kLoops; ++loop) {
+      int expected = 0;
+      for (int i = 0; i < kOperations; ++i) expected += loop < i % (kLoops + 1);
+      for (const std::vector<int>& of_thread : done) EXPECT_EQ(of_thread[static_cast<std::size_t>(loop)], expected);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kv4::engine
