@@ -4,6 +4,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <exception>
+#include <span>
+
 #include "kv4/cache.h"
 #include "kv4/cpu.h"
 #include "kv4/version.h"
@@ -233,6 +236,48 @@ void dense(const PyCache& self, std::int64_t first, std::int64_t count, nb::hand
   raise_if_error(kKeys ? self.cache->dense_keys(first, count, view) : self.cache->dense_values(first, count, view));
 }
 
+// Calls f with a view of memory that does not outlive the call. What it raises is kept until the core has returned.
+Status pass(const nb::callable& f, const void* data, std::size_t bytes, int access, std::exception_ptr* raised, nb::object* result) {
+  try {
+    auto* memory = static_cast<char*>(const_cast<void*>(data));
+    const nb::object view = nb::steal(PyMemoryView_FromMemory(memory, static_cast<Py_ssize_t>(bytes), access));
+    if (!view.is_valid()) throw nb::python_error();
+    *result = f(view);
+    view.attr("release")();
+    return {};
+  } catch (...) {
+    *raised = std::current_exception();
+    return error(StatusCode::failed_precondition, "callback", "no exception", "one");
+  }
+}
+
+void save(const PyCache& self, const nb::callable& write) {
+  std::exception_ptr raised;
+  nb::object ignored;
+  const Status status = self.cache->save([&](std::span<const std::byte> x) {
+    return pass(write, x.data(), x.size(), PyBUF_READ, &raised, &ignored);
+  });
+  if (raised) std::rethrow_exception(raised);
+  raise_if_error(status);
+}
+
+void load(const PyCache& self, const nb::callable& readinto) {
+  std::exception_ptr raised;
+  const Status status = self.cache->load([&](std::span<std::byte> x) -> Status {
+    while (!x.empty()) {
+      nb::object count;
+      KV4_RETURN_IF_ERROR(pass(readinto, x.data(), x.size(), PyBUF_WRITE, &raised, &count));
+      std::size_t got = 0;
+      if (!nb::try_cast(count, got) || got == 0 || got > x.size())
+        return error(StatusCode::data_loss, "readinto", std::to_string(x.size()) + " bytes more", got == 0 ? "the end of the file" : std::to_string(got));
+      x = x.subspan(got);
+    }
+    return {};
+  });
+  if (raised) std::rethrow_exception(raised);
+  raise_if_error(status);
+}
+
 }  // namespace
 }  // namespace kv4::python
 
@@ -272,6 +317,10 @@ NB_MODULE(_core, m) {
       .def("repeat", [](PyCache& c, int times) { raise_if_error(c.cache->repeat(times)); }, "times"_a)
       .def("reset", [](PyCache& c) { c.cache->reset(); })
       .def("clone", [](const PyCache& c) { return PyCache{c.cache->clone(), c.device}; })
+      .def("save", &save, "write"_a, "Passes the cache, block by block, to write(memoryview), which has to take all of it.")
+      .def("load", &load, "readinto"_a,
+           "Takes a saved cache of the same configuration from readinto(memoryview) -> bytes read, as files have it, into this empty\n"
+           "one. ValueError: another configuration, by its field, or bytes that are no intact saved cache; the cache then is empty.")
       .def("record_past", [](PyCache& c, bool on) { c.cache->record_past(on); }, "on"_a)
       .def("dense_keys", &dense<true>, "first"_a, "count"_a, "out"_a)
       .def("dense_values", &dense<false>, "first"_a, "count"_a, "out"_a)

@@ -82,7 +82,7 @@ TEST(Save, CropsOfTheLastCallStayExact) {
   EXPECT_GT(t.cache(1).sealed_tokens(0), kPageTokens);
 }
 
-// What one instruction set saved another loads: the same codes, scales and lambda; outputs within the kernels' bound.
+// What one instruction set saved another loads: the same codes, scales and lambda; outputs each within the kernels' bound.
 TEST(Save, InstructionSetsReadEachOther) {
   const std::string before = cpu::active_isa();
   std::vector<std::string> names;
@@ -117,7 +117,7 @@ TEST(Save, InstructionSetsReadEachOther) {
           for (int page = 0; page < other->page_count(row); ++page)
             ASSERT_EQ(Twins::slice(*other, row, page, 1), Twins::slice(t.cache(0), row, page, 1));
         ASSERT_TRUE(other->attend(args, {got.data(), DType::f32, args.q.shape, args.q.stride}).ok());
-        for (std::size_t i = 0; i < got.size(); ++i) ASSERT_NEAR(got[i], want[i], sessions::kTolerance * top);
+        for (std::size_t i = 0; i < got.size(); ++i) ASSERT_NEAR(got[i], want[i], 2 * sessions::kTolerance * top);
       }
       ASSERT_TRUE(cpu::force_isa(from).ok());
     }

@@ -190,8 +190,8 @@ TEST(SaveDamage, LiesUnderRightChecksumsAreBounded) {
     Bytes file = good;
     for (const Block& b : blocks_of(good)) {
       const bool data = b.kind == kRows || b.kind == kEnergies || b.kind == kPage;  // any bytes are values there
-      for (std::size_t i = 0; i < b.bytes; i += data ? 61 : 1) {
-        for (const int flip : {1, 2, 0x40, 0x80, 0xff}) {
+      for (std::size_t i = 0; i < b.bytes; i += data ? 499 : 1) {
+        for (const int flip : {1, 0x80, 0xff}) {
           file[b.payload + i] ^= static_cast<std::byte>(flip);
           seal_block(file, b);
           tell(file);

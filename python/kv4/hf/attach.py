@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
-from .cache import _DTYPES, PACKED_LAYER_TYPES, KV4Cache, KV4Layer
+from .cache import DTYPES, PACKED_LAYER_TYPES, KV4Cache, KV4Layer
 from .device import new_core, usable_devices, why_no_device
 from .layers import layer_kinds
 
@@ -107,7 +107,7 @@ def why_not(model: PreTrainedModel, recipe: Recipe | None = None, **calibration:
         if reason is not None:
             got = f"{name} with parameters on {parameter.device}{reason}"
             return mismatch("model", f"a model on {usable_devices()}", got)
-    if model.dtype not in _DTYPES:
+    if model.dtype not in DTYPES:
         return mismatch("model", "float32, float16 or bfloat16 activations", f"{name} in {model.dtype}")
     try:
         cache = KV4Cache(config, recipe, **calibration)
@@ -147,7 +147,7 @@ def _dims_not_served(model: PreTrainedModel, cache: KV4Cache) -> str | None:
             new_core(
                 device,
                 cache.recipe,
-                dtype=_DTYPES[model.dtype],
+                dtype=DTYPES[model.dtype],
                 kv_heads=heads,
                 head_dim_k=dim_k,
                 head_dim_v=dim_v,

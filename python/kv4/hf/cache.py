@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.cache_utils import (
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
-from . import ops
+from . import ops, saved
 from .device import check_device, new_core, on_stream, place
 from .handle import KVHandle
 from .layers import layer_kinds
@@ -24,7 +25,7 @@ from .layers import layer_kinds
 # Layer types that hold plain keys and values; only their masks differ.
 PACKED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 PAGE_TOKENS = 64
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 class KV4Layer(CacheLayerMixin):
@@ -83,7 +84,7 @@ class KV4Layer(CacheLayerMixin):
                 got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
                 raise ValueError(mismatch(name, "a tensor [batch, kv_heads, tokens, head_dim]", got))
             check_device(name, x.device)
-            if x.dtype not in _DTYPES:
+            if x.dtype not in DTYPES:
                 raise ValueError(mismatch(name, "float32, float16 or bfloat16", x.dtype))
         if value_states.device != key_states.device:
             raise ValueError(mismatch("value_states", f"a tensor on {place(key_states.device)}", value_states.device))
@@ -92,7 +93,7 @@ class KV4Layer(CacheLayerMixin):
         core = new_core(
             key_states.device,
             self.recipe,
-            dtype=_DTYPES[key_states.dtype],
+            dtype=DTYPES[key_states.dtype],
             kv_heads=key_states.shape[1],
             head_dim_k=key_states.shape[3],
             head_dim_v=value_states.shape[3],
@@ -101,14 +102,19 @@ class KV4Layer(CacheLayerMixin):
         )
         if self._record_past:
             core.record_past(True)
+        dims = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        self.adopt(core, key_states.device, key_states.dtype, dims)
+        self.batch = key_states.shape[0]
+
+    def adopt(self, core: Any, device: torch.device, dtype: torch.dtype, dims: tuple[int, int, int]) -> None:
+        """Takes an empty core for its own. dims: kv_heads, head_dim_k, head_dim_v."""
         self.core = core
-        self.batch, self.kv_heads, _, self.head_dim_k = key_states.shape
-        self.head_dim_v = value_states.shape[3]
-        self.dtype = key_states.dtype
-        self.device = key_states.device
-        self.on_device = self.device.type == "cuda"
+        self.kv_heads, self.head_dim_k, self.head_dim_v = dims
+        self.dtype = dtype
+        self.device = device
+        self.on_device = device.type == "cuda"
         self.number = ops.enter(self)
-        self.state = torch.empty(0, device=self.device)
+        self.state = torch.empty(0, device=device)
         self.is_initialized = True
 
     def update(
@@ -363,6 +369,41 @@ class KV4Cache(Cache):
         super().__init__(layers=layers)
         self.recipe = recipe
 
+    def save(self, path: str | os.PathLike[str], *, seal: bool = True) -> None:
+        """Writes every layer to one file, from which `load` goes on in another process as this cache would here.
+
+        seal: write what is due as pages already, as the next update would make them, for the smallest file; only a
+            crop into the tokens of the last call then no longer restores them exactly. False writes all as it is.
+
+        An interrupted save leaves the file that was at `path` before. Errors: OSError; NotImplementedError where a
+        layer that holds something is transformers' own, or on an Apple GPU."""
+        saved.save(self, path, seal)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig,
+        recipe: Recipe | None = None,
+        *,
+        device: Any = "cpu",
+        **given: Any,
+    ) -> KV4Cache:
+        """A cache that goes on where the saved one stopped.
+
+        config, given (lambda_k, lambda_v, matrix_k, matrix_v): as the constructor takes them, and as the saved cache
+            had them. recipe: None takes the one in the file; any other has to be it.
+        device: of the layers, or a list with one for each; it may be another than the saved cache was on.
+
+        Errors: OSError; ValueError naming what differs from the saved cache, or for a damaged file."""
+        with saved.reading(path) as (header, readinto):
+            recorded = Recipe.from_dict(header["recipe"])
+            cache = cls(config, recorded if recipe is None else recipe, **given)
+            if (message := saved.first_difference(cache.recipe.to_dict(), header["recipe"], "recipe")) is not None:
+                raise ValueError(message)
+            saved.fill(cache, header["layers"], readinto, device)
+        return cache
+
     @property
     def is_compileable(self) -> bool:
         """False: generate() must not compile around a cache that grows."""
@@ -376,8 +417,7 @@ class KV4Cache(Cache):
         """Every byte held: packed pages with their slack, exact tokens, tables and statistics, and the tensors of
         all other layers."""
         return sum(
-            layer.nbytes() if isinstance(layer, KV4Layer) else _tensor_bytes(vars(layer), set())
-            for layer in self.layers
+            layer.nbytes() if isinstance(layer, KV4Layer) else tensor_bytes(vars(layer), set()) for layer in self.layers
         )
 
     def describe(self) -> list[dict[str, Any]]:
@@ -387,7 +427,7 @@ class KV4Cache(Cache):
         rows = []
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, KV4Layer):
-                nbytes = _tensor_bytes(vars(layer), set())
+                nbytes = tensor_bytes(vars(layer), set())
                 rows.append({"index": index, "type": type(layer).__name__, "nbytes": nbytes})
                 continue
             row = {"index": index, "type": layer.layer_type, "nbytes": layer.nbytes(), "tokens": layer.seen}
@@ -488,7 +528,7 @@ def _per_layer(given: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
     return result
 
 
-def _tensor_bytes(value: Any, seen: set[int]) -> int:
+def tensor_bytes(value: Any, seen: set[int]) -> int:
     """Bytes of every distinct tensor in nested containers."""
     if isinstance(value, torch.Tensor):
         if id(value) in seen:
@@ -496,7 +536,7 @@ def _tensor_bytes(value: Any, seen: set[int]) -> int:
         seen.add(id(value))
         return value.nbytes
     if isinstance(value, Mapping):
-        return sum(_tensor_bytes(item, seen) for item in value.values())
+        return sum(tensor_bytes(item, seen) for item in value.values())
     if isinstance(value, (list, tuple)):
-        return sum(_tensor_bytes(item, seen) for item in value)
+        return sum(tensor_bytes(item, seen) for item in value)
     return 0

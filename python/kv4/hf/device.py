@@ -37,6 +37,18 @@ def check_device(name: str, device: torch.device) -> None:
         raise ValueError(mismatch(name, f"a tensor on {usable_devices()}", f"{device}{reason}"))
 
 
+def existing_device(name: str, device: Any) -> torch.device:
+    """`device`, with the number that tensors on it have. Errors: ValueError where kv4 has no kernels for it, with the
+    reason."""
+    device = torch.device(device)
+    reason = why_no_device(device)
+    if reason is not None:
+        raise ValueError(mismatch(name, usable_devices(), f"{device}{reason}"))
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def why_no_device(device: torch.device) -> str | None:
     """None where kv4 runs on `device`; else "", or the reason in brackets."""
     if device.type == "cpu":
