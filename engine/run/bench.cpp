@@ -16,12 +16,17 @@ struct Contender {
   std::string name;
   std::unique_ptr<engine::Context> context;
   std::unique_ptr<Peer> peer;
+  std::int64_t marked = 0;
 
   Status decode(std::span<const std::int32_t> tokens) { return context ? context->decode(tokens) : peer->decode(tokens); }
   std::int64_t length() const { return context ? context->length() : peer->length(); }
-  Status crop(std::int64_t length) {
-    if (context) return context->crop(length);
-    peer->crop(length);
+  void mark() {
+    if (context) context->mark();
+    marked = length();
+  }
+  Status rewind() {
+    if (context) return context->rewind();
+    peer->crop(marked);
     return {};
   }
 };
@@ -58,7 +63,7 @@ Status bench(const Common& common, const Bench& options) {
     if (static_cast<std::int64_t>(tokens.size()) < room)
       return invalid_argument("-f", "a text of at least " + std::to_string(room) + " tokens", std::to_string(tokens.size()));
   } else {
-    for (std::int64_t i = 0; i < room; ++i) tokens.push_back(static_cast<std::int32_t>(100 + 7 * i % 1000));
+    for (std::int64_t i = 0; i < room; ++i) tokens.push_back(static_cast<std::int32_t>((100 + 7 * i % 1000) % model->vocabulary_size()));
   }
   std::vector<Contender> contenders;
   for (const std::string& cache : options.caches) {
@@ -66,14 +71,14 @@ Status bench(const Common& common, const Bench& options) {
     own.cache = cache;
     if (cache != "kv4") own.recipe.clear();
     if (cache != "kv4" && cache != "exact" && cache != "f16") return invalid_argument("--caches", "kv4, exact or f16", cache);
-    Contender c{cache, nullptr, nullptr};
+    Contender c{cache, nullptr, nullptr, 0};
     KV4_RETURN_IF_ERROR(make_context(own, model, room, &c.context));
     contenders.push_back(std::move(c));
   }
   std::shared_ptr<llama_model> peer_model;
   for (const std::string& cache : options.llama) {
     if (!peer_model) KV4_RETURN_IF_ERROR(Peer::load(common.model, &peer_model));
-    Contender c{"llama.cpp " + cache, nullptr, nullptr};
+    Contender c{"llama.cpp " + cache, nullptr, nullptr, 0};
     const engine::ContextOptions& o = contenders.empty() ? engine::ContextOptions() : contenders.front().context->options();
     KV4_RETURN_IF_ERROR(Peer::create(peer_model, cache, room, o.threads > 0 ? o.threads : 1, o.batch, &c.peer));
     contenders.push_back(std::move(c));
@@ -105,15 +110,16 @@ Status bench(const Common& common, const Bench& options) {
         if (interrupted().load()) return error(StatusCode::failed_precondition, "bench", "to run to its end", "Ctrl-C");
         const std::size_t i = (k + static_cast<std::size_t>(repeat)) % contenders.size();
         Contender& c = contenders[i];
+        c.mark();
         KV4_RETURN_IF_ERROR(c.decode(part(depth, 1)));
         const Timer steps;
         for (int s = 0; s < options.steps; ++s) KV4_RETURN_IF_ERROR(c.decode(part(depth + 1 + s, 1)));
         const double seconds = steps.seconds();
-        KV4_RETURN_IF_ERROR(c.crop(depth));
+        KV4_RETURN_IF_ERROR(c.rewind());
         const Timer whole;
         KV4_RETURN_IF_ERROR(c.decode(part(depth, options.prefill)));
         const double filled = whole.seconds();
-        KV4_RETURN_IF_ERROR(c.crop(depth));
+        KV4_RETURN_IF_ERROR(c.rewind());
         if (repeat == 0) continue;
         step[i].push_back(1e3 * seconds / options.steps);
         prefill[i].push_back(options.prefill / filled);

@@ -151,6 +151,9 @@ Status Context::decode(std::span<const std::int32_t> tokens, std::int64_t answer
                  std::to_string(count));
   s.logits.clear();
   s.stop = stop;
+  // A single batch is taken back by the store itself. A mark of the caller's is moved: there is only one.
+  const bool several = count > s.options.batch;
+  if (several) s.store->mark();
   Status status;
   bool done = true;
   for (std::int64_t first = 0; first < count && done; first += s.options.batch) {
@@ -161,10 +164,13 @@ Status Context::decode(std::span<const std::int32_t> tokens, std::int64_t answer
     if (done && progress) progress(first + size);
   }
   s.stop = nullptr;
+  Status back;
+  if (several) {
+    if (!status.ok() || !done) back = s.store->rewind();
+    s.store->forget_mark();
+  }
   if (status.ok() && done) return {};
   s.logits.clear();
-  // Earlier batches of this call went in whole.
-  const Status back = s.store->crop(before);
   if (!status.ok()) return status;
   KV4_RETURN_IF_ERROR(back);
   if (stopped != nullptr) *stopped = true;
@@ -178,6 +184,8 @@ Status Context::crop(std::int64_t length) {
     return error(StatusCode::out_of_range, "length", "0 to " + std::to_string(this->length()), std::to_string(length));
   return state_->store->crop(length);
 }
+void Context::mark() { state_->store->mark(); }
+Status Context::rewind() { return state_->store->rewind(); }
 std::size_t Context::cache_bytes() const { return state_->store->nbytes(); }
 const ContextOptions& Context::options() const { return state_->options; }
 const Model& Context::model() const { return *state_->model; }

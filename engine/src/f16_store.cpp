@@ -75,6 +75,9 @@ class F16Store final : public Store {
     if (ran) length_ += tokens;
     return {};
   }
+  void mark() override { marked_ = length_; }
+  Status rewind() override { return crop(marked_); }
+  void forget_mark() override {}
   std::int64_t length() const override { return length_; }
   Status crop(std::int64_t length) override {
     length_ = std::min(length_, length);
@@ -103,7 +106,7 @@ class F16Store final : public Store {
   }
 
   Config config_;
-  std::int64_t capacity_ = 0, length_ = 0, keys_ = 0;
+  std::int64_t capacity_ = 0, length_ = 0, marked_ = 0, keys_ = 0;
   GgmlContext context_;
   GgmlBuffer buffer_;
   std::vector<ggml_tensor*> k_, v_;

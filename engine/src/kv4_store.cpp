@@ -16,7 +16,7 @@ class Kv4Store final : public Store {
  public:
   struct Layer {
     Kv4Store* owner = nullptr;
-    std::unique_ptr<Cache> cache;
+    std::unique_ptr<Cache> cache, marked;
     float scale = 0;
     std::vector<ggml_fp16_t> k, v;  // a call's rows, rounded to what the cache holds
   };
@@ -61,6 +61,28 @@ class Kv4Store final : public Store {
     }
     KV4_RETURN_IF_ERROR(crop(length_));  // the layers that the run came to
     return failure_;
+  }
+
+  // A cache that neither seals nor slides loses nothing that a crop would miss. Clones of the others share their pages.
+  void mark() override {
+    marked_ = length_;
+    for (Layer& l : layers_)
+      if (l.cache->config().recipe.seal != SealMode::never || l.cache->config().sliding_window > 0) l.marked = l.cache->clone();
+  }
+  Status rewind() override {
+    for (Layer& l : layers_) {
+      if (l.marked)
+        l.cache = l.marked->clone();
+      else if (marked_ == 0)
+        l.cache->reset();
+      else if (l.cache->length() > marked_)
+        KV4_RETURN_IF_ERROR(l.cache->crop(marked_));
+    }
+    length_ = marked_;
+    return {};
+  }
+  void forget_mark() override {
+    for (Layer& l : layers_) l.marked.reset();
   }
 
   std::int64_t length() const override { return length_; }
@@ -140,7 +162,7 @@ class Kv4Store final : public Store {
 
   Team team_;
   std::vector<Layer> layers_;
-  std::int64_t length_ = 0;
+  std::int64_t length_ = 0, marked_ = 0;
   std::atomic<bool> failed_{false};
   Status failure_;
 };

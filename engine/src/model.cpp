@@ -1,5 +1,8 @@
 #include "kv4_engine/model.h"
 
+#include <exception>
+#include <new>
+
 #include "model_state.h"
 
 namespace kv4::engine {
@@ -7,7 +10,27 @@ namespace kv4::engine {
 Model::Model(std::unique_ptr<State> state) : state_(std::move(state)) {}
 Model::~Model() = default;
 
+namespace {
+
+// Damaged counts make the libraries that read them throw.
+template <class F>
+Status without_exceptions(const std::string& path, F&& f) {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    return error(StatusCode::out_of_memory, "model", "memory for what " + path + " says it holds", "none");
+  } catch (const std::exception& e) {
+    return invalid_argument("model", "a whole GGUF file", path + ": " + e.what());
+  }
+}
+
+}  // namespace
+
 Status Model::load(const std::string& path, const std::function<void(double)>& progress, std::shared_ptr<const Model>* out) {
+  return without_exceptions(path, [&] { return read(path, progress, out); });
+}
+
+Status Model::read(const std::string& path, const std::function<void(double)>& progress, std::shared_ptr<const Model>* out) {
   std::unique_ptr<GgufFile> file;
   KV4_RETURN_IF_ERROR(GgufFile::open(path, &file));
   auto state = std::make_unique<State>();

@@ -33,6 +33,11 @@ class Store {
   // What went wrong; where `ran` is false or something did, the store is as it was before begin().
   virtual Status end(std::int64_t tokens, bool ran) = 0;
 
+  // Keeps what is held now, at the cost of what is added after it; rewind() goes back there, to the bit. One mark at a time.
+  virtual void mark() = 0;
+  virtual Status rewind() = 0;
+  virtual void forget_mark() = 0;
+
   virtual std::int64_t length() const = 0;
   virtual Status crop(std::int64_t length) = 0;
   virtual std::size_t nbytes() const = 0;

@@ -58,11 +58,12 @@ TEST_P(Architectures, Float16CacheIsLlamas) {
   EXPECT_LT(error_against_llama(options), float16_bound(GetParam()));
 }
 
-// Random weights make attention flat, so that what 4 bits cost is small; that pages were sealed at all is seen elsewhere.
+// Lloyd-Max with 16 levels leaves 0.0095 of a Gaussian's power. Keys and values of each layer bring it in, independently, and the
+// residual stream only dilutes it.
 TEST_P(Architectures, PackedCacheIsNearIt) {
   const double error = error_against_llama(packed());
   EXPECT_GT(error, 1e-4);
-  EXPECT_LT(error, 0.1);  // Lloyd-Max with 16 levels leaves 0.0095 of a Gaussian's power
+  EXPECT_LT(error, std::sqrt(0.0095 * 2 * static_cast<double>(GetParam().layers)));
 }
 
 TEST_P(Architectures, QuantisedMatrices) {

@@ -84,6 +84,13 @@ void write(const TinyModel& m, const std::string& path) {
   };
   const auto vector = [&](const std::string& name, std::int64_t size, float mean, float deviation) { add(name, {size}, mean, deviation, GGML_TYPE_F32); };
   matrix("token_embd.weight", m.embedding, kTinyVocabulary);
+  if (m.never_ends) {
+    const std::int64_t size = kTinyVocabulary;
+    ggml_tensor* bias = ggml_new_tensor(context.get(), GGML_TYPE_F32, 1, &size);
+    ggml_set_name(bias, "output.bias");
+    for (std::int64_t i = 0; i < size; ++i) static_cast<float*>(bias->data)[i] = i < 5 ? -100.0f : 0.0f;
+    gguf_add_tensor(g, bias);
+  }
   vector("output_norm.weight", m.embedding, 1, 0.1f);
   if (m.architecture == "llama") {  // the others' output matrix is the embedding
     matrix("output.weight", m.embedding, kTinyVocabulary);

@@ -25,6 +25,7 @@ struct TinyModel {
   std::int64_t context = 2048;
   std::uint32_t seed = 1;
   bool with_template = true;
+  bool never_ends = false;  // qwen2: control tokens are never drawn
   // The last word on the metadata, and which tensors are left out.
   std::function<void(gguf_context*)> change;
   std::string leave_out;

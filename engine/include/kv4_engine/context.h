@@ -44,7 +44,12 @@ class Context {
   std::span<const float> logits() const;
 
   std::int64_t length() const;            // tokens held
-  Status crop(std::int64_t length);       // keeps the first `length`; errors: out_of_range
+  // Keeps the first `length` tokens. Errors: out_of_range, also where a sliding window let go of what it would need.
+  Status crop(std::int64_t length);
+  // Remembers the conversation as it is; rewind() takes it back there, to the bit and any number of times, until the next mark() or
+  // the next decode() of more than a batch.
+  void mark();
+  Status rewind();
   std::size_t cache_bytes() const;        // what the cache holds
   const ContextOptions& options() const;  // threads filled in
   const Model& model() const;

@@ -35,6 +35,7 @@ class Model {
   const State& state() const { return *state_; }
 
  private:
+  static Status read(const std::string& path, const std::function<void(double)>& progress, std::shared_ptr<const Model>* out);
   explicit Model(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;
 };

@@ -1,0 +1,17 @@
+# GTest: the installed one, else its sources, which a cross build needs.
+find_package(GTest QUIET)
+if(NOT GTest_FOUND)
+  set(KV4_GTEST_SOURCE /usr/src/googletest CACHE PATH "GoogleTest's sources, used where no built GTest is found")
+  if(NOT EXISTS ${KV4_GTEST_SOURCE}/CMakeLists.txt)
+    message(FATAL_ERROR "GTest: expected it installed, or its sources in KV4_GTEST_SOURCE=${KV4_GTEST_SOURCE} "
+                        "(Debian: libgtest-dev googletest); or configure with -DKV4_BUILD_TESTS=OFF")
+  endif()
+  set(INSTALL_GTEST OFF)
+  set(BUILD_GMOCK OFF)
+  set(CMAKE_WARN_DEPRECATED OFF)
+  add_subdirectory(${KV4_GTEST_SOURCE} ${PROJECT_BINARY_DIR}/googletest EXCLUDE_FROM_ALL)
+  if(NOT TARGET GTest::gtest_main)
+    add_library(GTest::gtest_main ALIAS gtest_main)
+  endif()
+endif()
+include(GoogleTest)
