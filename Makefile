@@ -94,7 +94,7 @@ engine: $(VENV)/.engine
 
 test-engine: engine
 	cmake --build --preset engine --target kv4_engine_tests
-	cd build/engine/engine/tests && ctest --output-on-failure --no-tests=error --timeout 300 -j $(JOBS)
+	cd build/engine/engine/tests && ctest --output-on-failure --no-tests=error --timeout 300
 
 test-neon: setup
 	@bash scripts/setup_system.sh cross

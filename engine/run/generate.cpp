@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "kv4_engine/memory.h"
 #include "kv4_engine/session.h"
 #include "kv4_engine/vocabulary.h"
 #include "options.h"
@@ -177,6 +178,7 @@ class Conversation {
                                      {"cache", common_.cache},
                                      {"cache_bytes", context_->cache_bytes()},
                                      {"model_bytes", model_->nbytes()},
+                                     {"resident_bytes", engine::resident_memory()},
                                      {"threads", context_->options().threads},
                                      {"stopped", stopped_}};
       std::printf("%s\n", result.dump(2, ' ', false, nlohmann::json::error_handler_t::replace).c_str());

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "context_state.h"
+#include "kv4_engine/memory.h"
 #include "log.h"
-#include "memory.h"
 #include "model_state.h"
 
 namespace kv4::engine {

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "memory.h"
+#include "kv4_engine/memory.h"
 #include "store.h"
 
 namespace kv4::engine {

@@ -1,4 +1,4 @@
-#include "memory.h"
+#include "kv4_engine/memory.h"
 
 #include <unistd.h>
 

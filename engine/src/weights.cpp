@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "kv4_engine/memory.h"
 #include "log.h"
-#include "memory.h"
 
 namespace kv4::engine {
 namespace {

@@ -1,6 +1,7 @@
 // A conversation: batches, threads, stopping, cropping, refusals.
 #include <thread>
 
+#include "kv4_engine/memory.h"
 #include "kv4_engine/sampler.h"
 #include "tiny_model.h"
 
@@ -146,6 +147,15 @@ TEST_F(ContextTest, Refusals) {
   EXPECT_EQ(c->decode(std::span(tokens).first(2), 3).code(), StatusCode::invalid_argument);
   EXPECT_EQ(c->length(), 15);
   EXPECT_TRUE(c->decode(std::span(tokens).first(5)).ok());
+}
+
+TEST(Memory, SaysWhatIsMissing) {
+  if (available_memory() == 0) GTEST_SKIP() << "the system does not say how much memory is free";
+  EXPECT_TRUE(check_memory("cache", 1).ok());
+  const Status status = check_memory("cache", std::uint64_t{1} << 60);
+  EXPECT_EQ(status.code(), StatusCode::out_of_memory);
+  EXPECT_EQ(status.message().rfind("cache: expected 1099511627776 MiB of free memory; got ", 0), 0u) << status.message();
+  EXPECT_GT(resident_memory(), std::uint64_t{1} << 20);
 }
 
 TEST(SamplerTest, DrawsWhatItSays) {
