@@ -376,7 +376,8 @@ class Cache(Sealing):
                 if page.index not in moved:
                     moved[page.index] = twin.pool.allocate(1)[0]
             s.pages = [moved[page.index] for page in s.pages]
-        twin.slab = self.host.take(self.slab, list(moved), 0) if moved else self.host.empty((0, self.page_bytes), "uint8")
+        none = self.host.empty((0, self.page_bytes), "uint8")
+        twin.slab = self.host.take(self.slab, list(moved), 0) if moved else none
         twin.rows = [self.host.copy(x) for x in self.rows]
         return twin
 

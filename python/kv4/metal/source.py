@@ -56,8 +56,8 @@ def header() -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry point for a host that writes the signature itself. Its buffers come by `inputs` and `outputs`, in the
-    order of their declaration; `source` gives them the names and types that the kernel's own text, which follows, uses."""
+    """An entry point for a host that writes the signature itself. Its buffers are `inputs`, then `outputs`, in the
+    order of their declaration; `source` gives them the names and types of the kernel's own text, which follows."""
 
     name: str
     template: tuple[str, ...]  # names of its int parameters
