@@ -16,7 +16,7 @@ enum kv4_call {
   kv4_call_blocks,           // per KV head: ceil(T group / block_rows)
   kv4_call_exact_splits,     // threadgroups that share the exact rows of a block, >= 1
   kv4_call_page_splits,      // threadgroups that share the pages of a block, >= 0
-  kv4_call_page_bytes,       // between pages of the pool
+  kv4_call_page_unit,        // bytes that an entry of the page table counts
   kv4_call_head_bytes,       // of a head slice; the next four are offsets in it (format/page.h)
   kv4_call_k_scales,
   kv4_call_k_mean,
@@ -135,6 +135,7 @@ enum kv4_append {
   kv4_append_fields
 };
 
+#define KV4_PAGE_UNIT 64  // pages begin at multiples of it
 #define KV4_ATTEND_THREADS 128
 #define KV4_ROW_THREADS 256   // prepare, merge, seal, dequantise
 

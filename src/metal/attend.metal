@@ -10,7 +10,7 @@
 template <int D, int R>
 kernel void kv4_attend(device const float* queries [[buffer(0)]],  // kv4_prepare's output
                        device const uchar* pages [[buffer(1)]],    // the pool
-                       device const int* table [[buffer(2)]],      // pages of the sequences in the pool
+                       device const int* table [[buffer(2)]],      // where pages of the sequences begin, from `pages`
                        device const uchar* exact_k [[buffer(3)]],
                        device const uchar* exact_v [[buffer(4)]],
                        device const uchar* mask [[buffer(5)]],     // general mask

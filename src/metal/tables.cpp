@@ -24,9 +24,14 @@ std::vector<double> transposed(const std::vector<double>& matrix, std::size_t d)
   return out;
 }
 
+Status supports_dim(int dim, const char* name) {
+  if (std::find(std::begin(kDims), std::end(kDims), dim) == std::end(kDims))
+    return error(StatusCode::unsupported, std::string("head_dim_") + name, "64, 80, 96, 128 or 256 on Metal", std::to_string(dim));
+  return {};
+}
+
 Status supports_side(const SideSpec& side, const char* name) {
-  if (std::find(std::begin(kDims), std::end(kDims), side.dim) == std::end(kDims))
-    return error(StatusCode::unsupported, std::string("head_dim_") + name, "64, 80, 96, 128 or 256 on Metal", std::to_string(side.dim));
+  KV4_RETURN_IF_ERROR(supports_dim(side.dim, name));
   if (side.groups != 1)
     return error(StatusCode::unsupported, std::string("recipe.") + name + ".group", "one scale per vector on Metal", std::to_string(side.group));
   return {};
@@ -36,12 +41,18 @@ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace
 
+Status supports_dims(int head_dim_k, int head_dim_v) {
+  KV4_RETURN_IF_ERROR(supports_dim(head_dim_k, "k"));
+  KV4_RETURN_IF_ERROR(supports_dim(head_dim_v, "v"));
+  if (head_dim_k != head_dim_v)
+    return error(StatusCode::unsupported, "head_dim_v", "head_dim_k, " + std::to_string(head_dim_k), std::to_string(head_dim_v));
+  return {};
+}
+
 Status supports(const PageSpec& spec) {
   KV4_RETURN_IF_ERROR(supports_side(spec.key, "k"));
   KV4_RETURN_IF_ERROR(supports_side(spec.value, "v"));
-  if (spec.key.dim != spec.value.dim)
-    return error(StatusCode::unsupported, "head_dim_v", "head_dim_k, " + std::to_string(spec.key.dim), std::to_string(spec.value.dim));
-  return {};
+  return supports_dims(spec.key.dim, spec.value.dim);
 }
 
 kv4_page_layout page_layout(const PageSpec& spec) {
@@ -128,11 +139,9 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores) 
   c[kv4_call_exact_splits] = exact_splits;
   c[kv4_call_page_splits] = page_splits;
   t.levels.assign(32, 0);
-  std::int64_t page_bytes = 1;
   if (job.spec != nullptr) {
     const kv4_page_layout& l = job.spec->layout;
-    page_bytes = std::int64_t{l.head_bytes} * job.kv_heads;
-    c[kv4_call_page_bytes] = page_bytes;
+    c[kv4_call_page_unit] = KV4_PAGE_UNIT;
     c[kv4_call_head_bytes] = l.head_bytes;
     c[kv4_call_k_scales] = l.k_scales;
     c[kv4_call_k_mean] = l.k_mean;
@@ -186,8 +195,8 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores) 
     out[kv4_sequence_table] = static_cast<std::int64_t>(t.pages.size());
     out[kv4_sequence_start] = a.mask.start != nullptr ? a.mask.offset + a.mask.start[b] : kBeforeAll;
     out[kv4_sequence_window] = a.mask.window != nullptr ? a.mask.window[b] : 0;
-    out[kv4_sequence_lambda] = s.lambda_k != nullptr ? b : -1;
-    for (int p = 0; p < s.page_count; ++p) t.pages.push_back(static_cast<std::int32_t>((s.pages[p] - bases.pages) / page_bytes));
+    out[kv4_sequence_lambda] = s.lambda_k != nullptr || s.lambda_v != nullptr ? b : -1;
+    for (int p = 0; p < s.page_count; ++p) t.pages.push_back(static_cast<std::int32_t>((s.pages[p] - bases.pages) / KV4_PAGE_UNIT));
     for (int set = 0; set < 2; ++set) {
       const ExactRows& x = s.exact[set];
       std::int64_t* e = out + kv4_sequence_exact + set * kv4_exact_fields;

@@ -70,7 +70,7 @@ class Launch:
         call = np.zeros(e["kv4_call_fields"], np.int64)
         fields = {"dim": d, "kv_heads": 1, "group": self.rows, "queries": 1, "block_rows": self.rows, "blocks": 1,
                   "exact_splits": self.splits if self.exact else 1, "page_splits": self.splits if self.pages else 0,
-                  "page_bytes": head_bytes, "head_bytes": head_bytes, "has_mean": 1, "exact_dtype": 1, "causal": 1,
+                  "page_unit": head_bytes, "head_bytes": head_bytes, "has_mean": 1, "exact_dtype": 1, "causal": 1,
                   "batch": 1, "key_rotated": 1, "value_rotated": 1, **at}  # fmt: skip
         for name, value in fields.items():
             call[e[f"kv4_call_{name}"]] = value

@@ -130,6 +130,10 @@ def test_given_lambda_and_a_dense_rotation():
     pair = Pair(recipe, lambda_k=scale, lambda_v=scale[::-1].copy(), matrix_k=matrix)
     for tokens in (200, 1):
         pair.step(tokens)
+    # Values alone have a lambda.
+    pair = Pair(Recipe(key=Side(mean=True, lambda_="none"), value=Side(lambda_="given")), lambda_v=scale)
+    for tokens in (200, 1):
+        pair.step(tokens)
 
 
 @needs_emulator

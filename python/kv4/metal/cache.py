@@ -289,7 +289,7 @@ class Cache(Sealing):
             query,
             start if given is not None else -(2**31),
             limit,
-            self.lambda_k(s) is not None,
+            self.lambda_k(s) is not None or self.given_v is not None,
             sets,
         )
 

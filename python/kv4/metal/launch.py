@@ -65,7 +65,7 @@ def attend(
     factors, pages, levels = (host.table(tables[name]) for name in ("factors", "pages", "levels"))
     lambdas = [cache.lambda_k(s) for s in cache.sequences]
     lambda_k = lambda_v = host.nothing
-    if any(x is not None for x in lambdas):
+    if cache.given_v is not None or any(x is not None for x in lambdas):
         one = host.table(np.ones((cache.heads, dim), np.float32))
         lambda_k = host.stack([one if x is None else x for x in lambdas])
         lambda_v = host.stack([one] * batch)
