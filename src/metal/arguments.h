@@ -42,7 +42,7 @@ enum kv4_call {
   kv4_call_out_stride_head,
   kv4_call_out_stride_query,
   kv4_call_has_sinks,        // 0 or 1
-  kv4_call_key_rotated,      // 0: identity, its matrix is not read
+  kv4_call_key_rotated,      // 0: identity, or no pages; its matrix is not read
   kv4_call_value_rotated,
   kv4_call_batch,
   kv4_call_fields

@@ -364,7 +364,7 @@ Status MetalBackend::attend(const AttendJob& job) {
   const float* state = staging.room<float>(static_cast<std::size_t>(batch * heads * count * (dim + 2)));
   const auto or_nothing = [nothing](const void* p) { return p != nullptr ? p : nothing; };
   const auto u32 = [](std::int64_t x) { return static_cast<std::uint32_t>(x); };
-  const std::uint32_t row_grid[3] = {KV4_ROW_THREADS, u32(t.rows), u32(batch * job.kv_heads)};
+  const std::uint32_t row_grid[3] = {u32(KV4_ROW_THREADS * heads / job.kv_heads), u32(count), u32(batch * job.kv_heads)};
   Launch launches[3];
   launches[0] = {"kv4_prepare", {q, key.query, staging.put(lambda_k), sequences, call, factors, prepared},
                  {row_grid[0], row_grid[1], row_grid[2]}, KV4_ROW_THREADS, t.dim};

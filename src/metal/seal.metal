@@ -45,9 +45,9 @@ kernel void kv4_dequantise(device const uchar* pages [[buffer(0)]],
                            device float* out [[buffer(6)]],
                            uint3 place [[threadgroup_position_in_grid]],
                            uint tid [[thread_index_in_threadgroup]]) {
-  threadgroup float x[256];
-  threadgroup float y[256];
-  threadgroup float partial[256];
+  threadgroup float4 x[kv4::apple::kMaxDim / 4];
+  threadgroup float y[kv4::apple::kMaxDim];
+  threadgroup float4 partial[KV4_ROW_THREADS];
   kv4::apple::dequantise_row(pages, lambda, matrix, jobs, side, levels, out, place.x, place.y, x, y, partial, tid);
 }
 

@@ -148,8 +148,8 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores) 
     c[kv4_call_v_codes] = l.v_codes;
     c[kv4_call_v_scales] = l.v_scales;
     c[kv4_call_has_mean] = job.spec->key.mean;
-    c[kv4_call_key_rotated] = job.spec->key.rotation->kind() != RotationKind::identity;
-    c[kv4_call_value_rotated] = job.spec->value.rotation->kind() != RotationKind::identity;
+    c[kv4_call_key_rotated] = most_pages > 0 && job.spec->key.rotation->kind() != RotationKind::identity;
+    c[kv4_call_value_rotated] = most_pages > 0 && job.spec->value.rotation->kind() != RotationKind::identity;
     for (std::size_t i = 0; i < 16; ++i) {
       t.levels[i] = job.spec->key.levels.table[i];
       t.levels[16 + i] = job.spec->value.levels.table[i];

@@ -1,6 +1,7 @@
-"""What kv4_attend costs per cached token, in emulation: bytes by the checker, lane-instructions by the counter.
+"""What the kernels cost in emulation, kv4_attend per cached token, kv4_prepare and kv4_merge per query row: bytes by the
+checker, lane-instructions by the counter.
 
-Both are differences of two launches in the same splits, one over twice the pages of the other, over the tokens added:
+Per token both are differences of two launches in the same splits, one over twice the pages of the other, over the tokens added:
 what a call costs once is left out.
 """
 
@@ -130,3 +131,38 @@ def cost(dim: int, rows: int, exact: bool = False) -> Cost:
         added.total / tokens,
         {kind: n / tokens for kind, n in added.by_class.items() if n},
     )
+
+
+def _row(kernel: str, file: str, dim: int, splits: int, rotated: bool) -> float:
+    """Lane-instructions of one query row of float16 with lambda."""
+    e = enums()
+    call = np.zeros(e["kv4_call_fields"], np.int64)
+    fields = {"dim": dim, "kv_heads": 1, "group": 1, "queries": 1, "batch": 1, "block_rows": 1, "blocks": 1, "q_dtype": 1,
+              "exact_splits": 1, "page_splits": splits - 1, "key_rotated": rotated, "value_rotated": rotated,
+              "out_dtype": 1}  # fmt: skip
+    for name, value in fields.items():
+        call[e[f"kv4_call_{name}"]] = value
+    sequence = np.zeros(e["kv4_sequence_fields"], np.int64)  # lambda: row 0
+    matrix, ones = np.eye(dim, dtype=np.float32), np.ones(dim, np.float32)
+    if kernel == "kv4_prepare":
+        out = Output(np.zeros(2 * dim, np.float32))
+        arguments = [np.ones(dim, np.float16), matrix, ones, sequence, call, np.ones(2, np.float32), out]
+    else:
+        states = np.ones((splits, dim + 2), np.float32)
+        arguments = [states, matrix, ones, ones, sequence, call, Output(np.zeros(dim, np.float16))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = SOURCES / file if file == "rotate.metal" else source(dim, 1, Path(folder))
+        module = Module(build(path, "count", include=[SOURCES.parent]))
+        threads = e["KV4_ROW_THREADS"]
+        done, counted = count_run(module, kernel, threads=threads, group=threads, arguments=arguments)
+    if done.result != "ran":
+        raise RuntimeError(f"{kernel}: {done.reports}")
+    return counted.total
+
+
+@cache
+def row_cost(dim: int, splits: int, rotated: bool = True) -> tuple[float, float]:
+    """Lane-instructions of kv4_prepare and of kv4_merge for one query row, whose state is in `splits` parts."""
+    few, many = (_row("kv4_merge", "attend.metal", dim, n, rotated) for n in (2, 4))
+    prepare = _row("kv4_prepare", "rotate.metal", dim, 2, rotated)
+    return prepare, few + (many - few) / 2 * (splits - 2)

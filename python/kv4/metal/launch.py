@@ -72,12 +72,11 @@ def attend(
     # Values have the layer's own lambda: a row of it for every sequence that the tables give one.
     if cache.given_v is not None:
         lambda_v = host.stack([cache.given_v] * batch)
-    rows, kv_heads = tables["rows"], cache.heads
     (prepared,) = host.run(
         "kv4_prepare",
         (q, constants.query, lambda_k, sequences, call, factors),
         [((max(tables["prepared_floats"], 4),), "float32")],
-        (ROW_THREADS, rows, batch * kv_heads),
+        (ROW_THREADS * (heads // cache.heads), tokens, batch * cache.heads),
         ROW_THREADS,
     )
     (states,) = host.run(
@@ -94,7 +93,7 @@ def attend(
             factors,
         ),
         [((max(tables["state_floats"], 4),), "float32")],
-        (ATTEND_THREADS * tables["splits"], kv_heads * tables["blocks"], batch),
+        (ATTEND_THREADS * tables["splits"], cache.heads * tables["blocks"], batch),
         ATTEND_THREADS,
     )
     (done,) = host.run(
@@ -108,7 +107,7 @@ def attend(
             call,
         ),
         [(out_shape, out_dtype or "float32") if out is None else out],
-        (ROW_THREADS, rows, batch * kv_heads),
+        (ROW_THREADS * (heads // cache.heads), tokens, batch * cache.heads),
         ROW_THREADS,
     )
     return done
