@@ -42,7 +42,7 @@ enum kv4_call {
   kv4_call_out_stride_head,
   kv4_call_out_stride_query,
   kv4_call_has_sinks,        // 0 or 1
-  kv4_call_key_rotated,      // 0: identity, or no pages; its matrix is not read
+  kv4_call_key_rotated,      // KV4_ROTATED_: how; none where there are no pages
   kv4_call_value_rotated,
   kv4_call_batch,
   kv4_call_fields
@@ -93,7 +93,7 @@ enum kv4_side {
   kv4_side_has_mean,       // 0 or 1
   kv4_side_abs_max,        // 0: least squares, 1: abs-max
   kv4_side_negative_base,  // of Levels
-  kv4_side_rotated,        // 0: identity
+  kv4_side_rotated,        // KV4_ROTATED_; sealing has a matrix wherever it is not none
   kv4_side_values,         // 0: keys, 1: values (their codes lie in another order)
   kv4_side_fields
 };
@@ -134,6 +134,11 @@ enum kv4_append {
   kv4_append_to_stride_token,
   kv4_append_fields
 };
+
+// How rows are rotated: the buffer is not read; it is a matrix (rotate.h); it is a butterfly's table (butterfly.h).
+#define KV4_ROTATED_NONE 0
+#define KV4_ROTATED_MATRIX 1
+#define KV4_ROTATED_BUTTERFLY 2
 
 #define KV4_PAGE_UNIT 64  // pages begin at multiples of it
 #define KV4_ATTEND_THREADS 128

@@ -86,7 +86,7 @@ kernel void kv4_merge(device const float* states [[buffer(0)]],   // kv4_attend'
                       uint tid [[thread_index_in_threadgroup]],
                       uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float4 x[kv4::apple::kMaxDim / 4];
-  threadgroup float y[kv4::apple::kMaxDim];
+  threadgroup float4 y[kv4::apple::kMaxDim / 4];
   threadgroup float4 partial[KV4_ROW_THREADS];
   kv4::apple::merge_row(states, matrix, lambda, sinks, sequences, call, out, place.x, place.y, place.z, x, y, partial, tid, lane);
 }

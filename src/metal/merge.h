@@ -13,9 +13,10 @@ namespace apple {
 // Threadgroup memory: x and y [kMaxDim], partial [KV4_ROW_THREADS].
 inline void merge_row(device const float* states, device const float* matrix, device const float* lambda,
                       device const float* sinks, device const long* sequences, device const long* call, device uchar* out,
-                      uint g, uint t, uint head_of_batch, threadgroup float4* x4, threadgroup float* y, threadgroup float4* partial,
+                      uint g, uint t, uint head_of_batch, threadgroup float4* x4, threadgroup float4* y4, threadgroup float4* partial,
                       uint tid, uint lane) {
   threadgroup float* x = (threadgroup float*)x4;
+  threadgroup float* y = (threadgroup float*)y4;
   const uint dim = uint(call[kv4_call_dim]), heads = uint(call[kv4_call_kv_heads]);
   const uint exact_splits = uint(call[kv4_call_exact_splits]), splits = exact_splits + uint(call[kv4_call_page_splits]);
   // Exact rows and pages apart: they lie in different bases.
@@ -43,7 +44,7 @@ inline void merge_row(device const float* states, device const float* matrix, de
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (call[kv4_call_value_rotated] != 0 && splits > exact_splits) multiply_row(matrix, dim, x4, y, partial, tid);
+  rotate_row(int(call[kv4_call_value_rotated]), matrix, dim, x4, y4, partial, true, tid);
   if (tid >= dim) return;
 
   const uint b = head_of_batch < heads ? 0u : head_of_batch / heads, head = head_of_batch - b * heads;

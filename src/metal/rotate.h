@@ -4,14 +4,14 @@
 //
 //   queries  q' = R^-T x   matrix = R^-1       outputs, dequantised rows   x = R^-1 y   matrix = (R^-1)^T
 //
-// Counted at d = 128 for a row, the rotation alone (tests/metal/measure.py): 45,200 lane-instructions for 16,384 multiply-adds.
-// A thread owns four channels, so that five 16-byte loads serve 16 multiply-adds; one channel a thread, with an index per
-// load, took 185,700. 64 KB of a matrix that all layers of one recipe share stay in the cache. Rows stay apart: the few of a
-// step then spread over the cores. docs/metal_model.md has the count against a butterfly.
+// Counted at d = 128 for a row, the rotation alone (tests/metal/measure.py): 33,500 lane-instructions for 16,384 multiply-adds.
+// A thread owns four channels, so that five 16-byte loads serve 16 multiply-adds, and D is a constant; without that 45,200; one
+// channel a thread, with an index per load, 185,700. Rows stay apart: the few of a step then spread over the cores. The default
+// rotation goes by butterfly.h instead.
 #ifndef KV4_METAL_ROTATE_H
 #define KV4_METAL_ROTATE_H
 
-#include "metal/device.h"
+#include "metal/butterfly.h"
 
 namespace kv4 {
 namespace apple {
@@ -58,13 +58,21 @@ inline void multiply_row(device const float* matrix, uint dim, threadgroup const
   else multiply_row_of<96>(matrix, x, y, partial, tid);
 }
 
+// y = R x (with R^-T = R where this is a butterfly) or R^-1 x, which may overwrite x.
+inline void rotate_row(int how, device const float* matrix, uint dim, threadgroup float4* x, threadgroup float4* y,
+                       threadgroup float4* partial, bool inverse, uint tid) {
+  if (how == KV4_ROTATED_BUTTERFLY) srft_row(matrix, dim, x, y, inverse, tid);
+  else if (how == KV4_ROTATED_MATRIX) multiply_row(matrix, dim, x, (threadgroup float*)y, partial, tid);
+}
+
 // One query row: raw times the factor of q.k, and R^-T (q / lambda) times it, to planes 0 and 1 of
 // out [2, batch, kv_heads, T * group, dim]. Row t * group + g is query t of head g of the group.
 inline void prepare_row(device const uchar* q, device const float* matrix, device const float* lambda,
                         device const long* sequences, device const long* call, device const float* factors,
-                        device float* out, uint g, uint t, uint head_of_batch, threadgroup float4* x4, threadgroup float* y,
+                        device float* out, uint g, uint t, uint head_of_batch, threadgroup float4* x4, threadgroup float4* y4,
                         threadgroup float4* partial, uint tid) {
   threadgroup float* x = (threadgroup float*)x4;
+  threadgroup float* y = (threadgroup float*)y4;
   const uint dim = uint(call[kv4_call_dim]);
   device float* to = out;
   long plane = 0;
@@ -86,7 +94,7 @@ inline void prepare_row(device const uchar* q, device const float* matrix, devic
     y[tid] = weighted;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (call[kv4_call_key_rotated] != 0) multiply_row(matrix, dim, x4, y, partial, tid);
+  rotate_row(int(call[kv4_call_key_rotated]), matrix, dim, x4, y4, partial, false, tid);
   if (tid < dim) to[plane] = y[tid] * factor;
 }
 

@@ -12,7 +12,7 @@ kernel void kv4_prepare(device const uchar* q [[buffer(0)]],        // [batch, k
                         uint3 place [[threadgroup_position_in_grid]],
                         uint tid [[thread_index_in_threadgroup]]) {
   threadgroup float4 x[kv4::apple::kMaxDim / 4];
-  threadgroup float y[kv4::apple::kMaxDim];
+  threadgroup float4 y[kv4::apple::kMaxDim / 4];
   threadgroup float4 partial[KV4_ROW_THREADS];
   kv4::apple::prepare_row(q, matrix, lambda, sequences, call, factors, out, place.x, place.y, place.z, x, y, partial, tid);
 }

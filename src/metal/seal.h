@@ -214,9 +214,10 @@ inline void seal_job(thread const SealArguments& a, uint index, threadgroup floa
 // Token `token` of the job as a float row: R^-1 (scale level + mean) / lambda. matrix: (R^-1)^T by rows.
 inline void dequantise_row(device const uchar* pages, device const float* lambda, device const float* matrix,
                            device const long* jobs, device const long* side, device const float* levels, device float* out,
-                           uint index, uint token, threadgroup float4* x4, threadgroup float* y, threadgroup float4* partial,
+                           uint index, uint token, threadgroup float4* x4, threadgroup float4* y4, threadgroup float4* partial,
                            uint tid) {
   threadgroup float* x = (threadgroup float*)x4;
+  threadgroup float* y = (threadgroup float*)y4;
   device const long* job = jobs + index * kv4_job_fields;
   const uint dim = uint(side[kv4_side_dim]), j = uint(job[kv4_job_first]) + token;
   if (long(token) >= job[kv4_job_count]) return;  // the whole threadgroup
@@ -230,7 +231,7 @@ inline void dequantise_row(device const uchar* pages, device const float* lambda
     y[tid] = value;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (side[kv4_side_rotated] != 0) multiply_row(matrix, dim, x4, y, partial, tid);
+  rotate_row(int(side[kv4_side_rotated]), matrix, dim, x4, y4, partial, true, tid);
   if (tid < dim) {
     const long lambda_row = job[kv4_job_lambda];
     const float weight = lambda_row < 0 ? 1.0f : lambda[lambda_row * long(dim) + long(tid)];

@@ -46,7 +46,7 @@ kernel void kv4_dequantise(device const uchar* pages [[buffer(0)]],
                            uint3 place [[threadgroup_position_in_grid]],
                            uint tid [[thread_index_in_threadgroup]]) {
   threadgroup float4 x[kv4::apple::kMaxDim / 4];
-  threadgroup float y[kv4::apple::kMaxDim];
+  threadgroup float4 y[kv4::apple::kMaxDim / 4];
   threadgroup float4 partial[KV4_ROW_THREADS];
   kv4::apple::dequantise_row(pages, lambda, matrix, jobs, side, levels, out, place.x, place.y, x, y, partial, tid);
 }

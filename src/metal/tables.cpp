@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numbers>
 #include <string>
 
 #include "metal/arguments.h"
@@ -37,6 +38,18 @@ Status supports_side(const SideSpec& side, const char* name) {
   return {};
 }
 
+// Signs and roots of unity of butterfly.h.
+std::vector<float> butterfly_table(const Rotation& rotation) {
+  std::vector<float> t = rotation.scaled_signs();
+  const int d = rotation.dim();
+  for (int n = 0; n < d; ++n) {
+    const double angle = -2 * std::numbers::pi * n / d;
+    t.push_back(static_cast<float>(std::cos(angle)));
+    t.push_back(static_cast<float>(std::sin(angle)));
+  }
+  return t;
+}
+
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace
@@ -60,14 +73,22 @@ kv4_page_layout page_layout(const PageSpec& spec) {
   return kv4_make_page_layout(k, v, 1, 1, spec.key.mean, k, v);
 }
 
+int rotated(const Rotation& rotation) {
+  return rotation.kind() == RotationKind::identity ? KV4_ROTATED_NONE
+         : rotation.kind() == RotationKind::srft   ? KV4_ROTATED_BUTTERFLY
+                                                   : KV4_ROTATED_MATRIX;
+}
+
 std::vector<float> query_matrix(const Rotation& rotation) {
-  if (rotation.kind() == RotationKind::identity) return {};
+  if (rotated(rotation) == KV4_ROTATED_NONE) return {};
+  if (rotated(rotation) == KV4_ROTATED_BUTTERFLY) return butterfly_table(rotation);
   const std::vector<double> m = rotation.inverse_f64();
   return {m.begin(), m.end()};
 }
 
 std::vector<float> output_matrix(const Rotation& rotation) {
-  if (rotation.kind() == RotationKind::identity) return {};
+  if (rotated(rotation) == KV4_ROTATED_NONE) return {};
+  if (rotated(rotation) == KV4_ROTATED_BUTTERFLY) return butterfly_table(rotation);
   const std::vector<double> m = transposed(rotation.inverse_f64(), static_cast<std::size_t>(rotation.dim()));
   return {m.begin(), m.end()};
 }
@@ -92,7 +113,7 @@ std::vector<std::int64_t> side_table(const PageSpec& spec, bool values, DType dt
   t[kv4_side_has_mean] = side.mean;
   t[kv4_side_abs_max] = side.scale == ScaleRule::abs_max;
   t[kv4_side_negative_base] = side.levels.negative_base;
-  t[kv4_side_rotated] = side.rotation->kind() != RotationKind::identity;
+  t[kv4_side_rotated] = rotated(*side.rotation);
   t[kv4_side_values] = values;
   return t;
 }
@@ -148,8 +169,8 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores) 
     c[kv4_call_v_codes] = l.v_codes;
     c[kv4_call_v_scales] = l.v_scales;
     c[kv4_call_has_mean] = job.spec->key.mean;
-    c[kv4_call_key_rotated] = most_pages > 0 && job.spec->key.rotation->kind() != RotationKind::identity;
-    c[kv4_call_value_rotated] = most_pages > 0 && job.spec->value.rotation->kind() != RotationKind::identity;
+    c[kv4_call_key_rotated] = most_pages > 0 ? rotated(*job.spec->key.rotation) : KV4_ROTATED_NONE;
+    c[kv4_call_value_rotated] = most_pages > 0 ? rotated(*job.spec->value.rotation) : KV4_ROTATED_NONE;
     for (std::size_t i = 0; i < 16; ++i) {
       t.levels[i] = job.spec->key.levels.table[i];
       t.levels[16 + i] = job.spec->value.levels.table[i];

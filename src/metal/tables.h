@@ -16,7 +16,9 @@ Status supports(const PageSpec& spec);
 // Of spec's head dims and mean: one scale a vector, no padded channels.
 kv4_page_layout page_layout(const PageSpec& spec);
 
-// Matrices as the kernels want them, [dim, dim] floats by rows; empty for the identity.
+// How kernels rotate rows of queries and outputs: KV4_ROTATED_NONE, _MATRIX or, the default rotation, _BUTTERFLY.
+int rotated(const Rotation& rotation);
+// Matrices as the kernels want them, [dim, dim] floats by rows, or a butterfly's table [3 dim]; empty for the identity.
 std::vector<float> query_matrix(const Rotation& rotation);       // R^-1
 std::vector<float> output_matrix(const Rotation& rotation);      // (R^-1)^T
 std::vector<float> sealing_matrix(const Rotation& rotation);     // [2, dim, dim]: R^T, and what the floats lack to it

@@ -133,7 +133,7 @@ def cost(dim: int, rows: int, exact: bool = False) -> Cost:
     )
 
 
-def _row(kernel: str, file: str, dim: int, splits: int, rotated: bool) -> float:
+def _row(kernel: str, file: str, dim: int, splits: int, rotated: int) -> float:
     """Lane-instructions of one query row of float16 with lambda."""
     e = enums()
     call = np.zeros(e["kv4_call_fields"], np.int64)
@@ -161,8 +161,9 @@ def _row(kernel: str, file: str, dim: int, splits: int, rotated: bool) -> float:
 
 
 @cache
-def row_cost(dim: int, splits: int, rotated: bool = True) -> tuple[float, float]:
-    """Lane-instructions of kv4_prepare and of kv4_merge for one query row, whose state is in `splits` parts."""
+def row_cost(dim: int, splits: int, rotated: int = 2) -> tuple[float, float]:
+    """Lane-instructions of kv4_prepare and of kv4_merge for one query row, whose state is in `splits` parts. rotated: 0
+    not, 1 by a matrix, 2 by a butterfly (KV4_ROTATED_)."""
     few, many = (_row("kv4_merge", "attend.metal", dim, n, rotated) for n in (2, 4))
     prepare = _row("kv4_prepare", "rotate.metal", dim, 2, rotated)
     return prepare, few + (many - few) / 2 * (splits - 2)

@@ -57,7 +57,7 @@ def layer(g: Geometry, tokens: int, chip: str) -> tuple[float, float]:
     page, row = cost(g.dim, g.group), cost(g.dim, g.group, True)
     # Queries and outputs are rotated; states are written and read again.
     splits = 1 + min(-(-packed // 512), 64)
-    rotate = g.heads * sum(row_cost(g.dim, splits, packed > 0))
+    rotate = g.heads * sum(row_cost(g.dim, splits, 2 if packed else 0))
     states = 2 * 4 * splits * g.heads * (g.dim + 2)
     bytes_ = g.kv_heads * (packed * page.bytes + exact * row.bytes) + states
     instructions = g.kv_heads * (packed * page.lane_instructions + exact * row.lane_instructions) + rotate

@@ -122,15 +122,10 @@ class Constants:
     """What the kernels read of one recipe: matrices, level tables, layout. Layers of one shape share it."""
 
     def __init__(self, host: Host, tables: Any, head_dim: int) -> None:
-        square = (head_dim, head_dim)
-
-        def matrix(values: np.ndarray, *shape: int) -> Any:
-            return host.table(values.reshape(shape) if values.size else values)
-
         self.tables = tables
-        self.query = matrix(tables.query_matrix(), *square)
-        self.output = [matrix(tables.output_matrix(values), *square) for values in (False, True)]
-        self.sealing = [matrix(tables.sealing_matrix(values), 2, *square) for values in (False, True)]
+        self.query = host.table(tables.query_matrix())
+        self.output = [host.table(tables.output_matrix(values)) for values in (False, True)]
+        self.sealing = [host.table(tables.sealing_matrix(values)) for values in (False, True)]
         self.levels = [host.table(tables.levels(values)) for values in (False, True)]
         sides = [tables.side(values, head_dim) for values in (False, True)]
         self.side = [host.table(side) for side in sides]
