@@ -1,8 +1,8 @@
-"""What the kernels cost in emulation, kv4_attend per cached token, kv4_prepare and kv4_merge per query row: bytes by the
-checker, lane-instructions by the counter.
+"""What the kernels cost in emulation, kv4_attend per cached token, kv4_prepare and kv4_merge per query row: bytes by
+the checker, lane-instructions by the counter.
 
-Per token both are differences of two launches in the same splits, one over twice the pages of the other, over the tokens added:
-what a call costs once is left out.
+Per token both are differences of two launches in the same splits, one over twice the pages of the other, over the
+tokens added: what a call costs once is left out.
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ def _row(kernel: str, file: str, dim: int, splits: int, rotated: int) -> float:
     """Lane-instructions of one query row of float16 with lambda."""
     e = enums()
     call = np.zeros(e["kv4_call_fields"], np.int64)
-    fields = {"dim": dim, "kv_heads": 1, "group": 1, "queries": 1, "batch": 1, "block_rows": 1, "blocks": 1, "q_dtype": 1,
-              "exact_splits": 1, "page_splits": splits - 1, "key_rotated": rotated, "value_rotated": rotated,
-              "out_dtype": 1}  # fmt: skip
+    fields = {"dim": dim, "kv_heads": 1, "group": 1, "queries": 1, "batch": 1, "block_rows": 1, "blocks": 1,
+              "q_dtype": 1, "exact_splits": 1, "page_splits": splits - 1, "key_rotated": rotated,
+              "value_rotated": rotated, "out_dtype": 1}  # fmt: skip
     for name, value in fields.items():
         call[e[f"kv4_call_{name}"]] = value
     sequence = np.zeros(e["kv4_sequence_fields"], np.int64)  # lambda: row 0

@@ -1,6 +1,7 @@
 """mlx.fast.metal_kernel's stand-in: the text that MLX itself writes around a body, run in the emulator of tests/metal.
 
-MLX writes that text on any machine while a function is exported, and prints it if asked to.
+MLX writes that text on any machine while a function is exported, and prints it if asked to. Where MLX has Metal its own
+GPU takes the emulator's place.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "metal"))
 
 from emulator import mlx as written  # noqa: E402
-from emulator.build import build  # noqa: E402
+from emulator.build import build, compiler  # noqa: E402
 from emulator.module import Module, Output  # noqa: E402
-from kv4.mlx.gpu import MlxHost  # noqa: E402
+from kv4.mlx.gpu import MlxHost, gpu_host  # noqa: E402
+
+needs_gpu = pytest.mark.skipif(
+    compiler() is None and not mx.metal.is_available(),
+    reason="needs MLX with Metal, or the Metal emulator (clang++-19 and libclang-rt-19-dev)",
+)
 
 NAME = re.compile(r"\[\[kernel\]\] void (\w+)\(")
 
@@ -102,4 +109,6 @@ class EmulatedKernel:
 
 @functools.cache
 def host(head_dim: int, mode: str = "fast") -> MlxHost:
+    if mx.metal.is_available():
+        return gpu_host(head_dim)
     return MlxHost(head_dim, functools.partial(EmulatedKernel, mode))

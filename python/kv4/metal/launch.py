@@ -113,9 +113,7 @@ def attend(
     return done
 
 
-def _jobs(
-    cache: Cache, slices: list[tuple[int, int]], row: int, head: int, masked: bool, given: Any
-) -> np.ndarray:
+def _jobs(cache: Cache, slices: list[tuple[int, int]], row: int, head: int, masked: bool, given: Any) -> np.ndarray:
     """int64 [len(slices), 6] (kv4_job) of whole pages. slices: (byte in the pages, head) of each, page by page; their
     rows begin at element row + h * head + p * 64 * d. masked: rows have flags; given: their lambda, or None."""
     heads = cache.heads
