@@ -24,7 +24,7 @@ def test_no_other_division_than_of_the_call() -> None:
     assert cost(128, 4).by_class.get("divide", 0) == 0
 
 
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [80, 128])
 def test_a_row_is_rotated_by_few_instructions(dim: int) -> None:
     without, matrix, butterfly = (row_cost(dim, 3, rotated) for rotated in (0, 1, 2))
     for kernel in (0, 1):

@@ -46,24 +46,18 @@ def text(head_dim: int) -> str:
     return _ATTEND.sub(lambda match: match.group(0) if int(match.group(1)) == head_dim else "", whole)
 
 
-@functools.cache
-def header() -> str:
-    """What the entry points include, each file once."""
-    done: set[str] = set()
-    files = [(folder() / name).read_text(encoding="utf-8") for name in FILES]
-    return "\n".join(_read(included, done) for whole in files for included in _INCLUDE.findall(whole))
-
-
 @dataclass(frozen=True)
 class Entry:
     """An entry point for a host that writes the signature itself. Its buffers are `inputs`, then `outputs`, in the
-    order of their declaration; `source` gives them the names and types of the kernel's own text, which follows."""
+    order of their declaration; `source` gives them the names and types of the kernel's own text, which follows.
+    `header`: what it needs before, without comments, since MLX reads all of the text again at every call."""
 
     name: str
     template: tuple[str, ...]  # names of its int parameters
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     source: str
+    header: str
 
 
 def _closing(text: str, start: int, pair: str) -> int:
@@ -76,12 +70,20 @@ def _closing(text: str, start: int, pair: str) -> int:
     raise ValueError(f"source: expected the end of what {pair[0]} opens; got none")
 
 
+def _bare(text: str) -> str:
+    """Without comments, indentation and empty lines."""
+    lines = (line.strip() for line in re.sub(r"//.*", "", text).splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
+
+
 @functools.cache
 def entries() -> dict[str, Entry]:
     """Every entry point by its name in the text: kv4_attend is one, with D and R."""
     found = {}
     for name in FILES:
         whole = re.sub(r"//.*", "", (folder() / name).read_text(encoding="utf-8"))
+        done: set[str] = set()
+        header = _bare("".join(_read(included, done) for included in _INCLUDE.findall(whole)))
         for match in _KERNEL.finditer(whole):
             end = _closing(whole, match.end() - 1, "()")
             parameters = whole[match.end() : end]
@@ -95,5 +97,5 @@ def entries() -> dict[str, Entry]:
                 lines.append(f"const {kind} {label} = {attribute}{part};")
             template = tuple(x.split()[-1] for x in match.group(1).split(",")) if match.group(1) else ()
             text = "\n".join(f"  {line}" for line in lines) + body.rstrip() + "\n"
-            found[match.group(2)] = Entry(match.group(2), template, tuple(inputs), tuple(outputs), text)
+            found[match.group(2)] = Entry(match.group(2), template, tuple(inputs), tuple(outputs), text, header)
     return found

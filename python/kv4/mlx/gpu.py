@@ -60,7 +60,7 @@ class MlxHost(Host):
                 input_names=list(entry.inputs),
                 output_names=list(entry.outputs),
                 source=entry.source,
-                header=source.header(),
+                header=entry.header,
             )
         return kernel(
             inputs=[_padded(x) for x in inputs],
