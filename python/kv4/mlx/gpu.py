@@ -1,9 +1,10 @@
 """The cache on MLX's GPU: MLX's arrays, the kernels of src/metal through `mlx.fast.metal_kernel`.
 
 MLX compiles a body into a kernel whose signature it writes from the arrays of a call. What it fixes, and what is done
-about it: inputs of fewer than 8 elements come in the constant address space, so they are padded; inputs are read-only
-and outputs fresh, so a sealed page is an output that is then put into the pool; inputs arrive in row order. It compiles
-without fast math, as sealing needs. Nothing is waited for but what `kv4.metal` waits for.
+about it: inputs of fewer than 8 elements come in the constant address space, so they are padded; every combination of
+dtypes is a kernel of its own, so inputs are passed as bytes; inputs are read-only and outputs fresh, so a sealed page is
+an output that is then put into the pool; inputs arrive in row order. It compiles without fast math, as sealing needs.
+Nothing is waited for but what `kv4.metal` waits for.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class MlxHost(Host):
                 header=entry.header,
             )
         return kernel(
-            inputs=[_padded(x) for x in inputs],
+            inputs=[_bytes(x) for x in inputs],
             template=list(zip(entry.template, values, strict=True)),
             grid=tuple(int(n) for n in threads),
             threadgroup=(group, 1, 1),
@@ -127,10 +128,12 @@ class MlxHost(Host):
         return np.array(mask.any(1))
 
 
-def _padded(x: mx.array) -> mx.array:
+def _bytes(x: mx.array) -> mx.array:
+    """The same memory as uint8, at least _SMALLEST of them."""
+    x = x.view(mx.uint8)
     if x.size >= _SMALLEST:
         return x
-    return mx.concatenate([x.reshape(-1), mx.zeros(_SMALLEST - x.size, x.dtype)])
+    return mx.concatenate([x.reshape(-1), mx.zeros(_SMALLEST - x.size, mx.uint8)])
 
 
 class GpuCore(Cache):
