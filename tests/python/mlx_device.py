@@ -87,9 +87,10 @@ class EmulatedKernel:
         output_dtypes: list[mx.Dtype],
     ) -> list[mx.array]:
         call = {"template": template, "output_shapes": output_shapes, "output_dtypes": output_dtypes}
+        # MLX would write another text for such an input, with an address space that the bodies do not take.
+        assert all(x.ndim and x.size >= written.SMALL for x in inputs), "an input in the constant address space"
         key = (*(str(x.dtype) for x in inputs), str(template), str(output_dtypes))
         if key not in self.known:
-            assert all(x.ndim and x.size >= 8 for x in inputs), "an input in the constant address space"
             self.known[key] = text_of_mlx(self.kernel, inputs, grid=grid, threadgroup=threadgroup, **call)
             self.written.append((self.known[key], inputs, template, output_dtypes))
         text = self.known[key]

@@ -118,6 +118,15 @@ def test_windows_crops_forks_and_batches():
     pair.step(3)
     pair.both("reset")
     pair.step(5)
+    # Forks before the first page is due: each goes on with the energies of its own queries.
+    pair = Pair(Recipe())
+    pair.step(40)
+    twins = [cache.clone() for cache in pair.caches]
+    pair.step(60)
+    pair.caches = twins
+    pair.step(100)
+    pair.step(1)
+    assert pair.caches[0].page_count(0) == 1
 
 
 @needs_gpu
