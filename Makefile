@@ -72,7 +72,7 @@ test-metal: metal-tools
 	cmake --preset release
 	cmake --build --preset release
 	ctest --preset release -R '^Metal'
-	$(BIN)/python -m pytest tests/metal
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile tests/metal
 
 test-cpp: metal-tools
 	cmake --preset release

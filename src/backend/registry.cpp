@@ -12,17 +12,28 @@ namespace cuda {
 Backend* backend(int device);
 }
 #endif
+#if KV4_HAS_METAL
+namespace apple {
+Backend* backend(int device);
+std::string why_not();
+}
+#endif
 
 namespace {
 
 struct Entry {
   const char* name;
   Backend* (*get)(int device);  // null where there is no such device
+  std::string (*why_not)();     // then: the reason
 };
+std::string no_device() { return "no device that it serves"; }
 constexpr Entry kBackends[] = {
-    {"cpu", [](int device) { return device == 0 ? cpu::backend() : nullptr; }},
+    {"cpu", [](int device) { return device == 0 ? cpu::backend() : nullptr; }, no_device},
 #if KV4_HAS_CUDA
-    {"cuda", cuda::backend},
+    {"cuda", cuda::backend, no_device},
+#endif
+#if KV4_HAS_METAL
+    {"metal", apple::backend, apple::why_not},
 #endif
 };
 
@@ -62,7 +73,8 @@ std::vector<std::string> backends() {
 
 std::string why_not(const std::string& backend) {
   if (find_backend(backend) != nullptr) return "";
-  return entry_of(backend) != nullptr ? "no device that it serves" : "built without it";
+  const Entry* entry = entry_of(backend);
+  return entry != nullptr ? entry->why_not() : "built without it";
 }
 
 }  // namespace kv4

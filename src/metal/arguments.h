@@ -16,7 +16,7 @@ enum kv4_call {
   kv4_call_blocks,           // per KV head: ceil(T group / block_rows)
   kv4_call_exact_splits,     // threadgroups that share the exact rows of a block, >= 1
   kv4_call_page_splits,      // threadgroups that share the pages of a block, >= 0
-  kv4_call_page_bytes,       // between pages of the pool
+  kv4_call_page_unit,        // bytes that an entry of the page table counts
   kv4_call_head_bytes,       // of a head slice; the next four are offsets in it (format/page.h)
   kv4_call_k_scales,
   kv4_call_k_mean,
@@ -42,7 +42,7 @@ enum kv4_call {
   kv4_call_out_stride_head,
   kv4_call_out_stride_query,
   kv4_call_has_sinks,        // 0 or 1
-  kv4_call_key_rotated,      // 0: identity, its matrix is not read
+  kv4_call_key_rotated,      // KV4_ROTATED_: how; none where there are no pages
   kv4_call_value_rotated,
   kv4_call_batch,
   kv4_call_fields
@@ -93,7 +93,7 @@ enum kv4_side {
   kv4_side_has_mean,       // 0 or 1
   kv4_side_abs_max,        // 0: least squares, 1: abs-max
   kv4_side_negative_base,  // of Levels
-  kv4_side_rotated,        // 0: identity
+  kv4_side_rotated,        // KV4_ROTATED_; sealing has a matrix wherever it is not none
   kv4_side_values,         // 0: keys, 1: values (their codes lie in another order)
   kv4_side_fields
 };
@@ -135,6 +135,12 @@ enum kv4_append {
   kv4_append_fields
 };
 
+// How rows are rotated: the buffer is not read; it is a matrix (rotate.h); it is a butterfly's table (butterfly.h).
+#define KV4_ROTATED_NONE 0
+#define KV4_ROTATED_MATRIX 1
+#define KV4_ROTATED_BUTTERFLY 2
+
+#define KV4_PAGE_UNIT 64  // pages begin at multiples of it
 #define KV4_ATTEND_THREADS 128
 #define KV4_ROW_THREADS 256   // prepare, merge, seal, dequantise
 

@@ -34,7 +34,7 @@ struct Pairs {
 struct AttendArguments {
   device const float* queries;  // prepare_row's output
   device const uchar* pages;
-  device const int* table;      // pages of the sequences, one after another
+  device const int* table;      // where pages of the sequences begin, one after another
   device const uchar* exact_k;
   device const uchar* exact_v;
   device const uchar* mask;
@@ -231,7 +231,7 @@ inline void attend_pages(thread const AttendArguments& a, thread const Block& bl
     const int tokens = page + 1 == count ? int(s[kv4_sequence_last_page_tokens]) : int(kPageTokens);
     const long position = s[kv4_sequence_pages_position] + long(page * kPageTokens);
     if (none_seen(block, position, tokens)) continue;
-    device const uchar* slice = a.pages + long(a.table[s[kv4_sequence_table] + long(page)]) * c[kv4_call_page_bytes] +
+    device const uchar* slice = a.pages + long(a.table[s[kv4_sequence_table] + long(page)]) * c[kv4_call_page_unit] +
                                 long(block.head) * c[kv4_call_head_bytes];
     float2 score[R];
     key_scores<D, R>((device const uint4*)slice, (threadgroup const float4*)q, key_table + copy, lane, score);

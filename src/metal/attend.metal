@@ -1,7 +1,7 @@
 // Attention over a cache, in two kernels after kv4_prepare. R, the rows of a block, is one of 1, 2, 3, 4, 6 and 8.
 //
 //   kv4_attend_d<D>_r<R>  threads (KV4_ATTEND_THREADS * splits, kv_heads * blocks, batch), KV4_ATTEND_THREADS a threadgroup
-//   kv4_merge             threads (KV4_ROW_THREADS, T * group, batch * kv_heads), KV4_ROW_THREADS a threadgroup
+//   kv4_merge             threads (KV4_ROW_THREADS * group, T, batch * kv_heads), KV4_ROW_THREADS a threadgroup
 //
 // splits = exact_splits + page_splits. Every instantiation is a line of its own at the end: a host that compiles this text for
 // one head dim may leave the others out.
@@ -10,7 +10,7 @@
 template <int D, int R>
 kernel void kv4_attend(device const float* queries [[buffer(0)]],  // kv4_prepare's output
                        device const uchar* pages [[buffer(1)]],    // the pool
-                       device const int* table [[buffer(2)]],      // pages of the sequences in the pool
+                       device const int* table [[buffer(2)]],      // where pages of the sequences begin, from `pages`
                        device const uchar* exact_k [[buffer(3)]],
                        device const uchar* exact_v [[buffer(4)]],
                        device const uchar* mask [[buffer(5)]],     // general mask
@@ -85,10 +85,8 @@ kernel void kv4_merge(device const float* states [[buffer(0)]],   // kv4_attend'
                       uint3 place [[threadgroup_position_in_grid]],
                       uint tid [[thread_index_in_threadgroup]],
                       uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float x[256];
-  threadgroup float y[256];
-  threadgroup float partial[256];
-  const uint heads = uint(call[kv4_call_kv_heads]);
-  kv4::apple::merge_row(states, matrix, lambda, sinks, sequences, call, out, place.y, place.z % heads, place.z / heads, x, y,
-                        partial, tid, lane);
+  threadgroup float4 x[kv4::apple::kMaxDim / 4];
+  threadgroup float4 y[kv4::apple::kMaxDim / 4];
+  threadgroup float4 partial[KV4_ROW_THREADS];
+  kv4::apple::merge_row(states, matrix, lambda, sinks, sequences, call, out, place.x, place.y, place.z, x, y, partial, tid, lane);
 }

@@ -13,46 +13,49 @@ namespace apple {
 // Threadgroup memory: x and y [kMaxDim], partial [KV4_ROW_THREADS].
 inline void merge_row(device const float* states, device const float* matrix, device const float* lambda,
                       device const float* sinks, device const long* sequences, device const long* call, device uchar* out,
-                      uint row, uint head, uint b, threadgroup float* x, threadgroup float* y, threadgroup float* partial,
+                      uint g, uint t, uint head_of_batch, threadgroup float4* x4, threadgroup float4* y4, threadgroup float4* partial,
                       uint tid, uint lane) {
-  const uint dim = uint(call[kv4_call_dim]), group = uint(call[kv4_call_group]), heads = uint(call[kv4_call_kv_heads]);
+  threadgroup float* x = (threadgroup float*)x4;
+  threadgroup float* y = (threadgroup float*)y4;
+  const uint dim = uint(call[kv4_call_dim]), heads = uint(call[kv4_call_kv_heads]);
   const uint exact_splits = uint(call[kv4_call_exact_splits]), splits = exact_splits + uint(call[kv4_call_page_splits]);
-  const uint block_rows = uint(call[kv4_call_block_rows]), blocks = uint(call[kv4_call_blocks]);
-  const long step = long(block_rows) * long(dim + 2);
-  device const float* from = states + (long(b * heads + head) * long(blocks) + long(row / block_rows)) * long(splits) * step +
-                             long(row % block_rows) * long(dim + 2);
-  float top = kHidden;
-  for (uint s = lane; s < splits; s += kLanes) top = max(top, from[long(s) * step + long(dim)]);
-  top = simd_max(top);
-
   // Exact rows and pages apart: they lie in different bases.
-  float exact = 0.0f, l = 0.0f;
-  if (tid < dim) {
-    float packed = 0.0f;
-    for (uint s = 0; s < splits; ++s) {
-      device const float* state = from + long(s) * step;
-      const float m = state[dim];
-      const float weight = m <= kHiddenBelow ? 0.0f : exp2(m - top);
-      l = fma(weight, state[dim + 1], l);
-      const float value = weight * state[tid];
-      if (s < exact_splits) exact += value;
-      else packed += value;
+  float top = kHidden, exact = 0.0f, l = 0.0f;
+  if (tid - lane < dim) {  // SIMD-groups with channels
+    const uint group = uint(call[kv4_call_group]), block_rows = uint(call[kv4_call_block_rows]);
+    const uint row = t * group + g, block = row < block_rows ? 0u : row / block_rows, step = block_rows * (dim + 2);
+    device const float* from = states + long(head_of_batch * uint(call[kv4_call_blocks]) + block) * long(splits) * long(step) +
+                               long((row - block * block_rows) * (dim + 2));
+    for (uint s = lane; s < splits; s += kLanes) top = max(top, from[s * step + dim]);
+    top = simd_max(top);
+    if (tid < dim) {
+      float packed = 0.0f;
+      for (uint s = 0; s < splits; ++s) {
+        device const float* state = from + s * step;
+        const float m = state[dim];
+        const float weight = m <= kHiddenBelow ? 0.0f : exp2(m - top);
+        l = fma(weight, state[dim + 1], l);
+        const float value = weight * state[tid];
+        if (s < exact_splits) exact += value;
+        else packed += value;
+      }
+      x[tid] = packed;
+      y[tid] = packed;
     }
-    x[tid] = packed;
-    y[tid] = packed;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (call[kv4_call_value_rotated] != 0 && splits > exact_splits) multiply_row(matrix, dim, x, y, partial, tid);
+  rotate_row(int(call[kv4_call_value_rotated]), matrix, dim, x4, y4, partial, true, tid);
   if (tid >= dim) return;
 
+  const uint b = head_of_batch < heads ? 0u : head_of_batch / heads, head = head_of_batch - b * heads;
+  const uint q_head = head * uint(call[kv4_call_group]) + g;
   const long lambda_row = sequences[b * kv4_sequence_fields + kv4_sequence_lambda];
-  const uint q_head = head * group + row % group;
   float o = y[tid];
   if (lambda_row >= 0) o /= lambda[(lambda_row * long(heads) + long(head)) * long(dim) + long(tid)];
   o += exact;
   const int dtype = int(call[kv4_call_out_dtype]);
   const long at = long(b) * call[kv4_call_out_stride_batch] + long(q_head) * call[kv4_call_out_stride_head] +
-                  long(row / group) * call[kv4_call_out_stride_query];
+                  long(t) * call[kv4_call_out_stride_query];
   if (dtype == KV4_OUT_PARTIAL) {
     device float* row_out = (device float*)out + at;
     row_out[tid] = o;

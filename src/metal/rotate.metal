@@ -1,5 +1,5 @@
 // Query rows for attention: as they are and rotated, times the factor of q.k. A threadgroup of KV4_ROW_THREADS threads per
-// row: threads (KV4_ROW_THREADS, T * group, batch * kv_heads).
+// row: threads (KV4_ROW_THREADS * group, T, batch * kv_heads).
 #include "metal/rotate.h"
 
 kernel void kv4_prepare(device const uchar* q [[buffer(0)]],        // [batch, kv_heads * group, T, dim] by strides
@@ -11,10 +11,8 @@ kernel void kv4_prepare(device const uchar* q [[buffer(0)]],        // [batch, k
                         device float* out [[buffer(6)]],            // [2, batch, kv_heads, T * group, dim]
                         uint3 place [[threadgroup_position_in_grid]],
                         uint tid [[thread_index_in_threadgroup]]) {
-  threadgroup float x[256];
-  threadgroup float y[256];
-  threadgroup float partial[256];
-  const uint heads = uint(call[kv4_call_kv_heads]);
-  kv4::apple::prepare_row(q, matrix, lambda, sequences, call, factors, out, place.y, place.z % heads, place.z / heads, x, y,
-                          partial, tid);
+  threadgroup float4 x[kv4::apple::kMaxDim / 4];
+  threadgroup float4 y[kv4::apple::kMaxDim / 4];
+  threadgroup float4 partial[KV4_ROW_THREADS];
+  kv4::apple::prepare_row(q, matrix, lambda, sequences, call, factors, out, place.x, place.y, place.z, x, y, partial, tid);
 }

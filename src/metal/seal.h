@@ -5,9 +5,10 @@
 // spread around it, so the mean and its rotation are sums in pairs of floats: the matrix comes as two floats an entry.
 // They need arithmetic as written: compile without fast math.
 //
-// Count for d = 128 and one vector: 256 bytes read, 68 written; 16,384 multiply-adds, one matrix read and a quarter of a row
-// read for each 8 and 4 of them: about 25,000 lane-instructions, that is 20 ns on a GPU of 2.6 TFLOPS. A prompt's sealing
-// is below 1 % of its matrix products: Qwen2.5-1.5B seals 112 vectors a token, 2.8 million lane-instructions beside 1.5 * 10^9.
+// Counted for d = 128 and one vector: 256 bytes read, 68 written; 58,000 lane-instructions for a key and 49,000 for a value, of
+// them 16,384 multiply-adds of the rotation: 41 ns on a GPU of 2.6 TFLOPS. One channel a thread with indices computed took
+// 109,300 and 100,300; constant distances alone 66,600 and 57,600. A prompt's sealing is below 1 % of its matrix products:
+// Qwen2.5-1.5B seals 112 vectors a token, 6.0 million lane-instructions beside 1.5 * 10^9.
 #ifndef KV4_METAL_SEAL_H
 #define KV4_METAL_SEAL_H
 
@@ -31,22 +32,30 @@ struct SealArguments {
   device const float* levels;
 };
 
-// x[r][c] for the tile's rows from x R^T, in place; kRows = rows a thread takes.
-template <uint kRows>
-inline void multiply_tile(device const float* matrix, uint dim, threadgroup float* x, uint pitch, uint tid) {
-  const uint part = tid / (KV4_ROW_THREADS * kRows / kTile), c = tid % (KV4_ROW_THREADS * kRows / kTile);
-  float sum[kRows];
-  for (uint r = 0; r < kRows; ++r) sum[r] = 0.0f;
-  threadgroup const float* from = x + part * kRows * pitch;
-  if (c < dim) {
-    for (uint i = 0; i < dim; ++i) {
-      const float m = matrix[i * dim + c];
-      for (uint r = 0; r < kRows; ++r) sum[r] = fma(m, from[r * pitch + i], sum[r]);
+// x[r][c] for the tile's rows from x R^T, in place. A thread owns four channels of kRows rows, so that a load of the matrix and
+// one of each row serve 4 kRows multiply-adds. D is a constant: with rows at distances that are numbers, indices were half of
+// the instructions.
+template <uint D, uint kRows>
+inline void multiply_tile(device const float* matrix, threadgroup float* x, uint tid) {
+  constexpr uint kQuads = D / 4, kTilePitch = D + 1;
+  const uint part = tid / kQuads, c = tid % kQuads;
+  threadgroup float* rows = x + part * kRows * kTilePitch;
+  const bool used = part < kTile / kRows;
+  float4 sum[kRows];
+  for (uint r = 0; r < kRows; ++r) sum[r] = float4(0.0f);
+  if (used) {
+    threadgroup const float* from = rows;
+    device const float4* entry = (device const float4*)matrix + c;
+    for (uint i = 0; i < D; ++i, ++from, entry += kQuads) {
+      const float4 m = *entry;
+#pragma unroll
+      for (uint r = 0; r < kRows; ++r) sum[r] = fma(m, float4(from[r * kTilePitch]), sum[r]);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (c < dim)
-    for (uint r = 0; r < kRows; ++r) x[(part * kRows + r) * pitch + c] = sum[r];
+  if (used)
+    for (uint r = 0; r < kRows; ++r)
+      for (uint e = 0; e < 4; ++e) rows[r * kTilePitch + 4 * c + e] = sum[r][e];
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
@@ -185,9 +194,11 @@ inline void seal_job(thread const SealArguments& a, uint index, threadgroup floa
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (rotated) {
-      if (dim <= 64) multiply_tile<4>(a.matrix, dim, x, pitch, tid);
-      else if (dim <= 128) multiply_tile<8>(a.matrix, dim, x, pitch, tid);
-      else multiply_tile<16>(a.matrix, dim, x, pitch, tid);
+      if (dim == 128) multiply_tile<128, 2>(a.matrix, x, tid);
+      else if (dim == 64) multiply_tile<64, 1>(a.matrix, x, tid);
+      else if (dim == 256) multiply_tile<256, 4>(a.matrix, x, tid);
+      else if (dim == 80) multiply_tile<80, 2>(a.matrix, x, tid);
+      else multiply_tile<96, 2>(a.matrix, x, tid);
     }
     for (uint r = group; r < held; r += KV4_ROW_THREADS / kLanes) {
       const bool masked = skip >= 0 && a.skip[skip + long(tile + r)] != 0;
@@ -203,8 +214,10 @@ inline void seal_job(thread const SealArguments& a, uint index, threadgroup floa
 // Token `token` of the job as a float row: R^-1 (scale level + mean) / lambda. matrix: (R^-1)^T by rows.
 inline void dequantise_row(device const uchar* pages, device const float* lambda, device const float* matrix,
                            device const long* jobs, device const long* side, device const float* levels, device float* out,
-                           uint index, uint token, threadgroup float* x, threadgroup float* y, threadgroup float* partial,
+                           uint index, uint token, threadgroup float4* x4, threadgroup float4* y4, threadgroup float4* partial,
                            uint tid) {
+  threadgroup float* x = (threadgroup float*)x4;
+  threadgroup float* y = (threadgroup float*)y4;
   device const long* job = jobs + index * kv4_job_fields;
   const uint dim = uint(side[kv4_side_dim]), j = uint(job[kv4_job_first]) + token;
   if (long(token) >= job[kv4_job_count]) return;  // the whole threadgroup
@@ -218,7 +231,7 @@ inline void dequantise_row(device const uchar* pages, device const float* lambda
     y[tid] = value;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (side[kv4_side_rotated] != 0) multiply_row(matrix, dim, x, y, partial, tid);
+  rotate_row(int(side[kv4_side_rotated]), matrix, dim, x4, y4, partial, true, tid);
   if (tid < dim) {
     const long lambda_row = job[kv4_job_lambda];
     const float weight = lambda_row < 0 ? 1.0f : lambda[lambda_row * long(dim) + long(tid)];

@@ -9,10 +9,10 @@ kernel void kv4_seal(device const uchar* rows [[buffer(0)]],     // float32, flo
                      device const uchar* skip [[buffer(1)]],
                      device const float* lambda [[buffer(2)]],   // [.., dim]
                      device const float* matrix [[buffer(3)]],   // [2, dim, dim]: R^T, and what the floats lack to it
-                     device uchar* pages [[buffer(4)]],
-                     device const long* jobs [[buffer(5)]],
-                     device const long* side [[buffer(6)]],
-                     device const float* levels [[buffer(7)]],
+                     device const long* jobs [[buffer(4)]],
+                     device const long* side [[buffer(5)]],
+                     device const float* levels [[buffer(6)]],
+                     device uchar* pages [[buffer(7)]],
                      uint place [[threadgroup_position_in_grid]],
                      uint tid [[thread_index_in_threadgroup]],
                      uint lane [[thread_index_in_simdgroup]],
@@ -45,9 +45,9 @@ kernel void kv4_dequantise(device const uchar* pages [[buffer(0)]],
                            device float* out [[buffer(6)]],
                            uint3 place [[threadgroup_position_in_grid]],
                            uint tid [[thread_index_in_threadgroup]]) {
-  threadgroup float x[256];
-  threadgroup float y[256];
-  threadgroup float partial[256];
+  threadgroup float4 x[kv4::apple::kMaxDim / 4];
+  threadgroup float4 y[kv4::apple::kMaxDim / 4];
+  threadgroup float4 partial[KV4_ROW_THREADS];
   kv4::apple::dequantise_row(pages, lambda, matrix, jobs, side, levels, out, place.x, place.y, x, y, partial, tid);
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numbers>
 #include <string>
 
 #include "metal/arguments.h"
@@ -24,24 +25,47 @@ std::vector<double> transposed(const std::vector<double>& matrix, std::size_t d)
   return out;
 }
 
+Status supports_dim(int dim, const char* name) {
+  if (std::find(std::begin(kDims), std::end(kDims), dim) == std::end(kDims))
+    return error(StatusCode::unsupported, std::string("head_dim_") + name, "64, 80, 96, 128 or 256 on Metal", std::to_string(dim));
+  return {};
+}
+
 Status supports_side(const SideSpec& side, const char* name) {
-  if (std::find(std::begin(kDims), std::end(kDims), side.dim) == std::end(kDims))
-    return error(StatusCode::unsupported, std::string("head_dim_") + name, "64, 80, 96, 128 or 256 on Metal", std::to_string(side.dim));
+  KV4_RETURN_IF_ERROR(supports_dim(side.dim, name));
   if (side.groups != 1)
     return error(StatusCode::unsupported, std::string("recipe.") + name + ".group", "one scale per vector on Metal", std::to_string(side.group));
   return {};
+}
+
+// Signs and roots of unity of butterfly.h.
+std::vector<float> butterfly_table(const Rotation& rotation) {
+  std::vector<float> t = rotation.scaled_signs();
+  const int d = rotation.dim();
+  for (int n = 0; n < d; ++n) {
+    const double angle = -2 * std::numbers::pi * n / d;
+    t.push_back(static_cast<float>(std::cos(angle)));
+    t.push_back(static_cast<float>(std::sin(angle)));
+  }
+  return t;
 }
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace
 
+Status supports_dims(int head_dim_k, int head_dim_v) {
+  KV4_RETURN_IF_ERROR(supports_dim(head_dim_k, "k"));
+  KV4_RETURN_IF_ERROR(supports_dim(head_dim_v, "v"));
+  if (head_dim_k != head_dim_v)
+    return error(StatusCode::unsupported, "head_dim_v", "head_dim_k, " + std::to_string(head_dim_k), std::to_string(head_dim_v));
+  return {};
+}
+
 Status supports(const PageSpec& spec) {
   KV4_RETURN_IF_ERROR(supports_side(spec.key, "k"));
   KV4_RETURN_IF_ERROR(supports_side(spec.value, "v"));
-  if (spec.key.dim != spec.value.dim)
-    return error(StatusCode::unsupported, "head_dim_v", "head_dim_k, " + std::to_string(spec.key.dim), std::to_string(spec.value.dim));
-  return {};
+  return supports_dims(spec.key.dim, spec.value.dim);
 }
 
 kv4_page_layout page_layout(const PageSpec& spec) {
@@ -49,14 +73,22 @@ kv4_page_layout page_layout(const PageSpec& spec) {
   return kv4_make_page_layout(k, v, 1, 1, spec.key.mean, k, v);
 }
 
+int rotated(const Rotation& rotation) {
+  return rotation.kind() == RotationKind::identity ? KV4_ROTATED_NONE
+         : rotation.kind() == RotationKind::srft   ? KV4_ROTATED_BUTTERFLY
+                                                   : KV4_ROTATED_MATRIX;
+}
+
 std::vector<float> query_matrix(const Rotation& rotation) {
-  if (rotation.kind() == RotationKind::identity) return {};
+  if (rotated(rotation) == KV4_ROTATED_NONE) return {};
+  if (rotated(rotation) == KV4_ROTATED_BUTTERFLY) return butterfly_table(rotation);
   const std::vector<double> m = rotation.inverse_f64();
   return {m.begin(), m.end()};
 }
 
 std::vector<float> output_matrix(const Rotation& rotation) {
-  if (rotation.kind() == RotationKind::identity) return {};
+  if (rotated(rotation) == KV4_ROTATED_NONE) return {};
+  if (rotated(rotation) == KV4_ROTATED_BUTTERFLY) return butterfly_table(rotation);
   const std::vector<double> m = transposed(rotation.inverse_f64(), static_cast<std::size_t>(rotation.dim()));
   return {m.begin(), m.end()};
 }
@@ -81,7 +113,7 @@ std::vector<std::int64_t> side_table(const PageSpec& spec, bool values, DType dt
   t[kv4_side_has_mean] = side.mean;
   t[kv4_side_abs_max] = side.scale == ScaleRule::abs_max;
   t[kv4_side_negative_base] = side.levels.negative_base;
-  t[kv4_side_rotated] = side.rotation->kind() != RotationKind::identity;
+  t[kv4_side_rotated] = rotated(*side.rotation);
   t[kv4_side_values] = values;
   return t;
 }
@@ -128,19 +160,17 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores) 
   c[kv4_call_exact_splits] = exact_splits;
   c[kv4_call_page_splits] = page_splits;
   t.levels.assign(32, 0);
-  std::int64_t page_bytes = 1;
   if (job.spec != nullptr) {
     const kv4_page_layout& l = job.spec->layout;
-    page_bytes = std::int64_t{l.head_bytes} * job.kv_heads;
-    c[kv4_call_page_bytes] = page_bytes;
+    c[kv4_call_page_unit] = KV4_PAGE_UNIT;
     c[kv4_call_head_bytes] = l.head_bytes;
     c[kv4_call_k_scales] = l.k_scales;
     c[kv4_call_k_mean] = l.k_mean;
     c[kv4_call_v_codes] = l.v_codes;
     c[kv4_call_v_scales] = l.v_scales;
     c[kv4_call_has_mean] = job.spec->key.mean;
-    c[kv4_call_key_rotated] = job.spec->key.rotation->kind() != RotationKind::identity;
-    c[kv4_call_value_rotated] = job.spec->value.rotation->kind() != RotationKind::identity;
+    c[kv4_call_key_rotated] = most_pages > 0 ? rotated(*job.spec->key.rotation) : KV4_ROTATED_NONE;
+    c[kv4_call_value_rotated] = most_pages > 0 ? rotated(*job.spec->value.rotation) : KV4_ROTATED_NONE;
     for (std::size_t i = 0; i < 16; ++i) {
       t.levels[i] = job.spec->key.levels.table[i];
       t.levels[16 + i] = job.spec->value.levels.table[i];
@@ -186,8 +216,8 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores) 
     out[kv4_sequence_table] = static_cast<std::int64_t>(t.pages.size());
     out[kv4_sequence_start] = a.mask.start != nullptr ? a.mask.offset + a.mask.start[b] : kBeforeAll;
     out[kv4_sequence_window] = a.mask.window != nullptr ? a.mask.window[b] : 0;
-    out[kv4_sequence_lambda] = s.lambda_k != nullptr ? b : -1;
-    for (int p = 0; p < s.page_count; ++p) t.pages.push_back(static_cast<std::int32_t>((s.pages[p] - bases.pages) / page_bytes));
+    out[kv4_sequence_lambda] = s.lambda_k != nullptr || s.lambda_v != nullptr ? b : -1;
+    for (int p = 0; p < s.page_count; ++p) t.pages.push_back(static_cast<std::int32_t>((s.pages[p] - bases.pages) / KV4_PAGE_UNIT));
     for (int set = 0; set < 2; ++set) {
       const ExactRows& x = s.exact[set];
       std::int64_t* e = out + kv4_sequence_exact + set * kv4_exact_fields;

@@ -10,12 +10,15 @@
 
 namespace kv4::apple {
 
-// ok, or unsupported with the reason why no kernel serves this page.
+// ok, or unsupported with the reason why no kernel serves exact rows of these head dims; and why none serves this page.
+Status supports_dims(int head_dim_k, int head_dim_v);
 Status supports(const PageSpec& spec);
 // Of spec's head dims and mean: one scale a vector, no padded channels.
 kv4_page_layout page_layout(const PageSpec& spec);
 
-// Matrices as the kernels want them, [dim, dim] floats by rows; empty for the identity.
+// How kernels rotate rows of queries and outputs: KV4_ROTATED_NONE, _MATRIX or, the default rotation, _BUTTERFLY.
+int rotated(const Rotation& rotation);
+// Matrices as the kernels want them, [dim, dim] floats by rows, or a butterfly's table [3 dim]; empty for the identity.
 std::vector<float> query_matrix(const Rotation& rotation);       // R^-1
 std::vector<float> output_matrix(const Rotation& rotation);      // (R^-1)^T
 std::vector<float> sealing_matrix(const Rotation& rotation);     // [2, dim, dim]: R^T, and what the floats lack to it
@@ -26,7 +29,7 @@ std::vector<float> level_table(const SideSpec& side);
 
 // Where the buffers begin that a call of attention binds: a page or row is told by its distance from there.
 struct Bases {
-  const std::uint8_t* pages = nullptr;  // pages lie at multiples of a page's bytes
+  const std::uint8_t* pages = nullptr;  // pages lie at multiples of KV4_PAGE_UNIT from it
   const void* exact_k = nullptr;
   const void* exact_v = nullptr;
 };
@@ -43,7 +46,7 @@ struct AttendTables {
   std::size_t state_floats = 0;     // of kv4_attend's
 };
 
-// Lambda tables hold one row per sequence, [batch, kv_heads, dim]; sequences without lambda read none. Offsets of q, mask
+// Lambda tables hold one row per sequence, [batch, kv_heads, dim]; sequences without any read none, and those with one side alone ones for the other. Offsets of q, mask
 // and out are those of the whole tensors, so job.query_begin must be 0. Splits are chosen for a device of `cores`.
 AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores);
 

@@ -1,7 +1,8 @@
-"""What kv4_attend costs per cached token, in emulation: bytes by the checker, lane-instructions by the counter.
+"""What the kernels cost in emulation, kv4_attend per cached token, kv4_prepare and kv4_merge per query row: bytes by
+the checker, lane-instructions by the counter.
 
-Both are differences of two launches in the same splits, one over twice the pages of the other, over the tokens added:
-what a call costs once is left out.
+Per token both are differences of two launches in the same splits, one over twice the pages of the other, over the
+tokens added: what a call costs once is left out.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Launch:
         call = np.zeros(e["kv4_call_fields"], np.int64)
         fields = {"dim": d, "kv_heads": 1, "group": self.rows, "queries": 1, "block_rows": self.rows, "blocks": 1,
                   "exact_splits": self.splits if self.exact else 1, "page_splits": self.splits if self.pages else 0,
-                  "page_bytes": head_bytes, "head_bytes": head_bytes, "has_mean": 1, "exact_dtype": 1, "causal": 1,
+                  "page_unit": head_bytes, "head_bytes": head_bytes, "has_mean": 1, "exact_dtype": 1, "causal": 1,
                   "batch": 1, "key_rotated": 1, "value_rotated": 1, **at}  # fmt: skip
         for name, value in fields.items():
             call[e[f"kv4_call_{name}"]] = value
@@ -130,3 +131,39 @@ def cost(dim: int, rows: int, exact: bool = False) -> Cost:
         added.total / tokens,
         {kind: n / tokens for kind, n in added.by_class.items() if n},
     )
+
+
+def _row(kernel: str, file: str, dim: int, splits: int, rotated: int) -> float:
+    """Lane-instructions of one query row of float16 with lambda."""
+    e = enums()
+    call = np.zeros(e["kv4_call_fields"], np.int64)
+    fields = {"dim": dim, "kv_heads": 1, "group": 1, "queries": 1, "batch": 1, "block_rows": 1, "blocks": 1,
+              "q_dtype": 1, "exact_splits": 1, "page_splits": splits - 1, "key_rotated": rotated,
+              "value_rotated": rotated, "out_dtype": 1}  # fmt: skip
+    for name, value in fields.items():
+        call[e[f"kv4_call_{name}"]] = value
+    sequence = np.zeros(e["kv4_sequence_fields"], np.int64)  # lambda: row 0
+    matrix, ones = np.eye(dim, dtype=np.float32), np.ones(dim, np.float32)
+    if kernel == "kv4_prepare":
+        out = Output(np.zeros(2 * dim, np.float32))
+        arguments = [np.ones(dim, np.float16), matrix, ones, sequence, call, np.ones(2, np.float32), out]
+    else:
+        states = np.ones((splits, dim + 2), np.float32)
+        arguments = [states, matrix, ones, ones, sequence, call, Output(np.zeros(dim, np.float16))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = SOURCES / file if file == "rotate.metal" else source(dim, 1, Path(folder))
+        module = Module(build(path, "count", include=[SOURCES.parent]))
+        threads = e["KV4_ROW_THREADS"]
+        done, counted = count_run(module, kernel, threads=threads, group=threads, arguments=arguments)
+    if done.result != "ran":
+        raise RuntimeError(f"{kernel}: {done.reports}")
+    return counted.total
+
+
+@cache
+def row_cost(dim: int, splits: int, rotated: int = 2) -> tuple[float, float]:
+    """Lane-instructions of kv4_prepare and of kv4_merge for one query row, whose state is in `splits` parts. rotated: 0
+    not, 1 by a matrix, 2 by a butterfly (KV4_ROTATED_)."""
+    few, many = (_row("kv4_merge", "attend.metal", dim, n, rotated) for n in (2, 4))
+    prepare = _row("kv4_prepare", "rotate.metal", dim, 2, rotated)
+    return prepare, few + (many - few) / 2 * (splits - 2)

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from measure import cost
+from measure import cost, row_cost
 
 # Memory bandwidth in GB/s and TFLOPS of fp32 as Apple published them; docs/metal_model.md has the documents. Apple
 # gives no TFLOPS for M3 Max and M4 Max: M1's 0.325 per core times their 40 cores, a lower bound.
 CHIPS = {"M1": (68.25, 2.6), "M1 Max": (400.0, 10.4), "M3 Max": (400.0, 13.0), "M4 Max": (546.0, 13.0)}
 CONTEXTS = (256, 512, 1024, 2048, 4096, 32768)
 SINKS, WINDOW = 4, 96  # exact tokens of the default recipe; the window holds 64 to 127, 96 on average
-STEPS_PER_ADD = 3  # lane-instructions of a multiply-add of a rotation's matrix: it, and its two loads
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,9 @@ def layer(g: Geometry, tokens: int, chip: str) -> tuple[float, float]:
     exact = tokens - packed
     page, row = cost(g.dim, g.group), cost(g.dim, g.group, True)
     # Queries and outputs are rotated; states are written and read again.
-    rotate = 2 * g.heads * g.dim * g.dim * STEPS_PER_ADD if packed else 0
-    splits = 1 + -(-packed // 512)
-    states = 2 * 4 * min(splits, 64) * g.heads * (g.dim + 2)
+    splits = 1 + min(-(-packed // 512), 64)
+    rotate = g.heads * sum(row_cost(g.dim, splits, 2 if packed else 0))
+    states = 2 * 4 * splits * g.heads * (g.dim + 2)
     bytes_ = g.kv_heads * (packed * page.bytes + exact * row.bytes) + states
     instructions = g.kv_heads * (packed * page.lane_instructions + exact * row.lane_instructions) + rotate
     return fp16, seconds(bytes_, instructions, chip)

@@ -44,8 +44,10 @@ TESTS = [
     "MetalAppend.*",
 ]
 # Recorded launches that are run of each kernel: the smallest, no two of one shape, so that masks, parts of pages,
-# several splits and channels that do not fill the lanes are among them.
+# several splits and channels that do not fill the lanes are among them; of kernels of rows the largest too, which have
+# a rotation's matrix.
 LAUNCHES = 3
+LARGEST = ("kv4_prepare", "kv4_merge", "kv4_dequantise")
 TOLERANCE = 2e-3  # of the largest magnitude: the bound of the kernels' own tests of attention
 SEED = 3
 TIMEOUT = 300  # seconds; a bug may loop for ever
@@ -60,16 +62,21 @@ def record(tests: Path, folder: Path) -> None:
 
 
 def chosen(folder: Path, prefix: str) -> list[Path]:
-    """LAUNCHES of each kernel: small ones first, no two of one shape."""
+    """LAUNCHES of each kernel, and of those in LARGEST as many from the other end: no two of one shape."""
     kept: dict[str, list[Path]] = {}
     shapes = set()
     for path in sorted(folder.glob(f"{prefix}*.launch"), key=lambda p: (p.stat().st_size, p.name)):
         launch = read(path)
         shape = (launch.kernel, launch.grid, path.stat().st_size)
-        if shape not in shapes and len(kept.setdefault(launch.kernel, [])) < LAUNCHES:
+        if shape not in shapes:
             shapes.add(shape)
-            kept[launch.kernel].append(path)
-    return [path for paths in kept.values() for path in paths]
+            kept.setdefault(launch.kernel, []).append(path)
+    found = []
+    for kernel, paths in kept.items():
+        found += paths[:LAUNCHES]
+        if kernel in LARGEST:
+            found += paths[LAUNCHES:][-LAUNCHES:]
+    return found
 
 
 def changed(m: Mutation) -> str:

@@ -35,6 +35,10 @@ def prepare(name: str, old: str, new: str, found_by: str, nth: int = 1) -> Mutat
     return Mutation("prepare: " + name, "rotate.h", old, new, found_by, nth, "kv4_prepare")
 
 
+def butterfly(name: str, old: str, new: str, found_by: str, nth: int = 1) -> Mutation:
+    return Mutation("butterfly: " + name, "butterfly.h", old, new, found_by, nth, "kv4_prepare")
+
+
 def attend(name: str, old: str, new: str, found_by: str, nth: int = 1, file: str = "attend.h") -> Mutation:
     return Mutation("attend: " + name, file, old, new, found_by, nth, "kv4_attend")
 
@@ -53,6 +57,8 @@ MUTATIONS = [
         "threads beyond the channels return early", "if (tid < dim) {", "if (tid >= dim) return; {", "checker", 3
     ),
     prepare("barrier removed between parts and their sum", B, "", "checker"),
+    butterfly("stage of the FFT without a barrier", S, "", "checker"),
+    butterfly("split of the spectrum by every SIMD-group", "if (tid < kLanes) {", "{", "checker"),
     prepare("parts of a channel share a slot", "partial[tid] = sum;", "partial[c] = sum;", "checker"),
     attend("weights overwritten before they are read", S, "", "checker"),
     attend("weights read before they are written", S, "", "checker", 2),
@@ -123,8 +129,8 @@ MUTATIONS = [
     attend("shift by 32", ">> (16 * (n % 2))", ">> (32 * (n % 2))", "checker"),
     merge(
         "lanes and index swapped",
-        "uint lane [[thread_index_in_simdgroup]]) {\n  threadgroup float x",
-        "uint lane [[thread_index_in_threadgroup]]) {\n  threadgroup float x",
+        "uint lane [[thread_index_in_simdgroup]]) {\n  threadgroup float4 x",
+        "uint lane [[thread_index_in_threadgroup]]) {\n  threadgroup float4 x",
         "numbers",
         file="attend.metal",
     ),
@@ -151,12 +157,19 @@ MUTATIONS = [
     dequantise("nibbles swapped", "(tid % 2 * 4)", "(4 - tid % 2 * 4)", "numbers"),
     dequantise("lambda multiplied", "y[tid] / weight", "y[tid] * weight", "numbers"),
     prepare(
-        "head and query of a row swapped",
-        "long(head * group + row % group)",
-        "long(head * group + row / group % group)",
+        "heads of a group all read the first",
+        "long(head * group + g)",
+        "long(head * group)",
         "numbers",
     ),
-    prepare("one part of the sum lost", "k < parts;", "k + 1 < parts;", "numbers"),
+    butterfly("twiddle of the stage before", "(D / (Radix * Span))", "(D / (Radix * Span)) / 2", "numbers"),
+    butterfly(
+        "spectrum not conjugated",
+        "y[kHalf - k] = conjugate(plus_i(a, turned));",
+        "y[kHalf - k] = plus_i(a, turned);",
+        "numbers",
+    ),
+    prepare("one part of the sum lost", "k < kParts;", "k + 1 < kParts;", "numbers"),
     attend("output not rescaled", "for (int n = 0; n < Pairs<D>::count; ++n) state.o[r][n] *= shrink;", "", "numbers"),
     attend("sum not rescaled", "state.l[r] *= shrink;", "", "numbers"),
     attend("tokens behind the last are seen", "j >= tokens || row", "row", "numbers"),
@@ -174,7 +187,7 @@ MUTATIONS = [
     attend("page mean added without the sum", "score[r] += simd_sum(part[r]);", "score[r] += part[r];", "numbers"),
     attend("additive mask in the wrong unit", "score + added * kLog2e", "score + added", "numbers"),
     merge("maximum of one lane", "top = simd_max(top);", "", "numbers"),
-    merge("exact rows rotated too", "if (s < exact_splits) exact += value;\n      else packed", "packed", "numbers"),
+    merge("exact rows rotated too", "if (s < exact_splits) exact += value;\n        else packed", "packed", "numbers"),
     # what a front end would say
     attend("device pointer into threadgroup memory", "threadgroup float* own = p", "device float* own = p", "static"),
     attend(

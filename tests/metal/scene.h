@@ -96,12 +96,12 @@ class MetalScene {
     }
     std::vector<float> prepared(t.prepared_floats), states(t.state_floats);
     const auto u32 = [](std::int64_t x) { return static_cast<std::uint32_t>(x); };
-    const std::uint32_t kv_heads = u32(s.shape().kv_heads), batch = u32(s.batch()), rows = u32(t.rows);
+    const std::uint32_t kv_heads = u32(s.shape().kv_heads), batch = u32(s.batch());
     {
       const Module& m = Module::get("rotate", options.build);
       const Buffer q(m, "q", call.q), matrix(m, "matrix", query_matrix), lambda(m, "lambda", lambda_k), sequences(m, "sequences", t.sequences);
       const Buffer table(m, "call", t.call), factors(m, "factors", t.factors), out(m, "out", nullptr, prepared.size() * 4, EMU_OUTPUT);
-      m.run("kv4_prepare", {KV4_ROW_THREADS, rows, batch * kv_heads}, {KV4_ROW_THREADS, 1, 1},
+      m.run("kv4_prepare", {KV4_ROW_THREADS * u32(heads) / kv_heads, u32(queries), batch * kv_heads}, {KV4_ROW_THREADS, 1, 1},
             {q.data(), matrix.data(), lambda.data(), sequences.data(), table.data(), factors.data(), out.data()}, options.seed);
       prepared = out.read<float>();
     }
@@ -118,7 +118,7 @@ class MetalScene {
     }
     const Buffer matrix(m, "matrix", output_matrix), lambda(m, "lambda", lambda_v), sinks(m, "sinks", call.sinks);
     const Buffer out(m, "out", memory, EMU_INOUT), state_in(m, "states", states_out.read());
-    m.run("kv4_merge", {KV4_ROW_THREADS, rows, batch * kv_heads}, {KV4_ROW_THREADS, 1, 1},
+    m.run("kv4_merge", {KV4_ROW_THREADS * u32(heads) / kv_heads, u32(queries), batch * kv_heads}, {KV4_ROW_THREADS, 1, 1},
           {state_in.data(), matrix.data(), lambda.data(), sinks.data(), sequences.data(), table.data(), out.data()}, options.seed);
     if (options.partial) {
       ran.partial = out.read<float>();

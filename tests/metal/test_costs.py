@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from measure import cost
+from measure import cost, row_cost
 from model import CHIPS, MODELS, step
 
 
@@ -22,13 +24,23 @@ def test_no_other_division_than_of_the_call() -> None:
     assert cost(128, 4).by_class.get("divide", 0) == 0
 
 
-@pytest.mark.parametrize("name", ["Gemma-3 1B", "SmolLM2-1.7B"])
+@pytest.mark.parametrize("dim", [80, 128])
+def test_a_row_is_rotated_by_few_instructions(dim: int) -> None:
+    without, matrix, butterfly = (row_cost(dim, 3, rotated) for rotated in (0, 1, 2))
+    for kernel in (0, 1):
+        # One channel a thread takes two loads, the product, an index and the loop's end for each: more than this.
+        assert dim * dim < matrix[kernel] - without[kernel] < 5 * dim * dim
+        # Radix 2: dim / 4 butterflies a stage, each 10 operations, 6 loads and stores and as many addresses and more,
+        # some 26; and as much again for signs, the split and what a thread does once.
+        assert butterfly[kernel] - without[kernel] < 13 * dim * math.log2(dim)
+
+
+@pytest.mark.parametrize("name", ["Gemma-3 1B", "Qwen2.5-1.5B", "SmolLM2-1.7B"])
 def test_the_model_says_what_the_document_says(name: str) -> None:
     g = next(m for m in MODELS if m.name == name)
-    assert g.group <= 4
     for chip in CHIPS:
         for tokens in (256, 512, 1024, 2048, 4096):
             _, fp16, kv4 = step(g, tokens, chip)
             assert fp16 / kv4 >= 1, (chip, tokens)
         _, fp16, kv4 = step(g, 32768, chip)
-        assert fp16 / kv4 >= 2.5, chip
+        assert g.group > 4 or fp16 / kv4 >= 2.5, chip

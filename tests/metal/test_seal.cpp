@@ -36,7 +36,7 @@ void seal_side(const Module& m, const PageSpec& spec, const Inputs& in, bool val
   const Buffer jobs(m, "jobs", job), table(m, "side", apple::side_table(spec, values, rows.dtype, rows.stride));
   const Buffer levels(m, "levels", apple::level_table(side));
   m.run("kv4_seal", {kThreads, 1, 1}, {kThreads, 1, 1},
-        {data.data(), skip.data(), lambda.data(), matrix.data(), pages.data(), jobs.data(), table.data(), levels.data()}, seed);
+        {data.data(), skip.data(), lambda.data(), matrix.data(), jobs.data(), table.data(), levels.data(), pages.data()}, seed);
   *slice = pages.read();
 }
 

@@ -10,7 +10,7 @@ import pytest
 from emulator import MetalError, Module, Output, build, check_spaces, load
 from emulator.count import count_run
 from emulator.lint import lint, lint_language, lint_mlx, lint_torch
-from emulator.mlx import arguments, kernel_text
+from emulator.mlx import PRELUDE, arguments, kernel_text
 from emulator.source import tokenise
 
 OUT = "device float* out [[buffer(0)]]"
@@ -169,7 +169,7 @@ def test_mlx_body_runs_in_the_signature_mlx_writes(tmp_path: Path, mode: str) ->
         and "const device float16_t* x" in text
     )
     path = tmp_path / "scale.metal"
-    path.write_text(text)
+    path.write_text(PRELUDE + text)
     done = Module(build(path, mode)).run("scale", 64, 32, arguments(inputs, [Output(out)], MLX_BODY))
     assert done.result == "ran" and not done.reports
     assert np.allclose(out, 1.5 * np.arange(40) + 2 + 1 + 1)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "tests" / "metal"))
 
 from emulator.build import build, compiler  # noqa: E402
 from emulator.module import Module  # noqa: E402
-from kv4.metal import Host  # noqa: E402
+from kv4.metal.mps import TorchHost  # noqa: E402
 
 needs_emulator = pytest.mark.skipif(
     compiler() is None, reason="the Metal emulator needs clang++-19 and libclang-rt-19-dev"
@@ -54,5 +54,5 @@ class EmulatedLibrary:
 
 
 @functools.cache
-def host(head_dim: int, mode: str = "fast") -> Host:
-    return Host("cpu", head_dim, lambda text: EmulatedLibrary(text, mode))
+def host(head_dim: int, mode: str = "fast") -> TorchHost:
+    return TorchHost("cpu", head_dim, lambda text: EmulatedLibrary(text, mode))

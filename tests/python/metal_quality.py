@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import kv4.hf
 import kv4.hf.cache
 from kv4.bench.text import prompt_ids
-from kv4.metal import MetalCache
+from kv4.metal.mps import MetalCache
 from kv4.models import resolve
 from metal_device import host
 

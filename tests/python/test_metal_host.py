@@ -13,10 +13,11 @@ import torch
 import hf_cases
 import kv4.hf
 import kv4.hf.cache
-import kv4.metal
+import kv4.metal.mps
 from hf_cases import one_thread  # noqa: F401, a fixture
 from kv4 import Recipe, Side, _core
-from kv4.metal import Host, MetalCache, source
+from kv4.metal import source
+from kv4.metal.mps import MetalCache, TorchHost
 from metal_device import EmulatedLibrary, host, needs_emulator
 
 HEADS, GROUP = 2, 2
@@ -269,7 +270,7 @@ def test_calls_that_do_not_fit_are_refused_and_change_nothing():
         (ValueError, lambda: cache.append(x.half(), x.half()), "^k: expected dtype float32"),
         (ValueError, lambda: cache.append(x[:, :1], x[:, :1]), "^k: expected shape"),
         (ValueError, lambda: cache.append(x, x[:, :, :2]), "^v: expected the batch and tokens"),
-        (ValueError, lambda: cache.append(x.to("meta"), x), "^k: expected a tensor on cpu"),
+        (ValueError, lambda: cache.append(x.to("meta"), x), "^k: expected an array on the cache's device; got meta"),
         (ValueError, lambda: cache.attend(q[:, :3], out), "^out: expected shape"),
         (ValueError, lambda: cache.attend(q[:, :3], out[:, :3]), "^q: expected shape"),
         (ValueError, lambda: cache.attend(q, out, softcap=-1.0), "^softcap: expected"),
@@ -362,8 +363,8 @@ def test_a_machine_without_metal_is_told_so():
     if torch.backends.mps.is_available():
         pytest.skip("this machine has a Metal device")
     with pytest.raises(RuntimeError, match=r"^device: expected .*; got"):
-        kv4.metal.mps_host(64)
-    assert kv4.metal.why_not().startswith("device: expected")
+        kv4.metal.mps.mps_host(64)
+    assert kv4.metal.mps.why_not().startswith("device: expected")
 
 
 @pytest.mark.parametrize(
@@ -378,7 +379,7 @@ def test_each_reason_why_there_is_no_device(monkeypatch, built, newer, available
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: built)
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: newer)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: available)
-    assert re.search(match, kv4.metal.why_not())
+    assert re.search(match, kv4.metal.mps.why_not())
 
 
 class _Library:
@@ -394,12 +395,12 @@ class _Library:
 
 def test_a_device_that_gives_too_little_is_refused_before_anything_is_allocated():
     with pytest.raises(NotImplementedError, match="^head_dim: expected one of 64, 80, 96, 128, 256 on Metal; got 72"):
-        Host("cpu", 72, lambda text: pytest.fail("compiled"))
+        TorchHost("cpu", 72, lambda text: pytest.fail("compiled"))
     with pytest.raises(RuntimeError, match="128 threads per threadgroup for kv4_attend_d64_r8; got 64"):
-        Host("cpu", 64, lambda text: _Library(64, 1024))
+        TorchHost("cpu", 64, lambda text: _Library(64, 1024))
     with pytest.raises(RuntimeError, match="at most 32768 bytes of threadgroup memory .*got 40000"):
-        Host("cpu", 64, lambda text: _Library(1024, 40000))
-    assert Host("cpu", 64, lambda text: _Library(1024, 32768)).nothing.numel() == 16
+        TorchHost("cpu", 64, lambda text: _Library(1024, 40000))
+    assert TorchHost("cpu", 64, lambda text: _Library(1024, 32768)).nothing.numel() == 16
 
 
 @pytest.mark.parametrize("dim", [64, 256])
@@ -420,5 +421,5 @@ def test_the_stand_in_reports_what_the_checker_finds():
     side[0] = 64
     with pytest.raises(AssertionError):
         library.kv4_seal(
-            zeros, zeros, zeros, zeros, zeros, jobs, side, torch.zeros(25), threads=[256, 1, 1], group_size=[256, 1, 1]
+            zeros, zeros, zeros, zeros, jobs, side, torch.zeros(25), zeros, threads=[256, 1, 1], group_size=[256, 1, 1]
         )

@@ -54,7 +54,7 @@ def why_no_device(device: torch.device) -> str | None:
     if device.type == "cpu":
         return None
     if device.type == "mps":
-        from kv4.metal import why_not
+        from kv4.metal.mps import why_not
 
         reason = why_not()
     elif device.type == "cuda":
@@ -75,10 +75,10 @@ def place(device: torch.device) -> str:
 
 
 def new_core(device: torch.device, recipe: Recipe, **arguments: Any) -> Any:
-    """The cache behind a layer: the C++ core, or on Apple GPUs its counterpart kv4.metal.MetalCache. Errors:
+    """The cache behind a layer: the C++ core, or on Apple GPUs its counterpart kv4.metal.mps.MetalCache. Errors:
     RuntimeError, ValueError or NotImplementedError with the reason where device, recipe or head dims are not served."""
     if device.type == "mps":
-        from kv4.metal import MetalCache, mps_host
+        from kv4.metal.mps import MetalCache, mps_host
 
         return MetalCache(mps_host(arguments["head_dim_k"]), recipe, **arguments)
     backend = "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"

@@ -1,10 +1,5 @@
-"""The cache on Apple GPUs through PyTorch: `KV4Cache` on device="mps" keeps its layers here.
+"""The cache on Apple GPUs: `kv4.metal.mps` for tensors of PyTorch on device="mps", `kv4.mlx` for MLX's arrays.
 
-`MetalCache` stands in for the C++ core's Cache: the same calls, tensors on the device. Its kernels are the library's
-Metal sources, compiled on the user's machine by `torch.mps.compile_shader`.
+`Cache` stands in for the C++ core's Cache: the same policy and the same calls, arrays on the device. Its kernels are
+the library's Metal sources, compiled on the user's machine by `torch.mps.compile_shader` or `mlx.fast.metal_kernel`.
 """
-
-from .cache import MetalCache
-from .host import Host, mps_host, why_not
-
-__all__ = ["Host", "MetalCache", "mps_host", "why_not"]

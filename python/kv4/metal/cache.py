@@ -1,4 +1,4 @@
-"""MetalCache: the calls of the C++ core's Cache, its tensors on a Metal device.
+"""The calls of the C++ core's Cache, its arrays on a Metal device.
 
 Policy (what is sealed, dropped and visible when) is that of src/cache, in the same order and under the same names;
 tests hold both to the same lengths, pages and codes. Numbers are the kernels'.
@@ -10,7 +10,7 @@ import copy
 from collections.abc import Sequence as Rows
 from typing import Any
 
-import torch
+import numpy as np
 
 from kv4 import _core
 from kv4.messages import mismatch
@@ -23,8 +23,8 @@ from .sequence import MASKED, PAGE, UNKNOWN, VISIBLE, Page, PagePool, Sequence
 from .visibility import Visibility
 
 
-class MetalCache(Sealing):
-    """One layer's cache; the arguments are those of kv4._core.Cache, and the host that runs the kernels.
+class Cache(Sealing):
+    """One layer's cache; the arguments are those of kv4._core.Cache, and the host of its arrays and kernels.
 
     NaN and infinity are held as zeros; no error is raised for them.
     Errors: NotImplementedError with the reason where no Metal kernel serves the recipe or the head dims; ValueError,
@@ -67,38 +67,39 @@ class MetalCache(Sealing):
             self.constants = Constants(host, tables, head_dim_k)
         self.host = host
         self.recipe = recipe
-        self.dtype = next(t for t, name in DTYPES.items() if name == dtype)
+        self.dtype = dtype
         self.heads, self.dim, self.window = kv_heads, head_dim_k, sliding_window
         self.given_k, self.given_v = (
-            None if x is None else torch.as_tensor(x).to(host.device, torch.float32) for x in (lambda_k, lambda_v)
+            None if x is None else host.table(np.asarray(x, np.float32)) for x in (lambda_k, lambda_v)
         )
         self.seals = recipe.seal == "page"
         self.sink_limit = recipe.sinks if self.seals else 0
         self.pool = PagePool()
-        self.slab = torch.empty(0, dtype=torch.uint8, device=host.device)
+        self.slab = host.empty((0, self.page_bytes), "uint8")
         self.recording = False
         self._forget()
 
     def _forget(self) -> None:
         self.sequences: list[Sequence] = []
         self.length = 0
-        # [2, batch, kv_heads, sinks + capacity, head_dim]: keys and values; sinks lie before the window.
-        self.rows: torch.Tensor | None = None
+        # Keys and values [batch, kv_heads, sinks + capacity, head_dim]; sinks lie before the window.
+        self.rows: list[Any] = []
 
     # Appending.
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def append(self, k: Any, v: Any) -> None:
         """k, v [batch, kv_heads, T, head_dim], T may be 0. The first call fixes the batch."""
         for name, x in (("k", k), ("v", v)):
-            if x.device.type != self.host.device.type:
-                raise ValueError(mismatch(name, f"a tensor on {self.host.device}", x.device))
-            if x.dtype is not self.dtype:
-                raise ValueError(mismatch(name, f"dtype {DTYPES[self.dtype]}", x.dtype))
+            elsewhere = self.host.why_not_here(x)
+            if elsewhere is not None:
+                raise ValueError(mismatch(name, "an array on the cache's device", elsewhere))
+            if self.host.dtype(x) != self.dtype:
+                raise ValueError(mismatch(name, f"dtype {self.dtype}", self.host.dtype(x)))
             batch = len(self.sequences) or x.shape[0]
-            if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, self.heads, self.dim) or batch < 1:
+            if len(x.shape) != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, self.heads, self.dim) or batch < 1:
                 expected = f"shape [{batch}, {self.heads}, tokens, {self.dim}]"
                 raise ValueError(mismatch(name, expected, list(x.shape)))
-        if k.shape != v.shape:
+        if tuple(k.shape) != tuple(v.shape):
             raise ValueError(mismatch("v", f"the batch and tokens of k, {list(k.shape)}", list(v.shape)))
         self.settle()
         if not self.sequences:
@@ -108,15 +109,14 @@ class MetalCache(Sealing):
         if not tokens:
             return
         self._make_room(tokens)
-        for side, x in enumerate((k.detach(), v.detach())):
-            x = torch.where(torch.isfinite(x).all(-1, keepdim=True), x, torch.zeros((), dtype=x.dtype, device=x.device))
+        for rows, x in zip(self.rows, (self.host.finite(k), self.host.finite(v)), strict=True):
             if len({s.count for s in self.sequences}) == 1:
                 first = self.sink_limit + self.sequences[0].count
-                self.rows[side, :, :, first : first + tokens] = x
+                rows[:, :, first : first + tokens] = x
                 continue
             for b, s in enumerate(self.sequences):
                 first = self.sink_limit + s.count
-                self.rows[side, b, :, first : first + tokens] = x[b]
+                rows[b, :, first : first + tokens] = x[b]
         for s in self.sequences:
             s.seen += bytes([UNKNOWN]) * tokens
             s.length += tokens
@@ -124,7 +124,7 @@ class MetalCache(Sealing):
 
     def _make_room(self, tokens: int) -> None:
         need = max(s.count for s in self.sequences) + tokens
-        room = 0 if self.rows is None else self.rows.shape[3] - self.sink_limit
+        room = self.rows[0].shape[2] - self.sink_limit if self.rows else 0
         if need <= room:
             return
         if self.seals:
@@ -136,76 +136,61 @@ class MetalCache(Sealing):
 
     # Attention: src/cache/attend.cpp.
 
-    def attend(self, q: torch.Tensor, out: torch.Tensor, **options: Any) -> None:
-        """q [batch, q_heads, T, head_dim], the newest T positions; out alike is written. The options are the core's:
-        scale, softcap, sinks, causal, offset, start, window, mask."""
-        shape = [*q.shape[:3], self.dim]
-        if list(out.shape) != shape or out.stride(-1) != 1 or out.dtype not in DTYPES:
-            raise ValueError(mismatch("out", f"shape {shape} and channel stride 1", list(out.shape)))
-        self._attend(q, self.length, out, None, **options)
-
-    def attend_partial(
+    def attended(
         self,
-        q: torch.Tensor,
-        o: torch.Tensor,
-        m: torch.Tensor,
-        l: torch.Tensor,  # noqa: E741
+        q: Any,
         *,
-        upto: int,
-        **options: Any,
-    ) -> None:
-        """The partial state over positions below upto: o float32 [batch, q_heads, T, head_dim], m, l without d."""
-        if not 0 <= upto <= self.length:
-            raise IndexError(mismatch("upto", f"0 to {self.length}", upto))
-        state = torch.empty((*q.shape[:3], self.dim + 2), dtype=torch.float32, device=self.host.device)
-        self._attend(q, upto, None, state, **options)
-        o.copy_(state[..., : self.dim])
-        m.copy_(state[..., self.dim])
-        l.copy_(state[..., self.dim + 1])
-
-    def _attend(
-        self,
-        q: torch.Tensor,
-        upto: int,
-        out: torch.Tensor | None,
-        partial: torch.Tensor | None,
-        *,
+        upto: int | None = None,
+        out: Any = None,
+        dtype: str = "float32",
         scale: float = 0.0,
         softcap: float = 0.0,
-        sinks: torch.Tensor | None = None,
+        sinks: Any = None,
         causal: bool = True,
         offset: int = 0,
-        start: torch.Tensor | None = None,
-        window: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> None:
+        start: Any = None,
+        window: Any = None,
+        mask: Any = None,
+    ) -> Any:
+        """Attention of q [batch, q_heads, T, head_dim], the newest T positions; the options are the core's. Returns
+        [batch, q_heads, T, head_dim] in `dtype`, or `out`, which kernels that write in place fill; or with upto the
+        partial states over positions below it: float32 [batch, q_heads, T, head_dim + 2], o, m and l side by side."""
+        partial = upto is not None
+        if partial and not 0 <= upto <= self.length:
+            raise IndexError(mismatch("upto", f"0 to {self.length}", upto))
+        upto = self.length if upto is None else upto
         if not self.sequences:
             raise RuntimeError(mismatch("q", "a cache that holds tokens", "an empty cache"))
         batch, tokens = len(self.sequences), q.shape[2]
-        fits = q.dim() == 4 and q.shape[0] == batch and q.shape[1] % self.heads == 0 and q.shape[3] == self.dim
-        if not fits or not 1 <= tokens <= self.length or q.stride(-1) != 1:
+        fits = len(q.shape) == 4 and q.shape[0] == batch and q.shape[1] % self.heads == 0 and q.shape[3] == self.dim
+        if not fits or not 1 <= tokens <= self.length or self.host.strides(q)[-1] != 1:
             expected = f"shape [{batch}, a multiple of {self.heads}, 1 to {self.length}, {self.dim}], channel stride 1"
             raise ValueError(mismatch("q", expected, list(q.shape)))
-        if q.device.type != self.host.device.type or q.dtype not in DTYPES:
-            raise ValueError(mismatch("q", f"floats on {self.host.device}", f"{q.dtype} on {q.device}"))
+        elsewhere = self.host.why_not_here(q)
+        if elsewhere is not None:
+            raise ValueError(mismatch("q", "an array on the cache's device", elsewhere))
+        if self.host.dtype(q) not in DTYPES:
+            raise ValueError(mismatch("q", " or ".join(DTYPES), self.host.dtype(q)))
         if softcap < 0:
             raise ValueError(mismatch("softcap", "0 (none) or a positive number", softcap))
         if mask is not None:
             full = (batch, q.shape[1], tokens)
-            if mask.dim() != 4 or any(have not in (1, want) for have, want in zip(mask.shape, full, strict=False)):
+            if len(mask.shape) != 4 or any(have not in (1, want) for have, want in zip(mask.shape, full, strict=False)):
                 raise ValueError(mismatch("mask", f"shape {[*full]} or 1 each, columns", list(mask.shape)))
         if window is None and self.window and causal:
             limits = [self.window] * batch
         else:
             limits = [0] * batch if window is None else window.tolist()
         starts = [0] * batch if start is None else [offset + x for x in start.tolist()]
-        seen = Visibility(self.length, tokens, causal, starts, limits, mask, offset)
+        seen = Visibility(
+            self.length, tokens, causal, starts, limits, None if mask is None else self.host.seen(mask), offset
+        )
         self._record(q, seen)
         stepwise = tokens <= PAGE
         if self.seals and stepwise:
             self._seal_until(self.length - 1)
         first_query = self.length - tokens
-        begin = 0
+        begin, parts = 0, []
         while begin < tokens:
             end = tokens
             if stepwise:
@@ -223,12 +208,12 @@ class MetalCache(Sealing):
                     raise IndexError(mismatch("upto", f"at least {sealed}, the end of the sealed tokens", upto))
                 views.append(self._view(b, s, pages, upto, first_query + begin, starts[b], limits[b], mask, start))
             part = slice(begin, end)
-            attend(
+            done = attend(
                 self,
-                q[:, :, part].detach(),
-                None if out is None else out[:, :, part],
-                None if partial is None else partial[:, :, part],
+                q if begin == 0 and end == tokens else q[:, :, part],
                 views,
+                out=None if out is None else out[:, :, part],
+                dtype=None if partial else dtype,
                 scale=scale,
                 softcap=softcap,
                 sinks=sinks,
@@ -236,13 +221,17 @@ class MetalCache(Sealing):
                 mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, part],
                 offset=offset,
             )
+            parts.append(done)
             begin = end
+        if out is not None:
+            return out
+        return parts[0] if len(parts) == 1 else self.host.concatenate(parts, 2)
 
-    def _record(self, q: torch.Tensor, seen: Visibility) -> None:
+    def _record(self, q: Any, seen: Visibility) -> None:
         """Remembers which exact tokens the call's queries see, and the energies of the first queries."""
         if not self.seals:
             return
-        tokens, group = q.shape[2], q.shape[1] // self.heads
+        tokens = q.shape[2]
         limit = self.recipe.sinks + self.recipe.window + PAGE
         for b, s in enumerate(self.sequences):
             for j, known in enumerate(s.seen):
@@ -259,16 +248,15 @@ class MetalCache(Sealing):
                 if not visible:
                     continue
                 energy.first = first_query + visible[0]
-                shape = (limit, self.heads, self.dim)
-                energy.rows = torch.zeros(shape, dtype=torch.float32, device=self.host.device)
+                energy.rows = self.host.zeros((limit, self.heads, self.dim), "float32")
                 energy.filled = bytearray(limit)
             slots = [(t, first_query + t - energy.first) for t in visible]
             slots = [(t, slot) for t, slot in slots if 0 <= slot < limit]
             if not slots:
                 continue
-            at = [torch.tensor(x, device=self.host.device) for x in zip(*slots, strict=True)]
-            x = q[b, :, at[0]].detach().float().square().reshape(self.heads, group, len(slots), self.dim).sum(1)
-            energy.rows = energy.rows.index_copy(0, at[1], x.transpose(0, 1))
+            queries, places = ([slot[i] for slot in slots] for i in (0, 1))
+            rows = self.host.energies(q, b, queries, self.heads)
+            energy.rows = self.host.put(energy.rows, places, rows)
             for _, slot in slots:
                 energy.filled[slot] = 1
 
@@ -281,7 +269,7 @@ class MetalCache(Sealing):
         self, b: int, s: Sequence, pages: int, upto: int, query: int, start: int, limit: int, mask: Any, given: Any
     ) -> tuple:
         """One sequence as MetalTables.attend reads it; offsets are elements of self.rows[0] and self.rows[1]."""
-        head = self.rows.shape[3] * self.dim
+        head = self.rows[0].shape[2] * self.dim
         base = b * self.heads * head
 
         def exact(row: int, position: int, count: int) -> tuple[int, ...]:
@@ -301,7 +289,7 @@ class MetalCache(Sealing):
             query,
             start if given is not None else -(2**31),
             limit,
-            self.lambda_k(s) is not None,
+            self.lambda_k(s) is not None or self.given_v is not None,
             sets,
         )
 
@@ -346,7 +334,8 @@ class MetalCache(Sealing):
         else:  # into the sinks, or before them: no longer anchored
             count = max(0, n - s.start)
             first = self.sink_limit
-            self.rows[:, b, :, first : first + s.sinks] = self.rows[:, b, :, : s.sinks].clone()
+            for x in self.rows:
+                x[b, :, first : first + s.sinks] = self.host.copy(x[b, :, : s.sinks])
             s.window_position = min(s.start, n)
             s.seen = bytearray([VISIBLE]) * count
             s.sinks, s.first_page, s.start, s.anchored = 0, 0, 0, False
@@ -358,7 +347,7 @@ class MetalCache(Sealing):
         first = self.sink_limit
         for values in (False, True):
             dense = dequantise(self, b, [page.index], values)[:, :rows]
-            self.rows[int(values), b, :, first : first + rows] = dense.to(self.dtype)
+            self.rows[int(values)][b, :, first : first + rows] = self.host.cast(dense, self.dtype)
 
     def select(self, rows: Rows[int]) -> None:
         """Sequence i continues old sequence rows[i]; pages are shared."""
@@ -366,8 +355,7 @@ class MetalCache(Sealing):
             if not 0 <= row < len(self.sequences):
                 raise IndexError(mismatch("rows", f"indices from 0 to {len(self.sequences) - 1}", f"{row} at {i}"))
         self.sequences = [self.sequences[row].fork() for row in rows]
-        if self.rows is not None:
-            self.rows = self.rows[:, torch.tensor(list(rows), device=self.host.device)]
+        self.rows = [self.host.take(x, rows, 0) for x in self.rows]
 
     def repeat(self, times: int) -> None:
         if times < 1:
@@ -377,7 +365,7 @@ class MetalCache(Sealing):
     def reset(self) -> None:
         self._forget()
 
-    def clone(self) -> MetalCache:
+    def clone(self) -> Cache:
         """A cache of its own. Each cache writes to its own slab, so pages are copied."""
         twin = copy.copy(self)
         twin.pool = PagePool()
@@ -388,39 +376,32 @@ class MetalCache(Sealing):
                 if page.index not in moved:
                     moved[page.index] = twin.pool.allocate(1)[0]
             s.pages = [moved[page.index] for page in s.pages]
-        old = list(moved)
-        twin.slab = torch.empty(0, dtype=torch.uint8, device=self.host.device)
-        if old:
-            index = torch.tensor(old, device=self.host.device)
-            twin.slab = self.slab.reshape(-1, self.page_bytes)[index].reshape(-1)
-        twin.rows = None if self.rows is None else self.rows.clone()
+        none = self.host.empty((0, self.page_bytes), "uint8")
+        twin.slab = self.host.take(self.slab, list(moved), 0) if moved else none
+        twin.rows = [self.host.copy(x) for x in self.rows]
         return twin
 
     def record_past(self, on: bool) -> None:
         self.recording = bool(on)
 
-    def dense_keys(self, first: int, count: int, out: torch.Tensor) -> None:
-        self._dense(0, first, count, out)
-
-    def dense_values(self, first: int, count: int, out: torch.Tensor) -> None:
-        self._dense(1, first, count, out)
-
-    def _dense(self, side: int, first: int, count: int, out: torch.Tensor) -> None:
-        """Positions [first, first + count), dequantised where sealed: [batch, kv_heads, count, head_dim]."""
+    def dense(self, values: bool, first: int, count: int) -> Any:
+        """Keys or values of positions [first, first + count), dequantised where sealed: [batch, kv_heads, count,
+        head_dim], float32 where anything is sealed, else the cache's dtype."""
         if first < 0 or count < 0 or first + count > self.length:
             raise IndexError(mismatch("first, count", f"positions within 0 to {self.length}", f"{first}, {count}"))
         for s in self.sequences:
             if first < s.evicted:
                 raise IndexError(mismatch("first", f"at least {s.evicted}, the oldest token held", first))
-        out.zero_()
+        dtype = "float32" if any(s.pages for s in self.sequences) else self.dtype
+        out = self.host.zeros((len(self.sequences), self.heads, count, self.dim), dtype)
         for b, s in enumerate(self.sequences):
 
-            def put(position: int, rows: torch.Tensor, b: int = b) -> None:
+            def put(position: int, rows: Any, b: int = b) -> None:
                 lo, hi = max(position, first), min(position + rows.shape[1], first + count)
                 if lo < hi:
-                    out[b, :, lo - first : hi - first] = rows[:, lo - position : hi - position].to(out.dtype)
+                    out[b, :, lo - first : hi - first] = self.host.cast(rows[:, lo - position : hi - position], dtype)
 
-            rows = self.rows[side, b]
+            rows = self.rows[int(values)][b]
             put(s.start, rows[:, : s.sinks])
             wanted = [
                 (i, page.index)
@@ -428,17 +409,22 @@ class MetalCache(Sealing):
                 if s.page_position(i) < first + count and s.page_position(i + 1) > first
             ]
             if wanted:
-                dense = dequantise(self, b, [index for _, index in wanted], bool(side))
+                dense = dequantise(self, b, [index for _, index in wanted], values)
                 for n, (i, _) in enumerate(wanted):
                     put(s.page_position(i), dense[:, n * PAGE : (n + 1) * PAGE])
             # Rows still exact win over pages sealed during the last call.
             put(s.window_position, rows[:, self.sink_limit : self.sink_limit + s.count])
+        return out
+
+    def arrays(self) -> list[Any]:
+        """Everything held, each array once."""
+        held = [self.slab, *self.rows, self.given_k, self.given_v]
+        held += [x for s in self.sequences for x in (s.lambda_, s.energy.rows)]
+        return list({id(x): x for x in held if x is not None}.values())
 
     def nbytes(self) -> int:
         """Bytes of the slab with its slack, exact rows by capacity, lambda and the energies kept for it."""
-        tensors = [self.slab, self.rows, self.given_k, self.given_v]
-        tensors += [x for s in self.sequences for x in (s.lambda_, s.energy.rows)]
-        return sum(x.nbytes for x in {id(x): x for x in tensors if x is not None}.values())
+        return sum(x.nbytes for x in self.arrays())
 
     @property
     def batch(self) -> int:
@@ -466,8 +452,8 @@ class MetalCache(Sealing):
     def page_codes(self, row: int, index: int, head: int) -> tuple[bytes, bytes]:
         """Codes of a sealed head slice in canonical order: (keys, values)."""
         size = self.constants.tables.head_bytes
-        at = self._row(row).pages[index].index * self.page_bytes + head * size
-        return self.constants.tables.canonical(self.slab[at : at + size].cpu().numpy().tobytes())
+        page = self.slab[self._row(row).pages[index].index, head * size : (head + 1) * size]
+        return self.constants.tables.canonical(self.host.numpy(page).tobytes())
 
     def _row(self, row: int) -> Sequence:
         if not 0 <= row < len(self.sequences):

@@ -1,112 +1,143 @@
-"""Kernels on a device: compiling, checking what the device gives, and launching. Every argument of a kernel is a
-buffer, in the order of its declaration in src/metal."""
+"""What the cache asks of the library that holds its arrays and launches its kernels: PyTorch (mps.py) or MLX
+(kv4.mlx.gpu). Nothing here imports either."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from kv4 import _core
 from kv4.messages import mismatch
-
-from . import source
 
 ATTEND_THREADS, ROW_THREADS = 128, 256  # src/metal/arguments.h
 THREADGROUP_BYTES = 32768  # what every Apple GPU has (Metal Feature Set Tables)
 MACOS = (14, 0)  # Metal 3.1
 HEAD_DIMS = (64, 80, 96, 128, 256)
-DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPES = ("float32", "float16", "bfloat16")
+
+Output = Any  # an array to write to, or (shape, dtype) of one to make
 
 
-class Host:
-    """Kernels of one head dim on one device.
+def why_not_head_dim(head_dim: int) -> str | None:
+    """None where there are kernels for heads of `head_dim` channels, else the reason."""
+    if head_dim in HEAD_DIMS:
+        return None
+    return mismatch("head_dim", f"one of {', '.join(map(str, HEAD_DIMS))} on Metal", head_dim)
 
-    compile_shader: turns Metal source into an object with a callable per entry point, called with the buffers and
-    threads=, group_size= (torch.mps.compile_shader). cores: GPU cores to fill, as far as known.
-    Errors: NotImplementedError for a head dim without kernels; RuntimeError where the compiled kernels need more
-    threads or threadgroup memory than the device has. Nothing is allocated before.
+
+def why_not_macos() -> str | None:
+    """None on macOS new enough for the kernels' language, and where the system says nothing; else the reason."""
+    version = platform.mac_ver()[0]
+    if not version or tuple(int(x) for x in version.split(".")[:2]) >= MACOS:
+        return None
+    return mismatch("device", f"macOS {MACOS[0]}.{MACOS[1]} or newer (Metal 3.1)", f"macOS {version}")
+
+
+class Host(ABC):
+    """Arrays and kernels of one head dim on one device. Dtypes go by name: "float32", "float16", "bfloat16", "uint8".
+
+    Arrays share what PyTorch and MLX have in common: shape, nbytes, reshape, flatten, tolist, and reading and
+    assigning by index. in_place: kernels may write to an array that exists already.
     """
 
-    def __init__(
-        self, device: torch.device | str, head_dim: int, compile_shader: Callable[[str], Any], cores: int = 8
-    ) -> None:
-        if head_dim not in HEAD_DIMS:
-            known = ", ".join(map(str, HEAD_DIMS))
-            raise NotImplementedError(mismatch("head_dim", f"one of {known} on Metal", head_dim))
-        self.device = torch.device(device)
-        self.cores = cores
-        self.library = compile_shader(source.text(head_dim))
-        for name, threads in (
-            (f"kv4_attend_d{head_dim}_r8", ATTEND_THREADS),
-            ("kv4_prepare", ROW_THREADS),
-            ("kv4_merge", ROW_THREADS),
-            ("kv4_seal", ROW_THREADS),
-            ("kv4_dequantise", ROW_THREADS),
-        ):
-            kernel = getattr(self.library, name)
-            limit = getattr(kernel, "max_threads_per_threadgroup", threads)
-            if limit < threads:
-                raise RuntimeError(mismatch("device", f"{threads} threads per threadgroup for {name}", limit))
-            memory = getattr(kernel, "static_thread_group_memory_length", 0)
-            if memory > THREADGROUP_BYTES:
-                expected = f"at most {THREADGROUP_BYTES} bytes of threadgroup memory for {name}"
-                raise RuntimeError(mismatch("device", expected, memory))
-        self.nothing = torch.zeros(16, dtype=torch.uint8, device=self.device)  # in place of buffers that are not read
+    head_dim: int
+    cores: int  # GPU cores to fill, as far as known
+    in_place: bool
+    nothing: Any  # in place of buffers that are not read
 
-    def launch(self, name: str, arguments: Sequence[torch.Tensor], threads: Sequence[int], group: int) -> None:
-        """Dispatches `threads` threads, `group` of them along the first axis a threadgroup."""
-        getattr(self.library, name)(*arguments, threads=list(threads), group_size=[group, 1, 1])
+    @abstractmethod
+    def run(
+        self, name: str, inputs: Sequence[Any], outputs: Sequence[Output], threads: Sequence[int], group: int
+    ) -> list[Any]:
+        """Dispatches `threads` threads of entry point `name`, `group` of them along the first axis a threadgroup, and
+        returns its outputs. Inputs, then outputs, are its buffers in the order of their declaration in src/metal."""
 
-    def tensor(self, values: np.ndarray | Sequence[int]) -> torch.Tensor:
-        """A table on the device; sixteen bytes of nothing for an empty one."""
-        x = torch.from_numpy(np.ascontiguousarray(values))
-        return x.to(self.device) if x.numel() else self.nothing
+    @abstractmethod
+    def why_not_here(self, x: Any) -> str | None:
+        """None where the kernels read `x` in its place, else where it is."""
 
+    @abstractmethod
+    def dtype(self, x: Any) -> str:
+        """The name of an array's dtype, of whatever kind."""
 
-def why_not() -> str | None:
-    """None where PyTorch has a Metal device that the kernels run on, else the reason."""
-    mps = torch.backends.mps
-    if not mps.is_built():
-        return mismatch("device", "a PyTorch built with MPS (macOS on Apple silicon)", "one without")
-    newer = getattr(mps, "is_macos_or_newer", None)
-    if newer is not None and not newer(*MACOS):
-        return mismatch("device", f"macOS {MACOS[0]}.{MACOS[1]} or newer (Metal 3.1)", "an older one")
-    if not mps.is_available():
-        return mismatch("device", "a Metal device", "none")
-    if not hasattr(torch.mps, "compile_shader"):
-        return mismatch("torch", "torch.mps.compile_shader (PyTorch 2.6 or newer)", torch.__version__)
-    return None
+    @abstractmethod
+    def strides(self, x: Any) -> list[int]:
+        """In elements, as the kernels are handed `x`."""
 
+    @abstractmethod
+    def zeros(self, shape: Sequence[int], dtype: str) -> Any: ...
 
-@functools.cache
-def mps_host(head_dim: int) -> Host:
-    """The host of this machine's Apple GPU. Errors: RuntimeError with the reason where there is none; Host's."""
-    reason = why_not()
-    if reason is not None:
-        raise RuntimeError(reason)
-    cores = getattr(torch.mps, "get_core_count", lambda: 8)()
-    return Host("mps", head_dim, torch.mps.compile_shader, cores)
+    @abstractmethod
+    def empty(self, shape: Sequence[int], dtype: str) -> Any: ...
+
+    @abstractmethod
+    def table(self, values: np.ndarray | Sequence[int]) -> Any:
+        """An array of the same numbers; `nothing` for an empty one."""
+
+    @abstractmethod
+    def numpy(self, x: Any) -> np.ndarray:
+        """The same numbers on the CPU, bfloat16 as float32. Waits for the device."""
+
+    @abstractmethod
+    def copy(self, x: Any) -> Any:
+        """An array that goes its own way."""
+
+    @abstractmethod
+    def cast(self, x: Any, dtype: str) -> Any: ...
+
+    @abstractmethod
+    def stack(self, arrays: Sequence[Any]) -> Any: ...
+
+    @abstractmethod
+    def concatenate(self, arrays: Sequence[Any], axis: int) -> Any: ...
+
+    @abstractmethod
+    def take(self, x: Any, indices: Sequence[int], axis: int) -> Any: ...
+
+    @abstractmethod
+    def put(self, x: Any, indices: Sequence[int], rows: Any) -> Any:
+        """`x` with rows [len(indices), ...] in these places of its first axis; `x` itself stays as it was."""
+
+    @abstractmethod
+    def finite(self, x: Any) -> Any:
+        """`x` with zeros for every row of the last axis that holds NaN or infinity."""
+
+    @abstractmethod
+    def energies(self, q: Any, b: int, queries: Sequence[int], kv_heads: int) -> Any:
+        """float32 [len(queries), kv_heads, head_dim]: squares of q [batch, q_heads, T, head_dim], summed over the query
+        heads of each KV head."""
+
+    @abstractmethod
+    def seen(self, mask: Any) -> np.ndarray:
+        """bool [batch or 1, T or 1, columns] on the CPU: what any head sees by mask [batch, q_heads, T, columns] or 1
+        each. Waits for the device."""
 
 
 class Constants:
     """What the kernels read of one recipe: matrices, level tables, layout. Layers of one shape share it."""
 
     def __init__(self, host: Host, tables: Any, head_dim: int) -> None:
-        square = (head_dim, head_dim)
-
-        def matrix(values: np.ndarray, *shape: int) -> torch.Tensor:
-            return host.tensor(values.reshape(shape) if values.size else values)
-
         self.tables = tables
-        self.query = matrix(tables.query_matrix(), *square)
-        self.output = [matrix(tables.output_matrix(values), *square) for values in (False, True)]
-        self.sealing = [matrix(tables.sealing_matrix(values), 2, *square) for values in (False, True)]
-        self.levels = [host.tensor(tables.levels(values)) for values in (False, True)]
-        self.side = [host.tensor(tables.side(values, head_dim)) for values in (False, True)]
+        self.query = host.table(tables.query_matrix())
+        self.output = [host.table(tables.output_matrix(values)) for values in (False, True)]
+        self.sealing = [host.table(tables.sealing_matrix(values)) for values in (False, True)]
+        self.levels = [host.table(tables.levels(values)) for values in (False, True)]
+        sides = [tables.side(values, head_dim) for values in (False, True)]
+        self.side = [host.table(side) for side in sides]
+        # Where a kernel cannot write to the pool, each side of a slice is an output of its own: keys, then values.
+        self.key_bytes = int(sides[1][_CODES])
+        self.value_bytes = tables.head_bytes - self.key_bytes
+        alone = sides[1].copy()
+        alone[[_CODES, _SCALES]] -= self.key_bytes
+        self.side_alone = [self.side[0], host.table(alone)]
+
+
+_CODES, _SCALES = 3, 4  # kv4_side
 
 
 @functools.lru_cache(maxsize=64)

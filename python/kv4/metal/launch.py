@@ -1,179 +1,191 @@
-"""Launches of the kernels for a MetalCache: tables, buffers and grids as src/metal says."""
+"""Launches of the kernels for a Cache: tables, buffers and grids as src/metal says."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from .host import ATTEND_THREADS, DTYPES, ROW_THREADS
+from .host import ATTEND_THREADS, ROW_THREADS
 from .sequence import PAGE
 
 if TYPE_CHECKING:
-    from .cache import MetalCache
+    from .cache import Cache
 
 
 def attend(
-    cache: MetalCache,
-    q: torch.Tensor,
-    out: torch.Tensor | None,
-    partial: torch.Tensor | None,
+    cache: Cache,
+    q: Any,
     views: list[tuple],
     *,
+    out: Any,
+    dtype: str | None,
     scale: float,
     softcap: float,
-    sinks: torch.Tensor | None,
+    sinks: Any,
     causal: bool,
-    mask: torch.Tensor | None,
+    mask: Any,
     offset: int,
-) -> None:
-    """One call over all sequences: kv4_prepare, kv4_attend and kv4_merge. Writes out [batch, q_heads, T, d], or
-    partial [batch, q_heads, T, d + 2] float32: o, m, l."""
+) -> Any:
+    """One call over all sequences: kv4_prepare, kv4_attend and kv4_merge. Returns out [batch, q_heads, T, d], or one
+    made in `dtype`; or with None for both partial states [batch, q_heads, T, d + 2] float32: o, m, l."""
     host, constants = cache.host, cache.constants
     batch, heads, tokens, dim = q.shape
-    general = 0 if mask is None else 1 if mask.dtype is torch.bool else 2
-    stride = [0] * 4 if mask is None else [0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True)]
+    general, general_dtype, stride = 0, "float32", [0] * 4
     if mask is not None:
-        stride[3] = mask.stride(3)
+        boolean = host.dtype(mask) == "bool"
+        general, general_dtype = (1, "float32") if boolean else (2, host.dtype(mask))
+        own = host.strides(mask)
+        stride = [*(0 if n == 1 else s for n, s in zip(mask.shape[:3], own[:3], strict=True)), own[3]]
+    out_dtype = dtype if out is None else host.dtype(out)
+    out_shape = (batch, heads, tokens, dim if out_dtype else dim + 2)
+    if out is not None:
+        out_stride = host.strides(out)
+    else:
+        out_stride = [heads * tokens * out_shape[3], tokens * out_shape[3], out_shape[3], 1]
     tables: dict[str, Any] = constants.tables.attend(
         q_shape=list(q.shape),
-        q_stride=list(q.stride()),
-        q_dtype=DTYPES[q.dtype],
-        out_dtype=None if out is None else DTYPES[out.dtype],
-        out_stride=[0] * 4 if out is None else list(out.stride()),
+        q_stride=host.strides(q),
+        q_dtype=host.dtype(q),
+        out_dtype=out_dtype,
+        out_stride=out_stride,
         sequences=views,
         scale=scale,
         softcap=softcap,
         sinks=sinks is not None,
         causal=causal,
         general=general,
-        general_dtype="float32" if general != 2 else DTYPES[mask.dtype],
+        general_dtype=general_dtype,
         general_stride=stride,
         columns=0 if mask is None else mask.shape[3],
         offset=offset,
         cores=host.cores,
     )
-    call, sequences = host.tensor(tables["call"]), host.tensor(tables["sequences"])
-    factors, pages, levels = (host.tensor(tables[name]) for name in ("factors", "pages", "levels"))
+    call, sequences = host.table(tables["call"]), host.table(tables["sequences"])
+    factors, pages, levels = (host.table(tables[name]) for name in ("factors", "pages", "levels"))
     lambdas = [cache.lambda_k(s) for s in cache.sequences]
-    one = next((x for x in lambdas if x is not None), None)
-    lambda_k = host.nothing
-    if one is not None:
-        lambda_k = torch.stack([torch.ones_like(one) if x is None else x for x in lambdas])
+    lambda_k = lambda_v = host.nothing
+    if cache.given_v is not None or any(x is not None for x in lambdas):
+        one = host.table(np.ones((cache.heads, dim), np.float32))
+        lambda_k = host.stack([one if x is None else x for x in lambdas])
+        lambda_v = host.stack([one] * batch)
     # Values have the layer's own lambda: a row of it for every sequence that the tables give one.
-    lambda_v = host.nothing
     if cache.given_v is not None:
-        lambda_v = cache.given_v.expand(batch, *cache.given_v.shape).contiguous()
-    elif one is not None:
-        lambda_v = torch.ones_like(lambda_k)
-    floats = {"dtype": torch.float32, "device": host.device}
-    prepared = torch.empty(max(tables["prepared_floats"], 4), **floats)
-    states = torch.empty(max(tables["state_floats"], 4), **floats)
-    rows, kv_heads = tables["rows"], cache.heads
-    host.launch(
+        lambda_v = host.stack([cache.given_v] * batch)
+    (prepared,) = host.run(
         "kv4_prepare",
-        (q, constants.query, lambda_k, sequences, call, factors, prepared),
-        (ROW_THREADS, rows, batch * kv_heads),
+        (q, constants.query, lambda_k, sequences, call, factors),
+        [((max(tables["prepared_floats"], 4),), "float32")],
+        (ROW_THREADS * (heads // cache.heads), tokens, batch * cache.heads),
         ROW_THREADS,
     )
-    slab = cache.slab if cache.slab.numel() else host.nothing
-    host.launch(
+    (states,) = host.run(
         f"kv4_attend_d{dim}_r{tables['block_rows']}",
         (
             prepared,
-            slab,
+            cache.slab if cache.slab.shape[0] else host.nothing,
             pages,
-            cache.rows[0],
-            cache.rows[1],
+            *cache.rows,
             host.nothing if mask is None else mask,
             levels,
             sequences,
             call,
             factors,
-            states,
         ),
-        (ATTEND_THREADS * tables["splits"], kv_heads * tables["blocks"], batch),
+        [((max(tables["state_floats"], 4),), "float32")],
+        (ATTEND_THREADS * tables["splits"], cache.heads * tables["blocks"], batch),
         ATTEND_THREADS,
     )
-    target = out
-    if out is None:
-        target = torch.empty((batch, heads, tokens, dim + 2), **floats)
-    host.launch(
+    (done,) = host.run(
         "kv4_merge",
         (
             states,
             constants.output[1],
             lambda_v,
-            host.nothing if sinks is None else sinks.to(host.device, torch.float32).contiguous(),
+            host.nothing if sinks is None else host.cast(sinks, "float32"),
             sequences,
             call,
-            target,
         ),
-        (ROW_THREADS, rows, batch * kv_heads),
+        [(out_shape, out_dtype or "float32") if out is None else out],
+        (ROW_THREADS * (heads // cache.heads), tokens, batch * cache.heads),
         ROW_THREADS,
     )
-    if partial is not None:
-        partial.copy_(target)
+    return done
 
 
-def _jobs(cache: MetalCache, pages: list[int], row: int, head: int, masked: bool, given: Any) -> np.ndarray:
-    """int64 [pages * kv_heads, 6] (kv4_job): head slices whose rows begin at element row + h * head + p * 64 * d.
-    masked: they have flags; given: their lambda, or None."""
-    tables = cache.constants.tables
+def _jobs(cache: Cache, slices: list[tuple[int, int]], row: int, head: int, masked: bool, given: Any) -> np.ndarray:
+    """int64 [len(slices), 6] (kv4_job) of whole pages. slices: (byte in the pages, head) of each, page by page; their
+    rows begin at element row + h * head + p * 64 * d. masked: rows have flags; given: their lambda, or None."""
+    heads = cache.heads
     return np.array(
         [
             [
-                row + h * head + p * PAGE * cache.dim,
-                p * PAGE if masked else -1,
-                page * tables.page_bytes + h * tables.head_bytes,
+                row + h * head + i // heads * PAGE * cache.dim,
+                i // heads * PAGE if masked else -1,
+                at,
                 h if given is not None else -1,
                 0,
                 PAGE,
             ]
-            for p, page in enumerate(pages)
-            for h in range(cache.heads)
+            for i, (at, h) in enumerate(slices)
         ],
         dtype=np.int64,
     )
 
 
-def seal(cache: MetalCache, b: int, first: int, skip: bytes, pages: list[int]) -> None:
+def _slices(pages: list[int], heads: int, page_bytes: int, head_bytes: int) -> list[tuple[int, int]]:
+    return [(page * page_bytes + h * head_bytes, h) for page in pages for h in range(heads)]
+
+
+def seal(cache: Cache, b: int, first: int, skip: bytes, pages: list[int]) -> None:
     """Seals window rows [first, first + 64 * len(pages)) of sequence b. skip: a byte per row, nonzero = masked."""
-    host, constants = cache.host, cache.constants
+    host, constants, heads = cache.host, cache.constants, cache.heads
     lambda_k = cache.lambda_k(cache.sequences[b])
-    head = cache.rows.shape[3] * cache.dim
-    row = b * cache.heads * head + (cache.sink_limit + first) * cache.dim
-    masked = host.tensor(np.frombuffer(skip, np.uint8).copy())
+    head = cache.rows[0].shape[2] * cache.dim
+    row = b * heads * head + (cache.sink_limit + first) * cache.dim
+    masked = host.table(np.frombuffer(skip, np.uint8).copy())
+    fresh = []
     for values, given in ((False, lambda_k), (True, cache.given_v)):
-        jobs = _jobs(cache, pages, row, head, True, given)
-        arguments = (
+        size = constants.value_bytes if values else constants.key_bytes
+        if host.in_place:
+            slices = _slices(pages, heads, cache.page_bytes, constants.tables.head_bytes)
+            output, side = cache.slab, constants.side
+        else:
+            slices = _slices(list(range(len(pages))), heads, heads * size, size)
+            output, side = ((len(pages), heads, size), "uint8"), constants.side_alone
+        inputs = (
             cache.rows[int(values)],
             masked,
             host.nothing if given is None else given,
             constants.sealing[values],
-            cache.slab,
-            host.tensor(jobs),
-            constants.side[values],
+            host.table(_jobs(cache, slices, row, head, True, given)),
+            side[values],
             constants.levels[values],
         )
-        host.launch("kv4_seal", arguments, (ROW_THREADS * len(jobs), 1, 1), ROW_THREADS)
+        fresh += host.run("kv4_seal", inputs, [output], (ROW_THREADS * len(slices), 1, 1), ROW_THREADS)
+    if not host.in_place:
+        whole = host.concatenate(fresh, 2).reshape(len(pages), cache.page_bytes)
+        cache.slab = host.put(cache.slab, pages, whole)
 
 
-def dequantise(cache: MetalCache, b: int, pages: list[int], values: bool) -> torch.Tensor:
+def dequantise(cache: Cache, b: int, pages: list[int], values: bool) -> Any:
     """float32 [kv_heads, 64 * len(pages), d] of one side of whole pages, in the model's own basis."""
     host, constants = cache.host, cache.constants
     given = cache.given_v if values else cache.lambda_k(cache.sequences[b])
-    out = torch.empty((cache.heads, PAGE * len(pages), cache.dim), dtype=torch.float32, device=host.device)
-    jobs = _jobs(cache, pages, 0, PAGE * len(pages) * cache.dim, False, given)
-    arguments = (
+    slices = _slices(pages, cache.heads, cache.page_bytes, constants.tables.head_bytes)
+    inputs = (
         cache.slab,
         host.nothing if given is None else given,
         constants.output[values],
-        host.tensor(jobs),
+        host.table(_jobs(cache, slices, 0, PAGE * len(pages) * cache.dim, False, given)),
         constants.side[values],
         constants.levels[values],
-        out,
     )
-    host.launch("kv4_dequantise", arguments, (ROW_THREADS * len(jobs), PAGE, 1), ROW_THREADS)
+    (out,) = host.run(
+        "kv4_dequantise",
+        inputs,
+        [((cache.heads, PAGE * len(pages), cache.dim), "float32")],
+        (ROW_THREADS * len(slices), PAGE, 1),
+        ROW_THREADS,
+    )
     return out

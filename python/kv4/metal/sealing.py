@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from kv4 import _core
 
@@ -19,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class Sealing:
-    """The part of a MetalCache that moves tokens from the window into pages and out of sight."""
+    """The part of a Cache that moves tokens from the window into pages and out of sight."""
 
     host: Host
     recipe: Recipe
     constants: Constants
     sequences: list[Sequence]
     pool: PagePool
-    slab: torch.Tensor
-    rows: torch.Tensor | None
-    dtype: torch.dtype
+    slab: Any  # uint8 [pages, page_bytes]
+    rows: list[Any]
+    dtype: str
     heads: int
     dim: int
     window: int
@@ -40,12 +39,11 @@ class Sealing:
 
     def _resize(self, room: int) -> None:
         """Window rows for `room` tokens; what is held stays."""
-        shape = (2, len(self.sequences), self.heads, self.sink_limit + room, self.dim)
-        rows = torch.zeros(shape, dtype=self.dtype, device=self.host.device)
-        if self.rows is not None:
-            kept = min(rows.shape[3], self.rows.shape[3])
-            rows[:, :, :, :kept] = self.rows[:, :, :, :kept]
-        self.rows = rows
+        shape = (len(self.sequences), self.heads, self.sink_limit + room, self.dim)
+        old, self.rows = self.rows, [self.host.zeros(shape, self.dtype) for _ in range(2)]
+        for x, rows in zip(old, self.rows, strict=False):
+            kept = min(shape[2], x.shape[2])
+            rows[:, :, :kept] = x[:, :, :kept]
 
     def _drop_front(self, b: int, count: int) -> None:
         """Drops the first `count` rows of a window."""
@@ -54,7 +52,8 @@ class Sealing:
         s = self.sequences[b]
         first, kept = self.sink_limit, s.count - count
         if kept:
-            self.rows[:, b, :, first : first + kept] = self.rows[:, b, :, first + count : first + count + kept].clone()
+            for x in self.rows:
+                x[b, :, first : first + kept] = self.host.copy(x[b, :, first + count : first + count + kept])
         del s.seen[:count]
         s.window_position += count
 
@@ -75,11 +74,11 @@ class Sealing:
 
     def _shrink(self) -> None:
         # After a long prefill the rows are far more than decoding needs.
-        if self.rows is None or not self.sequences:
+        if not self.rows or not self.sequences:
             return
         most = max(s.count for s in self.sequences)
         room = (self.recipe.window + PAGE if self.seals else self.window + PAGE) + self.sink_limit
-        if (self.seals or self.window) and most <= room < self.rows.shape[3] - self.sink_limit:
+        if (self.seals or self.window) and most <= room < self.rows[0].shape[2] - self.sink_limit:
             self._resize(room)
 
     def _anchor(self, b: int) -> None:
@@ -89,7 +88,8 @@ class Sealing:
         sinks = max(0, min(s.sink_limit, s.count - skip))
         if sinks:
             first = self.sink_limit + skip
-            self.rows[:, b, :, :sinks] = self.rows[:, b, :, first : first + sinks].clone()
+            for x in self.rows:
+                x[b, :, :sinks] = self.host.copy(x[b, :, first : first + sinks])
         s.sinks, s.start, s.anchored, s.first_page = sinks, start, True, 0
         self._drop_front(b, skip + sinks)
 
@@ -131,8 +131,8 @@ class Sealing:
             return
         blocks = 1 + self.recipe.window // PAGE
         first = s.page_position(s.page_end) - s.window_position
-        keys = self.rows[0, b, :, self.sink_limit + first : self.sink_limit + first + blocks * PAGE]
-        keys = keys.cpu().double().numpy()
+        keys = self.rows[0][b, :, self.sink_limit + first : self.sink_limit + first + blocks * PAGE]
+        keys = self.host.numpy(keys).astype(np.float64)
         used = np.array([x != MASKED for x in s.seen[first : first + blocks * PAGE]])
         energy = np.zeros((self.heads, self.dim))
         for block in range(blocks):
@@ -143,9 +143,9 @@ class Sealing:
         filled = np.frombuffer(bytes(s.energy.filled), np.uint8) != 0
         query = np.zeros((self.heads, self.dim))
         if s.energy.rows is not None:
-            query = s.energy.rows.cpu().double().numpy()[filled].sum(0)
+            query = self.host.numpy(s.energy.rows).astype(np.float64)[filled].sum(0)
         values = np.stack([_core.lambda_from_energies(query[h], energy[h]) for h in range(self.heads)])
-        s.lambda_ = self.host.tensor(values)
+        s.lambda_ = self.host.table(values)
 
     def _seal_until(self, n: int) -> None:
         for b, s in enumerate(self.sequences):
@@ -180,12 +180,11 @@ class Sealing:
 
     def _allocate(self, count: int) -> list[Page]:
         pages = self.pool.allocate(count)
-        have, need = self.slab.numel() // self.page_bytes, self.pool.count
+        have, need = self.slab.shape[0], self.pool.count
         if need > have:
-            slab = torch.empty(
-                max(need, have + have // 2 + 4) * self.page_bytes, dtype=torch.uint8, device=self.host.device
-            )
-            slab[: self.slab.numel()] = self.slab
+            slab = self.host.empty((max(need, have + have // 2 + 4), self.page_bytes), "uint8")
+            if have:
+                slab[:have] = self.slab
             self.slab = slab
         return pages
 
@@ -193,5 +192,5 @@ class Sealing:
     def page_bytes(self) -> int:
         return self.constants.tables.page_bytes
 
-    def lambda_k(self, s: Sequence) -> torch.Tensor | None:
+    def lambda_k(self, s: Sequence) -> Any:
         return self.given_k if self.recipe.key.lambda_ == "given" else s.lambda_

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 
 class Visibility:
-    """starts, windows: by row, positions and numbers of tokens (0 = all). mask [batch or 1, q_heads or 1, T or 1,
-    columns] or None, column j being position j + offset; a general mask is fetched from the device, once."""
+    """starts, windows: by row, positions and numbers of tokens (0 = all). general: bool [batch or 1, T or 1, columns],
+    what a general mask lets any head see, column j being position j + offset; or None."""
 
     def __init__(
         self,
@@ -16,20 +16,15 @@ class Visibility:
         causal: bool,
         starts: list[int],
         windows: list[int],
-        mask: torch.Tensor | None,
+        general: np.ndarray | None,
         offset: int,
     ) -> None:
         self.first_query = length - queries
         self.queries = queries
         self.causal, self.starts, self.windows, self.offset = causal, starts, windows, offset
-        self.general = None
-        if mask is not None:
-            if mask.dtype is not torch.bool:
-                # Additive masks hide by -infinity or by the lowest number of their dtype.
-                lowest = -65504.0 if mask.dtype is torch.float16 else -1e30
-                mask = mask > lowest
-            visible = mask.any(1).expand(len(starts), queries, mask.shape[-1])
-            self.general = visible.cpu().numpy()
+        self.general = general
+        if general is not None:
+            self.general = np.broadcast_to(general, (len(starts), queries, general.shape[-1]))
 
     def visible(self, b: int, t: int, position: int) -> bool:
         query = self.first_query + t

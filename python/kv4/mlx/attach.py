@@ -16,10 +16,10 @@ import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
-from kv4 import _core
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
+from . import core
 from .attention import _dense_attention, scaled_dot_product_attention
 from .cache import KV4Cache
 
@@ -123,10 +123,9 @@ def _why_not(model: nn.Module, own: list[Any], recipe: Recipe) -> str | None:
     for module in model.modules():
         dim = getattr(module, "head_dim", None)
         if isinstance(dim, int) and _calls_attention(module):
-            try:
-                _core.validate(recipe, dim, dim)
-            except (ValueError, NotImplementedError) as error:
-                return mismatch("recipe", f"one that serves head dim {dim}", error)
+            reason = core.why_not(recipe, dim)
+            if reason is not None:
+                return reason
     return None
 
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from kv4.messages import mismatch
 
+from . import core
 from .cache import PAGE_TOKENS, KV4Cache, Unsaveable
 from .handle import KVHandle
 
@@ -73,7 +74,8 @@ class BatchKV4Cache:
         if keys.ndim != 4 or keys.shape[0] != len(self.rows):
             raise ValueError(mismatch("keys", f"[{len(self.rows)}, kv_heads, tokens, head_dim]", list(keys.shape)))
         tokens = keys.shape[2]
-        mx.eval(keys, values)
+        if not core.on_gpu():
+            mx.eval(keys, values)
         self._spans = []
         for i, row in enumerate(self.rows):
             lo = min(self._left[i], tokens)
@@ -107,7 +109,8 @@ class BatchKV4Cache:
             expected = f"[{len(self.rows)}, q_heads, {self._tokens}, head_dim], those of the newest update"
             raise ValueError(mismatch("queries", expected, list(queries.shape)))
         heads, tokens, dim = queries.shape[1], queries.shape[2], self.shape_of("values")[3]
-        mx.eval(queries)
+        if not core.on_gpu():
+            mx.eval(queries)
         outputs = []
         for i, (row, (lo, hi)) in enumerate(zip(self.rows, self._spans, strict=True)):
             parts = [mx.zeros((1, heads, n, dim), queries.dtype) for n in (lo, tokens - hi)]
@@ -156,7 +159,9 @@ class BatchKV4Cache:
 
     @property
     def state(self) -> Any:
-        return [self.offset] if self.empty() else [self.offset, Unsaveable()]
+        if self.empty():
+            return [self.offset]
+        return [self.offset, *(x for row in self.rows if row.core is not None for x in row.core.arrays()), Unsaveable()]
 
     def size(self) -> int:
         return max((row.size() for row in self.rows), default=0)

@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.models.base import create_causal_mask
 
-from kv4 import _core
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
-from .arrays import DTYPES, readable, unit_stride
+from .arrays import DTYPES
+from .core import new_core
 from .handle import KVHandle
-from .prefill import State, own_attention, own_state
+from .prefill import own_attention, own_state
 
 PAGE_TOKENS = 64
 
@@ -82,7 +81,7 @@ class KV4Cache:
                 raise ValueError(mismatch(name, "an array [batch, kv_heads, tokens, head_dim]", list(x.shape)))
             if x.dtype not in DTYPES:
                 raise ValueError(mismatch(name, "float32, float16 or bfloat16", x.dtype))
-        core = _core.Cache(
+        core = new_core(
             self.recipe,
             dtype=DTYPES[keys.dtype],
             kv_heads=keys.shape[1],
@@ -98,18 +97,12 @@ class KV4Cache:
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Takes in keys [batch, kv_heads, T >= 0, head_dim] and values like them. Errors: ValueError naming the
         argument for another shape or dtype than the cache's; NotImplementedError or ValueError, with the core's
-        reason, where the recipe does not serve the head dims. The cache then is as it was."""
+        reason, where the recipe does not serve the head dims, or no kernel of MLX's device does; RuntimeError for a
+        device that is none of kv4's. The cache then is as it was."""
         core = self.core if self.core is not None else self._new_core(keys, values)
         if values.dtype != keys.dtype:
             raise ValueError(mismatch("values", f"the keys' dtype {keys.dtype}", values.dtype))
-        mx.eval(keys, values)
-        k, v = readable(keys), readable(values)
-        try:
-            core.append(k, v)
-        except ValueError as error:
-            if "channel stride" not in str(error):
-                raise
-            core.append(readable(unit_stride(keys)), readable(unit_stride(values)))
+        core.append(keys, values)
         self.core = core
         self.dtype = keys.dtype
         self._dims = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
@@ -156,22 +149,12 @@ class KV4Cache:
                 return out.astype(queries.dtype)
         options: dict[str, Any] = {"scale": scale}
         if sinks is not None:
-            options["sinks"] = np.array(sinks.astype(mx.float32)).reshape(-1)
+            options["sinks"] = sinks.astype(mx.float32).reshape(-1)
         if isinstance(mask, mx.array):
             options |= self._general(mask)
         elif mask is None and tokens > 1:
             options["causal"] = False
-        out = np.empty((batch, heads, tokens, self._dims[3]), np.float32)
-        self._core_attend(queries, out, options)
-        return mx.array(out).astype(queries.dtype)
-
-    def _core_attend(self, queries: mx.array, out: np.ndarray, options: dict[str, Any]) -> None:
-        try:
-            self.core.attend(readable(queries), out, **options)
-        except ValueError as error:
-            if "channel stride" not in str(error):
-                raise
-            self.core.attend(readable(unit_stride(queries)), out, **options)
+        return self.core.attend(queries, **options)
 
     def _general(self, mask: mx.array) -> dict[str, Any]:
         """Core arguments of a mask [..., T or 1, columns]."""
@@ -185,7 +168,7 @@ class KV4Cache:
             if full.dtype not in DTYPES:
                 raise ValueError(mismatch("mask", "bool, float32, float16 or bfloat16", full.dtype))
             full = full.astype(mx.float32)
-        return {"causal": False, "offset": self.offset - columns, "mask": np.array(full)}
+        return {"causal": False, "offset": self.offset - columns, "mask": full}
 
     def _long(self, q: mx.array, k: mx.array | None, v: mx.array | None, mask: Any) -> bool:
         """True where MLX's own kernels may answer for the call's own tokens."""
@@ -205,23 +188,15 @@ class KV4Cache:
         self, q: mx.array, k: mx.array, v: mx.array, scale: float, sinks: mx.array | None
     ) -> mx.array | None:
         """None where a value is not finite: the core refuses that by name."""
-        if not all(bool(mx.isfinite(x).all().item()) for x in (q, k, v)):
+        if self.core.tells_non_finite and not all(bool(mx.isfinite(x).all().item()) for x in (q, k, v)):
             return None
         before = self.offset - q.shape[2]
         if before == 0:
             if self.recipe.seal == "page":
-                self._partial(q, 0, scale)  # records the queries, from which lambda is learned
+                self.core.partial(q, 0, scale)  # records the queries, from which lambda is learned
             return own_attention(q, k, v, scale, self.window, sinks)
         own = own_state(q, k, v, scale, self.window)
-        return own.merge(self._partial(q, before, scale)).finish(sinks)
-
-    def _partial(self, q: mx.array, upto: int, scale: float) -> State:
-        batch, heads, tokens, _ = q.shape
-        o = np.empty((batch, heads, tokens, self._dims[3]), np.float32)
-        m = np.empty((batch, heads, tokens), np.float32)
-        total = np.empty((batch, heads, tokens), np.float32)
-        self.core.attend_partial(readable(mx.contiguous(q)), o, m, total, upto=upto, scale=scale)
-        return State(mx.array(o), mx.array(m), mx.array(total))
+        return own.merge(self.core.partial(q, before, scale)).finish(sinks)
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> mx.array | str | None:
         """The mask of a call of N more tokens: None or "causal" wherever the cache's own window says all, else a
@@ -255,11 +230,7 @@ class KV4Cache:
         """All "keys" or "values" that the newest call's queries may see, dequantised, in the model's dtype: [batch,
         kv_heads, columns, head_dim]."""
         shape = self.shape_of(which)
-        out = np.empty(shape, np.float32)
-        if out.size:
-            read = self.core.dense_keys if which == "keys" else self.core.dense_values
-            read(self._first(self._before), shape[2], out)
-        return mx.array(out).astype(self.dtype)
+        return self.core.dense(which == "values", self._first(self._before), shape[2]).astype(self.dtype)
 
     @property
     def keys(self) -> mx.array | None:
@@ -273,8 +244,8 @@ class KV4Cache:
 
     @property
     def state(self) -> Any:
-        """For mx.eval: nothing is pending here. Prompt-cache files are refused, see Unsaveable."""
-        return [] if self.core is None else [Unsaveable()]
+        """For mx.eval: what may be pending on the GPU. Prompt-cache files are refused, see Unsaveable."""
+        return [] if self.core is None else [*self.core.arrays(), Unsaveable()]
 
     @state.setter
     def state(self, value: Any) -> None:

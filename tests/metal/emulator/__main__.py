@@ -21,12 +21,14 @@ def main() -> int:
     b.add_argument("-I", dest="include", action="append", default=[])
     b.add_argument("-D", dest="define", action="append", default=[])
     b.add_argument("-o", dest="output")
+    b.add_argument("--only", action="append", default=[], help="an instance of a template; all if none is named")
     c = commands.add_parser("check")
     c.add_argument("source", nargs="+")
     arguments = parser.parse_args()
     try:
         if arguments.command == "build":
-            print(build(arguments.source, arguments.mode, arguments.include, arguments.define, arguments.output))
+            include, define = arguments.include, arguments.define
+            print(build(arguments.source, arguments.mode, include, define, arguments.output, arguments.only))
         else:
             from pathlib import Path
 

@@ -1,13 +1,14 @@
-"""The text that mlx.fast.metal_kernel compiles around a body, so that a body can be run here.
+"""The text that mlx.fast.metal_kernel compiles around a body, so that a body can be run where MLX is not installed.
 
 MLX writes the signature from the arrays of a call: each input as `const device T*`, or `const constant T*` where it has
 fewer than 8 elements, or a reference where it has no dimensions; each output as `device T*`; and the attributes, sizes
 and strides that the body mentions. Template values are a template's parameters of one instance.
+tests/python/test_mlx_gpu.py holds this to what MLX itself writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from .translate import EXTENTS, SCALARS
 SMALL = 8  # elements: arrays with fewer are constants
 TYPES = {name: f"{name}_t" for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")}
 TYPES |= {"float32": "float", "float16": "float16_t", "bool": "bool"}
+# Stands for the utilities that MLX puts before every kernel.
 PRELUDE = """#include <metal_stdlib>
 #include <metal_math>
 using namespace metal;
@@ -38,39 +40,36 @@ def kernel_text(
     source: str,
     header: str = "",
     template: Sequence[tuple[str, int | bool | str]] = (),
+    types: Mapping[str, str] | None = None,
 ) -> str:
-    """A .metal file with kernel `name`. `source` and `header` as for mlx.fast.metal_kernel; `template`: (name, value),
-    a type by its Metal name."""
+    """Kernel `name`, to be compiled after PRELUDE. `source` and `header` as for mlx.fast.metal_kernel; `template`:
+    (name, value), a type by its Metal name; `types`: Metal's names for arrays whose type numpy lacks."""
+    types = types or {}
     parameters, index = [], 0
     for label, array in inputs:
         space = "constant" if array.size < SMALL else "device"
-        parameters.append(
-            f"const {space} {type_name(array)}{'&' if array.ndim == 0 else '*'} {label} [[buffer({index})]]"
-        )
+        kind = types.get(label) or type_name(array)
+        parameters.append(f"  const {space} {kind}{'&' if array.ndim == 0 else '*'} {label} [[buffer({index})]]")
         index += 1
         for suffix, kind in (("shape", "int*"), ("strides", "int64_t*"), ("ndim", "int&")):
             if array.ndim and f"{label}_{suffix}" in source:
-                parameters.append(f"const constant {kind} {label}_{suffix} [[buffer({index})]]")
+                parameters.append(f"  const constant {kind} {label}_{suffix} [[buffer({index})]]")
                 index += 1
     for label, array in outputs:
-        parameters.append(f"device {type_name(array)}* {label} [[buffer({index})]]")
+        parameters.append(f"  device {types.get(label) or type_name(array)}* {label} [[buffer({index})]]")
         index += 1
-    parameters += [f"uint3 {a} [[{a}]]" for a in EXTENTS if a in source]
-    parameters += [f"uint {a} [[{a}]]" for a in SCALARS if a in source]
-    signature = ",\n  ".join(parameters)
-    text = f"{PRELUDE}{header}\n"
+    for attribute in sorted([*EXTENTS, *SCALARS]):
+        if attribute in source:
+            parameters.append(f"  {'uint3' if attribute in EXTENTS else 'uint'} {attribute} [[{attribute}]]")
+    text = header
     if template:
-        kinds = [
-            f"{'bool' if v is True or v is False else 'int' if isinstance(v, int) else 'typename'} {n}"
-            for n, v in template
-        ]
-        text += f"template <{', '.join(kinds)}>\n"
-    text += f"[[kernel]] void {name}_body(\n  {signature}) {{\n{source}\n}}\n" if template else (
-        f"[[kernel]] void {name}(\n  {signature}) {{\n{source}\n}}\n"
-    )  # fmt: skip
+        kinds = ("bool" if isinstance(v, bool) else "int" if isinstance(v, int) else "typename" for _, v in template)
+        text += f"template <{', '.join(f'{kind} {n}' for kind, (n, _) in zip(kinds, template, strict=True))}>\n"
+    signature = ",\n".join(parameters)
+    text += f"[[kernel]] void {name}(\n{signature}) {{\n{source}\n}}\n"
     if template:
-        values = ", ".join(str(v).lower() if isinstance(v, bool) else str(v) for _, v in template)
-        text += f'template [[host_name("{name}")]] [[kernel]] decltype({name}_body<{values}>) {name}_body<{values}>;\n'
+        instance = f"{name}<{', '.join(str(int(v)) if isinstance(v, int) else v for _, v in template)}>"
+        text += f'\ntemplate [[host_name("{name}")]] [[kernel]] decltype({instance}) {instance};\n'
     return text
 
 

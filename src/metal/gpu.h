@@ -1,0 +1,48 @@
+// What the Metal backend asks of an Apple GPU, and nothing more: memory that both sides read, and launches. gpu.mm has it
+// from Metal; tests from the emulator.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "backend/backend.h"
+
+namespace kv4::apple {
+
+struct Launch {
+  std::string kernel;
+  std::vector<const void*> buffers;  // in the order of the kernel's declaration; any byte of memory from alloc
+  std::uint32_t threads[3] = {1, 1, 1};  // of the grid
+  std::uint32_t group = 1;               // threads of a threadgroup, along the first axis
+  int dim = 0;                           // head dim whose library has the kernel
+};
+
+class Gpu {
+ public:
+  virtual ~Gpu() = default;
+  // Memory at the same place for the CPU, 64-byte aligned for both; null when there is none left.
+  virtual void* alloc(std::size_t bytes) = 0;
+  virtual void free(void* p) = 0;
+  // Where the GPU has a byte of memory from alloc. A kernel may reach any of that memory by its distance from a buffer.
+  virtual std::uint64_t address(const void* p) const = 0;
+  virtual int cores() const = 0;
+  // One after another; what they wrote is there when the call returns. Errors: unsupported where the device cannot run a
+  // kernel, failed_precondition with the device's reason where it failed.
+  virtual Status run(std::span<const Launch> launches) = 0;
+};
+
+std::unique_ptr<Backend> make_backend(std::unique_ptr<Gpu> gpu);
+
+// Of the text of all kernels, what one head dim needs.
+std::string library_text(std::string_view kernels, int dim);
+
+// The device of this machine, built on macOS alone: null where there is none that the kernels run on, and the reason.
+Backend* backend(int device = 0);
+std::string why_not();
+
+}  // namespace kv4::apple
