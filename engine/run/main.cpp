@@ -1,5 +1,8 @@
 // kv4-run: GGUF in, text out.
 #include <CLI/CLI.hpp>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <cstdio>
 #include <exception>
 
@@ -99,6 +102,11 @@ int main(int argc, char** argv) {
 }  // namespace kv4::run
 
 int main(int argc, char** argv) {
+#ifdef __GLIBC__
+  // A prompt's passing buffers go back to the system. By itself glibc moves its threshold up to their size and then keeps them
+  // between the pages that stay.
+  mallopt(M_MMAP_THRESHOLD, 128 << 10);
+#endif
   try {
     return kv4::run::main(argc, argv);
   } catch (const std::exception& e) {  // the libraries' own, and no memory
