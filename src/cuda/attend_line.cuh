@@ -84,6 +84,14 @@ struct Cursor {
     segment = at / items;
     item = at % items;
   }
+  // Items first ... last - 1 of one segment.
+  __device__ void start_within(const AttendParams& p, int sequence, int its_segment, int first, int last) {
+    flat = item = first;
+    end = last;
+    b = sequence;
+    segment = its_segment;
+    enter(p);
+  }
   // By `count` items, within the segment or to its end.
   __device__ __forceinline__ void skip(const AttendParams& p, int count, int segments) {
     flat += count;

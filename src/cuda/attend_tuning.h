@@ -81,6 +81,27 @@ constexpr Fit fit(Room room, int segment_blocks) {
   return {0, 0};
 }
 
+// attend_fused, in the large room alone. Beside its queues a CTA has the operands of its segment's queries, a rotation's
+// operands, rows of floats and one partial state.
+constexpr int fused_pitch(int dim) { return dim + 8; }
+template <int D>
+constexpr int fused_shared(int warps, int depth, int blocks) {
+  const int rows = blocks * kBlockRows;
+  return warps * queue_bytes(depth, Shape<D>::kSlotBytes) + blocks * (operand_words(D) + D / 16 * kLanes) * 16 +
+         rows * (2 * fused_pitch(D) + 2) * 4;
+}
+constexpr int kFusedStaticBytes = 512;  // left for what has a fixed size, at least
+template <int D>
+constexpr Fit fused_fit(int segment_blocks) {
+  using T = Tuning<D>;
+  const int i = segment_blocks - 1;
+  for (int depth = T::kDepth[i]; depth >= 2; --depth)
+    if (fused_shared<D>(T::kWarps[i], depth, segment_blocks) <= room_bytes(Room::large) - kFusedStaticBytes) return {T::kWarps[i], depth};
+  return {0, 0};
+}
+// Floats of a CTA's partial state: over exact rows and over pages apart.
+constexpr int fused_state_floats(int dim, int blocks) { return blocks * kBlockRows * (2 * dim + 2); }
+
 template <int D>
 cudaError_t launch_dim(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream);
 template <> cudaError_t launch_dim<64>(const AttendParams&, const AttendPlan&, cudaStream_t);

@@ -173,6 +173,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// From shared memory whenever it is asked for: what does not change in a loop would else be kept in registers that are not there.
+__device__ __forceinline__ uint4 load_again(const uint4* p) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(shared_address(p)));
+  return x;
+}
+
 // Before a slot that ordinary stores have written is filled by the copy engine; by every lane that wrote.
 __device__ __forceinline__ void fence_shared_writes() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -208,7 +215,8 @@ class Queue {
   // `memory`: queue_bytes(kDepth, kSlotBytes) of this warp, 128-byte aligned.
   __device__ Queue(unsigned char* memory, int lane) : base_(memory), lane_(lane) {}
 
-  // Once, by one thread for each queue, before a barrier of the CTA.
+  // Once, by one lane of a warp for its queue, before a barrier of the CTA: lanes of one warp would take turns, 60 cycles for
+  // each barrier.
   static __device__ void prepare(unsigned char* memory) {
     if constexpr (kBulk) {
       const uint32_t barriers = shared_address(memory + kDepth * kSlotBytes);

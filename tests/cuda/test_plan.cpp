@@ -12,14 +12,14 @@ namespace {
 // Bytes a CTA may ask for, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 constexpr Chip kA100 = {108, 163 * 1024, 80}, kL40 = {142, 99 * 1024, 89}, kH100 = {132, 227 * 1024, 90};
 
-AttendPlan plan_of(const Chip& chip, int dim, int group, int queries) {
+AttendPlan plan_of(const Chip& chip, int dim, int group, int queries, const Load& load = {}) {
   AttendParams p;
   p.batch = 3;
   p.kv_heads = 2;
   p.group = group;
   p.queries = queries;
   p.dim = dim;
-  return plan_attend(p, chip);
+  return plan_attend(p, chip, load);
 }
 
 struct Expected {
@@ -52,6 +52,36 @@ TEST(CudaPlan, EveryHeadDimAndRowsFitTheDevice) {
           return true;
         });
       }
+}
+
+TEST(CudaPlan, OneKernelFitsTheDevice) {
+  for (const int dim : kv4::cases::kHeadDims)
+    with_dim(dim, [](auto d) {
+      constexpr int kDim = decltype(d)::value;
+      for (const int blocks : {1, 2}) {
+        SCOPED_TRACE(::testing::Message() << "d " << kDim << ", blocks " << blocks);
+        const Fit f = fused_fit<kDim>(blocks);
+        EXPECT_EQ(f.warps, Tuning<kDim>::kWarps[blocks - 1]);
+        EXPECT_GE(f.depth, 2);
+        EXPECT_LE(fused_shared<kDim>(f.warps, f.depth, blocks) + kFusedStaticBytes, kH100.shared);
+        if (f.depth < Tuning<kDim>::kDepth[blocks - 1]) EXPECT_GT(fused_shared<kDim>(f.warps, f.depth + 1, blocks) + kFusedStaticBytes, kH100.shared);
+      }
+      return true;
+    });
+}
+
+// plan_of's call has 6 segments.
+TEST(CudaPlan, OneKernelWhereSegmentsAreFewAndEven) {
+  EXPECT_EQ(plan_of(kH100, 128, 4, 1).fused_ctas, 22);
+  EXPECT_EQ(plan_of(kA100, 128, 4, 1).fused_ctas, 0);  // nobody fills its queues
+  EXPECT_EQ(plan_of(kL40, 128, 4, 1).fused_ctas, 0);
+  // 22 CTAs of 7 warps a segment, against 132 for all: 3 sequences of 1,540 items are 10 rounds for both, one alone 10 and 4.
+  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {1540, 3 * 1540}).fused_ctas, 22);
+  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {1540, 1540 + 2}).fused_ctas, 0);
+  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {154, 154 + 2}).fused_ctas, 22);  // 1 and 1
+  // 4 segments of 16 rows for each of 64 queries of 1 head: 24 in all; of 8 heads 192, more than multiprocessors.
+  EXPECT_EQ(plan_of(kH100, 128, 1, 64).fused_ctas, 5);
+  EXPECT_EQ(plan_of(kH100, 128, 8, 64).fused_ctas, 0);
 }
 
 TEST(CudaPlan, NoMoreIsLeftOutThanMust) {
@@ -98,7 +128,7 @@ TEST(CudaPlan, WithoutRoomNothingIsQueued) {
   AttendParams p;
   p.batch = p.kv_heads = p.group = p.queries = 1;
   p.dim = 128;
-  const AttendPlan plan = plan_attend(p, {170, 99 * 1024, 120});
+  const AttendPlan plan = plan_attend(p, {170, 99 * 1024, 120}, {});
   EXPECT_EQ(plan.warps_per_cta, 0);
   EXPECT_EQ(plan.most_sequences, 0);
   std::array<unsigned char, 1> scratch;

@@ -1,0 +1,526 @@
+// Attention in one kernel, where a call has no more segments than the device has multiprocessors (attend.cpp decides): each
+// segment, the row blocks of one sequence and KV head, gets as many CTAs, and they share its items out. A CTA turns the
+// segment's queries itself while the first pages are on their way, joins its warps' partial states in shared memory, and the
+// last of a segment's CTAs joins theirs, turns the part over pages back and writes.
+//
+// Against prepare, main and merge this leaves out two launches, the waits between them and six sevenths of the partial states
+// in device memory. Every CTA reads both rotations' matrices, 4 D^2 bytes each from L2 (64 KB at d = 128, 1.3 us at 13 bytes a
+// cycle and multiprocessor with all of them reading), which is why calls of more segments keep the three kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/attend_main.cuh"
+#include "cuda/attend_merge.cuh"
+
+namespace kv4::cuda {
+
+template <int D, Rows kSegmentRows>
+struct FusedShape {
+  static constexpr int kBlocks = blocks_of(kSegmentRows), kRows = kBlocks * kBlockRows;
+  static constexpr int kWarps = fused_fit<D>(kBlocks).warps, kDepth = fused_fit<D>(kBlocks).depth;  // of those that read the cache
+  static constexpr int kAllWarps = kWarps + 1;
+  static constexpr int kQueueBytes = queue_bytes(kDepth, Shape<D>::kSlotBytes);
+  static constexpr int kSteps = D / 16, kTiles = D / 8;  // of a rotation
+  static constexpr int kPitch = fused_pitch(D);          // of rows of floats: no bank conflicts between rows of a product
+  static constexpr int kOperands = kBlocks * operand_words(D), kFragments = kBlocks * kSteps * kLanes;  // uint4
+  static constexpr int kM = kRows * kPitch, kL = kM + kRows, kStateFloats = kL + kRows;  // of a warp's partial state
+  static_assert(kQueueBytes >= kStateFloats * 4, "a warp's state goes where its queue was");
+};
+
+// Tiles of 8 columns of a rotation's matrix that a warp multiplies by: `first`, `first` + `apart`, ... The first kAhead are
+// asked for before the rows are there.
+template <int D>
+struct Columns {
+  static constexpr int kSteps = D / 16, kTiles = D / 8, kAhead = D == 64 ? 1 : D == 128 ? 3 : 2;
+  uint4 m[kAhead][kSteps];
+
+  __device__ __forceinline__ void load(const PackedMatrix& matrix, int i, int n, int lane) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k)
+      if (n < kTiles) m[i][k] = __ldg(matrix.words + (n * kSteps + k) * kLanes + lane);
+  }
+  __device__ __forceinline__ void prefetch(const PackedMatrix& matrix, int first, int apart, int lane) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load(matrix, i, first + i * apart, lane);
+  }
+  // f(block, n, i, c0, c1): columns 8n + 2t and + 1 of row g of each block, n of load i, in units of the row's and the matrix's scale.
+  template <int kBlocks, class F>
+  __device__ __forceinline__ void multiply(const PackedMatrix& matrix, const uint4* fragments, int first, int apart, int lane, F f) {
+    for (int n0 = first; n0 < kTiles; n0 += kAhead * apart) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int n = n0 + i * apart;
+        if (n >= kTiles) break;
+        if (n0 != first) load(matrix, i, n, lane);
+#pragma unroll
+        for (int r = 0; r < kBlocks; ++r) {
+          float high[4] = {}, low[4] = {};  // apart: half as long a chain
+#pragma unroll
+          for (int k = 0; k < kSteps; ++k) {
+            const uint4 a = fragments[(r * kSteps + k) * kLanes + lane];
+            mma_halves(false, high, a, m[i][k].x, m[i][k].y);
+            mma_halves(false, low, a, m[i][k].z, m[i][k].w);
+          }
+          f(r, n, i, (high[0] + high[2]) + (low[0] + low[2]), (high[1] + high[3]) + (low[1] + low[3]));
+        }
+      }
+    }
+  }
+};
+
+// Channels c and c + 1 of a row as the operand of 16-bit products whose rows are halves: `words` of the row's block.
+__device__ __forceinline__ void put_halves(uint32_t* words, bool bf16, int row, int c, float a, float b) {
+  uint32_t* to = words + (c / 16 * kLanes + row * 4 + c % 8 / 2) * 4 + c % 16 / 8 * 2;
+  const uint32_t high = pack_halves(bf16, a, b);
+  const float2 back = unpack_halves(bf16, high);
+  *reinterpret_cast<uint2*>(to) = {high, pack_halves(bf16, a - back.x, b - back.y)};
+}
+
+// What attend_prepare does, for one segment and into shared memory; by kWarps warps, who meet at barrier 1. `y`:
+// [kRows][kPitch]. `scales`: as row_scale.
+//
+// A warp's first row is asked for before the sequence's view is there.
+template <int D>
+struct QueryRow {
+  static constexpr int kPairs = (D / 2 + kLanes - 1) / kLanes;
+  float2 x[kPairs];
+
+  __device__ __forceinline__ void load(const AttendParams& p, int b, int head, int row, int lane) {
+    const int query = row / p.group;
+    const long long from = b * p.q_stride[0] + (head * p.group + row - query * p.group) * p.q_stride[1] + query * p.q_stride[2];
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int c = 2 * (lane + i * kLanes);
+      x[i] = {0, 0};
+      if (c < D && row < p.group * p.queries) x[i] = {load_element(p.q, p.q_dtype, from + c), load_element(p.q, p.q_dtype, from + c + 1)};
+    }
+  }
+};
+
+template <int D, Rows kSegmentRows>
+__device__ __forceinline__ void turn_queries(const AttendParams& p, const SequenceView& s, int b, int head, int row0, QueryRow<D>& first, Columns<D>& columns,
+                                             uint4* operands, float* scales, float* y, uint4* fragments, int warp, int lane) {
+  using F = FusedShape<D, kSegmentRows>;
+  __shared__ float largest[F::kRows];
+  const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(F::kWarps * kLanes) : "memory"); };
+  const int g = lane / 4, t = lane % 4;
+  const bool turned = p.dual.words != nullptr;
+  constexpr int kPairs = QueryRow<D>::kPairs, kQuads = (pad_channels(D) / 4 + kLanes - 1) / kLanes;
+  float2 lambda[kPairs];
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const int c = 2 * (lane + i * kLanes);
+    lambda[i] = {1, 1};
+    if (s.lambda_k != nullptr && c < D) lambda[i] = {s.lambda_k[head * D + c], s.lambda_k[head * D + c + 1]};
+  }
+#pragma unroll 1
+  for (int r = warp; r < F::kRows; r += F::kWarps) {
+    float2 over[kPairs];
+    float top = 0;
+    if (r != warp) first.load(p, b, head, row0 + r, lane);
+    const auto& x = first.x;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      over[i] = {x[i].x / lambda[i].x, x[i].y / lambda[i].y};
+      top = fmaxf(top, fmaxf(fabsf(over[i].x), fabsf(over[i].y)));
+    }
+    top = warp_max(top);
+    const float inverse = top > 0 ? 1.0f / top : 0.0f;
+    uint4* block = operands + r / kBlockRows * operand_words(D);
+    auto* exact = reinterpret_cast<uint32_t*>(block + (operand_bytes_tiles(D) + operand_mean_steps(D)) * kLanes);
+    auto* words = reinterpret_cast<uint32_t*>(fragments + r / kBlockRows * F::kSteps * kLanes);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int c = 2 * (lane + i * kLanes);
+      if (c >= D) continue;
+      put_halves(exact, p.bf16, r % kBlockRows, c, x[i].x, x[i].y);
+      if (turned) put_halves(words, false, r % kBlockRows, c, over[i].x * inverse, over[i].y * inverse);
+      else *reinterpret_cast<float2*>(y + r * F::kPitch + c) = over[i];
+    }
+    if (lane == 0) largest[r] = top;
+  }
+  meet();
+  if (turned) {
+    columns.template multiply<F::kBlocks>(p.dual, fragments, warp, F::kWarps, lane, [&](int block, int n, int, float c0, float c1) {
+      const int r = block * kBlockRows + g;
+      const float scale = largest[r] * p.dual.scale;
+      *reinterpret_cast<float2*>(y + r * F::kPitch + n * 8 + 2 * t) = {c0 * scale, c1 * scale};
+    });
+    meet();
+  }
+#pragma unroll 1
+  for (int r = warp; r < F::kRows; r += F::kWarps) {
+    float4 x[kQuads];
+    float top = 0;
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      const int c = 4 * (lane + i * kLanes);
+      x[i] = c < D ? *reinterpret_cast<const float4*>(y + r * F::kPitch + c) : float4{};
+      top = fmaxf(top, fmaxf(fmaxf(fabsf(x[i].x), fabsf(x[i].y)), fmaxf(fabsf(x[i].z), fabsf(x[i].w))));
+    }
+    top = warp_max(top);
+    const float to_units = top > 0 ? 32512.0f / top : 0.0f, to_one = top > 0 ? 1.0f / top : 0.0f;
+    uint4* block = operands + r / kBlockRows * operand_words(D);
+    auto* bytes = reinterpret_cast<uint32_t*>(block);
+    const int row = r % kBlockRows;
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      const int c = 4 * (lane + i * kLanes);
+      if (c >= pad_channels(D)) continue;
+      const float values[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+      uint32_t high = 0, low = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int n = __float2int_rn(values[j] * to_units);
+        high |= (static_cast<uint32_t>((n + 128) >> 8) & 255) << 8 * j;
+        low |= (static_cast<uint32_t>(n) & 255) << 8 * j;
+      }
+      *reinterpret_cast<uint2*>(bytes + (c / 32 * kLanes + row * 4 + c % 16 / 4) * 4 + c % 32 / 16 * 2) = {high, low};
+      if (p.mean)
+        block[(operand_bytes_tiles(D) + c / 32 * 2 + c % 8 / 4) * kLanes + row * 4 + c % 32 / 8] =
+            two_halves(false, values[0] * to_one, values[1] * to_one, values[2] * to_one, values[3] * to_one);
+    }
+    if (lane == 0) {
+      scales[r / kBlockRows * 2 * kBlockRows + row] = top / 32512.0f * p.factor;
+      scales[r / kBlockRows * 2 * kBlockRows + kBlockRows + row] = top * p.factor;
+    }
+  }
+  meet();
+}
+
+// One row of several partial states, joined: over exact rows and over pages apart, four channels of each for every lane.
+template <int D>
+struct Joined {
+  static constexpr int kQuads = (D / 4 + kLanes - 1) / kLanes;
+  float4 o[2][kQuads];
+  float m, l;
+
+  __device__ __forceinline__ void clear(float largest) {
+    m = largest;
+    l = 0;
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) o[0][i] = o[1][i] = {};
+  }
+  static __device__ __forceinline__ float weight(float its_m, float m) { return m == -INFINITY ? 0.0f : exp2_fast(its_m - m); }
+  // kKind: 0 over exact rows, 1 over pages; `row`: [D]; kFresh: of another CTA, so not from L1.
+  template <int kKind, bool kFresh>
+  __device__ __forceinline__ void add(float w, const float* row, int lane) {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      const int c = 4 * (lane + i * kLanes);
+      if (c >= D) continue;
+      const float4 x = kFresh ? __ldcg(reinterpret_cast<const float4*>(row + c)) : *reinterpret_cast<const float4*>(row + c);
+      o[kKind][i].x = fmaf(x.x, w, o[kKind][i].x);
+      o[kKind][i].y = fmaf(x.y, w, o[kKind][i].y);
+      o[kKind][i].z = fmaf(x.z, w, o[kKind][i].z);
+      o[kKind][i].w = fmaf(x.w, w, o[kKind][i].w);
+    }
+  }
+  template <int kKind>
+  __device__ __forceinline__ void write(float* row, int lane) const {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i)
+      if (const int c = 4 * (lane + i * kLanes); c < D) *reinterpret_cast<float4*>(row + c) = o[kKind][i];
+  }
+};
+
+// Where a CTA stands, and what its shared memory holds behind the queues.
+template <int D, Rows kSegmentRows>
+struct FusedPlace {
+  using F = FusedShape<D, kSegmentRows>;
+  uint4 *operands, *fragments;
+  float *y, *carried;  // [kRows][kPitch]; the state over exact rows of a warp that reads pages too
+  int segments_per_head, segments, segment, b, head, row0, rows;
+
+  __device__ __forceinline__ FusedPlace(const AttendParams& p, unsigned char* memory) {
+    operands = reinterpret_cast<uint4*>(memory + F::kWarps * F::kQueueBytes);
+    fragments = operands + F::kOperands;
+    y = reinterpret_cast<float*>(fragments + F::kFragments);
+    carried = y + F::kRows * F::kPitch;
+    segments_per_head = p.blocks / F::kBlocks;
+    segments = p.kv_heads * segments_per_head;
+    segment = blockIdx.y % segments;
+    b = blockIdx.y / segments;
+    head = segment / segments_per_head;
+    row0 = segment % segments_per_head * F::kRows;
+    rows = min(F::kRows, p.group * p.queries - row0);
+  }
+};
+
+// How a segment's items are shared out among its CTAs' warps.
+template <int kWarps>
+struct FusedShares : Shares {
+  int exact_items, items, ctas;
+
+  __device__ __forceinline__ explicit FusedShares(const SequenceView& s)
+      : FusedShares(items_of(s.exact[0]) + items_of(s.exact[1]), s.page_count) {}
+  __device__ __forceinline__ FusedShares(int exact, int pages)
+      : Shares(exact + pages, static_cast<int>(gridDim.x) * kWarps), exact_items(exact), items(exact + pages),
+        ctas(max(1, (warps + kWarps - 1) / kWarps)) {}
+};
+
+extern __shared__ __align__(128) unsigned char memory[];  // as attend_main declares it
+
+template <int D, Rows kSegmentRows>
+__device__ __forceinline__ void fused_read(const AttendParams& p, const SequenceView& s, const FusedShares<FusedShape<D, kSegmentRows>::kWarps>& shares,
+                                           QueryRow<D>& first, Columns<D>& columns, int* carries, int warp, int lane) {
+  using S = Shape<D>;
+  using F = FusedShape<D, kSegmentRows>;
+  using Slots = Queue<F::kDepth, S::kSlotBytes, S::kExactPitch>;
+  __shared__ float scales[F::kBlocks * 2 * kBlockRows];
+  const FusedPlace<D, kSegmentRows> at(p, memory);
+  const int w0 = blockIdx.x * F::kWarps;
+  if (warp == F::kWarps) {
+    const int w = w0 + lane;
+    Cursor from;
+    if (lane < F::kWarps && w < shares.warps) from.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
+    Pieces pieces(p, from, at.segments_per_head);
+    Filler<F::kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, F::kWarps - 1) * F::kQueueBytes);
+    while (__any_sync(kAll, !pieces.done())) {
+      const bool mine = !pieces.done() && filler.ready();
+      const Piece piece = mine ? pieces.piece() : Piece();
+      filler.put(mine, piece, lane);
+      if (mine) pieces.next();
+    }
+    return;
+  }
+  turn_queries<D, kSegmentRows>(p, s, at.b, at.head, at.row0, first, columns, at.operands, scales, at.y, at.fragments, warp, lane);
+  const int w = w0 + warp;
+  Cursor here;
+  if (w < shares.warps) here.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
+  Slots queue(memory + warp * F::kQueueBytes, lane);
+  Pieces none(p, Cursor(), at.segments_per_head);
+  State<D, F::kBlocks> state;
+  while (here.flat < here.end) {
+    const int run = here.run();
+    const bool packed = here.packed();
+    state.clear();
+    if (packed) pages_run<D, kSegmentRows, true>(p, queue, none, state, at.operands, scales, nullptr, here, at.head, at.row0, run, lane);
+    else exact_run<D, F::kBlocks>(p, queue, none, state, here, at.head, at.operands, at.row0, run, lane);
+    const bool more = here.flat + run < here.end;
+    state.template put<kSegmentRows == Rows::four, F::kPitch>(more ? at.carried : reinterpret_cast<float*>(memory + warp * F::kQueueBytes), packed, at.rows, lane);
+    if (more && lane == 0) *carries = 1;
+    here.skip(p, run, at.segments);
+  }
+}
+
+// What follows the reading: in a function of its own, so that nothing of it takes registers there.
+template <int D, Rows kSegmentRows>
+__device__ __noinline__ void fused_finish(const AttendParams& p, const int* carries) {
+  using F = FusedShape<D, kSegmentRows>;
+  constexpr int kSteps = F::kSteps;
+  __shared__ float largest[F::kRows], whole[F::kRows];  // of the part over pages; what the sums are multiplied by
+  __shared__ long long to[F::kRows];                    // a row's first element
+  __shared__ int last;
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4, w0 = blockIdx.x * F::kWarps;
+  const FusedPlace<D, kSegmentRows> at(p, memory);
+  const int head = at.head, row0 = at.row0, rows = at.rows;
+  const SequenceView& s = p.sequences[at.b];
+  const FusedShares<F::kWarps> shares(s);
+  const int ctas = shares.ctas;
+  const bool turned = p.inverse_transpose.words != nullptr && s.page_count > 0;
+  Columns<D> columns;
+  if (turned) columns.prefetch(p.inverse_transpose, warp, F::kAllWarps, lane);
+  // Of rows g: what lambda of the values divides by, asked for early.
+  float2 lambda[Columns<D>::kAhead];
+#pragma unroll
+  for (int i = 0; i < Columns<D>::kAhead; ++i) {
+    const int c = (warp + i * F::kAllWarps) * 8 + 2 * t;
+    lambda[i] = {1, 1};
+    if (s.lambda_v != nullptr && c < D) lambda[i] = {s.lambda_v[head * D + c], s.lambda_v[head * D + c + 1]};
+  }
+  // The segment's warps from this one on end with a state over pages, those before it with one over exact rows.
+  const int first_pages = shares.exact_items < shares.items ? shares.owner(shares.exact_items) : shares.warps;
+  const int last_exact = shares.exact_items > 0 ? shares.owner(shares.exact_items - 1) : -1;
+  __syncthreads();
+
+  Joined<D> sum;
+  const int states = min(F::kWarps, shares.warps - w0);  // of this CTA's warps
+  const auto join_warps = [&](int r) {
+    const auto state = [&](int i) { return i < 0 ? at.carried : reinterpret_cast<const float*>(memory + i * F::kQueueBytes); };
+    const int begin = *carries != 0 ? -1 : 0;
+    float m = -INFINITY;
+    for (int i = begin; i < states; ++i) m = fmaxf(m, state(i)[F::kM + r]);
+    sum.clear(m);
+#pragma unroll 1
+    for (int i = begin; i < states; ++i) {
+      const float* from = state(i);
+      const float weight = sum.weight(from[F::kM + r], m);
+      sum.l = fmaf(from[F::kL + r], weight, sum.l);
+      if (i >= 0 && w0 + i >= first_pages) sum.template add<1, false>(weight, from + r * F::kPitch, lane);
+      else sum.template add<0, false>(weight, from + r * F::kPitch, lane);
+    }
+  };
+
+  // A CTA's state: o over exact rows, o over pages [rows][D] each, m, l [rows].
+  constexpr int kCtaFloats = fused_state_floats(D, F::kBlocks), kM = 2 * F::kRows * D, kL = kM + F::kRows;
+  float* const of_segment = p.states + static_cast<std::size_t>(blockIdx.y) * gridDim.x * kCtaFloats;
+  if (ctas > 1) {
+    float* mine = of_segment + blockIdx.x * kCtaFloats;
+    for (int r = warp; r < rows; r += F::kAllWarps) {
+      join_warps(r);
+      if (w0 <= last_exact) sum.template write<0>(mine + r * D, lane);
+      if (w0 + states > first_pages) sum.template write<1>(mine + (F::kRows + r) * D, lane);
+      if (lane == 0) {
+        mine[kM + r] = sum.m;
+        mine[kL + r] = sum.l;
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();
+      last = atomicAdd(p.arrived + blockIdx.y, 1) == ctas - 1;
+      __threadfence();
+      if (last) p.arrived[blockIdx.y] = 0;  // as the next call wants it
+    }
+    __syncthreads();
+    if (!last) return;
+  }
+  const auto join_ctas = [&](int r) {
+    float m = -INFINITY;
+    for (int i = lane; i < ctas; i += kLanes) m = fmaxf(m, __ldcg(of_segment + i * kCtaFloats + kM + r));
+    m = warp_max(m);
+    sum.clear(m);
+    const int first = first_pages / F::kWarps, exact_ctas = last_exact < 0 ? 0 : last_exact / F::kWarps + 1;
+    // Weights by lanes, so that no row waits for its own.
+    for (int i0 = 0; i0 < ctas; i0 += kLanes) {
+      float weight = 0;
+      if (i0 + lane < ctas) {
+        const float* state = of_segment + (i0 + lane) * kCtaFloats;
+        weight = sum.weight(__ldcg(state + kM + r), m);
+        sum.l = fmaf(__ldcg(state + kL + r), weight, sum.l);
+      }
+      const int end = min(ctas - i0, kLanes);
+#pragma unroll 2
+      for (int i = 0; i < min(exact_ctas - i0, end); ++i)
+        sum.template add<0, true>(__shfl_sync(kAll, weight, i), of_segment + (i0 + i) * kCtaFloats + r * D, lane);
+#pragma unroll 1
+      for (int i = max(first - i0, 0); i < end; i += 8) {
+        // Eight rows at once, behind the end the last one's with a weight of 0.
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float w = __shfl_sync(kAll, weight, min(i + j, end - 1));
+          sum.template add<1, true>(i + j < end ? w : 0.0f, of_segment + (i0 + min(i + j, end - 1)) * kCtaFloats + (F::kRows + r) * D, lane);
+        }
+      }
+    }
+    for (int step = kLanes / 2; step > 0; step /= 2) sum.l += __shfl_xor_sync(kAll, sum.l, step);
+  };
+
+  // out = R^-1 y / lambda + z, as attend_merge has it.
+#pragma unroll 1
+  for (int r = warp; r < F::kRows; r += F::kAllWarps) {
+    sum.clear(-INFINITY);
+    if (r < rows) {
+      if (ctas > 1) join_ctas(r);
+      else join_warps(r);
+    }
+    float top = 0;
+#pragma unroll
+    for (int i = 0; i < Joined<D>::kQuads; ++i) {
+      const float4& x = sum.o[1][i];
+      top = fmaxf(top, fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w))));
+    }
+    top = warp_max(top);
+    const float inverse = top > 0 ? 1.0f / top : 0.0f;
+    auto* words = reinterpret_cast<uint32_t*>(at.fragments + r / kBlockRows * kSteps * kLanes);
+#pragma unroll
+    for (int i = 0; i < Joined<D>::kQuads; ++i) {
+      const int c = 4 * (lane + i * kLanes);
+      if (c >= D) continue;
+      const float4 x = sum.o[1][i];
+      float4 rest = sum.o[0][i];
+      if (turned) {
+        put_halves(words, false, r % kBlockRows, c, x.x * inverse, x.y * inverse);
+        put_halves(words, false, r % kBlockRows, c + 2, x.z * inverse, x.w * inverse);
+      } else if (s.page_count > 0) {
+        float of[4] = {1, 1, 1, 1};
+        if (s.lambda_v != nullptr)
+          for (int e = 0; e < 4; ++e) of[e] = s.lambda_v[head * D + c + e];
+        rest = {rest.x + x.x / of[0], rest.y + x.y / of[1], rest.z + x.z / of[2], rest.w + x.w / of[3]};
+      }
+      *reinterpret_cast<float4*>(at.y + r * F::kPitch + c) = rest;
+    }
+    if (lane == 0) {
+      const int row = row0 + r, q_head = head * p.group + row % p.group;
+      constexpr float kLog2e = 1.4426950408889634f;
+      const float more = r < rows && p.out != nullptr && p.sinks != nullptr && sum.l > 0 ? exp2f(p.sinks[q_head] * kLog2e - sum.m) : 0.0f;
+      largest[r] = top * p.inverse_transpose.scale;
+      whole[r] = p.out == nullptr ? (sum.l > 0 ? 1.0f : 0.0f) : sum.l > 0 ? 1.0f / (sum.l + more) : 0.0f;
+      if (r < rows) {
+        const int query = row / p.group;
+        to[r] = p.out != nullptr ? at.b * p.out_stride[0] + q_head * p.out_stride[1] + query * p.out_stride[2]
+                                 : (static_cast<long long>(at.b) * p.kv_heads * p.group + q_head) * p.partial_queries + p.partial_begin + query;
+        if (p.out == nullptr) {
+          constexpr float kLn2 = 0.6931471805599453f;
+          p.partial.m[to[r]] = sum.m * kLn2;
+          p.partial.l[to[r]] = sum.l;
+        }
+      }
+    }
+  }
+  __syncthreads();
+
+  const auto write = [&](int r, int c, float2 x) {
+    if (r >= rows) return;
+    x = {x.x * whole[r], x.y * whole[r]};
+    if (whole[r] == 0) x = {0, 0};
+    if (p.out != nullptr) {
+      store_element(p.out, p.out_dtype, to[r] + c, x.x);
+      store_element(p.out, p.out_dtype, to[r] + c + 1, x.y);
+    } else {
+      *reinterpret_cast<float2*>(p.partial.o + to[r] * D + c) = x;
+    }
+  };
+  if (turned) {
+    columns.template multiply<F::kBlocks>(p.inverse_transpose, at.fragments, warp, F::kAllWarps, lane, [&](int block, int n, int i, float c0, float c1) {
+      const int r = block * kBlockRows + g, c = n * 8 + 2 * t;
+      const float2 rest = *reinterpret_cast<const float2*>(at.y + r * F::kPitch + c);
+      float2 of = lambda[i];
+      if (n >= Columns<D>::kAhead * F::kAllWarps && s.lambda_v != nullptr) of = {s.lambda_v[head * D + c], s.lambda_v[head * D + c + 1]};
+      write(r, c, {c0 * largest[r] / of.x + rest.x, c1 * largest[r] / of.y + rest.y});
+    });
+  } else {
+    for (int r = warp; r < rows; r += F::kAllWarps)
+      for (int c = 2 * lane; c < D; c += 2 * kLanes) write(r, c, *reinterpret_cast<const float2*>(at.y + r * F::kPitch + c));
+  }
+}
+
+template <int D, Rows kSegmentRows>
+__device__ __forceinline__ void fused_all(const AttendParams& p) {
+  using F = FusedShape<D, kSegmentRows>;
+  using Slots = Queue<F::kDepth, Shape<D>::kSlotBytes, Shape<D>::kExactPitch>;
+  __shared__ int carries;
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  {
+    Columns<D> columns;
+    QueryRow<D> first;
+    if (warp < F::kWarps && p.dual.words != nullptr) columns.prefetch(p.dual, warp, F::kWarps, lane);
+    if (lane == 0 && warp < F::kWarps) Slots::prepare(memory + warp * F::kQueueBytes);
+    if (threadIdx.x == 0) carries = 0;
+    __syncthreads();
+    wait_for_previous();
+    let_next_begin();
+    const FusedPlace<D, kSegmentRows> at(p, memory);
+    const SequenceView& s = p.sequences[at.b];
+    if (warp < F::kWarps) first.load(p, at.b, at.head, at.row0 + warp, lane);
+    const FusedShares<F::kWarps> shares(s);
+    if (blockIdx.x >= shares.ctas) return;
+    fused_read<D, kSegmentRows>(p, s, shares, first, columns, &carries, warp, lane);
+  }
+  fused_finish<D, kSegmentRows>(p, &carries);
+}
+
+// For the large room alone, where another warp fills the queues. Empty in code for devices before 9.0.
+template <int D, Rows kSegmentRows>
+__global__ void __launch_bounds__((fused_fit<D>(blocks_of(kSegmentRows)).warps + 1) * kLanes, 1) attend_fused(const __grid_constant__ AttendParams p) {
+#ifdef __CUDA_ARCH__
+  if constexpr (runs_in(Room::large, __CUDA_ARCH__ / 10)) fused_all<D, kSegmentRows>(p);
+#endif
+}
+
+}  // namespace kv4::cuda
