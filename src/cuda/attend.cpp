@@ -40,15 +40,21 @@ Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
 
 int items_of(const ExactRows& x) { return static_cast<int>((x.count + kExactTokens - 1) / kExactTokens); }
 
-// CTAs of each segment, where one kernel that takes segments whole is done before three that share all items evenly; else 0.
-int fused_ctas(const AttendParams& p, const AttendPlan& plan, int warps, int segments, const Load& load) {
-  if (plan.room != Room::large || segments > plan.ctas || segments > kMostFused || warps == 0) return 0;
-  const int ctas = plan.ctas / segments;
-  // Rounds of items. Two launches and the waits between them cost about as much as four.
+// Sets plan.fused_ctas, where one kernel that takes segments whole is done before three that share all items evenly, and who
+// reads there.
+template <int D>
+void plan_fused(const AttendParams& p, int segments, const Load& load, AttendPlan* plan) {
+  if (plan->room != Room::large || segments > plan->ctas || segments > kMostFused) return;
+  const int ctas = plan->ctas / segments;
+  const auto rounds = [](long long items, long long readers) { return (items + readers - 1) / readers; };
+  const auto readers = [&](Readers kind) { return static_cast<long long>(fused_fit<D>(kind, plan->segment_blocks).warps); };
+  // A team is quicker with its first items, by as much as it is slower with those that follow.
+  constexpr long long kTeamRounds = 2;
+  plan->teams = rounds(load.longest, ctas * readers(Readers::teams)) <= kTeamRounds;
+  // Two launches and the waits between them cost about as much as four rounds of warps.
   constexpr long long kSaved = 4;
-  const auto rounds = [](long long items, long long shares) { return (items + shares - 1) / shares; };
-  const long long all = load.all * (segments / p.batch);
-  return rounds(load.longest, static_cast<long long>(ctas) * warps) <= rounds(all, static_cast<long long>(plan.ctas) * warps) + kSaved ? ctas : 0;
+  const long long all = load.all * (segments / p.batch), warps = readers(Readers::warps);
+  if (plan->teams || rounds(load.longest, ctas * warps) <= rounds(all, plan->ctas * warps) + kSaved) plan->fused_ctas = ctas;
 }
 
 }  // namespace
@@ -81,7 +87,7 @@ AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load
   sized.blocks = blocks_of_rows(p, plan.segment_blocks);
   const int segments = p.batch * p.kv_heads * (sized.blocks / plan.segment_blocks);
   with_dim(p.dim, [&](auto d) {
-    plan.fused_ctas = fused_ctas(p, plan, fused_fit<decltype(d)::value>(plan.segment_blocks).warps, segments, load);
+    plan_fused<decltype(d)::value>(p, segments, load, &plan);
     return true;
   });
   plan.scratch = lay_out(sized, plan).bytes;

@@ -108,6 +108,7 @@ struct AttendPlan {
   int segment_blocks = 1;
   int ctas = 0, warps_per_cta = 0;
   int fused_ctas = 0;  // of each segment, where one kernel does all (attend_fused.cuh); 0: three kernels
+  bool teams = false;  // of warps read together there (attend_team.cuh)
   bool early = false;  // the kernels may begin before those before them have ended (sm_90)
   std::size_t scratch = 0;
 };

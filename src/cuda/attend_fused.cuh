@@ -1,9 +1,9 @@
 // Attention in one kernel, where a call has no more segments than the device has multiprocessors (attend.cpp decides): each
 // segment, the row blocks of one sequence and KV head, gets as many CTAs, and they share its items out. A CTA turns the
-// segment's queries itself while the first pages are on their way, joins its warps' partial states in shared memory, and the
+// segment's queries itself while the first pages are on their way, joins its readers' partial states in shared memory, and the
 // last of a segment's CTAs joins theirs, turns the part over pages back and writes.
 //
-// Against prepare, main and merge this leaves out two launches, the waits between them and six sevenths of the partial states
+// Against prepare, main and merge this leaves out two launches, the waits between them and most of the partial states
 // in device memory. Every CTA reads both rotations' matrices, 4 D^2 bytes each from L2 (64 KB at d = 128, 1.3 us at 13 bytes a
 // cycle and multiprocessor with all of them reading), which is why calls of more segments keep the three kernels.
 #pragma once
@@ -15,27 +15,32 @@
 
 #include "cuda/attend_main.cuh"
 #include "cuda/attend_merge.cuh"
+#include "cuda/attend_team.cuh"
 
 namespace kv4::cuda {
 
-template <int D, Rows kSegmentRows>
+template <int D, Rows kSegmentRows, Readers kReaders>
 struct FusedShape {
   static constexpr int kBlocks = blocks_of(kSegmentRows), kRows = kBlocks * kBlockRows;
-  static constexpr int kWarps = fused_fit<D>(kBlocks).warps, kDepth = fused_fit<D>(kBlocks).depth;  // of those that read the cache
-  static constexpr int kAllWarps = kWarps + 1;
+  static constexpr int kCount = fused_fit<D>(kReaders, kBlocks).warps, kDepth = fused_fit<D>(kReaders, kBlocks).depth;  // readers, their slots
+  static constexpr int kMembers = members_of(kReaders), kWarps = kCount * kMembers, kAllWarps = kWarps + 1;
   static constexpr int kQueueBytes = queue_bytes(kDepth, Shape<D>::kSlotBytes);
   static constexpr int kSteps = D / 16, kTiles = D / 8;  // of a rotation
   static constexpr int kPitch = fused_pitch(D);          // of rows of floats: no bank conflicts between rows of a product
   static constexpr int kOperands = kBlocks * operand_words(D), kFragments = kBlocks * kSteps * kLanes;  // uint4
-  static constexpr int kM = kRows * kPitch, kL = kM + kRows, kStateFloats = kL + kRows;  // of a warp's partial state
-  static_assert(kQueueBytes >= kStateFloats * 4, "a warp's state goes where its queue was");
+  static constexpr int kM = kRows * kPitch, kL = kM + kRows;  // of a reader's partial state
+  static constexpr int kStateFloats = reader_state_floats(kReaders, D, kBlocks);
+  static_assert(kQueueBytes >= kStateFloats * 4, "a reader's state goes where its queue was");
+
+  // Of all warps that read.
+  static __device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"n"(kTeams + 1), "n"(kWarps * kLanes) : "memory"); }
 };
 
 // Tiles of 8 columns of a rotation's matrix that a warp multiplies by: `first`, `first` + `apart`, ... The first kAhead are
 // asked for before the rows are there.
 template <int D>
 struct Columns {
-  static constexpr int kSteps = D / 16, kTiles = D / 8, kAhead = D == 64 ? 1 : D == 128 ? 3 : 2;
+  static constexpr int kSteps = D / 16, kTiles = D / 8, kAhead = D == 64 || D == 256 ? 1 : 2;
   uint4 m[kAhead][kSteps];
 
   __device__ __forceinline__ void load(const PackedMatrix& matrix, int i, int n, int lane) {
@@ -80,7 +85,7 @@ __device__ __forceinline__ void put_halves(uint32_t* words, bool bf16, int row, 
   *reinterpret_cast<uint2*>(to) = {high, pack_halves(bf16, a - back.x, b - back.y)};
 }
 
-// What attend_prepare does, for one segment and into shared memory; by kWarps warps, who meet at barrier 1. `y`:
+// What attend_prepare does, for one segment and into shared memory; by kWarps warps, who meet at a barrier of their own. `y`:
 // [kRows][kPitch]. `scales`: as row_scale.
 //
 // A warp's first row is asked for before the sequence's view is there.
@@ -101,12 +106,11 @@ struct QueryRow {
   }
 };
 
-template <int D, Rows kSegmentRows>
+template <int D, Rows kSegmentRows, Readers kReaders>
 __device__ __forceinline__ void turn_queries(const AttendParams& p, const SequenceView& s, int b, int head, int row0, QueryRow<D>& first, Columns<D>& columns,
                                              uint4* operands, float* scales, float* y, uint4* fragments, int warp, int lane) {
-  using F = FusedShape<D, kSegmentRows>;
+  using F = FusedShape<D, kSegmentRows, kReaders>;
   __shared__ float largest[F::kRows];
-  const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(F::kWarps * kLanes) : "memory"); };
   const int g = lane / 4, t = lane % 4;
   const bool turned = p.dual.words != nullptr;
   constexpr int kPairs = QueryRow<D>::kPairs, kQuads = (pad_channels(D) / 4 + kLanes - 1) / kLanes;
@@ -143,14 +147,14 @@ __device__ __forceinline__ void turn_queries(const AttendParams& p, const Sequen
     }
     if (lane == 0) largest[r] = top;
   }
-  meet();
+  F::meet();
   if (turned) {
     columns.template multiply<F::kBlocks>(p.dual, fragments, warp, F::kWarps, lane, [&](int block, int n, int, float c0, float c1) {
       const int r = block * kBlockRows + g;
       const float scale = largest[r] * p.dual.scale;
       *reinterpret_cast<float2*>(y + r * F::kPitch + n * 8 + 2 * t) = {c0 * scale, c1 * scale};
     });
-    meet();
+    F::meet();
   }
 #pragma unroll 1
   for (int r = warp; r < F::kRows; r += F::kWarps) {
@@ -189,7 +193,7 @@ __device__ __forceinline__ void turn_queries(const AttendParams& p, const Sequen
       scales[r / kBlockRows * 2 * kBlockRows + kBlockRows + row] = top * p.factor;
     }
   }
-  meet();
+  F::meet();
 }
 
 // One row of several partial states, joined: over exact rows and over pages apart, four channels of each for every lane.
@@ -206,14 +210,14 @@ struct Joined {
     for (int i = 0; i < kQuads; ++i) o[0][i] = o[1][i] = {};
   }
   static __device__ __forceinline__ float weight(float its_m, float m) { return m == -INFINITY ? 0.0f : exp2_fast(its_m - m); }
-  // kKind: 0 over exact rows, 1 over pages; `row`: [D]; kFresh: of another CTA, so not from L1.
+  // kKind: 0 over exact rows, 1 over pages; `row`: [D]; kFresh: of another CTA, so not from L1. Lanes behind the end take the last
+  // channels: around a branch no load would overtake another.
   template <int kKind, bool kFresh>
   __device__ __forceinline__ void add(float w, const float* row, int lane) {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
-      const int c = 4 * (lane + i * kLanes);
-      if (c >= D) continue;
-      const float4 x = kFresh ? __ldcg(reinterpret_cast<const float4*>(row + c)) : *reinterpret_cast<const float4*>(row + c);
+      const float* from = row + min(4 * (lane + i * kLanes), D - 4);
+      const float4 x = kFresh ? __ldcg(reinterpret_cast<const float4*>(from)) : *reinterpret_cast<const float4*>(from);
       o[kKind][i].x = fmaf(x.x, w, o[kKind][i].x);
       o[kKind][i].y = fmaf(x.y, w, o[kKind][i].y);
       o[kKind][i].z = fmaf(x.z, w, o[kKind][i].z);
@@ -229,18 +233,20 @@ struct Joined {
 };
 
 // Where a CTA stands, and what its shared memory holds behind the queues.
-template <int D, Rows kSegmentRows>
+template <int D, Rows kSegmentRows, Readers kReaders>
 struct FusedPlace {
-  using F = FusedShape<D, kSegmentRows>;
+  using F = FusedShape<D, kSegmentRows, kReaders>;
   uint4 *operands, *fragments;
-  float *y, *carried;  // [kRows][kPitch]; the state over exact rows of a warp that reads pages too
+  float *y, *carried;  // [kRows][kPitch]; the state over exact rows of a reader that reads pages too
+  TeamExchange<F::kBlocks>* exchanges;
   int segments_per_head, segments, segment, b, head, row0, rows;
 
   __device__ __forceinline__ FusedPlace(const AttendParams& p, unsigned char* memory) {
-    operands = reinterpret_cast<uint4*>(memory + F::kWarps * F::kQueueBytes);
+    operands = reinterpret_cast<uint4*>(memory + F::kCount * F::kQueueBytes);
     fragments = operands + F::kOperands;
     y = reinterpret_cast<float*>(fragments + F::kFragments);
     carried = y + F::kRows * F::kPitch;
+    exchanges = reinterpret_cast<TeamExchange<F::kBlocks>*>(carried + F::kStateFloats);
     segments_per_head = p.blocks / F::kBlocks;
     segments = p.kv_heads * segments_per_head;
     segment = blockIdx.y % segments;
@@ -251,35 +257,36 @@ struct FusedPlace {
   }
 };
 
-// How a segment's items are shared out among its CTAs' warps.
-template <int kWarps>
+// How a segment's items are shared out among its CTAs' readers, kCount each.
+template <int kCount>
 struct FusedShares : Shares {
   int exact_items, items, ctas;
 
   __device__ __forceinline__ explicit FusedShares(const SequenceView& s)
       : FusedShares(items_of(s.exact[0]) + items_of(s.exact[1]), s.page_count) {}
   __device__ __forceinline__ FusedShares(int exact, int pages)
-      : Shares(exact + pages, static_cast<int>(gridDim.x) * kWarps), exact_items(exact), items(exact + pages),
-        ctas(max(1, (warps + kWarps - 1) / kWarps)) {}
+      : Shares(exact + pages, static_cast<int>(gridDim.x) * kCount), exact_items(exact), items(exact + pages),
+        ctas(max(1, (warps + kCount - 1) / kCount)) {}
 };
 
 extern __shared__ __align__(128) unsigned char memory[];  // as attend_main declares it
 
-template <int D, Rows kSegmentRows>
-__device__ __forceinline__ void fused_read(const AttendParams& p, const SequenceView& s, const FusedShares<FusedShape<D, kSegmentRows>::kWarps>& shares,
-                                           QueryRow<D>& first, Columns<D>& columns, int* carries, int warp, int lane) {
+template <int D, Rows kSegmentRows, Readers kReaders>
+__device__ __forceinline__ void fused_read(const AttendParams& p, const SequenceView& s,
+                                           const FusedShares<FusedShape<D, kSegmentRows, kReaders>::kCount>& shares, QueryRow<D>& first,
+                                           Columns<D>& columns, int* carries, int warp, int lane) {
   using S = Shape<D>;
-  using F = FusedShape<D, kSegmentRows>;
-  using Slots = Queue<F::kDepth, S::kSlotBytes, S::kExactPitch>;
+  using F = FusedShape<D, kSegmentRows, kReaders>;
+  constexpr bool kTeamed = kReaders == Readers::teams;
   __shared__ float scales[F::kBlocks * 2 * kBlockRows];
-  const FusedPlace<D, kSegmentRows> at(p, memory);
-  const int w0 = blockIdx.x * F::kWarps;
+  const FusedPlace<D, kSegmentRows, kReaders> at(p, memory);
+  const int reader0 = blockIdx.x * F::kCount;
   if (warp == F::kWarps) {
-    const int w = w0 + lane;
+    const int w = reader0 + lane;
     Cursor from;
-    if (lane < F::kWarps && w < shares.warps) from.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
-    Pieces pieces(p, from, at.segments_per_head);
-    Filler<F::kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, F::kWarps - 1) * F::kQueueBytes);
+    if (lane < F::kCount && w < shares.warps) from.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
+    PiecesOf<F::kMembers> pieces(p, from, at.segments_per_head);
+    Filler<F::kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, F::kCount - 1) * F::kQueueBytes);
     while (__any_sync(kAll, !pieces.done())) {
       const bool mine = !pieces.done() && filler.ready();
       const Piece piece = mine ? pieces.piece() : Piece();
@@ -288,59 +295,69 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const Sequence
     }
     return;
   }
-  turn_queries<D, kSegmentRows>(p, s, at.b, at.head, at.row0, first, columns, at.operands, scales, at.y, at.fragments, warp, lane);
-  const int w = w0 + warp;
+  turn_queries<D, kSegmentRows, kReaders>(p, s, at.b, at.head, at.row0, first, columns, at.operands, scales, at.y, at.fragments, warp, lane);
+  const int reader = warp / F::kMembers, member = warp % F::kMembers, w = reader0 + reader;
   Cursor here;
   if (w < shares.warps) here.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
-  Slots queue(memory + warp * F::kQueueBytes, lane);
-  Pieces none(p, Cursor(), at.segments_per_head);
-  State<D, F::kBlocks> state;
+  unsigned char* const mine = memory + reader * F::kQueueBytes;
+  std::conditional_t<kTeamed, TeamQueue<F::kDepth, S::kSlotBytes>, Queue<F::kDepth, S::kSlotBytes, S::kExactPitch>> queue(mine, lane);
+  std::conditional_t<kTeamed, TeamState<D, F::kBlocks>, State<D, F::kBlocks>> state;
+#pragma unroll 1
   while (here.flat < here.end) {
     const int run = here.run();
-    const bool packed = here.packed();
+    const bool packed = here.packed(), more = here.flat + run < here.end;
+    float* const to = more ? at.carried : reinterpret_cast<float*>(mine);
     state.clear();
-    if (packed) pages_run<D, kSegmentRows, true>(p, queue, none, state, at.operands, scales, nullptr, here, at.head, at.row0, run, lane);
-    else exact_run<D, F::kBlocks>(p, queue, none, state, here, at.head, at.operands, at.row0, run, lane);
-    const bool more = here.flat + run < here.end;
-    state.template put<kSegmentRows == Rows::four, F::kPitch>(more ? at.carried : reinterpret_cast<float*>(memory + warp * F::kQueueBytes), packed, at.rows, lane);
+    if constexpr (kTeamed) {
+      auto& exchange = at.exchanges[reader];
+      if (packed) team_pages<D, kSegmentRows>(p, queue, state, exchange, at.operands, scales, here, at.head, at.row0, run, reader, member, lane);
+      else team_exact<D, F::kBlocks>(p, queue, state, exchange, at.operands, here, at.head, at.row0, run, reader, member, lane);
+      meet_team(reader);  // nobody reads the queue any more
+      state.template put<kSegmentRows == Rows::four, F::kPitch>(to, packed, at.rows, member, lane);
+    } else {
+      Pieces none(p, Cursor(), at.segments_per_head);
+      if (packed) pages_run<D, kSegmentRows, true>(p, queue, none, state, at.operands, scales, nullptr, here, at.head, at.row0, run, lane);
+      else exact_run<D, F::kBlocks>(p, queue, none, state, here, at.head, at.operands, at.row0, run, lane);
+      state.template put<kSegmentRows == Rows::four, F::kPitch>(to, packed, at.rows, lane);
+    }
     if (more && lane == 0) *carries = 1;
     here.skip(p, run, at.segments);
   }
 }
 
 // What follows the reading: in a function of its own, so that nothing of it takes registers there.
-template <int D, Rows kSegmentRows>
+template <int D, Rows kSegmentRows, Readers kReaders>
 __device__ __noinline__ void fused_finish(const AttendParams& p, const int* carries) {
-  using F = FusedShape<D, kSegmentRows>;
+  using F = FusedShape<D, kSegmentRows, kReaders>;
   constexpr int kSteps = F::kSteps;
   __shared__ float largest[F::kRows], whole[F::kRows];  // of the part over pages; what the sums are multiplied by
   __shared__ long long to[F::kRows];                    // a row's first element
   __shared__ int last;
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4, w0 = blockIdx.x * F::kWarps;
-  const FusedPlace<D, kSegmentRows> at(p, memory);
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4, reader0 = blockIdx.x * F::kCount;
+  const FusedPlace<D, kSegmentRows, kReaders> at(p, memory);
   const int head = at.head, row0 = at.row0, rows = at.rows;
   const SequenceView& s = p.sequences[at.b];
-  const FusedShares<F::kWarps> shares(s);
+  const FusedShares<F::kCount> shares(s);
   const int ctas = shares.ctas;
   const bool turned = p.inverse_transpose.words != nullptr && s.page_count > 0;
   Columns<D> columns;
-  if (turned) columns.prefetch(p.inverse_transpose, warp, F::kAllWarps, lane);
+  if (turned) columns.prefetch(p.inverse_transpose, warp, F::kWarps, lane);
   // Of rows g: what lambda of the values divides by, asked for early.
   float2 lambda[Columns<D>::kAhead];
 #pragma unroll
   for (int i = 0; i < Columns<D>::kAhead; ++i) {
-    const int c = (warp + i * F::kAllWarps) * 8 + 2 * t;
+    const int c = (warp + i * F::kWarps) * 8 + 2 * t;
     lambda[i] = {1, 1};
     if (s.lambda_v != nullptr && c < D) lambda[i] = {s.lambda_v[head * D + c], s.lambda_v[head * D + c + 1]};
   }
-  // The segment's warps from this one on end with a state over pages, those before it with one over exact rows.
+  // The segment's readers from this one on end with a state over pages, those before it with one over exact rows.
   const int first_pages = shares.exact_items < shares.items ? shares.owner(shares.exact_items) : shares.warps;
   const int last_exact = shares.exact_items > 0 ? shares.owner(shares.exact_items - 1) : -1;
-  __syncthreads();
+  F::meet();
 
   Joined<D> sum;
-  const int states = min(F::kWarps, shares.warps - w0);  // of this CTA's warps
-  const auto join_warps = [&](int r) {
+  const int states = min(F::kCount, shares.warps - reader0);  // of this CTA's readers
+  const auto join_readers = [&](int r) {
     const auto state = [&](int i) { return i < 0 ? at.carried : reinterpret_cast<const float*>(memory + i * F::kQueueBytes); };
     const int begin = *carries != 0 ? -1 : 0;
     float m = -INFINITY;
@@ -350,8 +367,9 @@ __device__ __noinline__ void fused_finish(const AttendParams& p, const int* carr
     for (int i = begin; i < states; ++i) {
       const float* from = state(i);
       const float weight = sum.weight(from[F::kM + r], m);
-      sum.l = fmaf(from[F::kL + r], weight, sum.l);
-      if (i >= 0 && w0 + i >= first_pages) sum.template add<1, false>(weight, from + r * F::kPitch, lane);
+#pragma unroll
+      for (int j = 0; j < F::kMembers; ++j) sum.l = fmaf(from[F::kL + j * F::kRows + r], weight, sum.l);
+      if (i >= 0 && reader0 + i >= first_pages) sum.template add<1, false>(weight, from + r * F::kPitch, lane);
       else sum.template add<0, false>(weight, from + r * F::kPitch, lane);
     }
   };
@@ -361,23 +379,23 @@ __device__ __noinline__ void fused_finish(const AttendParams& p, const int* carr
   float* const of_segment = p.states + static_cast<std::size_t>(blockIdx.y) * gridDim.x * kCtaFloats;
   if (ctas > 1) {
     float* mine = of_segment + blockIdx.x * kCtaFloats;
-    for (int r = warp; r < rows; r += F::kAllWarps) {
-      join_warps(r);
-      if (w0 <= last_exact) sum.template write<0>(mine + r * D, lane);
-      if (w0 + states > first_pages) sum.template write<1>(mine + (F::kRows + r) * D, lane);
+    for (int r = warp; r < rows; r += F::kWarps) {
+      join_readers(r);
+      if (reader0 <= last_exact) sum.template write<0>(mine + r * D, lane);
+      if (reader0 + states > first_pages) sum.template write<1>(mine + (F::kRows + r) * D, lane);
       if (lane == 0) {
         mine[kM + r] = sum.m;
         mine[kL + r] = sum.l;
       }
     }
-    __syncthreads();
+    F::meet();
     if (threadIdx.x == 0) {
       __threadfence();
       last = atomicAdd(p.arrived + blockIdx.y, 1) == ctas - 1;
       __threadfence();
       if (last) p.arrived[blockIdx.y] = 0;  // as the next call wants it
     }
-    __syncthreads();
+    F::meet();
     if (!last) return;
   }
   const auto join_ctas = [&](int r) {
@@ -385,7 +403,7 @@ __device__ __noinline__ void fused_finish(const AttendParams& p, const int* carr
     for (int i = lane; i < ctas; i += kLanes) m = fmaxf(m, __ldcg(of_segment + i * kCtaFloats + kM + r));
     m = warp_max(m);
     sum.clear(m);
-    const int first = first_pages / F::kWarps, exact_ctas = last_exact < 0 ? 0 : last_exact / F::kWarps + 1;
+    const int first = first_pages / F::kCount, exact_ctas = last_exact < 0 ? 0 : last_exact / F::kCount + 1;
     // Weights by lanes, so that no row waits for its own.
     for (int i0 = 0; i0 < ctas; i0 += kLanes) {
       float weight = 0;
@@ -413,11 +431,11 @@ __device__ __noinline__ void fused_finish(const AttendParams& p, const int* carr
 
   // out = R^-1 y / lambda + z, as attend_merge has it.
 #pragma unroll 1
-  for (int r = warp; r < F::kRows; r += F::kAllWarps) {
+  for (int r = warp; r < F::kRows; r += F::kWarps) {
     sum.clear(-INFINITY);
     if (r < rows) {
       if (ctas > 1) join_ctas(r);
-      else join_warps(r);
+      else join_readers(r);
     }
     float top = 0;
 #pragma unroll
@@ -463,7 +481,7 @@ __device__ __noinline__ void fused_finish(const AttendParams& p, const int* carr
       }
     }
   }
-  __syncthreads();
+  F::meet();
 
   const auto write = [&](int r, int c, float2 x) {
     if (r >= rows) return;
@@ -477,49 +495,54 @@ __device__ __noinline__ void fused_finish(const AttendParams& p, const int* carr
     }
   };
   if (turned) {
-    columns.template multiply<F::kBlocks>(p.inverse_transpose, at.fragments, warp, F::kAllWarps, lane, [&](int block, int n, int i, float c0, float c1) {
+    columns.template multiply<F::kBlocks>(p.inverse_transpose, at.fragments, warp, F::kWarps, lane, [&](int block, int n, int i, float c0, float c1) {
       const int r = block * kBlockRows + g, c = n * 8 + 2 * t;
       const float2 rest = *reinterpret_cast<const float2*>(at.y + r * F::kPitch + c);
       float2 of = lambda[i];
-      if (n >= Columns<D>::kAhead * F::kAllWarps && s.lambda_v != nullptr) of = {s.lambda_v[head * D + c], s.lambda_v[head * D + c + 1]};
+      if (n >= Columns<D>::kAhead * F::kWarps && s.lambda_v != nullptr) of = {s.lambda_v[head * D + c], s.lambda_v[head * D + c + 1]};
       write(r, c, {c0 * largest[r] / of.x + rest.x, c1 * largest[r] / of.y + rest.y});
     });
   } else {
-    for (int r = warp; r < rows; r += F::kAllWarps)
+    for (int r = warp; r < rows; r += F::kWarps)
       for (int c = 2 * lane; c < D; c += 2 * kLanes) write(r, c, *reinterpret_cast<const float2*>(at.y + r * F::kPitch + c));
   }
 }
 
-template <int D, Rows kSegmentRows>
+template <int D, Rows kSegmentRows, Readers kReaders>
 __device__ __forceinline__ void fused_all(const AttendParams& p) {
-  using F = FusedShape<D, kSegmentRows>;
-  using Slots = Queue<F::kDepth, Shape<D>::kSlotBytes, Shape<D>::kExactPitch>;
+  using F = FusedShape<D, kSegmentRows, kReaders>;
   __shared__ int carries;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   {
     Columns<D> columns;
     QueryRow<D> first;
-    if (warp < F::kWarps && p.dual.words != nullptr) columns.prefetch(p.dual, warp, F::kWarps, lane);
-    if (lane == 0 && warp < F::kWarps) Slots::prepare(memory + warp * F::kQueueBytes);
+    // Before the loads, for which these would wait.
+    if (lane == 0 && warp < F::kWarps) {
+      unsigned char* const queue = memory + warp / F::kMembers * F::kQueueBytes;
+      if constexpr (kReaders == Readers::teams) TeamQueue<F::kDepth, Shape<D>::kSlotBytes>::prepare(queue, warp % F::kMembers);
+      else Queue<F::kDepth, Shape<D>::kSlotBytes, Shape<D>::kExactPitch>::prepare(queue);
+    }
     if (threadIdx.x == 0) carries = 0;
+    if (warp < F::kWarps && p.dual.words != nullptr) columns.prefetch(p.dual, warp, F::kWarps, lane);
     __syncthreads();
     wait_for_previous();
     let_next_begin();
-    const FusedPlace<D, kSegmentRows> at(p, memory);
+    const FusedPlace<D, kSegmentRows, kReaders> at(p, memory);
     const SequenceView& s = p.sequences[at.b];
     if (warp < F::kWarps) first.load(p, at.b, at.head, at.row0 + warp, lane);
-    const FusedShares<F::kWarps> shares(s);
+    const FusedShares<F::kCount> shares(s);
     if (blockIdx.x >= shares.ctas) return;
-    fused_read<D, kSegmentRows>(p, s, shares, first, columns, &carries, warp, lane);
+    fused_read<D, kSegmentRows, kReaders>(p, s, shares, first, columns, &carries, warp, lane);
+    if (warp == F::kWarps) return;
   }
-  fused_finish<D, kSegmentRows>(p, &carries);
+  fused_finish<D, kSegmentRows, kReaders>(p, &carries);
 }
 
 // For the large room alone, where another warp fills the queues. Empty in code for devices before 9.0.
-template <int D, Rows kSegmentRows>
-__global__ void __launch_bounds__((fused_fit<D>(blocks_of(kSegmentRows)).warps + 1) * kLanes, 1) attend_fused(const __grid_constant__ AttendParams p) {
+template <int D, Rows kSegmentRows, Readers kReaders>
+__global__ void __launch_bounds__(FusedShape<D, kSegmentRows, kReaders>::kAllWarps * kLanes, 1) attend_fused(const __grid_constant__ AttendParams p) {
 #ifdef __CUDA_ARCH__
-  if constexpr (runs_in(Room::large, __CUDA_ARCH__ / 10)) fused_all<D, kSegmentRows>(p);
+  if constexpr (runs_in(Room::large, __CUDA_ARCH__ / 10)) fused_all<D, kSegmentRows, kReaders>(p);
 #endif
 }
 

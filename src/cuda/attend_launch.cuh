@@ -25,16 +25,16 @@ cudaError_t queue_kernel(Kernel kernel, const AttendParams& p, const AttendPlan&
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 
-template <int D, Rows kRows>
+template <int D, Rows kRows, Readers kReaders>
 cudaError_t launch_fused(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
   constexpr int kBlocks = blocks_of(kRows);
-  constexpr Fit kFit = fused_fit<D>(kBlocks);
+  constexpr Fit kFit = fused_fit<D>(kReaders, kBlocks);
   static_assert(kFit.warps > 0, "no queues fit");
-  constexpr int kShared = fused_shared<D>(kFit.warps, kFit.depth, kBlocks);
-  const auto kernel = attend_fused<D, kRows>;
+  constexpr int kShared = fused_shared<D>(kReaders, kFit.warps, kFit.depth, kBlocks);
+  const auto kernel = attend_fused<D, kRows, kReaders>;
   if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared); e != cudaSuccess) return e;
   const unsigned segments = static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks));
-  return queue_kernel(kernel, p, plan, dim3(static_cast<unsigned>(plan.fused_ctas), segments), (kFit.warps + 1) * kLanes, kShared, stream);
+  return queue_kernel(kernel, p, plan, dim3(static_cast<unsigned>(plan.fused_ctas), segments), fused_warps(kReaders, kFit.warps) * kLanes, kShared, stream);
 }
 
 template <int D, Rows kRows, Room kRoom>
@@ -66,7 +66,8 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
 
 template <int D, Rows kRows>
 cudaError_t launch_room(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
-  if (plan.fused_ctas > 0) return launch_fused<D, kRows>(p, plan, stream);
+  if (plan.fused_ctas > 0)
+    return plan.teams ? launch_fused<D, kRows, Readers::teams>(p, plan, stream) : launch_fused<D, kRows, Readers::warps>(p, plan, stream);
   switch (plan.room) {
     case Room::large: return launch<D, kRows, Room::large>(p, plan, stream);
     case Room::middle: return launch<D, kRows, Room::middle>(p, plan, stream);

@@ -63,15 +63,7 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
 
   const int first_page = here.item - here.exact_items, pages = s.page_count, last_tokens = s.last_page_tokens;
   const long long pages_position = s.pages_position;
-  int plain_first = 0, plain_last = pages - (last_tokens < kPageTokens ? 2 : 1);  // pages that every row sees whole
-  if (p.mask.kind != Mask::General::none) {
-    plain_last = -1;
-  } else {
-    const Sight sight(p, here.b, head);
-    const long long low = sight.first_of_all(p) - pages_position, high = sight.last_of_all(p) + 1 - pages_position;
-    if (low > 0) plain_first = static_cast<int>(min((low + kPageTokens - 1) / kPageTokens, static_cast<long long>(pages)));
-    plain_last = high <= 0 ? -1 : static_cast<int>(min(high / kPageTokens - 1, static_cast<long long>(plain_last)));
-  }
+  const int2 plain = plain_pages(p, here.b, head);
   // The token of score i of a page.
   const auto token = [t, odd](int i) { return kFour ? i / 2 * 16 + odd * 8 + 2 * t + i % 2 : i / 2 * 8 + 2 * t + i % 2; };
 
@@ -144,7 +136,7 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
           for (int n = 0; n < kScores; ++n) score[r][page * kScores + n] = soft_cap(p.cap, score[r][page * kScores + n]);
       }
       const int at = first_page + i + page;
-      if (at < plain_first || at > plain_last) {
+      if (at < plain.x || at > plain.y) {
         const int tokens = at + 1 == pages ? last_tokens : kPageTokens;
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r)

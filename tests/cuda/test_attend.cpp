@@ -56,8 +56,8 @@ class CudaAttend : public ::testing::Test {
     return dtype == DType::f16 ? f16_to_f32(h) : bf16_to_f32(h);
   }
 
-  // One kernel wherever a call's segments are few enough; three.
-  static constexpr cuda::Load kFused = {0, 0}, kThree = {1 << 30, 0};
+  // One kernel wherever a call's segments are few enough, read by teams or by warps; three.
+  static constexpr cuda::Load kTeams = {0, 0}, kWarps = {1ll << 30, 1ll << 40}, kThree = {1ll << 30, 0};
 
   // The job's kernels as if its sequences were as long as `load` says.
   static Status launch(const AttendJob& job, const cuda::Load& load) {
@@ -121,8 +121,8 @@ class CudaAttend : public ::testing::Test {
     const double half_unit = bf16 ? 0x1p-17 : 0x1p-22;
     const scene::ExactRounding exact{call.args.q.dtype == s.shape().dtype ? 0 : half_unit, half_unit};
     const std::vector<double> bound = scene::bounds(s, call, dense, expected, exact);
-    for (const cuda::Load& load : {kFused, kThree}) {
-      SCOPED_TRACE(load.longest == 0 ? "one kernel" : "three kernels");
+    for (const cuda::Load& load : {kTeams, kWarps, kThree}) {
+      SCOPED_TRACE(load.longest == 0 ? "one kernel, teams" : load.all > 0 ? "one kernel, warps" : "three kernels");
       Status status;
       const std::vector<double> out = run(s, call, load, &status);
       ASSERT_TRUE(status.ok()) << status.message();
@@ -152,7 +152,7 @@ TEST_F(CudaAttend, PartialStatesMergeToTheWhole) {
   const std::vector<SequenceView> views = scene.views(3);
   const std::int64_t rows = s.batch() * call.args.q.shape[1] * 3;
   Status status;
-  const std::vector<double> whole = run(s, call, kFused, &status);
+  const std::vector<double> whole = run(s, call, kTeams, &status);
   ASSERT_TRUE(status.ok());
   // Pages in one call, exact rows in another.
   std::vector<float> o[2], m[2], l[2];
@@ -190,14 +190,14 @@ TEST_F(CudaAttend, RefusalsSayWhy) {
   const Scene s(shape, {Held{4, 64, 10, 0}});
   const Call call(s, 1);
   Status status;
-  run(s, call, kFused, &status);
+  run(s, call, kTeams, &status);
   EXPECT_EQ(status.code(), StatusCode::unsupported);
   EXPECT_EQ(status.message(), "dtype: expected float16 or bfloat16 on CUDA; got float32");
   shape.dtype = DType::f16;
   shape.dim_k = shape.dim_v = 112;
   const Scene odd(shape, {Held{0, 64, 0, 0}});
   const Call odd_call(odd, 1);
-  run(odd, odd_call, kFused, &status);
+  run(odd, odd_call, kTeams, &status);
   EXPECT_EQ(status.message(), "head_dim_k: expected 64, 80, 96, 128 or 256 on CUDA; got 112");
 }
 

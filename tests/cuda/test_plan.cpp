@@ -58,27 +58,32 @@ TEST(CudaPlan, OneKernelFitsTheDevice) {
   for (const int dim : kv4::cases::kHeadDims)
     with_dim(dim, [](auto d) {
       constexpr int kDim = decltype(d)::value;
-      for (const int blocks : {1, 2}) {
-        SCOPED_TRACE(::testing::Message() << "d " << kDim << ", blocks " << blocks);
-        const Fit f = fused_fit<kDim>(blocks);
-        EXPECT_EQ(f.warps, Tuning<kDim>::kWarps[blocks - 1]);
-        EXPECT_GE(f.depth, 2);
-        EXPECT_LE(fused_shared<kDim>(f.warps, f.depth, blocks) + kFusedStaticBytes, kH100.shared);
-        if (f.depth < Tuning<kDim>::kDepth[blocks - 1]) EXPECT_GT(fused_shared<kDim>(f.warps, f.depth + 1, blocks) + kFusedStaticBytes, kH100.shared);
-      }
+      for (const int blocks : {1, 2})
+        for (const Readers kind : {Readers::warps, Readers::teams}) {
+          const bool teams = kind == Readers::teams;
+          SCOPED_TRACE(::testing::Message() << "d " << kDim << ", blocks " << blocks << (teams ? ", teams" : ", warps"));
+          const Fit f = fused_fit<kDim>(kind, blocks);
+          EXPECT_EQ(f.warps, teams ? kTeams : Tuning<kDim>::kWarps[blocks - 1]);
+          EXPECT_GE(f.depth, teams ? kTeam : 2);
+          EXPECT_LE(fused_warps(kind, f.warps) * 32, 1024);
+          EXPECT_LE(fused_shared<kDim>(kind, f.warps, f.depth, blocks) + kFusedStaticBytes, kH100.shared);
+        }
       return true;
     });
 }
 
-// plan_of's call has 6 segments.
+// plan_of's call has 6 segments: 22 CTAs of 132 for each, of 7 warps or 3 teams.
 TEST(CudaPlan, OneKernelWhereSegmentsAreFewAndEven) {
   EXPECT_EQ(plan_of(kH100, 128, 4, 1).fused_ctas, 22);
   EXPECT_EQ(plan_of(kA100, 128, 4, 1).fused_ctas, 0);  // nobody fills its queues
   EXPECT_EQ(plan_of(kL40, 128, 4, 1).fused_ctas, 0);
-  // 22 CTAs of 7 warps a segment, against 132 for all: 3 sequences of 1,540 items are 10 rounds for both, one alone 10 and 4.
+  // 3 sequences of 1,540 items are 10 rounds of warps for both ways; one alone 10 and 4.
   EXPECT_EQ(plan_of(kH100, 128, 4, 1, {1540, 3 * 1540}).fused_ctas, 22);
   EXPECT_EQ(plan_of(kH100, 128, 4, 1, {1540, 1540 + 2}).fused_ctas, 0);
-  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {154, 154 + 2}).fused_ctas, 22);  // 1 and 1
+  // Two rounds of teams are 132 items.
+  EXPECT_TRUE(plan_of(kH100, 128, 4, 1, {132, 3 * 132}).teams);
+  EXPECT_FALSE(plan_of(kH100, 128, 4, 1, {133, 3 * 133}).teams);
+  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {133, 3 * 133}).fused_ctas, 22);
   // 4 segments of 16 rows for each of 64 queries of 1 head: 24 in all; of 8 heads 192, more than multiprocessors.
   EXPECT_EQ(plan_of(kH100, 128, 1, 64).fused_ctas, 5);
   EXPECT_EQ(plan_of(kH100, 128, 8, 64).fused_ctas, 0);
