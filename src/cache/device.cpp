@@ -8,18 +8,21 @@ namespace kv4 {
 
 void Cache::State::give_note(Sequence& s) const {
   Backend* const owner = backend;
-  s.note.reset();
-  if (LateNote* note = owner->alloc_note(); note != nullptr) s.note = std::shared_ptr<LateNote>(note, [owner](LateNote* p) { owner->free_note(p); });
-  s.told_key = s.told_value = 0;
+  for (Told& told : s.notes) told.end = std::min(told.end, s.length);
+  // Rows that left the window have left no trace in non_finite either.
+  std::erase_if(s.notes, [&s](const Told& told) { return told.end <= s.window_position; });
+  if (LateNote* note = owner->alloc_note(); note != nullptr)
+    s.notes.push_back({std::shared_ptr<LateNote>(note, [owner](LateNote* p) { owner->free_note(p); })});
 }
 
 void Cache::State::hear(Sequence& s) const {
-  if (!s.note) return;
-  const std::int64_t key = s.note->key, value = s.note->value;
-  if (key > s.told_key) s.non_finite.push_back({key - 1, true, false});
-  if (value > s.told_value) s.non_finite.push_back({value - 1, false, true});
-  s.told_key = std::max(s.told_key, key);
-  s.told_value = std::max(s.told_value, value);
+  for (Told& told : s.notes) {
+    const std::int64_t key = told.note->key, value = told.note->value;
+    if (key > told.key && key <= told.end) s.non_finite.push_back({key - 1, true, false});
+    if (value > told.value && value <= told.end) s.non_finite.push_back({value - 1, false, true});
+    told.key = std::max(told.key, key);
+    told.value = std::max(told.value, value);
+  }
 }
 
 void Cache::State::make_tables() {
@@ -29,7 +32,9 @@ void Cache::State::make_tables() {
 void Cache::State::view_before(std::int64_t tokens) {
   views.resize(sequences.size());
   for (std::size_t b = 0; b < sequences.size(); ++b) {
-    const Sequence& s = sequences[b];
+    Sequence& s = sequences[b];
+    // A fork's next rows are no news for the other.
+    if (!s.notes.empty() && s.notes.back().note.use_count() > 1) give_note(s);
     view(s, s.page_end(), length, &views[b]);
     views[b].query_position = length - tokens;
   }

@@ -12,6 +12,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/attend_main.cuh"
 #include "cuda/attend_merge.cuh"
@@ -26,6 +27,8 @@ struct FusedShape {
   static constexpr int kMembers = members_of(kReaders), kWarps = kCount * kMembers, kAllWarps = kWarps + 1;
   static constexpr int kQueueBytes = queue_bytes(kDepth, Shape<D>::kSlotBytes);
   static constexpr int kSteps = D / 16, kTiles = D / 8;  // of a rotation
+  // Tiles of a rotation that a warp asks for ahead: as many registers as there are before the reading, and after it.
+  static constexpr int kAheadFirst = D == 64 || D == 256 ? 1 : 2, kAheadLast = kReaders == Readers::teams ? 1 : kAheadFirst;
   static constexpr int kPitch = fused_pitch(D);          // of rows of floats: no bank conflicts between rows of a product
   static constexpr int kOperands = kBlocks * operand_words(D), kFragments = kBlocks * kSteps * kLanes;  // uint4
   static constexpr int kM = kRows * kPitch, kL = kM + kRows;  // of a reader's partial state
@@ -38,9 +41,9 @@ struct FusedShape {
 
 // Tiles of 8 columns of a rotation's matrix that a warp multiplies by: `first`, `first` + `apart`, ... The first kAhead are
 // asked for before the rows are there.
-template <int D>
+template <int D, int kAheadOf>
 struct Columns {
-  static constexpr int kSteps = D / 16, kTiles = D / 8, kAhead = D == 64 || D == 256 ? 1 : 2;
+  static constexpr int kSteps = D / 16, kTiles = D / 8, kAhead = kAheadOf;
   uint4 m[kAhead][kSteps];
 
   __device__ __forceinline__ void load(const PackedMatrix& matrix, int i, int n, int lane) {
@@ -107,7 +110,7 @@ struct QueryRow {
 };
 
 template <int D, Rows kSegmentRows, Readers kReaders>
-__device__ __forceinline__ void turn_queries(const AttendParams& p, const SequenceView& s, int b, int head, int row0, QueryRow<D>& first, Columns<D>& columns,
+__device__ __forceinline__ void turn_queries(const AttendParams& p, const SequenceView& s, int b, int head, int row0, QueryRow<D>& first, Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns,
                                              uint4* operands, float* scales, float* y, uint4* fragments, int warp, int lane) {
   using F = FusedShape<D, kSegmentRows, kReaders>;
   __shared__ float largest[F::kRows];
@@ -210,18 +213,25 @@ struct Joined {
     for (int i = 0; i < kQuads; ++i) o[0][i] = o[1][i] = {};
   }
   static __device__ __forceinline__ float weight(float its_m, float m) { return m == -INFINITY ? 0.0f : exp2_fast(its_m - m); }
-  // kKind: 0 over exact rows, 1 over pages; `row`: [D]; kFresh: of another CTA, so not from L1. Lanes behind the end take the last
-  // channels: around a branch no load would overtake another.
-  template <int kKind, bool kFresh>
-  __device__ __forceinline__ void add(float w, const float* row, int lane) {
+  // `row`: [D]; kFresh: of another CTA, so not from L1. Lanes behind the end take the last channels: around a branch no load would
+  // overtake another.
+  template <bool kFresh>
+  static __device__ __forceinline__ void load(const float* row, int lane, float4 (&x)[kQuads]) {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
-      const float* from = row + min(4 * (lane + i * kLanes), D - 4);
-      const float4 x = kFresh ? __ldcg(reinterpret_cast<const float4*>(from)) : *reinterpret_cast<const float4*>(from);
-      o[kKind][i].x = fmaf(x.x, w, o[kKind][i].x);
-      o[kKind][i].y = fmaf(x.y, w, o[kKind][i].y);
-      o[kKind][i].z = fmaf(x.z, w, o[kKind][i].z);
-      o[kKind][i].w = fmaf(x.w, w, o[kKind][i].w);
+      const auto* from = reinterpret_cast<const float4*>(row + min(4 * (lane + i * kLanes), D - 4));
+      x[i] = kFresh ? __ldcg(from) : *from;
+    }
+  }
+  // kKind: 0 over exact rows, 1 over pages.
+  template <int kKind>
+  __device__ __forceinline__ void add(float w, const float4 (&x)[kQuads]) {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      o[kKind][i].x = fmaf(x[i].x, w, o[kKind][i].x);
+      o[kKind][i].y = fmaf(x[i].y, w, o[kKind][i].y);
+      o[kKind][i].z = fmaf(x[i].z, w, o[kKind][i].z);
+      o[kKind][i].w = fmaf(x[i].w, w, o[kKind][i].w);
     }
   }
   template <int kKind>
@@ -241,7 +251,7 @@ struct FusedPlace {
   TeamExchange<F::kBlocks>* exchanges;
   int segments_per_head, segments, segment, b, head, row0, rows;
 
-  __device__ __forceinline__ FusedPlace(const AttendParams& p, unsigned char* memory) {
+  __device__ __forceinline__ FusedPlace(const AttendParams& p, unsigned char* memory, int place) {
     operands = reinterpret_cast<uint4*>(memory + F::kCount * F::kQueueBytes);
     fragments = operands + F::kOperands;
     y = reinterpret_cast<float*>(fragments + F::kFragments);
@@ -249,8 +259,8 @@ struct FusedPlace {
     exchanges = reinterpret_cast<TeamExchange<F::kBlocks>*>(carried + F::kStateFloats);
     segments_per_head = p.blocks / F::kBlocks;
     segments = p.kv_heads * segments_per_head;
-    segment = blockIdx.y % segments;
-    b = blockIdx.y / segments;
+    segment = place % segments;
+    b = place / segments;
     head = segment / segments_per_head;
     row0 = segment % segments_per_head * F::kRows;
     rows = min(F::kRows, p.group * p.queries - row0);
@@ -274,12 +284,12 @@ extern __shared__ __align__(128) unsigned char memory[];  // as attend_main decl
 template <int D, Rows kSegmentRows, Readers kReaders>
 __device__ __forceinline__ void fused_read(const AttendParams& p, const SequenceView& s,
                                            const FusedShares<FusedShape<D, kSegmentRows, kReaders>::kCount>& shares, QueryRow<D>& first,
-                                           Columns<D>& columns, int* carries, int warp, int lane) {
+                                           Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns, int* carries, int warp, int lane) {
   using S = Shape<D>;
   using F = FusedShape<D, kSegmentRows, kReaders>;
   constexpr bool kTeamed = kReaders == Readers::teams;
   __shared__ float scales[F::kBlocks * 2 * kBlockRows];
-  const FusedPlace<D, kSegmentRows, kReaders> at(p, memory);
+  const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y);
   const int reader0 = blockIdx.x * F::kCount;
   if (warp == F::kWarps) {
     const int w = reader0 + lane;
@@ -325,27 +335,34 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const Sequence
   }
 }
 
-// What follows the reading: in a function of its own, so that nothing of it takes registers there.
+// The same number, which the compiler takes for another: what is made of it is made anew and takes no registers before.
+__device__ __forceinline__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// What follows the reading.
 template <int D, Rows kSegmentRows, Readers kReaders>
-__device__ __noinline__ void fused_finish(const AttendParams& p, const int* carries) {
+__device__ __forceinline__ void fused_finish(const AttendParams& p, const int* carries) {
   using F = FusedShape<D, kSegmentRows, kReaders>;
   constexpr int kSteps = F::kSteps;
   __shared__ float largest[F::kRows], whole[F::kRows];  // of the part over pages; what the sums are multiplied by
   __shared__ long long to[F::kRows];                    // a row's first element
   __shared__ int last;
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4, reader0 = blockIdx.x * F::kCount;
-  const FusedPlace<D, kSegmentRows, kReaders> at(p, memory);
+  const int thread = anew(threadIdx.x), cta = anew(blockIdx.x), place = anew(blockIdx.y);
+  const int lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4, reader0 = cta * F::kCount;
+  const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, place);
   const int head = at.head, row0 = at.row0, rows = at.rows;
   const SequenceView& s = p.sequences[at.b];
   const FusedShares<F::kCount> shares(s);
   const int ctas = shares.ctas;
   const bool turned = p.inverse_transpose.words != nullptr && s.page_count > 0;
-  Columns<D> columns;
+  Columns<D, F::kAheadLast> columns;
   if (turned) columns.prefetch(p.inverse_transpose, warp, F::kWarps, lane);
   // Of rows g: what lambda of the values divides by, asked for early.
-  float2 lambda[Columns<D>::kAhead];
+  float2 lambda[Columns<D, F::kAheadLast>::kAhead];
 #pragma unroll
-  for (int i = 0; i < Columns<D>::kAhead; ++i) {
+  for (int i = 0; i < Columns<D, F::kAheadLast>::kAhead; ++i) {
     const int c = (warp + i * F::kWarps) * 8 + 2 * t;
     lambda[i] = {1, 1};
     if (s.lambda_v != nullptr && c < D) lambda[i] = {s.lambda_v[head * D + c], s.lambda_v[head * D + c + 1]};
@@ -369,16 +386,18 @@ __device__ __noinline__ void fused_finish(const AttendParams& p, const int* carr
       const float weight = sum.weight(from[F::kM + r], m);
 #pragma unroll
       for (int j = 0; j < F::kMembers; ++j) sum.l = fmaf(from[F::kL + j * F::kRows + r], weight, sum.l);
-      if (i >= 0 && reader0 + i >= first_pages) sum.template add<1, false>(weight, from + r * F::kPitch, lane);
-      else sum.template add<0, false>(weight, from + r * F::kPitch, lane);
+      float4 x[Joined<D>::kQuads];
+      sum.template load<false>(from + r * F::kPitch, lane, x);
+      if (i >= 0 && reader0 + i >= first_pages) sum.template add<1>(weight, x);
+      else sum.template add<0>(weight, x);
     }
   };
 
   // A CTA's state: o over exact rows, o over pages [rows][D] each, m, l [rows].
   constexpr int kCtaFloats = fused_state_floats(D, F::kBlocks), kM = 2 * F::kRows * D, kL = kM + F::kRows;
-  float* const of_segment = p.states + static_cast<std::size_t>(blockIdx.y) * gridDim.x * kCtaFloats;
+  float* const of_segment = p.states + static_cast<std::size_t>(place) * gridDim.x * kCtaFloats;
   if (ctas > 1) {
-    float* mine = of_segment + blockIdx.x * kCtaFloats;
+    float* mine = of_segment + cta * kCtaFloats;
     for (int r = warp; r < rows; r += F::kWarps) {
       join_readers(r);
       if (reader0 <= last_exact) sum.template write<0>(mine + r * D, lane);
@@ -389,42 +408,46 @@ __device__ __noinline__ void fused_finish(const AttendParams& p, const int* carr
       }
     }
     F::meet();
-    if (threadIdx.x == 0) {
+    if (thread == 0) {
       __threadfence();
-      last = atomicAdd(p.arrived + blockIdx.y, 1) == ctas - 1;
+      last = atomicAdd(p.arrived + place, 1) == ctas - 1;
       __threadfence();
-      if (last) p.arrived[blockIdx.y] = 0;  // as the next call wants it
+      if (last) p.arrived[place] = 0;  // as the next call wants it
     }
     F::meet();
     if (!last) return;
   }
+  // Rows of up to kAtOnce states are asked for together.
+  constexpr int kAtOnce = 8;
   const auto join_ctas = [&](int r) {
-    float m = -INFINITY;
-    for (int i = lane; i < ctas; i += kLanes) m = fmaxf(m, __ldcg(of_segment + i * kCtaFloats + kM + r));
+    const auto state = [&](int i) { return of_segment + min(i, ctas - 1) * kCtaFloats; };
+    float m = lane < ctas ? __ldcg(state(lane) + kM + r) : -INFINITY, l = __ldcg(state(lane) + kL + r);
+    const float first_m = m;
+    for (int i = kLanes + lane; i < ctas; i += kLanes) m = fmaxf(m, __ldcg(state(i) + kM + r));
     m = warp_max(m);
     sum.clear(m);
-    const int first = first_pages / F::kCount, exact_ctas = last_exact < 0 ? 0 : last_exact / F::kCount + 1;
-    // Weights by lanes, so that no row waits for its own.
-    for (int i0 = 0; i0 < ctas; i0 += kLanes) {
-      float weight = 0;
-      if (i0 + lane < ctas) {
-        const float* state = of_segment + (i0 + lane) * kCtaFloats;
-        weight = sum.weight(__ldcg(state + kM + r), m);
-        sum.l = fmaf(__ldcg(state + kL + r), weight, sum.l);
-      }
-      const int end = min(ctas - i0, kLanes);
-#pragma unroll 2
-      for (int i = 0; i < min(exact_ctas - i0, end); ++i)
-        sum.template add<0, true>(__shfl_sync(kAll, weight, i), of_segment + (i0 + i) * kCtaFloats + r * D, lane);
 #pragma unroll 1
-      for (int i = max(first - i0, 0); i < end; i += 8) {
-        // Eight rows at once, behind the end the last one's with a weight of 0.
+    for (int i0 = 0; i0 < ctas; i0 += kLanes) {
+      // A lane knows the weight of the state as far behind i0.
+      const bool there = i0 + lane < ctas;
+      if (i0 > 0) l = __ldcg(state(i0 + lane) + kL + r);
+      const float weight = there ? sum.weight(i0 == 0 ? first_m : __ldcg(state(i0 + lane) + kM + r), m) : 0.0f;
+      sum.l = fmaf(there ? l : 0.0f, weight, sum.l);
+      const auto add = [&](auto kind, int begin, int end) {
+#pragma unroll 1
+        for (int i = max(begin - i0, 0); i < min(end - i0, kLanes); i += kAtOnce) {
+          float4 x[kAtOnce][Joined<D>::kQuads];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const float w = __shfl_sync(kAll, weight, min(i + j, end - 1));
-          sum.template add<1, true>(i + j < end ? w : 0.0f, of_segment + (i0 + min(i + j, end - 1)) * kCtaFloats + (F::kRows + r) * D, lane);
+          for (int j = 0; j < kAtOnce; ++j) sum.template load<true>(state(i0 + i + j) + (decltype(kind)::value * F::kRows + r) * D, lane, x[j]);
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+            const float w = __shfl_sync(kAll, weight, min(i + j, kLanes - 1));
+            sum.template add<decltype(kind)::value>(i + j < min(end - i0, kLanes) ? w : 0.0f, x[j]);
+          }
         }
-      }
+      };
+      if (last_exact >= 0) add(std::integral_constant<int, 0>(), 0, last_exact / F::kCount + 1);
+      add(std::integral_constant<int, 1>(), first_pages / F::kCount, shares.exact_items < shares.items ? ctas : 0);
     }
     for (int step = kLanes / 2; step > 0; step /= 2) sum.l += __shfl_xor_sync(kAll, sum.l, step);
   };
@@ -499,7 +522,7 @@ __device__ __noinline__ void fused_finish(const AttendParams& p, const int* carr
       const int r = block * kBlockRows + g, c = n * 8 + 2 * t;
       const float2 rest = *reinterpret_cast<const float2*>(at.y + r * F::kPitch + c);
       float2 of = lambda[i];
-      if (n >= Columns<D>::kAhead * F::kWarps && s.lambda_v != nullptr) of = {s.lambda_v[head * D + c], s.lambda_v[head * D + c + 1]};
+      if (n >= Columns<D, F::kAheadLast>::kAhead * F::kWarps && s.lambda_v != nullptr) of = {s.lambda_v[head * D + c], s.lambda_v[head * D + c + 1]};
       write(r, c, {c0 * largest[r] / of.x + rest.x, c1 * largest[r] / of.y + rest.y});
     });
   } else {
@@ -514,7 +537,7 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
   __shared__ int carries;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   {
-    Columns<D> columns;
+    Columns<D, F::kAheadFirst> columns;
     QueryRow<D> first;
     // Before the loads, for which these would wait.
     if (lane == 0 && warp < F::kWarps) {
@@ -527,7 +550,7 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
     __syncthreads();
     wait_for_previous();
     let_next_begin();
-    const FusedPlace<D, kSegmentRows, kReaders> at(p, memory);
+    const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y);
     const SequenceView& s = p.sequences[at.b];
     if (warp < F::kWarps) first.load(p, at.b, at.head, at.row0 + warp, lane);
     const FusedShares<F::kCount> shares(s);
