@@ -48,12 +48,17 @@ void plan_fused(const AttendParams& p, int segments, const Load& load, AttendPla
   const int ctas = plan->ctas / segments;
   const auto rounds = [](long long items, long long readers) { return (items + readers - 1) / readers; };
   const auto readers = [&](Readers kind) { return static_cast<long long>(fused_fit<D>(kind, plan->segment_blocks).warps); };
+  const long long all = load.all * (segments / p.batch), warps = readers(Readers::warps);
+  if (D > kTeamDim) {
+    // Its matrices, 256 KB each for every CTA, cost more than launches but where one segment has the device for itself.
+    if (segments == 1 && rounds(load.longest, ctas * warps) > 1) plan->fused_ctas = ctas;
+    return;
+  }
   // A team is quicker with its first items, by as much as it is slower with those that follow.
   constexpr long long kTeamRounds = 2;
   plan->teams = rounds(load.longest, ctas * readers(Readers::teams)) <= kTeamRounds;
   // Two launches and the waits between them cost about as much as four rounds of warps.
   constexpr long long kSaved = 4;
-  const long long all = load.all * (segments / p.batch), warps = readers(Readers::warps);
   if (plan->teams || rounds(load.longest, ctas * warps) <= rounds(all, plan->ctas * warps) + kSaved) plan->fused_ctas = ctas;
 }
 

@@ -54,6 +54,9 @@ struct Columns {
   __device__ __forceinline__ void prefetch(const PackedMatrix& matrix, int first, int apart, int lane) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) load(matrix, i, first + i * apart, lane);
+    // The others at least into L2.
+    for (int n = first + kAhead * apart; n < kTiles; n += apart)
+      for (int i = lane * 8; i < kSteps * kLanes; i += kLanes * 8) asm volatile("prefetch.global.L2 [%0];" ::"l"(matrix.words + n * kSteps * kLanes + i));
   }
   // f(block, n, i, c0, c1): columns 8n + 2t and + 1 of row g of each block, n of load i, in units of the row's and the matrix's scale.
   template <int kBlocks, class F>
@@ -95,7 +98,7 @@ __device__ __forceinline__ void put_halves(uint32_t* words, bool bf16, int row, 
 template <int D>
 struct QueryRow {
   static constexpr int kPairs = (D / 2 + kLanes - 1) / kLanes;
-  float2 x[kPairs];
+  uint2 raw[kPairs];  // widened when they are used, so that nobody waits here
 
   __device__ __forceinline__ void load(const AttendParams& p, int b, int head, int row, int lane) {
     const int query = row / p.group;
@@ -103,9 +106,16 @@ struct QueryRow {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int c = 2 * (lane + i * kLanes);
-      x[i] = {0, 0};
-      if (c < D && row < p.group * p.queries) x[i] = {load_element(p.q, p.q_dtype, from + c), load_element(p.q, p.q_dtype, from + c + 1)};
+      raw[i] = {0, 0};
+      if (c >= D || row >= p.group * p.queries) continue;
+      if (p.q_dtype == DType::f32) raw[i] = {static_cast<const uint32_t*>(p.q)[from + c], static_cast<const uint32_t*>(p.q)[from + c + 1]};
+      else raw[i] = {static_cast<const uint16_t*>(p.q)[from + c], static_cast<const uint16_t*>(p.q)[from + c + 1]};
     }
+  }
+  __device__ __forceinline__ float2 operator()(const AttendParams& p, int i) const {
+    if (p.q_dtype == DType::f32) return {__uint_as_float(raw[i].x), __uint_as_float(raw[i].y)};
+    if (p.q_dtype == DType::bf16) return {__uint_as_float(raw[i].x << 16), __uint_as_float(raw[i].y << 16)};
+    return unpack_halves(false, raw[i].x | raw[i].y << 16);
   }
 };
 
@@ -129,9 +139,10 @@ __device__ __forceinline__ void turn_queries(const AttendParams& p, const Sequen
     float2 over[kPairs];
     float top = 0;
     if (r != warp) first.load(p, b, head, row0 + r, lane);
-    const auto& x = first.x;
+    float2 x[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
+      x[i] = first(p, i);
       over[i] = {x[i].x / lambda[i].x, x[i].y / lambda[i].y};
       top = fmaxf(top, fmaxf(fabsf(over[i].x), fabsf(over[i].y)));
     }
@@ -434,15 +445,18 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const int* c
       const float weight = there ? sum.weight(i0 == 0 ? first_m : __ldcg(state(i0 + lane) + kM + r), m) : 0.0f;
       sum.l = fmaf(there ? l : 0.0f, weight, sum.l);
       const auto add = [&](auto kind, int begin, int end) {
+        end = min(end - i0, kLanes);
 #pragma unroll 1
-        for (int i = max(begin - i0, 0); i < min(end - i0, kLanes); i += kAtOnce) {
+        for (int i = max(begin - i0, 0); i < end; i += kAtOnce) {
+          // Behind the end the last one again, with a weight of 0: what nobody wrote may be NaN.
           float4 x[kAtOnce][Joined<D>::kQuads];
 #pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) sum.template load<true>(state(i0 + i + j) + (decltype(kind)::value * F::kRows + r) * D, lane, x[j]);
+          for (int j = 0; j < kAtOnce; ++j)
+            sum.template load<true>(state(i0 + min(i + j, end - 1)) + (decltype(kind)::value * F::kRows + r) * D, lane, x[j]);
 #pragma unroll
           for (int j = 0; j < kAtOnce; ++j) {
-            const float w = __shfl_sync(kAll, weight, min(i + j, kLanes - 1));
-            sum.template add<decltype(kind)::value>(i + j < min(end - i0, kLanes) ? w : 0.0f, x[j]);
+            const float w = __shfl_sync(kAll, weight, min(i + j, end - 1));
+            sum.template add<decltype(kind)::value>(i + j < end ? w : 0.0f, x[j]);
           }
         }
       };
@@ -539,7 +553,14 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
   {
     Columns<D, F::kAheadFirst> columns;
     QueryRow<D> first;
-    // Before the loads, for which these would wait.
+    wait_for_previous();
+    let_next_begin();
+    // What everything else waits for is asked for first; what is needed of it, looked at behind the barrier.
+    const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y);
+    const SequenceView& s = p.sequences[at.b];
+    const auto sinks = s.exact[0].count, window = s.exact[1].count;
+    const int pages = s.page_count;
+    if (warp < F::kWarps) first.load(p, at.b, at.head, at.row0 + warp, lane);
     if (lane == 0 && warp < F::kWarps) {
       unsigned char* const queue = memory + warp / F::kMembers * F::kQueueBytes;
       if constexpr (kReaders == Readers::teams) TeamQueue<F::kDepth, Shape<D>::kSlotBytes>::prepare(queue, warp % F::kMembers);
@@ -548,12 +569,8 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
     if (threadIdx.x == 0) carries = 0;
     if (warp < F::kWarps && p.dual.words != nullptr) columns.prefetch(p.dual, warp, F::kWarps, lane);
     __syncthreads();
-    wait_for_previous();
-    let_next_begin();
-    const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y);
-    const SequenceView& s = p.sequences[at.b];
-    if (warp < F::kWarps) first.load(p, at.b, at.head, at.row0 + warp, lane);
-    const FusedShares<F::kCount> shares(s);
+    const auto items = [](long long rows) { return static_cast<int>((rows + kExactTokens - 1) / kExactTokens); };
+    const FusedShares<F::kCount> shares(items(sinks) + items(window), pages);
     if (blockIdx.x >= shares.ctas) return;
     fused_read<D, kSegmentRows, kReaders>(p, s, shares, first, columns, &carries, warp, lane);
     if (warp == F::kWarps) return;

@@ -66,8 +66,9 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
 
 template <int D, Rows kRows>
 cudaError_t launch_room(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
-  if (plan.fused_ctas > 0)
-    return plan.teams ? launch_fused<D, kRows, Readers::teams>(p, plan, stream) : launch_fused<D, kRows, Readers::warps>(p, plan, stream);
+  if constexpr (D <= kTeamDim)
+    if (plan.fused_ctas > 0 && plan.teams) return launch_fused<D, kRows, Readers::teams>(p, plan, stream);
+  if (plan.fused_ctas > 0) return launch_fused<D, kRows, Readers::warps>(p, plan, stream);
   switch (plan.room) {
     case Room::large: return launch<D, kRows, Room::large>(p, plan, stream);
     case Room::middle: return launch<D, kRows, Room::middle>(p, plan, stream);

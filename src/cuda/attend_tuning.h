@@ -86,6 +86,7 @@ constexpr Fit fit(Room room, int segment_blocks) {
 // hands round.
 enum class Readers { warps, teams };
 constexpr int kTeam = 4;
+constexpr int kTeamDim = 128;  // head dims up to this one are read by teams too
 constexpr int kTeams = 3;  // 13 warps leave a thread 128 registers, as 16 would
 constexpr int members_of(Readers readers) { return readers == Readers::teams ? kTeam : 1; }
 constexpr int fused_pitch(int dim) { return dim + 8; }

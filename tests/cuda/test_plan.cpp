@@ -84,6 +84,14 @@ TEST(CudaPlan, OneKernelWhereSegmentsAreFewAndEven) {
   EXPECT_TRUE(plan_of(kH100, 128, 4, 1, {132, 3 * 132}).teams);
   EXPECT_FALSE(plan_of(kH100, 128, 4, 1, {133, 3 * 133}).teams);
   EXPECT_EQ(plan_of(kH100, 128, 4, 1, {133, 3 * 133}).fused_ctas, 22);
+  // At d = 256 only one segment that keeps the whole device busy: plan_of's call never.
+  EXPECT_EQ(plan_of(kH100, 256, 4, 1, {1540, 3 * 1540}).fused_ctas, 0);
+  AttendParams p;
+  p.batch = p.kv_heads = p.group = p.queries = 1;
+  p.dim = 256;
+  EXPECT_EQ(plan_attend(p, kH100, {2000, 2000}).fused_ctas, 132);
+  EXPECT_FALSE(plan_attend(p, kH100, {2000, 2000}).teams);
+  EXPECT_EQ(plan_attend(p, kH100, {70, 70}).fused_ctas, 0);
   // 4 segments of 16 rows for each of 64 queries of 1 head: 24 in all; of 8 heads 192, more than multiprocessors.
   EXPECT_EQ(plan_of(kH100, 128, 1, 64).fused_ctas, 5);
   EXPECT_EQ(plan_of(kH100, 128, 8, 64).fused_ctas, 0);

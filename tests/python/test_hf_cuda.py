@@ -231,8 +231,8 @@ def test_steps_of_a_captured_graph_are_those_of_eager_mode():
 def test_a_captured_graph_serves_left_padding(name):
     model = attached(name)
     inputs = hf_cases.left_padded(3, 150)
-    text = hf_cases.tokens_of(3, 120, seed=7).to(DEVICE)
-    mask = F.pad(inputs["attention_mask"], (0, 120), value=1).to(DEVICE)
+    text = hf_cases.tokens_of(3, 160, seed=7).to(DEVICE)
+    mask = F.pad(inputs["attention_mask"], (0, 160), value=1).to(DEVICE)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     eager, replayed = (kv4.hf.new_cache(model) for _ in range(2))
 
@@ -246,8 +246,8 @@ def test_a_captured_graph_serves_left_padding(name):
         for cache in (eager, replayed):
             call(inputs["input_ids"].to(DEVICE), 0, cache)
         step = kv4.hf.DecodeGraph(model, replayed, reserve=50, attention_mask=mask[:, :150])
-        for i in range(120):
-            if i == 60:
+        for i in range(160):
+            if i == 120:  # every row has sealed its first page by now
                 for cache in (eager, replayed):
                     cache.crop(-1)
             begin = eager.get_seq_length()
@@ -255,7 +255,7 @@ def test_a_captured_graph_serves_left_padding(name):
             torch.testing.assert_close(
                 step(text[:, i : i + 1]), expected, rtol=0, atol=1e-2, msg=lambda m, i=i: f"step {i}: {m}"
             )
-    assert step.captured >= 2
+    assert step.captured >= 1
 
 
 def test_a_graph_says_what_it_cannot_serve():

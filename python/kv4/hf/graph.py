@@ -28,8 +28,8 @@ class DecodeGraph:
     also be used in eager mode, cropped or reordered between steps: the next step is captured anew.
 
     Errors: ValueError for a model that is not on one CUDA device under the kv4 attention, a cache with other layers
-    than packed ones or one that is empty. `attention_mask`, nonzero = a real token [batch, cached tokens], tells of padding,
-    on the left alone (else ValueError); rows keep it for as long as the graph is used.
+    than packed ones or one that is empty, padding elsewhere than on the left. `attention_mask` [batch, cached tokens],
+    nonzero = a real token, tells of padding; rows keep it for as long as the graph is used.
     """
 
     def __init__(
@@ -107,8 +107,10 @@ class DecodeGraph:
         self.captured += 1
 
 
-def _starts(cache: KV4Cache, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """First real position of each row, int64 [batch], and the mask that tells it every layer; None where none is padded."""
+def _starts(
+    cache: KV4Cache, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """First real position of each row, int64 [batch], and the mask that tells it; None where no row is padded."""
     if attention_mask is None:
         return None, None
     batch, tokens = cache.packed_layers()[0].batch, cache.get_seq_length()

@@ -103,8 +103,9 @@ def leading_padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: int
 
 
 def row_mask(batch: int, start: torch.Tensor | None, window: int) -> torch.Tensor:
-    """The int32 mask of rows that start at `start`, in CPU memory wherever the model is: the core reads it there. Columns
-    count from the first one that the layer still holds; where the mask's attribute `kv4_positions` is True, from position 0."""
+    """The int32 mask of rows that start at `start`, in CPU memory wherever the model is: the core reads it there.
+    Columns count from the first one that the layer still holds; from position 0 where the mask's attribute
+    `kv4_positions` is True."""
     mask = torch.empty((batch, 1, 1, 2), dtype=torch.int32)
     mask[..., 0] = 0 if start is None else start[:, None, None]
     mask[..., 1] = window
