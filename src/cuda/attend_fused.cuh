@@ -56,7 +56,8 @@ struct Columns {
     for (int i = 0; i < kAhead; ++i) load(matrix, i, first + i * apart, lane);
     // The others at least into L2.
     for (int n = first + kAhead * apart; n < kTiles; n += apart)
-      for (int i = lane * 8; i < kSteps * kLanes; i += kLanes * 8) asm volatile("prefetch.global.L2 [%0];" ::"l"(matrix.words + n * kSteps * kLanes + i));
+      for (int i = lane * 8; i < kSteps * kLanes; i += kLanes * 8)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(matrix.words + n * kSteps * kLanes + i));
   }
   // f(block, n, i, c0, c1): columns 8n + 2t and + 1 of row g of each block, n of load i, in units of the row's and the matrix's scale.
   template <int kBlocks, class F>
@@ -120,8 +121,8 @@ struct QueryRow {
 };
 
 template <int D, Rows kSegmentRows, Readers kReaders>
-__device__ __forceinline__ void turn_queries(const AttendParams& p, const SequenceView& s, int b, int head, int row0, QueryRow<D>& first, Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns,
-                                             uint4* operands, float* scales, float* y, uint4* fragments, int warp, int lane) {
+__device__ __forceinline__ void turn_queries(const AttendParams& p, const SequenceView& s, int b, int head, int row0, QueryRow<D>& first,
+                                             Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns, uint4* operands, float* scales, float* y, uint4* fragments, int warp, int lane) {
   using F = FusedShape<D, kSegmentRows, kReaders>;
   __shared__ float largest[F::kRows];
   const int g = lane / 4, t = lane % 4;

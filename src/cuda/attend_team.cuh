@@ -1,9 +1,9 @@
 // How four warps, a team, read pages and exact rows together (attend_fused.cuh): each takes the scores of a quarter of the
 // tokens and the outputs of a quarter of the channels, and they hand maxima and weights round in shared memory, two barriers
-// for 128 tokens. A warp by itself (attend_pages.cuh) executes fewer instructions in all, 21.2 million against 37.9 for 12 / 2 heads, d = 128, 16 x
-// 32,768; but its loop is 2,100 of them for two pages of d = 128, each fetched for one use in a short call (a page there: 12,500
-// cycles by a warp, 4,400 by a team). A team's loop is half as long for all its warps together. Long calls: 97 us by teams, 80 by
-// warps; at d = 256 as much by either.
+// for 128 tokens. A warp by itself (attend_pages.cuh) executes fewer instructions in all, 21.2 million against 37.9 for 12 / 2
+// heads, d = 128, 16 x 32,768; but its loop is 2,100 of them for two pages of d = 128, each fetched for one use in a short call:
+// a page took a warp 12,500 cycles there, and takes a team 4,400. A team's loop is half as long for all its warps together.
+// Long calls: 97 us by teams, 80 by warps; at d = 256 as much by either.
 #pragma once
 
 #include "cuda/attend_exact.cuh"
@@ -310,7 +310,8 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
             x[e] = __float_as_uint(fmaf(weight > 0 ? weight * value_scale[page][2 * n + e] : 0.0f, inverse, 8388608.0f));
           }
           // High bytes, then low ones, of tokens 2t and 2t + 1.
-          reinterpret_cast<uint32_t*>(exchange.weights)[(((page * kOctets + n) * kBlocks + r) * kLanes + lane) * kTeam + member] = __byte_perm(x[0], x[1], 0x4051);
+          const int at = ((page * kOctets + n) * kBlocks + r) * kLanes + lane;
+          reinterpret_cast<uint32_t*>(exchange.weights)[at * kTeam + member] = __byte_perm(x[0], x[1], 0x4051);
         }
     }
     meet_team(team);
@@ -335,7 +336,8 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
 #pragma unroll
           for (int n = 0; n < kOctets; ++n) {
             const uint4 x = exchange.weights[((page * kOctets + n) * kBlocks + r) * kLanes + lane];
-            weights[r][n] = {__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x5410), __byte_perm(x.z, x.w, 0x7632)};
+            weights[r][n] = {__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x5410),
+                             __byte_perm(x.z, x.w, 0x7632)};
           }
         if constexpr (kFour) {
           const uint4 both = weights[0][0], none = {};
