@@ -5,7 +5,8 @@
 //
 // Against prepare, main and merge this leaves out two launches, the waits between them and most of the partial states
 // in device memory. Every CTA reads both rotations' matrices, 4 D^2 bytes each from L2 (64 KB at d = 128, 1.3 us at 13 bytes a
-// cycle and multiprocessor with all of them reading), which is why calls of more segments keep the three kernels. Versions and times: docs/cuda.md.
+// cycle and multiprocessor with all of them reading), which is why calls of more segments keep the three kernels. Versions and
+// times: docs/cuda.md.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -122,7 +123,8 @@ struct QueryRow {
 
 template <int D, Rows kSegmentRows, Readers kReaders>
 __device__ __forceinline__ void turn_queries(const AttendParams& p, const SequenceView& s, int b, int head, int row0, QueryRow<D>& first,
-                                             Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns, uint4* operands, float* scales, float* y, uint4* fragments, int warp, int lane) {
+                                             Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns, uint4* operands,
+                                             float* scales, float* y, uint4* fragments, int warp, int lane) {
   using F = FusedShape<D, kSegmentRows, kReaders>;
   __shared__ float largest[F::kRows];
   const int g = lane / 4, t = lane % 4;
