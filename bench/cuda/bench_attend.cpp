@@ -139,8 +139,8 @@ void decode(benchmark::State& state, const Case& c) {
   cuda::AttendParams p;
   if (const Status s = cuda::attend_params(job, &p); !s.ok()) return state.SkipWithError(s.message().c_str());
   p.sequences = device_views.as<SequenceView>();
-  const cuda::AttendPlan plan = cuda::plan_attend(p, cuda::chip_of(0));
-  const DeviceBytes scratch(plan.scratch), flush(kFlushBytes);
+  const cuda::AttendPlan plan = cuda::plan_attend(p, cuda::chip_of(0), cuda::load_of(views));
+  const DeviceBytes scratch(plan.scratch, 0), flush(kFlushBytes);
 
   Timer timer;
   cudaGraph_t graph;

@@ -114,7 +114,7 @@ void Cache::State::view(const Sequence& s, std::int64_t pages, std::int64_t upto
   out->exact[1] = s.window.view(skip, rows - skip, s.window_position + skip);
   out->lambda_k = lambda_k(s, 0);
   out->lambda_v = lambda_v(0);
-  out->note = s.note.get();
+  out->note = s.note();
 }
 
 Status Cache::State::check_output(const AttendArgs& args, const MutableTensorView* out, const PartialState* partial) const {

@@ -156,7 +156,7 @@ std::size_t Cache::nbytes() const {
       if (rows->identity() != nullptr && counted.insert(rows->identity()).second) sum += rows->bytes();
     for (const Block* block : {q.lambda.get(), q.query_energy.rows.get()})
       if (block != nullptr && counted.insert(block).second) sum += block->bytes();
-    if (q.note && counted.insert(q.note.get()).second) sum += sizeof(LateNote);
+    for (const Told& told : q.notes) sum += sizeof(Told) + (counted.insert(told.note.get()).second ? sizeof(LateNote) : 0);
     sum += q.pages.bytes() + q.seen.capacity() + q.non_finite.capacity() * sizeof(NonFinite) + q.query_energy.filled.capacity();
   }
   sum += s.sequences.capacity() * sizeof(Sequence) + s.views.capacity() * sizeof(SequenceView) +

@@ -5,26 +5,36 @@
 #include "cache/state.h"
 
 namespace kv4 {
+namespace {
+
+// What a note's key and value say beyond what was told.
+void tell(const Told& told, std::int64_t key, std::int64_t value, std::vector<NonFinite>* found) {
+  if (key > told.key && key <= told.end) found->push_back({key - 1, true, false});
+  if (value > told.value && value <= told.end) found->push_back({value - 1, false, true});
+}
+
+}  // namespace
 
 void Cache::State::give_note(Sequence& s) const {
   Backend* const owner = backend;
-  s.note.reset();
-  if (LateNote* note = owner->alloc_note(); note != nullptr) s.note = std::shared_ptr<LateNote>(note, [owner](LateNote* p) { owner->free_note(p); });
-  s.told_key = s.told_value = 0;
+  for (Told& told : s.notes) told.end = std::min(told.end, s.length);
+  // Rows that left the window have left no trace in non_finite either.
+  std::erase_if(s.notes, [&s](const Told& told) { return told.end <= s.window_position; });
+  if (LateNote* note = owner->alloc_note(); note != nullptr)
+    s.notes.push_back({std::shared_ptr<LateNote>(note, [owner](LateNote* p) { owner->free_note(p); })});
 }
 
-std::pair<std::int64_t, std::int64_t> Cache::State::listen(const Sequence& s, std::vector<NonFinite>* found) const {
-  if (!s.note) return {0, 0};
-  const std::int64_t key = s.note->key, value = s.note->value;
-  if (key > s.told_key) found->push_back({key - 1, true, false});
-  if (value > s.told_value) found->push_back({value - 1, false, true});
-  return {key, value};
+void Cache::State::listen(const Sequence& s, std::vector<NonFinite>* found) const {
+  for (const Told& told : s.notes) tell(told, told.note->key, told.note->value, found);
 }
 
 void Cache::State::hear(Sequence& s) const {
-  const auto [key, value] = listen(s, &s.non_finite);
-  s.told_key = std::max(s.told_key, key);
-  s.told_value = std::max(s.told_value, value);
+  for (Told& told : s.notes) {
+    const std::int64_t key = told.note->key, value = told.note->value;  // once: a device may write them at any time
+    tell(told, key, value, &s.non_finite);
+    told.key = std::max(told.key, key);
+    told.value = std::max(told.value, value);
+  }
 }
 
 void Cache::State::make_tables() {
@@ -34,7 +44,9 @@ void Cache::State::make_tables() {
 void Cache::State::view_before(std::int64_t tokens) {
   views.resize(sequences.size());
   for (std::size_t b = 0; b < sequences.size(); ++b) {
-    const Sequence& s = sequences[b];
+    Sequence& s = sequences[b];
+    // A fork's next rows are no news for the other.
+    if (!s.notes.empty() && s.notes.back().note.use_count() > 1) give_note(s);
     view(s, s.page_end(), length, &views[b]);
     views[b].query_position = length - tokens;
   }

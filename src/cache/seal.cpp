@@ -161,7 +161,16 @@ Status Cache::State::fix_lambda(Sequence& s) {
   return {};
 }
 
+// All sequences in one call of the backend: their pages are made first, and belong to them once that has been queued.
 Status Cache::State::seal_until(std::int64_t n) {
+  struct Due {
+    Sequence* sequence;
+    std::vector<PageRef> pages;
+    std::vector<std::uint8_t> masked;
+    std::shared_ptr<Block> copied;  // of the flags, for kernels that read their own memory alone; where there are any
+  };
+  std::vector<Due> all;
+  jobs.clear();
   for (Sequence& s : sequences) {
     const std::int64_t due = s.pages_due(n, config.recipe.window);
     if (due <= s.page_end() && s.anchored) continue;
@@ -186,17 +195,14 @@ Status Cache::State::seal_until(std::int64_t n) {
     }
     const std::int64_t first_row = s.page_position(s.page_end()) - s.window_position;
     note_masked(s, first_row, count * kPageTokens);
-    std::vector<PageRef> fresh;
-    KV4_RETURN_IF_ERROR(pool->allocate(static_cast<std::size_t>(count), &fresh));
-    // Kernels that read their own memory alone get a copy of the flags, where there are any.
-    const std::uint8_t* flags = masked.data();
-    std::shared_ptr<Block> copied;
+    Due& here = all.emplace_back(Due{&s, {}, masked, {}});
+    KV4_RETURN_IF_ERROR(pool->allocate(static_cast<std::size_t>(count), &here.pages));
+    const std::uint8_t* flags = here.masked.data();
     if (!backend->host_memory()) {
       const bool any = std::find(masked.begin(), masked.end(), 1) != masked.end();
-      KV4_RETURN_IF_ERROR(Block::copy_of(*backend, "masked", masked.data(), any ? masked.size() : 0, &copied));
-      flags = any ? copied->as<std::uint8_t>() : nullptr;
+      KV4_RETURN_IF_ERROR(Block::copy_of(*backend, "masked", flags, any ? masked.size() : 0, &here.copied));
+      flags = any ? here.copied->as<std::uint8_t>() : nullptr;
     }
-    jobs.clear();
     for (std::int64_t p = 0; p < count; ++p) {
       for (int h = 0; h < heads(); ++h) {
         SealJob job;
@@ -208,16 +214,17 @@ Status Cache::State::seal_until(std::int64_t n) {
         job.skip = flags == nullptr ? nullptr : flags + p * kPageTokens;
         job.lambda_k = lambda_k(s, h);
         job.lambda_v = lambda_v(h);
-        job.slice = slice(fresh[p], h);
+        job.slice = slice(here.pages[static_cast<std::size_t>(p)], h);
         jobs.push_back(job);
       }
     }
-    KV4_RETURN_IF_ERROR(backend->seal(spec, jobs));
-    s.pages.append(std::move(fresh));
-    // A prefill's work lists are not kept for decoding, which needs them once in 64 tokens.
-    std::vector<SealJob>().swap(jobs);
-    std::vector<std::uint8_t>().swap(masked);
   }
+  if (all.empty()) return {};
+  KV4_RETURN_IF_ERROR(backend->seal(spec, jobs));
+  for (Due& due : all) due.sequence->pages.append(std::move(due.pages));
+  // A prefill's work lists are not kept for decoding, which needs them once in 64 tokens.
+  std::vector<SealJob>().swap(jobs);
+  std::vector<std::uint8_t>().swap(masked);
   return {};
 }
 

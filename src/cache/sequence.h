@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -32,6 +33,14 @@ struct QueryEnergy {
   void clear() { *this = QueryEnergy(); }
 };
 
+// A note that a backend writes to when it gets there, and what of it is in non_finite already. `end`: news of positions from
+// there on are not this sequence's, but of a fork or of what a crop took away.
+struct Told {
+  std::shared_ptr<LateNote> note;
+  std::int64_t key = 0, value = 0;
+  std::int64_t end = std::numeric_limits<std::int64_t>::max();
+};
+
 struct Sequence {
   std::int64_t length = 0;
   std::int64_t start = 0;
@@ -47,13 +56,16 @@ struct Sequence {
   std::int64_t window_position = 0;       // of window row 0
   std::vector<Seen> seen;                 // per window row
   std::vector<NonFinite> non_finite;      // window only (arrival: everywhere)
-  std::shared_ptr<LateNote> note;         // shared between forks; null where the backend tells at once
-  std::int64_t told_key = 0, told_value = 0;  // what of the note is in non_finite
+  std::vector<Told> notes;                // the last is written to, before a fork's next rows by it alone; none where the backend tells at once
 
   std::int64_t evicted = 0;               // a sliding window let go of every position below
   QueryEnergy query_energy;
   std::shared_ptr<Block> lambda;          // float [kv_heads, head_dim_k]
 
+  // Where news of the next rows go; null where the backend tells at once, or has no memory for it.
+  LateNote* note() const {
+    return notes.empty() || notes.back().end != Told().end ? nullptr : notes.back().note.get();
+  }
   std::int64_t body() const { return start + sink_limit; }
   std::int64_t page_position(std::int64_t index) const { return body() + index * kPageTokens; }
   std::int64_t page_end() const { return first_page + static_cast<std::int64_t>(pages.size()); }

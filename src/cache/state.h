@@ -87,8 +87,8 @@ struct Cache::State {
   void note_non_finite(Sequence& s, std::int64_t row, const TensorView& k, const TensorView& v) const;
   void give_note(Sequence& s) const;
   void hear(Sequence& s) const;                     // takes over what the note says
-  // The note's key and value; what is new of it goes to `found`.
-  std::pair<std::int64_t, std::int64_t> listen(const Sequence& s, std::vector<NonFinite>* found) const;
+  // What is new of the notes goes to `found`.
+  void listen(const Sequence& s, std::vector<NonFinite>* found) const;
   void make_tables();
   void view_before(std::int64_t tokens);            // views as a store of `tokens` rows finds them
   Status reserve(std::int64_t tokens);

@@ -1,5 +1,7 @@
 #include "cuda/attend.h"
 
+#include <algorithm>
+
 #include "cuda/attend_tuning.h"
 
 namespace kv4::cuda {
@@ -14,7 +16,7 @@ int blocks_of_rows(const AttendParams& p, int segment_blocks) {
 std::size_t round_up(std::size_t n) { return (n + 255) / 256 * 256; }
 
 struct Scratch {
-  std::size_t line, operands, row_scale, states, bytes;
+  std::size_t arrived, line, operands, row_scale, states, bytes;
 };
 
 Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
@@ -22,17 +24,57 @@ Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
   const std::size_t rows = static_cast<std::size_t>(plan.segment_blocks) * kBlockRows;
   const std::size_t slots = static_cast<std::size_t>(plan.ctas) * plan.warps_per_cta + 2 * (blocks / plan.segment_blocks);
   Scratch s{};
-  s.line = 0;
-  s.operands = round_up((static_cast<std::size_t>(p.batch) + 1) * sizeof(int));
+  s.arrived = 0;
+  s.line = kMostFused * sizeof(int);
+  if (plan.fused_ctas > 0) {
+    s.states = s.line;
+    s.bytes = s.states + blocks / plan.segment_blocks * plan.fused_ctas * fused_state_floats(p.dim, plan.segment_blocks) * sizeof(float);
+    return s;
+  }
+  s.operands = s.line + round_up((static_cast<std::size_t>(p.batch) + 1) * sizeof(int));
   s.row_scale = s.operands + round_up(blocks * operand_words(p.dim) * sizeof(uint4));
   s.states = s.row_scale + round_up(blocks * 2 * kBlockRows * sizeof(float));
   s.bytes = s.states + round_up(slots * rows * (static_cast<std::size_t>(p.dim) + 2) * sizeof(float));
   return s;
 }
 
+int items_of(const ExactRows& x) { return static_cast<int>((x.count + kExactTokens - 1) / kExactTokens); }
+
+// Sets plan.fused_ctas, where one kernel that takes segments whole is done before three that share all items evenly, and who
+// reads there.
+template <int D>
+void plan_fused(const AttendParams& p, int segments, const Load& load, AttendPlan* plan) {
+  if (plan->room != Room::large || segments > plan->ctas || segments > kMostFused) return;
+  const int ctas = plan->ctas / segments;
+  const auto rounds = [](long long items, long long readers) { return (items + readers - 1) / readers; };
+  const auto readers = [&](Readers kind) { return static_cast<long long>(fused_fit<D>(kind, plan->segment_blocks).warps); };
+  const long long all = load.all * (segments / p.batch), warps = readers(Readers::warps);
+  if (D > kTeamDim) {
+    // Its matrices, 256 KB each for every CTA, cost more than launches but where one segment has the device for itself.
+    if (segments == 1 && rounds(load.longest, ctas * warps) > 1) plan->fused_ctas = ctas;
+    return;
+  }
+  // A team is quicker with its first items, by as much as it is slower with those that follow.
+  constexpr long long kTeamRounds = 2;
+  plan->teams = rounds(load.longest, ctas * readers(Readers::teams)) <= kTeamRounds;
+  // Two launches and the waits between them cost about as much as four rounds of warps.
+  constexpr long long kSaved = 4;
+  if (plan->teams || rounds(load.longest, ctas * warps) <= rounds(all, plan->ctas * warps) + kSaved) plan->fused_ctas = ctas;
+}
+
 }  // namespace
 
-AttendPlan plan_attend(const AttendParams& p, const Chip& chip) {
+Load load_of(std::span<const SequenceView> sequences) {
+  Load load;
+  for (const SequenceView& s : sequences) {
+    const long long items = items_of(s.exact[0]) + items_of(s.exact[1]) + s.page_count;
+    load.longest = std::max(load.longest, items);
+    load.all += items;
+  }
+  return load;
+}
+
+AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load) {
   AttendPlan plan;
   plan.room = room_of(chip);
   plan.early = chip.code >= 90;
@@ -48,6 +90,11 @@ AttendPlan plan_attend(const AttendParams& p, const Chip& chip) {
   });
   AttendParams sized = p;
   sized.blocks = blocks_of_rows(p, plan.segment_blocks);
+  const int segments = p.batch * p.kv_heads * (sized.blocks / plan.segment_blocks);
+  with_dim(p.dim, [&](auto d) {
+    plan_fused<decltype(d)::value>(p, segments, load, &plan);
+    return true;
+  });
   plan.scratch = lay_out(sized, plan).bytes;
   return plan;
 }
@@ -61,6 +108,7 @@ cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch
   p.merge_rows = segments * 2 >= plan.ctas ? kBlockRows * plan.segment_blocks : segments * 8 >= plan.ctas ? 2 : 1;
   const Scratch s = lay_out(p, plan);
   auto* memory = static_cast<unsigned char*>(scratch);
+  p.arrived = reinterpret_cast<int*>(memory + s.arrived);
   p.line = reinterpret_cast<int*>(memory + s.line);
   p.operands = reinterpret_cast<uint4*>(memory + s.operands);
   p.row_scale = reinterpret_cast<float*>(memory + s.row_scale);

@@ -1,4 +1,4 @@
-// One call of attention on a CUDA device: three kernels, queued on a stream.
+// One call of attention on a CUDA device, queued on a stream: one kernel where its segments are few (attend_fused.cuh), else three.
 //
 //   prepare  turns the queries into the matrix operands that the others read: rotated, divided by lambda and
 //            quantised for pages; as they are for exact rows,
@@ -15,6 +15,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "backend/backend.h"
 #include "cuda/layout.h"
@@ -62,10 +63,11 @@ struct AttendParams {
   PackedMatrix inverse_transpose;  // values: (R^-1)^T, which turns rows of outputs back
 
   // Scratch.
+  int* arrived = nullptr;          // [kMostFused] of each segment's CTAs, where one kernel does all: 0 between calls
   int* line = nullptr;             // [batch + 1] items before each sequence
   uint4* operands = nullptr;       // per block: bytes, halves of q', halves of q (see operand_* below)
   float* row_scale = nullptr;      // per block: [kBlockRows] of bytes times factor, then of the halves of q'
-  float* states = nullptr;         // per slot: o [rows][dim], m [rows], l [rows]
+  float* states = nullptr;         // per slot: o [rows][dim], m [rows], l [rows]; per CTA of a segment: fused_state_floats
   int warps = 0;                   // that share the line
   int segment_blocks = 0;          // blocks of a segment: 1 or 2
   int merge_rows = 0;              // rows of a segment that one CTA merges
@@ -90,17 +92,28 @@ Chip chip_of(int device);  // `device` is the current one; shared and code are 0
 // What attend_main is compiled for, by a CTA's shared memory and by how its queues are filled (attend_tuning.h).
 enum class Room { none, small, middle, large };
 
-// The launch configuration of one call and the scratch it needs, in bytes.
+// Items of the sequences of a call: what its plan depends on beside the device. A captured call is replayed with more of them.
+struct Load {
+  long long longest = 0, all = 0;  // of one sequence; of all: of one KV head
+};
+Load load_of(std::span<const SequenceView> sequences);
+
+constexpr int kMostFused = 1024;  // segments of a call that one kernel does
+
+// The launch configuration of one call and the scratch it needs, in bytes; its first kMostFused ints are 0 before the first
+// call that uses it.
 struct AttendPlan {
   Room room = Room::none;
   int most_sequences = 0;  // whose line fits beside the queues
   int segment_blocks = 1;
   int ctas = 0, warps_per_cta = 0;
+  int fused_ctas = 0;  // of each segment, where one kernel does all (attend_fused.cuh); 0: three kernels
+  bool teams = false;  // of warps read together there (attend_team.cuh)
   bool early = false;  // the kernels may begin before those before them have ended (sm_90)
   std::size_t scratch = 0;
 };
-AttendPlan plan_attend(const AttendParams& p, const Chip& chip);
-// Fills in the scratch pointers from `scratch` and queues the three kernels. cudaErrorNoKernelImageForDevice: the plan has no room.
+AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load);
+// Fills in the scratch pointers from `scratch` and queues the kernels. cudaErrorNoKernelImageForDevice: the plan has no room.
 cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch, cudaStream_t stream);
 
 }  // namespace kv4::cuda

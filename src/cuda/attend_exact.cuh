@@ -93,11 +93,11 @@ __device__ __forceinline__ void exact_item(const AttendParams& p, Slots& queue, 
   queue.release(pieces);
 }
 
-// A run of exact items of one segment.
+// A run of exact items of one segment; `operands`: of its first block.
 template <int D, int kBlocks, class Slots, class StateT>
 __device__ __forceinline__ void exact_run(const AttendParams& p, Slots& queue, Pieces& pieces, StateT& state, const Cursor& here, int head,
-                                          int block, int row0, int run, int lane) {
-  const uint4* operands = p.operands + static_cast<std::size_t>(block) * operand_words(D) + (operand_bytes_tiles(D) + operand_mean_steps(D)) * kLanes + lane;
+                                          const uint4* operands, int row0, int run, int lane) {
+  operands += (operand_bytes_tiles(D) + operand_mean_steps(D)) * kLanes + lane;
   constexpr int kSteps = Shape<D>::kKept ? D / 16 : 0;
   uint4 q[kBlocks][kSteps > 0 ? kSteps : 1];
 #pragma unroll

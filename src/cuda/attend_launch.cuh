@@ -2,12 +2,40 @@
 #pragma once
 
 #include "cuda/attend.h"
+#include "cuda/attend_fused.cuh"
 #include "cuda/attend_main.cuh"
 #include "cuda/attend_merge.cuh"
 #include "cuda/attend_prepare.cuh"
 #include "cuda/attend_tuning.h"
 
 namespace kv4::cuda {
+
+template <class Kernel>
+cudaError_t queue_kernel(Kernel kernel, const AttendParams& p, const AttendPlan& plan, dim3 ctas, int threads, int bytes, cudaStream_t stream) {
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = ctas;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = plan.early ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+template <int D, Rows kRows, Readers kReaders>
+cudaError_t launch_fused(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
+  constexpr int kBlocks = blocks_of(kRows);
+  constexpr Fit kFit = fused_fit<D>(kReaders, kBlocks);
+  static_assert(kFit.warps > 0, "no queues fit");
+  constexpr int kShared = fused_shared<D>(kReaders, kFit.warps, kFit.depth, kBlocks);
+  const auto kernel = attend_fused<D, kRows, kReaders>;
+  if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared); e != cudaSuccess) return e;
+  const unsigned segments = static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks));
+  return queue_kernel(kernel, p, plan, dim3(static_cast<unsigned>(plan.fused_ctas), segments), fused_warps(kReaders, kFit.warps) * kLanes, kShared, stream);
+}
 
 template <int D, Rows kRows, Room kRoom>
 cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
@@ -24,17 +52,7 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
       e != cudaSuccess)
     return e;
   const auto queue = [&](auto kernel, dim3 ctas, int threads, int bytes) {
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = ctas;
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = plan.early ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, p);
+    return queue_kernel(kernel, p, plan, ctas, threads, bytes, stream);
   };
   // Few CTAs are chains of latency, which more threads shorten; many share their multiprocessors.
   const auto threads = [&](unsigned ctas) { return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kTurnThreads : kTurnThreads / 2; };
@@ -48,6 +66,9 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
 
 template <int D, Rows kRows>
 cudaError_t launch_room(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
+  if constexpr (D <= kTeamDim)
+    if (plan.fused_ctas > 0 && plan.teams) return launch_fused<D, kRows, Readers::teams>(p, plan, stream);
+  if (plan.fused_ctas > 0) return launch_fused<D, kRows, Readers::warps>(p, plan, stream);
   switch (plan.room) {
     case Room::large: return launch<D, kRows, Room::large>(p, plan, stream);
     case Room::middle: return launch<D, kRows, Room::middle>(p, plan, stream);

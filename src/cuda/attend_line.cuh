@@ -84,6 +84,14 @@ struct Cursor {
     segment = at / items;
     item = at % items;
   }
+  // Items first ... last - 1 of one segment.
+  __device__ void start_within(const AttendParams& p, int sequence, int its_segment, int first, int last) {
+    flat = item = first;
+    end = last;
+    b = sequence;
+    segment = its_segment;
+    enter(p);
+  }
   // By `count` items, within the segment or to its end.
   __device__ __forceinline__ void skip(const AttendParams& p, int count, int segments) {
     flat += count;
@@ -117,19 +125,24 @@ __device__ inline Piece exact_piece(const AttendParams& p, const Cursor& at, int
 }
 
 // The pieces of a stretch in the order in which they are read: keys and values of an exact item; the keys of two
-// pages, then their values. A run of pages is taken two by two, a last odd one alone.
-class Pieces {
+// pages, then their values. A run of pages is taken two by two, a last odd one alone; kExact exact items are taken together.
+template <int kExact>
+class PiecesOf {
  public:
-  __device__ __forceinline__ Pieces(const AttendParams& p, const Cursor& at, int segments_per_head)
+  __device__ __forceinline__ PiecesOf(const AttendParams& p, const Cursor& at, int segments_per_head)
       : p_(p), at_(at), segments_per_head_(segments_per_head) {
     enter();
   }
   __device__ __forceinline__ bool done() const { return at_.flat >= at_.end; }
   __device__ __forceinline__ Piece piece() const {
     const int head = at_.segment / segments_per_head_;
-    if (!at_.packed()) return exact_piece(p_, at_, head, step_);
-    Piece piece;
     const bool values = step_ >= pages_;
+    if (!at_.packed()) {
+      Cursor at = at_;
+      at.item += step_ - (values ? pages_ : 0);
+      return exact_piece(p_, at, head, values ? 1 : 0);
+    }
+    Piece piece;
     piece.from = (step_ - (values ? pages_ : 0) == 0 ? page_[0] : page_[1]) + static_cast<std::size_t>(head) * p_.head_bytes + (values ? p_.v_codes : 0);
     piece.bytes = values ? p_.v_copy_bytes : p_.k_copy_bytes;
     return piece;
@@ -144,13 +157,12 @@ class Pieces {
   // Page addresses are loaded two ahead of their use, so that nobody waits for them within a run.
   __device__ __forceinline__ void enter() {
     step_ = 0;
-    pages_ = 1;
     if (done()) return;
+    pages_ = min(at_.packed() ? 2 : kExact, at_.run());
     if (!at_.packed()) {
       next_item_ = -1;
       return;
     }
-    pages_ = min(2, at_.run());
     const std::uint8_t* const* table = p_.sequences[at_.b].pages + (at_.item - at_.exact_items);
     if (at_.item == next_item_ && at_.b == next_b_) {
       page_[0] = next_[0];
@@ -169,10 +181,11 @@ class Pieces {
   const AttendParams& p_;
   Cursor at_;
   int segments_per_head_;
-  int step_ = 0, pages_ = 1;
+  int step_ = 0, pages_ = 1;  // pages or exact items together
   const unsigned char* page_[2] = {};
   const unsigned char* next_[2] = {};
   int next_item_ = -1, next_b_ = -1;
 };
+using Pieces = PiecesOf<1>;
 
 }  // namespace kv4::cuda

@@ -43,6 +43,32 @@ struct State {
     }
     return m_new == -INFINITY ? 0.0f : m_new;
   }
+
+  // As a partial state: o [kRows][kPitch], m [kRows], l [kRows], of the first `rows` rows. kTwice: rows of pages are laid twice.
+  static constexpr int kRows = kBlocks * kBlockRows, kFloats = kRows * (D + 2);
+  template <bool kTwice, int kPitch = D>
+  __device__ __forceinline__ void put(float* out, bool packed, int rows, int lane) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int r = 0; r < kBlocks; ++r) {
+      float sum = quad_sum(l[r]);
+      if (kTwice && packed) {
+        sum += __shfl_xor_sync(kAll, sum, 16);
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) o[r][n][e] += __shfl_xor_sync(kAll, o[r][n][e], 16);
+      }
+      const int row = r * kBlockRows + g;
+      if (row >= rows) continue;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) *reinterpret_cast<float2*>(out + row * kPitch + n * 8 + 2 * t) = {o[r][n][0], o[r][n][1]};
+      if (t == 0) {
+        out[kRows * kPitch + row] = m[r];
+        out[kRows * (kPitch + 1) + row] = sum;
+      }
+    }
+  }
 };
 
 }  // namespace kv4::cuda
@@ -59,10 +85,9 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
   using Slots = Queue<kDepth, S::kSlotBytes, S::kExactPitch>;
   constexpr int kBlocks = blocks_of(kRows), kQueueBytes = queue_bytes(kDepth, S::kSlotBytes);
   extern __shared__ __align__(128) unsigned char memory[];
-  const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
-  const int warp = threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int segments_per_head = p.blocks / kBlocks, segments = p.kv_heads * segments_per_head;
-  if (threadIdx.x < kWarps) Slots::prepare(memory + threadIdx.x * kQueueBytes);
+  if (lane == 0 && warp < kWarps) Slots::prepare(memory + warp * kQueueBytes);
   auto* mean_operands = reinterpret_cast<uint4*>(memory + kWarps * kQueueBytes) + warp * kBlocks * S::kMeanOperands;
   int* line = reinterpret_cast<int*>(memory + main_shared<D>(kWarps, kDepth, kBlocks));
   if (warp == kWarps) lay_line(p, lane, line);  // not from the kernel before: fetching begins without it
@@ -97,38 +122,22 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
 
   wait_for_previous();
   let_next_begin();
-  State<D, kBlocks> state;
+  using StateT = State<D, kBlocks>;
+  StateT state;
   while (here.flat < here.end) {
     const int run = here.run(), head = here.segment / segments_per_head;
     const bool packed = here.packed();
     const int block0 = here.segment % segments_per_head * kBlocks;
     const int block = (here.b * p.kv_heads + head) * p.blocks + block0, row0 = block0 * kBlockRows;
+    const uint4* operands = p.operands + static_cast<std::size_t>(block) * operand_words(D);
     state.clear();
-    if (packed) pages_run<D, kRows>(p, queue, pieces, state, mean_operands, here, head, block, row0, run, lane);
-    else exact_run<D, kBlocks>(p, queue, pieces, state, here, head, block, row0, run, lane);
+    if (packed)
+      pages_run<D, kRows, false>(p, queue, pieces, state, operands, p.row_scale + block * 2 * kBlockRows, mean_operands, here, head, row0, run, lane);
+    else
+      exact_run<D, kBlocks>(p, queue, pieces, state, here, head, operands, row0, run, lane);
 
     const int slot = w + 2 * (here.b * segments + here.segment) + (packed ? 1 : 0);
-    float* out = p.states + static_cast<std::size_t>(slot) * (kBlocks * kBlockRows) * (D + 2);
-#pragma unroll
-    for (int r = 0; r < kBlocks; ++r) {
-      float l = quad_sum(state.l[r]);
-      if (kRows == Rows::four && packed) {
-        l += __shfl_xor_sync(kAll, l, 16);
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) state.o[r][n][e] += __shfl_xor_sync(kAll, state.o[r][n][e], 16);
-      }
-      const int row = r * kBlockRows + g;
-      if (row0 + row >= p.group * p.queries) continue;
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n)
-        *reinterpret_cast<float2*>(out + row * D + n * 8 + 2 * t) = {state.o[r][n][0], state.o[r][n][1]};
-      if (t == 0) {
-        out[kBlocks * kBlockRows * D + row] = state.m[r];
-        out[kBlocks * kBlockRows * (D + 1) + row] = l;
-      }
-    }
+    state.template put<kRows == Rows::four>(p.states + static_cast<std::size_t>(slot) * StateT::kFloats, packed, p.group * p.queries - row0, lane);
     here.skip(p, run, segments);
   }
 }

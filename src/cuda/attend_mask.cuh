@@ -37,6 +37,21 @@ struct Sight {
   }
 };
 
+// First and last page that every row sees whole.
+__device__ __forceinline__ int2 plain_pages(const AttendParams& p, int b, int kv_head) {
+  const SequenceView& s = p.sequences[b];
+  int2 plain = {0, s.page_count - (s.last_page_tokens < kPageTokens ? 2 : 1)};
+  if (p.mask.kind != Mask::General::none) {
+    plain.y = -1;
+  } else {
+    const Sight sight(p, b, kv_head);
+    const long long low = sight.first_of_all(p) - s.pages_position, high = sight.last_of_all(p) + 1 - s.pages_position;
+    if (low > 0) plain.x = static_cast<int>(min((low + kPageTokens - 1) / kPageTokens, static_cast<long long>(s.page_count)));
+    plain.y = high <= 0 ? -1 : static_cast<int>(min(high / kPageTokens - 1, static_cast<long long>(plain.y)));
+  }
+  return plain;
+}
+
 // The general mask on one score: a cold path, kept out of line.
 __device__ __noinline__ inline float general_mask(const AttendParams& p, int b, int head, int query, long long position, float score) {
   const long long column = position - p.mask.offset;

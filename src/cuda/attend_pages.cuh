@@ -8,9 +8,12 @@
 
 namespace kv4::cuda {
 
-template <int D, Rows kRows, class Slots, class StateT>
-__device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, Pieces& pieces, StateT& state, uint4* mean_operands,
-                                          const Cursor& here, int head, int block, int row0, int run, int lane) {
+// `operands`, `scales`: of the segment's first block (attend.h). kShared: they are in shared memory, that of the means too, which
+// else go to `mean_operands`.
+template <int D, Rows kRows, bool kShared, class Slots, class StateT>
+__device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, Pieces& pieces, StateT& state, const uint4* operands,
+                                          const float* scales, uint4* mean_operands, const Cursor& here, int head, int row0, int run,
+                                          int lane) {
   using S = Shape<D>;
   constexpr int kBlocks = blocks_of(kRows);
   constexpr bool kFour = kRows == Rows::four;
@@ -19,7 +22,7 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
   const int row = kFour ? g % 4 : g;             // of this lane's scores
   const int odd = kFour ? g / 4 : 0;             // whether they are of the odd groups of 8 tokens
   const SequenceView& s = p.sequences[here.b];
-  const uint4* operands = p.operands + static_cast<std::size_t>(block) * operand_words(D) + lane;
+  operands += lane;
 
   // Operands of the queries, in registers and shared memory where those suffice; else read as they are needed, from L1.
   uint4 q[S::kKept ? kBlocks : 1][S::kKept ? S::kTiles : 1];  // rows of the even groups where they are apart
@@ -27,12 +30,12 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
   float row_scale[kBlocks], mean_scale[kBlocks];
 #pragma unroll
   for (int r = 0; r < kBlocks; ++r) {
-    row_scale[r] = p.row_scale[(block + r) * 2 * kBlockRows + row];
-    mean_scale[r] = p.row_scale[(block + r) * 2 * kBlockRows + kBlockRows + g];
+    row_scale[r] = scales[r * 2 * kBlockRows + row];
+    mean_scale[r] = scales[r * 2 * kBlockRows + kBlockRows + g];
     if constexpr (S::kKept) {
 #pragma unroll
       for (int c = 0; c < S::kTiles; ++c) q[r][c] = operands[r * operand_words(D) + c * kLanes];
-      if (p.mean) {
+      if (p.mean && !kShared) {
 #pragma unroll
         for (int k = 0; k < 2 * S::kTiles; ++k)
           mean_operands[r * S::kMeanOperands + k * kLanes + lane] = operands[r * operand_words(D) + (S::kTiles + k) * kLanes];
@@ -50,23 +53,17 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
   }
   const auto query = [&](int r, int c, bool of_odd) {
     if constexpr (S::kKept) return of_odd ? q_odd[kFour ? c : 0] : q[r][c];
-    if (!of_odd) return operands[r * operand_words(D) + c * kLanes];
-    return lane < 16 ? uint4{} : operands[c * kLanes - 16];
+    const uint4* at = operands + r * operand_words(D) + c * kLanes;
+    if (!of_odd) return kShared ? load_again(at) : *at;
+    return lane < 16 ? uint4{} : kShared ? load_again(at - 16) : at[-16];
   };
-  const uint4* means = S::kKept ? mean_operands + lane : operands + S::kTiles * kLanes;
-  constexpr int kMeansPitch = S::kKept ? S::kMeanOperands : operand_words(D);
+  constexpr bool kCopied = S::kKept && !kShared;
+  const uint4* means = kCopied ? mean_operands + lane : operands + S::kTiles * kLanes;
+  constexpr int kMeansPitch = kCopied ? S::kMeanOperands : operand_words(D);
 
   const int first_page = here.item - here.exact_items, pages = s.page_count, last_tokens = s.last_page_tokens;
   const long long pages_position = s.pages_position;
-  int plain_first = 0, plain_last = pages - (last_tokens < kPageTokens ? 2 : 1);  // pages that every row sees whole
-  if (p.mask.kind != Mask::General::none) {
-    plain_last = -1;
-  } else {
-    const Sight sight(p, here.b, head);
-    const long long low = sight.first_of_all(p) - pages_position, high = sight.last_of_all(p) + 1 - pages_position;
-    if (low > 0) plain_first = static_cast<int>(min((low + kPageTokens - 1) / kPageTokens, static_cast<long long>(pages)));
-    plain_last = high <= 0 ? -1 : static_cast<int>(min(high / kPageTokens - 1, static_cast<long long>(plain_last)));
-  }
+  const int2 plain = plain_pages(p, here.b, head);
   // The token of score i of a page.
   const auto token = [t, odd](int i) { return kFour ? i / 2 * 16 + odd * 8 + 2 * t + i % 2 : i / 2 * 8 + 2 * t + i % 2; };
 
@@ -139,7 +136,7 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
           for (int n = 0; n < kScores; ++n) score[r][page * kScores + n] = soft_cap(p.cap, score[r][page * kScores + n]);
       }
       const int at = first_page + i + page;
-      if (at < plain_first || at > plain_last) {
+      if (at < plain.x || at > plain.y) {
         const int tokens = at + 1 == pages ? last_tokens : kPageTokens;
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r)

@@ -81,6 +81,37 @@ constexpr Fit fit(Room room, int segment_blocks) {
   return {0, 0};
 }
 
+// attend_fused, in the large room alone: warps, or teams of four, that read, and one warp that fills their queues. Beside those a
+// CTA has the operands of its segment's queries, a rotation's operands, rows of floats, one partial state, and what each team
+// hands round.
+enum class Readers { warps, teams };
+constexpr int kTeam = 4;
+constexpr int kTeamDim = 128;  // head dims up to this one are read by teams too
+constexpr int kTeams = 3;  // 13 warps leave a thread 128 registers, as 16 would
+constexpr int members_of(Readers readers) { return readers == Readers::teams ? kTeam : 1; }
+constexpr int fused_pitch(int dim) { return dim + 8; }
+// Of a reader's partial state.
+constexpr int reader_state_floats(Readers readers, int dim, int blocks) { return blocks * kBlockRows * (fused_pitch(dim) + 1 + members_of(readers)); }
+constexpr int team_exchange_bytes(int blocks) { return blocks * (kTeam * kLanes * 16 + kTeam * kBlockRows * 8); }
+template <int D>
+constexpr int fused_shared(Readers kind, int readers, int depth, int blocks) {
+  return readers * (queue_bytes(depth, Shape<D>::kSlotBytes) + (kind == Readers::teams ? team_exchange_bytes(blocks) : 0)) +
+         blocks * (operand_words(D) + D / 16 * kLanes) * 16 + blocks * kBlockRows * fused_pitch(D) * 4 + reader_state_floats(kind, D, blocks) * 4;
+}
+constexpr int kFusedStaticBytes = 1024;  // left for what has a fixed size, at least
+// Readers and the slots of each one's queue: of a team at least kTeam, the keys of as many exact items.
+template <int D>
+constexpr Fit fused_fit(Readers kind, int segment_blocks) {
+  const bool teams = kind == Readers::teams;
+  const int readers = teams ? kTeams : Tuning<D>::kWarps[segment_blocks - 1];
+  for (int depth = teams ? 12 : Tuning<D>::kDepth[segment_blocks - 1]; depth >= (teams ? kTeam : 2); --depth)
+    if (fused_shared<D>(kind, readers, depth, segment_blocks) <= room_bytes(Room::large) - kFusedStaticBytes) return {readers, depth};
+  return {0, 0};
+}
+constexpr int fused_warps(Readers kind, int readers) { return readers * members_of(kind) + 1; }
+// Floats of a CTA's partial state: over exact rows and over pages apart.
+constexpr int fused_state_floats(int dim, int blocks) { return blocks * kBlockRows * (2 * dim + 2); }
+
 template <int D>
 cudaError_t launch_dim(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream);
 template <> cudaError_t launch_dim<64>(const AttendParams&, const AttendPlan&, cudaStream_t);

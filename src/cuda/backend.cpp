@@ -218,14 +218,14 @@ class CudaBackend final : public Backend {
       KV4_RETURN_IF_ERROR(upload_views(job, &views, &pages));
       p.sequences = views.as<SequenceView>();
     }
-    const AttendPlan plan = plan_attend(p, chip_);
+    const AttendPlan plan = plan_attend(p, chip_, load_of(job.sequences));
     if (p.batch > plan.most_sequences)
       return error(StatusCode::unsupported, "q", "at most " + std::to_string(plan.most_sequences) + " sequences of these heads on this device",
                    std::to_string(p.batch));
-    void* scratch = nullptr;
-    thread_local std::map<int, Scratch> scratches;
-    KV4_RETURN_IF_ERROR(scratches[device_].reserve(plan.scratch, captured, &scratch));
-    KV4_RETURN_IF_CUDA("attend", launch_attend(p, plan, scratch, current_stream()));
+    Scratch::Block scratch;
+    KV4_RETURN_IF_ERROR(scratch_.reserve(current_stream(), plan.scratch, captured, &scratch));
+    KV4_RETURN_IF_CUDA("attend", launch_attend(p, plan, scratch->data(), current_stream()));
+    if (captured && job.tables != nullptr) static_cast<CacheTables&>(*job.tables).keep(std::move(scratch));
     return {};
   }
 
@@ -354,6 +354,7 @@ class CudaBackend final : public Backend {
   const std::string name_;
   Chip chip_;
   mutable Memory memory_;
+  Scratch scratch_{kMostFused * sizeof(int)};
   mutable Rotations rotations_;
 };
 

@@ -138,6 +138,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Over the four lanes that hold one row of an accumulator.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
@@ -171,6 +177,13 @@ __device__ __forceinline__ uint4 two_halves(bool bf16, float a, float b, float c
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// From shared memory whenever it is asked for: what does not change in a loop would else be kept in registers that are not there.
+__device__ __forceinline__ uint4 load_again(const uint4* p) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(shared_address(p)));
+  return x;
 }
 
 // Before a slot that ordinary stores have written is filled by the copy engine; by every lane that wrote.
@@ -208,7 +221,8 @@ class Queue {
   // `memory`: queue_bytes(kDepth, kSlotBytes) of this warp, 128-byte aligned.
   __device__ Queue(unsigned char* memory, int lane) : base_(memory), lane_(lane) {}
 
-  // Once, by one thread for each queue, before a barrier of the CTA.
+  // Once, by one lane of a warp for its queue, before a barrier of the CTA: lanes of one warp would take turns, 60 cycles for
+  // each barrier.
   static __device__ void prepare(unsigned char* memory) {
     if constexpr (kBulk) {
       const uint32_t barriers = shared_address(memory + kDepth * kSlotBytes);

@@ -35,15 +35,30 @@ bool is_capturing(cudaStream_t stream) {
   return false;
 }
 
-Status Scratch::reserve(std::size_t bytes, bool capturing, void** out) {
-  if (blocks_.empty() || blocks_.back().size() < bytes) {
-    if (capturing)
-      return error(StatusCode::failed_precondition, "q", "a call of the same shape before capture", "a need for " + std::to_string(bytes) + " bytes more");
-    DeviceBuffer grown;
-    KV4_RETURN_IF_CUDA("scratch", grown.make(std::max(bytes, blocks_.empty() ? bytes : 2 * blocks_.back().size())));
-    blocks_.push_back(std::move(grown));
+Status Scratch::reserve(cudaStream_t stream, std::size_t bytes, bool capturing, Block* out) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto fits = [bytes](const Block& block) { return block && block->size() >= bytes; };
+  if (capturing) {
+    if (!fits(captured_)) {
+      // Nothing can be allocated here; streams that are captured are often not those of the calls before.
+      const auto size = [](const auto& entry) { return entry.second ? entry.second->size() : 0; };
+      const auto largest = std::max_element(blocks_.begin(), blocks_.end(), [&](const auto& a, const auto& b) { return size(a) < size(b); });
+      if (largest == blocks_.end() || !fits(largest->second))
+        return error(StatusCode::failed_precondition, "q", "a call of the same shape before capture", "a need for " + std::to_string(bytes) + " bytes more");
+      captured_ = std::move(largest->second);
+      blocks_.erase(largest);
+    }
+    *out = captured_;
+    return {};
   }
-  *out = blocks_.back().data();
+  Block& block = blocks_[stream];
+  if (!fits(block)) {
+    const auto grown = std::make_shared<DeviceBuffer>();
+    KV4_RETURN_IF_CUDA("scratch", grown->make(std::max(bytes, block ? 2 * block->size() : bytes)));
+    KV4_RETURN_IF_CUDA("scratch", cudaMemsetAsync(grown->data(), 0, zeros_, stream));
+    block = grown;
+  }
+  *out = block;
   return {};
 }
 

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -66,15 +67,20 @@ class DeviceBuffer {
   std::size_t size_ = 0;
 };
 
-// Scratch of one thread's calls on one device. It grows by a block twice the size and keeps the old ones: a captured graph
-// may still use them, as long as the thread lives.
+// Scratch of the calls on one device, whose first `zeros` bytes are 0 to begin with: a block for each stream, since its calls
+// follow one another, and one for all that is captured, which no eager call uses any more. Who has captured keeps it.
 class Scratch {
  public:
-  // Errors: out_of_memory; failed_precondition where it would have to grow while a stream is captured.
-  Status reserve(std::size_t bytes, bool capturing, void** out);
+  using Block = std::shared_ptr<DeviceBuffer>;
+  explicit Scratch(std::size_t zeros) : zeros_(zeros) {}
+  // Errors: out_of_memory; failed_precondition where a capture finds no block as large.
+  Status reserve(cudaStream_t stream, std::size_t bytes, bool capturing, Block* out);
 
  private:
-  std::vector<DeviceBuffer> blocks_;
+  const std::size_t zeros_;
+  std::mutex mutex_;
+  std::map<cudaStream_t, Block> blocks_;
+  Block captured_;
 };
 
 // Host memory that copies to the device read after the call that asked for them has returned.

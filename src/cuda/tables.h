@@ -25,6 +25,10 @@ class CacheTables final : public DeviceTables {
   // What a store that counts `tokens` has left in them.
   void expect(int tokens);
   SequenceView* sequences() const { return sequences_; }
+  // Scratch that a captured call uses, for as long as there are tables that it reads.
+  void keep(Scratch::Block block) {
+    if (kept_.empty() || kept_.back() != block) kept_.push_back(std::move(block));
+  }
 
   enum Limit { kStart, kWindow };
   // The device's copy of a mask's start or window [batch], null for null. Errors: failed_precondition where it would have
@@ -49,6 +53,7 @@ class CacheTables final : public DeviceTables {
   std::vector<SequenceView> known_;
   std::vector<Table> held_;
   std::vector<std::int32_t> known_limits_[2];
+  std::vector<Scratch::Block> kept_;
 };
 
 }  // namespace kv4::cuda

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attend_cases.h"
+#include "cuda/attend.h"
 #include "device.h"
 
 namespace kv4 {
@@ -55,8 +56,36 @@ class CudaAttend : public ::testing::Test {
     return dtype == DType::f16 ? f16_to_f32(h) : bf16_to_f32(h);
   }
 
+  // One kernel wherever a call's segments are few enough, read by teams or by warps; three.
+  static constexpr cuda::Load kTeams = {0, 0}, kWarps = {1ll << 30, 1ll << 40}, kThree = {1ll << 30, 0};
+
+  // The job's kernels as if its sequences were as long as `load` says.
+  static Status launch(const AttendJob& job, const cuda::Load& load) {
+    cuda::AttendParams p;
+    KV4_RETURN_IF_ERROR(cuda::attend_params(job, &p));
+    std::vector<const std::uint8_t*> table;
+    for (const SequenceView& v : job.sequences) table.insert(table.end(), v.pages, v.pages + v.page_count);
+    const DeviceBytes pages(table);
+    std::vector<SequenceView> views(job.sequences.begin(), job.sequences.end());
+    const auto* at = pages.as<const std::uint8_t*>();
+    for (SequenceView& v : views) {
+      v.pages = at;
+      at += v.page_count;
+    }
+    const DeviceBytes device_views(views);
+    p.sequences = device_views.as<SequenceView>();
+    const cuda::AttendPlan plan = cuda::plan_attend(p, cuda::chip_of(0), load);
+    const DeviceBytes scratch(plan.scratch, 0xff);
+    EXPECT_EQ(cudaMemset(scratch.as(), 0, cuda::kMostFused * sizeof(int)), cudaSuccess);
+    // Twice: the first call leaves the scratch as the second needs it.
+    for (int i = 0; i < 2; ++i) EXPECT_EQ(cuda::launch_attend(p, plan, scratch.as(), nullptr), cudaSuccess);
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    scratch.read();
+    return {};
+  }
+
   // Output of one call: physically [batch, T, heads, dim_v + 2], the gap guarded.
-  static std::vector<double> run(const Scene& s, const Call& call, Status* status) {
+  static std::vector<double> run(const Scene& s, const Call& call, const cuda::Load& load, Status* status) {
     const DeviceScene scene(s);
     const Device device(call);
     const std::int64_t heads = call.args.q.shape[1], queries = call.args.q.shape[2], dv = s.shape().dim_v;
@@ -68,7 +97,7 @@ class CudaAttend : public ::testing::Test {
     job.out.dtype = call.out_dtype;
     job.out.shape = {s.batch(), heads, queries, dv};
     job.out.stride = {queries * heads * width, width, heads * width, 1};
-    *status = cuda::backend()->attend(job);
+    *status = launch(job, load);
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     const std::vector<std::uint8_t> host = buffer.read();
     std::vector<double> out;
@@ -92,10 +121,13 @@ class CudaAttend : public ::testing::Test {
     const double half_unit = bf16 ? 0x1p-17 : 0x1p-22;
     const scene::ExactRounding exact{call.args.q.dtype == s.shape().dtype ? 0 : half_unit, half_unit};
     const std::vector<double> bound = scene::bounds(s, call, dense, expected, exact);
-    Status status;
-    const std::vector<double> out = run(s, call, &status);
-    ASSERT_TRUE(status.ok()) << status.message();
-    scene::expect_within(s, call, out, expected, bound);
+    for (const cuda::Load& load : {kTeams, kWarps, kThree}) {
+      SCOPED_TRACE(load.longest == 0 ? "one kernel, teams" : load.all > 0 ? "one kernel, warps" : "three kernels");
+      Status status;
+      const std::vector<double> out = run(s, call, load, &status);
+      ASSERT_TRUE(status.ok()) << status.message();
+      scene::expect_within(s, call, out, expected, bound);
+    }
   }
 };
 
@@ -120,7 +152,7 @@ TEST_F(CudaAttend, PartialStatesMergeToTheWhole) {
   const std::vector<SequenceView> views = scene.views(3);
   const std::int64_t rows = s.batch() * call.args.q.shape[1] * 3;
   Status status;
-  const std::vector<double> whole = run(s, call, &status);
+  const std::vector<double> whole = run(s, call, kTeams, &status);
   ASSERT_TRUE(status.ok());
   // Pages in one call, exact rows in another.
   std::vector<float> o[2], m[2], l[2];
@@ -158,14 +190,14 @@ TEST_F(CudaAttend, RefusalsSayWhy) {
   const Scene s(shape, {Held{4, 64, 10, 0}});
   const Call call(s, 1);
   Status status;
-  run(s, call, &status);
+  run(s, call, kTeams, &status);
   EXPECT_EQ(status.code(), StatusCode::unsupported);
   EXPECT_EQ(status.message(), "dtype: expected float16 or bfloat16 on CUDA; got float32");
   shape.dtype = DType::f16;
   shape.dim_k = shape.dim_v = 112;
   const Scene odd(shape, {Held{0, 64, 0, 0}});
   const Call odd_call(odd, 1);
-  run(odd, odd_call, &status);
+  run(odd, odd_call, kTeams, &status);
   EXPECT_EQ(status.message(), "head_dim_k: expected 64, 80, 96, 128 or 256 on CUDA; got 112");
 }
 

@@ -2,9 +2,11 @@
 // a captured graph, streams.
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cache_session.h"
@@ -320,6 +322,115 @@ TEST_F(CudaCache, CapturedStepsAreTheSame) {
       cudaGraphExecDestroy(exec);
       cudaGraphDestroy(graph);
     }
+  }
+  EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+}
+
+// News of NaN that comes only after a fork or a crop: each sequence hears of its own rows and of those it shares.
+TEST_F(CudaCache, LateNewsIsToldToThoseItConcerns) {
+  const int d = kShape.dim, heads = kShape.kv_heads;
+  DevicePlace place(DType::f16);
+  cudaStream_t stream = nullptr;
+  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  {
+    const std::vector<float> fine = cases::normal_rows(heads, d, 1), q = cases::normal_rows(kShape.q_heads, d, 2);
+    std::vector<float> bad = fine;
+    bad[0] = std::numeric_limits<float>::quiet_NaN();
+    const TensorView good_row = place.rows(fine, 1, heads, 1, d), bad_row = place.rows(bad, 1, heads, 1, d);
+    std::vector<float> out(q.size());
+    AttendArgs args;
+    args.q = place.queries(q, 1, kShape.q_heads, 1, d);
+    const auto attend = [&](Cache& c) { return c.attend(args, place.into(out, 1, kShape.q_heads, 1, d)).code(); };
+    // What follows on the stream waits until the host has gone on.
+    const auto hold = [&] { ASSERT_EQ(cudaLaunchHostFunc(stream, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(50)); }, nullptr), cudaSuccess); };
+    const auto filled = [&] {
+      auto cache = make(Recipe(), kShape, 0, DType::f16, "cuda");
+      cache->set_stream(stream);
+      for (int i = 0; i < 5; ++i) EXPECT_TRUE(cache->append(good_row, good_row).ok());
+      return cache;
+    };
+    auto one = filled();
+    auto fork = one->clone();
+    hold();
+    ASSERT_TRUE(one->append(bad_row, good_row).ok());
+    ASSERT_TRUE(fork->append(good_row, good_row).ok());
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    EXPECT_EQ(attend(*one), StatusCode::non_finite);
+    EXPECT_EQ(attend(*fork), StatusCode::ok);
+
+    auto shared = filled();
+    hold();
+    ASSERT_TRUE(shared->append(good_row, bad_row).ok());
+    auto second = shared->clone();
+    for (Cache* c : {shared.get(), second.get()}) ASSERT_TRUE(c->append(good_row, good_row).ok());
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    EXPECT_EQ(attend(*shared), StatusCode::non_finite);
+    EXPECT_EQ(attend(*second), StatusCode::non_finite);
+
+    auto cropped = filled();
+    hold();
+    ASSERT_TRUE(cropped->append(bad_row, bad_row).ok());
+    ASSERT_TRUE(cropped->crop(5).ok());
+    ASSERT_TRUE(cropped->append(good_row, good_row).ok());
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    EXPECT_EQ(attend(*cropped), StatusCode::ok);
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+  }
+  EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+}
+
+// A captured step replays after the thread that captured it has ended, and after eager calls have taken larger scratch.
+TEST_F(CudaCache, CapturedStepsOutliveTheirThread) {
+  const int d = kShape.dim, heads = kShape.kv_heads, prompt = 150;
+  DevicePlace place(DType::f16);
+  cudaStream_t stream = nullptr;
+  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  {
+    const std::vector<float> rows = cases::key_rows(heads * prompt, d, 1), row = cases::key_rows(heads, d, 2), q = cases::normal_rows(kShape.q_heads, d, 3);
+    auto cache = make(Recipe(), kShape, 0, DType::f16, "cuda");
+    cache->set_stream(stream);
+    const TensorView many = place.rows(rows, 1, heads, prompt, d), one = place.rows(row, 1, heads, 1, d);
+    std::vector<float> first(q.size()), second(q.size());
+    AttendArgs args;
+    args.q = place.queries(q, 1, kShape.q_heads, 1, d);
+    const MutableTensorView out = place.into(second, 1, kShape.q_heads, 1, d);
+    cudaGraphExec_t exec = nullptr;
+    std::thread([&] {
+      // Lambda is fixed by the first page, which the third call seals.
+      ASSERT_TRUE(cache->append(many, many).ok());
+      ASSERT_TRUE(cache->attend(args, place.into(first, 1, kShape.q_heads, 1, d)).ok());
+      ASSERT_TRUE(cache->append(one, one).ok());
+      ASSERT_TRUE(cache->attend(args, place.into(first, 1, kShape.q_heads, 1, d)).ok());
+      ASSERT_TRUE(cache->reserve(8).ok());
+      cudaGraph_t graph = nullptr;
+      ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+      const Status appended = cache->append(one, one), attended = cache->attend(args, out);
+      ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+      ASSERT_TRUE(appended.ok()) << appended.message();
+      ASSERT_TRUE(attended.ok()) << attended.message();
+      ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+      cudaGraphDestroy(graph);
+    }).join();
+    ASSERT_NE(exec, nullptr);
+    // A call of more rows, on the same stream.
+    const std::vector<float> wide = cases::normal_rows(kShape.q_heads * 64, d, 4);
+    std::vector<float> ignored(wide.size());
+    AttendArgs more;
+    more.q = place.queries(wide, 1, kShape.q_heads, 64, d);
+    auto other = make(Recipe(), kShape, 0, DType::f16, "cuda");
+    other->set_stream(stream);
+    ASSERT_TRUE(other->append(many, many).ok());
+    ASSERT_TRUE(other->attend(more, place.into(ignored, 1, kShape.q_heads, 64, d)).ok());
+
+    auto eager = cache->clone();
+    ASSERT_TRUE(cache->advance().ok());
+    ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
+    ASSERT_TRUE(eager->append(one, one).ok());
+    ASSERT_TRUE(eager->attend(args, place.into(first, 1, kShape.q_heads, 1, d)).ok());
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    place.fetch();
+    EXPECT_EQ(first, second);
+    cudaGraphExecDestroy(exec);
   }
   EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
 }

@@ -12,14 +12,14 @@ namespace {
 // Bytes a CTA may ask for, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 constexpr Chip kA100 = {108, 163 * 1024, 80}, kL40 = {142, 99 * 1024, 89}, kH100 = {132, 227 * 1024, 90};
 
-AttendPlan plan_of(const Chip& chip, int dim, int group, int queries) {
+AttendPlan plan_of(const Chip& chip, int dim, int group, int queries, const Load& load = {}) {
   AttendParams p;
   p.batch = 3;
   p.kv_heads = 2;
   p.group = group;
   p.queries = queries;
   p.dim = dim;
-  return plan_attend(p, chip);
+  return plan_attend(p, chip, load);
 }
 
 struct Expected {
@@ -52,6 +52,49 @@ TEST(CudaPlan, EveryHeadDimAndRowsFitTheDevice) {
           return true;
         });
       }
+}
+
+TEST(CudaPlan, OneKernelFitsTheDevice) {
+  for (const int dim : kv4::cases::kHeadDims)
+    with_dim(dim, [](auto d) {
+      constexpr int kDim = decltype(d)::value;
+      for (const int blocks : {1, 2})
+        for (const Readers kind : {Readers::warps, Readers::teams}) {
+          const bool teams = kind == Readers::teams;
+          SCOPED_TRACE(::testing::Message() << "d " << kDim << ", blocks " << blocks << (teams ? ", teams" : ", warps"));
+          const Fit f = fused_fit<kDim>(kind, blocks);
+          EXPECT_EQ(f.warps, teams ? kTeams : Tuning<kDim>::kWarps[blocks - 1]);
+          EXPECT_GE(f.depth, teams ? kTeam : 2);
+          EXPECT_LE(fused_warps(kind, f.warps) * 32, 1024);
+          EXPECT_LE(fused_shared<kDim>(kind, f.warps, f.depth, blocks) + kFusedStaticBytes, kH100.shared);
+        }
+      return true;
+    });
+}
+
+// plan_of's call has 6 segments: 22 CTAs of 132 for each, of 7 warps or 3 teams.
+TEST(CudaPlan, OneKernelWhereSegmentsAreFewAndEven) {
+  EXPECT_EQ(plan_of(kH100, 128, 4, 1).fused_ctas, 22);
+  EXPECT_EQ(plan_of(kA100, 128, 4, 1).fused_ctas, 0);  // nobody fills its queues
+  EXPECT_EQ(plan_of(kL40, 128, 4, 1).fused_ctas, 0);
+  // 3 sequences of 1,540 items are 10 rounds of warps for both ways; one alone 10 and 4.
+  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {1540, 3 * 1540}).fused_ctas, 22);
+  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {1540, 1540 + 2}).fused_ctas, 0);
+  // Two rounds of teams are 132 items.
+  EXPECT_TRUE(plan_of(kH100, 128, 4, 1, {132, 3 * 132}).teams);
+  EXPECT_FALSE(plan_of(kH100, 128, 4, 1, {133, 3 * 133}).teams);
+  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {133, 3 * 133}).fused_ctas, 22);
+  // At d = 256 only one segment that keeps the whole device busy: plan_of's call never.
+  EXPECT_EQ(plan_of(kH100, 256, 4, 1, {1540, 3 * 1540}).fused_ctas, 0);
+  AttendParams p;
+  p.batch = p.kv_heads = p.group = p.queries = 1;
+  p.dim = 256;
+  EXPECT_EQ(plan_attend(p, kH100, {2000, 2000}).fused_ctas, 132);
+  EXPECT_FALSE(plan_attend(p, kH100, {2000, 2000}).teams);
+  EXPECT_EQ(plan_attend(p, kH100, {70, 70}).fused_ctas, 0);
+  // 4 segments of 16 rows for each of 64 queries of 1 head: 24 in all; of 8 heads 192, more than multiprocessors.
+  EXPECT_EQ(plan_of(kH100, 128, 1, 64).fused_ctas, 5);
+  EXPECT_EQ(plan_of(kH100, 128, 8, 64).fused_ctas, 0);
 }
 
 TEST(CudaPlan, NoMoreIsLeftOutThanMust) {
@@ -98,7 +141,7 @@ TEST(CudaPlan, WithoutRoomNothingIsQueued) {
   AttendParams p;
   p.batch = p.kv_heads = p.group = p.queries = 1;
   p.dim = 128;
-  const AttendPlan plan = plan_attend(p, {170, 99 * 1024, 120});
+  const AttendPlan plan = plan_attend(p, {170, 99 * 1024, 120}, {});
   EXPECT_EQ(plan.warps_per_cta, 0);
   EXPECT_EQ(plan.most_sequences, 0);
   std::array<unsigned char, 1> scratch;

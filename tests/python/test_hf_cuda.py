@@ -227,11 +227,45 @@ def test_steps_of_a_captured_graph_are_those_of_eager_mode():
         assert replayed.get_seq_length() == eager.get_seq_length() == 299
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_captured_graph_serves_left_padding(name):
+    model = attached(name)
+    inputs = hf_cases.left_padded(3, 150)
+    text = hf_cases.tokens_of(3, 160, seed=7).to(DEVICE)
+    mask = F.pad(inputs["attention_mask"], (0, 160), value=1).to(DEVICE)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    eager, replayed = (kv4.hf.new_cache(model) for _ in range(2))
+
+    def call(ids, begin, cache):
+        end = begin + ids.shape[1]
+        return model(
+            ids, attention_mask=mask[:, :end], position_ids=positions[:, begin:end], past_key_values=cache
+        ).logits
+
+    with torch.inference_mode():
+        for cache in (eager, replayed):
+            call(inputs["input_ids"].to(DEVICE), 0, cache)
+        step = kv4.hf.DecodeGraph(model, replayed, reserve=50, attention_mask=mask[:, :150])
+        for i in range(160):
+            if i == 120:  # every row has sealed its first page by now
+                for cache in (eager, replayed):
+                    cache.crop(-1)
+            begin = eager.get_seq_length()
+            expected = call(text[:, i : i + 1], begin, eager)
+            torch.testing.assert_close(
+                step(text[:, i : i + 1]), expected, rtol=0, atol=1e-2, msg=lambda m, i=i: f"step {i}: {m}"
+            )
+    assert step.captured >= 1
+
+
 def test_a_graph_says_what_it_cannot_serve():
     model = attached("llama")
     cache = kv4.hf.new_cache(model)
     with pytest.raises(ValueError, match="cache: expected a prefilled cache; got an empty one"):
         kv4.hf.DecodeGraph(model, cache)
+    padded = filled(model)
+    with pytest.raises(ValueError, match=r"attention_mask: expected shape \[1, 1\]; got \[1, 2\]"):
+        kv4.hf.DecodeGraph(model, padded, attention_mask=torch.ones(1, 2))
     with pytest.raises(ValueError, match="cache: expected a KV4Cache"):
         kv4.hf.DecodeGraph(model, DynamicCache(config=model.config))
     kv4.hf.detach(model)

@@ -113,7 +113,7 @@ def attend_packed(
         if shared and shared == layer.sliding_window:
             window = None  # the core's own
         causal = True
-        offset = key.length - key.columns
+        offset = 0 if getattr(mask, "kv4_positions", False) else key.length - key.columns
     else:
         offset = key.length - mask.shape[-1]
         if offset < 0:

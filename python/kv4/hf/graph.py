@@ -10,6 +10,7 @@ from kv4.messages import mismatch
 
 from .cache import KV4Cache, KV4Layer
 from .device import place
+from .mask import leading_padding, row_mask
 
 
 class DecodeGraph:
@@ -27,10 +28,13 @@ class DecodeGraph:
     also be used in eager mode, cropped or reordered between steps: the next step is captured anew.
 
     Errors: ValueError for a model that is not on one CUDA device under the kv4 attention, a cache with other layers
-    than packed ones or one that is empty. Sequences must not be padded: the model sees no attention mask.
+    than packed ones or one that is empty, padding elsewhere than on the left. `attention_mask` [batch, cached tokens],
+    nonzero = a real token, tells of padding; rows keep it for as long as the graph is used.
     """
 
-    def __init__(self, model: Any, cache: KV4Cache, *, reserve: int = 1024) -> None:
+    def __init__(
+        self, model: Any, cache: KV4Cache, *, reserve: int = 1024, attention_mask: torch.Tensor | None = None
+    ) -> None:
         if not isinstance(cache, KV4Cache) or len(cache.packed_layers()) != len(cache.layers):
             raise ValueError(mismatch("cache", "a KV4Cache whose layers are all packed", repr(cache)))
         if model.device.type != "cuda":
@@ -44,6 +48,9 @@ class DecodeGraph:
             raise ValueError(mismatch("reserve", "at least 1", reserve))
         self.model, self.cache, self.reserve = model, cache, reserve
         self.captured = 0  # steps captured so far
+        self._start, self._padding = _starts(cache, attention_mask)
+        if self._start is not None:
+            self._start = self._start.to(model.device)[:, None]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._versions: list[int] = []
         self._left = 0
@@ -57,9 +64,13 @@ class DecodeGraph:
             raise ValueError(mismatch("tokens", f"shape [{layers[0].batch}, 1]", list(tokens.shape)))
         if self._graph is None or self._left == 0 or self._versions != [layer.version for layer in layers]:
             self._graph = None
-            if not self._eager_steps or not all(_lambda_is_fixed(layer) for layer in layers):
+            # A capture takes over the rows' starts from the step before it.
+            fresh = self._padding is None or self._versions == [layer.version for layer in layers]
+            if not self._eager_steps or not fresh or not all(_lambda_is_fixed(layer) for layer in layers):
                 self._eager_steps += 1
-                return self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+                logits = self._step(tokens, torch.full_like(tokens, self.cache.get_seq_length()))
+                self._versions = [layer.version for layer in layers]
+                return logits
             self._capture(tokens, layers)
         self._tokens.copy_(tokens)
         for layer in layers:
@@ -68,6 +79,13 @@ class DecodeGraph:
         self._left -= 1
         self._versions = [layer.version for layer in layers]
         return self._logits
+
+    def _step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits of one call of the model; positions int64 [batch, 1], padding counted."""
+        inputs = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
+        if self._padding is not None:
+            inputs["attention_mask"], positions = self._padding, positions - self._start
+        return self.model(position_ids=positions, **inputs).logits
 
     def _capture(self, tokens: torch.Tensor, layers: list[KV4Layer]) -> None:
         for layer in layers:
@@ -79,14 +97,7 @@ class DecodeGraph:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                output = self.model(
-                    input_ids=self._tokens,
-                    position_ids=self._positions,
-                    past_key_values=self.cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                self._logits = output.logits
+                self._logits = self._step(self._tokens, self._positions)
                 self._positions += 1
         finally:
             # The core has counted nothing while its kernels were captured.
@@ -94,6 +105,25 @@ class DecodeGraph:
                 layer.seen, layer.version, layer.columns = counts
         self._graph = graph
         self.captured += 1
+
+
+def _starts(
+    cache: KV4Cache, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """First real position of each row, int64 [batch], and the mask that tells it; None where no row is padded."""
+    if attention_mask is None:
+        return None, None
+    batch, tokens = cache.packed_layers()[0].batch, cache.get_seq_length()
+    if tuple(attention_mask.shape) != (batch, tokens):
+        raise ValueError(mismatch("attention_mask", f"shape [{batch}, {tokens}]", list(attention_mask.shape)))
+    start = leading_padding(attention_mask, tokens, 0)
+    if start is None:
+        raise ValueError(mismatch("attention_mask", "padding on the left alone", "a hidden token behind a visible one"))
+    if start is True:
+        return None, None
+    padding = row_mask(batch, start, 0)
+    padding.kv4_positions = True
+    return start, padding
 
 
 def _lambda_is_fixed(layer: KV4Layer) -> bool:

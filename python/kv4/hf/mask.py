@@ -64,12 +64,12 @@ def kv4_mask(
         if window and kv_length <= window:
             window = 0
         if attention_mask is None:
-            return _rows(batch_size, None, window) if window else None
-        start = _leading_padding(attention_mask, kv_length, kv_offset)
+            return row_mask(batch_size, None, window) if window else None
+        start = leading_padding(attention_mask, kv_length, kv_offset)
         if start is True:
-            return _rows(batch_size, None, window) if window else None
+            return row_mask(batch_size, None, window) if window else None
         if start is not None:
-            return _rows(batch_size, start, window)
+            return row_mask(batch_size, start, window)
     return sdpa_mask(
         batch_size,
         q_length,
@@ -85,7 +85,7 @@ def kv4_mask(
 
 
 @torch.compiler.disable
-def _leading_padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor | bool | None:
+def leading_padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor | bool | None:
     """int64 [batch]: hidden columns at the start of each row. True where no row has any; None where a hidden column
     follows a visible one. What a mask holds decides the program: a compiled graph is left here, once per mask."""
     if attention_mask.shape[1] < kv_offset + kv_length:
@@ -102,8 +102,10 @@ def _leading_padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: in
     return torch.tensor(start) if leading else None
 
 
-def _rows(batch: int, start: torch.Tensor | None, window: int) -> torch.Tensor:
-    """The int32 mask of rows that start at `start`, in CPU memory wherever the model is: the core reads it there."""
+def row_mask(batch: int, start: torch.Tensor | None, window: int) -> torch.Tensor:
+    """The int32 mask of rows that start at `start`, in CPU memory wherever the model is: the core reads it there.
+    Columns count from the first one that the layer still holds; from position 0 where the mask's attribute
+    `kv4_positions` is True."""
     mask = torch.empty((batch, 1, 1, 2), dtype=torch.int32)
     mask[..., 0] = 0 if start is None else start[:, None, None]
     mask[..., 1] = window

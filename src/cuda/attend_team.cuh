@@ -1,0 +1,493 @@
+// How four warps, a team, read pages and exact rows together (attend_fused.cuh): each takes the scores of a quarter of the
+// tokens and the outputs of a quarter of the channels, and they hand maxima and weights round in shared memory, two barriers
+// for 128 tokens. A warp by itself (attend_pages.cuh) executes fewer instructions in all, 21.2 million against 37.9 for 12 / 2
+// heads, d = 128, 16 x 32,768; but its loop is 2,100 of them for two pages of d = 128, each fetched for one use in a short call:
+// a page took a warp 12,500 cycles there, and takes a team 4,400. A team's loop is half as long for all its warps together.
+// Long calls: 97 us by teams, 80 by warps; at d = 256 as much by either.
+#pragma once
+
+#include "cuda/attend_exact.cuh"
+#include "cuda/attend_main.cuh"
+
+namespace kv4::cuda {
+
+__device__ __forceinline__ void meet_team(int team) { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kTeam * kLanes) : "memory"); }
+
+// A team's queue of copies, as Queue (device.cuh) is a warp's: a slot is free when every warp has let go of it.
+template <int kDepth, int kSlotBytes>
+class TeamQueue {
+ public:
+  __device__ TeamQueue(unsigned char* memory, int lane) : base_(memory), lane_(lane) {}
+
+  // By lane 0 of each of the team's warps, before a barrier of the CTA.
+  static __device__ __forceinline__ void prepare(unsigned char* memory, int member) {
+    const uint32_t barriers = shared_address(memory + kDepth * kSlotBytes);
+    for (int i = member; i < kDepth; i += kTeam) {
+      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers + i * 16) : "memory");
+      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers + i * 16 + 8), "n"(kTeam) : "memory");
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  // The slot `ahead` of the oldest one held, complete.
+  __device__ __forceinline__ unsigned char* wait(int ahead) const {
+    int i = read_ + ahead;
+    const uint32_t parity = i < kDepth ? parity_ : parity_ ^ 1;
+    if (i >= kDepth) i -= kDepth;
+    const uint32_t barrier = shared_address(base_ + kDepth * kSlotBytes) + i * 16;
+    uint32_t done = 0;
+    while (done == 0)
+      asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                   : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    return base_ + i * kSlotBytes;
+  }
+  // This warp is done with the `count` oldest slots.
+  __device__ __forceinline__ void pop(int count) {
+    __syncwarp();
+    for (int i = 0; i < count; ++i) {
+      if (lane_ == 0) asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(base_ + kDepth * kSlotBytes) + read_ * 16 + 8) : "memory");
+      if (++read_ == kDepth) {
+        read_ = 0;
+        parity_ ^= 1;
+      }
+    }
+  }
+
+ private:
+  unsigned char* base_;
+  int lane_;
+  int read_ = 0;
+  uint32_t parity_ = 0;
+};
+
+// What a team hands round.
+template <int kBlocks>
+struct TeamExchange {
+  uint4 weights[kTeam * kBlocks * kLanes];     // of pages [page][octets even, odd][block], of exact rows [item][block]
+  float2 largest[kTeam][kBlocks * kBlockRows];  // by warp: of the scores, and of them plus log2 of their value's scale
+};
+static_assert(sizeof(TeamExchange<1>) == team_exchange_bytes(1) && sizeof(TeamExchange<2>) == team_exchange_bytes(2));
+
+// A warp's part of a team's state: channels 16 (4i + member) ... + 15 of its pair of tiles i; m is the team's, l its own.
+template <int D, int kBlocks>
+struct TeamState {
+  static constexpr int kPairs = (D / 16 + kTeam - 1) / kTeam;
+  float o[kBlocks][2 * kPairs][2];
+  float m[kBlocks], l[kBlocks];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int r = 0; r < kBlocks; ++r) {
+      m[r] = -INFINITY;
+      l[r] = 0;
+#pragma unroll
+      for (int i = 0; i < 2 * kPairs; ++i) o[r][i][0] = o[r][i][1] = 0;
+    }
+  }
+  // As State's.
+  __device__ __forceinline__ float raise(int r, float largest) {
+    const float m_new = fmaxf(m[r], largest);
+    const float shrink = m_new == -INFINITY ? 1.0f : exp2_fast(m[r] - m_new);
+    l[r] *= shrink;
+#pragma unroll
+    for (int i = 0; i < 2 * kPairs; ++i) {
+      o[r][i][0] *= shrink;
+      o[r][i][1] *= shrink;
+    }
+    m[r] = m_new;
+    return m_new == -INFINITY ? 0.0f : m_new;
+  }
+  // o [kRows][kPitch], m [kRows], l [kTeam][kRows]. kTwice: rows of pages are laid twice.
+  template <bool kTwice, int kPitch>
+  __device__ __forceinline__ void put(float* out, bool packed, int rows, int member, int lane) {
+    constexpr int kRows = kBlocks * kBlockRows;
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int r = 0; r < kBlocks; ++r) {
+      float sum = quad_sum(l[r]);
+      if (kTwice && packed) {
+        sum += __shfl_xor_sync(kAll, sum, 16);
+#pragma unroll
+        for (int n = 0; n < 2 * kPairs; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) o[r][n][e] += __shfl_xor_sync(kAll, o[r][n][e], 16);
+      }
+      const int row = r * kBlockRows + g;
+      if (row >= rows) continue;
+#pragma unroll
+      for (int n = 0; n < 2 * kPairs; ++n)
+        if (const int c = (n / 2 * kTeam + member) * 16 + n % 2 * 8; c < D)
+          *reinterpret_cast<float2*>(out + row * kPitch + c + 2 * t) = {o[r][n][0], o[r][n][1]};
+      if (t == 0) {
+        if (member == 0) out[kRows * kPitch + row] = m[r];
+        out[kRows * (kPitch + 1 + member) + row] = sum;
+      }
+    }
+  }
+};
+
+// A run of pages of one segment, two at a time. `operands` and `scales`: of the segment, in shared memory.
+template <int D, Rows kRowsOf, class Slots>
+__device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, TeamState<D, blocks_of(kRowsOf)>& state,
+                                           TeamExchange<blocks_of(kRowsOf)>& exchange, const uint4* operands, const float* scales,
+                                           const Cursor& here, int head, int row0, int run, int team, int member, int lane) {
+  using S = Shape<D>;
+  constexpr int kBlocks = blocks_of(kRowsOf), kTiles = S::kTiles;
+  constexpr bool kFour = kRowsOf == Rows::four;
+  constexpr int kOctets = kFour ? 1 : 2;        // of 8 tokens, whose scores a lane has
+  constexpr int kScores = 2 * kOctets;          // of a page, row and lane
+  constexpr float kUnits = 65280;               // of the largest weight; its logarithm is off by less than the 255 left over
+  const int g = lane / 4, t = lane % 4;
+  const int row = kFour ? g % 4 : g, odd = kFour ? g / 4 : 0;  // as in pages_run
+  const SequenceView& s = p.sequences[here.b];
+  operands += lane;
+
+  uint4 q[S::kKept ? kBlocks : 1][S::kKept ? kTiles : 1] = {}, q_odd[kFour && S::kKept ? kTiles : 1] = {};
+  const auto query = [&](int r, int c, bool of_odd) {
+    if constexpr (S::kKept) return of_odd ? q_odd[kFour ? c : 0] : q[r][c];
+    if (!of_odd) return load_again(operands + r * operand_words(D) + c * kLanes);
+    const uint4 x = load_again(operands + c * kLanes - (lane < 16 ? 0 : 16));
+    return lane < 16 ? uint4{} : x;
+  };
+  float row_scale[kBlocks], mean_scale[kBlocks];
+#pragma unroll
+  for (int r = 0; r < kBlocks; ++r) {
+    row_scale[r] = scales[r * 2 * kBlockRows + row];
+    mean_scale[r] = scales[r * 2 * kBlockRows + kBlockRows + g];
+    if constexpr (S::kKept) {
+#pragma unroll
+      for (int c = 0; c < kTiles; ++c) {
+        q[r][c] = operands[r * operand_words(D) + c * kLanes];
+        if constexpr (kFour) q_odd[c] = lane < 16 ? uint4{} : operands[c * kLanes - 16];
+      }
+    }
+  }
+  const uint4* means = operands + kTiles * kLanes;
+
+  const int first_page = here.item - here.exact_items, pages = s.page_count, last_tokens = s.last_page_tokens;
+  const long long pages_position = s.pages_position;
+  const int2 plain = plain_pages(p, here.b, head);
+  const auto token = [member, t, odd](int i) { return member * 16 + (kFour ? odd : i / 2) * 8 + 2 * t + i % 2; };
+
+#pragma unroll 1
+  for (int i = 0; i < run; i += 2) {
+    const int count = min(2, run - i);
+    const unsigned char* slot[2];
+    slot[0] = queue.wait(0);
+    slot[1] = count == 2 ? queue.wait(1) : slot[0];
+    float mean[kBlocks][2];
+#pragma unroll
+    for (int r = 0; r < kBlocks; ++r) mean[r][0] = mean[r][1] = 0;
+    if (p.mean) {
+      float c[kBlocks][4] = {};
+#pragma unroll 4
+      for (int k = 0; k < kTiles; ++k) {
+        uint4 b = {};
+        if (g < 2 && k * 32 + t * 8 < D) b = *reinterpret_cast<const uint4*>((g == 0 ? slot[0] : slot[1]) + S::kMeanAt + (k * 32 + t * 8) * 2);
+#pragma unroll
+        for (int r = 0; r < kBlocks; ++r) {
+          const uint4* a = means + r * operand_words(D) + 2 * k * kLanes;
+          mma_halves(false, c[r], a[0], b.x, b.y);
+          mma_halves(false, c[r], a[kLanes], b.z, b.w);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kBlocks; ++r) {
+        mean[r][0] = __shfl_sync(kAll, (c[r][0] + c[r][2]) * mean_scale[r], row * 4);
+        mean[r][1] = __shfl_sync(kAll, (c[r][1] + c[r][3]) * mean_scale[r], row * 4);
+      }
+    }
+
+    float score[kBlocks][2][kScores];
+#pragma unroll
+    for (int r = 0; r < kBlocks; ++r)
+#pragma unroll
+      for (int n = 0; n < kScores; ++n) score[r][1][n] = -INFINITY;
+#pragma unroll 1
+    for (int page = 0; page < count; ++page) {
+      const unsigned char* from = page == 0 ? slot[0] : slot[1];
+      uint32_t words[2 * kTiles];  // fragments of this warp's 16 tokens
+      if constexpr (kTiles % 2 == 0) {
+        const auto* codes = reinterpret_cast<const uint4*>(from) + member * (kTiles / 2) * kLanes + lane;
+#pragma unroll
+        for (int f = 0; f < kTiles / 2; ++f) {
+          const uint4 x = codes[f * kLanes];
+          words[4 * f] = x.x, words[4 * f + 1] = x.y, words[4 * f + 2] = x.z, words[4 * f + 3] = x.w;
+        }
+      } else {
+#pragma unroll
+        for (int f = 0; f < 2 * kTiles; ++f) words[f] = reinterpret_cast<const uint32_t*>(from)[word_index(member * 2 * kTiles + f, lane)];
+      }
+      const auto* key_scales = reinterpret_cast<const __half2*>(from + S::kKeyCodeBytes) + (2 * member + odd) * 4 + t;
+      float now[kBlocks][kScores];
+#pragma unroll
+      for (int n = 0; n < kOctets; ++n) {
+        Sums sums[kBlocks];
+#pragma unroll
+        for (int k = 0; k < 2 * kTiles / kOctets; ++k) {
+          const Levels8 b = levels_of(words[n * kTiles + k], p.key);
+#pragma unroll
+          for (int r = 0; r < kBlocks; ++r) sums[r].template add<true>(query(r, k % kTiles, kFour && k >= kTiles), b);
+        }
+        const float2 scale = __half22float2(key_scales[n * 4]);
+#pragma unroll
+        for (int r = 0; r < kBlocks; ++r) {
+          const float added = page == 0 ? mean[r][0] : mean[r][1];
+          now[r][2 * n] = fmaf(sums[r][0], scale.x * row_scale[r], added);
+          now[r][2 * n + 1] = fmaf(sums[r][1], scale.y * row_scale[r], added);
+        }
+      }
+      if (p.cap > 0) {
+#pragma unroll
+        for (int r = 0; r < kBlocks; ++r)
+#pragma unroll
+          for (int n = 0; n < kScores; ++n) now[r][n] = soft_cap(p.cap, now[r][n]);
+      }
+      const int at = first_page + i + page;
+      if (at < plain.x || at > plain.y) {
+        const int tokens = at + 1 == pages ? last_tokens : kPageTokens;
+#pragma unroll
+        for (int r = 0; r < kBlocks; ++r)
+          hide<kScores>(p, here.b, head, row0 + r * kBlockRows + row, pages_position + static_cast<long long>(at) * kPageTokens, tokens, now[r], token);
+      }
+#pragma unroll
+      for (int r = 0; r < kBlocks; ++r)
+#pragma unroll
+        for (int n = 0; n < kScores; ++n) {
+          if (page == 0) score[r][0][n] = now[r][n];
+          else score[r][1][n] = now[r][n];
+        }
+    }
+    queue.pop(count);
+
+    // Weights in 16 bits: p times the value's scale, in units of the largest of both pages.
+    slot[0] = queue.wait(0);
+    slot[1] = count == 2 ? queue.wait(1) : slot[0];
+    float value_scale[2][kScores];
+#pragma unroll
+    for (int page = 0; page < 2; ++page)
+#pragma unroll
+      for (int n = 0; n < kOctets; ++n) {
+        const float2 scale = __half22float2(reinterpret_cast<const __half2*>(slot[page] + p.value_scales)[(2 * member + odd + n) * 4 + t]);
+        value_scale[page][2 * n] = scale.x;
+        value_scale[page][2 * n + 1] = scale.y;
+      }
+#pragma unroll
+    for (int r = 0; r < kBlocks; ++r) {
+      float2 top = {-INFINITY, -INFINITY};
+#pragma unroll
+      for (int n = 0; n < 2 * kScores; ++n) {
+        const float x = score[r][n / kScores][n % kScores];
+        top.x = fmaxf(top.x, x);
+        top.y = fmaxf(top.y, x + log2_fast(value_scale[n / kScores][n % kScores]));  // behind the last token NaN, which fmaxf passes over
+      }
+      top = {quad_max(top.x), quad_max(top.y)};
+      if (kFour) top = {fmaxf(top.x, __shfl_xor_sync(kAll, top.x, 16)), fmaxf(top.y, __shfl_xor_sync(kAll, top.y, 16))};
+      if (t == 0 && (!kFour || g < 4)) exchange.largest[member][r * kBlockRows + row] = top;
+    }
+    meet_team(team);
+    float step[kBlocks];
+#pragma unroll
+    for (int r = 0; r < kBlocks; ++r) {
+      float2 top = exchange.largest[0][r * kBlockRows + row];
+#pragma unroll
+      for (int w = 1; w < kTeam; ++w) {
+        const float2 other = exchange.largest[w][r * kBlockRows + row];
+        top = {fmaxf(top.x, other.x), fmaxf(top.y, other.y)};
+      }
+      const float m = state.raise(r, top.x);
+      const float heaviest = exp2_fast(top.y - m), inverse = heaviest > 0 ? __fdividef(kUnits, heaviest) : 0.0f;
+      step[r] = heaviest * (1.0f / kUnits);
+#pragma unroll
+      for (int page = 0; page < 2; ++page)
+#pragma unroll
+        for (int n = 0; n < kOctets; ++n) {
+          uint32_t x[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float weight = exp2_fast(score[r][page][2 * n + e] - m);
+            state.l[r] += weight;
+            // Scales behind the last token are anything.
+            x[e] = __float_as_uint(fmaf(weight > 0 ? weight * value_scale[page][2 * n + e] : 0.0f, inverse, 8388608.0f));
+          }
+          // High bytes, then low ones, of tokens 2t and 2t + 1.
+          const int at = ((page * kOctets + n) * kBlocks + r) * kLanes + lane;
+          reinterpret_cast<uint32_t*>(exchange.weights)[at * kTeam + member] = __byte_perm(x[0], x[1], 0x4051);
+        }
+    }
+    meet_team(team);
+
+    // This warp's channels.
+    using StateT = TeamState<D, kBlocks>;
+    constexpr int kTogether = StateT::kPairs < 4 / kBlocks ? StateT::kPairs : 4 / kBlocks;
+#pragma unroll
+    for (int first = 0; first < StateT::kPairs; first += kTogether) {
+      Sums sums[kTogether][2][kBlocks];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j)  // nvcc 13.0 leaves all but the first of such an array at 0
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int r = 0; r < kBlocks; ++r) sums[j][n][r] = Sums();
+#pragma unroll 1
+      for (int page = 0; page < count; ++page) {
+        uint4 weights[kBlocks][2];
+#pragma unroll
+        for (int r = 0; r < kBlocks; ++r)
+#pragma unroll
+          for (int n = 0; n < kOctets; ++n) {
+            const uint4 x = exchange.weights[((page * kOctets + n) * kBlocks + r) * kLanes + lane];
+            weights[r][n] = {__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x5410),
+                             __byte_perm(x.z, x.w, 0x7632)};
+          }
+        if constexpr (kFour) {
+          const uint4 both = weights[0][0], none = {};
+          weights[0][0] = odd ? none : both;
+          weights[0][1] = odd ? both : none;
+        }
+        const auto* codes = reinterpret_cast<const uint4*>(page == 0 ? slot[0] : slot[1]) + lane;
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          const int pair = (first + j) * kTeam + member;
+          if (D / 16 % kTeam != 0 && pair >= D / 16) break;
+          const uint4 words = codes[pair * kLanes];
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            const Levels8 even = levels_of(n == 0 ? words.x : words.z, p.value), odds = levels_of(n == 0 ? words.y : words.w, p.value);
+#pragma unroll
+            for (int r = 0; r < kBlocks; ++r) {
+              sums[j][n][r].template add<false>(weights[r][0], even);
+              sums[j][n][r].template add<false>(weights[r][1], odds);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int r = 0; r < kBlocks; ++r)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& o = state.o[r][2 * (first + j) + n][e];
+              o = fmaf(sums[j][n][r][e], step[r], o);
+            }
+    }
+    queue.pop(count);
+  }
+}
+
+// A run of exact items of one segment, as many at a time as the team has warps; `operands`: of the segment, in shared memory.
+template <int D, int kBlocks, class Slots>
+__device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, TeamState<D, kBlocks>& state, TeamExchange<kBlocks>& exchange,
+                                           const uint4* operands, const Cursor& here, int head, int row0, int run, int team, int member, int lane) {
+  constexpr int kPitch = Shape<D>::kExactPitch;
+  const int g = lane / 4, t = lane % 4, matrix = lane / 8, matrix_row = lane % 8;
+  operands += (operand_bytes_tiles(D) + operand_mean_steps(D)) * kLanes + lane;
+  longlong2 seen = {0, -1};
+  if (p.mask.kind == Mask::General::none) {
+    const Sight sight(p, here.b, head);
+    seen = {sight.first_of_all(p), sight.last_of_all(p)};
+  }
+#pragma unroll 1
+  for (int i = 0; i < run; i += kTeam) {
+    const int count = min(kTeam, run - i);
+    const bool mine = member < count;
+    Cursor at = here;
+    at.item += i + member;
+    int rows = 0;
+    float score[kBlocks][4];
+#pragma unroll
+    for (int r = 0; r < kBlocks; ++r)
+#pragma unroll
+      for (int n = 0; n < 4; ++n) score[r][n] = -INFINITY;
+    if (mine) {
+      const int set = at.item < at.sink_items ? 0 : 1;
+      const long long position = p.sequences[at.b].exact[set].position + (set == 0 ? at.item : at.item - at.sink_items) * kExactTokens;
+      unsigned char* slot = queue.wait(member);
+      const Piece keys = exact_piece(p, at, head, 0);
+      rows = keys.rows;
+      if (!keys.aligned()) copy_unaligned(keys, slot, kPitch, lane);
+      const uint32_t base = shared_address(slot);
+      float c[kBlocks][2][4] = {};
+#pragma unroll 4
+      for (int k = 0; k < D / 16; ++k) {
+        const uint4 x = load_matrices<false>(base + (matrix / 2 * 8 + matrix_row) * kPitch + (k * 16 + matrix % 2 * 8) * 2);
+#pragma unroll
+        for (int r = 0; r < kBlocks; ++r) {
+          const uint4 q = operands[r * operand_words(D) + k * kLanes];
+          mma_halves(p.bf16, c[r][0], q, x.x, x.y);
+          mma_halves(p.bf16, c[r][1], q, x.z, x.w);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kBlocks; ++r) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          score[r][n] = (c[r][n / 2][n % 2] + c[r][n / 2][n % 2 + 2]) * p.factor;
+          if (p.cap > 0) score[r][n] = soft_cap(p.cap, score[r][n]);
+        }
+        if (rows < kExactTokens || position < seen.x || position + kExactTokens - 1 > seen.y)
+          hide<4>(p, at.b, head, row0 + r * kBlockRows + g, position, rows, score[r], [t](int n) { return n / 2 * 8 + 2 * t + n % 2; });
+      }
+    }
+    queue.pop(count);
+#pragma unroll
+    for (int r = 0; r < kBlocks; ++r) {
+      const float top = quad_max(fmaxf(fmaxf(score[r][0], score[r][1]), fmaxf(score[r][2], score[r][3])));
+      if (t == 0) exchange.largest[member][r * kBlockRows + g].x = top;
+    }
+    meet_team(team);
+#pragma unroll
+    for (int r = 0; r < kBlocks; ++r) {
+      float top = exchange.largest[0][r * kBlockRows + g].x;
+#pragma unroll
+      for (int w = 1; w < kTeam; ++w) top = fmaxf(top, exchange.largest[w][r * kBlockRows + g].x);
+      const float m = state.raise(r, top);
+      float weight[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        weight[n] = exp2_fast(score[r][n] - m);
+        state.l[r] += weight[n];
+      }
+      exchange.weights[(member * kBlocks + r) * kLanes + lane] = two_halves(p.bf16, weight[0], weight[1], weight[2], weight[3]);
+    }
+    if (mine) {
+      const Piece values = exact_piece(p, at, head, 1);
+      if (!values.aligned() || rows < kExactTokens) {
+        unsigned char* slot = queue.wait(member);
+        if (!values.aligned()) copy_unaligned(values, slot, kPitch, lane);
+        // What lies behind the rows is anything; its weight is 0, and 0 times NaN is NaN.
+        for (int n = lane; n < (kExactTokens - rows) * (D / 8); n += kLanes)
+          *reinterpret_cast<uint4*>(slot + (rows + n / (D / 8)) * kPitch + n % (D / 8) * 16) = {};
+        fence_shared_writes();
+      }
+    }
+    meet_team(team);
+#pragma unroll 1
+    for (int n = 0; n < count; ++n) {
+      const uint32_t base = shared_address(queue.wait(n));
+      uint4 weights[kBlocks];
+#pragma unroll
+      for (int r = 0; r < kBlocks; ++r) weights[r] = exchange.weights[(n * kBlocks + r) * kLanes + lane];
+#pragma unroll
+      for (int j = 0; j < TeamState<D, kBlocks>::kPairs; ++j) {
+        const int pair = j * kTeam + member;
+        if (D / 16 % kTeam != 0 && pair >= D / 16) break;
+        const uint4 x = load_matrices<true>(base + (matrix % 2 * 8 + matrix_row) * kPitch + (pair * 16 + matrix / 2 * 8) * 2);
+#pragma unroll
+        for (int r = 0; r < kBlocks; ++r)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float sum[4] = {};
+            mma_halves(p.bf16, sum, weights[r], h == 0 ? x.x : x.z, h == 0 ? x.y : x.w);
+            state.o[r][2 * j + h][0] += sum[0] + sum[2];
+            state.o[r][2 * j + h][1] += sum[1] + sum[3];
+          }
+      }
+    }
+    queue.pop(count);
+  }
+}
+
+}  // namespace kv4::cuda
