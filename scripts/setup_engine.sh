@@ -14,5 +14,7 @@ if [ "$(uname -m)" = x86_64 ] && ! "${CXX:-c++}" --version | grep -qi clang; the
   settings+=(-C "cmake.define.CMAKE_C_FLAGS=$flags" -C "cmake.define.CMAKE_CXX_FLAGS=$flags")
 fi
 echo "building ggml and llama.cpp's library: some five minutes on two cores"
-# Without the cache: a wheel in it may have been built with other settings.
-"$python" -m pip install --quiet --no-cache-dir "${settings[@]}" -r "$folder/requirements-engine.txt"
+# Without the cache: a wheel in it may have been built with other settings, and so may one that is installed. By name, since
+# settings do not reach what a file of requirements names.
+mapfile -t packages < <(grep -v '^#' "$folder/requirements-engine.txt")
+"$python" -m pip install --quiet --no-cache-dir --force-reinstall --no-deps "${settings[@]}" "${packages[@]}"
