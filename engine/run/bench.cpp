@@ -89,19 +89,25 @@ Status bench(const Common& common, const Bench& options) {
   const auto part = [&](std::int64_t first, std::int64_t count) {
     return std::span<const std::int32_t>(tokens.data() + first, static_cast<std::size_t>(count));
   };
+  // Batch by batch, so that a mark outlives it and Ctrl-C is heard.
+  const auto take_in = [&](Contender& c, std::int64_t end, const std::function<void()>& progress) -> Status {
+    const std::int64_t batch = common.batch > 0 ? common.batch : engine::ContextOptions().batch;
+    while (c.length() < end) {
+      if (interrupted().load()) return error(StatusCode::failed_precondition, "bench", "to run to its end", "Ctrl-C");
+      KV4_RETURN_IF_ERROR(c.decode(part(c.length(), std::min(batch, end - c.length()))));
+      progress();
+    }
+    return {};
+  };
   for (const std::int64_t depth : depths) {
     std::vector<std::vector<double>> step(contenders.size()), prefill(contenders.size());
     {
       Bar bar("filling to " + std::to_string(depth), !common.json);
       for (std::size_t i = 0; i < contenders.size(); ++i) {
         Contender& c = contenders[i];
-        for (std::int64_t at = c.length(); at < depth;) {
-          if (interrupted().load()) return error(StatusCode::failed_precondition, "bench", "to run to its end", "Ctrl-C");
-          const std::int64_t size = std::min<std::int64_t>(512, depth - at);
-          KV4_RETURN_IF_ERROR(c.decode(part(at, size)));
-          at += size;
-          bar.show((static_cast<double>(i) + static_cast<double>(at) / static_cast<double>(depth)) / static_cast<double>(contenders.size()));
-        }
+        KV4_RETURN_IF_ERROR(take_in(c, depth, [&] {
+          bar.show((static_cast<double>(i) + static_cast<double>(c.length()) / static_cast<double>(depth)) / static_cast<double>(contenders.size()));
+        }));
       }
     }
     // The first turn warms up. Whoever begins moves on by one each turn.
@@ -117,7 +123,7 @@ Status bench(const Common& common, const Bench& options) {
         const double seconds = steps.seconds();
         KV4_RETURN_IF_ERROR(c.rewind());
         const Timer whole;
-        KV4_RETURN_IF_ERROR(c.decode(part(depth, options.prefill)));
+        KV4_RETURN_IF_ERROR(take_in(c, depth + options.prefill, [] {}));
         const double filled = whole.seconds();
         KV4_RETURN_IF_ERROR(c.rewind());
         if (repeat == 0) continue;
