@@ -38,6 +38,9 @@ struct FusedShape {
 
   // Of all warps that read.
   static __device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"n"(kTeams + 1), "n"(kWarps * kLanes) : "memory"); }
+  // The same once the filling warp has called `filled`, which does not wait.
+  static __device__ __forceinline__ void meet_filled() { asm volatile("bar.sync %0, %1;" ::"n"(kTeams + 2), "n"(kAllWarps * kLanes) : "memory"); }
+  static __device__ __forceinline__ void filled() { asm volatile("bar.arrive %0, %1;" ::"n"(kTeams + 2), "n"(kAllWarps * kLanes) : "memory"); }
 };
 
 // Tiles of 8 columns of a rotation's matrix that a warp multiplies by: `first`, `first` + `apart`, ... The first kAhead are
@@ -96,11 +99,21 @@ __device__ __forceinline__ void put_halves(uint32_t* words, bool bf16, int row, 
 // What attend_prepare does, for one segment and into shared memory; by kWarps warps, who meet at a barrier of their own. `y`:
 // [kRows][kPitch]. `scales`: as row_scale.
 //
-// A warp's first row is asked for before the sequence's view is there.
+// A warp's first row and lambda are asked for before the CTA's first barrier.
 template <int D>
 struct QueryRow {
   static constexpr int kPairs = (D / 2 + kLanes - 1) / kLanes;
   uint2 raw[kPairs];  // widened when they are used, so that nobody waits here
+  float2 lambda[kPairs];
+
+  __device__ __forceinline__ void load_lambda(const float* of_keys, int head, int lane) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int c = 2 * (lane + i * kLanes);
+      lambda[i] = {1, 1};
+      if (of_keys != nullptr && c < D) lambda[i] = {of_keys[head * D + c], of_keys[head * D + c + 1]};
+    }
+  }
 
   __device__ __forceinline__ void load(const AttendParams& p, int b, int head, int row, int lane) {
     const int query = row / p.group;
@@ -122,7 +135,7 @@ struct QueryRow {
 };
 
 template <int D, Rows kSegmentRows, Readers kReaders>
-__device__ __forceinline__ void turn_queries(const AttendParams& p, const SequenceView& s, int b, int head, int row0, QueryRow<D>& first,
+__device__ __forceinline__ void turn_queries(const AttendParams& p, int b, int head, int row0, QueryRow<D>& first,
                                              Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns, uint4* operands,
                                              float* scales, float* y, uint4* fragments, int warp, int lane) {
   using F = FusedShape<D, kSegmentRows, kReaders>;
@@ -130,13 +143,6 @@ __device__ __forceinline__ void turn_queries(const AttendParams& p, const Sequen
   const int g = lane / 4, t = lane % 4;
   const bool turned = p.dual.words != nullptr;
   constexpr int kPairs = QueryRow<D>::kPairs, kQuads = (pad_channels(D) / 4 + kLanes - 1) / kLanes;
-  float2 lambda[kPairs];
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    const int c = 2 * (lane + i * kLanes);
-    lambda[i] = {1, 1};
-    if (s.lambda_k != nullptr && c < D) lambda[i] = {s.lambda_k[head * D + c], s.lambda_k[head * D + c + 1]};
-  }
 #pragma unroll 1
   for (int r = warp; r < F::kRows; r += F::kWarps) {
     float2 over[kPairs];
@@ -146,7 +152,7 @@ __device__ __forceinline__ void turn_queries(const AttendParams& p, const Sequen
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       x[i] = first(p, i);
-      over[i] = {x[i].x / lambda[i].x, x[i].y / lambda[i].y};
+      over[i] = {x[i].x / first.lambda[i].x, x[i].y / first.lambda[i].y};
       top = fmaxf(top, fmaxf(fabsf(over[i].x), fabsf(over[i].y)));
     }
     top = warp_max(top);
@@ -237,22 +243,24 @@ struct Joined {
       x[i] = kFresh ? __ldcg(from) : *from;
     }
   }
-  // kKind: 0 over exact rows, 1 over pages.
-  template <int kKind>
-  __device__ __forceinline__ void add(float w, const float4 (&x)[kQuads]) {
+  // kind: 0 over exact rows, 1 over pages; without a branch.
+  __device__ __forceinline__ void add(int kind, float w, const float4 (&x)[kQuads]) {
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      o[kKind][i].x = fmaf(x[i].x, w, o[kKind][i].x);
-      o[kKind][i].y = fmaf(x[i].y, w, o[kKind][i].y);
-      o[kKind][i].z = fmaf(x[i].z, w, o[kKind][i].z);
-      o[kKind][i].w = fmaf(x[i].w, w, o[kKind][i].w);
+    for (int k = 0; k < 2; ++k) {
+      const float weight = kind == k ? w : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i) {
+        o[k][i].x = fmaf(x[i].x, weight, o[k][i].x);
+        o[k][i].y = fmaf(x[i].y, weight, o[k][i].y);
+        o[k][i].z = fmaf(x[i].z, weight, o[k][i].z);
+        o[k][i].w = fmaf(x[i].w, weight, o[k][i].w);
+      }
     }
   }
-  template <int kKind>
-  __device__ __forceinline__ void write(float* row, int lane) const {
+  __device__ __forceinline__ void write(int kind, float* row, int lane) const {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i)
-      if (const int c = 4 * (lane + i * kLanes); c < D) *reinterpret_cast<float4*>(row + c) = o[kKind][i];
+      if (const int c = 4 * (lane + i * kLanes); c < D) *reinterpret_cast<float4*>(row + c) = kind == 0 ? o[0][i] : o[1][i];
   }
 };
 
@@ -263,20 +271,20 @@ struct FusedPlace {
   uint4 *operands, *fragments;
   float *y, *carried;  // [kRows][kPitch]; the state over exact rows of a reader that reads pages too
   TeamExchange<F::kBlocks>* exchanges;
-  int segments_per_head, segments, segment, b, head, row0, rows;
+  int segments_per_head, segment, b, head, row0, rows;
 
-  __device__ __forceinline__ FusedPlace(const AttendParams& p, unsigned char* memory, int place) {
+  // CTA (x, y, z): x of those of segment y of sequence z.
+  __device__ __forceinline__ FusedPlace(const AttendParams& p, unsigned char* memory, int its_segment, int sequence) {
     operands = reinterpret_cast<uint4*>(memory + F::kCount * F::kQueueBytes);
     fragments = operands + F::kOperands;
     y = reinterpret_cast<float*>(fragments + F::kFragments);
     carried = y + F::kRows * F::kPitch;
     exchanges = reinterpret_cast<TeamExchange<F::kBlocks>*>(carried + F::kStateFloats);
     segments_per_head = p.blocks / F::kBlocks;
-    segments = p.kv_heads * segments_per_head;
-    segment = place % segments;
-    b = place / segments;
-    head = segment / segments_per_head;
-    row0 = segment % segments_per_head * F::kRows;
+    segment = its_segment;
+    b = sequence;
+    head = segments_per_head == 1 ? segment : segment / segments_per_head;
+    row0 = (segment - head * segments_per_head) * F::kRows;
     rows = min(F::kRows, p.group * p.queries - row0);
   }
 };
@@ -286,8 +294,6 @@ template <int kCount>
 struct FusedShares : Shares {
   int exact_items, items, ctas;
 
-  __device__ __forceinline__ explicit FusedShares(const SequenceView& s)
-      : FusedShares(items_of(s.exact[0]) + items_of(s.exact[1]), s.page_count) {}
   __device__ __forceinline__ FusedShares(int exact, int pages)
       : Shares(exact + pages, static_cast<int>(gridDim.x) * kCount), exact_items(exact), items(exact + pages),
         ctas(max(1, (warps + kCount - 1) / kCount)) {}
@@ -295,15 +301,35 @@ struct FusedShares : Shares {
 
 extern __shared__ __align__(128) unsigned char memory[];  // as attend_main declares it
 
+// What follows the reading has to know, worked out by the filling warp, which has time for divisions.
+struct FusedEnd {
+  int ctas, states;              // of the segment; of this CTA's readers
+  int exact_states, first_paged; // CTAs [0, exact_states) of the segment end with a state over exact rows, those from first_paged
+                                 // on with one over pages; at least one is named
+  int first_pages;               // of this CTA's readers those from this one on
+};
+template <int kCount>
+__device__ __forceinline__ FusedEnd fused_end(const FusedShares<kCount>& shares, int cta) {
+  FusedEnd end;
+  end.ctas = shares.ctas;
+  end.states = max(0, min(kCount, shares.warps - cta * kCount));
+  const int pages_from = shares.exact_items < shares.items ? shares.owner(shares.exact_items) : shares.warps;
+  end.exact_states = shares.exact_items > 0 ? shares.owner(shares.exact_items - 1) / kCount + 1 : shares.items > 0 ? 0 : 1;
+  end.first_paged = shares.exact_items < shares.items ? pages_from / kCount : shares.ctas;
+  end.first_pages = pages_from - cta * kCount;
+  return end;
+}
+
 template <int D, Rows kSegmentRows, Readers kReaders>
 __device__ __forceinline__ void fused_read(const AttendParams& p, const SequenceView& s,
                                            const FusedShares<FusedShape<D, kSegmentRows, kReaders>::kCount>& shares, QueryRow<D>& first,
-                                           Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns, int* carries, int warp, int lane) {
+                                           Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns, int* carries, FusedEnd* end,
+                                           int warp, int lane) {
   using S = Shape<D>;
   using F = FusedShape<D, kSegmentRows, kReaders>;
   constexpr bool kTeamed = kReaders == Readers::teams;
   __shared__ float scales[F::kBlocks * 2 * kBlockRows];
-  const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y);
+  const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
   const int reader0 = blockIdx.x * F::kCount;
   if (warp == F::kWarps) {
     const int w = reader0 + lane;
@@ -317,9 +343,11 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const Sequence
       filler.put(mine, piece, lane);
       if (mine) pieces.next();
     }
+    if (lane == 0) *end = fused_end(shares, blockIdx.x);
+    F::filled();
     return;
   }
-  turn_queries<D, kSegmentRows, kReaders>(p, s, at.b, at.head, at.row0, first, columns, at.operands, scales, at.y, at.fragments, warp, lane);
+  turn_queries<D, kSegmentRows, kReaders>(p, at.b, at.head, at.row0, first, columns, at.operands, scales, at.y, at.fragments, warp, lane);
   const int reader = warp / F::kMembers, member = warp % F::kMembers, w = reader0 + reader;
   Cursor here;
   if (w < shares.warps) here.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
@@ -345,7 +373,7 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const Sequence
       state.template put<kSegmentRows == Rows::four, F::kPitch>(to, packed, at.rows, lane);
     }
     if (more && lane == 0) *carries = 1;
-    here.skip(p, run, at.segments);
+    here.skip(p, run, gridDim.y);
   }
 }
 
@@ -357,19 +385,17 @@ __device__ __forceinline__ int anew(int x) {
 
 // What follows the reading.
 template <int D, Rows kSegmentRows, Readers kReaders>
-__device__ __forceinline__ void fused_finish(const AttendParams& p, const int* carries) {
+__device__ __forceinline__ void fused_finish(const AttendParams& p, const int* carries, const FusedEnd* worked_out) {
   using F = FusedShape<D, kSegmentRows, kReaders>;
   constexpr int kSteps = F::kSteps;
   __shared__ float largest[F::kRows], whole[F::kRows];  // of the part over pages; what the sums are multiplied by
   __shared__ long long to[F::kRows];                    // a row's first element
   __shared__ int last;
-  const int thread = anew(threadIdx.x), cta = anew(blockIdx.x), place = anew(blockIdx.y);
-  const int lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4, reader0 = cta * F::kCount;
-  const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, place);
+  const int thread = anew(threadIdx.x), cta = anew(blockIdx.x), place = anew(blockIdx.z * gridDim.y + blockIdx.y);
+  const int lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
+  const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, anew(blockIdx.y), anew(blockIdx.z));
   const int head = at.head, row0 = at.row0, rows = at.rows;
   const SequenceView& s = p.sequences[at.b];
-  const FusedShares<F::kCount> shares(s);
-  const int ctas = shares.ctas;
   const bool turned = p.inverse_transpose.words != nullptr && s.page_count > 0;
   Columns<D, F::kAheadLast> columns;
   if (turned) columns.prefetch(p.inverse_transpose, warp, F::kWarps, lane);
@@ -381,101 +407,111 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const int* c
     lambda[i] = {1, 1};
     if (s.lambda_v != nullptr && c < D) lambda[i] = {s.lambda_v[head * D + c], s.lambda_v[head * D + c + 1]};
   }
-  // The segment's readers from this one on end with a state over pages, those before it with one over exact rows.
-  const int first_pages = shares.exact_items < shares.items ? shares.owner(shares.exact_items) : shares.warps;
-  const int last_exact = shares.exact_items > 0 ? shares.owner(shares.exact_items - 1) : -1;
-  F::meet();
+  F::meet_filled();
+  const FusedEnd& end = *worked_out;
 
+  // This CTA's state, of its readers': o over exact rows, o over pages [rows][D] each, m, l [rows].
   Joined<D> sum;
-  const int states = min(F::kCount, shares.warps - reader0);  // of this CTA's readers
-  const auto join_readers = [&](int r) {
-    const auto state = [&](int i) { return i < 0 ? at.carried : reinterpret_cast<const float*>(memory + i * F::kQueueBytes); };
-    const int begin = *carries != 0 ? -1 : 0;
-    float m = -INFINITY;
-    for (int i = begin; i < states; ++i) m = fmaxf(m, state(i)[F::kM + r]);
-    sum.clear(m);
-#pragma unroll 1
-    for (int i = begin; i < states; ++i) {
-      const float* from = state(i);
-      const float weight = sum.weight(from[F::kM + r], m);
-#pragma unroll
-      for (int j = 0; j < F::kMembers; ++j) sum.l = fmaf(from[F::kL + j * F::kRows + r], weight, sum.l);
-      float4 x[Joined<D>::kQuads];
-      sum.template load<false>(from + r * F::kPitch, lane, x);
-      if (i >= 0 && reader0 + i >= first_pages) sum.template add<1>(weight, x);
-      else sum.template add<0>(weight, x);
-    }
-  };
-
-  // A CTA's state: o over exact rows, o over pages [rows][D] each, m, l [rows].
   constexpr int kCtaFloats = fused_state_floats(D, F::kBlocks), kM = 2 * F::kRows * D, kL = kM + F::kRows;
-  float* const of_segment = p.states + static_cast<std::size_t>(place) * gridDim.x * kCtaFloats;
-  if (ctas > 1) {
-    float* mine = of_segment + cta * kCtaFloats;
+  const float* const of_segment = p.states + static_cast<std::size_t>(place) * gridDim.x * kCtaFloats;
+  {
+    float* const mine = p.states + (static_cast<std::size_t>(place) * gridDim.x + cta) * kCtaFloats;
+    const auto state = [&](int i) { return i < 0 ? at.carried : reinterpret_cast<const float*>(memory + i * F::kQueueBytes); };
+    const int begin = *carries != 0 ? -1 : 0, states = end.states, first_pages = end.first_pages;
     for (int r = warp; r < rows; r += F::kWarps) {
-      join_readers(r);
-      if (reader0 <= last_exact) sum.template write<0>(mine + r * D, lane);
-      if (reader0 + states > first_pages) sum.template write<1>(mine + (F::kRows + r) * D, lane);
+      float m = -INFINITY;
+      for (int i = begin; i < states; ++i) m = fmaxf(m, state(i)[F::kM + r]);
+      sum.clear(m);
+#pragma unroll 1
+      for (int i = begin; i < states; ++i) {
+        const float* from = state(i);
+        const float weight = sum.weight(from[F::kM + r], m);
+#pragma unroll
+        for (int j = 0; j < F::kMembers; ++j) sum.l = fmaf(from[F::kL + j * F::kRows + r], weight, sum.l);
+        float4 x[Joined<D>::kQuads];
+        sum.template load<false>(from + r * F::kPitch, lane, x);
+        sum.add(i >= 0 && i >= first_pages ? 1 : 0, weight, x);
+      }
+      if (cta < end.exact_states) sum.write(0, mine + r * D, lane);
+      if (cta >= end.first_paged) sum.write(1, mine + (F::kRows + r) * D, lane);
       if (lane == 0) {
         mine[kM + r] = sum.m;
         mine[kL + r] = sum.l;
       }
     }
-    F::meet();
-    if (thread == 0) {
-      __threadfence();
-      last = atomicAdd(p.arrived + place, 1) == ctas - 1;
-      __threadfence();
-      if (last) p.arrived[place] = 0;  // as the next call wants it
-    }
-    F::meet();
-    if (!last) return;
   }
-  // Rows of up to kAtOnce states are asked for together.
-  constexpr int kAtOnce = 8;
-  const auto join_ctas = [&](int r) {
-    const auto state = [&](int i) { return of_segment + min(i, ctas - 1) * kCtaFloats; };
-    float m = lane < ctas ? __ldcg(state(lane) + kM + r) : -INFINITY, l = __ldcg(state(lane) + kL + r);
-    const float first_m = m;
-    for (int i = kLanes + lane; i < ctas; i += kLanes) m = fmaxf(m, __ldcg(state(i) + kM + r));
-    m = warp_max(m);
-    sum.clear(m);
-#pragma unroll 1
-    for (int i0 = 0; i0 < ctas; i0 += kLanes) {
-      // A lane knows the weight of the state as far behind i0.
-      const bool there = i0 + lane < ctas;
-      if (i0 > 0) l = __ldcg(state(i0 + lane) + kL + r);
-      const float weight = there ? sum.weight(i0 == 0 ? first_m : __ldcg(state(i0 + lane) + kM + r), m) : 0.0f;
-      sum.l = fmaf(there ? l : 0.0f, weight, sum.l);
-      const auto add = [&](auto kind, int begin, int end) {
-        end = min(end - i0, kLanes);
-#pragma unroll 1
-        for (int i = max(begin - i0, 0); i < end; i += kAtOnce) {
-          // Behind the end the last one again, with a weight of 0: what nobody wrote may be NaN.
-          float4 x[kAtOnce][Joined<D>::kQuads];
+  F::meet();
+  if (thread == 0) {
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(p.arrived + place) : "memory");
+    last = before == end.ctas - 1;
+    if (last) p.arrived[place] = 0;  // as the next call wants it
+  }
+  F::meet();
+  if (!last) return;
+
+  // The CTAs' states joined: `parts` warps share a row, each takes every parts-th state of it and leaves its sums in shared memory,
+  // where the queues were. Up to kAtOnce states are asked for together, the first before the maximum is known.
+  constexpr int kAtOnce = D == 256 ? 4 : 8, kPart = 2 * D + 4;
+  const int parts = max(1, F::kWarps / rows), units = rows * parts;
+  float* const sums = reinterpret_cast<float*>(memory);  // [units][kPart]: both o, m, l
+  for (int unit = warp; unit < units; unit += F::kWarps) {
+    const int r = unit % rows, exact = end.exact_states, all = exact + end.ctas - end.first_paged;
+    // Behind the end the last one again, with a weight of 0: what nobody wrote may be NaN.
+    const auto state = [&](int i) { return of_segment + (i < exact ? i : i - exact + end.first_paged) * kCtaFloats; };
+    float4 x[kAtOnce][Joined<D>::kQuads];
+    float its_m[kAtOnce];
+    const auto load = [&](int i0) {
 #pragma unroll
-          for (int j = 0; j < kAtOnce; ++j)
-            sum.template load<true>(state(i0 + min(i + j, end - 1)) + (decltype(kind)::value * F::kRows + r) * D, lane, x[j]);
-#pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) {
-            const float w = __shfl_sync(kAll, weight, min(i + j, end - 1));
-            sum.template add<decltype(kind)::value>(i + j < end ? w : 0.0f, x[j]);
-          }
-        }
-      };
-      if (last_exact >= 0) add(std::integral_constant<int, 0>(), 0, last_exact / F::kCount + 1);
-      add(std::integral_constant<int, 1>(), first_pages / F::kCount, shares.exact_items < shares.items ? ctas : 0);
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = min(i0 + j * parts, all - 1);
+        const float* from = state(i);
+        sum.template load<true>(from + ((i < exact ? 0 : F::kRows) + r) * D, lane, x[j]);
+        its_m[j] = __ldcg(from + kM + r);
+      }
+    };
+    load(unit / rows);
+    float m = -INFINITY;
+    for (int i = lane; i < end.ctas; i += kLanes) m = fmaxf(m, __ldcg(of_segment + i * kCtaFloats + kM + r));
+    sum.clear(warp_max(m));
+    if (unit < rows) {
+      for (int i = lane; i < end.ctas; i += kLanes)
+        sum.l = fmaf(__ldcg(of_segment + i * kCtaFloats + kL + r), sum.weight(__ldcg(of_segment + i * kCtaFloats + kM + r), sum.m), sum.l);
+      for (int step = kLanes / 2; step > 0; step /= 2) sum.l += __shfl_xor_sync(kAll, sum.l, step);
     }
-    for (int step = kLanes / 2; step > 0; step /= 2) sum.l += __shfl_xor_sync(kAll, sum.l, step);
-  };
+#pragma unroll 1
+    for (int i0 = unit / rows; i0 < all; i0 += kAtOnce * parts) {
+      if (i0 >= kAtOnce * parts) load(i0);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = i0 + j * parts;
+        sum.add(i < exact ? 0 : 1, i < all ? sum.weight(its_m[j], sum.m) : 0.0f, x[j]);
+      }
+    }
+    float* const mine = sums + unit * kPart;
+    sum.write(0, mine, lane);
+    sum.write(1, mine + D, lane);
+    if (lane == 0) {
+      mine[2 * D] = sum.m;
+      mine[2 * D + 1] = sum.l;
+    }
+  }
+  F::meet();
 
   // out = R^-1 y / lambda + z, as attend_merge has it.
 #pragma unroll 1
   for (int r = warp; r < F::kRows; r += F::kWarps) {
     sum.clear(-INFINITY);
     if (r < rows) {
-      if (ctas > 1) join_ctas(r);
-      else join_readers(r);
+      sum.m = sums[r * kPart + 2 * D];
+      sum.l = sums[r * kPart + 2 * D + 1];
+      for (int unit = r; unit < units; unit += rows)
+#pragma unroll
+        for (int kind = 0; kind < 2; ++kind) {
+          float4 x[Joined<D>::kQuads];
+          sum.template load<false>(sums + unit * kPart + kind * D, lane, x);
+          sum.add(kind, 1, x);
+        }
     }
     float top = 0;
 #pragma unroll
@@ -552,6 +588,7 @@ template <int D, Rows kSegmentRows, Readers kReaders>
 __device__ __forceinline__ void fused_all(const AttendParams& p) {
   using F = FusedShape<D, kSegmentRows, kReaders>;
   __shared__ int carries;
+  __shared__ FusedEnd end;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   {
     Columns<D, F::kAheadFirst> columns;
@@ -559,10 +596,11 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
     wait_for_previous();
     let_next_begin();
     // What everything else waits for is asked for first; what is needed of it, looked at behind the barrier.
-    const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y);
+    const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
     const SequenceView& s = p.sequences[at.b];
     const auto sinks = s.exact[0].count, window = s.exact[1].count;
     const int pages = s.page_count;
+    const float* const lambda = s.lambda_k;
     if (warp < F::kWarps) first.load(p, at.b, at.head, at.row0 + warp, lane);
     if (lane == 0 && warp < F::kWarps) {
       unsigned char* const queue = memory + warp / F::kMembers * F::kQueueBytes;
@@ -571,14 +609,15 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
     }
     if (threadIdx.x == 0) carries = 0;
     if (warp < F::kWarps && p.dual.words != nullptr) columns.prefetch(p.dual, warp, F::kWarps, lane);
+    if (warp < F::kWarps) first.load_lambda(lambda, at.head, lane);
     __syncthreads();
     const auto items = [](long long rows) { return static_cast<int>((rows + kExactTokens - 1) / kExactTokens); };
     const FusedShares<F::kCount> shares(items(sinks) + items(window), pages);
     if (blockIdx.x >= shares.ctas) return;
-    fused_read<D, kSegmentRows, kReaders>(p, s, shares, first, columns, &carries, warp, lane);
+    fused_read<D, kSegmentRows, kReaders>(p, s, shares, first, columns, &carries, &end, warp, lane);
     if (warp == F::kWarps) return;
   }
-  fused_finish<D, kSegmentRows, kReaders>(p, &carries);
+  fused_finish<D, kSegmentRows, kReaders>(p, &carries, &end);
 }
 
 // For the large room alone, where another warp fills the queues. Empty in code for devices before 9.0.

@@ -33,8 +33,8 @@ cudaError_t launch_fused(const AttendParams& p, const AttendPlan& plan, cudaStre
   constexpr int kShared = fused_shared<D>(kReaders, kFit.warps, kFit.depth, kBlocks);
   const auto kernel = attend_fused<D, kRows, kReaders>;
   if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared); e != cudaSuccess) return e;
-  const unsigned segments = static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks));
-  return queue_kernel(kernel, p, plan, dim3(static_cast<unsigned>(plan.fused_ctas), segments), fused_warps(kReaders, kFit.warps) * kLanes, kShared, stream);
+  const dim3 ctas(static_cast<unsigned>(plan.fused_ctas), static_cast<unsigned>(p.kv_heads * (p.blocks / kBlocks)), static_cast<unsigned>(p.batch));
+  return queue_kernel(kernel, p, plan, ctas, fused_warps(kReaders, kFit.warps) * kLanes, kShared, stream);
 }
 
 template <int D, Rows kRows, Room kRoom>

@@ -14,11 +14,10 @@ namespace kv4::cuda {
 struct Shares {
   int warps, each, more;  // warps [0, more) take each + 1
 
-  __device__ __forceinline__ Shares(int items, int most_warps) : warps(min(most_warps, items)), each(0), more(0) {
-    if (warps > 0) {
-      each = items / warps;
-      more = items % warps;
-    }
+  __device__ __forceinline__ Shares(int items, int most_warps) : warps(min(most_warps, items)), each(1), more(0) {
+    if (items <= most_warps) return;
+    each = items / warps;
+    more = items - each * warps;
   }
   // First item of warp w's stretch.
   __device__ __forceinline__ int first(int w) const { return w * each + min(w, more); }

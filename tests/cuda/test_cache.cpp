@@ -86,6 +86,8 @@ TEST_F(CudaCache, HostAndDeviceReadEachOther) {
     saved::Twins t(c, static_cast<std::uint64_t>(dim));
     t.append(300);
     t.attend();
+    t.append(1);
+    t.attend();
     const saved::Bytes bytes = saved::save(t.cache(0));
     c.config.backend = "cuda";
     auto device = saved::create(c.config);
