@@ -1,6 +1,7 @@
 #include "cuda/attend.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "cuda/attend_tuning.h"
 
@@ -28,7 +29,7 @@ Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
   s.line = kMostFused * sizeof(int);
   if (plan.fused_ctas > 0) {
     s.states = s.line;
-    s.bytes = s.states + blocks / plan.segment_blocks * plan.fused_ctas * fused_state_floats(p.dim, plan.segment_blocks) * sizeof(float);
+    s.bytes = s.states + blocks / plan.segment_blocks * (plan.fused_ctas + 1) * fused_state_floats(p.dim, plan.segment_blocks) * sizeof(float);
     return s;
   }
   s.operands = s.line + round_up((static_cast<std::size_t>(p.batch) + 1) * sizeof(int));
@@ -44,6 +45,11 @@ int items_of(const ExactRows& x) { return static_cast<int>((x.count + kExactToke
 // reads there.
 template <int D>
 void plan_fused(const AttendParams& p, int segments, const Load& load, AttendPlan* plan) {
+  if (const char* no = std::getenv("KV4_PLAN")) {
+    const int n = plan->ctas / segments;
+    if (no[0] == '3') return;
+    if (no[0] == 'w' || no[0] == 't') { plan->fused_ctas = no[1] != 0 ? std::min(n, std::atoi(no + 1)) : n; plan->teams = no[0] == 't'; return; }
+  }
   if (plan->room != Room::large || segments > plan->ctas || segments > kMostFused) return;
   const int ctas = plan->ctas / segments;
   const auto rounds = [](long long items, long long readers) { return (items + readers - 1) / readers; };

@@ -33,8 +33,8 @@ struct FusedShape {
   static constexpr int kPitch = fused_pitch(D);          // of rows of floats: no bank conflicts between rows of a product
   static constexpr int kOperands = kBlocks * operand_words(D), kFragments = kBlocks * kSteps * kLanes;  // uint4
   static constexpr int kM = kRows * kPitch, kL = kM + kRows;  // of a reader's partial state
-  static constexpr int kStateFloats = reader_state_floats(kReaders, D, kBlocks);
-  static_assert(kQueueBytes >= kStateFloats * 4, "a reader's state goes where its queue was");
+  static constexpr int kReaderFloats = reader_state_floats(kReaders, D, kBlocks);
+  static_assert(kQueueBytes >= kReaderFloats * 4, "a reader's state goes where its queue was");
 
   // Of all warps that read.
   static __device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"n"(kTeams + 1), "n"(kWarps * kLanes) : "memory"); }
@@ -219,20 +219,33 @@ __device__ __forceinline__ void turn_queries(const AttendParams& p, int b, int h
   F::meet();
 }
 
-// One row of several partial states, joined: over exact rows and over pages apart, four channels of each for every lane.
+// One row of several partial states, joined: four channels of it for every lane.
 template <int D>
 struct Joined {
   static constexpr int kQuads = (D / 4 + kLanes - 1) / kLanes;
-  float4 o[2][kQuads];
+  float4 o[kQuads];
   float m, l;
 
-  __device__ __forceinline__ void clear(float largest) {
-    m = largest;
+  __device__ __forceinline__ void clear() {
+    m = -INFINITY;
     l = 0;
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) o[0][i] = o[1][i] = {};
+    for (int i = 0; i < kQuads; ++i) o[i] = {};
   }
   static __device__ __forceinline__ float weight(float its_m, float m) { return m == -INFINITY ? 0.0f : exp2_fast(its_m - m); }
+  // To a maximum of at least m_new.
+  __device__ __forceinline__ void raise(float m_new) {
+    m_new = fmaxf(m_new, m);
+    const float shrink = weight(m, m_new);
+    m = m_new;
+    l *= shrink;
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) o[i] = {o[i].x * shrink, o[i].y * shrink, o[i].z * shrink, o[i].w * shrink};
+  }
+  __device__ __forceinline__ void add(float w, const float4 (&x)[kQuads]) {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) o[i] = {fmaf(x[i].x, w, o[i].x), fmaf(x[i].y, w, o[i].y), fmaf(x[i].z, w, o[i].z), fmaf(x[i].w, w, o[i].w)};
+  }
   // `row`: [D]; kFresh: of another CTA, so not from L1. Lanes behind the end take the last channels: around a branch no load would
   // overtake another.
   template <bool kFresh>
@@ -243,24 +256,12 @@ struct Joined {
       x[i] = kFresh ? __ldcg(from) : *from;
     }
   }
-  // kind: 0 over exact rows, 1 over pages; without a branch.
-  __device__ __forceinline__ void add(int kind, float w, const float4 (&x)[kQuads]) {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const float weight = kind == k ? w : 0.0f;
-#pragma unroll
-      for (int i = 0; i < kQuads; ++i) {
-        o[k][i].x = fmaf(x[i].x, weight, o[k][i].x);
-        o[k][i].y = fmaf(x[i].y, weight, o[k][i].y);
-        o[k][i].z = fmaf(x[i].z, weight, o[k][i].z);
-        o[k][i].w = fmaf(x[i].w, weight, o[k][i].w);
-      }
-    }
-  }
-  __device__ __forceinline__ void write(int kind, float* row, int lane) const {
+  // As `row` [D] and its m and l.
+  __device__ __forceinline__ void write(float* row, float* m_and_l, int lane) const {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i)
-      if (const int c = 4 * (lane + i * kLanes); c < D) *reinterpret_cast<float4*>(row + c) = kind == 0 ? o[0][i] : o[1][i];
+      if (const int c = 4 * (lane + i * kLanes); c < D) *reinterpret_cast<float4*>(row + c) = o[i];
+    if (lane == 0) *reinterpret_cast<float2*>(m_and_l) = {m, l};
   }
 };
 
@@ -279,7 +280,7 @@ struct FusedPlace {
     fragments = operands + F::kOperands;
     y = reinterpret_cast<float*>(fragments + F::kFragments);
     carried = y + F::kRows * F::kPitch;
-    exchanges = reinterpret_cast<TeamExchange<F::kBlocks>*>(carried + F::kStateFloats);
+    exchanges = reinterpret_cast<TeamExchange<F::kBlocks>*>(carried + F::kReaderFloats);
     segments_per_head = p.blocks / F::kBlocks;
     segment = its_segment;
     b = sequence;
@@ -301,54 +302,58 @@ struct FusedShares : Shares {
 
 extern __shared__ __align__(128) unsigned char memory[];  // as attend_main declares it
 
-// What follows the reading has to know, worked out by the filling warp, which has time for divisions.
+// What follows the reading has to know, worked out by the filling warp, which has time for divisions. A segment's partial states
+// in device memory, of its CTAs in order: [0, exact) over exact rows, from CTAs 0 on; [exact, all) over pages, from CTAs first_paged on.
 struct FusedEnd {
-  int ctas, states;              // of the segment; of this CTA's readers
-  int exact_states, first_paged; // CTAs [0, exact_states) of the segment end with a state over exact rows, those from first_paged
-                                 // on with one over pages; at least one is named
-  int first_pages;               // of this CTA's readers those from this one on
+  int ctas, exact, all, first_paged;
+  int first_pages, readers;  // of this CTA's readers [first_pages, readers) end with a state over pages, those before with one over exact rows
 };
 template <int kCount>
 __device__ __forceinline__ FusedEnd fused_end(const FusedShares<kCount>& shares, int cta) {
+  const bool any_pages = shares.exact_items < shares.items;
+  const int paged_reader = any_pages ? shares.owner(shares.exact_items) : shares.warps;
   FusedEnd end;
   end.ctas = shares.ctas;
-  end.states = max(0, min(kCount, shares.warps - cta * kCount));
-  const int pages_from = shares.exact_items < shares.items ? shares.owner(shares.exact_items) : shares.warps;
-  end.exact_states = shares.exact_items > 0 ? shares.owner(shares.exact_items - 1) / kCount + 1 : shares.items > 0 ? 0 : 1;
-  end.first_paged = shares.exact_items < shares.items ? pages_from / kCount : shares.ctas;
-  end.first_pages = pages_from - cta * kCount;
+  end.exact = shares.exact_items > 0 ? shares.owner(shares.exact_items - 1) / kCount + 1 : 0;
+  end.first_paged = any_pages ? paged_reader / kCount : shares.ctas;
+  end.all = end.exact + end.ctas - end.first_paged;
+  end.readers = max(0, min(kCount, shares.warps - cta * kCount));
+  end.first_pages = min(max(paged_reader - cta * kCount, 0), end.readers);
   return end;
 }
 
 template <int D, Rows kSegmentRows, Readers kReaders>
-__device__ __forceinline__ void fused_read(const AttendParams& p, const SequenceView& s,
-                                           const FusedShares<FusedShape<D, kSegmentRows, kReaders>::kCount>& shares, QueryRow<D>& first,
-                                           Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns, int* carries, FusedEnd* end,
-                                           int warp, int lane) {
+__device__ __forceinline__ void fused_fill(const AttendParams& p, const FusedShares<FusedShape<D, kSegmentRows, kReaders>::kCount>& shares,
+                                           FusedEnd* end, int lane) {
+  using S = Shape<D>;
+  using F = FusedShape<D, kSegmentRows, kReaders>;
+  const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
+  const int w = blockIdx.x * F::kCount + lane;
+  Cursor from;
+  if (lane < F::kCount && w < shares.warps) from.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
+  PiecesOf<F::kMembers> pieces(p, from, at.segments_per_head);
+  Filler<F::kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, F::kCount - 1) * F::kQueueBytes);
+  while (__any_sync(kAll, !pieces.done())) {
+    const bool mine = !pieces.done() && filler.ready();
+    const Piece piece = mine ? pieces.piece() : Piece();
+    filler.put(mine, piece, lane);
+    if (mine) pieces.next();
+  }
+  if (lane == 0) *end = fused_end(shares, blockIdx.x);
+  F::filled();
+}
+
+template <int D, Rows kSegmentRows, Readers kReaders>
+__device__ __forceinline__ void fused_read(const AttendParams& p, const FusedShares<FusedShape<D, kSegmentRows, kReaders>::kCount>& shares,
+                                           QueryRow<D>& first, Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns,
+                                           int* carries, int warp, int lane) {
   using S = Shape<D>;
   using F = FusedShape<D, kSegmentRows, kReaders>;
   constexpr bool kTeamed = kReaders == Readers::teams;
   __shared__ float scales[F::kBlocks * 2 * kBlockRows];
   const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
-  const int reader0 = blockIdx.x * F::kCount;
-  if (warp == F::kWarps) {
-    const int w = reader0 + lane;
-    Cursor from;
-    if (lane < F::kCount && w < shares.warps) from.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
-    PiecesOf<F::kMembers> pieces(p, from, at.segments_per_head);
-    Filler<F::kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, F::kCount - 1) * F::kQueueBytes);
-    while (__any_sync(kAll, !pieces.done())) {
-      const bool mine = !pieces.done() && filler.ready();
-      const Piece piece = mine ? pieces.piece() : Piece();
-      filler.put(mine, piece, lane);
-      if (mine) pieces.next();
-    }
-    if (lane == 0) *end = fused_end(shares, blockIdx.x);
-    F::filled();
-    return;
-  }
   turn_queries<D, kSegmentRows, kReaders>(p, at.b, at.head, at.row0, first, columns, at.operands, scales, at.y, at.fragments, warp, lane);
-  const int reader = warp / F::kMembers, member = warp % F::kMembers, w = reader0 + reader;
+  const int reader = warp / F::kMembers, member = warp % F::kMembers, w = blockIdx.x * F::kCount + reader;
   Cursor here;
   if (w < shares.warps) here.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
   unsigned char* const mine = memory + reader * F::kQueueBytes;
@@ -410,35 +415,30 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const int* c
   F::meet_filled();
   const FusedEnd& end = *worked_out;
 
-  // This CTA's state, of its readers': o over exact rows, o over pages [rows][D] each, m, l [rows].
+  // This CTA's states, of its readers'.
   Joined<D> sum;
-  constexpr int kCtaFloats = fused_state_floats(D, F::kBlocks), kM = 2 * F::kRows * D, kL = kM + F::kRows;
-  const float* const of_segment = p.states + static_cast<std::size_t>(place) * gridDim.x * kCtaFloats;
-  {
-    float* const mine = p.states + (static_cast<std::size_t>(place) * gridDim.x + cta) * kCtaFloats;
+  constexpr int kStateFloats = fused_state_floats(D, F::kBlocks), kM = F::kRows * D;  // o [kRows][D], m and l of each row
+  float* const of_segment = p.states + static_cast<std::size_t>(place) * (gridDim.x + 1) * kStateFloats;
+  for (int unit = warp; unit < 2 * rows; unit += F::kWarps) {
+    const int over_pages = unit < rows ? 0 : 1, r = unit - over_pages * rows;
+    const int begin = over_pages != 0 ? end.first_pages : *carries != 0 ? -1 : 0, behind = over_pages != 0 ? end.readers : end.first_pages;
+    if (begin >= behind) continue;
     const auto state = [&](int i) { return i < 0 ? at.carried : reinterpret_cast<const float*>(memory + i * F::kQueueBytes); };
-    const int begin = *carries != 0 ? -1 : 0, states = end.states, first_pages = end.first_pages;
-    for (int r = warp; r < rows; r += F::kWarps) {
-      float m = -INFINITY;
-      for (int i = begin; i < states; ++i) m = fmaxf(m, state(i)[F::kM + r]);
-      sum.clear(m);
+    sum.clear();
 #pragma unroll 1
-      for (int i = begin; i < states; ++i) {
-        const float* from = state(i);
-        const float weight = sum.weight(from[F::kM + r], m);
+    for (int i = begin; i < behind; ++i) {
+      const float* from = state(i);
+      float4 x[Joined<D>::kQuads];
+      sum.template load<false>(from + r * F::kPitch, lane, x);
+      const float m = from[F::kM + r];
+      sum.raise(m);
+      const float weight = sum.weight(m, sum.m);
 #pragma unroll
-        for (int j = 0; j < F::kMembers; ++j) sum.l = fmaf(from[F::kL + j * F::kRows + r], weight, sum.l);
-        float4 x[Joined<D>::kQuads];
-        sum.template load<false>(from + r * F::kPitch, lane, x);
-        sum.add(i >= 0 && i >= first_pages ? 1 : 0, weight, x);
-      }
-      if (cta < end.exact_states) sum.write(0, mine + r * D, lane);
-      if (cta >= end.first_paged) sum.write(1, mine + (F::kRows + r) * D, lane);
-      if (lane == 0) {
-        mine[kM + r] = sum.m;
-        mine[kL + r] = sum.l;
-      }
+      for (int j = 0; j < F::kMembers; ++j) sum.l = fmaf(from[F::kL + j * F::kRows + r], weight, sum.l);
+      sum.add(weight, x);
     }
+    float* const mine = of_segment + static_cast<std::size_t>(over_pages != 0 ? end.exact + cta - end.first_paged : cta) * kStateFloats;
+    sum.write(mine + r * D, mine + kM + 2 * r, lane);
   }
   F::meet();
   if (thread == 0) {
@@ -450,73 +450,71 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const int* c
   F::meet();
   if (!last) return;
 
-  // The CTAs' states joined: `parts` warps share a row, each takes every parts-th state of it and leaves its sums in shared memory,
-  // where the queues were. Up to kAtOnce states are asked for together, the first before the maximum is known.
-  constexpr int kAtOnce = D == 256 ? 4 : 8, kPart = 2 * D + 4;
-  const int parts = max(1, F::kWarps / rows), units = rows * parts;
-  float* const sums = reinterpret_cast<float*>(memory);  // [units][kPart]: both o, m, l
-  for (int unit = warp; unit < units; unit += F::kWarps) {
-    const int r = unit % rows, exact = end.exact_states, all = exact + end.ctas - end.first_paged;
-    // Behind the end the last one again, with a weight of 0: what nobody wrote may be NaN.
-    const auto state = [&](int i) { return of_segment + (i < exact ? i : i - exact + end.first_paged) * kCtaFloats; };
-    float4 x[kAtOnce][Joined<D>::kQuads];
-    float its_m[kAtOnce];
-    const auto load = [&](int i0) {
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = min(i0 + j * parts, all - 1);
-        const float* from = state(i);
-        sum.template load<true>(from + ((i < exact ? 0 : F::kRows) + r) * D, lane, x[j]);
-        its_m[j] = __ldcg(from + kM + r);
-      }
-    };
-    load(unit / rows);
-    float m = -INFINITY;
-    for (int i = lane; i < end.ctas; i += kLanes) m = fmaxf(m, __ldcg(of_segment + i * kCtaFloats + kM + r));
-    sum.clear(warp_max(m));
-    if (unit < rows) {
-      for (int i = lane; i < end.ctas; i += kLanes)
-        sum.l = fmaf(__ldcg(of_segment + i * kCtaFloats + kL + r), sum.weight(__ldcg(of_segment + i * kCtaFloats + kM + r), sum.m), sum.l);
-      for (int step = kLanes / 2; step > 0; step /= 2) sum.l += __shfl_xor_sync(kAll, sum.l, step);
-    }
+  // The segment's states joined, into shared memory where the queues were: of each row the part over pages by `parts` warps, that over
+  // exact rows by one. In few instructions: most of them run once, and wait to be fetched.
+  constexpr int kAtOnce = 8 / Joined<D>::kQuads, kPart = D + 4;
+  const int parts = max(1, F::kWarps / rows - 1);
+  float* const sums = reinterpret_cast<float*>(memory);  // [parts + 1][rows][kPart]: o, m, l
 #pragma unroll 1
-    for (int i0 = unit / rows; i0 < all; i0 += kAtOnce * parts) {
-      if (i0 >= kAtOnce * parts) load(i0);
+  for (int unit = warp; unit < rows * (parts + 1); unit += F::kWarps) {
+    const int part = unit / rows, r = unit - part * rows, pages = end.all - end.exact;
+    const int begin = part < parts ? end.exact + pages * part / parts : 0, behind = part < parts ? end.exact + pages * (part + 1) / parts : end.exact;
+    sum.clear();
+    const float* from = of_segment + static_cast<std::size_t>(begin) * kStateFloats + r * D;
+#pragma unroll 1
+    for (int left = behind - begin; left > 0; left -= kAtOnce, from += kAtOnce * kStateFloats) {
+      float4 x[kAtOnce][Joined<D>::kQuads];
+      float2 its[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {  // behind the end the last one again, with a weight of 0: what nobody wrote may be NaN
+        const float* at_j = from + min(j, left - 1) * kStateFloats;
+        sum.template load<true>(at_j, lane, x[j]);
+        its[j] = __ldcg(reinterpret_cast<const float2*>(at_j + kM + 2 * r - r * D));
+        if (j >= left) its[j].x = -INFINITY;
+      }
+      float m = its[0].x;
+#pragma unroll
+      for (int j = 1; j < kAtOnce; ++j) m = fmaxf(m, its[j].x);
+      sum.raise(m);
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        const int i = i0 + j * parts;
-        sum.add(i < exact ? 0 : 1, i < all ? sum.weight(its_m[j], sum.m) : 0.0f, x[j]);
+        const float weight = sum.weight(its[j].x, sum.m);
+        sum.l = fmaf(its[j].y, weight, sum.l);
+        sum.add(weight, x[j]);
       }
     }
-    float* const mine = sums + unit * kPart;
-    sum.write(0, mine, lane);
-    sum.write(1, mine + D, lane);
-    if (lane == 0) {
-      mine[2 * D] = sum.m;
-      mine[2 * D + 1] = sum.l;
-    }
+    sum.write(sums + unit * kPart, sums + unit * kPart + D, lane);
   }
   F::meet();
 
   // out = R^-1 y / lambda + z, as attend_merge has it.
 #pragma unroll 1
   for (int r = warp; r < F::kRows; r += F::kWarps) {
-    sum.clear(-INFINITY);
+    sum.clear();
+    float4 rest[Joined<D>::kQuads] = {};
     if (r < rows) {
-      sum.m = sums[r * kPart + 2 * D];
-      sum.l = sums[r * kPart + 2 * D + 1];
-      for (int unit = r; unit < units; unit += rows)
+      const float* const exact = sums + (parts * rows + r) * kPart;
+      float m = exact[D];
+      for (int part = 0; part < parts; ++part) m = fmaxf(m, sums[(part * rows + r) * kPart + D]);
+      sum.raise(m);
+      for (int part = 0; part < parts; ++part) {
+        const float* from = sums + (part * rows + r) * kPart;
+        float4 x[Joined<D>::kQuads];
+        sum.template load<false>(from, lane, x);
+        const float weight = sum.weight(from[D], sum.m);
+        sum.l = fmaf(from[D + 1], weight, sum.l);
+        sum.add(weight, x);
+      }
+      sum.template load<false>(exact, lane, rest);
+      const float weight = sum.weight(exact[D], sum.m);
+      sum.l = fmaf(exact[D + 1], weight, sum.l);
 #pragma unroll
-        for (int kind = 0; kind < 2; ++kind) {
-          float4 x[Joined<D>::kQuads];
-          sum.template load<false>(sums + unit * kPart + kind * D, lane, x);
-          sum.add(kind, 1, x);
-        }
+      for (int i = 0; i < Joined<D>::kQuads; ++i) rest[i] = {rest[i].x * weight, rest[i].y * weight, rest[i].z * weight, rest[i].w * weight};
     }
     float top = 0;
 #pragma unroll
     for (int i = 0; i < Joined<D>::kQuads; ++i) {
-      const float4& x = sum.o[1][i];
+      const float4& x = sum.o[i];
       top = fmaxf(top, fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w))));
     }
     top = warp_max(top);
@@ -526,8 +524,7 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const int* c
     for (int i = 0; i < Joined<D>::kQuads; ++i) {
       const int c = 4 * (lane + i * kLanes);
       if (c >= D) continue;
-      const float4 x = sum.o[1][i];
-      float4 rest = sum.o[0][i];
+      const float4 x = sum.o[i];
       if (turned) {
         put_halves(words, false, r % kBlockRows, c, x.x * inverse, x.y * inverse);
         put_halves(words, false, r % kBlockRows, c + 2, x.z * inverse, x.w * inverse);
@@ -535,9 +532,9 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const int* c
         float of[4] = {1, 1, 1, 1};
         if (s.lambda_v != nullptr)
           for (int e = 0; e < 4; ++e) of[e] = s.lambda_v[head * D + c + e];
-        rest = {rest.x + x.x / of[0], rest.y + x.y / of[1], rest.z + x.z / of[2], rest.w + x.w / of[3]};
+        rest[i] = {rest[i].x + x.x / of[0], rest[i].y + x.y / of[1], rest[i].z + x.z / of[2], rest[i].w + x.w / of[3]};
       }
-      *reinterpret_cast<float4*>(at.y + r * F::kPitch + c) = rest;
+      *reinterpret_cast<float4*>(at.y + r * F::kPitch + c) = rest[i];
     }
     if (lane == 0) {
       const int row = row0 + r, q_head = head * p.group + row % p.group;
@@ -614,8 +611,8 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
     const auto items = [](long long rows) { return static_cast<int>((rows + kExactTokens - 1) / kExactTokens); };
     const FusedShares<F::kCount> shares(items(sinks) + items(window), pages);
     if (blockIdx.x >= shares.ctas) return;
-    fused_read<D, kSegmentRows, kReaders>(p, s, shares, first, columns, &carries, &end, warp, lane);
-    if (warp == F::kWarps) return;
+    if (warp == F::kWarps) return fused_fill<D, kSegmentRows, kReaders>(p, shares, &end, lane);
+    fused_read<D, kSegmentRows, kReaders>(p, shares, first, columns, &carries, warp, lane);
   }
   fused_finish<D, kSegmentRows, kReaders>(p, &carries, &end);
 }

@@ -16,11 +16,11 @@ namespace kv4::cuda {
 
 template <int D>
 struct Tuning;
-template <> struct Tuning<64> { static constexpr int kWarps[2] = {11, 7}, kDepth[2] = {6, 8}; };
-template <> struct Tuning<80> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {8, 6}; };
-template <> struct Tuning<96> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {8, 6}; };
-template <> struct Tuning<128> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {6, 5}; };
-template <> struct Tuning<256> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {3, 3}; };
+template <> struct Tuning<64> { static constexpr int kWarps[2] = {11, 7}, kDepth[2] = {6, 8}, kFused = 11; };
+template <> struct Tuning<80> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {8, 6}, kFused = 7; };
+template <> struct Tuning<96> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {8, 6}, kFused = 7; };
+template <> struct Tuning<128> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {6, 5}, kFused = 8; };
+template <> struct Tuning<256> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {3, 3}, kFused = 7; };
 
 template <int D>
 struct Shape {
@@ -103,14 +103,14 @@ constexpr int kFusedStaticBytes = 1024;  // left for what has a fixed size, at l
 template <int D>
 constexpr Fit fused_fit(Readers kind, int segment_blocks) {
   const bool teams = kind == Readers::teams;
-  const int readers = teams ? kTeams : Tuning<D>::kWarps[segment_blocks - 1];
+  const int readers = teams ? kTeams : segment_blocks == 1 ? Tuning<D>::kFused : Tuning<D>::kWarps[1];
   for (int depth = teams ? 12 : Tuning<D>::kDepth[segment_blocks - 1]; depth >= (teams ? kTeam : 2); --depth)
     if (fused_shared<D>(kind, readers, depth, segment_blocks) <= room_bytes(Room::large) - kFusedStaticBytes) return {readers, depth};
   return {0, 0};
 }
 constexpr int fused_warps(Readers kind, int readers) { return readers * members_of(kind) + 1; }
-// Floats of a CTA's partial state: over exact rows and over pages apart.
-constexpr int fused_state_floats(int dim, int blocks) { return blocks * kBlockRows * (2 * dim + 2); }
+// Floats of a partial state in device memory. A segment's CTAs leave one each, over exact rows or over pages; one of them may leave both.
+constexpr int fused_state_floats(int dim, int blocks) { return blocks * kBlockRows * (dim + 2); }
 
 template <int D>
 cudaError_t launch_dim(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream);
