@@ -95,18 +95,22 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
       }
     }
 
-    float score[kBlocks][2 * kScores];
-#pragma unroll
+    float score[kBlocks][2 * kScores] = {};
+    // Less code for the instruction cache: of 16 x 32,768 and 1 x 131,072 tokens it takes 1 and 3 % from the time of at most 4 rows,
+    // but adds 3 % to that of 16 x 32,768 with 6.
+#pragma unroll(kFour ? 1 : 2)
     for (int page = 0; page < 2; ++page) {
-      if (page == 1 && !two) {
 #pragma unroll
-        for (int r = 0; r < kBlocks; ++r)
+      for (int r = 0; r < kBlocks; ++r)
 #pragma unroll
-          for (int n = 0; n < kScores; ++n) score[r][kScores + n] = -INFINITY;
-        break;
-      }
-      const auto* codes = reinterpret_cast<const uint4*>(slot[page]) + lane;
-      const auto* scales = reinterpret_cast<const __half2*>(slot[page] + S::kKeyCodeBytes) + odd * 4 + t;
+        for (int n = 0; n < kScores; ++n) {
+          score[r][n] = score[r][kScores + n];
+          score[r][kScores + n] = -INFINITY;
+        }
+      if (page == 1 && !two) break;
+      const unsigned char* const keys = page == 0 ? slot[0] : slot[1];
+      const auto* codes = reinterpret_cast<const uint4*>(keys) + lane;
+      const auto* scales = reinterpret_cast<const __half2*>(keys + S::kKeyCodeBytes) + odd * 4 + t;
       uint4 words = {};
       constexpr int kTogether = kFour ? 2 : 1;  // groups of 8 tokens that share their sums
 #pragma unroll
@@ -124,8 +128,9 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
         const float2 scale = __half22float2(scales[n * kTogether * 4]);
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r) {
-          score[r][page * kScores + 2 * n] = fmaf(sums[r][0], scale.x * row_scale[r], mean[r][page]);
-          score[r][page * kScores + 2 * n + 1] = fmaf(sums[r][1], scale.y * row_scale[r], mean[r][page]);
+          const float of_mean = page == 0 ? mean[r][0] : mean[r][1];
+          score[r][kScores + 2 * n] = fmaf(sums[r][0], scale.x * row_scale[r], of_mean);
+          score[r][kScores + 2 * n + 1] = fmaf(sums[r][1], scale.y * row_scale[r], of_mean);
         }
       }
       queue.release(pieces);
@@ -133,7 +138,7 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r)
 #pragma unroll
-          for (int n = 0; n < kScores; ++n) score[r][page * kScores + n] = soft_cap(p.cap, score[r][page * kScores + n]);
+          for (int n = 0; n < kScores; ++n) score[r][kScores + n] = soft_cap(p.cap, score[r][kScores + n]);
       }
       const int at = first_page + i + page;
       if (at < plain.x || at > plain.y) {
@@ -141,7 +146,7 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r)
           hide<kScores>(p, here.b, head, row0 + r * kBlockRows + row, pages_position + static_cast<long long>(at) * kPageTokens, tokens,
-                        score[r] + page * kScores, token);
+                        score[r] + kScores, token);
       }
     }
 
