@@ -91,8 +91,7 @@ class Cache {
   // from device memory: the captured step may be replayed. Before each replay, on the same stream, advance() seals what
   // is due and counts the token that the replay appends.
   // Errors: unsupported where the backend cannot be captured; failed_precondition for an empty cache.
-  // Capture needs one step of the same shape before it, and automatic lambda fixed by the first sealed page:
-  // failed_precondition otherwise.
+  // Capture needs one step of the same shape before it, and lambda_fixed() of every row: failed_precondition otherwise.
   Status advance();
 
   // Keeps the first `length` positions of every sequence. Inside sealed pages the page is
@@ -141,6 +140,8 @@ class Cache {
   std::uint64_t version() const;     // changes with every append, crop, select, repeat and reset
   // [kv_heads, head_dim_k]; empty before it is fixed or where the recipe has none.
   std::span<const float> lambda(int row) const;
+  // Whether row's lambda changes no more, since the page that fixed it can no longer be cropped; also where none is learnt.
+  bool lambda_fixed(int row) const;
   // A sealed head slice of row's page `index`, for tools: codes in canonical order.
   Status page_codes(int row, int index, int head, std::span<std::uint8_t> k,
                     std::span<std::uint8_t> v) const;

@@ -329,6 +329,8 @@ NB_MODULE(_core, m) {
       .def_prop_ro("length", [](const PyCache& c) { return c.cache->length(); })
       .def_prop_ro("first", [](const PyCache& c) { return c.cache->first(); })
       .def_prop_ro("version", [](const PyCache& c) { return c.cache->version(); })
+      .def("lambda_fixed", [](const PyCache& c, int row) { return c.cache->lambda_fixed(c.row(row)); }, "row"_a,
+           "Whether the row's lambda changes no more; also where none is learnt.")
       .def("sealed_tokens", [](const PyCache& c, int row) { return c.cache->sealed_tokens(c.row(row)); }, "row"_a)
       .def("exact_tokens", [](const PyCache& c, int row) { return c.cache->exact_tokens(c.row(row)); }, "row"_a)
       .def("lambda_", [](const PyCache& c, int row) {

@@ -177,6 +177,7 @@ std::int64_t Cache::first() const {
   for (const Sequence& s : state_->sequences) first = std::max(first, s.evicted);
   return first;
 }
+bool Cache::lambda_fixed(int row) const { return state_->lambda_fixed(state_->sequences[static_cast<std::size_t>(row)]); }
 std::int64_t Cache::sealed_tokens(int row) const { return state_->sequences[static_cast<std::size_t>(row)].sealed_tokens(); }
 std::int64_t Cache::exact_tokens(int row) const {
   const Sequence& s = state_->sequences[static_cast<std::size_t>(row)];

@@ -96,11 +96,10 @@ Status Cache::State::append_captured(const TensorView& k, const TensorView& v) {
   if (k.shape[2] != 1) return error(StatusCode::failed_precondition, "k", "one token in a captured step", std::to_string(k.shape[2]));
   if (sequences.empty() || !own.tables || arrival())
     return error(StatusCode::failed_precondition, "k", "a step that was not captured before it", arrival() ? "a recipe that seals on arrival" : "none");
-  if (seals() && config.recipe.key.lambda == LambdaMode::automatic)
-    for (const Sequence& s : sequences)
-      if (!s.lambda || s.query_energy.rows)
-        return error(StatusCode::failed_precondition, "k", "capture after the first page was sealed, which fixes lambda",
-                     std::to_string(s.sealed_tokens()) + " sealed tokens");
+  for (const Sequence& s : sequences)
+    if (!lambda_fixed(s))
+      return error(StatusCode::failed_precondition, "k", "capture after the first page was sealed, which fixes lambda",
+                   std::to_string(s.sealed_tokens()) + " sealed tokens");
   StoreJob job;
   job.k = k;
   job.v = v;

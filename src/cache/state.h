@@ -119,6 +119,7 @@ struct Cache::State {
   // load.cpp
   Status load(const Source& source);
   bool automatic() const { return seals() && config.recipe.key.lambda == LambdaMode::automatic; }
+  bool lambda_fixed(const Sequence& s) const { return !automatic() || (s.lambda && !s.query_energy.rows); }
   Status check(const blob::Sequence& saved, std::int64_t tokens) const;
   Status load_sequence(std::int64_t tokens, blob::Reader& in, Sequence* s, std::vector<std::uint64_t>* table) const;
   Status load_rows(std::int64_t count, blob::Reader& in, RowBuffer* rows) const;

@@ -40,6 +40,23 @@ TEST(Cache, LongCallsEvictForGood) {
 
 TEST(Cache, RecordingEvictsNothing) { recording(); }
 
+// Lambda stays fixed when the pages that it came from have left a sliding window.
+TEST(Cache, LambdaIsFixedByTheFirstSealedPageForGood) {
+  Session s(with(4, 64), {0}, 10, 100);
+  EXPECT_FALSE([&] { s.step(60); return s.cache().lambda_fixed(0); }());
+  bool fixed = false, without_pages = false;
+  for (int i = 0; i < 200; ++i) {
+    s.step(1);
+    if (HasFatalFailure()) return;
+    EXPECT_TRUE(s.cache().lambda_fixed(0) || !fixed) << i;
+    fixed = s.cache().lambda_fixed(0);
+    without_pages = without_pages || (fixed && s.cache().sealed_tokens(0) == 0);
+    EXPECT_NE(s.cache().lambda(0).empty(), fixed) << i;
+  }
+  EXPECT_TRUE(fixed);
+  EXPECT_TRUE(without_pages);
+}
+
 TEST(Cache, BytesAreThreeAndAHalfTimesFewer) {
   // Qwen2.5-1.5B's geometry in bfloat16, prefilled and then decoded for a while.
   const oracle::Shape shape{12, 2, 128};

@@ -63,7 +63,7 @@ TEST(CudaPlan, OneKernelFitsTheDevice) {
           const bool teams = kind == Readers::teams;
           SCOPED_TRACE(::testing::Message() << "d " << kDim << ", blocks " << blocks << (teams ? ", teams" : ", warps"));
           const Fit f = fused_fit<kDim>(kind, blocks);
-          EXPECT_EQ(f.warps, teams ? kTeams : Tuning<kDim>::kWarps[blocks - 1]);
+          EXPECT_EQ(f.warps, teams ? kTeams : blocks == 1 ? Tuning<kDim>::kFused : Tuning<kDim>::kWarps[1]);
           EXPECT_GE(f.depth, teams ? kTeam : 2);
           EXPECT_LE(fused_warps(kind, f.warps) * 32, 1024);
           EXPECT_LE(fused_shared<kDim>(kind, f.warps, f.depth, blocks) + kFusedStaticBytes, kH100.shared);

@@ -255,7 +255,7 @@ def test_a_captured_graph_serves_left_padding(name):
             torch.testing.assert_close(
                 step(text[:, i : i + 1]), expected, rtol=0, atol=1e-2, msg=lambda m, i=i: f"step {i}: {m}"
             )
-    assert step.captured >= 1
+    assert step.captured >= 2
 
 
 def test_a_graph_says_what_it_cannot_serve():

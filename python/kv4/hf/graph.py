@@ -66,7 +66,7 @@ class DecodeGraph:
             self._graph = None
             # A capture takes over the rows' starts from the step before it.
             fresh = self._padding is None or self._versions == [layer.version for layer in layers]
-            if not self._eager_steps or not fresh or not all(_lambda_is_fixed(layer) for layer in layers):
+            if not self._eager_steps or not fresh or not all(_lambda_fixed(layer) for layer in layers):
                 self._eager_steps += 1
                 logits = self._step(tokens, torch.full_like(tokens, self.cache.get_seq_length()))
                 self._versions = [layer.version for layer in layers]
@@ -126,8 +126,5 @@ def _starts(
     return start, padding
 
 
-def _lambda_is_fixed(layer: KV4Layer) -> bool:
-    recipe = layer.recipe
-    if recipe.seal != "page" or "auto" not in (recipe.key.lambda_, recipe.value.lambda_):
-        return True
-    return all(layer.core.sealed_tokens(row) > 0 for row in range(layer.batch))
+def _lambda_fixed(layer: KV4Layer) -> bool:
+    return all(layer.core.lambda_fixed(row) for row in range(layer.batch))
