@@ -1,6 +1,7 @@
 // Attention and sealing on a CUDA device, by events on a stream of its own. Names: what / geometry / batch x tokens.
 //   decode  one query token over a cache of the default recipe: 4 sinks, pages, 64 to 127 exact tokens; a captured graph
-//   seal    all pages of a prefill, keys and values, from fp16 rows
+//   seal    all pages of a prefill, keys and values, from fp16 rows; seal_lambda with channel weights for keys. kernel_us and
+//           kernel_of_copy are without the upload of the jobs
 // of_copy: bytes of the cache, read once (seal: rows read and pages written), over time, as a fraction of the speed of a
 // 1 GiB copy measured first, whose bytes count twice. Where the cache would stay in the L2 cache it is flushed before each
 // repeat.
@@ -162,7 +163,26 @@ void decode(benchmark::State& state, const Case& c) {
   state.SetBytesProcessed(static_cast<std::int64_t>(bytes) * state.iterations());
 }
 
-void seal(benchmark::State& state, const Case& c) {
+// Median seconds of a captured call without its copies: of its kernels alone, on what the last whole call uploaded.
+double kernels_alone(cudaGraph_t graph, Timer& timer) {
+  std::size_t count = 0;
+  cudaGraphGetNodes(graph, nullptr, &count);
+  std::vector<cudaGraphNode_t> nodes(count);
+  cudaGraphGetNodes(graph, nodes.data(), &count);
+  for (cudaGraphNode_t node : nodes) {
+    cudaGraphNodeType type;
+    if (cudaGraphNodeGetType(node, &type) == cudaSuccess && type == cudaGraphNodeTypeMemcpy) cudaGraphDestroyNode(node);
+  }
+  cudaGraphExec_t kernels;
+  if (cudaGraphInstantiate(&kernels, graph, 0) != cudaSuccess) return 0;
+  std::vector<double> all;
+  for (int i = 0; i < 31; ++i) all.push_back(timer.seconds([&] { cudaGraphLaunch(kernels, timer.stream); }));
+  cudaGraphExecDestroy(kernels);
+  std::nth_element(all.begin(), all.begin() + 15, all.end());
+  return all[15];
+}
+
+void seal(benchmark::State& state, const Case& c, bool lambda) {
   if (cuda::backend() == nullptr) return state.SkipWithError("no CUDA device of compute capability 8.0 or later");
   const Shape shape = shape_of(c.geometry);
   const Scene few(shape, {Held{0, kPageTokens, 0, 0}}, false);
@@ -173,12 +193,16 @@ void seal(benchmark::State& state, const Case& c) {
   std::vector<std::uint16_t> rows16;
   for (std::size_t i = 0; i < slices * kPageTokens * static_cast<std::size_t>(d); ++i) rows16.push_back(f32_to_f16(rows[i % rows.size()]));
   const DeviceBytes k(rows16), v(rows16), pages(slices * spec.layout.head_bytes);
+  std::vector<float> lambdas = cases::normal_rows(heads, d, 5, 0.2);
+  for (float& x : lambdas) x += 1;
+  const DeviceBytes weights(lambdas);
   std::vector<SealJob> jobs(slices);
   for (std::size_t i = 0; i < slices; ++i) {
     jobs[i].k = k.as<std::uint16_t>() + i * kPageTokens * static_cast<std::size_t>(d);
     jobs[i].v = v.as<std::uint16_t>() + i * kPageTokens * static_cast<std::size_t>(d);
     jobs[i].dtype = DType::f16;
     jobs[i].k_stride = jobs[i].v_stride = d;
+    if (lambda) jobs[i].lambda_k = weights.as<float>() + i % static_cast<std::size_t>(heads) * static_cast<std::size_t>(d);
     jobs[i].slice = pages.as<std::uint8_t>() + i * spec.layout.head_bytes;
   }
   Timer timer;
@@ -195,10 +219,13 @@ void seal(benchmark::State& state, const Case& c) {
   if (cudaGraphInstantiate(&captured, graph, 0) != cudaSuccess) return state.SkipWithError(cudaGetErrorString(cudaGetLastError()));
   for (auto _ : state) state.SetIterationTime(timer.seconds([&] { cudaGraphLaunch(captured, timer.stream); }));
   cudaGraphExecDestroy(captured);
+  const double kernel = kernels_alone(graph, timer);
   cudaGraphDestroy(graph);
   cuda::set_stream(nullptr);
   const double bytes = static_cast<double>(rows16.size()) * 4 + static_cast<double>(slices * spec.layout.head_bytes);
   state.counters["of_copy"] = benchmark::Counter(bytes / copy_speed(), benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["kernel_us"] = kernel * 1e6;
+  state.counters["kernel_of_copy"] = bytes / kernel / copy_speed();
   state.counters["per_vector"] = benchmark::Counter(static_cast<double>(slices) * 2 * kPageTokens, benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
   state.SetBytesProcessed(static_cast<std::int64_t>(bytes) * state.iterations());
 }
@@ -210,7 +237,9 @@ const bool registered = [] {
       const std::string name = std::string("/") + g.name + "/" + std::to_string(batch) + "x" + std::to_string(tokens);
       benchmark::RegisterBenchmark(("decode" + name).c_str(), decode, Case{g, batch, tokens})->UseManualTime();
     }
-    benchmark::RegisterBenchmark((std::string("seal/") + g.name).c_str(), seal, Case{g, 1, g.kv_heads > 16 ? 16384 : g.kv_heads < 4 ? 131072 : 65536})->UseManualTime();
+    const Case prefill{g, 1, g.kv_heads > 16 ? 16384 : g.kv_heads < 4 ? 131072 : 65536};
+    benchmark::RegisterBenchmark((std::string("seal/") + g.name).c_str(), seal, prefill, false)->UseManualTime();
+    benchmark::RegisterBenchmark((std::string("seal_lambda/") + g.name).c_str(), seal, prefill, true)->UseManualTime();
   }
   return true;
 }();

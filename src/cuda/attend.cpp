@@ -1,7 +1,6 @@
 #include "cuda/attend.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "cuda/attend_tuning.h"
 
@@ -45,24 +44,19 @@ int items_of(const ExactRows& x) { return static_cast<int>((x.count + kExactToke
 // reads there.
 template <int D>
 void plan_fused(const AttendParams& p, int segments, const Load& load, AttendPlan* plan) {
-  if (const char* no = std::getenv("KV4_PLAN")) {
-    const int n = plan->ctas / segments;
-    if (no[0] == '3') return;
-    if (no[0] == 'w' || no[0] == 't') { plan->fused_ctas = no[1] != 0 ? std::min(n, std::atoi(no + 1)) : n; plan->teams = no[0] == 't'; return; }
-  }
   if (plan->room != Room::large || segments > plan->ctas || segments > kMostFused) return;
   const int ctas = plan->ctas / segments;
   const auto rounds = [](long long items, long long readers) { return (items + readers - 1) / readers; };
-  const auto readers = [&](Readers kind) { return static_cast<long long>(fused_fit<D>(kind, plan->segment_blocks).warps); };
-  const long long all = load.all * (segments / p.batch), warps = readers(Readers::warps);
-  if (D > kTeamDim) {
+  const auto readers = [&](Readers kind) { return static_cast<long long>(fused_fit<D>(kind, plan->segment_blocks).readers); };
+  if (D > kWarpDim) {
     // Its matrices, 256 KB each for every CTA, cost more than launches but where one segment has the device for itself.
-    if (segments == 1 && rounds(load.longest, ctas * warps) > 1) plan->fused_ctas = ctas;
+    if (segments == 1 && rounds(load.longest, ctas * readers(Readers::twos)) > 1) plan->fused_ctas = ctas;
     return;
   }
+  const long long all = load.all * (segments / p.batch), warps = readers(Readers::warps);
   // A team is quicker with its first items, by as much as it is slower with those that follow.
   constexpr long long kTeamRounds = 2;
-  plan->teams = rounds(load.longest, ctas * readers(Readers::teams)) <= kTeamRounds;
+  plan->teams = rounds(load.longest, ctas * readers(Readers::fours)) <= kTeamRounds;
   // Two launches and the waits between them cost about as much as four rounds of warps.
   constexpr long long kSaved = 4;
   if (plan->teams || rounds(load.longest, ctas * warps) <= rounds(all, plan->ctas * warps) + kSaved) plan->fused_ctas = ctas;
@@ -89,9 +83,9 @@ AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load
   with_dim(p.dim, [&](auto d) {
     constexpr int kDim = decltype(d)::value;
     const Fit used = fit<kDim>(plan.room, plan.segment_blocks);
-    plan.warps_per_cta = used.warps;
-    const int left = room_bytes(plan.room) - main_shared<kDim>(used.warps, used.depth, plan.segment_blocks);
-    plan.most_sequences = used.warps > 0 ? left / static_cast<int>(sizeof(int)) - 1 : 0;
+    plan.warps_per_cta = used.readers;
+    const int left = room_bytes(plan.room) - main_shared<kDim>(main_readers(kDim, plan.room), used.readers, used.depth, plan.segment_blocks);
+    plan.most_sequences = used.readers > 0 ? left / static_cast<int>(sizeof(int)) - 1 : 0;
     return true;
   });
   AttendParams sized = p;

@@ -77,9 +77,8 @@ struct AttendParams {
 constexpr int operand_bytes_tiles(int dim) { return pad_channels(dim) / 32; }
 constexpr int operand_mean_steps(int dim) { return pad_channels(dim) / 16; }
 constexpr int operand_exact_steps(int dim) { return (dim + 15) / 16; }
-constexpr int operand_words(int dim) {
-  return (operand_bytes_tiles(dim) + operand_mean_steps(dim) + operand_exact_steps(dim)) * kLanes;
-}
+constexpr int page_operand_words(int dim) { return (operand_bytes_tiles(dim) + operand_mean_steps(dim)) * kLanes; }
+constexpr int operand_words(int dim) { return page_operand_words(dim) + operand_exact_steps(dim) * kLanes; }
 
 // What a call's plan depends on of the device.
 struct Chip {

@@ -24,23 +24,23 @@ namespace kv4::cuda {
 template <int D, Rows kSegmentRows, Readers kReaders>
 struct FusedShape {
   static constexpr int kBlocks = blocks_of(kSegmentRows), kRows = kBlocks * kBlockRows;
-  static constexpr int kCount = fused_fit<D>(kReaders, kBlocks).warps, kDepth = fused_fit<D>(kReaders, kBlocks).depth;  // readers, their slots
+  static constexpr int kCount = fused_fit<D>(kReaders, kBlocks).readers, kDepth = fused_fit<D>(kReaders, kBlocks).depth;  // readers, their slots
   static constexpr int kMembers = members_of(kReaders), kWarps = kCount * kMembers, kAllWarps = kWarps + 1;
   static constexpr int kQueueBytes = queue_bytes(kDepth, Shape<D>::kSlotBytes);
   static constexpr int kSteps = D / 16, kTiles = D / 8;  // of a rotation
   // Tiles of a rotation that a warp asks for ahead: as many registers as there are before the reading, and after it.
-  static constexpr int kAheadFirst = D == 64 || D == 256 ? 1 : 2, kAheadLast = kReaders == Readers::teams ? 1 : kAheadFirst;
+  static constexpr int kAheadFirst = D == 64 || D == 256 ? 1 : 2, kAheadLast = kReaders == Readers::fours ? 1 : kAheadFirst;
   static constexpr int kPitch = fused_pitch(D);          // of rows of floats: no bank conflicts between rows of a product
   static constexpr int kOperands = kBlocks * operand_words(D), kFragments = kBlocks * kSteps * kLanes;  // uint4
   static constexpr int kM = kRows * kPitch, kL = kM + kRows;  // of a reader's partial state
-  static constexpr int kReaderFloats = reader_state_floats(kReaders, D, kBlocks);
+  static constexpr int kReaderFloats = reader_state_floats(D, kBlocks);
   static_assert(kQueueBytes >= kReaderFloats * 4, "a reader's state goes where its queue was");
 
   // Of all warps that read.
-  static __device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"n"(kTeams + 1), "n"(kWarps * kLanes) : "memory"); }
+  static __device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"n"(kCount + 1), "n"(kWarps * kLanes) : "memory"); }
   // The same once the filling warp has called `filled`, which does not wait.
-  static __device__ __forceinline__ void meet_filled() { asm volatile("bar.sync %0, %1;" ::"n"(kTeams + 2), "n"(kAllWarps * kLanes) : "memory"); }
-  static __device__ __forceinline__ void filled() { asm volatile("bar.arrive %0, %1;" ::"n"(kTeams + 2), "n"(kAllWarps * kLanes) : "memory"); }
+  static __device__ __forceinline__ void meet_filled() { asm volatile("bar.sync %0, %1;" ::"n"(kCount + 2), "n"(kAllWarps * kLanes) : "memory"); }
+  static __device__ __forceinline__ void filled() { asm volatile("bar.arrive %0, %1;" ::"n"(kCount + 2), "n"(kAllWarps * kLanes) : "memory"); }
 };
 
 // Tiles of 8 columns of a rotation's matrix that a warp multiplies by: `first`, `first` + `apart`, ... The first kAhead are
@@ -100,40 +100,6 @@ __device__ __forceinline__ void put_halves(uint32_t* words, bool bf16, int row, 
 // [kRows][kPitch]. `scales`: as row_scale.
 //
 // A warp's first row and lambda are asked for before the CTA's first barrier.
-template <int D>
-struct QueryRow {
-  static constexpr int kPairs = (D / 2 + kLanes - 1) / kLanes;
-  uint2 raw[kPairs];  // widened when they are used, so that nobody waits here
-  float2 lambda[kPairs];
-
-  __device__ __forceinline__ void load_lambda(const float* of_keys, int head, int lane) {
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int c = 2 * (lane + i * kLanes);
-      lambda[i] = {1, 1};
-      if (of_keys != nullptr && c < D) lambda[i] = {of_keys[head * D + c], of_keys[head * D + c + 1]};
-    }
-  }
-
-  __device__ __forceinline__ void load(const AttendParams& p, int b, int head, int row, int lane) {
-    const int query = row / p.group;
-    const long long from = b * p.q_stride[0] + (head * p.group + row - query * p.group) * p.q_stride[1] + query * p.q_stride[2];
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int c = 2 * (lane + i * kLanes);
-      raw[i] = {0, 0};
-      if (c >= D || row >= p.group * p.queries) continue;
-      if (p.q_dtype == DType::f32) raw[i] = {static_cast<const uint32_t*>(p.q)[from + c], static_cast<const uint32_t*>(p.q)[from + c + 1]};
-      else raw[i] = {static_cast<const uint16_t*>(p.q)[from + c], static_cast<const uint16_t*>(p.q)[from + c + 1]};
-    }
-  }
-  __device__ __forceinline__ float2 operator()(const AttendParams& p, int i) const {
-    if (p.q_dtype == DType::f32) return {__uint_as_float(raw[i].x), __uint_as_float(raw[i].y)};
-    if (p.q_dtype == DType::bf16) return {__uint_as_float(raw[i].x << 16), __uint_as_float(raw[i].y << 16)};
-    return unpack_halves(false, raw[i].x | raw[i].y << 16);
-  }
-};
-
 template <int D, Rows kSegmentRows, Readers kReaders>
 __device__ __forceinline__ void turn_queries(const AttendParams& p, int b, int head, int row0, QueryRow<D>& first,
                                              Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns, uint4* operands,
@@ -271,7 +237,7 @@ struct FusedPlace {
   using F = FusedShape<D, kSegmentRows, kReaders>;
   uint4 *operands, *fragments;
   float *y, *carried;  // [kRows][kPitch]; the state over exact rows of a reader that reads pages too
-  TeamExchange<F::kBlocks>* exchanges;
+  TeamExchange<F::kMembers, F::kBlocks>* exchanges;
   int segments_per_head, segment, b, head, row0, rows;
 
   // CTA (x, y, z): x of those of segment y of sequence z.
@@ -280,7 +246,7 @@ struct FusedPlace {
     fragments = operands + F::kOperands;
     y = reinterpret_cast<float*>(fragments + F::kFragments);
     carried = y + F::kRows * F::kPitch;
-    exchanges = reinterpret_cast<TeamExchange<F::kBlocks>*>(carried + F::kReaderFloats);
+    exchanges = reinterpret_cast<TeamExchange<F::kMembers, F::kBlocks>*>(carried + F::kReaderFloats);
     segments_per_head = p.blocks / F::kBlocks;
     segment = its_segment;
     b = sequence;
@@ -349,7 +315,7 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const FusedSha
                                            int* carries, int warp, int lane) {
   using S = Shape<D>;
   using F = FusedShape<D, kSegmentRows, kReaders>;
-  constexpr bool kTeamed = kReaders == Readers::teams;
+  constexpr bool kTeamed = kReaders != Readers::warps;
   __shared__ float scales[F::kBlocks * 2 * kBlockRows];
   const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
   turn_queries<D, kSegmentRows, kReaders>(p, at.b, at.head, at.row0, first, columns, at.operands, scales, at.y, at.fragments, warp, lane);
@@ -357,8 +323,8 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const FusedSha
   Cursor here;
   if (w < shares.warps) here.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
   unsigned char* const mine = memory + reader * F::kQueueBytes;
-  std::conditional_t<kTeamed, TeamQueue<F::kDepth, S::kSlotBytes>, Queue<F::kDepth, S::kSlotBytes, S::kExactPitch>> queue(mine, lane);
-  std::conditional_t<kTeamed, TeamState<D, F::kBlocks>, State<D, F::kBlocks>> state;
+  std::conditional_t<kTeamed, TeamQueue<F::kMembers, F::kDepth, S::kSlotBytes>, Queue<F::kDepth, S::kSlotBytes, S::kExactPitch>> queue(mine, lane);
+  std::conditional_t<kTeamed, TeamState<D, F::kMembers, F::kBlocks>, State<D, F::kBlocks>> state;
 #pragma unroll 1
   while (here.flat < here.end) {
     const int run = here.run();
@@ -367,10 +333,11 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const FusedSha
     state.clear();
     if constexpr (kTeamed) {
       auto& exchange = at.exchanges[reader];
-      if (packed) team_pages<D, kSegmentRows>(p, queue, state, exchange, at.operands, scales, here, at.head, at.row0, run, reader, member, lane);
-      else team_exact<D, F::kBlocks>(p, queue, state, exchange, at.operands, here, at.head, at.row0, run, reader, member, lane);
-      meet_team(reader);  // nobody reads the queue any more
-      state.template put<kSegmentRows == Rows::four, F::kPitch>(to, packed, at.rows, member, lane);
+      if (packed) team_pages<D, kSegmentRows, operand_words(D)>(p, queue, state, exchange, at.operands, scales, here, at.head, at.row0, run, reader, member, lane);
+      else team_exact<D>(p, queue, state, exchange, at.operands, here, at.head, at.row0, run, reader, member, lane);
+      state.template share_sums<kSegmentRows == Rows::four>(exchange, packed, member, lane);
+      meet_team<F::kMembers>(reader);  // and nobody reads the queue any more
+      state.template put<kSegmentRows == Rows::four, F::kPitch>(to, exchange, packed, at.rows, member, lane);
     } else {
       Pieces none(p, Cursor(), at.segments_per_head);
       if (packed) pages_run<D, kSegmentRows, true>(p, queue, none, state, at.operands, scales, nullptr, here, at.head, at.row0, run, lane);
@@ -433,8 +400,7 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const int* c
       const float m = from[F::kM + r];
       sum.raise(m);
       const float weight = sum.weight(m, sum.m);
-#pragma unroll
-      for (int j = 0; j < F::kMembers; ++j) sum.l = fmaf(from[F::kL + j * F::kRows + r], weight, sum.l);
+      sum.l = fmaf(from[F::kL + r], weight, sum.l);
       sum.add(weight, x);
     }
     float* const mine = of_segment + static_cast<std::size_t>(over_pages != 0 ? end.exact + cta - end.first_paged : cta) * kStateFloats;
@@ -601,7 +567,7 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
     if (warp < F::kWarps) first.load(p, at.b, at.head, at.row0 + warp, lane);
     if (lane == 0 && warp < F::kWarps) {
       unsigned char* const queue = memory + warp / F::kMembers * F::kQueueBytes;
-      if constexpr (kReaders == Readers::teams) TeamQueue<F::kDepth, Shape<D>::kSlotBytes>::prepare(queue, warp % F::kMembers);
+      if constexpr (kReaders != Readers::warps) TeamQueue<F::kMembers, F::kDepth, Shape<D>::kSlotBytes>::prepare(queue, warp % F::kMembers);
       else Queue<F::kDepth, Shape<D>::kSlotBytes, Shape<D>::kExactPitch>::prepare(queue);
     }
     if (threadIdx.x == 0) carries = 0;

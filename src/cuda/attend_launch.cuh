@@ -29,46 +29,51 @@ template <int D, Rows kRows, Readers kReaders>
 cudaError_t launch_fused(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
   constexpr int kBlocks = blocks_of(kRows);
   constexpr Fit kFit = fused_fit<D>(kReaders, kBlocks);
-  static_assert(kFit.warps > 0, "no queues fit");
-  constexpr int kShared = fused_shared<D>(kReaders, kFit.warps, kFit.depth, kBlocks);
+  static_assert(kFit.readers > 0, "no queues fit");
+  constexpr int kShared = fused_shared<D>(kReaders, kFit.readers, kFit.depth, kBlocks);
   const auto kernel = attend_fused<D, kRows, kReaders>;
   if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared); e != cudaSuccess) return e;
   const dim3 ctas(static_cast<unsigned>(plan.fused_ctas), static_cast<unsigned>(p.kv_heads * (p.blocks / kBlocks)), static_cast<unsigned>(p.batch));
-  return queue_kernel(kernel, p, plan, ctas, fused_warps(kReaders, kFit.warps) * kLanes, kShared, stream);
+  return queue_kernel(kernel, p, plan, ctas, fused_warps(kReaders, kFit.readers) * kLanes, kShared, stream);
 }
 
 template <int D, Rows kRows, Room kRoom>
 cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
   constexpr int kBlocks = blocks_of(kRows);
   constexpr Fit kFit = fit<D>(kRoom, kBlocks);
-  static_assert(kFit.warps > 0 && kFit.depth >= 2, "no queues fit");
-  static_assert(main_shared<D>(kFit.warps, kFit.depth, kBlocks) + kLineBytes <= room_bytes(kRoom), "more shared memory than the room has");
-  static_assert(MergeShape<D, kBlocks>::kShared + 4096 <= room_bytes(kRoom), "attend_merge: more shared memory than the room has");
-  const int shared = main_shared<D>(kFit.warps, kFit.depth, kBlocks) + (p.batch + 1) * static_cast<int>(sizeof(int));
+  static_assert(kFit.readers > 0 && kFit.depth >= 2, "no queues fit");
+  constexpr int kQueues = main_shared<D>(main_readers(D, kRoom), kFit.readers, kFit.depth, kBlocks);
+  static_assert(kQueues + kLineBytes <= room_bytes(kRoom), "more shared memory than the room has");
+  constexpr bool kStaged = D > kWarpDim && kRoom == Room::large;
+  constexpr int kPrepare = Turn<D, kStaged>::kStagedBytes, kMerge = MergeShape<D, kBlocks, kStaged>::kShared;
+  static_assert(kMerge + 4096 <= room_bytes(kRoom), "attend_merge: more shared memory than the room has");
+  const int shared = kQueues + (p.batch + 1) * static_cast<int>(sizeof(int));
   const auto main = attend_main<D, kRows, kRoom>;
   if (const cudaError_t e = cudaFuncSetAttribute(main, cudaFuncAttributeMaxDynamicSharedMemorySize, shared); e != cudaSuccess) return e;
-  const auto merge = attend_merge<D, kBlocks>;
-  if (const cudaError_t e = cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, MergeShape<D, kBlocks>::kShared);
-      e != cudaSuccess)
-    return e;
+  const auto merge = attend_merge<D, kBlocks, kStaged>;
+  if (const cudaError_t e = cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, kMerge); e != cudaSuccess) return e;
+  const auto prepare = attend_prepare<D, kStaged>;
+  if (const cudaError_t e = cudaFuncSetAttribute(prepare, cudaFuncAttributeMaxDynamicSharedMemorySize, kPrepare); e != cudaSuccess) return e;
   const auto queue = [&](auto kernel, dim3 ctas, int threads, int bytes) {
     return queue_kernel(kernel, p, plan, ctas, threads, bytes, stream);
   };
   // Few CTAs are chains of latency, which more threads shorten; many share their multiprocessors.
   const auto threads = [&](unsigned ctas) { return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kTurnThreads : kTurnThreads / 2; };
   const unsigned blocks = static_cast<unsigned>(p.batch * p.kv_heads * p.blocks);
-  if (const cudaError_t e = queue(attend_prepare<D>, dim3(blocks), threads(blocks), 0); e != cudaSuccess) return e;
-  if (const cudaError_t e = queue(main, dim3(static_cast<unsigned>(plan.ctas)), (kFit.warps + 1) * kLanes, shared); e != cudaSuccess) return e;
+  if (const cudaError_t e = queue(prepare, dim3(blocks), threads(blocks), kPrepare); e != cudaSuccess) return e;
+  if (const cudaError_t e = queue(main, dim3(static_cast<unsigned>(plan.ctas)), main_warps<D>(kRoom, kBlocks) * kLanes, shared); e != cudaSuccess) return e;
   const unsigned segments = static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks)), rows = static_cast<unsigned>(kBlocks * kBlockRows);
   const unsigned parts = (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows);
-  return queue(merge, dim3(segments, parts), threads(segments * parts), MergeShape<D, kBlocks>::kShared);
+  return queue(merge, dim3(segments, parts), threads(segments * parts), kMerge);
 }
 
 template <int D, Rows kRows>
 cudaError_t launch_room(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
-  if constexpr (D <= kTeamDim)
-    if (plan.fused_ctas > 0 && plan.teams) return launch_fused<D, kRows, Readers::teams>(p, plan, stream);
-  if (plan.fused_ctas > 0) return launch_fused<D, kRows, Readers::warps>(p, plan, stream);
+  if constexpr (D > kWarpDim) {
+    if (plan.fused_ctas > 0) return launch_fused<D, kRows, Readers::twos>(p, plan, stream);
+  } else if (plan.fused_ctas > 0) {
+    return plan.teams ? launch_fused<D, kRows, Readers::fours>(p, plan, stream) : launch_fused<D, kRows, Readers::warps>(p, plan, stream);
+  }
   switch (plan.room) {
     case Room::large: return launch<D, kRows, Room::large>(p, plan, stream);
     case Room::middle: return launch<D, kRows, Room::middle>(p, plan, stream);

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/attend.h"
 #include "cuda/attend_line.cuh"
@@ -75,32 +76,39 @@ struct State {
 
 #include "cuda/attend_exact.cuh"
 #include "cuda/attend_pages.cuh"
+#include "cuda/attend_team.cuh"
 
 namespace kv4::cuda {
 
 template <int D, Rows kRows, Room kRoom>
 __device__ __forceinline__ void attend_all(const AttendParams& p) {
   using S = Shape<D>;
-  constexpr int kWarps = fit<D>(kRoom, blocks_of(kRows)).warps, kDepth = fit<D>(kRoom, blocks_of(kRows)).depth;
-  using Slots = Queue<kDepth, S::kSlotBytes, S::kExactPitch>;
-  constexpr int kBlocks = blocks_of(kRows), kQueueBytes = queue_bytes(kDepth, S::kSlotBytes);
+  constexpr Readers kKind = main_readers(D, kRoom);
+  constexpr bool kTeamed = kKind != Readers::warps;
+  constexpr int kBlocks = blocks_of(kRows), kReaders = fit<D>(kRoom, kBlocks).readers, kDepth = fit<D>(kRoom, kBlocks).depth;
+  constexpr int kMembers = members_of(kKind), kWarps = kReaders * kMembers, kQueueBytes = queue_bytes(kDepth, S::kSlotBytes);
+  using WarpSlots = Queue<kDepth, S::kSlotBytes, S::kExactPitch>;
+  using Slots = std::conditional_t<kTeamed, TeamQueue<kMembers, kDepth, S::kSlotBytes>, WarpSlots>;
   extern __shared__ __align__(128) unsigned char memory[];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int segments_per_head = p.blocks / kBlocks, segments = p.kv_heads * segments_per_head;
-  if (lane == 0 && warp < kWarps) Slots::prepare(memory + warp * kQueueBytes);
-  auto* mean_operands = reinterpret_cast<uint4*>(memory + kWarps * kQueueBytes) + warp * kBlocks * S::kMeanOperands;
-  int* line = reinterpret_cast<int*>(memory + main_shared<D>(kWarps, kDepth, kBlocks));
+  const int reader = warp / kMembers, member = warp % kMembers;
+  if (lane == 0 && warp < kWarps) {
+    if constexpr (kTeamed) Slots::prepare(memory + reader * kQueueBytes, member);
+    else Slots::prepare(memory + reader * kQueueBytes);
+  }
+  int* line = reinterpret_cast<int*>(memory + main_shared<D>(kKind, kReaders, kDepth, kBlocks));
   if (warp == kWarps) lay_line(p, lane, line);  // not from the kernel before: fetching begins without it
   __syncthreads();
   const Shares shares(line[p.batch], p.warps);
 
   if (warp == kWarps) {
-    if constexpr (Slots::kBulk) {
-      const int w = blockIdx.x * kWarps + lane;
+    if constexpr (WarpSlots::kBulk) {
+      const int w = blockIdx.x * kReaders + lane;
       Cursor at;
-      if (lane < kWarps && w < shares.warps) at.start(p, line, shares.first(w), shares.first(w + 1));
-      Pieces pieces(p, at, segments_per_head);
-      Filler<kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, kWarps - 1) * kQueueBytes);
+      if (lane < kReaders && w < shares.warps) at.start(p, line, shares.first(w), shares.first(w + 1));
+      PiecesOf<kMembers> pieces(p, at, segments_per_head);
+      Filler<kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, kReaders - 1) * kQueueBytes);
       while (__any_sync(kAll, !pieces.done())) {
         const bool mine = !pieces.done() && filler.ready();
         const Piece piece = mine ? pieces.piece() : Piece();
@@ -111,40 +119,55 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
     return;
   }
 
-  const int w = blockIdx.x * kWarps + warp;
+  const int w = blockIdx.x * kReaders + reader;
   if (w >= shares.warps) return;
   Cursor here;
   here.start(p, line, shares.first(w), shares.first(w + 1));
-  Slots queue(memory + warp * kQueueBytes, lane);
+  Slots queue(memory + reader * kQueueBytes, lane);
   Pieces pieces(p, here, segments_per_head);  // used, and then not kept up, only where warps fill their own queues
-  if constexpr (!Slots::kBulk)
+  if constexpr (!WarpSlots::kBulk)
     for (int i = 0; i < kDepth; ++i) queue.fill(pieces);
 
   wait_for_previous();
   let_next_begin();
-  using StateT = State<D, kBlocks>;
-  StateT state;
+  std::conditional_t<kTeamed, TeamState<D, kMembers, kBlocks>, State<D, kBlocks>> state;
   while (here.flat < here.end) {
     const int run = here.run(), head = here.segment / segments_per_head;
     const bool packed = here.packed();
     const int block0 = here.segment % segments_per_head * kBlocks;
     const int block = (here.b * p.kv_heads + head) * p.blocks + block0, row0 = block0 * kBlockRows;
     const uint4* operands = p.operands + static_cast<std::size_t>(block) * operand_words(D);
+    const float* scales = p.row_scale + block * 2 * kBlockRows;
+    const int slot = w + 2 * (here.b * segments + here.segment) + (packed ? 1 : 0), rows = p.group * p.queries - row0;
+    float* const to = p.states + static_cast<std::size_t>(slot) * State<D, kBlocks>::kFloats;
     state.clear();
-    if (packed)
-      pages_run<D, kRows, false>(p, queue, pieces, state, operands, p.row_scale + block * 2 * kBlockRows, mean_operands, here, head, row0, run, lane);
-    else
-      exact_run<D, kBlocks>(p, queue, pieces, state, here, head, operands, row0, run, lane);
-
-    const int slot = w + 2 * (here.b * segments + here.segment) + (packed ? 1 : 0);
-    state.template put<kRows == Rows::four>(p.states + static_cast<std::size_t>(slot) * StateT::kFloats, packed, p.group * p.queries - row0, lane);
+    if constexpr (kTeamed) {
+      auto* exchanges = reinterpret_cast<TeamExchange<kMembers, kBlocks>*>(memory + kReaders * kQueueBytes);
+      auto* copied = reinterpret_cast<uint4*>(exchanges + kReaders) + reader * kBlocks * page_operand_words(D);
+      auto& exchange = exchanges[reader];
+      if (packed) {
+        for (int i = threadIdx.x % (kMembers * kLanes); i < kBlocks * page_operand_words(D); i += kMembers * kLanes)
+          copied[i] = operands[i / page_operand_words(D) * operand_words(D) + i % page_operand_words(D)];
+        meet_team<kMembers>(reader);
+        team_pages<D, kRows, page_operand_words(D)>(p, queue, state, exchange, copied, scales, here, head, row0, run, reader, member, lane);
+      }
+      else team_exact<D>(p, queue, state, exchange, operands, here, head, row0, run, reader, member, lane);
+      state.template share_sums<kRows == Rows::four>(exchange, packed, member, lane);
+      meet_team<kMembers>(reader);
+      state.template put<kRows == Rows::four>(to, exchange, packed, rows, member, lane);
+    } else {
+      auto* mean_operands = reinterpret_cast<uint4*>(memory + kReaders * kQueueBytes) + reader * kBlocks * S::kMeanOperands;
+      if (packed) pages_run<D, kRows, false>(p, queue, pieces, state, operands, scales, mean_operands, here, head, row0, run, lane);
+      else exact_run<D, kBlocks>(p, queue, pieces, state, here, head, operands, row0, run, lane);
+      state.template put<kRows == Rows::four>(to, packed, rows, lane);
+    }
     here.skip(p, run, segments);
   }
 }
 
 // Empty where no device that runs this code has such room, so that each architecture compiles what it may run.
 template <int D, Rows kRows, Room kRoom>
-__global__ void __launch_bounds__((fit<D>(kRoom, blocks_of(kRows)).warps + 1) * kLanes, 1) attend_main(const __grid_constant__ AttendParams p) {
+__global__ void __launch_bounds__(main_warps<D>(kRoom, blocks_of(kRows)) * kLanes, 1) attend_main(const __grid_constant__ AttendParams p) {
 #ifdef __CUDA_ARCH__
   if constexpr (runs_in(kRoom, __CUDA_ARCH__ / 10)) attend_all<D, kRows, kRoom>(p);
 #endif

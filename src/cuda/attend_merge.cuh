@@ -18,23 +18,24 @@ __device__ __forceinline__ void store_element(void* data, DType dtype, long long
   else static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
 }
 
-template <int D, int kBlocks>
+template <int D, int kBlocks, bool kStaged>
 struct MergeShape {
   static constexpr int kWarps = kTurnThreads / kLanes, kRows = kBlocks * kBlockRows;
   static constexpr int kUnits = kWarps > kRows ? kWarps : kRows;
-  static constexpr int kShared = (2 * kUnits * D + Turn<D>::kOperands * 4 + kBlockRows * D) * 4;
+  static constexpr int kShared = Turn<D, kStaged>::kStagedBytes + (2 * kUnits * D + Turn<D, kStaged>::kOperands * 4 + kBlockRows * D) * 4;
 };
 
-template <int D, int kBlocks>
+template <int D, int kBlocks, bool kStaged>
 __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_constant__ AttendParams p) {
   constexpr int kRows = kBlocks * kBlockRows;
-  constexpr int kWide = D / 4;  // float4 of a row
+  constexpr int kWide = D / 4, kQuads = (kWide + kLanes - 1) / kLanes;  // float4 of a row, of each lane
+  constexpr int kAtOnce = kQuads > 1 ? 3 : 4;
   constexpr long long kSlot = static_cast<long long>(kRows) * (D + 2);
-  constexpr int kUnits = MergeShape<D, kBlocks>::kUnits;
+  constexpr int kUnits = MergeShape<D, kBlocks, kStaged>::kUnits;
   extern __shared__ __align__(128) unsigned char memory[];  // as attend_main declares it
-  auto (*sums)[kUnits][kWide] = reinterpret_cast<float4 (*)[kUnits][kWide]>(memory);  // [2]: over exact rows, over pages
+  auto (*sums)[kUnits][kWide] = reinterpret_cast<float4 (*)[kUnits][kWide]>(memory + Turn<D, kStaged>::kStagedBytes);  // [2]: over exact rows, over pages
   uint4* operands = reinterpret_cast<uint4*>(sums + 2);
-  float* x = reinterpret_cast<float*>(operands + Turn<D>::kOperands);
+  float* x = reinterpret_cast<float*>(operands + Turn<D, kStaged>::kOperands);
   __shared__ float m_all[kRows], l_all[kRows];
   __shared__ float ls[kUnits];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
@@ -46,11 +47,16 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   const int all_rows = p.group * p.queries, rows = min(min(p.merge_rows, kRows - first_row), all_rows - row0);
   if (rows <= 0) return;
 
-  Turn<D> turn;
-  if (p.inverse_transpose.words != nullptr) turn.prefetch(p.inverse_transpose);
+  Turn<D, kStaged> turn;
+  if (p.inverse_transpose.words != nullptr) {
+    turn.prefetch(p.inverse_transpose);
+    turn.stage(p.inverse_transpose, reinterpret_cast<uint4*>(memory));
+  }
   wait_for_previous();
   let_next_begin();
   const SequenceView& s = p.sequences[b];
+  // Of this thread's first element, asked for early.
+  const float first_lambda = s.lambda_v != nullptr ? s.lambda_v[head * D + threadIdx.x % D] : 1.0f;
   const Shares shares(p.line[p.batch], p.warps);
   const int exact_items = items_of(s.exact[0]) + items_of(s.exact[1]);
   const int items = exact_items + s.page_count, base = p.line[b] + segment * items;
@@ -66,44 +72,60 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
     count[1] = w1 - w0 + 1;
   }
 
-  // Maximum of each row.
-  for (int r = warp; r < rows; r += warps) {
-    float m = -INFINITY;
-    for (int kind = 0; kind < 2; ++kind)
-      for (int i = lane; i < count[kind]; i += kLanes)
-        m = fmaxf(m, p.states[(first[kind] + i) * kSlot + kRows * D + first_row + r]);
-    m = warp_max(m);
-    if (lane == 0) m_all[r] = m;
-  }
-  __syncthreads();
-
-  // Sums: a warp per row, or several that share a row's slots.
-  const int share = rows < warps ? warps / rows : 1;
+  // Sums: a warp per row, or several that share a row's slots. Several states are asked for at once, the first before the maximum
+  // is known; behind the last one it again, with a weight of 0.
+  const int share = rows < warps ? warps / rows : 1, all = count[0] + count[1];
   for (int unit = warp; unit < rows * share; unit += warps) {
     const int r = unit / share, part = unit % share;
-    const float m = m_all[r];
-    float l = 0;
-    for (int kind = 0; kind < 2; ++kind) {
-      for (int c0 = 0; c0 < kWide; c0 += kLanes) {
-        const int c = c0 + lane;
-        float4 sum = {};
-#pragma unroll 8
-        for (int i = part; i < count[kind]; i += share) {
-          const float* slot = p.states + (first[kind] + i) * kSlot;
-          const float weight = m == -INFINITY ? 0.0f : exp2_fast(slot[kRows * D + first_row + r] - m);
-          if (c < kWide) {
-            const float4 o = reinterpret_cast<const float4*>(slot + (first_row + r) * D)[c];
-            sum.x = fmaf(o.x, weight, sum.x);
-            sum.y = fmaf(o.y, weight, sum.y);
-            sum.z = fmaf(o.z, weight, sum.z);
-            sum.w = fmaf(o.w, weight, sum.w);
+    const auto slot = [&](int i) { return p.states + (i < count[0] ? first[0] + i : first[1] + i - count[0]) * kSlot; };
+    float4 o[kAtOnce][kQuads];
+    float m_of[kAtOnce], l_of[kAtOnce];
+    const auto load = [&](int i0) {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const float* from = slot(min(i0 + j * share, all - 1));
+        m_of[j] = from[kRows * D + first_row + r];
+        l_of[j] = from[kRows * (D + 1) + first_row + r];
+#pragma unroll
+        for (int k = 0; k < kQuads; ++k)
+          o[j][k] = reinterpret_cast<const float4*>(from + (first_row + r) * D)[min(lane + k * kLanes, kWide - 1)];
+      }
+    };
+    if (all > 0) load(part);
+    float m = -INFINITY, l = 0;
+    for (int i = lane; i < all; i += kLanes) m = fmaxf(m, slot(i)[kRows * D + first_row + r]);
+    m = warp_max(m);
+    float4 sum[2][kQuads] = {};
+#pragma unroll 1
+    for (int i0 = part; i0 < all; i0 += kAtOnce * share) {
+      if (i0 != part) load(i0);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = i0 + j * share;
+        const float weight = m == -INFINITY || i >= all ? 0.0f : exp2_fast(m_of[j] - m);
+        l = fmaf(l_of[j], weight, l);
+#pragma unroll
+        for (int kind = 0; kind < 2; ++kind) {
+          if ((i < count[0]) != (kind == 0)) continue;
+#pragma unroll
+          for (int k = 0; k < kQuads; ++k) {
+            sum[kind][k].x = fmaf(o[j][k].x, weight, sum[kind][k].x);
+            sum[kind][k].y = fmaf(o[j][k].y, weight, sum[kind][k].y);
+            sum[kind][k].z = fmaf(o[j][k].z, weight, sum[kind][k].z);
+            sum[kind][k].w = fmaf(o[j][k].w, weight, sum[kind][k].w);
           }
-          if (c0 == 0) l = fmaf(slot[kRows * (D + 1) + first_row + r], weight, l);
         }
-        if (c < kWide) sums[kind][unit][c] = sum;
       }
     }
-    if (lane == 0) ls[unit] = l;
+#pragma unroll
+    for (int kind = 0; kind < 2; ++kind)
+#pragma unroll
+      for (int k = 0; k < kQuads; ++k)
+        if (lane + k * kLanes < kWide) sums[kind][unit][lane + k * kLanes] = sum[kind][k];
+    if (lane == 0) {
+      ls[unit] = l;
+      if (part == 0) m_all[r] = m;
+    }
   }
   __syncthreads();
   if (share > 1) {
@@ -141,7 +163,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
     }
     for (int i = threadIdx.x; i < valid * D; i += blockDim.x) {
       const int r = r0 + i / D, c = i % D, row = row0 + r, query = row / p.group, q_head = head * p.group + row % p.group;
-      const float lambda = s.lambda_v != nullptr ? s.lambda_v[head * D + c] : 1.0f;
+      const float lambda = r0 == 0 && i == static_cast<int>(threadIdx.x) || s.lambda_v == nullptr ? first_lambda : s.lambda_v[head * D + c];
       const float o = x[i] / lambda + reinterpret_cast<const float*>(sums[0][r * share])[c];
       const float m = m_all[r], l = l_all[r];
       if (p.out != nullptr) {

@@ -54,8 +54,8 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
   const auto query = [&](int r, int c, bool of_odd) {
     if constexpr (S::kKept) return of_odd ? q_odd[kFour ? c : 0] : q[r][c];
     const uint4* at = operands + r * operand_words(D) + c * kLanes;
-    if (!of_odd) return kShared ? load_again(at) : *at;
-    return lane < 16 ? uint4{} : kShared ? load_again(at - 16) : at[-16];
+    if (!of_odd) return *at;
+    return lane < 16 ? uint4{} : at[-16];
   };
   constexpr bool kCopied = S::kKept && !kShared;
   const uint4* means = kCopied ? mean_operands + lane : operands + S::kTiles * kLanes;

@@ -11,31 +11,37 @@
 
 namespace kv4::cuda {
 
-template <int D>
+template <int D, bool kStaged>
 __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_constant__ AttendParams p) {
   constexpr int kPadded = pad_channels(D);
   __shared__ __align__(16) float x[kBlockRows * D];
-  __shared__ uint4 operands[Turn<D>::kOperands];
-  __shared__ float plain[kBlockRows][kPadded], y[kBlockRows][kPadded], largest[kBlockRows];
+  extern __shared__ __align__(128) unsigned char memory[];  // as attend_main declares it
+  __shared__ uint4 operands[Turn<D, kStaged>::kOperands];
+  __shared__ __align__(16) float plain[kBlockRows][kPadded], y[kBlockRows][kPadded], largest[kBlockRows];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4;
   const int block = blockIdx.x % p.blocks, head = blockIdx.x / p.blocks % p.kv_heads, b = blockIdx.x / p.blocks / p.kv_heads;
-  Turn<D> turn;
-  if (p.dual.words != nullptr) turn.prefetch(p.dual);
+  // What the products wait for is asked for before the matrix, and without a branch between.
+  const int rows = p.group * p.queries, valid = min(kBlockRows, rows - block * kBlockRows);
   wait_for_previous();
   let_next_begin();
-  if (blockIdx.x == 0 && warp == 0) lay_line(p, lane, p.line);
+  const float* of_keys = p.sequences[b].lambda_k;
+  QueryRow<D> row;
+  if (warp < kBlockRows) row.load(p, b, head, block * kBlockRows + warp, lane);
+  Turn<D, kStaged> turn;
+  if (p.dual.words != nullptr) turn.prefetch(p.dual);
+  if (warp < kBlockRows) row.load_lambda(of_keys, head, lane);
+  if (p.dual.words != nullptr) turn.stage(p.dual, reinterpret_cast<uint4*>(memory));
+  if (blockIdx.x == 0 && warp == static_cast<int>(blockDim.x) / kLanes - 1) lay_line(p, lane, p.line);
 
-  const float* lambda = p.sequences[b].lambda_k;
-  const int rows = p.group * p.queries, valid = min(kBlockRows, rows - block * kBlockRows);
   if (warp < kBlockRows) {
-    const int row = block * kBlockRows + warp, query = row / p.group;
-    const long long from = b * p.q_stride[0] + (head * p.group + row - query * p.group) * p.q_stride[1] + query * p.q_stride[2];
 #pragma unroll
-    for (int c = lane; c < kPadded; c += kLanes) {
-      const float value = warp < valid && c < D ? load_element(p.q, p.q_dtype, from + c) : 0.0f;
-      plain[warp][c] = value;
-      y[warp][c] = 0;
-      if (c < D) x[warp * D + c] = lambda != nullptr ? value / lambda[head * D + c] : value;
+    for (int i = 0; i < QueryRow<D>::kPairs; ++i) {
+      const int c = 2 * (lane + i * kLanes);
+      if (c >= kPadded) continue;
+      const float2 value = row(p, i);
+      *reinterpret_cast<float2*>(&plain[warp][c]) = value;
+      *reinterpret_cast<float2*>(&y[warp][c]) = {0, 0};
+      if (c < D) *reinterpret_cast<float2*>(x + warp * D + c) = {value.x / row.lambda[i].x, value.y / row.lambda[i].y};
     }
   }
   __syncthreads();

@@ -1,20 +1,29 @@
-// How four warps, a team, read pages and exact rows together (attend_fused.cuh): each takes the scores of a quarter of the
-// tokens and the outputs of a quarter of the channels, and they hand maxima and weights round in shared memory, two barriers
-// for 128 tokens. A warp by itself (attend_pages.cuh) executes fewer instructions in all, 21.2 million against 37.9 for 12 / 2
-// heads, d = 128, 16 x 32,768; but its loop is 2,100 of them for two pages of d = 128, each fetched for one use in a short call:
-// a page took a warp 12,500 cycles there, and takes a team 4,400. A team's loop is half as long for all its warps together.
-// Long calls: 97 us by teams, 80 by warps; at d = 256 as much by either.
+// How a team of two or four warps reads pages and exact rows together: each takes the scores of its part of the tokens and the
+// outputs of its part of the channels, and they hand maxima and weights round in shared memory, two barriers for 128 tokens.
+//
+// Four, in short calls of attend_fused. A warp by itself (attend_pages.cuh) executes fewer instructions in all, 21.2 million
+// against 37.9 for 12 / 2 heads, d = 128, 16 x 32,768; but its loop is 2,100 of them for two pages of d = 128, each fetched for
+// one use in a short call: a page took a warp 12,500 cycles there, and takes a team 4,400. Long calls: 97 us by teams, 80 by warps.
+//
+// Two, wherever d = 256 is read on 9.0: a page is too much for one warp's registers, which read its queries' operands again for
+// every use, spilled 244 to 444 bytes and had 80 KB of code for two pages; a quarter of their stalls were for instructions, now
+// 3 % are (4 / 1 / 256, 16 x 32,768: 96 us by warps, 77 by teams of two; 1 x 4,096: 41 and 26).
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/attend_exact.cuh"
 #include "cuda/attend_main.cuh"
 
 namespace kv4::cuda {
 
-__device__ __forceinline__ void meet_team(int team) { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kTeam * kLanes) : "memory"); }
+template <int kMembers>
+__device__ __forceinline__ void meet_team(int team) {
+  asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kMembers * kLanes) : "memory");
+}
 
 // A team's queue of copies, as Queue (device.cuh) is a warp's: a slot is free when every warp has let go of it.
-template <int kDepth, int kSlotBytes>
+template <int kMembers, int kDepth, int kSlotBytes>
 class TeamQueue {
  public:
   __device__ TeamQueue(unsigned char* memory, int lane) : base_(memory), lane_(lane) {}
@@ -22,9 +31,9 @@ class TeamQueue {
   // By lane 0 of each of the team's warps, before a barrier of the CTA.
   static __device__ __forceinline__ void prepare(unsigned char* memory, int member) {
     const uint32_t barriers = shared_address(memory + kDepth * kSlotBytes);
-    for (int i = member; i < kDepth; i += kTeam) {
+    for (int i = member; i < kDepth; i += kMembers) {
       asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers + i * 16) : "memory");
-      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers + i * 16 + 8), "n"(kTeam) : "memory");
+      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers + i * 16 + 8), "n"(kMembers) : "memory");
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -43,6 +52,7 @@ class TeamQueue {
   // This warp is done with the `count` oldest slots.
   __device__ __forceinline__ void pop(int count) {
     __syncwarp();
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
       if (lane_ == 0) asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(base_ + kDepth * kSlotBytes) + read_ * 16 + 8) : "memory");
       if (++read_ == kDepth) {
@@ -60,17 +70,18 @@ class TeamQueue {
 };
 
 // What a team hands round.
-template <int kBlocks>
+template <int kMembers, int kBlocks>
 struct TeamExchange {
-  uint4 weights[kTeam * kBlocks * kLanes];     // of pages [page][octets even, odd][block], of exact rows [item][block]
-  float2 largest[kTeam][kBlocks * kBlockRows];  // by warp: of the scores, and of them plus log2 of their value's scale
+  uint4 weights[4 * kBlocks * kLanes];             // of pages [page][octets even, odd][block], of exact rows [item][block]
+  float2 largest[kMembers][kBlocks * kBlockRows];  // by warp: of the scores, and of them plus log2 of their value's scale
+  float sums[kMembers][kBlocks * kBlockRows];      // by warp: of the weights of a run
 };
-static_assert(sizeof(TeamExchange<1>) == team_exchange_bytes(1) && sizeof(TeamExchange<2>) == team_exchange_bytes(2));
+static_assert(sizeof(TeamExchange<2, 1>) == team_exchange_bytes(2, 1) && sizeof(TeamExchange<4, 2>) == team_exchange_bytes(4, 2));
 
-// A warp's part of a team's state: channels 16 (4i + member) ... + 15 of its pair of tiles i; m is the team's, l its own.
-template <int D, int kBlocks>
+// A warp's part of a team's state: channels 16 (kMembers i + member) ... + 15 of its pair of tiles i; m is the team's, l its own.
+template <int D, int kMembers, int kBlocks>
 struct TeamState {
-  static constexpr int kPairs = (D / 16 + kTeam - 1) / kTeam;
+  static constexpr int kPairs = (D / 16 + kMembers - 1) / kMembers;
   float o[kBlocks][2 * kPairs][2];
   float m[kBlocks], l[kBlocks];
 
@@ -86,26 +97,36 @@ struct TeamState {
   // As State's.
   __device__ __forceinline__ float raise(int r, float largest) {
     const float m_new = fmaxf(m[r], largest);
-    const float shrink = m_new == -INFINITY ? 1.0f : exp2_fast(m[r] - m_new);
-    l[r] *= shrink;
+    if (__any_sync(kAll, m_new > m[r])) {
+      const float shrink = m_new == -INFINITY ? 1.0f : exp2_fast(m[r] - m_new);
+      l[r] *= shrink;
 #pragma unroll
-    for (int i = 0; i < 2 * kPairs; ++i) {
-      o[r][i][0] *= shrink;
-      o[r][i][1] *= shrink;
+      for (int i = 0; i < 2 * kPairs; ++i) {
+        o[r][i][0] *= shrink;
+        o[r][i][1] *= shrink;
+      }
+      m[r] = m_new;
     }
-    m[r] = m_new;
     return m_new == -INFINITY ? 0.0f : m_new;
   }
-  // o [kRows][kPitch], m [kRows], l [kTeam][kRows]. kTwice: rows of pages are laid twice.
-  template <bool kTwice, int kPitch>
-  __device__ __forceinline__ void put(float* out, bool packed, int rows, int member, int lane) {
+  // At the end of a run, before a barrier of the team and `put`. kTwice: rows of pages are laid twice.
+  template <bool kTwice>
+  __device__ __forceinline__ void share_sums(TeamExchange<kMembers, kBlocks>& exchange, bool packed, int member, int lane) const {
+#pragma unroll
+    for (int r = 0; r < kBlocks; ++r) {
+      float sum = quad_sum(l[r]);
+      if (kTwice && packed) sum += __shfl_xor_sync(kAll, sum, 16);
+      if (lane % 4 == 0) exchange.sums[member][r * kBlockRows + lane / 4] = sum;
+    }
+  }
+  // As State's.
+  template <bool kTwice, int kPitch = D>
+  __device__ __forceinline__ void put(float* out, const TeamExchange<kMembers, kBlocks>& exchange, bool packed, int rows, int member, int lane) {
     constexpr int kRows = kBlocks * kBlockRows;
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int r = 0; r < kBlocks; ++r) {
-      float sum = quad_sum(l[r]);
       if (kTwice && packed) {
-        sum += __shfl_xor_sync(kAll, sum, 16);
 #pragma unroll
         for (int n = 0; n < 2 * kPairs; ++n)
 #pragma unroll
@@ -115,58 +136,65 @@ struct TeamState {
       if (row >= rows) continue;
 #pragma unroll
       for (int n = 0; n < 2 * kPairs; ++n)
-        if (const int c = (n / 2 * kTeam + member) * 16 + n % 2 * 8; c < D)
+        if (const int c = (n / 2 * kMembers + member) * 16 + n % 2 * 8; c < D)
           *reinterpret_cast<float2*>(out + row * kPitch + c + 2 * t) = {o[r][n][0], o[r][n][1]};
-      if (t == 0) {
-        if (member == 0) out[kRows * kPitch + row] = m[r];
-        out[kRows * (kPitch + 1 + member) + row] = sum;
+      if (t == 0 && member == 0) {
+        float sum = exchange.sums[0][row];
+#pragma unroll
+        for (int w = 1; w < kMembers; ++w) sum += exchange.sums[w][row];
+        out[kRows * kPitch + row] = m[r];
+        out[kRows * (kPitch + 1) + row] = sum;
       }
     }
   }
 };
 
-// A run of pages of one segment, two at a time. `operands` and `scales`: of the segment, in shared memory.
-template <int D, Rows kRowsOf, class Slots>
-__device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, TeamState<D, blocks_of(kRowsOf)>& state,
-                                           TeamExchange<blocks_of(kRowsOf)>& exchange, const uint4* operands, const float* scales,
+// A run of pages of one segment, two at a time. `operands`: of the segment, in shared memory, those of its blocks kPitch apart.
+template <int D, Rows kRowsOf, int kPitch, int kMembers, class Slots>
+__device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, TeamState<D, kMembers, blocks_of(kRowsOf)>& state,
+                                           TeamExchange<kMembers, blocks_of(kRowsOf)>& exchange, const uint4* operands, const float* scales,
                                            const Cursor& here, int head, int row0, int run, int team, int member, int lane) {
   using S = Shape<D>;
   constexpr int kBlocks = blocks_of(kRowsOf), kTiles = S::kTiles;
   constexpr bool kFour = kRowsOf == Rows::four;
-  constexpr int kOctets = kFour ? 1 : 2;        // of 8 tokens, whose scores a lane has
-  constexpr int kScores = 2 * kOctets;          // of a page, row and lane
+  constexpr int kSixteens = 4 / kMembers;       // of tokens, whose scores a warp has
+  constexpr int kOctets = kFour ? 1 : 2;        // of each sixteen, whose scores a lane has
+  constexpr int kOfSixteen = 2 * kOctets, kScores = kSixteens * kOfSixteen;  // of a page, row and lane
   constexpr float kUnits = 65280;               // of the largest weight; its logarithm is off by less than the 255 left over
   const int g = lane / 4, t = lane % 4;
   const int row = kFour ? g % 4 : g, odd = kFour ? g / 4 : 0;  // as in pages_run
   const SequenceView& s = p.sequences[here.b];
-  operands += lane;
+  // At most 4 rows: rows 4 ... 7 of a product with keys are those again, and a lane takes one of its octets' products.
+  // Products with means have them for the second half of the channels.
+  constexpr bool kFolded = kFour && kTiles % 2 == 0;
+  constexpr int kMeanTiles = kFolded ? kTiles / 2 : kTiles;
+  const uint4* keys = operands + (kFour ? lane % 16 : lane);
+  const uint4* means = keys + kTiles * kLanes + (kFolded && g >= 4 ? 2 * kMeanTiles * kLanes : 0);
 
-  uint4 q[S::kKept ? kBlocks : 1][S::kKept ? kTiles : 1] = {}, q_odd[kFour && S::kKept ? kTiles : 1] = {};
-  const auto query = [&](int r, int c, bool of_odd) {
-    if constexpr (S::kKept) return of_odd ? q_odd[kFour ? c : 0] : q[r][c];
-    if (!of_odd) return load_again(operands + r * operand_words(D) + c * kLanes);
-    const uint4 x = load_again(operands + c * kLanes - (lane < 16 ? 0 : 16));
-    return lane < 16 ? uint4{} : x;
+  // Beyond d = 128 they are read as they are needed: with them in registers nvcc 13.0 has too few left to order look-ups and
+  // products well.
+  uint4 q[S::kKept ? kBlocks : 1][S::kKept ? kTiles : 1] = {};
+  const auto query = [&](int r, int c) {
+    if constexpr (S::kKept) return q[r][c];
+    return load_again(keys + r * kPitch + c * kLanes);
   };
   float row_scale[kBlocks], mean_scale[kBlocks];
 #pragma unroll
   for (int r = 0; r < kBlocks; ++r) {
     row_scale[r] = scales[r * 2 * kBlockRows + row];
-    mean_scale[r] = scales[r * 2 * kBlockRows + kBlockRows + g];
+    mean_scale[r] = scales[r * 2 * kBlockRows + kBlockRows + (kFolded ? row : g)];
     if constexpr (S::kKept) {
 #pragma unroll
-      for (int c = 0; c < kTiles; ++c) {
-        q[r][c] = operands[r * operand_words(D) + c * kLanes];
-        if constexpr (kFour) q_odd[c] = lane < 16 ? uint4{} : operands[c * kLanes - 16];
-      }
+      for (int c = 0; c < kTiles; ++c) q[r][c] = keys[r * kPitch + c * kLanes];
     }
   }
-  const uint4* means = operands + kTiles * kLanes;
 
   const int first_page = here.item - here.exact_items, pages = s.page_count, last_tokens = s.last_page_tokens;
   const long long pages_position = s.pages_position;
   const int2 plain = plain_pages(p, here.b, head);
-  const auto token = [member, t, odd](int i) { return member * 16 + (kFour ? odd : i / 2) * 8 + 2 * t + i % 2; };
+  const auto token = [member, t, odd](int i) {
+    return (member * kSixteens + i / kOfSixteen) * 16 + (kFour ? odd : i / 2 % 2) * 8 + 2 * t + i % 2;
+  };
 
 #pragma unroll 1
   for (int i = 0; i < run; i += 2) {
@@ -178,22 +206,28 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
 #pragma unroll
     for (int r = 0; r < kBlocks; ++r) mean[r][0] = mean[r][1] = 0;
     if (p.mean) {
-      float c[kBlocks][4] = {};
+      float c[kBlocks][4] = {}, c1[kBlocks][4] = {};  // apart: half as long a chain
 #pragma unroll 4
-      for (int k = 0; k < kTiles; ++k) {
+      for (int k = 0; k < kMeanTiles; ++k) {
+        // Columns: both pages, and both again.
+        const int channel = (k + g / 2 * kMeanTiles) * 32 + t * 8;
         uint4 b = {};
-        if (g < 2 && k * 32 + t * 8 < D) b = *reinterpret_cast<const uint4*>((g == 0 ? slot[0] : slot[1]) + S::kMeanAt + (k * 32 + t * 8) * 2);
+        if (g < (kFolded ? 4 : 2) && channel < D) b = *reinterpret_cast<const uint4*>((g % 2 == 0 ? slot[0] : slot[1]) + S::kMeanAt + channel * 2);
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r) {
-          const uint4* a = means + r * operand_words(D) + 2 * k * kLanes;
+          const uint4* a = means + r * kPitch + 2 * k * kLanes;
           mma_halves(false, c[r], a[0], b.x, b.y);
-          mma_halves(false, c[r], a[kLanes], b.z, b.w);
+          mma_halves(false, c1[r], a[kLanes], b.z, b.w);
         }
       }
 #pragma unroll
       for (int r = 0; r < kBlocks; ++r) {
-        mean[r][0] = __shfl_sync(kAll, (c[r][0] + c[r][2]) * mean_scale[r], row * 4);
-        mean[r][1] = __shfl_sync(kAll, (c[r][1] + c[r][3]) * mean_scale[r], row * 4);
+#pragma unroll
+        for (int page = 0; page < 2; ++page) {
+          const float x = (c[r][page] + c[r][page + 2] + (c1[r][page] + c1[r][page + 2])) * mean_scale[r];
+          mean[r][page] = __shfl_sync(kAll, x, row * 4);
+          if (kFolded) mean[r][page] += __shfl_sync(kAll, x, row * 4 + 17);  // row + 4, columns 2 and 3
+        }
       }
     }
 
@@ -205,35 +239,43 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
 #pragma unroll 1
     for (int page = 0; page < count; ++page) {
       const unsigned char* from = page == 0 ? slot[0] : slot[1];
-      uint32_t words[2 * kTiles];  // fragments of this warp's 16 tokens
-      if constexpr (kTiles % 2 == 0) {
-        const auto* codes = reinterpret_cast<const uint4*>(from) + member * (kTiles / 2) * kLanes + lane;
-#pragma unroll
-        for (int f = 0; f < kTiles / 2; ++f) {
-          const uint4 x = codes[f * kLanes];
-          words[4 * f] = x.x, words[4 * f + 1] = x.y, words[4 * f + 2] = x.z, words[4 * f + 3] = x.w;
-        }
-      } else {
-#pragma unroll
-        for (int f = 0; f < 2 * kTiles; ++f) words[f] = reinterpret_cast<const uint32_t*>(from)[word_index(member * 2 * kTiles + f, lane)];
-      }
-      const auto* key_scales = reinterpret_cast<const __half2*>(from + S::kKeyCodeBytes) + (2 * member + odd) * 4 + t;
+      const auto* key_scales = reinterpret_cast<const __half2*>(from + S::kKeyCodeBytes) + t;
       float now[kBlocks][kScores];
 #pragma unroll
-      for (int n = 0; n < kOctets; ++n) {
-        Sums sums[kBlocks];
+      for (int j = 0; j < kSixteens; ++j) {
+        const int sixteen = member * kSixteens + j;
+        uint32_t words[2 * kTiles];  // its fragments
+        if constexpr (kTiles % 2 == 0) {
+          const auto* codes = reinterpret_cast<const uint4*>(from) + sixteen * (kTiles / 2) * kLanes + lane;
 #pragma unroll
-        for (int k = 0; k < 2 * kTiles / kOctets; ++k) {
-          const Levels8 b = levels_of(words[n * kTiles + k], p.key);
+          for (int f = 0; f < kTiles / 2; ++f) {
+            const uint4 x = codes[f * kLanes];
+            words[4 * f] = x.x, words[4 * f + 1] = x.y, words[4 * f + 2] = x.z, words[4 * f + 3] = x.w;
+          }
+        } else {
 #pragma unroll
-          for (int r = 0; r < kBlocks; ++r) sums[r].template add<true>(query(r, k % kTiles, kFour && k >= kTiles), b);
+          for (int f = 0; f < 2 * kTiles; ++f) words[f] = reinterpret_cast<const uint32_t*>(from)[word_index(sixteen * 2 * kTiles + f, lane)];
         }
-        const float2 scale = __half22float2(key_scales[n * 4]);
+        Sums sums[2][kBlocks];
 #pragma unroll
-        for (int r = 0; r < kBlocks; ++r) {
-          const float added = page == 0 ? mean[r][0] : mean[r][1];
-          now[r][2 * n] = fmaf(sums[r][0], scale.x * row_scale[r], added);
-          now[r][2 * n + 1] = fmaf(sums[r][1], scale.y * row_scale[r], added);
+        for (int k = 0; k < kTiles; ++k)
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            const Levels8 b = levels_of(words[n * kTiles + k], p.key);
+#pragma unroll
+            for (int r = 0; r < kBlocks; ++r) sums[n][r].template add<true>(query(r, k), b);
+          }
+        if constexpr (kFour) sums[0][0] = sums[0][0].or_else(odd, sums[1][0]);
+#pragma unroll
+        for (int n = 0; n < kOctets; ++n) {
+          const float2 scale = __half22float2(key_scales[(2 * sixteen + odd + n) * 4]);
+#pragma unroll
+          for (int r = 0; r < kBlocks; ++r) {
+            const float added = page == 0 ? mean[r][0] : mean[r][1];
+            const int at = j * kOfSixteen + 2 * n;
+            now[r][at] = fmaf(sums[n][r][0], scale.x * row_scale[r], added);
+            now[r][at + 1] = fmaf(sums[n][r][1], scale.y * row_scale[r], added);
+          }
         }
       }
       if (p.cap > 0) {
@@ -266,8 +308,9 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
 #pragma unroll
     for (int page = 0; page < 2; ++page)
 #pragma unroll
-      for (int n = 0; n < kOctets; ++n) {
-        const float2 scale = __half22float2(reinterpret_cast<const __half2*>(slot[page] + p.value_scales)[(2 * member + odd + n) * 4 + t]);
+      for (int n = 0; n < kScores / 2; ++n) {
+        const int octet = (member * kSixteens + n / kOctets) * 2 + odd + n % kOctets;
+        const float2 scale = __half22float2(reinterpret_cast<const __half2*>(slot[page] + p.value_scales)[octet * 4 + t]);
         value_scale[page][2 * n] = scale.x;
         value_scale[page][2 * n + 1] = scale.y;
       }
@@ -284,13 +327,13 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
       if (kFour) top = {fmaxf(top.x, __shfl_xor_sync(kAll, top.x, 16)), fmaxf(top.y, __shfl_xor_sync(kAll, top.y, 16))};
       if (t == 0 && (!kFour || g < 4)) exchange.largest[member][r * kBlockRows + row] = top;
     }
-    meet_team(team);
+    meet_team<kMembers>(team);
     float step[kBlocks];
 #pragma unroll
     for (int r = 0; r < kBlocks; ++r) {
       float2 top = exchange.largest[0][r * kBlockRows + row];
 #pragma unroll
-      for (int w = 1; w < kTeam; ++w) {
+      for (int w = 1; w < kMembers; ++w) {
         const float2 other = exchange.largest[w][r * kBlockRows + row];
         top = {fmaxf(top.x, other.x), fmaxf(top.y, other.y)};
       }
@@ -301,54 +344,55 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
       for (int page = 0; page < 2; ++page)
 #pragma unroll
         for (int n = 0; n < kOctets; ++n) {
-          uint32_t x[2];
+          uint32_t pair[kSixteens];  // of tokens 2t and 2t + 1 of each sixteen: high bytes, then low ones
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float weight = exp2_fast(score[r][page][2 * n + e] - m);
-            state.l[r] += weight;
-            // Scales behind the last token are anything.
-            x[e] = __float_as_uint(fmaf(weight > 0 ? weight * value_scale[page][2 * n + e] : 0.0f, inverse, 8388608.0f));
+          for (int j = 0; j < kSixteens; ++j) {
+            uint32_t x[2];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const int i = j * kOfSixteen + 2 * n + e;
+              const float weight = exp2_fast(score[r][page][i] - m);
+              state.l[r] += weight;
+              // Scales behind the last token are anything.
+              x[e] = __float_as_uint(fmaf(weight > 0 ? weight * value_scale[page][i] : 0.0f, inverse, 8388608.0f));
+            }
+            pair[j] = __byte_perm(x[0], x[1], 0x4051);
           }
-          // High bytes, then low ones, of tokens 2t and 2t + 1.
-          const int at = ((page * kOctets + n) * kBlocks + r) * kLanes + lane;
-          reinterpret_cast<uint32_t*>(exchange.weights)[at * kTeam + member] = __byte_perm(x[0], x[1], 0x4051);
+          auto* to = reinterpret_cast<uint32_t*>(exchange.weights + ((page * kOctets + n) * kBlocks + r) * kLanes + lane) + member * kSixteens;
+          if constexpr (kSixteens == 1) *to = pair[0];
+          else *reinterpret_cast<uint2*>(to) = {__byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[0], pair[1], 0x7632)};
         }
     }
-    meet_team(team);
+    meet_team<kMembers>(team);
 
-    // This warp's channels.
-    using StateT = TeamState<D, kBlocks>;
+    // This warp's channels, a page at a time: sums over both would be fewer, but nvcc 13.0 makes of them half as much again in cycles.
+    using StateT = TeamState<D, kMembers, kBlocks>;
     constexpr int kTogether = StateT::kPairs < 4 / kBlocks ? StateT::kPairs : 4 / kBlocks;
-#pragma unroll
-    for (int first = 0; first < StateT::kPairs; first += kTogether) {
-      Sums sums[kTogether][2][kBlocks];
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j)  // nvcc 13.0 leaves all but the first of such an array at 0
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-          for (int r = 0; r < kBlocks; ++r) sums[j][n][r] = Sums();
 #pragma unroll 1
-      for (int page = 0; page < count; ++page) {
-        uint4 weights[kBlocks][2];
+    for (int page = 0; page < count; ++page) {
+      uint4 weights[kBlocks][2];
 #pragma unroll
-        for (int r = 0; r < kBlocks; ++r)
+      for (int r = 0; r < kBlocks; ++r)
 #pragma unroll
-          for (int n = 0; n < kOctets; ++n) {
-            const uint4 x = exchange.weights[((page * kOctets + n) * kBlocks + r) * kLanes + lane];
-            weights[r][n] = {__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x5410),
-                             __byte_perm(x.z, x.w, 0x7632)};
-          }
-        if constexpr (kFour) {
-          const uint4 both = weights[0][0], none = {};
-          weights[0][0] = odd ? none : both;
-          weights[0][1] = odd ? both : none;
+        for (int n = 0; n < kOctets; ++n) {
+          const uint4 x = exchange.weights[((page * kOctets + n) * kBlocks + r) * kLanes + lane];
+          weights[r][n] = kSixteens > 1 ? x
+                                        : uint4{__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632),
+                                                __byte_perm(x.z, x.w, 0x5410), __byte_perm(x.z, x.w, 0x7632)};
         }
-        const auto* codes = reinterpret_cast<const uint4*>(page == 0 ? slot[0] : slot[1]) + lane;
+      if constexpr (kFour) {
+        const uint4 both = weights[0][0], none = {};
+        weights[0][0] = odd ? none : both;
+        weights[0][1] = odd ? both : none;
+      }
+      const auto* codes = reinterpret_cast<const uint4*>(page == 0 ? slot[0] : slot[1]) + lane;
+#pragma unroll
+      for (int first = 0; first < StateT::kPairs; first += kTogether) {
+        Sums sums[kTogether][2][kBlocks];
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
-          const int pair = (first + j) * kTeam + member;
-          if (D / 16 % kTeam != 0 && pair >= D / 16) break;
+          const int pair = (first + j) * kMembers + member;
+          if (D / 16 % kMembers != 0 && pair >= D / 16) break;
           const uint4 words = codes[pair * kLanes];
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
@@ -360,27 +404,27 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
             }
           }
         }
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j)
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int r = 0; r < kBlocks; ++r)
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                float& o = state.o[r][2 * (first + j) + n][e];
+                o = fmaf(sums[j][n][r][e], step[r], o);
+              }
       }
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j)
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-          for (int r = 0; r < kBlocks; ++r)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& o = state.o[r][2 * (first + j) + n][e];
-              o = fmaf(sums[j][n][r][e], step[r], o);
-            }
     }
     queue.pop(count);
   }
 }
 
-// A run of exact items of one segment, as many at a time as the team has warps; `operands`: of the segment, in shared memory.
-template <int D, int kBlocks, class Slots>
-__device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, TeamState<D, kBlocks>& state, TeamExchange<kBlocks>& exchange,
-                                           const uint4* operands, const Cursor& here, int head, int row0, int run, int team, int member, int lane) {
+// A run of exact items of one segment, as many at a time as the team has warps; `operands`: of the segment.
+template <int D, int kMembers, int kBlocks, class Slots>
+__device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, TeamState<D, kMembers, kBlocks>& state,
+                                           TeamExchange<kMembers, kBlocks>& exchange, const uint4* operands, const Cursor& here, int head, int row0, int run, int team, int member, int lane) {
   constexpr int kPitch = Shape<D>::kExactPitch;
   const int g = lane / 4, t = lane % 4, matrix = lane / 8, matrix_row = lane % 8;
   operands += (operand_bytes_tiles(D) + operand_mean_steps(D)) * kLanes + lane;
@@ -390,8 +434,8 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
     seen = {sight.first_of_all(p), sight.last_of_all(p)};
   }
 #pragma unroll 1
-  for (int i = 0; i < run; i += kTeam) {
-    const int count = min(kTeam, run - i);
+  for (int i = 0; i < run; i += kMembers) {
+    const int count = min(kMembers, run - i);
     const bool mine = member < count;
     Cursor at = here;
     at.item += i + member;
@@ -437,12 +481,12 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
       const float top = quad_max(fmaxf(fmaxf(score[r][0], score[r][1]), fmaxf(score[r][2], score[r][3])));
       if (t == 0) exchange.largest[member][r * kBlockRows + g].x = top;
     }
-    meet_team(team);
+    meet_team<kMembers>(team);
 #pragma unroll
     for (int r = 0; r < kBlocks; ++r) {
       float top = exchange.largest[0][r * kBlockRows + g].x;
 #pragma unroll
-      for (int w = 1; w < kTeam; ++w) top = fmaxf(top, exchange.largest[w][r * kBlockRows + g].x);
+      for (int w = 1; w < kMembers; ++w) top = fmaxf(top, exchange.largest[w][r * kBlockRows + g].x);
       const float m = state.raise(r, top);
       float weight[4];
 #pragma unroll
@@ -463,7 +507,7 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
         fence_shared_writes();
       }
     }
-    meet_team(team);
+    meet_team<kMembers>(team);
 #pragma unroll 1
     for (int n = 0; n < count; ++n) {
       const uint32_t base = shared_address(queue.wait(n));
@@ -471,9 +515,9 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
 #pragma unroll
       for (int r = 0; r < kBlocks; ++r) weights[r] = exchange.weights[(n * kBlocks + r) * kLanes + lane];
 #pragma unroll
-      for (int j = 0; j < TeamState<D, kBlocks>::kPairs; ++j) {
-        const int pair = j * kTeam + member;
-        if (D / 16 % kTeam != 0 && pair >= D / 16) break;
+      for (int j = 0; j < TeamState<D, kMembers, kBlocks>::kPairs; ++j) {
+        const int pair = j * kMembers + member;
+        if (D / 16 % kMembers != 0 && pair >= D / 16) break;
         const uint4 x = load_matrices<true>(base + (matrix % 2 * 8 + matrix_row) * kPitch + (pair * 16 + matrix / 2 * 8) * 2);
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r)

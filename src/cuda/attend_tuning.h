@@ -41,12 +41,20 @@ struct Shape {
 enum class Rows { four, eight, sixteen };
 constexpr int blocks_of(Rows rows) { return rows == Rows::sixteen ? 2 : 1; }
 
-// Shared memory of one warp's queue: its slots, then two barriers for each.
+// Who reads: warps, each for itself; two warps or four, a team, who share tokens and channels (attend_team.cuh).
+enum class Readers { warps, twos, fours };
+constexpr int members_of(Readers readers) { return readers == Readers::fours ? 4 : readers == Readers::twos ? 2 : 1; }
+constexpr int team_exchange_bytes(int members, int blocks) { return blocks * (4 * kLanes * 16 + members * kBlockRows * 12); }
+
+// Shared memory of one reader's queue: its slots, then two barriers for each.
 constexpr int queue_bytes(int depth, int slot_bytes) { return (depth * slot_bytes + depth * 16 + 127) / 128 * 128; }
-// Of a CTA of attend_main but for the line: queues, then each warp's operands of the means.
+// Of a CTA of attend_main but for the line: queues, then each warp's operands of the means, or each team's operands of pages and
+// what it hands round.
 template <int D>
-constexpr int main_shared(int warps, int depth, int blocks) {
-  return warps * (queue_bytes(depth, Shape<D>::kSlotBytes) + blocks * Shape<D>::kMeanOperands * 16);
+constexpr int main_shared(Readers kind, int readers, int depth, int blocks) {
+  const int operands = blocks * (kind == Readers::warps ? Shape<D>::kMeanOperands : page_operand_words(D)) * 16;
+  const int exchange = kind == Readers::warps ? 0 : team_exchange_bytes(members_of(kind), blocks);
+  return readers * (queue_bytes(depth, Shape<D>::kSlotBytes) + operands + exchange);
 }
 constexpr int kLineBytes = 4096;  // left for the line at least: 1,023 sequences
 
@@ -68,43 +76,49 @@ constexpr bool runs_in(Room room, int code) {
   return room == Room::small || (room == Room::middle && code != 86 && code != 89);
 }
 
+constexpr int kWarpDim = 128;  // beyond this head dim a page is too much for one warp's registers: teams of two read
+constexpr int kTwos = 4;       // 9 warps leave a thread 168 registers, as 12 would
+// Teams' queues are filled by another warp alone.
+constexpr Readers main_readers(int dim, Room room) { return dim > kWarpDim && room == Room::large ? Readers::twos : Readers::warps; }
+
 struct Fit {
-  int warps, depth;
+  int readers, depth;
 };
 template <int D>
 constexpr Fit fit(Room room, int segment_blocks) {
   using T = Tuning<D>;
   const int most = room_bytes(room) - kLineBytes, i = segment_blocks - 1;
-  for (int warps = T::kWarps[i]; warps > 0; --warps)
-    for (int depth = T::kDepth[i]; depth >= 2; --depth)
-      if (main_shared<D>(warps, depth, segment_blocks) <= most) return {warps, depth};
+  const Readers kind = main_readers(D, room);
+  for (int readers = kind == Readers::twos ? kTwos : T::kWarps[i]; readers > 0; --readers)
+    for (int depth = kind == Readers::twos ? 6 : T::kDepth[i]; depth >= 2; --depth)
+      if (main_shared<D>(kind, readers, depth, segment_blocks) <= most) return {readers, depth};
   return {0, 0};
 }
 
-// attend_fused, in the large room alone: warps, or teams of four, that read, and one warp that fills their queues. Beside those a
-// CTA has the operands of its segment's queries, a rotation's operands, rows of floats, one partial state, and what each team
-// hands round.
-enum class Readers { warps, teams };
-constexpr int kTeam = 4;
-constexpr int kTeamDim = 128;  // head dims up to this one are read by teams too
-constexpr int kTeams = 3;  // 13 warps leave a thread 128 registers, as 16 would
-constexpr int members_of(Readers readers) { return readers == Readers::teams ? kTeam : 1; }
+template <int D>
+constexpr int main_warps(Room room, int segment_blocks) {
+  return fit<D>(room, segment_blocks).readers * members_of(main_readers(D, room)) + 1;
+}
+
+// attend_fused, in the large room alone: readers, and one warp that fills their queues. Up to kWarpDim they are warps or teams of
+// four, beyond it teams of two. Beside the queues a CTA has the operands of its segment's queries, a rotation's operands, rows of
+// floats, one partial state, and what each team hands round.
+constexpr int kFours = 3;  // 13 warps leave a thread 128 registers, as 16 would
 constexpr int fused_pitch(int dim) { return dim + 8; }
 // Of a reader's partial state.
-constexpr int reader_state_floats(Readers readers, int dim, int blocks) { return blocks * kBlockRows * (fused_pitch(dim) + 1 + members_of(readers)); }
-constexpr int team_exchange_bytes(int blocks) { return blocks * (kTeam * kLanes * 16 + kTeam * kBlockRows * 8); }
+constexpr int reader_state_floats(int dim, int blocks) { return blocks * kBlockRows * (fused_pitch(dim) + 2); }
 template <int D>
 constexpr int fused_shared(Readers kind, int readers, int depth, int blocks) {
-  return readers * (queue_bytes(depth, Shape<D>::kSlotBytes) + (kind == Readers::teams ? team_exchange_bytes(blocks) : 0)) +
-         blocks * (operand_words(D) + D / 16 * kLanes) * 16 + blocks * kBlockRows * fused_pitch(D) * 4 + reader_state_floats(kind, D, blocks) * 4;
+  return readers * (queue_bytes(depth, Shape<D>::kSlotBytes) + (kind == Readers::warps ? 0 : team_exchange_bytes(members_of(kind), blocks))) +
+         blocks * (operand_words(D) + D / 16 * kLanes) * 16 + blocks * kBlockRows * fused_pitch(D) * 4 + reader_state_floats(D, blocks) * 4;
 }
 constexpr int kFusedStaticBytes = 1024;  // left for what has a fixed size, at least
-// Readers and the slots of each one's queue: of a team at least kTeam, the keys of as many exact items.
+// Readers and the slots of each one's queue: of a team at least as many as it has warps, the keys of as many exact items.
 template <int D>
 constexpr Fit fused_fit(Readers kind, int segment_blocks) {
-  const bool teams = kind == Readers::teams;
-  const int readers = teams ? kTeams : segment_blocks == 1 ? Tuning<D>::kFused : Tuning<D>::kWarps[1];
-  for (int depth = teams ? 12 : Tuning<D>::kDepth[segment_blocks - 1]; depth >= (teams ? kTeam : 2); --depth)
+  const bool teams = kind != Readers::warps;
+  const int readers = kind == Readers::fours ? kFours : kind == Readers::twos ? kTwos : segment_blocks == 1 ? Tuning<D>::kFused : Tuning<D>::kWarps[1];
+  for (int depth = teams ? 12 : Tuning<D>::kDepth[segment_blocks - 1]; depth >= (teams ? members_of(kind) : 2); --depth)
     if (fused_shared<D>(kind, readers, depth, segment_blocks) <= room_bytes(Room::large) - kFusedStaticBytes) return {readers, depth};
   return {0, 0};
 }

@@ -1,6 +1,8 @@
 // Rows times a rotation's matrix, for the few rows of a query block. Bound by the latency of reading the matrix, so every
-// thread asks for its share before the rows are there; the products are the matrix unit's, both factors in two 16-bit
-// floats (22 bits), which takes a fifth of the instructions that float multiply-adds take.
+// thread asks for its share before the rows are there, for what its registers do not hold (d = 256) into shared memory, where a
+// CTA may have as much: 128 KB that are asked for later come behind what attend_main has asked for by then. The products are
+// the matrix unit's, both factors in two 16-bit floats (22 bits), which takes a fifth of the instructions that float
+// multiply-adds take.
 //
 // The packed matrix (pack_matrix) holds for rows 16 k ... 16 k + 15 and columns 8 n ... 8 n + 7 and each lane 4g + t column
 // 8 n + g, rows 16 k + {2t, 2t+1} and + {8 + 2t, 9 + 2t}: high halves, then low halves: word (n * D / 16 + k) * 32 + lane.
@@ -15,14 +17,64 @@ namespace kv4::cuda {
 
 constexpr int kTurnThreads = 512;  // at most; half of it where many CTAs take part
 
-// y[r][i] = sum over c of x[r][c] matrix[c][i], for kBlockRows rows; all threads of a CTA, at least kBlockRows warps.
+// A row of queries and what lambda divides it by, as they come: pairs of channels 2 (lane + 32 i).
 template <int D>
+struct QueryRow {
+  static constexpr int kPairs = (D / 2 + kLanes - 1) / kLanes;
+  uint2 raw[kPairs];  // widened when they are used, so that nobody waits here
+  float2 lambda[kPairs];
+
+  __device__ __forceinline__ void load_lambda(const float* of_keys, int head, int lane) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int c = 2 * (lane + i * kLanes);
+      lambda[i] = {1, 1};
+      if (of_keys != nullptr && c < D) lambda[i] = {of_keys[head * D + c], of_keys[head * D + c + 1]};
+    }
+  }
+
+  __device__ __forceinline__ void load(const AttendParams& p, int b, int head, int row, int lane) {
+    const int query = row / p.group;
+    const long long from = b * p.q_stride[0] + (head * p.group + row - query * p.group) * p.q_stride[1] + query * p.q_stride[2];
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int c = 2 * (lane + i * kLanes);
+      raw[i] = {0, 0};
+      if (c >= D || row >= p.group * p.queries) continue;
+      if (p.q_dtype == DType::f32) raw[i] = {static_cast<const uint32_t*>(p.q)[from + c], static_cast<const uint32_t*>(p.q)[from + c + 1]};
+      else raw[i] = {static_cast<const uint16_t*>(p.q)[from + c], static_cast<const uint16_t*>(p.q)[from + c + 1]};
+    }
+  }
+  __device__ __forceinline__ float2 operator()(const AttendParams& p, int i) const {
+    if (p.q_dtype == DType::f32) return {__uint_as_float(raw[i].x), __uint_as_float(raw[i].y)};
+    if (p.q_dtype == DType::bf16) return {__uint_as_float(raw[i].x << 16), __uint_as_float(raw[i].y << 16)};
+    return unpack_halves(false, raw[i].x | raw[i].y << 16);
+  }
+};
+
+// y[r][i] = sum over c of x[r][c] matrix[c][i], for kBlockRows rows; all threads of a CTA, at least kBlockRows warps. kStaged: with
+// `staged`, kStagedBytes of shared memory.
+template <int D, bool kStaged>
 class Turn {
  public:
   static constexpr int kSteps = D / 16, kTiles = D / 8;
   static constexpr int kOperands = kSteps * kLanes;  // uint4 of shared memory that apply works in
+  static constexpr int kStagedTiles = kStaged ? kTurnThreads / kLanes : 0, kStagedBytes = kStagedTiles * kSteps * kLanes * 16;
 
   __device__ __forceinline__ void prefetch(const PackedMatrix& matrix) { load(matrix, threadIdx.x / kLanes); }
+  // What the registers do not hold, once.
+  __device__ __forceinline__ void stage(const PackedMatrix& matrix, uint4* staged) {
+    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
+    if constexpr (kStaged) {
+      staged_ = staged;
+      for (int n = warp + warps; n < min(kTiles, warps + kStagedTiles); n += warps)
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k)
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(staged + ((n - warps) * kSteps + k) * kLanes + lane)),
+                       "l"(matrix.words + (n * kSteps + k) * kLanes + lane) : "memory");
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+  }
 
   // x, y: [kBlockRows][D] in shared memory; they may be the same. Rows from `valid` on are 0.
   __device__ void apply(const PackedMatrix& matrix, const float* x, uint4* operands, float* y, int valid) {
@@ -45,16 +97,23 @@ class Turn {
     }
     __syncthreads();
     for (int n = warp; n < kTiles; n += warps) {
-      if (n != warp) load(matrix, n);
-      float c[4] = {};
+      if (kStaged && n != warp && n < warps + kStagedTiles) {
+        asm volatile("cp.async.wait_all;" ::: "memory");  // a lane reads what it has copied itself
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) m_[k] = staged_[((n - warps) * kSteps + k) * kLanes + lane];
+      } else if (n != warp) {
+        load(matrix, n);
+      }
+      float high[4] = {}, low[4] = {};  // apart: half as long a chain
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         const uint4 a = operands[k * kLanes + lane];
-        mma_halves(false, c, a, m_[k].x, m_[k].y);
-        mma_halves(false, c, a, m_[k].z, m_[k].w);
+        mma_halves(false, high, a, m_[k].x, m_[k].y);
+        mma_halves(false, low, a, m_[k].z, m_[k].w);
       }
       const float back = scale * matrix.scale;
-      *reinterpret_cast<float2*>(y + g * D + n * 8 + 2 * t) = {(c[0] + c[2]) * back, (c[1] + c[3]) * back};
+      *reinterpret_cast<float2*>(y + g * D + n * 8 + 2 * t) = {(high[0] + high[2] + (low[0] + low[2])) * back,
+                                                               (high[1] + high[3] + (low[1] + low[3])) * back};
     }
     __syncthreads();
   }
@@ -67,6 +126,7 @@ class Turn {
   }
 
   uint4 m_[kSteps];
+  const uint4* staged_ = nullptr;
 };
 
 }  // namespace kv4::cuda

@@ -183,6 +183,7 @@ class CudaBackend final : public Backend {
     KV4_RETURN_IF_ERROR(sides(spec, &p.key, &p.value));
     p.jobs = memory.as<SealJob>();
     p.count = static_cast<int>(jobs.size());
+    p.halves = std::all_of(jobs.begin(), jobs.end(), [](const SealJob& job) { return job.dtype != DType::f32; });
     KV4_RETURN_IF_CUDA("seal", launch_seal(p, current_stream()));
     return {};
   }
@@ -338,6 +339,8 @@ class CudaBackend final : public Backend {
       std::memcpy(out->levels, side.levels.table.data(), 16);
       out->rotation_transpose = m->rotation_transpose;
       out->rotation_transpose_f64 = m->rotation_transpose_f64;
+      out->rotation_digits = m->rotation_digits;
+      out->digit_unit = m->digit_unit;
       return Status();
     };
     KV4_RETURN_IF_ERROR(one(spec.key, key));

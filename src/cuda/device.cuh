@@ -93,13 +93,27 @@ __device__ __forceinline__ Levels8 levels_of(uint32_t word, const Tables& t) {
 // Accumulators start from a constant that makes their bits floats, the sum (below 2^22 in magnitude) plus 1.5 * 2^23:
 // subtracting those of the negative levels from those of the positive ones takes it away, with no conversion at all.
 struct Sums {
-  int positive[4] = {0x4b400000, 0x4b400000, 0x4b400000, 0x4b400000};
-  int negative[4] = {0x4b400000, 0x4b400000, 0x4b400000, 0x4b400000};
+  int positive[4], negative[4];
 
+  // Not by initialisers of members: of an array of these nvcc 13.0 leaves all but the first at 0.
+  __device__ __forceinline__ Sums() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) positive[i] = negative[i] = 0x4b400000;
+  }
   template <bool kSigned>
   __device__ __forceinline__ void add(uint4 numbers, const Levels8& levels) {
     mma_bytes<kSigned>(positive, numbers, levels.positive);
     mma_bytes<kSigned>(negative, numbers, levels.negative);
+  }
+  // These sums, or the other ones.
+  __device__ __forceinline__ Sums or_else(bool other, const Sums& x) const {
+    Sums r;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      r.positive[i] = other ? x.positive[i] : positive[i];
+      r.negative[i] = other ? x.negative[i] : negative[i];
+    }
+    return r;
   }
   // Of column 2t + e.
   __device__ __forceinline__ float operator[](int e) const {
@@ -149,7 +163,8 @@ __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
   return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
 }
-__device__ __forceinline__ float quad_sum(float x) {
+template <class T>
+__device__ __forceinline__ T quad_sum(T x) {
   x += __shfl_xor_sync(kAll, x, 1);
   return x + __shfl_xor_sync(kAll, x, 2);
 }

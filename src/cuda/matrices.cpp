@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cuda/pack.h"
+#include "cuda/seal_digits.h"
 
 namespace kv4::cuda {
 namespace {
@@ -23,7 +24,8 @@ cudaError_t upload(const Rotation& rotation, Matrices* out) {
   const std::vector<float> narrow_inverse(inverse_transpose.begin(), inverse_transpose.end());
   const std::vector<std::uint32_t> packed = pack_matrix(inverse, rotation.dim(), &out->inverse_packed.scale);
   const std::vector<std::uint32_t> packed_transpose = pack_matrix(inverse_transpose, rotation.dim(), &out->inverse_transpose_packed.scale);
-  if (const cudaError_t e = out->memory.make(n * 24); e != cudaSuccess) return e;
+  const std::vector<std::uint16_t> digit_matrices = digits_of(forward, rotation.dim(), &out->digit_unit);
+  if (const cudaError_t e = out->memory.make(n * 32); e != cudaSuccess) return e;
   auto* at = static_cast<std::byte*>(out->memory.data());
   const auto put = [&at](const auto& values) {
     const cudaError_t e = cudaMemcpy(at, values.data(), values.size() * sizeof(values[0]), cudaMemcpyHostToDevice);
@@ -36,11 +38,13 @@ cudaError_t upload(const Rotation& rotation, Matrices* out) {
   const auto [e2, inverse_floats] = put(narrow_inverse);
   const auto [e3, words] = put(packed);
   const auto [e4, transpose_words] = put(packed_transpose);
-  for (cudaError_t e : {e0, e1, e2, e3, e4})
+  const auto [e5, digits] = put(digit_matrices);
+  for (cudaError_t e : {e0, e1, e2, e3, e4, e5})
     if (e != cudaSuccess) return e;
   out->rotation_transpose_f64 = reinterpret_cast<const double*>(doubles);
   out->rotation_transpose = reinterpret_cast<const float*>(floats);
   out->inverse_transpose = reinterpret_cast<const float*>(inverse_floats);
+  out->rotation_digits = reinterpret_cast<const std::uint16_t*>(digits);
   out->inverse_packed.words = reinterpret_cast<const uint4*>(words);
   out->inverse_transpose_packed.words = reinterpret_cast<const uint4*>(transpose_words);
   return cudaSuccess;

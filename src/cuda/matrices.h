@@ -1,6 +1,7 @@
 // The matrices of rotations in device memory.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -18,6 +19,8 @@ struct Matrices {
   const float* inverse_transpose = nullptr;   // (R^-1)^T by rows
   PackedMatrix inverse_packed, inverse_transpose_packed;
   const double* rotation_transpose_f64 = nullptr;
+  const std::uint16_t* rotation_digits = nullptr;  // seal_digits.h
+  float digit_unit = 0;
 };
 
 // One per device.

@@ -203,6 +203,9 @@ cudaError_t launch_seal(const SealParams& p, cudaStream_t stream) {
   int device = 0;
   if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
   if (p.key.dim == p.value.dim && for_pages(p.key) && for_pages(p.value)) {
+#ifdef KV4_CUDA_WGMMA
+    if (wgmma_takes(p, device)) return launch_seal_wgmma(p, device, stream);
+#endif
     switch (p.key.dim) {
       case 64: return launch_pages<64>(p, device, stream);
       case 80: return launch_pages<80>(p, device, stream);

@@ -20,6 +20,8 @@ struct SideParams {
   std::int8_t levels[16] = {};
   const float* rotation_transpose = nullptr;       // [dim, dim] R^T by rows; null for the identity
   const double* rotation_transpose_f64 = nullptr;  // the same, for means: a bias may be 10^5 times the spread around it
+  const std::uint16_t* rotation_digits = nullptr;  // the matrix in 12-bit digits, seal_digits.h
+  float digit_unit = 0;                            // of the first
   std::uint32_t codes = 0, scales = 0, mean_at = 0;  // in a head slice
 };
 
@@ -27,7 +29,12 @@ struct SealParams {
   SideParams key, value;
   const SealJob* jobs = nullptr;  // in device memory, every pointer in them too
   int count = 0;
+  bool halves = false;  // every job's rows are 16-bit floats
 };
 cudaError_t launch_seal(const SealParams& p, cudaStream_t stream);
+
+// seal_wgmma.cu, for compute capability 9.0. Whether it takes these pages.
+bool wgmma_takes(const SealParams& p, int device);
+cudaError_t launch_seal_wgmma(const SealParams& p, int device, cudaStream_t stream);
 
 }  // namespace kv4::cuda

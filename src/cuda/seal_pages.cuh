@@ -32,8 +32,8 @@
 
 #include <cstdint>
 
-#include "cuda/device.cuh"
 #include "cuda/seal.h"
+#include "cuda/seal_codes.cuh"
 
 namespace kv4::cuda {
 
@@ -198,64 +198,6 @@ __device__ __forceinline__ void multiply(const uint4* matrix, const uint4 (&high
   }
 }
 
-// Four bytes of a table of 16 below 128, chosen by the nibbles of `selector` (`flipped`: their fourth bits inverted).
-__device__ __forceinline__ uint32_t look_up_16(const uint32_t (&table)[4], uint32_t selector, uint32_t flipped) {
-  return look_up(table[0], table[1], selector) | look_up(table[2], table[3], flipped);
-}
-
-// Magnitudes to codes, in bytes. A magnitude times `scale` and cut to an integer below 256 lies in one of 16 cells, of which
-// none holds more than one threshold, itself an integer (Levels in kv4/recipe.h). The cell's entry is 16 times the number
-// of thresholds below it plus 16 less what its own lies above its start: adding what the magnitude lies above it carries
-// into the upper nibble where it has reached the threshold.
-struct Quantiser {
-  uint32_t cells[4];
-  float scale;
-  bool midtread;  // no level below 0 has magnitude 0
-
-  __device__ explicit Quantiser(const SideParams& side) : cells{}, scale(2), midtread(side.negative_base == 8) {
-    while (side.thresholds[6] * scale * 2 < 256) scale *= 2;
-    for (int c = 0; c < 16; ++c) {
-      uint32_t entry = 0;
-      for (int i = 0; i < 7; ++i) {
-        const int threshold = static_cast<int>(side.thresholds[i] * scale);
-        if (threshold / 16 < c) entry += 16;
-        else if (threshold / 16 == c) entry += 16 - threshold % 16;
-      }
-      cells[c / 4] |= entry << c % 4 * 8;
-    }
-  }
-
-  // Stored nibbles of 8 values in order; `inverse`: scale / 255.5 over the row's step.
-  __device__ __forceinline__ uint32_t operator()(const float (&x)[8], float inverse) const {
-    uint32_t z[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) z[i] = __float_as_uint(__fmaf_rz(__saturatef(fabsf(x[i]) * inverse), 255.5f, 8388608.0f));
-    uint32_t whole[2], below[2];  // of even and odd values
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      whole[e] = __byte_perm(__byte_perm(z[e], z[e + 2], 0x0040), __byte_perm(z[e + 4], z[e + 6], 0x0040), 0x5410);
-      below[e] = __byte_perm(look_up(__float_as_uint(x[e]), __float_as_uint(x[e + 2]), 0x00fb),
-                             look_up(__float_as_uint(x[e + 4]), __float_as_uint(x[e + 6]), 0x00fb), 0x5410);
-    }
-    const uint32_t at = (whole[0] >> 4 & 0x0f0f0f0f) | (whole[1] & 0xf0f0f0f0), flipped = at ^ 0x88888888u;
-    const uint32_t low = look_up_16(cells, at, flipped), high = look_up_16(cells, at >> 16, flipped >> 16);
-    uint32_t code[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const uint32_t index = (__byte_perm(low, high, e == 0 ? 0x6420 : 0x7531) + (whole[e] & 0x0f0f0f0f)) >> 4;
-      code[e] = (index & 0x07070707) | (below[e] & 0xf8f8f8f8);
-    }
-    if (midtread) {  // codes below 0 count from the level below 0
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const uint32_t size = code[e] & 0x07070707, some = (size + 0x07070707) >> 3 & 0x01010101;
-        code[e] = size + (below[e] & some * 7);
-      }
-    }
-    return (code[0] & 0x0f0f0f0f) | (code[1] << 4 & 0xf0f0f0f0);
-  }
-};
-
 // One side's share of the slices: those from `cta` on, `ctas` apart, each CTA's groups in turn.
 template <int D, bool kValues>
 __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* memory, int cta, int ctas) {
@@ -273,7 +215,6 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
   auto* digits = reinterpret_cast<__half*>(offset + S::kPadded);            // [8][kDigitPitch]
   auto* group_max = reinterpret_cast<float*>(digits + 8 * S::kDigitPitch);  // [4]
   const float unit = load_matrix<D>(side, matrix, side.mean ? third : nullptr);
-  const Tables tables = make_tables(side.levels);
   const Quantiser quantise(side);
 
   for (int index = cta + group * ctas; index < p.count; index += S::kGroups * ctas) {
@@ -484,31 +425,18 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const bool any = step[r] > 0 && live[r];
-      const float inverse = any ? quantise.scale / 255.5f / step[r] : 0.0f;
+      const float inverse = any ? quantise.units / step[r] : 0.0f;
       const uint32_t all = any ? ~0u : 0u;
-      float xl = 0;
-      unsigned ll = 0;
+      Fit fit;
 #pragma unroll
       for (int b = 0; b < S::kBlocks; ++b) {
         float values[8];
 #pragma unroll
         for (int k = 0; k < 8; ++k) values[k] = y[4 * b + k / 2][2 * r + k % 2];
-        const uint32_t word = quantise(values, inverse) & all;
-        const Levels8 levels = levels_of(word, tables);
-        const uint32_t sizes[2] = {levels.positive.x | levels.negative.x, levels.positive.y | levels.negative.y};
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if (32 * b + h * 16 >= D) continue;
-          ll = __dp4a(sizes[h], sizes[h], ll);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) xl = fmaf(fabsf(values[4 * h + i]), static_cast<float>(sizes[h] >> 8 * i & 255), xl);
-        }
-        words[r][b] = word;
+        words[r][b] = all & (32 * b + 16 < D ? quantise.template operator()<8>(values, inverse, fit) : quantise.template operator()<4>(values, inverse, fit));
       }
-      xl = quad_sum(xl);
-      ll += __shfl_xor_sync(kAll, ll, 1);
-      ll += __shfl_xor_sync(kAll, ll, 2);
-      const float fitted = side.abs_max ? step[r] : ll > 0 ? xl / static_cast<float>(ll) : 0.0f;
+      const unsigned products = quad_sum(fit.products), squares = quad_sum(fit.squares);
+      const float fitted = side.abs_max ? step[r] : squares > 0 ? static_cast<float>(products) / static_cast<float>(squares) * (step[r] / (2 * quantise.units)) : 0.0f;
       if (t == 0 && there[r]) reinterpret_cast<unsigned short*>(slice + side.scales)[warp * 16 + g + 8 * r] = to_half(any ? fitted : 0.0f);
     }
 

@@ -1,6 +1,7 @@
 // How attention is laid out on devices, by what a block of threads may have of shared memory there. Needs no GPU.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 
 #include "cases.h"
@@ -43,12 +44,13 @@ TEST(CudaPlan, EveryHeadDimAndRowsFitTheDevice) {
         with_dim(dim, [&](auto d) {
           constexpr int kDim = decltype(d)::value;
           const Fit used = fit<kDim>(plan.room, plan.segment_blocks);
-          EXPECT_EQ(used.warps, plan.warps_per_cta);
-          EXPECT_GE(used.warps, 4);  // one to a scheduler
+          EXPECT_EQ(used.readers, plan.warps_per_cta);
+          EXPECT_GE(used.readers, 4);  // one to a scheduler
           EXPECT_GE(used.depth, 2);  // the keys of two pages are held at once
-          EXPECT_LE(main_shared<kDim>(used.warps, used.depth, plan.segment_blocks) + kLineBytes, e.chip.shared);
+          const int queues = main_shared<kDim>(main_readers(kDim, plan.room), used.readers, used.depth, plan.segment_blocks);
+          EXPECT_LE(queues + kLineBytes, e.chip.shared);
           EXPECT_GE(plan.most_sequences, 1023);
-          EXPECT_LE(main_shared<kDim>(used.warps, used.depth, plan.segment_blocks) + 4 * (plan.most_sequences + 1), e.chip.shared);
+          EXPECT_LE(queues + 4 * (plan.most_sequences + 1), e.chip.shared);
           return true;
         });
       }
@@ -59,14 +61,14 @@ TEST(CudaPlan, OneKernelFitsTheDevice) {
     with_dim(dim, [](auto d) {
       constexpr int kDim = decltype(d)::value;
       for (const int blocks : {1, 2})
-        for (const Readers kind : {Readers::warps, Readers::teams}) {
-          const bool teams = kind == Readers::teams;
-          SCOPED_TRACE(::testing::Message() << "d " << kDim << ", blocks " << blocks << (teams ? ", teams" : ", warps"));
+        for (const Readers kind : {Readers::warps, Readers::twos, Readers::fours}) {
+          if ((kind == Readers::twos) != (kDim > kWarpDim)) continue;  // not compiled
+          SCOPED_TRACE(::testing::Message() << "d " << kDim << ", blocks " << blocks << ", members " << members_of(kind));
           const Fit f = fused_fit<kDim>(kind, blocks);
-          EXPECT_EQ(f.warps, teams ? kTeams : blocks == 1 ? Tuning<kDim>::kFused : Tuning<kDim>::kWarps[1]);
-          EXPECT_GE(f.depth, teams ? kTeam : 2);
-          EXPECT_LE(fused_warps(kind, f.warps) * 32, 1024);
-          EXPECT_LE(fused_shared<kDim>(kind, f.warps, f.depth, blocks) + kFusedStaticBytes, kH100.shared);
+          EXPECT_EQ(f.readers, kind == Readers::fours ? kFours : kind == Readers::twos ? kTwos : blocks == 1 ? Tuning<kDim>::kFused : Tuning<kDim>::kWarps[1]);
+          EXPECT_GE(f.depth, std::max(2, members_of(kind)));
+          EXPECT_LE(fused_warps(kind, f.readers) * 32, 1024);
+          EXPECT_LE(fused_shared<kDim>(kind, f.readers, f.depth, blocks) + kFusedStaticBytes, kH100.shared);
         }
       return true;
     });
@@ -106,13 +108,18 @@ TEST(CudaPlan, NoMoreIsLeftOutThanMust) {
         SCOPED_TRACE(::testing::Message() << "d " << kDim << ", blocks " << blocks);
         const int warps = T::kWarps[blocks - 1], depth = T::kDepth[blocks - 1];
         const Fit large = fit<kDim>(Room::large, blocks);
-        EXPECT_EQ(large.warps, warps);
-        EXPECT_EQ(large.depth, depth);
+        if (main_readers(kDim, Room::large) == Readers::warps) {
+          EXPECT_EQ(large.readers, warps);
+          EXPECT_EQ(large.depth, depth);
+        } else {
+          EXPECT_EQ(large.readers, kTwos);
+          EXPECT_GE(large.depth, 3);  // beside the values of two pages keys of the next
+        }
         for (const Room room : {Room::small, Room::middle}) {
           const Fit f = fit<kDim>(room, blocks);
           const int most = room_bytes(room) - kLineBytes;
-          if (f.depth < depth) EXPECT_GT(main_shared<kDim>(f.warps, f.depth + 1, blocks), most);
-          if (f.warps < warps) EXPECT_GT(main_shared<kDim>(f.warps + 1, 2, blocks), most);
+          if (f.depth < depth) EXPECT_GT(main_shared<kDim>(Readers::warps, f.readers, f.depth + 1, blocks), most);
+          if (f.readers < warps) EXPECT_GT(main_shared<kDim>(Readers::warps, f.readers + 1, 2, blocks), most);
         }
       }
       return true;

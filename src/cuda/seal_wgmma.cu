@@ -1,0 +1,479 @@
+// Sealing on compute capability 9.0: seal_pages.cuh's arithmetic with products of four warps (wgmma.cuh), from rows that are copied
+// to shared memory while the slice before them becomes codes. At d = 256 the matrix is two CTAs', a cluster that exchanges each
+// row's statistics. Compiled as sm_90a.
+//
+// Count for d = 128 and a slice, 64 tokens of one side (16,384 bytes read, 4,224 written; at half a copy's speed, 1.5 TB/s, 3,190
+// cycles of a multiprocessor at 1.75 GHz):
+//   products    3 (rows in two halves) or 2 of 64 x 128 x 128: 1,536 or 1,024 cycles of the matrix unit
+//   issue       6,950 instructions by ncu, mean of both sides, against 12,200 in seal_pages.cuh: 1,740 cycles
+// Measured, 16,384 slices each of keys (fp16, mean, lambda 1) and values: 4,950 cycles a slice. ncu: a scheduler issues in 35 % of
+// the cycles, 168 registers leave it three warps; of their stalls 18 % are for shared memory, 17 % fixed latencies, 16 % full
+// pipes, 9 % for room in the queue to shared memory, 7 % device memory, 6 % barriers. At d = 256: 28 % device memory (the third
+// digits, which shared memory has no room for), 15 % shared memory, 13 % barriers.
+//
+//   version                                                           ns a vector, 32/8/128 and 4/1/256
+//   seal_pages.cuh; seal.cu                                           0.46 to 0.49; 13.3
+//   products of four warps, rows from registers                       0.42; 2.05
+//   rows in shared memory, asked for a slice ahead                    0.37; 1.88
+//   the fit's sums in integers, by byte products                      0.35; 1.84
+//   shares of the CTAs for keys measured, each head dim its own       0.36; 1.76
+#include "cuda/seal.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/seal_team.cuh"
+
+namespace kv4::cuda {
+namespace {
+
+// y = rows times the matrix, begun.
+template <int D, bool kInTwo>
+__device__ __forceinline__ void multiply(float (&y)[SealTeam<D>::kTiles][4], uint32_t rows, uint32_t rest, uint32_t columns_0, uint32_t columns_1) {
+  using S = SealTeam<D>;
+  products_begin();
+#pragma unroll
+  for (int s = 0; s < S::kSteps; ++s) product<S::kColumns, D>(y, rows + s * kStepBlocks, columns_0 + s * kStepBlocks, s > 0);
+#pragma unroll
+  for (int s = 0; s < S::kSteps; ++s) product<S::kColumns, D>(y, rows + s * kStepBlocks, columns_1 + s * kStepBlocks, true);
+#pragma unroll
+  for (int s = 0; s < S::kSteps; ++s)
+    if (kInTwo) product<S::kColumns, D>(y, rest + s * kStepBlocks, columns_0 + s * kStepBlocks, true);
+  products_commit();
+}
+
+// One side's share of the slices: those from `at` on, `apart`.
+template <int D, bool kValues>
+__device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* memory, int at, int apart) {
+  using S = SealTeam<D>;
+  const SideParams& side = kValues ? p.value : p.key;
+  const int rank = S::kCluster > 1 ? cluster_rank() : 0;
+  const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
+  // One number of all lanes: what depends on it is then kept once for a warp.
+  const int cta_warp = __shfl_sync(kAll, static_cast<int>(threadIdx.x) / kLanes, 0);
+  const int team = cta_warp / S::kTeamWarps, warp = cta_warp % S::kTeamWarps, thread = warp * kLanes + lane;
+  const int part = rank * S::kSplit + warp / 4;  // of the output channels
+  at += team;
+  unsigned char* mine = memory + S::kDigitsHeld * S::kDigitBytes + team * S::kTeamBytes;
+  unsigned char *rows = mine, *rest = mine + S::kRowBytes;  // the rows, then their first halves; their second halves
+  auto* pivot = reinterpret_cast<float*>(mine + S::kPivotAt);
+  auto* lambda = reinterpret_cast<float*>(mine + S::kLambdaAt);
+  auto* offset = reinterpret_cast<float*>(mine + S::kOffsetAt);  // sums of the channels, then what the stored mean leaves out
+  auto* mean_digits = reinterpret_cast<__half*>(mine + S::kMeanDigitsAt);
+  auto* scales = reinterpret_cast<float*>(mine + S::kScaleAt);
+  auto* stats = reinterpret_cast<float*>(mine + S::kStatAt);
+  auto* fits = reinterpret_cast<float*>(mine + S::kFitAt);
+  auto* jobs = reinterpret_cast<SealJob*>(mine + S::kJobsAt);
+
+  const uint32_t barriers = shared_address(mine + S::kBarriersAt);  // of what the other CTA puts here
+  uint32_t parity = 0;
+  if (S::kCluster > 1 && thread == 0) {
+    for (int i = 0; i < 2; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  if (at < p.count) ask_for_job(p.jobs + at, jobs, thread);
+  if (at + apart < p.count) ask_for_job(p.jobs + at + apart, jobs + 1, thread);
+  __shared__ Quantiser quantiser;
+  if (threadIdx.x == 0) quantiser = Quantiser(side);
+  const auto* matrix = reinterpret_cast<const unsigned char*>(side.rotation_digits);
+  // The third digits as they lie in registers, where they are not held.
+  const uint4* third_at = reinterpret_cast<const uint4*>(matrix + 3 * D * D * 2) + rank * (S::kDigitBytes / 16) + lane;
+  for (int digit = 0; digit < (side.mean ? S::kDigitsHeld : 2); ++digit)
+    for (int i = threadIdx.x * 16; i < S::kDigitBytes; i += S::kThreads * 16)
+      copy_16(memory + digit * S::kDigitBytes + i, matrix + digit * D * D * 2 + rank * S::kDigitBytes + i, true);
+  if (thread < D) pivot[thread] = 0;
+  copies_end();
+  if constexpr (S::kCluster > 1) cluster_barrier();
+  else __syncthreads();
+  if (at < p.count) ask_for_rows<D, kValues>(jobs[0], rows, lambda, thread);
+  const float unit = side.digit_unit;
+  const uint32_t a_here = operand(shared_address(rows)), columns_here = operand(shared_address(memory + block_at(warp / 4 * S::kColumns, 0, D)));
+
+  for (int slot = 0; at < p.count; at += apart, slot = slot == 2 ? 0 : slot + 1) {
+    copies_end();
+    fence_shared_writes();
+    team_barrier<D>(team);
+    // Read again wherever it is used: registers are short.
+    const volatile SealJob& job = jobs[slot];
+    const bool bf16 = job.dtype == DType::bf16, weighted = (kValues ? job.lambda_v : job.lambda_k) != nullptr;
+
+    double turn_scale = 0;  // of the mean's digits
+    if (!kValues && side.mean) {
+      sum_rows<D>(rows, bf16, warp, lane, offset);
+      const std::uint8_t* skip = job.skip;
+      const int count = job.count;
+      int used = count;
+      if (skip != nullptr)
+        used = __popc(__ballot_sync(kAll, lane < count && skip[lane] == 0)) + __popc(__ballot_sync(kAll, lane + 32 < count && skip[lane + 32] == 0));
+      const double each = used == kPageTokens ? 1.0 / kPageTokens : used > 0 ? 1.0 / used : 0.0;
+      team_barrier<D>(team);
+      float top = 0;
+#pragma unroll
+      for (int c = lane; c < D; c += kLanes) top = fmaxf(top, fabsf(offset[c] * lambda[c]));
+      top = warp_max(top) * static_cast<float>(each);
+      const int exponent = min(max(static_cast<int>(__float_as_uint(top) >> 23), 64), 250) - 126;  // 2^exponent is above top
+      turn_scale = static_cast<double>(unit) * __hiloint2double((1023 + exponent - 5) << 20, 0);
+      if (thread < D) {
+        const double mu = offset[thread] * each * lambda[thread];
+        const float near = static_cast<float>(mu);
+        pivot[thread] = near;
+        const int place = thread / 16 * 16 + thread % 8 / 2 * 4 + thread % 16 / 8 * 2 + thread % 2;  // a lane's four of a step together
+        // Seven digits of 6 bits, from -32 on, and what the pivot leaves out.
+        const double to_units = __hiloint2double((1023 + 41 - exponent) << 20, 0);
+        const unsigned long long fixed = static_cast<unsigned long long>(__double2ll_rn(mu * to_units)) + 0x20820820820ull;
+#pragma unroll
+        for (int digit = 0; digit < S::kDigits; ++digit) {
+          const int bits = static_cast<int>(fixed >> 6 * (S::kDigits - 1 - digit)) & (digit == 0 ? 127 : 63);
+          mean_digits[digit * S::kDigitPitch + place] = __int2half_rn(bits - 32);
+        }
+        mean_digits[S::kDigits * S::kDigitPitch + place] = __float2half_rn(static_cast<float>((mu - near) * to_units) * 0x1p-12f);
+      }
+      team_barrier<D>(team);
+    }
+    // The products' rows: as they are, or in units of a power of two at each row's maximum, in two halves.
+    const bool in_two = !kValues || weighted;
+    const bool raw = !in_two && !bf16;
+    [[maybe_unused]] uint4 left[S::kBeside ? 1 : S::kOctets][S::kPieces];
+    if (!raw) {
+      float x[S::kOctets][S::kPieces][8];
+#pragma unroll
+      for (int b = 0; b < S::kPieces; ++b) {
+        const int c = 8 * (lane / 8 + 4 * b);
+        float l[8], m[8];
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+          const int from = D % 32 == 0 || c < D ? c + i : 0;
+          *reinterpret_cast<float4*>(l + i) = *reinterpret_cast<const float4*>(lambda + from);
+          *reinterpret_cast<float4*>(m + i) = *reinterpret_cast<const float4*>(pivot + from);
+        }
+#pragma unroll
+        for (int o = 0; o < S::kOctets; ++o) {
+          uint4 word = {};
+          const bool any = D % 32 == 0 || c < D;
+          if (any) word = *reinterpret_cast<const uint4*>(rows + block_at((warp * S::kOctets + o) * 8 + lane % 8, c, D));
+          const uint32_t words[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float2 two;  // the halves of a pair of bfloat16 are their floats' upper 16 bits
+            if (bf16) two = {__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000u)};
+            else two = unpack_halves(false, words[i]);
+            x[o][b][2 * i] = any ? fmaf(two.x, l[2 * i], -m[2 * i]) : 0.0f;
+            x[o][b][2 * i + 1] = any ? fmaf(two.y, l[2 * i + 1], -m[2 * i + 1]) : 0.0f;
+          }
+        }
+      }
+#pragma unroll
+      for (int o = 0; o < S::kOctets; ++o) {
+        float top = 0;
+#pragma unroll
+        for (int b = 0; b < S::kPieces; ++b)
+#pragma unroll
+          for (int i = 0; i < 8; ++i) top = fmaxf(top, fabsf(x[o][b][i]));
+        top = fmaxf(top, __shfl_xor_sync(kAll, top, 8));
+        top = fmaxf(top, __shfl_xor_sync(kAll, top, 16));
+        const uint32_t exponent = min(max(__float_as_uint(top) >> 23, 2u), 252u);
+        const float units = __uint_as_float((254 - exponent) << 23);
+        const int row = (warp * S::kOctets + o) * 8 + lane % 8;
+        if (lane < 8) scales[row] = __uint_as_float(exponent << 23) * unit;
+#pragma unroll
+        for (int b = 0; b < S::kPieces; ++b) {
+          const int c = 8 * (lane / 8 + 4 * b);
+          uint32_t h[4], l[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float low = x[o][b][2 * i] * units, high = x[o][b][2 * i + 1] * units;
+            h[i] = pack_halves(false, low, high);
+            const float2 back = unpack_halves(false, h[i]);
+            l[i] = pack_halves(false, low - back.x, high - back.y);
+          }
+          if (D % 32 != 0 && c >= D) continue;
+          *reinterpret_cast<uint4*>(rows + block_at(row, c, D)) = {h[0], h[1], h[2], h[3]};
+          if constexpr (!S::kBeside) left[o][b] = {l[0], l[1], l[2], l[3]};
+          else if (in_two) *reinterpret_cast<uint4*>(rest + block_at(row, c, D)) = {l[0], l[1], l[2], l[3]};
+        }
+      }
+      fence_shared_writes();
+      team_barrier<D>(team);
+    }
+
+    // Made anew for every slice: kept, the operands of all steps would take registers that are not there.
+    const uint32_t a = __shfl_sync(kAll, a_here, 0), a_rest = a + S::kRowBytes / 16;
+    const uint32_t columns_0 = __shfl_sync(kAll, columns_here, 0), columns_1 = columns_0 + S::kDigitBytes / 16;
+    float y[S::kTiles][4];
+#pragma unroll
+    for (int n = S::kColumns / 8; n < S::kTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) y[n][e] = 0;
+    // A branch between products of one group would have the compiler run them one by one.
+    if constexpr (!kValues) {
+      multiply<D, S::kBeside>(y, a, a_rest, columns_0, columns_1);
+    } else if (S::kBeside && in_two) {
+      multiply<D, true>(y, a, a_rest, columns_0, columns_1);
+      products_end<S::kColumns>(y);
+    } else {
+      multiply<D, false>(y, a, a_rest, columns_0, columns_1);
+      products_end<S::kColumns>(y);
+    }
+
+    if (!kValues && side.mean) {
+      float sums[S::kPairs][3][4] = {};
+      const int i = lane / 8;  // block of two by two: rows first
+      const auto tile = [&](int pair) { return min(2 * (warp + pair * S::kTeamWarps), S::kCtaColumns / 8 - 2); };
+#pragma unroll(S::kUnrolled)
+      for (int s = 0; s < S::kSteps; ++s) {
+        const uint2 b = *reinterpret_cast<const uint2*>(mean_digits + g * S::kDigitPitch + s * 16 + t * 4);
+#pragma unroll
+        for (int pair = 0; pair < S::kPairs; ++pair) {
+          const uint32_t from = shared_address(memory + block_at(8 * (tile(pair) + i % 2) + lane % 8, i / 2 * 8, D)) + s * 2 * kBlockBytes;
+#pragma unroll
+          for (int digit = 0; digit < 3; ++digit) {
+            uint4 rows_of_it;
+            if (digit < S::kDigitsHeld) rows_of_it = load_matrices<false>(from + digit * S::kDigitBytes);
+            else rows_of_it = __ldg(third_at + (tile(pair) / 2 * S::kSteps + s) * kLanes);
+            mma_halves(false, sums[pair][digit], rows_of_it, b.x, b.y);
+          }
+        }
+      }
+#pragma unroll
+      for (int pair = 0; pair < S::kPairs; ++pair) {
+        const int n = 2 * (warp + pair * S::kTeamWarps);
+        if (n >= S::kCtaColumns / 8) break;
+        const double weight = __hiloint2double((1023 - 12 * t) << 20, 0);  // 2^-12t: of digits 2t, 64 of 2t + 1
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          double turned = 0;
+#pragma unroll
+          for (int digit = 2; digit >= 0; --digit) {
+            const double odd = t == 3 ? 0.0 : static_cast<double>(sums[pair][digit][2 * half + 1]) * (1.0 / 64);
+            turned += (static_cast<double>(sums[pair][digit][2 * half]) + odd) * (digit == 2 ? 1.0 / 4096 : 1.0);
+          }
+          turned *= weight;
+          turned += __shfl_xor_sync(kAll, turned, 1);
+          turned += __shfl_xor_sync(kAll, turned, 2);
+          turned *= turn_scale;
+          const int c = rank * S::kCtaColumns + output_channel(n + half, g);
+          if (t == 3) {
+            const unsigned short stored = to_half(static_cast<float>(turned));
+            reinterpret_cast<unsigned short*>(job.slice + side.mean_at)[c] = stored;
+            const double left = static_cast<double>(sums[pair][0][2 * half + 1] + sums[pair][1][2 * half + 1]) * 0x1p-24 * turn_scale;
+            offset[c] = static_cast<float>(turned - left - static_cast<double>(from_half(stored)));
+          }
+        }
+      }
+    }
+    if constexpr (!kValues) products_end<S::kColumns>(y);
+    team_barrier<D>(team);
+    if constexpr (!S::kBeside) {
+      if (in_two) {
+#pragma unroll
+        for (int o = 0; o < S::kOctets; ++o)
+#pragma unroll
+          for (int b = 0; b < S::kPieces; ++b)
+            *reinterpret_cast<uint4*>(rows + block_at((warp * S::kOctets + o) * 8 + lane % 8, 8 * (lane / 8 + 4 * b), D)) = left[o][b];
+        fence_shared_writes();
+        team_barrier<D>(team);
+        products_begin();
+#pragma unroll
+        for (int s = 0; s < S::kSteps; ++s) product<S::kColumns, D>(y, a + s * kStepBlocks, columns_0 + s * kStepBlocks, true);
+        products_commit();
+        products_end<S::kColumns>(y);
+        team_barrier<D>(team);
+      }
+    }
+    if (at + apart < p.count) {
+      ask_for_rows<D, kValues>(jobs[slot == 2 ? 0 : slot + 1], rows, lambda, thread);
+      if (at + 2 * apart < p.count) ask_for_job(p.jobs + at + 2 * apart, jobs + (slot == 0 ? 2 : slot - 1), thread);
+    }
+
+    // Statistics of the rows, then codes.
+    const int row = warp % 4 * 16 + g, first = job.first, count = job.count;  // and the row 8 further
+    const std::uint8_t* skip = job.skip;
+    unsigned char* slice = job.slice;
+    bool there[2], live[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int j = row + 8 * r - first;
+      there[r] = j >= 0 && j < count;
+      live[r] = there[r] && (skip == nullptr || skip[j] == 0);
+    }
+    float scale[2] = {unit, unit};
+    if (!raw) {
+      scale[0] = scales[row];
+      scale[1] = scales[row + 8];
+    }
+    if (!kValues && side.mean) {
+#pragma unroll
+      for (int n = 0; n < S::kColumns / 8; ++n) {
+        const float2 more = *reinterpret_cast<const float2*>(offset + part * S::kColumns + output_channel(n, 2 * t));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) y[n][e] = fmaf(y[n][e], scale[e / 2], e % 2 == 0 ? more.x : more.y);
+      }
+      scale[0] = scale[1] = 1;
+    }
+    float step[2] = {};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float partial[2] = {};
+      if (side.abs_max) {
+#pragma unroll
+        for (int n = 0; n < S::kColumns / 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) partial[e] = fmaxf(partial[e], fabsf(y[n][2 * r + e]));
+        step[r] = quad_max(fmaxf(partial[0], partial[1]));
+      } else {
+#pragma unroll
+        for (int n = 0; n < S::kColumns / 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) partial[e] = fmaf(y[n][2 * r + e], y[n][2 * r + e], partial[e]);
+        step[r] = quad_sum(partial[0] + partial[1]);
+      }
+    }
+    if constexpr (S::kParts > 1) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float* to = stats + part * kPageTokens + row + 8 * r;
+        if (t == 0) *to = step[r];
+        if (S::kCluster > 1 && t == 0) put_beside(to, barriers, rank, step[r]);
+      }
+      if (S::kCluster > 1 && thread == 0) expect_bytes(barriers, S::kSplit * kPageTokens * 4);
+      team_barrier<D>(team);
+      if (S::kCluster > 1) wait_for_bytes(barriers, parity);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float all = 0;
+#pragma unroll
+        for (int i = 0; i < S::kParts; ++i) {
+          const float one = stats[i * kPageTokens + row + 8 * r];
+          all = side.abs_max ? fmaxf(all, one) : all + one;
+        }
+        step[r] = all;
+      }
+    }
+    uint32_t words[2][S::kBlocks];
+    float fitted[2][2];
+    const Quantiser quantise = quantiser;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      step[r] = (side.abs_max ? step[r] : sqrtf(step[r] * (1.0f / D))) * quantise.to_step;
+      const bool any = step[r] > 0 && live[r];
+      const float inverse = any ? reciprocal(step[r]) * quantise.units : 0.0f;
+      const uint32_t all = any ? ~0u : 0u;
+      Fit fit;
+#pragma unroll
+      for (int b = 0; b < S::kBlocks; ++b) {
+        float values[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) values[k] = y[4 * b + k / 2][2 * r + k % 2];
+        words[r][b] = all & (32 * b + 16 < S::kColumns ? quantise.template operator()<8>(values, inverse, fit) : quantise.template operator()<4>(values, inverse, fit));
+      }
+      fitted[r][0] = static_cast<float>(quad_sum(fit.products));
+      fitted[r][1] = static_cast<float>(quad_sum(fit.squares));
+    }
+    if constexpr (S::kParts > 1) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float* to = fits + (part * kPageTokens + row + 8 * r) * 2;
+        if (t < 2) to[t] = fitted[r][t];
+        if (S::kCluster > 1 && t < 2) put_beside(to + t, barriers + 8, rank, fitted[r][t]);
+      }
+      if (S::kCluster > 1 && thread == 0) expect_bytes(barriers + 8, S::kSplit * kPageTokens * 8);
+      team_barrier<D>(team);
+      if (S::kCluster > 1) wait_for_bytes(barriers + 8, parity);
+      parity ^= 1;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        fitted[r][0] = fitted[r][1] = 0;
+#pragma unroll
+        for (int i = 0; i < S::kParts; ++i)
+#pragma unroll
+          for (int k = 0; k < 2; ++k) fitted[r][k] += fits[(i * kPageTokens + row + 8 * r) * 2 + k];
+      }
+    }
+    if (t == 0 && part == 0) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float fit = side.abs_max ? step[r] : fitted[r][1] > 0 ? fitted[r][0] * reciprocal(2 * quantise.units * fitted[r][1]) * step[r] : 0.0f;
+        if (there[r]) reinterpret_cast<unsigned short*>(slice + side.scales)[row + 8 * r] = to_half(step[r] > 0 && live[r] ? fit * scale[r] : 0.0f);
+      }
+    }
+
+    auto* codes = reinterpret_cast<uint32_t*>(slice + side.codes);
+    if constexpr (!kValues) {  // a word is of one token and block
+      constexpr int kAll32 = pad_channels(D) / 32;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        uint32_t* to = codes + word_index((warp % 4 * 2 + r) * kAll32 + part * S::kBlocks, lane);
+        if constexpr (S::kBlocks == 4) {
+          if (there[r]) *reinterpret_cast<uint4*>(to) = {words[r][0], words[r][1], words[r][2], words[r][3]};
+        } else if constexpr (S::kBlocks == 2) {
+          if (there[r]) *reinterpret_cast<uint2*>(to) = {words[r][0], words[r][1]};
+        } else {
+#pragma unroll
+          for (int b = 0; b < S::kBlocks; ++b)
+            if (there[r]) codes[word_index((warp % 4 * 2 + r) * kAll32 + b, lane)] = words[r][b];
+        }
+      }
+    } else {
+      put_values<D>(words, rest, codes + rank * S::kStaged, team, thread, first, count);
+    }
+  }
+  if constexpr (S::kCluster > 1) cluster_barrier();  // before this CTA's memory is gone
+}
+
+extern __shared__ __align__(128) unsigned char wgmma_memory[];
+
+// The first `key_clusters` of the grid seal keys, the others values.
+template <int D>
+__global__ void __launch_bounds__(SealTeam<D>::kThreads, 1) seal_wgmma(const __grid_constant__ SealParams p, int key_clusters) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using S = SealTeam<D>;
+  const int cluster = static_cast<int>(blockIdx.x) / S::kCluster, clusters = static_cast<int>(gridDim.x) / S::kCluster;
+  if (cluster < key_clusters) seal_side<D, false>(p, wgmma_memory, cluster * S::kTeams, key_clusters * S::kTeams);
+  else seal_side<D, true>(p, wgmma_memory, (cluster - key_clusters) * S::kTeams, (clusters - key_clusters) * S::kTeams);
+#endif
+}
+
+template <int D>
+cudaError_t launch(const SealParams& p, int device, cudaStream_t stream) {
+  using S = SealTeam<D>;
+  int multiprocessors = 1;
+  if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
+  if (const cudaError_t e = cudaFuncSetAttribute(seal_wgmma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared); e != cudaSuccess) return e;
+  const int clusters = std::min(multiprocessors / S::kCluster, 2 * p.count);
+  const int keys = p.key.mean && clusters < 2 * p.count ? std::max(1, clusters * S::kKeyShare / 100) : clusters / 2;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * S::kCluster));
+  config.blockDim = dim3(S::kThreads);
+  config.dynamicSmemBytes = S::kShared;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = S::kCluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, seal_wgmma<D>, p, keys);
+}
+
+}  // namespace
+
+bool wgmma_takes(const SealParams& p, int device) {
+  int major = 0, minor = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
+    return false;
+  const int dim = p.key.dim;
+  return major == 9 && minor == 0 && p.halves && (dim == 64 || dim == 80 || dim == 96 || dim == 128 || dim == 256);
+}
+
+cudaError_t launch_seal_wgmma(const SealParams& p, int device, cudaStream_t stream) {
+  switch (p.key.dim) {
+    case 64: return launch<64>(p, device, stream);
+    case 80: return launch<80>(p, device, stream);
+    case 96: return launch<96>(p, device, stream);
+    case 128: return launch<128>(p, device, stream);
+    default: return launch<256>(p, device, stream);
+  }
+}
+
+}  // namespace kv4::cuda
