@@ -45,12 +45,15 @@ Status Scratch::reserve(cudaStream_t stream, std::size_t bytes, bool capturing, 
       const auto largest = std::max_element(blocks_.begin(), blocks_.end(), [&](const auto& a, const auto& b) { return size(a) < size(b); });
       if (largest == blocks_.end() || !fits(largest->second))
         return error(StatusCode::failed_precondition, "q", "a call of the same shape before capture", "a need for " + std::to_string(bytes) + " bytes more");
+      // The block before it may be nobody else's by now, and to free it would end the capture.
+      if (captured_) retired_.push_back(std::move(captured_));
       captured_ = std::move(largest->second);
       blocks_.erase(largest);
     }
     *out = captured_;
     return {};
   }
+  retired_.clear();
   Block& block = blocks_[stream];
   if (!fits(block)) {
     const auto grown = std::make_shared<DeviceBuffer>();

@@ -81,6 +81,7 @@ class Scratch {
   std::mutex mutex_;
   std::map<cudaStream_t, Block> blocks_;
   Block captured_;
+  std::vector<Block> retired_;  // until the next call that is not captured
 };
 
 // Host memory that copies to the device read after the call that asked for them has returned.

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cache_session.h"
+#include "cuda/memory.h"
 #include "device.h"
 #include "save_case.h"
 
@@ -464,6 +465,27 @@ TEST_F(CudaCache, CaptureSaysWhatItNeeds) {
     EXPECT_EQ(status.code(), StatusCode::failed_precondition);
     EXPECT_NE(status.message().find("lambda"), std::string::npos) << status.message();
     EXPECT_EQ(cache->length(), 2);
+  }
+  EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+}
+
+// A capture that needs more scratch than an earlier one, whose caches are gone, must free nothing: that would end it.
+TEST_F(CudaCache, ALargerCaptureFreesNothing) {
+  cudaStream_t stream = nullptr;
+  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  {
+    cuda::Scratch scratch(16);
+    for (const std::size_t bytes : {std::size_t{1} << 12, std::size_t{1} << 20, std::size_t{1} << 24}) {
+      cuda::Scratch::Block block;
+      ASSERT_TRUE(scratch.reserve(stream, bytes, false, &block).ok());
+      ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+      const Status status = scratch.reserve(stream, bytes, true, &block);
+      cudaGraph_t graph = nullptr;
+      EXPECT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+      if (graph != nullptr) cudaGraphDestroy(graph);
+      ASSERT_TRUE(status.ok()) << status.message();
+      EXPECT_GE(block->size(), bytes);
+    }
   }
   EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
 }
