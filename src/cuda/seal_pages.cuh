@@ -1,5 +1,5 @@
 // Sealing by matrix products: head dims up to 128, one scale per vector, both sides of one dim, rotations that are not the
-// identity. What is left goes by seal.cu's kernel.
+// identity. What is left goes by seal.cu's kernel; on 9.0 rows of 16-bit floats go by seal_wgmma.cu's.
 //
 // A persistent CTA holds one side's matrix in shared memory, each entry in fixed point: 12 bits, 12 more, and for means 12
 // more; the first two are factors of 16-bit float products. Three groups of four warps seal a slice each, a warp 16 tokens
@@ -16,7 +16,8 @@
 //   products    1,024 or, split rows, 1,536 of m16n8k16, 192 more for the mean: about 1,640 to 2,760 cycles at mma.sync's rate
 //   matrix      64 KB for every 16 tokens, 256 KB in all: 2,048 cycles of shared memory
 //   issue       12,200 instructions by ncu, mean of both sides: 3,050 cycles
-// Measured, 16,384 slices each of keys (fp16, mean, lambda 1) and values: a slice of keys takes 8,300 cycles, of values 5,000.
+// Measured on 9.0 with the codes' look-ups as they were before seal_codes.cuh, 16,384 slices each of keys (fp16, mean, lambda 1)
+// and values: a slice of keys takes 8,300 cycles, of values 5,000.
 // ncu: a scheduler issues in 45 % of the cycles; 168 registers leave it three warps, of whose stalls a quarter are fixed
 // latencies, an eighth each the products' pipe, shared memory and loads.
 //

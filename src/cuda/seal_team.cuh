@@ -1,10 +1,11 @@
-// What a team of warps that seals has: its shape, its barriers, its rows on their way from device memory, and codes of values on
-// their way there (seal_wgmma.cu).
+// What seal_wgmma.cu's teams of warps do with a slice: bring its rows, sum and multiply them, tell the other CTA of a cluster,
+// put its values' codes.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/seal_codes.cuh"
+#include "backend/backend.h"
+#include "cuda/seal.h"
 #include "cuda/wgmma.cuh"
 
 namespace kv4::cuda {
@@ -12,14 +13,13 @@ namespace kv4::cuda {
 // A team seals a slice at a time: 64 rows, by one group of four warps, or, where the matrix is not a CTA's, by kSplit in each of
 // kCluster CTAs, each group a part of the output channels.
 template <int D>
-struct SealTeam {
+struct TeamShape {
   static constexpr int kCluster = D > 128 ? 2 : 1, kSplit = D > 128 ? 2 : 1, kTeams = D > 128 ? 2 : D > 96 ? 3 : D > 64 ? 4 : 5;
   static constexpr int kTeamThreads = kSplit * 128, kTeamWarps = kTeamThreads / kLanes, kThreads = kTeams * kTeamThreads;
-  // Of the CTAs, in per cent, for keys with means: a slice of those takes longer than one of values. As measured.
-  static constexpr int kKeyShare = D > 128 ? 72 : D > 96 ? 70 : D > 64 ? 68 : 64;
   static constexpr int kParts = kCluster * kSplit, kColumns = D / kParts, kCtaColumns = D / kCluster;
   static constexpr int kBlocks = pad_channels(kColumns) / 32, kTiles = kBlocks * 4;  // of a part, for codes
-  static constexpr int kSteps = D / 16, kUnrolled = D > 128 ? 2 : kSteps;  // registers are short at 256
+  static constexpr int kSteps = D / 16, kUnrolled = D > 128 ? 2 : kSteps;  // of a mean's products: registers are short at 256
+  static constexpr int kKeyShare = D > 128 ? 72 : D > 96 ? 70 : D > 64 ? 68 : 64;  // of CTAs, percent, measured; 96 as 80
   static constexpr int kOctets = 8 / kTeamWarps, kPieces = (D / 8 + 3) / 4;  // a lane's share of the rows: of 8, 16 bytes of each
   static constexpr int kStaged = pad_channels(kCtaColumns) / 8 * 2 * kLanes;  // words of codes
   static constexpr int kDigits = 7, kDigitPitch = D + 8;  // of a mean
@@ -40,7 +40,7 @@ struct SealTeam {
 static_assert(sizeof(SealJob) % 16 == 0);
 
 template <int D>
-__device__ __forceinline__ void team_barrier(int team) { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(SealTeam<D>::kTeamThreads) : "memory"); }
+__device__ __forceinline__ void team_barrier(int team) { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TeamShape<D>::kTeamThreads) : "memory"); }
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -79,7 +79,7 @@ __device__ __forceinline__ float reciprocal(float x) {
 // A slice's rows and lambda. A row that is masked or not there is zeros.
 template <int D, bool kValues>
 __device__ __forceinline__ void ask_for_rows(const SealJob& job, unsigned char* rows, float* lambda, int thread) {
-  using S = SealTeam<D>;
+  using S = TeamShape<D>;
   const auto* from = static_cast<const unsigned short*>(kValues ? job.v : job.k);
   const long long stride = kValues ? job.v_stride : job.k_stride;
   const float* weights = kValues ? job.lambda_v : job.lambda_k;
@@ -123,7 +123,7 @@ __device__ __forceinline__ void ask_for_job(const SealJob* from, SealJob* to, in
 // Sums over the tokens, exact where a channel's values are of a size; by products with ones.
 template <int D>
 __device__ __forceinline__ void sum_rows(const unsigned char* rows, bool bf16, int warp, int lane, float* sums) {
-  for (int k = warp; k < D / 8; k += SealTeam<D>::kTeamWarps) {
+  for (int k = warp; k < D / 8; k += TeamShape<D>::kTeamWarps) {
     float sum[4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -136,11 +136,26 @@ __device__ __forceinline__ void sum_rows(const unsigned char* rows, bool bf16, i
   }
 }
 
+// y = rows times the matrix, begun.
+template <int D, bool kInTwo>
+__device__ __forceinline__ void multiply(float (&y)[TeamShape<D>::kTiles][4], uint32_t rows, uint32_t rest, uint32_t columns_0, uint32_t columns_1) {
+  using S = TeamShape<D>;
+  products_begin();
+#pragma unroll
+  for (int s = 0; s < S::kSteps; ++s) product<S::kColumns, D>(y, rows + s * kStepBlocks, columns_0 + s * kStepBlocks, s > 0);
+#pragma unroll
+  for (int s = 0; s < S::kSteps; ++s) product<S::kColumns, D>(y, rows + s * kStepBlocks, columns_1 + s * kStepBlocks, true);
+#pragma unroll
+  for (int s = 0; s < S::kSteps; ++s)
+    if (kInTwo) product<S::kColumns, D>(y, rest + s * kStepBlocks, columns_0 + s * kStepBlocks, true);
+  products_commit();
+}
+
 // Codes of values, rows g and g + 8 of each warp, to words of one channel and 8 tokens: byte w of one is of warp w's tokens.
 template <int D>
-__device__ __forceinline__ void put_values(const uint32_t (&words)[2][SealTeam<D>::kBlocks], unsigned char* staged, uint32_t* codes, int team, int thread,
+__device__ __forceinline__ void put_values(const uint32_t (&words)[2][TeamShape<D>::kBlocks], unsigned char* staged, uint32_t* codes, int team, int thread,
                                            int first, int count) {
-  using S = SealTeam<D>;
+  using S = TeamShape<D>;
   constexpr int kCtaBlocks = pad_channels(S::kCtaColumns) / 32;
   const int lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
   // [warp][block][row % 2][t % 2][row % 8 / 2][t / 2][row / 8], the second row of a pair where it meets no other in its bank

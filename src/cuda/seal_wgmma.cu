@@ -1,51 +1,42 @@
-// Sealing on compute capability 9.0: seal_pages.cuh's arithmetic with products of four warps (wgmma.cuh), from rows that are copied
-// to shared memory while the slice before them becomes codes. At d = 256 the matrix is two CTAs', a cluster that exchanges each
-// row's statistics. Compiled as sm_90a.
+// Sealing on compute capability 9.0: seal_pages.cuh's arithmetic with products of four warps (wgmma.cuh), from rows that are
+// copied to shared memory while the slice before them becomes codes. Compiled as sm_90a. What it does otherwise:
 //
-// Count for d = 128 and a slice, 64 tokens of one side (16,384 bytes read, 4,224 written; at half a copy's speed, 1.5 TB/s, 3,190
-// cycles of a multiprocessor at 1.75 GHz):
-//   products    3 (rows in two halves) or 2 of 64 x 128 x 128: 1,536 or 1,024 cycles of the matrix unit
-//   issue       6,950 instructions by ncu, mean of both sides, against 12,200 in seal_pages.cuh: 1,740 cycles
-// Measured, 16,384 slices each of keys (fp16, mean, lambda 1) and values: 4,950 cycles a slice. ncu: a scheduler issues in 35 % of
-// the cycles, 168 registers leave it three warps; of their stalls 18 % are for shared memory, 17 % fixed latencies, 16 % full
-// pipes, 9 % for room in the queue to shared memory, 7 % device memory, 6 % barriers. At d = 256: 28 % device memory (the third
-// digits, which shared memory has no room for), 15 % shared memory, 13 % barriers.
+// Means are the channels' sums by products with ones, exact where a channel's values are of a size. Rows are taken less their
+// mean as a float, the pivot, in the instruction that weighs them; the turned mean is made from the float64 mean by digits, and
+// what the pivot leaves out of it, an eighth digit, from the stored mean's remainder. Values of fp16 without weights are
+// operands as they were copied. Rows' second halves lie beside the first or, at 256, take their place once these are multiplied.
 //
-//   version                                                           ns a vector, 32/8/128 and 4/1/256
-//   seal_pages.cuh; seal.cu                                           0.46 to 0.49; 13.3
-//   products of four warps, rows from registers                       0.42; 2.05
-//   rows in shared memory, asked for a slice ahead                    0.37; 1.88
-//   the fit's sums in integers, by byte products                      0.35; 1.84
-//   shares of the CTAs for keys measured, each head dim its own       0.36; 1.76
+// Count for d = 128 and a slice, 64 tokens of one side (16,384 bytes read, 4,224 written; half a copy's speed: 3,190 cycles):
+//   products    16 or, split rows, 24 of m64n128k16: 1,024 or 1,536 cycles of the matrix unit, and 192 of m16n8k16 for the mean
+//   issue       6,950 instructions by ncu, mean of both sides: 1,740 cycles
+// ncu: a scheduler's three warps are stalled on shared memory in 18 % of the samples, on fixed latencies in 17, on the matrix
+// unit in 16 (the mean's products wait for the others'); in 12 one issues. A quarter of all is from the beginning of the keys'
+// products to the turned mean.
+//
+//   version, 32/8/128, 65,536 tokens                                                         ns a vector
+//   products by mma.sync (seal_pages.cuh)                                                    0.46 to 0.49
+//   wgmma, operands in shared memory, rows copied ahead                                      0.42
+//   operands' places once for a warp, values' words of four warps by 8-byte stores, 70 % of the CTAs for keys  0.37
+//   two groups a slice, each half of the channels: 24 warps of 80 registers, which spill     0.57
+//   four teams of 128 registers, which spill; the third digits from L2                       0.39
+//   scales fitted in integers, nothing spilled, a warp's tiles of the mean at once           0.35
+// Where shared memory is full what is spilled comes from L2. Means by wgmma of 8 columns: operands' places take the registers,
+// not run. d = 256, one KV head, 131,072 tokens: one team 1.86; two 1.84, with 72 % of the CTAs for keys 1.76; seal.cu 13.3.
 #include "cuda/seal.h"
 
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/seal_codes.cuh"
 #include "cuda/seal_team.cuh"
 
 namespace kv4::cuda {
 namespace {
 
-// y = rows times the matrix, begun.
-template <int D, bool kInTwo>
-__device__ __forceinline__ void multiply(float (&y)[SealTeam<D>::kTiles][4], uint32_t rows, uint32_t rest, uint32_t columns_0, uint32_t columns_1) {
-  using S = SealTeam<D>;
-  products_begin();
-#pragma unroll
-  for (int s = 0; s < S::kSteps; ++s) product<S::kColumns, D>(y, rows + s * kStepBlocks, columns_0 + s * kStepBlocks, s > 0);
-#pragma unroll
-  for (int s = 0; s < S::kSteps; ++s) product<S::kColumns, D>(y, rows + s * kStepBlocks, columns_1 + s * kStepBlocks, true);
-#pragma unroll
-  for (int s = 0; s < S::kSteps; ++s)
-    if (kInTwo) product<S::kColumns, D>(y, rest + s * kStepBlocks, columns_0 + s * kStepBlocks, true);
-  products_commit();
-}
-
 // One side's share of the slices: those from `at` on, `apart`.
 template <int D, bool kValues>
 __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* memory, int at, int apart) {
-  using S = SealTeam<D>;
+  using S = TeamShape<D>;
   const SideParams& side = kValues ? p.value : p.key;
   const int rank = S::kCluster > 1 ? cluster_rank() : 0;
   const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
@@ -424,9 +415,9 @@ extern __shared__ __align__(128) unsigned char wgmma_memory[];
 
 // The first `key_clusters` of the grid seal keys, the others values.
 template <int D>
-__global__ void __launch_bounds__(SealTeam<D>::kThreads, 1) seal_wgmma(const __grid_constant__ SealParams p, int key_clusters) {
+__global__ void __launch_bounds__(TeamShape<D>::kThreads, 1) seal_wgmma(const __grid_constant__ SealParams p, int key_clusters) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using S = SealTeam<D>;
+  using S = TeamShape<D>;
   const int cluster = static_cast<int>(blockIdx.x) / S::kCluster, clusters = static_cast<int>(gridDim.x) / S::kCluster;
   if (cluster < key_clusters) seal_side<D, false>(p, wgmma_memory, cluster * S::kTeams, key_clusters * S::kTeams);
   else seal_side<D, true>(p, wgmma_memory, (cluster - key_clusters) * S::kTeams, (clusters - key_clusters) * S::kTeams);
@@ -435,10 +426,11 @@ __global__ void __launch_bounds__(SealTeam<D>::kThreads, 1) seal_wgmma(const __g
 
 template <int D>
 cudaError_t launch(const SealParams& p, int device, cudaStream_t stream) {
-  using S = SealTeam<D>;
+  using S = TeamShape<D>;
   int multiprocessors = 1;
   if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
   if (const cudaError_t e = cudaFuncSetAttribute(seal_wgmma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared); e != cudaSuccess) return e;
+  // A slice of keys with means takes longer than one of values.
   const int clusters = std::min(multiprocessors / S::kCluster, 2 * p.count);
   const int keys = p.key.mean && clusters < 2 * p.count ? std::max(1, clusters * S::kKeyShare / 100) : clusters / 2;
   cudaLaunchConfig_t config = {};
