@@ -118,8 +118,12 @@ TEST(CudaPlan, NoMoreIsLeftOutThanMust) {
         for (const Room room : {Room::small, Room::middle}) {
           const Fit f = fit<kDim>(room, blocks);
           const int most = room_bytes(room) - kLineBytes;
-          if (f.depth < depth) EXPECT_GT(main_shared<kDim>(Readers::warps, f.readers, f.depth + 1, blocks), most);
-          if (f.readers < warps) EXPECT_GT(main_shared<kDim>(Readers::warps, f.readers + 1, 2, blocks), most);
+          if (f.depth < depth) {
+            EXPECT_GT(main_shared<kDim>(Readers::warps, f.readers, f.depth + 1, blocks), most);
+          }
+          if (f.readers < warps) {
+            EXPECT_GT(main_shared<kDim>(Readers::warps, f.readers + 1, 2, blocks), most);
+          }
         }
       }
       return true;
