@@ -191,10 +191,11 @@ __device__ __forceinline__ void multiply(const uint4* matrix, const uint4 (&high
 #pragma unroll
       for (int i = 0; i < kTogether; ++i)
         if (S::has(n + i)) mma_halves(false, y[n + i], high[s], m[i].z, m[i].w);
-      if (!kSplit) continue;
+      if constexpr (kSplit) {
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i)
-        if (S::has(n + i)) mma_halves(false, y[n + i], low[s], m[i].x, m[i].y);
+        for (int i = 0; i < kTogether; ++i)
+          if (S::has(n + i)) mma_halves(false, y[n + i], low[s], m[i].x, m[i].y);
+      }
     }
   }
 }
