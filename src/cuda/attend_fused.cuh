@@ -299,12 +299,7 @@ __device__ __forceinline__ void fused_fill(const AttendParams& p, const FusedSha
   if (lane < F::kCount && w < shares.warps) from.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
   PiecesOf<F::kMembers> pieces(p, from, at.segments_per_head);
   Filler<F::kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, F::kCount - 1) * F::kQueueBytes);
-  while (__any_sync(kAll, !pieces.done())) {
-    const bool mine = !pieces.done() && filler.ready();
-    const Piece piece = mine ? pieces.piece() : Piece();
-    filler.put(mine, piece, lane);
-    if (mine) pieces.next();
-  }
+  fill_all(pieces, filler, lane);
   if (lane == 0) *end = fused_end(shares, blockIdx.x);
   F::filled();
 }

@@ -187,4 +187,15 @@ class PiecesOf {
 };
 using Pieces = PiecesOf<1>;
 
+// By the warp that fills, each lane its own queue: all pieces, as slots become free.
+template <class PiecesT, class FillerT>
+__device__ __forceinline__ void fill_all(PiecesT& pieces, FillerT& filler, int lane) {
+  while (__any_sync(kAll, !pieces.done())) {
+    const bool mine = !pieces.done() && filler.ready();
+    const Piece piece = mine ? pieces.piece() : Piece();
+    filler.put(mine, piece, lane);
+    if (mine) pieces.next();
+  }
+}
+
 }  // namespace kv4::cuda

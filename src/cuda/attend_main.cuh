@@ -15,9 +15,10 @@
 
 namespace kv4::cuda {
 
-template <int D, int kBlocks>
-struct State {
-  float o[kBlocks][D / 8][2];
+// Sums of weighted values over kTiles tiles of 8 channels of each block's rows, their weights' maximum and sum.
+template <int kTiles, int kBlocks>
+struct Accumulators {
+  float o[kBlocks][kTiles][2];
   float m[kBlocks], l[kBlocks];
 
   __device__ __forceinline__ void clear() {
@@ -26,7 +27,7 @@ struct State {
       m[r] = -INFINITY;
       l[r] = 0;
 #pragma unroll
-      for (int i = 0; i < D / 8; ++i) o[r][i][0] = o[r][i][1] = 0;
+      for (int i = 0; i < kTiles; ++i) o[r][i][0] = o[r][i][1] = 0;
     }
   }
   // Raises the maximum of block r to at least `largest`, which all lanes of a row share; returns what to subtract.
@@ -36,7 +37,7 @@ struct State {
       const float shrink = m_new == -INFINITY ? 1.0f : exp2_fast(m[r] - m_new);
       l[r] *= shrink;
 #pragma unroll
-      for (int i = 0; i < D / 8; ++i) {
+      for (int i = 0; i < kTiles; ++i) {
         o[r][i][0] *= shrink;
         o[r][i][1] *= shrink;
       }
@@ -44,6 +45,12 @@ struct State {
     }
     return m_new == -INFINITY ? 0.0f : m_new;
   }
+};
+
+template <int D, int kBlocks>
+struct State : Accumulators<D / 8, kBlocks> {
+  using Base = Accumulators<D / 8, kBlocks>;
+  using Base::o, Base::m, Base::l;
 
   // As a partial state: o [kRows][kPitch], m [kRows], l [kRows], of the first `rows` rows. kTwice: rows of pages are laid twice.
   static constexpr int kRows = kBlocks * kBlockRows, kFloats = kRows * (D + 2);
@@ -109,12 +116,7 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
       if (lane < kReaders && w < shares.warps) at.start(p, line, shares.first(w), shares.first(w + 1));
       PiecesOf<kMembers> pieces(p, at, segments_per_head);
       Filler<kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, kReaders - 1) * kQueueBytes);
-      while (__any_sync(kAll, !pieces.done())) {
-        const bool mine = !pieces.done() && filler.ready();
-        const Piece piece = mine ? pieces.piece() : Piece();
-        filler.put(mine, piece, lane);
-        if (mine) pieces.next();
-      }
+      fill_all(pieces, filler, lane);
     }
     return;
   }
@@ -150,8 +152,9 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
           copied[i] = operands[i / page_operand_words(D) * operand_words(D) + i % page_operand_words(D)];
         meet_team<kMembers>(reader);
         team_pages<D, kRows, page_operand_words(D)>(p, queue, state, exchange, copied, scales, here, head, row0, run, reader, member, lane);
+      } else {
+        team_exact<D>(p, queue, state, exchange, operands, here, head, row0, run, reader, member, lane);
       }
-      else team_exact<D>(p, queue, state, exchange, operands, here, head, row0, run, reader, member, lane);
       state.template share_sums<kRows == Rows::four>(exchange, packed, member, lane);
       meet_team<kMembers>(reader);
       state.template put<kRows == Rows::four>(to, exchange, packed, rows, member, lane);

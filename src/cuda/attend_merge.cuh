@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
     }
     for (int i = threadIdx.x; i < valid * D; i += blockDim.x) {
       const int r = r0 + i / D, c = i % D, row = row0 + r, query = row / p.group, q_head = head * p.group + row % p.group;
-      const float lambda = r0 == 0 && i == static_cast<int>(threadIdx.x) || s.lambda_v == nullptr ? first_lambda : s.lambda_v[head * D + c];
+      const float lambda = (r0 == 0 && i == static_cast<int>(threadIdx.x)) || s.lambda_v == nullptr ? first_lambda : s.lambda_v[head * D + c];
       const float o = x[i] / lambda + reinterpret_cast<const float*>(sums[0][r * share])[c];
       const float m = m_all[r], l = l_all[r];
       if (p.out != nullptr) {

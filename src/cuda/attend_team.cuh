@@ -79,36 +79,14 @@ struct TeamExchange {
 static_assert(sizeof(TeamExchange<2, 1>) == team_exchange_bytes(2, 1) && sizeof(TeamExchange<4, 2>) == team_exchange_bytes(4, 2));
 
 // A warp's part of a team's state: channels 16 (kMembers i + member) ... + 15 of its pair of tiles i; m is the team's, l its own.
+template <int kMembers>
+constexpr int team_pairs(int dim) { return (dim / 16 + kMembers - 1) / kMembers; }
 template <int D, int kMembers, int kBlocks>
-struct TeamState {
-  static constexpr int kPairs = (D / 16 + kMembers - 1) / kMembers;
-  float o[kBlocks][2 * kPairs][2];
-  float m[kBlocks], l[kBlocks];
+struct TeamState : Accumulators<2 * team_pairs<kMembers>(D), kBlocks> {
+  static constexpr int kPairs = team_pairs<kMembers>(D);
+  using Base = Accumulators<2 * kPairs, kBlocks>;
+  using Base::o, Base::m, Base::l;
 
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int r = 0; r < kBlocks; ++r) {
-      m[r] = -INFINITY;
-      l[r] = 0;
-#pragma unroll
-      for (int i = 0; i < 2 * kPairs; ++i) o[r][i][0] = o[r][i][1] = 0;
-    }
-  }
-  // As State's.
-  __device__ __forceinline__ float raise(int r, float largest) {
-    const float m_new = fmaxf(m[r], largest);
-    if (__any_sync(kAll, m_new > m[r])) {
-      const float shrink = m_new == -INFINITY ? 1.0f : exp2_fast(m[r] - m_new);
-      l[r] *= shrink;
-#pragma unroll
-      for (int i = 0; i < 2 * kPairs; ++i) {
-        o[r][i][0] *= shrink;
-        o[r][i][1] *= shrink;
-      }
-      m[r] = m_new;
-    }
-    return m_new == -INFINITY ? 0.0f : m_new;
-  }
   // At the end of a run, before a barrier of the team and `put`. kTwice: rows of pages are laid twice.
   template <bool kTwice>
   __device__ __forceinline__ void share_sums(TeamExchange<kMembers, kBlocks>& exchange, bool packed, int member, int lane) const {

@@ -85,4 +85,19 @@ struct Quantiser {
   }
 };
 
+// Words of the codes of row r of a lane's two, whose kColumns channels lie in `y` as mma_halves leaves them; zeros unless there are `any`.
+template <int kColumns, int kTiles>
+__device__ __forceinline__ Fit codes_of_row(const Quantiser& quantise, const float (&y)[kTiles][4], int r, bool any, float inverse, uint32_t (&words)[kTiles / 4]) {
+  const uint32_t all = any ? ~0u : 0u;
+  Fit fit;
+#pragma unroll
+  for (int b = 0; b < kTiles / 4; ++b) {
+    float values[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) values[k] = y[4 * b + k / 2][2 * r + k % 2];
+    words[b] = all & (32 * b + 16 < kColumns ? quantise.template operator()<8>(values, inverse, fit) : quantise.template operator()<4>(values, inverse, fit));
+  }
+  return fit;
+}
+
 }  // namespace kv4::cuda

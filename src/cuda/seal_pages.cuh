@@ -35,6 +35,7 @@
 
 #include "cuda/seal.h"
 #include "cuda/seal_codes.cuh"
+#include "cuda/seal_digits.h"
 
 namespace kv4::cuda {
 
@@ -53,9 +54,8 @@ struct SealShape {
   static constexpr bool has(int n) { return n / 2 * 16 < D; }
 };
 
-// Channels of a lane. Input: block b of 32, step s of 16, element i < 4 of lane t. Output: tile n, column q.
+// Input channels of a lane: element i < 4 of lane t of a step of 16. Output channels: seal_digits.h.
 __device__ __forceinline__ int input_channel(int step, int t, int i) { return step / 2 * 32 + 8 * t + step % 2 * 4 + i; }
-__device__ __forceinline__ int output_channel(int n, int q) { return n / 4 * 32 + n % 4 / 2 * 16 + q / 2 * 4 + n % 2 * 2 + q % 2; }
 
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
@@ -428,15 +428,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     for (int r = 0; r < 2; ++r) {
       const bool any = step[r] > 0 && live[r];
       const float inverse = any ? quantise.units / step[r] : 0.0f;
-      const uint32_t all = any ? ~0u : 0u;
-      Fit fit;
-#pragma unroll
-      for (int b = 0; b < S::kBlocks; ++b) {
-        float values[8];
-#pragma unroll
-        for (int k = 0; k < 8; ++k) values[k] = y[4 * b + k / 2][2 * r + k % 2];
-        words[r][b] = all & (32 * b + 16 < D ? quantise.template operator()<8>(values, inverse, fit) : quantise.template operator()<4>(values, inverse, fit));
-      }
+      const Fit fit = codes_of_row<D>(quantise, y, r, any, inverse, words[r]);
       const unsigned products = quad_sum(fit.products), squares = quad_sum(fit.squares);
       const float fitted = side.abs_max ? step[r] : squares > 0 ? static_cast<float>(products) / static_cast<float>(squares) * (step[r] / (2 * quantise.units)) : 0.0f;
       if (t == 0 && there[r]) reinterpret_cast<unsigned short*>(slice + side.scales)[warp * 16 + g + 8 * r] = to_half(any ? fitted : 0.0f);

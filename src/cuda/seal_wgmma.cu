@@ -348,15 +348,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
       step[r] = (side.abs_max ? step[r] : sqrtf(step[r] * (1.0f / D))) * quantise.to_step;
       const bool any = step[r] > 0 && live[r];
       const float inverse = any ? reciprocal(step[r]) * quantise.units : 0.0f;
-      const uint32_t all = any ? ~0u : 0u;
-      Fit fit;
-#pragma unroll
-      for (int b = 0; b < S::kBlocks; ++b) {
-        float values[8];
-#pragma unroll
-        for (int k = 0; k < 8; ++k) values[k] = y[4 * b + k / 2][2 * r + k % 2];
-        words[r][b] = all & (32 * b + 16 < S::kColumns ? quantise.template operator()<8>(values, inverse, fit) : quantise.template operator()<4>(values, inverse, fit));
-      }
+      const Fit fit = codes_of_row<S::kColumns>(quantise, y, r, any, inverse, words[r]);
       fitted[r][0] = static_cast<float>(quad_sum(fit.products));
       fitted[r][1] = static_cast<float>(quad_sum(fit.squares));
     }
