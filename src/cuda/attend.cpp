@@ -22,7 +22,7 @@ struct Scratch {
 Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
   const std::size_t blocks = static_cast<std::size_t>(p.batch) * p.kv_heads * p.blocks;
   const std::size_t rows = static_cast<std::size_t>(plan.segment_blocks) * kBlockRows;
-  const std::size_t slots = static_cast<std::size_t>(plan.ctas) * plan.warps_per_cta + 2 * (blocks / plan.segment_blocks);
+  const std::size_t slots = static_cast<std::size_t>(plan.ctas) * plan.readers_per_cta + 2 * (blocks / plan.segment_blocks);
   Scratch s{};
   s.arrived = 0;
   s.line = kMostFused * sizeof(int);
@@ -83,7 +83,7 @@ AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load
   with_dim(p.dim, [&](auto d) {
     constexpr int kDim = decltype(d)::value;
     const Fit used = fit<kDim>(plan.room, plan.segment_blocks);
-    plan.warps_per_cta = used.readers;
+    plan.readers_per_cta = used.readers;
     const int left = room_bytes(plan.room) - main_shared<kDim>(main_readers(kDim, plan.room), used.readers, used.depth, plan.segment_blocks);
     plan.most_sequences = used.readers > 0 ? left / static_cast<int>(sizeof(int)) - 1 : 0;
     return true;
@@ -102,7 +102,7 @@ AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load
 cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch, cudaStream_t stream) {
   p.segment_blocks = plan.segment_blocks;
   p.blocks = blocks_of_rows(p, plan.segment_blocks);
-  p.warps = plan.ctas * plan.warps_per_cta;
+  p.readers = plan.ctas * plan.readers_per_cta;
   // Few segments: their rows are spread, so that the states of each are read by many. Every CTA reads the rotation's matrix.
   const int segments = p.batch * p.kv_heads * (p.blocks / plan.segment_blocks);
   p.merge_rows = segments * 2 >= plan.ctas ? kBlockRows * plan.segment_blocks : segments * 8 >= plan.ctas ? 2 : 1;

@@ -263,7 +263,7 @@ struct FusedShares : Shares {
 
   __device__ __forceinline__ FusedShares(int exact, int pages)
       : Shares(exact + pages, static_cast<int>(gridDim.x) * kCount), exact_items(exact), items(exact + pages),
-        ctas(max(1, (warps + kCount - 1) / kCount)) {}
+        ctas(max(1, (readers + kCount - 1) / kCount)) {}
 };
 
 extern __shared__ __align__(128) unsigned char memory[];  // as attend_main declares it
@@ -277,13 +277,13 @@ struct FusedEnd {
 template <int kCount>
 __device__ __forceinline__ FusedEnd fused_end(const FusedShares<kCount>& shares, int cta) {
   const bool any_pages = shares.exact_items < shares.items;
-  const int paged_reader = any_pages ? shares.owner(shares.exact_items) : shares.warps;
+  const int paged_reader = any_pages ? shares.owner(shares.exact_items) : shares.readers;
   FusedEnd end;
   end.ctas = shares.ctas;
   end.exact = shares.exact_items > 0 ? shares.owner(shares.exact_items - 1) / kCount + 1 : 0;
   end.first_paged = any_pages ? paged_reader / kCount : shares.ctas;
   end.all = end.exact + end.ctas - end.first_paged;
-  end.readers = max(0, min(kCount, shares.warps - cta * kCount));
+  end.readers = max(0, min(kCount, shares.readers - cta * kCount));
   end.first_pages = min(max(paged_reader - cta * kCount, 0), end.readers);
   return end;
 }
@@ -296,7 +296,7 @@ __device__ __forceinline__ void fused_fill(const AttendParams& p, const FusedSha
   const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
   const int w = blockIdx.x * F::kCount + lane;
   Cursor from;
-  if (lane < F::kCount && w < shares.warps) from.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
+  if (lane < F::kCount && w < shares.readers) from.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
   PiecesOf<F::kMembers> pieces(p, from, at.segments_per_head);
   Filler<F::kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, F::kCount - 1) * F::kQueueBytes);
   fill_all(pieces, filler, lane);
@@ -316,7 +316,7 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const FusedSha
   turn_queries<D, kSegmentRows, kReaders>(p, at.b, at.head, at.row0, first, columns, at.operands, scales, at.y, at.fragments, warp, lane);
   const int reader = warp / F::kMembers, member = warp % F::kMembers, w = blockIdx.x * F::kCount + reader;
   Cursor here;
-  if (w < shares.warps) here.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
+  if (w < shares.readers) here.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
   unsigned char* const mine = memory + reader * F::kQueueBytes;
   std::conditional_t<kTeamed, TeamQueue<F::kMembers, F::kDepth, S::kSlotBytes>, Queue<F::kDepth, S::kSlotBytes, S::kExactPitch>> queue(mine, lane);
   std::conditional_t<kTeamed, TeamState<D, F::kMembers, F::kBlocks>, State<D, F::kBlocks>> state;

@@ -1,4 +1,4 @@
-// The line of items that the warps share out among themselves, and the pieces of the cache that an item is read in.
+// The line of items that the readers, warps or teams of them, share out among themselves, and the pieces of the cache that an item is read in.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,18 +10,18 @@
 
 namespace kv4::cuda {
 
-// How the items are shared out: every warp takes as many, the first ones one more. No more warps than items.
+// How the items are shared out: every reader takes as many, the first ones one more. No more readers than items.
 struct Shares {
-  int warps, each, more;  // warps [0, more) take each + 1
+  int readers, each, more;  // readers [0, more) take each + 1
 
-  __device__ __forceinline__ Shares(int items, int most_warps) : warps(min(most_warps, items)), each(1), more(0) {
-    if (items <= most_warps) return;
-    each = items / warps;
-    more = items - each * warps;
+  __device__ __forceinline__ Shares(int items, int most_readers) : readers(min(most_readers, items)), each(1), more(0) {
+    if (items <= most_readers) return;
+    each = items / readers;
+    more = items - each * readers;
   }
-  // First item of warp w's stretch.
+  // First item of reader w's stretch.
   __device__ __forceinline__ int first(int w) const { return w * each + min(w, more); }
-  // The warp whose stretch holds `item`.
+  // The reader whose stretch holds `item`.
   __device__ __forceinline__ int owner(int item) const {
     const int longer = more * (each + 1);
     return item < longer ? item / (each + 1) : more + (item - longer) / each;

@@ -107,13 +107,13 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
   int* line = reinterpret_cast<int*>(memory + main_shared<D>(kKind, kReaders, kDepth, kBlocks));
   if (warp == kWarps) lay_line(p, lane, line);  // not from the kernel before: fetching begins without it
   __syncthreads();
-  const Shares shares(line[p.batch], p.warps);
+  const Shares shares(line[p.batch], p.readers);
 
   if (warp == kWarps) {
     if constexpr (WarpSlots::kBulk) {
       const int w = blockIdx.x * kReaders + lane;
       Cursor at;
-      if (lane < kReaders && w < shares.warps) at.start(p, line, shares.first(w), shares.first(w + 1));
+      if (lane < kReaders && w < shares.readers) at.start(p, line, shares.first(w), shares.first(w + 1));
       PiecesOf<kMembers> pieces(p, at, segments_per_head);
       Filler<kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, kReaders - 1) * kQueueBytes);
       fill_all(pieces, filler, lane);
@@ -122,7 +122,7 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
   }
 
   const int w = blockIdx.x * kReaders + reader;
-  if (w >= shares.warps) return;
+  if (w >= shares.readers) return;
   Cursor here;
   here.start(p, line, shares.first(w), shares.first(w + 1));
   Slots queue(memory + reader * kQueueBytes, lane);

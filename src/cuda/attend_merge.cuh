@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   const SequenceView& s = p.sequences[b];
   // Of this thread's first element, asked for early.
   const float first_lambda = s.lambda_v != nullptr ? s.lambda_v[head * D + threadIdx.x % D] : 1.0f;
-  const Shares shares(p.line[p.batch], p.warps);
+  const Shares shares(p.line[p.batch], p.readers);
   const int exact_items = items_of(s.exact[0]) + items_of(s.exact[1]);
   const int items = exact_items + s.page_count, base = p.line[b] + segment * items;
   int first[2] = {0, 0}, count[2] = {0, 0};  // slots of each kind: first, and how many

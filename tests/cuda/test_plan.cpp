@@ -44,7 +44,7 @@ TEST(CudaPlan, EveryHeadDimAndRowsFitTheDevice) {
         with_dim(dim, [&](auto d) {
           constexpr int kDim = decltype(d)::value;
           const Fit used = fit<kDim>(plan.room, plan.segment_blocks);
-          EXPECT_EQ(used.readers, plan.warps_per_cta);
+          EXPECT_EQ(used.readers, plan.readers_per_cta);
           EXPECT_GE(used.readers, 4);  // one to a scheduler
           EXPECT_GE(used.depth, 2);  // the keys of two pages are held at once
           const int queues = main_shared<kDim>(main_readers(kDim, plan.room), used.readers, used.depth, plan.segment_blocks);
@@ -153,7 +153,7 @@ TEST(CudaPlan, WithoutRoomNothingIsQueued) {
   p.batch = p.kv_heads = p.group = p.queries = 1;
   p.dim = 128;
   const AttendPlan plan = plan_attend(p, {170, 99 * 1024, 120}, {});
-  EXPECT_EQ(plan.warps_per_cta, 0);
+  EXPECT_EQ(plan.readers_per_cta, 0);
   EXPECT_EQ(plan.most_sequences, 0);
   std::array<unsigned char, 1> scratch;
   EXPECT_EQ(launch_attend(p, plan, scratch.data(), nullptr), cudaErrorNoKernelImageForDevice);
