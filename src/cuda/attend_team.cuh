@@ -7,7 +7,8 @@
 //
 // Two, wherever d = 256 is read on 9.0: a page is too much for one warp's registers, which read its queries' operands again for
 // every use, spilled 244 to 444 bytes and had 80 KB of code for two pages; a quarter of their stalls were for instructions, now
-// 3 % are (4 / 1 / 256, 16 x 32,768: 96 us by warps, 77 by teams of two; 1 x 4,096: 41 and 26).
+// 3 % are. 4 / 1 / 256, 16 x 32,768: 96 us by warps, 81 by teams of two with the operands in registers, 77 with these in shared
+// memory, prepare and merge changed as well; 1 x 4,096: 41, 30 and 26.
 #pragma once
 
 #include <type_traits>
