@@ -44,7 +44,7 @@ Status Cache::State::record(const AttendArgs& args) {
   const std::int64_t queries = args.q.shape[2];
   const bool told = args.mask.kind == Mask::General::none || args.mask.general != nullptr;
   energies.clear();
-  const bool wants_energy = seals() && config.recipe.key.lambda == LambdaMode::automatic;
+  const bool wants_energy = automatic();
   for (std::size_t b = 0; b < sequences.size(); ++b) {
     Sequence& s = sequences[b];
     const Visibility visibility(args, static_cast<int>(b), length);
