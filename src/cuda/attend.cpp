@@ -28,7 +28,7 @@ Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
   s.line = kMostFused * sizeof(int);
   if (plan.fused_ctas > 0) {
     s.states = s.line;
-    s.bytes = s.states + blocks / plan.segment_blocks * (plan.fused_ctas + 1) * fused_state_floats(p.dim, plan.segment_blocks) * sizeof(float);
+    s.bytes = s.states + blocks / plan.segment_blocks * 2 * plan.fused_ctas * fused_state_floats(p.dim, plan.segment_blocks) * sizeof(float);
     return s;
   }
   s.operands = s.line + round_up((static_cast<std::size_t>(p.batch) + 1) * sizeof(int));
@@ -95,6 +95,7 @@ AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load
     plan_fused<decltype(d)::value>(p, segments, load, &plan);
     return true;
   });
+  if (plan.fused_ctas == 0 && load.all * (segments / p.batch) > 2LL * plan.ctas * plan.readers_per_cta) plan.unit = 2;
   plan.scratch = lay_out(sized, plan).bytes;
   return plan;
 }
@@ -103,6 +104,7 @@ cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch
   p.segment_blocks = plan.segment_blocks;
   p.blocks = blocks_of_rows(p, plan.segment_blocks);
   p.readers = plan.ctas * plan.readers_per_cta;
+  p.unit = plan.unit;
   // Few segments: their rows are spread, so that the states of each are read by many. Every CTA reads the rotation's matrix.
   const int segments = p.batch * p.kv_heads * (p.blocks / plan.segment_blocks);
   p.merge_rows = segments * 2 >= plan.ctas ? kBlockRows * plan.segment_blocks : segments * 8 >= plan.ctas ? 2 : 1;

@@ -67,8 +67,9 @@ struct AttendParams {
   int* line = nullptr;             // [batch + 1] items before each sequence
   uint4* operands = nullptr;       // per block: bytes, halves of q', halves of q (see operand_* below)
   float* row_scale = nullptr;      // per block: [kBlockRows] of bytes times factor, then of the halves of q'
-  float* states = nullptr;         // per slot: o [rows][dim], m [rows], l [rows]; per CTA of a segment: fused_state_floats
+  float* states = nullptr;         // per slot: o [rows][dim], m [rows], l [rows]; per CTA of a segment: twice fused_state_floats
   int readers = 0;                 // warps or teams that share the line
+  int unit = 1;                    // items that it is shared out by, 1 or 2: two pages are read together
   int segment_blocks = 0;          // blocks of a segment: 1 or 2
   int merge_rows = 0;              // rows of a segment that one CTA merges
 };
@@ -106,6 +107,7 @@ struct AttendPlan {
   int most_sequences = 0;  // whose line fits beside the queues
   int segment_blocks = 1;
   int ctas = 0, readers_per_cta = 0;  // warps or teams of them
+  int unit = 1;
   int fused_ctas = 0;  // of each segment, where one kernel does all (attend_fused.cuh); 0: three kernels
   bool teams = false;  // of warps read together there (attend_team.cuh)
   bool early = false;  // the kernels may begin before those before them have ended (sm_90)

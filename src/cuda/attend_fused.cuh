@@ -25,6 +25,7 @@ template <int D, Rows kSegmentRows, Readers kReaders>
 struct FusedShape {
   static constexpr int kBlocks = blocks_of(kSegmentRows), kRows = kBlocks * kBlockRows;
   static constexpr int kCount = fused_fit<D>(kReaders, kBlocks).readers, kDepth = fused_fit<D>(kReaders, kBlocks).depth;  // readers, their slots
+  static constexpr bool kDealt = kReaders == Readers::warps;
   static constexpr int kMembers = members_of(kReaders), kWarps = kCount * kMembers, kAllWarps = kWarps + 1;
   static constexpr int kQueueBytes = queue_bytes(kDepth, Shape<D>::kSlotBytes);
   static constexpr int kSteps = D / 16, kTiles = D / 8;  // of a rotation
@@ -257,14 +258,43 @@ struct FusedPlace {
 };
 
 // How a segment's items are shared out among its CTAs' readers, kCount each.
-template <int kCount>
+//
+// Where every reader has pages, they may be dealt (kDealt) two by two, as they are read: on one line (Shares), the exact items before the
+// pages, the first readers would have an odd page more, which takes a warp as long as two. Exact items, where they are few, go to the first
+// reader of each CTA: every warp that reads some waits for code that nobody has fetched, 6 us where all eight did at once.
+template <int kCount, bool kDealt>
 struct FusedShares : Shares {
   int exact_items, items, ctas;
+  bool dealt;
+  int holders = 0;  // of exact items that are dealt, each in a CTA of its own
 
   __device__ __forceinline__ FusedShares(int exact, int pages)
-      : Shares(exact + pages, static_cast<int>(gridDim.x) * kCount), exact_items(exact), items(exact + pages),
-        ctas(max(1, (readers + kCount - 1) / kCount)) {}
+      : Shares(exact + pages, static_cast<int>(gridDim.x) * kCount, 1), exact_items(exact), items(exact + pages),
+        ctas(max(1, (readers + kCount - 1) / kCount)) {
+    const int all = static_cast<int>(gridDim.x) * kCount, pairs = (pages + 1) / 2;
+    dealt = kDealt && pairs >= all && exact <= 2 * static_cast<int>(gridDim.x);
+    if (!dealt) return;
+    holders = min(exact, ctas);
+    each = pairs / all;
+    more = pairs - each * all;
+  }
+  __device__ __forceinline__ Stretch of(int cta, int reader) const {
+    const int w = cta * kCount + reader;
+    if (w >= readers) return {};
+    if (!dealt) {
+      const int begin = first(w), behind = first(w + 1), pages = max(begin, exact_items);
+      return {begin, max(0, min(behind, exact_items) - begin), pages - exact_items, max(0, behind - pages)};
+    }
+    const int rank = reader * ctas + cta, fewer = readers - more, pair = rank * each + max(0, rank - fewer);
+    const int behind = 2 * (pair + each + (rank >= fewer ? 1 : 0)), page_count = min(behind, items - exact_items) - 2 * pair;
+    if (rank >= holders) return {0, 0, 2 * pair, page_count};
+    const int begin = rank * exact_items / holders;
+    return {begin, (rank + 1) * exact_items / holders - begin, 2 * pair, page_count};
+  }
 };
+
+template <int D, Rows kSegmentRows, Readers kReaders>
+using SharesOf = FusedShares<FusedShape<D, kSegmentRows, kReaders>::kCount, FusedShape<D, kSegmentRows, kReaders>::kDealt>;
 
 extern __shared__ __align__(128) unsigned char memory[];  // as attend_main declares it
 
@@ -273,9 +303,11 @@ extern __shared__ __align__(128) unsigned char memory[];  // as attend_main decl
 struct FusedEnd {
   int ctas, exact, all, first_paged;
   int first_pages, readers;  // of this CTA's readers [first_pages, readers) end with a state over pages, those before with one over exact rows
+  int carried;               // 1: one of the latter has one over exact rows too
 };
-template <int kCount>
-__device__ __forceinline__ FusedEnd fused_end(const FusedShares<kCount>& shares, int cta) {
+template <int kCount, bool kDealt>
+__device__ __forceinline__ FusedEnd fused_end(const FusedShares<kCount, kDealt>& shares, int cta) {
+  if (shares.dealt) return {shares.ctas, shares.holders, shares.holders + shares.ctas, 0, 0, kCount, cta < shares.holders ? 1 : 0};
   const bool any_pages = shares.exact_items < shares.items;
   const int paged_reader = any_pages ? shares.owner(shares.exact_items) : shares.readers;
   FusedEnd end;
@@ -285,18 +317,18 @@ __device__ __forceinline__ FusedEnd fused_end(const FusedShares<kCount>& shares,
   end.all = end.exact + end.ctas - end.first_paged;
   end.readers = max(0, min(kCount, shares.readers - cta * kCount));
   end.first_pages = min(max(paged_reader - cta * kCount, 0), end.readers);
+  end.carried = any_pages && paged_reader / kCount == cta && shares.first(paged_reader) < shares.exact_items ? 1 : 0;
   return end;
 }
 
 template <int D, Rows kSegmentRows, Readers kReaders>
-__device__ __forceinline__ void fused_fill(const AttendParams& p, const FusedShares<FusedShape<D, kSegmentRows, kReaders>::kCount>& shares,
+__device__ __forceinline__ void fused_fill(const AttendParams& p, const SharesOf<D, kSegmentRows, kReaders>& shares,
                                            FusedEnd* end, int lane) {
   using S = Shape<D>;
   using F = FusedShape<D, kSegmentRows, kReaders>;
   const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
-  const int w = blockIdx.x * F::kCount + lane;
   Cursor from;
-  if (lane < F::kCount && w < shares.readers) from.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
+  if (lane < F::kCount) from.start_within(p, at.b, at.segment, shares.of(blockIdx.x, lane));
   PiecesOf<F::kMembers> pieces(p, from, at.segments_per_head);
   Filler<F::kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, F::kCount - 1) * F::kQueueBytes);
   fill_all(pieces, filler, lane);
@@ -305,26 +337,28 @@ __device__ __forceinline__ void fused_fill(const AttendParams& p, const FusedSha
 }
 
 template <int D, Rows kSegmentRows, Readers kReaders>
-__device__ __forceinline__ void fused_read(const AttendParams& p, const FusedShares<FusedShape<D, kSegmentRows, kReaders>::kCount>& shares,
+__device__ __forceinline__ void fused_read(const AttendParams& p, const SharesOf<D, kSegmentRows, kReaders>& shares,
                                            QueryRow<D>& first, Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns,
-                                           int* carries, int warp, int lane) {
+                                           int warp, int lane) {
   using S = Shape<D>;
   using F = FusedShape<D, kSegmentRows, kReaders>;
   constexpr bool kTeamed = kReaders != Readers::warps;
   __shared__ float scales[F::kBlocks * 2 * kBlockRows];
   const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
   turn_queries<D, kSegmentRows, kReaders>(p, at.b, at.head, at.row0, first, columns, at.operands, scales, at.y, at.fragments, warp, lane);
-  const int reader = warp / F::kMembers, member = warp % F::kMembers, w = blockIdx.x * F::kCount + reader;
-  Cursor here;
-  if (w < shares.readers) here.start_within(p, at.b, at.segment, shares.first(w), shares.first(w + 1));
+  const int reader = warp / F::kMembers, member = warp % F::kMembers;
+  const Stretch stretch = shares.of(blockIdx.x, reader);
   unsigned char* const mine = memory + reader * F::kQueueBytes;
   std::conditional_t<kTeamed, TeamQueue<F::kMembers, F::kDepth, S::kSlotBytes>, Queue<F::kDepth, S::kSlotBytes, S::kExactPitch>> queue(mine, lane);
   std::conditional_t<kTeamed, TeamState<D, F::kMembers, F::kBlocks>, State<D, F::kBlocks>> state;
 #pragma unroll 1
-  while (here.flat < here.end) {
-    const int run = here.run();
-    const bool packed = here.packed(), more = here.flat + run < here.end;
-    float* const to = more ? at.carried : reinterpret_cast<float*>(mine);
+  for (int kind = 0; kind < 2; ++kind) {
+    const bool packed = kind != 0;
+    const int run = packed ? stretch.page_count : stretch.exact_count;
+    if (run == 0) continue;
+    Cursor here;
+    here.start_within(p, at.b, at.segment, {stretch.exact, packed ? 0 : run, stretch.page, packed ? run : 0});
+    float* const to = packed || stretch.page_count == 0 ? reinterpret_cast<float*>(mine) : at.carried;  // one reader at most has both kinds
     state.clear();
     if constexpr (kTeamed) {
       auto& exchange = at.exchanges[reader];
@@ -339,8 +373,6 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const FusedSha
       else exact_run<D, F::kBlocks>(p, queue, none, state, here, at.head, at.operands, at.row0, run, lane);
       state.template put<kSegmentRows == Rows::four, F::kPitch>(to, packed, at.rows, lane);
     }
-    if (more && lane == 0) *carries = 1;
-    here.skip(p, run, gridDim.y);
   }
 }
 
@@ -352,7 +384,7 @@ __device__ __forceinline__ int anew(int x) {
 
 // What follows the reading.
 template <int D, Rows kSegmentRows, Readers kReaders>
-__device__ __forceinline__ void fused_finish(const AttendParams& p, const int* carries, const FusedEnd* worked_out) {
+__device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedEnd* worked_out) {
   using F = FusedShape<D, kSegmentRows, kReaders>;
   constexpr int kSteps = F::kSteps;
   __shared__ float largest[F::kRows], whole[F::kRows];  // of the part over pages; what the sums are multiplied by
@@ -380,10 +412,10 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const int* c
   // This CTA's states, of its readers'.
   Joined<D> sum;
   constexpr int kStateFloats = fused_state_floats(D, F::kBlocks), kM = F::kRows * D;  // o [kRows][D], m and l of each row
-  float* const of_segment = p.states + static_cast<std::size_t>(place) * (gridDim.x + 1) * kStateFloats;
+  float* const of_segment = p.states + static_cast<std::size_t>(place) * 2 * gridDim.x * kStateFloats;
   for (int unit = warp; unit < 2 * rows; unit += F::kWarps) {
     const int over_pages = unit < rows ? 0 : 1, r = unit - over_pages * rows;
-    const int begin = over_pages != 0 ? end.first_pages : *carries != 0 ? -1 : 0, behind = over_pages != 0 ? end.readers : end.first_pages;
+    const int begin = over_pages != 0 ? end.first_pages : -end.carried, behind = over_pages != 0 ? end.readers : end.first_pages;
     if (begin >= behind) continue;
     const auto state = [&](int i) { return i < 0 ? at.carried : reinterpret_cast<const float*>(memory + i * F::kQueueBytes); };
     sum.clear();
@@ -545,7 +577,6 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const int* c
 template <int D, Rows kSegmentRows, Readers kReaders>
 __device__ __forceinline__ void fused_all(const AttendParams& p) {
   using F = FusedShape<D, kSegmentRows, kReaders>;
-  __shared__ int carries;
   __shared__ FusedEnd end;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   {
@@ -565,17 +596,16 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
       if constexpr (kReaders != Readers::warps) TeamQueue<F::kMembers, F::kDepth, Shape<D>::kSlotBytes>::prepare(queue, warp % F::kMembers);
       else Queue<F::kDepth, Shape<D>::kSlotBytes, Shape<D>::kExactPitch>::prepare(queue);
     }
-    if (threadIdx.x == 0) carries = 0;
     if (warp < F::kWarps && p.dual.words != nullptr) columns.prefetch(p.dual, warp, F::kWarps, lane);
     if (warp < F::kWarps) first.load_lambda(lambda, at.head, lane);
     __syncthreads();
     const auto items = [](long long rows) { return static_cast<int>((rows + kExactTokens - 1) / kExactTokens); };
-    const FusedShares<F::kCount> shares(items(sinks) + items(window), pages);
+    const SharesOf<D, kSegmentRows, kReaders> shares(items(sinks) + items(window), pages);
     if (blockIdx.x >= shares.ctas) return;
     if (warp == F::kWarps) return fused_fill<D, kSegmentRows, kReaders>(p, shares, &end, lane);
-    fused_read<D, kSegmentRows, kReaders>(p, shares, first, columns, &carries, warp, lane);
+    fused_read<D, kSegmentRows, kReaders>(p, shares, first, columns, warp, lane);
   }
-  fused_finish<D, kSegmentRows, kReaders>(p, &carries, &end);
+  fused_finish<D, kSegmentRows, kReaders>(p, &end);
 }
 
 // For the large room alone, where another warp fills the queues. Empty in code for devices before 9.0.

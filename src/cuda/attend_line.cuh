@@ -10,33 +10,39 @@
 
 namespace kv4::cuda {
 
-// How the items are shared out: every reader takes as many, the first ones one more. No more readers than items.
+// How the items are shared out, `unit` at a time: every reader takes as many, the first ones one unit more. No more readers than units.
 struct Shares {
-  int readers, each, more;  // readers [0, more) take each + 1
+  int readers, each, more;  // readers [0, more) take each + 1 units
+  int unit;                 // 1 or 2
 
-  __device__ __forceinline__ Shares(int items, int most_readers) : readers(min(most_readers, items)), each(1), more(0) {
-    if (items <= most_readers) return;
-    each = items / readers;
-    more = items - each * readers;
+  __device__ __forceinline__ Shares(int items, int most_readers, int its_unit) : readers(min(most_readers, items >> (its_unit - 1))), each(1), more(0), unit(its_unit) {
+    const int units = items >> (unit - 1);
+    if (units <= most_readers) return;
+    each = units / readers;
+    more = units - each * readers;
   }
   // First item of reader w's stretch.
-  __device__ __forceinline__ int first(int w) const { return w * each + min(w, more); }
+  __device__ __forceinline__ int first(int w) const { return (w * each + min(w, more)) * unit; }
   // The reader whose stretch holds `item`.
   __device__ __forceinline__ int owner(int item) const {
-    const int longer = more * (each + 1);
-    return item < longer ? item / (each + 1) : more + (item - longer) / each;
+    const int longer = more * (each + 1), at = item >> (unit - 1);
+    return at < longer ? at / (each + 1) : more + (at - longer) / each;
   }
 };
 
 __device__ __forceinline__ int items_of(const ExactRows& x) { return static_cast<int>((x.count + kExactTokens - 1) / kExactTokens); }
 
-// Items of a sequence, all heads and segments of the call.
+// A sequence's exact items and its pages begin at a whole unit of the line: what `items` of a kind leave free behind them.
+__device__ __forceinline__ int left_free(int items, int unit) { return -items & (unit - 1); }
+__device__ __forceinline__ int whole_units(int items, int unit) { return items + left_free(items, unit); }
+
+// Places on the line of a sequence, all heads and segments of the call.
 __device__ __forceinline__ int items_of(const AttendParams& p, int b) {
   const SequenceView& s = p.sequences[b];
-  return (items_of(s.exact[0]) + items_of(s.exact[1]) + s.page_count) * p.kv_heads * (p.blocks / p.segment_blocks);
+  return (whole_units(items_of(s.exact[0]) + items_of(s.exact[1]), p.unit) + whole_units(s.page_count, p.unit)) * p.kv_heads * (p.blocks / p.segment_blocks);
 }
 
-// line[b] = items of the sequences before b. One warp.
+// line[b] = places of the sequences before b. One warp.
 __device__ inline void lay_line(const AttendParams& p, int lane, int* line) {
   int before = 0;
   for (int first = 0; first < p.batch; first += kLanes) {
@@ -53,6 +59,11 @@ __device__ inline void lay_line(const AttendParams& p, int lane, int* line) {
   if (lane == 0) line[p.batch] = before;
 }
 
+// Items of one segment that a reader takes: exact ones, then pages, counted from the segment's first one.
+struct Stretch {
+  int exact = 0, exact_count = 0, page = 0, page_count = 0;
+};
+
 // Where a warp stands on the line of items: sequence, head and segment of row blocks, and the item among theirs.
 // A sequence's items are 16 sinks each, 16 window rows each, then its pages.
 struct Cursor {
@@ -60,11 +71,12 @@ struct Cursor {
   int b = 0, segment = 0;  // segment: KV head * segments per head + its row blocks
   int item = 0, items = 0;
   int sink_items = 0, exact_items = 0;
+  int behind = 0, resume = 0;  // behind its last exact item of this segment it goes on with item `resume`
 
   __device__ __forceinline__ void enter(const AttendParams& p) {
     const SequenceView& s = p.sequences[b];
     sink_items = items_of(s.exact[0]);
-    exact_items = sink_items + items_of(s.exact[1]);
+    behind = resume = exact_items = sink_items + items_of(s.exact[1]);
     items = exact_items + s.page_count;
   }
   __device__ void start(const AttendParams& p, const int* line, int first, int last) {
@@ -79,23 +91,33 @@ struct Cursor {
     }
     b = low;
     enter(p);
-    const int at = first - line[b];
-    segment = at / items;
-    item = at % items;
+    const int at = first - line[b], exact = whole_units(exact_items, p.unit), places = exact + whole_units(items - exact_items, p.unit);
+    segment = at / places;
+    item = at - segment * places;
+    if (item >= exact) item -= exact - exact_items;
   }
-  // Items first ... last - 1 of one segment.
-  __device__ void start_within(const AttendParams& p, int sequence, int its_segment, int first, int last) {
-    flat = item = first;
-    end = last;
+  // A stretch of one segment, whose items follow each other as if they were all there are.
+  __device__ void start_within(const AttendParams& p, int sequence, int its_segment, const Stretch& stretch) {
+    flat = 0;
+    end = stretch.exact_count + stretch.page_count;
     b = sequence;
     segment = its_segment;
     enter(p);
+    behind = stretch.exact + stretch.exact_count;
+    resume = exact_items + stretch.page;
+    item = stretch.exact_count > 0 ? stretch.exact : resume;
   }
-  // By `count` items, within the segment or to its end.
+  // By `count` items, within those of a kind or to their end.
   __device__ __forceinline__ void skip(const AttendParams& p, int count, int segments) {
+    const bool exact = !packed();
     flat += count;
     item += count;
+    if (exact && item == behind) {
+      flat += left_free(exact_items, p.unit);
+      item = resume;
+    }
     if (item < items) return;
+    flat += left_free(items - exact_items, p.unit);
     item = 0;
     if (++segment < segments) return;
     segment = 0;
@@ -107,7 +129,7 @@ struct Cursor {
   }
   __device__ __forceinline__ bool packed() const { return item >= exact_items; }
   // Items of this kind and segment from here on.
-  __device__ __forceinline__ int run() const { return min((packed() ? items : exact_items) - item, end - flat); }
+  __device__ __forceinline__ int run() const { return min((packed() ? items : behind) - item, end - flat); }
 };
 
 // Keys or values (half 0 or 1) of an exact item.

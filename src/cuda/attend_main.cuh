@@ -107,10 +107,10 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
   int* line = reinterpret_cast<int*>(memory + main_shared<D>(kKind, kReaders, kDepth, kBlocks));
   if (warp == kWarps) lay_line(p, lane, line);  // not from the kernel before: fetching begins without it
   __syncthreads();
-  const Shares shares(line[p.batch], p.readers);
+  const Shares shares(line[p.batch], p.readers, p.unit);
 
   if (warp == kWarps) {
-    if constexpr (WarpSlots::kBulk) {
+    if constexpr (kBulkCopies) {
       const int w = blockIdx.x * kReaders + lane;
       Cursor at;
       if (lane < kReaders && w < shares.readers) at.start(p, line, shares.first(w), shares.first(w + 1));
@@ -127,7 +127,7 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
   here.start(p, line, shares.first(w), shares.first(w + 1));
   Slots queue(memory + reader * kQueueBytes, lane);
   Pieces pieces(p, here, segments_per_head);  // used, and then not kept up, only where warps fill their own queues
-  if constexpr (!WarpSlots::kBulk)
+  if constexpr (!kBulkCopies)
     for (int i = 0; i < kDepth; ++i) queue.fill(pieces);
 
   wait_for_previous();

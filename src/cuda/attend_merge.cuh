@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   const SequenceView& s = p.sequences[b];
   // Of this thread's first element, asked for early.
   const float first_lambda = s.lambda_v != nullptr ? s.lambda_v[head * D + threadIdx.x % D] : 1.0f;
-  const Shares shares(p.line[p.batch], p.readers);
+  const Shares shares(p.line[p.batch], p.readers, p.unit);
   const int exact_items = items_of(s.exact[0]) + items_of(s.exact[1]);
-  const int items = exact_items + s.page_count, base = p.line[b] + segment * items;
+  const int exact_places = whole_units(exact_items, p.unit), base = p.line[b] + segment * (exact_places + whole_units(s.page_count, p.unit));
   int first[2] = {0, 0}, count[2] = {0, 0};  // slots of each kind: first, and how many
   if (exact_items > 0) {
     const int w0 = shares.owner(base), w1 = shares.owner(base + exact_items - 1);
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
     count[0] = w1 - w0 + 1;
   }
   if (s.page_count > 0) {
-    const int w0 = shares.owner(base + exact_items), w1 = shares.owner(base + items - 1);
+    const int w0 = shares.owner(base + exact_places), w1 = shares.owner(base + exact_places + s.page_count - 1);
     first[1] = w0 + 2 * (b * segments + segment) + 1;
     count[1] = w1 - w0 + 1;
   }

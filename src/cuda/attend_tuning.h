@@ -26,12 +26,14 @@ template <int D>
 struct Shape {
   static constexpr int kTiles = operand_bytes_tiles(D);         // of 32 key channels
   static constexpr int kKeyCodeBytes = kPageTokens * pad_channels(D) / 2;
-  static constexpr int kExactPitch = D * 2 + 16;                // keeps ldmatrix free of bank conflicts
+  // A copy's rows lie as they do in a cache, so that it is one; ldmatrix meets bank conflicts, which cost a warp less than the copies
+  // of 16 rows cost the one that asks for them. Where warps copy by themselves 16 bytes keep it free of them.
+  static constexpr int kExactPitch = D * 2 + (kBulkCopies ? 0 : 16);
   static constexpr int kMeanAt = kKeyCodeBytes + kPageTokens * 2;     // in a slot of keys
   static constexpr int kPackedBytes = kMeanAt + D * 2;
   static constexpr bool kKept = D <= 128;                       // whether a warp keeps the operands of its queries
   static constexpr int kMeanOperands = kKept ? operand_mean_steps(D) * kLanes : 0;  // uint4 of a block
-  static constexpr int kExactBytes = kExactTokens * kExactPitch;
+  static constexpr int kExactBytes = kExactTokens * (D * 2 + 16);  // on any architecture
   static constexpr int kSlotBytes = ((kPackedBytes > kExactBytes ? kPackedBytes : kExactBytes) + 127) / 128 * 128;
 };
 
@@ -123,7 +125,7 @@ constexpr Fit fused_fit(Readers kind, int segment_blocks) {
   return {0, 0};
 }
 constexpr int fused_warps(Readers kind, int readers) { return readers * members_of(kind) + 1; }
-// Floats of a partial state in device memory. A segment's CTAs leave one each, over exact rows or over pages; one of them may leave both.
+// Floats of a partial state in device memory. A segment's CTAs leave one each over exact rows or over pages, or both.
 constexpr int fused_state_floats(int dim, int blocks) { return blocks * kBlockRows * (dim + 2); }
 
 template <int D>

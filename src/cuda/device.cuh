@@ -227,19 +227,13 @@ struct Piece {
 template <int kDepth, int kSlotBytes, int kRowPitch>
 class Queue {
  public:
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  static constexpr bool kBulk = false;
-#else
-  static constexpr bool kBulk = true;
-#endif
-
   // `memory`: queue_bytes(kDepth, kSlotBytes) of this warp, 128-byte aligned.
   __device__ Queue(unsigned char* memory, int lane) : base_(memory), lane_(lane) {}
 
   // Once, by one lane of a warp for its queue, before a barrier of the CTA: lanes of one warp would take turns, 60 cycles for
   // each barrier.
   static __device__ void prepare(unsigned char* memory) {
-    if constexpr (kBulk) {
+    if constexpr (kBulkCopies) {
       const uint32_t barriers = shared_address(memory + kDepth * kSlotBytes);
       for (int i = 0; i < 2 * kDepth; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -249,7 +243,7 @@ class Queue {
   // The next slot in turn, complete; `kHeld` slots were waited for and are not released yet.
   template <int kHeld = 0>
   __device__ __forceinline__ unsigned char* wait() {
-    if constexpr (kBulk) {
+    if constexpr (kBulkCopies) {
       const uint32_t barrier = shared_address(base_ + kDepth * kSlotBytes) + read_ * 16;
       while (!passed(barrier, parity_)) {
       }
@@ -271,7 +265,7 @@ class Queue {
   template <class Pieces>
   __device__ __forceinline__ void release(Pieces& pieces) {
     __syncwarp();
-    if constexpr (kBulk) {
+    if constexpr (kBulkCopies) {
       if (lane_ == 0) arrive(shared_address(base_ + kDepth * kSlotBytes) + freed_ * 16 + 8);
       freed_ = freed_ + 1 == kDepth ? 0 : freed_ + 1;
     } else {
@@ -328,14 +322,14 @@ class Filler {
                  : "=r"(done) : "r"(full() + 8), "r"(parity_ ^ 1) : "memory");
     return done != 0;
   }
-  // Of all lanes together, those with something to put say so: pieces of one row go out from their own lanes, the rows of
-  // others from as many lanes. What is not aligned is left to the reader, who gets the slot at once.
+  // Of all lanes together, those with something to put say so: pieces of one row, or of rows that lie as they do in a slot, go out
+  // from their own lanes, other rows from as many lanes. What is not aligned is left to the reader, who gets the slot at once.
   __device__ __forceinline__ void put(bool mine, const Piece& piece, int lane) {
-    const bool many = mine && piece.rows > 1 && piece.aligned();
+    const bool many = mine && piece.rows > 1 && piece.pitch != kRowPitch && piece.aligned();
     if (mine) {
       if (piece.aligned()) {
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full()), "r"(piece.rows * piece.bytes) : "memory");
-        if (!many) copy(base_ + slot_ * kSlotBytes, piece.from, piece.bytes, full());
+        if (!many) copy(base_ + slot_ * kSlotBytes, piece.from, piece.rows * piece.bytes, full());
       } else {
         asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(full()) : "memory");
       }

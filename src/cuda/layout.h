@@ -34,6 +34,13 @@ namespace kv4::cuda {
 
 constexpr int kLanes = 32;
 
+// Whether code for this architecture has bulk copies (and a warp that asks for them): from 9.0 on.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kBulkCopies = false;
+#else
+constexpr bool kBulkCopies = true;
+#endif
+
 // Channels that codes are stored for.
 KV4_HOST_DEVICE constexpr int pad_channels(int d) { return (d + 31) / 32 * 32; }
 
