@@ -55,7 +55,7 @@ __device__ __forceinline__ void exact_item(const AttendParams& p, Slots& queue, 
       if (p.cap > 0) score[i] = soft_cap(p.cap, score[i]);
     }
     if (rows < kExactTokens || position < seen.x || position + kExactTokens - 1 > seen.y)
-      hide<4>(p, at.b, head, row0 + r * kBlockRows + g, position, rows, score, [t](int i) { return i / 2 * 8 + 2 * t + i % 2; });
+      hide<4, false>(p, at.b, head, row0 + r * kBlockRows + g, position, rows, score, [t](int i) { return i / 2 * 8 + 2 * t + i % 2; });
     const float m = state.raise(r, quad_max(fmaxf(fmaxf(score[0], score[1]), fmaxf(score[2], score[3]))));
     float weight[4];
 #pragma unroll

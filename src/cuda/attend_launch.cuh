@@ -11,17 +11,25 @@
 namespace kv4::cuda {
 
 template <class Kernel>
-cudaError_t queue_kernel(Kernel kernel, const AttendParams& p, const AttendPlan& plan, dim3 ctas, int threads, int bytes, cudaStream_t stream) {
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+cudaError_t queue_kernel(Kernel kernel, const AttendParams& p, const AttendPlan& plan, dim3 ctas, int threads, int bytes, cudaStream_t stream, unsigned cluster_y = 1) {
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (plan.early) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster_y > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim = {1, cluster_y, 1};
+    ++count;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = ctas;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = plan.early ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 
@@ -45,22 +53,23 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
   constexpr int kQueues = main_shared<D>(main_readers(D, kRoom), kFit.readers, kFit.depth, kBlocks);
   static_assert(kQueues + kLineBytes <= room_bytes(kRoom), "more shared memory than the room has");
   constexpr bool kStaged = D > kWarpDim && kRoom == Room::large;
-  constexpr int kPrepare = Turn<D, kStaged>::kStagedBytes, kMerge = MergeShape<D, kBlocks, kStaged>::kShared;
+  constexpr int kMerge = MergeShape<D, kBlocks, kStaged>::kShared;
   static_assert(kMerge + 4096 <= room_bytes(kRoom), "attend_merge: more shared memory than the room has");
   const int shared = kQueues + (p.batch + 1) * static_cast<int>(sizeof(int));
   const auto main = attend_main<D, kRows, kRoom>;
   if (const cudaError_t e = cudaFuncSetAttribute(main, cudaFuncAttributeMaxDynamicSharedMemorySize, shared); e != cudaSuccess) return e;
   const auto merge = attend_merge<D, kBlocks, kStaged>;
   if (const cudaError_t e = cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, kMerge); e != cudaSuccess) return e;
-  const auto prepare = attend_prepare<D, kStaged>;
-  if (const cudaError_t e = cudaFuncSetAttribute(prepare, cudaFuncAttributeMaxDynamicSharedMemorySize, kPrepare); e != cudaSuccess) return e;
   const auto queue = [&](auto kernel, dim3 ctas, int threads, int bytes) {
     return queue_kernel(kernel, p, plan, ctas, threads, bytes, stream);
   };
   // Few CTAs are chains of latency, which more threads shorten; many share their multiprocessors.
   const auto threads = [&](unsigned ctas) { return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kTurnThreads : kTurnThreads / 2; };
   const unsigned blocks = static_cast<unsigned>(p.batch * p.kv_heads * p.blocks);
-  if (const cudaError_t e = queue(prepare, dim3(blocks), threads(blocks), kPrepare); e != cudaSuccess) return e;
+  // Of a large matrix each CTA reads a part; on half of the multiprocessors at most, so that on the others attend_main begins at once.
+  unsigned turn_parts = kStaged ? kMostParts : 1;
+  while (turn_parts > 1 && blocks * turn_parts * 2 > static_cast<unsigned>(plan.ctas)) turn_parts /= 2;
+  if (const cudaError_t e = queue_kernel(attend_prepare<D>, p, plan, dim3(blocks, turn_parts), threads(blocks), 0, stream, turn_parts); e != cudaSuccess) return e;
   if (const cudaError_t e = queue(main, dim3(static_cast<unsigned>(plan.ctas)), main_warps<D>(kRoom, kBlocks) * kLanes, shared); e != cudaSuccess) return e;
   const unsigned segments = static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks)), rows = static_cast<unsigned>(kBlocks * kBlockRows);
   const unsigned parts = (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows);

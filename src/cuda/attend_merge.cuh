@@ -52,14 +52,13 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
     turn.prefetch(p.inverse_transpose);
     turn.stage(p.inverse_transpose, reinterpret_cast<uint4*>(memory));
   }
-  wait_for_previous();
-  let_next_begin();
+  // Where the states lie is known before they are written: this kernel begins when every CTA of attend_main has seen the line.
   const SequenceView& s = p.sequences[b];
   // Of this thread's first element, asked for early.
   const float first_lambda = s.lambda_v != nullptr ? s.lambda_v[head * D + threadIdx.x % D] : 1.0f;
-  const Shares shares(p.line[p.batch], p.readers, p.unit);
+  const Shares shares(__ldcg(p.line + p.batch), p.readers, p.unit);
   const int exact_items = items_of(s.exact[0]) + items_of(s.exact[1]);
-  const int exact_places = whole_units(exact_items, p.unit), base = p.line[b] + segment * (exact_places + whole_units(s.page_count, p.unit));
+  const int exact_places = whole_units(exact_items, p.unit), base = __ldcg(p.line + b) + segment * (exact_places + whole_units(s.page_count, p.unit));
   int first[2] = {0, 0}, count[2] = {0, 0};  // slots of each kind: first, and how many
   if (exact_items > 0) {
     const int w0 = shares.owner(base), w1 = shares.owner(base + exact_items - 1);
@@ -71,6 +70,9 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
     first[1] = w0 + 2 * (b * segments + segment) + 1;
     count[1] = w1 - w0 + 1;
   }
+
+  wait_for_previous();
+  let_next_begin();
 
   // Sums: a warp per row, or several that share a row's slots. Several states are asked for at once, the first before the maximum
   // is known; behind the last one it again, with a weight of 0.

@@ -1,4 +1,5 @@
-// Queries to matrix operands, and the line of items. One CTA per block of kBlockRows query rows of a KV head.
+// Queries to matrix operands, and the line of items. CTA (x, y): block of kBlockRows query rows of a KV head x, part y of its channels;
+// the parts of a block are a cluster and tell each other their largest values.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,15 +12,18 @@
 
 namespace kv4::cuda {
 
-template <int D, bool kStaged>
+constexpr int kMostParts = 8;
+
+template <int D>
 __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_constant__ AttendParams p) {
   constexpr int kPadded = pad_channels(D);
   __shared__ __align__(16) float x[kBlockRows * D];
-  extern __shared__ __align__(128) unsigned char memory[];  // as attend_main declares it
-  __shared__ uint4 operands[Turn<D, kStaged>::kOperands];
-  __shared__ __align__(16) float plain[kBlockRows][kPadded], y[kBlockRows][kPadded], largest[kBlockRows];
+  __shared__ uint4 operands[Turn<D, false>::kOperands];
+  __shared__ __align__(16) float plain[kBlockRows][kPadded], y[kBlockRows][kPadded], largest[kMostParts][kBlockRows];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4;
   const int block = blockIdx.x % p.blocks, head = blockIdx.x / p.blocks % p.kv_heads, b = blockIdx.x / p.blocks / p.kv_heads;
+  const int parts = gridDim.y, part = blockIdx.y;
+  if (parts > 1) cluster_arrive();
   // What the products wait for is asked for before the matrix, and without a branch between.
   const int rows = p.group * p.queries, valid = min(kBlockRows, rows - block * kBlockRows);
   wait_for_previous();
@@ -27,11 +31,12 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
   const float* of_keys = p.sequences[b].lambda_k;
   QueryRow<D> row;
   if (warp < kBlockRows) row.load(p, b, head, block * kBlockRows + warp, lane);
-  Turn<D, kStaged> turn;
+  constexpr int kTiles = operand_bytes_tiles(D), kMeanSteps = operand_mean_steps(D), kExactSteps = operand_exact_steps(D);
+  const int first_tile = kTiles * part / parts, behind_tile = kTiles * (part + 1) / parts;  // of 32 channels
+  Turn<D, false> turn(first_tile * 4, min(behind_tile * 4, D / 8));
   if (p.dual.words != nullptr) turn.prefetch(p.dual);
   if (warp < kBlockRows) row.load_lambda(of_keys, head, lane);
-  if (p.dual.words != nullptr) turn.stage(p.dual, reinterpret_cast<uint4*>(memory));
-  if (blockIdx.x == 0 && warp == static_cast<int>(blockDim.x) / kLanes - 1) lay_line(p, lane, p.line);
+  if (blockIdx.x == 0 && part == 0 && warp == static_cast<int>(blockDim.x) / kLanes - 1) lay_line(p, lane, p.line);
 
   if (warp < kBlockRows) {
 #pragma unroll
@@ -47,24 +52,31 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
   __syncthreads();
   if (p.dual.words != nullptr) turn.apply(p.dual, x, operands, x, valid);
   for (int i = threadIdx.x; i < kBlockRows * D; i += blockDim.x) y[i / D][i % D] = x[i];
+  if (parts > 1) cluster_wait();
   __syncthreads();
   if (warp < kBlockRows) {
     float top = 0;
-    for (int c = lane; c < D; c += kLanes) top = fmaxf(top, fabsf(y[warp][c]));
+    for (int c = first_tile * 32 + lane; c < min(behind_tile * 32, D); c += kLanes) top = fmaxf(top, fabsf(y[warp][c]));
     top = warp_max(top);
-    if (lane == 0) {
-      largest[warp] = top;
-      float* scale = p.row_scale + static_cast<std::size_t>(blockIdx.x) * 2 * kBlockRows;
-      scale[warp] = top / 32512.0f * p.factor;
-      scale[kBlockRows + warp] = top * p.factor;
-    }
+    if (parts == 1) largest[0][warp] = top;
+    else if (lane < parts) put_in_cluster(&largest[part][warp], lane, top);
   }
-  __syncthreads();
-  const float top = largest[g];
+  if (parts > 1) cluster_barrier();
+  else __syncthreads();
+  float top = 0;
+  for (int i = 0; i < parts; ++i) top = fmaxf(top, largest[i][g]);
+  if (part == 0 && warp == 0 && t == 0) {
+    float* scale = p.row_scale + static_cast<std::size_t>(blockIdx.x) * 2 * kBlockRows;
+    scale[g] = top / 32512.0f * p.factor;
+    scale[kBlockRows + g] = top * p.factor;
+  }
   const float to_units = top > 0 ? 32512.0f / top : 0.0f, to_one = top > 0 ? 1.0f / top : 0.0f;
   uint4* out = p.operands + static_cast<std::size_t>(blockIdx.x) * operand_words(D) + lane;
-  constexpr int kTiles = operand_bytes_tiles(D), kMeanSteps = operand_mean_steps(D), kExactSteps = operand_exact_steps(D);
-  for (int k = warp; k < kTiles + kMeanSteps + kExactSteps; k += blockDim.x / kLanes) {
+  // Of 32 channels each: a tile of bytes, two steps for means, two for exact rows.
+  for (int i = warp; i < (behind_tile - first_tile) * 5; i += blockDim.x / kLanes) {
+    const int tile = first_tile + i / 5, kind = i % 5;
+    const int k = kind == 0 ? tile : kind < 3 ? kTiles + tile * 2 + kind - 1 : kTiles + kMeanSteps + tile * 2 + kind - 3;
+    if (k >= kTiles + kMeanSteps + kExactSteps) continue;
     uint4 a;
     if (k < kTiles) {
       uint32_t high[2] = {}, low[2] = {};

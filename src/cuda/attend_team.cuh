@@ -268,7 +268,7 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
         const int tokens = at + 1 == pages ? last_tokens : kPageTokens;
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r)
-          hide<kScores>(p, here.b, head, row0 + r * kBlockRows + row, pages_position + static_cast<long long>(at) * kPageTokens, tokens, now[r], token);
+          hide<kScores, true>(p, here.b, head, row0 + r * kBlockRows + row, pages_position + static_cast<long long>(at) * kPageTokens, tokens, now[r], token);
       }
 #pragma unroll
       for (int r = 0; r < kBlocks; ++r)
@@ -452,7 +452,7 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
           if (p.cap > 0) score[r][n] = soft_cap(p.cap, score[r][n]);
         }
         if (rows < kExactTokens || position < seen.x || position + kExactTokens - 1 > seen.y)
-          hide<4>(p, at.b, head, row0 + r * kBlockRows + g, position, rows, score[r], [t](int n) { return n / 2 * 8 + 2 * t + n % 2; });
+          hide<4, true>(p, at.b, head, row0 + r * kBlockRows + g, position, rows, score[r], [t](int n) { return n / 2 * 8 + 2 * t + n % 2; });
       }
     }
     queue.pop(count);

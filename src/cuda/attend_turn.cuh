@@ -61,16 +61,18 @@ class Turn {
   static constexpr int kOperands = kSteps * kLanes;  // uint4 of shared memory that apply works in
   static constexpr int kStagedTiles = kStaged ? kTurnThreads / kLanes : 0, kStagedBytes = kStagedTiles * kSteps * kLanes * 16;
 
-  __device__ __forceinline__ void prefetch(const PackedMatrix& matrix) { load(matrix, threadIdx.x / kLanes); }
+  // Of the columns the tiles from `first` on, before `behind`.
+  __device__ explicit Turn(int first = 0, int behind = kTiles) : first_(first), behind_(behind) {}
+  __device__ __forceinline__ void prefetch(const PackedMatrix& matrix) { load(matrix, first_ + threadIdx.x / kLanes); }
   // What the registers do not hold, once.
   __device__ __forceinline__ void stage(const PackedMatrix& matrix, uint4* staged) {
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
     if constexpr (kStaged) {
       staged_ = staged;
-      for (int n = warp + warps; n < min(kTiles, warps + kStagedTiles); n += warps)
+      for (int n = first_ + warp + warps; n < min(behind_, first_ + warps + kStagedTiles); n += warps)
 #pragma unroll
         for (int k = 0; k < kSteps; ++k)
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(staged + ((n - warps) * kSteps + k) * kLanes + lane)),
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(staged + ((n - first_ - warps) * kSteps + k) * kLanes + lane)),
                        "l"(matrix.words + (n * kSteps + k) * kLanes + lane) : "memory");
       asm volatile("cp.async.commit_group;" ::: "memory");
     }
@@ -96,12 +98,12 @@ class Turn {
       operands[k * kLanes + lane] = two_halves(false, a.x * inverse, a.y * inverse, b.x * inverse, b.y * inverse);
     }
     __syncthreads();
-    for (int n = warp; n < kTiles; n += warps) {
-      if (kStaged && n != warp && n < warps + kStagedTiles) {
+    for (int n = first_ + warp; n < behind_; n += warps) {
+      if (kStaged && n != first_ + warp && n < first_ + warps + kStagedTiles) {
         asm volatile("cp.async.wait_all;" ::: "memory");  // a lane reads what it has copied itself
 #pragma unroll
-        for (int k = 0; k < kSteps; ++k) m_[k] = staged_[((n - warps) * kSteps + k) * kLanes + lane];
-      } else if (n != warp) {
+        for (int k = 0; k < kSteps; ++k) m_[k] = staged_[((n - first_ - warps) * kSteps + k) * kLanes + lane];
+      } else if (n != first_ + warp) {
         load(matrix, n);
       }
       float high[4] = {}, low[4] = {};  // apart: half as long a chain
@@ -122,9 +124,10 @@ class Turn {
   __device__ __forceinline__ void load(const PackedMatrix& matrix, int n) {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k)
-      if (n < kTiles) m_[k] = __ldg(matrix.words + (n * kSteps + k) * kLanes + threadIdx.x % kLanes);
+      if (n < behind_) m_[k] = __ldg(matrix.words + (n * kSteps + k) * kLanes + threadIdx.x % kLanes);
   }
 
+  int first_, behind_;
   uint4 m_[kSteps];
   const uint4* staged_ = nullptr;
 };

@@ -140,6 +140,18 @@ __device__ __forceinline__ void put_element(void* data, DType dtype, long long i
   else static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
 }
 
+// Barriers of a cluster's CTAs (from 9.0 on), all threads of each.
+__device__ __forceinline__ void cluster_arrive() {
+  if constexpr (kBulkCopies) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  if constexpr (kBulkCopies) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_barrier() {
+  cluster_arrive();
+  cluster_wait();
+}
+
 // Over the lanes of a warp.
 __device__ __forceinline__ float warp_max(float x) {
   for (int step = kLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, step));
@@ -192,6 +204,13 @@ __device__ __forceinline__ uint4 two_halves(bool bf16, float a, float b, float c
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// To the same place in the shared memory of the cluster's CTA `rank`, which has begun.
+__device__ __forceinline__ void put_in_cluster(const float* p, int rank, float x) {
+  if constexpr (kBulkCopies)
+    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.b32 [there], %2;}" ::"r"(shared_address(p)), "r"(rank),
+                 "r"(__float_as_uint(x)) : "memory");
 }
 
 // From shared memory whenever it is asked for: what does not change in a loop would else be kept in registers that are not there.
