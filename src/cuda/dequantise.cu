@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/device.cuh"
+#include "cuda/launch.cuh"
 
 namespace kv4::cuda {
 namespace {
@@ -60,9 +61,8 @@ __global__ void __launch_bounds__(kThreads) dequantise_jobs(const __grid_constan
 
 cudaError_t launch_dequantise_jobs(const DequantiseJobs& p, cudaStream_t stream) {
   const int dim = p.key.dim > p.value.dim ? p.key.dim : p.value.dim;
-  if (p.count > 0)
-    dequantise_jobs<<<dim3(static_cast<unsigned>(p.count), 2), kThreads, static_cast<std::size_t>(kTokensAtOnce) * dim * sizeof(float), stream>>>(p);
-  return cudaGetLastError();
+  if (p.count == 0) return cudaSuccess;
+  return queue(dequantise_jobs, dim3(static_cast<unsigned>(p.count), 2), kThreads, static_cast<std::size_t>(kTokensAtOnce) * dim * sizeof(float), stream, p);
 }
 
 }  // namespace kv4::cuda

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/device.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/rows.h"
 #include "moments/lambda.h"
 
@@ -91,13 +92,11 @@ cudaError_t launch_energies(const EnergyParams& p, cudaStream_t stream) {
   std::int64_t longest = 0;
   for (int i = 0; i < p.jobs; ++i) longest = p.job[i].count > longest ? p.job[i].count : longest;
   if (longest == 0) return cudaSuccess;
-  energies_kernel<<<dim3(static_cast<unsigned>(p.jobs * p.kv_heads), static_cast<unsigned>(longest < 256 ? longest : 256)), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return queue(energies_kernel, dim3(static_cast<unsigned>(p.jobs * p.kv_heads), static_cast<unsigned>(longest < 256 ? longest : 256)), kThreads, 0, stream, p);
 }
 
 cudaError_t launch_lambda(const LambdaParams& p, cudaStream_t stream) {
-  lambda_kernel<<<static_cast<unsigned>(p.kv_heads), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return queue(lambda_kernel, dim3(static_cast<unsigned>(p.kv_heads)), kThreads, 0, stream, p);
 }
 
 }  // namespace kv4::cuda

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cuda/device.cuh"
+#include "cuda/launch.cuh"
 
 namespace kv4::cuda {
 namespace {
@@ -123,29 +124,25 @@ cudaError_t launch_store(const StoreParams& p, cudaStream_t stream) {
   const int threads = p.count ? static_cast<int>(std::min(items, 32ll)) * kLanes : kThreads;
   // A warp of a long call takes about 8 rows.
   const long long ctas = p.count ? 1 : std::clamp(items / (kThreads / kLanes) / 8, 1ll, 4096ll);
-  store_kernel<<<dim3(static_cast<unsigned>(p.batch), static_cast<unsigned>(ctas)), threads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return queue(store_kernel, dim3(static_cast<unsigned>(p.batch), static_cast<unsigned>(ctas)), threads, 0, stream, p);
 }
 
 cudaError_t launch_put(void* to, const void* from, std::size_t bytes, cudaStream_t stream) {
   Payload payload;
   std::memcpy(payload.bytes, from, bytes);
-  put_kernel<<<1, kThreads, 0, stream>>>(static_cast<unsigned char*>(to), static_cast<int>(bytes), payload);
-  return cudaGetLastError();
+  return queue(put_kernel, dim3(1), kThreads, 0, stream, static_cast<unsigned char*>(to), static_cast<int>(bytes), payload);
 }
 
 cudaError_t launch_move_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines,
                               cudaStream_t stream) {
-  move_lines_kernel<<<static_cast<unsigned>(lines), kThreads, 0, stream>>>(static_cast<unsigned char*>(to), to_pitch,
-                                                                           static_cast<const unsigned char*>(from), from_pitch, bytes);
-  return cudaGetLastError();
+  return queue(move_lines_kernel, dim3(static_cast<unsigned>(lines)), kThreads, 0, stream, static_cast<unsigned char*>(to), to_pitch,
+               static_cast<const unsigned char*>(from), from_pitch, bytes);
 }
 
 cudaError_t launch_convert(const ConvertJob& job, cudaStream_t stream) {
   const long long all = static_cast<long long>(job.heads) * job.rows * job.dim;
   if (all == 0) return cudaSuccess;
-  convert_kernel<<<static_cast<unsigned>(std::min((all + kThreads - 1) / kThreads, 4096ll)), kThreads, 0, stream>>>(job);
-  return cudaGetLastError();
+  return queue(convert_kernel, dim3(static_cast<unsigned>(std::min((all + kThreads - 1) / kThreads, 4096ll))), kThreads, 0, stream, job);
 }
 
 }  // namespace kv4::cuda

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cuda/device.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/seal_pages.cuh"
 
 namespace kv4::cuda {
@@ -192,8 +193,7 @@ cudaError_t launch_pages(const SealParams& p, int device, cudaStream_t stream) {
   // A slice of keys with means takes longer than one of values.
   const int ctas = std::min(multiprocessors, 2 * p.count);
   const int keys = p.key.mean && ctas < 2 * p.count ? std::max(1, ctas * 5 / 8) : ctas / 2;
-  seal_pages<D><<<static_cast<unsigned>(ctas), SealShape<D>::kThreads, SealShape<D>::kShared, stream>>>(p, keys);
-  return cudaGetLastError();
+  return queue(seal_pages<D>, dim3(static_cast<unsigned>(ctas)), SealShape<D>::kThreads, SealShape<D>::kShared, stream, p, keys);
 }
 
 }  // namespace
@@ -219,8 +219,7 @@ cudaError_t launch_seal(const SealParams& p, cudaStream_t stream) {
   const int dim = larger_dim(p.key, p.value);
   const int bytes = kPageTokens * (dim + 1) * 4 + 8 + dim * 12 + kPageTokens * pad_channels(dim);
   if (const cudaError_t e = cudaFuncSetAttribute(seal_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); e != cudaSuccess) return e;
-  seal_kernel<<<static_cast<unsigned>(p.count) * 2, kThreads, static_cast<std::size_t>(bytes), stream>>>(p);
-  return cudaGetLastError();
+  return queue(seal_kernel, dim3(static_cast<unsigned>(p.count) * 2), kThreads, static_cast<std::size_t>(bytes), stream, p);
 }
 
 }  // namespace kv4::cuda

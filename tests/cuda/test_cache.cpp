@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <string>
 #include <thread>
@@ -11,6 +12,7 @@
 
 #include "cache_session.h"
 #include "cuda/memory.h"
+#include "cuda/rows.h"
 #include "device.h"
 #include "save_case.h"
 
@@ -470,6 +472,19 @@ TEST_F(CudaCache, CaptureSaysWhatItNeeds) {
 }
 
 // A capture that needs more scratch than an earlier one, whose caches are gone, must free nothing: that would end it.
+TEST_F(CudaCache, WhatOthersFailedAtIsNotALaunchsError) {
+  const tests::DeviceBytes to(16, 0);
+  void* much = nullptr;
+  ASSERT_EQ(cudaMalloc(&much, std::size_t{1} << 60), cudaErrorMemoryAllocation);
+  ASSERT_EQ(cudaPeekAtLastError(), cudaErrorMemoryAllocation);
+  const std::uint32_t word = 0x12345678;
+  EXPECT_EQ(cuda::launch_put(to.as(), &word, sizeof(word), nullptr), cudaSuccess);
+  cudaGetLastError();
+  std::uint32_t there = 0;
+  ASSERT_EQ(cudaMemcpy(&there, to.as(), sizeof(there), cudaMemcpyDeviceToHost), cudaSuccess);
+  EXPECT_EQ(there, word);
+}
+
 TEST_F(CudaCache, ALargerCaptureFreesNothing) {
   cudaStream_t stream = nullptr;
   ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
