@@ -105,9 +105,9 @@ cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch
   p.blocks = blocks_of_rows(p, plan.segment_blocks);
   p.readers = plan.ctas * plan.readers_per_cta;
   p.unit = plan.unit;
-  // Few segments: their rows are spread, so that the states of each are read by many. Every CTA reads the rotation's matrix.
-  const int segments = p.batch * p.kv_heads * (p.blocks / plan.segment_blocks);
-  p.merge_rows = segments * 2 >= plan.ctas ? kBlockRows * plan.segment_blocks : segments * 8 >= plan.ctas ? 2 : 1;
+  // Few segments: their rows are spread, so that the states of each are read by many. Every CTA reads its part of the rotation's matrix.
+  const int parts = p.batch * p.kv_heads * (p.blocks / plan.segment_blocks) * merge_columns(p.dim);
+  p.merge_rows = parts * 2 >= plan.ctas ? kBlockRows * plan.segment_blocks : parts * 4 >= plan.ctas ? 2 : 1;
   const Scratch s = lay_out(p, plan);
   auto* memory = static_cast<unsigned char*>(scratch);
   p.arrived = reinterpret_cast<int*>(memory + s.arrived);

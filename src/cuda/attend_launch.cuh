@@ -52,13 +52,12 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
   static_assert(kFit.readers > 0 && kFit.depth >= 2, "no queues fit");
   constexpr int kQueues = main_shared<D>(main_readers(D, kRoom), kFit.readers, kFit.depth, kBlocks);
   static_assert(kQueues + kLineBytes <= room_bytes(kRoom), "more shared memory than the room has");
-  constexpr bool kStaged = D > kWarpDim && kRoom == Room::large;
-  constexpr int kMerge = MergeShape<D, kBlocks, kStaged>::kShared;
+  constexpr int kMerge = MergeShape<D, kBlocks>::kShared;
   static_assert(kMerge + 4096 <= room_bytes(kRoom), "attend_merge: more shared memory than the room has");
   const int shared = kQueues + (p.batch + 1) * static_cast<int>(sizeof(int));
   const auto main = attend_main<D, kRows, kRoom>;
   if (const cudaError_t e = cudaFuncSetAttribute(main, cudaFuncAttributeMaxDynamicSharedMemorySize, shared); e != cudaSuccess) return e;
-  const auto merge = attend_merge<D, kBlocks, kStaged>;
+  const auto merge = attend_merge<D, kBlocks>;
   if (const cudaError_t e = cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, kMerge); e != cudaSuccess) return e;
   const auto queue = [&](auto kernel, dim3 ctas, int threads, int bytes) {
     return queue_kernel(kernel, p, plan, ctas, threads, bytes, stream);
@@ -67,12 +66,12 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
   const auto threads = [&](unsigned ctas) { return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kTurnThreads : kTurnThreads / 2; };
   const unsigned blocks = static_cast<unsigned>(p.batch * p.kv_heads * p.blocks);
   // Of a large matrix each CTA reads a part; on half of the multiprocessors at most, so that on the others attend_main begins at once.
-  unsigned turn_parts = kStaged ? kMostParts : 1;
+  unsigned turn_parts = D > kWarpDim && kRoom == Room::large ? kMostParts : 1;
   while (turn_parts > 1 && blocks * turn_parts * 2 > static_cast<unsigned>(plan.ctas)) turn_parts /= 2;
   if (const cudaError_t e = queue_kernel(attend_prepare<D>, p, plan, dim3(blocks, turn_parts), threads(blocks), 0, stream, turn_parts); e != cudaSuccess) return e;
   if (const cudaError_t e = queue(main, dim3(static_cast<unsigned>(plan.ctas)), main_warps<D>(kRoom, kBlocks) * kLanes, shared); e != cudaSuccess) return e;
   const unsigned segments = static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks)), rows = static_cast<unsigned>(kBlocks * kBlockRows);
-  const unsigned parts = (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows);
+  const unsigned parts = (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows) * static_cast<unsigned>(merge_columns(D));
   return queue(merge, dim3(segments, parts), threads(segments * parts), kMerge);
 }
 

@@ -1,5 +1,6 @@
 // Joins the partial states of one segment, turns the part over pages back into the model's basis, and writes the
-// output or the call's own partial state. CTA (x, y): sequence, KV head and segment of row blocks x, merge_rows of its rows.
+// output or the call's own partial state. CTA (x, y): sequence, KV head and segment of row blocks x, merge_rows of its rows and one of
+// merge_columns(D) parts of their channels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,6 +10,7 @@
 
 #include "cuda/attend_line.cuh"
 #include "cuda/attend_prepare.cuh"
+#include "cuda/attend_tuning.h"
 
 namespace kv4::cuda {
 
@@ -18,44 +20,42 @@ __device__ __forceinline__ void store_element(void* data, DType dtype, long long
   else static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
 }
 
-template <int D, int kBlocks, bool kStaged>
+template <int D, int kBlocks>
 struct MergeShape {
   static constexpr int kWarps = kTurnThreads / kLanes, kRows = kBlocks * kBlockRows;
   static constexpr int kUnits = kWarps > kRows ? kWarps : kRows;
-  static constexpr int kShared = Turn<D, kStaged>::kStagedBytes + (2 * kUnits * D + Turn<D, kStaged>::kOperands * 4 + kBlockRows * D) * 4;
+  static constexpr int kShared = (2 * kUnits * D + Turn<D>::kOperands * 4 + kBlockRows * D) * 4;
 };
 
-template <int D, int kBlocks, bool kStaged>
+template <int D, int kBlocks>
 __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_constant__ AttendParams p) {
   constexpr int kRows = kBlocks * kBlockRows;
   constexpr int kWide = D / 4, kQuads = (kWide + kLanes - 1) / kLanes;  // float4 of a row, of each lane
   constexpr int kAtOnce = kQuads > 1 ? 3 : 4;
   constexpr long long kSlot = static_cast<long long>(kRows) * (D + 2);
-  constexpr int kUnits = MergeShape<D, kBlocks, kStaged>::kUnits;
+  constexpr int kUnits = MergeShape<D, kBlocks>::kUnits;
   extern __shared__ __align__(128) unsigned char memory[];  // as attend_main declares it
-  auto (*sums)[kUnits][kWide] = reinterpret_cast<float4 (*)[kUnits][kWide]>(memory + Turn<D, kStaged>::kStagedBytes);  // [2]: over exact rows, over pages
+  auto (*sums)[kUnits][kWide] = reinterpret_cast<float4 (*)[kUnits][kWide]>(memory);  // [2]: over exact rows, over pages
   uint4* operands = reinterpret_cast<uint4*>(sums + 2);
-  float* x = reinterpret_cast<float*>(operands + Turn<D, kStaged>::kOperands);
+  float* x = reinterpret_cast<float*>(operands + Turn<D>::kOperands);
   __shared__ float m_all[kRows], l_all[kRows];
   __shared__ float ls[kUnits];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
   const int segments_per_head = p.blocks / kBlocks, segments = p.kv_heads * segments_per_head;
   const int segment = blockIdx.x % segments, b = blockIdx.x / segments;
   // Rows of the segment that this CTA takes, from `first_row` of it on.
-  const int first_row = blockIdx.y * p.merge_rows;
+  constexpr int kColumns = merge_columns(D), kWidth = D / kColumns;
+  const int first_row = blockIdx.y / kColumns * p.merge_rows, first_channel = blockIdx.y % kColumns * kWidth;
   const int head = segment / segments_per_head, row0 = segment % segments_per_head * kRows + first_row;
   const int all_rows = p.group * p.queries, rows = min(min(p.merge_rows, kRows - first_row), all_rows - row0);
   if (rows <= 0) return;
 
-  Turn<D, kStaged> turn;
-  if (p.inverse_transpose.words != nullptr) {
-    turn.prefetch(p.inverse_transpose);
-    turn.stage(p.inverse_transpose, reinterpret_cast<uint4*>(memory));
-  }
+  Turn<D> turn(first_channel / 8, (first_channel + kWidth) / 8);
+  if (p.inverse_transpose.words != nullptr) turn.prefetch(p.inverse_transpose);
   // Where the states lie is known before they are written: this kernel begins when every CTA of attend_main has seen the line.
   const SequenceView& s = p.sequences[b];
   // Of this thread's first element, asked for early.
-  const float first_lambda = s.lambda_v != nullptr ? s.lambda_v[head * D + threadIdx.x % D] : 1.0f;
+  const float first_lambda = s.lambda_v != nullptr ? s.lambda_v[head * D + first_channel + threadIdx.x % kWidth] : 1.0f;
   const Shares shares(__ldcg(p.line + p.batch), p.readers, p.unit);
   const int exact_items = items_of(s.exact[0]) + items_of(s.exact[1]);
   const int exact_places = whole_units(exact_items, p.unit), base = __ldcg(p.line + b) + segment * (exact_places + whole_units(s.page_count, p.unit));
@@ -163,10 +163,10 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
       if (r0 > 0) turn.prefetch(p.inverse_transpose);
       turn.apply(p.inverse_transpose, x, operands, x, valid);
     }
-    for (int i = threadIdx.x; i < valid * D; i += blockDim.x) {
-      const int r = r0 + i / D, c = i % D, row = row0 + r, query = row / p.group, q_head = head * p.group + row % p.group;
+    for (int i = threadIdx.x; i < valid * kWidth; i += blockDim.x) {
+      const int r = r0 + i / kWidth, c = first_channel + i % kWidth, row = row0 + r, query = row / p.group, q_head = head * p.group + row % p.group;
       const float lambda = (r0 == 0 && i == static_cast<int>(threadIdx.x)) || s.lambda_v == nullptr ? first_lambda : s.lambda_v[head * D + c];
-      const float o = x[i] / lambda + reinterpret_cast<const float*>(sums[0][r * share])[c];
+      const float o = x[(r - r0) * D + c] / lambda + reinterpret_cast<const float*>(sums[0][r * share])[c];
       const float m = m_all[r], l = l_all[r];
       if (p.out != nullptr) {
         const float denominator = p.sinks != nullptr && l > 0 ? l + exp2f(p.sinks[q_head] * kLog2e - m) : l;

@@ -18,7 +18,7 @@ template <int D>
 __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_constant__ AttendParams p) {
   constexpr int kPadded = pad_channels(D);
   __shared__ __align__(16) float x[kBlockRows * D];
-  __shared__ uint4 operands[Turn<D, false>::kOperands];
+  __shared__ uint4 operands[Turn<D>::kOperands];
   __shared__ __align__(16) float plain[kBlockRows][kPadded], y[kBlockRows][kPadded], largest[kMostParts][kBlockRows];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4;
   const int block = blockIdx.x % p.blocks, head = blockIdx.x / p.blocks % p.kv_heads, b = blockIdx.x / p.blocks / p.kv_heads;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
   if (warp < kBlockRows) row.load(p, b, head, block * kBlockRows + warp, lane);
   constexpr int kTiles = operand_bytes_tiles(D), kMeanSteps = operand_mean_steps(D), kExactSteps = operand_exact_steps(D);
   const int first_tile = kTiles * part / parts, behind_tile = kTiles * (part + 1) / parts;  // of 32 channels
-  Turn<D, false> turn(first_tile * 4, min(behind_tile * 4, D / 8));
+  Turn<D> turn(first_tile * 4, min(behind_tile * 4, D / 8));
   if (p.dual.words != nullptr) turn.prefetch(p.dual);
   if (warp < kBlockRows) row.load_lambda(of_keys, head, lane);
   if (blockIdx.x == 0 && part == 0 && warp == static_cast<int>(blockDim.x) / kLanes - 1) lay_line(p, lane, p.line);

@@ -83,6 +83,9 @@ constexpr int kTwos = 4;       // 9 warps leave a thread 168 registers, as 12 wo
 // Teams' queues are filled by another warp alone.
 constexpr Readers main_readers(int dim, Room room) { return dim > kWarpDim && room == Room::large ? Readers::twos : Readers::warps; }
 
+// Parts of the channels that attend_merge turns back, each by a CTA of its own, whose warps ask for one tile of the matrix each.
+constexpr int merge_columns(int dim) { return dim > kWarpDim ? 2 : 1; }
+
 struct Fit {
   int readers, depth;
 };

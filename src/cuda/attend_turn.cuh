@@ -1,8 +1,7 @@
 // Rows times a rotation's matrix, for the few rows of a query block. Bound by the latency of reading the matrix, so every
-// thread asks for its share before the rows are there, for what its registers do not hold (d = 256) into shared memory, where a
-// CTA may have as much: 128 KB that are asked for later come behind what attend_main has asked for by then. The products are
-// the matrix unit's, both factors in two 16-bit floats (22 bits), which takes a fifth of the instructions that float
-// multiply-adds take.
+// thread asks for its share before the rows are there; a matrix that registers do not hold (d = 256) is shared out by columns.
+// The products are the matrix unit's, both factors in two 16-bit floats (22 bits), which takes a fifth of the instructions that
+// float multiply-adds take.
 //
 // The packed matrix (pack_matrix) holds for rows 16 k ... 16 k + 15 and columns 8 n ... 8 n + 7 and each lane 4g + t column
 // 8 n + g, rows 16 k + {2t, 2t+1} and + {8 + 2t, 9 + 2t}: high halves, then low halves: word (n * D / 16 + k) * 32 + lane.
@@ -52,33 +51,18 @@ struct QueryRow {
   }
 };
 
-// y[r][i] = sum over c of x[r][c] matrix[c][i], for kBlockRows rows; all threads of a CTA, at least kBlockRows warps. kStaged: with
-// `staged`, kStagedBytes of shared memory.
-template <int D, bool kStaged>
+// y[r][i] = sum over c of x[r][c] matrix[c][i], for kBlockRows rows; all threads of a CTA, at least kBlockRows warps.
+template <int D>
 class Turn {
  public:
   static constexpr int kSteps = D / 16, kTiles = D / 8;
   static constexpr int kOperands = kSteps * kLanes;  // uint4 of shared memory that apply works in
-  static constexpr int kStagedTiles = kStaged ? kTurnThreads / kLanes : 0, kStagedBytes = kStagedTiles * kSteps * kLanes * 16;
 
   // Of the columns the tiles from `first` on, before `behind`.
   __device__ explicit Turn(int first = 0, int behind = kTiles) : first_(first), behind_(behind) {}
   __device__ __forceinline__ void prefetch(const PackedMatrix& matrix) { load(matrix, first_ + threadIdx.x / kLanes); }
-  // What the registers do not hold, once.
-  __device__ __forceinline__ void stage(const PackedMatrix& matrix, uint4* staged) {
-    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
-    if constexpr (kStaged) {
-      staged_ = staged;
-      for (int n = first_ + warp + warps; n < min(behind_, first_ + warps + kStagedTiles); n += warps)
-#pragma unroll
-        for (int k = 0; k < kSteps; ++k)
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(staged + ((n - first_ - warps) * kSteps + k) * kLanes + lane)),
-                       "l"(matrix.words + (n * kSteps + k) * kLanes + lane) : "memory");
-      asm volatile("cp.async.commit_group;" ::: "memory");
-    }
-  }
 
-  // x, y: [kBlockRows][D] in shared memory; they may be the same. Rows from `valid` on are 0.
+  // x, y: [kBlockRows][D] in shared memory; they may be the same. Rows from `valid` on are 0, other columns of y as they were.
   __device__ void apply(const PackedMatrix& matrix, const float* x, uint4* operands, float* y, int valid) {
     __shared__ float largest[kBlockRows];
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, g = lane / 4, t = lane % 4;
@@ -99,13 +83,7 @@ class Turn {
     }
     __syncthreads();
     for (int n = first_ + warp; n < behind_; n += warps) {
-      if (kStaged && n != first_ + warp && n < first_ + warps + kStagedTiles) {
-        asm volatile("cp.async.wait_all;" ::: "memory");  // a lane reads what it has copied itself
-#pragma unroll
-        for (int k = 0; k < kSteps; ++k) m_[k] = staged_[((n - first_ - warps) * kSteps + k) * kLanes + lane];
-      } else if (n != first_ + warp) {
-        load(matrix, n);
-      }
+      if (n != first_ + warp) load(matrix, n);
       float high[4] = {}, low[4] = {};  // apart: half as long a chain
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
@@ -129,7 +107,6 @@ class Turn {
 
   int first_, behind_;
   uint4 m_[kSteps];
-  const uint4* staged_ = nullptr;
 };
 
 }  // namespace kv4::cuda
