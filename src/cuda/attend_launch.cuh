@@ -72,7 +72,8 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
   if (const cudaError_t e = queue(main, dim3(static_cast<unsigned>(plan.ctas)), main_warps<D>(kRoom, kBlocks) * kLanes, shared); e != cudaSuccess) return e;
   const unsigned segments = static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks)), rows = static_cast<unsigned>(kBlocks * kBlockRows);
   const unsigned parts = (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows) * static_cast<unsigned>(merge_columns(D));
-  return queue(merge, dim3(segments, parts), threads(segments * parts), kMerge);
+  const int merge_threads = segments * parts > 2 * static_cast<unsigned>(plan.ctas) ? kTurnThreads / 4 : kTurnThreads;
+  return queue(merge, dim3(segments, parts), merge_threads, kMerge);
 }
 
 template <int D, Rows kRows>

@@ -51,7 +51,7 @@ struct QueryRow {
   }
 };
 
-// y[r][i] = sum over c of x[r][c] matrix[c][i], for kBlockRows rows; all threads of a CTA, at least kBlockRows warps.
+// y[r][i] = sum over c of x[r][c] matrix[c][i], for kBlockRows rows; all threads of a CTA.
 template <int D>
 class Turn {
  public:
@@ -66,11 +66,13 @@ class Turn {
   __device__ void apply(const PackedMatrix& matrix, const float* x, uint4* operands, float* y, int valid) {
     __shared__ float largest[kBlockRows];
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, g = lane / 4, t = lane % 4;
-    float top = 0;
-    if (warp < valid)
-      for (int c = lane; c < D; c += kLanes) top = fmaxf(top, fabsf(x[warp * D + c]));
-    top = warp_max(top);
-    if (lane == 0 && warp < kBlockRows) largest[warp] = top;
+    for (int r = warp; r < kBlockRows; r += warps) {
+      float top = 0;
+      if (r < valid)
+        for (int c = lane; c < D; c += kLanes) top = fmaxf(top, fabsf(x[r * D + c]));
+      top = warp_max(top);
+      if (lane == 0) largest[r] = top;
+    }
     __syncthreads();
     const float scale = largest[g], inverse = scale > 0 ? 1.0f / scale : 0.0f;
     for (int k = warp; k < kSteps; k += warps) {
