@@ -57,7 +57,7 @@ class CudaAttend : public ::testing::Test {
   }
 
   // One kernel wherever a call's segments are few enough, read by teams or by warps; three.
-  static constexpr cuda::Load kTeams = {0, 0}, kWarps = {1ll << 30, 1ll << 40}, kThree = {1ll << 30, 0};
+  static constexpr cuda::Load kTeams = {0, 0}, kWarps = {1ll << 30, 1ll << 40}, kThree = {1ll << 30, 0}, kByTwos = {1ll << 40, 1ll << 30};
 
   // The job's kernels as if its sequences were as long as `load` says.
   static Status launch(const AttendJob& job, const cuda::Load& load) {
@@ -121,8 +121,8 @@ class CudaAttend : public ::testing::Test {
     const double half_unit = bf16 ? 0x1p-17 : 0x1p-22;
     const scene::ExactRounding exact{call.args.q.dtype == s.shape().dtype ? 0 : half_unit, half_unit};
     const std::vector<double> bound = scene::bounds(s, call, dense, expected, exact);
-    for (const cuda::Load& load : {kTeams, kWarps, kThree}) {
-      SCOPED_TRACE(load.longest == 0 ? "one kernel, teams" : load.all > 0 ? "one kernel, warps" : "three kernels");
+    for (const cuda::Load& load : {kTeams, kWarps, kThree, kByTwos}) {
+      SCOPED_TRACE(load.longest == 0 ? "one kernel, teams" : load.all > load.longest ? "one kernel, warps" : load.all > 0 ? "three kernels, by twos" : "three kernels");
       Status status;
       const std::vector<double> out = run(s, call, load, &status);
       ASSERT_TRUE(status.ok()) << status.message();
@@ -140,6 +140,28 @@ TEST_F(CudaAttend, ManyQueries) { scene::many_queries(kHalves, {2, 5, 9, 33, 64}
 TEST_F(CudaAttend, RaggedBatchWithStartsAndWindows) { scene::ragged_batch({1, 7}, 2048, check); }
 TEST_F(CudaAttend, GeneralMasksAndSoftcap) { scene::general_masks({false, true}, check); }
 TEST_F(CudaAttend, LargeMeans) { scene::large_means(check); }
+
+// Segments enough for one or two CTAs each on a device of 132 multiprocessors, and pages for every reader: whole and odd numbers of pairs,
+// exact items for some CTAs, for all and for none, and a sequence that is too short.
+TEST_F(CudaAttend, PagesDealtByTwos) {
+  struct Dealt {
+    int dim, group, kv_heads;
+    std::vector<Held> held;
+  };
+  std::uint64_t seed = 7000;
+  for (const Dealt& c : {Dealt{128, 4, 40, {{4, 17 * 64 - 20, 12, 0}, {0, 640, 0, 0}}}, Dealt{128, 6, 33, {{4, 33 * 64, 40, 0}, {4, 36 * 64 - 1, 0, 0}}},
+                         Dealt{64, 1, 70, {{0, 23 * 64, 20, 0}}}, Dealt{80, 12, 24, {{4, 30 * 64, 100, 0}}}}) {
+    SCOPED_TRACE(::testing::Message() << "d " << c.dim << ", " << c.kv_heads << " KV heads");
+    Shape shape;
+    shape.dim_k = shape.dim_v = c.dim;
+    shape.group = c.group;
+    shape.kv_heads = c.kv_heads;
+    shape.seed = seed++;
+    const Scene s(shape, c.held);
+    check(s, Call(s, 1));
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
 
 TEST_F(CudaAttend, PartialStatesMergeToTheWhole) {
   Shape shape;

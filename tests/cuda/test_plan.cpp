@@ -56,6 +56,14 @@ TEST(CudaPlan, EveryHeadDimAndRowsFitTheDevice) {
       }
 }
 
+TEST(CudaPlan, ItemsAreSharedOutByTwosWhereReadersHaveMore) {
+  const AttendPlan one = plan_of(kA100, 128, 4, 1, {100, 300}), two = plan_of(kA100, 128, 4, 1, {10000, 30000});
+  ASSERT_EQ(one.fused_ctas, 0);
+  ASSERT_EQ(two.fused_ctas, 0);
+  EXPECT_EQ(one.unit, 1);  // 600 items for 108 CTAs' readers
+  EXPECT_EQ(two.unit, 2);
+}
+
 TEST(CudaPlan, OneKernelFitsTheDevice) {
   for (const int dim : kv4::cases::kHeadDims)
     with_dim(dim, [](auto d) {
