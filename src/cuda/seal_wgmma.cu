@@ -18,8 +18,8 @@
 //   wgmma, operands in shared memory, rows copied ahead                                      0.42
 //   operands' places once for a warp, values' words of four warps by 8-byte stores, 70 % of the CTAs for keys  0.37
 //   two groups a slice, each half of the channels: 24 warps of 80 registers, which spill     0.57
-//   four teams of 128 registers, which spill; the third digits from L2                       0.39
 //   scales fitted in integers, nothing spilled, a warp's tiles of the mean at once           0.35
+//   four teams of 128 registers, which spill; the third digits from L2; before and after the last   0.39
 // Where shared memory is full what is spilled comes from L2. Means by wgmma of 8 columns: operands' places take the registers,
 // not run. d = 256, one KV head, 131,072 tokens: one team 1.86; two 1.84, with 72 % of the CTAs for keys 1.76; seal.cu 13.3.
 #include "cuda/seal.h"
