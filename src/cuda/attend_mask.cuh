@@ -85,15 +85,17 @@ __device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, 
     else if (!kRolled && p.mask.kind != Mask::General::none)
       score[i] = general_mask(p, sight.b, sight.head0 + row % p.group, row / p.group, position + j, score[i]);
   }
-  if (!kRolled || p.mask.kind == Mask::General::none) return;
+  if constexpr (kRolled) {
+    if (p.mask.kind == Mask::General::none) return;
 #pragma unroll 1
-  for (int i = 0; i < kScores; ++i) {  // each score in turn is the first
-    const int j = token(i);
-    float x = score[0];
-    if (j >= first && j <= last) x = general_mask(p, sight.b, sight.head0 + row % p.group, row / p.group, position + j, x);
+    for (int i = 0; i < kScores; ++i) {  // each score in turn is the first
+      const int j = token(i);
+      float x = score[0];
+      if (j >= first && j <= last) x = general_mask(p, sight.b, sight.head0 + row % p.group, row / p.group, position + j, x);
 #pragma unroll
-    for (int n = 1; n < kScores; ++n) score[n - 1] = score[n];
-    score[kScores - 1] = x;
+      for (int n = 1; n < kScores; ++n) score[n - 1] = score[n];
+      score[kScores - 1] = x;
+    }
   }
 }
 

@@ -1,0 +1,69 @@
+// Whose items are whose in attend_fused, and what follows from it for the joining.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/attend_line.cuh"
+
+namespace kv4::cuda {
+
+// How a segment's items are shared out among its CTAs' readers, kCount each.
+//
+// Where every reader has pages, they may be dealt (kDealt) two by two, as they are read: on one line (Shares), the exact items before the
+// pages, the first readers would have an odd page more, which takes a warp as long as two. Exact items, where they are few, go to the first
+// reader of each CTA: every warp that reads some waits for code that nobody has fetched, 6 us where all eight did at once.
+template <int kCount, bool kDealt>
+struct FusedShares : Shares {
+  int exact_items, items, ctas;
+  bool dealt;
+  int holders = 0;  // of exact items that are dealt, each in a CTA of its own
+
+  __device__ __forceinline__ FusedShares(int exact, int pages)
+      : Shares(exact + pages, static_cast<int>(gridDim.x) * kCount, 1), exact_items(exact), items(exact + pages),
+        ctas(max(1, (readers + kCount - 1) / kCount)) {
+    const int all = static_cast<int>(gridDim.x) * kCount, pairs = (pages + 1) / 2;
+    dealt = kDealt && pairs >= all && exact <= 2 * static_cast<int>(gridDim.x);
+    if (!dealt) return;
+    holders = min(exact, ctas);
+    each = pairs / all;
+    more = pairs - each * all;
+  }
+  __device__ __forceinline__ Stretch of(int cta, int reader) const {
+    const int w = cta * kCount + reader;
+    if (w >= readers) return {};
+    if (!dealt) {
+      const int begin = first(w), behind = first(w + 1), pages = max(begin, exact_items);
+      return {begin, max(0, min(behind, exact_items) - begin), pages - exact_items, max(0, behind - pages)};
+    }
+    const int rank = reader * ctas + cta, fewer = readers - more, pair = rank * each + max(0, rank - fewer);
+    const int behind = 2 * (pair + each + (rank >= fewer ? 1 : 0)), page_count = min(behind, items - exact_items) - 2 * pair;
+    if (rank >= holders) return {0, 0, 2 * pair, page_count};
+    const int begin = rank * exact_items / holders;
+    return {begin, (rank + 1) * exact_items / holders - begin, 2 * pair, page_count};
+  }
+};
+
+// What follows the reading has to know, worked out by the filling warp, which has time for divisions. A segment's partial states
+// in device memory, of its CTAs in order: [0, exact) over exact rows, from CTAs 0 on; [exact, all) over pages, from CTAs first_paged on.
+struct FusedEnd {
+  int ctas, exact, all, first_paged;
+  int first_pages, readers;  // of this CTA's readers [first_pages, readers) end with a state over pages, those before with one over exact rows
+  int carried;               // 1: one of the latter has one over exact rows too
+};
+template <int kCount, bool kDealt>
+__device__ __forceinline__ FusedEnd fused_end(const FusedShares<kCount, kDealt>& shares, int cta) {
+  if (shares.dealt) return {shares.ctas, shares.holders, shares.holders + shares.ctas, 0, 0, kCount, cta < shares.holders ? 1 : 0};
+  const bool any_pages = shares.exact_items < shares.items;
+  const int paged_reader = any_pages ? shares.owner(shares.exact_items) : shares.readers;
+  FusedEnd end;
+  end.ctas = shares.ctas;
+  end.exact = shares.exact_items > 0 ? shares.owner(shares.exact_items - 1) / kCount + 1 : 0;
+  end.first_paged = any_pages ? paged_reader / kCount : shares.ctas;
+  end.all = end.exact + end.ctas - end.first_paged;
+  end.readers = max(0, min(kCount, shares.readers - cta * kCount));
+  end.first_pages = min(max(paged_reader - cta * kCount, 0), end.readers);
+  end.carried = any_pages && paged_reader / kCount == cta && shares.first(paged_reader) < shares.exact_items ? 1 : 0;
+  return end;
+}
+
+}  // namespace kv4::cuda
