@@ -48,7 +48,7 @@ struct FusedShares : Shares {
 struct FusedEnd {
   int ctas, exact, all, first_paged;
   int first_pages, readers;  // of this CTA's readers [first_pages, readers) end with a state over pages, those before with one over exact rows
-  int carried;               // 1: one of the latter has one over exact rows too
+  int carried;               // 1: one that ends with a state over pages has left one over exact rows too
 };
 template <int kCount, bool kDealt>
 __device__ __forceinline__ FusedEnd fused_end(const FusedShares<kCount, kDealt>& shares, int cta) {

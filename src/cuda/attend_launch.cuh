@@ -7,11 +7,13 @@
 #include "cuda/attend_merge.cuh"
 #include "cuda/attend_prepare.cuh"
 #include "cuda/attend_tuning.h"
+#include "cuda/launch.cuh"
 
 namespace kv4::cuda {
 
 template <class Kernel>
-cudaError_t queue_kernel(Kernel kernel, const AttendParams& p, const AttendPlan& plan, dim3 ctas, int threads, int bytes, cudaStream_t stream, unsigned cluster_y = 1) {
+cudaError_t queue_kernel(Kernel kernel, const AttendParams& p, const AttendPlan& plan, dim3 ctas, int threads, int bytes, cudaStream_t stream,
+                         unsigned cluster_y = 1) {
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;
   if (plan.early) {
@@ -23,14 +25,7 @@ cudaError_t queue_kernel(Kernel kernel, const AttendParams& p, const AttendPlan&
     attributes[count].val.clusterDim = {1, cluster_y, 1};
     ++count;
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = ctas;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, p);
+  return queue_with(attributes, count, kernel, ctas, threads, static_cast<std::size_t>(bytes), stream, p);
 }
 
 template <int D, Rows kRows, Readers kReaders>
@@ -63,17 +58,16 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
     return queue_kernel(kernel, p, plan, ctas, threads, bytes, stream);
   };
   // Few CTAs are chains of latency, which more threads shorten; many share their multiprocessors.
-  const auto threads = [&](unsigned ctas) { return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kTurnThreads : kTurnThreads / 2; };
+  const auto threads = [&](unsigned ctas, int of_many) { return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kTurnThreads : of_many; };
   const unsigned blocks = static_cast<unsigned>(p.batch * p.kv_heads * p.blocks);
   // Of a large matrix each CTA reads a part; on half of the multiprocessors at most, so that on the others attend_main begins at once.
   unsigned turn_parts = D > kWarpDim && kRoom == Room::large ? kMostParts : 1;
   while (turn_parts > 1 && blocks * turn_parts * 2 > static_cast<unsigned>(plan.ctas)) turn_parts /= 2;
-  if (const cudaError_t e = queue_kernel(attend_prepare<D>, p, plan, dim3(blocks, turn_parts), threads(blocks), 0, stream, turn_parts); e != cudaSuccess) return e;
+  if (const cudaError_t e = queue_kernel(attend_prepare<D>, p, plan, dim3(blocks, turn_parts), threads(blocks, kTurnThreads / 2), 0, stream, turn_parts); e != cudaSuccess) return e;
   if (const cudaError_t e = queue(main, dim3(static_cast<unsigned>(plan.ctas)), main_warps<D>(kRoom, kBlocks) * kLanes, shared); e != cudaSuccess) return e;
   const unsigned segments = static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks)), rows = static_cast<unsigned>(kBlocks * kBlockRows);
   const unsigned parts = (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows) * static_cast<unsigned>(merge_columns(D));
-  const int merge_threads = segments * parts > 2 * static_cast<unsigned>(plan.ctas) ? kTurnThreads / 4 : kTurnThreads;
-  return queue(merge, dim3(segments, parts), merge_threads, kMerge);
+  return queue(merge, dim3(segments, parts), threads(segments * parts, kTurnThreads / 4), kMerge);
 }
 
 template <int D, Rows kRows>

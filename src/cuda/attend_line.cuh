@@ -59,7 +59,7 @@ __device__ inline void lay_line(const AttendParams& p, int lane, int* line) {
   if (lane == 0) line[p.batch] = before;
 }
 
-// Items of one segment that a reader takes: exact ones, then pages, counted from the segment's first one.
+// Items of one segment that a reader takes: exact ones, then pages, each kind counted from the segment's first of it.
 struct Stretch {
   int exact = 0, exact_count = 0, page = 0, page_count = 0;
 };

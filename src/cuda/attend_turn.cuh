@@ -14,7 +14,7 @@
 
 namespace kv4::cuda {
 
-constexpr int kTurnThreads = 512;  // at most; half of it where many CTAs take part
+constexpr int kTurnThreads = 512;  // at most; fewer where many CTAs take part
 
 // A row of queries and what lambda divides it by, as they come: pairs of channels 2 (lane + 32 i).
 template <int D>
@@ -59,7 +59,7 @@ class Turn {
   static constexpr int kOperands = kSteps * kLanes;  // uint4 of shared memory that apply works in
 
   // Of the columns the tiles from `first` on, before `behind`.
-  __device__ explicit Turn(int first = 0, int behind = kTiles) : first_(first), behind_(behind) {}
+  __device__ Turn(int first, int behind) : first_(first), behind_(behind) {}
   __device__ __forceinline__ void prefetch(const PackedMatrix& matrix) { load(matrix, first_ + threadIdx.x / kLanes); }
 
   // x, y: [kBlockRows][D] in shared memory; they may be the same. Rows from `valid` on are 0, other columns of y as they were.

@@ -27,6 +27,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/launch.cuh"
 #include "cuda/seal_codes.cuh"
 #include "cuda/seal_team.cuh"
 
@@ -425,18 +426,11 @@ cudaError_t launch(const SealParams& p, int device, cudaStream_t stream) {
   // A slice of keys with means takes longer than one of values.
   const int clusters = std::min(multiprocessors / S::kCluster, 2 * p.count);
   const int keys = p.key.mean && clusters < 2 * p.count ? std::max(1, clusters * S::kKeyShare / 100) : clusters / 2;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * S::kCluster));
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = S::kShared;
-  config.stream = stream;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = S::kCluster;
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, seal_wgmma<D>, p, keys);
+  return queue_with(&attribute, 1, seal_wgmma<D>, dim3(static_cast<unsigned>(clusters * S::kCluster)), S::kThreads, S::kShared, stream, p, keys);
 }
 
 }  // namespace
