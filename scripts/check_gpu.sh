@@ -7,11 +7,12 @@ set -euo pipefail
 build=${1:?usage: check_gpu.sh BUILD_DIR [TESTS BENCH]}
 tests=${2:-$build/tests/kv4_cuda_tests}
 bench=${3:-$build/bench/kv4_cuda_bench}
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader ||
+  { echo "check_gpu.sh: expected a machine with an NVIDIA GPU; nvidia-smi finds none" >&2; exit 1; }
 if [ $# -lt 3 ]; then
   cmake -S "$(dirname "$0")/.." -B "$build" -DCMAKE_BUILD_TYPE=Release -DKV4_CUDA=ON -DKV4_BUILD_BENCH=ON
   cmake --build "$build" --target kv4_cuda_tests kv4_cuda_bench
 fi
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 failed=0  # what fails does not keep the rest from being run
 "$tests" --gtest_brief=1 || failed=1
 if command -v compute-sanitizer >/dev/null; then
