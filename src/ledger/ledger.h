@@ -1,0 +1,117 @@
+// Policy, once: what of one sequence is exact, sealed, due or evicted, and what a call has to do about it. It holds positions and
+// page ids, and knows no memory, tensor or device.
+//
+// A call is planned, carried out by whoever owns the memory, then committed. Planning changes nothing, so that whatever fails
+// before commit leaves the sequence as it was; commit allocates nothing and cannot fail. To be carried out without a trace, a plan
+// is done in this order, everything up to commit in memory that nobody reads yet:
+//
+//   lambda     learn it from the keys at plan.lambda, where that is not empty
+//   seal       pages plan.sealed from the exact rows they cover, into pages with new ids
+//   reopen     plan.reopened: rows of page plan.reopened_page, dequantised, for the window
+//   store      new rows at plan.stored
+//   commit     with the new pages' ids; plan.released may then be given back
+//   keep       the rows at plan.sinks as the sinks (or before commit, where they go to memory of their own)
+//   drop       exact rows that extent() no longer shows
+//
+// A ledger is a value: a copy is a fork, whose page ids count as one more reference each.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <vector>
+
+#include "kv4/status.h"
+#include "ledger/extent.h"
+
+namespace kv4::ledger {
+
+using PageId = std::int32_t;
+
+// What attention has told about an exact token.
+enum class Seen : std::uint8_t { unknown = 0, visible = 1, masked = 2 };
+
+// A token whose row held NaN or infinity: stored as zeros, refused once a query sees it.
+struct NonFinite {
+  std::int64_t position = 0;
+  bool key = false, value = false;
+};
+
+struct Plan {
+  Rows sinks;                        // exact rows that become the sinks
+  Rows lambda;                       // keys that lambda is learnt from, whole pages
+  std::vector<std::uint8_t> lambda_skip;  // [lambda.count()]: nonzero rows stay out
+  Rows sealed;                       // positions that become pages; whole pages but where tokens are sealed on arrival
+  std::int64_t first_sealed = 0;     // index of the page that holds sealed.begin
+  std::vector<std::uint8_t> skip;    // [sealed.count()]: nonzero rows stay out of means and get scale 0
+  std::int64_t new_pages = 0;        // ids that commit takes: all pages of `sealed` but one that is being filled already
+  std::int64_t reopened_page = -1;   // index of a page that becomes window rows again
+  Rows reopened;                     // positions of it that come back
+  Rows unsunk;                       // exact sinks that are window rows again
+  Rows stored;                       // positions of new rows
+  std::vector<PageId> released;      // references that commit gives up
+  Extent after;
+  std::vector<Seen> marks;           // of the window's rows after commit
+};
+
+// Which of what is held a query reads, below a position: the exact sinks, whole pages in order, exact rows.
+struct View {
+  Rows sinks;
+  std::int64_t pages = 0;          // of the page table, from its front
+  std::int64_t pages_position = 0; // of the first one's first token
+  int last_page_tokens = kPageTokens;
+  Rows window;
+};
+
+class Ledger {
+ public:
+  explicit Ledger(const Policy& policy) : policy_(policy) { extent_.anchored = policy.arrival(); }
+
+  const Policy& policy() const { return policy_; }
+  const Extent& extent() const { return extent_; }
+  std::span<const PageId> pages() const { return pages_; }  // [extent().pages]
+  std::span<const Seen> marks() const { return marks_; }    // [extent().window_rows()]
+  std::span<const NonFinite> non_finite() const { return non_finite_; }
+
+  // Seals what is due at the present length, lets go of the exact rows that a crop of the last call no longer needs, and of what
+  // the sliding window hides, unless `recording`.
+  void plan_settle(bool recording, Plan* plan) const;
+  // The same, then `tokens` (>= 0) new rows.
+  void plan_append(std::int64_t tokens, bool recording, Plan* plan) const;
+  // Before attention of the newest `queries` tokens. seen [extent().window_rows()]: nonzero where some query sees the row; empty:
+  // not known. A call of at most 64 queries sees what was due before its last token sealed; exact rows stay.
+  void plan_attend(std::int64_t queries, std::span<const std::uint8_t> seen, Plan* plan) const;
+  // Keeps the first `length` positions. Errors: out_of_range below 0, beyond the length, or where the queries that follow would need
+  // tokens that the sliding window evicted.
+  Status plan_crop(std::int64_t length, Plan* plan) const;
+
+  // Room for `plan`, so that commit needs none. What it throws (std::bad_alloc) changes nothing.
+  void make_room(const Plan& plan);
+  // ids [plan.new_pages]: one reference each is the ledger's from here on. plan.marks is used up.
+  void commit(Plan& plan, std::span<const PageId> ids) noexcept;
+  // The last page becomes a copy that nobody else has, before more is sealed into it on arrival. Returns the id it had.
+  PageId replace_last(PageId id) noexcept;
+
+  // Notes tokens that held NaN or infinity, in order of position.
+  void note(const NonFinite& x) { non_finite_.push_back(x); }
+
+  // What a query at `position` reads below `upto`. stepwise: a call of at most 64 queries, each of which sees what one-by-one
+  // decoding would have sealed before its token came.
+  View view(std::int64_t position, bool stepwise, std::int64_t upto) const;
+  // The first query position behind `position` whose view has other pages.
+  std::int64_t view_end(std::int64_t position, bool stepwise) const;
+  // Pages that are sealed once n tokens are held: the window then keeps W ... W + 63.
+  std::int64_t pages_due(std::int64_t n) const;
+
+ private:
+  friend class Planner;
+  std::int64_t visible_pages(std::int64_t position, bool stepwise) const;
+
+  Policy policy_;
+  Extent extent_;
+  std::vector<PageId> pages_;
+  std::vector<Seen> marks_;
+  std::vector<NonFinite> non_finite_;  // in the window; sealed on arrival: anywhere
+};
+
+}  // namespace kv4::ledger
