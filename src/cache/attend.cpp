@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "cache/output.h"
 #include "cache/state.h"
 #include "cache/visibility.h"
 
@@ -72,7 +73,7 @@ Status Cache::State::record(const AttendArgs& args) {
       if (energy.rows.use_count() > 1) {
         std::shared_ptr<Block> mine;
         KV4_RETURN_IF_ERROR(Block::make(*backend, "query energies", bytes, &mine));
-        backend->copy(mine->as<float>(), energy.rows->as<float>(), bytes);
+        KV4_RETURN_IF_ERROR(backend->copy(mine->as<float>(), energy.rows->as<float>(), bytes));
         energy.rows = std::move(mine);
       }
       energy.filled[static_cast<std::size_t>(slot)] = 1;
@@ -124,11 +125,11 @@ Status Cache::State::check_output(const AttendArgs& args, const MutableTensorVie
       return invalid_argument("out", "shape " + dims(args.q.shape[0], args.q.shape[1], args.q.shape[2], config.head_dim_v),
                               dims(s[0], s[1], s[2], s[3]));
     if (out->stride[3] != 1 && s[3] > 1) return invalid_argument("out", "channel stride 1", std::to_string(out->stride[3]));
-    if (out->data == nullptr) return invalid_argument("out", "data", "a null pointer");
-  } else if (partial->o == nullptr || partial->m == nullptr || partial->l == nullptr) {
-    return invalid_argument("state", "pointers to o, m and l", "a null pointer");
+    return check_places(*out, &args.q);
   }
-  return {};
+  if (partial->o == nullptr || partial->m == nullptr || partial->l == nullptr)
+    return invalid_argument("state", "pointers to o, m and l", "a null pointer");
+  return check_places(*partial, args.q, config.head_dim_v);
 }
 
 // All but the queries' range and the output.
@@ -177,7 +178,7 @@ Status Cache::State::attend(const AttendArgs& given, std::int64_t upto, const Mu
                      "NaN or infinity at sequence " + std::to_string(b) + ", position " + std::to_string(x.position));
   }
   KV4_RETURN_IF_ERROR(record(readable));
-  make_tables();  // a clone or a loaded cache has none yet
+  KV4_RETURN_IF_ERROR(make_tables());  // a clone or a loaded cache has none yet
   const bool stepwise = queries <= kStepwiseTokens;
   if (seals() && !arrival() && stepwise) KV4_RETURN_IF_ERROR(seal_until(length - 1));
 

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "cache/output.h"
 #include "cache/state.h"
 
 namespace kv4 {
@@ -30,7 +31,7 @@ Status Cache::State::crop_sequence(Sequence& s, std::int64_t n) const {
   s.length = n;
   hear(s);
   std::erase_if(s.non_finite, [n](const NonFinite& x) { return x.position >= n; });
-  if (!s.notes.empty()) give_note(s);  // the old one may tell of what is gone, also later
+  if (!s.notes.empty()) KV4_RETURN_IF_ERROR(give_note(s));  // the old one may tell of what is gone, also later
   QueryEnergy& energy = s.query_energy;
   if (n <= energy.first) {
     energy.clear();
@@ -119,6 +120,7 @@ Status Cache::State::dense(bool keys, std::int64_t first, std::int64_t count, co
                             "[" + std::to_string(out.shape[0]) + ", " + std::to_string(out.shape[1]) + ", " + std::to_string(out.shape[2]) +
                                 ", " + std::to_string(out.shape[3]) + "]");
   if (out.stride[3] != 1 && dim > 1) return invalid_argument("out", "channel stride 1", std::to_string(out.stride[3]));
+  KV4_RETURN_IF_ERROR(check_places(out, nullptr));
   std::vector<DequantiseJob> packed;
   for (std::size_t b = 0; b < sequences.size(); ++b) {
     const Sequence& s = sequences[b];

@@ -511,8 +511,10 @@ const RowKernels& row_kernels(const Kernels& kernels) {
 
 Status attend(const AttendJob& job) {
   if (job.query_count <= 0 || job.sequences.empty()) return {};
+  const Kernels* kernels = nullptr;
+  KV4_RETURN_IF_ERROR(active(&kernels));
   thread_local Workspace workspace;
-  return Call(job, workspace, active()).run();
+  return Call(job, workspace, *kernels).run();
 }
 
 }  // namespace kv4::cpu

@@ -43,14 +43,21 @@ class CpuBackend final : public Backend {
     KV4_RETURN_IF_ERROR(supports_side(spec.key, "k"));
     return supports_side(spec.value, "v");
   }
-  Status supports_rows(int, int, DType, SealMode) const override { return {}; }
+  Status supports_rows(int, int, DType, SealMode) const override { return check_isa(); }
 
   void* alloc(std::size_t bytes) override { return alloc_pages(bytes); }
   void free(void* p, std::size_t bytes) override { free_pages(p, bytes); }
-  void copy(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
-  void clear(void* p, std::size_t bytes) override { std::memset(p, 0, bytes); }
-  void copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
+  Status copy(void* to, const void* from, std::size_t bytes) override {
+    std::memcpy(to, from, bytes);
+    return {};
+  }
+  Status clear(void* p, std::size_t bytes) override {
+    std::memset(p, 0, bytes);
+    return {};
+  }
+  Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
     cpu::copy_lines(to, to_pitch, from, from_pitch, bytes, lines);
+    return {};
   }
 
   Status store(const StoreJob& job) override {
@@ -72,8 +79,9 @@ class CpuBackend final : public Backend {
 
   Status seal(const PageSpec& spec, std::span<const SealJob> jobs) override {
     thread_local std::vector<Buffer> scratch;
-    const Kernels& kernels = active();
-    const std::size_t bytes = kernels.seal_scratch(spec);
+    const Kernels* kernels = nullptr;
+    KV4_RETURN_IF_ERROR(active(&kernels));
+    const std::size_t bytes = kernels->seal_scratch(spec);
     const int threads = jobs.size() < kParallelSeals ? 1 : num_threads();
     if (scratch.size() < static_cast<std::size_t>(threads)) scratch.resize(static_cast<std::size_t>(threads));
     for (int i = 0; i < threads; ++i)
@@ -81,27 +89,30 @@ class CpuBackend final : public Backend {
         return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");
     std::vector<Buffer>& buffers = scratch;  // the calling thread's, for all workers
     parallel_for(static_cast<std::int64_t>(jobs.size()), threads, [&](std::int64_t i, int thread) {
-      kernels.seal(spec, jobs[static_cast<std::size_t>(i)], buffers[static_cast<std::size_t>(thread)].data());
+      kernels->seal(spec, jobs[static_cast<std::size_t>(i)], buffers[static_cast<std::size_t>(thread)].data());
     });
     return {};
   }
 
   Status attend(const AttendJob& job) override { return cpu::attend(job); }
 
-  void codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k,
-                          std::uint8_t* v) const override {
+  Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k,
+                            std::uint8_t* v) const override {
     cpu::codes_to_canonical(spec, slice, k, v);
+    return {};
   }
-  void codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v,
-                            std::uint8_t* slice) const override {
+  Status codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v,
+                              std::uint8_t* slice) const override {
     cpu::codes_from_canonical(spec, k, v, slice);
+    return {};
   }
 
   Status dequantise(const PageSpec& spec, std::span<const DequantiseJob> jobs) const override {
     if (jobs.empty()) return {};
     thread_local Buffer scratch;
-    const Kernels& kernels = active();
-    const std::size_t bytes = kernels.dequantise_scratch(spec);
+    const Kernels* kernels = nullptr;
+    KV4_RETURN_IF_ERROR(active(&kernels));
+    const std::size_t bytes = kernels->dequantise_scratch(spec);
     if (!scratch.reserve(bytes)) return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");
     std::vector<float> rows[2];
     for (const DequantiseJob& job : jobs) {
@@ -113,7 +124,7 @@ class CpuBackend final : public Backend {
         return direct;
       };
       const bool k_direct = place(0, job.k, job.k_stride, spec.key.dim), v_direct = place(1, job.v, job.v_stride, spec.value.dim);
-      kernels.dequantise(spec, job.slice, job.lambda_k, job.lambda_v, job.first, job.count, plain[0], plain[1], scratch.data());
+      kernels->dequantise(spec, job.slice, job.lambda_k, job.lambda_v, job.first, job.count, plain[0], plain[1], scratch.data());
       const auto finish = [&](int i, void* out, std::int64_t stride, int dim) {
         cpu::convert({.from = plain[i], .from_stride = dim, .to = out, .to_dtype = job.dtype, .to_stride = stride, .heads = 1, .dim = dim, .rows = job.count});
       };
