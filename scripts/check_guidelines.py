@@ -22,6 +22,7 @@ LAYERS: dict[str, set[str]] = {
     "src/rotation": {"kv4"},
     "src/recipe": {"kv4", "rotation"},
     "src/moments": {"kv4", "format"},
+    "src/ledger": {"kv4"},
     "src/attention": {"kv4", "format"},
     "src/backend": {"kv4", "format", "rotation", "recipe"},
     "src/reference": {"kv4", "format", "rotation", "recipe", "backend"},
@@ -38,9 +39,10 @@ LAYERS: dict[str, set[str]] = {
 }
 # Instruction sets that add to another and may use its folder.
 EXTENDS = {"amx": "avx512", "avxvnni": "avx2", "i8mm": "neon"}
-# The Metal host in Python asks for the tables that a host in C++ would make.
+# The Metal host in Python asks for the policy and the tables that a host in C++ would ask for.
 EXCEPTIONS: dict[str, set[str]] = {
     "python/bindings/metal.cpp": {"metal", "backend", "moments"},
+    "python/bindings/ledger.cpp": {"ledger"},
 }
 
 SOURCE = {".h", ".hpp", ".inl", ".cpp", ".c", ".cu", ".cuh", ".metal", ".mm"}

@@ -10,6 +10,7 @@
 #include "kv4/cache.h"
 #include "kv4/cpu.h"
 #include "kv4/version.h"
+#include "ledger.h"
 #include "metal.h"
 #include "tensor.h"
 
@@ -357,6 +358,7 @@ NB_MODULE(_core, m) {
         return nb::make_tuple(nb::bytes(k.data(), k.size()), nb::bytes(v.data(), v.size()));
       }, "row"_a, "index"_a, "head"_a, "Codes of a sealed head slice in canonical order: (keys, values) as bytes.");
 
+  bind_ledger(m);
   bind_metal(m);
 
   m.def("validate", [](nb::handle recipe) { raise_if_error(kv4::validate(read_recipe(recipe))); }, "recipe"_a);

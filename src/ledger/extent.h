@@ -14,6 +14,9 @@
 
 namespace kv4::ledger {
 
+// Tokens that a sequence may have: positions and their sums stay far from the ends of int64.
+constexpr std::int64_t kMostTokens = std::int64_t{1} << 36;
+
 // Positions [begin, end).
 struct Rows {
   std::int64_t begin = 0, end = 0;

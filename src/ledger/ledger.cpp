@@ -33,6 +33,7 @@ class Planner {
     plan_.lambda_skip = std::move(lambda_skip), plan_.skip = std::move(skip), plan_.released = std::move(released);
     marks.assign(ledger.marks_.begin(), ledger.marks_.end());
     plan_.marks = std::move(marks);
+    plan_.revision = ledger.revision_;
   }
 
   void settle(bool recording) {
@@ -277,6 +278,7 @@ void Ledger::make_room(const Plan& plan) {
 void Ledger::commit(Plan& plan, std::span<const PageId> ids) noexcept {
   const Extent before = extent_;
   extent_ = plan.after;
+  ++revision_;
   // Of the old table what lies within the new one, then the new pages.
   const std::int64_t begin = std::clamp(extent_.first_page, before.first_page, before.page_end());
   const std::int64_t end = std::clamp(extent_.page_end() - plan.new_pages, begin, before.page_end());

@@ -52,6 +52,7 @@ struct Plan {
   std::vector<PageId> released;      // references that commit gives up
   Extent after;
   std::vector<Seen> marks;           // of the window's rows after commit
+  std::uint64_t revision = 0;        // of the ledger that made it
 };
 
 // Which of what is held a query reads, below a position: the exact sinks, whole pages in order, exact rows.
@@ -85,9 +86,11 @@ class Ledger {
   // tokens that the sliding window evicted.
   Status plan_crop(std::int64_t length, Plan* plan) const;
 
+  // Whether `plan` is of the ledger as it is now: nothing was committed since, and the plan was not.
+  bool current(const Plan& plan) const { return plan.revision == revision_; }
   // Room for `plan`, so that commit needs none. What it throws (std::bad_alloc) changes nothing.
   void make_room(const Plan& plan);
-  // ids [plan.new_pages]: one reference each is the ledger's from here on. plan.marks is used up.
+  // A current plan. ids [plan.new_pages]: one reference each is the ledger's from here on. plan.marks is used up.
   void commit(Plan& plan, std::span<const PageId> ids) noexcept;
   // The last page becomes a copy that nobody else has, before more is sealed into it on arrival. Returns the id it had.
   PageId replace_last(PageId id) noexcept;
@@ -109,6 +112,7 @@ class Ledger {
 
   Policy policy_;
   Extent extent_;
+  std::uint64_t revision_ = 1;
   std::vector<PageId> pages_;
   std::vector<Seen> marks_;
   std::vector<NonFinite> non_finite_;  // in the window; sealed on arrival: anywhere

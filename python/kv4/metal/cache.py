@@ -1,13 +1,15 @@
 """The calls of the C++ core's Cache, its arrays on a Metal device.
 
-Policy (what is sealed, dropped and visible when) is that of src/cache, in the same order and under the same names;
-tests hold both to the same lengths, pages and codes. Numbers are the kernels'.
+Policy (what is sealed, dropped and visible when) is the library's own ledger (kv4._core.Ledger), one for each sequence;
+numbers are the kernels'. Here are arrays and launches.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from typing import Any
 
@@ -18,9 +20,9 @@ from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
 from .host import DTYPES, Constants, Host, shared_constants
-from .launch import attend, dequantise
+from .launch import attend
 from .sealing import Sealing
-from .sequence import MASKED, PAGE, UNKNOWN, VISIBLE, Page, PagePool, Sequence
+from .sequence import PAGE, Energies, Page, Pages, Sequence
 from .visibility import Visibility
 
 
@@ -75,15 +77,13 @@ class Cache(Sealing):
         )
         self.seals = recipe.seal == "page"
         self.sink_limit = recipe.sinks if self.seals else 0
-        self.pool = PagePool()
-        self.slab = host.empty((0, self.page_bytes), "uint8")
+        self.pool = Pages(host, self.constants.tables.page_bytes)
         self.recording = False
         self._forget()
 
     def _forget(self) -> None:
         self.sequences: list[Sequence] = []
         self.length = 0
-        # Keys and values [batch, kv_heads, sinks + capacity, head_dim]; sinks lie before the window.
         self.rows: list[Any] = []
 
     # Appending.
@@ -102,41 +102,19 @@ class Cache(Sealing):
                 raise ValueError(mismatch(name, expected, list(x.shape)))
         if tuple(k.shape) != tuple(v.shape):
             raise ValueError(mismatch("v", f"the batch and tokens of k, {list(k.shape)}", list(v.shape)))
-        fresh = [self.host.finite(x) for x in (k, v)]
-        self.settle()
-        if not self.sequences:
-            self._forget()
-            self.sequences = [Sequence(self.sink_limit) for _ in range(k.shape[0])]
+        stored = [self.host.finite(x) for x in (k, v)]
+        sequences = self.sequences or [Sequence.empty(self.recipe, self.window) for _ in range(k.shape[0])]
         tokens = k.shape[2]
-        if not tokens:
-            return
-        self._make_room(tokens)
-        for rows, x in zip(self.rows, fresh, strict=True):
-            if len({s.count for s in self.sequences}) == 1:
-                first = self.sink_limit + self.sequences[0].count
-                rows[:, :, first : first + tokens] = x
-                continue
-            for b, s in enumerate(self.sequences):
-                first = self.sink_limit + s.count
-                rows[b, :, first : first + tokens] = x[b]
-        for s in self.sequences:
-            s.seen += bytes([UNKNOWN]) * tokens
-            s.length += tokens
+        self.carry_out(sequences, [s.ledger.append(tokens, self.recording) for s in sequences], stored)
+        self.sequences = sequences
         self.length += tokens
 
-    def _make_room(self, tokens: int) -> None:
-        need = max(s.count for s in self.sequences) + tokens
-        room = self.rows[0].shape[2] - self.sink_limit if self.rows else 0
-        if need <= room:
-            return
-        if self.seals:
-            decode = self.recipe.window + PAGE + self.sink_limit
-            room = decode if need <= decode else need
-        else:
-            room = max(need, PAGE, need + need // 8)
-        self._resize(room)
+    def seal(self) -> None:
+        """Seals what is due and lets go of the exact rows that were kept for a crop of the last call."""
+        if self.sequences:
+            self.carry_out(self.sequences, [s.ledger.settle(self.recording) for s in self.sequences])
 
-    # Attention: src/cache/attend.cpp.
+    # Attention.
 
     def attended(
         self,
@@ -169,48 +147,94 @@ class Cache(Sealing):
         seen = Visibility(
             self.length, tokens, causal, starts, limits, None if mask is None else self.host.seen(mask), offset
         )
-        stepwise = tokens <= PAGE
-        if partial:
-            self._check_upto(upto, stepwise, seen)
-        else:
-            upto = self.length
-        self._record(q, seen)
-        if self.seals and stepwise:
-            self._seal_until(self.length - 1)
-        first_query = self.length - tokens
-        begin, parts = 0, []
-        while begin < tokens:
-            end = tokens
-            if stepwise:
-                for s in self.sequences:
-                    pages = self._visible_pages(s, first_query + begin, True)
-                    end = next(
-                        (t for t in range(begin + 1, end) if self._visible_pages(s, first_query + t, True) != pages),
-                        end,
-                    )
-            views = []
-            for b, s in enumerate(self.sequences):
-                pages = self._visible_pages(s, first_query + begin, stepwise)
-                views.append(self._view(b, s, pages, upto, first_query + begin, starts[b], limits[b], mask, start))
-            part = slice(begin, end)
-            done = attend(
-                self,
-                q if begin == 0 and end == tokens else q[:, :, part],
-                views,
-                out=None if out is None else out[:, :, part],
-                dtype=None if partial else dtype,
-                scale=scale,
-                softcap=softcap,
-                sinks=sinks,
-                causal=causal,
-                mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, part],
-                offset=offset,
-            )
-            parts.append(done)
-            begin = end
+        held, calls = self.rows, [self._call(b, s, q, seen) for b, s in enumerate(self.sequences)]
+        plans = [call[0] for call in calls]
+        if any(plan.new_pages for plan in plans):
+            self.rows = self._moved(self.sequences, plans, anew=True)
+        try:
+            nexts = [self._next(s, *call) for s, call in zip(self.sequences, calls, strict=True)]
+            if not partial:
+                upto = self.length
+            elif self.seals:
+                self._check_upto(upto, tokens, nexts)
+            parts = []
+            for begin, end, views in self._runs(nexts, tokens, upto, starts, limits, start is not None):
+                part = slice(begin, end)
+                done = attend(
+                    self,
+                    nexts,
+                    q if begin == 0 and end == tokens else q[:, :, part],
+                    views,
+                    out=None if out is None else out[:, :, part],
+                    dtype=None if partial else dtype,
+                    scale=scale,
+                    softcap=softcap,
+                    sinks=sinks,
+                    causal=causal,
+                    mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, part],
+                    offset=offset,
+                )
+                parts.append(done)
+        except BaseException:
+            self.rows = held
+            raise
+        for s, plan in zip(nexts, plans, strict=True):
+            if not plan.new_pages:
+                s.commit(plan, [])
+        self.sequences = nexts
         if out is not None:
             return out
         return parts[0] if len(parts) == 1 else self.host.concatenate(parts, 2)
+
+    def _call(self, b: int, s: Sequence, q: Any, seen: Visibility) -> tuple[Any, Energies, list[Page], Any]:
+        """What a call of attention does to a sequence: its plan, energies, new pages and lambda. The sequence itself is
+        as it was."""
+        x = s.extent
+        rows = seen.seen(b, x.window_position, x.window_rows).tobytes() if self.seals else b""
+        plan = s.ledger.attend(seen.queries, rows)
+        energies = self._with_energies(q, b, s, seen)
+        return plan, energies, *self._seal(b, s, plan, energies)
+
+    @staticmethod
+    def _next(s: Sequence, plan: Any, energies: Energies, pages: list[Page], lambda_: Any) -> Sequence:
+        """The sequence that the call reads; one that seals nothing waits for commit."""
+        after = s.fork() if pages else dataclasses.replace(s)
+        after.energies, after.lambda_ = energies, lambda_
+        if pages:
+            after.commit(plan, pages)
+        return after
+
+    def _runs(
+        self, sequences: list[Sequence], tokens: int, upto: int, starts: list[int], limits: list[int], given: bool
+    ) -> Iterator[tuple[int, int, list[tuple]]]:
+        """Runs of queries [begin, end) that read the same pages in every sequence, with each sequence's view."""
+        first_query, stepwise = self.length - tokens, tokens <= PAGE
+        begin = 0
+        while begin < tokens:
+            position = first_query + begin
+            end = min(tokens, *(s.ledger.view_end(position, stepwise) - first_query for s in sequences))
+            views = []
+            for b, s in enumerate(sequences):
+                view = s.ledger.view(position, stepwise, upto)
+                views.append(self._view(b, s, view, position, starts[b] if given else -(2**31), limits[b]))
+            yield begin, end, views
+            begin = end
+
+    def _with_energies(self, q: Any, b: int, s: Sequence, seen: Visibility) -> Energies:
+        """The energies held of the first queries that see themselves, the call's included."""
+        energies = s.energies
+        if not self.seals or self.recipe.key.lambda_ != "auto" or s.extent.lambda_ == "fixed":
+            return energies
+        limit = self.recipe.sinks + self.recipe.window + PAGE
+        if energies.parts and seen.first_query - energies.first >= limit:
+            return energies
+        positions = [seen.first_query + int(t) for t in np.flatnonzero(seen.see_themselves(b))]
+        first = energies.first if energies.parts else positions[0] if positions else 0
+        positions = [x for x in positions if 0 <= x - first < limit]
+        if not positions:
+            return energies
+        rows = self.host.energies(q, b, [x - seen.first_query for x in positions], self.heads)
+        return energies.with_rows(self.host, positions, rows)
 
     def _check_call(self, q: Any, dtype: str, scale: float, softcap: float, sinks: Any, mask: Any) -> None:
         """What can be refused of a call before any of it is recorded."""
@@ -239,145 +263,47 @@ class Cache(Sealing):
             if len(mask.shape) != 4 or any(have not in (1, want) for have, want in zip(mask.shape, full, strict=False)):
                 raise ValueError(mismatch("mask", f"shape {[*full]} or 1 each, columns", list(mask.shape)))
 
-    def _check_upto(self, upto: int, stepwise: bool, seen: Visibility) -> None:
-        """The last query reads the most tokens packed: those due before it, by the masks as the call leaves them."""
-        if not self.seals:
-            return
-        for b, held in enumerate(self.sequences):
-            s = held.fork()
-            _note(b, s, seen)
-            due = s.pages_due(self.length - 1, self.recipe.window) if stepwise else 0
-            pages = max(due, s.released_pages())
-            sealed = s.presumed_start() + s.sink_limit + pages * PAGE
-            if pages > s.first_page and upto < sealed:
+    def _check_upto(self, upto: int, tokens: int, sequences: list[Sequence]) -> None:
+        """The last query reads the most tokens packed."""
+        for s in sequences:
+            view = s.ledger.view(self.length - 1, tokens <= PAGE, upto)
+            sealed = view.pages_position + view.pages * PAGE
+            if view.pages and upto < sealed:
                 raise IndexError(mismatch("upto", f"at least {sealed}, the end of the sealed tokens", upto))
 
-    def _record(self, q: Any, seen: Visibility) -> None:
-        """Remembers which exact tokens the call's queries see, and the energies of the first queries."""
-        if not self.seals:
-            return
-        tokens = q.shape[2]
-        limit = self.recipe.sinks + self.recipe.window + PAGE
-        for b, s in enumerate(self.sequences):
-            _note(b, s, seen)
-            energy = s.energy
-            if self.recipe.key.lambda_ != "auto" or (s.lambda_ is not None and energy.rows is None):
-                continue
-            first_query = self.length - tokens
-            if energy.rows is not None and first_query - energy.first >= limit:
-                continue
-            visible = [t for t in range(tokens) if seen.visible(b, t, first_query + t)]
-            if energy.rows is None:
-                if not visible:
-                    continue
-                energy.first = first_query + visible[0]
-                energy.rows = self.host.zeros((limit, self.heads, self.dim), "float32")
-                energy.filled = bytearray(limit)
-            slots = [(t, first_query + t - energy.first) for t in visible]
-            slots = [(t, slot) for t, slot in slots if 0 <= slot < limit]
-            if not slots:
-                continue
-            queries, places = ([slot[i] for slot in slots] for i in (0, 1))
-            rows = self.host.energies(q, b, queries, self.heads)
-            energy.rows = self.host.put(energy.rows, places, rows)
-            for _, slot in slots:
-                energy.filled[slot] = 1
-
-    def _visible_pages(self, s: Sequence, position: int, stepwise: bool) -> int:
-        """Pages that a query at `position` reads packed: those due before its token came."""
-        due = s.pages_due(position, self.recipe.window) if stepwise and s.anchored else 0
-        return min(max(due, s.released_pages()), s.page_end)
-
-    def _view(
-        self, b: int, s: Sequence, pages: int, upto: int, query: int, start: int, limit: int, mask: Any, given: Any
-    ) -> tuple:
+    def _view(self, b: int, s: Sequence, view: Any, query: int, start: int, limit: int) -> tuple:
         """One sequence as MetalTables.attend reads it; offsets are elements of self.rows[0] and self.rows[1]."""
         head = self.rows[0].shape[2] * self.dim
-        base = b * self.heads * head
 
-        def exact(row: int, position: int, count: int) -> tuple[int, ...]:
-            at = base + row * self.dim
-            return (position, count, at, head, self.dim, at, head, self.dim)
+        def exact(row: int, rows: tuple[int, int]) -> tuple[int, ...]:
+            at = b * self.heads * head + row * self.dim
+            return (rows[0], rows[1] - rows[0], at, head, self.dim, at, head, self.dim)
 
-        sets = [exact(0, s.start, max(0, min(upto - s.start, s.sinks)))]
-        skip = max(0, s.page_position(pages) - s.window_position) if s.pages else 0
-        held = max(0, min(upto - s.window_position, s.count))
-        sets.append(exact(self.sink_limit + skip, s.window_position + skip, max(0, held - skip)))
-        table = [page.index for page in s.pages[: pages - s.first_page]]
-        position = s.page_position(s.first_page) if s.pages else 0
         return (
-            table,
-            position,
+            s.ledger.pages[: view.pages],
+            view.pages_position if view.pages else 0,
             PAGE,
             query,
-            start if given is not None else -(2**31),
+            start,
             limit,
             self.lambda_k(s) is not None or self.given_v is not None,
-            sets,
+            [exact(0, view.sinks), exact(self._row(view.window[0], s.extent), view.window)],
         )
 
-    # Crop, forks and what is held: src/cache/edit.cpp.
+    # Crop, forks and what is held.
 
     def crop(self, length: int) -> None:
         """Keeps the first `length` positions of every sequence."""
         if not 0 <= length <= self.length:
             raise IndexError(mismatch("length", f"0 to {self.length}", length))
+        plans = [s.ledger.crop(length) for s in self.sequences]
         if length == self.length:
             return
-        for s in self.sequences:
-            if s.evicted > max(0, length - self.window + 1):
-                least = s.evicted + self.window - 1
-                text = f"at least {least} (older tokens left the sliding window), or 0 by reset"
-                raise IndexError(mismatch("length", text, length))
-        opened = [self._opened(b, s, length) for b, s in enumerate(self.sequences)]
-        for b, s in enumerate(self.sequences):
-            self._crop_sequence(b, s, length, opened[b])
+        energies = [s.energies.before(self.host, length) for s in self.sequences]
+        self.carry_out(self.sequences, plans)
+        for s, kept in zip(self.sequences, energies, strict=True):
+            s.energies = kept
         self.length = length
-
-    def _opened(self, b: int, s: Sequence, n: int) -> list[Any]:
-        """Keys and values [kv_heads, rows, head_dim] of the sealed tokens below n of the page that n cuts."""
-        if not s.anchored or not s.body <= n < s.window_position:
-            return []
-        index, rows = divmod(n - s.body, PAGE)
-        if not rows:
-            return []
-        page = s.pages[index - s.first_page]
-        return [
-            self.host.cast(dequantise(self, b, [page.index], values)[:, :rows], self.dtype) for values in (False, True)
-        ]
-
-    def _crop_sequence(self, b: int, s: Sequence, n: int, opened: list[Any]) -> None:
-        s.length = n
-        energy = s.energy
-        if n <= energy.first:
-            s.energy = type(energy)()
-        else:
-            for t in range(n - energy.first, len(energy.filled)):
-                energy.filled[t] = 0
-        if not s.anchored or n >= s.window_position:
-            if s.anchored:
-                keep = min(max(s.pages_due(n, self.recipe.window), s.released_pages()), s.page_end)
-                del s.pages[keep - s.first_page :]
-            del s.seen[max(0, n - s.window_position) :]
-            s.window_position = min(s.window_position, n)
-        elif n >= s.body:
-            index, rows = divmod(n - s.body, PAGE)
-            for x, dense in zip(self.rows, opened, strict=False):
-                x[b, :, self.sink_limit : self.sink_limit + rows] = dense
-            del s.pages[index - s.first_page :]
-            s.window_position = s.page_position(index)
-            s.seen = bytearray([VISIBLE]) * rows
-        else:  # into the sinks, or before them: no longer anchored
-            count = max(0, n - s.start)
-            first = self.sink_limit
-            for x in self.rows:
-                x[b, :, first : first + s.sinks] = self.host.copy(x[b, :, : s.sinks])
-            s.window_position = min(s.start, n)
-            s.seen = bytearray([VISIBLE]) * count
-            s.sinks, s.first_page, s.start, s.anchored = 0, 0, 0, False
-            s.pages.clear()
-        if not s.pages and s.energy.rows is not None:
-            s.lambda_ = None
 
     def select(self, rows: Rows[int]) -> None:
         """Sequence i continues old sequence rows[i]; pages are shared."""
@@ -397,18 +323,9 @@ class Cache(Sealing):
         self._forget()
 
     def clone(self) -> Cache:
-        """A cache of its own. Each cache writes to its own slab, so pages are copied."""
+        """A cache of its own, which shares the pages."""
         twin = copy.copy(self)
-        twin.pool = PagePool()
         twin.sequences = [s.fork() for s in self.sequences]
-        moved: dict[int, Page] = {}
-        for s in twin.sequences:
-            for page in s.pages:
-                if page.index not in moved:
-                    moved[page.index] = twin.pool.allocate(1)[0]
-            s.pages = [moved[page.index] for page in s.pages]
-        none = self.host.empty((0, self.page_bytes), "uint8")
-        twin.slab = self.host.take(self.slab, list(moved), 0) if moved else none
         twin.rows = [self.host.copy(x) for x in self.rows]
         return twin
 
@@ -420,14 +337,15 @@ class Cache(Sealing):
         head_dim], float32 where anything is sealed, else the cache's dtype."""
         if first < 0 or count < 0 or first + count > self.length:
             raise IndexError(mismatch("first, count", f"positions within 0 to {self.length}", f"{first}, {count}"))
-        for s in self.sequences:
-            if first < s.evicted:
-                raise IndexError(mismatch("first", f"at least {s.evicted}, the oldest token held", first))
-        dtype = "float32" if any(s.pages for s in self.sequences) else self.dtype
+        extents = [s.extent for s in self.sequences]
+        for x in extents:
+            if first < x.evicted:
+                raise IndexError(mismatch("first", f"at least {x.evicted}, the oldest token held", first))
+        dtype = "float32" if any(x.pages for x in extents) else self.dtype
         out = self.host.zeros((len(self.sequences), self.heads, count, self.dim), dtype)
         if not count:
             return out
-        for b, s in enumerate(self.sequences):
+        for b, (s, x) in enumerate(zip(self.sequences, extents, strict=True)):
 
             def put(position: int, rows: Any, b: int = b) -> None:
                 lo, hi = max(position, first), min(position + rows.shape[1], first + count)
@@ -435,24 +353,20 @@ class Cache(Sealing):
                     out[b, :, lo - first : hi - first] = self.host.cast(rows[:, lo - position : hi - position], dtype)
 
             rows = self.rows[int(values)][b]
-            put(s.start, rows[:, : s.sinks])
-            wanted = [
-                (i, page.index)
-                for i, page in enumerate(s.pages, s.first_page)
-                if s.page_position(i) < first + count and s.page_position(i + 1) > first
-            ]
+            put(x.start, rows[:, : x.sinks])
+            begin = x.start + self.sink_limit + x.first_page * PAGE  # of the first page held
+            low, high = (first - begin) // PAGE, -((begin - first - count) // PAGE)
+            wanted = s.ledger.pages[max(low, 0) : max(high, 0)]
             if wanted:
-                dense = dequantise(self, b, [index for _, index in wanted], values)
-                for n, (i, _) in enumerate(wanted):
-                    put(s.page_position(i), dense[:, n * PAGE : (n + 1) * PAGE])
+                put(begin + max(low, 0) * PAGE, self.dequantised(s, wanted, values))
             # Rows still exact win over pages sealed during the last call.
-            put(s.window_position, rows[:, self.sink_limit : self.sink_limit + s.count])
+            put(x.window_position, rows[:, self.sink_limit : self.sink_limit + x.window_rows])
         return out
 
     def arrays(self) -> list[Any]:
         """Everything held, each array once."""
-        held = [self.slab, *self.rows, self.given_k, self.given_v]
-        held += [x for s in self.sequences for x in (s.lambda_, s.energy.rows)]
+        held = [self.pool.slab, *self.rows, self.given_k, self.given_v]
+        held += [x for s in self.sequences for x in (s.lambda_, *(rows for _, rows in s.energies.parts))]
         return list({id(x): x for x in held if x is not None}.values())
 
     def nbytes(self) -> int:
@@ -465,44 +379,37 @@ class Cache(Sealing):
 
     @property
     def first(self) -> int:
-        return max((s.evicted for s in self.sequences), default=0)
+        return max((s.extent.evicted for s in self.sequences), default=0)
 
     def sealed_tokens(self, row: int) -> int:
-        return len(self._row(row).pages) * PAGE
+        return self._sequence(row).extent.sealed_tokens
 
     def exact_tokens(self, row: int) -> int:
-        s = self._row(row)
-        return s.sinks + s.count
+        x = self._sequence(row).extent
+        return x.sinks + x.window_rows
 
     def page_count(self, row: int) -> int:
-        return len(self._row(row).pages)
+        return self._sequence(row).extent.pages
 
     def lambda_(self, row: int) -> list[float]:
         """Flat [kv_heads * head_dim]; empty before it is fixed."""
-        values = self.lambda_k(self._row(row))
+        values = self.lambda_k(self._sequence(row))
         return [] if values is None else values.flatten().tolist()
 
     def page_codes(self, row: int, index: int, head: int) -> tuple[bytes, bytes]:
         """Codes of a sealed head slice in canonical order: (keys, values)."""
         size = self.constants.tables.head_bytes
-        pages = self._row(row).pages
+        pages = self._sequence(row).ledger.pages
         for name, value, end in (("index", index, len(pages)), ("head", head, self.heads)):
             if not 0 <= value < end:
                 raise IndexError(mismatch(name, f"0 to {end - 1}", value))
-        page = self.slab[pages[index].index, head * size : (head + 1) * size]
+        page = self.pool.slab[pages[index], head * size : (head + 1) * size]
         return self.constants.tables.canonical(self.host.numpy(page).tobytes())
 
-    def _row(self, row: int) -> Sequence:
+    def _sequence(self, row: int) -> Sequence:
         if not 0 <= row < len(self.sequences):
             raise IndexError(mismatch("row", f"0 to {len(self.sequences) - 1}", row))
         return self.sequences[row]
-
-
-def _note(b: int, s: Sequence, seen: Visibility) -> None:
-    """Which exact tokens of sequence b the call's queries see."""
-    for j, known in enumerate(s.seen):
-        if known != VISIBLE:
-            s.seen[j] = VISIBLE if seen.seen(b, s.window_position + j) else MASKED
 
 
 def _integers(name: str, x: Any, count: int) -> list[int]:

@@ -11,10 +11,13 @@ from .sequence import PAGE
 
 if TYPE_CHECKING:
     from .cache import Cache
+    from .sealing import Sealing
+    from .sequence import Sequence
 
 
 def attend(
     cache: Cache,
+    sequences: list[Sequence],
     q: Any,
     views: list[tuple],
     *,
@@ -61,9 +64,9 @@ def attend(
         offset=offset,
         cores=host.cores,
     )
-    call, sequences = host.table(tables["call"]), host.table(tables["sequences"])
+    call, rows = host.table(tables["call"]), host.table(tables["sequences"])
     factors, pages, levels = (host.table(tables[name]) for name in ("factors", "pages", "levels"))
-    lambdas = [cache.lambda_k(s) for s in cache.sequences]
+    lambdas = [cache.lambda_k(s) for s in sequences]
     lambda_k = lambda_v = host.nothing
     if cache.given_v is not None or any(x is not None for x in lambdas):
         one = host.table(np.ones((cache.heads, dim), np.float32))
@@ -74,7 +77,7 @@ def attend(
         lambda_v = host.stack([cache.given_v] * batch)
     (prepared,) = host.run(
         "kv4_prepare",
-        (q, constants.query, lambda_k, sequences, call, factors),
+        (q, constants.query, lambda_k, rows, call, factors),
         [((max(tables["prepared_floats"], 4),), "float32")],
         (ROW_THREADS * (heads // cache.heads), tokens, batch * cache.heads),
         ROW_THREADS,
@@ -83,12 +86,12 @@ def attend(
         f"kv4_attend_d{dim}_r{tables['block_rows']}",
         (
             prepared,
-            cache.slab if cache.slab.shape[0] else host.nothing,
+            cache.pool.slab if cache.pool.slab.shape[0] else host.nothing,
             pages,
             *cache.rows,
             host.nothing if mask is None else mask,
             levels,
-            sequences,
+            rows,
             call,
             factors,
         ),
@@ -103,7 +106,7 @@ def attend(
             constants.output[1],
             lambda_v,
             host.nothing if sinks is None else host.cast(sinks, "float32"),
-            sequences,
+            rows,
             call,
         ),
         [(out_shape, out_dtype or "float32") if out is None else out],
@@ -113,7 +116,7 @@ def attend(
     return done
 
 
-def _jobs(cache: Cache, slices: list[tuple[int, int]], row: int, head: int, masked: bool, given: Any) -> np.ndarray:
+def _jobs(cache: Sealing, slices: list[tuple[int, int]], row: int, head: int, masked: bool, given: Any) -> np.ndarray:
     """int64 [len(slices), 6] (kv4_job) of whole pages. slices: (byte in the pages, head) of each, page by page; their
     rows begin at element row + h * head + p * 64 * d. masked: rows have flags; given: their lambda, or None."""
     heads = cache.heads
@@ -137,10 +140,9 @@ def _slices(pages: list[int], heads: int, page_bytes: int, head_bytes: int) -> l
     return [(page * page_bytes + h * head_bytes, h) for page in pages for h in range(heads)]
 
 
-def seal(cache: Cache, b: int, first: int, skip: bytes, pages: list[int]) -> None:
+def seal(cache: Sealing, b: int, lambda_k: Any, first: int, skip: bytes, pages: list[int]) -> None:
     """Seals window rows [first, first + 64 * len(pages)) of sequence b. skip: a byte per row, nonzero = masked."""
     host, constants, heads = cache.host, cache.constants, cache.heads
-    lambda_k = cache.lambda_k(cache.sequences[b])
     head = cache.rows[0].shape[2] * cache.dim
     row = b * heads * head + (cache.sink_limit + first) * cache.dim
     masked = host.table(np.frombuffer(skip, np.uint8).copy())
@@ -148,8 +150,8 @@ def seal(cache: Cache, b: int, first: int, skip: bytes, pages: list[int]) -> Non
     for values, given in ((False, lambda_k), (True, cache.given_v)):
         size = constants.value_bytes if values else constants.key_bytes
         if host.in_place:
-            slices = _slices(pages, heads, cache.page_bytes, constants.tables.head_bytes)
-            output, side = cache.slab, constants.side
+            slices = _slices(pages, heads, cache.pool.page_bytes, constants.tables.head_bytes)
+            output, side = cache.pool.slab, constants.side
         else:
             slices = _slices(list(range(len(pages))), heads, heads * size, size)
             output, side = ((len(pages), heads, size), "uint8"), constants.side_alone
@@ -164,17 +166,17 @@ def seal(cache: Cache, b: int, first: int, skip: bytes, pages: list[int]) -> Non
         )
         fresh += host.run("kv4_seal", inputs, [output], (ROW_THREADS * len(slices), 1, 1), ROW_THREADS)
     if not host.in_place:
-        whole = host.concatenate(fresh, 2).reshape(len(pages), cache.page_bytes)
-        cache.slab = host.put(cache.slab, pages, whole)
+        whole = host.concatenate(fresh, 2).reshape(len(pages), cache.pool.page_bytes)
+        cache.pool.slab = host.put(cache.pool.slab, pages, whole)
 
 
-def dequantise(cache: Cache, b: int, pages: list[int], values: bool) -> Any:
-    """float32 [kv_heads, 64 * len(pages), d] of one side of whole pages, in the model's own basis."""
+def dequantise(cache: Sealing, given: Any, pages: list[int], values: bool) -> Any:
+    """float32 [kv_heads, 64 * len(pages), d] of one side of whole pages, in the model's own basis. given: their
+    lambda, or None."""
     host, constants = cache.host, cache.constants
-    given = cache.given_v if values else cache.lambda_k(cache.sequences[b])
-    slices = _slices(pages, cache.heads, cache.page_bytes, constants.tables.head_bytes)
+    slices = _slices(pages, cache.heads, cache.pool.page_bytes, constants.tables.head_bytes)
     inputs = (
-        cache.slab,
+        cache.pool.slab,
         host.nothing if given is None else given,
         constants.output[values],
         host.table(_jobs(cache, slices, 0, PAGE * len(pages) * cache.dim, False, given)),

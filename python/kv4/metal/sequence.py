@@ -1,114 +1,103 @@
-"""One sequence of a layer's cache, and the arithmetic of positions: what `src/cache/sequence.h` is to the C++ cache.
-
-    [ dropped padding: start ][ sinks: S ][ page 0 ][ page 1 ] ... [ window ]
-
-Page i covers positions body + 64 i ... + 63, body = start + S. Until the sequence is anchored (at its first seal or
-eviction) every token is in the window and start is not known. Nothing here knows a tensor but as something to keep.
-"""
+"""One sequence: its ledger (kv4._core.Ledger, the policy), and what of it lies in arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+from kv4 import _core
+from kv4.recipe import Recipe
+
+from .host import Host
+
 PAGE = 64
-UNKNOWN, VISIBLE, MASKED = 0, 1, 2  # what attention has told about an exact token
 
 
-class PagePool:
-    """Numbers of pages in a slab. A Page gives its number back when nothing refers to it any more."""
+class Pages:
+    """Page bytes [pages, page_bytes] of a cache and its clones. A Page that nothing refers to gives its place back."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: Host, page_bytes: int) -> None:
+        self.host = host
+        self.page_bytes = page_bytes
+        self.slab = host.empty((0, page_bytes), "uint8")
         self.count = 0
         self.free: list[int] = []
 
-    def allocate(self, n: int) -> list[Page]:
-        pages = []
-        for _ in range(n):
-            if self.free:
-                index = self.free.pop()
-            else:
-                index, self.count = self.count, self.count + 1
-            pages.append(Page(self, index))
+    def take(self, n: int) -> list[Page]:
+        places = [self.free.pop() for _ in range(min(n, len(self.free)))]
+        pages = [Page(self, place) for place in places]
+        have, need = self.slab.shape[0], self.count + n - len(pages)
+        if need > have:
+            slab = self.host.empty((max(need, have + have // 2 + 4), self.page_bytes), "uint8")
+            if have:
+                slab[:have] = self.slab
+            self.slab = slab
+        pages += [Page(self, place) for place in range(self.count, need)]
+        self.count = need
         return pages
 
 
 class Page:
-    __slots__ = ("index", "pool")
+    __slots__ = ("pages", "place")
 
-    def __init__(self, pool: PagePool, index: int) -> None:
-        self.pool = pool
-        self.index = index
+    def __init__(self, pages: Pages, place: int) -> None:
+        self.pages = pages
+        self.place = place
 
     def __del__(self) -> None:
-        self.pool.free.append(self.index)
+        self.pages.free.append(self.place)
 
 
 @dataclasses.dataclass
-class Energy:
-    """Energies of the visible queries before the first page is due, by position from `first`: rows
-    [limit, kv_heads, head_dim] on the device, None until the first query."""
+class Energies:
+    """Energies of the visible queries before the first page is due, until lambda is fixed: what position each is of,
+    and rows [n, kv_heads, head_dim] on the device. Never written in place, so that forks may share them."""
 
-    first: int = 0
-    rows: Any = None
-    filled: bytearray = dataclasses.field(default_factory=bytearray)
+    first: int = 0  # position of the first query that counts; `limit` positions from there on do
+    parts: list[tuple[list[int], Any]] = dataclasses.field(default_factory=list)
+
+    def before(self, host: Host, length: int) -> Energies:
+        """Those of positions below `length`."""
+        kept = []
+        for positions, rows in self.parts:
+            n = sum(position < length for position in positions)
+            if n:
+                kept.append((positions[:n], rows if n == len(positions) else host.copy(rows[:n])))
+        return Energies(self.first, kept) if kept else Energies()
+
+    def with_rows(self, host: Host, positions: list[int], rows: Any) -> Energies:
+        """With those of a call's queries, which may have been asked before."""
+        held = self.before(host, positions[0])
+        return Energies(held.first if held.parts else positions[0], [*held.parts, (positions, rows)])
 
 
 @dataclasses.dataclass
 class Sequence:
-    sink_limit: int
-    length: int = 0
-    start: int = 0
-    anchored: bool = False
-    sinks: int = 0  # rows held
-    first_page: int = 0  # index of pages[0]: earlier ones are evicted
-    pages: list[Page] = dataclasses.field(default_factory=list)
-    window_position: int = 0  # of window row 0
-    seen: bytearray = dataclasses.field(default_factory=bytearray)  # per window row
-    evicted: int = 0
-    energy: Energy = dataclasses.field(default_factory=Energy)
+    ledger: _core.Ledger
+    pages: dict[int, Page] = dataclasses.field(default_factory=dict)  # by id, which is the place
+    energies: Energies = dataclasses.field(default_factory=Energies)
     lambda_: Any = None  # [kv_heads, head_dim] on the device
 
+    @classmethod
+    def empty(cls, recipe: Recipe, window: int) -> Sequence:
+        return cls(_core.Ledger(recipe, window))
+
+    @property
+    def extent(self) -> _core.Extent:
+        return self.ledger.extent
+
     def fork(self) -> Sequence:
-        """A copy that goes its own way. Energy rows are never written in place, so they may be shared."""
-        energy = Energy(self.energy.first, self.energy.rows, bytearray(self.energy.filled))
-        return dataclasses.replace(self, pages=list(self.pages), seen=bytearray(self.seen), energy=energy)
+        """A copy that goes its own way and shares the pages."""
+        return dataclasses.replace(self, ledger=self.ledger.fork(), pages=dict(self.pages))
 
-    @property
-    def count(self) -> int:
-        """Rows in the window."""
-        return len(self.seen)
-
-    @property
-    def body(self) -> int:
-        return self.start + self.sink_limit
-
-    def page_position(self, index: int) -> int:
-        return self.body + index * PAGE
-
-    @property
-    def page_end(self) -> int:
-        return self.first_page + len(self.pages)
-
-    def leading_masked(self) -> int:
-        return next((i for i, x in enumerate(self.seen) if x != MASKED), len(self.seen))
-
-    def presumed_start(self) -> int:
-        """First position that has not been dropped as padding."""
-        return self.start if self.anchored else self.window_position + self.leading_masked()
-
-    def pages_due(self, n: int, window: int) -> int:
-        """Pages that are sealed once n tokens are held: the window then keeps window ... window + 63."""
-        return max(0, n - self.presumed_start() - self.sink_limit - window) // PAGE
-
-    def released_pages(self) -> int:
-        """Pages whose exact rows are gone."""
-        if not self.anchored or not self.pages:
-            return self.first_page
-        return min(max((self.window_position - self.body) // PAGE, self.first_page), self.page_end)
-
-    def first_held(self) -> int:
-        """Smallest position still held."""
-        if self.sinks:
-            return self.start
-        return self.page_position(self.first_page) if self.pages else self.window_position
+    def commit(self, plan: _core.Plan, fresh: list[Page]) -> None:
+        """The plan has been carried out; fresh: the pages that it made."""
+        after = plan.after
+        self.ledger.commit(plan, [page.place for page in fresh])
+        for place in plan.released:
+            self.pages.pop(place)
+        self.pages.update((page.place, page) for page in fresh)
+        if after.lambda_ == "open":
+            self.lambda_ = None
+        elif after.lambda_ == "fixed":
+            self.energies = Energies()

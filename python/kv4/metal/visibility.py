@@ -26,21 +26,37 @@ class Visibility:
         if general is not None:
             self.general = np.broadcast_to(general, (len(starts), queries, general.shape[-1]))
 
-    def visible(self, b: int, t: int, position: int) -> bool:
-        query = self.first_query + t
-        if position < self.starts[b] or (self.causal and position > query):
-            return False
-        if self.windows[b] and position <= query - self.windows[b]:
-            return False
-        if self.general is None:
-            return True
-        column = position - self.offset
-        return 0 <= column < self.general.shape[2] and bool(self.general[b, t, column])
+    def _sees(self, b: int, queries: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """bool: whether the query row sees the position, by all but a general mask; the arrays broadcast."""
+        at = self.first_query + queries
+        sees = (positions >= self.starts[b]) & (positions >= 0)
+        if self.causal:
+            sees = sees & (positions <= at)
+        if self.windows[b]:
+            sees = sees & (positions > at - self.windows[b])
+        return sees
 
-    def seen(self, b: int, position: int) -> bool:
-        """True where any query of the call sees the position."""
+    def seen(self, b: int, first: int, count: int) -> np.ndarray:
+        """bool [count]: whether any query of the call sees positions [first, first + count)."""
+        positions = np.arange(first, first + count)
         if self.general is None:
             # The query at the token's own position, or else the first one, has the widest view of it.
-            own = min(max(position - self.first_query, 0), self.queries - 1)
-            return self.visible(b, own, position)
-        return any(self.visible(b, t, position) for t in range(self.queries))
+            return self._sees(b, np.clip(positions - self.first_query, 0, self.queries - 1), positions)
+        columns = positions - self.offset
+        inside = (columns >= 0) & (columns < self.general.shape[2])
+        seen = np.zeros(count, bool)
+        queries = np.arange(self.queries)[:, None]
+        seen[inside] = (self.general[b][:, columns[inside]] & self._sees(b, queries, positions[inside])).any(0)
+        return seen
+
+    def see_themselves(self, b: int) -> np.ndarray:
+        """bool [queries]: whether a query sees its own token; those of padding do not."""
+        queries = np.arange(self.queries)
+        positions = self.first_query + queries
+        sees = self._sees(b, queries, positions)
+        if self.general is not None:
+            columns = positions - self.offset
+            inside = (columns >= 0) & (columns < self.general.shape[2])
+            sees = sees & inside
+            sees[inside] &= self.general[b][queries[inside], columns[inside]]
+        return sees
