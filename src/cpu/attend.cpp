@@ -511,10 +511,9 @@ const RowKernels& row_kernels(const Kernels& kernels) {
 
 Status attend(const AttendJob& job) {
   if (job.query_count <= 0 || job.sequences.empty()) return {};
-  const Kernels* kernels = nullptr;
-  KV4_RETURN_IF_ERROR(active(&kernels));
+  KV4_RETURN_IF_ERROR(check_isa());
   thread_local Workspace workspace;
-  return Call(job, workspace, *kernels).run();
+  return Call(job, workspace, active()).run();
 }
 
 }  // namespace kv4::cpu
