@@ -37,7 +37,7 @@ Status supports_side(const SideSpec& side, const char* name) {
 
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(int device) : device_(device), name_("cuda:" + std::to_string(device)), memory_(device) {
+  explicit CudaBackend(int device) : device_(device), name_("cuda:" + std::to_string(device)), memory_(device), rotations_(device) {
     const DeviceGuard guard(device_);
     chip_ = chip_of(device_);
   }
@@ -101,6 +101,7 @@ class CudaBackend final : public Backend {
     return {};
   }
   void free_note(LateNote* note) override { memory_.notes.free(note); }
+  const RotationTable* table_of(const Rotation& rotation) const override { return rotations_.made(rotation); }
   Status make_tables(std::unique_ptr<DeviceTables>* out) override {
     *out = std::make_unique<CacheTables>(device_, memory_);
     return {};
@@ -370,7 +371,7 @@ class CudaBackend final : public Backend {
   Chip chip_;
   mutable Memory memory_;
   Scratch scratch_{kMostFused * sizeof(int)};
-  mutable Rotations rotations_;
+  const Rotations rotations_;
 };
 
 bool usable(int device) {
