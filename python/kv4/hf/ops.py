@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .handle import KVHandle
+from .handle import Held, KVHandle
 
 if TYPE_CHECKING:
     from .cache import KV4Layer
@@ -33,6 +33,14 @@ def enter(layer: KV4Layer) -> int:
     return number
 
 
+def output_dtype(query: torch.Tensor) -> torch.dtype:
+    """Of an attention call: the query's, or autocast's."""
+    kind = query.device.type
+    if query.dtype is torch.float32 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return query.dtype
+
+
 def _layer(number: int) -> KV4Layer:
     layer = _layers.get(number)
     if layer is None:
@@ -41,10 +49,10 @@ def _layer(number: int) -> KV4Layer:
 
 
 class CompiledHandle(KVHandle):
-    """A handle made inside a compiled graph. It has no version of its own: in there, nothing comes between an update
-    and its attention. Columns are those of the layer's newest update."""
+    """A handle made inside a compiled graph, where nothing comes between an update and its attention. Outside of it, it
+    is the handle of the layer's newest update."""
 
-    __slots__ = ()
+    __slots__ = ("layer",)
 
     def __init__(self, layer: KV4Layer, which: str) -> None:
         self.layer = layer
@@ -53,28 +61,33 @@ class CompiledHandle(KVHandle):
         self._dense = None
 
     def now(self) -> KVHandle:
-        """The handle of the layer's newest state."""
-        layer = self.layer
-        return KVHandle(layer, self.which, layer.version, layer.seen, layer.columns, None)
-
-    def check(self) -> None:
-        return None
+        """The handle of the layer's newest update. Errors: RuntimeError where the layer has changed since."""
+        handles = self.layer.appended
+        if handles is None:
+            raise RuntimeError(
+                f"{self.which}: expected a layer that has not changed since the compiled update; got a stale handle"
+            )
+        return handles[self.which == "value"]
 
     @property
-    def shape(self) -> torch.Size:
-        return self.now().shape
+    def held(self) -> Held:
+        return _now(self).held
 
     def dense(self) -> torch.Tensor:
-        return self.now().dense()
+        return _now(self).dense()
+
+
+@torch.compiler.disable
+def _now(handle: CompiledHandle) -> KVHandle:
+    """What anything but attention asks of a handle is answered outside the graph, after the update has run."""
+    return handle.now()
 
 
 @torch.library.custom_op("kv4::append", mutates_args=("state",), tags=_TAGS)
 def append(state: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> None:
     """KV4Layer.update of keys [batch, kv_heads, T, head_dim] and values alike."""
     found = _layer(layer)
-    handles = found.update(key, value)
-    # Not the handles themselves: they hold the layer, and a cycle would keep its memory past its last use.
-    found.appended = (found.version, *(handle.own for handle in handles))
+    found.appended = found.update(key, value)
 
 
 @append.register_fake
@@ -93,25 +106,21 @@ def attend(
     softcap: float | None,
     s_aux: torch.Tensor | None,
     causal: bool,
-    sliding_window: int | None,
 ) -> torch.Tensor:
     """The kv4 attention of query [batch, q_heads, T, head_dim] over what the layer holds since its last append:
     [batch, T, q_heads, head_dim_v], contiguous, in the query's dtype."""
     from .attention import attend_packed
 
     found = _layer(layer)
-    version, *own = found.appended
-    if version != found.version:
+    if found.appended is None:
         raise RuntimeError("layer: expected kv4::append before kv4::attend; got a layer that has changed since")
-    key, value = (
-        KVHandle(found, which, version, found.seen, found.columns, exact)
-        for which, exact in zip(("key", "value"), own, strict=True)
-    )
-    found.appended = (version, None, None)  # a long call's keys and values are not kept beyond its attention
-    return attend_packed(query, key, value, mask, scaling, softcap, s_aux, causal, sliding_window)
+    key, value = found.appended
+    # A long call's keys and values are not kept beyond its attention.
+    found.appended = KVHandle(key.held, "key", None), KVHandle(value.held, "value", None)
+    return attend_packed(query, key, value, mask, scaling, softcap, s_aux, causal)
 
 
 @attend.register_fake
-def _(state, query, layer, head_dim_v, mask, scaling, softcap, s_aux, causal, sliding_window):  # type: ignore[no-untyped-def]
+def _(state, query, layer, head_dim_v, mask, scaling, softcap, s_aux, causal):  # type: ignore[no-untyped-def]
     batch, heads, tokens, _ = query.shape
-    return query.new_empty((batch, tokens, heads, head_dim_v))
+    return query.new_empty((batch, tokens, heads, head_dim_v), dtype=output_dtype(query))
