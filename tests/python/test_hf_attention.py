@@ -285,7 +285,11 @@ def test_compact_masks():
     assert said(mask(40, 40, 0, padding=padding.long())) == (True, [0, 7], 0)
     # A sliding layer's columns begin at position 5: two of row 1's padding tokens are left.
     assert said(mask(1, 35, 39, 5, window, padding)) == (True, [0, 2], 10)
-    open_ = {"function": bidirectional_mask_function, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}
+    open_ = {
+        "function": bidirectional_mask_function,
+        "allow_is_causal_skip": False,
+        "allow_is_bidirectional_skip": True,
+    }
     assert said(mask(40, 40, 0, padding=padding, **open_)) == (False, [0, 7], 0)
     padding[1] = False
     assert said(mask(1, 40, 39, padding=padding)) == (True, [0, 40], 0)

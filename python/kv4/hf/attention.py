@@ -12,7 +12,7 @@ from . import ops
 from .device import on_stream, readable
 from .handle import Held, KVHandle
 from .mask import CAUSAL, Pattern, expand, limits_of, on_host
-from .ops import CompiledHandle, output_dtype
+from .ops import CompiledHandle
 from .prefill import prefill, supports_prefill
 
 _HANDLES = (KVHandle, CompiledHandle)
@@ -55,10 +55,12 @@ def kv4_attention(
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if type(key) is CompiledHandle and type(value) is CompiledHandle:
             if torch.compiler.is_dynamo_compiling():
-                return _attend_in_graph(query, key, attention_mask, scaling, softcap, s_aux, causal), None
+                out = _attend_in_graph(query, key, attention_mask, scaling, softcap, s_aux, causal)
+                return out.to(_output_dtype(query)), None
             key, value = key.now(), value.now()
         attend = _attend_uncompiled if torch.compiler.is_dynamo_compiling() else attend_packed
-        return attend(query, key, value, attention_mask, scaling, softcap, s_aux, causal), None
+        dtype = _output_dtype(query)
+        return attend(query, key, value, attention_mask, scaling, softcap, s_aux, causal, dtype), None
     return _attend_dense(
         module,
         query,
@@ -74,6 +76,14 @@ def kv4_attention(
     )
 
 
+def _output_dtype(query: torch.Tensor) -> torch.dtype:
+    """The query's, or autocast's where that would have made it narrower."""
+    kind = query.device.type
+    if query.dtype is torch.float32 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return query.dtype
+
+
 def attend_packed(
     query: torch.Tensor,
     key: KVHandle,
@@ -83,7 +93,9 @@ def attend_packed(
     softcap: float | None,
     s_aux: torch.Tensor | None,
     causal: bool,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
+    """Attention over the core behind both handles: [batch, T, q_heads, head_dim_v] of `dtype`; see kv4_attention."""
     held = key.held
     form = held.form
     if value.held is not held:
@@ -91,7 +103,7 @@ def attend_packed(
     if query.dim() != 4:
         raise ValueError(f"query: expected [batch, q_heads, tokens, head_dim]; got {list(query.shape)}")
     batch, heads, tokens, _ = query.shape
-    out = torch.empty((batch, tokens, heads, form.head_dim_v), dtype=output_dtype(query), device=query.device)
+    out = torch.empty((batch, tokens, heads, form.head_dim_v), dtype=dtype, device=query.device)
     if not tokens:
         return out
     if form.on_device:

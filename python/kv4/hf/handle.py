@@ -192,8 +192,8 @@ class KVHandle:
             raise AttributeError(name)
         return getattr(self.dense(), name)
 
-    def __reduce__(self) -> Any:
-        return _itself, (self.dense(),)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
         return f"KVHandle({self.which}, shape={tuple(self.shape)}, dtype={self.dtype}, offset={self.offset})"
@@ -201,10 +201,6 @@ class KVHandle:
 
 def _same_device(wanted: torch.device, have: torch.device) -> bool:
     return wanted.type == have.type and wanted.index in (None, have.index)
-
-
-def _itself(x: torch.Tensor) -> torch.Tensor:
-    return x
 
 
 def _is_handle(x: Any) -> bool:

@@ -33,14 +33,6 @@ def enter(layer: KV4Layer) -> int:
     return number
 
 
-def output_dtype(query: torch.Tensor) -> torch.dtype:
-    """Of an attention call: the query's, or autocast's."""
-    kind = query.device.type
-    if query.dtype is torch.float32 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return query.dtype
-
-
 def _layer(number: int) -> KV4Layer:
     layer = _layers.get(number)
     if layer is None:
@@ -117,10 +109,10 @@ def attend(
     key, value = found.appended
     # A long call's keys and values are not kept beyond its attention.
     found.appended = KVHandle(key.held, "key", None), KVHandle(value.held, "value", None)
-    return attend_packed(query, key, value, mask, scaling, softcap, s_aux, causal)
+    return attend_packed(query, key, value, mask, scaling, softcap, s_aux, causal, query.dtype)
 
 
 @attend.register_fake
 def _(state, query, layer, head_dim_v, mask, scaling, softcap, s_aux, causal):  # type: ignore[no-untyped-def]
     batch, heads, tokens, _ = query.shape
-    return query.new_empty((batch, tokens, heads, head_dim_v), dtype=output_dtype(query))
+    return query.new_empty((batch, tokens, heads, head_dim_v))
