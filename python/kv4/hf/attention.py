@@ -102,6 +102,8 @@ def attend_packed(
         raise ValueError("value: expected the handle of the same layer and update as key's; got another's")
     if query.dim() != 4:
         raise ValueError(f"query: expected [batch, q_heads, tokens, head_dim]; got {list(query.shape)}")
+    if form.on_device and query.dtype is torch.float32:
+        query = query.to(dtype)  # autocast's
     batch, heads, tokens, _ = query.shape
     out = torch.empty((batch, tokens, heads, form.head_dim_v), dtype=dtype, device=query.device)
     if not tokens:

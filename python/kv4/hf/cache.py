@@ -74,7 +74,7 @@ class KV4Layer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes the core for keys [batch, kv_heads, T >= 0, head_dim] and values like them, in the dtype that torch
-        promotes both to.
+        promotes both to; on a CUDA device, which has no kernels of float32, under torch.autocast in its dtype.
         Errors: ValueError for a wrong rank, device or dtype; NotImplementedError or ValueError, with the core's
         reason, where the recipe does not serve the head dims or the device."""
         for name, x in (("key_states", key_states), ("value_states", value_states)):
@@ -86,6 +86,8 @@ class KV4Layer(CacheLayerMixin):
         if value_states.device != key_states.device:
             raise ValueError(mismatch("value_states", f"a tensor on {place(key_states.device)}", value_states.device))
         dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+        if dtype is torch.float32 and key_states.is_cuda and torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")  # which torch's attention reads, and the device's kernels serve
         core = new_core(
             key_states.device,
             self.recipe,
@@ -128,8 +130,8 @@ class KV4Layer(CacheLayerMixin):
         if torch.compiler.is_dynamo_compiling():
             if not self.is_initialized:
                 return _update_uncompiled(self, key_states, value_states)
-            ops.append(self.state, key_states, value_states, self.number)
-            return ops.CompiledHandle(self, "key"), ops.CompiledHandle(self, "value")
+            ticket = ops.append(self.state, key_states, value_states, self.number)
+            return ops.CompiledHandle(self, "key", ticket), ops.CompiledHandle(self, "value", ticket)
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)

@@ -192,6 +192,9 @@ class KVHandle:
             raise AttributeError(name)
         return getattr(self.dense(), name)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.dense().clone()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().__reduce_ex__(protocol)
 

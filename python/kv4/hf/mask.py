@@ -59,6 +59,9 @@ class Pattern(torch.Tensor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pattern:
+        return Pattern(self.shape, self.device, causal=self.causal, start=self.start, window=self.window)
+
     def dense(self) -> torch.Tensor:
         batch, _, q_length, kv_length = self.shape
         windows = torch.full((1,), self.window, dtype=torch.int32) if self.window else None
@@ -68,10 +71,11 @@ class Pattern(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default and set(kwargs) <= {"device", "non_blocking"}:
+        moved = func is torch.ops.aten._to_copy.default and kwargs.get("device") is not None
+        if moved and kwargs.get("dtype") in (None, torch.bool):
             # As hooks do that bring a layer's arguments to its device.
             mask = args[0]
-            return cls(mask.shape, kwargs["device"], causal=mask.causal, start=mask.start, window=mask.window)
+            return Pattern(mask.shape, kwargs["device"], causal=mask.causal, start=mask.start, window=mask.window)
         args, kwargs = pytree.tree_map_only(Pattern, Pattern.dense, (args, kwargs))
         return func(*args, **kwargs)
 

@@ -42,20 +42,21 @@ def _layer(number: int) -> KV4Layer:
 
 class CompiledHandle(KVHandle):
     """A handle made inside a compiled graph, where nothing comes between an update and its attention. Outside of it, it
-    is the handle of the layer's newest update."""
+    is a handle of that update until the layer changes."""
 
-    __slots__ = ("layer",)
+    __slots__ = ("layer", "ticket")
 
-    def __init__(self, layer: KV4Layer, which: str) -> None:
+    def __init__(self, layer: KV4Layer, which: str, ticket: torch.Tensor) -> None:
         self.layer = layer
         self.which = which
+        self.ticket = ticket
         self.own = None
         self._dense = None
 
     def now(self) -> KVHandle:
-        """The handle of the layer's newest update. Errors: RuntimeError where the layer has changed since."""
+        """The handle of the update. Errors: RuntimeError where the layer has changed since."""
         handles = self.layer.appended
-        if handles is None:
+        if handles is None or self.layer.version != int(self.ticket):
             raise RuntimeError(
                 f"{self.which}: expected a layer that has not changed since the compiled update; got a stale handle"
             )
@@ -76,15 +77,16 @@ def _now(handle: CompiledHandle) -> KVHandle:
 
 
 @torch.library.custom_op("kv4::append", mutates_args=("state",), tags=_TAGS)
-def append(state: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> None:
-    """KV4Layer.update of keys [batch, kv_heads, T, head_dim] and values alike."""
+def append(state: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+    """KV4Layer.update of keys [batch, kv_heads, T, head_dim] and values alike. Returns the new version, int64 []."""
     found = _layer(layer)
     found.appended = found.update(key, value)
+    return torch.tensor(found.version)
 
 
 @append.register_fake
-def _(state: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> None:
-    return None
+def _(state: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+    return torch.empty((), dtype=torch.int64)
 
 
 @torch.library.custom_op("kv4::attend", mutates_args=(), tags=_TAGS)
