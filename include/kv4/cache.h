@@ -138,8 +138,8 @@ class Cache {
   std::int64_t sealed_tokens(int row) const;
   std::int64_t exact_tokens(int row) const;  // sinks and window; padding not yet dropped included
   std::uint64_t version() const;     // changes with every append, crop, select, repeat and reset
-  // [kv_heads, head_dim_k]; empty before it is fixed or where the recipe has none.
-  std::span<const float> lambda(int row) const;
+  // Into out: [kv_heads, head_dim_k]; empty before it is fixed or where the recipe has none. Errors: the device's.
+  Status lambda(int row, std::vector<float>* out) const;
   // Whether row's lambda changes no more, since the page that fixed it can no longer be cropped; also where none is learnt.
   bool lambda_fixed(int row) const;
   // A sealed head slice of row's page `index`, for tools: codes in canonical order.

@@ -334,8 +334,9 @@ NB_MODULE(_core, m) {
       .def("sealed_tokens", [](const PyCache& c, int row) { return c.cache->sealed_tokens(c.row(row)); }, "row"_a)
       .def("exact_tokens", [](const PyCache& c, int row) { return c.cache->exact_tokens(c.row(row)); }, "row"_a)
       .def("lambda_", [](const PyCache& c, int row) {
-        const auto values = c.cache->lambda(c.row(row));
-        return std::vector<float>(values.begin(), values.end());
+        std::vector<float> values;
+        raise_if_error(c.cache->lambda(c.row(row), &values));
+        return values;
       }, "row"_a, "Flat [kv_heads * head_dim_k]; empty before it is fixed.")
       .def("page_count", [](const PyCache& c, int row) { return c.cache->page_count(c.row(row)); }, "row"_a)
       .def("page_codes", [](const PyCache& c, int row, int index, int head) {

@@ -160,8 +160,7 @@ std::size_t Cache::nbytes() const {
     sum += q.pages.bytes() + q.seen.capacity() + q.non_finite.capacity() * sizeof(NonFinite) + q.query_energy.filled.capacity();
   }
   sum += s.sequences.capacity() * sizeof(Sequence) + s.views.capacity() * sizeof(SequenceView) +
-         s.found.capacity() * sizeof(s.found[0]) + s.energies.capacity() * sizeof(EnergyJob) + s.lambda_copy.capacity() * sizeof(float) +
-         s.windows.capacity() * sizeof(std::int32_t) + s.jobs.capacity() * sizeof(SealJob) + s.masked.capacity();
+         s.found.capacity() * sizeof(s.found[0]) + s.energies.capacity() * sizeof(EnergyJob) + s.windows.capacity() * sizeof(std::int32_t) + s.jobs.capacity() * sizeof(SealJob) + s.masked.capacity();
   sum += (s.config.lambda_k.capacity() + s.config.lambda_v.capacity() + s.config.matrix_k.capacity() + s.config.matrix_v.capacity()) *
          sizeof(float);
   for (const Block* block : {s.given_k.get(), s.given_v.get()}) sum += block != nullptr ? block->bytes() : 0;
@@ -185,14 +184,12 @@ std::int64_t Cache::exact_tokens(int row) const {
 }
 std::uint64_t Cache::version() const { return state_->version; }
 
-std::span<const float> Cache::lambda(int row) const {
+Status Cache::lambda(int row, std::vector<float>* out) const {
+  out->clear();
   const float* values = state_->lambda_k(state_->sequences[static_cast<std::size_t>(row)], 0);
   if (values == nullptr) return {};
-  const std::size_t count = static_cast<std::size_t>(state_->config.kv_heads) * state_->config.head_dim_k;
-  if (state_->backend->host_memory()) return {values, count};
-  state_->lambda_copy.resize(count);
-  state_->on_stream().backend->copy(state_->lambda_copy.data(), values, count * sizeof(float));
-  return state_->lambda_copy;
+  out->resize(static_cast<std::size_t>(state_->config.kv_heads) * state_->config.head_dim_k);
+  return state_->on_stream().backend->copy(out->data(), values, out->size() * sizeof(float));
 }
 
 int Cache::page_count(int row) const { return static_cast<int>(state_->sequences[static_cast<std::size_t>(row)].pages.size()); }
@@ -227,8 +224,7 @@ Status Cache::page_codes(int row, int index, int head, std::span<std::uint8_t> k
   const auto bytes = [](int dim) { return static_cast<std::size_t>(kPageTokens) * static_cast<std::size_t>(dim) / 2; };
   KV4_RETURN_IF_ERROR(expect_room("k", bytes(s.config.head_dim_k), k.size(), " bytes"));
   KV4_RETURN_IF_ERROR(expect_room("v", bytes(s.config.head_dim_v), v.size(), " bytes"));
-  state_->on_stream().backend->codes_to_canonical(s.spec, slice, k.data(), v.data());
-  return {};
+  return state_->on_stream().backend->codes_to_canonical(s.spec, slice, k.data(), v.data());
 }
 
 Status Cache::page_scales(int row, int index, int head, std::span<std::uint16_t> k, std::span<std::uint16_t> v) const {
@@ -238,9 +234,8 @@ Status Cache::page_scales(int row, int index, int head, std::span<std::uint16_t>
   const auto count = [](int groups) { return static_cast<std::size_t>(groups * kPageTokens); };
   KV4_RETURN_IF_ERROR(expect_room("k", count(s.spec.key.groups), k.size(), " scales"));
   KV4_RETURN_IF_ERROR(expect_room("v", count(s.spec.value.groups), v.size(), " scales"));
-  state_->on_stream().backend->copy(k.data(), slice + s.spec.layout.k_scales, k.size_bytes());
-  s.backend->copy(v.data(), slice + s.spec.layout.v_scales, v.size_bytes());
-  return {};
+  KV4_RETURN_IF_ERROR(state_->on_stream().backend->copy(k.data(), slice + s.spec.layout.k_scales, k.size_bytes()));
+  return s.backend->copy(v.data(), slice + s.spec.layout.v_scales, v.size_bytes());
 }
 
 }  // namespace kv4

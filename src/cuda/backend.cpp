@@ -76,27 +76,35 @@ class CudaBackend final : public Backend {
     const DeviceGuard guard(device_);
     memory_.free(p);
   }
-  void copy(void* to, const void* from, std::size_t bytes) override {
+  Status copy(void* to, const void* from, std::size_t bytes) override {
     const DeviceGuard guard(device_);
-    cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, current_stream());
+    KV4_RETURN_IF_CUDA("copy", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, current_stream()));
+    return {};
   }
-  void clear(void* p, std::size_t bytes) override {
+  Status clear(void* p, std::size_t bytes) override {
     const DeviceGuard guard(device_);
-    cudaMemsetAsync(p, 0, bytes, current_stream());
+    KV4_RETURN_IF_CUDA("clear", cudaMemsetAsync(p, 0, bytes, current_stream()));
+    return {};
   }
-  void copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
+  Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
     const DeviceGuard guard(device_);
     const auto* first = static_cast<const std::byte*>(from);
     const bool overlap = to < from && static_cast<std::byte*>(to) + bytes > first;
-    if (overlap) launch_move_lines(to, to_pitch, from, from_pitch, bytes, lines, current_stream());
-    else cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, bytes, static_cast<std::size_t>(lines), cudaMemcpyDeviceToDevice, current_stream());
+    KV4_RETURN_IF_CUDA("copy of rows", overlap ? launch_move_lines(to, to_pitch, from, from_pitch, bytes, lines, current_stream())
+                                               : cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, bytes, static_cast<std::size_t>(lines),
+                                                                   cudaMemcpyDeviceToDevice, current_stream()));
+    return {};
   }
-  LateNote* alloc_note() override {
+  Status alloc_note(LateNote** out) override {
     const DeviceGuard guard(device_);
-    return memory_.notes.alloc();
+    KV4_RETURN_IF_CUDA("note", memory_.notes.alloc(out));
+    return {};
   }
   void free_note(LateNote* note) override { memory_.notes.free(note); }
-  std::unique_ptr<DeviceTables> make_tables() override { return std::make_unique<CacheTables>(device_, memory_); }
+  Status make_tables(std::unique_ptr<DeviceTables>* out) override {
+    *out = std::make_unique<CacheTables>(device_, memory_);
+    return {};
+  }
   Status foresee(DeviceTables* tables, std::span<const SequenceView> sequences, int tokens) override {
     const DeviceGuard guard(device_);
     auto& held = static_cast<CacheTables&>(*tables);
@@ -287,25 +295,29 @@ class CudaBackend final : public Backend {
     return {};
   }
 
-  void codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k, std::uint8_t* v) const override {
-    const std::vector<std::uint8_t> host = download(spec, slice);
+  Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k, std::uint8_t* v) const override {
+    std::vector<std::uint8_t> host;
+    KV4_RETURN_IF_ERROR(download(spec, slice, &host));
     cuda::codes_to_canonical(spec, host.data(), k, v);
+    return {};
   }
-  void codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* slice) const override {
-    std::vector<std::uint8_t> host = download(spec, slice);
+  Status codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* slice) const override {
+    std::vector<std::uint8_t> host;
+    KV4_RETURN_IF_ERROR(download(spec, slice, &host));
     cuda::codes_from_canonical(spec, k, v, host.data());
     const DeviceGuard guard(device_);
-    cudaMemcpyAsync(slice, host.data(), host.size(), cudaMemcpyHostToDevice, current_stream());
-    cudaStreamSynchronize(current_stream());
+    KV4_RETURN_IF_CUDA("codes", cudaMemcpyAsync(slice, host.data(), host.size(), cudaMemcpyHostToDevice, current_stream()));
+    KV4_RETURN_IF_CUDA("codes", cudaStreamSynchronize(current_stream()));
+    return {};
   }
 
  private:
-  std::vector<std::uint8_t> download(const PageSpec& spec, const std::uint8_t* slice) const {
+  Status download(const PageSpec& spec, const std::uint8_t* slice, std::vector<std::uint8_t>* host) const {
     const DeviceGuard guard(device_);
-    std::vector<std::uint8_t> host(spec.layout.head_bytes);
-    cudaMemcpyAsync(host.data(), slice, host.size(), cudaMemcpyDeviceToHost, current_stream());
-    cudaStreamSynchronize(current_stream());
-    return host;
+    host->resize(spec.layout.head_bytes);
+    KV4_RETURN_IF_CUDA("codes", cudaMemcpyAsync(host->data(), slice, host->size(), cudaMemcpyDeviceToHost, current_stream()));
+    KV4_RETURN_IF_CUDA("codes", cudaStreamSynchronize(current_stream()));
+    return {};
   }
 
   // Sequences and page tables of a call without tables, for as long as it runs.

@@ -114,15 +114,12 @@ Notes::~Notes() {
   for (void* block : blocks_) cudaFreeHost(block);
 }
 
-LateNote* Notes::alloc() {
+cudaError_t Notes::alloc(LateNote** out) {
   constexpr std::size_t kBlockBytes = 4096;
   const std::lock_guard<std::mutex> lock(mutex_);
   if (free_.empty()) {
     void* block = nullptr;
-    if (cudaHostAlloc(&block, kBlockBytes, cudaHostAllocPortable | cudaHostAllocMapped) != cudaSuccess) {
-      cudaGetLastError();
-      return nullptr;
-    }
+    if (const cudaError_t e = cudaHostAlloc(&block, kBlockBytes, cudaHostAllocPortable | cudaHostAllocMapped); e != cudaSuccess) return e;
     blocks_.push_back(block);
     for (std::size_t i = kBlockBytes / sizeof(LateNote); i-- > 0;) free_.push_back(static_cast<LateNote*>(block) + i);
   }
@@ -130,7 +127,8 @@ LateNote* Notes::alloc() {
   free_.erase(free_.begin());
   note->key = 0;
   note->value = 0;
-  return note;
+  *out = note;
+  return cudaSuccess;
 }
 
 void Notes::free(LateNote* note) {

@@ -107,7 +107,7 @@ class Staging {
 class Notes {
  public:
   ~Notes();
-  LateNote* alloc();
+  cudaError_t alloc(LateNote** out);
   void free(LateNote* note);
 
  private:

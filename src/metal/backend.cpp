@@ -84,10 +84,10 @@ class MetalBackend final : public Backend {
 
   void* alloc(std::size_t bytes) override { return gpu_->alloc(std::max(bytes, kSmallest)); }
   void free(void* p, std::size_t) override { gpu_->free(p); }
-  void copy(void* to, const void* from, std::size_t bytes) override { cpu_.copy(to, from, bytes); }
-  void clear(void* p, std::size_t bytes) override { cpu_.clear(p, bytes); }
-  void copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
-    cpu_.copy_lines(to, to_pitch, from, from_pitch, bytes, lines);
+  Status copy(void* to, const void* from, std::size_t bytes) override { return cpu_.copy(to, from, bytes); }
+  Status clear(void* p, std::size_t bytes) override { return cpu_.clear(p, bytes); }
+  Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
+    return cpu_.copy_lines(to, to_pitch, from, from_pitch, bytes, lines);
   }
   Status store(const StoreJob& job) override { return cpu_.store(job); }
   Status convert(const ConvertJob& job) override { return cpu_.convert(job); }
@@ -116,11 +116,13 @@ class MetalBackend final : public Backend {
 
   Status attend(const AttendJob& job) override;
 
-  void codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k, std::uint8_t* v) const override {
+  Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k, std::uint8_t* v) const override {
     apple::codes_to_canonical(spec, slice, k, v);
+    return {};
   }
-  void codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* slice) const override {
+  Status codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* slice) const override {
     apple::codes_from_canonical(spec, k, v, slice);
+    return {};
   }
 
  private:
