@@ -16,6 +16,8 @@ from .ops import CompiledHandle
 from .prefill import prefill, supports_prefill
 
 _HANDLES = (KVHandle, CompiledHandle)
+# Whether autocast is on for any device: quicker than to ask for the query's.
+_autocasts = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def kv4_attention(
@@ -58,8 +60,9 @@ def kv4_attention(
                 out = _attend_in_graph(query, key, attention_mask, scaling, softcap, s_aux, causal)
                 return out.to(_output_dtype(query)), None
             key, value = key.now(), value.now()
-        attend = _attend_uncompiled if torch.compiler.is_dynamo_compiling() else attend_packed
-        dtype = _output_dtype(query)
+        compiling = torch.compiler.is_dynamo_compiling()
+        attend = _attend_uncompiled if compiling else attend_packed
+        dtype = _output_dtype(query) if compiling or _autocasts() else query.dtype
         return attend(query, key, value, attention_mask, scaling, softcap, s_aux, causal, dtype), None
     return _attend_dense(
         module,
@@ -172,7 +175,7 @@ def _limits(
             causal, offset = mask.causal, _offset(mask, held)
         elif getattr(mask, "kv4_positions", False):
             offset = 0
-    if not own or held.columns <= own and tokens == 1:
+    if not own or held.columns <= own:  # a single query has no more
         return causal or tokens == 1, offset, start, window
     if shared == own:
         return causal, offset, start, None  # the core's own
