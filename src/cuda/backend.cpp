@@ -162,9 +162,9 @@ class CudaBackend final : public Backend {
 
   Status fix_lambda(const LambdaJob& job) override {
     const DeviceGuard guard(device_);
-    Temporary skip(memory_), filled(memory_);
+    Temporary skip(memory_), energies(memory_);
     KV4_RETURN_IF_ERROR(skip.upload("lambda", job.skip.data(), job.skip.size()));
-    KV4_RETURN_IF_ERROR(filled.upload("lambda", job.filled.data(), job.filled.size()));
+    KV4_RETURN_IF_ERROR(energies.upload("lambda", job.energies.data(), job.energies.size_bytes()));
     LambdaParams p;
     p.k = job.k;
     p.bf16 = job.dtype == DType::bf16;
@@ -174,9 +174,8 @@ class CudaBackend final : public Backend {
     p.dim = job.dim;
     p.blocks = job.blocks;
     p.skip = skip.as<std::uint8_t>();
-    p.energies = job.energies;
-    p.filled = filled.as<std::uint8_t>();
-    p.energy_rows = static_cast<int>(job.filled.size());
+    p.energies = energies.as<const float*>();
+    p.queries = static_cast<int>(job.energies.size());
     p.lambda = job.lambda;
     KV4_RETURN_IF_CUDA("lambda", launch_lambda(p, current_stream()));
     return {};
