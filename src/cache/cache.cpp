@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <new>
 #include <set>
 #include <stdexcept>
@@ -158,6 +159,8 @@ Status Cache::select(std::span<const std::int64_t> rows) {
 
 Status Cache::repeat(int times) {
   if (times < 1) return invalid_argument("times", "at least 1", std::to_string(times));
+  const int most = std::numeric_limits<int>::max() / std::max(1, batch());
+  if (times > most) return error(StatusCode::out_of_range, "times", "at most " + std::to_string(most), std::to_string(times));
   return guarded([&] {
     std::vector<std::int64_t> rows;
     for (std::size_t i = 0; i < state_->sequences.size(); ++i) rows.insert(rows.end(), static_cast<std::size_t>(times), static_cast<std::int64_t>(i));
