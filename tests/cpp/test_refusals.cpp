@@ -99,7 +99,7 @@ class Refusals {
 
   void queries() {
     if (cache_.length() == 0) {
-      expect(cache_.attend(asking(), answer()), StatusCode::failed_precondition, "q: ");
+      expect(cache_.attend(asking(), answer()), cache_.batch() == 0 ? StatusCode::failed_precondition : StatusCode::invalid_argument, "q: ");
       return;
     }
     const auto ask = [&](const AttendArgs& args, const char* begins, StatusCode code = StatusCode::invalid_argument) {
