@@ -166,6 +166,7 @@ class Refusals {
 
   // In a query of each sequence that sees itself: one token, what is answered as if it came one by one, and prefills.
   void non_finite() {
+    if (cache_.length() <= 8) return;  // all padding
     for (const std::int64_t tokens : {1, 2, 9, 64, 65, 200}) {
       if (tokens > cache_.length()) break;
       std::vector<float> q(static_cast<std::size_t>(batch() * heads() * tokens * case_.config.head_dim_k), 0.25f);
