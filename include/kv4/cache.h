@@ -83,8 +83,11 @@ class Cache {
   Status seal();
 
   // Devices. Work is queued on `stream` (a cudaStream_t; null: the device's default stream) by every call that follows, the
-  // destructor's included; calls wait for nothing but what they hand to the host. Clones that share pages need one order
-  // of their streams' work. Non-finite rows are told of by the device: an attend that sees them refuses as soon as it knows.
+  // destructor's included; calls wait for nothing but what they hand to the host. A new cache is on the default stream, all that
+  // create() put there being done; a clone on the stream of what it is a clone of. A cache that moves to another stream has the
+  // other wait for the work of the one before; cudaStreamPerThread is another stream on another thread. Clones that share pages
+  // need one order of their streams' work; other caches may run beside each other, captured or not. Non-finite rows are told of by
+  // the device: an attend that sees them refuses as soon as it knows.
   void set_stream(void* stream);
   // Room for `tokens` more of each sequence, so that steps of one token allocate nothing until then.
   Status reserve(std::int64_t tokens);

@@ -83,11 +83,13 @@ Status Cache::State::create(const CacheConfig& config, std::unique_ptr<Cache>* o
     return invalid_argument("backend", "one of " + names, config.backend);
   }
   KV4_RETURN_IF_ERROR(state->backend->supports_rows(config.head_dim_k, config.head_dim_v, config.dtype, recipe.seal));
+  state->on_stream();  // its own, null until set_stream, and not that of this thread's last call, which may be gone
   const auto given = [&](const std::vector<float>& values, const char* name, std::shared_ptr<Block>* block) {
     return Block::copy_of(*state->backend, name, values.data(), values.size() * sizeof(float), block);
   };
   KV4_RETURN_IF_ERROR(given(config.lambda_k, "lambda_k", &state->given_k));
   KV4_RETURN_IF_ERROR(given(config.lambda_v, "lambda_v", &state->given_v));
+  if (state->given_k || state->given_v) KV4_RETURN_IF_ERROR(state->backend->wait());  // read on streams that know nothing of this one
   if (seals) {
     KV4_RETURN_IF_ERROR(validate(recipe, config.head_dim_k, config.head_dim_v));
     PageSpec& spec = state->spec;

@@ -38,13 +38,17 @@ Status PagePool::grow(std::size_t count) {
     Slab slab;
     slab.count = add;
     slab.bytes = huge ? kHugeSlabBytes : add * page_bytes_;
-    slab.memory = backend_.alloc(slab.bytes);
-    if (slab.memory == nullptr)
-      return error(StatusCode::out_of_memory, "pages", std::to_string(slab.bytes) + " free bytes",
-                   "none");
+    // All that the host may have no memory for comes before the memory that nobody else would give back.
     slab.pages = std::make_unique<Page[]>(add);
+    free_.reserve(free_.size() + add);
     slabs_.push_back(std::move(slab));
     Slab& held = slabs_.back();
+    held.memory = backend_.alloc(held.bytes);
+    if (held.memory == nullptr) {
+      const std::size_t bytes = held.bytes;
+      slabs_.pop_back();
+      return error(StatusCode::out_of_memory, "pages", std::to_string(bytes) + " free bytes", "none");
+    }
     for (std::size_t i = add; i-- > 0;) {
       held.pages[i].data = static_cast<std::uint8_t*>(held.memory) + i * page_bytes_;
       held.pages[i].slab = &held;
@@ -62,6 +66,8 @@ Status PagePool::reserve(std::size_t count) {
 
 Status PagePool::allocate(std::size_t count, std::vector<PageRef>* out) {
   std::vector<Page*> taken;
+  taken.reserve(count);
+  out->reserve(out->size() + count);
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     KV4_RETURN_IF_ERROR(grow(count));
