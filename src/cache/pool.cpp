@@ -40,7 +40,7 @@ Status PagePool::grow(std::size_t count) {
     slab.bytes = huge ? kHugeSlabBytes : add * page_bytes_;
     // All that the host may have no memory for comes before the memory that nobody else would give back.
     slab.pages = std::make_unique<Page[]>(add);
-    free_.reserve(free_.size() + add);
+    free_.reserve(pages_ + add);  // all of them may come back, which must not fail
     slabs_.push_back(std::move(slab));
     Slab& held = slabs_.back();
     held.memory = backend_.alloc(held.bytes);
