@@ -59,6 +59,14 @@ std::string why_not(const std::string& backend);
 using Sink = std::function<Status(std::span<const std::byte>)>;  // takes all the bytes, or says why not
 using Source = std::function<Status(std::span<std::byte>)>;      // fills all of it, or says why not
 
+// Memory that caches of one process have in common: tables of a rotation, one for all that define it alike, on the host and
+// on each device that has used it. `identity` tells such memory apart while any cache that has it lives.
+struct SharedMemory {
+  const void* identity = nullptr;
+  std::size_t bytes = 0;
+  bool on_device = false;  // of memory that is not the host's
+};
+
 class Cache {
  public:
   // Errors: invalid_argument naming the field; unsupported with the reason where no kernel
@@ -133,8 +141,10 @@ class Cache {
   Status dense_values(std::int64_t first, std::int64_t count, const MutableTensorView& out) const;
 
   // Every byte held: page slabs with their slack, exact rows by capacity, tables, lambda and the
-  // statistics kept for it.
+  // statistics kept for it, and what shared() lists.
   std::size_t nbytes() const;
+  // The part of nbytes() that other caches may hold as well, each thing once: who adds up caches counts it once by its identity.
+  std::vector<SharedMemory> shared() const;
 
   const CacheConfig& config() const;
   int batch() const;                 // 0 before the first append

@@ -206,6 +206,8 @@ class Backend {
     return {};
   }
   virtual void free_note(LateNote* /*note*/) {}
+  // What it keeps on its device of a rotation that it has used; null where that is nothing.
+  virtual const RotationTable* table_of(const Rotation& /*rotation*/) const { return nullptr; }
   // Null where it keeps none; a cache then cannot be captured.
   virtual Status make_tables(std::unique_ptr<DeviceTables>* out) {
     out->reset();

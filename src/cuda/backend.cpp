@@ -40,7 +40,7 @@ constexpr std::size_t kScratchZeros = kMostFused * sizeof(int);  // counts of wh
 
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(int device) : device_(device), name_("cuda:" + std::to_string(device)), memory_(device) {
+  explicit CudaBackend(int device) : device_(device), name_("cuda:" + std::to_string(device)), memory_(device), rotations_(device) {
     const DeviceGuard guard(device_);
     chip_ = chip_of(device_);
   }
@@ -123,6 +123,7 @@ class CudaBackend final : public Backend {
     const DeviceGuard guard(device_);
     memory_.notes.free(note);
   }
+  const RotationTable* table_of(const Rotation& rotation) const override { return rotations_.made(rotation); }
   Status make_tables(std::unique_ptr<DeviceTables>* out) override {
     *out = std::make_unique<CacheTables>(device_, memory_, scratch_);
     return {};
@@ -397,7 +398,7 @@ class CudaBackend final : public Backend {
   Chip chip_;
   mutable Memory memory_;
   Scratch scratch_{memory_, kScratchZeros};
-  mutable Rotations rotations_;
+  const Rotations rotations_;
 };
 
 bool usable(int device) {
