@@ -116,7 +116,8 @@ class Kv4Store final : public Store {
   Status save(const kv4::Sink& sink) const override {
     // What is due goes out as pages already, as the next call would make them; the layers themselves stay as they are.
     for (const Layer& l : layers_) {
-      const std::unique_ptr<Cache> sealed = l.cache->clone();
+      std::unique_ptr<Cache> sealed;
+      KV4_RETURN_IF_ERROR(l.cache->clone(&sealed));
       KV4_RETURN_IF_ERROR(sealed->seal());
       KV4_RETURN_IF_ERROR(sealed->save(sink));
     }
