@@ -15,11 +15,14 @@ namespace kv4::cpu {
 std::vector<std::string> compiled_isas();
 // True where this machine can run it.
 bool supported(const std::string& isa);
-// The one in use: the best supported, unless forced by force_isa or by the environment
-// variable KV4_CPU_ISA, read once at first use (an unknown or unsupported name there is ignored).
+// The one in use: the best supported, unless force_isa or the environment variable KV4_CPU_ISA chooses another. The variable is
+// read once, at first use; empty, it chooses nothing. "" where it names what this build or machine lacks: then nothing runs on
+// the CPU backend, Cache::create included, until force_isa chooses, and every call answers as check_isa does.
 std::string active_isa();
-// Forces an instruction set for the process; "" returns to the best.
-// Errors: unsupported, with the list of those that this build and machine have.
+// ok where there is one in use; else unsupported, naming KV4_CPU_ISA, those that this build and machine have, and what came.
+Status check_isa();
+// Chooses an instruction set for the process, whatever KV4_CPU_ISA says; "" chooses the best.
+// Errors: unsupported, with the list of those that this build and machine have; the one in use then stays.
 Status force_isa(const std::string& isa);
 
 // Threads that a call may use; the default is the OpenMP runtime's own number. On a thread that has an executor: its own.

@@ -180,6 +180,8 @@ class Backend {
   virtual bool host_memory() const { return true; }
   // The stream of this thread's calls from now on, as the device's library has it; null is its default.
   virtual void set_stream(void* /*stream*/) {}
+  // Waits until what was queued there is done, so that work on any stream may use it.
+  virtual Status wait() { return {}; }
   // Whether the stream is being captured: store and attend then only queue kernels, which read what is in the tables
   // when they run.
   virtual bool capturing() const { return false; }
@@ -206,6 +208,8 @@ class Backend {
     return {};
   }
   virtual void free_note(LateNote* /*note*/) {}
+  // What it keeps on its device of a rotation that it has used; null where that is nothing.
+  virtual const RotationTable* table_of(const Rotation& /*rotation*/) const { return nullptr; }
   // Null where it keeps none; a cache then cannot be captured.
   virtual Status make_tables(std::unique_ptr<DeviceTables>* out) {
     out->reset();

@@ -55,8 +55,7 @@ Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {
   KV4_RETURN_IF_ERROR(check_lambda("lambda_v", seals && recipe.value.lambda == LambdaMode::given, config.lambda_v,
                                    config.kv_heads, config.head_dim_v));
 
-  auto state = std::make_unique<State>();
-  state->config = config;
+  auto state = std::make_unique<State>(std::make_shared<CacheConfig>(config));
   state->shape = {config.kv_heads, config.head_dim_k, config.head_dim_v, config.dtype};
   state->backend = find_backend(config.backend);
   if (state->backend == nullptr) {
@@ -65,11 +64,13 @@ Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {
     return invalid_argument("backend", "one of " + names, config.backend);
   }
   KV4_RETURN_IF_ERROR(state->backend->supports_rows(config.head_dim_k, config.head_dim_v, config.dtype, recipe.seal));
+  state->on_stream();  // its own, null until set_stream, and not that of this thread's last call, which may be gone
   const auto given = [&](const std::vector<float>& values, const char* name, std::shared_ptr<Block>* block) {
     return Block::copy_of(*state->backend, name, values.data(), values.size() * sizeof(float), block);
   };
   KV4_RETURN_IF_ERROR(given(config.lambda_k, "lambda_k", &state->given_k));
   KV4_RETURN_IF_ERROR(given(config.lambda_v, "lambda_v", &state->given_v));
+  if (state->given_k || state->given_v) KV4_RETURN_IF_ERROR(state->backend->wait());  // read on streams that know nothing of this one
   if (seals) {
     KV4_RETURN_IF_ERROR(validate(recipe, config.head_dim_k, config.head_dim_v));
     PageSpec& spec = state->spec;
@@ -160,12 +161,29 @@ std::size_t Cache::nbytes() const {
     sum += q.pages.bytes() + q.seen.capacity() + q.non_finite.capacity() * sizeof(NonFinite) + q.query_energy.filled.capacity();
   }
   sum += s.sequences.capacity() * sizeof(Sequence) + s.views.capacity() * sizeof(SequenceView) +
-         s.found.capacity() * sizeof(s.found[0]) + s.energies.capacity() * sizeof(EnergyJob) + s.windows.capacity() * sizeof(std::int32_t) + s.jobs.capacity() * sizeof(SealJob) + s.masked.capacity();
-  sum += (s.config.lambda_k.capacity() + s.config.lambda_v.capacity() + s.config.matrix_k.capacity() + s.config.matrix_v.capacity()) *
-         sizeof(float);
+         s.found.capacity() * sizeof(s.found[0]) + s.energies.capacity() * sizeof(EnergyJob) + s.windows.capacity() * sizeof(std::int32_t) +
+         s.jobs.capacity() * sizeof(SealJob) + s.masked.capacity();
+  sum += sizeof(CacheConfig) + (s.config.lambda_k.capacity() + s.config.lambda_v.capacity() + s.config.matrix_k.capacity() +
+                                s.config.matrix_v.capacity()) * sizeof(float);
   for (const Block* block : {s.given_k.get(), s.given_v.get()}) sum += block != nullptr ? block->bytes() : 0;
   if (s.own.tables) sum += s.own.tables->bytes();
+  for (const SharedMemory& memory : shared()) sum += memory.bytes;
   return sum;
+}
+
+std::vector<SharedMemory> Cache::shared() const {
+  std::vector<SharedMemory> all;
+  const auto add = [&all](const void* identity, std::size_t bytes, bool on_device) {
+    for (const SharedMemory& memory : all)
+      if (memory.identity == identity) return;
+    all.push_back({identity, bytes, on_device});
+  };
+  for (const SideSpec* side : {&state_->spec.key, &state_->spec.value}) {
+    if (side->rotation == nullptr) continue;  // of a recipe that never seals
+    add(side->rotation.get(), side->rotation->bytes(), false);
+    if (const RotationTable* table = state_->backend->table_of(*side->rotation); table != nullptr) add(table, table->bytes(), true);
+  }
+  return all;
 }
 
 const CacheConfig& Cache::config() const { return state_->config; }

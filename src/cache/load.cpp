@@ -151,7 +151,7 @@ Status Cache::State::load(const Source& source) {
     return error(StatusCode::failed_precondition, "cache", "a stream that is not being captured", "one that is");
   blob::Reader in(source);
   KV4_RETURN_IF_ERROR(in.begin());
-  const std::vector<blob::Field> mine = blob::fields(config);
+  const std::vector<blob::Field> mine = blob::fields(config, spec);
   std::vector<std::uint64_t> theirs(mine.size());
   KV4_RETURN_IF_ERROR(in.read(blob::Kind::config, std::as_writable_bytes(std::span(theirs))));
   for (std::size_t i = 0; i < mine.size(); ++i)

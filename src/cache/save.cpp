@@ -84,7 +84,7 @@ Status Cache::State::save(const Sink& sink) const {
   blob::Writer out(sink);
   KV4_RETURN_IF_ERROR(out.begin());
   std::vector<std::uint64_t> numbers;
-  for (const blob::Field& field : blob::fields(config)) numbers.push_back(field.value);
+  for (const blob::Field& field : blob::fields(config, spec)) numbers.push_back(field.value);
   KV4_RETURN_IF_ERROR(out.write(blob::Kind::config, std::as_bytes(std::span(numbers))));
 
   // Pages are numbered as the tables first name them; forks share them in the file too.

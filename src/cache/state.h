@@ -30,7 +30,10 @@ struct OwnTables {
 };
 
 struct Cache::State {
-  CacheConfig config;
+  explicit State(std::shared_ptr<const CacheConfig> c) : shared_config(std::move(c)), config(*shared_config) {}
+
+  std::shared_ptr<const CacheConfig> shared_config;  // clones have it in common
+  const CacheConfig& config;
   Backend* backend = nullptr;
   RowShape shape;
   PageSpec spec;                        // valid unless the recipe never seals

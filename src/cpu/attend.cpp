@@ -501,6 +501,7 @@ const RowKernels& row_kernels(const Kernels& kernels) {
 
 Status attend(const AttendJob& job) {
   if (job.query_count <= 0 || job.sequences.empty()) return {};
+  KV4_RETURN_IF_ERROR(check_isa());
   thread_local Workspace workspace;
   return Call(job, workspace, active()).run();
 }
