@@ -184,8 +184,8 @@ def show_loaded(neighbours: int, rows: list) -> None:
 
     shown = table(
         f"the same beside {neighbours} busy {'process' if neighbours == 1 else 'processes'}; ms per token",
-        "context", "own, idle", "own, loaded", "loaded/idle",
-        "kv4, idle", "kv4, loaded", "loaded/idle", "kv4/own, loaded",
+        "context", "own, idle", "own, loaded", "loaded / idle",
+        "kv4, idle", "kv4, loaded", "loaded / idle", "kv4/own, loaded",
     )  # fmt: skip
     for own, kv4 in best_rows(rows):
         figures = (own.ms_per_token, own.loaded_ms_per_token, own.slowdown)
