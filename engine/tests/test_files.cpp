@@ -71,7 +71,7 @@ TEST_F(Files, WhatIsNotBuilt) {
   refused(m, StatusCode::unsupported, "llama.rope.scaling.type: expected none or linear; got yarn");
   m.change = [](gguf_context* g) { gguf_set_val_u32(g, "llama.expert_count", 8); };
   refused(m, StatusCode::unsupported, "llama.expert_count: expected no experts; got 8");
-  m.change = [](gguf_context* g) { gguf_set_val_u32(g, "split.count", 3); };
+  m.change = [](gguf_context* g) { gguf_set_val_u16(g, "split.count", 3); };
   refused(m, StatusCode::unsupported, "split.count: expected 1, a model in one file; got 3");
   m.change = [](gguf_context* g) { gguf_set_val_str(g, "general.type", "adapter"); };
   refused(m, StatusCode::unsupported, "general.type: expected model; got adapter");
@@ -131,7 +131,7 @@ TEST_F(Files, EveryKeyOfTheArchitectureIsUsedOrNamed) {
       gguf_set_val_u32(g, (prefix + "rope.scaling.original_context_length").c_str(), 2048);
       gguf_set_val_str(g, (prefix + "tensor_data_layout").c_str(), "Meta AI original pth");
       gguf_set_val_str(g, "general.type", "model");
-      gguf_set_val_u32(g, "split.count", 1);
+      gguf_set_val_u16(g, "split.count", 1);
     };
     std::shared_ptr<const Model> model;
     const Status status = Model::load(make(m), nullptr, &model);

@@ -181,7 +181,11 @@ TEST_F(Program, AFullChatKeepsItsSessionAndGoesOn) {
 }
 
 TEST_F(Program, ASessionThatFillsTheModelIsOpenedAgain) {
-  const std::vector<std::string> arguments = {"-m", model_, "-t", "2", "--temp", "0", "--session", path("s"), "-p"};
+  TinyModel m;
+  m.architecture = "qwen2";
+  m.never_ends = true;
+  m.context = 160;
+  const std::vector<std::string> arguments = {"-m", make(m, "short.gguf"), "-t", "2", "--temp", "0", "--session", path("s"), "-p"};
   const auto with = [&](const std::string& prompt) {
     std::vector<std::string> all = arguments;
     all.push_back(prompt);
