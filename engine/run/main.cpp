@@ -159,6 +159,9 @@ int main(int argc, char** argv) {
 
   try {
     app.parse(argc, argv);
+  } catch (const CLI::ArgumentMismatch& e) {
+    const std::string text = e.what();
+    return fail(text.substr(0, text.find(": ")) + ": expected one value; got none or several (--help lists all options)");
   } catch (const CLI::ParseError& e) {
     if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
     return fail(std::string(e.what()) + " (--help lists all options)");

@@ -236,22 +236,25 @@ TEST_F(Program, CtrlCStopsTheAnswerAndNotTheProgram) {
 
 TEST_F(Program, SaysWhatIsWrong) {
   refused({}, "--model: expected a GGUF file; got nothing");
-  for (const char* option : {"--model", "--recipe", "--file", "--session"})
+  refused({"-m", ""}, "--model: expected a file; got nothing");
+  refused({"-m", folder_.string()}, "--model: expected a GGUF file that can be read; got " + folder_.string() + ", a folder");
+  refused({"-m", model_, "-m", model_}, "--model: expected one value; got none or several");
+  for (const char* option : {"--recipe", "--file", "--session"})
     refused({"-m", model_, option, ""}, std::string(option) + ": expected a file; got nothing");
-  for (const char* option : {"--model", "--file", "--recipe"})
-    refused({"-m", model_, option, folder_.string()}, std::string(option) + ": expected a");
+  for (const char* option : {"--file", "--recipe"})
+    refused({"-m", model_, option, folder_.string()}, std::string(option) + ": expected a file that can be read; got " + folder_.string() + ", a folder");
   refused({"-m", model_, "-p", "x", "--session", folder_.string()}, "--session: expected a file that can be written; got " + folder_.string() + ": a folder");
   refused({"-m", model_, "-p", "x", "--session", path("nowhere/s")}, "--session: expected a file that can be written; got " + path("nowhere/s"));
   const std::pair<const char*, const char*> whole[] = {{"--context", "1 to"}, {"--threads", "1 to 512"}, {"--batch", "1 to 65536"}, {"--tokens", "1 to"}, {"--top-k", "0 to"}, {"--seed", "0 to"}};
   for (const auto& [option, range] : whole)
     for (const char* bad : {"", "abc", "-1", "1.5", "99999999999999999999"})
-      refused({"-m", model_, "-p", "x", option + std::string("=") + bad}, std::string(option) + ": expected a whole number of " + range);
+      refused({"-m", model_, "-p", "x", option, bad}, std::string(option) + ": expected a whole number of " + range);
   for (const char* option : {"--temp", "--top-p", "--min-p"})
-    for (const char* bad : {"", "abc", "nan"}) refused({"-m", model_, "-p", "x", option + std::string("=") + bad}, std::string(option) + ": expected a number; got");
+    for (const char* bad : {"", "abc", "nan"}) refused({"-m", model_, "-p", "x", option, bad}, std::string(option) + ": expected a number; got");
   refused({"-m", model_, "-p", "x", "--temp=-1"}, "--temp: expected 0 or more");
   refused({"-m", model_, "-p", "x", "--cache", "q4"}, "--cache: expected kv4, exact or f16; got q4");
   refused({"-m", model_, "-p", "x", "-f", "y"}, "--file");
-  refused({"-m", model_, "--session"}, "--session");
+  refused({"-m", model_, "--session"}, "--session: expected one value; got none or several");
   refused({"-m", model_, "--no-such-option"}, "--no-such-option");
   refused({"bench", "-m", model_, "--caches", "kv4,q4"}, "--caches: expected kv4, exact or f16; got q4");
   refused({"bench", "-m", model_, "--llama", "q3"}, "--llama: expected f16, q8_0 or q4_0; got q3");
