@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <mutex>
+#include <set>
 #include <vector>
 
 #include "store.h"
@@ -98,12 +100,22 @@ class Kv4Store final : public Store {
   }
   std::size_t nbytes() const override {
     std::size_t bytes = 0;
-    for (const Layer& l : layers_) bytes += l.cache->nbytes();
+    std::set<const void*> counted;  // what layers share counts once
+    for (const Layer& l : layers_) {
+      bytes += l.cache->nbytes();
+      for (const SharedMemory& memory : l.cache->shared())
+        if (!counted.insert(memory.identity).second) bytes -= memory.bytes;
+    }
     return bytes;
   }
 
   Status save(const kv4::Sink& sink) const override {
-    for (const Layer& l : layers_) KV4_RETURN_IF_ERROR(l.cache->save(sink));
+    // What is due goes out as pages already, as the next call would make them; the layers themselves stay as they are.
+    for (const Layer& l : layers_) {
+      const std::unique_ptr<Cache> sealed = l.cache->clone();
+      KV4_RETURN_IF_ERROR(sealed->seal());
+      KV4_RETURN_IF_ERROR(sealed->save(sink));
+    }
     return {};
   }
   Status load(const kv4::Source& source) override {

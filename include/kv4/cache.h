@@ -58,6 +58,14 @@ std::string why_not(const std::string& backend);
 using Sink = std::function<Status(std::span<const std::byte>)>;  // takes all the bytes, or says why not
 using Source = std::function<Status(std::span<std::byte>)>;      // fills all of it, or says why not
 
+// Memory that caches of one process have in common: tables of a rotation, one for all that define it alike, on the host and
+// on each device that has used it. `identity` tells such memory apart while any cache that has it lives.
+struct SharedMemory {
+  const void* identity = nullptr;
+  std::size_t bytes = 0;
+  bool on_device = false;  // of memory that is not the host's
+};
+
 class Cache {
  public:
   // Errors: invalid_argument naming the field; unsupported with the reason where no kernel
@@ -82,8 +90,11 @@ class Cache {
   Status seal();
 
   // Devices. Work is queued on `stream` (a cudaStream_t; null: the device's default stream) by every call that follows, the
-  // destructor's included; calls wait for nothing but what they hand to the host. Clones that share pages need one order
-  // of their streams' work. Non-finite rows are told of by the device: an attend that sees them refuses as soon as it knows.
+  // destructor's included; calls wait for nothing but what they hand to the host. A new cache is on the default stream, all that
+  // create() put there being done; a clone on the stream of what it is a clone of. A cache that moves to another stream has the
+  // other wait for the work of the one before; cudaStreamPerThread is another stream on another thread. Clones that share pages
+  // need one order of their streams' work; other caches may run beside each other, captured or not. Non-finite rows are told of by
+  // the device: an attend that sees them refuses as soon as it knows.
   void set_stream(void* stream);
   // Room for `tokens` more of each sequence, so that steps of one token allocate nothing until then.
   Status reserve(std::int64_t tokens);
@@ -128,8 +139,10 @@ class Cache {
   Status dense_values(std::int64_t first, std::int64_t count, const MutableTensorView& out) const;
 
   // Every byte held: page slabs with their slack, exact rows by capacity, tables, lambda and the
-  // statistics kept for it.
+  // statistics kept for it, and what shared() lists.
   std::size_t nbytes() const;
+  // The part of nbytes() that other caches may hold as well, each thing once: who adds up caches counts it once by its identity.
+  std::vector<SharedMemory> shared() const;
 
   const CacheConfig& config() const;
   int batch() const;                 // 0 before the first append
@@ -138,8 +151,8 @@ class Cache {
   std::int64_t sealed_tokens(int row) const;
   std::int64_t exact_tokens(int row) const;  // sinks and window; padding not yet dropped included
   std::uint64_t version() const;     // changes with every append, crop, select, repeat and reset
-  // [kv_heads, head_dim_k]; empty before it is fixed or where the recipe has none.
-  std::span<const float> lambda(int row) const;
+  // Into out: [kv_heads, head_dim_k]; empty before it is fixed or where the recipe has none. Errors: the device's.
+  Status lambda(int row, std::vector<float>* out) const;
   // Whether row's lambda changes no more, since the page that fixed it can no longer be cropped; also where none is learnt.
   bool lambda_fixed(int row) const;
   // A sealed head slice of row's page `index`, for tools: codes in canonical order.

@@ -2,10 +2,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <exception>
 #include <span>
+#include <tuple>
 
 #include "kv4/cache.h"
 #include "kv4/cpu.h"
@@ -324,7 +326,14 @@ NB_MODULE(_core, m) {
       .def("record_past", [](PyCache& c, bool on) { c.cache->record_past(on); }, "on"_a)
       .def("dense_keys", &dense<true>, "first"_a, "count"_a, "out"_a)
       .def("dense_values", &dense<false>, "first"_a, "count"_a, "out"_a)
-      .def("nbytes", [](const PyCache& c) { return c.cache->nbytes(); })
+      .def("nbytes", [](const PyCache& c) { return c.cache->nbytes(); }, "Every byte held, with what shared() lists.")
+      .def("shared", [](const PyCache& c) {
+        std::vector<std::tuple<std::uintptr_t, std::size_t, bool>> all;
+        for (const kv4::SharedMemory& memory : c.cache->shared())
+          all.emplace_back(reinterpret_cast<std::uintptr_t>(memory.identity), memory.bytes, memory.on_device);
+        return all;
+      }, "(identity, bytes, on_device) of the part of nbytes() that other caches may hold as well: who adds up caches counts an\n"
+         "identity once.")
       .def_prop_ro("batch", [](const PyCache& c) { return c.cache->batch(); })
       .def_prop_ro("length", [](const PyCache& c) { return c.cache->length(); })
       .def_prop_ro("first", [](const PyCache& c) { return c.cache->first(); })
@@ -334,8 +343,9 @@ NB_MODULE(_core, m) {
       .def("sealed_tokens", [](const PyCache& c, int row) { return c.cache->sealed_tokens(c.row(row)); }, "row"_a)
       .def("exact_tokens", [](const PyCache& c, int row) { return c.cache->exact_tokens(c.row(row)); }, "row"_a)
       .def("lambda_", [](const PyCache& c, int row) {
-        const auto values = c.cache->lambda(c.row(row));
-        return std::vector<float>(values.begin(), values.end());
+        std::vector<float> values;
+        raise_if_error(c.cache->lambda(c.row(row), &values));
+        return values;
       }, "row"_a, "Flat [kv_heads * head_dim_k]; empty before it is fixed.")
       .def("page_count", [](const PyCache& c, int row) { return c.cache->page_count(c.row(row)); }, "row"_a)
       .def("page_codes", [](const PyCache& c, int row, int index, int head) {

@@ -180,6 +180,8 @@ class Backend {
   virtual bool host_memory() const { return true; }
   // The stream of this thread's calls from now on, as the device's library has it; null is its default.
   virtual void set_stream(void* /*stream*/) {}
+  // Waits until what was queued there is done, so that work on any stream may use it.
+  virtual Status wait() { return {}; }
   // Whether the stream is being captured: store and attend then only queue kernels, which read what is in the tables
   // when they run.
   virtual bool capturing() const { return false; }
@@ -194,16 +196,25 @@ class Backend {
   // Memory that the kernels read, 64-byte aligned; null when there is none left.
   virtual void* alloc(std::size_t bytes) = 0;
   virtual void free(void* p, std::size_t bytes) = 0;
-  // To, from or within the backend's memory. What comes from the host may be reused, what goes there is there.
-  virtual void copy(void* to, const void* from, std::size_t bytes) = 0;
-  virtual void clear(void* p, std::size_t bytes) = 0;  // zero bytes
+  // To, from or within the backend's memory. What comes from the host may be reused, what goes there is there. Whoever asks
+  // passes a failure on: after a fault of the device its memory holds anything.
+  virtual Status copy(void* to, const void* from, std::size_t bytes) = 0;
+  virtual Status clear(void* p, std::size_t bytes) = 0;  // zero bytes
   // `lines` times `bytes`, their beginnings a pitch of bytes apart. A line may overlap its own source where it lies below it.
-  virtual void copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) = 0;
+  virtual Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) = 0;
   // A note for store to write to, or null where it tells at once.
-  virtual LateNote* alloc_note() { return nullptr; }
+  virtual Status alloc_note(LateNote** out) {
+    *out = nullptr;
+    return {};
+  }
   virtual void free_note(LateNote* /*note*/) {}
+  // What it keeps on its device of a rotation that it has used; null where that is nothing.
+  virtual const RotationTable* table_of(const Rotation& /*rotation*/) const { return nullptr; }
   // Null where it keeps none; a cache then cannot be captured.
-  virtual std::unique_ptr<DeviceTables> make_tables() { return nullptr; }
+  virtual Status make_tables(std::unique_ptr<DeviceTables>* out) {
+    out->reset();
+    return {};
+  }
   // Brings tables in line with the sequences that a captured store of `tokens` rows will find, and counts on it.
   virtual Status foresee(DeviceTables* /*tables*/, std::span<const SequenceView> /*sequences*/, int /*tokens*/) {
     return error(StatusCode::unsupported, "backend", "one whose steps can be captured", name());
@@ -220,10 +231,10 @@ class Backend {
 
   // Codes of a head slice between the backend's order and the canonical one
   // (format/page.h: [64][d/2] bytes per side, in host memory).
-  virtual void codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice,
-                                  std::uint8_t* k, std::uint8_t* v) const = 0;
-  virtual void codes_from_canonical(const PageSpec& spec, const std::uint8_t* k,
-                                    const std::uint8_t* v, std::uint8_t* slice) const = 0;
+  virtual Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice,
+                                    std::uint8_t* k, std::uint8_t* v) const = 0;
+  virtual Status codes_from_canonical(const PageSpec& spec, const std::uint8_t* k,
+                                      const std::uint8_t* v, std::uint8_t* slice) const = 0;
 };
 
 // The registry: one line per backend in registry.cpp. `name` may end in ":" and the number of a device.

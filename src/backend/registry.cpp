@@ -18,6 +18,11 @@ Backend* backend(int device);
 std::string why_not();
 }
 #endif
+#if KV4_HAS_PROBE  // a backend that the tests bring along
+namespace probe {
+Backend* backend(int device);
+}
+#endif
 
 namespace {
 
@@ -34,6 +39,9 @@ constexpr Entry kBackends[] = {
 #endif
 #if KV4_HAS_METAL
     {"metal", apple::backend, apple::why_not},
+#endif
+#if KV4_HAS_PROBE
+    {"probe", probe::backend, no_device},
 #endif
 };
 

@@ -38,12 +38,13 @@ Status Cache::State::append(const TensorView& k, const TensorView& v) {
   KV4_RETURN_IF_ERROR(settle());
   const bool opening = sequences.empty();
   if (opening) {
-    sequences.resize(static_cast<std::size_t>(k.shape[0]));
-    for (Sequence& s : sequences) {
+    std::vector<Sequence> fresh(static_cast<std::size_t>(k.shape[0]));
+    for (Sequence& s : fresh) {
       s.sink_limit = seals() ? config.recipe.sinks : 0;
       s.anchored = arrival();
-      give_note(s);
+      KV4_RETURN_IF_ERROR(give_note(s));
     }
+    sequences = std::move(fresh);
     length = 0;
     own.tables.reset();
   }
@@ -88,8 +89,8 @@ Status Cache::State::make_room(Sequence& s, std::int64_t tokens) const {
 
 Status Cache::State::push(const TensorView& k, const TensorView& v) {
   const std::int64_t tokens = k.shape[2];
-  make_tables();
-  view_before(tokens);
+  KV4_RETURN_IF_ERROR(make_tables());
+  KV4_RETURN_IF_ERROR(view_before(tokens));
   found.clear();
   for (Sequence& s : sequences) found.push_back(&s.non_finite);
   StoreJob job;
@@ -144,7 +145,7 @@ Status Cache::State::seal_arrived(const TensorView& k, const TensorView& v) {
     auto next = fresh[b].begin();
     int used = s.pages.empty() ? kPageTokens : s.last_page_tokens;
     if (copied[b]) {
-      backend->copy(next->data(), s.pages.back().data(), pool->page_bytes());
+      KV4_RETURN_IF_ERROR(backend->copy(next->data(), s.pages.back().data(), pool->page_bytes()));
       pages[b].replace_back(*next++);
     }
     std::uint8_t* skip = masked.data() + b * static_cast<std::size_t>(tokens);
@@ -154,7 +155,7 @@ Status Cache::State::seal_arrived(const TensorView& k, const TensorView& v) {
           skip[t] = 1;
     for (std::int64_t t = 0; t < tokens;) {
       if (used == kPageTokens) {
-        backend->clear(next->data(), pool->page_bytes());
+        KV4_RETURN_IF_ERROR(backend->clear(next->data(), pool->page_bytes()));
         pages[b].append(*next++);
         used = 0;
       }

@@ -72,7 +72,7 @@ Status Cache::State::record(const AttendArgs& args) {
       if (energy.rows.use_count() > 1) {
         std::shared_ptr<Block> mine;
         KV4_RETURN_IF_ERROR(Block::make(*backend, "query energies", bytes, &mine));
-        backend->copy(mine->as<float>(), energy.rows->as<float>(), bytes);
+        KV4_RETURN_IF_ERROR(backend->copy(mine->as<float>(), energy.rows->as<float>(), bytes));
         energy.rows = std::move(mine);
       }
       energy.filled[static_cast<std::size_t>(slot)] = 1;
@@ -177,7 +177,7 @@ Status Cache::State::attend(const AttendArgs& given, std::int64_t upto, const Mu
                      "NaN or infinity at sequence " + std::to_string(b) + ", position " + std::to_string(x.position));
   }
   KV4_RETURN_IF_ERROR(record(readable));
-  make_tables();  // a clone or a loaded cache has none yet
+  KV4_RETURN_IF_ERROR(make_tables());  // a clone or a loaded cache has none yet
   const bool stepwise = queries <= kStepwiseTokens;
   if (seals() && !arrival() && stepwise) KV4_RETURN_IF_ERROR(seal_until(length - 1));
 

@@ -33,6 +33,8 @@ std::uint64_t given_value(const std::vector<float>& x) {
   return x.empty() ? 0 : std::uint64_t{1} << 32 | crc32c(std::as_bytes(std::span(x)));
 }
 
+std::uint64_t matrix_value(const SideSpec& side) { return side.rotation == nullptr ? 0 : given_value(side.rotation->matrix()); }
+
 template <class T>
 std::uint64_t value_of(T x) { return static_cast<std::uint64_t>(x); }
 
@@ -44,7 +46,7 @@ const char* name_of(Kind kind) {
   return kNames[static_cast<std::size_t>(kind) - 1];
 }
 
-std::vector<Field> fields(const CacheConfig& c) {
+std::vector<Field> fields(const CacheConfig& c, const PageSpec& spec) {
   const SideRecipe &k = c.recipe.key, &v = c.recipe.value;
   return {{"dtype", value_of(c.dtype), dtype},
           {"kv_heads", value_of(c.kv_heads), number},
@@ -72,8 +74,8 @@ std::vector<Field> fields(const CacheConfig& c) {
           {"recipe.value.lambda", value_of(v.lambda), lambda_mode},
           {"lambda_k", given_value(c.lambda_k), given},
           {"lambda_v", given_value(c.lambda_v), given},
-          {"matrix_k", given_value(c.matrix_k), given},
-          {"matrix_v", given_value(c.matrix_v), given}};
+          {"matrix_k", matrix_value(spec.key), given},
+          {"matrix_v", matrix_value(spec.value), given}};
 }
 
 Status Writer::begin() {

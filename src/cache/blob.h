@@ -16,6 +16,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "backend/backend.h"
 #include "cache/checksum.h"
 #include "format/page.h"
 #include "kv4/cache.h"
@@ -60,7 +61,7 @@ struct Field {
   std::uint64_t value;
   std::string (*text)(std::uint64_t);
 };
-std::vector<Field> fields(const CacheConfig& config);
+std::vector<Field> fields(const CacheConfig& config, const PageSpec& spec);
 
 // A head slice as format/page.h lays it out where no channel is padded, its codes in canonical order.
 inline kv4_page_layout slice_layout(const kv4_page_layout& l) {

@@ -23,8 +23,7 @@ class Block {
     out->reset();
     if (bytes == 0) return {};
     KV4_RETURN_IF_ERROR(make(backend, what, bytes, out));
-    backend.copy((*out)->memory_, from, bytes);
-    return {};
+    return backend.copy((*out)->memory_, from, bytes);
   }
   ~Block() { backend_.free(memory_, bytes_); }
   Block(const Block&) = delete;

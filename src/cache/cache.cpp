@@ -55,8 +55,7 @@ Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {
   KV4_RETURN_IF_ERROR(check_lambda("lambda_v", seals && recipe.value.lambda == LambdaMode::given, config.lambda_v,
                                    config.kv_heads, config.head_dim_v));
 
-  auto state = std::make_unique<State>();
-  state->config = config;
+  auto state = std::make_unique<State>(std::make_shared<CacheConfig>(config));
   state->shape = {config.kv_heads, config.head_dim_k, config.head_dim_v, config.dtype};
   state->backend = find_backend(config.backend);
   if (state->backend == nullptr) {
@@ -65,11 +64,13 @@ Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {
     return invalid_argument("backend", "one of " + names, config.backend);
   }
   KV4_RETURN_IF_ERROR(state->backend->supports_rows(config.head_dim_k, config.head_dim_v, config.dtype, recipe.seal));
+  state->on_stream();  // its own, null until set_stream, and not that of this thread's last call, which may be gone
   const auto given = [&](const std::vector<float>& values, const char* name, std::shared_ptr<Block>* block) {
     return Block::copy_of(*state->backend, name, values.data(), values.size() * sizeof(float), block);
   };
   KV4_RETURN_IF_ERROR(given(config.lambda_k, "lambda_k", &state->given_k));
   KV4_RETURN_IF_ERROR(given(config.lambda_v, "lambda_v", &state->given_v));
+  if (state->given_k || state->given_v) KV4_RETURN_IF_ERROR(state->backend->wait());  // read on streams that know nothing of this one
   if (seals) {
     KV4_RETURN_IF_ERROR(validate(recipe, config.head_dim_k, config.head_dim_v));
     PageSpec& spec = state->spec;
@@ -160,13 +161,29 @@ std::size_t Cache::nbytes() const {
     sum += q.pages.bytes() + q.seen.capacity() + q.non_finite.capacity() * sizeof(NonFinite) + q.query_energy.filled.capacity();
   }
   sum += s.sequences.capacity() * sizeof(Sequence) + s.views.capacity() * sizeof(SequenceView) +
-         s.found.capacity() * sizeof(s.found[0]) + s.energies.capacity() * sizeof(EnergyJob) + s.lambda_copy.capacity() * sizeof(float) +
-         s.windows.capacity() * sizeof(std::int32_t) + s.jobs.capacity() * sizeof(SealJob) + s.masked.capacity();
-  sum += (s.config.lambda_k.capacity() + s.config.lambda_v.capacity() + s.config.matrix_k.capacity() + s.config.matrix_v.capacity()) *
-         sizeof(float);
+         s.found.capacity() * sizeof(s.found[0]) + s.energies.capacity() * sizeof(EnergyJob) + s.windows.capacity() * sizeof(std::int32_t) +
+         s.jobs.capacity() * sizeof(SealJob) + s.masked.capacity();
+  sum += sizeof(CacheConfig) + (s.config.lambda_k.capacity() + s.config.lambda_v.capacity() + s.config.matrix_k.capacity() +
+                                s.config.matrix_v.capacity()) * sizeof(float);
   for (const Block* block : {s.given_k.get(), s.given_v.get()}) sum += block != nullptr ? block->bytes() : 0;
   if (s.own.tables) sum += s.own.tables->bytes();
+  for (const SharedMemory& memory : shared()) sum += memory.bytes;
   return sum;
+}
+
+std::vector<SharedMemory> Cache::shared() const {
+  std::vector<SharedMemory> all;
+  const auto add = [&all](const void* identity, std::size_t bytes, bool on_device) {
+    for (const SharedMemory& memory : all)
+      if (memory.identity == identity) return;
+    all.push_back({identity, bytes, on_device});
+  };
+  for (const SideSpec* side : {&state_->spec.key, &state_->spec.value}) {
+    if (side->rotation == nullptr) continue;  // of a recipe that never seals
+    add(side->rotation.get(), side->rotation->bytes(), false);
+    if (const RotationTable* table = state_->backend->table_of(*side->rotation); table != nullptr) add(table, table->bytes(), true);
+  }
+  return all;
 }
 
 const CacheConfig& Cache::config() const { return state_->config; }
@@ -185,14 +202,12 @@ std::int64_t Cache::exact_tokens(int row) const {
 }
 std::uint64_t Cache::version() const { return state_->version; }
 
-std::span<const float> Cache::lambda(int row) const {
+Status Cache::lambda(int row, std::vector<float>* out) const {
+  out->clear();
   const float* values = state_->lambda_k(state_->sequences[static_cast<std::size_t>(row)], 0);
   if (values == nullptr) return {};
-  const std::size_t count = static_cast<std::size_t>(state_->config.kv_heads) * state_->config.head_dim_k;
-  if (state_->backend->host_memory()) return {values, count};
-  state_->lambda_copy.resize(count);
-  state_->on_stream().backend->copy(state_->lambda_copy.data(), values, count * sizeof(float));
-  return state_->lambda_copy;
+  out->resize(static_cast<std::size_t>(state_->config.kv_heads) * state_->config.head_dim_k);
+  return state_->on_stream().backend->copy(out->data(), values, out->size() * sizeof(float));
 }
 
 int Cache::page_count(int row) const { return static_cast<int>(state_->sequences[static_cast<std::size_t>(row)].pages.size()); }
@@ -227,8 +242,7 @@ Status Cache::page_codes(int row, int index, int head, std::span<std::uint8_t> k
   const auto bytes = [](int dim) { return static_cast<std::size_t>(kPageTokens) * static_cast<std::size_t>(dim) / 2; };
   KV4_RETURN_IF_ERROR(expect_room("k", bytes(s.config.head_dim_k), k.size(), " bytes"));
   KV4_RETURN_IF_ERROR(expect_room("v", bytes(s.config.head_dim_v), v.size(), " bytes"));
-  state_->on_stream().backend->codes_to_canonical(s.spec, slice, k.data(), v.data());
-  return {};
+  return state_->on_stream().backend->codes_to_canonical(s.spec, slice, k.data(), v.data());
 }
 
 Status Cache::page_scales(int row, int index, int head, std::span<std::uint16_t> k, std::span<std::uint16_t> v) const {
@@ -238,9 +252,8 @@ Status Cache::page_scales(int row, int index, int head, std::span<std::uint16_t>
   const auto count = [](int groups) { return static_cast<std::size_t>(groups * kPageTokens); };
   KV4_RETURN_IF_ERROR(expect_room("k", count(s.spec.key.groups), k.size(), " scales"));
   KV4_RETURN_IF_ERROR(expect_room("v", count(s.spec.value.groups), v.size(), " scales"));
-  state_->on_stream().backend->copy(k.data(), slice + s.spec.layout.k_scales, k.size_bytes());
-  s.backend->copy(v.data(), slice + s.spec.layout.v_scales, v.size_bytes());
-  return {};
+  KV4_RETURN_IF_ERROR(state_->on_stream().backend->copy(k.data(), slice + s.spec.layout.k_scales, k.size_bytes()));
+  return s.backend->copy(v.data(), slice + s.spec.layout.v_scales, v.size_bytes());
 }
 
 }  // namespace kv4

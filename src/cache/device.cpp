@@ -15,13 +15,16 @@ void tell(const Told& told, std::int64_t key, std::int64_t value, std::vector<No
 
 }  // namespace
 
-void Cache::State::give_note(Sequence& s) const {
+Status Cache::State::give_note(Sequence& s) const {
   Backend* const owner = backend;
   for (Told& told : s.notes) told.end = std::min(told.end, s.length);
   // Rows that left the window have left no trace in non_finite either.
   std::erase_if(s.notes, [&s](const Told& told) { return told.end <= s.window_position; });
-  if (LateNote* note = owner->alloc_note(); note != nullptr)
+  LateNote* note = nullptr;
+  KV4_RETURN_IF_ERROR(owner->alloc_note(&note));
+  if (note != nullptr)
     s.notes.push_back({std::shared_ptr<LateNote>(note, [owner](LateNote* p) { owner->free_note(p); })});
+  return {};
 }
 
 void Cache::State::listen(const Sequence& s, std::vector<NonFinite>* found) const {
@@ -37,19 +40,18 @@ void Cache::State::hear(Sequence& s) const {
   }
 }
 
-void Cache::State::make_tables() {
-  if (!own.tables) own.tables = backend->make_tables();
-}
+Status Cache::State::make_tables() { return own.tables ? Status() : backend->make_tables(&own.tables); }
 
-void Cache::State::view_before(std::int64_t tokens) {
+Status Cache::State::view_before(std::int64_t tokens) {
   views.resize(sequences.size());
   for (std::size_t b = 0; b < sequences.size(); ++b) {
     Sequence& s = sequences[b];
     // A fork's next rows are no news for the other.
-    if (!s.notes.empty() && s.notes.back().note.use_count() > 1) give_note(s);
+    if (!s.notes.empty() && s.notes.back().note.use_count() > 1) KV4_RETURN_IF_ERROR(give_note(s));
     view(s, s.page_end(), length, &views[b]);
     views[b].query_position = length - tokens;
   }
+  return {};
 }
 
 Status Cache::State::reserve(std::int64_t tokens) {
@@ -69,18 +71,18 @@ Status Cache::State::reserve(std::int64_t tokens) {
     longest = std::max(longest, static_cast<std::int64_t>(s.pages.size()) + fresh);
   }
   KV4_RETURN_IF_ERROR(pool->reserve(static_cast<std::size_t>(pages)));
-  make_tables();
+  KV4_RETURN_IF_ERROR(make_tables());
   return own.tables ? own.tables->reserve(sequences.size(), static_cast<std::size_t>(longest)) : Status();
 }
 
 Status Cache::State::advance() {
   if (sequences.empty()) return error(StatusCode::failed_precondition, "cache", "tokens", "an empty cache");
   if (arrival()) return error(StatusCode::unsupported, "recipe.seal", "page or never, where steps are captured", "arrival");
-  make_tables();
+  KV4_RETURN_IF_ERROR(make_tables());
   if (!own.tables) return error(StatusCode::unsupported, "backend", "one whose steps can be captured", backend->name());
   KV4_RETURN_IF_ERROR(settle());
   for (Sequence& s : sequences) KV4_RETURN_IF_ERROR(make_room(s, 1));
-  view_before(1);
+  KV4_RETURN_IF_ERROR(view_before(1));
   KV4_RETURN_IF_ERROR(backend->foresee(own.tables.get(), views, 1));
   for (Sequence& s : sequences) {
     s.window.set_count(s.window.count() + 1);

@@ -30,7 +30,7 @@ Status Cache::State::crop_sequence(Sequence& s, std::int64_t n) const {
   s.length = n;
   hear(s);
   std::erase_if(s.non_finite, [n](const NonFinite& x) { return x.position >= n; });
-  if (!s.notes.empty()) give_note(s);  // the old one may tell of what is gone, also later
+  if (!s.notes.empty()) KV4_RETURN_IF_ERROR(give_note(s));  // the old one may tell of what is gone, also later
   QueryEnergy& energy = s.query_energy;
   if (n <= energy.first) {
     energy.clear();

@@ -74,7 +74,8 @@ Status Cache::State::load_rows(std::int64_t count, blob::Reader& in, RowBuffer* 
     const std::byte* from = block.data();
     for (const bool key : {true, false}) {
       const std::size_t bytes = static_cast<std::size_t>(tokens * (key ? shape.head_dim_k : shape.head_dim_v)) * size_of(shape.dtype);
-      for (int h = 0; h < heads(); ++h, from += bytes) backend->copy(key ? rows->key(h, first) : rows->value(h, first), from, bytes);
+      for (int h = 0; h < heads(); ++h, from += bytes)
+        KV4_RETURN_IF_ERROR(backend->copy(key ? rows->key(h, first) : rows->value(h, first), from, bytes));
     }
     rows->set_count(first + tokens);
   }
@@ -93,7 +94,7 @@ Status Cache::State::load_queries(std::int64_t first, blob::Reader& in, QueryEne
   for (std::size_t i = 0; i < limit; ++i) {
     if (energy->filled[i] == 0) continue;
     KV4_RETURN_IF_ERROR(in.read(blob::Kind::energies, std::as_writable_bytes(std::span(values))));
-    backend->copy(energy->rows->as<float>() + i * channels, values.data(), channels * sizeof(float));
+    KV4_RETURN_IF_ERROR(backend->copy(energy->rows->as<float>() + i * channels, values.data(), channels * sizeof(float)));
   }
   return {};
 }
@@ -124,21 +125,20 @@ Status Cache::State::load_sequence(std::int64_t tokens, blob::Reader& in, Sequen
     KV4_RETURN_IF_ERROR(Block::copy_of(*backend, "lambda", values.data(), channels * sizeof(float), &s->lambda));
   }
   if (saved.energies != 0) KV4_RETURN_IF_ERROR(load_queries(saved.energy_position, in, &s->query_energy));
-  give_note(*s);
-  return {};
+  return give_note(*s);
 }
 
 Status Cache::State::load_page(blob::Reader& in, const PageRef& page) const {
   const kv4_page_layout to = spec.layout, from = blob::slice_layout(to);
   std::vector<std::byte> block(static_cast<std::size_t>(from.head_bytes) * static_cast<std::size_t>(heads()));
   KV4_RETURN_IF_ERROR(in.read(blob::Kind::page, block));
-  backend->clear(page.data(), pool->page_bytes());
+  KV4_RETURN_IF_ERROR(backend->clear(page.data(), pool->page_bytes()));
   for (int h = 0; h < heads(); ++h) {
     const auto* got = reinterpret_cast<const std::uint8_t*>(block.data()) + static_cast<std::size_t>(h) * from.head_bytes;
     std::uint8_t* put = slice(page, h);
-    backend->codes_from_canonical(spec, got + from.k_codes, got + from.v_codes, put);
-    backend->copy(put + to.k_scales, got + from.k_scales, blob::key_scale_bytes(from));
-    backend->copy(put + to.v_scales, got + from.v_scales, blob::value_scale_bytes(from));
+    KV4_RETURN_IF_ERROR(backend->codes_from_canonical(spec, got + from.k_codes, got + from.v_codes, put));
+    KV4_RETURN_IF_ERROR(backend->copy(put + to.k_scales, got + from.k_scales, blob::key_scale_bytes(from)));
+    KV4_RETURN_IF_ERROR(backend->copy(put + to.v_scales, got + from.v_scales, blob::value_scale_bytes(from)));
   }
   return {};
 }
@@ -151,7 +151,7 @@ Status Cache::State::load(const Source& source) {
     return error(StatusCode::failed_precondition, "cache", "a stream that is not being captured", "one that is");
   blob::Reader in(source);
   KV4_RETURN_IF_ERROR(in.begin());
-  const std::vector<blob::Field> mine = blob::fields(config);
+  const std::vector<blob::Field> mine = blob::fields(config, spec);
   std::vector<std::uint64_t> theirs(mine.size());
   KV4_RETURN_IF_ERROR(in.read(blob::Kind::config, std::as_writable_bytes(std::span(theirs))));
   for (std::size_t i = 0; i < mine.size(); ++i)

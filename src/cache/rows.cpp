@@ -42,31 +42,33 @@ Status RowBuffer::reserve(Backend& backend, const RowShape& shape, std::int64_t 
     return error(StatusCode::out_of_memory, "window", std::to_string(bytes) + " free bytes", "none");
   RowBuffer grown;
   grown.block_ = std::make_shared<Block>(&backend, memory, bytes, capacity, shape);
-  if (count_ > 0) grown.push_rows(*this, 0, count_);
+  if (count_ > 0) KV4_RETURN_IF_ERROR(grown.push_rows(*this, 0, count_));
   *this = std::move(grown);
   return {};
 }
 
-void RowBuffer::copy_rows(const RowBuffer& from, std::int64_t first, std::int64_t to, std::int64_t rows) {
-  if (rows <= 0) return;
+Status RowBuffer::copy_rows(const RowBuffer& from, std::int64_t first, std::int64_t to, std::int64_t rows) {
+  if (rows <= 0) return {};
   const RowShape& s = block_->shape;
   const auto side = [&](std::byte* into, const std::byte* out_of, int dim) {
     const std::size_t row = static_cast<std::size_t>(dim) * size_of(s.dtype);
-    block_->backend->copy_lines(into, static_cast<std::size_t>(block_->capacity) * row, out_of,
-                                static_cast<std::size_t>(from.block_->capacity) * row, static_cast<std::size_t>(rows) * row, s.kv_heads);
+    return block_->backend->copy_lines(into, static_cast<std::size_t>(block_->capacity) * row, out_of,
+                                       static_cast<std::size_t>(from.block_->capacity) * row, static_cast<std::size_t>(rows) * row, s.kv_heads);
   };
-  side(key(0, to), from.key(0, first), s.head_dim_k);
-  side(value(0, to), from.value(0, first), s.head_dim_v);
+  KV4_RETURN_IF_ERROR(side(key(0, to), from.key(0, first), s.head_dim_k));
+  return side(value(0, to), from.value(0, first), s.head_dim_v);
 }
 
-void RowBuffer::drop_front(std::int64_t rows) {
-  if (rows > 0) copy_rows(*this, rows, 0, count_ - rows);
+Status RowBuffer::drop_front(std::int64_t rows) {
+  if (rows > 0) KV4_RETURN_IF_ERROR(copy_rows(*this, rows, 0, count_ - rows));
   count_ -= rows;
+  return {};
 }
 
-void RowBuffer::push_rows(const RowBuffer& from, std::int64_t first, std::int64_t rows) {
-  copy_rows(from, first, count_, rows);
+Status RowBuffer::push_rows(const RowBuffer& from, std::int64_t first, std::int64_t rows) {
+  KV4_RETURN_IF_ERROR(copy_rows(from, first, count_, rows));
   count_ += rows;
+  return {};
 }
 
 }  // namespace kv4

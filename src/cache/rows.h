@@ -41,9 +41,9 @@ class RowBuffer {
   bool shared() const { return block_.use_count() > 1; }
   void set_count(std::int64_t count) { count_ = count; }
   // Drops the first `rows` rows; the buffer must be private.
-  void drop_front(std::int64_t rows);
+  Status drop_front(std::int64_t rows);
   // Copies `rows` rows of `from` behind the last; room must be there and the buffer private.
-  void push_rows(const RowBuffer& from, std::int64_t first, std::int64_t rows);
+  Status push_rows(const RowBuffer& from, std::int64_t first, std::int64_t rows);
   void clear() {
     block_.reset();
     count_ = 0;
@@ -66,7 +66,7 @@ class RowBuffer {
     Block& operator=(const Block&) = delete;
   };
   // rows [first, first + rows) of `from` to rows [to, to + rows); within one buffer only downwards
-  void copy_rows(const RowBuffer& from, std::int64_t first, std::int64_t to, std::int64_t rows);
+  Status copy_rows(const RowBuffer& from, std::int64_t first, std::int64_t to, std::int64_t rows);
 
   std::shared_ptr<Block> block_;
   std::int64_t count_ = 0;

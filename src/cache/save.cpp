@@ -19,7 +19,8 @@ Status write_rows(blob::Writer& out, Backend& backend, const RowShape& shape, co
     std::byte* to = block.data();
     for (const bool key : {true, false}) {
       const std::size_t bytes = (key ? key_row : value_row) * static_cast<std::size_t>(tokens);
-      for (int h = 0; h < shape.kv_heads; ++h, to += bytes) backend.copy(to, key ? rows.key(h, first) : rows.value(h, first), bytes);
+      for (int h = 0; h < shape.kv_heads; ++h, to += bytes)
+        KV4_RETURN_IF_ERROR(backend.copy(to, key ? rows.key(h, first) : rows.value(h, first), bytes));
     }
     KV4_RETURN_IF_ERROR(out.write(blob::Kind::rows, block));
   }
@@ -50,14 +51,14 @@ Status Cache::State::save_sequence(const Sequence& s, std::span<const std::uint6
   KV4_RETURN_IF_ERROR(out.write_array(blob::Kind::seen, std::span<const Seen>(s.seen)));
   std::vector<float> values(channels);
   if (s.lambda) {
-    backend->copy(values.data(), s.lambda->as<float>(), channels * sizeof(float));
+    KV4_RETURN_IF_ERROR(backend->copy(values.data(), s.lambda->as<float>(), channels * sizeof(float)));
     KV4_RETURN_IF_ERROR(out.write_array(blob::Kind::lambda, std::span<const float>(values)));
   }
   if (!energy.rows) return {};
   KV4_RETURN_IF_ERROR(out.write_array(blob::Kind::filled, std::span<const std::uint8_t>(energy.filled)));
   for (std::size_t i = 0; i < energy.filled.size(); ++i) {
     if (energy.filled[i] == 0) continue;
-    backend->copy(values.data(), energy.rows->as<float>() + i * channels, channels * sizeof(float));
+    KV4_RETURN_IF_ERROR(backend->copy(values.data(), energy.rows->as<float>() + i * channels, channels * sizeof(float)));
     KV4_RETURN_IF_ERROR(out.write(blob::Kind::energies, std::as_bytes(std::span(values))));
   }
   return {};
@@ -69,9 +70,9 @@ Status Cache::State::save_page(const PageRef& page, blob::Writer& out) const {
   for (int h = 0; h < heads(); ++h) {
     const std::uint8_t* held = slice(page, h);
     auto* put = reinterpret_cast<std::uint8_t*>(block.data()) + static_cast<std::size_t>(h) * to.head_bytes;
-    backend->codes_to_canonical(spec, held, put + to.k_codes, put + to.v_codes);
-    backend->copy(put + to.k_scales, held + from.k_scales, blob::key_scale_bytes(from));
-    backend->copy(put + to.v_scales, held + from.v_scales, blob::value_scale_bytes(from));
+    KV4_RETURN_IF_ERROR(backend->codes_to_canonical(spec, held, put + to.k_codes, put + to.v_codes));
+    KV4_RETURN_IF_ERROR(backend->copy(put + to.k_scales, held + from.k_scales, blob::key_scale_bytes(from)));
+    KV4_RETURN_IF_ERROR(backend->copy(put + to.v_scales, held + from.v_scales, blob::value_scale_bytes(from)));
   }
   return out.write(blob::Kind::page, block);
 }
@@ -83,7 +84,7 @@ Status Cache::State::save(const Sink& sink) const {
   blob::Writer out(sink);
   KV4_RETURN_IF_ERROR(out.begin());
   std::vector<std::uint64_t> numbers;
-  for (const blob::Field& field : blob::fields(config)) numbers.push_back(field.value);
+  for (const blob::Field& field : blob::fields(config, spec)) numbers.push_back(field.value);
   KV4_RETURN_IF_ERROR(out.write(blob::Kind::config, std::as_bytes(std::span(numbers))));
 
   // Pages are numbered as the tables first name them; forks share them in the file too.

@@ -41,22 +41,21 @@ Status Cache::State::anchor(Sequence& s) {
   RowBuffer rows;
   if (sinks > 0) {
     KV4_RETURN_IF_ERROR(rows.reserve(*backend, shape, sinks));
-    rows.push_rows(s.window, skip, sinks);
+    KV4_RETURN_IF_ERROR(rows.push_rows(s.window, skip, sinks));
   }
   KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
   s.sinks = std::move(rows);
   s.start = start;
   s.anchored = true;
   s.first_page = 0;
-  s.drop_window_front(skip + std::max<std::int64_t>(0, sinks));
-  return {};
+  return s.drop_window_front(skip + std::max<std::int64_t>(0, sinks));
 }
 
 Status Cache::State::release_rows(Sequence& s, std::int64_t position) {
   const std::int64_t rows = std::min(position - s.window_position, s.window.count());
   if (rows > 0) {
     KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
-    s.drop_window_front(rows);
+    KV4_RETURN_IF_ERROR(s.drop_window_front(rows));
   }
   // After a long prefill the buffer is far larger than decoding needs.
   const std::int64_t decode_rows = config.recipe.window + kPageTokens;
@@ -85,7 +84,7 @@ Status Cache::State::evict_below(Sequence& s, std::int64_t needed) {
     const std::int64_t rows = std::min(needed - s.window_position, s.window.count());
     if (rows < kPageTokens / 2) return {};
     KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
-    s.drop_window_front(rows);
+    KV4_RETURN_IF_ERROR(s.drop_window_front(rows));
     const std::int64_t room = config.sliding_window + kPageTokens;
     if (s.window.capacity() > room && s.window.count() <= room)
       KV4_RETURN_IF_ERROR(s.window.reserve(*backend, shape, room));
@@ -111,7 +110,7 @@ Status Cache::State::evict_below(Sequence& s, std::int64_t needed) {
     const std::int64_t rows = std::min(needed - s.window_position, s.window.count()) / kPageTokens * kPageTokens;
     if (rows > 0) {
       KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
-      s.drop_window_front(rows);
+      KV4_RETURN_IF_ERROR(s.drop_window_front(rows));
       s.first_page += rows / kPageTokens;
       const std::int64_t room = std::max<std::int64_t>(config.recipe.window, config.sliding_window) + kPageTokens;
       if (s.window.capacity() > room && s.window.count() <= room)
@@ -186,7 +185,7 @@ Status Cache::State::seal_until(std::int64_t n) {
       const std::int64_t gone = std::min((needed - s.window_position) / kPageTokens, count);
       if (needed > s.window_position && gone > 0 && n == length) {
         KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
-        s.drop_window_front(gone * kPageTokens);
+        KV4_RETURN_IF_ERROR(s.drop_window_front(gone * kPageTokens));
         s.first_page += gone;
         count -= gone;
         if (s.sinks.count() == 0) s.evicted = s.window_position;  // evict sees to those that still have sinks

@@ -100,12 +100,13 @@ struct Sequence {
   }
 
   // Drops the first `rows` rows of the window. The buffer must be private.
-  void drop_window_front(std::int64_t rows) {
-    if (rows <= 0) return;
-    window.drop_front(rows);
+  Status drop_window_front(std::int64_t rows) {
+    if (rows <= 0) return {};
+    KV4_RETURN_IF_ERROR(window.drop_front(rows));
     window_position += rows;
     seen.erase(seen.begin(), seen.begin() + rows);
     std::erase_if(non_finite, [this](const NonFinite& x) { return x.position < window_position; });
+    return {};
   }
 };
 

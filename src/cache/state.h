@@ -30,7 +30,10 @@ struct OwnTables {
 };
 
 struct Cache::State {
-  CacheConfig config;
+  explicit State(std::shared_ptr<const CacheConfig> c) : shared_config(std::move(c)), config(*shared_config) {}
+
+  std::shared_ptr<const CacheConfig> shared_config;  // clones have it in common
+  const CacheConfig& config;
   Backend* backend = nullptr;
   RowShape shape;
   PageSpec spec;                        // valid unless the recipe never seals
@@ -50,7 +53,6 @@ struct Cache::State {
   std::vector<std::int32_t> windows;
   std::vector<std::vector<NonFinite>*> found;
   std::vector<EnergyJob> energies;
-  std::vector<float> lambda_copy;  // of device memory, for lambda()
 
   bool seals() const { return config.recipe.seal != SealMode::never; }
   bool arrival() const { return config.recipe.seal == SealMode::arrival; }
@@ -85,12 +87,12 @@ struct Cache::State {
   Status push(const TensorView& k, const TensorView& v);
   Status append_captured(const TensorView& k, const TensorView& v);
   void note_non_finite(Sequence& s, std::int64_t row, const TensorView& k, const TensorView& v) const;
-  void give_note(Sequence& s) const;
+  Status give_note(Sequence& s) const;
   void hear(Sequence& s) const;                     // takes over what the note says
   // What is new of the notes goes to `found`.
   void listen(const Sequence& s, std::vector<NonFinite>* found) const;
-  void make_tables();
-  void view_before(std::int64_t tokens);            // views as a store of `tokens` rows finds them
+  Status make_tables();
+  Status view_before(std::int64_t tokens);            // views as a store of `tokens` rows finds them
   Status reserve(std::int64_t tokens);
   Status advance();
 

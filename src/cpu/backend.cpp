@@ -47,10 +47,17 @@ class CpuBackend final : public Backend {
 
   void* alloc(std::size_t bytes) override { return alloc_pages(bytes); }
   void free(void* p, std::size_t bytes) override { free_pages(p, bytes); }
-  void copy(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
-  void clear(void* p, std::size_t bytes) override { std::memset(p, 0, bytes); }
-  void copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
+  Status copy(void* to, const void* from, std::size_t bytes) override {
+    std::memcpy(to, from, bytes);
+    return {};
+  }
+  Status clear(void* p, std::size_t bytes) override {
+    std::memset(p, 0, bytes);
+    return {};
+  }
+  Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
     cpu::copy_lines(to, to_pitch, from, from_pitch, bytes, lines);
+    return {};
   }
 
   Status store(const StoreJob& job) override {
@@ -88,13 +95,15 @@ class CpuBackend final : public Backend {
 
   Status attend(const AttendJob& job) override { return cpu::attend(job); }
 
-  void codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k,
-                          std::uint8_t* v) const override {
+  Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k,
+                            std::uint8_t* v) const override {
     cpu::codes_to_canonical(spec, slice, k, v);
+    return {};
   }
-  void codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v,
-                            std::uint8_t* slice) const override {
+  Status codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v,
+                              std::uint8_t* slice) const override {
     cpu::codes_from_canonical(spec, k, v, slice);
+    return {};
   }
 
   Status dequantise(const PageSpec& spec, std::span<const DequantiseJob> jobs) const override {

@@ -45,6 +45,14 @@ inline std::unique_ptr<Cache> make(const Recipe& recipe, const oracle::Shape& sh
   return cache;
 }
 
+// Lambda of a row's keys; empty where there is none yet.
+inline std::vector<float> lambda_of(const Cache& cache, int row) {
+  std::vector<float> values;
+  const Status status = cache.lambda(row, &values);
+  EXPECT_TRUE(status.ok()) << status.message();
+  return values;
+}
+
 // Where a cache's tensors lie, and the dtype of its rows; this one is the host, in float32.
 class Place {
  public:

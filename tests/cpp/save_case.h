@@ -187,8 +187,7 @@ class Twins {
     for (int row = 0; row < a.batch(); ++row) {
       ASSERT_EQ(a.sealed_tokens(row), b.sealed_tokens(row));
       ASSERT_EQ(a.exact_tokens(row), b.exact_tokens(row));
-      const auto la = a.lambda(row), lb = b.lambda(row);
-      ASSERT_EQ(std::vector<float>(la.begin(), la.end()), std::vector<float>(lb.begin(), lb.end()));
+      ASSERT_EQ(sessions::lambda_of(a, row), sessions::lambda_of(b, row));
       ASSERT_EQ(a.page_count(row), b.page_count(row));
       for (int page = 0; page < a.page_count(row); ++page)
         for (int h = 0; h < case_.config.kv_heads; ++h) ASSERT_EQ(slice(a, row, page, h), slice(b, row, page, h));

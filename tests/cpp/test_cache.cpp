@@ -51,7 +51,7 @@ TEST(Cache, LambdaIsFixedByTheFirstSealedPageForGood) {
     EXPECT_TRUE(s.cache().lambda_fixed(0) || !fixed) << i;
     fixed = s.cache().lambda_fixed(0);
     without_pages = without_pages || (fixed && s.cache().sealed_tokens(0) == 0);
-    EXPECT_NE(s.cache().lambda(0).empty(), fixed) << i;
+    EXPECT_NE(lambda_of(s.cache(), 0).empty(), fixed) << i;
   }
   EXPECT_TRUE(fixed);
   EXPECT_TRUE(without_pages);

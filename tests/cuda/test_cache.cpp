@@ -13,6 +13,7 @@
 #include "cache_session.h"
 #include "cuda/memory.h"
 #include "cuda/rows.h"
+#include "cuda/scratch.h"
 #include "device.h"
 #include "save_case.h"
 
@@ -471,7 +472,6 @@ TEST_F(CudaCache, CaptureSaysWhatItNeeds) {
   EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
 }
 
-// A capture that needs more scratch than an earlier one, whose caches are gone, must free nothing: that would end it.
 TEST_F(CudaCache, WhatOthersFailedAtIsNotALaunchsError) {
   const tests::DeviceBytes to(16, 0);
   void* much = nullptr;
@@ -485,22 +485,31 @@ TEST_F(CudaCache, WhatOthersFailedAtIsNotALaunchsError) {
   EXPECT_EQ(there, word);
 }
 
-TEST_F(CudaCache, ALargerCaptureFreesNothing) {
+// To free or to wait would end a capture.
+TEST_F(CudaCache, ACaptureTakesScratchAndFreesNone) {
   cudaStream_t stream = nullptr;
   ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  cuda::set_stream(stream);
   {
-    cuda::Scratch scratch(16);
-    for (const std::size_t bytes : {std::size_t{1} << 12, std::size_t{1} << 20, std::size_t{1} << 24}) {
-      cuda::Scratch::Block block;
-      ASSERT_TRUE(scratch.reserve(stream, bytes, false, &block).ok());
+    cuda::Memory memory(0);
+    cuda::Scratch scratch(memory, 16);
+    cuda::Scratch::Held shared;
+    for (const std::size_t bytes : {std::size_t{1} << 12, std::size_t{1} << 24, std::size_t{1} << 20}) {
+      ASSERT_TRUE(scratch.share(bytes, &shared).ok());
+      EXPECT_GE(shared->bytes, bytes);
       ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
-      const Status status = scratch.reserve(stream, bytes, true, &block);
+      cuda::Scratch::Held first, second, third;
+      const Status status = scratch.capture(bytes, &first), again = scratch.capture(bytes / 2, &second), more = scratch.capture(2 * bytes, &third);
       cudaGraph_t graph = nullptr;
       EXPECT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+      for (const Status& s : {status, again, more}) ASSERT_TRUE(s.ok()) << s.message();
+      EXPECT_EQ(first, second);  // one call after another
+      EXPECT_NE(first, third);
+      EXPECT_GE(third->bytes, 2 * bytes);
+      EXPECT_NE(first->data, shared->data);
       if (graph != nullptr) cudaGraphDestroy(graph);
-      ASSERT_TRUE(status.ok()) << status.message();
-      EXPECT_GE(block->size(), bytes);
     }
+    scratch.leave(&shared);
   }
   EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
 }

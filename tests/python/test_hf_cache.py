@@ -199,7 +199,8 @@ def test_describe_and_nbytes():
     assert full["tokens"] == 301 and full["sealed"] == [192] and full["exact"] == [301 - 192]
     assert full["head_dim"] == (DIM, DIM) and full["kv_heads"] == KV_HEADS and full["dtype"] == "float32"
     assert sliding["sliding_window"] == 150 and sliding["first"] > 0
-    assert sum(row["nbytes"] for row in cache.describe()) == cache.nbytes()
+    assert sliding["shared"] == full["shared"] > 0
+    assert sum(row["nbytes"] - row["shared"] for row in cache.describe()) + full["shared"] == cache.nbytes()
     assert "tokens=301" in repr(cache)
 
 

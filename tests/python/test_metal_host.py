@@ -4,6 +4,7 @@ on an Apple GPU."""
 from __future__ import annotations
 
 import copy
+import gc
 import re
 
 import numpy as np
@@ -17,7 +18,9 @@ import kv4.metal.mps
 from hf_cases import one_thread  # noqa: F401, a fixture
 from kv4 import Recipe, Side, _core
 from kv4.metal import source
+from kv4.metal.host import _constants, _matrices
 from kv4.metal.mps import MetalCache, TorchHost
+from kv4.shared import total_bytes
 from metal_device import EmulatedLibrary, host, needs_emulator
 
 HEADS, GROUP = 2, 2
@@ -163,6 +166,29 @@ def test_forks_share_pages_and_go_their_own_way():
     assert pair.metal.nbytes() < 1 << 20
     pair.batch = 1
     pair.step(5)
+
+
+@needs_emulator
+def test_caches_share_a_rotation_s_matrices_until_the_last_is_gone():
+    gc.collect()
+    before = len(_matrices), len(_constants)
+    seed = 77  # no other test's
+    recipe = Recipe(key=Side(seed=seed, mean=True, lambda_="auto"), value=Side(seed=seed))
+    caches = [Pair(recipe).metal for _ in range(3)] + [Pair(recipe, dtype=torch.float16).metal]
+    assert len({id(cache.constants) for cache in caches}) == 2, "one for each dtype"
+    assert len({id(matrices) for cache in caches for matrices in cache.constants.matrices}) == 1
+    shared = [cache.shared() for cache in caches]
+    assert shared[0] == shared[1] and len(shared[0]) == 3 and all(nbytes > 0 for _, nbytes, _ in shared[0])
+    assert [on_device for _, _, on_device in shared[0]] == [True, True, False]
+    assert shared[0][2][:2] == Pair(recipe).core.shared()[0][:2], "the C++ core's own"
+    own = sum(cache.nbytes() - sum(nbytes for _, nbytes, _ in cache.shared()) for cache in caches)
+    distinct = {identity: nbytes for listed in shared for identity, nbytes, _ in listed}
+    assert total_bytes(caches) == own + sum(distinct.values())
+    other = Pair(Recipe(key=Side(seed=seed + 1, mean=True, lambda_="auto"), value=Side(seed=seed))).metal
+    assert other.constants.matrices[0] is not other.constants.matrices[1] is caches[0].constants.matrices[0]
+    del caches, other
+    gc.collect()
+    assert (len(_matrices), len(_constants)) == before
 
 
 @needs_emulator

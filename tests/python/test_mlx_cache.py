@@ -270,6 +270,25 @@ def test_nbytes_counts_the_core_and_shrinks():
     assert KV4Cache().nbytes == 0
 
 
+def test_a_sealed_prompt_takes_less_and_goes_on_as_an_unsealed_one():
+    ours, twin = filled(600), filled(600)
+    twin.seal()
+    assert twin.nbytes < ours.nbytes / 2
+    for cache in (ours, twin):
+        cache.update_and_fetch(rows(1), rows(1))
+    assert mx.array_equal(ours.keys, twin.keys) and mx.array_equal(ours.values, twin.values)
+    KV4Cache().seal()
+
+
+def test_bytes_of_a_model_s_caches_count_a_shared_rotation_once():
+    layers = [filled(100), filled(100), stock.KVCache()]
+    layers[2].update_and_fetch(rows(8), rows(8))
+    ((_, shared, _),) = layers[0].core.shared()
+    assert shared > 0 and layers[0].core.shared() == layers[1].core.shared()
+    assert kv4.mlx.nbytes(layers) == sum(layer.nbytes for layer in layers) - shared
+    assert kv4.mlx.nbytes([]) == 0
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("window", [0, WINDOW])
 @pytest.mark.parametrize("held", [0, WINDOW - 1, WINDOW, 200])

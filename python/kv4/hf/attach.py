@@ -85,7 +85,8 @@ def why_not(model: PreTrainedModel, recipe: Recipe | None = None, **calibration:
         return mismatch("model", "a transformers PreTrainedModel", type(model).__name__)
     name, config = _name(model), model.config
     if config.is_encoder_decoder:
-        return mismatch("model", "a decoder-only model", f"{name}, an encoder-decoder model")
+        still = "an EncoderDecoderCache of two KV4Caches still works with it, dequantising"
+        return mismatch("model", "a decoder-only model", f"{name}, an encoder-decoder model ({still})")
     supports = getattr(type(model), "_supports_default_dynamic_cache", None)
     if supports is not None and not supports():
         return mismatch("model", "a model that takes a transformers Cache", f"{name}, which brings its own cache")

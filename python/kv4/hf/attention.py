@@ -47,6 +47,9 @@ def kv4_attention(
     Errors: RuntimeError for a stale handle or where gradients are wanted; ValueError naming the argument for shapes
     that do not fit, or NaN or infinity that a query would see. May be called again on one handle.
     """
+    if type(key) is KVHandle and key.layer.cross_attention and query.shape[2] > key.length:
+        # The core's queries are those of tokens that it holds.
+        key, value = _dequantised(key), _dequantised(value)
     if type(key) in _HANDLES and type(value) in _HANDLES and kwargs.get("position_bias") is None:
         if module.training and query.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
@@ -187,6 +190,13 @@ def _attend_in_graph(
 def _attend_uncompiled(*args: Any) -> torch.Tensor:
     """Handles of eager mode that meet a compiled graph: it is left here."""
     return attend_packed(*args)
+
+
+def _dequantised(handle: KVHandle | torch.Tensor) -> torch.Tensor:
+    if not isinstance(handle, KVHandle):
+        return handle
+    handle.check()
+    return handle.layer.dense(handle.which, handle.offset, handle.columns)
 
 
 def _sinks(s_aux: torch.Tensor) -> torch.Tensor:

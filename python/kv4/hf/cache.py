@@ -16,6 +16,7 @@ from transformers.cache_utils import (
 
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
+from kv4.shared import total_bytes
 
 from . import ops, saved
 from .device import check_device, new_core, on_stream, place
@@ -45,11 +46,14 @@ class KV4Layer(CacheLayerMixin):
         sliding_window: int | None = None,
         constants: Mapping[str, Any] | None = None,
         layer_type: str = "full_attention",
+        cross_attention: bool = False,
         **kwargs: Any,
     ) -> None:
         # Not the base constructor: `keys` and `values` are read-only views here.
         self.recipe = recipe
         self.layer_type = layer_type
+        # Of an encoder's states: updated once, then read by every call through `keys` and `values`.
+        self.cross_attention = bool(cross_attention)
         self.sliding_window = int(sliding_window) if sliding_window else 0
         self.is_sliding = bool(self.sliding_window)
         self.constants = dict(constants or {})
@@ -74,6 +78,7 @@ class KV4Layer(CacheLayerMixin):
         # Version, and a long call's own keys and values, of the newest kv4::append.
         self.appended: tuple[int, torch.Tensor | None, torch.Tensor | None] = (-1, None, None)
         self.columns = 0  # of the newest update's handles
+        self.sealed_version = -1  # that a read of a cross-attention layer has sealed
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes the core for keys [batch, kv_heads, T >= 0, head_dim] and values like them.
@@ -175,6 +180,16 @@ class KV4Layer(CacheLayerMixin):
             torch.cuda.empty_cache()
         self.core.append(key_states.contiguous(), value_states.contiguous())
 
+    def seal(self) -> None:
+        """Seals now what the next update would, and returns its memory: for a layer that is kept aside, a stored prompt
+        say, or not updated again. What the layer answers from here on is what it would answer after that update. Given
+        up is one thing: a crop into the tokens of the last call no longer restores them exactly. Handles of the last
+        update become stale."""
+        if self.core is not None:
+            on_stream(self)
+            self.core.seal()
+            self.version += 1
+
     def reserve(self, tokens: int) -> None:
         """Takes the room of `tokens` more tokens now, so that steps allocate nothing."""
         if self.core is not None:
@@ -201,18 +216,21 @@ class KV4Layer(CacheLayerMixin):
         return out
 
     @property
-    def keys(self) -> torch.Tensor | None:
-        """All keys a next query may see, dequantised (a copy), or None before the first update."""
-        return self._dense_view("key")
+    def keys(self) -> torch.Tensor | KVHandle | None:
+        """All keys a next query may see, dequantised (a copy), or None before the first update; of a cross-attention
+        layer their handle, as update returns it, once what is due is sealed."""
+        return self._view("key")
 
     @property
-    def values(self) -> torch.Tensor | None:
-        """All values a next query may see, dequantised (a copy), or None before the first update."""
-        return self._dense_view("value")
+    def values(self) -> torch.Tensor | KVHandle | None:
+        """All values a next query may see, as `keys` has the keys."""
+        return self._view("value")
 
-    def _dense_view(self, which: str) -> torch.Tensor | None:
+    def _view(self, which: str) -> torch.Tensor | KVHandle | None:
         if not self.is_initialized:
             return None
+        if self.cross_attention:
+            return _read_sealed(self, which)
         columns, first = self.get_mask_sizes(0)
         return self.dense(which, first, columns)
 
@@ -298,7 +316,8 @@ class KV4Layer(CacheLayerMixin):
         """Nothing to do: packed pages stay where attention reads them."""
 
     def nbytes(self) -> int:
-        """Every byte the core holds for this layer."""
+        """Every byte the core holds for this layer, with tables that other layers may use as well (a rotation's, one
+        in a process for all that define it alike)."""
         return self.core.nbytes() if self.core is not None else 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KV4Layer:
@@ -328,6 +347,9 @@ class KV4Cache(Cache):
         lambda_k, lambda_v: where the recipe's lambda is "given": positive [kv_heads, head_dim], one tensor for all
             layers, or a sequence or a mapping from layer index with one per layer.
         matrix_k, matrix_v: where the recipe's rotation is "dense": [head_dim, head_dim], in the same forms.
+        cross_attention: for the second part of an EncoderDecoderCache: its layers take an encoder's states once, are
+            sealed by the first read after that, and are read packed. Layers that the config names so
+            (`cross_attention_layers`, as Mllama's does) are it in any case.
 
     The kv4 attention (`attn_implementation="kv4"`, kv4.hf.attach) reads the packed pages; any other attention gets
     dequantised tensors. Layers without plain keys and values (linear attention, convolutions, ...) are those of
@@ -346,6 +368,7 @@ class KV4Cache(Cache):
         lambda_v: Any = None,
         matrix_k: Any = None,
         matrix_v: Any = None,
+        cross_attention: bool = False,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(mismatch("config", "a transformers PreTrainedConfig", type(config).__name__))
@@ -353,7 +376,9 @@ class KV4Cache(Cache):
             recipe = Recipe()
         elif not isinstance(recipe, Recipe):
             raise ValueError(mismatch("recipe", "a kv4.Recipe or None", type(recipe).__name__))
-        kinds = layer_kinds(config.get_text_config(decoder=True))
+        decoder = config.get_text_config(decoder=True)
+        kinds = layer_kinds(decoder)
+        crossing = range(len(kinds)) if cross_attention else getattr(decoder, "cross_attention_layers", None) or ()
         for index, (layer_type, _) in enumerate(kinds):
             if layer_type not in PACKED_LAYER_TYPES and layer_type not in DYNAMIC_LAYER_TYPE_MAPPING:
                 known = ", ".join(sorted({*PACKED_LAYER_TYPES, *DYNAMIC_LAYER_TYPE_MAPPING}))
@@ -361,7 +386,7 @@ class KV4Cache(Cache):
         given = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
         constants = _per_layer(given, len(kinds))
         layers = [
-            KV4Layer(recipe, constants=constants[i], layer_type=layer_type, **arguments)
+            KV4Layer(recipe, constants=constants[i], layer_type=layer_type, cross_attention=i in crossing, **arguments)
             if layer_type in PACKED_LAYER_TYPES
             else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments)
             for i, (layer_type, arguments) in enumerate(kinds)
@@ -415,15 +440,23 @@ class KV4Cache(Cache):
 
     def nbytes(self) -> int:
         """Every byte held: packed pages with their slack, exact tokens, tables and statistics, and the tensors of
-        all other layers."""
-        return sum(
-            layer.nbytes() if isinstance(layer, KV4Layer) else tensor_bytes(vars(layer), set()) for layer in self.layers
+        all other layers. Tables that layers share (a rotation's) count once for the cache, though caches share them."""
+        others = (layer for layer in self.layers if not isinstance(layer, KV4Layer))
+        return total_bytes(layer.core for layer in self.packed_layers() if layer.core is not None) + sum(
+            tensor_bytes(vars(layer), set()) for layer in others
         )
 
+    def seal(self) -> None:
+        """Seals now, in every packed layer, what the next update would: for a cache that is kept aside, such as a
+        stored prompt, which then takes the memory that it will take in use. What is generated from here on is the
+        same. Given up is one thing: a crop into the tokens of the last call no longer restores them exactly."""
+        for layer in self.packed_layers():
+            layer.seal()
+
     def describe(self) -> list[dict[str, Any]]:
-        """One dict per layer: index, type, nbytes and, for packed layers, tokens (seen by each sequence), first
-        (smallest position still held), sealed and exact (tokens per sequence), kv_heads, head_dim (k, v),
-        sliding_window (0 = none), dtype."""
+        """One dict per layer: index, type, nbytes and, for packed layers, tokens (seen by each sequence), shared (of
+        nbytes, what other layers may use as well: KV4Cache.nbytes() counts that once), first (smallest position still
+        held), sealed and exact (tokens per sequence), kv_heads, head_dim (k, v), sliding_window (0 = none), dtype."""
         rows = []
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, KV4Layer):
@@ -435,6 +468,7 @@ class KV4Cache(Cache):
             if layer.core is not None:
                 batch = range(layer.core.batch)
                 row |= {
+                    "shared": sum(nbytes for _, nbytes, _ in layer.core.shared()),
                     "first": layer.core.first,
                     "sealed": [layer.core.sealed_tokens(b) for b in batch],
                     "exact": [layer.core.exact_tokens(b) for b in batch],
@@ -447,8 +481,8 @@ class KV4Cache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the newest -tokens_to_remove tokens of every layer, or of none where one refuses; see
-        KV4Layer.crop."""
-        packed = self.packed_layers()
+        KV4Layer.crop. Cross-attention layers stay: their tokens are an encoder's."""
+        packed = [layer for layer in self.packed_layers() if not layer.cross_attention]
         for layer in packed:
             layer._checked_crop(tokens_to_remove)
         # Only sliding layers (for eviction) and transformers' own can refuse from here on: they go first, and where
@@ -491,6 +525,16 @@ def _dense_uncompiled(layer: KV4Layer, *args: Any) -> torch.Tensor:
 
 
 @torch.compiler.disable
+def _read_sealed(layer: KV4Layer, which: str) -> KVHandle:
+    """The handle of a cross-attention layer. The call that updated it has its own: this is a later one, and since no
+    other update may ever come, it seals what is due."""
+    if layer.version != layer.sealed_version:
+        layer.seal()
+        layer.sealed_version = layer.version
+    return KVHandle(layer, which, layer.version, layer.seen, layer.get_mask_sizes(0)[0], None)
+
+
+@torch.compiler.disable
 def _update_uncompiled(layer: KV4Layer, *args: torch.Tensor) -> tuple[KVHandle, KVHandle]:
     return layer.update(*args)
 
@@ -505,6 +549,8 @@ def _rows(indices: Any, batch: int) -> list[int]:
 def _per_layer(given: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
     """One dict of core arguments per layer, float32 contiguous, of the names that have a value there."""
     result: list[dict[str, Any]] = [{} for _ in range(layers)]
+    # By the identity of what was given, which is kept until the end: layers given one thing hold one tensor.
+    converted: dict[int, tuple[Any, torch.Tensor]] = {}
     for name, value in given.items():
         if value is None:
             continue
@@ -520,11 +566,14 @@ def _per_layer(given: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
         else:
             items = ((i, value) for i in range(layers))
         for index, entry in items:
-            if entry is not None:
+            if entry is None:
+                continue
+            if id(entry) not in converted:
                 tensor = torch.as_tensor(entry).detach()
                 if tensor.dim() != 2:
                     raise ValueError(mismatch(f"{name}[{index}]", "a matrix", list(tensor.shape)))
-                result[index][name] = tensor.to("cpu", torch.float32).contiguous()
+                converted[id(entry)] = entry, tensor.to("cpu", torch.float32).contiguous()
+            result[index][name] = converted[id(entry)][1]
     return result
 
 

@@ -100,6 +100,9 @@ class KVHandle:
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
 
+    def numel(self) -> int:
+        return self.shape.numel()
+
     def contiguous(self) -> KVHandle:
         return self
 

@@ -16,7 +16,7 @@ from kv4 import _core
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
-from .host import DTYPES, Constants, Host, shared_constants
+from .host import DTYPES, Host, shared_constants
 from .launch import attend, dequantise
 from .sealing import Sealing
 from .sequence import MASKED, PAGE, UNKNOWN, VISIBLE, Page, PagePool, Sequence
@@ -59,12 +59,16 @@ class Cache(Sealing):
             matrix_k=matrix_k,
             matrix_v=matrix_v,
         )
-        if matrix_k is None and matrix_v is None:
-            self.constants = shared_constants(host, recipe, dtype, kv_heads, head_dim_k, head_dim_v)
-        else:
-            shape = {"dtype": dtype, "kv_heads": kv_heads, "head_dim_k": head_dim_k, "head_dim_v": head_dim_v}
-            tables = _core.MetalTables(recipe, **shape, matrix_k=matrix_k, matrix_v=matrix_v)
-            self.constants = Constants(host, tables, head_dim_k)
+        self.constants = shared_constants(
+            host,
+            recipe,
+            dtype=dtype,
+            kv_heads=kv_heads,
+            head_dim_k=head_dim_k,
+            head_dim_v=head_dim_v,
+            matrix_k=matrix_k,
+            matrix_v=matrix_v,
+        )
         self.host = host
         self.recipe = recipe
         self.dtype = dtype
@@ -423,8 +427,14 @@ class Cache(Sealing):
         return list({id(x): x for x in held if x is not None}.values())
 
     def nbytes(self) -> int:
-        """Bytes of the slab with its slack, exact rows by capacity, lambda and the energies kept for it."""
-        return sum(x.nbytes for x in self.arrays())
+        """Bytes of the slab with its slack, exact rows by capacity, lambda and the energies kept for it, and what
+        shared() lists."""
+        return sum(x.nbytes for x in self.arrays()) + sum(nbytes for _, nbytes, _ in self.shared())
+
+    def shared(self) -> list[tuple[int, int, bool]]:
+        """(identity, bytes, on_device) of the part of nbytes() that other caches may hold as well: who adds up caches
+        counts an identity once."""
+        return self.constants.shared()
 
     @property
     def batch(self) -> int:

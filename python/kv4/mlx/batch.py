@@ -11,7 +11,7 @@ import mlx.core as mx
 from kv4.messages import mismatch
 
 from . import core
-from .cache import PAGE_TOKENS, KV4Cache, Unsaveable
+from .cache import PAGE_TOKENS, KV4Cache, Unsaveable, nbytes
 from .handle import KVHandle
 
 
@@ -183,7 +183,13 @@ class BatchKV4Cache:
 
     @property
     def nbytes(self) -> int:
-        return sum(row.nbytes for row in self.rows)
+        return nbytes(self.rows)
+
+    def seal(self) -> None:
+        """Seals every row, see KV4Cache.seal."""
+        for row in self.rows:
+            row.seal()
+        self.version += 1
 
     def is_trimmable(self) -> bool:
         return all(row.is_trimmable() for row in self.rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +10,7 @@ from mlx_lm.models.base import create_causal_mask
 
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
+from kv4.shared import total_bytes
 
 from .arrays import DTYPES
 from .core import new_core
@@ -19,6 +20,18 @@ from .prefill import own_attention, own_state
 PAGE_TOKENS = 64
 # Steps of one token after which a window moves on, whoever took them: a longer draft cannot be undone.
 DRAFT_TOKENS = 64
+
+
+def nbytes(caches: Iterable[Any]) -> int:
+    """Bytes of a model's caches, kv4's or mlx-lm's own. What kv4's layers share (tables of a rotation) counts once."""
+    cores, others = [], 0
+    for cache in caches:
+        rows = getattr(cache, "rows", [cache])  # of a batch
+        if all(isinstance(row, KV4Cache) for row in rows):
+            cores += [row.core for row in rows if row.core is not None]
+        else:
+            others += cache.nbytes
+    return total_bytes(cores) + others
 
 
 class Unsaveable:
@@ -278,9 +291,17 @@ class KV4Cache:
     def empty(self) -> bool:
         return self.core is None
 
+    def seal(self) -> None:
+        """Seals now what the next update would, and returns its memory: for a prompt that is kept aside. Given up is
+        one thing: a trim into the last call's tokens no longer restores them exactly."""
+        if self.core is not None:
+            self.core.seal()
+            self.version += 1
+
     @property
     def nbytes(self) -> int:
-        """Every byte the core holds for this layer: packed pages with their slack, exact tokens, tables."""
+        """Every byte the core holds for this layer: packed pages with their slack, exact tokens, tables. Tables of its
+        rotation are in it that other layers may use as well: kv4.mlx.nbytes(caches) counts them once."""
         return self.core.nbytes() if self.core is not None else 0
 
     @property
