@@ -8,6 +8,7 @@
 // group); bytes are those of the tokens, read once.
 #include <benchmark/benchmark.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -71,8 +72,15 @@ void add(const std::string& isa, const Case& c) {
 }
 
 const bool registered = [] {
-  if (const char* threads = std::getenv("KV4_BENCH_THREADS"))
-    if (!cpu::set_num_threads(std::atoi(threads)).ok()) return false;
+  if (const char* threads = std::getenv("KV4_BENCH_THREADS")) {
+    char* end = nullptr;
+    const long count = std::strtol(threads, &end, 10);
+    const bool number = end != threads && *end == '\0' && count >= 1 && count <= 1 << 20;
+    if (!number || !cpu::set_num_threads(static_cast<int>(count)).ok()) {
+      std::fprintf(stderr, "KV4_BENCH_THREADS: expected a number of at least 1; got %s\n", threads);
+      std::exit(2);
+    }
+  }
   for (const std::string& isa : cpu::compiled_isas()) {
     if (!cpu::supported(isa)) continue;
     for (const cases::Geometry& g : cases::kGeometries) {

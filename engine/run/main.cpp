@@ -3,14 +3,20 @@
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
+#ifdef __linux__
+#include <unistd.h>
+#endif
 #include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
+#include <filesystem>
 #include <functional>
 #include <limits>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "kv4/version.h"
@@ -179,6 +185,23 @@ int main(int argc, char** argv) {
   return was_interrupted ? kInterrupted : 0;
 }
 
+// ggml's threads are GNU OpenMP's: one that waits spins for milliseconds unless told otherwise, and takes from the thread that it
+// waits for the time on a machine that others use. That runtime reads its environment when it is loaded, which is before main: so
+// the program begins anew, unless the user has said how threads wait.
+void bound_spin(char** argv) {
+#ifdef __linux__
+  constexpr const char* kSpins = "10000";  // 0.1 to 0.5 ms
+  for (const char* name : {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"})
+    if (const char* value = std::getenv(name); value != nullptr && *value != 0) return;
+  std::error_code none;
+  const std::string self = std::filesystem::read_symlink("/proc/self/exe", none);
+  if (none || setenv("GOMP_SPINCOUNT", kSpins, 1) != 0) return;
+  execv(self.c_str(), argv);  // comes back where it fails; threads then wait as they would have
+#else
+  (void)argv;
+#endif
+}
+
 }  // namespace
 }  // namespace kv4::run
 
@@ -189,6 +212,7 @@ int main(int argc, char** argv) {
   mallopt(M_MMAP_THRESHOLD, 128 << 10);
 #endif
   try {
+    kv4::run::bound_spin(argv);
     return kv4::run::main(argc, argv);
   } catch (const std::exception& e) {  // the libraries' own, and no memory
     std::fprintf(stderr, "kv4-run: %s\n", e.what());

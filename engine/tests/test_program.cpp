@@ -100,6 +100,31 @@ class Program : public EngineTest {
   }
 };
 
+// The runtime itself says what it has read (OMP_DISPLAY_ENV).
+TEST_F(Program, BoundsTheSpinOfThreadsUnlessToldHowTheyWait) {
+  ASSERT_EQ(setenv("OMP_DISPLAY_ENV", "VERBOSE", 1), 0);
+  const char* before = std::getenv("OMP_WAIT_POLICY");
+  const std::string policy = before == nullptr ? "" : before;
+  unsetenv("OMP_WAIT_POLICY");
+  const std::vector<std::string> arguments = {"-m", model_, "-p", "Hello", "-n", "4", "--temp", "0", "-t", "2"};
+  const Outcome bounded = run(arguments);
+  setenv("GOMP_SPINCOUNT", "77", 1);
+  const Outcome given = run(arguments);
+  unsetenv("GOMP_SPINCOUNT");
+  setenv("OMP_WAIT_POLICY", "PASSIVE", 1);
+  const Outcome passive = run(arguments);
+  policy.empty() ? unsetenv("OMP_WAIT_POLICY") : setenv("OMP_WAIT_POLICY", policy.c_str(), 1);
+  unsetenv("OMP_DISPLAY_ENV");
+  if (bounded.err.find("GOMP_SPINCOUNT") == std::string::npos) GTEST_SKIP() << "ggml's threads are not GNU OpenMP's here";
+  EXPECT_EQ(bounded.code, 0);
+  EXPECT_NE(bounded.err.find("GOMP_SPINCOUNT = '10000'"), std::string::npos) << bounded.err;
+  EXPECT_NE(given.err.find("GOMP_SPINCOUNT = '77'"), std::string::npos) << given.err;
+  EXPECT_EQ(given.err.find("GOMP_SPINCOUNT = '10000'"), std::string::npos);
+  EXPECT_NE(passive.err.find("GOMP_SPINCOUNT = '0'"), std::string::npos) << passive.err;
+  EXPECT_EQ(passive.err.find("GOMP_SPINCOUNT = '10000'"), std::string::npos);
+  EXPECT_EQ(given.out, bounded.out);
+}
+
 TEST_F(Program, CompletesAText) {
   const Outcome o = run({"-m", model_, "-p", "Hello there", "-n", "12", "--temp", "0", "-t", "2"});
   EXPECT_EQ(o.code, 0) << o.err;

@@ -80,7 +80,8 @@ class Cache {
   // that sees them.
   Status append(const TensorView& k, const TensorView& v);
 
-  // out [batch, q_heads, T, head_dim_v] for the newest T positions.
+  // out [batch, q_heads, T, head_dim_v] for the newest T positions. Like every output of this class it has a place of its own for
+  // each element, and shares memory neither with q nor with another output.
   // Errors: invalid_argument; non_finite for a visible NaN or infinity in q, k or v.
   Status attend(const AttendArgs& args, const MutableTensorView& out);
   // The partial state over the tokens at positions below `upto`, which must not cut into sealed

@@ -1,6 +1,11 @@
 /* The C ABI of kv4. Every call that can fail returns a kv4_status; kv4_last_error() then holds
- * "argument: expected ...; got ..." for the calling thread. Semantics are those of kv4/cache.h.
- * Tensors are [batch, heads, tokens, channels]; strides count elements; the channel stride is 1. */
+ * "argument: expected ...; got ..." for the calling thread. No call throws. Semantics are those of kv4/cache.h.
+ * Tensors are [batch, heads, tokens, channels]; strides count elements; the channel stride is 1.
+ *
+ * Versions. kv4_cache_config and kv4_attend_args begin with their size, which says how much of them the program knows, and may
+ * grow at their end; kv4_..._init(&x, sizeof x) sets the size and every default. A library reads a struct of an older header with
+ * defaults for what it lacks. One of a newer header is taken where all that the library does not know is zero, and refused as
+ * KV4_UNSUPPORTED otherwise. The other structs never change. */
 #ifndef KV4_KV4_H
 #define KV4_KV4_H
 
@@ -25,7 +30,8 @@ typedef enum kv4_status {
   KV4_NON_FINITE = 4,
   KV4_OUT_OF_MEMORY = 5,
   KV4_FAILED_PRECONDITION = 6,
-  KV4_DATA_LOSS = 7 /* bytes that are no intact saved cache */
+  KV4_DATA_LOSS = 7, /* bytes that are no intact saved cache */
+  KV4_INTERNAL = 8   /* an exception within the library; kv4_last_error() has its text */
 } kv4_status;
 
 typedef enum kv4_dtype { KV4_F32 = 0, KV4_F16 = 1, KV4_BF16 = 2 } kv4_dtype;
@@ -60,19 +66,24 @@ KV4_API kv4_recipe kv4_recipe_paper(void);
 KV4_API kv4_recipe kv4_recipe_exact(void);
 
 typedef struct kv4_cache_config {
+  size_t size;             /* sizeof(kv4_cache_config), by kv4_cache_config_init */
   kv4_recipe recipe;
   int32_t dtype;           /* kv4_dtype of appended and exact tokens */
-  int32_t kv_heads, head_dim_k, head_dim_v;
+  int32_t kv_heads;        /* 1 to 65,536 */
+  int32_t head_dim_k, head_dim_v;
   int32_t sliding_window;  /* 0: none */
   const float* lambda_k;   /* [kv_heads, head_dim_k] or NULL */
   const float* lambda_v;   /* [kv_heads, head_dim_v] or NULL */
   const float* matrix_k;   /* [head_dim_k, head_dim_k] or NULL */
   const float* matrix_v;   /* [head_dim_v, head_dim_v] or NULL */
+  /* A size may end here. */
   const char* backend;     /* NULL: "cpu"; "cuda", "cuda:1", ...: tensors of calls are the device's memory */
 } kv4_cache_config;
+/* Writes `size` bytes: the default recipe, float32, and 0 elsewhere, which leaves kv_heads and the head dims to be set. */
+KV4_API kv4_status kv4_cache_config_init(kv4_cache_config* config, size_t size);
 
 typedef struct kv4_tensor {
-  void* data;
+  void* data;     /* of an output: memory that may be written to, a place for every element, none of it the query's */
   int32_t dtype;  /* kv4_dtype */
   int64_t shape[4];
   int64_t stride[4];
@@ -81,6 +92,7 @@ typedef struct kv4_tensor {
 typedef enum kv4_mask_kind { KV4_MASK_NONE = 0, KV4_MASK_BOOLEAN = 1, KV4_MASK_ADDITIVE = 2 } kv4_mask_kind;
 
 typedef struct kv4_attend_args {
+  size_t size;             /* sizeof(kv4_attend_args), by kv4_attend_args_init */
   kv4_tensor q;            /* [batch, q_heads, T, head_dim_k]: the newest T positions */
   float scale;             /* 0: head_dim_k^-0.5 */
   float softcap;           /* 0: none */
@@ -94,9 +106,12 @@ typedef struct kv4_attend_args {
   int32_t mask_dtype;      /* kv4_dtype of an additive mask */
   int64_t mask_stride[4];
   int64_t columns;
+  /* A size may end here. */
   const void* host_mask;   /* where mask is a device's memory: a copy in host memory, or NULL (kv4/attention.h) */
   int64_t host_mask_stride[4];
 } kv4_attend_args;
+/* Writes `size` bytes: causal, and 0 elsewhere, which leaves q to be set. */
+KV4_API kv4_status kv4_attend_args_init(kv4_attend_args* args, size_t size);
 
 typedef struct kv4_cache kv4_cache;
 
@@ -139,6 +154,7 @@ KV4_API int32_t kv4_cache_batch(const kv4_cache* cache);
 KV4_API kv4_status kv4_set_num_threads(int32_t threads);
 KV4_API int32_t kv4_num_threads(void);
 KV4_API kv4_status kv4_force_isa(const char* isa); /* "" or NULL: the best */
+/* Valid until the thread's next call of it. "" where KV4_CPU_ISA names one that is not here; kv4_last_error() then says so. */
 KV4_API const char* kv4_active_isa(void);
 
 #ifdef __cplusplus

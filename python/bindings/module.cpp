@@ -90,7 +90,7 @@ namespace {
 // A call's arguments, with the tensors they point into.
 struct Call {
   AttendArgs args;
-  Tensor sinks, start, window, mask, host_mask;
+  Tensor q, sinks, start, window, mask, host_mask;
 };
 
 void read_mask(Call* call, nb::handle mask, nb::handle host_mask, std::int64_t batch, std::int64_t heads, std::int64_t queries, int device) {
@@ -129,7 +129,8 @@ void read_mask(Call* call, nb::handle mask, nb::handle host_mask, std::int64_t b
 void read_call(Call* call, nb::handle q, double scale, double softcap, nb::handle sinks, bool causal, std::int64_t offset,
                nb::handle start, nb::handle window, nb::handle mask, nb::handle host_mask, int device) {
   AttendArgs& a = call->args;
-  a.q = float_view(tensor(q, "q", device), "q");
+  call->q = tensor(q, "q", device);
+  a.q = float_view(call->q, "q");
   a.scale = static_cast<float>(scale);
   a.softcap = static_cast<float>(softcap);
   a.mask.causal = causal;
@@ -201,7 +202,7 @@ void attend(PyCache& self, nb::handle q, nb::handle out, double scale, double so
             nb::handle start, nb::handle window, nb::handle mask, nb::handle host_mask) {
   Call call;
   read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask, host_mask, self.device);
-  const Tensor result = tensor(out, "out", self.device);
+  const Tensor result = writable_tensor(out, "out", self.device);
   const MutableTensorView view = mutable_float_view(result, "out");
   Status status;
   {
@@ -218,7 +219,8 @@ void attend_partial(PyCache& self, nb::handle q, nb::handle o, nb::handle m, nb:
   read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask, host_mask, self.device);
   const auto& s = call.args.q.shape;
   const std::int64_t rows = s[0] * s[1] * s[2];
-  const Tensor ot = tensor(o, "o", self.device), mt = tensor(m, "m", self.device), lt = tensor(l, "l", self.device);
+  const Tensor ot = writable_tensor(o, "o", self.device), mt = writable_tensor(m, "m", self.device),
+               lt = writable_tensor(l, "l", self.device);
   check_vector(ot, "o", Element::f32, "float32", rows * self.cache->config().head_dim_v);
   check_vector(mt, "m", Element::f32, "float32", rows);
   check_vector(lt, "l", Element::f32, "float32", rows);
@@ -233,22 +235,28 @@ void attend_partial(PyCache& self, nb::handle q, nb::handle o, nb::handle m, nb:
 
 template <bool kKeys>
 void dense(const PyCache& self, std::int64_t first, std::int64_t count, nb::handle out) {
-  const Tensor t = tensor(out, "out", self.device);
+  const Tensor t = writable_tensor(out, "out", self.device);
   const MutableTensorView view = mutable_float_view(t, "out");
   raise_if_error(kKeys ? self.cache->dense_keys(first, count, view) : self.cache->dense_values(first, count, view));
 }
 
 // Calls f with a view of memory that does not outlive the call. What it raises is kept until the core has returned.
 Status pass(const nb::callable& f, const void* data, std::size_t bytes, int access, std::exception_ptr* raised, nb::object* result) {
+  nb::object view;
   try {
     auto* memory = static_cast<char*>(const_cast<void*>(data));
-    const nb::object view = nb::steal(PyMemoryView_FromMemory(memory, static_cast<Py_ssize_t>(bytes), access));
+    view = nb::steal(PyMemoryView_FromMemory(memory, static_cast<Py_ssize_t>(bytes), access));
     if (!view.is_valid()) throw nb::python_error();
     *result = f(view);
     view.attr("release")();
     return {};
   } catch (...) {
     *raised = std::current_exception();
+    // A traceback holds on to the view: it must not lead to memory that is gone.
+    if (view.is_valid()) {
+      const nb::object released = nb::steal(PyObject_CallMethod(view.ptr(), "release", nullptr));
+      if (!released.is_valid()) PyErr_Clear();
+    }
     return error(StatusCode::failed_precondition, "callback", "no exception", "one");
   }
 }
@@ -300,7 +308,8 @@ NB_MODULE(_core, m) {
       .def("attend", &attend, "q"_a, "out"_a, nb::kw_only(), "scale"_a = 0.0, "softcap"_a = 0.0, "sinks"_a = nb::none(), "causal"_a = true,
            "offset"_a = 0, "start"_a = nb::none(), "window"_a = nb::none(), "mask"_a = nb::none(),
            "host_mask"_a = nb::none(),
-           "q [batch, q_heads, T, head_dim_k], the newest T positions; out [batch, q_heads, T, head_dim_v] is written in place.\n"
+           "q [batch, q_heads, T, head_dim_k], the newest T positions; out [batch, q_heads, T, head_dim_v] is written in place: it\n"
+           "can be written to, has a place of its own for every element, and shares none with q.\n"
            "sinks float32 [q_heads]; start, window int32 [batch], always on the CPU; mask bool or float, 4 axes; column j is position\n"
            "j + offset. host_mask: a copy of a device's mask on the CPU, so that hidden tokens stay out of means and scales.")
       .def("attend_partial", &attend_partial, "q"_a, "o"_a, "m"_a, "l"_a, nb::kw_only(), "upto"_a, "scale"_a = 0.0, "softcap"_a = 0.0,
@@ -367,7 +376,8 @@ NB_MODULE(_core, m) {
   m.def("why_not", &kv4::why_not, "backend"_a, "Why a backend is not among them; empty where it is.");
   m.def("num_threads", &kv4::cpu::num_threads);
   m.def("set_num_threads", [](int n) { raise_if_error(kv4::cpu::set_num_threads(n)); }, "n"_a);
-  m.def("isa", &kv4::cpu::active_isa, "The instruction set in use.");
+  m.def("isa", &kv4::cpu::active_isa, "The instruction set in use; empty where KV4_CPU_ISA names one that is not here: see why_no_isa.");
+  m.def("why_no_isa", [] { return kv4::cpu::check_isa().message(); }, "Why no instruction set is in use; empty where one is.");
   m.def("isas", [] {
     std::vector<std::string> usable;
     for (const std::string& name : kv4::cpu::compiled_isas())

@@ -2,8 +2,8 @@
 
 #include <nanobind/ndarray.h>
 
-#include <cstring>
 #include <new>
+#include <optional>
 
 namespace kv4::python {
 namespace {
@@ -11,7 +11,8 @@ namespace {
 // Attribute names are looked up on every decode step: interned once.
 struct Names {
   nb::object data_ptr = nb::str("data_ptr"), shape = nb::str("shape"), stride = nb::str("stride"), dtype = nb::str("dtype"),
-             is_cpu = nb::str("is_cpu"), is_cuda = nb::str("is_cuda"), get_device = nb::str("get_device");
+             is_cpu = nb::str("is_cpu"), is_cuda = nb::str("is_cuda"), get_device = nb::str("get_device"),
+             requires_grad = nb::str("requires_grad");
 };
 
 const Names& names() {
@@ -66,10 +67,12 @@ bool is_on(nb::handle x, int device) {
   return PyLong_AsLong(index.ptr()) == device;
 }
 
-Tensor from_torch(nb::handle x, const char* name, int device) {
+Tensor from_torch(nb::handle x, const char* name, int device, bool written) {
   const Names& n = names();
   Tensor t;
   if (!is_on(x, device)) bad(name, place_text(device), "device " + text(nb::object(nb::getattr(x, "device"))));
+  if (written && nb::getattr(x, n.requires_grad, nb::bool_(false)).is(nb::bool_(true)))
+    bad(name, "a tensor that does not require grad, since writing to it has none", "one that does");
   const nb::object shape = nb::getattr(x, n.shape);
   t.rank = static_cast<int>(PyTuple_Size(shape.ptr()));
   if (t.rank < 0) throw nb::python_error();
@@ -86,18 +89,43 @@ Tensor from_torch(nb::handle x, const char* name, int device) {
   return t;
 }
 
-Tensor from_dlpack(nb::handle x, const char* name, int device) {
-  nb::ndarray<> array;
+template <class Array>
+std::optional<nb::ndarray<>> array_of(nb::handle x) {
   try {
-    array = nb::cast<nb::ndarray<>>(x);
+    return nb::ndarray<>(nb::cast<Array>(x).handle());
   } catch (const nb::cast_error&) {
-    try {
-      const nb::ndarray<nb::ro> readable = nb::cast<nb::ndarray<nb::ro>>(x);
-      array = nb::ndarray<>(readable.handle());
-    } catch (const nb::cast_error&) {
-      bad(name, "a tensor (torch, or anything that speaks DLPack)", text(x.type()));
-    }
+    return std::nullopt;
   }
+}
+
+bool gives_buffer(nb::handle x, int flags) {
+  Py_buffer buffer;
+  if (PyObject_GetBuffer(x.ptr(), &buffer, flags) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  PyBuffer_Release(&buffer);
+  return true;
+}
+
+// What an older DLPack cannot say: whether the memory may be written to. The buffer protocol can, where it is spoken too.
+bool is_read_only(nb::handle x) {
+  return PyObject_CheckBuffer(x.ptr()) && !gives_buffer(x, PyBUF_STRIDES | PyBUF_WRITABLE) && gives_buffer(x, PyBUF_STRIDES);
+}
+
+nb::ndarray<> find_array(nb::handle x, const char* name, bool written) {
+  const char* expected = "a tensor (torch, or anything that speaks DLPack)";
+  std::optional<nb::ndarray<>> array;
+  if (!written || !is_read_only(x)) array = array_of<nb::ndarray<>>(x);
+  if (array) return *array;
+  array = array_of<nb::ndarray<nb::ro>>(x);
+  if (!array) bad(name, expected, text(x.type()));
+  if (written) bad(name, "a tensor that can be written to", "a read-only " + text(x.type()));
+  return *array;
+}
+
+Tensor from_dlpack(nb::handle x, const char* name, int device, bool written) {
+  const nb::ndarray<> array = find_array(x, name, written);
   Tensor t;
   const bool there = device == kHost ? array.device_type() == nb::device::cpu::value
                                      : array.device_type() == nb::device::cuda::value && array.device_id() == device;
@@ -133,6 +161,11 @@ DType float_type(const Tensor& t, const char* name) {
   }
 }
 
+Tensor read(nb::handle x, const char* name, int device, bool written) {
+  if (nb::hasattr(x, names().data_ptr)) return from_torch(x, name, device, written);
+  return from_dlpack(x, name, device, written);
+}
+
 template <class View>
 View view(const Tensor& t, const char* name) {
   if (t.rank != 4) bad(name, "4 axes [batch, heads, tokens, channels]", "shape " + shape_text(t));
@@ -152,10 +185,8 @@ std::string shape_text(const Tensor& t) {
   return text + "]";
 }
 
-Tensor tensor(nb::handle x, const char* name, int device) {
-  if (nb::hasattr(x, names().data_ptr)) return from_torch(x, name, device);
-  return from_dlpack(x, name, device);
-}
+Tensor tensor(nb::handle x, const char* name, int device) { return read(x, name, device, false); }
+Tensor writable_tensor(nb::handle x, const char* name, int device) { return read(x, name, device, true); }
 
 TensorView float_view(const Tensor& t, const char* name) { return view<TensorView>(t, name); }
 MutableTensorView mutable_float_view(const Tensor& t, const char* name) { return view<MutableTensorView>(t, name); }

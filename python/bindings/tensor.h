@@ -30,8 +30,10 @@ struct Tensor {
 constexpr int kHost = -1;
 
 // Throws ValueError naming `name` for anything that is no tensor of at most 4 axes on `device`: kHost or a CUDA device's
-// number.
+// number. Read-only ones are welcome: nothing is written to it.
 Tensor tensor(nb::handle x, const char* name, int device = kHost);
+// One that the call writes to. Throws also where its memory is read-only, or where autograd follows it.
+Tensor writable_tensor(nb::handle x, const char* name, int device = kHost);
 
 // A 4-D float tensor; throws ValueError otherwise.
 TensorView float_view(const Tensor& t, const char* name);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "cache/output.h"
 #include "cache/state.h"
 #include "cache/visibility.h"
 
@@ -124,11 +125,11 @@ Status Cache::State::check_output(const AttendArgs& args, const MutableTensorVie
       return invalid_argument("out", "shape " + dims(args.q.shape[0], args.q.shape[1], args.q.shape[2], config.head_dim_v),
                               dims(s[0], s[1], s[2], s[3]));
     if (out->stride[3] != 1 && s[3] > 1) return invalid_argument("out", "channel stride 1", std::to_string(out->stride[3]));
-    if (out->data == nullptr) return invalid_argument("out", "data", "a null pointer");
-  } else if (partial->o == nullptr || partial->m == nullptr || partial->l == nullptr) {
-    return invalid_argument("state", "pointers to o, m and l", "a null pointer");
+    return check_places(*out, &args.q);
   }
-  return {};
+  if (partial->o == nullptr || partial->m == nullptr || partial->l == nullptr)
+    return invalid_argument("state", "pointers to o, m and l", "a null pointer");
+  return check_places(*partial, args.q, config.head_dim_v);
 }
 
 // All but the queries' range and the output.

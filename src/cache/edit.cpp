@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "cache/output.h"
 #include "cache/state.h"
 
 namespace kv4 {
@@ -119,6 +120,7 @@ Status Cache::State::dense(bool keys, std::int64_t first, std::int64_t count, co
                             "[" + std::to_string(out.shape[0]) + ", " + std::to_string(out.shape[1]) + ", " + std::to_string(out.shape[2]) +
                                 ", " + std::to_string(out.shape[3]) + "]");
   if (out.stride[3] != 1 && dim > 1) return invalid_argument("out", "channel stride 1", std::to_string(out.stride[3]));
+  KV4_RETURN_IF_ERROR(check_places(out, nullptr));
   std::vector<DequantiseJob> packed;
   for (std::size_t b = 0; b < sequences.size(); ++b) {
     const Sequence& s = sequences[b];

@@ -43,7 +43,7 @@ class CpuBackend final : public Backend {
     KV4_RETURN_IF_ERROR(supports_side(spec.key, "k"));
     return supports_side(spec.value, "v");
   }
-  Status supports_rows(int, int, DType, SealMode) const override { return {}; }
+  Status supports_rows(int, int, DType, SealMode) const override { return check_isa(); }
 
   void* alloc(std::size_t bytes) override { return alloc_pages(bytes); }
   void free(void* p, std::size_t bytes) override { free_pages(p, bytes); }
@@ -79,6 +79,7 @@ class CpuBackend final : public Backend {
 
   Status seal(const PageSpec& spec, std::span<const SealJob> jobs) override {
     thread_local std::vector<Buffer> scratch;
+    KV4_RETURN_IF_ERROR(check_isa());
     const Kernels& kernels = active();
     const std::size_t bytes = kernels.seal_scratch(spec);
     const int threads = jobs.size() < kParallelSeals ? 1 : num_threads();
@@ -109,6 +110,7 @@ class CpuBackend final : public Backend {
   Status dequantise(const PageSpec& spec, std::span<const DequantiseJob> jobs) const override {
     if (jobs.empty()) return {};
     thread_local Buffer scratch;
+    KV4_RETURN_IF_ERROR(check_isa());
     const Kernels& kernels = active();
     const std::size_t bytes = kernels.dequantise_scratch(spec);
     if (!scratch.reserve(bytes)) return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");

@@ -19,22 +19,39 @@ const Kernels* best() {
   return kAll[std::size(kAll) - 1];
 }
 
-const Kernels* initial() {
-  if (const char* name = std::getenv("KV4_CPU_ISA")) {
-    const Kernels* k = find(name);
-    if (k != nullptr && k->supported()) return k;
-  }
-  return best();
+const Kernels* usable(const std::string& name) {
+  const Kernels* k = find(name.c_str());
+  return k != nullptr && k->supported() ? k : nullptr;
 }
 
+Status refused(const char* argument, const std::string& name) {
+  std::string list;
+  for (const Kernels* k : kAll)
+    if (k->supported()) list.append(list.empty() ? "" : ", ").append(k->name);
+  return error(StatusCode::unsupported, argument, "one of " + list + " on this machine", name);
+}
+
+// What the environment asks for, read once; empty where it asks for nothing.
+const std::string& asked() {
+  static const std::string name = [] {
+    const char* value = std::getenv("KV4_CPU_ISA");
+    return std::string(value != nullptr ? value : "");
+  }();
+  return name;
+}
+
+// Null where the environment asks for what does not run here, until force_isa chooses.
 std::atomic<const Kernels*>& current() {
-  static std::atomic<const Kernels*> kernels{initial()};
+  static std::atomic<const Kernels*> kernels{asked().empty() ? best() : usable(asked())};
   return kernels;
 }
 
 }  // namespace
 
-const Kernels& active() { return *current().load(std::memory_order_relaxed); }
+const Kernels& active() {
+  const Kernels* k = current().load(std::memory_order_relaxed);
+  return k != nullptr ? *k : *best();
+}
 
 const Kernels* find(const char* name) {
   for (const Kernels* k : kAll)
@@ -48,25 +65,20 @@ std::vector<std::string> compiled_isas() {
   return names;
 }
 
-bool supported(const std::string& isa) {
-  const Kernels* k = find(isa.c_str());
-  return k != nullptr && k->supported();
+bool supported(const std::string& isa) { return usable(isa) != nullptr; }
+
+std::string active_isa() {
+  const Kernels* k = current().load(std::memory_order_relaxed);
+  return k != nullptr ? k->name : "";
 }
 
-std::string active_isa() { return active().name; }
+Status check_isa() {
+  return current().load(std::memory_order_relaxed) != nullptr ? Status() : refused("KV4_CPU_ISA", asked());
+}
 
 Status force_isa(const std::string& isa) {
-  if (isa.empty()) {
-    current().store(best(), std::memory_order_relaxed);
-    return {};
-  }
-  const Kernels* k = find(isa.c_str());
-  if (k == nullptr || !k->supported()) {
-    std::string list;
-    for (const Kernels* other : kAll)
-      if (other->supported()) list.append(list.empty() ? "" : ", ").append(other->name);
-    return error(StatusCode::unsupported, "isa", "one of " + list + " on this machine", isa);
-  }
+  const Kernels* k = isa.empty() ? best() : usable(isa);
+  if (k == nullptr) return refused("isa", isa);
   current().store(k, std::memory_order_relaxed);
   return {};
 }

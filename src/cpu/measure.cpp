@@ -81,6 +81,7 @@ Status measure_seal(int dim, RotationKind rotation, std::int64_t vectors, int re
 Status measure_read(std::size_t bytes, int repeats, std::vector<double>* bytes_per_second) {
   if (bytes < 1) return invalid_argument("bytes", "at least 1", "0");
   if (repeats < 1) return invalid_argument("repeats", "at least 1", std::to_string(repeats));
+  KV4_RETURN_IF_ERROR(check_isa());
   constexpr std::size_t kChunk = 1024;
   const int threads = num_threads();
   const std::size_t count = static_cast<std::size_t>(threads);

@@ -16,11 +16,17 @@ int main(void) {
     v[c] = (float)(c - 32);
     out[c] = -1;
   }
-  kv4_cache_config config = {.recipe = kv4_recipe_default(), .dtype = KV4_F32, .kv_heads = 1,
-                             .head_dim_k = DIM, .head_dim_v = DIM};
+  kv4_cache_config config;
+  kv4_attend_args args;
+  if (kv4_cache_config_init(&config, sizeof config) != KV4_OK || kv4_attend_args_init(&args, sizeof args) != KV4_OK) {
+    fprintf(stderr, "%s\n", kv4_last_error());
+    return 1;
+  }
+  config.kv_heads = 1;
+  config.head_dim_k = config.head_dim_v = DIM;
+  args.q = row(q);
   kv4_cache* cache = NULL;
   kv4_tensor key = row(k), value = row(v), answer = row(out);
-  kv4_attend_args args = {.q = row(q), .causal = 1};
   if (kv4_cache_create(&config, &cache) != KV4_OK || kv4_cache_append(cache, &key, &value) != KV4_OK ||
       kv4_cache_attend(cache, &args, &answer) != KV4_OK) {
     fprintf(stderr, "%s\n", kv4_last_error());

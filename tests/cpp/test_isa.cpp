@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdlib>
+#include <iostream>
 #include <memory>
 #include <set>
 #include <string>
@@ -12,6 +13,7 @@
 
 #include "../cases.h"
 #include "cpu/isa.h"
+#include "kv4/cache.h"
 #include "kv4/cpu.h"
 
 namespace kv4 {
@@ -110,21 +112,76 @@ TEST_F(Isa, UnknownAndUnsupportedNamesAreRefused) {
   EXPECT_EQ(cpu::find("avx1024"), nullptr);
 }
 
-// The environment is read once, at first use: each case needs a process of its own.
+std::string best_here() {
+  for (const std::string& name : cpu::compiled_isas())
+    if (cpu::supported(name)) return name;
+  return "";
+}
+
+// In a lane that forces one by the environment, nothing else may run.
+TEST(IsaOfTheEnvironment, IsTheOneInUse) {
+  const char* asked = std::getenv("KV4_CPU_ISA");
+  const Status status = cpu::check_isa();
+  EXPECT_TRUE(status.ok()) << status.message();
+  EXPECT_EQ(cpu::active_isa(), asked != nullptr && *asked != '\0' ? asked : best_here());
+}
+
+// The environment is read once, at first use: each case needs a process of its own, which tells on stderr what it found.
 void expect_with_environment(const char* value, const std::string& expected) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   setenv("KV4_CPU_ISA", value, 1);
-  EXPECT_EXIT(std::exit(cpu::active_isa() == expected ? 0 : 1), ::testing::ExitedWithCode(0), "") << value;
+  EXPECT_EXIT({ std::cerr << "[" << cpu::active_isa() << "]"; std::exit(cpu::check_isa().ok() ? 0 : 1); }, ::testing::ExitedWithCode(0),
+              "\\[" + expected + "\\]")
+      << value;
   unsetenv("KV4_CPU_ISA");
 }
 
 TEST(IsaDeathTest, EnvironmentForcesPortable) { expect_with_environment("portable", "portable"); }
 
-TEST(IsaDeathTest, EnvironmentWithUnknownNameIsIgnored) {
-  std::string best;
+TEST(IsaDeathTest, EmptyEnvironmentChoosesNothing) { expect_with_environment("", best_here()); }
+
+// Every way to a kernel.
+std::vector<Status> uses_of_kernels() {
+  std::unique_ptr<Cache> cache;
+  CacheConfig config;
+  config.kv_heads = 1;
+  config.head_dim_k = config.head_dim_v = 64;
+  std::vector<Status> answers = {cpu::check_isa(), Cache::create(config, &cache)};
+  config.recipe = Recipe::exact();
+  answers.push_back(Cache::create(config, &cache));
+  std::vector<double> figures;
+  answers.push_back(cpu::measure_seal(64, RotationKind::srft, 64, 1, &figures));
+  answers.push_back(cpu::measure_read(1024, 1, &figures));
+  return answers;
+}
+
+void expect_refusal_of_environment(const std::string& name) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  setenv("KV4_CPU_ISA", name.c_str(), 1);
+  const auto run = [&name] {
+    bool all = cpu::active_isa().empty();
+    for (const Status& status : uses_of_kernels()) {
+      std::cerr << "{" << status.message() << "}";
+      all &= status.code() == StatusCode::unsupported && status.message().rfind("KV4_CPU_ISA: expected one of ", 0) == 0 &&
+             status.message().find("portable on this machine; got " + name) != std::string::npos;
+    }
+    // The program may choose for itself.
+    all &= !cpu::force_isa(name).ok() && cpu::force_isa("").ok() && cpu::active_isa() == best_here();
+    for (const Status& status : uses_of_kernels()) all &= status.ok();
+    std::exit(all ? 0 : 1);
+  };
+  EXPECT_EXIT(run(), ::testing::ExitedWithCode(0), "KV4_CPU_ISA: expected one of .*got " + name);
+  unsetenv("KV4_CPU_ISA");
+}
+
+TEST(IsaDeathTest, EnvironmentWithUnknownNameIsRefusedByEveryUse) { expect_refusal_of_environment("avx1024"); }
+
+TEST(IsaDeathTest, EnvironmentWithUnsupportedNameIsRefusedByEveryUse) {
+  std::string missing;
   for (const std::string& name : cpu::compiled_isas())
-    if (best.empty() && cpu::supported(name)) best = name;
-  expect_with_environment("avx1024", best);
+    if (!cpu::supported(name)) missing = name;
+  if (missing.empty()) GTEST_SKIP() << "this machine has every instruction set of this build";
+  expect_refusal_of_environment(missing);
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +161,30 @@ def test_bad_input_is_answered_in_a_line(
 def test_a_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KV4_TRACEBACK", "1")
     assert isinstance(kv4("pull", "no-such-model").exception, ValueError)
+
+
+@pytest.mark.parametrize(("value", "shows"), [("", False), ("0", False), ("yes", None)])
+def test_traceback_is_a_switch(value: str, shows: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KV4_TRACEBACK", value)
+    result = kv4("pull", "no-such-model")
+    assert result.exit_code == 2
+    named = "KV4_TRACEBACK: expected 1, 0 or nothing; got yes" in result.stderr
+    assert named == (shows is None)
+    assert ("expected one of gemma-3-270m" in result.stderr) == (shows is not None)
+
+
+def test_info_survives_an_instruction_set_that_is_not_here() -> None:
+    code = "from kv4.cli import app; app(['info'] + {}, standalone_mode=False)"
+    environment = {**os.environ, "KV4_CPU_ISA": "avx1024", "COLUMNS": "200"}
+
+    def run(options: list[str]) -> str:
+        command = [sys.executable, "-c", code.format(options)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    line = next(line for line in run([]).splitlines() if "instruction set" in line)
+    assert "none  (KV4_CPU_ISA: expected one of " in line and "got avx1024)" in line
+    found = json.loads(run(["--json"]))
+    assert found["isa"] == "" and found["isa_reason"].endswith("got avx1024") and "portable" in found["isas"]
 
 
 def test_info() -> None:

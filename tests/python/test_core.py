@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -113,6 +117,210 @@ def test_meta_tensors_are_refused():
     x = torch.empty(1, KV_HEADS, 4, DIM, device="meta")
     with pytest.raises(ValueError, match="k: expected a tensor on the CPU; got device meta"):
         make().append(x, x)
+
+
+class Frozen:
+    """An immutable array of another library: DLPack's read-only mark is all that tells."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array.copy()
+        self.array.flags.writeable = False
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options | {"max_version": (1, 0)})
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def mapped(array: np.ndarray, folder) -> np.ndarray:
+    """A file's pages: writing to them ends the process."""
+    array.tofile(folder / "array")
+    return np.memmap(folder / "array", array.dtype, "r", shape=array.shape)
+
+
+def locked(array: np.ndarray) -> np.ndarray:
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+READ_ONLY = {
+    "flag": lambda x, folder: locked(x),
+    "file": mapped,
+    "bytes": lambda x, folder: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+    "broadcast": lambda x, folder: np.broadcast_to(x[:, :1, :1], x.shape),
+    "dlpack": lambda x, folder: Frozen(x),
+}
+
+
+def writes() -> dict:
+    """By argument: a call that writes to it, a good value of it, on a cache of 10 tokens."""
+    q, o, m = rows(HEADS, 2, 3), np.zeros((1, HEADS, 2, DIM), np.float32), np.zeros((1, HEADS, 2), np.float32)
+    return {
+        "out of attend": (lambda c, x: c.attend(q, x), o),
+        "o": (lambda c, x: c.attend_partial(q, x, m.copy(), m.copy(), upto=10), o),
+        "m": (lambda c, x: c.attend_partial(q, o.copy(), x, m.copy(), upto=10), m),
+        "l": (lambda c, x: c.attend_partial(q, o.copy(), m.copy(), x, upto=10), m),
+        "out of dense_keys": (lambda c, x: c.dense_keys(3, 2, x), o[:, :KV_HEADS].copy()),
+        "out of dense_values": (lambda c, x: c.dense_values(3, 2, x), o[:, :KV_HEADS].copy()),
+    }
+
+
+@pytest.fixture
+def ten_tokens() -> _core.Cache:
+    cache = make()
+    cache.append(rows(KV_HEADS, 10, 1), rows(KV_HEADS, 10, 2))
+    return cache
+
+
+@pytest.mark.parametrize("kind", READ_ONLY)
+@pytest.mark.parametrize("written", writes())
+def test_what_is_written_can_be_written_to(written, kind, ten_tokens, tmp_path):
+    call, good = writes()[written]
+    frozen = READ_ONLY[kind](good, tmp_path)
+    name = written.split()[0]
+    with pytest.raises(ValueError, match=rf"^{name}: expected a tensor that can be written to; got a read-only <"):
+        call(ten_tokens, frozen)
+    assert not np.array(frozen.array if kind == "dlpack" else frozen).any()
+    call(ten_tokens, good)
+    assert good.any()
+
+
+@pytest.mark.parametrize("written", writes())
+def test_what_is_written_is_no_tensor_that_autograd_follows(written, ten_tokens):
+    torch = pytest.importorskip("torch")
+    call, good = writes()[written]
+    name = written.split()[0]
+    followed = torch.from_numpy(good).clone().requires_grad_()
+    with pytest.raises(ValueError, match=rf"^{name}: expected a tensor that does not require grad.*got one that does"):
+        call(ten_tokens, followed)
+    assert not followed.detach().numpy().any()
+    with pytest.raises(ValueError, match=rf"^{name}: expected a tensor on the CPU; got device meta"):
+        call(ten_tokens, torch.empty(good.shape, device="meta"))
+    call(ten_tokens, followed.detach())
+    assert followed.detach().numpy().any()
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("written", writes())
+def test_what_is_written_has_a_place_for_every_element(written, axis, ten_tokens):
+    call, good = writes()[written]
+    shape = [n if i != axis else 1 for i, n in enumerate(good.shape)]
+    base = np.zeros(shape, np.float32)
+    strides = [0 if i == axis else n for i, n in enumerate(base.strides)]
+    shared = np.lib.stride_tricks.as_strided(base, good.shape, strides, writeable=True)
+    name = written.split()[0]
+    expected = "a place of its own for every element" if name == "out" else "a contiguous tensor"
+    with pytest.raises(ValueError, match=rf"^{name}: expected {expected}; got"):
+        call(ten_tokens, shared)
+    assert not base.any()
+
+
+def test_what_is_written_is_not_what_is_read(ten_tokens):
+    q = rows(HEADS, 2, 3)
+    before = q.copy()
+    with pytest.raises(ValueError, match="^out: expected memory of its own; got memory that q shares"):
+        ten_tokens.attend(q, q)
+    o, m = np.zeros_like(q), np.zeros((1, HEADS, 2), np.float32)
+    with pytest.raises(ValueError, match="^l: expected memory of its own; got memory that m shares"):
+        ten_tokens.attend_partial(q, o, m, m, upto=10)
+    np.testing.assert_array_equal(q, before)
+    assert not o.any() and not m.any()
+
+
+@pytest.mark.parametrize("kind", READ_ONLY)
+def test_what_is_only_read_may_be_read_only(kind, tmp_path):
+    folders = iter(range(100))
+
+    def frozen(x):
+        folder = tmp_path / str(next(folders))
+        folder.mkdir()
+        return READ_ONLY[kind](x, folder) if kind != "broadcast" else locked(x)
+
+    k, v, q = rows(KV_HEADS, 10, 1), rows(KV_HEADS, 10, 2), rows(HEADS, 2, 3)
+    scale = np.linspace(0.5, 2, KV_HEADS * DIM, dtype=np.float32).reshape(KV_HEADS, DIM)
+    options = {
+        "sinks": np.zeros(HEADS, np.float32),
+        "start": np.zeros(1, np.int32),
+        "window": np.full(1, 7, np.int32),
+        "mask": np.ones((1, 1, 2, 10), np.float32),
+    }
+    given = Recipe(key=Side(lambda_="given"), value=Side(lambda_="given"))
+    outs = [np.zeros_like(q) for _ in range(2)]
+    for out, seen in zip(outs, (frozen, lambda x: x), strict=True):
+        cache = make(given, lambda_k=seen(scale), lambda_v=seen(scale))
+        cache.append(seen(k), seen(v))
+        cache.attend(seen(q), out, **{name: seen(x) for name, x in options.items()})
+    assert outs[0].any()
+    np.testing.assert_array_equal(*outs)
+
+
+def test_what_is_read_lives_until_the_call_ends(ten_tokens):
+    class Fresh:
+        """Exports a copy that lives as long as the export."""
+
+        def __init__(self, array: np.ndarray, before=lambda: None) -> None:
+            self.array, self.before, self.exported = array, before, lambda: None
+
+        def __dlpack__(self, **options):
+            self.before()
+            copy = self.array.copy()
+            self.exported = weakref.ref(copy)
+            return copy.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+    q = Fresh(rows(HEADS, 2, 3))
+    alive = []
+    start = Fresh(np.zeros(1, np.int32), lambda: alive.append(q.exported() is not None))
+    out, want = np.zeros((1, HEADS, 2, DIM), np.float32), np.zeros((1, HEADS, 2, DIM), np.float32)
+    ten_tokens.attend(q, out, start=start)
+    assert alive and all(alive)
+    assert q.exported() is None
+    ten_tokens.attend(q.array, want)
+    np.testing.assert_array_equal(out, want)
+
+
+def test_memory_lent_to_a_callback_is_taken_back_when_it_raises(ten_tokens):
+    kept = []
+
+    def fails(view):
+        kept.append(view)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        ten_tokens.save(fails)
+    with pytest.raises(OSError, match="disk full"):
+        make().load(fails)
+    for view in kept:
+        with pytest.raises(ValueError, match="released"):
+            bytes(view)
+
+
+def run_with(variables: dict[str, str], code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True)
+
+
+def test_an_instruction_set_of_the_environment_that_is_not_here_is_refused_by_use():
+    code = """
+import kv4
+from kv4 import _core
+print(repr(_core.isa()), _core.why_no_isa())
+for recipe in (kv4.Recipe(), kv4.Recipe.exact()):
+    try:
+        _core.Cache(recipe, kv_heads=1, head_dim_k=64, head_dim_v=64)
+    except NotImplementedError as error:
+        print(error)
+_core.force_isa("portable")
+_core.Cache(recipe, kv_heads=1, head_dim_k=64, head_dim_v=64)
+print(_core.isa(), repr(_core.why_no_isa()))
+"""
+    done = run_with({"KV4_CPU_ISA": "avx1024"}, code)
+    text = f"KV4_CPU_ISA: expected one of {', '.join(_core.isas())} on this machine; got avx1024"
+    assert done.stdout.splitlines() == [f"'' {text}", text, text, "portable ''"], done.stderr
+    assert run_with({"KV4_CPU_ISA": ""}, "from kv4 import _core; print(_core.isa())").stdout.strip() == _core.isas()[0]
 
 
 def test_recipe_presets_and_files(tmp_path):

@@ -14,6 +14,7 @@ import torch
 import hf_cases
 import kv4.hf
 import kv4.hf.cache
+import kv4.metal.cache
 import kv4.metal.mps
 from hf_cases import one_thread  # noqa: F401, a fixture
 from kv4 import Recipe, Side, _core
@@ -310,6 +311,95 @@ def test_calls_that_do_not_fit_are_refused_and_change_nothing():
         with pytest.raises(error, match=match):
             call()
     pair.compare()
+
+
+def states(q: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.zeros_like(q), torch.zeros(q.shape[:3]), torch.zeros(q.shape[:3])]
+
+
+# By the beginning of the answer: calls of a cache on queries [2, 4, 4, 64] that fit but for one argument.
+REFUSALS = {
+    "upto: expected at least": lambda c, q: c.attend_partial(q, *states(q), upto=50),
+    "mask: expected dtype bool or": lambda c, q: c.attend(q, q.clone(), mask=torch.ones(1, 1, 4, 200).long()),
+    "mask: expected an array on": lambda c, q: c.attend(q, q.clone(), mask=torch.ones(1, 1, 4, 200, device="meta")),
+    "sinks: expected 4 values": lambda c, q: c.attend(q, q.clone(), sinks=torch.zeros(3)),
+    "start: expected 2 int32 values": lambda c, q: c.attend(q, q.clone(), start=torch.zeros(1, dtype=torch.int32)),
+    "window: expected 2 int32 values": lambda c, q: c.attend(q, q.clone(), window=torch.tensor([1.0, 2.0])),
+    "scale: expected a number": lambda c, q: c.attend(q, q.clone(), scale=float("nan")),
+    "softcap: expected": lambda c, q: c.attend(q, q.clone(), softcap=float("nan")),
+    "dtype: expected float32": lambda c, q: c.attended(q, dtype="float64"),
+    "q: expected shape": lambda c, q: c.attended(q[0]),
+    "q: expected dtype float32": lambda c, q: c.attended(q.double()),
+    "out: expected float32": lambda c, q: c.attend(q, q.double()),
+    "out: expected an array on": lambda c, q: c.attend(q, q.to("meta")),
+    "out: expected a place of its own": lambda c, q: c.attend(q, q[:, :1].clone().expand(q.shape)),
+    "out: expected a tensor that does not": lambda c, q: c.attend(q, q.clone().requires_grad_()),
+    "o: expected shape": lambda c, q: c.attend_partial(q, q[0].clone(), *states(q)[1:], upto=160),
+    "m: expected shape": lambda c, q: c.attend_partial(q, q.clone(), q.clone(), states(q)[2], upto=160),
+}
+
+
+@needs_emulator
+@pytest.mark.parametrize("begins", REFUSALS)
+def test_a_refused_call_leaves_no_trace_in_what_follows(begins):
+    """A twin never sees it: masks, energies and pages are then the same to the bit."""
+    pair = Pair(Recipe(), batch=2)
+    start = torch.tensor([0, 40], dtype=torch.int32)
+    k, v = pair.normal(HEADS, 200), pair.normal(HEADS, 200)
+    twins = [pair.metal, Pair(Recipe(), batch=2).metal]
+    for cache in twins:
+        cache.append(k, v)
+    with pytest.raises((ValueError, IndexError), match=f"^{begins}"):
+        REFUSALS[begins](twins[0], 100 * pair.normal(4, 4))
+    for _ in range(2):
+        q, k, v = pair.normal(4, 1), pair.normal(HEADS, 1), pair.normal(HEADS, 1)
+        outs = [torch.zeros_like(q) for _ in twins]
+        for cache, out in zip(twins, outs, strict=True):
+            cache.attend(q, out, start=start)
+            cache.append(k, v)
+        assert torch.equal(*outs)
+    assert [twins[0].lambda_(b) for b in range(2)] == [twins[1].lambda_(b) for b in range(2)]
+    for b in range(2):
+        assert twins[0].page_count(b) == twins[1].page_count(b) > 0
+        for page in range(twins[0].page_count(b)):
+            assert twins[0].page_codes(b, page, 0) == twins[1].page_codes(b, page, 0)
+
+
+@needs_emulator
+def test_a_crop_that_a_device_cannot_finish_leaves_every_sequence(monkeypatch):
+    pair = Pair(Recipe(), batch=2)
+    pair.step(300)
+    pair.step(1)
+    pair.metal.seal()
+    pair.core.seal()
+    launches = []
+
+    def fails(*arguments):
+        launches.append(arguments)
+        if len(launches) == 3:
+            raise MemoryError("no memory")
+        return dequantise(*arguments)
+
+    dequantise = kv4.metal.cache.dequantise
+    monkeypatch.setattr(kv4.metal.cache, "dequantise", fails)
+    with pytest.raises(MemoryError):
+        pair.metal.crop(100)
+    monkeypatch.undo()
+    pair.compare()
+    pair.step(3)
+    pair.both("crop", 100)
+    pair.step(1)
+
+
+@needs_emulator
+def test_pages_and_heads_that_are_not_there_are_refused():
+    pair = Pair(Recipe())
+    pair.step(200)
+    pair.both("seal")
+    for error, arguments in (("index", (0, -1, 0)), ("index", (0, 2, 0)), ("head", (0, 0, HEADS)), ("row", (1, 0, 0))):
+        for cache in (pair.metal, pair.core):
+            with pytest.raises(IndexError, match=f"^{error}: expected 0 to "):
+                cache.page_codes(*arguments)
 
 
 @needs_emulator

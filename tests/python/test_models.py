@@ -226,6 +226,11 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert models.cache_dir() == tmp_path / ".cache" / "kv4"
     monkeypatch.setenv("KV4_CACHE_DIR", str(tmp_path / "own"))
     assert models.cache_dir() == tmp_path / "own"
+    (tmp_path / "file").touch()
+    for wrong in (str(tmp_path / "file"), "~no-such-user/cache"):
+        monkeypatch.setenv("KV4_CACHE_DIR", wrong)
+        with pytest.raises(ModelError, match=rf"^KV4_CACHE_DIR: expected a folder, or where to make one; got {wrong}$"):
+            models.cache_dir()
 
 
 def test_the_catalogue_is_pinned() -> None:

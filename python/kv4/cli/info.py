@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from kv4.cli.openmp import VARIABLES
 from kv4.cli.output import out, plain_errors, table, write_json
 
 
@@ -26,10 +27,12 @@ def collect() -> dict[str, Any]:
     return {
         "kv4": _core.version(),
         "isa": _core.isa(),
+        "isa_reason": _core.why_no_isa(),
         "isas": list(_core.isas()),
         "threads": _core.num_threads(),
         "torch_threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
+        "openmp": {name: os.environ.get(name) for name in VARIABLES},
         "devices": devices,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -68,8 +71,11 @@ def info(
     shown = table("kv4", "what", "here", left=("what", "here"))
     shown.add_row("version", found["kv4"])
     others = [isa for isa in found["isas"] if isa != found["isa"]]
-    shown.add_row("instruction set", f"{found['isa']}" + (f"  (also here: {', '.join(others)})" if others else ""))
+    note = f"  (also here: {', '.join(others)})" if others else ""
+    shown.add_row("instruction set", found["isa"] + note if found["isa"] else f"none  ({escape(found['isa_reason'])})")
     shown.add_row("threads", f"{found['threads']}  (torch {found['torch_threads']}, CPUs {found['cpus']})")
+    waits = ", ".join(f"{name}={value}" for name, value in found["openmp"].items() if value)
+    shown.add_row("threads wait", waits or "as the OpenMP runtime has it")
     for device in found["devices"]:
         note = "" if device["kv4"] else f"  (not used by kv4: {device['reason']})"
         shown.add_row(f"device {device['name']}", escape(device["description"]) + note)

@@ -26,6 +26,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from kv4.messages import mismatch
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -39,19 +41,28 @@ TRACEBACK_VARIABLE = "KV4_TRACEBACK"
 INPUT_ERRORS = (ValueError, OSError, LookupError, NotImplementedError, MemoryError, RuntimeError, ImportError)
 
 
+def _switch(variable: str) -> bool:
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(mismatch(variable, "1, 0 or nothing", value))
+    return value == "1"
+
+
 def plain_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Turns an exception into one red line and exit status 2; KV4_TRACEBACK=1 lets it through."""
 
     @wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        let_through = False
         try:
+            let_through = _switch(TRACEBACK_VARIABLE)
             return command(*args, **kwargs)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         except (typer.Exit, typer.Abort):  # RuntimeErrors themselves
             raise
         except INPUT_ERRORS as error:
-            if os.environ.get(TRACEBACK_VARIABLE):
+            if let_through:
                 raise
             text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
             line = " ".join(text.split()) or type(error).__name__  # some libraries' texts have several

@@ -7,6 +7,7 @@ tests hold both to the same lengths, pages and codes. Numbers are the kernels'.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence as Rows
 from typing import Any
 
@@ -99,12 +100,13 @@ class Cache(Sealing):
                 raise ValueError(mismatch(name, "an array on the cache's device", elsewhere))
             if self.host.dtype(x) != self.dtype:
                 raise ValueError(mismatch(name, f"dtype {self.dtype}", self.host.dtype(x)))
-            batch = len(self.sequences) or x.shape[0]
-            if len(x.shape) != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, self.heads, self.dim) or batch < 1:
+            batch = len(self.sequences) or max([1, *x.shape[:1]])
+            if len(x.shape) != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, self.heads, self.dim):
                 expected = f"shape [{batch}, {self.heads}, tokens, {self.dim}]"
                 raise ValueError(mismatch(name, expected, list(x.shape)))
         if tuple(k.shape) != tuple(v.shape):
             raise ValueError(mismatch("v", f"the batch and tokens of k, {list(k.shape)}", list(v.shape)))
+        fresh = [self.host.finite(x) for x in (k, v)]
         self.settle()
         if not self.sequences:
             self._forget()
@@ -113,7 +115,7 @@ class Cache(Sealing):
         if not tokens:
             return
         self._make_room(tokens)
-        for rows, x in zip(self.rows, (self.host.finite(k), self.host.finite(v)), strict=True):
+        for rows, x in zip(self.rows, fresh, strict=True):
             if len({s.count for s in self.sequences}) == 1:
                 first = self.sink_limit + self.sequences[0].count
                 rows[:, :, first : first + tokens] = x
@@ -162,35 +164,21 @@ class Cache(Sealing):
         partial = upto is not None
         if partial and not 0 <= upto <= self.length:
             raise IndexError(mismatch("upto", f"0 to {self.length}", upto))
-        upto = self.length if upto is None else upto
         if not self.sequences:
             raise RuntimeError(mismatch("q", "a cache that holds tokens", "an empty cache"))
+        self._check_call(q, dtype, scale, softcap, sinks, mask)
         batch, tokens = len(self.sequences), q.shape[2]
-        fits = len(q.shape) == 4 and q.shape[0] == batch and q.shape[1] % self.heads == 0 and q.shape[3] == self.dim
-        if not fits or not 1 <= tokens <= self.length or self.host.strides(q)[-1] != 1:
-            expected = f"shape [{batch}, a multiple of {self.heads}, 1 to {self.length}, {self.dim}], channel stride 1"
-            raise ValueError(mismatch("q", expected, list(q.shape)))
-        elsewhere = self.host.why_not_here(q)
-        if elsewhere is not None:
-            raise ValueError(mismatch("q", "an array on the cache's device", elsewhere))
-        if self.host.dtype(q) not in DTYPES:
-            raise ValueError(mismatch("q", " or ".join(DTYPES), self.host.dtype(q)))
-        if softcap < 0:
-            raise ValueError(mismatch("softcap", "0 (none) or a positive number", softcap))
-        if mask is not None:
-            full = (batch, q.shape[1], tokens)
-            if len(mask.shape) != 4 or any(have not in (1, want) for have, want in zip(mask.shape, full, strict=False)):
-                raise ValueError(mismatch("mask", f"shape {[*full]} or 1 each, columns", list(mask.shape)))
-        if window is None and self.window and causal:
-            limits = [self.window] * batch
-        else:
-            limits = [0] * batch if window is None else window.tolist()
-        starts = [0] * batch if start is None else [offset + x for x in start.tolist()]
+        limits = [self.window if causal else 0] * batch if window is None else _integers("window", window, batch)
+        starts = [0] * batch if start is None else [offset + x for x in _integers("start", start, batch)]
         seen = Visibility(
             self.length, tokens, causal, starts, limits, None if mask is None else self.host.seen(mask), offset
         )
-        self._record(q, seen)
         stepwise = tokens <= PAGE
+        if partial:
+            self._check_upto(upto, stepwise, seen)
+        else:
+            upto = self.length
+        self._record(q, seen)
         if self.seals and stepwise:
             self._seal_until(self.length - 1)
         first_query = self.length - tokens
@@ -207,9 +195,6 @@ class Cache(Sealing):
             views = []
             for b, s in enumerate(self.sequences):
                 pages = self._visible_pages(s, first_query + begin, stepwise)
-                sealed = s.page_position(pages) if s.pages else 0
-                if pages > s.first_page and upto < sealed:
-                    raise IndexError(mismatch("upto", f"at least {sealed}, the end of the sealed tokens", upto))
                 views.append(self._view(b, s, pages, upto, first_query + begin, starts[b], limits[b], mask, start))
             part = slice(begin, end)
             done = attend(
@@ -231,6 +216,46 @@ class Cache(Sealing):
             return out
         return parts[0] if len(parts) == 1 else self.host.concatenate(parts, 2)
 
+    def _check_call(self, q: Any, dtype: str, scale: float, softcap: float, sinks: Any, mask: Any) -> None:
+        """What can be refused of a call before any of it is recorded."""
+        batch, host = len(self.sequences), self.host
+        fits = len(q.shape) == 4 and q.shape[0] == batch and q.shape[1] >= self.heads and q.shape[1] % self.heads == 0
+        fits = fits and q.shape[3] == self.dim and 1 <= q.shape[2] <= self.length and host.strides(q)[-1] == 1
+        if not fits:
+            expected = f"shape [{batch}, a multiple of {self.heads}, 1 to {self.length}, {self.dim}], channel stride 1"
+            raise ValueError(mismatch("q", expected, list(q.shape)))
+        for name, x, kinds in (("q", q, DTYPES), ("mask", mask, ("bool", *DTYPES))):
+            elsewhere = None if x is None else host.why_not_here(x)
+            if elsewhere is not None:
+                raise ValueError(mismatch(name, "an array on the cache's device", elsewhere))
+            if x is not None and host.dtype(x) not in kinds:
+                raise ValueError(mismatch(name, "dtype " + " or ".join(kinds), host.dtype(x)))
+        if dtype not in DTYPES:
+            raise ValueError(mismatch("dtype", " or ".join(DTYPES), dtype))
+        if math.isnan(scale):
+            raise ValueError(mismatch("scale", "a number", scale))
+        if not softcap >= 0:
+            raise ValueError(mismatch("softcap", "0 (none) or a positive number", softcap))
+        if sinks is not None and math.prod(sinks.shape) != q.shape[1]:
+            raise ValueError(mismatch("sinks", f"{q.shape[1]} values", f"shape {list(sinks.shape)}"))
+        if mask is not None:
+            full = (batch, q.shape[1], q.shape[2])
+            if len(mask.shape) != 4 or any(have not in (1, want) for have, want in zip(mask.shape, full, strict=False)):
+                raise ValueError(mismatch("mask", f"shape {[*full]} or 1 each, columns", list(mask.shape)))
+
+    def _check_upto(self, upto: int, stepwise: bool, seen: Visibility) -> None:
+        """The last query reads the most tokens packed: those due before it, by the masks as the call leaves them."""
+        if not self.seals:
+            return
+        for b, held in enumerate(self.sequences):
+            s = held.fork()
+            _note(b, s, seen)
+            due = s.pages_due(self.length - 1, self.recipe.window) if stepwise else 0
+            pages = max(due, s.released_pages())
+            sealed = s.presumed_start() + s.sink_limit + pages * PAGE
+            if pages > s.first_page and upto < sealed:
+                raise IndexError(mismatch("upto", f"at least {sealed}, the end of the sealed tokens", upto))
+
     def _record(self, q: Any, seen: Visibility) -> None:
         """Remembers which exact tokens the call's queries see, and the energies of the first queries."""
         if not self.seals:
@@ -238,9 +263,7 @@ class Cache(Sealing):
         tokens = q.shape[2]
         limit = self.recipe.sinks + self.recipe.window + PAGE
         for b, s in enumerate(self.sequences):
-            for j, known in enumerate(s.seen):
-                if known != VISIBLE:
-                    s.seen[j] = VISIBLE if seen.seen(b, s.window_position + j) else MASKED
+            _note(b, s, seen)
             energy = s.energy
             if self.recipe.key.lambda_ != "auto" or (s.lambda_ is not None and energy.rows is None):
                 continue
@@ -310,11 +333,24 @@ class Cache(Sealing):
                 least = s.evicted + self.window - 1
                 text = f"at least {least} (older tokens left the sliding window), or 0 by reset"
                 raise IndexError(mismatch("length", text, length))
+        opened = [self._opened(b, s, length) for b, s in enumerate(self.sequences)]
         for b, s in enumerate(self.sequences):
-            self._crop_sequence(b, s, length)
+            self._crop_sequence(b, s, length, opened[b])
         self.length = length
 
-    def _crop_sequence(self, b: int, s: Sequence, n: int) -> None:
+    def _opened(self, b: int, s: Sequence, n: int) -> list[Any]:
+        """Keys and values [kv_heads, rows, head_dim] of the sealed tokens below n of the page that n cuts."""
+        if not s.anchored or not s.body <= n < s.window_position:
+            return []
+        index, rows = divmod(n - s.body, PAGE)
+        if not rows:
+            return []
+        page = s.pages[index - s.first_page]
+        return [
+            self.host.cast(dequantise(self, b, [page.index], values)[:, :rows], self.dtype) for values in (False, True)
+        ]
+
+    def _crop_sequence(self, b: int, s: Sequence, n: int, opened: list[Any]) -> None:
         s.length = n
         energy = s.energy
         if n <= energy.first:
@@ -330,8 +366,8 @@ class Cache(Sealing):
             s.window_position = min(s.window_position, n)
         elif n >= s.body:
             index, rows = divmod(n - s.body, PAGE)
-            if rows:
-                self._reopen(b, s, s.pages[index - s.first_page], rows)
+            for x, dense in zip(self.rows, opened, strict=False):
+                x[b, :, self.sink_limit : self.sink_limit + rows] = dense
             del s.pages[index - s.first_page :]
             s.window_position = s.page_position(index)
             s.seen = bytearray([VISIBLE]) * rows
@@ -347,19 +383,14 @@ class Cache(Sealing):
         if not s.pages and s.energy.rows is not None:
             s.lambda_ = None
 
-    def _reopen(self, b: int, s: Sequence, page: Page, rows: int) -> None:
-        first = self.sink_limit
-        for values in (False, True):
-            dense = dequantise(self, b, [page.index], values)[:, :rows]
-            self.rows[int(values)][b, :, first : first + rows] = self.host.cast(dense, self.dtype)
-
     def select(self, rows: Rows[int]) -> None:
         """Sequence i continues old sequence rows[i]; pages are shared."""
         for i, row in enumerate(rows):
             if not 0 <= row < len(self.sequences):
                 raise IndexError(mismatch("rows", f"indices from 0 to {len(self.sequences) - 1}", f"{row} at {i}"))
+        taken = [self.host.take(x, rows, 0) for x in self.rows]
         self.sequences = [self.sequences[row].fork() for row in rows]
-        self.rows = [self.host.take(x, rows, 0) for x in self.rows]
+        self.rows = taken
 
     def repeat(self, times: int) -> None:
         if times < 1:
@@ -398,6 +429,8 @@ class Cache(Sealing):
                 raise IndexError(mismatch("first", f"at least {s.evicted}, the oldest token held", first))
         dtype = "float32" if any(s.pages for s in self.sequences) else self.dtype
         out = self.host.zeros((len(self.sequences), self.heads, count, self.dim), dtype)
+        if not count:
+            return out
         for b, s in enumerate(self.sequences):
 
             def put(position: int, rows: Any, b: int = b) -> None:
@@ -462,10 +495,30 @@ class Cache(Sealing):
     def page_codes(self, row: int, index: int, head: int) -> tuple[bytes, bytes]:
         """Codes of a sealed head slice in canonical order: (keys, values)."""
         size = self.constants.tables.head_bytes
-        page = self.slab[self._row(row).pages[index].index, head * size : (head + 1) * size]
+        pages = self._row(row).pages
+        for name, value, end in (("index", index, len(pages)), ("head", head, self.heads)):
+            if not 0 <= value < end:
+                raise IndexError(mismatch(name, f"0 to {end - 1}", value))
+        page = self.slab[pages[index].index, head * size : (head + 1) * size]
         return self.constants.tables.canonical(self.host.numpy(page).tobytes())
 
     def _row(self, row: int) -> Sequence:
         if not 0 <= row < len(self.sequences):
             raise IndexError(mismatch("row", f"0 to {len(self.sequences) - 1}", row))
         return self.sequences[row]
+
+
+def _note(b: int, s: Sequence, seen: Visibility) -> None:
+    """Which exact tokens of sequence b the call's queries see."""
+    for j, known in enumerate(s.seen):
+        if known != VISIBLE:
+            s.seen[j] = VISIBLE if seen.seen(b, s.window_position + j) else MASKED
+
+
+def _integers(name: str, x: Any, count: int) -> list[int]:
+    """The numbers of an int32 array of `count`."""
+    values = x.tolist()
+    fits = isinstance(values, list) and len(values) == count
+    if not fits or not all(type(value) is int and abs(value) < 2**31 for value in values):
+        raise ValueError(mismatch(name, f"{count} int32 values", values))
+    return values

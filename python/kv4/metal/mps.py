@@ -13,7 +13,7 @@ from kv4.messages import mismatch
 
 from . import source
 from .cache import Cache
-from .host import ATTEND_THREADS, MACOS, ROW_THREADS, THREADGROUP_BYTES, Host, Output, why_not_head_dim
+from .host import ATTEND_THREADS, DTYPES, MACOS, ROW_THREADS, THREADGROUP_BYTES, Host, Output, why_not_head_dim
 
 _NAMES = {
     torch.float32: "float32",
@@ -135,9 +135,7 @@ class MetalCache(Cache):
     def attend(self, q: torch.Tensor, out: torch.Tensor, **options: Any) -> None:
         """q [batch, q_heads, T, head_dim], the newest T positions; out alike is written. The options are the core's:
         scale, softcap, sinks, causal, offset, start, window, mask."""
-        shape = [*q.shape[:3], self.dim]
-        if list(out.shape) != shape or out.stride(-1) != 1 or out.dtype not in list(_NAMES)[:3]:
-            raise ValueError(mismatch("out", f"shape {shape} and channel stride 1", list(out.shape)))
+        self._check_output("out", out, [*q.shape[:3], self.dim])
         self.attended(q, out=out, **options)
 
     def attend_partial(
@@ -151,16 +149,39 @@ class MetalCache(Cache):
         **options: Any,
     ) -> None:
         """The partial state over positions below upto: o float32 [batch, q_heads, T, head_dim], m, l without d."""
+        for name, x, shape in (("o", o, [*q.shape[:3], self.dim]), ("m", m, [*q.shape[:3]]), ("l", l, [*q.shape[:3]])):
+            self._check_output(name, x, shape)
         state = self.attended(q, upto=upto, **options)
         o.copy_(state[..., : self.dim])
         m.copy_(state[..., self.dim])
         l.copy_(state[..., self.dim + 1])
 
     def dense_keys(self, first: int, count: int, out: torch.Tensor) -> None:
-        out.copy_(self.dense(False, first, count))
+        self._put_dense(False, first, count, out)
 
     def dense_values(self, first: int, count: int, out: torch.Tensor) -> None:
-        out.copy_(self.dense(True, first, count))
+        self._put_dense(True, first, count, out)
+
+    def _put_dense(self, values: bool, first: int, count: int, out: torch.Tensor) -> None:
+        self._check_output("out", out, [self.batch, self.heads, count, self.dim])
+        out.copy_(self.dense(values, first, count))
+
+    def _check_output(self, name: str, x: torch.Tensor, shape: list[int]) -> None:
+        """Before anything is recorded: what a call writes has `shape` and a place for every element."""
+        elsewhere = self.host.why_not_here(x)
+        if elsewhere is not None:
+            raise ValueError(mismatch(name, "an array on the cache's device", elsewhere))
+        if list(x.shape) != shape or (shape[-1] > 1 and x.stride(-1) != 1):
+            raise ValueError(mismatch(name, f"shape {shape} and channel stride 1", list(x.shape)))
+        if self.host.dtype(x) not in DTYPES:
+            raise ValueError(mismatch(name, " or ".join(DTYPES), self.host.dtype(x)))
+        if x.requires_grad:
+            raise ValueError(mismatch(name, "a tensor that does not require grad", "one that does"))
+        reach = 0
+        for stride, count in sorted(zip(x.stride(), x.shape, strict=True)):
+            if count > 1 and stride <= reach and x.numel():
+                raise ValueError(mismatch(name, "a place of its own for every element", f"strides {list(x.stride())}"))
+            reach += stride * (count - 1)
 
 
 def why_not() -> str | None:

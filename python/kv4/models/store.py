@@ -46,9 +46,15 @@ class ModelInfo:
 
 
 def cache_dir() -> Path:
-    """KV4_CACHE_DIR, else kv4 in XDG_CACHE_HOME, else ~/.cache/kv4."""
+    """KV4_CACHE_DIR, else kv4 in XDG_CACHE_HOME, else ~/.cache/kv4. Errors: ModelError where the first is no folder."""
     if own := os.environ.get("KV4_CACHE_DIR"):
-        return Path(own).expanduser()
+        try:
+            folder = Path(own).expanduser()
+        except RuntimeError:  # the home of a user who is not there
+            folder = None
+        if folder is None or (folder.exists() and not folder.is_dir()):
+            raise ModelError("KV4_CACHE_DIR", "a folder, or where to make one", own)
+        return folder
     if xdg := os.environ.get("XDG_CACHE_HOME"):
         return Path(xdg).expanduser() / "kv4"
     return Path.home() / ".cache" / "kv4"

@@ -61,6 +61,8 @@ EXTRA = {"check": ["hooks", "ubsan"], "asan": ["asan"]}
 def compiler() -> str | None:
     """clang++ of version 19 or later; None where there is none. KV4_METAL_CXX names one."""
     if named := os.environ.get("KV4_METAL_CXX"):
+        if shutil.which(named) is None:
+            raise MetalError(f"KV4_METAL_CXX: expected a clang++ of version 19 or later; got {named}")
         return named
     return next((found for n in range(19, 25) if (found := shutil.which(f"clang++-{n}"))), None)
 
