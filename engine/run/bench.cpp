@@ -20,9 +20,10 @@ struct Contender {
 
   Status decode(std::span<const std::int32_t> tokens) { return context ? context->decode(tokens) : peer->decode(tokens); }
   std::int64_t length() const { return context ? context->length() : peer->length(); }
-  void mark() {
-    if (context) context->mark();
+  Status mark() {
+    if (context) KV4_RETURN_IF_ERROR(context->mark());
     marked = length();
+    return {};
   }
   Status rewind() {
     if (context) return context->rewind();
@@ -110,7 +111,7 @@ Status bench(const Common& common, const Bench& options) {
         if (interrupted().load()) return error(StatusCode::failed_precondition, "bench", "to run to its end", "Ctrl-C");
         const std::size_t i = (k + static_cast<std::size_t>(repeat)) % contenders.size();
         Contender& c = contenders[i];
-        c.mark();
+        KV4_RETURN_IF_ERROR(c.mark());
         KV4_RETURN_IF_ERROR(c.decode(part(depth, 1)));
         const Timer steps;
         for (int s = 0; s < options.steps; ++s) KV4_RETURN_IF_ERROR(c.decode(part(depth + 1 + s, 1)));

@@ -14,7 +14,8 @@
 // each query exactly as if the tokens had come one by one. Longer calls (prefill) see their own
 // tokens exactly.
 //
-// A failed call leaves the cache as it was. Objects are not thread-safe; clones may be used from
+// A failed call leaves the cache as it was: no later call can tell that it was made. Out of the host's memory is out_of_memory
+// like the device's. A device that queues its work tells of what went wrong there later. Objects are not thread-safe; clones may be used from
 // different threads (they share pages).
 #pragma once
 
@@ -115,7 +116,8 @@ class Cache {
   Status select(std::span<const std::int64_t> rows);
   Status repeat(int times);  // each sequence `times` times, in order
   void reset();              // back to empty; the batch is open again
-  std::unique_ptr<Cache> clone() const;
+  // Another cache that goes on from here by itself; exact rows, pages and lambda are shared until one of them writes.
+  Status clone(std::unique_ptr<Cache>* out) const;
   // While on, a sliding window evicts nothing, so that any crop finds what it needs (assisted
   // decoding). Whether on or off, a crop of tokens of the last call restores exactly what
   // one-by-one decoding would hold.

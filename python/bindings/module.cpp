@@ -327,7 +327,11 @@ NB_MODULE(_core, m) {
       .def("select", [](PyCache& c, const std::vector<std::int64_t>& rows) { raise_if_error(c.cache->select(rows)); }, "rows"_a)
       .def("repeat", [](PyCache& c, int times) { raise_if_error(c.cache->repeat(times)); }, "times"_a)
       .def("reset", [](PyCache& c) { c.cache->reset(); })
-      .def("clone", [](const PyCache& c) { return PyCache{c.cache->clone(), c.device}; })
+      .def("clone", [](const PyCache& c) {
+        PyCache fork{nullptr, c.device};
+        raise_if_error(c.cache->clone(&fork.cache));
+        return fork;
+      })
       .def("save", &save, "write"_a, "Passes the cache, block by block, to write(memoryview), which has to take all of it.")
       .def("load", &load, "readinto"_a,
            "Takes a saved cache of the same configuration from readinto(memoryview) -> bytes read, as files have it, into this empty\n"

@@ -2,6 +2,8 @@
 
 #include <array>
 
+#include "cache/sequence.h"
+
 namespace kv4::blob {
 namespace {
 
@@ -78,6 +80,11 @@ std::vector<Field> fields(const CacheConfig& c, const PageSpec& spec) {
           {"matrix_v", matrix_value(spec.value), given}};
 }
 
+std::size_t recorded_queries(const CacheConfig& config, std::uint32_t version) {
+  const auto queries = static_cast<std::size_t>(config.recipe.sinks + config.recipe.window + kPageTokens);
+  return version == 1 ? queries : queries / QueryEnergy::kEvery;
+}
+
 Status Writer::begin() {
   std::array<std::byte, sizeof kMagic + sizeof kVersion> head{};
   std::memcpy(head.data(), kMagic, sizeof kMagic);
@@ -99,13 +106,12 @@ Status Writer::write(Kind kind, std::span<const std::byte> payload) {
 
 Status Reader::begin() {
   char magic[sizeof kMagic];
-  std::uint32_t version = 0;
   KV4_RETURN_IF_ERROR(source_(std::as_writable_bytes(std::span(magic))));
   if (std::memcmp(magic, kMagic, sizeof kMagic) != 0)
     return error(StatusCode::data_loss, "saved magic", std::string(kMagic, sizeof kMagic), "other bytes: this is no saved cache");
-  KV4_RETURN_IF_ERROR(source_(std::as_writable_bytes(std::span(&version, 1))));
-  if (version != kVersion)
-    return error(StatusCode::data_loss, "saved version", std::to_string(kVersion), std::to_string(version));
+  KV4_RETURN_IF_ERROR(source_(std::as_writable_bytes(std::span(&version_, 1))));
+  if (version_ < 1 || version_ > kVersion)
+    return error(StatusCode::data_loss, "saved version", "1 to " + std::to_string(kVersion), std::to_string(version_));
   return {};
 }
 

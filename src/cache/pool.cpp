@@ -38,7 +38,10 @@ Status PagePool::grow(std::size_t count) {
     const bool fills = in_huge > 0 && kHugeSlabBytes % page_bytes_ <= kHugeSlabBytes / kGrowthDivisor;
     const bool huge = fills && wanted >= in_huge && (pages_ + wanted) * page_bytes_ >= kHugeFrom;
     const std::size_t add = huge ? in_huge : std::min(std::max<std::size_t>(1, kSlabBytes / page_bytes_), wanted);
-    auto slab = std::make_unique<Slab>();
+    // All that the host may have no memory for comes before the slab's own, which nobody else would give back.
+    Slabs fresh;
+    fresh.push_back(std::make_unique<Slab>());
+    Slab* const slab = fresh.back().get();
     slab->count = add;
     slab->bytes = huge ? kHugeSlabBytes : add * page_bytes_;
     slab->pages = std::make_unique<Page[]>(add);
@@ -48,14 +51,14 @@ Status PagePool::grow(std::size_t count) {
     for (std::size_t i = add; i-- > 0;) {
       Page& page = slab->pages[i];
       page.data = static_cast<std::uint8_t*>(slab->memory) + i * page_bytes_;
-      page.slab = slab.get();
+      page.slab = slab;
       page.next = std::exchange(slab->free, &page);
     }
     pages_ += add;
     free_ += add;
     bytes_ += slab->held_bytes();
-    open_.push_back(std::move(slab));
-    open_.back()->place = std::prev(open_.end());
+    slab->place = fresh.begin();
+    open_.splice(open_.end(), fresh);
     visits_ += 1 + add;
   }
   return {};

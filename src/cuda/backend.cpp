@@ -185,9 +185,9 @@ class CudaBackend final : public Backend {
 
   Status fix_lambda(const LambdaJob& job) override {
     KV4_ON_DEVICE(device_);
-    Temporary skip(memory_), filled(memory_);
+    Temporary skip(memory_), energies(memory_);
     KV4_RETURN_IF_ERROR(skip.upload("lambda", job.skip.data(), job.skip.size()));
-    KV4_RETURN_IF_ERROR(filled.upload("lambda", job.filled.data(), job.filled.size()));
+    KV4_RETURN_IF_ERROR(energies.upload("lambda", job.energies.data(), job.energies.size_bytes()));
     LambdaParams p;
     p.k = job.k;
     p.bf16 = job.dtype == DType::bf16;
@@ -197,9 +197,8 @@ class CudaBackend final : public Backend {
     p.dim = job.dim;
     p.blocks = job.blocks;
     p.skip = skip.as<const std::uint8_t>();
-    p.energies = job.energies;
-    p.filled = filled.as<const std::uint8_t>();
-    p.energy_rows = static_cast<int>(job.filled.size());
+    p.energies = energies.as<const float* const>();
+    p.queries = static_cast<int>(job.energies.size());
     p.lambda = job.lambda;
     KV4_RETURN_IF_CUDA("lambda", launch_lambda(p, current_stream()));
     return {};

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "cache_session.h"
 #include "kv4/cache.h"
 #include "rotation/interned.h"
 
@@ -161,7 +162,7 @@ TEST(Shared, LayersOfOneRecipeShareItsRotationAndEachCountsItOnce) {
     EXPECT_GT(bytes, 64 * (sizeof(float) + sizeof(double))) << "its signs alone";
     EXPECT_EQ(sum(layers[0]->shared()), bytes);
     EXPECT_GT(layers[0]->nbytes(), bytes);
-    const auto clone = layers[0]->clone();
+    const auto clone = sessions::fork_of(*layers[0]);
     EXPECT_EQ(clone->shared()[0].identity, layers[0]->shared()[0].identity);
     EXPECT_NE(created(layer(2))->shared()[0].identity, layers[0]->shared()[0].identity);
   }
@@ -183,7 +184,7 @@ TEST(Shared, LayersThatAreGivenOneMatrixShareItsRotation) {
   config.matrix_k.assign(64 * 64, 0.0f);
   for (std::size_t i = 0; i < 64; ++i) config.matrix_k[i * 65] = 1.0f + static_cast<float>(i % 3);
   const auto one = created(config), other = created(config);
-  EXPECT_EQ(one->clone()->config().matrix_k.data(), one->config().matrix_k.data()) << "clones have one configuration";
+  EXPECT_EQ(sessions::fork_of(*one)->config().matrix_k.data(), one->config().matrix_k.data()) << "clones have one configuration";
   const auto shared = one->shared();
   ASSERT_EQ(shared.size(), 2u);
   for (std::size_t i = 0; i < 2; ++i) EXPECT_EQ(shared[i].identity, other->shared()[i].identity);

@@ -356,7 +356,7 @@ TEST_F(CudaCache, LateNewsIsToldToThoseItConcerns) {
       return cache;
     };
     auto one = filled();
-    auto fork = one->clone();
+    auto fork = fork_of(*one);
     hold();
     ASSERT_TRUE(one->append(bad_row, good_row).ok());
     ASSERT_TRUE(fork->append(good_row, good_row).ok());
@@ -367,7 +367,7 @@ TEST_F(CudaCache, LateNewsIsToldToThoseItConcerns) {
     auto shared = filled();
     hold();
     ASSERT_TRUE(shared->append(good_row, bad_row).ok());
-    auto second = shared->clone();
+    auto second = fork_of(*shared);
     for (Cache* c : {shared.get(), second.get()}) ASSERT_TRUE(c->append(good_row, good_row).ok());
     ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
     EXPECT_EQ(attend(*shared), StatusCode::non_finite);
@@ -428,7 +428,7 @@ TEST_F(CudaCache, CapturedStepsOutliveTheirThread) {
     ASSERT_TRUE(other->append(many, many).ok());
     ASSERT_TRUE(other->attend(more, place.into(ignored, 1, kShape.q_heads, 64, d)).ok());
 
-    auto eager = cache->clone();
+    auto eager = fork_of(*cache);
     ASSERT_TRUE(cache->advance().ok());
     ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
     ASSERT_TRUE(eager->append(one, one).ok());

@@ -56,7 +56,7 @@ TEST_F(CudaShared, CachesOfOneRecipeShareATableAndEachCountsItOnce) {
   EXPECT_EQ(shared[1].bytes, std::size_t{32} * kDim * kDim);
   EXPECT_GT(one->nbytes(), shared[1].bytes);
   EXPECT_NE(two->shared()[1].identity, shared[1].identity);
-  const auto clone = one->clone();
+  const auto clone = sessions::fork_of(*one);
   EXPECT_EQ(clone->shared()[1].identity, shared[1].identity);
   CacheConfig config = one->config();
   std::unique_ptr<Cache> fresh;
@@ -71,7 +71,7 @@ TEST_F(CudaShared, ATableGoesWithItsLastUser) {
     return r;
   };
   auto one = sealed(13);
-  auto two = one->clone();
+  auto two = sessions::fork_of(*one);
   one.reset();
   EXPECT_NE(cuda::backend()->table_of(*rotation()), nullptr);
   two.reset();

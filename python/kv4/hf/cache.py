@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from kv4.recipe import Recipe
 from kv4.shared import total_bytes
 
 from . import ops, saved
-from .device import check_device, new_core, on_stream, place
-from .handle import KVHandle
+from .device import check_device, new_core, on_stream, place, readable
+from .handle import NEVER, Form, Held, KVHandle
 from .layers import layer_kinds
 
 # Layer types that hold plain keys and values; only their masks differ.
@@ -57,31 +58,28 @@ class KV4Layer(CacheLayerMixin):
         self.sliding_window = int(sliding_window) if sliding_window else 0
         self.is_sliding = bool(self.sliding_window)
         self.constants = dict(constants or {})
-        self.attends_exact_call = recipe.seal != "arrival"
-        self.records_queries = recipe.seal == "page"
         self.version = 0
         self._record_past = False
         self._forget()
 
     def _forget(self) -> None:
         self.core: Any = None
+        self.form = Form()
         self.is_initialized = False
         self.seen = 0
         self.batch = 0
-        self.kv_heads = self.head_dim_k = self.head_dim_v = 0
-        self.dtype: torch.dtype | None = None
-        self.device = torch.device("cpu")
-        self.on_device = False  # of CUDA
+        self.converts = False  # keys or values have come in another dtype than the layer's
+        # What the newest update's handles speak for, where the layer has not changed since.
+        self._newest: weakref.ref[Held] | None = None
         # What a compiled graph knows of the layer: see ops.py.
         self.number = 0
         self.state: torch.Tensor | None = None
-        # Version, and a long call's own keys and values, of the newest kv4::append.
-        self.appended: tuple[int, torch.Tensor | None, torch.Tensor | None] = (-1, None, None)
-        self.columns = 0  # of the newest update's handles
+        self.appended: tuple[KVHandle, KVHandle] | None = None  # handles of the newest kv4::append, until a change
         self.sealed_version = -1  # that a read of a cross-attention layer has sealed
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Makes the core for keys [batch, kv_heads, T >= 0, head_dim] and values like them.
+        """Makes the core for keys [batch, kv_heads, T >= 0, head_dim] and values like them, in the dtype that torch
+        promotes both to; on a CUDA device, which has no kernels of float32, under torch.autocast in its dtype.
         Errors: ValueError for a wrong rank, device or dtype; NotImplementedError or ValueError, with the core's
         reason, where the recipe does not serve the head dims or the device."""
         for name, x in (("key_states", key_states), ("value_states", value_states)):
@@ -89,16 +87,16 @@ class KV4Layer(CacheLayerMixin):
                 got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
                 raise ValueError(mismatch(name, "a tensor [batch, kv_heads, tokens, head_dim]", got))
             check_device(name, x.device)
-            if x.dtype not in DTYPES:
-                raise ValueError(mismatch(name, "float32, float16 or bfloat16", x.dtype))
+            _check_dtype(name, x)
         if value_states.device != key_states.device:
             raise ValueError(mismatch("value_states", f"a tensor on {place(key_states.device)}", value_states.device))
-        if value_states.dtype != key_states.dtype:
-            raise ValueError(mismatch("value_states", f"the keys' dtype {key_states.dtype}", value_states.dtype))
+        dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+        if dtype is torch.float32 and key_states.is_cuda and torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")  # which torch's attention reads, and the device's kernels serve
         core = new_core(
             key_states.device,
             self.recipe,
-            dtype=DTYPES[key_states.dtype],
+            dtype=DTYPES[dtype],
             kv_heads=key_states.shape[1],
             head_dim_k=key_states.shape[3],
             head_dim_v=value_states.shape[3],
@@ -108,16 +106,21 @@ class KV4Layer(CacheLayerMixin):
         if self._record_past:
             core.record_past(True)
         dims = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        self.adopt(core, key_states.device, key_states.dtype, dims)
+        self.adopt(core, key_states.device, dtype, dims)
         self.batch = key_states.shape[0]
 
     def adopt(self, core: Any, device: torch.device, dtype: torch.dtype, dims: tuple[int, int, int]) -> None:
         """Takes an empty core for its own. dims: kv_heads, head_dim_k, head_dim_v."""
         self.core = core
-        self.kv_heads, self.head_dim_k, self.head_dim_v = dims
-        self.dtype = dtype
-        self.device = device
-        self.on_device = device.type == "cuda"
+        self.form = Form(
+            dtype,
+            device,
+            device.type == "cuda",
+            *dims,
+            sliding_window=self.sliding_window,
+            attends_exact_call=self.recipe.seal != "arrival",
+            records_queries=self.recipe.seal == "page",
+        )
         self.number = ops.enter(self)
         self.state = torch.empty(0, device=device)
         self.is_initialized = True
@@ -126,69 +129,88 @@ class KV4Layer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[KVHandle, KVHandle]:
         """Appends keys [batch, kv_heads, T, head_dim] and values like them (any strides with unit channel stride;
-        copied otherwise) and returns their handles. Errors: ValueError naming the argument for a shape, dtype or
-        device that is not the layer's; the layer stays as it was."""
+        copied otherwise) and returns their handles. The first call fixes the layer's dtype, the one that torch promotes
+        keys and values to; another one, as under torch.autocast, is converted to it. Errors: ValueError naming the
+        argument for a shape or device that is not the layer's, or float64; the layer stays as it was."""
         if torch.compiler.is_dynamo_compiling():
             if not self.is_initialized:
                 return _update_uncompiled(self, key_states, value_states)
-            ops.append(self.state, key_states, value_states, self.number)
-            return ops.CompiledHandle(self, "key"), ops.CompiledHandle(self, "value")
+            ticket = ops.append(self.state, key_states, value_states, self.number)
+            return ops.CompiledHandle(self, "key", ticket), ops.CompiledHandle(self, "value", ticket)
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)
-        before = self.seen
         try:
+            if self.converts:
+                key_states, value_states = self._converted(key_states, value_states)
             try:
-                if self.on_device:
-                    on_stream(self)
-                self.core.append(key_states, value_states)
+                self._change(self.core.append, key_states, value_states)
             except MemoryError:
-                self._append_checked(key_states, value_states, torch_s_memory=True)
+                if self.form.on_device:
+                    torch.cuda.empty_cache()  # what torch holds unused
+                self._change(self.core.append, *self._converted(key_states, value_states))
             except (ValueError, RuntimeError):
-                self._append_checked(key_states, value_states)
+                # It may have been the dtype or the strides alone.
+                key_states, value_states = self._converted(key_states, value_states)
+                self._change(self.core.append, key_states, value_states)
         except BaseException:
             if fresh:
                 self._forget()
             raise
         tokens = key_states.shape[2]
+        before, window = self.seen, self.sliding_window
         self.seen = length = before + tokens
-        self.batch = key_states.shape[0]
-        self.version = version = self.version + 1
-        window = self.sliding_window
-        self.columns = columns = length if not window or before < window else tokens + window - 1
+        self.batch = batch = key_states.shape[0]
+        columns = length if not window or before < window else tokens + window - 1
+        held = Held(self.core, self.form, batch, length, columns)
+        self._newest = weakref.ref(held)
         if tokens > PAGE_TOKENS:
-            return (
-                KVHandle(self, "key", version, length, columns, key_states.detach()),
-                KVHandle(self, "value", version, length, columns, value_states.detach()),
-            )
-        return (
-            KVHandle(self, "key", version, length, columns, None),
-            KVHandle(self, "value", version, length, columns, None),
-        )
+            return KVHandle(held, "key", key_states.detach()), KVHandle(held, "value", value_states.detach())
+        return KVHandle(held, "key", None), KVHandle(held, "value", None)
 
-    def _append_checked(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, torch_s_memory: bool = False
-    ) -> None:
-        """Appends what the core refused if only its strides were in the way, or memory that torch holds unused; else
-        says what is wrong."""
+    def _converted(self, key_states: torch.Tensor, value_states: torch.Tensor) -> list[torch.Tensor]:
+        """Both as the core reads them, where the layer can take them. Errors: see update."""
+        form = self.form
+        converted = []
         for name, x in (("key_states", key_states), ("value_states", value_states)):
-            if x.device != self.device:
-                raise ValueError(mismatch(name, f"a tensor on {place(self.device)}", x.device))
-            if x.dtype is not self.dtype:
-                raise ValueError(mismatch(name, f"the layer's dtype {self.dtype}", x.dtype))
-        if torch_s_memory and self.on_device:
-            torch.cuda.empty_cache()
-        self.core.append(key_states.contiguous(), value_states.contiguous())
+            if x.device != form.device:
+                raise ValueError(mismatch(name, f"a tensor on {place(form.device)}", x.device))
+            _check_dtype(name, x)
+            self.converts |= x.dtype is not form.dtype
+            converted.append(readable(x.to(form.dtype)))
+        return converted
+
+    def _change(self, operation: Callable[..., Any], *args: Any) -> None:
+        """An operation of the core that changes what the layer holds: handles that are alive keep what they have."""
+        if self.form.on_device:
+            on_stream(self)
+        self.appended = None
+        held = None if self._newest is None else self._newest()
+        if held is None:
+            operation(*args)
+        else:
+            held.core = self.core.clone()
+            try:
+                operation(*args)
+            except BaseException:
+                held.core = self.core
+                raise
+        self._newest = None
+        self.version += 1
+
+    def disown(self) -> None:
+        """After a step was captured, which no core has counted: its handles speak for nothing."""
+        held = None if self._newest is None else self._newest()
+        if held is not None:
+            held.core = NEVER
+        self._newest = self.appended = None
 
     def seal(self) -> None:
         """Seals now what the next update would, and returns its memory: for a layer that is kept aside, a stored prompt
         say, or not updated again. What the layer answers from here on is what it would answer after that update. Given
-        up is one thing: a crop into the tokens of the last call no longer restores them exactly. Handles of the last
-        update become stale."""
+        up is one thing: a crop into the tokens of the last call no longer restores them exactly."""
         if self.core is not None:
-            on_stream(self)
-            self.core.seal()
-            self.version += 1
+            self._change(self.core.seal)
 
     def reserve(self, tokens: int) -> None:
         """Takes the room of `tokens` more tokens now, so that steps allocate nothing."""
@@ -198,22 +220,37 @@ class KV4Layer(CacheLayerMixin):
 
     def advance(self) -> None:
         """Before each replay of a captured step: seals what is due and counts one more token (see DecodeGraph)."""
-        on_stream(self)
-        self.core.advance()
+        self._change(self.core.advance)
         self.seen += 1
-        self.version += 1
 
     def dense(self, which: str, first: int, count: int) -> torch.Tensor:
         """Positions [first, first + count) of the "key" or "value" side, dequantised: [batch, kv_heads, count, dim]
         in the model's dtype. Errors: IndexError for positions that are not held."""
-        if torch.compiler.is_dynamo_compiling():
-            return _dense_uncompiled(self, which, first, count)
-        dim = self.head_dim_k if which == "key" else self.head_dim_v
-        out = torch.empty((self.batch, self.kv_heads, count, dim), dtype=self.dtype, device=self.device)
-        if count:
-            on_stream(self)
-            (self.core.dense_keys if which == "key" else self.core.dense_values)(first, count, out)
-        return out
+        return Held(self.core, self.form, self.batch, self.seen, count).dense(which, first, count)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return self.form.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.form.device
+
+    @property
+    def on_device(self) -> bool:
+        return self.form.on_device
+
+    @property
+    def kv_heads(self) -> int:
+        return self.form.kv_heads
+
+    @property
+    def head_dim_k(self) -> int:
+        return self.form.head_dim_k
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.form.head_dim_v
 
     @property
     def keys(self) -> torch.Tensor | KVHandle | None:
@@ -266,10 +303,8 @@ class KV4Layer(CacheLayerMixin):
         (activate_past_recording prevents it)."""
         remove = self._checked_crop(tokens_to_remove)
         if remove:
-            on_stream(self)
-            self.core.crop(self.seen - remove)
+            self._change(self.core.crop, self.seen - remove)
             self.seen -= remove
-            self.version += 1
 
     def _checked_crop(self, tokens_to_remove: int) -> int:
         n = int(tokens_to_remove)
@@ -284,10 +319,8 @@ class KV4Layer(CacheLayerMixin):
     def select(self, rows: list[int]) -> None:
         """The new batch: sequence i continues old sequence rows[i]. Errors: IndexError for a row out of range."""
         if self.core is not None and self.core.batch:
-            on_stream(self)
-            self.core.select(rows)
+            self._change(self.core.select, rows)
             self.batch = len(rows)
-            self.version += 1
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.select(beam_idx.tolist())
@@ -299,10 +332,8 @@ class KV4Layer(CacheLayerMixin):
         if int(repeats) < 1:
             raise ValueError(mismatch("repeats", "at least 1", repeats))
         if self.core is not None and self.core.batch:
-            on_stream(self)
-            self.core.repeat(int(repeats))
+            self._change(self.core.repeat, int(repeats))
             self.batch *= int(repeats)
-            self.version += 1
 
     def reset(self) -> None:
         """Back to empty, open to another batch, dtype or shape; the memory is returned."""
@@ -327,7 +358,8 @@ class KV4Layer(CacheLayerMixin):
         on_stream(self)
         twin.core = self.core.clone() if self.core is not None else None
         if self.is_initialized:
-            twin.number, twin.appended = ops.enter(twin), (-1, None, None)
+            twin.number = ops.enter(twin)
+        twin._newest = twin.appended = None
         return twin
 
     def __repr__(self) -> str:
@@ -497,9 +529,9 @@ class KV4Cache(Cache):
                 layer.crop(tokens_to_remove)
         except Exception:
             for layer, before in kept:
-                version = layer.version
+                number, version = layer.number, layer.version
                 layer.__dict__.update(before.__dict__)
-                layer.version = version + 1
+                layer.number, layer.version = number, version + 1
             raise
         for layer in packed:
             if not layer.is_sliding:
@@ -520,23 +552,27 @@ class KV4Cache(Cache):
 
 
 @torch.compiler.disable
-def _dense_uncompiled(layer: KV4Layer, *args: Any) -> torch.Tensor:
-    return layer.dense(*args)
-
-
-@torch.compiler.disable
 def _read_sealed(layer: KV4Layer, which: str) -> KVHandle:
     """The handle of a cross-attention layer. The call that updated it has its own: this is a later one, and since no
     other update may ever come, it seals what is due."""
     if layer.version != layer.sealed_version:
         layer.seal()
         layer.sealed_version = layer.version
-    return KVHandle(layer, which, layer.version, layer.seen, layer.get_mask_sizes(0)[0], None)
+    held = None if layer._newest is None else layer._newest()
+    if held is None:
+        held = Held(layer.core, layer.form, layer.batch, layer.seen, layer.get_mask_sizes(0)[0])
+        layer._newest = weakref.ref(held)
+    return KVHandle(held, which, None)
 
 
 @torch.compiler.disable
 def _update_uncompiled(layer: KV4Layer, *args: torch.Tensor) -> tuple[KVHandle, KVHandle]:
     return layer.update(*args)
+
+
+def _check_dtype(name: str, x: torch.Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(mismatch(name, "float32, float16 or bfloat16", x.dtype))
 
 
 def _rows(indices: Any, batch: int) -> list[int]:
