@@ -12,6 +12,7 @@ from rich.markup import escape
 from kv4.cli import options
 from kv4.cli.openmp import VARIABLES
 from kv4.cli.output import out, plain_errors, progress, table, write_json
+from kv4.cli.usage import new_file
 
 _DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
 
@@ -210,7 +211,9 @@ def attention(
         str | None, typer.Option(help="Also llama.cpp on this model: a name of `kv4 models` or a GGUF file.")
     ] = None,
     llama_contexts: Annotated[str, typer.Option(help="Contexts of llama.cpp's slope.")] = "512,2k,4k",
-    plot: Annotated[Path | None, typer.Option(help="Time against context with the roofline, as a PNG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=new_file, help="Time against context with the roofline, as a PNG.")
+    ] = None,
     threads: options.Threads = None,
     json_: options.JsonFile = None,
 ) -> None:
@@ -319,7 +322,10 @@ def seal(
 
     chosen = numbers(dims, "--dims")
     for dim in chosen:
-        _core.validate(Recipe(), dim, dim)
+        try:
+            _core.validate(Recipe(), dim, dim)
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"--dims: {error}") from None
     options.set_threads(threads)
     rows = []
     with progress("", 3 * len(chosen)) as advance:
