@@ -212,7 +212,10 @@ def test_training_is_refused_and_inference_with_gradients_on_is_not():
         with pytest.raises(RuntimeError, match=r"query: expected inference.*got a model in training"):
             kv4.hf.kv4_attention(causal_module(training=True), q, key, value, None)
         out, _ = kv4.hf.kv4_attention(causal_module(), q, key, value, None)
-        assert not out.requires_grad
+        with pytest.raises(RuntimeError, match=r"query: expected inference; got a backward pass"):
+            out.sum().backward()
+        with torch.no_grad():
+            assert not kv4.hf.kv4_attention(causal_module(), q, key, value, None)[0].requires_grad
     model = hf_cases.model_of("qwen3")
     model.set_attn_implementation("kv4")
     try:

@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import ops
 from .device import on_stream, readable
+from .gradient import without_gradient
 from .handle import Held, KVHandle
 from .mask import CAUSAL, Pattern, expand, limits_of, on_host
 from .ops import CompiledHandle
@@ -44,9 +45,9 @@ def kv4_attention(
     s_aux: [q_heads] sink logits.
 
     Returns (output [batch, T, q_heads, head_dim_v], contiguous, None), in the query's dtype; under torch.autocast in
-    its dtype, as torch's own attention. Errors: RuntimeError where gradients are wanted; ValueError naming the argument
-    for shapes that do not fit, or NaN or infinity that a query would see. May be called again on one handle, and on
-    handles of a cache that has gone on.
+    its dtype, as torch's own attention. Errors: RuntimeError where gradients are wanted (at the latest in the backward
+    pass); ValueError naming the argument for shapes that do not fit, or NaN or infinity that a query would see. May be
+    called again on one handle, and on handles of a cache that has gone on.
     """
     if type(key) is KVHandle and query.shape[2] > key.length:
         # The core's queries are those of tokens that it holds.
@@ -66,7 +67,8 @@ def kv4_attention(
         compiling = torch.compiler.is_dynamo_compiling()
         attend = _attend_uncompiled if compiling else attend_packed
         dtype = _output_dtype(query) if compiling or _autocasts() else query.dtype
-        return attend(query, key, value, attention_mask, scaling, softcap, s_aux, causal, dtype), None
+        out = attend(query, key, value, attention_mask, scaling, softcap, s_aux, causal, dtype)
+        return without_gradient(out, query), None
     return _attend_dense(
         module,
         query,

@@ -5,29 +5,35 @@ from __future__ import annotations
 import copy
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
 )
 
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
-from kv4.shared import total_bytes
 
-from . import ops, saved
+from . import files, ops, report, saved
 from .device import check_device, new_core, on_stream, place, readable
 from .handle import NEVER, Form, Held, KVHandle
-from .layers import layer_kinds
+from .layers import (
+    DTYPES,
+    HYBRID_LAYER_TYPES,
+    PACKED_LAYER_TYPES,
+    check_dtype,
+    per_layer,
+    rows_of_index,
+    served_kinds,
+)
+from .states import StateBeside
 
-# Layer types that hold plain keys and values; only their masks differ.
-PACKED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 PAGE_TOKENS = 64
-DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 class KV4Layer(CacheLayerMixin):
@@ -87,7 +93,7 @@ class KV4Layer(CacheLayerMixin):
                 got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
                 raise ValueError(mismatch(name, "a tensor [batch, kv_heads, tokens, head_dim]", got))
             check_device(name, x.device)
-            _check_dtype(name, x)
+            check_dtype(name, x)
         if value_states.device != key_states.device:
             raise ValueError(mismatch("value_states", f"a tensor on {place(key_states.device)}", value_states.device))
         dtype = torch.promote_types(key_states.dtype, value_states.dtype)
@@ -175,7 +181,7 @@ class KV4Layer(CacheLayerMixin):
         for name, x in (("key_states", key_states), ("value_states", value_states)):
             if x.device != form.device:
                 raise ValueError(mismatch(name, f"a tensor on {place(form.device)}", x.device))
-            _check_dtype(name, x)
+            check_dtype(name, x)
             self.converts |= x.dtype is not form.dtype
             converted.append(readable(x.to(form.dtype)))
         return converted
@@ -303,7 +309,10 @@ class KV4Layer(CacheLayerMixin):
         (activate_past_recording prevents it)."""
         remove = self._checked_crop(tokens_to_remove)
         if remove:
-            self._change(self.core.crop, self.seen - remove)
+            try:
+                self._change(self.core.crop, self.seen - remove)
+            except IndexError as error:
+                raise IndexError(self._past_window(tokens_to_remove)) from error
             self.seen -= remove
 
     def _checked_crop(self, tokens_to_remove: int) -> int:
@@ -316,6 +325,13 @@ class KV4Layer(CacheLayerMixin):
             raise IndexError(mismatch("tokens_to_remove", f"between {-self.seen} and 0", n))
         return -n
 
+    def _past_window(self, tokens_to_remove: int) -> str:
+        """The message for a crop that a sliding window's eviction prevents."""
+        most = self.seen - (self.core.first + self.sliding_window - 1)
+        expected = f"at least {-max(most, 0)}, as older tokens have left the sliding window of {self.sliding_window}"
+        expected += " (activate_past_recording() before the tokens come keeps what a crop needs)"
+        return mismatch("tokens_to_remove", expected, int(tokens_to_remove))
+
     def select(self, rows: list[int]) -> None:
         """The new batch: sequence i continues old sequence rows[i]. Errors: IndexError for a row out of range."""
         if self.core is not None and self.core.batch:
@@ -326,7 +342,7 @@ class KV4Layer(CacheLayerMixin):
         self.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.select(_rows(indices, self.batch))
+        self.select(rows_of_index(indices, self.batch))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if int(repeats) < 1:
@@ -362,11 +378,21 @@ class KV4Layer(CacheLayerMixin):
         twin._newest = twin.appended = None
         return twin
 
+    def __getstate__(self) -> dict[str, Any]:
+        return saved.state_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved.restore(self, state)
+
     def __repr__(self) -> str:
-        return f"KV4Layer({self.layer_type}, tokens={self.seen}, nbytes={self.nbytes()})"
+        return f"{type(self).__name__}({self.layer_type}, tokens={self.seen}, nbytes={self.nbytes()})"
 
 
-class KV4Cache(Cache):
+class KV4HybridLayer(StateBeside, KV4Layer):
+    """One layer's keys and values in the kv4 core, and beside them the state of its linear attention or convolution."""
+
+
+class KV4Cache(DynamicCache):
     """A transformers cache that keeps keys and values in 4 bits, for any decoder model on the CPU, a CUDA device or an
     Apple GPU. Each layer lives where its first keys are.
 
@@ -385,7 +411,10 @@ class KV4Cache(Cache):
 
     The kv4 attention (`attn_implementation="kv4"`, kv4.hf.attach) reads the packed pages; any other attention gets
     dequantised tensors. Layers without plain keys and values (linear attention, convolutions, ...) are those of
-    transformers' DynamicCache. copy.deepcopy shares sealed pages.
+    transformers' DynamicCache; a warning names those of them that hold keys and values uncompressed. copy.deepcopy
+    shares sealed pages; a pickle holds what `save(seal=False)` writes.
+
+    It is a DynamicCache to whoever asks (isinstance, peft): it grows.
 
     Errors: ValueError for an argument that does not fit; the first update raises NotImplementedError or ValueError,
     with the core's reason, where the recipe does not serve the model's head dims.
@@ -409,21 +438,19 @@ class KV4Cache(Cache):
         elif not isinstance(recipe, Recipe):
             raise ValueError(mismatch("recipe", "a kv4.Recipe or None", type(recipe).__name__))
         decoder = config.get_text_config(decoder=True)
-        kinds = layer_kinds(decoder)
+        kinds = served_kinds(decoder)
         crossing = range(len(kinds)) if cross_attention else getattr(decoder, "cross_attention_layers", None) or ()
-        for index, (layer_type, _) in enumerate(kinds):
-            if layer_type not in PACKED_LAYER_TYPES and layer_type not in DYNAMIC_LAYER_TYPE_MAPPING:
-                known = ", ".join(sorted({*PACKED_LAYER_TYPES, *DYNAMIC_LAYER_TYPE_MAPPING}))
-                raise ValueError(mismatch(f"config.layer_types[{index}]", f"one of {known}", layer_type))
         given = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
-        constants = _per_layer(given, len(kinds))
+        constants = per_layer(given, len(kinds))
         layers = [
-            KV4Layer(recipe, constants=constants[i], layer_type=layer_type, cross_attention=i in crossing, **arguments)
+            _PACKED.get(layer_type, KV4Layer)(
+                recipe, constants=constants[i], layer_type=layer_type, cross_attention=i in crossing, **arguments
+            )
             if layer_type in PACKED_LAYER_TYPES
             else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments)
             for i, (layer_type, arguments) in enumerate(kinds)
         ]
-        super().__init__(layers=layers)
+        Cache.__init__(self, layers=layers)  # DynamicCache's own would make its layers
         self.recipe = recipe
 
     def save(self, path: str | os.PathLike[str], *, seal: bool = True) -> None:
@@ -432,8 +459,9 @@ class KV4Cache(Cache):
         seal: write what is due as pages already, as the next update would make them, for the smallest file; only a
             crop into the tokens of the last call then no longer restores them exactly. False writes all as it is.
 
-        An interrupted save leaves the file that was at `path` before. Errors: OSError; NotImplementedError where a
-        layer that holds something is transformers' own, or on an Apple GPU."""
+        Layers of transformers' own are written by their tensors. An interrupted save leaves the file that was at
+        `path` before. Errors: OSError; NotImplementedError for a layer on an Apple GPU, or one of transformers' own
+        that holds more than tensors and numbers."""
         saved.save(self, path, seal)
 
     @classmethod
@@ -453,18 +481,26 @@ class KV4Cache(Cache):
         device: of the layers, or a list with one for each; it may be another than the saved cache was on.
 
         Errors: OSError; ValueError naming what differs from the saved cache, or for a damaged file."""
-        with saved.reading(path) as (header, readinto):
+        with files.reading(path) as (header, source):
             recorded = Recipe.from_dict(header["recipe"])
             cache = cls(config, recorded if recipe is None else recipe, **given)
-            if (message := saved.first_difference(cache.recipe.to_dict(), header["recipe"], "recipe")) is not None:
+            if (message := files.first_difference(cache.recipe.to_dict(), header["recipe"], "recipe")) is not None:
                 raise ValueError(message)
-            saved.fill(cache, header["layers"], readinto, device)
+            saved.fill(cache, header["layers"], source, device)
         return cache
 
     @property
     def is_compileable(self) -> bool:
         """False: generate() must not compile around a cache that grows."""
         return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Per layer: it has a state and no keys and values."""
+        return [
+            isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, KV4Layer)
+            for layer in self.layers
+        ]
 
     def packed_layers(self) -> list[KV4Layer]:
         """The layers kept in the kv4 core, in order."""
@@ -473,10 +509,7 @@ class KV4Cache(Cache):
     def nbytes(self) -> int:
         """Every byte held: packed pages with their slack, exact tokens, tables and statistics, and the tensors of
         all other layers. Tables that layers share (a rotation's) count once for the cache, though caches share them."""
-        others = (layer for layer in self.layers if not isinstance(layer, KV4Layer))
-        return total_bytes(layer.core for layer in self.packed_layers() if layer.core is not None) + sum(
-            tensor_bytes(vars(layer), set()) for layer in others
-        )
+        return report.nbytes(self.layers)
 
     def seal(self) -> None:
         """Seals now, in every packed layer, what the next update would: for a cache that is kept aside, such as a
@@ -489,27 +522,7 @@ class KV4Cache(Cache):
         """One dict per layer: index, type, nbytes and, for packed layers, tokens (seen by each sequence), shared (of
         nbytes, what other layers may use as well: KV4Cache.nbytes() counts that once), first (smallest position still
         held), sealed and exact (tokens per sequence), kv_heads, head_dim (k, v), sliding_window (0 = none), dtype."""
-        rows = []
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, KV4Layer):
-                nbytes = tensor_bytes(vars(layer), set())
-                rows.append({"index": index, "type": type(layer).__name__, "nbytes": nbytes})
-                continue
-            row = {"index": index, "type": layer.layer_type, "nbytes": layer.nbytes(), "tokens": layer.seen}
-            row["sliding_window"] = layer.sliding_window
-            if layer.core is not None:
-                batch = range(layer.core.batch)
-                row |= {
-                    "shared": sum(nbytes for _, nbytes, _ in layer.core.shared()),
-                    "first": layer.core.first,
-                    "sealed": [layer.core.sealed_tokens(b) for b in batch],
-                    "exact": [layer.core.exact_tokens(b) for b in batch],
-                    "kv_heads": layer.kv_heads,
-                    "head_dim": (layer.head_dim_k, layer.head_dim_v),
-                    "dtype": str(layer.dtype).removeprefix("torch."),
-                }
-            rows.append(row)
-        return rows
+        return report.describe(self.layers)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the newest -tokens_to_remove tokens of every layer, or of none where one refuses; see
@@ -517,12 +530,13 @@ class KV4Cache(Cache):
         packed = [layer for layer in self.packed_layers() if not layer.cross_attention]
         for layer in packed:
             layer._checked_crop(tokens_to_remove)
-        # Only sliding layers (for eviction) and transformers' own can refuse from here on: they go first, and where
-        # one may refuse after another has been cropped, the sliding ones keep a copy to go back to.
-        sliding = [layer for layer in packed if layer.is_sliding]
+        # Only sliding layers (for eviction), those with a state and transformers' own can refuse from here on: they go
+        # first, and where one may refuse after another has been cropped, the packed ones keep a copy to go back to.
+        sliding = [layer for layer in packed if layer.is_sliding or isinstance(layer, StateBeside)]
         others = [layer for layer in self.layers if not isinstance(layer, KV4Layer)]
         kept = []
-        if tokens_to_remove and (others or len({layer.sliding_window for layer in sliding}) > 1):
+        mixed = others or any(isinstance(layer, StateBeside) for layer in packed)
+        if tokens_to_remove and (mixed or len({layer.sliding_window for layer in sliding}) > 1):
             kept = [(layer, copy.deepcopy(layer)) for layer in sliding]
         try:
             for layer in (*sliding, *others):
@@ -534,7 +548,7 @@ class KV4Cache(Cache):
                 layer.number, layer.version = number, version + 1
             raise
         for layer in packed:
-            if not layer.is_sliding:
+            if layer not in sliding:
                 layer.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -546,9 +560,24 @@ class KV4Cache(Cache):
             else:
                 layer.reorder_cache(beam_idx)
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the sequences that an index, a mask or a slice of the batch names, in every layer."""
+        if batch := max((layer.batch for layer in self.packed_layers()), default=0):
+            self.reorder_cache(torch.tensor(rows_of_index(indices, batch), dtype=torch.long))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Puts `repeats` copies of every sequence side by side, in every layer. Errors: ValueError for fewer than 1."""
+        if int(repeats) < 1:
+            raise ValueError(mismatch("repeats", "at least 1", repeats))
+        if batch := max((layer.batch for layer in self.packed_layers()), default=0):
+            self.reorder_cache(torch.arange(batch).repeat_interleave(int(repeats)))
+
     def __repr__(self) -> str:
         tokens = max((layer.seen for layer in self.packed_layers()), default=0)
         return f"KV4Cache(layers={len(self.layers)}, tokens={tokens}, nbytes={self.nbytes()}, recipe={self.recipe!r})"
+
+
+_PACKED = dict.fromkeys(HYBRID_LAYER_TYPES, KV4HybridLayer)
 
 
 @torch.compiler.disable
@@ -568,60 +597,3 @@ def _read_sealed(layer: KV4Layer, which: str) -> KVHandle:
 @torch.compiler.disable
 def _update_uncompiled(layer: KV4Layer, *args: torch.Tensor) -> tuple[KVHandle, KVHandle]:
     return layer.update(*args)
-
-
-def _check_dtype(name: str, x: torch.Tensor) -> None:
-    if x.dtype not in DTYPES:
-        raise ValueError(mismatch(name, "float32, float16 or bfloat16", x.dtype))
-
-
-def _rows(indices: Any, batch: int) -> list[int]:
-    """Row numbers of an index as torch reads it on a batch: integers (negative from the end), a bool mask, a slice."""
-    if isinstance(indices, torch.Tensor):
-        indices = indices.cpu()
-    return torch.arange(batch)[indices].reshape(-1).tolist()
-
-
-def _per_layer(given: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
-    """One dict of core arguments per layer, float32 contiguous, of the names that have a value there."""
-    result: list[dict[str, Any]] = [{} for _ in range(layers)]
-    # By the identity of what was given, which is kept until the end: layers given one thing hold one tensor.
-    converted: dict[int, tuple[Any, torch.Tensor]] = {}
-    for name, value in given.items():
-        if value is None:
-            continue
-        if isinstance(value, Mapping):
-            unknown = [key for key in value if not (isinstance(key, int) and 0 <= key < layers)]
-            if unknown:
-                raise ValueError(mismatch(name, f"layer indices 0...{layers - 1}", unknown[0]))
-            items: Iterable[tuple[int, Any]] = value.items()
-        elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-            if len(value) != layers:
-                raise ValueError(mismatch(name, f"one entry per layer ({layers})", len(value)))
-            items = enumerate(value)
-        else:
-            items = ((i, value) for i in range(layers))
-        for index, entry in items:
-            if entry is None:
-                continue
-            if id(entry) not in converted:
-                tensor = torch.as_tensor(entry).detach()
-                if tensor.dim() != 2:
-                    raise ValueError(mismatch(f"{name}[{index}]", "a matrix", list(tensor.shape)))
-                converted[id(entry)] = entry, tensor.to("cpu", torch.float32).contiguous()
-            result[index][name] = converted[id(entry)][1]
-    return result
-
-
-def tensor_bytes(value: Any, seen: set[int]) -> int:
-    """Bytes of every distinct tensor in nested containers."""
-    if isinstance(value, torch.Tensor):
-        if id(value) in seen:
-            return 0
-        seen.add(id(value))
-        return value.nbytes
-    if isinstance(value, Mapping):
-        return sum(tensor_bytes(item, seen) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(tensor_bytes(item, seen) for item in value)
-    return 0
