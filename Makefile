@@ -20,7 +20,7 @@ CORE := CMakeLists.txt pyproject.toml $(shell find cmake include src python/bind
 # Directories change when a file is added or removed.
 CORE += $(shell find include src python/bindings -type d 2>/dev/null)
 
-.PHONY: help setup system demo test test-cpp test-python test-neon test-metal test-tools metal-tools engine test-engine check lint format asan ubsan tsan bench wheel clean
+.PHONY: help setup system demo test test-cpp test-python test-slow test-neon test-metal test-tools metal-tools engine test-engine check lint format asan ubsan tsan bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make demo     setup, then text from a real model with its own cache and with kv4, side by side"
 	@echo "make test     setup, then every test: C++, Python, guideline checks, Arm under qemu"
 	@echo "make test-cpp | test-python | test-neon | check      one of them; test-metal: the Metal tests of the first two"
+	@echo "make test-slow      every causal model class of transformers, tiny, against its own cache"
 	@echo "make engine   kv4-run, the native GGUF engine, in build/engine/engine;  make test-engine: its tests"
 	@echo "make asan | ubsan | tsan      the C++ tests under a sanitizer"
 	@echo "make bench    the C++ benchmarks, built"
@@ -81,6 +82,10 @@ test-cpp: metal-tools
 
 test-python: metal-tools
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+# Not part of `make test`.
+test-slow: setup test-tools
+	$(BIN)/python -m pytest --numprocesses $(JOBS) -m slow tests/python
 
 # ggml and llama.cpp's library come as a package that is built here once.
 $(VENV)/.engine: scripts/setup_engine.sh requirements-engine.txt $(VENV)/.python

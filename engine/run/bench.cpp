@@ -20,9 +20,10 @@ struct Contender {
 
   Status decode(std::span<const std::int32_t> tokens) { return context ? context->decode(tokens) : peer->decode(tokens); }
   std::int64_t length() const { return context ? context->length() : peer->length(); }
-  void mark() {
-    if (context) context->mark();
+  Status mark() {
+    if (context) KV4_RETURN_IF_ERROR(context->mark());
     marked = length();
+    return {};
   }
   Status rewind() {
     if (context) return context->rewind();
@@ -41,11 +42,6 @@ double median(std::vector<double> values) {
 
 Status bench(const Common& common, const Bench& options) {
   if (options.depths.empty()) return invalid_argument("--depths", "one or more", "none");
-  for (const std::int64_t d : options.depths)
-    if (d < 0) return invalid_argument("--depths", "0 or more", std::to_string(d));
-  if (options.steps < 1 || options.repeats < 1 || options.prefill < 2)
-    return invalid_argument("--steps, --repeats, --prefill", "1, 1 and 2 or more",
-                            std::to_string(options.steps) + ", " + std::to_string(options.repeats) + " and " + std::to_string(options.prefill));
   std::vector<std::int64_t> depths = options.depths;
   std::sort(depths.begin(), depths.end());
   std::shared_ptr<const engine::Model> model;
@@ -58,10 +54,10 @@ Status bench(const Common& common, const Bench& options) {
   std::vector<std::int32_t> tokens;
   if (!options.text.empty()) {
     std::string text;
-    KV4_RETURN_IF_ERROR(read_text("-f", options.text, &text));
+    KV4_RETURN_IF_ERROR(read_text("--file", options.text, &text));
     KV4_RETURN_IF_ERROR(model->vocabulary().tokenize(text, true, false, &tokens));
     if (static_cast<std::int64_t>(tokens.size()) < room)
-      return invalid_argument("-f", "a text of at least " + std::to_string(room) + " tokens", std::to_string(tokens.size()));
+      return invalid_argument("--file", "a text of at least " + std::to_string(room) + " tokens", std::to_string(tokens.size()));
   } else {
     for (std::int64_t i = 0; i < room; ++i) tokens.push_back(static_cast<std::int32_t>((100 + 7 * i % 1000) % model->vocabulary_size()));
   }
@@ -70,7 +66,6 @@ Status bench(const Common& common, const Bench& options) {
     Common own = common;
     own.cache = cache;
     if (cache != "kv4") own.recipe.clear();
-    if (cache != "kv4" && cache != "exact" && cache != "f16") return invalid_argument("--caches", "kv4, exact or f16", cache);
     Contender c{cache, nullptr, nullptr, 0};
     KV4_RETURN_IF_ERROR(make_context(own, model, room, &c.context));
     contenders.push_back(std::move(c));
@@ -116,7 +111,7 @@ Status bench(const Common& common, const Bench& options) {
         if (interrupted().load()) return error(StatusCode::failed_precondition, "bench", "to run to its end", "Ctrl-C");
         const std::size_t i = (k + static_cast<std::size_t>(repeat)) % contenders.size();
         Contender& c = contenders[i];
-        c.mark();
+        KV4_RETURN_IF_ERROR(c.mark());
         KV4_RETURN_IF_ERROR(c.decode(part(depth, 1)));
         const Timer steps;
         for (int s = 0; s < options.steps; ++s) KV4_RETURN_IF_ERROR(c.decode(part(depth + 1 + s, 1)));

@@ -1,4 +1,5 @@
 // What all commands share.
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 
@@ -12,6 +13,7 @@ Status recipe_of(const Common& common, Recipe* out) {
   *out = common.cache == "exact" ? Recipe::exact() : Recipe::kv4();
   if (common.recipe.empty()) return {};
   if (common.cache != "kv4") return invalid_argument("--recipe", "--cache kv4", common.cache);
+  KV4_RETURN_IF_ERROR(check_file("--recipe", common.recipe));
   return read_recipe(common.recipe, out);
 }
 
@@ -30,9 +32,16 @@ Status make_context(const Common& common, std::shared_ptr<const engine::Model> m
   return engine::Context::create(std::move(model), options, out);
 }
 
+Status check_file(const std::string& argument, const std::string& path) {
+  std::error_code unused;
+  if (std::filesystem::is_directory(path, unused)) return invalid_argument(argument, "a file that can be read", path + ", a folder");
+  if (!std::ifstream(path, std::ios::binary)) return invalid_argument(argument, "a file that can be read", path);
+  return {};
+}
+
 Status read_text(const std::string& argument, const std::string& path, std::string* out) {
+  KV4_RETURN_IF_ERROR(check_file(argument, path));
   std::ifstream file(path, std::ios::binary);
-  if (!file) return invalid_argument(argument, "a file that can be read", path);
   out->assign(std::istreambuf_iterator<char>(file), {});
   if (file.bad()) return invalid_argument(argument, "a file that can be read", path);
   return {};

@@ -12,7 +12,19 @@
 namespace kv4::run {
 namespace {
 
-constexpr std::int64_t kContext = 4096;  // where neither the prompt nor -c asks for more
+constexpr std::int64_t kContext = 4096;  // where neither the prompt, nor the session, nor -c asks for more
+
+// A session that was written with another cache: the options that say which, in place of the entry of a recipe.
+Status in_options(const Status& status) {
+  const std::string& message = status.message();
+  if (status.ok() || !message.starts_with("recipe.")) return status;
+  const std::size_t colon = message.find(": expected "), semicolon = message.find("; got ");
+  if (colon == std::string::npos || semicolon == std::string::npos || semicolon < colon) return status;
+  const std::string entry = message.substr(0, colon), ours = message.substr(colon + 11, semicolon - colon - 11), theirs = message.substr(semicolon + 6);
+  const auto cache = [](const std::string& seal) { return seal == "never" ? std::string("exact") : seal == "page" ? "kv4" : "kv4 with a recipe that seals on arrival"; };
+  if (entry == "recipe.seal") return invalid_argument("--cache", cache(theirs) + ", with which the session was written", cache(ours));
+  return invalid_argument("--recipe", "the one with which the session was written, of " + entry + " " + theirs, entry + " " + ours);
+}
 
 class Conversation {
  public:
@@ -20,38 +32,52 @@ class Conversation {
 
   Status run(bool* was_interrupted) {
     std::string prompt = options_.prompt;
-    if (!options_.prompt_file.empty()) KV4_RETURN_IF_ERROR(read_text("-f", options_.prompt_file, &prompt));
+    if (!options_.prompt_file.empty()) KV4_RETURN_IF_ERROR(read_text(source_, options_.prompt_file, &prompt));
     if (const std::size_t at = engine::invalid_utf8(prompt); at != std::string::npos)
-      return invalid_argument(options_.prompt_file.empty() ? "-p" : "-f", "valid UTF-8", "an invalid byte at offset " + std::to_string(at));
+      return invalid_argument(source_, "valid UTF-8", "an invalid byte at offset " + std::to_string(at));
     KV4_RETURN_IF_ERROR(engine::Sampler::create(options_.sampler, &sampler_));
     Recipe recipe;
     KV4_RETURN_IF_ERROR(recipe_of(common_, &recipe));  // a bad file is told of before the model is read
-    KV4_RETURN_IF_ERROR(load_model(common_, &model_));
-    const bool once = !options_.prompt.empty() || !options_.prompt_file.empty();
+    const bool once = options_.prompt_given || !options_.prompt_file.empty();
     chat_ = options_.chat || !once;
+    if (once && chat_ && prompt.empty()) return invalid_argument(source_, "a message", "an empty text");
+    if (!options_.session.empty()) {
+      if (common_.cache == "f16") return error(StatusCode::unsupported, "--cache", "kv4 or exact, of which a session can be kept", "f16");
+      KV4_RETURN_IF_ERROR(engine::check_session_place(options_.session));
+    }
+    KV4_RETURN_IF_ERROR(load_model(common_, &model_));
     if (chat_ && !model_->vocabulary().has_template())
       return error(StatusCode::unsupported, "chat", "a model with a chat template", "one without; -p or -f complete a text");
 
     std::vector<std::int32_t> tokens;
     if (once && !chat_) KV4_RETURN_IF_ERROR(model_->vocabulary().tokenize(prompt, false, false, &tokens));
-    const std::int64_t wanted = static_cast<std::int64_t>(once ? std::max(tokens.size(), prompt.size() / 2) : 0) + std::max(options_.tokens, 512);
+    const std::int64_t held = options_.session.empty() ? 0 : engine::session_tokens(options_.session);
+    const std::int64_t wanted = held + static_cast<std::int64_t>(once ? std::max(tokens.size(), prompt.size() / 2) : 0) + std::max(options_.tokens, 512);
     KV4_RETURN_IF_ERROR(make_context(common_, model_, std::min(std::max(kContext, wanted), model_->context_length()), &context_));
     if (!options_.session.empty()) KV4_RETURN_IF_ERROR(restore());
-    if (session_.messages.empty() && chat_ && !options_.system.empty()) session_.messages.push_back({"system", options_.system});
+    if (session_.messages.empty() && chat_ && options_.system_given) session_.messages.push_back({"system", options_.system});
 
     Status status = once ? say(prompt) : talk();
-    if (status.ok() && !options_.session.empty()) status = engine::save_session(options_.session, session_, *context_);
+    // What was taken in is kept, whatever came after it; where nothing was, the file is as it would be.
+    if (context_->length() > restored_) {
+      const Status saved = save();
+      if (status.ok()) status = saved;
+    }
     *was_interrupted = stopped_ && once;
     if (status.ok()) report();
     return status;
   }
 
  private:
+  Status save() const {
+    return options_.session.empty() ? Status() : engine::save_session(options_.session, session_, *context_);
+  }
+
   Status restore() {
     std::FILE* file = std::fopen(options_.session.c_str(), "rb");
     if (file == nullptr) return {};  // a new one
     std::fclose(file);
-    KV4_RETURN_IF_ERROR(engine::load_session(options_.session, context_.get(), &session_));
+    KV4_RETURN_IF_ERROR(in_options(engine::load_session(options_.session, context_.get(), &session_)));
     if (session_.messages.empty() != !chat_)
       return invalid_argument("--session", chat_ ? "a session of a chat" : "a session of a completed text", options_.session + ", another kind");
     restored_ = context_->length();
@@ -59,6 +85,7 @@ class Conversation {
   }
 
   Status talk() {
+    talking_ = true;
     if (!common_.json) std::fputs("Ctrl-C stops an answer, Ctrl-D ends the chat.\n", stderr);
     for (std::string line;;) {
       if (!common_.json) std::fputs("> ", stderr);
@@ -71,7 +98,7 @@ class Conversation {
       const Status status = say(line);
       if (status.ok()) continue;
       // The conversation is as it was: the next line may do better.
-      if (status.code() != StatusCode::invalid_argument) return status;
+      if (status.code() != StatusCode::invalid_argument && status.code() != StatusCode::out_of_range) return status;
       std::fprintf(stderr, "%s\n", status.message().c_str());
     }
     return {};
@@ -94,7 +121,8 @@ class Conversation {
     std::vector<std::int32_t> tokens;
     KV4_RETURN_IF_ERROR(vocabulary.tokenize(fresh, opening, chat_, &tokens));
     tokens.insert(tokens.begin(), session_.pending.begin(), session_.pending.end());
-    if (tokens.empty()) return invalid_argument("prompt", "some text", "none");
+    if (tokens.empty()) return invalid_argument(source_, "some text, as the model opens none by itself", "an empty one");
+    KV4_RETURN_IF_ERROR(check_room(static_cast<std::int64_t>(tokens.size())));
 
     interrupted().store(false);
     bool stopped = false;
@@ -116,7 +144,15 @@ class Conversation {
     return answer();
   }
 
+  Status check_room(std::int64_t fresh) const {
+    const std::int64_t held = context_->length(), room = context_->options().context, most = model_->context_length();
+    if (held + fresh <= room) return {};
+    return error(StatusCode::out_of_range, "--context", "at least " + std::to_string(held + fresh) + " tokens, " + std::to_string(held) + " held and " + std::to_string(fresh) + " new",
+                 std::to_string(room) + (room == most ? ", the most that the model was trained on" : ""));
+  }
+
   Status answer() {
+    bool full = false;
     Stream stream(!common_.json);
     const Timer decode;
     std::int64_t steps = 0;
@@ -130,7 +166,7 @@ class Conversation {
       const bool last = options_.tokens >= 0 && drawn + 1 == options_.tokens;
       if (last) break;  // it is taken in with what comes next
       if (context_->length() + 1 > context_->options().context) {
-        full_ = true;
+        full = true;
         break;
       }
       bool stopped = false;
@@ -149,10 +185,9 @@ class Conversation {
     decode_seconds_ += decode.seconds();
     text_ += stream.text();
     if (chat_) session_.messages.push_back({"assistant", stream.text()});
-    if (full_ && !common_.json)
-      std::fprintf(stderr, "context: expected room for one more token; got %lld of %lld in use (-c takes more)\n",
-                   static_cast<long long>(context_->length()), static_cast<long long>(context_->options().context));
-    return status;
+    if (!full) return status;
+    if (!common_.json) std::fprintf(stderr, "%s\n", check_room(1).message().c_str());
+    return talking_ ? save() : status;  // such a chat may well be left in some other way than by its end
   }
 
   // Bytes of the template after the last answer, such as "<|im_end|>\n".
@@ -200,7 +235,8 @@ class Conversation {
   engine::Session session_;
   std::vector<std::int32_t> answer_;
   std::string text_;
-  bool chat_ = false, stopped_ = false, full_ = false;
+  const char* source_ = options_.prompt_file.empty() ? "--prompt" : "--file";
+  bool chat_ = false, talking_ = false, stopped_ = false;
   std::int64_t restored_ = 0, prompt_tokens_ = 0, decode_tokens_ = 0;
   double prompt_seconds_ = 0, decode_seconds_ = 0;
 };

@@ -22,6 +22,7 @@ struct Common {
 
 struct Generate {
   std::string prompt, prompt_file, session, system;
+  bool prompt_given = false, system_given = false;  // an empty text, too, is one
   bool chat = false;
   int tokens = -1;  // -1: until the model ends, or the context is full
   engine::SamplerOptions sampler;
@@ -52,6 +53,8 @@ Status recipe_of(const Common& common, Recipe* out);
 Status load_model(const Common& common, std::shared_ptr<const engine::Model>* out);
 // `context`: where the command line gives none.
 Status make_context(const Common& common, std::shared_ptr<const engine::Model> model, std::int64_t context, std::unique_ptr<engine::Context>* out);
+// Errors: invalid_argument for a folder, or a file that cannot be read.
+Status check_file(const std::string& argument, const std::string& path);
 Status read_text(const std::string& argument, const std::string& path, std::string* out);
 
 // The commands. Each prints its results; the status is what went wrong.

@@ -27,9 +27,7 @@ Status perplexity(const Common& given, const Perplexity& options) {
   Common common = given;
   if (common.batch == 0) common.batch = kBatch;
   std::string text;
-  KV4_RETURN_IF_ERROR(read_text("-f", options.text, &text));
-  if (options.window < 4) return invalid_argument("--window", "4 tokens or more", std::to_string(options.window));
-  if (options.windows < 1) return invalid_argument("--windows", "1 or more", std::to_string(options.windows));
+  KV4_RETURN_IF_ERROR(read_text("--file", options.text, &text));
   std::shared_ptr<const engine::Model> model;
   KV4_RETURN_IF_ERROR(load_model(common, &model));
   std::vector<std::int32_t> tokens;
@@ -38,7 +36,7 @@ Status perplexity(const Common& given, const Perplexity& options) {
   KV4_RETURN_IF_ERROR(model->vocabulary().tokenize("", true, false, &opening));
   const std::int64_t fresh = options.window - static_cast<std::int64_t>(opening.size());
   if (static_cast<std::int64_t>(tokens.size()) < fresh * options.windows)
-    return invalid_argument("-f", "a text of at least " + std::to_string(fresh * options.windows) + " tokens", std::to_string(tokens.size()));
+    return invalid_argument("--file", "a text of at least " + std::to_string(fresh * options.windows) + " tokens", std::to_string(tokens.size()));
 
   std::unique_ptr<engine::Context> context, exact;
   KV4_RETURN_IF_ERROR(make_context(common, model, options.window, &context));

@@ -38,7 +38,6 @@ Status verify(const Common& common, const Verify& options) {
       if (!line.empty()) prompts.push_back(line);
     if (prompts.empty()) return invalid_argument("--prompts", "a prompt on each line", "an empty file");
   }
-  if (options.tokens < 1) return invalid_argument("-n", "1 or more", std::to_string(options.tokens));
   std::shared_ptr<const engine::Model> model;
   KV4_RETURN_IF_ERROR(load_model(common, &model));
   std::unique_ptr<engine::Context> context;

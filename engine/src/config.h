@@ -33,7 +33,12 @@ struct Config {
 };
 
 // The keys that all architectures share, under the prefix that general.architecture gives.
-// Errors: invalid_argument for a missing, malformed or implausible key; unsupported for a RoPE scaling that is not built.
+// Errors: invalid_argument for a missing, malformed or implausible key; unsupported for a RoPE scaling that is not built,
+// and for a file that is a part of a model or none.
 Status read_config(const GgufFile& file, Config* out);
+
+// After all that is known was read. Errors: unsupported for a key of the architecture that nobody asked for and whose value may
+// change what the model computes.
+Status refuse_unknown(const GgufFile& file, const Config& config);
 
 }  // namespace kv4::engine

@@ -153,7 +153,7 @@ Status Context::decode(std::span<const std::int32_t> tokens, std::int64_t answer
   s.stop = stop;
   // A single batch is taken back by the store itself. A mark of the caller's is moved: there is only one.
   const bool several = count > s.options.batch;
-  if (several) s.store->mark();
+  if (several) KV4_RETURN_IF_ERROR(s.store->mark());
   Status status;
   bool done = true;
   for (std::int64_t first = 0; first < count && done; first += s.options.batch) {
@@ -184,7 +184,7 @@ Status Context::crop(std::int64_t length) {
     return error(StatusCode::out_of_range, "length", "0 to " + std::to_string(this->length()), std::to_string(length));
   return state_->store->crop(length);
 }
-void Context::mark() { state_->store->mark(); }
+Status Context::mark() { return state_->store->mark(); }
 Status Context::rewind() { return state_->store->rewind(); }
 std::size_t Context::cache_bytes() const { return state_->store->nbytes(); }
 const ContextOptions& Context::options() const { return state_->options; }

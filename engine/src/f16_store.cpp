@@ -75,7 +75,10 @@ class F16Store final : public Store {
     if (ran) length_ += tokens;
     return {};
   }
-  void mark() override { marked_ = length_; }
+  Status mark() override {
+    marked_ = length_;
+    return {};
+  }
   Status rewind() override { return crop(marked_); }
   void forget_mark() override {}
   std::int64_t length() const override { return length_; }

@@ -1,6 +1,7 @@
 #include "gguf_file.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <limits>
 
 #include "hash.h"
@@ -18,6 +19,8 @@ Status damaged(const std::string& path, const std::string& what) { return invali
 Status GgufFile::open(const std::string& path, std::unique_ptr<GgufFile>* out) {
   auto result = std::unique_ptr<GgufFile>(new GgufFile);
   result->path_ = path;
+  std::error_code unused;
+  if (std::filesystem::is_directory(path, unused)) return invalid_argument("model", "a GGUF file that can be read", path + ", a folder");
   result->file_.reset(std::fopen(path.c_str(), "rb"));
   if (!result->file_) return invalid_argument("model", "a GGUF file that can be read", path);
   char magic[4] = {};
@@ -44,7 +47,7 @@ Status GgufFile::open(const std::string& path, std::unique_ptr<GgufFile>* out) {
 }
 
 Status GgufFile::text(const std::string& key, std::string* out) const {
-  const std::int64_t id = gguf_find_key(gguf_.get(), key.c_str());
+  const std::int64_t id = find(key);
   if (id < 0) return invalid_argument(key, "a string in the model's metadata", "no such key");
   const gguf_type type = gguf_get_kv_type(gguf_.get(), id);
   if (type != GGUF_TYPE_STRING) return invalid_argument(key, "a string", gguf_type_name(type));
@@ -54,7 +57,7 @@ Status GgufFile::text(const std::string& key, std::string* out) const {
 
 Status GgufFile::integer(const std::string& key, std::int64_t* out) const {
   const gguf_context* g = gguf_.get();
-  const std::int64_t id = gguf_find_key(g, key.c_str());
+  const std::int64_t id = find(key);
   if (id < 0) return invalid_argument(key, "an integer in the model's metadata", "no such key");
   switch (const gguf_type type = gguf_get_kv_type(g, id)) {
     case GGUF_TYPE_UINT8: *out = gguf_get_val_u8(g, id); return {};
@@ -77,13 +80,42 @@ Status GgufFile::integer(const std::string& key, std::int64_t* out) const {
 
 Status GgufFile::real(const std::string& key, double* out) const {
   const gguf_context* g = gguf_.get();
-  const std::int64_t id = gguf_find_key(g, key.c_str());
+  const std::int64_t id = find(key);
   if (id < 0) return invalid_argument(key, "a number in the model's metadata", "no such key");
   switch (const gguf_type type = gguf_get_kv_type(g, id)) {
     case GGUF_TYPE_FLOAT32: *out = gguf_get_val_f32(g, id); return {};
     case GGUF_TYPE_FLOAT64: *out = gguf_get_val_f64(g, id); return {};
     default: return invalid_argument(key, "a floating-point number", gguf_type_name(type));
   }
+}
+
+Status GgufFile::number(const std::string& key, double* out) const {
+  const gguf_context* g = gguf_.get();
+  const std::int64_t id = find(key);
+  if (id >= 0 && gguf_get_kv_type(g, id) == GGUF_TYPE_BOOL) {
+    *out = gguf_get_val_bool(g, id) ? 1 : 0;
+    return {};
+  }
+  if (real(key, out).ok()) return {};
+  std::int64_t value = 0;
+  KV4_RETURN_IF_ERROR(integer(key, &value));
+  *out = static_cast<double>(value);
+  return {};
+}
+
+std::vector<std::string> GgufFile::unasked(const std::string& prefix) const {
+  std::vector<std::string> keys;
+  for (std::int64_t i = 0; i < gguf_get_n_kv(gguf_.get()); ++i) {
+    const std::string key = gguf_get_key(gguf_.get(), i);
+    if (key.starts_with(prefix) && !asked_.contains(key)) keys.push_back(key);
+  }
+  return keys;
+}
+
+std::vector<std::string> GgufFile::tensor_names() const {
+  std::vector<std::string> names;
+  for (std::int64_t i = 0; i < gguf_get_n_tensors(gguf_.get()); ++i) names.emplace_back(gguf_get_tensor_name(gguf_.get(), i));
+  return names;
 }
 
 Status GgufFile::read(const std::string& name, ggml_tensor* target) const {

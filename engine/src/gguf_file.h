@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -27,10 +28,15 @@ class GgufFile {
   Status text(const std::string& key, std::string* out) const;
   Status integer(const std::string& key, std::int64_t* out) const;
   Status real(const std::string& key, double* out) const;
+  Status number(const std::string& key, double* out) const;  // of any of these types, or a truth value as 0 or 1
   // The same where there is such a key; else *out is as it was.
   Status optional_integer(const std::string& key, std::int64_t* out) const { return has(key) ? integer(key, out) : Status(); }
   Status optional_real(const std::string& key, double* out) const { return has(key) ? real(key, out) : Status(); }
 
+  // Keys that begin with `prefix` and that none of the above was called with.
+  std::vector<std::string> unasked(const std::string& prefix) const;
+
+  std::vector<std::string> tensor_names() const;
   // Of a tensor: null where there is none. Its data pointer is empty.
   const ggml_tensor* tensor(const std::string& name) const { return ggml_get_tensor(tensors_.get(), name.c_str()); }
   // Copies the tensor of this name into `target`, which has its type and shape and lies in a backend's buffer.
@@ -45,8 +51,14 @@ class GgufFile {
     void operator()(std::FILE* f) const { std::fclose(f); }
     void operator()(gguf_context* g) const { gguf_free(g); }
   };
+  std::int64_t find(const std::string& key) const {
+    asked_.insert(key);
+    return gguf_find_key(gguf_.get(), key.c_str());
+  }
+
   std::string path_;
   std::uint64_t bytes_ = 0;
+  mutable std::set<std::string> asked_;
   std::unique_ptr<std::FILE, Close> file_;
   std::unique_ptr<gguf_context, Close> gguf_;
   GgmlContext tensors_;

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <mutex>
+#include <set>
 #include <vector>
 
 #include "store.h"
@@ -64,15 +66,19 @@ class Kv4Store final : public Store {
   }
 
   // A cache that neither seals nor slides loses nothing that a crop would miss. Clones of the others share their pages.
-  void mark() override {
+  Status mark() override {
+    std::vector<std::unique_ptr<Cache>> marked(layers_.size());
+    for (std::size_t i = 0; i < layers_.size(); ++i)
+      if (const Cache& cache = *layers_[i].cache; cache.config().recipe.seal != SealMode::never || cache.config().sliding_window > 0)
+        KV4_RETURN_IF_ERROR(cache.clone(&marked[i]));
+    for (std::size_t i = 0; i < layers_.size(); ++i) layers_[i].marked = std::move(marked[i]);
     marked_ = length_;
-    for (Layer& l : layers_)
-      if (l.cache->config().recipe.seal != SealMode::never || l.cache->config().sliding_window > 0) l.marked = l.cache->clone();
+    return {};
   }
   Status rewind() override {
     for (Layer& l : layers_) {
       if (l.marked)
-        l.cache = l.marked->clone();
+        KV4_RETURN_IF_ERROR(l.marked->clone(&l.cache));
       else if (marked_ == 0)
         l.cache->reset();
       else if (l.cache->length() > marked_)
@@ -98,12 +104,23 @@ class Kv4Store final : public Store {
   }
   std::size_t nbytes() const override {
     std::size_t bytes = 0;
-    for (const Layer& l : layers_) bytes += l.cache->nbytes();
+    std::set<const void*> counted;  // what layers share counts once
+    for (const Layer& l : layers_) {
+      bytes += l.cache->nbytes();
+      for (const SharedMemory& memory : l.cache->shared())
+        if (!counted.insert(memory.identity).second) bytes -= memory.bytes;
+    }
     return bytes;
   }
 
   Status save(const kv4::Sink& sink) const override {
-    for (const Layer& l : layers_) KV4_RETURN_IF_ERROR(l.cache->save(sink));
+    // What is due goes out as pages already, as the next call would make them; the layers themselves stay as they are.
+    for (const Layer& l : layers_) {
+      std::unique_ptr<Cache> sealed;
+      KV4_RETURN_IF_ERROR(l.cache->clone(&sealed));
+      KV4_RETURN_IF_ERROR(sealed->seal());
+      KV4_RETURN_IF_ERROR(sealed->save(sink));
+    }
     return {};
   }
   Status load(const kv4::Source& source) override {

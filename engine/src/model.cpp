@@ -40,6 +40,7 @@ Status Model::read(const std::string& path, const std::function<void(double)>& p
   KV4_RETURN_IF_ERROR(find_architecture(name, &state->architecture));
   KV4_RETURN_IF_ERROR(read_config(*file, &state->config));
   if (state->architecture->refine != nullptr) KV4_RETURN_IF_ERROR(state->architecture->refine(*file, &state->config));
+  KV4_RETURN_IF_ERROR(refuse_unknown(*file, state->config));
   KV4_RETURN_IF_ERROR(Vocabulary::load(path, &state->vocabulary));
   if (state->vocabulary->size() != state->config.vocabulary)
     return invalid_argument("tokenizer.ggml.tokens", std::to_string(state->config.vocabulary) + " tokens, as many as token_embd.weight has rows",

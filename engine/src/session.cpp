@@ -24,6 +24,9 @@ struct Close {
 };
 using File = std::unique_ptr<std::FILE, Close>;
 
+// Beside the file whose place it takes.
+std::string part_of(const std::string& path) { return path + ".part" + std::to_string(getpid()); }
+
 Status damaged(const std::string& path, const std::string& what) { return invalid_argument("session", "a whole session file", path + ": " + what); }
 
 template <class T>
@@ -158,7 +161,7 @@ Status check_whole(std::FILE* file, const std::string& path, std::uint64_t* byte
 }  // namespace
 
 Status save_session(const std::string& path, const Session& session, const Context& context) {
-  const std::string part = path + ".part" + std::to_string(getpid());
+  const std::string part = part_of(path);
   const auto failed = [&](const std::string& what) { return invalid_argument("session", "a file that can be written", path + ": " + what); };
   File file(std::fopen(part.c_str(), "wb"));
   if (!file) return failed(std::strerror(errno));
@@ -177,6 +180,33 @@ Status save_session(const std::string& path, const Session& session, const Conte
     close(fd);
   }
   return {};
+}
+
+Status check_session_place(const std::string& path) {
+  const auto failed = [&](const std::string& what) { return invalid_argument("session", "a file that can be written", path + ": " + what); };
+  std::error_code unused;
+  if (std::filesystem::is_directory(path, unused)) return failed("a folder");
+  const std::string part = part_of(path);
+  const File file(std::fopen(part.c_str(), "wb"));
+  if (!file) return failed(std::strerror(errno));
+  std::remove(part.c_str());
+  return {};
+}
+
+std::int64_t session_tokens(const std::string& path) {
+  const File file(std::fopen(path.c_str(), "rb"));
+  std::error_code failed;
+  const std::uint64_t bytes = std::filesystem::file_size(path, failed);
+  if (!file || failed) return 0;
+  Reader in(file.get(), bytes, path);
+  char magic[sizeof kMagic];
+  std::uint32_t version = 0;
+  std::uint64_t identity = 0;
+  std::vector<std::int32_t> tokens, pending;
+  if (!in.bytes(magic, sizeof magic).ok() || !std::equal(magic, magic + sizeof magic, kMagic)) return 0;
+  if (!in.number(&version).ok() || version != kVersion || !in.number(&identity).ok()) return 0;
+  if (!in.tokens(&tokens).ok() || !in.tokens(&pending).ok()) return 0;
+  return static_cast<std::int64_t>(tokens.size() + pending.size());
 }
 
 Status load_session(const std::string& path, Context* context, Session* out) {
@@ -207,7 +237,7 @@ Status load_session(const std::string& path, Context* context, Session* out) {
     KV4_RETURN_IF_ERROR(in.text(&m.text));
     session.messages.push_back(std::move(m));
   }
-  const std::size_t held = session.tokens.size() + session.pending.size();
+  const std::size_t held = session.tokens.size();
   if (held > static_cast<std::size_t>(context->options().context))
     return error(StatusCode::out_of_range, "context", "at least " + std::to_string(held) + ", the session's tokens",
                  std::to_string(context->options().context));

@@ -34,7 +34,7 @@ class Store {
   virtual Status end(std::int64_t tokens, bool ran) = 0;
 
   // Keeps what is held now, at the cost of what is added after it; rewind() goes back there, to the bit. One mark at a time.
-  virtual void mark() = 0;
+  virtual Status mark() = 0;
   virtual Status rewind() = 0;
   virtual void forget_mark() = 0;
 

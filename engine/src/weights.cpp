@@ -1,6 +1,7 @@
 #include "weights.h"
 
 #include <algorithm>
+#include <set>
 
 #include "kv4_engine/memory.h"
 #include "log.h"
@@ -63,8 +64,10 @@ Status Weights::load(const GgufFile& file, const std::vector<Wanted>& wanted, co
 
   std::vector<std::pair<std::string, ggml_tensor*>> order;  // source in the file, tensor
   std::uint64_t total = 0;
+  std::set<std::string> known;
   for (const Wanted& w : wanted) {
     const std::string& source = w.source.empty() ? w.name : w.source;
+    known.insert(source);
     const ggml_tensor* in_file = file.tensor(source);
     if (in_file == nullptr) {
       if (w.optional) continue;
@@ -90,6 +93,11 @@ Status Weights::load(const GgufFile& file, const std::vector<Wanted>& wanted, co
     total += ggml_nbytes(t);
   }
 
+  for (const std::string& name : file.tensor_names()) {
+    if (known.contains(name)) continue;
+    const ggml_tensor* t = file.tensor(name);
+    return error(StatusCode::unsupported, name, "tensors that the engine computes with", "one of shape " + shape_text(t->ne, ggml_n_dims(t)) + " that it does not know");
+  }
   KV4_RETURN_IF_ERROR(check_memory("model", total));
   for (Place& p : result->places_) {
     if (ggml_get_first_tensor(p.context.get()) == nullptr) continue;

@@ -34,7 +34,7 @@ struct Wanted {
 class Weights {
  public:
   // progress: share of the bytes done, 0 to 1; may be null. Errors: invalid_argument for a missing tensor or another shape;
-  // unsupported for a type without a kernel; out_of_memory.
+  // unsupported for a type without a kernel, or a tensor of the file that is not wanted; out_of_memory.
   static Status load(const GgufFile& file, const std::vector<Wanted>& wanted, const std::function<void(double)>& progress,
                      std::unique_ptr<Weights>* out);
 

@@ -1,5 +1,9 @@
 // Every architecture against llama.cpp's library with a float16 cache, on the same file.
+#include <gguf.h>
+
 #include <cmath>
+#include <functional>
+#include <iterator>
 
 #include "peer.h"
 #include "tiny_model.h"
@@ -23,8 +27,10 @@ double apart(std::span<const float> a, std::span<const float> b) {
 class Architectures : public EngineTest, public ::testing::WithParamInterface<TinyModel> {
  protected:
   // A prompt of several batches, then one token after the other: relative root mean square error of all logits.
-  double error_against_llama(const ContextOptions& options) {
-    const std::shared_ptr<const Model> model = load(GetParam());
+  double error_against_llama(const ContextOptions& options, const std::function<void(gguf_context*)>& change = nullptr) {
+    TinyModel tiny = GetParam();
+    tiny.change = change;
+    const std::shared_ptr<const Model> model = load(tiny);
     const std::unique_ptr<Context> own = context(model, options);
     std::shared_ptr<llama_model> peer_model;
     std::unique_ptr<run::Peer> peer;
@@ -84,6 +90,23 @@ TEST_P(Architectures, QuantisedMatrices) {
     // Activations are rounded to 8 bits there, and a float16's difference before may move them by one step of 1/127 of the largest.
     EXPECT_LT(apart(own->logits(), peer->logits()) / rms(peer->logits()), 0.05) << ggml_type_name(type);
   }
+}
+
+// Every way in which a file says that positions are scaled, or are not.
+TEST_P(Architectures, RopeScalingIsReadAsLlamaReadsIt) {
+  const std::string prefix = GetParam().architecture + ".rope.";
+  const auto set = [&](gguf_context* g, const char* key, float value) { gguf_set_val_f32(g, (prefix + key).c_str(), value); };
+  const auto type = [&](gguf_context* g, const char* kind) { gguf_set_val_str(g, (prefix + "scaling.type").c_str(), kind); };
+  const std::function<void(gguf_context*)> changes[] = {
+      [&](gguf_context* g) { set(g, "scaling.factor", 4); },
+      [&](gguf_context* g) { set(g, "scaling.factor", 4), type(g, "linear"); },
+      [&](gguf_context* g) { set(g, "scaling.factor", 4), type(g, "none"); },
+      [&](gguf_context* g) { set(g, "scale_linear", 4); },
+      [&](gguf_context* g) { set(g, "scale_linear", 2), set(g, "scaling.factor", 4); },
+      [&](gguf_context* g) { set(g, "scale_linear", 4), type(g, "none"); },
+  };
+  for (std::size_t i = 0; i < std::size(changes); ++i)
+    EXPECT_LT(error_against_llama(exact(), changes[i]), float16_bound(GetParam())) << "way " << i;
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Architectures, ::testing::ValuesIn(tiny_models()),

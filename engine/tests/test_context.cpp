@@ -52,7 +52,7 @@ TEST_F(ContextTest, AStoppedCallLeavesNoTrace) {
       bool stopped = false;
       std::thread later;
       if (when == 2) later = std::thread([&] { stop.store(true); });
-      c->mark();
+      ASSERT_TRUE(c->mark().ok());
       ASSERT_TRUE(c->decode(more, 1, &stop, &stopped, [&](std::int64_t) {
                      if (when == 1) stop.store(true);
                    }).ok());
@@ -74,7 +74,7 @@ TEST_F(ContextTest, RewindsToTheBit) {
   for (const ContextOptions& options : {exact(), packed()}) {
     const std::unique_ptr<Context> c = context(model, options);
     ASSERT_TRUE(c->decode(some_tokens(250)).ok());
-    c->mark();
+    ASSERT_TRUE(c->mark().ok());
     std::vector<float> first;
     for (int again = 0; again < 3; ++again) {
       for (const std::int32_t token : some_tokens(100, 6)) ASSERT_TRUE(c->decode(std::vector{token}).ok());

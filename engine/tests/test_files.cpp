@@ -32,6 +32,7 @@ class Files : public EngineTest {
 
 TEST_F(Files, ForeignAndCut) {
   refused(path("none.gguf"), StatusCode::invalid_argument, "none.gguf");
+  refused(folder_.string(), StatusCode::invalid_argument, folder_.string() + ", a folder");
   write_bytes("text.gguf", "This is a letter, not a model.");
   refused(path("text.gguf"), StatusCode::invalid_argument, "does not begin with GGUF");
   write_bytes("empty.gguf", "");
@@ -70,6 +71,72 @@ TEST_F(Files, WhatIsNotBuilt) {
   refused(m, StatusCode::unsupported, "llama.rope.scaling.type: expected none or linear; got yarn");
   m.change = [](gguf_context* g) { gguf_set_val_u32(g, "llama.expert_count", 8); };
   refused(m, StatusCode::unsupported, "llama.expert_count: expected no experts; got 8");
+  m.change = [](gguf_context* g) { gguf_set_val_u16(g, "split.count", 3); };
+  refused(m, StatusCode::unsupported, "split.count: expected 1, a model in one file; got 3");
+  m.change = [](gguf_context* g) { gguf_set_val_str(g, "general.type", "adapter"); };
+  refused(m, StatusCode::unsupported, "general.type: expected model; got adapter");
+}
+
+TEST_F(Files, EveryTensorIsUsedOrNamed) {
+  for (const TinyModel& tiny : tiny_models()) {
+    for (const char* name : {"blk.0.attn_q.scale", "blk.1.ffn_gate_inp.weight", "blk.7.attn_norm.weight", "blk.0.attn_sinks.weight", "output_norm.bias"}) {
+      TinyModel m = tiny;
+      m.extra = {{name, {4}}};
+      refused(m, StatusCode::unsupported, std::string(name) + ": expected tensors that the engine computes with; got one of shape [4] that it does not know");
+    }
+  }
+}
+
+TEST_F(Files, EveryKeyOfTheArchitectureIsUsedOrNamed) {
+  struct Case {
+    const char* key;
+    float value;
+    const char* says;
+  };
+  const Case cases[] = {
+      {"logit_scale", 0.5f, "expected 1; got 0.5"},
+      {"residual_scale", 2, "expected 1; got 2"},
+      {"embedding_scale", 12, "expected 1; got 12"},
+      {"attn_logit_softcapping", 50, "expected 0, none; got 50"},
+      {"attention.clamp_kqv", 8, "expected 0, none; got 8"},
+      {"attention.max_alibi_bias", 8, "expected 0, none; got 8"},
+      {"rope.scaling.attn_factor", 1.5f, "expected 1; got 1.5"},
+      {"attention.scale", 0.1f, "expected keys that the engine knows"},
+      {"attention.temperature_scale", 0.1f, "expected keys that the engine knows"},
+      {"rope.scaling.yarn_beta_fast", 32, "expected keys that the engine knows"},
+  };
+  for (const TinyModel& tiny : tiny_models()) {
+    const std::string prefix = tiny.architecture + ".";
+    TinyModel m = tiny;
+    for (const Case& c : cases) {
+      m.change = [&](gguf_context* g) { gguf_set_val_f32(g, (prefix + c.key).c_str(), c.value); };
+      refused(m, StatusCode::unsupported, prefix + c.key + ": " + c.says);
+    }
+    m.change = [&](gguf_context* g) { gguf_set_val_bool(g, (prefix + "attention.causal").c_str(), false); };
+    refused(m, StatusCode::unsupported, prefix + "attention.causal: expected true; got 0");
+    m.change = [&](gguf_context* g) { gguf_set_val_u32(g, (prefix + "vocab_size").c_str(), 7); };
+    refused(m, StatusCode::invalid_argument, prefix + "vocab_size: expected " + std::to_string(kTinyVocabulary));
+    m.change = [&](gguf_context* g) { gguf_remove_key(g, (prefix + "attention.layer_norm_rms_epsilon").c_str()); };
+    refused(m, StatusCode::invalid_argument, prefix + "attention.layer_norm_rms_epsilon: expected a number");
+    if (m.architecture != "gemma3") {
+      m.change = [&](gguf_context* g) { gguf_set_val_u32(g, (prefix + "attention.sliding_window").c_str(), 96); };
+      refused(m, StatusCode::unsupported, prefix + "attention.sliding_window: expected 0, none; got 96");
+    }
+    // What leaves the model as it is, and what is said of its origin.
+    m.change = [&](gguf_context* g) {
+      gguf_set_val_f32(g, (prefix + "logit_scale").c_str(), 1);
+      gguf_set_val_u32(g, (prefix + "expert_count").c_str(), 0);
+      gguf_set_val_bool(g, (prefix + "attention.causal").c_str(), true);
+      gguf_set_val_u32(g, (prefix + "vocab_size").c_str(), static_cast<std::uint32_t>(kTinyVocabulary));
+      gguf_set_val_u32(g, (prefix + "rope.scaling.original_context_length").c_str(), 2048);
+      gguf_set_val_str(g, (prefix + "tensor_data_layout").c_str(), "Meta AI original pth");
+      gguf_set_val_str(g, "general.type", "model");
+      gguf_set_val_u16(g, "split.count", 1);
+    };
+    std::shared_ptr<const Model> model;
+    const Status status = Model::load(make(m), nullptr, &model);
+    EXPECT_TRUE(status.ok()) << status.message();
+  }
 }
 
 TEST_F(Files, WhatDoesNotFit) {

@@ -1,4 +1,5 @@
 // kv4-run as a person meets it.
+#include <gguf.h>
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -99,6 +100,31 @@ class Program : public EngineTest {
   }
 };
 
+// The runtime itself says what it has read (OMP_DISPLAY_ENV).
+TEST_F(Program, BoundsTheSpinOfThreadsUnlessToldHowTheyWait) {
+  ASSERT_EQ(setenv("OMP_DISPLAY_ENV", "VERBOSE", 1), 0);
+  const char* before = std::getenv("OMP_WAIT_POLICY");
+  const std::string policy = before == nullptr ? "" : before;
+  unsetenv("OMP_WAIT_POLICY");
+  const std::vector<std::string> arguments = {"-m", model_, "-p", "Hello", "-n", "4", "--temp", "0", "-t", "2"};
+  const Outcome bounded = run(arguments);
+  setenv("GOMP_SPINCOUNT", "77", 1);
+  const Outcome given = run(arguments);
+  unsetenv("GOMP_SPINCOUNT");
+  setenv("OMP_WAIT_POLICY", "PASSIVE", 1);
+  const Outcome passive = run(arguments);
+  policy.empty() ? unsetenv("OMP_WAIT_POLICY") : setenv("OMP_WAIT_POLICY", policy.c_str(), 1);
+  unsetenv("OMP_DISPLAY_ENV");
+  if (bounded.err.find("GOMP_SPINCOUNT") == std::string::npos) GTEST_SKIP() << "ggml's threads are not GNU OpenMP's here";
+  EXPECT_EQ(bounded.code, 0);
+  EXPECT_NE(bounded.err.find("GOMP_SPINCOUNT = '10000'"), std::string::npos) << bounded.err;
+  EXPECT_NE(given.err.find("GOMP_SPINCOUNT = '77'"), std::string::npos) << given.err;
+  EXPECT_EQ(given.err.find("GOMP_SPINCOUNT = '10000'"), std::string::npos);
+  EXPECT_NE(passive.err.find("GOMP_SPINCOUNT = '0'"), std::string::npos) << passive.err;
+  EXPECT_EQ(passive.err.find("GOMP_SPINCOUNT = '10000'"), std::string::npos);
+  EXPECT_EQ(given.out, bounded.out);
+}
+
 TEST_F(Program, CompletesAText) {
   const Outcome o = run({"-m", model_, "-p", "Hello there", "-n", "12", "--temp", "0", "-t", "2"});
   EXPECT_EQ(o.code, 0) << o.err;
@@ -134,12 +160,77 @@ TEST_F(Program, ASessionGoesOnInAnotherProcess) {
   for (const json& t : then["tokens"]) joined.push_back(t);
   EXPECT_EQ(joined, whole["tokens"]);
 
-  refused({"-m", model_, "-p", "x", "--session", path("s"), "--cache", "exact"}, "recipe");
+  refused({"-m", model_, "-p", "x", "--session", path("s"), "--cache", "exact"}, "--cache: expected kv4, with which the session was written; got exact");
+  refused({"-m", model_, "-p", "x", "--session", path("s"), "--cache", "f16"}, "--cache: expected kv4 or exact, of which a session can be kept; got f16");
+  std::ofstream(path("r.json")) << R"({"format": "kv4-recipe", "version": 1, "window": 128, "key": {"mean": true, "lambda_": "auto"}})";
+  refused({"-m", model_, "-p", "x", "--session", path("s"), "--recipe", path("r.json")},
+          "--recipe: expected the one with which the session was written, of recipe.window 64; got recipe.window 128");
+  refused({"-m", model_, "-p", "x", "--session", path("s"), "-c", "50"}, "--context: expected at least");
   refused({"-m", model_, "-p", "x", "--session", path("s"), "--chat"}, "--session: expected a session of a chat");
   TinyModel other;
   other.seed = 9;
   refused({"-m", make(other, "other.gguf"), "-p", "x", "--session", path("s")}, "of another model");
   refused({"-m", model_, "-p", "x", "--session", path("empty.txt")}, "session: expected a session file");
+}
+
+TEST_F(Program, AFullChatKeepsItsSessionAndGoesOn) {
+  // The first answer fills the context; nothing more fits, and the chat lives on until it is left.
+  const std::vector<std::string> chat = {"-m", model_, "-t", "2", "--temp", "0", "--session", path("s")};
+  const auto with = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), chat.begin(), chat.end());
+    return more;
+  };
+  const Outcome full = run(with({"-c", "128"}), "Hello\nAnd again\nOnce more\n");
+  EXPECT_EQ(full.code, 0) << full.err;
+  std::size_t said = 0;
+  for (std::size_t at = full.err.find("--context: expected at least"); at != std::string::npos; at = full.err.find("--context: expected at least", at + 1)) ++said;
+  EXPECT_EQ(said, 3u) << full.err;
+  ASSERT_TRUE(std::filesystem::exists(path("s"))) << full.err;
+
+  const Outcome same = run(with({"-c", "128"}), "Still there\n");
+  EXPECT_EQ(same.code, 0) << same.err;
+  EXPECT_NE(same.err.find("after 128 restored"), std::string::npos) << same.err;
+  const Outcome larger = run(with({"-c", "256", "-n", "8"}), "Go on\n");
+  EXPECT_EQ(larger.code, 0) << larger.err;
+  EXPECT_NE(larger.err.find("after 128 restored; wrote 8"), std::string::npos) << larger.err;
+
+  // A message that is too long is no end either: a shorter one is answered.
+  const Outcome longer = run({"-m", model_, "-t", "2", "--temp", "0", "-n", "4", "-c", "256", "--session", path("t")}, std::string(400, 'x') + "\nHello\n");
+  EXPECT_EQ(longer.code, 0) << longer.err;
+  EXPECT_NE(longer.err.find("--context: expected at least"), std::string::npos) << longer.err;
+  EXPECT_NE(longer.err.find("wrote 4"), std::string::npos) << longer.err;
+  EXPECT_TRUE(std::filesystem::exists(path("t")));
+  // Where nothing was said nothing is kept, which no chat could go on from.
+  EXPECT_EQ(run({"-m", model_, "-t", "2", "--session", path("u")}).code, 0);
+  EXPECT_FALSE(std::filesystem::exists(path("u")));
+}
+
+TEST_F(Program, ASessionThatFillsTheModelIsOpenedAgain) {
+  TinyModel m;
+  m.architecture = "qwen2";
+  m.never_ends = true;
+  m.context = 160;
+  const std::vector<std::string> arguments = {"-m", make(m, "short.gguf"), "-t", "2", "--temp", "0", "--session", path("s"), "-p"};
+  const auto with = [&](const std::string& prompt) {
+    std::vector<std::string> all = arguments;
+    all.push_back(prompt);
+    return all;
+  };
+  const Outcome filled = run(with("Hello"));  // up to what the model was trained on
+  EXPECT_EQ(filled.code, 0) << filled.err;
+  refused(with("More"), "the most that the model was trained on");
+  EXPECT_TRUE(std::filesystem::exists(path("s")));
+}
+
+TEST_F(Program, AnEmptyPromptIsAPrompt) {
+  const json r = result({"-p", "", "-n", "3", "--temp", "0"});  // from the token that opens a text
+  EXPECT_EQ(r["prompt_tokens"], 1);
+  EXPECT_EQ(r["generated_tokens"], 3);
+  refused({"-m", model_, "-p", "", "--chat"}, "--prompt: expected a message; got an empty text");
+  TinyModel m;
+  m.architecture = "qwen2";
+  m.change = [](gguf_context* g) { gguf_set_val_bool(g, "tokenizer.ggml.add_bos_token", false); };
+  refused({"-m", make(m, "opens_none.gguf"), "-p", ""}, "--prompt: expected some text, as the model opens none by itself; got an empty one");
 }
 
 TEST_F(Program, Chats) {
@@ -169,12 +260,40 @@ TEST_F(Program, CtrlCStopsTheAnswerAndNotTheProgram) {
 }
 
 TEST_F(Program, SaysWhatIsWrong) {
-  refused({}, "-m: expected a GGUF file; got nothing");
+  refused({}, "--model: expected a GGUF file; got nothing");
+  refused({"-m", ""}, "--model: expected a file; got nothing");
+  refused({"-m", folder_.string()}, "--model: expected a GGUF file that can be read; got " + folder_.string() + ", a folder");
+  refused({"-m", model_, "-m", model_}, "--model: expected one value; got none or several");
+  for (const char* option : {"--recipe", "--file", "--session"})
+    refused({"-m", model_, option, ""}, std::string(option) + ": expected a file; got nothing");
+  for (const char* option : {"--file", "--recipe"})
+    refused({"-m", model_, option, folder_.string()}, std::string(option) + ": expected a file that can be read; got " + folder_.string() + ", a folder");
+  refused({"-m", model_, "-p", "x", "--session", folder_.string()}, "--session: expected a file that can be written; got " + folder_.string() + ": a folder");
+  refused({"-m", model_, "-p", "x", "--session", path("nowhere/s")}, "--session: expected a file that can be written; got " + path("nowhere/s"));
+  const std::pair<const char*, const char*> whole[] = {{"--context", "1 to"}, {"--threads", "1 to 512"}, {"--batch", "1 to 65536"}, {"--tokens", "1 to"}, {"--top-k", "0 to"}, {"--seed", "0 to"}};
+  for (const auto& [option, range] : whole)
+    for (const char* bad : {"", "abc", "-1", "1.5", "99999999999999999999"})
+      refused({"-m", model_, "-p", "x", option, bad}, std::string(option) + ": expected a whole number of " + range);
+  for (const char* option : {"--temp", "--top-p", "--min-p"})
+    for (const char* bad : {"", "abc", "nan"}) refused({"-m", model_, "-p", "x", option, bad}, std::string(option) + ": expected a number; got");
+  refused({"-m", model_, "-p", "x", "--temp=-1"}, "--temp: expected 0 or more");
+  refused({"-m", model_, "-p", "x", "--cache", "q4"}, "--cache: expected kv4, exact or f16; got q4");
+  refused({"-m", model_, "-p", "x", "-f", "y"}, "--file");
+  refused({"-m", model_, "--session"}, "--session: expected one value; got none or several");
+  refused({"-m", model_, "--no-such-option"}, "--no-such-option");
+  refused({"bench", "-m", model_, "--caches", "kv4,q4"}, "--caches: expected kv4, exact or f16; got q4");
+  refused({"bench", "-m", model_, "--llama", "q3"}, "--llama: expected f16, q8_0 or q4_0; got q3");
+  refused({"bench", "-m", model_, "-d", "0,x"}, "--depths: expected a whole number of 0 to");
+  refused({"bench", "-m", model_, "--prefill", "1"}, "--prefill: expected a whole number of 2 to");
+  refused({"perplexity", "-m", model_}, "--file is required");
+  refused({"perplexity", "-m", model_, "-f", path("none.txt")}, "--file: expected a file that can be read");
+  refused({"perplexity", "-m", model_, "-f", model_, "--window", "3"}, "--window: expected a whole number of 4 to");
+  refused({"verify", "-m", model_, "--prompts", folder_.string()}, "--prompts: expected a file that can be read");
   refused({"-m", path("none.gguf"), "-p", "x"}, "model: expected a GGUF file that can be read");
-  refused({"-m", model_, "-p", "a\xff"}, "-p: expected valid UTF-8; got an invalid byte at offset 1");
-  refused({"-m", model_, "-f", path("none.txt")}, "-f: expected a file that can be read");
+  refused({"-m", model_, "-p", "a\xff"}, "--prompt: expected valid UTF-8; got an invalid byte at offset 1");
+  refused({"-m", model_, "-f", path("none.txt")}, "--file: expected a file that can be read");
   refused({"-m", model_, "-p", "x", "-c", "4096"}, "context: expected 1 to 2048, what the model was trained on; got 4096");
-  refused({"-m", model_, "-p", "x", "--recipe", path("none.json")}, "recipe: expected a file that can be read");
+  refused({"-m", model_, "-p", "x", "--recipe", path("none.json")}, "--recipe: expected a file that can be read");
   std::ofstream(path("r.json")) << R"({"format": "kv4-recipe", "version": 1, "key": {"rotation": "twist"}})";
   refused({"-m", model_, "-p", "x", "--recipe", path("r.json")}, "recipe.key.rotation: expected one of srft, srht, householder, identity; got \"twist\"");
   std::ofstream(path("r.json")) << R"({"format": "kv4-recipe", "version": 1, "sink": 3})";
@@ -203,7 +322,7 @@ TEST_F(Program, BenchPerplexityVerify) {
   EXPECT_NEAR(p["exact_perplexity"].get<double>() / p["llama_f16_perplexity"].get<double>(), 1, 1e-3);
   const json v = result({"verify", "--cache", "exact", "-n", "6"});
   EXPECT_EQ(v["prompts"].size(), 10u);
-  refused({"perplexity", "-m", model_, "-f", path("text.txt"), "--window", "2048", "--windows", "3"}, "-f: expected a text of at least");
+  refused({"perplexity", "-m", model_, "-f", path("text.txt"), "--window", "2048", "--windows", "3"}, "--file: expected a text of at least");
   refused({"bench", "-m", model_, "-d", "5000"}, "--depths: expected up to");
 }
 

@@ -99,6 +99,42 @@ TEST_F(SessionTest, RefusesWhatIsNotItsOwn) {
   EXPECT_EQ(c->length(), 200);
 }
 
+TEST_F(SessionTest, AFullContextIsOpenedAgain) {
+  const std::shared_ptr<const Model> model = load(TinyModel());
+  ContextOptions options = packed();
+  options.context = 200;
+  const std::unique_ptr<Context> c = context(model, options);
+  Session session;
+  session.tokens = some_tokens(200);
+  session.pending = {7};  // drawn when there was no room left
+  ASSERT_TRUE(c->decode(session.tokens).ok());
+  ASSERT_TRUE(save_session(path("s"), session, *c).ok());
+  EXPECT_EQ(session_tokens(path("s")), 201);
+  EXPECT_EQ(session_tokens(path("none")), 0);
+  EXPECT_EQ(session_tokens(model->path()), 0);
+  for (const std::int64_t size : {200, 300}) {
+    options.context = size;
+    const std::unique_ptr<Context> again = context(model, options);
+    Session back;
+    const Status status = load_session(path("s"), again.get(), &back);
+    ASSERT_TRUE(status.ok()) << status.message();
+    EXPECT_EQ(back.pending, session.pending);
+    EXPECT_EQ(again->decode(back.pending).ok(), size > 200);
+  }
+}
+
+TEST_F(SessionTest, SaysBeforehandThatAPlaceCannotBeWritten) {
+  EXPECT_TRUE(check_session_place(path("s")).ok());
+  EXPECT_FALSE(std::filesystem::exists(path("s")));
+  std::filesystem::create_directories(path("folder"));
+  for (const std::string& place : {path("folder"), path("nowhere/s")}) {
+    const Status status = check_session_place(place);
+    EXPECT_EQ(status.code(), StatusCode::invalid_argument);
+    EXPECT_NE(status.message().find("session: expected a file that can be written; got " + place), std::string::npos) << status.message();
+  }
+  EXPECT_TRUE(std::filesystem::is_empty(path("folder")));
+}
+
 TEST_F(SessionTest, RefusesDamage) {
   const std::shared_ptr<const Model> model = load(TinyModel());
   const std::unique_ptr<Context> c = context(model, packed());

@@ -3,6 +3,8 @@
 
 #include <atomic>
 #include <barrier>
+#include <chrono>
+#include <future>
 #include <thread>
 #include <vector>
 
@@ -48,6 +50,28 @@ TEST(Team, RunsEveryLoopOnEveryThread) {
       for (const std::vector<int>& of_thread : done) EXPECT_EQ(of_thread[static_cast<std::size_t>(loop)], expected);
     }
   }
+}
+
+TEST(Team, WaitsForNobodyWhoHasNotBegun) {
+  constexpr int kThreads = 3, kLoops = 5;
+  Team team;
+  team.reset(kThreads);
+  std::vector<int> done(kThreads);
+  std::promise<void> left;
+  std::thread leader([&] {
+    team.lead(kThreads, [&] {
+      for (int loop = 0; loop < kLoops; ++loop)
+        team.run([](void* counts, int thread) { ++(*static_cast<std::vector<int>*>(counts))[static_cast<std::size_t>(thread)]; }, &done);
+    });
+    left.set_value();
+  });
+  // Ample: the leader has nothing else to do.
+  EXPECT_EQ(left.get_future().wait_for(std::chrono::seconds(20)), std::future_status::ready);
+  std::vector<std::thread> others;
+  for (int t = 1; t < kThreads; ++t) others.emplace_back([&, t] { team.follow(t); });
+  leader.join();
+  for (std::thread& t : others) t.join();
+  EXPECT_EQ(done, std::vector<int>(kThreads, kLoops));
 }
 
 }  // namespace

@@ -121,6 +121,7 @@ void write(const TinyModel& m, const std::string& path) {
     matrix(layer + "ffn_up.weight", m.embedding, m.feed_forward);
     matrix(layer + "ffn_down.weight", m.feed_forward, m.embedding);
   }
+  for (const auto& [name, shape] : m.extra) add(name, shape, 1, 0, GGML_TYPE_F32);
   ASSERT_TRUE(gguf_write_to_file(g, path.c_str(), false));
 }
 

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kv4_engine/context.h"
@@ -29,6 +30,7 @@ struct TinyModel {
   // The last word on the metadata, and which tensors are left out.
   std::function<void(gguf_context*)> change;
   std::string leave_out;
+  std::vector<std::pair<std::string, std::vector<std::int64_t>>> extra;  // further tensors, of ones
 };
 
 // Tokens: <unk>, <s>, </s>, <|im_start|>, <|im_end|>, the 256 bytes, then the printable characters.

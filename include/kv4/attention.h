@@ -43,8 +43,7 @@ struct AttendArgs {
 //   o [batch, q_heads, T, head_dim_v]  sum_j exp(s_j - m) v_j, not normalised
 //   m [batch, q_heads, T]              max_j s_j (natural log); -infinity over no tokens
 //   l [batch, q_heads, T]              sum_j exp(s_j - m); 0 over no tokens
-// States over disjoint token sets merge in any order; the empty state is neutral. What a call writes them to shares memory
-// neither with what it reads nor with each other.
+// States over disjoint token sets merge in any order; the empty state is neutral.
 struct PartialState {
   float* o = nullptr;
   float* m = nullptr;

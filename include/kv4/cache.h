@@ -14,7 +14,8 @@
 // each query exactly as if the tokens had come one by one. Longer calls (prefill) see their own
 // tokens exactly.
 //
-// A failed call leaves the cache as it was. Objects are not thread-safe; clones may be used from
+// A failed call leaves the cache as it was: no later call can tell that it was made. Out of the host's memory is out_of_memory
+// like the device's. A device that queues its work tells of what went wrong there later. Objects are not thread-safe; clones may be used from
 // different threads (they share pages).
 #pragma once
 
@@ -58,6 +59,14 @@ std::string why_not(const std::string& backend);
 using Sink = std::function<Status(std::span<const std::byte>)>;  // takes all the bytes, or says why not
 using Source = std::function<Status(std::span<std::byte>)>;      // fills all of it, or says why not
 
+// Memory that caches of one process have in common: tables of a rotation, one for all that define it alike, on the host and
+// on each device that has used it. `identity` tells such memory apart while any cache that has it lives.
+struct SharedMemory {
+  const void* identity = nullptr;
+  std::size_t bytes = 0;
+  bool on_device = false;  // of memory that is not the host's
+};
+
 class Cache {
  public:
   // Errors: invalid_argument naming the field; unsupported with the reason where no kernel
@@ -72,7 +81,8 @@ class Cache {
   // that sees them.
   Status append(const TensorView& k, const TensorView& v);
 
-  // out [batch, q_heads, T, head_dim_v] for the newest T positions.
+  // out [batch, q_heads, T, head_dim_v] for the newest T positions. Like every output of this class it has a place of its own for
+  // each element, and shares memory neither with q nor with another output.
   // Errors: invalid_argument; non_finite for a visible NaN or infinity in q, k or v.
   Status attend(const AttendArgs& args, const MutableTensorView& out);
   // The partial state over the tokens at positions below `upto`, which must not cut into sealed
@@ -82,8 +92,11 @@ class Cache {
   Status seal();
 
   // Devices. Work is queued on `stream` (a cudaStream_t; null: the device's default stream) by every call that follows, the
-  // destructor's included; calls wait for nothing but what they hand to the host. Clones that share pages need one order
-  // of their streams' work. Non-finite rows are told of by the device: an attend that sees them refuses as soon as it knows.
+  // destructor's included; calls wait for nothing but what they hand to the host. A new cache is on the default stream, all that
+  // create() put there being done; a clone on the stream of what it is a clone of. A cache that moves to another stream has the
+  // other wait for the work of the one before; cudaStreamPerThread is another stream on another thread. Clones that share pages
+  // need one order of their streams' work; other caches may run beside each other, captured or not. Non-finite rows are told of by
+  // the device: an attend that sees them refuses as soon as it knows.
   void set_stream(void* stream);
   // Room for `tokens` more of each sequence, so that steps of one token allocate nothing until then.
   Status reserve(std::int64_t tokens);
@@ -103,7 +116,8 @@ class Cache {
   Status select(std::span<const std::int64_t> rows);
   Status repeat(int times);  // each sequence `times` times, in order
   void reset();              // back to empty; the batch is open again
-  std::unique_ptr<Cache> clone() const;
+  // Another cache that goes on from here by itself; exact rows, pages and lambda are shared until one of them writes.
+  Status clone(std::unique_ptr<Cache>* out) const;
   // While on, a sliding window evicts nothing, so that any crop finds what it needs (assisted
   // decoding). Whether on or off, a crop of tokens of the last call restores exactly what
   // one-by-one decoding would hold.
@@ -128,8 +142,10 @@ class Cache {
   Status dense_values(std::int64_t first, std::int64_t count, const MutableTensorView& out) const;
 
   // Every byte held: page slabs with their slack, exact rows by capacity, tables, lambda and the
-  // statistics kept for it.
+  // statistics kept for it, and what shared() lists.
   std::size_t nbytes() const;
+  // The part of nbytes() that other caches may hold as well, each thing once: who adds up caches counts it once by its identity.
+  std::vector<SharedMemory> shared() const;
 
   const CacheConfig& config() const;
   int batch() const;                 // 0 before the first append

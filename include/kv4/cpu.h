@@ -26,6 +26,8 @@ Status check_isa();
 Status force_isa(const std::string& isa);
 
 // Threads that a call may use; the default is the OpenMP runtime's own number. On a thread that has an executor: its own.
+// How long OpenMP's threads spin while they wait is the program's to say, before it starts: GNU's default, some milliseconds, makes
+// calls many times as long where other programs want the CPUs (docs/huggingface.md, "On a loaded machine").
 int num_threads();
 // Errors: invalid_argument where n < 1.
 Status set_num_threads(int n);
@@ -35,8 +37,9 @@ class Executor {
  public:
   virtual ~Executor() = default;
   virtual int threads() const = 0;  // at least 1
-  // Calls body(context, i) once for every i in [0, threads()), each on a thread of its own, one of them the caller's;
-  // returns when all have returned. body never throws.
+  // Calls body(context, i) once for every i in [0, threads()), on as many threads as are free, one of them the caller's; returns
+  // when all calls have returned. body takes pieces of the work until none is left and never throws. So the caller need not wait
+  // for a thread that the system has put aside before it began: it may make that one's call itself, after its own, at no cost.
   virtual void run(void (*body)(void* context, int thread), void* context) = 0;
 };
 // Calls that the calling thread makes from here on share their work through `executor`, which must outlive them; null: through the

@@ -20,9 +20,12 @@
 //                   R = (I - 2 u_last u_last^T) ... (I - 2 u_0 u_0^T)
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "kv4/status.h"
@@ -57,6 +60,15 @@ struct FftPlan {
   std::vector<double> twiddle_f64, split_f64, root_f64;  // the same in binary64
 };
 
+// What a device keeps of a rotation.
+class RotationTable {
+ public:
+  virtual ~RotationTable() = default;
+  virtual std::size_t bytes() const = 0;  // of the device's memory
+};
+
+// A process has one object for all that define a rotation alike (its kind, d, seed and reflectors, or the bytes of its matrix):
+// the functions below build it or hand out the one that is there, and it goes with its last user. From any thread.
 class Rotation {
  public:
   // Errors: invalid_argument for a dimension outside [kMinHeadDim, kMaxHeadDim] or odd,
@@ -85,6 +97,24 @@ class Rotation {
   const std::vector<float>& inverse() const { return inverse_; }            // dense: R^-1, row-major
   const std::vector<float>& inverse_transpose() const { return inverse_transpose_; }
 
+  std::size_t bytes() const;  // of this object and its tables, in host memory
+
+  // The table that a device keeps of this rotation, for all who use it: made by the first call and destroyed with the
+  // rotation. device: an address that no other device has while the table lives. make() -> std::unique_ptr<RotationTable>
+  // runs while others wait; null, and asked for again by the next call, where it gives null.
+  template <class Make>
+  const RotationTable* table_on(const void* device, const Make& make) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [owner, table] : tables_)
+      if (owner == device) return table.get();
+    std::unique_ptr<RotationTable> made = make();
+    return made == nullptr ? nullptr : tables_.emplace_back(device, std::move(made)).second.get();
+  }
+  // Null where no call has made one.
+  const RotationTable* table_on(const void* device) const {
+    return table_on(device, [] { return std::unique_ptr<RotationTable>(); });
+  }
+
   // The same tables in binary64.
   const std::vector<double>& scaled_signs_f64() const { return scaled_signs_f64_; }
   const std::vector<double>& odd_dft_f64() const { return odd_dft_f64_; }
@@ -97,14 +127,20 @@ class Rotation {
   std::vector<double> inverse_f64() const;  // R^-1: the transpose where orthonormal
 
  private:
-  Rotation() = default;
-  RotationKind kind_ = RotationKind::identity;
-  int dim_ = 0;
+  friend class Interned;
+  Rotation(RotationKind kind, int d, int reflectors = 0, std::uint64_t seed = 0)
+      : kind_(kind), dim_(d), reflectors_(reflectors), seed_(seed) {}
+
+  const RotationKind kind_;
+  const int dim_;
   int hadamard_order_ = 0;
-  int reflectors_ = 0;
+  const int reflectors_;
   std::vector<float> signs_, scaled_signs_, odd_dft_, vectors_, matrix_, inverse_, inverse_transpose_;
   std::vector<double> scaled_signs_f64_, odd_dft_f64_, vectors_f64_, matrix_f64_, inverse_f64_;
   FftPlan fft_;
+  const std::uint64_t seed_;
+  mutable std::mutex mutex_;
+  mutable std::vector<std::pair<const void*, std::unique_ptr<RotationTable>>> tables_;  // few: one a device
 };
 
 }  // namespace kv4

@@ -29,7 +29,6 @@ struct TensorView {
   }
 };
 
-// One that a call writes to: every element has a place of its own, which no tensor that the call reads shares.
 struct MutableTensorView {
   void* data = nullptr;
   DType dtype = DType::f32;

@@ -159,7 +159,15 @@ void bind_metal(nb::module_& m) {
            "Raises NotImplementedError with the reason where no Metal kernel serves it.")
       .def_prop_ro("head_bytes", [](const Metal& s) { return s.spec.layout.head_bytes; })
       .def_prop_ro("page_bytes", [](const Metal& s) { return s.spec.layout.head_bytes * static_cast<std::uint32_t>(s.kv_heads); })
-      .def("query_matrix", [](const Metal& s) { return array(apple::query_matrix(*s.spec.key.rotation)); }, "Empty for the identity.")
+      .def_prop_ro("rotations", [](const Metal& s) {
+        std::vector<std::tuple<std::uintptr_t, std::size_t>> both;
+        for (const SideSpec* side : {&s.spec.key, &s.spec.value})
+          both.emplace_back(reinterpret_cast<std::uintptr_t>(side->rotation.get()), side->rotation->bytes());
+        return both;
+      }, "(identity, bytes) of the rotations of keys and of values; equal ones are one object while anybody holds them.")
+      .def("query_matrix", [](const Metal& s, bool values) {
+        return array(apple::query_matrix(*(values ? s.spec.value : s.spec.key).rotation));
+      }, "values"_a = false, "Empty for the identity.")
       .def("output_matrix", [](const Metal& s, bool values) {
         return array(apple::output_matrix(*(values ? s.spec.value : s.spec.key).rotation));
       }, "values"_a)

@@ -2,10 +2,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <exception>
 #include <span>
+#include <tuple>
 
 #include "kv4/cache.h"
 #include "kv4/cpu.h"
@@ -326,7 +328,11 @@ NB_MODULE(_core, m) {
       .def("select", [](PyCache& c, const std::vector<std::int64_t>& rows) { raise_if_error(c.cache->select(rows)); }, "rows"_a)
       .def("repeat", [](PyCache& c, int times) { raise_if_error(c.cache->repeat(times)); }, "times"_a)
       .def("reset", [](PyCache& c) { c.cache->reset(); })
-      .def("clone", [](const PyCache& c) { return PyCache{c.cache->clone(), c.device}; })
+      .def("clone", [](const PyCache& c) {
+        PyCache fork{nullptr, c.device};
+        raise_if_error(c.cache->clone(&fork.cache));
+        return fork;
+      })
       .def("save", &save, "write"_a, "Passes the cache, block by block, to write(memoryview), which has to take all of it.")
       .def("load", &load, "readinto"_a,
            "Takes a saved cache of the same configuration from readinto(memoryview) -> bytes read, as files have it, into this empty\n"
@@ -334,7 +340,14 @@ NB_MODULE(_core, m) {
       .def("record_past", [](PyCache& c, bool on) { c.cache->record_past(on); }, "on"_a)
       .def("dense_keys", &dense<true>, "first"_a, "count"_a, "out"_a)
       .def("dense_values", &dense<false>, "first"_a, "count"_a, "out"_a)
-      .def("nbytes", [](const PyCache& c) { return c.cache->nbytes(); })
+      .def("nbytes", [](const PyCache& c) { return c.cache->nbytes(); }, "Every byte held, with what shared() lists.")
+      .def("shared", [](const PyCache& c) {
+        std::vector<std::tuple<std::uintptr_t, std::size_t, bool>> all;
+        for (const kv4::SharedMemory& memory : c.cache->shared())
+          all.emplace_back(reinterpret_cast<std::uintptr_t>(memory.identity), memory.bytes, memory.on_device);
+        return all;
+      }, "(identity, bytes, on_device) of the part of nbytes() that other caches may hold as well: who adds up caches counts an\n"
+         "identity once.")
       .def_prop_ro("batch", [](const PyCache& c) { return c.cache->batch(); })
       .def_prop_ro("length", [](const PyCache& c) { return c.cache->length(); })
       .def_prop_ro("first", [](const PyCache& c) { return c.cache->first(); })

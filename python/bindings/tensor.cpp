@@ -1,7 +1,5 @@
 #include "tensor.h"
 
-#include <nanobind/ndarray.h>
-
 #include <new>
 #include <optional>
 
@@ -148,7 +146,7 @@ Tensor from_dlpack(nb::handle x, const char* name, int device, bool written) {
   else if (is(nb::dlpack::dtype_code::Int, 32)) t.element = Element::i32;
   else if (is(nb::dlpack::dtype_code::Int, 64)) t.element = Element::i64;
   else t.element_name = "dtype code " + std::to_string(d.code) + " of " + std::to_string(d.bits) + " bits";
-  t.owner = nb::cast(array);
+  t.owner = array;
   return t;
 }
 

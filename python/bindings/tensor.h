@@ -3,6 +3,7 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 
 #include <array>
 #include <cstdint>
@@ -24,7 +25,7 @@ struct Tensor {
   int rank = 0;
   std::array<std::int64_t, 4> shape{};
   std::array<std::int64_t, 4> stride{};
-  nb::object owner;  // keeps memory of a converted array alive
+  nb::ndarray<> owner;  // keeps memory of a converted array alive, which may be the export's own
 };
 
 constexpr int kHost = -1;

@@ -1,19 +1,49 @@
 """kv4: an int4 key/value cache for transformer inference.
 
 `kv4.hf` puts it behind HuggingFace transformers; the `kv4` command generates, measures and explains.
+
+The compiled module is loaded when something of it is first used: with it comes the OpenMP runtime, which reads its
+environment at that moment and never again (docs/huggingface.md, "On a loaded machine").
 """
 
-from kv4 import _core
-from kv4.recipe import Recipe, Side
+from __future__ import annotations
 
-__version__: str = _core.version()
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kv4.recipe import Recipe, Side
+
+    __version__: str
+
 __all__ = ["Recipe", "Side", "num_threads", "set_num_threads"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Recipe", "Side"):
+        found = getattr(import_module("kv4.recipe"), name)
+    elif name == "__version__":
+        found = import_module("kv4._core").version()
+    elif name == "_core":
+        return import_module("kv4._core")
+    else:
+        raise AttributeError(f"module 'kv4' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
 
 
 def set_num_threads(n: int) -> None:
     """Threads that a call may use, at least 1. By default kv4 follows `torch.set_num_threads`."""
+    from kv4 import _core
+
     _core.set_num_threads(n)
 
 
 def num_threads() -> int:
+    from kv4 import _core
+
     return _core.num_threads()

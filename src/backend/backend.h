@@ -130,12 +130,11 @@ struct DequantiseJob {
   std::int64_t k_stride = 0, v_stride = 0;  // elements between rows
 };
 
-// Query rows [first, first + count) of one sequence: their energies q_c^2, summed over the query heads of each KV head,
-// become rows [count][kv_heads * head_dim_k].
+// One query of one sequence: its energies q_c^2, summed over the query heads of each KV head.
 struct EnergyJob {
   int sequence = 0;
-  std::int64_t first = 0, count = 0;
-  float* rows = nullptr;
+  std::int64_t query = 0;   // row of q
+  float* energies = nullptr;  // [kv_heads][head_dim_k]
 };
 
 // The automatic lambda of one sequence (moments/lambda.h): from the energies of queries and those of the keys about the
@@ -146,10 +145,9 @@ struct LambdaJob {
   std::int64_t k_head_stride = 0, k_stride = 0;
   int kv_heads = 0, dim = 0;
   int blocks = 0;
-  std::span<const std::uint8_t> skip;    // [blocks * kPageTokens] in host memory: nonzero rows stay out
-  const float* energies = nullptr;       // [filled.size()][kv_heads * dim]
-  std::span<const std::uint8_t> filled;  // in host memory: rows of `energies` that count
-  float* lambda = nullptr;               // [kv_heads, dim]
+  std::span<const std::uint8_t> skip;      // [blocks * kPageTokens] in host memory: nonzero rows stay out
+  std::span<const float* const> energies;  // in host memory: of each query [kv_heads][dim]; what is not finite counts as 0
+  float* lambda = nullptr;                 // [kv_heads, dim]
 };
 
 // Attention of query rows [query_begin, query_begin + query_count) of `args.q`.
@@ -180,6 +178,8 @@ class Backend {
   virtual bool host_memory() const { return true; }
   // The stream of this thread's calls from now on, as the device's library has it; null is its default.
   virtual void set_stream(void* /*stream*/) {}
+  // Waits until what was queued there is done, so that work on any stream may use it.
+  virtual Status wait() { return {}; }
   // Whether the stream is being captured: store and attend then only queue kernels, which read what is in the tables
   // when they run.
   virtual bool capturing() const { return false; }
@@ -206,6 +206,8 @@ class Backend {
     return {};
   }
   virtual void free_note(LateNote* /*note*/) {}
+  // What it keeps on its device of a rotation that it has used; null where that is nothing.
+  virtual const RotationTable* table_of(const Rotation& /*rotation*/) const { return nullptr; }
   // Null where it keeps none; a cache then cannot be captured.
   virtual Status make_tables(std::unique_ptr<DeviceTables>* out) {
     out->reset();

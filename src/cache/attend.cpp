@@ -1,6 +1,7 @@
 // One call of attention: what it teaches the cache, which pages each query sees, and the jobs
 // that the backend runs.
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "cache/output.h"
@@ -16,6 +17,11 @@ std::string dims(std::int64_t a, std::int64_t b, std::int64_t c, std::int64_t d)
 
 }  // namespace
 
+Status Cache::State::check_dtype(const char* name, DType dtype) const {
+  if (dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16) return {};
+  return invalid_argument(name, "dtype float32, float16 or bfloat16", std::to_string(static_cast<int>(dtype)));
+}
+
 Status Cache::State::check_queries(const AttendArgs& args) const {
   const TensorView& q = args.q;
   if (sequences.empty())
@@ -28,64 +34,116 @@ Status Cache::State::check_queries(const AttendArgs& args) const {
                             "shape [" + std::to_string(batch) + ", a multiple of " + std::to_string(config.kv_heads) + ", 1 to " +
                                 std::to_string(length) + ", " + std::to_string(config.head_dim_k) + "]",
                             dims(q.shape[0], q.shape[1], q.shape[2], q.shape[3]));
+  KV4_RETURN_IF_ERROR(check_dtype("q", q.dtype));
   if (q.stride[3] != 1 && q.shape[3] > 1) return invalid_argument("q", "channel stride 1", std::to_string(q.stride[3]));
   if (q.data == nullptr) return invalid_argument("q", "data", "a null pointer");
-  if (!(args.softcap >= 0)) return invalid_argument("softcap", "0 (none) or a positive number", std::to_string(args.softcap));
-  if (args.scale != args.scale) return invalid_argument("scale", "a number", "NaN");
+  if (!(args.softcap >= 0) || !std::isfinite(args.softcap))
+    return invalid_argument("softcap", "0 (none) or a positive number", std::to_string(args.softcap));
+  if (!std::isfinite(args.scale)) return invalid_argument("scale", "a number", std::to_string(args.scale));
   const Mask& m = args.mask;
+  const bool offset = m.start != nullptr || m.kind != Mask::General::none;
+  if (offset && (m.offset < -kMaxLength || m.offset > kMaxLength))
+    return invalid_argument("mask.offset", "a position within " + std::to_string(kMaxLength) + " of 0", std::to_string(m.offset));
   if (m.kind != Mask::General::none) {
     if (m.general == nullptr) return invalid_argument("mask", "data", "a null pointer");
-    if (m.columns < 0) return invalid_argument("mask", "0 or more columns", std::to_string(m.columns));
+    if (m.columns < 0 || m.columns > kMaxLength)
+      return invalid_argument("mask", "0 to " + std::to_string(kMaxLength) + " columns", std::to_string(m.columns));
+    if (m.kind == Mask::General::additive) KV4_RETURN_IF_ERROR(check_dtype("mask", m.general_dtype));
   }
   return {};
 }
 
-// Remembers which exact tokens the call's queries see, and the energies of the first queries.
-Status Cache::State::record(const AttendArgs& args) {
-  const std::int64_t queries = args.q.shape[2];
-  const bool told = args.mask.kind == Mask::General::none || args.mask.general != nullptr;
-  energies.clear();
-  const bool wants_energy = automatic();
+// Non-finite tokens that some query sees.
+Status Cache::State::check_seen(const AttendArgs& args) {
   for (std::size_t b = 0; b < sequences.size(); ++b) {
     Sequence& s = sequences[b];
+    hear(s);
+    if (s.non_finite.empty()) continue;
     const Visibility visibility(args, static_cast<int>(b), length);
-    if (seals() && !arrival() && told) {
-      for (std::int64_t j = 0; j < static_cast<std::int64_t>(s.seen.size()); ++j)
-        if (s.seen[static_cast<std::size_t>(j)] != Seen::visible)
-          s.seen[static_cast<std::size_t>(j)] = visibility.seen(s.window_position + j) ? Seen::visible : Seen::masked;
+    std::vector<std::int64_t> hidden;
+    if (!visibility.simple()) {
+      for (const NonFinite& x : s.non_finite) hidden.push_back(x.position);
+      visibility.leave_hidden(&hidden);
     }
-    if (!wants_energy || (s.lambda && !s.query_energy.rows)) continue;
-    QueryEnergy& energy = s.query_energy;
-    const std::int64_t row_size = static_cast<std::int64_t>(heads()) * config.head_dim_k;
-    const std::int64_t limit = config.recipe.sinks + config.recipe.window + kPageTokens;
-    const std::size_t bytes = static_cast<std::size_t>(limit * row_size) * sizeof(float);
-    for (std::int64_t t = 0; t < queries; ++t) {
-      const std::int64_t position = length - queries + t;
-      if (energy.rows && position - energy.first >= limit) break;
-      if (!visibility.visible(t, position)) continue;
-      if (!energy.rows) {
-        KV4_RETURN_IF_ERROR(Block::make(*backend, "query energies", bytes, &energy.rows));
-        energy.first = position;
-        energy.filled.assign(static_cast<std::size_t>(limit), 0);
-      }
-      const std::int64_t slot = position - energy.first;
-      if (slot < 0) continue;
-      if (energy.rows.use_count() > 1) {
-        std::shared_ptr<Block> mine;
-        KV4_RETURN_IF_ERROR(Block::make(*backend, "query energies", bytes, &mine));
-        KV4_RETURN_IF_ERROR(backend->copy(mine->as<float>(), energy.rows->as<float>(), bytes));
-        energy.rows = std::move(mine);
-      }
-      energy.filled[static_cast<std::size_t>(slot)] = 1;
-      const int row = static_cast<int>(b);
-      if (!energies.empty() && energies.back().sequence == row && energies.back().first + energies.back().count == t)
-        ++energies.back().count;
-      else
-        energies.push_back({row, t, 1, energy.rows->as<float>() + slot * row_size});
+    auto next = hidden.begin();
+    for (const NonFinite& x : s.non_finite) {
+      const bool is_hidden = visibility.simple() ? !visibility.seen(x.position) : next != hidden.end() && *next == x.position;
+      if (is_hidden && !visibility.simple()) ++next;
+      if (is_hidden) continue;
+      return error(StatusCode::non_finite, x.key ? "k" : "v", "finite values in tokens that a query sees",
+                   "NaN or infinity at sequence " + std::to_string(b) + ", position " + std::to_string(x.position));
     }
   }
-  if (energies.empty()) return {};
-  return backend->query_energies(args.q, heads(), energies);
+  return {};
+}
+
+// What the call tells of exact tokens, and the energies of those of the first queries that count. Nothing of it is known
+// before take.
+Status Cache::State::learn(const AttendArgs& args, std::vector<Sequence>& next, Lesson* lesson) {
+  if (seals() && !arrival() && args.mask.kind != Mask::General::none && args.mask.general != nullptr && args.q.shape[2] > 1) {
+    for (std::size_t b = 0; b < next.size(); ++b) {
+      const Sequence& s = next[b];
+      std::vector<std::int64_t>& hidden = lesson->hidden.emplace_back();
+      for (std::size_t j = 0; j < s.seen.size(); ++j)
+        if (s.seen[j] != Seen::visible) hidden.push_back(s.window_position + static_cast<std::int64_t>(j));
+      Visibility(args, static_cast<int>(b), length).leave_hidden(&hidden);
+    }
+  }
+  return automatic() ? learn_energies(args, next, lesson) : Status();
+}
+
+Status Cache::State::learn_energies(const AttendArgs& args, std::vector<Sequence>& next, Lesson* lesson) {
+  const std::int64_t queries = args.q.shape[2], limit = config.recipe.sinks + config.recipe.window + kPageTokens;
+  const std::size_t bytes = static_cast<std::size_t>(heads()) * static_cast<std::size_t>(config.head_dim_k) * sizeof(float);
+  energies.clear();
+  for (std::size_t b = 0; b < next.size(); ++b) {
+    Sequence& s = next[b];
+    if (s.lambda && !s.query_energy.any()) continue;  // fixed for good
+    const Visibility visibility(args, static_cast<int>(b), length);
+    QueryEnergy at;
+    at.first = s.query_energy.first;
+    for (std::int64_t t = 0; t < queries; ++t) {
+      const std::int64_t position = length - queries + t;
+      if (at.any() && position - at.first >= limit) break;
+      if (at.any() && at.row(position) < 0) continue;
+      if (!visibility.visible(t, position)) continue;
+      if (!at.any()) {
+        at.first = position;
+        lesson->energies.push_back({b, position, -1, nullptr});
+        continue;
+      }
+      const std::int64_t row = at.row(position);
+      if (static_cast<std::size_t>(row) >= s.query_energy.rows.capacity()) s.query_energy.rows.reserve(static_cast<std::size_t>(row) + 2);
+      std::shared_ptr<Block> block;
+      KV4_RETURN_IF_ERROR(Block::make(*backend, "query energies", bytes, &block));
+      energies.push_back({static_cast<int>(b), t, block->as<float>()});
+      lesson->energies.push_back({b, at.first, row, std::move(block)});
+    }
+  }
+  return energies.empty() ? Status() : backend->query_energies(args.q, heads(), energies);
+}
+
+void Cache::State::take(const AttendArgs& args, Lesson& lesson, std::vector<Sequence>& next) const noexcept {
+  const bool told = args.mask.kind == Mask::General::none || args.mask.general != nullptr;
+  for (std::size_t b = 0; b < next.size() && seals() && !arrival() && told; ++b) {
+    Sequence& s = next[b];
+    const Visibility visibility(args, static_cast<int>(b), length);
+    std::size_t at = 0;
+    for (std::size_t j = 0; j < s.seen.size(); ++j) {
+      if (s.seen[j] == Seen::visible) continue;
+      const std::int64_t position = s.window_position + static_cast<std::int64_t>(j);
+      const bool hidden = visibility.simple() ? !visibility.seen(position) : at < lesson.hidden[b].size() && lesson.hidden[b][at] == position;
+      if (hidden) ++at;
+      s.seen[j] = hidden ? Seen::masked : Seen::visible;
+    }
+  }
+  for (Lesson::Energies& e : lesson.energies) {
+    QueryEnergy& energy = next[e.sequence].query_energy;
+    energy.first = e.first;
+    if (e.row < 0) continue;
+    if (static_cast<std::size_t>(e.row) >= energy.rows.size()) energy.rows.resize(static_cast<std::size_t>(e.row) + 1);
+    energy.rows[static_cast<std::size_t>(e.row)] = std::move(e.block);
+  }
 }
 
 // Pages that a query at `position` reads packed: those due before its token came. Released ones
@@ -125,6 +183,7 @@ Status Cache::State::check_output(const AttendArgs& args, const MutableTensorVie
       return invalid_argument("out", "shape " + dims(args.q.shape[0], args.q.shape[1], args.q.shape[2], config.head_dim_v),
                               dims(s[0], s[1], s[2], s[3]));
     if (out->stride[3] != 1 && s[3] > 1) return invalid_argument("out", "channel stride 1", std::to_string(out->stride[3]));
+    KV4_RETURN_IF_ERROR(check_dtype("out", out->dtype));
     return check_places(*out, &args.q);
   }
   if (partial->o == nullptr || partial->m == nullptr || partial->l == nullptr)
@@ -151,7 +210,6 @@ Status Cache::State::attend(const AttendArgs& given, std::int64_t upto, const Mu
   KV4_RETURN_IF_ERROR(check_queries(given));
   AttendArgs args = given;
   const std::int64_t queries = args.q.shape[2];
-  const std::int64_t first_query = length - queries;
   if (config.sliding_window > 0 && args.mask.window == nullptr && args.mask.causal) {
     windows.assign(sequences.size(), config.sliding_window);
     args.mask.window = windows.data();
@@ -167,42 +225,51 @@ Status Cache::State::attend(const AttendArgs& given, std::int64_t upto, const Mu
     readable.mask.general = args.mask.host_general;
     readable.mask.general_stride = args.mask.host_general_stride;
   }
-  for (std::size_t b = 0; b < sequences.size(); ++b) {
-    Sequence& s = sequences[b];
-    hear(s);
-    if (s.non_finite.empty()) continue;
-    const Visibility visibility(readable, static_cast<int>(b), length);
-    for (const NonFinite& x : s.non_finite)
-      if (visibility.seen(x.position))
-        return error(StatusCode::non_finite, x.key ? "k" : "v", "finite values in tokens that a query sees",
-                     "NaN or infinity at sequence " + std::to_string(b) + ", position " + std::to_string(x.position));
-  }
-  KV4_RETURN_IF_ERROR(record(readable));
+  KV4_RETURN_IF_ERROR(check_seen(readable));
   KV4_RETURN_IF_ERROR(make_tables());  // a clone or a loaded cache has none yet
-  const bool stepwise = queries <= kStepwiseTokens;
-  if (seals() && !arrival() && stepwise) KV4_RETURN_IF_ERROR(seal_until(length - 1));
 
+  // Sealing uses what the call tells, and the call sees what is sealed: then all that is done before it knows whether its
+  // queries are finite is done to a draft. Else it learns last.
+  const std::int64_t sealed_at = queries <= kStepwiseTokens ? length - 1 : 0;
+  Draft draft(sequences);
+  Lesson lesson;
+  if (std::any_of(sequences.begin(), sequences.end(), [&](const Sequence& s) { return seals_more(s, sealed_at, true); })) {
+    draft.make();
+    KV4_RETURN_IF_ERROR(learn(readable, draft.sequences(), &lesson));
+    take(readable, lesson, draft.sequences());
+    KV4_RETURN_IF_ERROR(seal_until(draft.sequences(), sealed_at));
+  }
+  KV4_RETURN_IF_ERROR(run(args, upto, out, partial, draft.sequences()));
+  if (!draft.made()) {
+    KV4_RETURN_IF_ERROR(learn(readable, sequences, &lesson));
+    take(readable, lesson, sequences);
+  }
+  draft.commit();
+  return {};
+}
+
+// The jobs of a call, whose sequences are `next`.
+Status Cache::State::run(const AttendArgs& args, std::int64_t upto, const MutableTensorView* out, const PartialState* partial,
+                         std::vector<Sequence>& next) {
+  const std::int64_t queries = args.q.shape[2], first_query = length - queries;
+  const bool stepwise = queries <= kStepwiseTokens;
+  for (const Sequence& s : next) {  // the last query's pages are the most
+    const std::int64_t pages = visible_pages(s, length - 1, stepwise);
+    const std::int64_t sealed = s.page_position(pages) - (pages == s.page_end() ? kPageTokens - s.last_page_tokens : 0);
+    if (pages > s.first_page && upto < sealed)
+      return error(StatusCode::out_of_range, "upto", "at least " + std::to_string(sealed) + ", the end of the sealed tokens", std::to_string(upto));
+  }
+  views.resize(next.size());
   std::int64_t begin = 0;
   while (begin < queries) {
     // The longest run of queries that see the same pages, in every sequence.
     std::int64_t end = queries;
-    if (stepwise && !arrival()) {
-      for (const Sequence& s : sequences) {
-        const std::int64_t pages = visible_pages(s, first_query + begin, true);
-        for (std::int64_t t = begin + 1; t < end; ++t)
-          if (visible_pages(s, first_query + t, true) != pages) end = t;
-      }
-    }
-    views.resize(sequences.size());
-    for (std::size_t b = 0; b < sequences.size(); ++b) {
-      const Sequence& s = sequences[b];
+    for (std::size_t b = 0; b < next.size(); ++b) {
+      const Sequence& s = next[b];
       const std::int64_t pages = visible_pages(s, first_query + begin, stepwise);
+      if (stepwise && !arrival() && s.anchored && pages < s.page_end())  // until one more is due
+        end = std::min(end, s.page_position(pages + 1) + config.recipe.window - first_query);
       view(s, pages, upto, &views[b]);
-      const std::int64_t sealed = s.pages.empty() ? 0
-                                                  : s.page_position(pages) - (pages == s.page_end() ? kPageTokens - s.last_page_tokens : 0);
-      if (views[b].page_count > 0 && upto < sealed)
-        return error(StatusCode::out_of_range, "upto", "at least " + std::to_string(sealed) + ", the end of the sealed tokens",
-                     std::to_string(upto));
       views[b].query_position = first_query + begin;
     }
     AttendJob job = job_of(args);

@@ -2,6 +2,8 @@
 
 #include <array>
 
+#include "cache/sequence.h"
+
 namespace kv4::blob {
 namespace {
 
@@ -33,6 +35,8 @@ std::uint64_t given_value(const std::vector<float>& x) {
   return x.empty() ? 0 : std::uint64_t{1} << 32 | crc32c(std::as_bytes(std::span(x)));
 }
 
+std::uint64_t matrix_value(const SideSpec& side) { return side.rotation == nullptr ? 0 : given_value(side.rotation->matrix()); }
+
 template <class T>
 std::uint64_t value_of(T x) { return static_cast<std::uint64_t>(x); }
 
@@ -44,7 +48,7 @@ const char* name_of(Kind kind) {
   return kNames[static_cast<std::size_t>(kind) - 1];
 }
 
-std::vector<Field> fields(const CacheConfig& c) {
+std::vector<Field> fields(const CacheConfig& c, const PageSpec& spec) {
   const SideRecipe &k = c.recipe.key, &v = c.recipe.value;
   return {{"dtype", value_of(c.dtype), dtype},
           {"kv_heads", value_of(c.kv_heads), number},
@@ -72,8 +76,13 @@ std::vector<Field> fields(const CacheConfig& c) {
           {"recipe.value.lambda", value_of(v.lambda), lambda_mode},
           {"lambda_k", given_value(c.lambda_k), given},
           {"lambda_v", given_value(c.lambda_v), given},
-          {"matrix_k", given_value(c.matrix_k), given},
-          {"matrix_v", given_value(c.matrix_v), given}};
+          {"matrix_k", matrix_value(spec.key), given},
+          {"matrix_v", matrix_value(spec.value), given}};
+}
+
+std::size_t recorded_queries(const CacheConfig& config, std::uint32_t version) {
+  const auto queries = static_cast<std::size_t>(config.recipe.sinks + config.recipe.window + kPageTokens);
+  return version == 1 ? queries : queries / QueryEnergy::kEvery;
 }
 
 Status Writer::begin() {
@@ -97,13 +106,12 @@ Status Writer::write(Kind kind, std::span<const std::byte> payload) {
 
 Status Reader::begin() {
   char magic[sizeof kMagic];
-  std::uint32_t version = 0;
   KV4_RETURN_IF_ERROR(source_(std::as_writable_bytes(std::span(magic))));
   if (std::memcmp(magic, kMagic, sizeof kMagic) != 0)
     return error(StatusCode::data_loss, "saved magic", std::string(kMagic, sizeof kMagic), "other bytes: this is no saved cache");
-  KV4_RETURN_IF_ERROR(source_(std::as_writable_bytes(std::span(&version, 1))));
-  if (version != kVersion)
-    return error(StatusCode::data_loss, "saved version", std::to_string(kVersion), std::to_string(version));
+  KV4_RETURN_IF_ERROR(source_(std::as_writable_bytes(std::span(&version_, 1))));
+  if (version_ < 1 || version_ > kVersion)
+    return error(StatusCode::data_loss, "saved version", "1 to " + std::to_string(kVersion), std::to_string(version_));
   return {};
 }
 

@@ -16,6 +16,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "backend/backend.h"
 #include "cache/checksum.h"
 #include "format/page.h"
 #include "kv4/cache.h"
@@ -25,9 +26,9 @@ namespace kv4::blob {
 static_assert(std::endian::native == std::endian::little, "numbers are saved as they lie in memory, which has to be little-endian");
 
 inline constexpr char kMagic[] = {'k', 'v', '4', 'c', 'a', 'c', 'h', 'e'};
-inline constexpr std::uint32_t kVersion = 1;
+// Written; earlier ones are read as well. 1 has a record of every query before the first page is due.
+inline constexpr std::uint32_t kVersion = 2;
 inline constexpr std::size_t kArrayBytes = 64 << 10;     // of one block of an array
-inline constexpr std::int64_t kMaxLength = std::int64_t{1} << 36;  // tokens: positions stay far from overflow, counts of pages fit an int
 
 enum class Kind : std::uint32_t {
   config = 1,      // u64 per field of fields()
@@ -37,7 +38,7 @@ enum class Kind : std::uint32_t {
   rows = 5,        // up to kPageTokens exact tokens: keys [kv_heads][tokens][head_dim_k], then values alike
   seen = 6,        // u8 per row of the window
   lambda = 7,      // float [kv_heads][head_dim_k]
-  filled = 8,      // u8 per row of the query energies
+  filled = 8,      // u8 per query that recorded_queries counts
   energies = 9,    // one filled row: float [kv_heads][head_dim_k]
   page = 10,       // [kv_heads] head slices in slice_layout()
   told = 11,       // u64 per sequence: how many rows held NaN or infinity
@@ -60,7 +61,7 @@ struct Field {
   std::uint64_t value;
   std::string (*text)(std::uint64_t);
 };
-std::vector<Field> fields(const CacheConfig& config);
+std::vector<Field> fields(const CacheConfig& config, const PageSpec& spec);
 
 // A head slice as format/page.h lays it out where no channel is padded, its codes in canonical order.
 inline kv4_page_layout slice_layout(const kv4_page_layout& l) {
@@ -70,6 +71,9 @@ inline std::size_t key_scale_bytes(const kv4_page_layout& l) {  // and the mean,
   return l.groups_k * KV4_PAGE_TOKENS * 2 + (l.k_mean != l.v_codes ? l.head_dim_k * 2 : 0);
 }
 inline std::size_t value_scale_bytes(const kv4_page_layout& l) { return l.groups_v * KV4_PAGE_TOKENS * 2; }
+
+// Queries of a sequence, from the first unmasked one on, that may have a record of their energies.
+std::size_t recorded_queries(const CacheConfig& config, std::uint32_t version);
 
 template <class T>
 std::span<const std::byte> bytes_of(const T& x) { return std::as_bytes(std::span<const T, 1>(&x, 1)); }
@@ -97,6 +101,7 @@ class Reader {
  public:
   explicit Reader(const Source& source) : source_(source) {}
   Status begin();
+  std::uint32_t version() const { return version_; }
   // A block of this kind and just this size; what it held is not to be used where it is refused.
   Status read(Kind kind, std::span<std::byte> payload);
   // Grows as blocks come in.
@@ -115,6 +120,7 @@ class Reader {
 
  private:
   const Source& source_;
+  std::uint32_t version_ = kVersion;
 };
 
 // data_loss naming what the blob says, where it is not within [low, high].

@@ -13,9 +13,10 @@ class Block {
  public:
   // out_of_memory, naming `what`.
   static Status make(Backend& backend, const char* what, std::size_t bytes, std::shared_ptr<Block>* out) {
-    void* memory = backend.alloc(bytes);
-    if (memory == nullptr) return error(StatusCode::out_of_memory, what, std::to_string(bytes) + " free bytes", "none");
-    *out = std::shared_ptr<Block>(new Block(backend, memory, bytes));
+    std::shared_ptr<Block> made(new Block(backend, bytes));
+    made->memory_ = backend.alloc(bytes);
+    if (made->memory_ == nullptr) return error(StatusCode::out_of_memory, what, std::to_string(bytes) + " free bytes", "none");
+    *out = std::move(made);
     return {};
   }
   // Filled from host memory; nothing for no bytes.
@@ -25,7 +26,9 @@ class Block {
     KV4_RETURN_IF_ERROR(make(backend, what, bytes, out));
     return backend.copy((*out)->memory_, from, bytes);
   }
-  ~Block() { backend_.free(memory_, bytes_); }
+  ~Block() {
+    if (memory_ != nullptr) backend_.free(memory_, bytes_);
+  }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
@@ -34,10 +37,10 @@ class Block {
   std::size_t bytes() const { return bytes_; }
 
  private:
-  Block(Backend& backend, void* memory, std::size_t bytes) : backend_(backend), memory_(memory), bytes_(bytes) {}
+  Block(Backend& backend, std::size_t bytes) : backend_(backend), bytes_(bytes) {}
 
   Backend& backend_;
-  void* memory_;
+  void* memory_ = nullptr;
   std::size_t bytes_;
 };
 

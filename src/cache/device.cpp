@@ -17,13 +17,16 @@ void tell(const Told& told, std::int64_t key, std::int64_t value, std::vector<No
 
 Status Cache::State::give_note(Sequence& s) const {
   Backend* const owner = backend;
+  s.notes.reserve(s.notes.size() + 1);
+  LateNote* note = nullptr;
+  KV4_RETURN_IF_ERROR(owner->alloc_note(&note));
+  std::shared_ptr<LateNote> fresh;
+  if (note != nullptr) fresh.reset(note, [owner](LateNote* p) { owner->free_note(p); });
   for (Told& told : s.notes) told.end = std::min(told.end, s.length);
   // Rows that left the window have left no trace in non_finite either.
   std::erase_if(s.notes, [&s](const Told& told) { return told.end <= s.window_position; });
-  LateNote* note = nullptr;
-  KV4_RETURN_IF_ERROR(owner->alloc_note(&note));
-  if (note != nullptr)
-    s.notes.push_back({std::shared_ptr<LateNote>(note, [owner](LateNote* p) { owner->free_note(p); })});
+  if (fresh) s.notes.push_back({std::move(fresh)});
+  s.note_forked = false;
   return {};
 }
 
@@ -33,6 +36,7 @@ void Cache::State::listen(const Sequence& s, std::vector<NonFinite>* found) cons
 
 void Cache::State::hear(Sequence& s) const {
   for (Told& told : s.notes) {
+    s.non_finite.reserve(s.non_finite.size() + 2);
     const std::int64_t key = told.note->key, value = told.note->value;  // once: a device may write them at any time
     tell(told, key, value, &s.non_finite);
     told.key = std::max(told.key, key);
@@ -42,14 +46,14 @@ void Cache::State::hear(Sequence& s) const {
 
 Status Cache::State::make_tables() { return own.tables ? Status() : backend->make_tables(&own.tables); }
 
-Status Cache::State::view_before(std::int64_t tokens) {
-  views.resize(sequences.size());
-  for (std::size_t b = 0; b < sequences.size(); ++b) {
-    Sequence& s = sequences[b];
+Status Cache::State::view_before(std::vector<Sequence>& next, std::int64_t tokens) {
+  views.resize(next.size());
+  for (std::size_t b = 0; b < next.size(); ++b) {
+    Sequence& s = next[b];
     // A fork's next rows are no news for the other.
-    if (!s.notes.empty() && s.notes.back().note.use_count() > 1) KV4_RETURN_IF_ERROR(give_note(s));
-    view(s, s.page_end(), length, &views[b]);
-    views[b].query_position = length - tokens;
+    if (s.note_forked && !s.notes.empty()) KV4_RETURN_IF_ERROR(give_note(s));
+    view(s, s.page_end(), s.length, &views[b]);
+    views[b].query_position = s.length - tokens;
   }
   return {};
 }
@@ -57,6 +61,8 @@ Status Cache::State::view_before(std::int64_t tokens) {
 Status Cache::State::reserve(std::int64_t tokens) {
   if (tokens < 0) return invalid_argument("tokens", "0 or more", std::to_string(tokens));
   if (sequences.empty()) return error(StatusCode::failed_precondition, "tokens", "a cache that holds tokens", "an empty cache");
+  if (tokens > kMaxLength - length)
+    return error(StatusCode::out_of_range, "tokens", "at most " + std::to_string(kMaxLength - length), std::to_string(tokens));
   if (!seals()) {
     const std::int64_t kept = config.sliding_window > 0 ? config.sliding_window + kPageTokens : sequences[0].length + tokens;
     for (Sequence& s : sequences)
@@ -64,7 +70,10 @@ Status Cache::State::reserve(std::int64_t tokens) {
     return {};
   }
   std::int64_t pages = 0, longest = 0;
-  for (const Sequence& s : sequences) {
+  for (Sequence& s : sequences) {
+    // As many rows as decoding ever holds.
+    const std::int64_t rows = std::min(decode_rows(s), s.window.count() + tokens);
+    if (!arrival() && s.window.capacity() < rows) KV4_RETURN_IF_ERROR(s.window.reserve(*backend, shape, rows));
     const std::int64_t due = s.pages_due(s.length + tokens, config.recipe.window);
     const std::int64_t fresh = arrival() ? (tokens + kPageTokens - 1) / kPageTokens : std::max<std::int64_t>(0, due - s.page_end());
     pages += fresh;
@@ -80,10 +89,13 @@ Status Cache::State::advance() {
   if (arrival()) return error(StatusCode::unsupported, "recipe.seal", "page or never, where steps are captured", "arrival");
   KV4_RETURN_IF_ERROR(make_tables());
   if (!own.tables) return error(StatusCode::unsupported, "backend", "one whose steps can be captured", backend->name());
-  KV4_RETURN_IF_ERROR(settle());
-  for (Sequence& s : sequences) KV4_RETURN_IF_ERROR(make_room(s, 1));
-  KV4_RETURN_IF_ERROR(view_before(1));
+  Draft draft(sequences);
+  KV4_RETURN_IF_ERROR(settle(draft));
+  std::vector<Sequence>& next = draft.sequences();
+  for (Sequence& s : next) KV4_RETURN_IF_ERROR(make_room(s, 1));
+  KV4_RETURN_IF_ERROR(view_before(next, 1));
   KV4_RETURN_IF_ERROR(backend->foresee(own.tables.get(), views, 1));
+  draft.commit();
   for (Sequence& s : sequences) {
     s.window.set_count(s.window.count() + 1);
     s.seen.resize(static_cast<std::size_t>(s.window.count()), Seen::visible);

@@ -19,9 +19,10 @@ Status Cache::State::crop(std::int64_t n) {
                    "at least " + std::to_string(s.evicted + config.sliding_window - 1) + " (older tokens left the sliding window), or 0 by reset",
                    std::to_string(n));
   }
-  std::vector<Sequence> next = sequences;  // pages and rows are shared: cheap, and undone by letting go
-  for (Sequence& s : next) KV4_RETURN_IF_ERROR(crop_sequence(s, n));
-  sequences = std::move(next);
+  Draft draft(sequences);
+  draft.make();
+  for (Sequence& s : draft.sequences()) KV4_RETURN_IF_ERROR(crop_sequence(s, n));
+  draft.commit();
   length = n;
   ++version;
   return {};
@@ -32,12 +33,8 @@ Status Cache::State::crop_sequence(Sequence& s, std::int64_t n) const {
   hear(s);
   std::erase_if(s.non_finite, [n](const NonFinite& x) { return x.position >= n; });
   if (!s.notes.empty()) KV4_RETURN_IF_ERROR(give_note(s));  // the old one may tell of what is gone, also later
-  QueryEnergy& energy = s.query_energy;
-  if (n <= energy.first) {
-    energy.clear();
-  } else {
-    for (auto t = static_cast<std::size_t>(n - energy.first); t < energy.filled.size(); ++t) energy.filled[t] = 0;
-  }
+  const bool open = s.query_energy.any();  // lambda is not fixed for good
+  s.query_energy.crop(n);
   if (arrival()) {
     const std::int64_t kept = n - s.page_position(s.first_page);
     const std::int64_t pages = (kept + kPageTokens - 1) / kPageTokens;
@@ -70,7 +67,7 @@ Status Cache::State::crop_sequence(Sequence& s, std::int64_t n) const {
     s.start = 0;
     s.anchored = false;
   }
-  if (s.pages.empty() && energy.rows) s.lambda.reset();
+  if (s.pages.empty() && open) s.lambda.reset();
   return {};
 }
 
@@ -106,7 +103,7 @@ Status Cache::State::reopen_page(Sequence& s, std::int64_t index, std::int64_t r
 
 Status Cache::State::dense(bool keys, std::int64_t first, std::int64_t count, const MutableTensorView& out) const {
   const int dim = keys ? config.head_dim_k : config.head_dim_v;
-  if (first < 0 || count < 0 || first + count > length)
+  if (first < 0 || count < 0 || first > length || count > length - first)
     return error(StatusCode::out_of_range, "first, count", "positions within 0 to " + std::to_string(length),
                  std::to_string(first) + ", " + std::to_string(count));
   for (const Sequence& s : sequences)
@@ -120,6 +117,7 @@ Status Cache::State::dense(bool keys, std::int64_t first, std::int64_t count, co
                             "[" + std::to_string(out.shape[0]) + ", " + std::to_string(out.shape[1]) + ", " + std::to_string(out.shape[2]) +
                                 ", " + std::to_string(out.shape[3]) + "]");
   if (out.stride[3] != 1 && dim > 1) return invalid_argument("out", "channel stride 1", std::to_string(out.stride[3]));
+  KV4_RETURN_IF_ERROR(check_dtype("out", out.dtype));
   KV4_RETURN_IF_ERROR(check_places(out, nullptr));
   std::vector<DequantiseJob> packed;
   for (std::size_t b = 0; b < sequences.size(); ++b) {

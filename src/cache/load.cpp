@@ -7,6 +7,7 @@
 
 #include "cache/blob.h"
 #include "cache/state.h"
+#include "format/finite.h"
 
 namespace kv4 {
 namespace {
@@ -67,6 +68,8 @@ Status Cache::State::load_rows(std::int64_t count, blob::Reader& in, RowBuffer* 
     const std::int64_t tokens = std::min<std::int64_t>(kPageTokens, count - first);
     block.resize(shape.row_bytes() * static_cast<std::size_t>(tokens));
     KV4_RETURN_IF_ERROR(in.read(blob::Kind::rows, block));
+    if (!finite(block.data(), shape.dtype, static_cast<int>(block.size() / size_of(shape.dtype))))
+      return error(StatusCode::data_loss, "saved exact rows", "finite values", "NaN or infinity");
     if (first + tokens > rows->capacity()) {
       const std::int64_t grown = std::max(2 * rows->capacity(), first + tokens);
       KV4_RETURN_IF_ERROR(rows->reserve(*backend, shape, std::min(grown, count)));
@@ -84,17 +87,21 @@ Status Cache::State::load_rows(std::int64_t count, blob::Reader& in, RowBuffer* 
 
 Status Cache::State::load_queries(std::int64_t first, blob::Reader& in, QueryEnergy* energy) const {
   const std::size_t channels = static_cast<std::size_t>(heads()) * static_cast<std::size_t>(config.head_dim_k);
-  const auto limit = static_cast<std::size_t>(config.recipe.sinks + config.recipe.window + kPageTokens);
+  constexpr auto kEvery = static_cast<std::size_t>(QueryEnergy::kEvery);
+  std::vector<std::uint8_t> filled;
+  KV4_RETURN_IF_ERROR(in.read_array(blob::Kind::filled, blob::recorded_queries(config, in.version()), &filled));
+  for (const std::uint8_t each : filled) KV4_RETURN_IF_ERROR(expect_within("record of queries", each, 0, 1));
   energy->first = first;
-  KV4_RETURN_IF_ERROR(in.read_array(blob::Kind::filled, limit, &energy->filled));
-  for (const std::uint8_t filled : energy->filled) KV4_RETURN_IF_ERROR(expect_within("record of queries", filled, 0, 1));
-  KV4_RETURN_IF_ERROR(expect_equal("first record of queries", energy->filled[0], 1));
-  KV4_RETURN_IF_ERROR(Block::make(*backend, "query energies", limit * channels * sizeof(float), &energy->rows));
   std::vector<float> values(channels);
-  for (std::size_t i = 0; i < limit; ++i) {
-    if (energy->filled[i] == 0) continue;
+  for (std::size_t i = 0; i < filled.size(); ++i) {
+    if (filled[i] == 0) continue;
     KV4_RETURN_IF_ERROR(in.read(blob::Kind::energies, std::as_writable_bytes(std::span(values))));
-    KV4_RETURN_IF_ERROR(backend->copy(energy->rows->as<float>() + i * channels, values.data(), channels * sizeof(float)));
+    for (const float x : values)
+      if (!(x >= 0) || !std::isfinite(x)) return error(StatusCode::data_loss, "saved query energies", "finite values that are not negative", std::to_string(x));
+    if (in.version() == 1 && i % kEvery != kEvery - 1) continue;  // counts no more
+    const std::size_t row = in.version() == 1 ? i / kEvery : i;
+    energy->rows.resize(row + 1);
+    KV4_RETURN_IF_ERROR(Block::copy_of(*backend, "query energies", values.data(), channels * sizeof(float), &energy->rows[row]));
   }
   return {};
 }
@@ -132,6 +139,12 @@ Status Cache::State::load_page(blob::Reader& in, const PageRef& page) const {
   const kv4_page_layout to = spec.layout, from = blob::slice_layout(to);
   std::vector<std::byte> block(static_cast<std::size_t>(from.head_bytes) * static_cast<std::size_t>(heads()));
   KV4_RETURN_IF_ERROR(in.read(blob::Kind::page, block));
+  for (int h = 0; h < heads(); ++h) {
+    const auto* got = block.data() + static_cast<std::size_t>(h) * from.head_bytes;
+    const bool ok = finite(got + from.k_scales, DType::f16, static_cast<int>(blob::key_scale_bytes(from) / 2)) &&
+                    finite(got + from.v_scales, DType::f16, static_cast<int>(blob::value_scale_bytes(from) / 2));
+    if (!ok) return error(StatusCode::data_loss, "saved page", "finite scales and means", "NaN or infinity");
+  }
   KV4_RETURN_IF_ERROR(backend->clear(page.data(), pool->page_bytes()));
   for (int h = 0; h < heads(); ++h) {
     const auto* got = reinterpret_cast<const std::uint8_t*>(block.data()) + static_cast<std::size_t>(h) * from.head_bytes;
@@ -151,7 +164,7 @@ Status Cache::State::load(const Source& source) {
     return error(StatusCode::failed_precondition, "cache", "a stream that is not being captured", "one that is");
   blob::Reader in(source);
   KV4_RETURN_IF_ERROR(in.begin());
-  const std::vector<blob::Field> mine = blob::fields(config);
+  const std::vector<blob::Field> mine = blob::fields(config, spec);
   std::vector<std::uint64_t> theirs(mine.size());
   KV4_RETURN_IF_ERROR(in.read(blob::Kind::config, std::as_writable_bytes(std::span(theirs))));
   for (std::size_t i = 0; i < mine.size(); ++i)
@@ -161,7 +174,7 @@ Status Cache::State::load(const Source& source) {
   KV4_RETURN_IF_ERROR(in.read(blob::Kind::state, std::as_writable_bytes(std::span(&saved, 1))));
   const auto batch = static_cast<std::int64_t>(saved.batch), tokens = static_cast<std::int64_t>(saved.length);
   KV4_RETURN_IF_ERROR(expect_within("batch", batch, 0, std::numeric_limits<int>::max()));
-  KV4_RETURN_IF_ERROR(expect_within("length", tokens, 0, batch > 0 ? blob::kMaxLength : 0));
+  KV4_RETURN_IF_ERROR(expect_within("length", tokens, 0, batch > 0 ? kMaxLength : 0));
   KV4_RETURN_IF_ERROR(expect_within("recording", static_cast<std::int64_t>(saved.recording), 0, 1));
 
   std::vector<Sequence> next;

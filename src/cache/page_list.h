@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -14,15 +13,12 @@ namespace kv4 {
 
 class PageList {
  public:
-  PageList() = default;
-  PageList(const PageList& o) : refs_(o.refs_), data_(o.data_), stamp_(o.stamp_), forked_(true) { o.forked_ = true; }
-  PageList(PageList&&) = default;
-  PageList& operator=(PageList o) noexcept {
-    refs_.swap(o.refs_);
-    data_.swap(o.data_);
-    std::swap(stamp_, o.stamp_);
-    std::swap(forked_, o.forked_);
-    return *this;
+  // Of a list and a copy of it one goes on alone, or both do after fork() of both.
+  void fork() { forked_ = true; }
+  // The other one, which goes on no more, may have given pages to what goes by stamps.
+  void renew() {
+    stamp_ = next_stamp();
+    forked_ = false;
   }
 
   bool empty() const { return refs_.empty(); }
@@ -30,8 +26,8 @@ class PageList {
   const PageRef& operator[](std::size_t i) const { return refs_[i]; }
   const PageRef& back() const { return refs_.back(); }
   const std::uint8_t* const* data() const { return data_.data(); }
-  // Tables of equal stamps agree as far as both reach: appending keeps it, but to a list that was copied or is a copy;
-  // everything else renews it.
+  // Tables of equal stamps agree as far as both reach: appending keeps it, but to a forked list; everything else
+  // renews it.
   std::uint64_t stamp() const { return stamp_; }
   std::size_t bytes() const { return refs_.capacity() * sizeof(PageRef) + data_.capacity() * sizeof(data_[0]); }
 
@@ -62,10 +58,6 @@ class PageList {
   void clear() { truncate(0); }
 
  private:
-  void renew() {
-    stamp_ = next_stamp();
-    forked_ = false;
-  }
   static std::uint64_t next_stamp() {
     static std::atomic<std::uint64_t> last{0};
     return last.fetch_add(1, std::memory_order_relaxed) + 1;
@@ -74,7 +66,7 @@ class PageList {
   std::vector<PageRef> refs_;
   std::vector<const std::uint8_t*> data_;
   std::uint64_t stamp_ = next_stamp();
-  mutable bool forked_ = false;
+  bool forked_ = false;
 };
 
 }  // namespace kv4

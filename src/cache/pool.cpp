@@ -1,7 +1,9 @@
 #include "cache/pool.h"
 
 #include <algorithm>
+#include <iterator>
 #include <string>
+#include <utility>
 
 namespace kv4 {
 namespace {
@@ -25,32 +27,39 @@ void PageRef::release() {
 }
 
 PagePool::~PagePool() {
-  for (Slab& slab : slabs_) backend_.free(slab.memory, slab.bytes);
+  for (const Slabs* slabs : {&open_, &full_})
+    for (const auto& slab : *slabs) backend_.free(slab->memory, slab->bytes);
 }
 
 Status PagePool::grow(std::size_t count) {
-  while (free_.size() < count) {
-    const std::size_t wanted = std::max(count - free_.size(), pages_ / kGrowthDivisor);
+  while (free_ < count) {
+    const std::size_t wanted = std::max(count - free_, pages_ / kGrowthDivisor);
     const std::size_t in_huge = kHugeSlabBytes / page_bytes_;
     const bool fills = in_huge > 0 && kHugeSlabBytes % page_bytes_ <= kHugeSlabBytes / kGrowthDivisor;
     const bool huge = fills && wanted >= in_huge && (pages_ + wanted) * page_bytes_ >= kHugeFrom;
     const std::size_t add = huge ? in_huge : std::min(std::max<std::size_t>(1, kSlabBytes / page_bytes_), wanted);
-    Slab slab;
-    slab.count = add;
-    slab.bytes = huge ? kHugeSlabBytes : add * page_bytes_;
-    slab.memory = backend_.alloc(slab.bytes);
-    if (slab.memory == nullptr)
-      return error(StatusCode::out_of_memory, "pages", std::to_string(slab.bytes) + " free bytes",
-                   "none");
-    slab.pages = std::make_unique<Page[]>(add);
-    slabs_.push_back(std::move(slab));
-    Slab& held = slabs_.back();
+    // All that the host may have no memory for comes before the slab's own, which nobody else would give back.
+    Slabs fresh;
+    fresh.push_back(std::make_unique<Slab>());
+    Slab* const slab = fresh.back().get();
+    slab->count = add;
+    slab->bytes = huge ? kHugeSlabBytes : add * page_bytes_;
+    slab->pages = std::make_unique<Page[]>(add);
+    slab->memory = backend_.alloc(slab->bytes);
+    if (slab->memory == nullptr)
+      return error(StatusCode::out_of_memory, "pages", std::to_string(slab->bytes) + " free bytes", "none");
     for (std::size_t i = add; i-- > 0;) {
-      held.pages[i].data = static_cast<std::uint8_t*>(held.memory) + i * page_bytes_;
-      held.pages[i].slab = &held;
-      free_.push_back(&held.pages[i]);
+      Page& page = slab->pages[i];
+      page.data = static_cast<std::uint8_t*>(slab->memory) + i * page_bytes_;
+      page.slab = slab;
+      page.next = std::exchange(slab->free, &page);
     }
     pages_ += add;
+    free_ += add;
+    bytes_ += slab->held_bytes();
+    slab->place = fresh.begin();
+    open_.splice(open_.end(), fresh);
+    visits_ += 1 + add;
   }
   return {};
 }
@@ -60,40 +69,52 @@ Status PagePool::reserve(std::size_t count) {
   return grow(count);
 }
 
+Page* PagePool::take() {
+  Slab& slab = *open_.front();
+  Page* page = slab.free;
+  slab.free = page->next;
+  ++slab.used;
+  --free_;
+  if (slab.free == nullptr) full_.splice(full_.begin(), open_, slab.place);
+  visits_ += 2;
+  return page;
+}
+
 Status PagePool::allocate(std::size_t count, std::vector<PageRef>* out) {
-  std::vector<Page*> taken;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    KV4_RETURN_IF_ERROR(grow(count));
-    for (std::size_t i = 0; i < count; ++i) {
-      taken.push_back(free_.back());
-      free_.pop_back();
-      ++taken.back()->slab->used;
-    }
-  }
-  for (Page* page : taken) out->emplace_back(this, page);
+  out->reserve(out->size() + count);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  KV4_RETURN_IF_ERROR(grow(count));
+  for (std::size_t i = 0; i < count; ++i) out->emplace_back(this, take());
   return {};
 }
 
 void PagePool::give_back(Page* page) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  Slab* slab = page->slab;
-  if (--slab->used > 0) {
-    free_.push_back(page);
-    return;
+  Slabs gone;  // its memory is freed without the lock
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Slab& slab = *page->slab;
+    visits_ += 2;
+    if (slab.free == nullptr) open_.splice(open_.begin(), full_, slab.place);
+    page->next = std::exchange(slab.free, page);
+    ++free_;
+    if (--slab.used > 0) return;
+    // The slab's last page came back: its memory goes too, so that a cropped cache really shrinks.
+    gone.splice(gone.begin(), open_, slab.place);
+    pages_ -= slab.count;
+    free_ -= slab.count;
+    bytes_ -= slab.held_bytes();
   }
-  // The slab's last page came back: its memory goes too, so that a cropped cache really shrinks.
-  std::erase_if(free_, [slab](const Page* p) { return p->slab == slab; });
-  pages_ -= slab->count;
-  backend_.free(slab->memory, slab->bytes);
-  slabs_.remove_if([slab](const Slab& s) { return &s == slab; });
+  backend_.free(gone.front()->memory, gone.front()->bytes);
 }
 
 std::size_t PagePool::bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  std::size_t sum = free_.capacity() * sizeof(Page*);
-  for (const Slab& slab : slabs_) sum += slab.bytes + sizeof(Slab) + slab.count * sizeof(Page);
-  return sum;
+  return bytes_;
+}
+
+std::uint64_t PagePool::visits() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return visits_;
 }
 
 }  // namespace kv4

@@ -15,11 +15,14 @@
 namespace kv4 {
 
 class PagePool;
+struct Slab;
+using Slabs = std::list<std::unique_ptr<Slab>>;
 
 struct Page {
   std::uint8_t* data = nullptr;
   std::atomic<std::int32_t> references{0};
-  struct Slab* slab = nullptr;
+  Slab* slab = nullptr;
+  Page* next = nullptr;  // while it is free: the slab's free page behind it
 };
 
 // A counted reference; the last one returns the page to its pool. The pool outlives it.
@@ -49,6 +52,19 @@ class PageRef {
   Page* page_ = nullptr;
 };
 
+struct Slab {
+  void* memory = nullptr;
+  std::size_t bytes = 0;
+  std::size_t count = 0;
+  std::size_t used = 0;
+  std::unique_ptr<Page[]> pages;
+  Page* free = nullptr;   // chain of its free pages
+  Slabs::iterator place;  // in the pool's list that holds it
+
+  std::size_t held_bytes() const { return bytes + sizeof(Slab) + count * sizeof(Page); }
+};
+
+// Taking or giving back a page costs the same however many there are; thread-safe.
 class PagePool {
  public:
   PagePool(Backend& backend, std::size_t page_bytes) : backend_(backend), page_bytes_(page_bytes) {}
@@ -62,26 +78,23 @@ class PagePool {
   Status reserve(std::size_t count);
   std::size_t bytes() const;  // slabs, used or not, and their bookkeeping
   std::size_t page_bytes() const { return page_bytes_; }
+  // Pages and slabs looked at under the lock so far, for tests of what a call costs.
+  std::uint64_t visits() const;
 
  private:
   friend class PageRef;
   void give_back(Page* page);
   Status grow(std::size_t count);  // to at least `count` free pages; under the lock
+  Page* take();                    // a free page; under the lock
 
   Backend& backend_;
   const std::size_t page_bytes_;
   mutable std::mutex mutex_;
-  std::list<Slab> slabs_;
-  std::vector<Page*> free_;
-  std::size_t pages_ = 0;
-};
-
-struct Slab {
-  void* memory = nullptr;
-  std::size_t bytes = 0;
-  std::size_t count = 0;
-  std::size_t used = 0;
-  std::unique_ptr<Page[]> pages;
+  // Slabs with a free page, those in use before fresh ones, and slabs without.
+  Slabs open_, full_;
+  std::size_t pages_ = 0, free_ = 0;  // of all slabs
+  std::size_t bytes_ = 0;
+  std::uint64_t visits_ = 0;
 };
 
 }  // namespace kv4

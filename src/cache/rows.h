@@ -2,9 +2,10 @@
 // model's dtype. Shared between forks until one of them writes.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
+#include <utility>
 
 #include "backend/backend.h"
 
@@ -20,37 +21,60 @@ struct RowShape {
   }
 };
 
+// Rows [begin, begin + count) of a block of memory, which its buffers own together and only a single owner writes to.
+// Dropping rows in front moves none; what is written lies behind every row that is counted.
 class RowBuffer {
  public:
   RowBuffer() = default;
+  RowBuffer(const RowBuffer& o) : block_(o.block_), begin_(o.begin_), count_(o.count_) {
+    if (block_ != nullptr) block_->owners.fetch_add(1, std::memory_order_relaxed);
+  }
+  RowBuffer(RowBuffer&& o) noexcept
+      : block_(std::exchange(o.block_, nullptr)), begin_(std::exchange(o.begin_, 0)), count_(std::exchange(o.count_, 0)), draft_(o.draft_) {}
+  RowBuffer& operator=(RowBuffer o) noexcept {
+    std::swap(block_, o.block_);
+    std::swap(begin_, o.begin_);
+    std::swap(count_, o.count_);
+    draft_ = o.draft_;
+    return *this;
+  }
+  ~RowBuffer() { clear(); }
+
+  // A copy of which either it or this one lives on: it writes behind the rows of the other as if they were its own, but
+  // moves none of them.
+  RowBuffer draft() const {
+    RowBuffer copy = *this;
+    copy.draft_ = true;
+    return copy;
+  }
+  // The other one is gone.
+  void settle() { draft_ = false; }
 
   std::int64_t count() const { return count_; }
-  std::int64_t capacity() const { return block_ ? block_->capacity : 0; }
+  std::int64_t capacity() const { return block_ != nullptr ? block_->capacity : 0; }
   std::byte* key(int head, std::int64_t row) const;
   std::byte* value(int head, std::int64_t row) const;
   // Rows [first, first + rows); none of them where nothing is allocated.
   ExactRows view(std::int64_t first, std::int64_t rows, std::int64_t position) const;
 
   // Makes the rows private and gives them exactly `capacity` (>= count) rows of room; the
-  // content stays. out_of_memory leaves the buffer as it was.
+  // content stays. A failure leaves the buffer as it was.
   Status reserve(Backend& backend, const RowShape& shape, std::int64_t capacity);
-  // Ready to be written without changing the capacity.
-  Status own(Backend& backend, const RowShape& shape) {
-    return shared() ? reserve(backend, shape, capacity()) : Status();
-  }
-  bool shared() const { return block_.use_count() > 1; }
+  // The rows are private, and `rows` more fit behind them.
+  bool has_room(std::int64_t rows) const { return !shared() && begin_ + count_ + rows <= capacity(); }
+  // Sees to that, within the memory at hand or with `capacity` (>= count + rows) rows.
+  Status make_room(Backend& backend, const RowShape& shape, std::int64_t rows, std::int64_t capacity);
   void set_count(std::int64_t count) { count_ = count; }
-  // Drops the first `rows` rows; the buffer must be private.
-  Status drop_front(std::int64_t rows);
+  void drop_front(std::int64_t rows) {
+    begin_ += rows;
+    count_ -= rows;
+  }
   // Copies `rows` rows of `from` behind the last; room must be there and the buffer private.
   Status push_rows(const RowBuffer& from, std::int64_t first, std::int64_t rows);
-  void clear() {
-    block_.reset();
-    count_ = 0;
-  }
+  void clear();
 
-  const void* identity() const { return block_.get(); }  // equal for buffers that share memory
-  std::size_t bytes() const { return block_ ? block_->bytes + sizeof(Block) : 0; }
+  const void* identity() const { return block_; }  // equal for buffers that share memory
+  std::size_t bytes() const { return block_ != nullptr ? block_->bytes + sizeof(Block) : 0; }
 
  private:
   struct Block {
@@ -59,17 +83,20 @@ class RowBuffer {
     std::size_t bytes = 0;
     std::int64_t capacity = 0;
     RowShape shape;
-    ~Block() { backend->free(memory, bytes); }
-    Block(Backend* b, std::byte* m, std::size_t n, std::int64_t c, const RowShape& s)
-        : backend(b), memory(m), bytes(n), capacity(c), shape(s) {}
-    Block(const Block&) = delete;
-    Block& operator=(const Block&) = delete;
+    std::atomic<std::int32_t> owners{1};
+    ~Block() {
+      if (memory != nullptr) backend->free(memory, bytes);
+    }
   };
-  // rows [first, first + rows) of `from` to rows [to, to + rows); within one buffer only downwards
+  // Others own the block too. Forks may live in several threads: who finds itself alone sees all that the last other one did.
+  bool shared() const { return block_ != nullptr && block_->owners.load(std::memory_order_acquire) > (draft_ ? 2 : 1); }
+  // Rows [first, first + rows) of `from` to rows [to, to + rows).
   Status copy_rows(const RowBuffer& from, std::int64_t first, std::int64_t to, std::int64_t rows);
+  Status compact();
 
-  std::shared_ptr<Block> block_;
-  std::int64_t count_ = 0;
+  Block* block_ = nullptr;
+  std::int64_t begin_ = 0, count_ = 0;
+  bool draft_ = false;
 };
 
 }  // namespace kv4

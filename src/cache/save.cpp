@@ -1,5 +1,6 @@
 // Writing a cache: all that what follows may depend on, as it is. Nothing is sealed or dropped for it, so that a
 // loaded cache can do what this one can, cropping into the last call's tokens included.
+#include <cmath>
 #include <unordered_map>
 
 #include "cache/blob.h"
@@ -42,8 +43,8 @@ Status Cache::State::save_sequence(const Sequence& s, std::span<const std::uint6
                              s.window_position,
                              s.evicted,
                              s.lambda ? 1 : 0,
-                             energy.rows ? 1 : 0,
-                             energy.rows ? energy.first : 0};
+                             energy.any() ? 1 : 0,
+                             energy.any() ? energy.first : 0};
   KV4_RETURN_IF_ERROR(out.write(blob::Kind::sequence, blob::bytes_of(saved)));
   KV4_RETURN_IF_ERROR(out.write_array(blob::Kind::table, table));
   KV4_RETURN_IF_ERROR(write_rows(out, *backend, shape, s.sinks));
@@ -54,11 +55,14 @@ Status Cache::State::save_sequence(const Sequence& s, std::span<const std::uint6
     KV4_RETURN_IF_ERROR(backend->copy(values.data(), s.lambda->as<float>(), channels * sizeof(float)));
     KV4_RETURN_IF_ERROR(out.write_array(blob::Kind::lambda, std::span<const float>(values)));
   }
-  if (!energy.rows) return {};
-  KV4_RETURN_IF_ERROR(out.write_array(blob::Kind::filled, std::span<const std::uint8_t>(energy.filled)));
-  for (std::size_t i = 0; i < energy.filled.size(); ++i) {
-    if (energy.filled[i] == 0) continue;
-    KV4_RETURN_IF_ERROR(backend->copy(values.data(), energy.rows->as<float>() + i * channels, channels * sizeof(float)));
+  if (!energy.any()) return {};
+  std::vector<std::uint8_t> filled(blob::recorded_queries(config, blob::kVersion));
+  for (std::size_t i = 0; i < energy.rows.size(); ++i) filled[i] = energy.rows[i] ? 1 : 0;
+  KV4_RETURN_IF_ERROR(out.write_array(blob::Kind::filled, std::span<const std::uint8_t>(filled)));
+  for (const std::shared_ptr<Block>& row : energy.rows) {
+    if (!row) continue;
+    KV4_RETURN_IF_ERROR(backend->copy(values.data(), row->as<float>(), channels * sizeof(float)));
+    for (float& x : values) x = std::isfinite(x) ? x : 0.0f;  // as it counts
     KV4_RETURN_IF_ERROR(out.write(blob::Kind::energies, std::as_bytes(std::span(values))));
   }
   return {};
@@ -84,7 +88,7 @@ Status Cache::State::save(const Sink& sink) const {
   blob::Writer out(sink);
   KV4_RETURN_IF_ERROR(out.begin());
   std::vector<std::uint64_t> numbers;
-  for (const blob::Field& field : blob::fields(config)) numbers.push_back(field.value);
+  for (const blob::Field& field : blob::fields(config, spec)) numbers.push_back(field.value);
   KV4_RETURN_IF_ERROR(out.write(blob::Kind::config, std::as_bytes(std::span(numbers))));
 
   // Pages are numbered as the tables first name them; forks share them in the file too.

@@ -14,27 +14,66 @@ const float* Cache::State::lambda_v(int head) const {
   return given_v == nullptr ? nullptr : given_v->as<float>() + static_cast<std::size_t>(head) * config.head_dim_v;
 }
 
-Status Cache::State::settle() {
-  if (arrival()) {
-    for (Sequence& s : sequences) KV4_RETURN_IF_ERROR(evict(s));
-    return {};
-  }
-  if (seals()) KV4_RETURN_IF_ERROR(seal_until(length));
-  for (Sequence& s : sequences) {
-    if (seals() && s.anchored) {
+Status Cache::State::seal() {
+  Draft draft(sequences);
+  KV4_RETURN_IF_ERROR(settle(draft));
+  draft.commit();
+  return {};
+}
+
+Status Cache::State::settle(Draft& draft) {
+  if (std::none_of(sequences.begin(), sequences.end(), [this](const Sequence& s) { return seals_more(s, length, false) || releases(s) || evicts(s); })) return {};
+  draft.make();
+  std::vector<Sequence>& next = draft.sequences();
+  if (seals() && !arrival()) KV4_RETURN_IF_ERROR(seal_until(next, length));
+  for (Sequence& s : next) {
+    if (seals() && !arrival() && s.anchored) {
       // Rows sealed while the last call was answered were kept until now: a crop of that call
       // reopens their pages.
       const std::int64_t due = std::min(s.page_end(), s.pages_due(length, config.recipe.window));
       KV4_RETURN_IF_ERROR(release_rows(s, s.page_position(due)));
       // A page that can no longer be undone has fixed lambda for good.
-      if (s.lambda && s.released_pages() > 0) s.query_energy.clear();
+      if (s.lambda && s.released_pages() > 0) s.query_energy = QueryEnergy();
     }
     KV4_RETURN_IF_ERROR(evict(s));
   }
   return {};
 }
 
-Status Cache::State::anchor(Sequence& s) {
+// Whether seal_until(n) has something to do, or may have after a call told of masks, which moves the start of what is not anchored.
+bool Cache::State::seals_more(const Sequence& s, std::int64_t n, bool told) const {
+  if (!seals() || arrival()) return false;
+  const std::int64_t start = told && !s.anchored ? s.window_position : s.presumed_start();
+  return (n - start - s.sink_limit - config.recipe.window) / kPageTokens > s.page_end();
+}
+
+// Whether exact rows, or what lambda came from, wait for no crop any more.
+bool Cache::State::releases(const Sequence& s) const {
+  if (!seals() || arrival() || !s.anchored) return false;
+  const std::int64_t due = std::min(s.page_end(), s.pages_due(length, config.recipe.window));
+  return s.page_position(due) > s.window_position || (s.window.capacity() > decode_rows(s) && s.window.count() <= decode_rows(s)) ||
+         (s.lambda && s.query_energy.any() && s.released_pages() > 0);
+}
+
+// Whether evict has something to do.
+bool Cache::State::evicts(const Sequence& s) const {
+  if (config.sliding_window == 0 || recording) return false;
+  const std::int64_t needed = s.length - config.sliding_window + 1;
+  if (needed <= s.first_held()) return false;
+  const std::int64_t rows = std::min(needed - s.window_position, s.window.count());
+  if (!seals()) return rows >= kPageTokens / 2;
+  const bool page = s.page_position(s.first_page + 1) <= needed;
+  if (arrival()) return s.pages.size() > 1 && page;
+  if (!s.anchored) return needed >= s.presumed_start() + s.sink_limit + kPageTokens;
+  return (needed >= s.body() && s.sinks.count() > 0) || (page && (!s.pages.empty() || rows >= kPageTokens));
+}
+
+// Exact rows that decoding one by one holds at most, and one more: the token whose call lets go of a page's rows lies behind them.
+std::int64_t Cache::State::decode_rows(const Sequence& s) const {
+  return config.recipe.window + kPageTokens + (s.anchored ? 0 : s.sink_limit) + 1;
+}
+
+Status Cache::State::anchor(Sequence& s) const {
   const std::int64_t start = s.presumed_start();
   const std::int64_t skip = start - s.window_position;
   const std::int64_t sinks = std::min<std::int64_t>(s.sink_limit, s.window.count() - skip);
@@ -43,32 +82,31 @@ Status Cache::State::anchor(Sequence& s) {
     KV4_RETURN_IF_ERROR(rows.reserve(*backend, shape, sinks));
     KV4_RETURN_IF_ERROR(rows.push_rows(s.window, skip, sinks));
   }
-  KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
   s.sinks = std::move(rows);
   s.start = start;
   s.anchored = true;
   s.first_page = 0;
-  return s.drop_window_front(skip + std::max<std::int64_t>(0, sinks));
+  s.drop_window_front(skip + std::max<std::int64_t>(0, sinks));
+  return {};
 }
 
-Status Cache::State::release_rows(Sequence& s, std::int64_t position) {
-  const std::int64_t rows = std::min(position - s.window_position, s.window.count());
-  if (rows > 0) {
-    KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
-    KV4_RETURN_IF_ERROR(s.drop_window_front(rows));
-  }
+Status Cache::State::release_rows(Sequence& s, std::int64_t position) const {
+  s.drop_window_front(std::min(position - s.window_position, s.window.count()));
   // After a long prefill the buffer is far larger than decoding needs.
-  const std::int64_t decode_rows = config.recipe.window + kPageTokens;
-  if (s.window.capacity() > decode_rows && s.window.count() <= decode_rows) {
-    KV4_RETURN_IF_ERROR(s.window.reserve(*backend, shape, decode_rows));
-    s.seen.shrink_to_fit();
-  }
+  return shrink(s, decode_rows(s));
+}
+
+// A window that was larger and needs `room` rows at most.
+Status Cache::State::shrink(Sequence& s, std::int64_t room) const {
+  if (s.window.capacity() <= room || s.window.count() > room) return {};
+  KV4_RETURN_IF_ERROR(s.window.reserve(*backend, shape, room));
+  s.seen.shrink_to_fit();
   return {};
 }
 
 // Tokens that no later query can see are dropped: whole pages, and exact rows by pages too so
 // that page boundaries stay where they are.
-Status Cache::State::evict(Sequence& s) {
+Status Cache::State::evict(Sequence& s) const {
   if (config.sliding_window == 0 || recording) return {};
   const std::int64_t needed = s.length - config.sliding_window + 1;  // first position still visible
   if (needed <= s.first_held()) return {};
@@ -78,17 +116,13 @@ Status Cache::State::evict(Sequence& s) {
   return {};
 }
 
-Status Cache::State::evict_below(Sequence& s, std::int64_t needed) {
+Status Cache::State::evict_below(Sequence& s, std::int64_t needed) const {
   if (!seals()) {
     // Rows go in batches, so that moving the rest costs less than a copy per token.
     const std::int64_t rows = std::min(needed - s.window_position, s.window.count());
     if (rows < kPageTokens / 2) return {};
-    KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
-    KV4_RETURN_IF_ERROR(s.drop_window_front(rows));
-    const std::int64_t room = config.sliding_window + kPageTokens;
-    if (s.window.capacity() > room && s.window.count() <= room)
-      KV4_RETURN_IF_ERROR(s.window.reserve(*backend, shape, room));
-    return {};
+    s.drop_window_front(rows);
+    return shrink(s, config.sliding_window + kPageTokens);
   }
   if (arrival()) {
     while (s.pages.size() > 1 && s.page_position(s.first_page + 1) <= needed) {
@@ -109,12 +143,9 @@ Status Cache::State::evict_below(Sequence& s, std::int64_t needed) {
   if (s.pages.empty() && s.window_position <= s.page_position(s.first_page)) {
     const std::int64_t rows = std::min(needed - s.window_position, s.window.count()) / kPageTokens * kPageTokens;
     if (rows > 0) {
-      KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
-      KV4_RETURN_IF_ERROR(s.drop_window_front(rows));
+      s.drop_window_front(rows);
       s.first_page += rows / kPageTokens;
-      const std::int64_t room = std::max<std::int64_t>(config.recipe.window, config.sliding_window) + kPageTokens;
-      if (s.window.capacity() > room && s.window.count() <= room)
-        KV4_RETURN_IF_ERROR(s.window.reserve(*backend, shape, room));
+      return shrink(s, std::max<std::int64_t>(config.recipe.window, config.sliding_window) + kPageTokens + 1);
     }
   }
   return {};
@@ -131,7 +162,7 @@ void Cache::State::note_masked(const Sequence& s, std::int64_t first_row, std::i
   }
 }
 
-// From all that one-by-one decoding holds when the first page is due: every query so far, and the
+// From all that one-by-one decoding holds when the first page is due: the queries so far that count, and the
 // keys of that page and of the window behind it, each 64 about their own mean, as pages are.
 Status Cache::State::fix_lambda(Sequence& s) {
   if (config.recipe.key.lambda != LambdaMode::automatic || s.lambda) return {};
@@ -152,8 +183,10 @@ Status Cache::State::fix_lambda(Sequence& s) {
   job.dim = config.head_dim_k;
   job.blocks = static_cast<int>(blocks);
   job.skip = masked;
-  job.energies = s.query_energy.rows ? s.query_energy.rows->as<float>() : nullptr;
-  job.filled = s.query_energy.filled;
+  std::vector<const float*> energies;
+  for (const std::shared_ptr<Block>& row : s.query_energy.rows)
+    if (row) energies.push_back(row->as<float>());
+  job.energies = energies;
   job.lambda = values->as<float>();
   KV4_RETURN_IF_ERROR(backend->fix_lambda(job));
   s.lambda = std::move(values);
@@ -161,7 +194,7 @@ Status Cache::State::fix_lambda(Sequence& s) {
 }
 
 // All sequences in one call of the backend: their pages are made first, and belong to them once that has been queued.
-Status Cache::State::seal_until(std::int64_t n) {
+Status Cache::State::seal_until(std::vector<Sequence>& next, std::int64_t n) {
   struct Due {
     Sequence* sequence;
     std::vector<PageRef> pages;
@@ -170,7 +203,7 @@ Status Cache::State::seal_until(std::int64_t n) {
   };
   std::vector<Due> all;
   jobs.clear();
-  for (Sequence& s : sequences) {
+  for (Sequence& s : next) {
     const std::int64_t due = s.pages_due(n, config.recipe.window);
     if (due <= s.page_end() && s.anchored) continue;
     if (due == 0) continue;
@@ -184,8 +217,7 @@ Status Cache::State::seal_until(std::int64_t n) {
       const std::int64_t needed = s.length - config.sliding_window + 1;
       const std::int64_t gone = std::min((needed - s.window_position) / kPageTokens, count);
       if (needed > s.window_position && gone > 0 && n == length) {
-        KV4_RETURN_IF_ERROR(s.window.own(*backend, shape));
-        KV4_RETURN_IF_ERROR(s.drop_window_front(gone * kPageTokens));
+        s.drop_window_front(gone * kPageTokens);
         s.first_page += gone;
         count -= gone;
         if (s.sinks.count() == 0) s.evicted = s.window_position;  // evict sees to those that still have sinks

@@ -22,15 +22,28 @@ namespace kv4 {
 // What attention has told about an exact token.
 enum class Seen : std::uint8_t { unknown = 0, visible = 1, masked = 2 };
 
-// Energies of the unmasked queries that come before the first page is due, kept by position until
-// lambda is fixed, so that a crop or a repeated call leaves no trace and the size of calls does not
-// matter: rows [limit][kv_heads * head_dim_k].
+// Energies of queries that come before the first page is due, kept by position until lambda is fixed, so that a crop or a
+// repeated call leaves no trace and the size of calls does not matter. A sum alone could give nothing back to a crop, and
+// energies of every query are as many bytes as fp16 keys and values: so one query in kEvery counts, from the first unmasked
+// one on, the last of each kEvery: not that of a text's first token, which is like no other. Lambda goes with the fourth root
+// of their mean, nearly, and near its best an error of it counts by its square. Blocks are written once and then shared by
+// forks.
 struct QueryEnergy {
-  std::int64_t first = 0;            // position of row 0
-  std::shared_ptr<Block> rows;       // float; null until the first query; shared between forks until one writes
-  std::vector<std::uint8_t> filled;  // [limit]
+  static constexpr std::int64_t kEvery = 8;
+  std::int64_t first = -1;                    // position of the first unmasked query; none so far
+  std::vector<std::shared_ptr<Block>> rows;   // float [kv_heads * head_dim_k], of the query at first + kEvery * i + kEvery - 1; null: masked or not asked
 
-  void clear() { *this = QueryEnergy(); }
+  bool any() const { return first >= 0; }
+  // Row of the query at `position`; -1 where it has none.
+  std::int64_t row(std::int64_t position) const {
+    const std::int64_t n = position - first + 1;
+    return n > 0 && n % kEvery == 0 ? n / kEvery - 1 : -1;
+  }
+  void crop(std::int64_t length) {
+    if (length <= first) *this = QueryEnergy();
+    const auto kept = static_cast<std::size_t>(any() ? (length - first) / kEvery : 0);
+    if (rows.size() > kept) rows.resize(kept);
+  }
 };
 
 // A note that a backend writes to when it gets there, and what of it is in non_finite already. `end`: news of positions from
@@ -56,13 +69,14 @@ struct Sequence {
   std::int64_t window_position = 0;       // of window row 0
   std::vector<Seen> seen;                 // per window row
   std::vector<NonFinite> non_finite;      // window only (arrival: everywhere)
-  std::vector<Told> notes;                // the last is written to, before a fork's next rows by it alone; none where the backend tells at once
+  std::vector<Told> notes;                // the last is written to; none where the backend tells at once
+  bool note_forked = false;               // a fork has the last one too: the next rows need a note of their own
 
   std::int64_t evicted = 0;               // a sliding window let go of every position below
   QueryEnergy query_energy;
   std::shared_ptr<Block> lambda;          // float [kv_heads, head_dim_k]
 
-  // Where news of the next rows go; null where the backend tells at once, or has no memory for it.
+  // Where news of the next rows go; null where the backend tells at once.
   LateNote* note() const {
     return notes.empty() || notes.back().end != Told().end ? nullptr : notes.back().note.get();
   }
@@ -99,15 +113,66 @@ struct Sequence {
     return window_position;
   }
 
-  // Drops the first `rows` rows of the window. The buffer must be private.
-  Status drop_window_front(std::int64_t rows) {
-    if (rows <= 0) return {};
-    KV4_RETURN_IF_ERROR(window.drop_front(rows));
+  // A copy that takes this one's place, or is given up.
+  Sequence draft() const {
+    Sequence next = *this;
+    next.window = window.draft();
+    return next;
+  }
+  // A copy of it goes on as well.
+  void fork() {
+    pages.fork();
+    note_forked = true;
+  }
+
+  // Drops the first `rows` rows of the window.
+  void drop_window_front(std::int64_t rows) {
+    if (rows <= 0) return;
+    window.drop_front(rows);
     window_position += rows;
     seen.erase(seen.begin(), seen.begin() + rows);
     std::erase_if(non_finite, [this](const NonFinite& x) { return x.position < window_position; });
-    return {};
   }
+};
+
+// The sequences of a cache as a call leaves them if it succeeds. What it does to them, and what backends write for it, shows
+// in nothing that the cache holds until commit, which cannot fail.
+class Draft {
+ public:
+  explicit Draft(std::vector<Sequence>& held) : held_(held) {}
+  Draft(const Draft&) = delete;
+  Draft& operator=(const Draft&) = delete;
+  ~Draft() {
+    // A device may have seen the pages of one that is given up.
+    if (made_)
+      for (Sequence& s : held_) s.pages.renew();
+  }
+
+  bool made() const { return made_; }
+  // From copies of the sequences held; without, calls change what is held in place.
+  void make() {
+    std::vector<Sequence> next;
+    next.reserve(held_.size());
+    for (const Sequence& s : held_) next.push_back(s.draft());
+    make(std::move(next));
+  }
+  void make(std::vector<Sequence> next) {
+    next_ = std::move(next);
+    made_ = true;
+  }
+  std::vector<Sequence>& sequences() { return made_ ? next_ : held_; }
+  void commit() noexcept {
+    if (!made_) return;
+    held_.swap(next_);
+    next_.clear();
+    for (Sequence& s : held_) s.window.settle();
+    made_ = false;
+  }
+
+ private:
+  std::vector<Sequence>& held_;
+  std::vector<Sequence> next_;
+  bool made_ = false;
 };
 
 }  // namespace kv4

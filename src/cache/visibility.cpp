@@ -59,4 +59,10 @@ bool Visibility::seen(std::int64_t position) const {
   return false;
 }
 
+void Visibility::leave_hidden(std::vector<std::int64_t>* positions) const {
+  // Late queries see most: of what they leave, earlier ones are asked in vain but for what only a window or a hole hid.
+  for (std::int64_t t = queries_ - 1; t >= 0 && !positions->empty(); --t)
+    std::erase_if(*positions, [&](std::int64_t position) { return visible(t, position); });
+}
+
 }  // namespace kv4

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kv4/attention.h"
 
@@ -15,8 +16,12 @@ class Visibility {
 
   // Some query head of row t sees the token at `position`.
   bool visible(std::int64_t t, std::int64_t position) const;
-  // Some query of the call does.
+  // Whether `seen` takes no time that grows with the queries.
+  bool simple() const { return args_.mask.kind == Mask::General::none || queries_ == 1; }
+  // Some query of the call sees the token at `position`.
   bool seen(std::int64_t position) const;
+  // Leaves the positions that no query of the call sees, in their order. No element of the mask is read twice.
+  void leave_hidden(std::vector<std::int64_t>* positions) const;
 
  private:
   bool general_visible(std::int64_t t, std::int64_t position) const;

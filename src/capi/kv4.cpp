@@ -425,7 +425,7 @@ kv4_status kv4_cache_reset(kv4_cache* cache) {
 kv4_status kv4_cache_clone(const kv4_cache* cache, kv4_cache** out) {
   return guarded({{"cache", cache}, {"out", out}}, [&]() -> kv4::Status {
     auto handle = std::make_unique<kv4_cache>();
-    handle->cache = cache->cache->clone();
+    KV4_RETURN_IF_ERROR(cache->cache->clone(&handle->cache));
     *out = handle.release();
     return {};
   });

@@ -1,7 +1,7 @@
 // How a call becomes tasks. An item is a run of queries of one sequence and KV head: all query heads
-// of the group share its pages. Where there are fewer items than threads need, an item is split along
-// its tokens; whichever split ends last joins the partial states, so that a call needs one parallel
-// region and no barrier inside.
+// of the group share its pages. An item that is more than a piece of the work (share.h) is split along
+// its tokens, and whoever is free takes the next split; whichever ends last joins the partial states, so
+// that a call needs one parallel region and no barrier inside.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -13,6 +13,7 @@
 #include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/rows.h"
+#include "cpu/share.h"
 #include "cpu/threads.h"
 #include "cpu/workspace.h"
 #include "kv4/cpu.h"
@@ -27,16 +28,8 @@ constexpr float kEmpty = -std::numeric_limits<float>::infinity();
 // Rows of an item: enough to reuse a converted block of exact rows, few enough that q and o stay in L2.
 constexpr std::int64_t kItemRows = 64;
 
-// Work is counted in products of one row, token and channel; reading and unpacking a token costs about
-// as much as kTokenRows rows. A Zen 3 core does some 4 * 10^10 of them a second, so a split takes at least
-// about 6 us and a call of less than about 10 us wakes no other thread. Measured at 64 to 1,024 tokens with one
-// and six rows: half of either lost to the joining of splits, twice to the waiting thread.
+// Reading and unpacking a token costs about as much as this many rows (share.h counts work).
 constexpr double kTokenRows = 1.5;
-constexpr double kSplitWork = 1 << 18;
-constexpr double kParallelWork = 1.5 * kSplitWork;
-// Splits per thread where items are few: leaves something to hand out when cores run at different speeds. Each
-// rotates its queries anew: four per thread lost 10 to 20 % at 512 to 2,048 tokens of d = 256.
-constexpr int kSplitsPerThread = 2;
 
 std::int64_t clamp(std::int64_t x, std::int64_t low, std::int64_t high) { return x < low ? low : x > high ? high : x; }
 std::size_t padded(int dim) { return static_cast<std::size_t>(pad_channels(dim)); }
@@ -203,14 +196,11 @@ class Call {
         }
       }
     }
-    threads_ = total < kParallelWork ? 1 : num_threads();
-    const double target = threads_ == 1 ? std::numeric_limits<double>::infinity()
-                                        : std::max(kSplitWork, total / (threads_ * kSplitsPerThread));
+    const Share shared = share(total, num_threads());
+    threads_ = shared.threads;
     for (std::size_t i = 0; i < workspace_.items.size(); ++i) {
       Item& item = workspace_.items[i];
-      const std::int64_t limit = std::max<std::int64_t>(1, item.tokens() / kPageTokens);
-      item.splits =
-          static_cast<int>(clamp(static_cast<std::int64_t>(std::min(work_of(item) / target, 1e6)), 1, limit));
+      item.splits = pieces(work_of(item), shared, std::max<std::int64_t>(1, item.tokens() / kPageTokens));
       item.first_split = workspace_.splits.size();
       for (int s = 0; s < item.splits; ++s) workspace_.splits.push_back({static_cast<int>(i), s, States()});
     }
@@ -511,10 +501,9 @@ const RowKernels& row_kernels(const Kernels& kernels) {
 
 Status attend(const AttendJob& job) {
   if (job.query_count <= 0 || job.sequences.empty()) return {};
-  const Kernels* kernels = nullptr;
-  KV4_RETURN_IF_ERROR(active(&kernels));
+  KV4_RETURN_IF_ERROR(check_isa());
   thread_local Workspace workspace;
-  return Call(job, workspace, *kernels).run();
+  return Call(job, workspace, active()).run();
 }
 
 }  // namespace kv4::cpu

@@ -79,9 +79,9 @@ class CpuBackend final : public Backend {
 
   Status seal(const PageSpec& spec, std::span<const SealJob> jobs) override {
     thread_local std::vector<Buffer> scratch;
-    const Kernels* kernels = nullptr;
-    KV4_RETURN_IF_ERROR(active(&kernels));
-    const std::size_t bytes = kernels->seal_scratch(spec);
+    KV4_RETURN_IF_ERROR(check_isa());
+    const Kernels& kernels = active();
+    const std::size_t bytes = kernels.seal_scratch(spec);
     const int threads = jobs.size() < kParallelSeals ? 1 : num_threads();
     if (scratch.size() < static_cast<std::size_t>(threads)) scratch.resize(static_cast<std::size_t>(threads));
     for (int i = 0; i < threads; ++i)
@@ -89,7 +89,7 @@ class CpuBackend final : public Backend {
         return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");
     std::vector<Buffer>& buffers = scratch;  // the calling thread's, for all workers
     parallel_for(static_cast<std::int64_t>(jobs.size()), threads, [&](std::int64_t i, int thread) {
-      kernels->seal(spec, jobs[static_cast<std::size_t>(i)], buffers[static_cast<std::size_t>(thread)].data());
+      kernels.seal(spec, jobs[static_cast<std::size_t>(i)], buffers[static_cast<std::size_t>(thread)].data());
     });
     return {};
   }
@@ -110,9 +110,9 @@ class CpuBackend final : public Backend {
   Status dequantise(const PageSpec& spec, std::span<const DequantiseJob> jobs) const override {
     if (jobs.empty()) return {};
     thread_local Buffer scratch;
-    const Kernels* kernels = nullptr;
-    KV4_RETURN_IF_ERROR(active(&kernels));
-    const std::size_t bytes = kernels->dequantise_scratch(spec);
+    KV4_RETURN_IF_ERROR(check_isa());
+    const Kernels& kernels = active();
+    const std::size_t bytes = kernels.dequantise_scratch(spec);
     if (!scratch.reserve(bytes)) return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");
     std::vector<float> rows[2];
     for (const DequantiseJob& job : jobs) {
@@ -124,7 +124,7 @@ class CpuBackend final : public Backend {
         return direct;
       };
       const bool k_direct = place(0, job.k, job.k_stride, spec.key.dim), v_direct = place(1, job.v, job.v_stride, spec.value.dim);
-      kernels->dequantise(spec, job.slice, job.lambda_k, job.lambda_v, job.first, job.count, plain[0], plain[1], scratch.data());
+      kernels.dequantise(spec, job.slice, job.lambda_k, job.lambda_v, job.first, job.count, plain[0], plain[1], scratch.data());
       const auto finish = [&](int i, void* out, std::int64_t stride, int dim) {
         cpu::convert({.from = plain[i], .from_stride = dim, .to = out, .to_dtype = job.dtype, .to_stride = stride, .heads = 1, .dim = dim, .rows = job.count});
       };

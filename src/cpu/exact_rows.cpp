@@ -1,6 +1,7 @@
 #include "cpu/exact_rows.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -91,12 +92,10 @@ void copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t fr
 void query_energies(const TensorView& q, int kv_heads, std::span<const EnergyJob> jobs) {
   const std::int64_t group = q.shape[1] / kv_heads, dim = q.shape[3], row_size = kv_heads * dim;
   for (const EnergyJob& job : jobs) {
-    for (std::int64_t t = 0; t < job.count; ++t) {
-      const std::span<float> row(job.rows + t * row_size, static_cast<std::size_t>(row_size));
-      std::fill(row.begin(), row.end(), 0.0f);
-      for (std::int64_t h = 0; h < q.shape[1]; ++h)
-        add_energy(q.at(job.sequence, h, job.first + t), q.dtype, row.subspan(static_cast<std::size_t>(h / group * dim), static_cast<std::size_t>(dim)));
-    }
+    const std::span<float> row(job.energies, static_cast<std::size_t>(row_size));
+    std::fill(row.begin(), row.end(), 0.0f);
+    for (std::int64_t h = 0; h < q.shape[1]; ++h)
+      add_energy(q.at(job.sequence, h, job.query), q.dtype, row.subspan(static_cast<std::size_t>(h / group * dim), static_cast<std::size_t>(dim)));
   }
 }
 
@@ -112,10 +111,10 @@ void fix_lambda(const LambdaJob& job) {
       for (std::size_t c = 0; c < dim; ++c) key[c] += used * block[c];
     }
     std::fill(query.begin(), query.end(), 0.0);
-    for (std::size_t t = 0; t < job.filled.size(); ++t) {
-      if (job.filled[t] == 0) continue;
-      const float* energy = job.energies + (t * static_cast<std::size_t>(job.kv_heads) + static_cast<std::size_t>(h)) * dim;
-      for (std::size_t c = 0; c < dim; ++c) query[c] += energy[c];
+    for (const float* row : job.energies) {
+      const float* energy = row + static_cast<std::size_t>(h) * dim;
+      for (std::size_t c = 0; c < dim; ++c)
+        if (std::isfinite(energy[c])) query[c] += energy[c];
     }
     lambda_from_energies(query, key, std::span<float>(job.lambda + static_cast<std::size_t>(h) * dim, dim));
   }

@@ -48,11 +48,9 @@ std::atomic<const Kernels*>& current() {
 
 }  // namespace
 
-Status active(const Kernels** out) {
+const Kernels& active() {
   const Kernels* k = current().load(std::memory_order_relaxed);
-  if (k == nullptr) return refused("KV4_CPU_ISA", asked());
-  *out = k;
-  return {};
+  return k != nullptr ? *k : *best();
 }
 
 const Kernels* find(const char* name) {
@@ -75,8 +73,7 @@ std::string active_isa() {
 }
 
 Status check_isa() {
-  const Kernels* k = nullptr;
-  return active(&k);
+  return current().load(std::memory_order_relaxed) != nullptr ? Status() : refused("KV4_CPU_ISA", asked());
 }
 
 Status force_isa(const std::string& isa) {

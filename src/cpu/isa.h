@@ -65,8 +65,8 @@ struct Kernels {
 KV4_CPU_ISAS(KV4_DECLARE_KERNELS)
 #undef KV4_DECLARE_KERNELS
 
-// The kernels in use: see kv4/cpu.h. Errors: check_isa's; out is then left as it was.
-Status active(const Kernels** out);
+// The kernels in use: see kv4/cpu.h.
+const Kernels& active();
 // By name, whether this machine runs them or not; null if not compiled in.
 const Kernels* find(const char* name);
 

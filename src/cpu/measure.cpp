@@ -81,8 +81,7 @@ Status measure_seal(int dim, RotationKind rotation, std::int64_t vectors, int re
 Status measure_read(std::size_t bytes, int repeats, std::vector<double>* bytes_per_second) {
   if (bytes < 1) return invalid_argument("bytes", "at least 1", "0");
   if (repeats < 1) return invalid_argument("repeats", "at least 1", std::to_string(repeats));
-  const Kernels* kernels = nullptr;
-  KV4_RETURN_IF_ERROR(active(&kernels));
+  KV4_RETURN_IF_ERROR(check_isa());
   constexpr std::size_t kChunk = 1024;
   const int threads = num_threads();
   const std::size_t count = static_cast<std::size_t>(threads);
@@ -93,7 +92,7 @@ Status measure_read(std::size_t bytes, int repeats, std::vector<double>* bytes_p
   const std::unique_ptr<std::uint8_t, Freed> memory(static_cast<std::uint8_t*>(cpu->alloc(share * count)),
                                                     Freed{cpu, share * count});
   if (!memory) return error(StatusCode::out_of_memory, "bytes", std::to_string(share * count) + " free bytes", "none");
-  const RowKernels& rows = row_kernels(*kernels);
+  const RowKernels& rows = row_kernels(active());
   std::vector<float> sums(count * 16);  // a cache line each
   // Each thread touches its own share first: systems of several nodes place memory by it.
   parallel_for(threads, threads, [&](std::int64_t i, int) {

@@ -35,7 +35,8 @@ cudaError_t launch_fused(const AttendParams& p, const AttendPlan& plan, cudaStre
   static_assert(kFit.readers > 0, "no queues fit");
   constexpr int kShared = fused_shared<D>(kReaders, kFit.readers, kFit.depth, kBlocks);
   const auto kernel = attend_fused<D, kRows, kReaders>;
-  if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared); e != cudaSuccess) return e;
+  static SharedMost most;
+  if (const cudaError_t e = most.allow(kernel, kShared); e != cudaSuccess) return e;
   const dim3 ctas(static_cast<unsigned>(plan.fused_ctas), static_cast<unsigned>(p.kv_heads * (p.blocks / kBlocks)), static_cast<unsigned>(p.batch));
   return queue_kernel(kernel, p, plan, ctas, fused_warps(kReaders, kFit.readers) * kLanes, kShared, stream);
 }
@@ -51,9 +52,10 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
   static_assert(kMerge + 4096 <= room_bytes(kRoom), "attend_merge: more shared memory than the room has");
   const int shared = kQueues + (p.batch + 1) * static_cast<int>(sizeof(int));
   const auto main = attend_main<D, kRows, kRoom>;
-  if (const cudaError_t e = cudaFuncSetAttribute(main, cudaFuncAttributeMaxDynamicSharedMemorySize, shared); e != cudaSuccess) return e;
   const auto merge = attend_merge<D, kBlocks>;
-  if (const cudaError_t e = cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, kMerge); e != cudaSuccess) return e;
+  static SharedMost of_main, of_merge;
+  if (const cudaError_t e = of_main.allow(main, room_bytes(kRoom)); e != cudaSuccess) return e;  // whatever the batch
+  if (const cudaError_t e = of_merge.allow(merge, kMerge); e != cudaSuccess) return e;
   const auto queue = [&](auto kernel, dim3 ctas, int threads, int bytes) {
     return queue_kernel(kernel, p, plan, ctas, threads, bytes, stream);
   };

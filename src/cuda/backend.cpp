@@ -16,6 +16,7 @@
 #include "cuda/memory.h"
 #include "cuda/order.h"
 #include "cuda/rows.h"
+#include "cuda/scratch.h"
 #include "cuda/seal.h"
 #include "cuda/tables.h"
 
@@ -35,15 +36,26 @@ Status supports_side(const SideSpec& side, const char* name) {
   return error(StatusCode::unsupported, std::string("recipe.") + name + ".group", "one scale per vector on CUDA", std::to_string(side.group));
 }
 
+constexpr std::size_t kScratchZeros = kMostFused * sizeof(int);  // counts of who has arrived
+
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(int device) : device_(device), name_("cuda:" + std::to_string(device)), memory_(device) {
+  explicit CudaBackend(int device) : device_(device), name_("cuda:" + std::to_string(device)), memory_(device), rotations_(device) {
     const DeviceGuard guard(device_);
     chip_ = chip_of(device_);
   }
   const char* name() const override { return name_.c_str(); }
   bool host_memory() const override { return false; }
   void set_stream(void* stream) override { cuda::set_stream(static_cast<cudaStream_t>(stream)); }
+  Status wait() override {
+    KV4_ON_DEVICE(device_);
+    KV4_RETURN_IF_CUDA("stream", cudaStreamSynchronize(current_stream()));
+    return {};
+  }
+  Status memory_in_use(std::size_t* bytes) {
+    KV4_ON_DEVICE(device_);
+    return memory_.in_use(bytes);
+  }
   bool capturing() const override { return is_capturing(current_stream()); }
   int code_channels(int dim) const override { return pad_channels(dim); }
 
@@ -70,24 +82,31 @@ class CudaBackend final : public Backend {
 
   void* alloc(std::size_t bytes) override {
     const DeviceGuard guard(device_);
-    return memory_.alloc(bytes);
+    void* memory = nullptr;
+    return guard.error() == cudaSuccess && memory_.alloc("memory", bytes, &memory).ok() ? memory : nullptr;
   }
   void free(void* p, std::size_t) override {
     const DeviceGuard guard(device_);
     memory_.free(p);
   }
   Status copy(void* to, const void* from, std::size_t bytes) override {
-    const DeviceGuard guard(device_);
+    KV4_ON_DEVICE(device_);
     KV4_RETURN_IF_CUDA("copy", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, current_stream()));
+    // From and to pinned memory a copy is queued like any other.
+    cudaPointerAttributes there, here;
+    KV4_RETURN_IF_CUDA("copy", cudaPointerGetAttributes(&there, to));
+    KV4_RETURN_IF_CUDA("copy", cudaPointerGetAttributes(&here, from));
+    if (there.type == cudaMemoryTypeHost || there.type == cudaMemoryTypeUnregistered || here.type == cudaMemoryTypeHost)
+      KV4_RETURN_IF_CUDA("copy", cudaStreamSynchronize(current_stream()));
     return {};
   }
   Status clear(void* p, std::size_t bytes) override {
-    const DeviceGuard guard(device_);
+    KV4_ON_DEVICE(device_);
     KV4_RETURN_IF_CUDA("clear", cudaMemsetAsync(p, 0, bytes, current_stream()));
     return {};
   }
   Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
-    const DeviceGuard guard(device_);
+    KV4_ON_DEVICE(device_);
     const auto* first = static_cast<const std::byte*>(from);
     const bool overlap = to < from && static_cast<std::byte*>(to) + bytes > first;
     KV4_RETURN_IF_CUDA("copy of rows", overlap ? launch_move_lines(to, to_pitch, from, from_pitch, bytes, lines, current_stream())
@@ -96,17 +115,21 @@ class CudaBackend final : public Backend {
     return {};
   }
   Status alloc_note(LateNote** out) override {
-    const DeviceGuard guard(device_);
+    KV4_ON_DEVICE(device_);
     KV4_RETURN_IF_CUDA("note", memory_.notes.alloc(out));
     return {};
   }
-  void free_note(LateNote* note) override { memory_.notes.free(note); }
+  void free_note(LateNote* note) override {
+    const DeviceGuard guard(device_);
+    memory_.notes.free(note);
+  }
+  const RotationTable* table_of(const Rotation& rotation) const override { return rotations_.made(rotation); }
   Status make_tables(std::unique_ptr<DeviceTables>* out) override {
-    *out = std::make_unique<CacheTables>(device_, memory_);
+    *out = std::make_unique<CacheTables>(device_, memory_, scratch_);
     return {};
   }
   Status foresee(DeviceTables* tables, std::span<const SequenceView> sequences, int tokens) override {
-    const DeviceGuard guard(device_);
+    KV4_ON_DEVICE(device_);
     auto& held = static_cast<CacheTables&>(*tables);
     KV4_RETURN_IF_ERROR(held.sync(sequences));
     held.expect(tokens);
@@ -114,7 +137,7 @@ class CudaBackend final : public Backend {
   }
 
   Status store(const StoreJob& job) override {
-    const DeviceGuard guard(device_);
+    KV4_ON_DEVICE(device_);
     auto& tables = static_cast<CacheTables&>(*job.tables);
     StoreParams p;
     p.batch = static_cast<int>(job.k.shape[0]);
@@ -138,13 +161,13 @@ class CudaBackend final : public Backend {
   }
 
   Status convert(const ConvertJob& job) override {
-    const DeviceGuard guard(device_);
+    KV4_ON_DEVICE(device_);
     KV4_RETURN_IF_CUDA("convert", launch_convert(job, current_stream()));
     return {};
   }
 
   Status query_energies(const TensorView& q, int kv_heads, std::span<const EnergyJob> jobs) override {
-    const DeviceGuard guard(device_);
+    KV4_ON_DEVICE(device_);
     EnergyParams p;
     p.q = q.data;
     p.dtype = q.dtype;
@@ -161,10 +184,10 @@ class CudaBackend final : public Backend {
   }
 
   Status fix_lambda(const LambdaJob& job) override {
-    const DeviceGuard guard(device_);
-    Temporary skip(memory_), filled(memory_);
+    KV4_ON_DEVICE(device_);
+    Temporary skip(memory_), energies(memory_);
     KV4_RETURN_IF_ERROR(skip.upload("lambda", job.skip.data(), job.skip.size()));
-    KV4_RETURN_IF_ERROR(filled.upload("lambda", job.filled.data(), job.filled.size()));
+    KV4_RETURN_IF_ERROR(energies.upload("lambda", job.energies.data(), job.energies.size_bytes()));
     LambdaParams p;
     p.k = job.k;
     p.bf16 = job.dtype == DType::bf16;
@@ -173,10 +196,9 @@ class CudaBackend final : public Backend {
     p.kv_heads = job.kv_heads;
     p.dim = job.dim;
     p.blocks = job.blocks;
-    p.skip = skip.as<std::uint8_t>();
-    p.energies = job.energies;
-    p.filled = filled.as<std::uint8_t>();
-    p.energy_rows = static_cast<int>(job.filled.size());
+    p.skip = skip.as<const std::uint8_t>();
+    p.energies = energies.as<const float* const>();
+    p.queries = static_cast<int>(job.energies.size());
     p.lambda = job.lambda;
     KV4_RETURN_IF_CUDA("lambda", launch_lambda(p, current_stream()));
     return {};
@@ -184,12 +206,12 @@ class CudaBackend final : public Backend {
 
   Status seal(const PageSpec& spec, std::span<const SealJob> jobs) override {
     KV4_RETURN_IF_ERROR(supports(spec));
-    const DeviceGuard guard(device_);
+    KV4_ON_DEVICE(device_);
     Temporary memory(memory_);
     KV4_RETURN_IF_ERROR(memory.upload("jobs", jobs.data(), jobs.size_bytes()));
     SealParams p;
     KV4_RETURN_IF_ERROR(sides(spec, &p.key, &p.value));
-    p.jobs = memory.as<SealJob>();
+    p.jobs = memory.as<const SealJob>();
     p.count = static_cast<int>(jobs.size());
     p.halves = std::all_of(jobs.begin(), jobs.end(), [](const SealJob& job) { return job.dtype != DType::f32; });
     KV4_RETURN_IF_CUDA("seal", launch_seal(p, current_stream()));
@@ -198,21 +220,21 @@ class CudaBackend final : public Backend {
 
   Status dequantise(const PageSpec& spec, std::span<const DequantiseJob> jobs) const override {
     if (jobs.empty()) return {};
-    const DeviceGuard guard(device_);
+    KV4_ON_DEVICE(device_);
     Temporary memory(memory_);
     KV4_RETURN_IF_ERROR(memory.upload("jobs", jobs.data(), jobs.size_bytes()));
     DequantiseJobs p;
     KV4_RETURN_IF_ERROR(sides(spec, &p.key, &p.value));
     p.inverse_k = rotations_.find(spec.key.rotation)->inverse_transpose;
     p.inverse_v = rotations_.find(spec.value.rotation)->inverse_transpose;
-    p.jobs = memory.as<DequantiseJob>();
+    p.jobs = memory.as<const DequantiseJob>();
     p.count = static_cast<int>(jobs.size());
     KV4_RETURN_IF_CUDA("dequantise", launch_dequantise_jobs(p, current_stream()));
     return {};
   }
 
   Status attend(const AttendJob& job) override {
-    const DeviceGuard guard(device_);
+    KV4_ON_DEVICE(device_);
     const bool captured = capturing();
     AttendParams p;
     KV4_RETURN_IF_ERROR(fill(job, &p));
@@ -225,16 +247,22 @@ class CudaBackend final : public Backend {
       KV4_RETURN_IF_ERROR(tables.limits(CacheTables::kWindow, job.args.mask.window, captured, &p.mask.window));
     } else {
       KV4_RETURN_IF_ERROR(upload_views(job, &views, &pages));
-      p.sequences = views.as<SequenceView>();
+      p.sequences = views.as<const SequenceView>();
     }
     const AttendPlan plan = plan_attend(p, chip_, load_of(job.sequences));
     if (p.batch > plan.most_sequences)
       return error(StatusCode::unsupported, "q", "at most " + std::to_string(plan.most_sequences) + " sequences of these heads on this device",
                    std::to_string(p.batch));
-    Scratch::Block scratch;
-    KV4_RETURN_IF_ERROR(scratch_.reserve(current_stream(), plan.scratch, captured, &scratch));
-    KV4_RETURN_IF_CUDA("attend", launch_attend(p, plan, scratch->data(), current_stream()));
-    if (captured && job.tables != nullptr) static_cast<CacheTables&>(*job.tables).keep(std::move(scratch));
+    if (job.tables == nullptr) {
+      Temporary scratch(memory_);
+      KV4_RETURN_IF_ERROR(scratch.make("scratch", plan.scratch, kScratchZeros));
+      KV4_RETURN_IF_CUDA("attend", launch_attend(p, plan, scratch.as<void>(), current_stream()));
+      return {};
+    }
+    Scratch::Held of_graph, *scratch = captured ? &of_graph : static_cast<CacheTables&>(*job.tables).scratch();
+    KV4_RETURN_IF_ERROR(captured ? scratch_.capture(plan.scratch, scratch) : scratch_.share(plan.scratch, scratch));
+    const std::lock_guard<std::mutex> lock((*scratch)->queueing);
+    KV4_RETURN_IF_CUDA("attend", launch_attend(p, plan, (*scratch)->data, current_stream()));
     return {};
   }
 
@@ -305,7 +333,7 @@ class CudaBackend final : public Backend {
     std::vector<std::uint8_t> host;
     KV4_RETURN_IF_ERROR(download(spec, slice, &host));
     cuda::codes_from_canonical(spec, k, v, host.data());
-    const DeviceGuard guard(device_);
+    KV4_ON_DEVICE(device_);
     KV4_RETURN_IF_CUDA("codes", cudaMemcpyAsync(slice, host.data(), host.size(), cudaMemcpyHostToDevice, current_stream()));
     KV4_RETURN_IF_CUDA("codes", cudaStreamSynchronize(current_stream()));
     return {};
@@ -313,7 +341,7 @@ class CudaBackend final : public Backend {
 
  private:
   Status download(const PageSpec& spec, const std::uint8_t* slice, std::vector<std::uint8_t>* host) const {
-    const DeviceGuard guard(device_);
+    KV4_ON_DEVICE(device_);
     host->resize(spec.layout.head_bytes);
     KV4_RETURN_IF_CUDA("codes", cudaMemcpyAsync(host->data(), slice, host->size(), cudaMemcpyDeviceToHost, current_stream()));
     KV4_RETURN_IF_CUDA("codes", cudaStreamSynchronize(current_stream()));
@@ -369,8 +397,8 @@ class CudaBackend final : public Backend {
   const std::string name_;
   Chip chip_;
   mutable Memory memory_;
-  Scratch scratch_{kMostFused * sizeof(int)};
-  mutable Rotations rotations_;
+  Scratch scratch_{memory_, kScratchZeros};
+  const Rotations rotations_;
 };
 
 bool usable(int device) {
@@ -381,6 +409,8 @@ bool usable(int device) {
   }
   return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8;
 }
+
+Status no_device() { return error(StatusCode::unsupported, "device", "a CUDA device of compute capability 8.0 or later", "none"); }
 
 CudaBackend* the_backend(int device) {
   // Never destroyed: the driver may be gone before a static object is.
@@ -395,10 +425,15 @@ CudaBackend* the_backend(int device) {
 
 Backend* backend(int device) { return the_backend(device); }
 
+Status memory_in_use(int device, std::size_t* bytes) {
+  CudaBackend* const backend = the_backend(device);
+  if (backend == nullptr) return no_device();
+  return backend->memory_in_use(bytes);
+}
+
 Status attend_params(const AttendJob& job, AttendParams* params) {
-  if (the_backend(0) == nullptr)
-    return error(StatusCode::unsupported, "device", "a CUDA device of compute capability 8.0 or later", "none");
-  const DeviceGuard guard(0);
+  if (the_backend(0) == nullptr) return no_device();
+  KV4_ON_DEVICE(0);
   return the_backend(0)->fill(job, params);
 }
 

@@ -16,8 +16,9 @@ Backend* backend(int device = 0);
 // A call on the first device as launch_attend takes it, for callers that keep sequences and page tables in device memory themselves (params->
 // sequences is left to them), which a captured call must. Errors: unsupported, with the reason; out_of_memory.
 Status attend_params(const AttendJob& job, AttendParams* params);
-// The stream of this thread's calls from now on; null is the default stream. Calls of one thread share scratch: work of the
-// stream before must have ended, or the new one wait for it.
+// The stream of this thread's calls from now on; null is the default stream. Scratch follows the stream (scratch.h).
 void set_stream(cudaStream_t stream);
+// Bytes of a device that caches, graphs and calls hold, but for rotations; what was freed counts until its stream has come to that.
+Status memory_in_use(int device, std::size_t* bytes);
 
 }  // namespace kv4::cuda

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstddef>
 #include <type_traits>
 
@@ -26,5 +27,27 @@ template <class... Parameters>
 cudaError_t queue(void (*kernel)(Parameters...), dim3 ctas, int threads, std::size_t shared, cudaStream_t stream, std::type_identity_t<Parameters>... arguments) {
   return queue_with(nullptr, 0, kernel, ctas, threads, shared, stream, arguments...);
 }
+
+// How much dynamic shared memory a kernel's CTAs may have is one number for all that launch it on a device, on any thread and stream, replayed
+// launches included. So it is set once, to the most that any call takes, and never lowered; what a call takes, its launch says. One
+// object for each kernel, static.
+class SharedMost {
+ public:
+  // Of the current device.
+  template <class... Parameters>
+  cudaError_t allow(void (*kernel)(Parameters...), int bytes) {
+    int device = 0;
+    if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
+    const bool noted = device < kNoted;
+    if (noted && done_[device].load(std::memory_order_acquire)) return cudaSuccess;
+    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (e == cudaSuccess && noted) done_[device].store(true, std::memory_order_release);
+    return e;
+  }
+
+ private:
+  static constexpr int kNoted = 64;  // devices; on others the same number is set by every call
+  std::atomic<bool> done_[kNoted] = {};
+};
 
 }  // namespace kv4::cuda

@@ -1,6 +1,7 @@
 #include "cuda/matrices.h"
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "cuda/pack.h"
@@ -25,8 +26,9 @@ cudaError_t upload(const Rotation& rotation, Matrices* out) {
   const std::vector<std::uint32_t> packed = pack_matrix(inverse, rotation.dim(), &out->inverse_packed.scale);
   const std::vector<std::uint32_t> packed_transpose = pack_matrix(inverse_transpose, rotation.dim(), &out->inverse_transpose_packed.scale);
   const std::vector<std::uint16_t> digit_matrices = digits_of(forward, rotation.dim(), &out->digit_unit);
-  if (const cudaError_t e = out->memory.make(n * 32); e != cudaSuccess) return e;
-  auto* at = static_cast<std::byte*>(out->memory.data());
+  out->memory = std::make_unique<DeviceBuffer>();
+  if (const cudaError_t e = out->memory->make(n * 32); e != cudaSuccess) return e;
+  auto* at = static_cast<std::byte*>(out->memory->data());
   const auto put = [&at](const auto& values) {
     const cudaError_t e = cudaMemcpy(at, values.data(), values.size() * sizeof(values[0]), cudaMemcpyHostToDevice);
     const std::byte* from = at;
@@ -52,18 +54,26 @@ cudaError_t upload(const Rotation& rotation, Matrices* out) {
 
 }  // namespace
 
-const Matrices* Rotations::find(const std::shared_ptr<const Rotation>& rotation) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  // An expired entry may be of another rotation that had this address.
-  if (const auto it = held_.find(rotation.get()); it != held_.end() && !it->second.first.expired()) return it->second.second.get();
-  // Memory is given back here alone, which a captured call never reaches: its rotation is known.
-  std::erase_if(held_, [](const auto& entry) { return entry.second.first.expired(); });
-  auto made = std::make_unique<Matrices>();
-  if (upload(*rotation, made.get()) != cudaSuccess) {
+Matrices::~Matrices() {
+  if (memory == nullptr) return;
+  // To free memory is what a capture, any thread's, takes amiss of threads in another mode than this.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  const bool relaxed = cudaThreadExchangeStreamCaptureMode(&mode) == cudaSuccess;
+  {
+    const DeviceGuard guard(device);
+    memory.reset();
+  }
+  if (relaxed) cudaThreadExchangeStreamCaptureMode(&mode);
+  cudaGetLastError();  // a driver that is gone already, at exit, has freed it
+}
+
+const Matrices* Rotations::find(const std::shared_ptr<const Rotation>& rotation) const {
+  return static_cast<const Matrices*>(rotation->table_on(this, [&]() -> std::unique_ptr<RotationTable> {
+    auto made = std::make_unique<Matrices>(device_);
+    if (upload(*rotation, made.get()) == cudaSuccess) return made;
     cudaGetLastError();
     return nullptr;
-  }
-  return held_.emplace(rotation.get(), std::pair(std::weak_ptr<const Rotation>(rotation), std::move(made))).first->second.second.get();
+  }));
 }
 
 }  // namespace kv4::cuda

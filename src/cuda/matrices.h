@@ -1,20 +1,23 @@
 // The matrices of rotations in device memory.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
-#include <mutex>
-#include <utility>
 
 #include "cuda/attend.h"
 #include "cuda/memory.h"
 
 namespace kv4::cuda {
 
-// A rotation's matrices in device memory; null for the identity.
-struct Matrices {
-  DeviceBuffer memory;
+// A rotation's matrices in device memory; null for the identity. They go with the rotation, whatever is being captured then.
+struct Matrices final : RotationTable {
+  explicit Matrices(int on) : device(on) {}
+  ~Matrices() override;
+  std::size_t bytes() const override { return memory == nullptr ? 0 : memory->size(); }
+
+  const int device;
+  std::unique_ptr<DeviceBuffer> memory;
   const float* rotation_transpose = nullptr;  // R^T by rows
   const float* inverse_transpose = nullptr;   // (R^-1)^T by rows
   PackedMatrix inverse_packed, inverse_transpose_packed;
@@ -23,15 +26,17 @@ struct Matrices {
   float digit_unit = 0;
 };
 
-// One per device.
+// One per device, which is never destroyed.
 class Rotations {
  public:
-  // Kept while anyone holds the rotation, and until another one is new; null where memory ran out. The first call for a rotation waits for its upload.
-  const Matrices* find(const std::shared_ptr<const Rotation>& rotation);
+  explicit Rotations(int device) : device_(device) {}
+  // For as long as the rotation lives; null where memory ran out. The first call for a rotation waits for its upload.
+  const Matrices* find(const std::shared_ptr<const Rotation>& rotation) const;
+  // What a call of find has made; null where there was none.
+  const RotationTable* made(const Rotation& rotation) const { return rotation.table_on(this); }
 
  private:
-  std::mutex mutex_;
-  std::map<const Rotation*, std::pair<std::weak_ptr<const Rotation>, std::unique_ptr<Matrices>>> held_;
+  const int device_;
 };
 
 }  // namespace kv4::cuda

@@ -35,40 +35,10 @@ bool is_capturing(cudaStream_t stream) {
   return false;
 }
 
-Status Scratch::reserve(cudaStream_t stream, std::size_t bytes, bool capturing, Block* out) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const auto fits = [bytes](const Block& block) { return block && block->size() >= bytes; };
-  if (capturing) {
-    if (!fits(captured_)) {
-      // Nothing can be allocated here; streams that are captured are often not those of the calls before.
-      const auto size = [](const auto& entry) { return entry.second ? entry.second->size() : 0; };
-      const auto largest = std::max_element(blocks_.begin(), blocks_.end(), [&](const auto& a, const auto& b) { return size(a) < size(b); });
-      if (largest == blocks_.end() || !fits(largest->second))
-        return error(StatusCode::failed_precondition, "q", "a call of the same shape before capture", "a need for " + std::to_string(bytes) + " bytes more");
-      // The block before it may be nobody else's by now, and to free it would end the capture.
-      if (captured_) retired_.push_back(std::move(captured_));
-      captured_ = std::move(largest->second);
-      blocks_.erase(largest);
-    }
-    *out = captured_;
-    return {};
-  }
-  retired_.clear();
-  Block& block = blocks_[stream];
-  if (!fits(block)) {
-    const auto grown = std::make_shared<DeviceBuffer>();
-    KV4_RETURN_IF_CUDA("scratch", grown->make(std::max(bytes, block ? 2 * block->size() : bytes)));
-    KV4_RETURN_IF_CUDA("scratch", cudaMemsetAsync(grown->data(), 0, zeros_, stream));
-    block = grown;
-  }
-  *out = block;
-  return {};
-}
-
 Staging::~Staging() {
   for (const auto& slot : slots_) {
-    cudaEventDestroy(slot->done);
-    cudaFreeHost(slot->memory);
+    forget(cudaEventDestroy(slot->done));
+    forget(cudaFreeHost(slot->memory));
   }
 }
 
@@ -76,11 +46,12 @@ cudaError_t Staging::take(std::size_t bytes, Slot** out) {
   std::size_t held = 0;
   for (const auto& slot : slots_) {
     held += slot->bytes;
-    if (slot->bytes < bytes || cudaEventQuery(slot->done) != cudaSuccess) continue;
-    *out = slot.get();
-    return cudaSuccess;
+    if (slot->bytes < bytes) continue;
+    const cudaError_t e = cudaEventQuery(slot->done);
+    if (e == cudaSuccess) *out = slot.get();
+    if (e != cudaErrorNotReady) return e;
+    forget(e);
   }
-  cudaGetLastError();  // "not ready" is no failure
   if (held >= kStagedBytes) {
     for (std::size_t i = 0; i < slots_.size(); ++i) {
       Slot* slot = slots_[turn_++ % slots_.size()].get();
@@ -93,7 +64,7 @@ cudaError_t Staging::take(std::size_t bytes, Slot** out) {
   slot->bytes = std::max(bytes, kSlotBytes);
   if (const cudaError_t e = cudaHostAlloc(&slot->memory, slot->bytes, cudaHostAllocPortable); e != cudaSuccess) return e;
   if (const cudaError_t e = cudaEventCreateWithFlags(&slot->done, cudaEventDisableTiming); e != cudaSuccess) {
-    cudaFreeHost(slot->memory);
+    forget(cudaFreeHost(slot->memory));
     return e;
   }
   slots_.push_back(std::move(slot));
@@ -104,70 +75,125 @@ cudaError_t Staging::take(std::size_t bytes, Slot** out) {
 cudaError_t Staging::upload(void* to, const void* from, std::size_t bytes, cudaStream_t stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
   Slot* slot = nullptr;
-  if (const cudaError_t e = take(bytes, &slot); e != cudaSuccess) return e;
+  {
+    const AsideOfCaptures aside;
+    if (aside.error() != cudaSuccess) return aside.error();
+    if (const cudaError_t e = take(bytes, &slot); e != cudaSuccess) return e;
+  }
   std::memcpy(slot->memory, from, bytes);
   if (const cudaError_t e = cudaMemcpyAsync(to, slot->memory, bytes, cudaMemcpyHostToDevice, stream); e != cudaSuccess) return e;
   return cudaEventRecord(slot->done, stream);
 }
 
 Notes::~Notes() {
-  for (void* block : blocks_) cudaFreeHost(block);
+  for (const Free& x : free_)
+    if (x.until != nullptr) forget(cudaEventDestroy(x.until));
+  for (cudaEvent_t event : events_) forget(cudaEventDestroy(event));
+  for (void* block : blocks_) forget(cudaFreeHost(block));
 }
 
 cudaError_t Notes::alloc(LateNote** out) {
   constexpr std::size_t kBlockBytes = 4096;
+  const AsideOfCaptures aside;
+  if (aside.error() != cudaSuccess) return aside.error();
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (free_.empty()) {
+  auto unused = std::find_if(free_.begin(), free_.end(), [](const Free& x) {
+    const cudaError_t e = x.until == nullptr ? cudaSuccess : cudaEventQuery(x.until);
+    forget(e);
+    return e == cudaSuccess;
+  });
+  if (unused == free_.end()) {
     void* block = nullptr;
     if (const cudaError_t e = cudaHostAlloc(&block, kBlockBytes, cudaHostAllocPortable | cudaHostAllocMapped); e != cudaSuccess) return e;
     blocks_.push_back(block);
-    for (std::size_t i = kBlockBytes / sizeof(LateNote); i-- > 0;) free_.push_back(static_cast<LateNote*>(block) + i);
+    for (std::size_t i = 0; i < kBlockBytes / sizeof(LateNote); ++i) free_.push_back({static_cast<LateNote*>(block) + i, nullptr});
+    unused = free_.end() - 1;
   }
-  LateNote* note = free_.front();  // the one that has been free longest: what still runs may write to a young one
-  free_.erase(free_.begin());
-  note->key = 0;
-  note->value = 0;
-  *out = note;
+  if (unused->until != nullptr) events_.push_back(unused->until);
+  *out = unused->note;
+  free_.erase(unused);
+  (*out)->key = 0;
+  (*out)->value = 0;
   return cudaSuccess;
 }
 
 void Notes::free(LateNote* note) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  free_.push_back(note);
+  Free x{note, nullptr};
+  cudaError_t e = cudaSuccess;
+  if (events_.empty()) {
+    e = cudaEventCreateWithFlags(&x.until, cudaEventDisableTiming);
+  } else {
+    x.until = events_.back();
+    events_.pop_back();
+  }
+  if (e == cudaSuccess) e = cudaEventRecord(x.until, current_stream());
+  if (e == cudaSuccess) return free_.push_back(x);
+  forget(e);  // nobody knows when it may be used again: not at all
+  if (x.until != nullptr) events_.push_back(x.until);
 }
 
 Memory::~Memory() {
-  if (pool_ != nullptr) cudaMemPoolDestroy(pool_);
+  if (aside_ != nullptr) forget(cudaStreamDestroy(aside_));
+  if (pool_ != nullptr) forget(cudaMemPoolDestroy(pool_));
 }
 
-cudaMemPool_t Memory::pool() {
-  std::call_once(once_, [this] {
+Status Memory::pool(cudaMemPool_t* out) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (pool_ == nullptr) {
+    const AsideOfCaptures aside;
     cudaMemPoolProps props = {};
     props.allocType = cudaMemAllocationTypePinned;
     props.location.type = cudaMemLocationTypeDevice;
     props.location.id = device_;
-    if (cudaMemPoolCreate(&pool_, &props) != cudaSuccess) {
-      cudaGetLastError();
-      pool_ = nullptr;
-      return;
-    }
+    cudaMemPool_t made = nullptr;
+    KV4_RETURN_IF_CUDA("memory", cudaMemPoolCreate(&made, &props));
     std::uint64_t kept = kKeptBytes;
-    cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReleaseThreshold, &kept);
-  });
-  return pool_;
+    if (const cudaError_t e = cudaMemPoolSetAttribute(made, cudaMemPoolAttrReleaseThreshold, &kept); e != cudaSuccess) {
+      forget(cudaMemPoolDestroy(made));
+      return failed("memory", e);
+    }
+    pool_ = made;
+  }
+  *out = pool_;
+  return {};
 }
 
-void* Memory::alloc(std::size_t bytes) {
-  void* p = nullptr;
-  if (pool() == nullptr || cudaMallocFromPoolAsync(&p, bytes, pool_, current_stream()) != cudaSuccess) {
-    cudaGetLastError();
-    return nullptr;
+Status Memory::alloc_on(cudaStream_t stream, const char* what, std::size_t bytes, void** out) {
+  cudaMemPool_t from = nullptr;
+  KV4_RETURN_IF_ERROR(pool(&from));
+  const AsideOfCaptures aside;
+  const cudaError_t e = aside.error() == cudaSuccess ? cudaMallocFromPoolAsync(out, bytes, from, stream) : aside.error();
+  if (e == cudaSuccess) return {};
+  *out = nullptr;
+  if (e != cudaErrorMemoryAllocation) return failed(what, e);
+  forget(e);
+  return error(StatusCode::out_of_memory, what, std::to_string(bytes) + " free bytes", "none");
+}
+
+Status Memory::alloc_aside(const char* what, std::size_t bytes, std::size_t zeros, void** out) {
+  const AsideOfCaptures aside;
+  KV4_RETURN_IF_CUDA(what, aside.error());
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (aside_ == nullptr) KV4_RETURN_IF_CUDA(what, cudaStreamCreateWithFlags(&aside_, cudaStreamNonBlocking));
   }
-  return p;
+  void* made = nullptr;
+  KV4_RETURN_IF_ERROR(alloc_on(aside_, what, bytes, &made));
+  cudaError_t e = cudaMemsetAsync(made, 0, zeros, aside_);
+  if (e == cudaSuccess) e = cudaStreamSynchronize(aside_);
+  if (e != cudaSuccess) {
+    forget(cudaFreeAsync(made, aside_));
+    return failed(what, e);
+  }
+  *out = made;
+  return {};
 }
 
 void Memory::free(void* p) {
-  if (p != nullptr && cudaFreeAsync(p, current_stream()) != cudaSuccess) cudaGetLastError();
+  if (p == nullptr) return;
+  const AsideOfCaptures aside;
+  forget(cudaFreeAsync(p, current_stream()));
 }
 
 Status Memory::upload(void* to, const void* from, std::size_t bytes) {
@@ -183,11 +209,25 @@ Status Memory::upload(void* to, const void* from, std::size_t bytes) {
   return {};
 }
 
+Status Memory::in_use(std::size_t* bytes) {
+  cudaMemPool_t from = nullptr;
+  KV4_RETURN_IF_ERROR(pool(&from));
+  std::uint64_t used = 0;
+  KV4_RETURN_IF_CUDA("memory", cudaMemPoolGetAttribute(from, cudaMemPoolAttrUsedMemCurrent, &used));
+  *bytes = used;
+  return {};
+}
+
 Status Temporary::upload(const char* what, const void* from, std::size_t bytes) {
   if (bytes == 0) return {};
-  data_ = memory_.alloc(bytes);
-  if (data_ == nullptr) return error(StatusCode::out_of_memory, what, std::to_string(bytes) + " free bytes", "none");
+  KV4_RETURN_IF_ERROR(memory_.alloc(what, bytes, &data_));
   return memory_.upload(data_, from, bytes);
+}
+
+Status Temporary::make(const char* what, std::size_t bytes, std::size_t zeros) {
+  KV4_RETURN_IF_ERROR(memory_.alloc(what, bytes, &data_));
+  KV4_RETURN_IF_CUDA(what, cudaMemsetAsync(data_, 0, zeros, current_stream()));
+  return {};
 }
 
 }  // namespace kv4::cuda

@@ -1,11 +1,9 @@
-// Memory of one device: a pool in stream order, scratch that captured graphs may keep using, and ways to bring small and
-// large tables over without waiting.
+// Memory of one device: a pool in stream order, and ways to bring small and large tables over without waiting.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -25,23 +23,53 @@ Status failed(const char* what, cudaError_t e);
 cudaStream_t current_stream();
 bool is_capturing(cudaStream_t stream);
 
+// What nobody can be told of, in a destructor, is not left for others to find either: a device that failed says so at the next call.
+inline void forget(cudaError_t e) {
+  if (e != cudaSuccess) cudaGetLastError();
+}
+
 // Makes a device current and gives the calling thread its own back.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    if (cudaGetDevice(&before_) != cudaSuccess) before_ = device;
-    changed_ = before_ != device;
-    if (changed_) cudaSetDevice(device);
+    error_ = cudaGetDevice(&before_);
+    if (error_ != cudaSuccess || before_ == device) return;
+    error_ = cudaSetDevice(device);
+    changed_ = error_ == cudaSuccess;
   }
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
+    if (changed_) forget(cudaSetDevice(before_));
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
+  cudaError_t error() const { return error_; }  // the device is current where there is none
 
  private:
   int before_ = 0;
   bool changed_ = false;
+  cudaError_t error_ = cudaSuccess;
+};
+
+// The rest of a function that returns a Status, on `device`.
+#define KV4_ON_DEVICE(device)      \
+  const DeviceGuard guard(device); \
+  KV4_RETURN_IF_CUDA("device", guard.error())
+
+// While it lives, this thread may take memory and ask events although some thread captures a stream, whose capture neither becomes part
+// of nor ends. For streams that are not captured.
+class AsideOfCaptures {
+ public:
+  AsideOfCaptures() : error_(cudaThreadExchangeStreamCaptureMode(&mode_)) {}
+  ~AsideOfCaptures() {
+    if (error_ == cudaSuccess) forget(cudaThreadExchangeStreamCaptureMode(&mode_));
+  }
+  AsideOfCaptures(const AsideOfCaptures&) = delete;
+  AsideOfCaptures& operator=(const AsideOfCaptures&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+  const cudaError_t error_;
 };
 
 // Plain device memory of a fixed size.
@@ -53,7 +81,7 @@ class DeviceBuffer {
     o.size_ = 0;
   }
   DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-  ~DeviceBuffer() { cudaFree(data_); }
+  ~DeviceBuffer() { forget(cudaFree(data_)); }
   cudaError_t make(std::size_t bytes) {
     const cudaError_t e = cudaMalloc(&data_, bytes);
     if (e == cudaSuccess) size_ = bytes;
@@ -65,23 +93,6 @@ class DeviceBuffer {
  private:
   void* data_ = nullptr;
   std::size_t size_ = 0;
-};
-
-// Scratch of the calls on one device, whose first `zeros` bytes are 0 to begin with: a block for each stream, since its calls
-// follow one another, and one for all that is captured, which no eager call uses any more. Who has captured keeps it.
-class Scratch {
- public:
-  using Block = std::shared_ptr<DeviceBuffer>;
-  explicit Scratch(std::size_t zeros) : zeros_(zeros) {}
-  // Errors: out_of_memory; failed_precondition where a capture finds no block as large.
-  Status reserve(cudaStream_t stream, std::size_t bytes, bool capturing, Block* out);
-
- private:
-  const std::size_t zeros_;
-  std::mutex mutex_;
-  std::map<cudaStream_t, Block> blocks_;
-  Block captured_;
-  std::vector<Block> retired_;  // until the next call that is not captured
 };
 
 // Host memory that copies to the device read after the call that asked for them has returned.
@@ -103,7 +114,8 @@ class Staging {
   std::size_t turn_ = 0;
 };
 
-// Notes of NaN and infinity, in host memory that kernels write.
+// Notes of NaN and infinity, in host memory that kernels write. One is given out again once what was queued on the current stream when
+// it was freed has run: it may have been about to write.
 class Notes {
  public:
   ~Notes();
@@ -111,27 +123,38 @@ class Notes {
   void free(LateNote* note);
 
  private:
+  struct Free {
+    LateNote* note;
+    cudaEvent_t until;  // null: never used
+  };
   std::mutex mutex_;
   std::vector<void*> blocks_;
-  std::vector<LateNote*> free_;
+  std::vector<Free> free_;
+  std::vector<cudaEvent_t> events_;  // of notes that are in use
 };
 
 class Memory {
  public:
   explicit Memory(int device) : device_(device) {}
   ~Memory();
-  void* alloc(std::size_t bytes);  // null where there is none
-  void free(void* p);
+  // In the order of the current stream; or of a stream of its own, aside of captures, which has got it by the time this returns, the first
+  // `zeros` bytes 0. Errors: out_of_memory naming `what`; what the device says.
+  Status alloc(const char* what, std::size_t bytes, void** out) { return alloc_on(current_stream(), what, bytes, out); }
+  Status alloc_aside(const char* what, std::size_t bytes, std::size_t zeros, void** out);
+  void free(void* p);  // in the order of the current stream
   // `from` may be reused as soon as this returns; nothing waits for the device but where 64 MiB are on their way.
   Status upload(void* to, const void* from, std::size_t bytes);
+  Status in_use(std::size_t* bytes);  // taken and not yet given back, in the order of all streams
   Notes notes;
 
  private:
-  cudaMemPool_t pool();
+  Status alloc_on(cudaStream_t stream, const char* what, std::size_t bytes, void** out);
+  Status pool(cudaMemPool_t* out);
 
   const int device_;
-  std::once_flag once_;
+  std::mutex mutex_;  // of the two below, made once
   cudaMemPool_t pool_ = nullptr;
+  cudaStream_t aside_ = nullptr;
   Staging staging_;
 };
 
@@ -143,8 +166,9 @@ class Temporary {
   Temporary(const Temporary&) = delete;
   Temporary& operator=(const Temporary&) = delete;
   Status upload(const char* what, const void* from, std::size_t bytes);
+  Status make(const char* what, std::size_t bytes, std::size_t zeros);  // of which the first are 0
   template <class T>
-  const T* as() const { return static_cast<const T*>(data_); }
+  T* as() const { return static_cast<T*>(data_); }
 
  private:
   Memory& memory_;

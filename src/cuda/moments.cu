@@ -11,19 +11,17 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// CTA (job and KV head, part): rows of the job, each channel by one thread.
+// A CTA per job and KV head, each channel by one thread.
 __global__ void __launch_bounds__(kThreads) energies_kernel(const __grid_constant__ EnergyParams p) {
   const EnergyJob& job = p.job[blockIdx.x / p.kv_heads];
   const int head = blockIdx.x % p.kv_heads;
-  for (std::int64_t t = blockIdx.y; t < job.count; t += gridDim.y) {
-    for (int c = threadIdx.x; c < p.dim; c += kThreads) {
-      float sum = 0;
-      for (int g = 0; g < p.group; ++g) {
-        const float x = load_element(p.q, p.dtype, job.sequence * p.stride[0] + (head * p.group + g) * p.stride[1] + (job.first + t) * p.stride[2] + c);
-        sum += x * x;
-      }
-      job.rows[(t * p.kv_heads + head) * p.dim + c] = sum;
+  for (int c = threadIdx.x; c < p.dim; c += kThreads) {
+    float sum = 0;
+    for (int g = 0; g < p.group; ++g) {
+      const float x = load_element(p.q, p.dtype, job.sequence * p.stride[0] + (head * p.group + g) * p.stride[1] + job.query * p.stride[2] + c);
+      sum += x * x;
     }
+    job.energies[head * p.dim + c] = sum;
   }
 }
 
@@ -73,8 +71,10 @@ __global__ void __launch_bounds__(kThreads) lambda_kernel(const __grid_constant_
       for (int j = 0; j < kPageTokens; ++j)
         if (p.skip[first + j] == 0) key += (row(j) - mean) * (row(j) - mean);
     }
-    for (int t = 0; t < p.energy_rows; ++t)
-      if (p.filled[t] != 0) query += p.energies[(static_cast<std::int64_t>(t) * p.kv_heads + head) * p.dim + c];
+    for (int t = 0; t < p.queries; ++t) {
+      const float energy = p.energies[t][head * p.dim + c];
+      if (isfinite(energy)) query += energy;
+    }
   }
   keys[c] = key;
   queries[c] = query;
@@ -89,10 +89,7 @@ __global__ void __launch_bounds__(kThreads) lambda_kernel(const __grid_constant_
 }  // namespace
 
 cudaError_t launch_energies(const EnergyParams& p, cudaStream_t stream) {
-  std::int64_t longest = 0;
-  for (int i = 0; i < p.jobs; ++i) longest = p.job[i].count > longest ? p.job[i].count : longest;
-  if (longest == 0) return cudaSuccess;
-  return queue(energies_kernel, dim3(static_cast<unsigned>(p.jobs * p.kv_heads), static_cast<unsigned>(longest < 256 ? longest : 256)), kThreads, 0, stream, p);
+  return queue(energies_kernel, dim3(static_cast<unsigned>(p.jobs * p.kv_heads)), kThreads, 0, stream, p);
 }
 
 cudaError_t launch_lambda(const LambdaParams& p, cudaStream_t stream) {

@@ -49,10 +49,9 @@ struct LambdaParams {
   bool bf16 = false;
   std::int64_t k_head_stride = 0, k_stride = 0;
   int kv_heads = 0, dim = 0, blocks = 0;
-  const std::uint8_t* skip = nullptr;    // device memory, as in LambdaJob
-  const float* energies = nullptr;
-  const std::uint8_t* filled = nullptr;  // device memory
-  int energy_rows = 0;
+  const std::uint8_t* skip = nullptr;       // device memory, as in LambdaJob
+  const float* const* energies = nullptr;   // [queries], device memory too
+  int queries = 0;
   float* lambda = nullptr;
 };
 cudaError_t launch_lambda(const LambdaParams& p, cudaStream_t stream);

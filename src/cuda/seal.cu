@@ -17,6 +17,8 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kLanes;
 constexpr int kTokensAtOnce = 8;  // rows that share a read of the matrix
+constexpr int kMostDim = 256;
+constexpr int shared_bytes(int dim) { return kPageTokens * (dim + 1) * 4 + 8 + dim * 12 + kPageTokens * pad_channels(dim); }
 
 // y[r][i] = sum over c of matrix_transpose[c][i] x[r][c] for kTokensAtOnce rows; x and y [.., pitch] in shared memory,
 // they may be the same rows. All threads.
@@ -189,7 +191,8 @@ template <int D>
 cudaError_t launch_pages(const SealParams& p, int device, cudaStream_t stream) {
   int multiprocessors = 1;
   if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
-  if (const cudaError_t e = cudaFuncSetAttribute(seal_pages<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, SealShape<D>::kShared); e != cudaSuccess) return e;
+  static SharedMost most;
+  if (const cudaError_t e = most.allow(seal_pages<D>, SealShape<D>::kShared); e != cudaSuccess) return e;
   // A slice of keys with means takes longer than one of values.
   const int ctas = std::min(multiprocessors, 2 * p.count);
   const int keys = p.key.mean && ctas < 2 * p.count ? std::max(1, ctas * 5 / 8) : ctas / 2;
@@ -217,9 +220,9 @@ cudaError_t launch_seal(const SealParams& p, cudaStream_t stream) {
     }
   }
   const int dim = larger_dim(p.key, p.value);
-  const int bytes = kPageTokens * (dim + 1) * 4 + 8 + dim * 12 + kPageTokens * pad_channels(dim);
-  if (const cudaError_t e = cudaFuncSetAttribute(seal_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); e != cudaSuccess) return e;
-  return queue(seal_kernel, dim3(static_cast<unsigned>(p.count) * 2), kThreads, static_cast<std::size_t>(bytes), stream, p);
+  static SharedMost most;
+  if (const cudaError_t e = most.allow(seal_kernel, shared_bytes(kMostDim)); e != cudaSuccess) return e;
+  return queue(seal_kernel, dim3(static_cast<unsigned>(p.count) * 2), kThreads, static_cast<std::size_t>(shared_bytes(dim)), stream, p);
 }
 
 }  // namespace kv4::cuda

@@ -422,7 +422,8 @@ cudaError_t launch(const SealParams& p, int device, cudaStream_t stream) {
   using S = TeamShape<D>;
   int multiprocessors = 1;
   if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
-  if (const cudaError_t e = cudaFuncSetAttribute(seal_wgmma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared); e != cudaSuccess) return e;
+  static SharedMost most;
+  if (const cudaError_t e = most.allow(seal_wgmma<D>, S::kShared); e != cudaSuccess) return e;
   // A slice of keys with means takes longer than one of values.
   const int clusters = std::min(multiprocessors / S::kCluster, 2 * p.count);
   const int keys = p.key.mean && clusters < 2 * p.count ? std::max(1, clusters * S::kKeyShare / 100) : clusters / 2;

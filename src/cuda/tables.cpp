@@ -11,6 +11,7 @@ static_assert(std::is_trivially_copyable_v<SequenceView> && sizeof(SequenceView)
 
 CacheTables::~CacheTables() {
   const DeviceGuard guard(device_);
+  scratch_.leave(&held_scratch_);
   release();
 }
 
@@ -32,10 +33,12 @@ std::size_t CacheTables::bytes() const {
 }
 
 Status CacheTables::reserve(std::size_t batch, std::size_t pages) {
-  const DeviceGuard guard(device_);
+  KV4_ON_DEVICE(device_);
   const auto make = [&](auto** out, std::size_t bytes) {
-    *out = static_cast<std::remove_reference_t<decltype(*out)>>(memory_.alloc(bytes));
-    return *out != nullptr ? Status() : error(StatusCode::out_of_memory, "page tables", std::to_string(bytes) + " free bytes", "none");
+    void* memory = nullptr;
+    const Status status = memory_.alloc("page tables", bytes, &memory);
+    *out = static_cast<std::remove_reference_t<decltype(*out)>>(memory);
+    return status;
   };
   if (batch != known_.size() || sequences_ == nullptr) {
     release();

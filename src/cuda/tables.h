@@ -9,12 +9,13 @@
 #include <vector>
 
 #include "cuda/memory.h"
+#include "cuda/scratch.h"
 
 namespace kv4::cuda {
 
 class CacheTables final : public DeviceTables {
  public:
-  explicit CacheTables(int device, Memory& memory) : device_(device), memory_(memory) {}
+  CacheTables(int device, Memory& memory, Scratch& scratch) : device_(device), memory_(memory), scratch_(scratch) {}
   ~CacheTables() override;
 
   Status reserve(std::size_t batch, std::size_t pages) override;
@@ -25,10 +26,8 @@ class CacheTables final : public DeviceTables {
   // What a store that counts `tokens` has left in them.
   void expect(int tokens);
   SequenceView* sequences() const { return sequences_; }
-  // Scratch that a captured call uses, for as long as there are tables that it reads.
-  void keep(Scratch::Block block) {
-    if (kept_.empty() || kept_.back() != block) kept_.push_back(std::move(block));
-  }
+  // The cache's part in the scratch of the stream that it was last called on.
+  Scratch::Held* scratch() { return &held_scratch_; }
 
   enum Limit { kStart, kWindow };
   // The device's copy of a mask's start or window [batch], null for null. Errors: failed_precondition where it would have
@@ -45,6 +44,8 @@ class CacheTables final : public DeviceTables {
 
   const int device_;
   Memory& memory_;
+  Scratch& scratch_;
+  Scratch::Held held_scratch_;
   SequenceView* sequences_ = nullptr;         // [batch]
   const std::uint8_t** tables_ = nullptr;     // [batch][capacity_]
   std::int32_t* limits_[2] = {};              // [batch] each
@@ -53,7 +54,6 @@ class CacheTables final : public DeviceTables {
   std::vector<SequenceView> known_;
   std::vector<Table> held_;
   std::vector<std::int32_t> known_limits_[2];
-  std::vector<Scratch::Block> kept_;
 };
 
 }  // namespace kv4::cuda

@@ -7,8 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <map>
-#include <mutex>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -58,23 +57,40 @@ class Staging {
   bool failed_ = false;
 };
 
-// Matrices of a rotation where kernels read them; empty ones for the identity. They live as long as the backend: layers share
-// rotations, and a process has few.
-struct Matrices {
-  std::shared_ptr<const Rotation> rotation;
-  const void* query = nullptr;
-  const void* output = nullptr;
-  const void* sealing = nullptr;
+// Matrices of a rotation where kernels read them; empty ones for the identity. They go with the rotation, and keep the GPU
+// that their memory is of.
+struct Matrices final : RotationTable {
+  Matrices(std::shared_ptr<Gpu> on, const Rotation& rotation) : gpu(std::move(on)) {
+    query = keep(query_matrix(rotation));
+    output = keep(output_matrix(rotation));
+    sealing = keep(sealing_matrix(rotation));
+  }
+  ~Matrices() override {
+    for (void* p : {query, output, sealing})
+      if (p != nullptr) gpu->free(p);
+  }
+  std::size_t bytes() const override { return held; }
+  bool whole() const { return query != nullptr && output != nullptr && sealing != nullptr; }
+
+  void* keep(const std::vector<float>& values) {
+    const std::size_t size = std::max(values.size() * sizeof(float), kSmallest);
+    void* p = gpu->alloc(size);
+    if (p == nullptr) return p;
+    if (!values.empty()) std::memcpy(p, values.data(), values.size() * sizeof(float));
+    held += size;
+    return p;
+  }
+
+  const std::shared_ptr<Gpu> gpu;
+  std::size_t held = 0;
+  void* query = nullptr;
+  void* output = nullptr;
+  void* sealing = nullptr;
 };
 
 class MetalBackend final : public Backend {
  public:
   explicit MetalBackend(std::unique_ptr<Gpu> gpu) : gpu_(std::move(gpu)), cpu_(*find_backend("cpu")) {}
-  ~MetalBackend() override {
-    for (const auto& [key, m] : matrices_)
-      for (const void* p : {m.query, m.output, m.sealing}) gpu_->free(const_cast<void*>(p));
-  }
-
   const char* name() const override { return "metal"; }
   int code_channels(int dim) const override { return dim; }
   Status supports(const PageSpec& spec) const override { return apple::supports(spec); }
@@ -95,6 +111,7 @@ class MetalBackend final : public Backend {
     return cpu_.query_energies(q, kv_heads, jobs);
   }
   Status fix_lambda(const LambdaJob& job) override { return cpu_.fix_lambda(job); }
+  const RotationTable* table_of(const Rotation& rotation) const override { return rotation.table_on(gpu_.get()); }
 
   Status seal(const PageSpec& spec, std::span<const SealJob> jobs) override {
     // A launch has one distance between rows; jobs of one cache have it in common.
@@ -136,39 +153,22 @@ class MetalBackend final : public Backend {
     return p == nullptr ? nullptr : reinterpret_cast<const T*>(gpu_->address(p));
   }
 
-  Status matrices(const std::shared_ptr<const Rotation>& rotation, Matrices* out) const;
+  Status matrices(const Rotation& rotation, const Matrices** out) const;
   Status seal_alike(const PageSpec& spec, std::span<const SealJob> jobs) const;
   Status dequantise_side(const PageSpec& spec, bool values, std::span<const DequantiseJob> jobs) const;
 
-  const std::unique_ptr<Gpu> gpu_;
+  const std::shared_ptr<Gpu> gpu_;  // tells devices apart, too
   Backend& cpu_;
-  mutable std::mutex mutex_;
-  mutable std::map<const Rotation*, Matrices> matrices_;
 };
 
-Status MetalBackend::matrices(const std::shared_ptr<const Rotation>& rotation, Matrices* out) const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (const auto it = matrices_.find(rotation.get()); it != matrices_.end()) {
-    *out = it->second;
-    return {};
-  }
-  Matrices m;
-  m.rotation = rotation;
-  bool ok = true;
-  const auto keep = [&](const std::vector<float>& values) {
-    void* p = gpu_->alloc(std::max(values.size() * sizeof(float), kSmallest));
-    ok = ok && p != nullptr;
-    if (p != nullptr && !values.empty()) std::memcpy(p, values.data(), values.size() * sizeof(float));
-    return p;
-  };
-  m.query = keep(query_matrix(*rotation));
-  m.output = keep(output_matrix(*rotation));
-  m.sealing = keep(sealing_matrix(*rotation));
-  if (!ok) {
-    for (const void* p : {m.query, m.output, m.sealing}) gpu_->free(const_cast<void*>(p));
-    return error(StatusCode::out_of_memory, "rotation", "free memory of the GPU", "none");
-  }
-  *out = matrices_[rotation.get()] = m;
+Status MetalBackend::matrices(const Rotation& rotation, const Matrices** out) const {
+  const RotationTable* table = rotation.table_on(gpu_.get(), [&]() -> std::unique_ptr<RotationTable> {
+    auto made = std::make_unique<Matrices>(gpu_, rotation);
+    if (!made->whole()) return nullptr;
+    return made;
+  });
+  if (table == nullptr) return error(StatusCode::out_of_memory, "rotation", "free memory of the GPU", "none");
+  *out = static_cast<const Matrices*>(table);
   return {};
 }
 
@@ -198,11 +198,11 @@ Status MetalBackend::seal_alike(const PageSpec& spec, std::span<const SealJob> j
       t[kv4_job_first] = j.first;
       t[kv4_job_count] = j.count;
     }
-    Matrices m;
-    KV4_RETURN_IF_ERROR(matrices(side.rotation, &m));
+    const Matrices* m = nullptr;
+    KV4_RETURN_IF_ERROR(matrices(*side.rotation, &m));
     Launch launch;
     launch.kernel = "kv4_seal";
-    launch.buffers = {rows, staging.put(skip), staging.put(lambda), m.sealing, staging.put(table),
+    launch.buffers = {rows, staging.put(skip), staging.put(lambda), m->sealing, staging.put(table),
                       staging.put(side_table(spec, values, jobs[0].dtype, values ? jobs[0].v_stride : jobs[0].k_stride)),
                       staging.put(level_table(side)), pages};
     launch.threads[0] = static_cast<std::uint32_t>(KV4_ROW_THREADS * jobs.size());
@@ -242,12 +242,12 @@ Status MetalBackend::dequantise_side(const PageSpec& spec, bool values, std::spa
     most = std::max(most, j.count);
   }
   if (pages == nullptr) return {};
-  Matrices m;
-  KV4_RETURN_IF_ERROR(matrices(side.rotation, &m));
+  const Matrices* m = nullptr;
+  KV4_RETURN_IF_ERROR(matrices(*side.rotation, &m));
   const float* out = staging.room<float>(static_cast<std::size_t>(rows) * dim);
   Launch launch;
   launch.kernel = "kv4_dequantise";
-  launch.buffers = {pages, staging.put(lambda), m.output, staging.put(table), staging.put(side_table(spec, values, DType::f32, side.dim)),
+  launch.buffers = {pages, staging.put(lambda), m->output, staging.put(table), staging.put(side_table(spec, values, DType::f32, side.dim)),
                     staging.put(level_table(side)), out};
   launch.threads[0] = static_cast<std::uint32_t>(KV4_ROW_THREADS * (table.size() / kv4_job_fields));
   launch.threads[1] = static_cast<std::uint32_t>(most);
@@ -353,12 +353,11 @@ Status MetalBackend::attend(const AttendJob& job) {
   const auto base = [this](const void* p) { return on_gpu(static_cast<const std::uint8_t*>(p)); };
   const AttendTables t = attend_tables(own, {base(pages), base(exact_k), base(exact_v)}, gpu_->cores());
 
-  Matrices key, value;
+  const Matrices *key = nullptr, *value = nullptr;
   const void* nothing = staging.room<float>(1);
-  key.query = value.output = nothing;
   if (job.spec != nullptr) {
-    KV4_RETURN_IF_ERROR(matrices(job.spec->key.rotation, &key));
-    KV4_RETURN_IF_ERROR(matrices(job.spec->value.rotation, &value));
+    KV4_RETURN_IF_ERROR(matrices(*job.spec->key.rotation, &key));
+    KV4_RETURN_IF_ERROR(matrices(*job.spec->value.rotation, &value));
   }
   const void *call = staging.put(t.call), *sequences = staging.put(t.sequences), *factors = staging.put(t.factors);
   const void* prepared = staging.room<float>(t.prepared_floats);
@@ -368,13 +367,13 @@ Status MetalBackend::attend(const AttendJob& job) {
   const auto u32 = [](std::int64_t x) { return static_cast<std::uint32_t>(x); };
   const std::uint32_t row_grid[3] = {u32(KV4_ROW_THREADS * heads / job.kv_heads), u32(count), u32(batch * job.kv_heads)};
   Launch launches[3];
-  launches[0] = {"kv4_prepare", {q, key.query, staging.put(lambda_k), sequences, call, factors, prepared},
+  launches[0] = {"kv4_prepare", {q, key == nullptr ? nothing : key->query, staging.put(lambda_k), sequences, call, factors, prepared},
                  {row_grid[0], row_grid[1], row_grid[2]}, KV4_ROW_THREADS, t.dim};
   launches[1] = {"kv4_attend_d" + std::to_string(t.dim) + "_r" + std::to_string(t.block_rows),
                  {prepared, or_nothing(pages), staging.put(t.pages), or_nothing(exact_k), or_nothing(exact_v), staging.put(mask),
                   staging.put(t.levels), sequences, call, factors, states},
                  {u32(KV4_ATTEND_THREADS * t.splits), u32(std::int64_t{job.kv_heads} * t.blocks), u32(batch)}, KV4_ATTEND_THREADS, t.dim};
-  launches[2] = {"kv4_merge", {states, value.output, staging.put(lambda_v), nothing, sequences, call, state},
+  launches[2] = {"kv4_merge", {states, value == nullptr ? nothing : value->output, staging.put(lambda_v), nothing, sequences, call, state},
                  {row_grid[0], row_grid[1], row_grid[2]}, KV4_ROW_THREADS, t.dim};
   KV4_RETURN_IF_ERROR(staging.full());
   KV4_RETURN_IF_ERROR(gpu_->run(launches));

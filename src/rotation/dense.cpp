@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <string>
 
+#include "rotation/interned.h"
 #include "rotation/kinds.h"
 
 namespace kv4 {
@@ -69,9 +70,11 @@ Status Rotation::dense(int d, std::span<const float> matrix, std::shared_ptr<con
   for (std::size_t i = 0; i < size; ++i)
     if (!std::isfinite(matrix[i]))
       return invalid_argument("matrix", "finite entries", "a non-finite entry in row " + std::to_string(i / d));
-  std::shared_ptr<Rotation> r(new Rotation);
-  r->kind_ = RotationKind::dense;
-  r->dim_ = d;
+  if (auto held = Interned::find({RotationKind::dense, d, 0, 0, matrix}); held != nullptr) {
+    *out = std::move(held);
+    return {};
+  }
+  std::unique_ptr<Rotation> r(new Rotation(RotationKind::dense, d));
   r->matrix_.assign(matrix.begin(), matrix.end());
   r->matrix_f64_.assign(matrix.begin(), matrix.end());
   if (!invert(d, r->matrix_f64_, &r->inverse_f64_))
@@ -90,7 +93,7 @@ Status Rotation::dense(int d, std::span<const float> matrix, std::shared_ptr<con
       if (!std::isfinite(x)) return invalid_argument("matrix", "an inverse within float32 range", "an overflow");
       r->inverse_transpose_[static_cast<std::size_t>(j) * d + i] = x;
     }
-  *out = std::move(r);
+  *out = Interned::add(std::move(r));
   return {};
 }
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <string>
 
+#include "rotation/interned.h"
 #include "rotation/kinds.h"
 #include "rotation/random.h"
 
@@ -13,10 +14,8 @@ Status Rotation::householder(int d, int reflectors, std::uint64_t seed, std::sha
   KV4_RETURN_IF_ERROR(validate_dimension(d));
   if (reflectors < 1 || reflectors > d)
     return invalid_argument("reflectors", "1 to " + std::to_string(d), std::to_string(reflectors));
-  std::shared_ptr<Rotation> r(new Rotation);
-  r->kind_ = RotationKind::householder;
-  r->dim_ = d;
-  r->reflectors_ = reflectors;
+  if ((*out = Interned::find({RotationKind::householder, d, reflectors, seed})) != nullptr) return {};
+  std::unique_ptr<Rotation> r(new Rotation(RotationKind::householder, d, reflectors, seed));
   r->vectors_f64_.reserve(static_cast<std::size_t>(reflectors) * d);
   SplitMix64 random(seed);
   std::vector<std::int64_t> g(d);
@@ -32,7 +31,7 @@ Status Rotation::householder(int d, int reflectors, std::uint64_t seed, std::sha
     for (const std::int64_t x : g) r->vectors_f64_.push_back(static_cast<double>(x) / norm);
   }
   r->vectors_ = to_f32(r->vectors_f64_);
-  *out = std::move(r);
+  *out = Interned::add(std::move(r));
   return {};
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "rotation/interned.h"
 #include "rotation/kinds.h"
 #include "rotation/random.h"
 
@@ -52,11 +53,19 @@ std::complex<double> root_of_unity(std::int64_t j, std::int64_t n) {
 
 Status Rotation::identity(int d, std::shared_ptr<const Rotation>* out) {
   KV4_RETURN_IF_ERROR(validate_dimension(d));
-  std::shared_ptr<Rotation> r(new Rotation);
-  r->kind_ = RotationKind::identity;
-  r->dim_ = d;
-  *out = std::move(r);
+  if ((*out = Interned::find({RotationKind::identity, d})) != nullptr) return {};
+  std::unique_ptr<Rotation> r(new Rotation(RotationKind::identity, d));
+  *out = Interned::add(std::move(r));
   return {};
+}
+
+std::size_t Rotation::bytes() const {
+  std::size_t sum = sizeof(Rotation);
+  const auto add = [&sum](const auto&... tables) { ((sum += tables.capacity() * sizeof(tables[0])), ...); };
+  add(signs_, scaled_signs_, odd_dft_, vectors_, matrix_, inverse_, inverse_transpose_);
+  add(scaled_signs_f64_, odd_dft_f64_, vectors_f64_, matrix_f64_, inverse_f64_);
+  add(fft_.radix, fft_.slot, fft_.source, fft_.twiddle, fft_.split, fft_.root, fft_.twiddle_f64, fft_.split_f64, fft_.root_f64);
+  return sum;
 }
 
 std::vector<double> Rotation::matrix_f64() const {

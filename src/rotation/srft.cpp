@@ -4,20 +4,20 @@
 #include <cmath>
 #include <numbers>
 
+#include "rotation/interned.h"
 #include "rotation/kinds.h"
 
 namespace kv4 {
 
 Status Rotation::srft(int d, std::uint64_t seed, std::shared_ptr<const Rotation>* out) {
   KV4_RETURN_IF_ERROR(validate_dimension(d));
-  std::shared_ptr<Rotation> r(new Rotation);
-  r->kind_ = RotationKind::srft;
-  r->dim_ = d;
+  if ((*out = Interned::find({RotationKind::srft, d, 0, seed})) != nullptr) return {};
+  std::unique_ptr<Rotation> r(new Rotation(RotationKind::srft, d, 0, seed));
   r->signs_ = random_signs(d, seed);
   for (const float sign : r->signs_) r->scaled_signs_f64_.push_back(sign / std::sqrt(2.0 * d));
   r->scaled_signs_ = to_f32(r->scaled_signs_f64_);
   r->fft_ = make_fft_plan(d / 2);
-  *out = std::move(r);
+  *out = Interned::add(std::move(r));
   return {};
 }
 

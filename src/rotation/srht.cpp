@@ -3,6 +3,7 @@
 #include <bit>
 #include <cmath>
 
+#include "rotation/interned.h"
 #include "rotation/kinds.h"
 
 namespace kv4 {
@@ -23,9 +24,8 @@ std::vector<double> odd_dft_matrix(int m) {
 
 Status Rotation::srht(int d, std::uint64_t seed, std::shared_ptr<const Rotation>* out) {
   KV4_RETURN_IF_ERROR(validate_dimension(d));
-  std::shared_ptr<Rotation> r(new Rotation);
-  r->kind_ = RotationKind::srht;
-  r->dim_ = d;
+  if ((*out = Interned::find({RotationKind::srht, d, 0, seed})) != nullptr) return {};
+  std::unique_ptr<Rotation> r(new Rotation(RotationKind::srht, d, 0, seed));
   r->hadamard_order_ = d & -d;
   r->signs_ = random_signs(d, seed);
   for (const float sign : r->signs_)
@@ -33,7 +33,7 @@ Status Rotation::srht(int d, std::uint64_t seed, std::shared_ptr<const Rotation>
   r->scaled_signs_ = to_f32(r->scaled_signs_f64_);
   r->odd_dft_f64_ = odd_dft_matrix(d / r->hadamard_order_);
   r->odd_dft_ = to_f32(r->odd_dft_f64_);
-  *out = std::move(r);
+  *out = Interned::add(std::move(r));
   return {};
 }
 

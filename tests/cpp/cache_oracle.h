@@ -48,6 +48,7 @@ class Sequence {
   // q [q_heads, dim] of the query at `position`.
   void record(std::int64_t position, const std::vector<double>& q) {
     if (recipe_.key.lambda != LambdaMode::automatic || position < start_ || position >= body() + recipe_.window + kPageTokens) return;
+    if ((position - start_) % 8 != 7) return;
     energy_[position] = q;
   }
 
@@ -214,7 +215,7 @@ class Sequence {
     pages_[page] = std::move(fresh);
   }
 
-  // (E q^2 / E (k - mean)^2)^(0.9/4), geometric mean 1. Moments: of all queries before the first page is
+  // (E q^2 / E (k - mean)^2)^(0.9/4), geometric mean 1. Moments: of every eighth query before the first page is
   // due; of the keys of that page and of whole 64s of the window, each about its own mean. Both drawn by
   // a fifth to the mean of channels c and c + dim/2, and clamped at 1e-6 of their channel mean.
   void fix_lambda() {

@@ -45,6 +45,13 @@ inline std::unique_ptr<Cache> make(const Recipe& recipe, const oracle::Shape& sh
   return cache;
 }
 
+inline std::unique_ptr<Cache> fork_of(const Cache& cache) {
+  std::unique_ptr<Cache> fork;
+  const Status status = cache.clone(&fork);
+  EXPECT_TRUE(status.ok()) << status.message();
+  return fork;
+}
+
 // Lambda of a row's keys; empty where there is none yet.
 inline std::vector<float> lambda_of(const Cache& cache, int row) {
   std::vector<float> values;
@@ -194,7 +201,7 @@ class Session {
     oracles_ = std::move(next);
     starts_ = std::move(starts);
   }
-  void clone() { cache_ = cache_->clone(); }
+  void clone() { cache_ = fork_of(*cache_); }
   // Goes on with what was saved.
   void reload() {
     std::vector<std::byte> bytes;

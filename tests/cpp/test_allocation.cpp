@@ -7,15 +7,22 @@
 #include <new>
 #include <vector>
 
+#include "allocations.h"
 #include "cases.h"
 #include "kv4/cache.h"
 #include "kv4/cpu.h"
 
 namespace {
 std::atomic<long> g_allocations{0};
+thread_local long t_until_failure = 0;
+thread_local bool t_failed = false;
 
 void* counted(std::size_t bytes, std::size_t alignment) {
   g_allocations.fetch_add(1, std::memory_order_relaxed);
+  if (t_until_failure > 0 && --t_until_failure == 0) {
+    t_failed = true;
+    return nullptr;
+  }
   if (bytes == 0) bytes = 1;
   return alignment <= alignof(std::max_align_t) ? std::malloc(bytes)
                                                 : std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
@@ -45,6 +52,19 @@ void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::fre
 void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
 
 namespace kv4 {
+
+namespace allocations {
+long count() { return g_allocations.load(); }
+void fail_at(long n) {
+  t_until_failure = n;
+  t_failed = false;
+}
+bool failed() {
+  t_until_failure = 0;
+  return t_failed;
+}
+}  // namespace allocations
+
 namespace {
 
 TEST(Allocation, DecodeAttentionAllocatesNothing) {

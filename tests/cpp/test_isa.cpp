@@ -63,10 +63,8 @@ TEST_F(Isa, TheForcedOneRuns) {
     if (!cpu::supported(name)) continue;
     ASSERT_TRUE(cpu::force_isa(name).ok());
     EXPECT_EQ(cpu::active_isa(), name);
-    const cpu::Kernels* active = nullptr;
-    ASSERT_TRUE(cpu::active(&active).ok());
-    EXPECT_EQ(active, cpu::find(name.c_str()));
-    const cpu::Kernels& k = *active;
+    EXPECT_EQ(&cpu::active(), cpu::find(name.c_str()));
+    const cpu::Kernels& k = cpu::active();
     // Its instructions execute here: an unsupported set would trap.
     std::vector<float> y(x.size()), back(x.size());
     std::vector<std::byte> memory(k.rotate_scratch(64) + 64);

@@ -56,11 +56,24 @@ TEST_F(PageLists, ACopyByStampIsAlwaysRight) {
   expect_held();
   // Two forks go on differently from the same table; a row of the device may hold either's.
   PageList fork = list;
+  fork.fork();
+  list.fork();
   EXPECT_EQ(fork.stamp(), list.stamp()) << "a fork that nobody wrote to needs no copy";
   fork.append(page());
   list.append(page());
   expect_held();
   std::swap(list, fork);
+  expect_held();
+  // A draft that was given up after the device had seen its page.
+  {
+    PageList draft = list;
+    draft.append(page());
+    EXPECT_EQ(draft.stamp(), list.stamp());
+    copy.sync(draft);
+    ASSERT_TRUE(copy.holds(draft));
+  }
+  list.renew();
+  list.append(page());
   expect_held();
   list = PageList();
   expect_held();

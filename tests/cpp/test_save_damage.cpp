@@ -95,8 +95,10 @@ TEST(SaveDamage, MagicAndVersionAreNamed) {
   bytes[0] = std::byte{'K'};
   EXPECT_EQ(load(*cache, bytes).message(), "saved magic: expected kv4cache; got other bytes: this is no saved cache");
   bytes = good;
-  bytes[8] = std::byte{2};
-  EXPECT_EQ(load(*cache, bytes).message(), "saved version: expected 1; got 2");
+  for (const int version : {0, 3}) {
+    bytes[8] = static_cast<std::byte>(version);
+    EXPECT_EQ(load(*cache, bytes).message(), "saved version: expected 1 to 2; got " + std::to_string(version));
+  }
 }
 
 struct Block {
@@ -155,7 +157,7 @@ void exercise(const Case& c, const Bytes& file, Cache& loaded) {
     return cache.append(view(dk), view(dv));
   };
   EXPECT_FALSE(save(loaded).empty());
-  auto going_on = loaded.clone();
+  auto going_on = sessions::fork_of(loaded);
   ask(*going_on);
   for (const std::int64_t tokens : {1, 70, 1, 140}) {
     static_cast<void>(append(*going_on, tokens));
@@ -163,7 +165,7 @@ void exercise(const Case& c, const Bytes& file, Cache& loaded) {
   }
   const std::int64_t length = loaded.length();
   for (const std::int64_t n : {length - 1, length - 3, length - 64, length - 67, loaded.first() + 1, std::int64_t{66}, std::int64_t{3}, std::int64_t{2}, std::int64_t{1}, std::int64_t{0}}) {
-    auto cropped = loaded.clone();
+    auto cropped = sessions::fork_of(loaded);
     if (!cropped->crop(n).ok()) continue;
     ask(*cropped);
     static_cast<void>(append(*cropped, 100));
@@ -222,6 +224,111 @@ TEST(SaveDamage, LiesUnderRightChecksumsAreBounded) {
   }
   EXPECT_GT(accepted, 0);
   EXPECT_GT(refused, accepted);
+}
+
+// Values that no cache has, under right checksums: NaN and infinity in exact rows, energies, lambda, scales and means; energies
+// below 0, lambda of 0.
+TEST(SaveDamage, ValuesThatAreNotFiniteAreRefused) {
+  struct Wrong {
+    std::uint32_t kind;
+    std::size_t at;     // byte of the payload
+    std::uint32_t bits;
+    int bytes;
+    const char* name;
+  };
+  const kv4_page_layout slice = kv4_make_page_layout(32, 32, 1, 1, true, 32, 32);
+  for (const Case& c : small_cases()) {
+    if (std::string(c.name) != "pages" && std::string(c.name) != "before the first page") continue;
+    SCOPED_TRACE(c.name);
+    Twins t(c, 8);
+    for (int i = 0; i < 30; ++i) {
+      t.append(1);
+      t.attend();
+    }
+    if (std::string(c.name) == "pages") {
+      for (int i = 0; i < 5; ++i) {
+        t.append(10);
+        t.attend();
+      }
+    }
+    const Bytes good = save(t.cache(0));
+    int refused = 0;
+    for (const Wrong& wrong : {Wrong{kRows, 2, 0x7f80, 2, "saved exact rows: "}, {kRows, 62, 0xffc0, 2, "saved exact rows: "},
+                               {7, 0, 0, 4, "saved lambda: "}, {7, 4, 0x7f800000, 4, "saved lambda: "}, {7, 8, 0xbf800000, 4, "saved lambda: "}, {7, 8, 0x7fc00000, 4, "saved lambda: "},
+                               {kEnergies, 4, 0x7f800000, 4, "saved query energies: "}, {kEnergies, 0, 0x7fc00000, 4, "saved query energies: "}, {kEnergies, 8, 0xbf800000, 4, "saved query energies: "},
+                               {kPage, slice.k_scales + 6, 0x7c00, 2, "saved page: "}, {kPage, slice.k_mean + 2, 0x7e00, 2, "saved page: "}, {kPage, slice.v_scales, 0xfc00, 2, "saved page: "}}) {
+      Bytes file = good;
+      for (const Block& b : blocks_of(good)) {
+        if (b.kind != wrong.kind) continue;
+        std::memcpy(&file[b.payload + wrong.at], &wrong.bits, static_cast<std::size_t>(wrong.bytes));
+        seal_block(file, b);
+        auto cache = create(c.config);
+        const Status status = load(*cache, file);
+        EXPECT_EQ(status.code(), StatusCode::data_loss);
+        EXPECT_EQ(status.message().rfind(wrong.name, 0), 0u) << status.message();
+        EXPECT_EQ(cache->batch(), 0);
+        ++refused;
+        break;
+      }
+    }
+    EXPECT_GE(refused, 5);
+  }
+}
+
+// Files of version 1 have a record of every query before the first page is due. What is read of them is what counts.
+TEST(SaveDamage, FilesOfVersionOneAreRead) {
+  for (const Case& c : {Case{"default", config_of(Recipe(), 2, 64, 64, DType::f16), 2, {0, 7}}, small_cases()[1], small_cases()[2]}) {
+    SCOPED_TRACE(c.name);
+    Twins t(c, 8);
+    for (int i = 0; i < 40; ++i) {
+      t.append(1);
+      t.attend();
+    }
+    const Bytes good = save(t.cache(0));
+    const std::size_t queries = static_cast<std::size_t>(c.config.recipe.sinks + c.config.recipe.window + kPageTokens);
+    const std::size_t channels = static_cast<std::size_t>(c.config.kv_heads * c.config.head_dim_k) * 4;
+    Bytes old(good.begin(), good.begin() + 12);
+    old[8] = std::byte{1};
+    const auto put = [&](std::uint32_t kind, const Bytes& payload) {
+      const std::uint64_t bytes = payload.size();
+      const std::size_t at = old.size();
+      old.resize(at + 12 + payload.size() + 4);
+      std::memcpy(&old[at], &kind, 4);
+      std::memcpy(&old[at + 4], &bytes, 8);
+      std::copy(payload.begin(), payload.end(), old.begin() + static_cast<std::ptrdiff_t>(at) + 12);
+      seal_block(old, {kind, at + 12, payload.size()});
+    };
+    std::vector<Bytes> rows;  // of the records, as version 1 orders them
+    const std::vector<Block> blocks = blocks_of(good);
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+      const Bytes payload(good.begin() + static_cast<std::ptrdiff_t>(blocks[i].payload), good.begin() + static_cast<std::ptrdiff_t>(blocks[i].payload + blocks[i].bytes));
+      if (blocks[i].kind == kEnergies) continue;
+      if (blocks[i].kind != 8) {
+        put(blocks[i].kind, payload);
+        continue;
+      }
+      ASSERT_EQ(payload.size(), queries / 8);
+      Bytes filled(queries, std::byte{1});
+      for (std::size_t n = 0; n < payload.size(); ++n) filled[8 * n + 7] = payload[n];
+      put(8, filled);
+      std::size_t next = i + 1;
+      for (std::size_t n = 0; n < queries; ++n) {
+        if (filled[n] == std::byte{0}) continue;
+        const bool counts = n % 8 == 7;
+        const Bytes other(channels, std::byte{0x3f});  // of a query that counts no more
+        put(kEnergies, counts ? Bytes(good.begin() + static_cast<std::ptrdiff_t>(blocks[next].payload),
+                                      good.begin() + static_cast<std::ptrdiff_t>(blocks[next].payload + blocks[next].bytes))
+                              : other);
+        if (counts) ++next;
+      }
+    }
+    auto cache = create(c.config);
+    std::size_t used = 0;
+    const Status status = load(*cache, old, &used);
+    ASSERT_TRUE(status.ok()) << status.message();
+    EXPECT_EQ(used, old.size());
+    EXPECT_EQ(save(*cache), good);
+  }
 }
 
 // Counts that agree with each other, of far more than the file holds: its end comes before the memory is asked for.

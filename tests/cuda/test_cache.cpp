@@ -13,6 +13,7 @@
 #include "cache_session.h"
 #include "cuda/memory.h"
 #include "cuda/rows.h"
+#include "cuda/scratch.h"
 #include "device.h"
 #include "save_case.h"
 
@@ -355,7 +356,7 @@ TEST_F(CudaCache, LateNewsIsToldToThoseItConcerns) {
       return cache;
     };
     auto one = filled();
-    auto fork = one->clone();
+    auto fork = fork_of(*one);
     hold();
     ASSERT_TRUE(one->append(bad_row, good_row).ok());
     ASSERT_TRUE(fork->append(good_row, good_row).ok());
@@ -366,7 +367,7 @@ TEST_F(CudaCache, LateNewsIsToldToThoseItConcerns) {
     auto shared = filled();
     hold();
     ASSERT_TRUE(shared->append(good_row, bad_row).ok());
-    auto second = shared->clone();
+    auto second = fork_of(*shared);
     for (Cache* c : {shared.get(), second.get()}) ASSERT_TRUE(c->append(good_row, good_row).ok());
     ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
     EXPECT_EQ(attend(*shared), StatusCode::non_finite);
@@ -427,7 +428,7 @@ TEST_F(CudaCache, CapturedStepsOutliveTheirThread) {
     ASSERT_TRUE(other->append(many, many).ok());
     ASSERT_TRUE(other->attend(more, place.into(ignored, 1, kShape.q_heads, 64, d)).ok());
 
-    auto eager = cache->clone();
+    auto eager = fork_of(*cache);
     ASSERT_TRUE(cache->advance().ok());
     ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
     ASSERT_TRUE(eager->append(one, one).ok());
@@ -471,7 +472,6 @@ TEST_F(CudaCache, CaptureSaysWhatItNeeds) {
   EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
 }
 
-// A capture that needs more scratch than an earlier one, whose caches are gone, must free nothing: that would end it.
 TEST_F(CudaCache, WhatOthersFailedAtIsNotALaunchsError) {
   const tests::DeviceBytes to(16, 0);
   void* much = nullptr;
@@ -485,22 +485,31 @@ TEST_F(CudaCache, WhatOthersFailedAtIsNotALaunchsError) {
   EXPECT_EQ(there, word);
 }
 
-TEST_F(CudaCache, ALargerCaptureFreesNothing) {
+// To free or to wait would end a capture.
+TEST_F(CudaCache, ACaptureTakesScratchAndFreesNone) {
   cudaStream_t stream = nullptr;
   ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  cuda::set_stream(stream);
   {
-    cuda::Scratch scratch(16);
-    for (const std::size_t bytes : {std::size_t{1} << 12, std::size_t{1} << 20, std::size_t{1} << 24}) {
-      cuda::Scratch::Block block;
-      ASSERT_TRUE(scratch.reserve(stream, bytes, false, &block).ok());
+    cuda::Memory memory(0);
+    cuda::Scratch scratch(memory, 16);
+    cuda::Scratch::Held shared;
+    for (const std::size_t bytes : {std::size_t{1} << 12, std::size_t{1} << 24, std::size_t{1} << 20}) {
+      ASSERT_TRUE(scratch.share(bytes, &shared).ok());
+      EXPECT_GE(shared->bytes, bytes);
       ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
-      const Status status = scratch.reserve(stream, bytes, true, &block);
+      cuda::Scratch::Held first, second, third;
+      const Status status = scratch.capture(bytes, &first), again = scratch.capture(bytes / 2, &second), more = scratch.capture(2 * bytes, &third);
       cudaGraph_t graph = nullptr;
       EXPECT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+      for (const Status& s : {status, again, more}) ASSERT_TRUE(s.ok()) << s.message();
+      EXPECT_EQ(first, second);  // one call after another
+      EXPECT_NE(first, third);
+      EXPECT_GE(third->bytes, 2 * bytes);
+      EXPECT_NE(first->data, shared->data);
       if (graph != nullptr) cudaGraphDestroy(graph);
-      ASSERT_TRUE(status.ok()) << status.message();
-      EXPECT_GE(block->size(), bytes);
     }
+    scratch.leave(&shared);
   }
   EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
 }

@@ -40,6 +40,7 @@ class EmulatedGpu final : public apple::Gpu {
   // A distance from the CPU's places, so that one is not taken for the other.
   std::uint64_t address(const void* p) const override { return reinterpret_cast<std::uint64_t>(p) + kShift; }
   int cores() const override { return 4; }
+  std::size_t buffers() const { return held_.size(); }
   Status run(std::span<const apple::Launch> launches) override {
     for (const apple::Launch& l : launches) {
       std::vector<void*> buffers;
@@ -291,6 +292,36 @@ TEST(MetalBackend, AFailedCallLeavesTheCacheAsItWas) {
   EXPECT_EQ(cache->sealed_tokens(0), 128);
   EXPECT_TRUE(cache->seal().ok());
   EXPECT_EQ(cache->sealed_tokens(0), 192);
+}
+
+TEST(MetalBackend, CachesOfOneRecipeShareARotationsMatricesUntilTheLastIsGone) {
+  const std::size_t before = device().gpu->buffers();
+  const std::int64_t d = kShape.dim;
+  const std::vector<float> k = cases::normal_rows(kShape.kv_heads * 200, d, 1);
+  const auto sealed = [&](const Recipe& recipe) {
+    auto cache = make(recipe, kShape, 0, DType::f32, "metal");
+    const TensorView rows = view(k, 1, kShape.kv_heads, 200, d);
+    EXPECT_TRUE(cache->append(rows, rows).ok());
+    EXPECT_EQ(cache->shared().size(), 1u) << "nothing on the device before it is used";
+    EXPECT_TRUE(cache->seal().ok());
+    return cache;
+  };
+  auto one = sealed(Recipe());
+  ASSERT_EQ(one->shared().size(), 2u);
+  const SharedMemory table = one->shared()[1];
+  EXPECT_TRUE(table.on_device);
+  EXPECT_GE(table.bytes, 2 * sizeof(float) * static_cast<std::size_t>(d * d)) << "the matrix that sealing takes";
+  EXPECT_GT(one->nbytes(), table.bytes);
+  const auto other = make(Recipe(), kShape, 0, DType::f32, "metal");
+  EXPECT_EQ(other->shared()[1].identity, table.identity) << "there already";
+  Recipe seeded;
+  seeded.key.seed = seeded.value.seed = 99;
+  auto third = sealed(seeded);
+  EXPECT_NE(third->shared()[1].identity, table.identity);
+  third.reset();
+  one.reset();
+  EXPECT_EQ(device().gpu->buffers(), before + 3) << "query, output and sealing matrices, for the other";
+  EXPECT_EQ(other->shared()[1].identity, table.identity);
 }
 
 TEST(MetalBackend, OneHeadDimsTextHasItsOwnInstances) {

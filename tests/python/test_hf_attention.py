@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
 from transformers.masking_utils import (
+    bidirectional_mask_function,
     causal_mask_function,
     chunked_causal_mask_function,
     sdpa_mask,
@@ -27,7 +29,7 @@ from hf_cases import (
 )
 from kv4 import Recipe, Side
 from kv4.hf.cache import KV4Layer
-from kv4.hf.mask import expand, row_limits
+from kv4.hf.mask import Pattern, expand, limits_of
 
 MASKS = ["none", "padding", "window", "padding and window", "boolean", "boolean per head", "additive"]
 
@@ -41,7 +43,7 @@ def mask_of(kind, batch, tokens, columns):
         start = [0, columns // 3] if "padding" in kind else [0, 0]
         window = 40 if "window" in kind else 0
         mask = torch.tensor([[[[s, window]]] for s in start], dtype=torch.int32)
-        return mask, expand(*row_limits(mask.clone())[:2], tokens, columns, torch.device("cpu")), None
+        return mask, expand(*limits_of(mask.clone())[:2], tokens, columns, torch.device("cpu")), None
     generator = torch.Generator().manual_seed(4)
     heads = Q_HEADS if kind == "boolean per head" else 1
     keep = keep & (torch.rand(batch, heads, tokens, columns, generator=generator) < 0.7)
@@ -129,7 +131,7 @@ def test_padding_that_reaches_into_a_later_chunk():
         k, v, q = rows_of(tokens, seed=1), rows_of(tokens, seed=2), rows_of(tokens, heads=Q_HEADS)
         key, value = layer.update(k, v, 0)
         mask = kv4.hf.kv4_mask(*place)
-        assert mask.dtype == torch.int32
+        assert type(mask) is Pattern
         out, _ = kv4.hf.kv4_attention(causal_module(), q, key, value, mask)
         expected = softmax_attention(q, key.dense(), value.dense(), sdpa_mask(*place, allow_is_causal_skip=False))
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
@@ -143,11 +145,11 @@ def test_bidirectional_attention_over_a_cache():
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
 
 
-def test_sliding_window_argument_counts_without_a_mask():
+def test_a_window_is_the_masks_and_not_an_arguments():
+    """As in torch's attention, which reads the mask alone."""
     _, k, v, (key, value) = filled(50)
     q = rows_of(50, heads=Q_HEADS)
-    keep = expand(None, torch.tensor([7, 7], dtype=torch.int32), 50, 50, torch.device("cpu"))
-    expected = softmax_attention(q, k, v, keep)
+    expected = softmax_attention(q, k, v, expand(None, None, 50, 50, torch.device("cpu")))
     for pair in ((key, value), (k, v)):
         out, _ = kv4.hf.kv4_attention(causal_module(), q, *pair, None, sliding_window=7)
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
@@ -177,7 +179,7 @@ def test_bad_queries():
     with pytest.raises(ValueError, match=r"sinks: expected 4 values"):
         attend(q, s_aux=torch.zeros(3))
     other = filled(20)[3][1]
-    with pytest.raises(ValueError, match="value: expected the handle of the same layer"):
+    with pytest.raises(ValueError, match="value: expected the handle of the same layer and update"):
         kv4.hf.kv4_attention(causal_module(), q, key, other, None)
     assert torch.isfinite(attend(q)[0]).all()
 
@@ -210,7 +212,10 @@ def test_training_is_refused_and_inference_with_gradients_on_is_not():
         with pytest.raises(RuntimeError, match=r"query: expected inference.*got a model in training"):
             kv4.hf.kv4_attention(causal_module(training=True), q, key, value, None)
         out, _ = kv4.hf.kv4_attention(causal_module(), q, key, value, None)
-        assert not out.requires_grad
+        with pytest.raises(RuntimeError, match=r"query: expected inference; got a backward pass"):
+            out.sum().backward()
+        with torch.no_grad():
+            assert not kv4.hf.kv4_attention(causal_module(), q, key, value, None)[0].requires_grad
     model = hf_cases.model_of("qwen3")
     model.set_attn_implementation("kv4")
     try:
@@ -218,25 +223,6 @@ def test_training_is_refused_and_inference_with_gradients_on_is_not():
         assert torch.isfinite(logits).all()
     finally:
         model.set_attn_implementation("eager")
-
-
-def test_a_stale_handle_says_so():
-    layer, _, _, (key, value) = filled(90)
-    q = rows_of(1, heads=Q_HEADS)
-    changes = [
-        lambda: layer.update(rows_of(1), rows_of(1), 0),
-        lambda: layer.crop(-1),
-        lambda: layer.reorder_cache(torch.tensor([1, 0])),
-        lambda: layer.batch_repeat_interleave(1),
-        lambda: layer.reset(),
-    ]
-    for change in changes:
-        key, value = layer.update(rows_of(1), rows_of(1), 0) if layer.seen else (key, value)
-        change()
-        with pytest.raises(RuntimeError, match="key: expected the handle of the layer's newest state.*stale"):
-            kv4.hf.kv4_attention(causal_module(), q, key, value, None)
-        with pytest.raises(RuntimeError, match="stale"):
-            key + 1
 
 
 def test_a_handle_is_a_tensor_to_everyone_else():
@@ -287,19 +273,29 @@ def mask(q, kv, q_offset, kv_offset=0, function=causal_mask_function, padding=No
 
 
 def test_compact_masks():
+    def said(x):
+        return (x.causal, None if x.start is None else x.start.tolist(), x.window)
+
     window = sliding_window_causal_mask_function(10)
-    assert mask(5, 5, 0) is None and mask(1, 40, 39) is None
-    assert mask(5, 8, 3, function=window) is None  # the window hides nothing yet
-    assert mask(1, 40, 39, function=window).tolist() == [[[[0, 10]]], [[[0, 10]]]]
+    assert mask(1, 40, 39) is None  # one query that sees all
+    assert said(mask(5, 5, 0)) == (True, None, 0)
+    assert said(mask(5, 8, 3, function=window)) == (True, None, 0)  # the window hides nothing yet
+    assert said(mask(1, 40, 39, function=window)) == (True, None, 10)
     padding = torch.ones(2, 40, dtype=torch.bool)
-    assert mask(40, 40, 0, padding=padding) is None
+    assert said(mask(40, 40, 0, padding=padding)) == (True, None, 0)
     padding[1, :7] = False
-    assert mask(40, 40, 0, padding=padding).tolist() == [[[[0, 0]]], [[[7, 0]]]]
-    assert mask(40, 40, 0, padding=padding.long()).dtype == torch.int32
+    assert said(mask(40, 40, 0, padding=padding)) == (True, [0, 7], 0)
+    assert said(mask(40, 40, 0, padding=padding.long())) == (True, [0, 7], 0)
     # A sliding layer's columns begin at position 5: two of row 1's padding tokens are left.
-    assert mask(1, 35, 39, 5, window, padding).tolist() == [[[[0, 10]]], [[[2, 10]]]]
+    assert said(mask(1, 35, 39, 5, window, padding)) == (True, [0, 2], 10)
+    open_ = {
+        "function": bidirectional_mask_function,
+        "allow_is_causal_skip": False,
+        "allow_is_bidirectional_skip": True,
+    }
+    assert said(mask(40, 40, 0, padding=padding, **open_)) == (False, [0, 7], 0)
     padding[1] = False
-    assert mask(1, 40, 39, padding=padding).tolist() == [[[[0, 0]]], [[[40, 0]]]]
+    assert said(mask(1, 40, 39, padding=padding)) == (True, [0, 40], 0)
 
 
 @pytest.mark.parametrize("function", ["causal", "window", "chunked"])
@@ -322,12 +318,25 @@ def test_masks_mean_what_sdpa_masks_mean(function, padding, q, kv, q_offset, kv_
         valid = valid[:, :-2]
     expected = sdpa_mask(2, q, kv, q_offset, kv_offset, pattern, valid, allow_is_causal_skip=False)
     got = mask(q, kv, q_offset, kv_offset, pattern, valid)
-    if got is None:
-        got = expand(None, None, q, kv, torch.device("cpu"))
-    elif got.dtype == torch.int32:
-        got = expand(*row_limits(got)[:2], q, kv, torch.device("cpu"))
-    assert torch.equal(got.expand(2, 1, q, kv), expected)
+    assert torch.equal(got & True, expected)  # what anybody but kv4 reads
 
 
 def test_a_mask_that_must_be_dense_is():
-    assert mask(5, 5, 0, allow_is_causal_skip=False).dtype == torch.bool
+    assert type(mask(5, 5, 0, allow_is_causal_skip=False)) is torch.Tensor
+
+
+def test_a_pattern_is_a_mask_to_everyone_else():
+    """Models slice masks, flip them, and add to them."""
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    padding[1, :4] = False
+    function = sliding_window_causal_mask_function(3)
+    expected = sdpa_mask(2, 5, 12, 7, 0, function, padding, allow_is_causal_skip=False)
+    got = mask(5, 12, 7, 0, function, padding)
+    assert type(got) is Pattern and got.shape == expected.shape and got.dtype == torch.bool
+    assert torch.equal(got[:, :, -2:], expected[:, :, -2:])
+    assert torch.equal(got.flip(-1), expected.flip(-1))
+    assert torch.equal(torch.where(got, 0.0, -1.0), torch.where(expected, 0.0, -1.0))
+    assert torch.equal(got.to(torch.float32), expected.to(torch.float32))
+    assert torch.equal(got.clone(), expected) and torch.equal(copy.deepcopy(got), expected)
+    moved = got.to("meta")
+    assert type(moved) is Pattern and moved.device.type == "meta" and moved.window == 3

@@ -199,7 +199,8 @@ def test_describe_and_nbytes():
     assert full["tokens"] == 301 and full["sealed"] == [192] and full["exact"] == [301 - 192]
     assert full["head_dim"] == (DIM, DIM) and full["kv_heads"] == KV_HEADS and full["dtype"] == "float32"
     assert sliding["sliding_window"] == 150 and sliding["first"] > 0
-    assert sum(row["nbytes"] for row in cache.describe()) == cache.nbytes()
+    assert sliding["shared"] == full["shared"] > 0
+    assert sum(row["nbytes"] - row["shared"] for row in cache.describe()) + full["shared"] == cache.nbytes()
     assert "tokens=301" in repr(cache)
 
 
@@ -226,8 +227,7 @@ def test_bad_tensors_leave_the_cache_as_it_was():
         (rows_of(1, batch=3), rows_of(1, batch=3), "k: expected .*got .*3"),
         (good, rows_of(2), "v: expected .*got"),
         (good[0], good, "k: expected 4 axes"),
-        (good.to(torch.float16), good, "key_states: expected the layer's dtype torch.float32; got torch.float16"),
-        (good, good.double(), "value_states: expected the layer's dtype torch.float32; got torch.float64"),
+        (good, good.double(), "value_states: expected float32, float16 or bfloat16; got torch.float64"),
         (good.to("meta"), good, "key_states: expected a tensor on the CPU; got meta"),
     ]
     for key, value, message in bad:
@@ -247,7 +247,7 @@ def test_bad_tensors_leave_the_cache_as_it_was():
         ),
         (rows_of(1).to("meta"), rows_of(1), f"key_states: expected a tensor on {usable_devices()}; got meta"),
         (rows_of(1).long(), rows_of(1), "key_states: expected float32, float16 or bfloat16; got torch.int64"),
-        (rows_of(1), rows_of(1).half(), "value_states: expected the keys' dtype torch.float32; got torch.float16"),
+        (rows_of(1), rows_of(1).double(), "value_states: expected float32, float16 or bfloat16; got torch.float64"),
         (rows_of(1), rows_of(2), "v: expected"),
     ],
 )

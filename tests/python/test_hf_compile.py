@@ -88,7 +88,7 @@ def test_a_compiled_prefill_begins_in_eager_mode():
             model(ids, past_key_values=again)
             expected = model(ids, past_key_values=again).logits
             torch.testing.assert_close(step(ids, past_key_values=cache).logits, expected, rtol=0, atol=1e-4)
-            assert all(layer.appended[1:] == (None, None) for layer in cache.packed_layers())
+            assert all(handle.own is None for layer in cache.packed_layers() for handle in layer.appended)
     finally:
         kv4.hf.detach(model)
 
@@ -104,7 +104,7 @@ def test_the_operators_keep_the_contract_of_torch():
     k, v, q = torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64), torch.randn(1, 4, 1, 64)
     tests = ("test_schema", "test_faketensor")  # the others call an operator twice, and appending twice is not once
     torch.library.opcheck(ops.append, (layer.state, k, v, layer.number), test_utils=tests)
-    args = (layer.state, q, layer.number, 64, None, None, None, None, True, None)
+    args = (layer.state, q, layer.number, 64, None, None, None, None, True)
     ops.append(layer.state, k, v, layer.number)
     torch.library.opcheck(ops.attend, args, test_utils=tests)
     expected, _ = kv4.hf.kv4_attention(torch.nn.Module(), q, *layer.update(k[:, :, :0], v[:, :, :0]), None)
@@ -119,7 +119,7 @@ def test_a_number_speaks_for_one_living_layer():
     ops.append(twin.state, torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64), twin.number)
     assert (twin.seen, layer.seen) == (71, 70)
     twin.crop(-1)
-    rest = (64, None, None, None, None, True, None)
+    rest = (64, None, None, None, None, True)
     with pytest.raises(
         RuntimeError, match="layer: expected kv4::append before kv4::attend; got a layer that has changed"
     ):
@@ -142,3 +142,45 @@ def test_a_compiled_model_without_the_kv4_attention_gets_dense_tensors():
     k = torch.randn(1, 2, 1, 64)
     expected = step(twin, k, k)
     torch.testing.assert_close(torch.compile(step, backend="eager")(layer, k, k), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_handle_that_leaves_its_graph_speaks_for_its_update_or_says_that_it_is_stale(backend):
+    def step(layer, k, v):
+        key, value = layer.update(k, v)
+        return key, value, k + 1
+
+    layer, compiled, k = filled(), torch.compile(step, backend=backend), torch.randn(1, 2, 1, 64)
+    for change in (lambda: layer.crop(-1), lambda: compiled(layer, k, k), lambda: layer.update(k, k)):
+        key, value, _ = compiled(layer, k, 2 * k)
+        assert torch.equal(key[:, :, -1:], k) and torch.equal(value[:, :, -1:], 2 * k)
+        kept, _, _ = compiled(layer, k, k)
+        change()
+        with pytest.raises(RuntimeError, match="key: expected a layer that has not changed since the compiled update"):
+            kept.dense()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_layers_compiled_one_by_one_take_the_masks_of_eager_mode(backend):
+    """Masks are made outside of the graphs that read them: causal, windows, left padding, several tokens."""
+    model, inputs = hf_cases.model_of("gemma3"), hf_cases.left_padded(2, 60)
+    forwards = [layer.forward for layer in model.model.layers]
+    model.set_attn_implementation("kv4")
+
+    def answers():
+        cache, logits = kv4.hf.KV4Cache(model.config, Recipe.exact()), []
+        for begin, end in ((0, 40), (40, 58), (58, 59), (59, 60)):
+            ids, mask = inputs["input_ids"][:, begin:end], inputs["attention_mask"][:, :end]
+            logits.append(model(ids, attention_mask=mask, past_key_values=cache).logits)
+        return torch.cat(logits, 1)
+
+    try:
+        with torch.no_grad():
+            expected = answers()
+            for layer in model.model.layers:
+                layer.forward = torch.compile(layer.forward, backend=backend)
+            torch.testing.assert_close(answers(), expected, rtol=0, atol=1e-4)
+    finally:
+        for layer, forward in zip(model.model.layers, forwards, strict=True):
+            layer.forward = forward
+        model.set_attn_implementation("eager")

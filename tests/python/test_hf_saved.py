@@ -286,12 +286,12 @@ def config(**changes) -> transformers.PretrainedConfig:
     return hf_cases.model_of("qwen3", **changes).config
 
 
-def test_layers_of_transformers_are_refused(tmp_path: Path):
+def test_layers_of_transformers_are_saved_by_their_tensors(tmp_path: Path):
     cache = KV4Cache(config())
     cache.layers.append(transformers.cache_utils.DynamicLayer())
-    cache.save(tmp_path / "empty")
-    cache.layers[-1].update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
-    with pytest.raises(NotImplementedError, match=r"layers\[2\]: expected a layer of kv4; got DynamicLayer"):
+    cache.layers[-1].update(torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4))
+    cache.layers[-1].odd = object()
+    with pytest.raises(NotImplementedError, match=r"layers\[2\].odd: expected tensors, numbers.*; got object"):
         cache.save(tmp_path / "held")
     assert not (tmp_path / "held").exists()
 

@@ -4,6 +4,7 @@ on an Apple GPU."""
 from __future__ import annotations
 
 import copy
+import gc
 import re
 
 import numpy as np
@@ -18,7 +19,9 @@ import kv4.metal.mps
 from hf_cases import one_thread  # noqa: F401, a fixture
 from kv4 import Recipe, Side, _core
 from kv4.metal import source
+from kv4.metal.host import _constants, _matrices
 from kv4.metal.mps import MetalCache, TorchHost
+from kv4.shared import total_bytes
 from metal_device import EmulatedLibrary, host, needs_emulator
 
 HEADS, GROUP = 2, 2
@@ -167,6 +170,29 @@ def test_forks_share_pages_and_go_their_own_way():
 
 
 @needs_emulator
+def test_caches_share_a_rotation_s_matrices_until_the_last_is_gone():
+    gc.collect()
+    before = len(_matrices), len(_constants)
+    seed = 77  # no other test's
+    recipe = Recipe(key=Side(seed=seed, mean=True, lambda_="auto"), value=Side(seed=seed))
+    caches = [Pair(recipe).metal for _ in range(3)] + [Pair(recipe, dtype=torch.float16).metal]
+    assert len({id(cache.constants) for cache in caches}) == 2, "one for each dtype"
+    assert len({id(matrices) for cache in caches for matrices in cache.constants.matrices}) == 1
+    shared = [cache.shared() for cache in caches]
+    assert shared[0] == shared[1] and len(shared[0]) == 3 and all(nbytes > 0 for _, nbytes, _ in shared[0])
+    assert [on_device for _, _, on_device in shared[0]] == [True, True, False]
+    assert shared[0][2][:2] == Pair(recipe).core.shared()[0][:2], "the C++ core's own"
+    own = sum(cache.nbytes() - sum(nbytes for _, nbytes, _ in cache.shared()) for cache in caches)
+    distinct = {identity: nbytes for listed in shared for identity, nbytes, _ in listed}
+    assert total_bytes(caches) == own + sum(distinct.values())
+    other = Pair(Recipe(key=Side(seed=seed + 1, mean=True, lambda_="auto"), value=Side(seed=seed))).metal
+    assert other.constants.matrices[0] is not other.constants.matrices[1] is caches[0].constants.matrices[0]
+    del caches, other
+    gc.collect()
+    assert (len(_matrices), len(_constants)) == before
+
+
+@needs_emulator
 @pytest.mark.parametrize("tokens", [1, 5, 70])
 @pytest.mark.parametrize("kind", ["bool", "additive", "softcap", "sinks", "all", "window"])
 def test_masks(kind, tokens):
@@ -293,9 +319,9 @@ def states(q: torch.Tensor) -> list[torch.Tensor]:
 
 # By the beginning of the answer: calls of a cache on queries [2, 4, 4, 64] that fit but for one argument.
 REFUSALS = {
-    "upto: expected at least": lambda c, q: c.attend_partial(q, *states(q), upto=70),
-    "mask: expected dtype bool or": lambda c, q: c.attend(q, q.clone(), mask=torch.ones(1, 1, 4, 160).long()),
-    "mask: expected an array on": lambda c, q: c.attend(q, q.clone(), mask=torch.ones(1, 1, 4, 160, device="meta")),
+    "upto: expected at least": lambda c, q: c.attend_partial(q, *states(q), upto=50),
+    "mask: expected dtype bool or": lambda c, q: c.attend(q, q.clone(), mask=torch.ones(1, 1, 4, 200).long()),
+    "mask: expected an array on": lambda c, q: c.attend(q, q.clone(), mask=torch.ones(1, 1, 4, 200, device="meta")),
     "sinks: expected 4 values": lambda c, q: c.attend(q, q.clone(), sinks=torch.zeros(3)),
     "start: expected 2 int32 values": lambda c, q: c.attend(q, q.clone(), start=torch.zeros(1, dtype=torch.int32)),
     "window: expected 2 int32 values": lambda c, q: c.attend(q, q.clone(), window=torch.tensor([1.0, 2.0])),
@@ -319,14 +345,14 @@ def test_a_refused_call_leaves_no_trace_in_what_follows(begins):
     """A twin never sees it: masks, energies and pages are then the same to the bit."""
     pair = Pair(Recipe(), batch=2)
     start = torch.tensor([0, 40], dtype=torch.int32)
-    k, v = pair.normal(HEADS, 160), pair.normal(HEADS, 160)
+    k, v = pair.normal(HEADS, 200), pair.normal(HEADS, 200)
     twins = [pair.metal, Pair(Recipe(), batch=2).metal]
     for cache in twins:
         cache.append(k, v)
     with pytest.raises((ValueError, IndexError), match=f"^{begins}"):
         REFUSALS[begins](twins[0], 100 * pair.normal(4, 4))
-    for tokens in (1, 1, 70, 1):
-        q, k, v = pair.normal(4, tokens), pair.normal(HEADS, tokens), pair.normal(HEADS, tokens)
+    for _ in range(2):
+        q, k, v = pair.normal(4, 1), pair.normal(HEADS, 1), pair.normal(HEADS, 1)
         outs = [torch.zeros_like(q) for _ in twins]
         for cache, out in zip(twins, outs, strict=True):
             cache.attend(q, out, start=start)

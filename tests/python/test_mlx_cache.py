@@ -16,7 +16,7 @@ from mlx_lm.models import cache as stock  # noqa: E402
 
 import kv4.mlx  # noqa: E402
 from kv4 import Recipe, Side, _core  # noqa: E402
-from kv4.mlx import BatchKV4Cache, KV4Cache, scaled_dot_product_attention  # noqa: E402
+from kv4.mlx import BatchKV4Cache, KV4Cache, scaled_dot_product_attention, speculation  # noqa: E402
 from kv4.mlx.arrays import byte_view  # noqa: E402
 from mlx_cases import WINDOW, greedy, model_of, prompt_of  # noqa: E402
 
@@ -204,6 +204,50 @@ def test_trim():
     assert filled(WINDOW - 1, window=WINDOW).is_trimmable()
     recording = filled(WINDOW + 100, window=WINDOW, record_past=True)
     assert recording.is_trimmable() and recording.trim(90) == 90
+    assert windowed.trim(windowed.offset) == WINDOW + 101 and windowed.offset == 0 and windowed.is_trimmable()
+
+
+@pytest.mark.parametrize("recipe", [Recipe.exact(), Recipe()], ids=["exact", "default"])
+def test_a_window_keeps_what_a_draft_may_take_back_and_moves_on(recipe):
+    def step(cache, tokens=1):
+        attend(cache, rows(tokens, 4), *cache.update_and_fetch(rows(tokens), rows(tokens, seed=1)))
+
+    cache = KV4Cache(recipe, window=WINDOW)
+    step(cache, 200)
+    for _ in range(5):
+        for _ in range(40):  # a draft, token by token, of which the first is right
+            step(cache)
+        assert cache.can_roll_back() >= 39 and cache.trim(39) == 39
+    assert cache.offset == 205
+    for _ in range(400):  # no draft: nobody takes that much back
+        step(cache)
+        assert cache.offset - cache.core.first < WINDOW + 64 + 64
+    assert cache.can_roll_back() <= 64 and not cache.is_trimmable()
+    with pytest.raises(IndexError, match="^length: expected at least"):
+        cache.trim(100)
+    assert cache.offset == 605 == cache.core.length
+
+
+def test_a_trim_that_one_layer_cannot_make_changes_none():
+    whole, windowed = filled(200), filled(200, window=WINDOW)
+    windowed.update_and_fetch(rows(1), rows(1))
+    most = windowed.can_roll_back()
+    assert most < 100
+    assert speculation.can_trim_prompt_cache([whole, windowed])
+    with pytest.raises(ValueError, match=f"^num_tokens: expected at most {most} in layer 1.*; got 100"):
+        speculation.trim_prompt_cache([whole, windowed], 100)
+    rotating = stock.RotatingKVCache(50, keep=4)
+    for _ in range(60):
+        rotating.update_and_fetch(rows(1), rows(1))
+    with pytest.raises(ValueError, match=r"^cache\[1\]: expected one that can drop 1 tokens; got RotatingKVCache"):
+        speculation.trim_prompt_cache([whole, rotating], 1)
+    batch = BatchKV4Cache([filled(200, window=WINDOW, record_past=True), windowed])
+    with pytest.raises(IndexError, match=f"^n: expected at most {most}, what row 1 can drop; got 100"):
+        batch.trim(100)
+    assert (whole.offset, windowed.offset, batch.rows[0].offset) == (200, 201, 200)
+    assert speculation.trim_prompt_cache([whole, windowed], 0) == 0
+    assert speculation.trim_prompt_cache([filled(5), filled(5)], 3) == 3
+    assert speculation.trim_prompt_cache([rotating], 1) == 0  # mlx-lm's own answer where no cache is kv4's
 
 
 def test_copies_go_their_own_way_and_share_pages():
@@ -224,6 +268,25 @@ def test_nbytes_counts_the_core_and_shrinks():
     exact = 2 * 32 * (4 + 64 + 64) * 2 * 4  # sinks and window in float32
     assert packed < ours.nbytes < packed + exact + own.nbytes / 50
     assert KV4Cache().nbytes == 0
+
+
+def test_a_sealed_prompt_takes_less_and_goes_on_as_an_unsealed_one():
+    ours, twin = filled(600), filled(600)
+    twin.seal()
+    assert twin.nbytes < ours.nbytes / 2
+    for cache in (ours, twin):
+        cache.update_and_fetch(rows(1), rows(1))
+    assert mx.array_equal(ours.keys, twin.keys) and mx.array_equal(ours.values, twin.values)
+    KV4Cache().seal()
+
+
+def test_bytes_of_a_model_s_caches_count_a_shared_rotation_once():
+    layers = [filled(100), filled(100), stock.KVCache()]
+    layers[2].update_and_fetch(rows(8), rows(8))
+    ((_, shared, _),) = layers[0].core.shared()
+    assert shared > 0 and layers[0].core.shared() == layers[1].core.shared()
+    assert kv4.mlx.nbytes(layers) == sum(layer.nbytes for layer in layers) - shared
+    assert kv4.mlx.nbytes([]) == 0
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -302,6 +365,13 @@ def test_a_batch_refuses_what_it_cannot_hold():
         batch.update_and_fetch(rows(3), rows(3))
     with pytest.raises(ValueError, match="^mask: expected a model"):
         batch.make_mask(3, window_size=2)
+    for k, v in ((rows(3, batch=2), rows(2, batch=2)), (rows(3, batch=2, dtype=mx.float16),) * 2, (rows(3, 4, 2),) * 2):
+        with pytest.raises(ValueError, match=r"^(keys|values): expected mlx.core.float32 \[2, 2, 3, 32\]"):
+            batch.update_and_fetch(k, v)
+    other = BatchKV4Cache([filled(5), KV4Cache()])
+    with pytest.raises(ValueError, match="^keys: expected"):
+        other.update_and_fetch(rows(3, batch=2, dtype=mx.float16), rows(3, batch=2, dtype=mx.float16))
+    assert [row.offset for row in other.rows] == [5, 0]
     handles = batch.update_and_fetch(rows(3, batch=2), rows(3, batch=2))
     with pytest.raises(ValueError, match="^mask: expected None"):
         attend(batch, rows(3, 4, batch=2), *handles, mask=mx.ones((3, 12), dtype=mx.bool_))

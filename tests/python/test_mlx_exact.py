@@ -80,6 +80,33 @@ def test_speculative_decoding_gives_the_tokens_of_plain_decoding(name, recipe):
         assert plain == greedy(model, prompt, 60)
 
 
+@pytest.mark.parametrize("recipe", [Recipe.exact(), Recipe()], ids=["exact", "default"])
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize(("prompt", "drafts", "changes"), [(60, 3, {"rope_theta": 12000.0}), (90, 8, {})])
+def test_drafts_are_undone_past_the_window_of_attached_models(name, recipe, prompt, drafts, changes):
+    """Of a draft model that is often wrong, and of one that never is. What is kept for it has a bound."""
+    model, draft = model_of(name), model_of(name, **changes)
+    tokens, new = prompt_of(prompt), 110
+    plain = greedy(model, tokens, new, kv4.mlx.make_prompt_cache(model, recipe))
+    try:
+        for attached in (model, draft):
+            kv4.mlx.attach(attached, recipe)
+        caches = stock.make_prompt_cache(model) + stock.make_prompt_cache(draft)
+        steps = speculative_generate_step(
+            tokens, model, draft, max_tokens=new, prompt_cache=caches, num_draft_tokens=drafts
+        )
+        made, by_draft = zip(*((token, drafted) for token, _, drafted in steps), strict=True)
+    finally:
+        for attached in (model, draft):
+            kv4.mlx.detach(attached)
+    assert list(made) == plain
+    assert any(by_draft) and (bool(changes) or sum(by_draft) >= new * drafts // (drafts + 1))
+    sliding = [c for c in caches if c.window]
+    # Whole pages are dropped, below what the oldest token that may be undone sees.
+    assert sliding and all(c.offset - c.core.first < WINDOW + 64 + 64 + drafts for c in sliding)
+    assert not stock.can_trim_prompt_cache(caches)  # by any number, as mlx-lm's prompt cache asks
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
 def test_calls_of_up_to_a_page_answer_as_single_tokens_do(name):
     model, tokens = model_of(name), prompt_of(230)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -250,8 +251,10 @@ VOCABULARY = ["<unk>", "<s>", "</s>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz
 HIDDEN, HEADS, LAYERS, FEED_FORWARD = 64, 2, 2, 128
 
 
-def tiny_gguf(path: Path) -> dict[str, np.ndarray]:
-    """A Llama GGUF file of two layers with Q8_0 matrices; its dequantised tensors by GGUF name."""
+def tiny_gguf(path: Path, changes: dict[str, tuple[int, int] | None] | None = None) -> dict[str, np.ndarray]:
+    """A Llama GGUF file of two layers with Q8_0 matrices; its dequantised tensors by GGUF name. changes: other (rows,
+    columns) of a matrix, None leaves it out, and a name of its own is added."""
+    changes = dict(changes or {})
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -277,6 +280,10 @@ def tiny_gguf(path: Path) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
 
     def matrix(name: str, rows: int, columns: int) -> None:
+        shape = changes.pop(name, (rows, columns))
+        if shape is None:
+            return
+        rows, columns = shape
         packed = gguf.quantize(rng.normal(0, 0.2, (rows, columns)).astype(np.float32), gguf.GGMLQuantizationType.Q8_0)
         writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
         tensors[name] = gguf.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
@@ -295,6 +302,8 @@ def tiny_gguf(path: Path) -> dict[str, np.ndarray]:
         matrix(f"blk.{layer}.ffn_gate.weight", FEED_FORWARD, HIDDEN)
         matrix(f"blk.{layer}.ffn_up.weight", FEED_FORWARD, HIDDEN)
         matrix(f"blk.{layer}.ffn_down.weight", HIDDEN, FEED_FORWARD)
+    for name in list(changes):
+        matrix(name, 1, 32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -358,3 +367,32 @@ def test_a_gguf_file_cut_short_is_refused(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"^model file tiny\.gguf: expected .*; got .+"):
         models.from_gguf(path)
     assert [name for name in left_over(cache) if name != "gguf.json"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"blk.1.ffn_up.weight": (96, 64)}, "expected shape [64, 128]; got [64, 96]"),
+        ({"blk.0.attn_q.weight": (63, 64)}, "expected shape [64, 64]; got [64, 63]"),
+        ({"token_embd.weight": (12, 64)}, "expected shape [64, 35]; got [64, 12]"),
+        ({"blk.0.attn_k.weight": None}, "expected a tensor of shape [64, 64]; got none of this name"),
+        (
+            {"blk.0.attn_q.scale": (1, 32)},
+            "expected tensors that transformers makes a model of; got one of shape [32, 1]",
+        ),
+        (
+            {"rope_freqs.weight": (1, 32)},
+            "expected tensors that transformers makes a model of; got one of shape [32, 1]",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_tensor_that_does_not_fit_is_named(cache: Path, tmp_path: Path, changes, says: str) -> None:
+    pytest.importorskip("torch")
+    path = tmp_path / "tiny.gguf"
+    tiny_gguf(path, changes)
+    name = next(iter(changes))
+    with pytest.raises(ModelError, match="^" + re.escape(f"{name} of model file tiny.gguf: {says}")) as refusal:
+        models.from_gguf(path)
+    assert "\n" not in str(refusal.value)
+    assert [left for left in left_over(cache) if left != "gguf.json"] == []

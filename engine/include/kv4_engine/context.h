@@ -48,7 +48,7 @@ class Context {
   Status crop(std::int64_t length);
   // Remembers the conversation as it is; rewind() takes it back there, to the bit and any number of times, until the next mark() or
   // the next decode() of more than a batch.
-  void mark();
+  Status mark();
   Status rewind();
   std::size_t cache_bytes() const;        // what the cache holds
   const ContextOptions& options() const;  // threads filled in

@@ -16,7 +16,8 @@ class Model {
  public:
   // progress: share of the weights read, 0 to 1, called on this thread; may be null.
   // Errors, nothing kept: invalid_argument for a file that is not a whole GGUF file, lacks a key or a tensor, or has one of
-  // another shape; unsupported for an architecture (with the list of those that are built), a RoPE scaling or a tensor type;
+  // another shape; unsupported for an architecture (with the list of those that are built), a RoPE scaling, a tensor type,
+  // and for any tensor or any key of the architecture that is not used and might change what the model computes;
   // out_of_memory.
   static Status load(const std::string& path, const std::function<void(double)>& progress, std::shared_ptr<const Model>* out);
   ~Model();

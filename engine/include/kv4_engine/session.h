@@ -31,7 +31,13 @@ struct Session {
 // Errors: unsupported for a context of CacheKind::f16; invalid_argument where the file cannot be written (an old one is then as it was).
 Status save_session(const std::string& path, const Session& session, const Context& context);
 // Into an empty context, which stays empty on errors: invalid_argument for a file that cannot be read, is no session, is damaged, or
-// belongs to another model, recipe or version; out_of_range where it holds more than the context takes.
+// belongs to another model, recipe or version; out_of_range where it holds more than the context takes. What is pending need not fit.
 Status load_session(const std::string& path, Context* context, Session* out);
+
+// Before a conversation begins. Errors: invalid_argument where save_session could not write this file.
+Status check_session_place(const std::string& path);
+// How many tokens a session's file says that it holds, pending ones included, as a hint of how large a context it needs: nothing else
+// of it is looked at. 0 where there is no such file or it is no session.
+std::int64_t session_tokens(const std::string& path);
 
 }  // namespace kv4::engine

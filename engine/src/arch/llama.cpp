@@ -5,14 +5,6 @@
 namespace kv4::engine {
 namespace {
 
-Status refine(const GgufFile& file, Config*) {
-  const char* key = "llama.expert_count";
-  std::int64_t experts = 0;
-  KV4_RETURN_IF_ERROR(file.optional_integer(key, &experts));
-  if (experts > 0) return error(StatusCode::unsupported, key, "no experts", std::to_string(experts));
-  return {};
-}
-
 void want_outside(const Config& c, std::vector<Wanted>* wanted) {
   wanted->push_back({"rope_freqs.weight", {c.rope_dim / 2}, Use::plain, true});
 }
@@ -30,6 +22,6 @@ ggml_tensor* layer(const GraphBuilder& g, std::int64_t i, ggml_tensor* x) {
 }  // namespace
 
 extern const Architecture kLlama;
-const Architecture kLlama = {"llama", refine, want_common, want_outside, nullptr, layer};
+const Architecture kLlama = {"llama", nullptr, want_common, want_outside, nullptr, layer};
 
 }  // namespace kv4::engine

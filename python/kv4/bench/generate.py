@@ -3,7 +3,8 @@
 The own cache is transformers' DynamicCache under scaled_dot_product_attention; kv4's exact cache holds the
 model's own dtype under kv4's attention, so that nobody need take torch's for the baseline. All decode
 greedily through the model's forward, each from a copy of its own prefilled state, so every repeat
-does the same work; the copy and the prefill are not counted.
+does the same work; the copy and the prefill are not counted. With neighbours each repeat is done twice: on the machine
+as it is, and beside busy processes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from kv4.bench.memory import cache_bytes, fp16_bytes
+from kv4.bench.neighbours import neighbours as beside
 
 OWN, KV4, EXACT, GRAPH = "own", "kv4", "kv4 exact", "kv4 graph"
 PREFILL_CHUNK = 512
@@ -51,7 +53,8 @@ class Row:
     """What one cache did at one context length, in one dtype.
 
     generated: the prefill's token, those of the warm-up and the timed ones, of the batch's first sequence. Bytes are
-    those at the end. fits: False where memory ran out; then there are no figures.
+    those at the end. loaded_ms: the repeats beside busy neighbours. fits: False where memory ran out; then there are no
+    figures.
     """
 
     context: int
@@ -65,10 +68,20 @@ class Row:
     best: bool = False
     batch: int = 1
     fits: bool = True
+    loaded_ms: list[float] = field(default_factory=list)
 
     @property
     def ms_per_token(self) -> float:
         return median(self.repeats_ms) if self.repeats_ms else float("nan")
+
+    @property
+    def loaded_ms_per_token(self) -> float:
+        return median(self.loaded_ms) if self.loaded_ms else float("nan")
+
+    @property
+    def slowdown(self) -> float:
+        """How many times as long a token takes beside the neighbours."""
+        return self.loaded_ms_per_token / self.ms_per_token
 
     @property
     def ratio(self) -> float:
@@ -76,7 +89,10 @@ class Row:
         return self.fp16_bytes / self.cache_bytes if self.cache_bytes else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ms_per_token": self.ms_per_token, "ratio_to_fp16": self.ratio}
+        figures = {"ms_per_token": self.ms_per_token, "ratio_to_fp16": self.ratio}
+        if self.loaded_ms:
+            figures |= {"loaded_ms_per_token": self.loaded_ms_per_token, "slowdown": self.slowdown}
+        return {**asdict(self), **figures}
 
 
 @contextmanager
@@ -192,10 +208,13 @@ def run(
     recipe: Any = None,
     exact: bool = False,
     random_fill: bool = False,
+    neighbours: int = 0,
+    pin: bool = True,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Row]:
     """Measures every cache in every dtype at every context length; `exact` adds kv4's exact cache, a CUDA device
-    kv4's steps as a captured graph, `random_fill` replaces prompts by `fill`.
+    kv4's steps as a captured graph, `random_fill` replaces prompts by `fill`. neighbours: busy processes beside which
+    all is measured once more (kv4.bench.neighbours, whose `pin` it is); 0: not.
 
     models: the same model per dtype. ids: [batch, >= max(contexts)], on the models' device. A repeat decodes `tokens`
     tokens of every sequence; candidates take turns within it. Calls progress(what, tokens done) after every step.
@@ -208,12 +227,13 @@ def run(
         raise ValueError(f"ids: expected at least {contexts[-1]} tokens; got {ids.shape[1]}")
     if tokens < 1 or repeats < 1:
         raise ValueError(f"tokens, repeats: expected at least 1; got {tokens}, {repeats}")
+    if neighbours < 0:
+        raise ValueError(f"neighbours: expected at least 0; got {neighbours}")
 
     def step(what: str) -> Callable[[int], None] | None:
         return None if progress is None else lambda done: progress(what, done)
 
     from kv4 import Recipe
-    from kv4.hf import DecodeGraph
 
     batch = ids.shape[0]
     caches = (OWN, KV4, *((EXACT,) if exact else ()), *((GRAPH,) if ids.is_cuda else ()))
@@ -254,28 +274,20 @@ def run(
             here[key] = (row, token)
         candidates = [key for key in candidates if key in here]
         for repeat in range(repeats):
-            for key in list(candidates):
-                row, token = here[key]
-                model = models[row.dtype]
-                what = f"decode at {context}: {row.cache} {row.dtype}"
-                cache = one = None
-                try:
-                    cache = deepcopy(held[key])
-                    with attention(model, row.cache, recipes[row.cache]):
-                        one = DecodeGraph(model, cache) if row.cache == GRAPH else None
-                        warm = decode(model, cache, token, WARM_UP, step=one)
-                        timed = decode(model, cache, warm.last, tokens, step=one, progress=step(what))
-                except OUT_OF_MEMORY:
-                    row.fits, row.repeats_ms = False, []
-                if not row.fits:
-                    cache = one = held[key] = None
-                    candidates.remove(key)
-                    _return_memory(ids.device)
-                    continue
-                row.repeats_ms.append(timed.ms_per_token)
-                row.generated = warm.tokens + timed.tokens[1:]
-                row.cache_bytes = cache_bytes(cache)
-                del cache, one
+            for busy in (0, neighbours) if neighbours else (0,):
+                with beside(busy, pin=pin):
+                    for key in list(candidates):
+                        row, token = here[key]
+                        model, used = models[row.dtype], recipes[row.cache]
+                        what = f"decode at {context}: {row.cache} {row.dtype}" + (", neighbours" if busy else "")
+                        try:
+                            _repeat(row, model, held[key], token, tokens, used, bool(busy), step(what))
+                        except OUT_OF_MEMORY:
+                            row.fits, row.repeats_ms, row.loaded_ms = False, [], []
+                        if not row.fits:
+                            held[key] = None
+                            candidates.remove(key)
+                            _return_memory(ids.device)
             if repeat == 0:
                 candidates = [key for key in candidates if not _dropped(here, key)]
                 held = {key: held[key] for key in candidates}
@@ -285,6 +297,31 @@ def run(
                 min(finished, key=lambda row: row.ms_per_token).best = True
         before = context
     return rows
+
+
+def _repeat(
+    row: Row,
+    model: Any,
+    held: Any,
+    token: torch.Tensor,
+    tokens: int,
+    recipe: Any,
+    loaded: bool,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """One repeat of one candidate, from a copy of its prefilled cache, entered in its row."""
+    cache = deepcopy(held)
+    with attention(model, row.cache, recipe):
+        graph = None
+        if row.cache == GRAPH:
+            from kv4.hf import DecodeGraph
+
+            graph = DecodeGraph(model, cache)
+        warm = decode(model, cache, token, WARM_UP, step=graph)
+        timed = decode(model, cache, warm.last, tokens, step=graph, progress=progress)
+    (row.loaded_ms if loaded else row.repeats_ms).append(timed.ms_per_token)
+    row.generated = warm.tokens + timed.tokens[1:]
+    row.cache_bytes = cache_bytes(cache)
 
 
 def _dropped(here: Mapping[tuple[str, str], tuple[Row, torch.Tensor]], key: tuple[str, str]) -> bool:

@@ -83,10 +83,10 @@ def nbytes(cache: list[Any], shapes: list[tuple[int, int, int]], tokens: int) ->
             k, v = (mx.random.normal((1, heads, n, dim)).astype(mx.float16) for dim in (dim_k, dim_v))
             if isinstance(layer, kv4.mlx.KV4Cache):
                 layer.append(k, v)
-                layer.core.seal()
+                layer.seal()
             else:
                 mx.eval(layer.update_and_fetch(k, v))
-    return sum(layer.nbytes for layer in cache)
+    return kv4.mlx.nbytes(cache)
 
 
 def run(

@@ -11,6 +11,7 @@ from rich.markup import escape
 from kv4.cli import laboratory as lab
 from kv4.cli import options
 from kv4.cli.output import err, out, plain_errors, progress, table, write_json
+from kv4.cli.usage import new_file
 
 CALIBRATION_WINDOWS = 2
 
@@ -106,7 +107,7 @@ def _calibration_windows(
 
     size = min(tokens, 2048)
     if given is not None:
-        text, name = lab.read_text(given)
+        text, name = options.read_utf8("--calibration-text", given), given.name
         return cut(b.tokenizer, text, CALIBRATION_WINDOWS, size), name
     ids = encode(b.tokenizer, content)[0]
     prefix = encode(b.tokenizer, "")[0]
@@ -124,7 +125,7 @@ def _calibration_windows(
 @plain_errors
 def calibrate(
     model: lab.Model,
-    output: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    output: Annotated[Path, typer.Argument(callback=new_file, help="The safetensors file to write.")],
     text: lab.Text = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows from the start of the text.")] = 4,
     length: Annotated[str, typer.Option(help="Tokens in a window.")] = "2048",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import typer
 
 from kv4.cli import ablate, bench, demo, evaluate, generate, info, models
+from kv4.cli.usage import OneLine
 
 app = typer.Typer(
     name="kv4",
+    cls=OneLine,
     help="A 4-bit key/value cache for transformer inference.",
     no_args_is_help=True,
     add_completion=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,9 @@ import typer
 from rich.markup import escape
 
 from kv4.cli import options
+from kv4.cli.openmp import VARIABLES
 from kv4.cli.output import out, plain_errors, progress, table, write_json
+from kv4.cli.usage import new_file
 
 _DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
 
@@ -62,6 +65,10 @@ def generate(
         bool, typer.Option("--random", help="Random keys and values in place of a prompt's: long contexts in seconds.")
     ] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Also a cache of exact rows under kv4's attention.")] = False,
+    neighbours: Annotated[
+        int, typer.Option(min=0, help="Busy processes beside which all is measured once more: a loaded machine.")
+    ] = 0,
+    pin: Annotated[bool, typer.Option(help="Each neighbour on a CPU of its own, in turn.")] = True,
     threads: options.Threads = None,
     json_: options.JsonFile = None,
 ) -> None:
@@ -90,7 +97,8 @@ def generate(
         ids = torch.randint(loaded[kinds[0]].config.vocab_size, (1, lengths[-1]), generator=generator).to(where)
     ids = ids.expand(batch, -1)
     # An upper bound: a dtype that falls behind is dropped and its share of the bar with it.
-    total = (2 + exact + (where.type == "cuda")) * len(kinds) * (lengths[-1] + len(lengths) * repeats * tokens)
+    turns = len(lengths) * repeats * (2 if neighbours else 1)
+    total = (2 + exact + (where.type == "cuda")) * len(kinds) * (lengths[-1] + turns * tokens)
     with progress("", total) as advance:
         rows = measurement.run(
             loaded,
@@ -101,11 +109,15 @@ def generate(
             recipe=used,
             exact=exact,
             random_fill=random,
+            neighbours=neighbours,
+            pin=pin,
             progress=lambda what, done: advance(done, what),
         )
     name = model if shape is None else f"{shape} (random weights)"
     at = "" if where.type == "cpu" and batch == 1 else f", {options.device_title(where)}, batch {batch}"
     show_generate(name + at, rows)
+    if neighbours:
+        show_loaded(neighbours, rows)
     if json_:
         data = {
             "model": name,
@@ -114,6 +126,9 @@ def generate(
             "threads": torch.get_num_threads(),
             "tokens": tokens,
             "random_fill": random,
+            "neighbours": neighbours,
+            "pinned": pin and neighbours > 0,
+            "openmp": {name: os.environ.get(name) for name in VARIABLES},
             "recipe": used.to_dict(),
             "rows": [row.to_dict() for row in rows],
         }
@@ -165,6 +180,22 @@ def show_generate(model: str, rows: list) -> None:
     out.print(beside)
 
 
+def show_loaded(neighbours: int, rows: list) -> None:
+    from kv4.bench.generate import best_rows
+
+    shown = table(
+        f"the same beside {neighbours} busy {'process' if neighbours == 1 else 'processes'}; ms per token",
+        "context", "own, idle", "own, loaded", "loaded / idle",
+        "kv4, idle", "kv4, loaded", "loaded / idle", "kv4/own, loaded",
+    )  # fmt: skip
+    for own, kv4 in best_rows(rows):
+        figures = (own.ms_per_token, own.loaded_ms_per_token, own.slowdown)
+        figures += (kv4.ms_per_token, kv4.loaded_ms_per_token, kv4.slowdown)
+        quotient = kv4.loaded_ms_per_token / own.loaded_ms_per_token
+        shown.add_row(f"{own.context:,}", *(f"{x:.2f}" if x == x else "-" for x in (*figures, quotient)))
+    out.print(shown)
+
+
 @app.command("attention")
 @plain_errors
 def attention(
@@ -180,7 +211,9 @@ def attention(
         str | None, typer.Option(help="Also llama.cpp on this model: a name of `kv4 models` or a GGUF file.")
     ] = None,
     llama_contexts: Annotated[str, typer.Option(help="Contexts of llama.cpp's slope.")] = "512,2k,4k",
-    plot: Annotated[Path | None, typer.Option(help="Time against context with the roofline, as a PNG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=new_file, help="Time against context with the roofline, as a PNG.")
+    ] = None,
     threads: options.Threads = None,
     json_: options.JsonFile = None,
 ) -> None:
@@ -289,7 +322,10 @@ def seal(
 
     chosen = numbers(dims, "--dims")
     for dim in chosen:
-        _core.validate(Recipe(), dim, dim)
+        try:
+            _core.validate(Recipe(), dim, dim)
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"--dims: {error}") from None
     options.set_threads(threads)
     rows = []
     with progress("", 3 * len(chosen)) as advance:

@@ -13,6 +13,7 @@ from rich.text import Text
 from kv4.cli import options
 from kv4.cli.bench import numbers, show_generate
 from kv4.cli.output import mebibytes, out, plain_errors, progress, table, write_json
+from kv4.cli.usage import new_folder
 
 PROMPT_TOKENS = 1024
 TOKENS_PER_LINE = 6
@@ -27,7 +28,9 @@ def demo(
     contexts: Annotated[str, typer.Option(help="Other context lengths of the plot.")] = "256,4096",
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of every measurement.")] = 2,
     dtype: Annotated[options.DType, typer.Option(help="auto: what this CPU computes in.")] = options.DType.auto,
-    folder: Annotated[Path, typer.Option("--out", help="Folder for the plot and the data.")] = Path("out"),
+    folder: Annotated[
+        Path, typer.Option("--out", callback=new_folder, help="Folder for the plot and the data.")
+    ] = Path("out"),
     threads: options.Threads = None,
 ) -> None:
     """Text after a prompt of over 1,000 tokens, from the model's own cache and from kv4."""

@@ -125,16 +125,15 @@ def summary(f: dict[str, Any]) -> str:
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise ValueError("--prompt, --file: expected one of them; got both")
+    source = "--prompt"
     if file is not None:
-        if not file.is_file():
-            raise FileNotFoundError(f"--file: expected a file; got {file}")
-        prompt = file.read_text(encoding="utf-8")
+        source, prompt = "--file", options.read_utf8("--file", file)
     elif prompt is None:
         if sys.stdin.isatty():
             raise ValueError("--prompt: expected --prompt, --file or text on stdin; got none")
-        prompt = sys.stdin.read()
+        source, prompt = "stdin", sys.stdin.read()
     if not prompt:
-        raise ValueError("prompt: expected some text; got an empty one")
+        raise ValueError(f"{source}: expected some text; got an empty one")
     return prompt
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from kv4.cli.openmp import VARIABLES
 from kv4.cli.output import out, plain_errors, table, write_json
 
 
@@ -31,6 +32,7 @@ def collect() -> dict[str, Any]:
         "threads": _core.num_threads(),
         "torch_threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
+        "openmp": {name: os.environ.get(name) for name in VARIABLES},
         "devices": devices,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -72,6 +74,8 @@ def info(
     note = f"  (also here: {', '.join(others)})" if others else ""
     shown.add_row("instruction set", found["isa"] + note if found["isa"] else f"none  ({escape(found['isa_reason'])})")
     shown.add_row("threads", f"{found['threads']}  (torch {found['torch_threads']}, CPUs {found['cpus']})")
+    waits = ", ".join(f"{name}={value}" for name, value in found["openmp"].items() if value)
+    shown.add_row("threads wait", waits or "as the OpenMP runtime has it")
     for device in found["devices"]:
         note = "" if device["kv4"] else f"  (not used by kv4: {device['reason']})"
         shown.add_row(f"device {device['name']}", escape(device["description"]) + note)

@@ -11,17 +11,25 @@ from rich.markup import escape
 
 from kv4.cli import options
 from kv4.cli.output import err
+from kv4.cli.usage import new_file
 
 Text = Annotated[Path | None, typer.Option(help="A UTF-8 text; Python's language reference if not given.")]
 Length = Annotated[str, typer.Option(help="Tokens in a window, 8k for 8,192; its second half is scored.")]
 Model = Annotated[str, typer.Argument(help="A name of `kv4 models`, a HuggingFace folder or a GGUF file.")]
 StateFile = Annotated[
     Path | None,
-    typer.Option("--state", metavar="FILE", help="Where results are kept for another run; else kv4's cache folder."),
+    typer.Option(
+        "--state",
+        metavar="FILE",
+        callback=new_file,
+        help="Where results are kept for another run; else kv4's cache folder.",
+    ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Neither read nor keep results.")]
-Markdown = Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="The table in Markdown.")]
-Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="A picture.")]
+Markdown = Annotated[
+    Path | None, typer.Option("--markdown", metavar="FILE", callback=new_file, help="The table in Markdown.")
+]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", callback=new_file, help="A picture.")]
 
 PACKED = ("kv4", "paper", "exact")
 SIMULATED = ("q8_0", "q4_0")
@@ -46,9 +54,7 @@ def read_text(path: Path | None) -> tuple[str, str]:
 
     if path is None:
         return python_reference(), "Python's language reference"
-    if not path.is_file():
-        raise FileNotFoundError(f"--text: expected a file; got {path}")
-    return path.read_text(encoding="utf-8"), path.name
+    return options.read_utf8("--text", path), path.name
 
 
 def whole(text: str, option: str, least: int = 1) -> int:

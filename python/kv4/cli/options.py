@@ -9,12 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from kv4.cli.output import model_steps, waiting
+from kv4.cli.usage import new_file
+from kv4.messages import mismatch
 
 DEFAULT_MODEL = "gemma-3-270m"
 
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch and kv4; torch's own number if not given.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Exact data to FILE, or to stdout for -.")]
+JsonFile = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", callback=new_file, help="Exact data to FILE, or to stdout for -."),
+]
 
 
 class DType(str, Enum):
@@ -85,8 +90,24 @@ def load_recipe(cache: str, file: Path | None) -> Any:
             raise ValueError(f"--recipe: expected with --cache kv4 only; got --cache {cache}")
         if not file.is_file():
             raise FileNotFoundError(f"--recipe: expected a file; got {file}")
-        return Recipe.from_file(file)
+        try:
+            return Recipe.from_file(file)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--recipe: {error}") from None
     return {"kv4": Recipe, "paper": Recipe.paper, "exact": Recipe.exact}[cache]()
+
+
+def read_utf8(option: str, path: Path) -> str:
+    """The text of a file. Errors: ValueError or OSError naming the option."""
+    if not path.is_file():
+        raise FileNotFoundError(mismatch(option, "a file", path))
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"{path}, with the byte {error.object[error.start]:#04x} at {error.start}"
+        raise ValueError(mismatch(option, "a file of UTF-8 text", byte)) from None
+    except OSError as error:
+        raise OSError(mismatch(option, "a file that can be read", f"{path}: {error.strerror}")) from None
 
 
 def gguf_file(model: str) -> Path:

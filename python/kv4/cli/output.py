@@ -65,7 +65,8 @@ def plain_errors(command: Callable[P, R]) -> Callable[P, R]:
             if let_through:
                 raise
             text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-            err.print(f"[bold red]error:[/] {escape(text or type(error).__name__)}", soft_wrap=True)
+            line = " ".join(text.split()) or type(error).__name__  # some libraries' texts have several
+            err.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
             raise typer.Exit(BAD_INPUT) from None
 
     return wrapped
@@ -113,7 +114,7 @@ def progress(description: str, total: float | None) -> Iterator[Callable[..., No
 def model_steps() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr for each step of fetching and converting a model (kv4.models.Progress)."""
     columns = (TextColumn("{task.description:<10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=err)
+    bar = Progress(*columns, console=err, disable=not err.is_terminal)
     tasks: dict[str, TaskID] = {}
 
     def report(step: str, done: int, total: int) -> None:

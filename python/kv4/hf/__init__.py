@@ -11,9 +11,10 @@ or, by hand, model.set_attn_implementation("kv4") and past_key_values=kv4.hf.KV4
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .attach import attach, detach, new_cache, why_not
+from .attach import attach, detach, why_not
 from .attention import kv4_attention
 from .cache import KV4Cache, KV4Layer
+from .calls import new_cache
 from .graph import DecodeGraph
 from .handle import KVHandle
 from .mask import kv4_mask

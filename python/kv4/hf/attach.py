@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,10 +12,9 @@ from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
 from .cache import DTYPES, PACKED_LAYER_TYPES, KV4Cache, KV4Layer
+from .calls import Settings, let_go, settings_of, take_over
 from .device import new_core, usable_devices, why_no_device
 from .layers import layer_kinds
-
-_SETTINGS = "_kv4_settings"
 
 
 def attach(
@@ -26,12 +26,12 @@ def attach(
     matrix_k: Any = None,
     matrix_v: Any = None,
 ) -> PreTrainedModel:
-    """Switches `model` to the kv4 attention and lets its generate() use a new KV4Cache wherever it would have made a
-    dynamic cache of its own; a cache passed by the caller, `cache_implementation` and use_cache=False still count.
-    Returns the model. Attaching again replaces the recipe; detach(model) undoes it.
+    """Switches `model` to the kv4 attention and lets it use a new KV4Cache wherever generate(), or a call of the model
+    or of its decoder, would have made a dynamic cache of its own; a cache passed by the caller, `cache_implementation`
+    and use_cache=False still count. Calls in training, with gradients, keep the model's own cache. Copies and pickles
+    of an attached model are attached. Returns the model. Attaching again replaces the recipe; detach(model) undoes it.
 
-    The arguments after `model` are those of KV4Cache. Calls of the model itself take
-    `past_key_values=new_cache(model)`.
+    The arguments after `model` are those of KV4Cache.
 
     Errors: ValueError naming the argument, with the reason why this model or recipe cannot be served; the model is
     then as it was.
@@ -40,8 +40,9 @@ def attach(
     reason = why_not(model, recipe, **calibration)
     if reason is not None:
         raise ValueError(reason)
-    previous = getattr(model, _SETTINGS, None)
-    before = previous["before"] if previous else _implementations(model)
+    previous = settings_of(model)
+    before = previous.before if previous else _implementations(model)
+    own = previous.cache_implementation if previous else _cache_implementation(model)
     try:
         model.set_attn_implementation("kv4")
         got = model.config.get_text_config(decoder=True)._attn_implementation
@@ -52,40 +53,26 @@ def attach(
     except Exception:
         _restore(before)
         raise
-    settings = {"recipe": recipe if recipe is not None else Recipe(), "before": before, **calibration}
-    object.__setattr__(model, _SETTINGS, settings)
-    for name, method in _METHODS.items():
-        if hasattr(type(model), name):
-            object.__setattr__(model, name, method.__get__(model, type(model)))
+    take_over(model, Settings(recipe if recipe is not None else Recipe(), calibration, before, own))
     return model
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Gives an attached model its former attention and cache back; returns the model."""
-    settings = model.__dict__.pop(_SETTINGS, None)
+    settings = let_go(model)
     if settings is not None:
-        for name in _METHODS:
-            model.__dict__.pop(name, None)
-        _restore(settings["before"])
+        _restore(settings.before)
     return model
-
-
-def new_cache(model: PreTrainedModel, recipe: Recipe | None = None) -> KV4Cache:
-    """An empty KV4Cache for `model`: with `recipe`, or else as attach(model, ...) was told, or else with Recipe()."""
-    settings = dict(getattr(model, _SETTINGS, None) or {})
-    settings.pop("before", None)
-    if recipe is not None:
-        settings["recipe"] = recipe
-    return KV4Cache(model.config, **settings)
 
 
 def why_not(model: PreTrainedModel, recipe: Recipe | None = None, **calibration: Any) -> str | None:
     """None where attach(model, recipe) would succeed, else the message of its error. Takes attach's arguments."""
     if not isinstance(model, PreTrainedModel):
-        return mismatch("model", "a transformers PreTrainedModel", type(model).__name__)
+        return mismatch("model", "a transformers PreTrainedModel", _what(model))
     name, config = _name(model), model.config
     if config.is_encoder_decoder:
-        return mismatch("model", "a decoder-only model", f"{name}, an encoder-decoder model")
+        still = "an EncoderDecoderCache of two KV4Caches still works with it, dequantising"
+        return mismatch("model", "a decoder-only model", f"{name}, an encoder-decoder model ({still})")
     supports = getattr(type(model), "_supports_default_dynamic_cache", None)
     if supports is not None and not supports():
         return mismatch("model", "a model that takes a transformers Cache", f"{name}, which brings its own cache")
@@ -102,6 +89,10 @@ def why_not(model: PreTrainedModel, recipe: Recipe | None = None, **calibration:
             "a model built on transformers' attention interface",
             f"{name}, whose attention cannot be replaced (a KV4Cache still works with it, dequantising)",
         )
+    for module in _decoder(model).modules():
+        if (reason := _reads_otherwise(module)) is not None:
+            got = f"{name}, {reason} (a KV4Cache still works with it, dequantising)"
+            return mismatch("model", "a model built on transformers' attention interface", got)
     for parameter in model.parameters():
         reason = why_no_device(parameter.device)
         if reason is not None:
@@ -122,12 +113,31 @@ def why_not(model: PreTrainedModel, recipe: Recipe | None = None, **calibration:
     return _dims_not_served(model, cache)
 
 
+def _decoder(model: PreTrainedModel) -> torch.nn.Module:
+    return model.get_decoder() if hasattr(model, "get_decoder") else model
+
+
+def _reads_otherwise(module: torch.nn.Module) -> str | None:
+    """Why the kv4 attention cannot stand in for an attention module of a model that takes another attention, whether or
+    not this module does; None where it can. Read off the source, as transformers tells of the model as a whole."""
+    try:
+        source = inspect.getsource(inspect.unwrap(type(module).forward))
+    except (OSError, TypeError):
+        return None
+    if ".update(" not in source:
+        return None
+    if "attention_interface" not in source:
+        return f"whose {_name(module)} computes its attention itself"
+    if "sinks=" in source:
+        return f"whose {_name(module)} hands over sinks of every query"
+    return None
+
+
 def _dims_not_served(model: PreTrainedModel, cache: KV4Cache) -> str | None:
     """The message for the first head dims that the recipe does not serve. Attention modules that do not say their
     head dims are checked by the cache's first update."""
     tried = set()
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for module in decoder.modules():
+    for module in _decoder(model).modules():
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int) or not 0 <= index < len(cache.layers):
             continue
@@ -159,44 +169,6 @@ def _dims_not_served(model: PreTrainedModel, cache: KV4Cache) -> str | None:
     return None
 
 
-def _prepare_cache_for_generation(
-    self: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-) -> Any:
-    """generate()'s own step, with a KV4Cache where it would make a dynamic one."""
-    wanted = getattr(generation_config, "cache_implementation", None) in (None, "dynamic")
-    if wanted and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-        cache = new_cache(self)
-        if getattr(generation_config, "is_assistant", False):
-            cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
-        return None
-    return type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
-
-
-def _get_candidate_generator(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """generate()'s own step. A prompt and its first drafts in one call would let the drafts see the whole prompt
-    exactly, which one-by-one decoding does not: the first drafts are dropped, so that both give one text."""
-    generator = type(self)._get_candidate_generator(self, *args, **kwargs)
-    cache = (kwargs.get("model_kwargs") or {}).get("past_key_values")
-    if isinstance(cache, KV4Cache) and cache.recipe.seal == "page" and not generator.requires_model_outputs:
-        drafts = generator.get_candidates
-
-        def dropped_at_first(input_ids: Any) -> tuple[Any, None]:
-            generator.get_candidates = drafts
-            drafts(input_ids)  # for what the generator keeps from call to call
-            return input_ids, None
-
-        generator.get_candidates = dropped_at_first
-    return generator
-
-
-# Set on an attached model, over its class's own.
-_METHODS = {
-    "_prepare_cache_for_generation": _prepare_cache_for_generation,
-    "_get_candidate_generator": _get_candidate_generator,
-}
-
-
 def _implementations(model: PreTrainedModel) -> list[tuple[Any, Any]]:
     """(config, its attention) of the model and its submodels, outermost first."""
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
@@ -206,6 +178,21 @@ def _implementations(model: PreTrainedModel) -> list[tuple[Any, Any]]:
 def _restore(implementations: list[tuple[Any, Any]]) -> None:
     for config, implementation in implementations:
         config._attn_implementation = implementation
+
+
+def _cache_implementation(model: PreTrainedModel) -> str | None:
+    return getattr(getattr(model, "generation_config", None), "cache_implementation", None)
+
+
+def _what(wrapper: Any) -> str:
+    """The type of what is no model and, where one is within its reach, how to say which."""
+    name = _name(wrapper)
+    if isinstance(wrapper, torch.nn.Module):
+        inner = ((path, module) for path, module in wrapper.named_modules() if isinstance(module, PreTrainedModel))
+    else:
+        inner = ((path, value) for path, value in getattr(wrapper, "__dict__", {}).items())
+    path = next((path for path, module in inner if isinstance(module, PreTrainedModel)), None)
+    return name if path is None else f"{name} around one: attach(model.{path})"
 
 
 def _name(model: Any) -> str:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import ops
-from .device import on_stream
-from .handle import KVHandle
-from .mask import expand, on_host, row_limits
+from .device import on_stream, readable
+from .gradient import without_gradient
+from .handle import Held, KVHandle
+from .mask import CAUSAL, Pattern, expand, limits_of, on_host
 from .ops import CompiledHandle
-from .prefill import prefill, readable, supports_prefill
-
-if TYPE_CHECKING:
-    from .cache import KV4Layer
+from .prefill import prefill, supports_prefill
 
 _HANDLES = (KVHandle, CompiledHandle)
+# Whether autocast is on for any device: quicker than to ask for the query's.
+_autocasts = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def kv4_attention(
@@ -31,22 +31,27 @@ def kv4_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
-    sliding_window: int | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of query [batch, q_heads, T, head_dim] over a KV4Cache's handles, or over dense keys and values
     [batch, kv_heads, columns, head_dim] (no cache, cross-attention, another cache); q_heads a multiple of kv_heads.
 
-    attention_mask: None (causal, or all where not causal), int32 [batch, 1, 1, 2] from kv4_mask, bool (True =
-    visible) or float (added to the scores) [batch or 1, q_heads or 1, T or 1, columns]. A row that sees nothing is 0.
+    attention_mask: what kv4_mask answers with; bool (True = visible) or float (added to the scores) [batch or 1,
+    q_heads or 1, T or 1, columns]; None: causal with the queries as the newest columns, or every column where
+    `is_causal`, else the module's, is False. A row that sees nothing is 0. What a model says of windows beside its mask
+    does not count, as in torch's own attention.
     scaling: multiplies q.k; None means head_dim ** -0.5. softcap: c * tanh(score / c), before the mask.
-    s_aux: [q_heads] sink logits. sliding_window counts only where attention_mask is None.
+    s_aux: [q_heads] sink logits.
 
-    Returns (output [batch, T, q_heads, head_dim_v], contiguous, in the query's dtype, None).
-    Errors: RuntimeError for a stale handle or where gradients are wanted; ValueError naming the argument for shapes
-    that do not fit, or NaN or infinity that a query would see. May be called again on one handle.
+    Returns (output [batch, T, q_heads, head_dim_v], contiguous, None), in the query's dtype; under torch.autocast in
+    its dtype, as torch's own attention. Errors: RuntimeError where gradients are wanted (at the latest in the backward
+    pass); ValueError naming the argument for shapes that do not fit, or NaN or infinity that a query would see. May be
+    called again on one handle, and on handles of a cache that has gone on.
     """
+    if type(key) is KVHandle and query.shape[2] > key.length:
+        # The core's queries are those of tokens that it holds.
+        key, value = _dequantised(key), _dequantised(value)
     if type(key) in _HANDLES and type(value) in _HANDLES and kwargs.get("position_bias") is None:
         if module.training and query.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
@@ -56,12 +61,14 @@ def kv4_attention(
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if type(key) is CompiledHandle and type(value) is CompiledHandle:
             if torch.compiler.is_dynamo_compiling():
-                return _attend_in_graph(
-                    query, key.layer, attention_mask, scaling, softcap, s_aux, causal, sliding_window
-                ), None
+                out = _attend_in_graph(query, key, attention_mask, scaling, softcap, s_aux, causal)
+                return out.to(_output_dtype(query)), None
             key, value = key.now(), value.now()
-        attend = _attend_uncompiled if torch.compiler.is_dynamo_compiling() else attend_packed
-        return attend(query, key, value, attention_mask, scaling, softcap, s_aux, causal, sliding_window), None
+        compiling = torch.compiler.is_dynamo_compiling()
+        attend = _attend_uncompiled if compiling else attend_packed
+        dtype = _output_dtype(query) if compiling or _autocasts() else query.dtype
+        out = attend(query, key, value, attention_mask, scaling, softcap, s_aux, causal, dtype)
+        return without_gradient(out, query), None
     return _attend_dense(
         module,
         query,
@@ -72,10 +79,17 @@ def kv4_attention(
         softcap,
         s_aux,
         is_causal,
-        sliding_window,
         dropout,
         kwargs,
     )
+
+
+def _output_dtype(query: torch.Tensor) -> torch.dtype:
+    """The query's, or autocast's where that would have made it narrower."""
+    kind = query.device.type
+    if query.dtype is torch.float32 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return query.dtype
 
 
 def attend_packed(
@@ -87,61 +101,45 @@ def attend_packed(
     softcap: float | None,
     s_aux: torch.Tensor | None,
     causal: bool,
-    sliding_window: int | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    layer = key.layer
-    if key.version != layer.version or value.version != layer.version or value.layer is not layer:
-        key.check()
-        value.check()
-        raise ValueError("value: expected the handle of the same layer as key's; got another layer's")
+    """Attention over the core behind both handles: [batch, T, q_heads, head_dim_v] of `dtype`; see kv4_attention."""
+    held = key.held
+    form = held.form
+    if value.held is not held:
+        raise ValueError("value: expected the handle of the same layer and update as key's; got another's")
     if query.dim() != 4:
         raise ValueError(f"query: expected [batch, q_heads, tokens, head_dim]; got {list(query.shape)}")
+    if form.on_device and query.dtype is torch.float32:
+        query = query.to(dtype)  # autocast's
     batch, heads, tokens, _ = query.shape
-    out = torch.empty((batch, tokens, heads, layer.head_dim_v), dtype=query.dtype, device=query.device)
+    out = torch.empty((batch, tokens, heads, form.head_dim_v), dtype=dtype, device=query.device)
     if not tokens:
         return out
-    if layer.on_device:
-        on_stream(layer)
+    if form.on_device:
+        on_stream(held)
     scale = scaling or 0.0
-    start = window = None
-    offset = 0
-    if mask is None:
-        if sliding_window and causal and key.columns > sliding_window:
-            window = _windows(batch, sliding_window)
-    elif mask.dtype is torch.int32:
-        start, window, shared = row_limits(mask)
-        if shared and shared == layer.sliding_window:
-            window = None  # the core's own
-        causal = True
-        offset = 0 if getattr(mask, "kv4_positions", False) else key.length - key.columns
-    else:
-        offset = key.length - mask.shape[-1]
-        if offset < 0:
-            raise ValueError(
-                f"attention_mask: expected at most {key.length} columns, the tokens in the cache; got {mask.shape[-1]}"
-            )
-        options = {"scale": scale, "causal": False, "offset": offset, "mask": readable(mask)}
-        if layer.on_device:
-            options["host_mask"] = on_host(mask)
-        if softcap:
-            options["softcap"] = softcap
-        if s_aux is not None:
-            options["sinks"] = _sinks(s_aux)
-        layer.core.attend(readable(query), out.transpose(1, 2), **options)
-        return out
-    if start is None and window is None and softcap is None and s_aux is None and causal and key.own is None:
-        layer.core.attend(readable(query), out.transpose(1, 2), scale=scale)  # the common step of decoding
+    if mask is None and tokens == 1 and softcap is None and s_aux is None:
+        held.core.attend(readable(query), out.transpose(1, 2), scale=scale)  # the common step of decoding
         return out
     sinks = None if s_aux is None else _sinks(s_aux)
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap or 0.0, "sinks": sinks}
+    if mask is not None and type(mask) is not Pattern and mask.dtype is not torch.int32:
+        options |= {"causal": False, "offset": _offset(mask, held), "mask": readable(mask)}
+        if form.on_device:
+            options["host_mask"] = on_host(mask)
+        held.core.attend(readable(query), out.transpose(1, 2), **options)
+        return out
+    causal, offset, start, window = _limits(mask, held, tokens, causal)
     own_k, own_v = key.own, value.own
     if (
         own_k is not None
         and own_v is not None
         and causal
         and not softcap
-        and supports_prefill(layer, query, own_k, own_v)
+        and supports_prefill(form, query, own_k, own_v)
         and prefill(
-            layer,
+            held,
             query.detach(),
             own_k,
             own_v,
@@ -154,33 +152,57 @@ def attend_packed(
         )
     ):
         return out
-    layer.core.attend(
-        readable(query),
-        out.transpose(1, 2),
-        scale=scale,
-        softcap=softcap or 0.0,
-        sinks=sinks,
-        causal=causal,
-        offset=offset,
-        start=start,
-        window=window,
-    )
+    options |= {"causal": causal, "offset": offset, "start": start, "window": window}
+    held.core.attend(readable(query), out.transpose(1, 2), **options)
     return out
+
+
+def _offset(mask: torch.Tensor, held: Held) -> int:
+    """Position of a mask's first column: its last one is the newest token."""
+    offset = held.length - mask.shape[-1]
+    if offset < 0:
+        raise ValueError(
+            f"attention_mask: expected at most {held.length} columns, the tokens in the cache; got {mask.shape[-1]}"
+        )
+    return offset
+
+
+def _limits(
+    mask: torch.Tensor | None, held: Held, tokens: int, causal: bool
+) -> tuple[bool, int, torch.Tensor | None, torch.Tensor | None]:
+    """(causal, offset, start, window) of core.attend, for a mask that is no general one."""
+    first, own = held.length - held.columns, held.form.sliding_window
+    offset, start, window, shared = first, None, None, 0
+    if mask is not None:
+        start, window, shared = limits_of(mask)
+        causal = True
+        if type(mask) is Pattern:
+            causal, offset = mask.causal, _offset(mask, held)
+        elif getattr(mask, "kv4_positions", False):
+            offset = 0
+    if not own or held.columns <= own:  # a single query has no more
+        return causal or tokens == 1, offset, start, window
+    if shared == own:
+        return causal, offset, start, None  # the core's own
+    # The mask shows more than the core does by itself: all that the update's handles have.
+    batch = held.batch
+    start = _all(batch, 0) if start is None else (start + (offset - first)).clamp_(min=0)
+    return causal, first, start, _all(batch, 0) if window is None else window
 
 
 def _attend_in_graph(
     query: torch.Tensor,
-    layer: KV4Layer,
+    key: CompiledHandle,
     mask: torch.Tensor | None,
     scaling: float | None,
     softcap: float | None,
     s_aux: torch.Tensor | None,
     causal: bool,
-    sliding_window: int | None,
 ) -> torch.Tensor:
-    return ops.attend(
-        layer.state, query, layer.number, layer.head_dim_v, mask, scaling, softcap, s_aux, causal, sliding_window
-    )
+    layer = key.layer
+    if mask is CAUSAL:
+        mask, causal = None, True
+    return ops.attend(layer.state, query, layer.number, layer.form.head_dim_v, mask, scaling, softcap, s_aux, causal)
 
 
 @torch.compiler.disable
@@ -189,13 +211,19 @@ def _attend_uncompiled(*args: Any) -> torch.Tensor:
     return attend_packed(*args)
 
 
+def _dequantised(handle: KVHandle | torch.Tensor) -> torch.Tensor:
+    if not isinstance(handle, KVHandle):
+        return handle
+    return handle.held.dense(handle.which, handle.offset, handle.columns)
+
+
 def _sinks(s_aux: torch.Tensor) -> torch.Tensor:
     return s_aux.detach().reshape(-1).to(torch.float32).contiguous()
 
 
 @functools.lru_cache(maxsize=64)
-def _windows(batch: int, window: int) -> torch.Tensor:
-    return torch.full((batch,), window, dtype=torch.int32)
+def _all(batch: int, value: int) -> torch.Tensor:
+    return torch.full((batch,), value, dtype=torch.int32)
 
 
 def _attend_dense(
@@ -208,7 +236,6 @@ def _attend_dense(
     softcap: float | None,
     s_aux: torch.Tensor | None,
     is_causal: bool | None,
-    sliding_window: int | None,
     dropout: float,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
@@ -217,18 +244,15 @@ def _attend_dense(
     q_length, kv_length = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     start = window = None
-    compact = mask is None and causal or mask is not None and mask.dtype is torch.int32
-    if mask is not None and mask.dtype is torch.int32:
-        start, window, _ = row_limits(mask)
-    elif mask is None and causal and sliding_window and kv_length > sliding_window:
-        window = _windows(query.shape[0], sliding_window)
+    compact = mask is None or type(mask) is Pattern or mask.dtype is torch.int32
     if compact:
+        if mask is not None:
+            start, window, _ = limits_of(mask)
+            causal = mask.causal if type(mask) is Pattern else True
         # torch's own causal flag aligns to the upper left: right only where queries and keys are the same tokens.
-        plain = start is None and window is None and (q_length == 1 or q_length == kv_length)
-        mask = None if plain else expand(start, window, q_length, kv_length, query.device)
-        is_causal = plain
-    elif mask is None:
-        is_causal = False
+        plain = start is None and window is None and (not causal or q_length in (1, kv_length))
+        mask = None if plain else expand(start, window, q_length, kv_length, query.device, causal)
+        is_causal = plain and causal
     grouped = query.shape[1] != key.shape[1] and not hasattr(module, "num_key_value_groups")
     if softcap or s_aux is not None or grouped:
         if mask is None and is_causal and q_length > 1:

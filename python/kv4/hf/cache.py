@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
 )
 
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
-from . import ops, saved
-from .device import check_device, new_core, on_stream, place
-from .handle import KVHandle
-from .layers import layer_kinds
+from . import files, ops, report, saved
+from .device import check_device, new_core, on_stream, place, readable
+from .handle import NEVER, Form, Held, KVHandle
+from .layers import (
+    DTYPES,
+    HYBRID_LAYER_TYPES,
+    PACKED_LAYER_TYPES,
+    check_dtype,
+    per_layer,
+    rows_of_index,
+    served_kinds,
+)
+from .states import StateBeside
 
-# Layer types that hold plain keys and values; only their masks differ.
-PACKED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 PAGE_TOKENS = 64
-DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 class KV4Layer(CacheLayerMixin):
@@ -45,38 +53,39 @@ class KV4Layer(CacheLayerMixin):
         sliding_window: int | None = None,
         constants: Mapping[str, Any] | None = None,
         layer_type: str = "full_attention",
+        cross_attention: bool = False,
         **kwargs: Any,
     ) -> None:
         # Not the base constructor: `keys` and `values` are read-only views here.
         self.recipe = recipe
         self.layer_type = layer_type
+        # Of an encoder's states: updated once, then read by every call through `keys` and `values`.
+        self.cross_attention = bool(cross_attention)
         self.sliding_window = int(sliding_window) if sliding_window else 0
         self.is_sliding = bool(self.sliding_window)
         self.constants = dict(constants or {})
-        self.attends_exact_call = recipe.seal != "arrival"
-        self.records_queries = recipe.seal == "page"
         self.version = 0
         self._record_past = False
         self._forget()
 
     def _forget(self) -> None:
         self.core: Any = None
+        self.form = Form()
         self.is_initialized = False
         self.seen = 0
         self.batch = 0
-        self.kv_heads = self.head_dim_k = self.head_dim_v = 0
-        self.dtype: torch.dtype | None = None
-        self.device = torch.device("cpu")
-        self.on_device = False  # of CUDA
+        self.converts = False  # keys or values have come in another dtype than the layer's
+        # What the newest update's handles speak for, where the layer has not changed since.
+        self._newest: weakref.ref[Held] | None = None
         # What a compiled graph knows of the layer: see ops.py.
         self.number = 0
         self.state: torch.Tensor | None = None
-        # Version, and a long call's own keys and values, of the newest kv4::append.
-        self.appended: tuple[int, torch.Tensor | None, torch.Tensor | None] = (-1, None, None)
-        self.columns = 0  # of the newest update's handles
+        self.appended: tuple[KVHandle, KVHandle] | None = None  # handles of the newest kv4::append, until a change
+        self.sealed_version = -1  # that a read of a cross-attention layer has sealed
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Makes the core for keys [batch, kv_heads, T >= 0, head_dim] and values like them.
+        """Makes the core for keys [batch, kv_heads, T >= 0, head_dim] and values like them, in the dtype that torch
+        promotes both to; on a CUDA device, which has no kernels of float32, under torch.autocast in its dtype.
         Errors: ValueError for a wrong rank, device or dtype; NotImplementedError or ValueError, with the core's
         reason, where the recipe does not serve the head dims or the device."""
         for name, x in (("key_states", key_states), ("value_states", value_states)):
@@ -84,16 +93,16 @@ class KV4Layer(CacheLayerMixin):
                 got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
                 raise ValueError(mismatch(name, "a tensor [batch, kv_heads, tokens, head_dim]", got))
             check_device(name, x.device)
-            if x.dtype not in DTYPES:
-                raise ValueError(mismatch(name, "float32, float16 or bfloat16", x.dtype))
+            check_dtype(name, x)
         if value_states.device != key_states.device:
             raise ValueError(mismatch("value_states", f"a tensor on {place(key_states.device)}", value_states.device))
-        if value_states.dtype != key_states.dtype:
-            raise ValueError(mismatch("value_states", f"the keys' dtype {key_states.dtype}", value_states.dtype))
+        dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+        if dtype is torch.float32 and key_states.is_cuda and torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")  # which torch's attention reads, and the device's kernels serve
         core = new_core(
             key_states.device,
             self.recipe,
-            dtype=DTYPES[key_states.dtype],
+            dtype=DTYPES[dtype],
             kv_heads=key_states.shape[1],
             head_dim_k=key_states.shape[3],
             head_dim_v=value_states.shape[3],
@@ -103,16 +112,21 @@ class KV4Layer(CacheLayerMixin):
         if self._record_past:
             core.record_past(True)
         dims = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        self.adopt(core, key_states.device, key_states.dtype, dims)
+        self.adopt(core, key_states.device, dtype, dims)
         self.batch = key_states.shape[0]
 
     def adopt(self, core: Any, device: torch.device, dtype: torch.dtype, dims: tuple[int, int, int]) -> None:
         """Takes an empty core for its own. dims: kv_heads, head_dim_k, head_dim_v."""
         self.core = core
-        self.kv_heads, self.head_dim_k, self.head_dim_v = dims
-        self.dtype = dtype
-        self.device = device
-        self.on_device = device.type == "cuda"
+        self.form = Form(
+            dtype,
+            device,
+            device.type == "cuda",
+            *dims,
+            sliding_window=self.sliding_window,
+            attends_exact_call=self.recipe.seal != "arrival",
+            records_queries=self.recipe.seal == "page",
+        )
         self.number = ops.enter(self)
         self.state = torch.empty(0, device=device)
         self.is_initialized = True
@@ -121,59 +135,88 @@ class KV4Layer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[KVHandle, KVHandle]:
         """Appends keys [batch, kv_heads, T, head_dim] and values like them (any strides with unit channel stride;
-        copied otherwise) and returns their handles. Errors: ValueError naming the argument for a shape, dtype or
-        device that is not the layer's; the layer stays as it was."""
+        copied otherwise) and returns their handles. The first call fixes the layer's dtype, the one that torch promotes
+        keys and values to; another one, as under torch.autocast, is converted to it. Errors: ValueError naming the
+        argument for a shape or device that is not the layer's, or float64; the layer stays as it was."""
         if torch.compiler.is_dynamo_compiling():
             if not self.is_initialized:
                 return _update_uncompiled(self, key_states, value_states)
-            ops.append(self.state, key_states, value_states, self.number)
-            return ops.CompiledHandle(self, "key"), ops.CompiledHandle(self, "value")
+            ticket = ops.append(self.state, key_states, value_states, self.number)
+            return ops.CompiledHandle(self, "key", ticket), ops.CompiledHandle(self, "value", ticket)
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)
-        before = self.seen
         try:
+            if self.converts:
+                key_states, value_states = self._converted(key_states, value_states)
             try:
-                if self.on_device:
-                    on_stream(self)
-                self.core.append(key_states, value_states)
+                self._change(self.core.append, key_states, value_states)
             except MemoryError:
-                self._append_checked(key_states, value_states, torch_s_memory=True)
+                if self.form.on_device:
+                    torch.cuda.empty_cache()  # what torch holds unused
+                self._change(self.core.append, *self._converted(key_states, value_states))
             except (ValueError, RuntimeError):
-                self._append_checked(key_states, value_states)
+                # It may have been the dtype or the strides alone.
+                key_states, value_states = self._converted(key_states, value_states)
+                self._change(self.core.append, key_states, value_states)
         except BaseException:
             if fresh:
                 self._forget()
             raise
         tokens = key_states.shape[2]
+        before, window = self.seen, self.sliding_window
         self.seen = length = before + tokens
-        self.batch = key_states.shape[0]
-        self.version = version = self.version + 1
-        window = self.sliding_window
-        self.columns = columns = length if not window or before < window else tokens + window - 1
+        self.batch = batch = key_states.shape[0]
+        columns = length if not window or before < window else tokens + window - 1
+        held = Held(self.core, self.form, batch, length, columns)
+        self._newest = weakref.ref(held)
         if tokens > PAGE_TOKENS:
-            return (
-                KVHandle(self, "key", version, length, columns, key_states.detach()),
-                KVHandle(self, "value", version, length, columns, value_states.detach()),
-            )
-        return (
-            KVHandle(self, "key", version, length, columns, None),
-            KVHandle(self, "value", version, length, columns, None),
-        )
+            return KVHandle(held, "key", key_states.detach()), KVHandle(held, "value", value_states.detach())
+        return KVHandle(held, "key", None), KVHandle(held, "value", None)
 
-    def _append_checked(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, torch_s_memory: bool = False
-    ) -> None:
-        """Appends what the core refused if only its strides were in the way, or memory that torch holds unused; else
-        says what is wrong."""
+    def _converted(self, key_states: torch.Tensor, value_states: torch.Tensor) -> list[torch.Tensor]:
+        """Both as the core reads them, where the layer can take them. Errors: see update."""
+        form = self.form
+        converted = []
         for name, x in (("key_states", key_states), ("value_states", value_states)):
-            if x.device != self.device:
-                raise ValueError(mismatch(name, f"a tensor on {place(self.device)}", x.device))
-            if x.dtype is not self.dtype:
-                raise ValueError(mismatch(name, f"the layer's dtype {self.dtype}", x.dtype))
-        if torch_s_memory and self.on_device:
-            torch.cuda.empty_cache()
-        self.core.append(key_states.contiguous(), value_states.contiguous())
+            if x.device != form.device:
+                raise ValueError(mismatch(name, f"a tensor on {place(form.device)}", x.device))
+            check_dtype(name, x)
+            self.converts |= x.dtype is not form.dtype
+            converted.append(readable(x.to(form.dtype)))
+        return converted
+
+    def _change(self, operation: Callable[..., Any], *args: Any) -> None:
+        """An operation of the core that changes what the layer holds: handles that are alive keep what they have."""
+        if self.form.on_device:
+            on_stream(self)
+        self.appended = None
+        held = None if self._newest is None else self._newest()
+        if held is None:
+            operation(*args)
+        else:
+            held.core = self.core.clone()
+            try:
+                operation(*args)
+            except BaseException:
+                held.core = self.core
+                raise
+        self._newest = None
+        self.version += 1
+
+    def disown(self) -> None:
+        """After a step was captured, which no core has counted: its handles speak for nothing."""
+        held = None if self._newest is None else self._newest()
+        if held is not None:
+            held.core = NEVER
+        self._newest = self.appended = None
+
+    def seal(self) -> None:
+        """Seals now what the next update would, and returns its memory: for a layer that is kept aside, a stored prompt
+        say, or not updated again. What the layer answers from here on is what it would answer after that update. Given
+        up is one thing: a crop into the tokens of the last call no longer restores them exactly."""
+        if self.core is not None:
+            self._change(self.core.seal)
 
     def reserve(self, tokens: int) -> None:
         """Takes the room of `tokens` more tokens now, so that steps allocate nothing."""
@@ -183,36 +226,54 @@ class KV4Layer(CacheLayerMixin):
 
     def advance(self) -> None:
         """Before each replay of a captured step: seals what is due and counts one more token (see DecodeGraph)."""
-        on_stream(self)
-        self.core.advance()
+        self._change(self.core.advance)
         self.seen += 1
-        self.version += 1
 
     def dense(self, which: str, first: int, count: int) -> torch.Tensor:
         """Positions [first, first + count) of the "key" or "value" side, dequantised: [batch, kv_heads, count, dim]
         in the model's dtype. Errors: IndexError for positions that are not held."""
-        if torch.compiler.is_dynamo_compiling():
-            return _dense_uncompiled(self, which, first, count)
-        dim = self.head_dim_k if which == "key" else self.head_dim_v
-        out = torch.empty((self.batch, self.kv_heads, count, dim), dtype=self.dtype, device=self.device)
-        if count:
-            on_stream(self)
-            (self.core.dense_keys if which == "key" else self.core.dense_values)(first, count, out)
-        return out
+        return Held(self.core, self.form, self.batch, self.seen, count).dense(which, first, count)
 
     @property
-    def keys(self) -> torch.Tensor | None:
-        """All keys a next query may see, dequantised (a copy), or None before the first update."""
-        return self._dense_view("key")
+    def dtype(self) -> torch.dtype | None:
+        return self.form.dtype
 
     @property
-    def values(self) -> torch.Tensor | None:
-        """All values a next query may see, dequantised (a copy), or None before the first update."""
-        return self._dense_view("value")
+    def device(self) -> torch.device:
+        return self.form.device
 
-    def _dense_view(self, which: str) -> torch.Tensor | None:
+    @property
+    def on_device(self) -> bool:
+        return self.form.on_device
+
+    @property
+    def kv_heads(self) -> int:
+        return self.form.kv_heads
+
+    @property
+    def head_dim_k(self) -> int:
+        return self.form.head_dim_k
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.form.head_dim_v
+
+    @property
+    def keys(self) -> torch.Tensor | KVHandle | None:
+        """All keys a next query may see, dequantised (a copy), or None before the first update; of a cross-attention
+        layer their handle, as update returns it, once what is due is sealed."""
+        return self._view("key")
+
+    @property
+    def values(self) -> torch.Tensor | KVHandle | None:
+        """All values a next query may see, as `keys` has the keys."""
+        return self._view("value")
+
+    def _view(self, which: str) -> torch.Tensor | KVHandle | None:
         if not self.is_initialized:
             return None
+        if self.cross_attention:
+            return _read_sealed(self, which)
         columns, first = self.get_mask_sizes(0)
         return self.dense(which, first, columns)
 
@@ -248,10 +309,11 @@ class KV4Layer(CacheLayerMixin):
         (activate_past_recording prevents it)."""
         remove = self._checked_crop(tokens_to_remove)
         if remove:
-            on_stream(self)
-            self.core.crop(self.seen - remove)
+            try:
+                self._change(self.core.crop, self.seen - remove)
+            except IndexError as error:
+                raise IndexError(self._past_window(tokens_to_remove)) from error
             self.seen -= remove
-            self.version += 1
 
     def _checked_crop(self, tokens_to_remove: int) -> int:
         n = int(tokens_to_remove)
@@ -263,28 +325,31 @@ class KV4Layer(CacheLayerMixin):
             raise IndexError(mismatch("tokens_to_remove", f"between {-self.seen} and 0", n))
         return -n
 
+    def _past_window(self, tokens_to_remove: int) -> str:
+        """The message for a crop that a sliding window's eviction prevents."""
+        most = self.seen - (self.core.first + self.sliding_window - 1)
+        expected = f"at least {-max(most, 0)}, as older tokens have left the sliding window of {self.sliding_window}"
+        expected += " (activate_past_recording() before the tokens come keeps what a crop needs)"
+        return mismatch("tokens_to_remove", expected, int(tokens_to_remove))
+
     def select(self, rows: list[int]) -> None:
         """The new batch: sequence i continues old sequence rows[i]. Errors: IndexError for a row out of range."""
         if self.core is not None and self.core.batch:
-            on_stream(self)
-            self.core.select(rows)
+            self._change(self.core.select, rows)
             self.batch = len(rows)
-            self.version += 1
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.select(_rows(indices, self.batch))
+        self.select(rows_of_index(indices, self.batch))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if int(repeats) < 1:
             raise ValueError(mismatch("repeats", "at least 1", repeats))
         if self.core is not None and self.core.batch:
-            on_stream(self)
-            self.core.repeat(int(repeats))
+            self._change(self.core.repeat, int(repeats))
             self.batch *= int(repeats)
-            self.version += 1
 
     def reset(self) -> None:
         """Back to empty, open to another batch, dtype or shape; the memory is returned."""
@@ -298,7 +363,8 @@ class KV4Layer(CacheLayerMixin):
         """Nothing to do: packed pages stay where attention reads them."""
 
     def nbytes(self) -> int:
-        """Every byte the core holds for this layer."""
+        """Every byte the core holds for this layer, with tables that other layers may use as well (a rotation's, one
+        in a process for all that define it alike)."""
         return self.core.nbytes() if self.core is not None else 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KV4Layer:
@@ -308,14 +374,25 @@ class KV4Layer(CacheLayerMixin):
         on_stream(self)
         twin.core = self.core.clone() if self.core is not None else None
         if self.is_initialized:
-            twin.number, twin.appended = ops.enter(twin), (-1, None, None)
+            twin.number = ops.enter(twin)
+        twin._newest = twin.appended = None
         return twin
 
+    def __getstate__(self) -> dict[str, Any]:
+        return saved.state_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved.restore(self, state)
+
     def __repr__(self) -> str:
-        return f"KV4Layer({self.layer_type}, tokens={self.seen}, nbytes={self.nbytes()})"
+        return f"{type(self).__name__}({self.layer_type}, tokens={self.seen}, nbytes={self.nbytes()})"
 
 
-class KV4Cache(Cache):
+class KV4HybridLayer(StateBeside, KV4Layer):
+    """One layer's keys and values in the kv4 core, and beside them the state of its linear attention or convolution."""
+
+
+class KV4Cache(DynamicCache):
     """A transformers cache that keeps keys and values in 4 bits, for any decoder model on the CPU, a CUDA device or an
     Apple GPU. Each layer lives where its first keys are.
 
@@ -328,10 +405,16 @@ class KV4Cache(Cache):
         lambda_k, lambda_v: where the recipe's lambda is "given": positive [kv_heads, head_dim], one tensor for all
             layers, or a sequence or a mapping from layer index with one per layer.
         matrix_k, matrix_v: where the recipe's rotation is "dense": [head_dim, head_dim], in the same forms.
+        cross_attention: for the second part of an EncoderDecoderCache: its layers take an encoder's states once, are
+            sealed by the first read after that, and are read packed. Layers that the config names so
+            (`cross_attention_layers`, as Mllama's does) are it in any case.
 
     The kv4 attention (`attn_implementation="kv4"`, kv4.hf.attach) reads the packed pages; any other attention gets
     dequantised tensors. Layers without plain keys and values (linear attention, convolutions, ...) are those of
-    transformers' DynamicCache. copy.deepcopy shares sealed pages.
+    transformers' DynamicCache; a warning names those of them that hold keys and values uncompressed. copy.deepcopy
+    shares sealed pages; a pickle holds what `save(seal=False)` writes.
+
+    It is a DynamicCache to whoever asks (isinstance, peft): it grows.
 
     Errors: ValueError for an argument that does not fit; the first update raises NotImplementedError or ValueError,
     with the core's reason, where the recipe does not serve the model's head dims.
@@ -346,6 +429,7 @@ class KV4Cache(Cache):
         lambda_v: Any = None,
         matrix_k: Any = None,
         matrix_v: Any = None,
+        cross_attention: bool = False,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(mismatch("config", "a transformers PreTrainedConfig", type(config).__name__))
@@ -353,20 +437,20 @@ class KV4Cache(Cache):
             recipe = Recipe()
         elif not isinstance(recipe, Recipe):
             raise ValueError(mismatch("recipe", "a kv4.Recipe or None", type(recipe).__name__))
-        kinds = layer_kinds(config.get_text_config(decoder=True))
-        for index, (layer_type, _) in enumerate(kinds):
-            if layer_type not in PACKED_LAYER_TYPES and layer_type not in DYNAMIC_LAYER_TYPE_MAPPING:
-                known = ", ".join(sorted({*PACKED_LAYER_TYPES, *DYNAMIC_LAYER_TYPE_MAPPING}))
-                raise ValueError(mismatch(f"config.layer_types[{index}]", f"one of {known}", layer_type))
+        decoder = config.get_text_config(decoder=True)
+        kinds = served_kinds(decoder)
+        crossing = range(len(kinds)) if cross_attention else getattr(decoder, "cross_attention_layers", None) or ()
         given = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
-        constants = _per_layer(given, len(kinds))
+        constants = per_layer(given, len(kinds))
         layers = [
-            KV4Layer(recipe, constants=constants[i], layer_type=layer_type, **arguments)
+            _PACKED.get(layer_type, KV4Layer)(
+                recipe, constants=constants[i], layer_type=layer_type, cross_attention=i in crossing, **arguments
+            )
             if layer_type in PACKED_LAYER_TYPES
             else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments)
             for i, (layer_type, arguments) in enumerate(kinds)
         ]
-        super().__init__(layers=layers)
+        Cache.__init__(self, layers=layers)  # DynamicCache's own would make its layers
         self.recipe = recipe
 
     def save(self, path: str | os.PathLike[str], *, seal: bool = True) -> None:
@@ -375,8 +459,9 @@ class KV4Cache(Cache):
         seal: write what is due as pages already, as the next update would make them, for the smallest file; only a
             crop into the tokens of the last call then no longer restores them exactly. False writes all as it is.
 
-        An interrupted save leaves the file that was at `path` before. Errors: OSError; NotImplementedError where a
-        layer that holds something is transformers' own, or on an Apple GPU."""
+        Layers of transformers' own are written by their tensors. An interrupted save leaves the file that was at
+        `path` before. Errors: OSError; NotImplementedError for a layer on an Apple GPU, or one of transformers' own
+        that holds more than tensors and numbers."""
         saved.save(self, path, seal)
 
     @classmethod
@@ -396,12 +481,12 @@ class KV4Cache(Cache):
         device: of the layers, or a list with one for each; it may be another than the saved cache was on.
 
         Errors: OSError; ValueError naming what differs from the saved cache, or for a damaged file."""
-        with saved.reading(path) as (header, readinto):
+        with files.reading(path) as (header, source):
             recorded = Recipe.from_dict(header["recipe"])
             cache = cls(config, recorded if recipe is None else recipe, **given)
-            if (message := saved.first_difference(cache.recipe.to_dict(), header["recipe"], "recipe")) is not None:
+            if (message := files.first_difference(cache.recipe.to_dict(), header["recipe"], "recipe")) is not None:
                 raise ValueError(message)
-            saved.fill(cache, header["layers"], readinto, device)
+            saved.fill(cache, header["layers"], source, device)
         return cache
 
     @property
@@ -409,66 +494,61 @@ class KV4Cache(Cache):
         """False: generate() must not compile around a cache that grows."""
         return False
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Per layer: it has a state and no keys and values."""
+        return [
+            isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, KV4Layer)
+            for layer in self.layers
+        ]
+
     def packed_layers(self) -> list[KV4Layer]:
         """The layers kept in the kv4 core, in order."""
         return [layer for layer in self.layers if isinstance(layer, KV4Layer)]
 
     def nbytes(self) -> int:
         """Every byte held: packed pages with their slack, exact tokens, tables and statistics, and the tensors of
-        all other layers."""
-        return sum(
-            layer.nbytes() if isinstance(layer, KV4Layer) else tensor_bytes(vars(layer), set()) for layer in self.layers
-        )
+        all other layers. Tables that layers share (a rotation's) count once for the cache, though caches share them."""
+        return report.nbytes(self.layers)
+
+    def seal(self) -> None:
+        """Seals now, in every packed layer, what the next update would: for a cache that is kept aside, such as a
+        stored prompt, which then takes the memory that it will take in use. What is generated from here on is the
+        same. Given up is one thing: a crop into the tokens of the last call no longer restores them exactly."""
+        for layer in self.packed_layers():
+            layer.seal()
 
     def describe(self) -> list[dict[str, Any]]:
-        """One dict per layer: index, type, nbytes and, for packed layers, tokens (seen by each sequence), first
-        (smallest position still held), sealed and exact (tokens per sequence), kv_heads, head_dim (k, v),
-        sliding_window (0 = none), dtype."""
-        rows = []
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, KV4Layer):
-                nbytes = tensor_bytes(vars(layer), set())
-                rows.append({"index": index, "type": type(layer).__name__, "nbytes": nbytes})
-                continue
-            row = {"index": index, "type": layer.layer_type, "nbytes": layer.nbytes(), "tokens": layer.seen}
-            row["sliding_window"] = layer.sliding_window
-            if layer.core is not None:
-                batch = range(layer.core.batch)
-                row |= {
-                    "first": layer.core.first,
-                    "sealed": [layer.core.sealed_tokens(b) for b in batch],
-                    "exact": [layer.core.exact_tokens(b) for b in batch],
-                    "kv_heads": layer.kv_heads,
-                    "head_dim": (layer.head_dim_k, layer.head_dim_v),
-                    "dtype": str(layer.dtype).removeprefix("torch."),
-                }
-            rows.append(row)
-        return rows
+        """One dict per layer: index, type, nbytes and, for packed layers, tokens (seen by each sequence), shared (of
+        nbytes, what other layers may use as well: KV4Cache.nbytes() counts that once), first (smallest position still
+        held), sealed and exact (tokens per sequence), kv_heads, head_dim (k, v), sliding_window (0 = none), dtype."""
+        return report.describe(self.layers)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the newest -tokens_to_remove tokens of every layer, or of none where one refuses; see
-        KV4Layer.crop."""
-        packed = self.packed_layers()
+        KV4Layer.crop. Cross-attention layers stay: their tokens are an encoder's."""
+        packed = [layer for layer in self.packed_layers() if not layer.cross_attention]
         for layer in packed:
             layer._checked_crop(tokens_to_remove)
-        # Only sliding layers (for eviction) and transformers' own can refuse from here on: they go first, and where
-        # one may refuse after another has been cropped, the sliding ones keep a copy to go back to.
-        sliding = [layer for layer in packed if layer.is_sliding]
+        # Only sliding layers (for eviction), those with a state and transformers' own can refuse from here on: they go
+        # first, and where one may refuse after another has been cropped, the packed ones keep a copy to go back to.
+        sliding = [layer for layer in packed if layer.is_sliding or isinstance(layer, StateBeside)]
         others = [layer for layer in self.layers if not isinstance(layer, KV4Layer)]
         kept = []
-        if tokens_to_remove and (others or len({layer.sliding_window for layer in sliding}) > 1):
+        mixed = others or any(isinstance(layer, StateBeside) for layer in packed)
+        if tokens_to_remove and (mixed or len({layer.sliding_window for layer in sliding}) > 1):
             kept = [(layer, copy.deepcopy(layer)) for layer in sliding]
         try:
             for layer in (*sliding, *others):
                 layer.crop(tokens_to_remove)
         except Exception:
             for layer, before in kept:
-                version = layer.version
+                number, version = layer.number, layer.version
                 layer.__dict__.update(before.__dict__)
-                layer.version = version + 1
+                layer.number, layer.version = number, version + 1
             raise
         for layer in packed:
-            if not layer.is_sliding:
+            if layer not in sliding:
                 layer.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -480,63 +560,40 @@ class KV4Cache(Cache):
             else:
                 layer.reorder_cache(beam_idx)
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the sequences that an index, a mask or a slice of the batch names, in every layer."""
+        if batch := max((layer.batch for layer in self.packed_layers()), default=0):
+            self.reorder_cache(torch.tensor(rows_of_index(indices, batch), dtype=torch.long))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Puts `repeats` copies of every sequence side by side, in every layer. Errors: ValueError for fewer than 1."""
+        if int(repeats) < 1:
+            raise ValueError(mismatch("repeats", "at least 1", repeats))
+        if batch := max((layer.batch for layer in self.packed_layers()), default=0):
+            self.reorder_cache(torch.arange(batch).repeat_interleave(int(repeats)))
+
     def __repr__(self) -> str:
         tokens = max((layer.seen for layer in self.packed_layers()), default=0)
         return f"KV4Cache(layers={len(self.layers)}, tokens={tokens}, nbytes={self.nbytes()}, recipe={self.recipe!r})"
 
 
+_PACKED = dict.fromkeys(HYBRID_LAYER_TYPES, KV4HybridLayer)
+
+
 @torch.compiler.disable
-def _dense_uncompiled(layer: KV4Layer, *args: Any) -> torch.Tensor:
-    return layer.dense(*args)
+def _read_sealed(layer: KV4Layer, which: str) -> KVHandle:
+    """The handle of a cross-attention layer. The call that updated it has its own: this is a later one, and since no
+    other update may ever come, it seals what is due."""
+    if layer.version != layer.sealed_version:
+        layer.seal()
+        layer.sealed_version = layer.version
+    held = None if layer._newest is None else layer._newest()
+    if held is None:
+        held = Held(layer.core, layer.form, layer.batch, layer.seen, layer.get_mask_sizes(0)[0])
+        layer._newest = weakref.ref(held)
+    return KVHandle(held, which, None)
 
 
 @torch.compiler.disable
 def _update_uncompiled(layer: KV4Layer, *args: torch.Tensor) -> tuple[KVHandle, KVHandle]:
     return layer.update(*args)
-
-
-def _rows(indices: Any, batch: int) -> list[int]:
-    """Row numbers of an index as torch reads it on a batch: integers (negative from the end), a bool mask, a slice."""
-    if isinstance(indices, torch.Tensor):
-        indices = indices.cpu()
-    return torch.arange(batch)[indices].reshape(-1).tolist()
-
-
-def _per_layer(given: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
-    """One dict of core arguments per layer, float32 contiguous, of the names that have a value there."""
-    result: list[dict[str, Any]] = [{} for _ in range(layers)]
-    for name, value in given.items():
-        if value is None:
-            continue
-        if isinstance(value, Mapping):
-            unknown = [key for key in value if not (isinstance(key, int) and 0 <= key < layers)]
-            if unknown:
-                raise ValueError(mismatch(name, f"layer indices 0...{layers - 1}", unknown[0]))
-            items: Iterable[tuple[int, Any]] = value.items()
-        elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-            if len(value) != layers:
-                raise ValueError(mismatch(name, f"one entry per layer ({layers})", len(value)))
-            items = enumerate(value)
-        else:
-            items = ((i, value) for i in range(layers))
-        for index, entry in items:
-            if entry is not None:
-                tensor = torch.as_tensor(entry).detach()
-                if tensor.dim() != 2:
-                    raise ValueError(mismatch(f"{name}[{index}]", "a matrix", list(tensor.shape)))
-                result[index][name] = tensor.to("cpu", torch.float32).contiguous()
-    return result
-
-
-def tensor_bytes(value: Any, seen: set[int]) -> int:
-    """Bytes of every distinct tensor in nested containers."""
-    if isinstance(value, torch.Tensor):
-        if id(value) in seen:
-            return 0
-        seen.add(id(value))
-        return value.nbytes
-    if isinstance(value, Mapping):
-        return sum(tensor_bytes(item, seen) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(tensor_bytes(item, seen) for item in value)
-    return 0

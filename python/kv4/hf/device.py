@@ -12,6 +12,7 @@ from kv4.recipe import Recipe
 
 if TYPE_CHECKING:
     from .cache import KV4Layer
+    from .handle import Held
 
 # One integer from torch's C side, without the Stream object that torch.cuda.current_stream builds.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -24,8 +25,8 @@ def current_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def on_stream(layer: KV4Layer) -> None:
-    """Lets the layer's next calls follow what torch has queued. Nothing on the CPU."""
+def on_stream(layer: KV4Layer | Held) -> None:
+    """Lets the next calls of the layer's core follow what torch has queued. Nothing on the CPU."""
     if layer.on_device:
         layer.core.set_stream(current_stream(layer.device))
 
@@ -72,6 +73,11 @@ def usable_devices() -> str:
 
 def place(device: torch.device) -> str:
     return "the CPU" if device.type == "cpu" else str(device)
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it with channel stride 1, which kernels read."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def new_core(device: torch.device, recipe: Recipe, **arguments: Any) -> Any:

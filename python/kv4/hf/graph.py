@@ -93,7 +93,7 @@ class DecodeGraph:
         self._left = self.reserve
         self._tokens = tokens.clone()
         self._positions = torch.full_like(tokens, self.cache.get_seq_length())
-        before = [(layer.seen, layer.version, layer.columns) for layer in layers]
+        before = [(layer.seen, layer.version) for layer in layers]
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -102,7 +102,8 @@ class DecodeGraph:
         finally:
             # The core has counted nothing while its kernels were captured.
             for layer, counts in zip(layers, before, strict=True):
-                layer.seen, layer.version, layer.columns = counts
+                layer.seen, layer.version = counts
+                layer.disown()
         self._graph = graph
         self.captured += 1
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-if TYPE_CHECKING:
-    from .cache import KV4Layer
+from .device import on_stream
 
 _FALLBACK_WARNING = (
     "kv4: this model reads a KV4Cache without the kv4 attention; without the kv4 attention the same cache still gives "
@@ -17,6 +17,7 @@ _FALLBACK_WARNING = (
     'model.set_attn_implementation("kv4") where the model allows it.'
 )
 _warned = False
+_CPU = torch.device("cpu")
 
 
 def _warn_once() -> None:
@@ -26,38 +27,100 @@ def _warn_once() -> None:
         warnings.warn(_FALLBACK_WARNING, UserWarning, stacklevel=4)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Form:
+    """What stays the same for as long as a layer has one core."""
+
+    dtype: torch.dtype | None = None  # of exact rows and of dense tensors
+    device: torch.device = _CPU
+    on_device: bool = False  # of CUDA
+    kv_heads: int = 0
+    head_dim_k: int = 0
+    head_dim_v: int = 0
+    sliding_window: int = 0  # tokens that the core holds at least and shows by itself; 0 = all
+    attends_exact_call: bool = False  # a long call may see its own tokens exactly
+    records_queries: bool = False
+
+
+class _Never:
+    """The core of a state that never came to be."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("handle: expected one of a step that ran; got one of a step captured for a CUDA graph")
+
+
+NEVER = _Never()
+
+
+class Held:
+    """What a layer holds as of one `update`. The core is the layer's own until the layer is about to change; then,
+    where a handle still speaks for this state, it is a clone, which shares pages and rows with the layer's."""
+
+    __slots__ = ("__weakref__", "batch", "columns", "core", "form", "length")
+
+    def __init__(self, core: Any, form: Form, batch: int, length: int, columns: int) -> None:
+        self.core = core
+        self.form = form
+        self.batch = batch
+        self.length = length  # tokens of each sequence
+        self.columns = columns  # the newest of them, which the update's handles have
+
+    # As on_stream wants them.
+    @property
+    def on_device(self) -> bool:
+        return self.form.on_device
+
+    @property
+    def device(self) -> torch.device:
+        return self.form.device
+
+    def dense(self, which: str, first: int, count: int) -> torch.Tensor:
+        """Positions [first, first + count) of the "key" or "value" side, dequantised: [batch, kv_heads, count, dim].
+        Errors: IndexError for positions that are not held."""
+        if torch.compiler.is_dynamo_compiling():
+            return _dense_uncompiled(self, which, first, count)
+        form = self.form
+        dim = form.head_dim_k if which == "key" else form.head_dim_v
+        out = torch.empty((self.batch, form.kv_heads, count, dim), dtype=form.dtype, device=form.device)
+        if count:
+            on_stream(self)
+            (self.core.dense_keys if which == "key" else self.core.dense_values)(first, count, out)
+        return out
+
+
+@torch.compiler.disable
+def _dense_uncompiled(held: Held, *args: Any) -> torch.Tensor:
+    return held.dense(*args)
+
+
 class KVHandle:
     """The keys or the values of one layer as of one `update`: a plain object, not a tensor.
 
     The kv4 attention reads the packed cache behind it. Any other use (a torch function, a tensor method, indexing,
-    arithmetic) dequantises to a dense tensor [batch, kv_heads, columns, head_dim] of the model's dtype, so models
-    that know nothing of kv4 get right answers. Column j is the token at position `offset` + j.
+    arithmetic, pickling) dequantises to a dense tensor [batch, kv_heads, columns, head_dim] of the layer's dtype, so
+    models that know nothing of kv4 get right answers. Column j is the token at position `offset` + j.
 
-    A handle speaks for the layer's state at its `version`. Once the cache has moved on (another update, crop,
-    reorder, reset, ...) every use raises RuntimeError.
+    A handle keeps its values whatever becomes of the cache: where the cache goes on (another update, crop, reorder,
+    reset, ...) while a handle is alive, the handle takes a clone of it along.
     """
 
-    __slots__ = ("_dense", "columns", "layer", "length", "own", "version", "which")
+    __slots__ = ("_dense", "held", "own", "which")
 
-    def __init__(
-        self, layer: KV4Layer, which: str, version: int, length: int, columns: int, own: torch.Tensor | None
-    ) -> None:
-        self.layer = layer
+    def __init__(self, held: Held, which: str, own: torch.Tensor | None) -> None:
+        self.held = held
         self.which = which
-        self.version = version
-        self.length = length
-        self.columns = columns
         # The exact tensor of the update itself, where the update was long enough for a prefill kernel to want it.
         self.own = own
         self._dense: torch.Tensor | None = None
 
-    def check(self) -> None:
-        """Raises RuntimeError where the cache has changed since this handle was made."""
-        if self.version != self.layer.version:
-            raise RuntimeError(
-                f"{self.which}: expected the handle of the layer's newest state (version {self.layer.version}); got a "
-                f"stale handle of version {self.version}: the cache was updated, cropped, reordered or reset since"
-            )
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence, this update's included."""
+        return self.held.length
+
+    @property
+    def columns(self) -> int:
+        return self.held.columns
 
     @property
     def offset(self) -> int:
@@ -66,17 +129,17 @@ class KVHandle:
 
     @property
     def shape(self) -> torch.Size:
-        layer = self.layer
-        dim = layer.head_dim_k if self.which == "key" else layer.head_dim_v
-        return torch.Size((layer.batch, layer.kv_heads, self.columns, dim))
+        held = self.held
+        dim = held.form.head_dim_k if self.which == "key" else held.form.head_dim_v
+        return torch.Size((held.batch, held.form.kv_heads, held.columns, dim))
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.layer.dtype
+        return self.held.form.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.layer.device
+        return self.held.form.device
 
     @property
     def ndim(self) -> int:
@@ -88,17 +151,20 @@ class KVHandle:
 
     @property
     def is_cpu(self) -> bool:
-        return self.layer.device.type == "cpu"
+        return self.device.type == "cpu"
 
     @property
     def is_cuda(self) -> bool:
-        return self.layer.on_device
+        return self.device.type == "cuda"
 
     def dim(self) -> int:
         return 4
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
 
     def contiguous(self) -> KVHandle:
         return self
@@ -111,11 +177,10 @@ class KVHandle:
         return self.dense().to(*args, **kwargs)
 
     def dense(self) -> torch.Tensor:
-        """The dequantised tensor [batch, kv_heads, columns, head_dim]. Errors: RuntimeError where stale."""
-        self.check()
+        """The dequantised tensor [batch, kv_heads, columns, head_dim]."""
         if self._dense is None:
             _warn_once()
-            self._dense = self.layer.dense(self.which, self.offset, self.columns)
+            self._dense = self.held.dense(self.which, self.offset, self.columns)
         return self._dense
 
     @classmethod
@@ -130,8 +195,14 @@ class KVHandle:
             raise AttributeError(name)
         return getattr(self.dense(), name)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.dense().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
+
     def __repr__(self) -> str:
-        return f"KVHandle({self.which}, shape={tuple(self.shape)}, dtype={self.dtype}, version={self.version})"
+        return f"KVHandle({self.which}, shape={tuple(self.shape)}, dtype={self.dtype}, offset={self.offset})"
 
 
 def _same_device(wanted: torch.device, have: torch.device) -> bool:

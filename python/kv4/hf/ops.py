@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .handle import KVHandle
+from .handle import Held, KVHandle
 
 if TYPE_CHECKING:
     from .cache import KV4Layer
@@ -41,45 +41,52 @@ def _layer(number: int) -> KV4Layer:
 
 
 class CompiledHandle(KVHandle):
-    """A handle made inside a compiled graph. It has no version of its own: in there, nothing comes between an update
-    and its attention. Columns are those of the layer's newest update."""
+    """A handle made inside a compiled graph, where nothing comes between an update and its attention. Outside of it, it
+    is a handle of that update until the layer changes."""
 
-    __slots__ = ()
+    __slots__ = ("layer", "ticket")
 
-    def __init__(self, layer: KV4Layer, which: str) -> None:
+    def __init__(self, layer: KV4Layer, which: str, ticket: torch.Tensor) -> None:
         self.layer = layer
         self.which = which
+        self.ticket = ticket
         self.own = None
         self._dense = None
 
     def now(self) -> KVHandle:
-        """The handle of the layer's newest state."""
-        layer = self.layer
-        return KVHandle(layer, self.which, layer.version, layer.seen, layer.columns, None)
-
-    def check(self) -> None:
-        return None
+        """The handle of the update. Errors: RuntimeError where the layer has changed since."""
+        handles = self.layer.appended
+        if handles is None or self.layer.version != int(self.ticket):
+            raise RuntimeError(
+                f"{self.which}: expected a layer that has not changed since the compiled update; got a stale handle"
+            )
+        return handles[self.which == "value"]
 
     @property
-    def shape(self) -> torch.Size:
-        return self.now().shape
+    def held(self) -> Held:
+        return _now(self).held
 
     def dense(self) -> torch.Tensor:
-        return self.now().dense()
+        return _now(self).dense()
+
+
+@torch.compiler.disable
+def _now(handle: CompiledHandle) -> KVHandle:
+    """What anything but attention asks of a handle is answered outside the graph, after the update has run."""
+    return handle.now()
 
 
 @torch.library.custom_op("kv4::append", mutates_args=("state",), tags=_TAGS)
-def append(state: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> None:
-    """KV4Layer.update of keys [batch, kv_heads, T, head_dim] and values alike."""
+def append(state: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+    """KV4Layer.update of keys [batch, kv_heads, T, head_dim] and values alike. Returns the new version, int64 []."""
     found = _layer(layer)
-    handles = found.update(key, value)
-    # Not the handles themselves: they hold the layer, and a cycle would keep its memory past its last use.
-    found.appended = (found.version, *(handle.own for handle in handles))
+    found.appended = found.update(key, value)
+    return torch.tensor(found.version)
 
 
 @append.register_fake
-def _(state: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> None:
-    return None
+def _(state: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+    return torch.empty((), dtype=torch.int64)
 
 
 @torch.library.custom_op("kv4::attend", mutates_args=(), tags=_TAGS)
@@ -93,25 +100,21 @@ def attend(
     softcap: float | None,
     s_aux: torch.Tensor | None,
     causal: bool,
-    sliding_window: int | None,
 ) -> torch.Tensor:
     """The kv4 attention of query [batch, q_heads, T, head_dim] over what the layer holds since its last append:
     [batch, T, q_heads, head_dim_v], contiguous, in the query's dtype."""
     from .attention import attend_packed
 
     found = _layer(layer)
-    version, *own = found.appended
-    if version != found.version:
+    if found.appended is None:
         raise RuntimeError("layer: expected kv4::append before kv4::attend; got a layer that has changed since")
-    key, value = (
-        KVHandle(found, which, version, found.seen, found.columns, exact)
-        for which, exact in zip(("key", "value"), own, strict=True)
-    )
-    found.appended = (version, None, None)  # a long call's keys and values are not kept beyond its attention
-    return attend_packed(query, key, value, mask, scaling, softcap, s_aux, causal, sliding_window)
+    key, value = found.appended
+    # A long call's keys and values are not kept beyond its attention.
+    found.appended = KVHandle(key.held, "key", None), KVHandle(value.held, "value", None)
+    return attend_packed(query, key, value, mask, scaling, softcap, s_aux, causal, query.dtype)
 
 
 @attend.register_fake
-def _(state, query, layer, head_dim_v, mask, scaling, softcap, s_aux, causal, sliding_window):  # type: ignore[no-untyped-def]
+def _(state, query, layer, head_dim_v, mask, scaling, softcap, s_aux, causal):  # type: ignore[no-untyped-def]
     batch, heads, tokens, _ = query.shape
     return query.new_empty((batch, tokens, heads, head_dim_v))

@@ -9,12 +9,12 @@ and an attention sink is one more term of e that brings no value (Dao, FlashAtte
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from .cache import KV4Layer
+from .device import readable
+from .handle import Form, Held
 
 _flash_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _flash_cuda = getattr(torch.ops.aten, "_flash_attention_forward", None)
@@ -22,12 +22,12 @@ _PLAIN_BLOCK = 256  # queries of a block: bounds the scores held at once
 _NEVER = -1.0e30  # below every log-sum-exp, so that exp(x - _NEVER) of an empty set is exp(-inf) = 0
 
 
-def supports_prefill(layer: KV4Layer, query: torch.Tensor, own_k: torch.Tensor, own_v: torch.Tensor) -> bool:
+def supports_prefill(form: Form, query: torch.Tensor, own_k: torch.Tensor, own_v: torch.Tensor) -> bool:
     """True where the flash kernel may answer for the call's own tokens: it reads one head dim and one dtype, and the
     recipe must let attention see them exactly."""
     return (
         _has_flash(query)
-        and layer.attends_exact_call
+        and form.attends_exact_call
         and own_k.shape[-1] == own_v.shape[-1]
         and query.dtype == own_k.dtype
         and query.dim() == 4
@@ -50,7 +50,7 @@ def _has_flash(query: torch.Tensor) -> bool:
 
 
 def prefill(
-    layer: KV4Layer,
+    held: Held,
     query: torch.Tensor,
     own_k: torch.Tensor,
     own_v: torch.Tensor,
@@ -68,23 +68,23 @@ def prefill(
     [batch, kv_heads, T, d]; start, window, offset are those of core.attend: int32 [batch] in CPU memory or None,
     columns counted from position `offset`."""
     batch, heads, tokens, dim = query.shape
-    before = layer.seen - tokens
+    before = held.length - tokens
     first = [0] * batch if start is None else [min(max(x + offset - before, 0), tokens) for x in start.tolist()]
-    limit = [layer.sliding_window] * batch if window is None else window.tolist()
+    limit = [held.form.sliding_window] * batch if window is None else window.tolist()
     groups = _row_groups(first, limit)
-    if not layer.on_device and not all(
+    if not held.form.on_device and not all(
         _finite(x[rows, :, begin:]) for x in (query, own_k, own_v) for rows, begin, _ in groups if begin < tokens
     ):
         return False
 
     earlier = None
-    if before > 0 or layer.records_queries:
+    if before > 0 or held.form.records_queries:
         of_float = {"dtype": torch.float32, "device": query.device}
         o = torch.empty((batch, heads, tokens, dim), **of_float)
         m = torch.empty((batch, heads, tokens), **of_float)
         total = torch.empty((batch, heads, tokens), **of_float)
         options: dict[str, Any] = {"scale": scale, "offset": offset, "start": start, "window": window}
-        layer.core.attend_partial(query, o, m, total, upto=before, **options)
+        held.core.attend_partial(query, o, m, total, upto=before, **options)
         if before > 0:
             earlier = (o, m, total)
 
@@ -158,11 +158,6 @@ def _cuda_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: 
     window = {"window_size_left": width - 1, "window_size_right": 0} if width and length > width else {}
     o, lse, *_ = _flash_cuda(q, k, v, None, None, length, length, 0.0, True, False, scale=factor, **window)
     yield begin, tokens, o.transpose(1, 2), lse[..., :length]
-
-
-def readable(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy of it with channel stride 1, which kernels read."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _plain_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float, begin: int, width: int):

@@ -19,7 +19,7 @@ from kv4 import _core
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
-from .host import DTYPES, Constants, Host, shared_constants
+from .host import DTYPES, Host, shared_constants
 from .launch import attend
 from .sealing import Sealing
 from .sequence import PAGE, Energies, Page, Pages, Sequence
@@ -62,12 +62,16 @@ class Cache(Sealing):
             matrix_k=matrix_k,
             matrix_v=matrix_v,
         )
-        if matrix_k is None and matrix_v is None:
-            self.constants = shared_constants(host, recipe, dtype, kv_heads, head_dim_k, head_dim_v)
-        else:
-            shape = {"dtype": dtype, "kv_heads": kv_heads, "head_dim_k": head_dim_k, "head_dim_v": head_dim_v}
-            tables = _core.MetalTables(recipe, **shape, matrix_k=matrix_k, matrix_v=matrix_v)
-            self.constants = Constants(host, tables, head_dim_k)
+        self.constants = shared_constants(
+            host,
+            recipe,
+            dtype=dtype,
+            kv_heads=kv_heads,
+            head_dim_k=head_dim_k,
+            head_dim_v=head_dim_v,
+            matrix_k=matrix_k,
+            matrix_v=matrix_v,
+        )
         self.host = host
         self.recipe = recipe
         self.dtype = dtype
@@ -226,15 +230,16 @@ class Cache(Sealing):
         if not self.seals or self.recipe.key.lambda_ != "auto" or s.extent.lambda_ == "fixed":
             return energies
         limit = self.recipe.sinks + self.recipe.window + PAGE
-        if energies.parts and seen.first_query - energies.first >= limit:
+        if energies.first >= 0 and seen.first_query - energies.first >= limit:
             return energies
-        positions = [seen.first_query + int(t) for t in np.flatnonzero(seen.see_themselves(b))]
-        first = energies.first if energies.parts else positions[0] if positions else 0
-        positions = [x for x in positions if 0 <= x - first < limit]
-        if not positions:
-            return energies
-        rows = self.host.energies(q, b, [x - seen.first_query for x in positions], self.heads)
-        return energies.with_rows(self.host, positions, rows)
+        own = [seen.first_query + int(t) for t in np.flatnonzero(seen.see_themselves(b))]
+        first, positions = energies.wanted(own, limit)
+        # A call may be repeated, with another mask: its queries' rows are the new ones.
+        kept = energies.before(self.host, seen.first_query).parts if energies.first < seen.first_query else []
+        if positions:
+            rows = self.host.energies(q, b, [x - seen.first_query for x in positions], self.heads)
+            kept = [*kept, (positions, rows)]
+        return Energies(first, kept)
 
     def _check_call(self, q: Any, dtype: str, scale: float, softcap: float, sinks: Any, mask: Any) -> None:
         """What can be refused of a call before any of it is recorded."""
@@ -370,8 +375,14 @@ class Cache(Sealing):
         return list({id(x): x for x in held if x is not None}.values())
 
     def nbytes(self) -> int:
-        """Bytes of the slab with its slack, exact rows by capacity, lambda and the energies kept for it."""
-        return sum(x.nbytes for x in self.arrays())
+        """Bytes of the slab with its slack, exact rows by capacity, lambda and the energies kept for it, and what
+        shared() lists."""
+        return sum(x.nbytes for x in self.arrays()) + sum(nbytes for _, nbytes, _ in self.shared())
+
+    def shared(self) -> list[tuple[int, int, bool]]:
+        """(identity, bytes, on_device) of the part of nbytes() that other caches may hold as well: who adds up caches
+        counts an identity once."""
+        return self.constants.shared()
 
     @property
     def batch(self) -> int:

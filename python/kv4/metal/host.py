@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import functools
 import platform
+import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -118,14 +119,26 @@ class Host(ABC):
         each. Waits for the device."""
 
 
+class Matrices:
+    """A rotation's matrices as the kernels read them: one set for all caches that use the rotation on one host."""
+
+    def __init__(self, host: Host, tables: Any, values: bool) -> None:
+        self.tables = tables  # holds the rotation, whose address tells it apart
+        self.query = host.table(tables.query_matrix(values))
+        self.output = host.table(tables.output_matrix(values))
+        self.sealing = host.table(tables.sealing_matrix(values))
+        self.nbytes = sum(x.nbytes for x in (self.query, self.output, self.sealing) if x is not host.nothing)
+
+
 class Constants:
     """What the kernels read of one recipe: matrices, level tables, layout. Layers of one shape share it."""
 
-    def __init__(self, host: Host, tables: Any, head_dim: int) -> None:
+    def __init__(self, host: Host, tables: Any, matrices: Sequence[Matrices], head_dim: int) -> None:
         self.tables = tables
-        self.query = host.table(tables.query_matrix())
-        self.output = [host.table(tables.output_matrix(values)) for values in (False, True)]
-        self.sealing = [host.table(tables.sealing_matrix(values)) for values in (False, True)]
+        self.matrices = tuple(matrices)  # of keys and of values
+        self.query = matrices[0].query
+        self.output = [x.output for x in matrices]
+        self.sealing = [x.sealing for x in matrices]
         self.levels = [host.table(tables.levels(values)) for values in (False, True)]
         sides = [tables.side(values, head_dim) for values in (False, True)]
         self.side = [host.table(side) for side in sides]
@@ -136,11 +149,36 @@ class Constants:
         alone[[_CODES, _SCALES]] -= self.key_bytes
         self.side_alone = [self.side[0], host.table(alone)]
 
+    def shared(self) -> list[tuple[int, int, bool]]:
+        """(identity, bytes, on_device) of all this, as _core.Cache.shared has it."""
+        tables = [*self.levels, *self.side, self.side_alone[1]]
+        own = [(id(self), sum(x.nbytes for x in tables), True)]
+        rotations = [(identity, nbytes, False) for identity, nbytes in self.tables.rotations]
+        return own + [(id(x), x.nbytes, True) for x in dict.fromkeys(self.matrices)] + list(dict.fromkeys(rotations))
+
 
 _CODES, _SCALES = 3, 4  # kv4_side
 
+_lock = threading.Lock()
+# What caches of this process share on a host: gone with the last of them.
+_matrices: weakref.WeakValueDictionary[tuple, Matrices] = weakref.WeakValueDictionary()
+_constants: weakref.WeakValueDictionary[tuple, Constants] = weakref.WeakValueDictionary()
 
-@functools.lru_cache(maxsize=64)
-def shared_constants(host: Host, recipe: Any, dtype: str, kv_heads: int, head_dim_k: int, head_dim_v: int) -> Constants:
-    tables = _core.MetalTables(recipe, dtype=dtype, kv_heads=kv_heads, head_dim_k=head_dim_k, head_dim_v=head_dim_v)
-    return Constants(host, tables, head_dim_k)
+
+def shared_constants(host: Host, recipe: Any, *, matrix_k: Any, matrix_v: Any, **shape: Any) -> Constants:
+    """The Constants of a recipe and its matrices. shape: dtype, kv_heads, head_dim_k and head_dim_v."""
+    tables = _core.MetalTables(recipe, **shape, matrix_k=matrix_k, matrix_v=matrix_v)
+    rotations = [identity for identity, _ in tables.rotations]
+    key = (host, recipe, *sorted(shape.items()), *rotations)
+    with _lock:
+        found = _constants.get(key)
+        if found is not None:
+            return found
+        sides = []
+        for values, rotation in enumerate(rotations):
+            matrices = _matrices.get((host, rotation))
+            if matrices is None:
+                matrices = _matrices[host, rotation] = Matrices(host, tables, bool(values))
+            sides.append(matrices)
+        made = _constants[key] = Constants(host, tables, sides, shape["head_dim_k"])
+        return made

@@ -11,6 +11,7 @@ from kv4.recipe import Recipe
 from .host import Host
 
 PAGE = 64
+EVERY = 8  # queries of which the last counts for lambda
 
 
 class Pages:
@@ -50,25 +51,28 @@ class Page:
 
 @dataclasses.dataclass
 class Energies:
-    """Energies of the visible queries before the first page is due, until lambda is fixed: what position each is of,
-    and rows [n, kv_heads, head_dim] on the device. Never written in place, so that forks may share them."""
+    """Energies of queries before the first page is due, until lambda is fixed, as the core keeps them (QueryEnergy in
+    src/cache/sequence.h): of the last of every eight positions from the first query that sees its own token on. Never
+    written in place, so that forks may share them."""
 
-    first: int = 0  # position of the first query that counts; `limit` positions from there on do
-    parts: list[tuple[list[int], Any]] = dataclasses.field(default_factory=list)
+    first: int = -1  # position of that first query; none so far
+    parts: list[tuple[list[int], Any]] = dataclasses.field(default_factory=list)  # positions, [n, kv_heads, head_dim]
+
+    def wanted(self, positions: list[int], limit: int) -> tuple[int, list[int]]:
+        """Of the positions of a call's queries that see themselves: the first, and those whose energies count."""
+        first = self.first if self.first >= 0 or not positions else positions[0]
+        return first, [x for x in positions if 0 <= x - first < limit and (x - first + 1) % EVERY == 0]
 
     def before(self, host: Host, length: int) -> Energies:
         """Those of positions below `length`."""
+        if length <= self.first:
+            return Energies()
         kept = []
         for positions, rows in self.parts:
             n = sum(position < length for position in positions)
             if n:
                 kept.append((positions[:n], rows if n == len(positions) else host.copy(rows[:n])))
-        return Energies(self.first, kept) if kept else Energies()
-
-    def with_rows(self, host: Host, positions: list[int], rows: Any) -> Energies:
-        """With those of a call's queries, which may have been asked before."""
-        held = self.before(host, positions[0])
-        return Energies(held.first if held.parts else positions[0], [*held.parts, (positions, rows)])
+        return Energies(self.first, kept)
 
 
 @dataclasses.dataclass

@@ -19,7 +19,7 @@ from mlx_lm.models import cache as stock
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
-from . import core
+from . import core, speculation
 from .attention import _dense_attention, scaled_dot_product_attention
 from .cache import KV4Cache
 
@@ -76,7 +76,8 @@ def make_prompt_cache(
 
     Args:
         recipe: a kv4.Recipe; None means Recipe().
-        record_past: sliding windows evict nothing, so that speculative decoding may trim at any length.
+        record_past: sliding windows evict nothing, so that a prompt cache may be trimmed at any length. Speculative
+            decoding needs it for drafts of more than 64 tokens alone.
         lambda_k, lambda_v: where the recipe's lambda is "given": positive [kv_heads, head_dim], one array for all
             layers, or a sequence or a mapping from layer index with one per layer.
         matrix_k, matrix_v: where the recipe's rotation is "dense": [head_dim, head_dim], in the same forms.
@@ -92,6 +93,7 @@ def make_prompt_cache(
         raise ValueError(reason)
     given = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
     constants = _per_layer(given, len(own))
+    speculation.hook()
     layers = list(getattr(model, "layers", []))
     matched = len(layers) == len(own)
     caches = []

@@ -11,7 +11,7 @@ import mlx.core as mx
 from kv4.messages import mismatch
 
 from . import core
-from .cache import PAGE_TOKENS, KV4Cache, Unsaveable
+from .cache import PAGE_TOKENS, KV4Cache, Unsaveable, nbytes
 from .handle import KVHandle
 
 
@@ -74,6 +74,7 @@ class BatchKV4Cache:
         if keys.ndim != 4 or keys.shape[0] != len(self.rows):
             raise ValueError(mismatch("keys", f"[{len(self.rows)}, kv_heads, tokens, head_dim]", list(keys.shape)))
         tokens = keys.shape[2]
+        self._check(keys, values)
         if not core.on_gpu():
             mx.eval(keys, values)
         self._spans = []
@@ -89,6 +90,17 @@ class BatchKV4Cache:
         self.offset = self.offset + tokens
         self.version += 1
         return KVHandle(self, "keys", keys), KVHandle(self, "values", values)
+
+    def _check(self, keys: mx.array, values: mx.array) -> None:
+        """Refuses what a row would, before any row takes something in."""
+        for row in self.rows:
+            if row.core is None:
+                continue
+            for name, x in (("keys", keys), ("values", values)):
+                shape = row.shape_of(name)
+                expected = (len(self.rows), shape[1], keys.shape[2], shape[3])
+                if x.dtype != row.dtype or x.shape != expected:
+                    raise ValueError(mismatch(name, f"{row.dtype} {list(expected)}", f"{x.dtype} {list(x.shape)}"))
 
     def keys_and_values(self) -> tuple[KVHandle, KVHandle]:
         return KVHandle(self, "keys"), KVHandle(self, "values")
@@ -171,14 +183,24 @@ class BatchKV4Cache:
 
     @property
     def nbytes(self) -> int:
-        return sum(row.nbytes for row in self.rows)
+        return nbytes(self.rows)
+
+    def seal(self) -> None:
+        """Seals every row, see KV4Cache.seal."""
+        for row in self.rows:
+            row.seal()
+        self.version += 1
 
     def is_trimmable(self) -> bool:
         return all(row.is_trimmable() for row in self.rows)
 
     def trim(self, n: int) -> int:
-        """Drops the newest n tokens of every row, at most what the shortest row holds; returns their number."""
+        """Drops the newest n tokens of every row, at most what the shortest row holds; returns their number. Errors:
+        IndexError where a row's window has evicted what would be needed; all rows are then as they were."""
         n = min([int(n), *(row.offset for row in self.rows)])
+        for i, row in enumerate(self.rows):
+            if row.can_roll_back() < n < row.offset:
+                raise IndexError(mismatch("n", f"at most {row.can_roll_back()}, what row {i} can drop", n))
         for row in self.rows:
             row.trim(n)
         self._settle()

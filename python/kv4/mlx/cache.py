@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +10,7 @@ from mlx_lm.models.base import create_causal_mask
 
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
+from kv4.shared import total_bytes
 
 from .arrays import DTYPES
 from .core import new_core
@@ -17,6 +18,20 @@ from .handle import KVHandle
 from .prefill import own_attention, own_state
 
 PAGE_TOKENS = 64
+# Steps of one token after which a window moves on, whoever took them: a longer draft cannot be undone.
+DRAFT_TOKENS = 64
+
+
+def nbytes(caches: Iterable[Any]) -> int:
+    """Bytes of a model's caches, kv4's or mlx-lm's own. What kv4's layers share (tables of a rotation) counts once."""
+    cores, others = [], 0
+    for cache in caches:
+        rows = getattr(cache, "rows", [cache])  # of a batch
+        if all(isinstance(row, KV4Cache) for row in rows):
+            cores += [row.core for row in rows if row.core is not None]
+        else:
+            others += cache.nbytes
+    return total_bytes(cores) + others
 
 
 class Unsaveable:
@@ -40,7 +55,8 @@ class KV4Cache:
         window: a query sees this many newest tokens, its own included (RotatingKVCache's max_size); 0 = all.
         packed: hand attention KVHandles, which only kv4's scaled_dot_product_attention reads (attach sees to it).
             False hands it dequantised arrays, right for any model, with a dense copy at every step.
-        record_past: a window evicts nothing, so that any trim succeeds (speculative decoding past the window).
+        record_past: a window evicts nothing, so that any trim succeeds. Without it the newest tokens of a draft can be
+            dropped (can_roll_back), which is all that speculative decoding asks for.
         constants: lambda_k, lambda_v [kv_heads, head_dim], matrix_k, matrix_v [head_dim, head_dim] where the recipe
             asks for them.
 
@@ -72,6 +88,7 @@ class KV4Cache:
         self.dtype: mx.Dtype | None = None
         self.offset = 0
         self._before = 0  # offset before the newest update
+        self._drafted = 0  # newest tokens that came one by one since the last trim or longer call
         self.version = 0
         self._dims = (0, 0, 0, 0)  # batch, kv_heads, head_dim_k, head_dim_v
 
@@ -81,7 +98,7 @@ class KV4Cache:
                 raise ValueError(mismatch(name, "an array [batch, kv_heads, tokens, head_dim]", list(x.shape)))
             if x.dtype not in DTYPES:
                 raise ValueError(mismatch(name, "float32, float16 or bfloat16", x.dtype))
-        core = new_core(
+        return new_core(
             self.recipe,
             dtype=DTYPES[keys.dtype],
             kv_heads=keys.shape[1],
@@ -90,9 +107,6 @@ class KV4Cache:
             sliding_window=self.window,
             **self.constants,
         )
-        if self.record_past:
-            core.record_past(True)
-        return core
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Takes in keys [batch, kv_heads, T >= 0, head_dim] and values like them. Errors: ValueError naming the
@@ -102,13 +116,23 @@ class KV4Cache:
         core = self.core if self.core is not None else self._new_core(keys, values)
         if values.dtype != keys.dtype:
             raise ValueError(mismatch("values", f"the keys' dtype {keys.dtype}", values.dtype))
+        tokens = keys.shape[2]
+        if self.window:
+            core.record_past(self.record_past or self._may_be_undone(tokens))
         core.append(keys, values)
         self.core = core
+        self._drafted = self._drafted + 1 if tokens == 1 else 0 if tokens else self._drafted
         self.dtype = keys.dtype
         self._dims = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
         self._before = self.offset
-        self.offset += keys.shape[2]
+        self.offset += tokens
         self.version += 1
+
+    def _may_be_undone(self, tokens: int) -> bool:
+        """Whether what is held before a call of `tokens` may end in tokens of a draft. A draft model takes its own in
+        one by one; a call of several, in which drafts are checked, follows final ones, and so does what comes after a
+        trim."""
+        return tokens <= 1 and 0 < self._drafted <= DRAFT_TOKENS
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """`append`, then the two handles, or with packed=False the dense arrays, that attention is to read."""
@@ -267,9 +291,17 @@ class KV4Cache:
     def empty(self) -> bool:
         return self.core is None
 
+    def seal(self) -> None:
+        """Seals now what the next update would, and returns its memory: for a prompt that is kept aside. Given up is
+        one thing: a trim into the last call's tokens no longer restores them exactly."""
+        if self.core is not None:
+            self.core.seal()
+            self.version += 1
+
     @property
     def nbytes(self) -> int:
-        """Every byte the core holds for this layer: packed pages with their slack, exact tokens, tables."""
+        """Every byte the core holds for this layer: packed pages with their slack, exact tokens, tables. Tables of its
+        rotation are in it that other layers may use as well: kv4.mlx.nbytes(caches) counts them once."""
         return self.core.nbytes() if self.core is not None else 0
 
     @property
@@ -279,18 +311,28 @@ class KV4Cache:
     # Trimming and batches.
 
     def is_trimmable(self) -> bool:
-        """False where a window may have evicted what an earlier state needs; record_past prevents that."""
-        return not self.window or self.record_past or self.offset < self.window
+        """Whether any number of tokens can be dropped: not once a window has evicted some (record_past prevents it)."""
+        return not self.window or self.core is None or self.core.first == 0
+
+    def can_roll_back(self) -> int:
+        """The most that trim() can drop and leave some: tokens whose windows are still held."""
+        if self.is_trimmable():
+            return self.offset
+        return min(self.offset, self.offset - self.window + 1 - self.core.first)
 
     def trim(self, n: int) -> int:
-        """Drops the newest min(n, offset) tokens and returns their number. Errors: IndexError where a window has
-        evicted what would be needed."""
+        """Drops the newest min(n, offset) tokens and returns their number; those left are final. Errors: IndexError
+        where a window has evicted what would be needed."""
         n = min(self.offset, int(n))
         if n > 0:
-            self.core.crop(self.offset - n)
+            if n < self.offset:
+                self.core.crop(self.offset - n)
+            else:
+                self.core.reset()
             self.offset -= n
             self._before = min(self._before, self.offset)
             self.version += 1
+        self._drafted = 0
         return max(n, 0)
 
     @classmethod

@@ -22,10 +22,11 @@ from unittest import mock
 
 from .errors import ModelError
 from .progress import Progress, silent
+from .tensors import check_tensors
 
 DTYPES = ("float32", "float16", "bfloat16")
 
-_READINGS = 3  # how often transformers asks for the header: tokenizer, settings, weights
+_READINGS = 6  # how often the header is asked for: names, shapes, tokenizer, settings twice, weights
 
 # Tokens that end a turn or a text; a GGUF file names only one of them as its end. As llama.cpp does, every
 # one that the vocabulary has ends generation.
@@ -47,7 +48,7 @@ def convert(gguf: Path, folder: Path, title: str, dtype: str = "float32", progre
         import accelerate  # noqa: F401
         import gguf as gguf_package  # noqa: F401
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as missing:
         wanted = "torch, transformers, accelerate and gguf to convert a GGUF file"
         raise ModelError("environment", wanted, str(missing)) from None
@@ -55,10 +56,13 @@ def convert(gguf: Path, folder: Path, title: str, dtype: str = "float32", progre
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
     try:
         with _quiet(), _one_reading(progress):
+            check_tensors(gguf, title, AutoConfig.from_pretrained(**source))
             tokenizer = AutoTokenizer.from_pretrained(**source)
             loaded = AutoModelForCausalLM.from_pretrained(
                 **source, dtype=getattr(torch, dtype), quantization_config=GgufConfig(dequantize=True)
             )
+    except ModelError:
+        raise
     except (ValueError, RuntimeError, LookupError, OSError, struct.error) as refusal:
         raise ModelError(f"model file {title}", "a GGUF file that transformers can load", str(refusal)) from refusal
     progress("save", 0, 1)

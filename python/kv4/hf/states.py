@@ -1,0 +1,78 @@
+"""A state of linear attention or of a convolution that lies in one cache layer with keys and values."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
+
+from .layers import tensor_bytes
+
+
+class StateBeside:
+    """Mixed into an attention layer, in front of it: what transformers' caches ask of a linear layer is answered by
+    `states`, a layer of transformers' own; what concerns both goes to both, to `states` first, which may refuse."""
+
+    def __init__(self, *args: Any, number_of_states: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.states = LinearAttentionLayer(number_of_states=number_of_states)
+
+    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
+        return self.states.update_conv_state(conv_states, state_idx, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
+        return self.states.update_recurrent_state(recurrent_states, state_idx, **kwargs)
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.states.is_croppable
+
+    def activate_past_recording(self) -> None:
+        self.states.activate_past_recording()
+        super().activate_past_recording()  # type: ignore[misc]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.states.crop(tokens_to_remove)
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+
+    def select(self, rows: list[int]) -> None:
+        super().select(rows)  # type: ignore[misc]
+        self.states.reorder_cache(torch.tensor(rows, dtype=torch.long))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(self.batch).repeat_interleave(int(repeats))  # type: ignore[attr-defined]
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.states.reorder_cache(rows)
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.states.reset()
+
+    def nbytes(self) -> int:
+        return super().nbytes() + tensor_bytes(vars(self.states), set())  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = super().__deepcopy__(memo)  # type: ignore[misc]
+        twin.states = copy.deepcopy(self.states, memo)
+        return twin
+
+
+def _of_states(name: str) -> property:
+    return property(lambda self: getattr(self.states, name))
+
+
+for _name in (
+    "conv_states",
+    "recurrent_states",
+    "is_conv_states_initialized",
+    "is_recurrent_states_initialized",
+    "has_previous_state",
+    "conv_kernel_size",
+    "number_of_states",
+):
+    setattr(StateBeside, _name, _of_states(_name))
+
+# Not a base class: its methods would stand before the attention layer's.
+LinearAttentionCacheLayerMixin.register(StateBeside)
