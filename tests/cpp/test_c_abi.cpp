@@ -383,7 +383,7 @@ TEST(CAbi, AnExceptionOfACallbackEndsInIt) {
 // An executor is C++, and a caller's.
 class Raising : public kv4::cpu::Executor {
  public:
-  int threads() const override { throw std::length_error("no pool"); }
+  int threads() const override { throw std::runtime_error("no pool"); }
   void run(void (*)(void*, int), void*) override {}
 };
 

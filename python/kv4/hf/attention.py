@@ -49,7 +49,7 @@ def kv4_attention(
     pass); ValueError naming the argument for shapes that do not fit, or NaN or infinity that a query would see. May be
     called again on one handle, and on handles of a cache that has gone on.
     """
-    if type(key) is KVHandle and query.shape[2] > key.length:
+    if type(key) is KVHandle and query.dim() == 4 and query.shape[2] > key.length:
         # The core's queries are those of tokens that it holds.
         key, value = _dequantised(key), _dequantised(value)
     if type(key) in _HANDLES and type(value) in _HANDLES and kwargs.get("position_bias") is None:
