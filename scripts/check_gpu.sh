@@ -20,7 +20,8 @@ if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck; do
     echo "== $tool"
     filter='*PartOfOne*:*PartsOf*:*PagesTogether*:*Ragged*:*Partial*:*General*:*LargeMeans*'
-    [ "$tool" != memcheck ] || filter+=':CudaStreams.*'
+    # Under a tool a new cache waits for every stream, which that test is about.
+    [ "$tool" != memcheck ] || filter+=':CudaShared.*:CudaStreams.*-CudaStreams.ANewCacheIsWholeOnAnyStream'
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$tests" --gtest_brief=1 --gtest_filter="$filter" | tail -n 4 || failed=1
   done
 fi
