@@ -193,8 +193,9 @@ def _lambda(
     else:
         heads, tokens, d = key.shape
         if side.lambda_ == "auto":
-            # Known when the first page is due: every query before, and the keys of the pages held by then.
-            queries = query[:, : body + variant.window + variant.page]
+            # Known when the first page is due: the last of every eight queries before (QueryEnergy in the core), and
+            # the keys of the pages held by then.
+            queries = query[:, 7 : body + variant.window + variant.page : 8]
             keys = key[:, body : body + variant.page * (1 + variant.window // variant.page)]
             shrink, damping = side.shrink, side.damping
         else:
