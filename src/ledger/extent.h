@@ -65,8 +65,6 @@ struct Extent {
   std::int64_t page_end() const { return first_page + pages; }
   std::int64_t window_rows() const { return length - window_position; }
   std::int64_t sealed_tokens() const { return pages == 0 ? 0 : (pages - 1) * kPageTokens + last_page_tokens; }
-  // Position behind the last sealed token.
-  std::int64_t sealed_end(const Policy& p) const { return page_position(p, first_page) + sealed_tokens(); }
   // Pages whose exact rows are gone.
   std::int64_t released_pages(const Policy& p) const {
     if (!anchored || pages == 0) return first_page;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin, get_layer_types_and_kwargs
 
 from kv4.messages import mismatch
+from kv4.per_layer import spread
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # Layer types that hold plain keys and values; only their masks differ.
@@ -74,29 +75,13 @@ def per_layer(given: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
     result: list[dict[str, Any]] = [{} for _ in range(layers)]
     # By the identity of what was given, which is kept until the end: layers given one thing hold one tensor.
     converted: dict[int, tuple[Any, torch.Tensor]] = {}
-    for name, value in given.items():
-        if value is None:
-            continue
-        if isinstance(value, Mapping):
-            unknown = [key for key in value if not (isinstance(key, int) and 0 <= key < layers)]
-            if unknown:
-                raise ValueError(mismatch(name, f"layer indices 0...{layers - 1}", unknown[0]))
-            items: Iterable[tuple[int, Any]] = value.items()
-        elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-            if len(value) != layers:
-                raise ValueError(mismatch(name, f"one entry per layer ({layers})", len(value)))
-            items = enumerate(value)
-        else:
-            items = ((i, value) for i in range(layers))
-        for index, entry in items:
-            if entry is None:
-                continue
-            if id(entry) not in converted:
-                tensor = torch.as_tensor(entry).detach()
-                if tensor.dim() != 2:
-                    raise ValueError(mismatch(f"{name}[{index}]", "a matrix", list(tensor.shape)))
-                converted[id(entry)] = entry, tensor.to("cpu", torch.float32).contiguous()
-            result[index][name] = converted[id(entry)][1]
+    for name, index, entry in spread(given, layers):
+        if id(entry) not in converted:
+            tensor = torch.as_tensor(entry).detach()
+            if tensor.dim() != 2:
+                raise ValueError(mismatch(f"{name}[{index}]", "a matrix", list(tensor.shape)))
+            converted[id(entry)] = entry, tensor.to("cpu", torch.float32).contiguous()
+        result[index][name] = converted[id(entry)][1]
     return result
 
 

@@ -8,7 +8,7 @@ passes every call on that does not carry a kv4 handle, so other models of the sa
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.nn as nn
@@ -17,6 +17,7 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
 from kv4.messages import mismatch
+from kv4.per_layer import spread
 from kv4.recipe import Recipe
 
 from . import core, speculation
@@ -170,24 +171,9 @@ def _hook(layer: nn.Module) -> bool:
 def _per_layer(given: Mapping[str, Any], layers: int) -> list[dict[str, np.ndarray]]:
     """One dict of core arguments per layer, float32 in row order, of the names that have a value there."""
     result: list[dict[str, np.ndarray]] = [{} for _ in range(layers)]
-    for name, value in given.items():
-        if value is None:
-            continue
-        if isinstance(value, Mapping):
-            unknown = [key for key in value if not (isinstance(key, int) and 0 <= key < layers)]
-            if unknown:
-                raise ValueError(mismatch(name, f"layer indices 0...{layers - 1}", unknown[0]))
-            items = list(value.items())
-        elif isinstance(value, Sequence):
-            if len(value) != layers:
-                raise ValueError(mismatch(name, f"one entry per layer ({layers})", len(value)))
-            items = list(enumerate(value))
-        else:
-            items = [(i, value) for i in range(layers)]
-        for index, entry in items:
-            if entry is not None:
-                matrix = np.ascontiguousarray(np.array(entry), dtype=np.float32)
-                if matrix.ndim != 2:
-                    raise ValueError(mismatch(f"{name}[{index}]", "a matrix", list(matrix.shape)))
-                result[index][name] = matrix
+    for name, index, entry in spread(given, layers):
+        matrix = np.ascontiguousarray(np.array(entry), dtype=np.float32)
+        if matrix.ndim != 2:
+            raise ValueError(mismatch(f"{name}[{index}]", "a matrix", list(matrix.shape)))
+        result[index][name] = matrix
     return result
