@@ -1,5 +1,5 @@
-// The interface of a backend: what the cache asks of a device. Plain structs of pointers go in;
-// a backend knows pages and exact rows, never page tables, reference counts or policy.
+// The interface of a backend: what the cache and the paged operations ask of a device. Plain structs go in: pages by id and stride,
+// exact rows, sequences as a call finds them. A backend knows no reference counts and no policy.
 #pragma once
 
 #include <cstddef>
@@ -15,6 +15,12 @@
 #include "kv4/rotation.h"
 #include "kv4/status.h"
 #include "kv4/types.h"
+
+#if defined(__CUDACC__)
+#define KV4_DEVICE __host__ __device__
+#else
+#define KV4_DEVICE
+#endif
 
 namespace kv4 {
 
@@ -34,22 +40,39 @@ struct PageSpec {
   kv4_page_layout layout{};
 };
 
-// Seals tokens [first, first + count) of one head slice of one page. Exact rows are
-// [token, channel] with channel stride 1; row `first` of the page is row 0 of k and v.
-// With a mean, first = 0 and count = kPageTokens.
+// Where pages lie, for whoever reads them: kernels, or the host where their memory is the host's. Page `id` is at data + id * page_stride;
+// with chunks, at chunks[id >> chunk_shift] + (id & (1 << chunk_shift) - 1) * page_stride.
+struct PageMemory {
+  std::uint8_t* data = nullptr;
+  std::uint8_t* const* chunks = nullptr;  // null: `data` holds them all
+  std::int64_t page_stride = 0;           // bytes
+  std::int64_t head_stride = 0;           // bytes between the head slices of a page
+  std::int64_t chunk_shift = 0;
+
+  KV4_DEVICE std::uint8_t* page(std::int32_t id) const {
+    if (chunks == nullptr) return data + id * page_stride;
+    const std::int32_t within = id & ((std::int32_t{1} << chunk_shift) - 1);
+    return chunks[id >> chunk_shift] + within * page_stride;
+  }
+  KV4_DEVICE std::uint8_t* slice(std::int32_t id, int head) const { return page(id) + head * head_stride; }
+};
+
+// Seals tokens [first, first + count) of a page, all its heads. Exact rows are [token, channel] with channel stride 1; row `first`
+// of the page is row 0 of k and v. With a mean, first = 0 and count = kPageTokens.
 struct SealJob {
   const void* k = nullptr;
   const void* v = nullptr;
+  std::int64_t k_head_stride = 0, v_head_stride = 0;  // elements between heads
+  std::int64_t k_stride = 0, v_stride = 0;            // elements between tokens
+  const std::uint8_t* skip = nullptr;  // [count], where kernels read it: nonzero rows are masked: they stay out of the
+                                       // mean and get scale 0 (they dequantise to mean and to 0)
+  const float* lambda_k = nullptr;     // [kv_heads, head_dim_k] or null for 1
+  const float* lambda_v = nullptr;     // [kv_heads, head_dim_v] or null for 1
+  std::int32_t page = 0;               // below 0: nothing to do
   DType dtype = DType::f32;
-  std::int64_t k_stride = 0;            // elements between tokens
-  std::int64_t v_stride = 0;
-  const std::uint8_t* skip = nullptr;   // [count], where kernels read it: nonzero rows are masked: they stay out of the
-                                        // mean and get scale 0 (they dequantise to mean and to 0)
-  const float* lambda_k = nullptr;      // [head_dim_k] or null for 1
-  const float* lambda_v = nullptr;      // [head_dim_v] or null for 1
-  std::uint8_t* slice = nullptr;        // the head slice
-  int first = 0;
-  int count = kPageTokens;
+  std::uint8_t hidden = 0;             // the first rows that are masked, beside those of skip
+  std::int16_t first = 0;
+  std::int64_t count = kPageTokens;
 };
 
 // A token whose row held NaN or infinity: stored as zeros, refused once a query sees it.
@@ -64,44 +87,60 @@ struct LateNote {
   volatile std::int64_t key = 0, value = 0;
 };
 
-// Exact tokens of one sequence, all KV heads, channel stride 1, values finite.
+// Exact tokens of one sequence, all KV heads, channel stride 1, values finite. Row r follows row 0 by r strides; with a table of
+// blocks it is row r % kPageTokens of block blocks[r / kPageTokens].
 struct ExactRows {
   const void* k = nullptr;
   const void* v = nullptr;
-  std::int64_t k_head_stride = 0, v_head_stride = 0;  // elements between heads
-  std::int64_t k_stride = 0, v_stride = 0;            // elements between tokens
+  std::int64_t k_head_stride = 0, v_head_stride = 0;    // elements between heads
+  std::int64_t k_stride = 0, v_stride = 0;              // elements between tokens
+  const std::int32_t* blocks = nullptr;
+  std::int64_t k_block_stride = 0, v_block_stride = 0;  // elements between blocks
   std::int64_t position = 0;                          // of row 0
   std::int64_t count = 0;
 };
 
+// One sequence as a call finds it. Every pointer but `note` is memory that kernels read. No padding: compared as bytes.
 struct SequenceView {
-  const std::uint8_t* const* pages = nullptr;  // [page_count], in order of position
-  std::uint64_t pages_stamp = 0;               // equal stamps: equal pages, as far as both tables reach; 0: not known
-  int page_count = 0;
-  int last_page_tokens = kPageTokens;          // tokens in the last page, 1 ... kPageTokens
+  const std::int32_t* pages = nullptr;         // [page_count] ids, in order of position
+  std::int32_t page_count = 0;
+  std::int32_t last_page_tokens = kPageTokens; // tokens in the last page, 1 ... kPageTokens
   std::int64_t pages_position = 0;             // of the first page's first token
-  ExactRows exact[2];                          // sinks and window; disjoint; count 0 where absent
+  std::int32_t pages_hidden = 0;               // the first page's first tokens, which lie exact beside it
+  std::int32_t input = 0;                      // the call's tensors: index of axis 0
+  std::int64_t input_row = 0;                  // ... and of axis 2, of this sequence's first row
+  std::int64_t query_count = 0;                // rows of this sequence
+  std::int64_t query_position = 0;             // of the first of them
   const float* lambda_k = nullptr;             // [kv_heads, head_dim_k] or null for 1
   const float* lambda_v = nullptr;             // [kv_heads, head_dim_v] or null for 1
-  std::int64_t query_position = 0;             // position of the call's query row `query_begin`
   LateNote* note = nullptr;                    // where a backend with alloc_note tells of NaN and infinity
+  ExactRows exact[2];                          // sinks and window; disjoint; count 0 where absent
 };
 
-// What a backend keeps on its device for one cache: its sequences and their page tables, brought in line where they changed.
+// Sequences of a call. `views` is host memory that is read before the call returns, or memory that kernels read (resident), where the
+// host knows no more of them than what stands beside it.
+struct Sequences {
+  std::span<const SequenceView> views;
+  bool resident = false;
+  std::int64_t most_queries = 0;    // of one sequence; 0: that of the views
+  std::int64_t longest = 0, all = 0;  // tokens at most: of one sequence, of all together; for sharing out the work
+};
+
+// What a backend keeps on its device for one cache: its sequences, brought in line where they changed.
 class DeviceTables {
  public:
   virtual ~DeviceTables() = default;
-  // Room for page tables of `pages` each, so that no later call allocates.
-  virtual Status reserve(std::size_t batch, std::size_t pages) = 0;
+  // Room for `batch` sequences, so that no later call allocates.
+  virtual Status reserve(std::size_t batch) = 0;
   virtual std::size_t bytes() const = 0;
 };
 
-// Rows [batch, kv_heads, T, dim] that go behind the rows of exact[1] of each sequence, whose memory has room for them. A
-// row of one head with NaN or infinity is stored as zeros.
+// Rows that go behind the rows of exact[1] of each sequence, whose memory has room for them: query_count of them, from rows input_row
+// on of k[input] and v[input]. A row of one head with NaN or infinity is stored as zeros.
 struct StoreJob {
   TensorView k, v;
-  std::span<const SequenceView> sequences;  // [batch], before the call; query_position: length - T
-  std::vector<NonFinite>* const* found = nullptr;  // [batch]: told at once where the backend works at once, ascending
+  Sequences sequences;  // as before the call; query_position: that of the last row but query_count
+  std::vector<NonFinite>* const* found = nullptr;  // [batch] or null: told at once where the backend works at once, ascending
   DeviceTables* tables = nullptr;
 };
 
@@ -117,17 +156,19 @@ struct ConvertJob {
   std::int64_t rows = 0;
 };
 
-// Tokens [first, first + count) of a head slice as rows in the model's own basis: k = R^-1(s L + mean') / lambda,
+// Tokens [first, first + count) of a page, all its heads, as rows in the model's own basis: k = R^-1(s L + mean') / lambda,
 // v = R^-1(s L) / lambda_v. Either output may be null.
 struct DequantiseJob {
-  const std::uint8_t* slice = nullptr;
-  const float* lambda_k = nullptr;  // [head_dim_k] or null for 1
-  const float* lambda_v = nullptr;
-  int first = 0, count = 0;
+  std::int32_t page = 0;            // below 0: nothing to do
   DType dtype = DType::f32;         // of the rows
+  std::int16_t first = 0;
+  std::int64_t count = 0;
+  const float* lambda_k = nullptr;  // [kv_heads, head_dim_k] or null for 1
+  const float* lambda_v = nullptr;
   void* k = nullptr;
   void* v = nullptr;
-  std::int64_t k_stride = 0, v_stride = 0;  // elements between rows
+  std::int64_t k_head_stride = 0, v_head_stride = 0;  // elements between heads
+  std::int64_t k_stride = 0, v_stride = 0;            // elements between rows
 };
 
 // One query of one sequence: its energies q_c^2, summed over the query heads of each KV head.
@@ -150,22 +191,28 @@ struct LambdaJob {
   float* lambda = nullptr;                 // [kv_heads, dim]
 };
 
-// Attention of query rows [query_begin, query_begin + query_count) of `args.q`.
+// Attention of the query rows that each sequence names.
 struct AttendJob {
-  AttendArgs args;
+  AttendArgs args;                  // q [inputs, q_heads, rows, head_dim_k]: a sequence's rows are its own input's
   const PageSpec* spec = nullptr;   // null where nothing is sealed
+  PageMemory pages;
   DType dtype = DType::f32;         // of the exact rows
   int kv_heads = 0;
   int head_dim_k = 0, head_dim_v = 0;
-  // [batch]. With tables, the mask's start and window are host memory; without, memory that the kernels read.
-  std::span<const SequenceView> sequences;
+  // With tables, the mask's start and window are host memory; without, memory that the kernels read.
+  Sequences sequences;
   DeviceTables* tables = nullptr;
-  std::int64_t query_begin = 0, query_count = 0;
-  // Exactly one of the two: finished output, [batch, q_heads, T, head_dim_v] by strides, or
-  // the partial state of the same rows ([batch, q_heads, T] contiguous), sinks left out.
+  std::int32_t window = 0;          // as mask.window, of every sequence, where that is null
+  // What the kernels need besides, as workspace() says; empty: the backend's own.
+  std::span<std::byte> workspace;
+  // Exactly one of the two: finished output, [inputs, q_heads, rows, head_dim_v] by strides, or
+  // the partial state of the same rows ([inputs, q_heads, rows] contiguous), sinks left out.
   MutableTensorView out;
   PartialState partial;
 };
+
+struct PagedBatch;  // batch.h
+struct SealRange;
 
 // Memory is the backend's own wherever kernels read it: pages, rows, lambda, tensors of a call. Jobs, sequences, page
 // tables and what is said to be host memory is read before a call returns. A backend may queue its work on the calling
@@ -198,6 +245,8 @@ class Backend {
   // passes a failure on: after a fault of the device its memory holds anything.
   virtual Status copy(void* to, const void* from, std::size_t bytes) = 0;
   virtual Status clear(void* p, std::size_t bytes) = 0;  // zero bytes
+  // The same from host memory that may be reused, without a wait for the device.
+  virtual Status upload(void* to, const void* from, std::size_t bytes) { return copy(to, from, bytes); }
   // `lines` times `bytes`, their beginnings a pitch of bytes apart. A line may overlap its own source where it lies below it.
   virtual Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) = 0;
   // A note for store to write to, or null where it tells at once.
@@ -222,8 +271,18 @@ class Backend {
   virtual Status convert(const ConvertJob& job) = 0;
   virtual Status query_energies(const TensorView& q, int kv_heads, std::span<const EnergyJob> jobs) = 0;
   virtual Status fix_lambda(const LambdaJob& job) = 0;
-  virtual Status seal(const PageSpec& spec, std::span<const SealJob> jobs) = 0;
-  virtual Status dequantise(const PageSpec& spec, std::span<const DequantiseJob> jobs) const = 0;
+  // resident: the jobs lie where kernels read them, and how many there are is all that the host knows.
+  virtual Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs, bool resident) = 0;
+  virtual Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs,
+                            bool resident) const = 0;
+  // Bytes of workspace for a call like this one, whose sequences' limits are those of all calls that it will serve. Nothing is read
+  // through the job's pointers.
+  virtual std::size_t attend_workspace(const AttendJob& job) const = 0;
+  // What a batch of a host that owns its memory is as sequences and jobs (batch.h), written to `out`, which kernels read.
+  virtual Status make_views(const PagedBatch& batch, bool stored, SequenceView* out);
+  virtual Status make_jobs(const PagedBatch& batch, const SealRange& range, SealJob* out);
+  virtual Status make_jobs(const PagedBatch& batch, const SealRange& range, DequantiseJob* out);
+
   // non_finite where a query that sees some column holds NaN or infinity, if the backend works at once; else NaN comes out.
   virtual Status attend(const AttendJob& job) = 0;
 

@@ -1,0 +1,23 @@
+// Views and jobs of a paged batch where the backend's memory is the host's.
+#include "backend/batch.h"
+
+namespace kv4 {
+
+Status Backend::make_views(const PagedBatch& batch, bool stored, SequenceView* out) {
+  for (int b = 0; b < batch.size; ++b) out[b] = view_of(batch, b, stored);
+  return {};
+}
+
+Status Backend::make_jobs(const PagedBatch& batch, const SealRange& range, SealJob* out) {
+  for (int b = 0; b < batch.size; ++b)
+    for (int n = 0; n < range.most; ++n) *out++ = seal_job_of(batch, range, b, n);
+  return {};
+}
+
+Status Backend::make_jobs(const PagedBatch& batch, const SealRange& range, DequantiseJob* out) {
+  for (int b = 0; b < batch.size; ++b)
+    for (int n = 0; n < range.most; ++n) *out++ = page_job_of<DequantiseJob>(batch, range, b, n);
+  return {};
+}
+
+}  // namespace kv4
