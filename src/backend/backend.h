@@ -16,8 +16,12 @@
 #include "kv4/status.h"
 #include "kv4/types.h"
 
+// Functions that kernels run too. Never a symbol of their own where they are compiled for several instruction sets: a linker
+// would choose one for all.
 #if defined(__CUDACC__)
 #define KV4_DEVICE __host__ __device__
+#elif defined(__GNUC__)
+#define KV4_DEVICE __attribute__((always_inline))
 #else
 #define KV4_DEVICE
 #endif
@@ -99,6 +103,13 @@ struct ExactRows {
   std::int64_t position = 0;                          // of row 0
   std::int64_t count = 0;
 };
+
+// Elements from k (or v) to row `row` of KV head `head`.
+KV4_DEVICE inline std::int64_t row_offset(const ExactRows& x, bool keys, std::int64_t head, std::int64_t row) {
+  const std::int64_t within = keys ? x.k_stride : x.v_stride, at = head * (keys ? x.k_head_stride : x.v_head_stride);
+  if (x.blocks == nullptr) return at + row * within;
+  return at + x.blocks[row / kPageTokens] * (keys ? x.k_block_stride : x.v_block_stride) + row % kPageTokens * within;
+}
 
 // One sequence as a call finds it. Every pointer but `note` is memory that kernels read. No padding: compared as bytes.
 struct SequenceView {
