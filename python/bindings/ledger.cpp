@@ -88,6 +88,7 @@ void bind_ledger(nb::module_& m) {
       .def_ro("sinks", &Extent::sinks)
       .def_ro("first_page", &Extent::first_page)
       .def_ro("pages", &Extent::pages)
+      .def_ro("last_page_tokens", &Extent::last_page_tokens)
       .def_ro("window_position", &Extent::window_position)
       .def_ro("evicted", &Extent::evicted)
       .def_prop_ro("window_rows", &Extent::window_rows)

@@ -78,7 +78,7 @@ enum kv4_sequence {
   kv4_sequence_ids,               // index of its first page's id
   kv4_sequence_start,             // first visible position; a very small number for all
   kv4_sequence_window,            // newest positions visible up to the query's own; 0: all
-  kv4_sequence_lambda_k,          // element of head 0's first channel; -1: lambda is 1
+  kv4_sequence_lambda_k,          // element of head 0's first channel; KV4_NONE: lambda is 1
   kv4_sequence_lambda_v,
   kv4_sequence_exact,             // two sets of exact rows, kv4_exact_fields each: sinks and window
   kv4_sequence_fields = kv4_sequence_exact + 22
@@ -131,7 +131,7 @@ enum kv4_job {
   kv4_job_stride_head,
   kv4_job_stride,       // between tokens
   kv4_job_dtype,        // of the rows that are sealed; dequantised ones are float32
-  kv4_job_lambda,       // element of head 0's first channel; -1: lambda is 1
+  kv4_job_lambda,       // element of head 0's first channel; KV4_NONE: lambda is 1
   kv4_job_fields
 };
 
@@ -140,6 +140,7 @@ enum kv4_job {
 #define KV4_ROTATED_MATRIX 1
 #define KV4_ROTATED_BUTTERFLY 2
 
+#define KV4_NONE (-4611686018427387904)  // where nothing is, of places that may lie on either side of what is bound
 #define KV4_ATTEND_THREADS 128
 #define KV4_ROW_THREADS 256   // prepare, merge, seal, dequantise
 

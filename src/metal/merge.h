@@ -53,7 +53,7 @@ inline void merge_row(device const float* states, device const float* matrix, de
   const uint q_head = head * uint(call[kv4_call_group]) + g;
   const long lambda_at = sequence[kv4_sequence_lambda_v];
   float o = y[tid];
-  if (lambda_at >= 0) o /= lambda[lambda_at + long(head * dim + tid)];
+  if (lambda_at != KV4_NONE) o /= lambda[lambda_at + long(head * dim + tid)];
   o += exact;
   const int dtype = int(call[kv4_call_out_dtype]);
   const long at = sequence[kv4_sequence_input] * call[kv4_call_out_stride_batch] + long(q_head) * call[kv4_call_out_stride_head] +

@@ -92,7 +92,7 @@ inline void prepare_row(device const uchar* q, device const float* matrix, devic
     const long lambda_at = s[kv4_sequence_lambda_k];
     const float value = load_element(q, int(call[kv4_call_q_dtype]), from + long(tid));
     *to = value * factor;
-    const float weighted = lambda_at < 0 ? value : value / lambda[lambda_at + long(head * dim + tid)];
+    const float weighted = lambda_at == KV4_NONE ? value : value / lambda[lambda_at + long(head * dim + tid)];
     x[tid] = weighted;
     y[tid] = weighted;
   }

@@ -37,7 +37,7 @@ struct SealPart {
   device uchar* slice;
   long rows, stride;  // element of its first token, elements between tokens
   int dtype;
-  long lambda;        // element of its first channel; -1: lambda is 1
+  long lambda;        // element of its first channel; KV4_NONE: lambda is 1
   long skip, hidden;
   uint first, count;
 };
@@ -51,7 +51,7 @@ inline SealPart part_of(thread const SealArguments& a, uint index, uint head) {
   out.rows = job[kv4_job_rows] + long(head) * job[kv4_job_stride_head];
   out.stride = job[kv4_job_stride];
   out.dtype = int(job[kv4_job_dtype]);
-  out.lambda = job[kv4_job_lambda] < 0 ? -1 : job[kv4_job_lambda] + long(head) * a.side[kv4_side_dim];
+  out.lambda = job[kv4_job_lambda] == KV4_NONE ? KV4_NONE : job[kv4_job_lambda] + long(head) * a.side[kv4_side_dim];
   out.skip = job[kv4_job_skip];
   out.hidden = job[kv4_job_hidden];
   out.first = uint(job[kv4_job_first]);
@@ -106,7 +106,7 @@ inline void seal_mean(thread const SealArguments& a, thread const SealPart& part
     }
     high[tid] = mean.high;
     low[tid] = mean.low;
-    const float weight = part.lambda < 0 ? 1.0f : a.lambda[part.lambda + long(tid)];
+    const float weight = part.lambda == KV4_NONE ? 1.0f : a.lambda[part.lambda + long(tid)];
     const float product = mean.high * weight;
     weighted_high[tid] = product;
     weighted_low[tid] = fma(mean.high, weight, -product) + mean.low * weight;
@@ -208,7 +208,7 @@ inline void seal_job(thread const SealArguments& a, uint index, uint head, threa
       if (r < held && !masked(a, part, tile + r)) {
         value = load_element(a.rows, part.dtype, part.rows + long(tile + r) * part.stride + long(c));
         if (mean) value = (value - high[c]) - low[c];
-        if (part.lambda >= 0) value *= a.lambda[part.lambda + long(c)];
+        if (part.lambda != KV4_NONE) value *= a.lambda[part.lambda + long(c)];
       }
       x[r * pitch + c] = value;
     }
@@ -252,7 +252,7 @@ inline void dequantise_row(device const uchar* pages, device const float* lambda
   rotate_row(int(side[kv4_side_rotated]), matrix, dim, x4, y4, partial, true, tid);
   if (tid < dim) {
     const long lambda_at = job[kv4_job_lambda];
-    const float weight = lambda_at < 0 ? 1.0f : lambda[lambda_at + long(head * dim + tid)];
+    const float weight = lambda_at == KV4_NONE ? 1.0f : lambda[lambda_at + long(head * dim + tid)];
     out[job[kv4_job_rows] + long(head) * job[kv4_job_stride_head] + long(token) * job[kv4_job_stride] + long(tid)] = y[tid] / weight;
   }
 }

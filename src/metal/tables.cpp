@@ -2,11 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <numbers>
 #include <string>
-
-#include "metal/arguments.h"
 
 namespace kv4::apple {
 namespace {
@@ -128,32 +125,23 @@ std::vector<std::int64_t> side_table(const PageSpec& spec, bool values, std::spa
   return t;
 }
 
-namespace {
-
 template <class Job>
-std::int64_t* add_common(std::vector<std::int64_t>* jobs, const Job& job, bool values, const JobPlace& place) {
+void add_job(std::vector<std::int64_t>* jobs, const Job& job, bool values, const JobPlace& place) {
   jobs->resize(jobs->size() + kv4_job_fields);
   std::int64_t* t = jobs->data() + jobs->size() - kv4_job_fields;
   t[kv4_job_page] = job.page;
   t[kv4_job_first] = job.first;
   t[kv4_job_count] = job.count;
+  if constexpr (requires { job.hidden; }) t[kv4_job_hidden] = job.hidden;
   t[kv4_job_skip] = place.skip;
   t[kv4_job_rows] = place.rows;
   t[kv4_job_stride_head] = values ? job.v_head_stride : job.k_head_stride;
   t[kv4_job_stride] = values ? job.v_stride : job.k_stride;
   t[kv4_job_dtype] = static_cast<std::int64_t>(job.dtype);
   t[kv4_job_lambda] = place.lambda;
-  return t;
 }
-
-}  // namespace
-
-void add_job(std::vector<std::int64_t>* jobs, const SealJob& job, bool values, const JobPlace& place) {
-  add_common(jobs, job, values, place)[kv4_job_hidden] = job.hidden;
-}
-void add_job(std::vector<std::int64_t>* jobs, const DequantiseJob& job, bool values, const JobPlace& place) {
-  add_common(jobs, job, values, place);
-}
+template void add_job(std::vector<std::int64_t>*, const SealJob&, bool, const JobPlace&);
+template void add_job(std::vector<std::int64_t>*, const DequantiseJob&, bool, const JobPlace&);
 
 std::vector<float> level_table(const SideSpec& side) {
   std::vector<float> t(kv4_level_fields);
@@ -166,18 +154,13 @@ std::vector<float> level_table(const SideSpec& side) {
 
 Bases bases_of(std::span<const SequenceView> sequences) {
   Bases out;
-  const auto take = [](auto*& lowest, auto* p) {
-    if (p != nullptr && (lowest == nullptr || std::less<>()(p, lowest))) lowest = p;
-  };
   for (const SequenceView& s : sequences) {
-    if (s.page_count > 0) take(out.ids, s.pages);
-    take(out.lambda_k, s.lambda_k);
-    take(out.lambda_v, s.lambda_v);
+    if (out.lambda_k == nullptr) out.lambda_k = s.lambda_k;
+    if (out.lambda_v == nullptr) out.lambda_v = s.lambda_v;
     for (const ExactRows& x : s.exact) {
-      if (x.count <= 0) continue;
-      take(out.ids, x.blocks);
-      take(out.exact_k, x.k);
-      take(out.exact_v, x.v);
+      if (x.count <= 0 || out.exact_k != nullptr) continue;
+      out.exact_k = x.k;
+      out.exact_v = x.v;
     }
   }
   for (const void** x : {&out.exact_k, &out.exact_v}) *x = reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(*x) / 16 * 16);
@@ -264,7 +247,12 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, std::span<c
 
   const auto size = static_cast<std::int64_t>(size_of(job.dtype));
   const auto rows_from = [size](const void* base, const void* p) { return (static_cast<const std::byte*>(p) - static_cast<const std::byte*>(base)) / size; };
-  const auto from = [](const auto* base, const auto* p) { return p == nullptr ? std::int64_t{-1} : p - base; };
+  const auto from = [](const float* base, const float* p) { return p == nullptr ? kNowhere : p - base; };
+  const auto ids_of = [&t](const std::int32_t* ids, std::int64_t count) {
+    const auto at = static_cast<std::int64_t>(t.ids.size());
+    t.ids.insert(t.ids.end(), ids, ids + count);
+    return at;
+  };
   t.sequences.assign(static_cast<std::size_t>(batch) * kv4_sequence_fields, 0);
   for (int b = 0; b < batch; ++b) {
     const SequenceView& s = views[static_cast<std::size_t>(b)];
@@ -277,7 +265,7 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, std::span<c
     out[kv4_sequence_last_page_tokens] = s.last_page_tokens;
     out[kv4_sequence_pages_position] = s.pages_position;
     out[kv4_sequence_pages_hidden] = s.pages_hidden;
-    out[kv4_sequence_ids] = s.page_count > 0 ? from(bases.ids, s.pages) : -1;
+    out[kv4_sequence_ids] = ids_of(s.pages, s.page_count);
     out[kv4_sequence_start] = a.mask.start != nullptr ? a.mask.offset + a.mask.start[b] : kBeforeAll;
     out[kv4_sequence_window] = a.mask.window != nullptr ? a.mask.window[b] : job.window;
     out[kv4_sequence_lambda_k] = from(bases.lambda_k, s.lambda_k);
@@ -288,7 +276,7 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, std::span<c
       if (x.count <= 0) continue;
       e[kv4_exact_position] = x.position;
       e[kv4_exact_count] = x.count;
-      e[kv4_exact_ids] = from(bases.ids, x.blocks);
+      e[kv4_exact_ids] = x.blocks == nullptr ? -1 : ids_of(x.blocks, (x.count + kPageTokens - 1) / kPageTokens);
       e[kv4_exact_k_offset] = rows_from(bases.exact_k, x.k);
       e[kv4_exact_k_stride_head] = x.k_head_stride;
       e[kv4_exact_k_stride] = x.k_stride;

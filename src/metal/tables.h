@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "metal/arguments.h"
 
 namespace kv4::apple {
 
@@ -24,6 +25,8 @@ std::vector<float> query_matrix(const Rotation& rotation);       // R^-1
 std::vector<float> output_matrix(const Rotation& rotation);      // (R^-1)^T
 std::vector<float> sealing_matrix(const Rotation& rotation);     // [2, dim, dim]: R^T, and what the floats lack to it
 
+constexpr std::int64_t kNowhere = KV4_NONE;
+
 // How kernels find a page (kv4_pages) from the buffer that a launch binds: one array from there, or chunks by their distances from it.
 std::vector<std::int64_t> page_table(const PageMemory& pages, std::span<const std::int64_t> chunks = {});
 
@@ -31,27 +34,27 @@ std::vector<std::int64_t> page_table(const PageMemory& pages, std::span<const st
 std::vector<std::int64_t> side_table(const PageSpec& spec, bool values, std::span<const std::int64_t> pages);
 std::vector<float> level_table(const SideSpec& side);
 
-// A job's fields (kv4_job) for keys and for values alike. The other offsets are elements from what a launch binds.
+// A job's fields (kv4_job) of keys or of values; the places are elements from what a launch binds. Job: SealJob or DequantiseJob.
 struct JobPlace {
-  std::int64_t rows = 0, skip = -1, lambda = -1;
+  std::int64_t rows = 0, skip = -1, lambda = kNowhere;
 };
-void add_job(std::vector<std::int64_t>* jobs, const SealJob& job, bool values, const JobPlace& place);
-void add_job(std::vector<std::int64_t>* jobs, const DequantiseJob& job, bool values, const JobPlace& place);
+template <class Job>
+void add_job(std::vector<std::int64_t>* jobs, const Job& job, bool values, const JobPlace& place);
 
-// What a call of attention binds: ids, rows and lambda are told by their distances from there, in elements and none below 0.
+// What a call of attention binds: rows and lambda are told by their distances from there.
 struct Bases {
-  const std::int32_t* ids = nullptr;
   const void* exact_k = nullptr;  // a multiple of 16 bytes
   const void* exact_v = nullptr;
   const float* lambda_k = nullptr;
   const float* lambda_v = nullptr;
 };
-// The lowest of each kind among the sequences of a call.
+// The first of each kind among the sequences of a call.
 Bases bases_of(std::span<const SequenceView> sequences);
 
 struct AttendTables {
   std::vector<std::int64_t> call, sequences;
   std::vector<float> factors;
+  std::vector<std::int32_t> ids;    // of pages and blocks, all sequences'
   std::vector<std::int8_t> levels;  // [2, 16]
   int dim = 0, block_rows = 0;      // D and R of the kernel
   int rows = 0;                     // T * group of the sequence with the most

@@ -24,7 +24,8 @@ class Pages:
         self.count = 0
         self.free: list[int] = []
 
-    def take(self, n: int) -> list[Page]:
+    def take(self, n: int, clear: bool = False) -> list[Page]:
+        """n pages that nobody else has, of any bytes or of zeros."""
         places = [self.free.pop() for _ in range(min(n, len(self.free)))]
         pages = [Page(self, place) for place in places]
         have, need = self.slab.shape[0], self.count + n - len(pages)
@@ -35,7 +36,15 @@ class Pages:
             self.slab = slab
         pages += [Page(self, place) for place in range(self.count, need)]
         self.count = need
+        for page in pages if clear else ():
+            self.slab[page.place] = 0
         return pages
+
+    def copy(self, place: int) -> Page:
+        """A page of the same bytes."""
+        (page,) = self.take(1)
+        self.slab[page.place] = self.host.copy(self.slab[place])
+        return page
 
 
 class Page:
@@ -76,11 +85,21 @@ class Energies:
 
 
 @dataclasses.dataclass
+class Made:
+    """What a plan needs before it can be committed."""
+
+    pages: list[Page] = dataclasses.field(default_factory=list)  # new ones
+    filled: Page | None = None  # a copy of the last page held, where it is filled on and may be another's too
+    lambda_: Any = None
+
+
+@dataclasses.dataclass
 class Sequence:
     ledger: _core.Ledger
     pages: dict[int, Page] = dataclasses.field(default_factory=dict)  # by id, which is the place
     energies: Energies = dataclasses.field(default_factory=Energies)
     lambda_: Any = None  # [kv_heads, head_dim] on the device
+    alone: int = 0  # pages from this index on are nobody else's
 
     @classmethod
     def empty(cls, recipe: Recipe, window: int) -> Sequence:
@@ -90,18 +109,37 @@ class Sequence:
     def extent(self) -> _core.Extent:
         return self.ledger.extent
 
+    @property
+    def page_end(self) -> int:
+        x = self.ledger.extent
+        return x.first_page + x.pages
+
     def fork(self) -> Sequence:
         """A copy that goes its own way and shares the pages."""
+        self.alone = self.page_end
         return dataclasses.replace(self, ledger=self.ledger.fork(), pages=dict(self.pages))
 
-    def commit(self, plan: _core.Plan, fresh: list[Page]) -> None:
-        """The plan has been carried out; fresh: the pages that it made."""
+    def commit(self, plan: _core.Plan, made: Made) -> None:
+        """The plan has been carried out."""
         after = plan.after
-        self.ledger.commit(plan, [page.place for page in fresh])
+        if made.filled is not None:
+            self.alone = self.page_end - 1
+            self.pages.pop(self.ledger.replace_last(made.filled.place))
+            self.pages[made.filled.place] = made.filled
+        self.ledger.commit(plan, [page.place for page in made.pages])
+        self.alone = min(self.alone, self.page_end - plan.new_pages)
         for place in plan.released:
             self.pages.pop(place)
-        self.pages.update((page.place, page) for page in fresh)
-        if after.lambda_ == "open":
-            self.lambda_ = None
-        elif after.lambda_ == "fixed":
+        self.pages.update((page.place, page) for page in made.pages)
+        self.lambda_ = None if after.lambda_ == "open" else made.lambda_
+        if after.lambda_ == "fixed":
             self.energies = Energies()
+
+    def moved(self, source: Pages, to: Pages) -> Sequence:
+        """A copy whose pages lie in another pool."""
+        held = self.ledger.pages
+        pages = to.take(len(held))
+        if held:
+            to.put([page.place for page in pages], source, held)
+        ledger = self.ledger.moved([page.place for page in pages])
+        return dataclasses.replace(self, ledger=ledger, pages={page.place: page for page in pages}, alone=0)

@@ -109,6 +109,9 @@ class MlxHost(Host):
     def take(self, x: mx.array, indices: Sequence[int], axis: int) -> mx.array:
         return mx.take(x, mx.array(list(indices)), axis=axis)
 
+    def where(self, chosen: np.ndarray, x: mx.array, y: Any) -> mx.array:
+        return mx.where(mx.array(chosen), x, y)
+
     def put(self, x: mx.array, indices: Sequence[int], rows: mx.array) -> mx.array:
         twin = mx.array(x)
         twin[mx.array(list(indices))] = rows
