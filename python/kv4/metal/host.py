@@ -105,8 +105,8 @@ class Host(ABC):
         """Of two arrays, the first where `chosen` says so; the three broadcast, and y may be a number."""
 
     def put(self, x: Any, indices: Sequence[int], rows: Any) -> Any:
-        """`x` with rows [len(indices), ...] in these places of its first axis; `x` itself stays as it was. Asked only of
-        hosts whose kernels write to no array that exists."""
+        """`x` with rows [len(indices), ...] in these places of its first axis; `x` itself stays as it was. Only where
+        kernels write to no array that exists."""
         raise NotImplementedError
 
     @abstractmethod

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .cache import Cache
     from .sealing import Sealing
 
-# Tokens [first, first + count) of a page: (page, first, count, skip, input, row, lambda row), the rows being those from `row`
-# on of an array [inputs, kv_heads, rows, d]; skip: index of the first one's flag, and like the lambda row -1 for none.
+# Tokens [first, first + count) of a page: (page, first, count, skip, input, row, lambda row), the rows being those from
+# `row` on of an array [inputs, kv_heads, rows, d]; skip: index of the first one's flag. It and the last: -1 for none.
 Job = tuple[int, int, int, int, int, int, int]
 
 
@@ -33,9 +33,9 @@ def attend(
     mask: Any,
     offset: int,
 ) -> Any:
-    """One call over all views: kv4_prepare, kv4_attend and kv4_merge. Returns out [inputs, q_heads, T, d], or one made in
-    `dtype`; or with None for both partial states [inputs, q_heads, T, d + 2] float32: o, m, l. Rows that no view has are
-    not written. lambda_k: [rows, kv_heads, d] or None."""
+    """One call over all views: kv4_prepare, kv4_attend and kv4_merge. Returns out [inputs, q_heads, T, d], or one made
+    in `dtype`; or with None for both partial states [inputs, q_heads, T, d + 2] float32: o, m, l. Rows that no view has
+    are not written. lambda_k: [rows, kv_heads, d] or None."""
     host, constants = cache.host, cache.constants
     inputs, heads, tokens, dim = q.shape
     general, general_dtype, stride = 0, "float32", [0] * 4
@@ -84,7 +84,7 @@ def attend(
             prepared,
             cache.pool.slab if cache.pool.slab.shape[0] else host.nothing,
             ids,
-            *cache.rows,
+            *(x if x.shape[2] else host.nothing for x in cache.rows),
             host.nothing if mask is None else mask,
             levels,
             rows,
@@ -113,8 +113,8 @@ def attend(
 
 
 def seal(cache: Sealing, rows: list[Any], jobs: list[Job], skip: bytes, lambda_k: Any) -> None:
-    """Seals rows of keys and values, arrays [inputs, kv_heads, rows, d], into pages of the pool, each named once. skip: a byte
-    per row, nonzero = masked. lambda_k: [rows, kv_heads, d] or None."""
+    """Seals rows of keys and values, arrays [inputs, kv_heads, rows, d], into pages of the pool, each named once. skip:
+    a byte per row, nonzero = masked. lambda_k: [rows, kv_heads, d] or None."""
     host, constants, heads = cache.host, cache.constants, cache.heads
     masked = host.table(np.frombuffer(skip, np.uint8).copy())
     own = jobs if host.in_place else [(i, *job[1:]) for i, job in enumerate(jobs)]

@@ -40,11 +40,12 @@ class Pages:
             self.slab[page.place] = 0
         return pages
 
-    def copy(self, place: int) -> Page:
-        """A page of the same bytes."""
-        (page,) = self.take(1)
-        self.slab[page.place] = self.host.copy(self.slab[place])
-        return page
+    def copies(self, source: Pages, places: list[int]) -> list[Page]:
+        """Pages of the same bytes as those of a pool."""
+        pages = self.take(len(places))
+        for page, place in zip(pages, places, strict=True):
+            self.slab[page.place] = self.host.copy(source.slab[place])
+        return pages
 
 
 class Page:
@@ -137,9 +138,6 @@ class Sequence:
 
     def moved(self, source: Pages, to: Pages) -> Sequence:
         """A copy whose pages lie in another pool."""
-        held = self.ledger.pages
-        pages = to.take(len(held))
-        if held:
-            to.put([page.place for page in pages], source, held)
-        ledger = self.ledger.moved([page.place for page in pages])
-        return dataclasses.replace(self, ledger=ledger, pages={page.place: page for page in pages}, alone=0)
+        copied = to.copies(source, self.ledger.pages)
+        ledger = self.ledger.moved([page.place for page in copied])
+        return dataclasses.replace(self, ledger=ledger, pages={page.place: page for page in copied}, alone=0)
