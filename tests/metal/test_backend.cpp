@@ -14,6 +14,7 @@
 
 #include "cache_session.h"
 #include "metal/gpu.h"
+#include "paged_server.h"
 #ifndef KV4_METAL_ON_DEVICE
 #include "device.h"
 #endif
@@ -132,11 +133,19 @@ TEST(MetalBackend, RecordingEvictsNothing) {
   recording(&place);
 }
 
+// Memory that a host owns: ragged calls, blocks of exact rows, sinks beside the page that they are sealed in, windows of a call.
+TEST(MetalBackend, AServerReadsWhatPlainViewsRead) {
+  tests::run_server({.backend = "metal"}, 21, 25);
+  tests::run_server({.backend = "metal", .kv_heads = 3, .group = 1, .dtype = DType::bf16, .sinks = 64, .window = 100, .lambda = false}, 22, 25);
+  tests::run_server({.backend = "metal", .group = 2, .sinks = 0, .window = 33, .lambda_per_sequence = true, .exact = 0}, 23, 25);
+}
+
 #ifndef KV4_METAL_ON_DEVICE
 // Races, bounds, uninitialised reads and alignment of everything that the backend hands to kernels.
 TEST(MetalBackend, EveryLaunchIsClean) {
   device().gpu->build = Build::check;
   {
+    tests::run_server({.backend = "metal", .lambda_per_sequence = true}, 24, 8);
     MetalPlace place(DType::f16);
     Session s(Recipe(), {0, 7}, 3, 0, &place);
     for (const std::int64_t tokens : {150, 1, 5, 70}) s.step(tokens);
