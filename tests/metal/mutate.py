@@ -32,16 +32,19 @@ from mutations import MUTATIONS, Mutation
 
 HERE = Path(__file__).resolve().parent
 SOURCES = REPOSITORY / "src"
-ENTRY = {"kv4_seal": "seal", "kv4_dequantise": "seal", "kv4_append": "seal", "kv4_prepare": "rotate",
+ENTRY = {"kv4_seal": "seal", "kv4_dequantise": "seal", "kv4_prepare": "rotate",
          "kv4_attend": "attend", "kv4_merge": "attend"}  # fmt: skip
 TESTS = [
     "MetalAttend.GeneralMasksAndSoftcap",
     "MetalAttend.RaggedBatchWithStartsAndWindows",
     "MetalAttend.EveryRotationKind",
     "MetalAttend.OnlyExactRows",
+    "MetalAttend.ChunksOfPagesAndBlocksOfRowsDoNotMatter",
+    "MetalAttend.SequencesWithRowsOfTheirOwn",
+    "MetalAttend.HiddenTokensOfTheFirstPageAreReadFromExactRows",
     "MetalSeal.PartsOfAPage",
+    "MetalSeal.HiddenRowsAreMaskedOnes",
     "MetalSeal.DequantisesAsDefined",
-    "MetalAppend.*",
 ]
 # Recorded launches that are run of each kernel: the smallest, no two of one shape, so that masks, parts of pages,
 # several splits and channels that do not fill the lanes are among them; of kernels of rows the largest too, which have

@@ -28,6 +28,7 @@ HEADS, GROUP = 2, 2
 RECIPES = {
     "default": Recipe(),
     "exact": Recipe.exact(),
+    "paper": Recipe.paper(),
     "no window": Recipe(window=0, sinks=0),
     "hadamard, uniform": Recipe(
         key=Side(rotation="srht", levels="uniform", scale="abs_max"), value=Side(rotation="householder"), sinks=1
@@ -103,7 +104,7 @@ def test_policy_codes_and_attention_are_the_cores(name):
 
 
 @needs_emulator
-@pytest.mark.parametrize("name", ["default", "exact"])
+@pytest.mark.parametrize("name", ["default", "exact", "paper"])
 def test_a_sliding_window_evicts_as_the_core_does(name):
     pair = Pair(RECIPES[name], sliding_window=150)
     for tokens in (90, 1, 64, 200, 1, 64, 1):
@@ -129,9 +130,10 @@ def test_left_padding_stays_out_of_pages(name):
 
 
 @needs_emulator
+@pytest.mark.parametrize("name", ["default", "paper"])
 @pytest.mark.parametrize("length", [330, 250, 201, 100, 40, 2, 0])
-def test_crop_goes_back_as_the_core_does(length):
-    pair = Pair(Recipe())
+def test_crop_goes_back_as_the_core_does(name, length):
+    pair = Pair(RECIPES[name])
     for tokens in (300, 1, 40):
         pair.step(tokens)
     pair.both("crop", length)
@@ -171,6 +173,110 @@ def test_forks_share_pages_and_go_their_own_way():
     assert pair.metal.nbytes() < 1 << 20
     pair.batch = 1
     pair.step(5)
+
+
+@needs_emulator
+@pytest.mark.parametrize("tokens", [1, 40, 64, 100])
+def test_who_shares_a_page_that_is_filled_on_arrival_fills_a_copy(tokens):
+    pair = Pair(Recipe.paper(), batch=2)
+    pair.step(100)
+    twins = pair.metal.clone(), pair.core.clone()
+    used = pair.metal.pool.count - len(pair.metal.pool.free)
+    pair.step(tokens)
+    more = (100 + tokens + 63) // 64 - 2  # pages of each sequence
+    assert pair.metal.pool.count - len(pair.metal.pool.free) == used + 2 * (more + 1), "a copy each, and new ones"
+    first = pair.metal, pair.core
+    pair.metal, pair.core = twins
+    pair.compare()
+    pair.both("crop", 30)  # back in a page that the others hold whole
+    pair.step(tokens)
+    pair.step(3)
+    pair.metal, pair.core = first
+    pair.compare()
+    used = pair.metal.pool.count - len(pair.metal.pool.free)
+    pair.step(1)
+    pair.both("select", [1, 0])
+    pair.step(1)
+    grown = 2 * ((102 + tokens + 63) // 64 - (100 + tokens + 63) // 64)
+    assert pair.metal.pool.count - len(pair.metal.pool.free) == used + grown, "alone again: nothing is copied"
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", ["default", "paper"])
+def test_an_append_that_a_device_cannot_seal_leaves_every_sequence(name, monkeypatch):
+    pair = Pair(RECIPES[name], batch=2, seed=6)
+    pair.step(200)
+    twins = pair.metal.clone(), pair.core.clone()
+    k, v = pair.normal(HEADS, 90), pair.normal(HEADS, 90)
+    used = pair.metal.pool.count - len(pair.metal.pool.free)
+
+    def fails(*arguments):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(kv4.metal.sealing, "seal", fails)
+    with pytest.raises(MemoryError):
+        pair.metal.append(k, v)
+    monkeypatch.undo()
+    assert pair.metal.pool.count - len(pair.metal.pool.free) == used
+    pair.compare()
+    pair.step(90)
+    pair.metal, pair.core = twins
+    pair.compare()
+    pair.step(2)
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", ["default", "exact", "paper"])
+def test_sequences_of_their_own_lengths_are_what_each_is_alone(name, monkeypatch):
+    """Appended together by their rows of one array, attended to in one launch, cropped and joined."""
+    pair = Pair(RECIPES[name], batch=3)
+    together, alone = pair.metal, [Pair(RECIPES[name]).metal for _ in range(3)]
+    launches = []
+    run = TorchHost.run
+    monkeypatch.setattr(TorchHost, "run", lambda self, kernel, *x: launches.append(kernel) or run(self, kernel, *x))
+    for spans in (
+        [(0, 40), (0, 200), (60, 130)],
+        [(0, 1), (0, 1), (0, 1)],
+        [(0, 0), (2, 9), (0, 64)],
+        [(0, 70), (69, 70), (0, 0)],
+        [(0, 1), (0, 1), (0, 1)],
+    ):
+        tokens = max(hi for _, hi in spans)
+        k, v, q = pair.normal(HEADS, tokens), pair.normal(HEADS, tokens), pair.normal(HEADS * GROUP, tokens)
+        together.append(k, v, spans)
+        launches.clear()
+        ours = together.attended(q, spans=spans)
+        assert sum("attend" in kernel for kernel in launches) == 1
+        for b, (cache, (lo, hi)) in enumerate(zip(alone, spans, strict=True)):
+            assert not ours[b, :, :lo].any() and not ours[b, :, hi:].any()
+            if hi == lo:
+                continue
+            cache.append(k[b : b + 1, :, lo:hi], v[b : b + 1, :, lo:hi])
+            theirs = cache.attended(q[b : b + 1, :, lo:hi])
+            assert (ours[b : b + 1, :, lo:hi] - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        assert together.lengths() == [cache.length for cache in alone]
+    lengths = [n - drop for n, drop in zip(together.lengths(), (0, 100, 7), strict=True)]
+    together.crop(lengths)
+    for cache, n in zip(alone, lengths, strict=True):
+        cache.crop(n)
+    joined = alone[0].clone()
+    for cache in alone[1:]:
+        joined.extend(cache)
+    q = pair.normal(HEADS * GROUP, 1)
+    k, v = pair.normal(HEADS, 1), pair.normal(HEADS, 1)
+    outs = []
+    for cache in (together, joined):
+        cache.append(k, v)
+        outs.append(cache.attended(q))
+    assert (outs[0] - outs[1]).abs().max() <= 1e-5 * outs[0].abs().max()
+    for b in range(3):
+        assert together.page_count(b) == joined.page_count(b)
+        for page in range(together.page_count(b)):
+            for head in range(HEADS):
+                assert together.page_codes(b, page, head) == joined.page_codes(b, page, head)
+    for spans, match in (([(0, 1)] * 2, "3 ranges within 0 to 1"), ([(0, 2)] * 3, "3 ranges"), ([(0, 0)] * 3, "a row")):
+        with pytest.raises(ValueError, match=f"^spans: expected {match}"):
+            together.attended(q, spans=spans)
 
 
 @needs_emulator
@@ -245,6 +351,9 @@ def test_given_lambda_and_a_dense_rotation():
     pair = Pair(recipe, lambda_k=scale, lambda_v=scale.flip(0).contiguous(), matrix_k=matrix)
     for tokens in (200, 1, 64):
         pair.step(tokens)
+    pair = Pair(Recipe.paper(lambda_="given"), lambda_k=scale)
+    for tokens in (70, 1, 3):
+        pair.step(tokens)
 
 
 @needs_emulator
@@ -273,11 +382,12 @@ def test_partial_states_and_dense_rows():
 @needs_emulator
 def test_every_launch_passes_the_emulators_checker():
     """Races, bounds, uninitialised reads, alignment: the tables and buffers that this host hands to the kernels."""
-    pair = Pair(Recipe(), batch=2, mode="check", sliding_window=170)
-    for tokens in (140, 1, 3):
-        pair.step(tokens, start=torch.tensor([0, 5], dtype=torch.int32))
-    pair.both("crop", 80)
-    pair.step(1)
+    for recipe in (Recipe(), Recipe.paper()):
+        pair = Pair(recipe, batch=2, mode="check", sliding_window=170)
+        for tokens in (140, 1, 3):
+            pair.step(tokens, start=torch.tensor([0, 5], dtype=torch.int32))
+        pair.both("crop", 80)
+        pair.step(1)
 
 
 @needs_emulator
@@ -409,7 +519,6 @@ def test_pages_and_heads_that_are_not_there_are_refused():
 @needs_emulator
 def test_recipes_without_kernels_are_refused_with_the_reason():
     for recipe, dims, match in (
-        (Recipe.paper(), (64, 64), "recipe.seal: expected page or never on Metal"),
         (Recipe(key=Side(group=32), value=Side()), (64, 64), "one scale per vector on Metal"),
         (Recipe(), (64, 128), "head_dim_v: expected head_dim_k"),
     ):
@@ -537,7 +646,7 @@ def test_the_stand_in_reports_what_the_checker_finds():
     """A launch with a buffer that is too small is an error here, so that a wrong table cannot pass."""
     library = EmulatedLibrary(source.text(64), "check")
     zeros = torch.zeros(16, dtype=torch.uint8)
-    jobs, side = torch.tensor([[0, -1, 0, -1, 0, 64]]), torch.zeros(11, dtype=torch.int64)
+    jobs, side = torch.tensor([[0, 0, 64, 0, -1, 0, 64, 64, 0, -(1 << 62)]]), torch.zeros(13, dtype=torch.int64)
     side[0] = 64
     with pytest.raises(AssertionError):
         library.kv4_seal(
