@@ -77,6 +77,7 @@ TEST(MetalAttend, SequencesWithRowsOfTheirOwn) {
   for (const Mask::General kind : {Mask::General::none, Mask::General::additive}) {
     Shape shape;
     shape.group = 2;
+    shape.rotation = RotationKind::srht;
     shape.seed = 4300;
     const Scene s(shape, {Held{4, 640, 70, 0}, Held{0, 0, 40, 3}, Held{4, 128, 127, 20}, Held{2, 0, 9, 0}, Held{0, 320, 64, 0}});
     Call call(s, 9);
