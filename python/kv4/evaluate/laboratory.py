@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from kv4._core import QUERY_STRIDE
 from kv4.evaluate.calibration import Calibration, lambda_from_energies
 from kv4.evaluate.fake import seal
 from kv4.evaluate.rotations import rotation
 from kv4.evaluate.variant import SideVariant, Variant
+from kv4.hf.attention import eager
 
 Tensor = torch.Tensor
 NAME = "kv4_laboratory"
@@ -130,8 +132,6 @@ def _attend(
     own: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """own: exact keys and values of which a query sees its own token, in place of what `key` and `value` hold."""
-    from kv4.hf.attention import _eager
-
     scaling, softcap, s_aux, sliding = options
     parts = []
     for lo, hi, sealed in runs:
@@ -147,7 +147,7 @@ def _attend(
             mask = torch.cat([mask & (column < row), torch.arange(lo, hi)[None] == row], 1)
             k, v = (torch.cat([x, y[:, :, lo:hi]], 2) for x, y in zip((k, v), own, strict=True))
         if softcap or s_aux is not None:
-            parts.append(_eager(module, q, k, v, mask[None, None], scaling, softcap, s_aux, 0.0))
+            parts.append(eager(module, q, k, v, mask[None, None], scaling, softcap, s_aux, 0.0))
             continue
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask[None, None], scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
@@ -193,9 +193,9 @@ def _lambda(
     else:
         heads, tokens, d = key.shape
         if side.lambda_ == "auto":
-            # Known when the first page is due: the last of every eight queries before (QueryEnergy in the core), and
-            # the keys of the pages held by then.
-            queries = query[:, 7 : body + variant.window + variant.page : 8]
+            # Known when the first page is due: the last of every QUERY_STRIDE queries before (QueryEnergy in the
+            # core), and the keys of the pages held by then.
+            queries = query[:, QUERY_STRIDE - 1 : body + variant.window + variant.page : QUERY_STRIDE]
             keys = key[:, body : body + variant.page * (1 + variant.window // variant.page)]
             shrink, damping = side.shrink, side.damping
         else:
