@@ -65,15 +65,6 @@ class Held:
         self.length = length  # tokens of each sequence
         self.columns = columns  # the newest of them, which the update's handles have
 
-    # As on_stream wants them.
-    @property
-    def on_device(self) -> bool:
-        return self.form.on_device
-
-    @property
-    def device(self) -> torch.device:
-        return self.form.device
-
     def dense(self, which: str, first: int, count: int) -> torch.Tensor:
         """Positions [first, first + count) of the "key" or "value" side, dequantised: [batch, kv_heads, count, dim].
         Errors: IndexError for positions that are not held."""
@@ -83,7 +74,7 @@ class Held:
         dim = form.head_dim_k if which == "key" else form.head_dim_v
         out = torch.empty((self.batch, form.kv_heads, count, dim), dtype=form.dtype, device=form.device)
         if count:
-            on_stream(self)
+            on_stream(self.core, form.device)
             (self.core.dense_keys if which == "key" else self.core.dense_values)(first, count, out)
         return out
 

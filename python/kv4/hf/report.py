@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kv4.shared import total_bytes
+import torch
 
-from .layers import tensor_bytes
+from kv4.shared import total_bytes
 
 
 def nbytes(layers: Iterable[Any]) -> int:
@@ -44,3 +44,17 @@ def _described(layer: Any) -> dict[str, Any]:
             "dtype": str(layer.dtype).removeprefix("torch."),
         }
     return row
+
+
+def tensor_bytes(value: Any, seen: set[int]) -> int:
+    """Bytes of every distinct tensor in nested containers."""
+    if isinstance(value, torch.Tensor):
+        if id(value) in seen:
+            return 0
+        seen.add(id(value))
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(tensor_bytes(item, seen) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(tensor_bytes(item, seen) for item in value)
+    return 0
