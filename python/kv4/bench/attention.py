@@ -29,7 +29,6 @@ GEOMETRIES: dict[str, tuple[int, int, int]] = {
     "qwen3-0.6b": (16, 8, 128),
     "llama-2-7b": (32, 32, 128),
 }
-TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 WORKING_SET = 64 << 20  # bytes of int4 layers to go round, at most MAX_LAYERS of them
 MAX_LAYERS = 28
 READ_BYTES = 256 << 20  # of the memory that is read to learn its speed: well beyond any last-level cache

@@ -13,7 +13,6 @@ import torch
 
 from kv4 import _core
 
-DIMS = (64, 80, 96, 128, 160, 192, 256)
 # Bergach, arXiv 2605.05699: the fused Metal kernel at d = 128 on an M1's 8-core GPU.
 PAPER_NS, PAPER_GFLOPS, PAPER_DIM = 25.0, 182.0, 128
 FLOP_FORMULA = "2.5 d log2 d (real FFT) + 5 d (sign, lambda, abs-max, scale, round)"

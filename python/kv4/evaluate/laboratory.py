@@ -21,6 +21,7 @@ from kv4.evaluate.fake import seal
 from kv4.evaluate.rotations import rotation
 from kv4.evaluate.variant import SideVariant, Variant
 from kv4.hf.attention import eager
+from kv4.messages import mismatch
 
 Tensor = torch.Tensor
 NAME = "kv4_laboratory"
@@ -79,7 +80,7 @@ def attention(
     """query [1, q_heads, T, d], key and value [1, kv_heads, T, d]; returns [1, T, q_heads, d]. Causal."""
     session = _session
     if session is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise ValueError(f"query: expected one whole sequence inside laboratory(); got {list(query.shape)}")
+        raise ValueError(mismatch("query", "one whole sequence inside laboratory()", query))
     layer = module.layer_idx
     if session.observer is not None:
         session.observer(layer, query[0], key[0], value[0])

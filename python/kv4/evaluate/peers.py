@@ -15,15 +15,13 @@ import torch
 from transformers import QuantizedCache
 
 from kv4.bench.generate import OWN, attention
-from kv4.bench.llama import require
+from kv4.bench.llama import BATCH, load, require
 from kv4.evaluate.quality import by_calls
 from kv4.evaluate.scores import Head, TokenScores, score_many
 from kv4.evaluate.state import State, digest
 
 Tensor = torch.Tensor
 LLAMA_TYPES = ("q8_0", "q4_0")
-HF_BACKENDS = ("quanto", "hqq")
-_BATCH = 512
 
 
 def llama_key(gguf: Path, ids: Tensor, kind: str) -> str:
@@ -41,20 +39,16 @@ def measure_llama(
 ) -> dict[str, list[TokenScores]]:
     """llama.cpp's caches of `types` (both keys and values) against its f16 cache on windows of ids [1, T], the second
     halves scored. The ids are those of the HuggingFace tokenizer. Errors: ValueError without llama-cpp-python."""
-    llama_cpp = require()
+    require()
     tick = progress or (lambda _: None)
 
     def logits(ids: Tensor, kind: str) -> Tensor:
-        code = getattr(llama_cpp, f"GGML_TYPE_{kind.upper()}")
-        model = llama_cpp.Llama(
-            model_path=str(gguf), n_ctx=ids.shape[1], n_batch=_BATCH, n_threads=threads, n_threads_batch=threads,
-            type_k=code, type_v=code, flash_attn=True, logits_all=True, verbose=False,
-        )  # fmt: skip
+        model = load(gguf, kind, ids.shape[1], threads, logits_all=True)
         try:
             tokens = ids[0].tolist()
-            for lo in range(0, len(tokens), _BATCH):
-                model.eval(tokens[lo : lo + _BATCH])
-                tick(len(tokens[lo : lo + _BATCH]))
+            for lo in range(0, len(tokens), BATCH):
+                model.eval(tokens[lo : lo + BATCH])
+                tick(len(tokens[lo : lo + BATCH]))
             return torch.from_numpy(model.scores[len(tokens) // 2 : len(tokens) - 1].copy())
         finally:
             model.close()

@@ -7,6 +7,7 @@ passes every call on that does not carry a kv4 handle, so other models of the sa
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -43,12 +44,9 @@ def attach(
 
     Errors: ValueError naming the argument, with the reason why the model or recipe cannot be served.
     """
-    arguments = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
-    make_prompt_cache(model, recipe, record_past=record_past, **arguments)  # says what is wrong
-
-    def make_cache() -> list[Any]:
-        return make_prompt_cache(model, recipe, record_past=record_past, **arguments)
-
+    given = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
+    make_cache = functools.partial(make_prompt_cache, model, recipe, record_past=record_past, **given)
+    make_cache()  # says what is wrong
     object.__setattr__(make_cache, _ATTACHED, True)
     object.__setattr__(model, "make_cache", make_cache)
     return model
