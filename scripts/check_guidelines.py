@@ -49,7 +49,7 @@ PYTHON: dict[str, tuple[set[str], str]] = {
     "kv4.hf": (
         {"kv4", "kv4.metal"},
         # Handles know nothing of layers, layers nothing of attention.
-        "device handle ops files report layer states kinds saved cache "
+        "device handle ops files layer states report kinds saved cache "
         "gradient mask prefill attention graph calls attach",
     ),
     "kv4.mlx": ({"kv4", "kv4.metal"}, "arrays prefill gpu core handle cache attention speculation attach"),

@@ -18,6 +18,7 @@ from kv4.recipe import Recipe
 from .device import DTYPES, existing_device, on_stream
 from .files import Source, described, first_difference, restored, write_tensor, writing
 from .layer import KV4Layer
+from .states import own_part
 
 
 def save(layers: Sequence[Any], recipe: Recipe, path: str | os.PathLike[str], seal: bool) -> None:
@@ -41,17 +42,14 @@ def _entry(layer: Any, where: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """What the header says of a layer, and the tensors that stand behind its core, if it has one."""
     entry: dict[str, Any] = {"type": type(layer).__name__}
     tensors: list[torch.Tensor] = []
-    other = layer
     if isinstance(layer, KV4Layer):
         entry = {"type": layer.layer_type, "sliding_window": layer.sliding_window, "record_past": layer.record_past}
         if layer.is_initialized:
             layer.check_saves(where)
             entry["dtype"] = DTYPES[layer.dtype]
             entry["dims"] = [layer.kv_heads, layer.head_dim_k, layer.head_dim_v]
-        other = getattr(layer, "states", None)
-    if other is not None and (
-        told := {name: described(value, f"{where}.{name}", tensors) for name, value in vars(other).items()}
-    ):
+    own = vars(part) if (part := own_part(layer)) is not None else {}
+    if told := {name: described(value, f"{where}.{name}", tensors) for name, value in own.items()}:
         entry["own"] = told
     return entry, tensors
 
@@ -74,8 +72,7 @@ def fill(layers: Sequence[Any], entries: list[dict[str, Any]], source: Source, d
         if "dtype" in entry:
             _fill_core(layer, where, entry, source, place_of)
         if "own" in entry:
-            own = getattr(layer, "states", None) if isinstance(layer, KV4Layer) else layer
-            _fill_own(own, where, entry["own"], source, place_of)
+            _fill_own(own_part(layer), where, entry["own"], source, place_of)
 
 
 def _fill_core(layer: KV4Layer, where: str, entry: dict[str, Any], source: Source, device: torch.device) -> None:

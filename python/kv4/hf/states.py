@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from .layer import KV4Layer
-from .report import tensor_bytes
 
 
 class KV4HybridLayer(KV4Layer):
@@ -78,3 +78,22 @@ for _name in (
 
 # Not a base class: its methods would stand before the attention layer's.
 LinearAttentionCacheLayerMixin.register(KV4HybridLayer)
+
+
+def own_part(layer: Any) -> Any:
+    """What of a cache's layer is transformers' own: all of it, the state beside packed keys and values, or None."""
+    return getattr(layer, "states", None) if isinstance(layer, KV4Layer) else layer
+
+
+def tensor_bytes(value: Any, seen: set[int]) -> int:
+    """Bytes of every distinct tensor in nested containers."""
+    if isinstance(value, torch.Tensor):
+        if id(value) in seen:
+            return 0
+        seen.add(id(value))
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(tensor_bytes(item, seen) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(tensor_bytes(item, seen) for item in value)
+    return 0
