@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .host import ATTEND_THREADS, ROW_THREADS
-from .sequence import PAGE
+from kv4._core import PAGE_TOKENS as PAGE
 
-if TYPE_CHECKING:
-    from .cache import Cache
-    from .sealing import Sealing
+from .host import ATTEND_THREADS, ROW_THREADS
+from .sequence import Holding
 
 # Tokens [first, first + count) of a page: (page, first, count, skip, input, row, lambda row), the rows being those from
 # `row` on of an array [inputs, kv_heads, rows, d]; skip: index of the first one's flag. It and the last: -1 for none.
@@ -19,7 +17,7 @@ Job = tuple[int, int, int, int, int, int, int]
 
 
 def attend(
-    cache: Cache,
+    cache: Holding,
     q: Any,
     views: list[tuple],
     *,
@@ -112,7 +110,7 @@ def attend(
     return done
 
 
-def seal(cache: Sealing, rows: list[Any], jobs: list[Job], skip: bytes, lambda_k: Any) -> None:
+def seal(cache: Holding, rows: list[Any], jobs: list[Job], skip: bytes, lambda_k: Any) -> None:
     """Seals rows of keys and values, arrays [inputs, kv_heads, rows, d], into pages of the pool, each named once. skip:
     a byte per row, nonzero = masked. lambda_k: [rows, kv_heads, d] or None."""
     host, constants, heads = cache.host, cache.constants, cache.heads
@@ -146,7 +144,7 @@ def seal(cache: Sealing, rows: list[Any], jobs: list[Job], skip: bytes, lambda_k
     cache.pool.slab = host.put(cache.pool.slab, pages, whole)
 
 
-def dequantise(cache: Sealing, given: Any, pages: list[int], values: bool) -> Any:
+def dequantise(cache: Holding, given: Any, pages: list[int], values: bool) -> Any:
     """float32 [kv_heads, 64 * len(pages), d] of one side of whole pages, in the model's own basis. given: their
     lambda, or None."""
     host, constants = cache.host, cache.constants

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kv4 import _core
+from kv4._core import PAGE_TOKENS as PAGE
 
 from .launch import Job, dequantise, seal
-from .sequence import PAGE, Energies, Made, Sequence
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence as Many
-
-    from kv4.recipe import Recipe
-
-    from .host import Constants, Host
-    from .sequence import Pages
-
-Span = tuple[int, int]  # a sequence's rows [first, last) of a call's arrays
+from .sequence import Energies, Holding, Made, Sequence, Span
 
 
-class Sealing:
+class Sealing(Holding):
     """The part of a Cache that moves tokens from the window into pages and out of sight. Exact rows of sequence b lie
     in rows[0][b] and rows[1][b], keys and values [kv_heads, sinks + room, head_dim]: the sinks, then the window."""
 
-    host: Host
-    recipe: Recipe
-    constants: Constants
-    sequences: list[Sequence]
-    pool: Pages
-    rows: list[Any]
-    dtype: str
-    heads: int
-    dim: int
-    window: int
-    sink_limit: int
-    given_k: Any
-    given_v: Any
-
-    def lambda_k(self, s: Sequence) -> Any:
-        return self.given_k if self.recipe.key.lambda_ == "given" else s.lambda_
-
-    def lambda_table(self, lambdas: Many[Any]) -> tuple[Any, list[int]]:
+    def lambda_table(self, lambdas: list[Any]) -> tuple[Any, list[int]]:
         """[rows, kv_heads, head_dim] of those of the keys that there are, or None, and the row of each, -1 for none."""
         if self.recipe.key.lambda_ == "given":
             return self.given_k, [0] * len(lambdas)

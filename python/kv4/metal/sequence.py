@@ -8,10 +8,9 @@ from typing import Any
 from kv4 import _core
 from kv4.recipe import Recipe
 
-from .host import Host
+from .host import Constants, Host
 
-PAGE = 64
-EVERY = 8  # queries of which the last counts for lambda
+Span = tuple[int, int]  # a sequence's rows [first, last) of a call's arrays
 
 
 class Pages:
@@ -71,7 +70,7 @@ class Energies:
     def wanted(self, positions: list[int], limit: int) -> tuple[int, list[int]]:
         """Of the positions of a call's queries that see themselves: the first, and those whose energies count."""
         first = self.first if self.first >= 0 or not positions else positions[0]
-        return first, [x for x in positions if 0 <= x - first < limit and (x - first + 1) % EVERY == 0]
+        return first, [x for x in positions if 0 <= x - first < limit and (x - first + 1) % _core.QUERY_STRIDE == 0]
 
     def before(self, host: Host, length: int) -> Energies:
         """Those of positions below `length`."""
@@ -141,3 +140,24 @@ class Sequence:
         copied = to.copies(source, self.ledger.pages)
         ledger = self.ledger.moved([page.place for page in copied])
         return dataclasses.replace(self, ledger=ledger, pages={page.place: page for page in copied}, alone=0)
+
+
+class Holding:
+    """What a Cache holds, as launches and sealing read it."""
+
+    host: Host
+    recipe: Recipe
+    constants: Constants
+    sequences: list[Sequence]
+    pool: Pages
+    rows: list[Any]
+    dtype: str
+    heads: int
+    dim: int
+    window: int
+    sink_limit: int
+    given_k: Any
+    given_v: Any
+
+    def lambda_k(self, s: Sequence) -> Any:
+        return self.given_k if self.recipe.key.lambda_ == "given" else s.lambda_
