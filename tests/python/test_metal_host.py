@@ -7,7 +7,6 @@ import copy
 import gc
 import re
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,77 +21,8 @@ from kv4.metal import source
 from kv4.metal.host import _constants, _matrices
 from kv4.metal.mps import MetalCache, TorchHost
 from kv4.shared import total_bytes
+from metal_cases import GROUP, HEADS, RECIPES, TOLERANCE, Pair
 from metal_device import EmulatedLibrary, host, needs_emulator
-
-HEADS, GROUP = 2, 2
-RECIPES = {
-    "default": Recipe(),
-    "exact": Recipe.exact(),
-    "paper": Recipe.paper(),
-    "no window": Recipe(window=0, sinks=0),
-    "hadamard, uniform": Recipe(
-        key=Side(rotation="srht", levels="uniform", scale="abs_max"), value=Side(rotation="householder"), sinks=1
-    ),
-}
-TOLERANCE = 2e-3  # of attention, against the largest output
-
-
-class Pair:
-    """A MetalCache and the C++ core, fed alike."""
-
-    def __init__(
-        self, recipe: Recipe, dim: int = 64, batch: int = 1, dtype=torch.float32, mode="fast", seed=5, **options
-    ):
-        arguments = {"dtype": str(dtype).removeprefix("torch."), "kv_heads": HEADS, "head_dim_k": dim}
-        arguments |= {"head_dim_v": dim, **options}
-        self.metal = MetalCache(host(dim, mode), recipe, **arguments)
-        self.core = _core.Cache(recipe, **arguments)
-        self.batch, self.dim, self.dtype = batch, dim, dtype
-        self.random = torch.Generator().manual_seed(seed)
-
-    def normal(self, heads: int, tokens: int) -> torch.Tensor:
-        # [batch, T, heads, d] in memory, as a model's projections leave it.
-        x = torch.randn((self.batch, tokens, heads, self.dim), generator=self.random)
-        scale = torch.logspace(-0.5, 0.5, self.dim)
-        return (x * scale + 2 * scale.flip(0)).transpose(1, 2).to(self.dtype)
-
-    def step(self, tokens: int, **options) -> None:
-        k, v = self.normal(HEADS, tokens), self.normal(HEADS, tokens)
-        for cache in (self.metal, self.core):
-            cache.append(k, v)
-        self.attend(tokens, **options)
-        self.compare()
-
-    def attend(self, tokens: int, **options) -> None:
-        q = self.normal(HEADS * GROUP, tokens)
-        out = [torch.full((self.batch, tokens, HEADS * GROUP, self.dim), 7.0, dtype=self.dtype) for _ in range(2)]
-        self.metal.attend(q, out[0].transpose(1, 2), **options)
-        self.core.attend(q, out[1].transpose(1, 2), **options)
-        rounding = 0 if self.dtype == torch.float32 else torch.finfo(self.dtype).eps
-        bound = (TOLERANCE + rounding) * out[1].abs().max()
-        assert (out[0].float() - out[1].float()).abs().max() <= bound
-
-    def both(self, name: str, *arguments) -> None:
-        for cache in (self.metal, self.core):
-            getattr(cache, name)(*arguments)
-        self.batch = self.core.batch or self.batch
-        self.compare()
-
-    def compare(self) -> None:
-        metal, core = self.metal, self.core
-        assert (metal.length, metal.batch, metal.first) == (core.length, core.batch, core.first)
-        for b in range(core.batch):
-            assert metal.sealed_tokens(b) == core.sealed_tokens(b)
-            assert metal.exact_tokens(b) == core.exact_tokens(b)
-            assert np.allclose(metal.lambda_(b), core.lambda_(b), rtol=1e-5)
-            for page in range(core.page_count(b)):
-                for head in range(HEADS):
-                    for ours, theirs in zip(
-                        metal.page_codes(b, page, head), core.page_codes(b, page, head), strict=True
-                    ):
-                        a, c = np.frombuffer(ours, np.uint8), np.frombuffer(theirs, np.uint8)
-                        # Both meet the definition's rule; a value on a decision boundary may go either way.
-                        assert (a != c).mean() <= 1e-3
 
 
 @needs_emulator
@@ -173,110 +103,6 @@ def test_forks_share_pages_and_go_their_own_way():
     assert pair.metal.nbytes() < 1 << 20
     pair.batch = 1
     pair.step(5)
-
-
-@needs_emulator
-@pytest.mark.parametrize("tokens", [1, 40, 64, 100])
-def test_who_shares_a_page_that_is_filled_on_arrival_fills_a_copy(tokens):
-    pair = Pair(Recipe.paper(), batch=2)
-    pair.step(100)
-    twins = pair.metal.clone(), pair.core.clone()
-    used = pair.metal.pool.count - len(pair.metal.pool.free)
-    pair.step(tokens)
-    more = (100 + tokens + 63) // 64 - 2  # pages of each sequence
-    assert pair.metal.pool.count - len(pair.metal.pool.free) == used + 2 * (more + 1), "a copy each, and new ones"
-    first = pair.metal, pair.core
-    pair.metal, pair.core = twins
-    pair.compare()
-    pair.both("crop", 30)  # back in a page that the others hold whole
-    pair.step(tokens)
-    pair.step(3)
-    pair.metal, pair.core = first
-    pair.compare()
-    used = pair.metal.pool.count - len(pair.metal.pool.free)
-    pair.step(1)
-    pair.both("select", [1, 0])
-    pair.step(1)
-    grown = 2 * ((102 + tokens + 63) // 64 - (100 + tokens + 63) // 64)
-    assert pair.metal.pool.count - len(pair.metal.pool.free) == used + grown, "alone again: nothing is copied"
-
-
-@needs_emulator
-@pytest.mark.parametrize("name", ["default", "paper"])
-def test_an_append_that_a_device_cannot_seal_leaves_every_sequence(name, monkeypatch):
-    pair = Pair(RECIPES[name], batch=2, seed=6)
-    pair.step(200)
-    twins = pair.metal.clone(), pair.core.clone()
-    k, v = pair.normal(HEADS, 90), pair.normal(HEADS, 90)
-    used = pair.metal.pool.count - len(pair.metal.pool.free)
-
-    def fails(*arguments):
-        raise MemoryError("no memory")
-
-    monkeypatch.setattr(kv4.metal.sealing, "seal", fails)
-    with pytest.raises(MemoryError):
-        pair.metal.append(k, v)
-    monkeypatch.undo()
-    assert pair.metal.pool.count - len(pair.metal.pool.free) == used
-    pair.compare()
-    pair.step(90)
-    pair.metal, pair.core = twins
-    pair.compare()
-    pair.step(2)
-
-
-@needs_emulator
-@pytest.mark.parametrize("name", ["default", "exact", "paper"])
-def test_sequences_of_their_own_lengths_are_what_each_is_alone(name, monkeypatch):
-    """Appended together by their rows of one array, attended to in one launch, cropped and joined."""
-    pair = Pair(RECIPES[name], batch=3)
-    together, alone = pair.metal, [Pair(RECIPES[name]).metal for _ in range(3)]
-    launches = []
-    run = TorchHost.run
-    monkeypatch.setattr(TorchHost, "run", lambda self, kernel, *x: launches.append(kernel) or run(self, kernel, *x))
-    for spans in (
-        [(0, 40), (0, 200), (60, 130)],
-        [(0, 1), (0, 1), (0, 1)],
-        [(0, 0), (2, 9), (0, 64)],
-        [(0, 70), (69, 70), (0, 0)],
-        [(0, 1), (0, 1), (0, 1)],
-    ):
-        tokens = max(hi for _, hi in spans)
-        k, v, q = pair.normal(HEADS, tokens), pair.normal(HEADS, tokens), pair.normal(HEADS * GROUP, tokens)
-        together.append(k, v, spans)
-        launches.clear()
-        ours = together.attended(q, spans=spans)
-        assert sum("attend" in kernel for kernel in launches) == 1
-        for b, (cache, (lo, hi)) in enumerate(zip(alone, spans, strict=True)):
-            assert not ours[b, :, :lo].any() and not ours[b, :, hi:].any()
-            if hi == lo:
-                continue
-            cache.append(k[b : b + 1, :, lo:hi], v[b : b + 1, :, lo:hi])
-            theirs = cache.attended(q[b : b + 1, :, lo:hi])
-            assert (ours[b : b + 1, :, lo:hi] - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-        assert together.lengths() == [cache.length for cache in alone]
-    lengths = [n - drop for n, drop in zip(together.lengths(), (0, 100, 7), strict=True)]
-    together.crop(lengths)
-    for cache, n in zip(alone, lengths, strict=True):
-        cache.crop(n)
-    joined = alone[0].clone()
-    for cache in alone[1:]:
-        joined.extend(cache)
-    q = pair.normal(HEADS * GROUP, 1)
-    k, v = pair.normal(HEADS, 1), pair.normal(HEADS, 1)
-    outs = []
-    for cache in (together, joined):
-        cache.append(k, v)
-        outs.append(cache.attended(q))
-    assert (outs[0] - outs[1]).abs().max() <= 1e-5 * outs[0].abs().max()
-    for b in range(3):
-        assert together.page_count(b) == joined.page_count(b)
-        for page in range(together.page_count(b)):
-            for head in range(HEADS):
-                assert together.page_codes(b, page, head) == joined.page_codes(b, page, head)
-    for spans, match in (([(0, 1)] * 2, "3 ranges within 0 to 1"), ([(0, 2)] * 3, "3 ranges"), ([(0, 0)] * 3, "a row")):
-        with pytest.raises(ValueError, match=f"^spans: expected {match}"):
-            together.attended(q, spans=spans)
 
 
 @needs_emulator

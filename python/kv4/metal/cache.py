@@ -87,6 +87,9 @@ class Cache(Sealing):
         self.recording = False
         self._forget()
 
+    def _empty(self) -> Sequence:
+        return Sequence.empty(self.recipe, self.window, self.recording)
+
     def _forget(self) -> None:
         self.sequences: list[Sequence] = []
         self.rows: list[Any] = []
@@ -109,15 +112,15 @@ class Cache(Sealing):
             raise ValueError(mismatch("v", f"the batch and tokens of k, {list(k.shape)}", list(v.shape)))
         spans = _spans(spans, k.shape[0], k.shape[2])
         stored = [self.host.finite(x) for x in (k, v)]
-        sequences = self.sequences or [Sequence.empty(self.recipe, self.window) for _ in range(k.shape[0])]
-        plans = [s.ledger.append(hi - lo, self.recording) for s, (lo, hi) in zip(sequences, spans, strict=True)]
+        sequences = self.sequences or [self._empty() for _ in range(k.shape[0])]
+        plans = [s.ledger.append(hi - lo, s.recording) for s, (lo, hi) in zip(sequences, spans, strict=True)]
         self.carry_out(sequences, plans, stored, spans)
         self.sequences = sequences
 
     def seal(self) -> None:
         """Seals what is due and lets go of the exact rows that were kept for a crop of the last call."""
         if self.sequences:
-            self.carry_out(self.sequences, [s.ledger.settle(self.recording) for s in self.sequences])
+            self.carry_out(self.sequences, [s.ledger.settle(s.recording) for s in self.sequences])
 
     # Attention.
 
@@ -125,6 +128,7 @@ class Cache(Sealing):
         self,
         q: Any,
         *,
+        rows: Rows[int] | None = None,
         spans: Rows[Span] | None = None,
         upto: int | Rows[int] | None = None,
         out: Any = None,
@@ -141,37 +145,40 @@ class Cache(Sealing):
         """Attention of q [batch, q_heads, T, head_dim], the newest T positions; the options are the core's. Returns
         [batch, q_heads, T, head_dim] in `dtype`, or `out`, which kernels that write in place fill; or with upto (one
         for all, or one each) the partial states over positions below it: float32 [batch, q_heads, T, head_dim + 2],
-        o, m and l side by side. Rows outside of `spans` are 0, of `out` as they were."""
+        o, m and l side by side. rows: the sequence of each of q's; all by default. Rows of q outside of `spans` are
+        answered with 0, `out` there is as it was."""
         if not self.sequences:
             raise RuntimeError(mismatch("q", "a cache that holds tokens", "an empty cache"))
-        self._check_call(q, dtype, scale, softcap, sinks, mask)
-        tokens, lengths = q.shape[2], self.lengths()
-        spans = _spans(spans, len(lengths), tokens)
-        below = lengths if upto is None else [upto] * len(lengths) if isinstance(upto, int) else list(upto)
-        for b, (length, (lo, hi), value) in enumerate(zip(lengths, spans, below, strict=True)):
+        rows = list(range(len(self.sequences)) if rows is None else rows)
+        self._check_call(q, len(rows), dtype, scale, softcap, sinks, mask)
+        tokens, lengths = q.shape[2], [self._sequence(row).extent.length for row in rows]
+        spans = _spans(spans, len(rows), tokens)
+        below = lengths if upto is None else [upto] * len(rows) if isinstance(upto, int) else list(upto)
+        for row, length, (lo, hi), value in zip(rows, lengths, spans, below, strict=True):
             if hi - lo > length:
-                raise ValueError(mismatch("q", f"shape with at most {length} tokens, those of sequence {b}", hi - lo))
+                raise ValueError(mismatch("q", f"shape with at most {length} tokens, those of sequence {row}", hi - lo))
             if not 0 <= value <= length:
                 raise IndexError(mismatch("upto", f"0 to {length}", value))
         if not any(hi > lo for lo, hi in spans):
             raise ValueError(mismatch("spans", "a row of some sequence", spans))
-        seen = self._seen(tokens, spans, causal, offset, start, window, mask)
-        plans = [self._plan(s, x) for s, x in zip(self.sequences, seen, strict=True)]
-        energies = [self._with_energies(q, b, s, x) for b, (s, x) in enumerate(zip(self.sequences, seen, strict=True))]
+        seen = self._seen(rows, tokens, spans, causal, offset, start, window, mask)
+        plans, energies = [None] * len(self.sequences), [s.energies for s in self.sequences]
+        for row, x in zip(rows, seen, strict=True):
+            if x.queries:
+                plans[row] = self._plan(self.sequences[row], x)
+                energies[row] = self._with_energies(q, self.sequences[row], x)
         made = self._made(self.sequences, plans, energies)
         held = self.rows
         if any(plan is not None and plan.new_pages for plan in plans):
             self.rows = self._moved(self.sequences, plans, anew=True)
         try:
             nexts = [self._next(*x) for x in zip(self.sequences, plans, energies, made, strict=True)]
-            if upto is not None:
-                self._check_upto(below, seen, nexts)
             table, lambda_rows = self.lambda_table([s.lambda_ for s in nexts])
-            views = [
-                view
-                for b, x in enumerate(zip(nexts, seen, below, lambda_rows, strict=True))
-                for view in self._views(b, *x)
-            ]
+            views = []
+            for row, x, end in zip(rows, seen, below, strict=True):
+                if upto is not None:
+                    self._check_upto(nexts[row], x, end)
+                views += self._views(row, nexts[row], x, end, lambda_rows[row])
             done = attend(
                 self,
                 q,
@@ -199,24 +206,31 @@ class Cache(Sealing):
         return done
 
     def _seen(
-        self, tokens: int, spans: list[Span], causal: bool, offset: int, start: Any, window: Any, mask: Any
+        self,
+        rows: list[int],
+        tokens: int,
+        spans: list[Span],
+        causal: bool,
+        offset: int,
+        start: Any,
+        window: Any,
+        mask: Any,
     ) -> list[Visibility]:
-        batch = len(spans)
+        batch = len(rows)
         limits = [self.window if causal else 0] * batch if window is None else _integers("window", window, batch)
         starts = [0] * batch if start is None else [offset + x for x in _integers("start", start, batch)]
         general = None
         if mask is not None:
             general = self.host.seen(mask)
             general = np.broadcast_to(general, (batch, tokens, general.shape[-1]))
-        return [
-            Visibility(s.extent.length, span, causal, first, limit, None if general is None else general[b], offset)
-            for b, (s, span, first, limit) in enumerate(zip(self.sequences, spans, starts, limits, strict=True))
-        ]
+        found = []
+        for i, row in enumerate(rows):
+            own = None if general is None else general[i]
+            length = self.sequences[row].extent.length
+            found.append(Visibility(length, i, spans[i], causal, starts[i], limits[i], own, offset))
+        return found
 
     def _plan(self, s: Sequence, seen: Visibility) -> Any:
-        """None where the call has no query of the sequence."""
-        if not seen.queries:
-            return None
         x = s.extent
         rows = seen.seen(x.window_position, x.window_rows).tobytes() if self.seals else b""
         return s.ledger.attend(seen.queries, rows)
@@ -248,7 +262,7 @@ class Cache(Sealing):
                 s.ledger.pages[: view.pages],
                 view.pages_position if view.pages else 0,
                 view.last_page_tokens,
-                b,
+                seen.input,
                 seen.row + position - seen.first_query,
                 next_ - position,
                 position,
@@ -260,7 +274,7 @@ class Cache(Sealing):
             )
             position = next_
 
-    def _with_energies(self, q: Any, b: int, s: Sequence, seen: Visibility) -> Energies:
+    def _with_energies(self, q: Any, s: Sequence, seen: Visibility) -> Energies:
         """The energies held of the first queries that see themselves, the call's included."""
         energies = s.energies
         if not self.seals or self.recipe.key.lambda_ != "auto" or s.extent.lambda_ == "fixed":
@@ -273,13 +287,13 @@ class Cache(Sealing):
         # A call may be repeated, with another mask: its queries' rows are the new ones.
         kept = energies.before(self.host, seen.first_query).parts if energies.first < seen.first_query else []
         if positions:
-            rows = self.host.energies(q, b, [seen.row + x - seen.first_query for x in positions], self.heads)
+            rows = self.host.energies(q, seen.input, [seen.row + x - seen.first_query for x in positions], self.heads)
             kept = [*kept, (positions, rows)]
         return Energies(first, kept)
 
-    def _check_call(self, q: Any, dtype: str, scale: float, softcap: float, sinks: Any, mask: Any) -> None:
+    def _check_call(self, q: Any, batch: int, dtype: str, scale: float, softcap: float, sinks: Any, mask: Any) -> None:
         """What can be refused of a call before any of it is recorded."""
-        batch, host = len(self.sequences), self.host
+        host = self.host
         fits = len(q.shape) == 4 and q.shape[0] == batch and q.shape[1] >= self.heads and q.shape[1] % self.heads == 0
         fits = fits and q.shape[3] == self.dim and q.shape[2] >= 1 and host.strides(q)[-1] == 1
         if not fits:
@@ -305,15 +319,12 @@ class Cache(Sealing):
                 raise ValueError(mismatch("mask", f"shape {[*full]} or 1 each, columns", list(mask.shape)))
 
     @staticmethod
-    def _check_upto(upto: list[int], seen: list[Visibility], sequences: list[Sequence]) -> None:
+    def _check_upto(s: Sequence, seen: Visibility, upto: int) -> None:
         """The last query reads the most tokens packed."""
-        for below, x, s in zip(upto, seen, sequences, strict=True):
-            if not x.queries:
-                continue
-            view = s.ledger.view(s.extent.length - 1, x.queries <= PAGE, below)
-            sealed = view.pages_position + (view.pages - 1) * PAGE + view.last_page_tokens
-            if view.pages and below < sealed:
-                raise IndexError(mismatch("upto", f"at least {sealed}, the end of the sealed tokens", below))
+        view = s.ledger.view(s.extent.length - 1, seen.queries <= PAGE, upto)
+        sealed = view.pages_position + (view.pages - 1) * PAGE + view.last_page_tokens
+        if view.pages and upto < sealed:
+            raise IndexError(mismatch("upto", f"at least {sealed}, the end of the sealed tokens", upto))
 
     # Crop, forks and what is held.
 
@@ -354,26 +365,35 @@ class Cache(Sealing):
             return
         shared = other.pool is self.pool
         taken = [s.fork() if shared else s.moved(other.pool, self.pool) for s in other.sequences]
-        room = max(x[0].shape[2] for x in (self.rows, other.rows) if x)
-        parts = [self._widened(rows, room) for rows in (self.rows, other.rows) if rows]
+        room = max([self.sink_limit, *(x[0].shape[2] for x in (self.rows, other.rows) if x)])
+        parts = [x._with_room(room) for x in (self, other)]
         self.rows = [self.host.concatenate(x, 0) for x in zip(*parts, strict=True)]
         self.sequences = [*self.sequences, *taken]
 
-    def _widened(self, rows: list[Any], room: int) -> list[Any]:
-        """Rows with room for so many."""
-        more = room - rows[0].shape[2]
-        if not more:
-            return rows
-        empty = self.host.zeros((rows[0].shape[0], self.heads, more, self.dim), self.dtype)
-        return [self.host.concatenate([x, empty], 2) for x in rows]
+    def add(self) -> None:
+        """One sequence more, which holds nothing."""
+        if self.rows:
+            empty = self.host.zeros((1, *self.rows[0].shape[1:]), self.dtype)
+            self.rows = [self.host.concatenate([x, empty], 0) for x in self.rows]
+        self.sequences = [*self.sequences, self._empty()]
+
+    def _with_room(self, room: int) -> list[Any]:
+        """The rows of all sequences, with room for so many."""
+        have = self.rows[0].shape[2] if self.rows else 0
+        empty = self.host.zeros((self.batch, self.heads, room - have, self.dim), self.dtype)
+        return [self.host.concatenate([x, empty], 2) for x in self.rows] if self.rows else [empty, empty]
 
     def repeat(self, times: int) -> None:
         if times < 1:
             raise ValueError(mismatch("times", "at least 1", times))
         self.select([b for b in range(len(self.sequences)) for _ in range(times)])
 
-    def reset(self) -> None:
-        self._forget()
+    def reset(self, row: int | None = None) -> None:
+        """Back to empty, all of it or one sequence."""
+        if row is None:
+            self._forget()
+        else:
+            self.sequences[row] = self._empty()
 
     def clone(self) -> Cache:
         """A cache of its own, which shares the pages."""
@@ -384,37 +404,41 @@ class Cache(Sealing):
 
     def record_past(self, on: bool) -> None:
         self.recording = bool(on)
+        for s in self.sequences:
+            s.recording = bool(on)
 
-    def dense(self, values: bool, first: int, count: int) -> Any:
-        """Keys or values of positions [first, first + count), dequantised where sealed: [batch, kv_heads, count,
-        head_dim], float32 where anything is sealed, else the cache's dtype."""
-        least = min((s.extent.length for s in self.sequences), default=0)
+    def dense(self, values: bool, first: int, count: int, rows: Rows[int] | None = None) -> Any:
+        """Keys or values of positions [first, first + count), dequantised where sealed, of these sequences or all:
+        [batch, kv_heads, count, head_dim], float32 where anything is sealed, else the cache's dtype."""
+        rows = range(self.batch) if rows is None else rows
+        held = [self._sequence(row) for row in rows]
+        least = min((s.extent.length for s in held), default=0)
         if first < 0 or count < 0 or first + count > least:
             raise IndexError(mismatch("first, count", f"positions within 0 to {least}", f"{first}, {count}"))
-        extents = [s.extent for s in self.sequences]
+        extents = [s.extent for s in held]
         for x in extents:
             if first < x.evicted:
                 raise IndexError(mismatch("first", f"at least {x.evicted}, the oldest token held", first))
         dtype = "float32" if any(x.pages for x in extents) else self.dtype
-        out = self.host.zeros((len(self.sequences), self.heads, count, self.dim), dtype)
+        out = self.host.zeros((len(held), self.heads, count, self.dim), dtype)
         if not count:
             return out
-        for b, (s, x) in enumerate(zip(self.sequences, extents, strict=True)):
+        for b, (row, s, x) in enumerate(zip(rows, held, extents, strict=True)):
 
             def put(position: int, rows: Any, b: int = b) -> None:
                 lo, hi = max(position, first), min(position + rows.shape[1], first + count)
                 if lo < hi:
                     out[b, :, lo - first : hi - first] = self.host.cast(rows[:, lo - position : hi - position], dtype)
 
-            rows = self.rows[int(values)][b]
-            put(x.start, rows[:, : x.sinks])
+            exact = self.rows[int(values)][row]
+            put(x.start, exact[:, : x.sinks])
             begin = x.start + self.sink_limit + x.first_page * PAGE  # of the first page held
             low, high = (first - begin) // PAGE, -((begin - first - count) // PAGE)
             wanted = s.ledger.pages[max(low, 0) : max(high, 0)]
             if wanted:
                 put(begin + max(low, 0) * PAGE, self.dequantised(s, wanted, values))
             # Rows still exact win over pages sealed during the last call.
-            put(x.window_position, rows[:, self.sink_limit : self.sink_limit + x.window_rows])
+            put(x.window_position, exact[:, self.sink_limit : self.sink_limit + x.window_rows])
         return out
 
     def arrays(self) -> list[Any]:

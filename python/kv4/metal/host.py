@@ -104,10 +104,9 @@ class Host(ABC):
     def where(self, chosen: np.ndarray, x: Any, y: Any) -> Any:
         """Of two arrays, the first where `chosen` says so; the three broadcast, and y may be a number."""
 
+    @abstractmethod
     def put(self, x: Any, indices: Sequence[int], rows: Any) -> Any:
-        """`x` with rows [len(indices), ...] in these places of its first axis; `x` itself stays as it was. Only where
-        kernels write to no array that exists."""
-        raise NotImplementedError
+        """`x` with rows [len(indices), ...] in these places of its first axis; `x` itself may be changed."""
 
     @abstractmethod
     def finite(self, x: Any) -> Any:

@@ -111,6 +111,9 @@ class TorchHost(Host):
     def take(self, x: torch.Tensor, indices: Sequence[int], axis: int) -> torch.Tensor:
         return x.index_select(axis, self._indices(indices))
 
+    def put(self, x: torch.Tensor, indices: Sequence[int], rows: torch.Tensor) -> torch.Tensor:
+        return x.index_copy_(0, self._indices(indices), rows)
+
     def where(self, chosen: np.ndarray, x: torch.Tensor, y: Any) -> torch.Tensor:
         return torch.where(self.table(chosen), x, y)
 

@@ -35,15 +35,16 @@ class Pages:
             self.slab = slab
         pages += [Page(self, place) for place in range(self.count, need)]
         self.count = need
-        for page in pages if clear else ():
-            self.slab[page.place] = 0
+        if clear and pages:
+            zeros = self.host.zeros((n, self.page_bytes), "uint8")
+            self.slab = self.host.put(self.slab, [page.place for page in pages], zeros)
         return pages
 
     def copies(self, source: Pages, places: list[int]) -> list[Page]:
         """Pages of the same bytes as those of a pool."""
         pages = self.take(len(places))
-        for page, place in zip(pages, places, strict=True):
-            self.slab[page.place] = self.host.copy(source.slab[place])
+        if places:
+            self.slab = self.host.put(self.slab, [page.place for page in pages], self.host.take(source.slab, places, 0))
         return pages
 
 
@@ -100,10 +101,11 @@ class Sequence:
     energies: Energies = dataclasses.field(default_factory=Energies)
     lambda_: Any = None  # [kv_heads, head_dim] on the device
     alone: int = 0  # pages from this index on are nobody else's
+    recording: bool = False  # a sliding window evicts nothing
 
     @classmethod
-    def empty(cls, recipe: Recipe, window: int) -> Sequence:
-        return cls(_core.Ledger(recipe, window))
+    def empty(cls, recipe: Recipe, window: int, recording: bool) -> Sequence:
+        return cls(_core.Ledger(recipe, window), recording=recording)
 
     @property
     def extent(self) -> _core.Extent:

@@ -6,12 +6,13 @@ import numpy as np
 
 
 class Visibility:
-    """span: the sequence's rows of the call. start, window: a position, and a number of tokens (0 = all). general: bool
-    [rows, columns], what a general mask lets any head see, column j being position j + offset; or None."""
+    """input, span: the sequence's rows of the call. start, window: a position, and a number of tokens (0 = all).
+    general: bool [rows, columns], what a general mask lets any head see, column j being position j + offset; or None."""
 
     def __init__(
         self,
         length: int,
+        input_: int,
         span: tuple[int, int],
         causal: bool,
         start: int,
@@ -19,7 +20,7 @@ class Visibility:
         general: np.ndarray | None,
         offset: int,
     ) -> None:
-        self.row, self.queries = span[0], span[1] - span[0]
+        self.input, self.row, self.queries = input_, span[0], span[1] - span[0]
         self.first_query = length - self.queries
         self.causal, self.start, self.window, self.offset = causal, start, window, offset
         self.general = None if general is None else general[span[0] : span[1]]
