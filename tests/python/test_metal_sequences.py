@@ -1,4 +1,4 @@
-"""Sequences of kv4.metal's caches: pages filled as tokens arrive, forks, failures, and lengths of their own in one call."""
+"""Sequences of kv4.metal's caches: pages filled on arrival, forks, failures, lengths of their own in one call."""
 
 from __future__ import annotations
 

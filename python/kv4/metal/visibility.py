@@ -7,7 +7,7 @@ import numpy as np
 
 class Visibility:
     """input, span: the sequence's rows of the call. start, window: a position, and a number of tokens (0 = all).
-    general: bool [rows, columns], what a general mask lets any head see, column j being position j + offset; or None."""
+    general: bool [rows, columns], what a general mask lets any head see, column j being position j + offset."""
 
     def __init__(
         self,
