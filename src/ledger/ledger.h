@@ -82,9 +82,13 @@ std::int64_t view_end(const Policy& policy, const Extent& x, std::int64_t positi
 class Ledger {
  public:
   explicit Ledger(const Policy& policy) : policy_(policy) { extent_.anchored = policy.arrival(); }
-  // As it was saved: pages [extent.pages], marks [extent.window_rows()] where whole pages are sealed.
-  Ledger(const Policy& policy, const Extent& extent, std::vector<PageId> pages, std::vector<Seen> marks)
-      : policy_(policy), extent_(extent), pages_(std::move(pages)), marks_(std::move(marks)) {}
+  // As it was saved, but for its pages, which take_pages counts. marks [extent.window_rows()] where whole
+  // pages are sealed.
+  Ledger(const Policy& policy, const Extent& extent, std::vector<Seen> marks) : policy_(policy), extent_(extent), marks_(std::move(marks)) {}
+  void take_pages(std::vector<PageId> ids) noexcept {
+    pages_ = std::move(ids);
+    extent_.pages = static_cast<std::int64_t>(pages_.size());
+  }
 
   const Policy& policy() const { return policy_; }
   const Extent& extent() const { return extent_; }
