@@ -69,7 +69,6 @@ struct Slice {
     j.k_stride = spec.key.dim;
     j.v_stride = spec.value.dim;
     j.lambda_k = lambda.data();
-    j.slice = bytes->p;
     return j;
   }
 };
@@ -90,16 +89,16 @@ void seal(benchmark::State& state, const cpu::Kernels* kernels, const Recipe& re
   // Arrival sealing is one token a call in decoding.
   if (recipe.seal == SealMode::arrival) job.count = 1;
   for (auto _ : state) {
-    kernels->seal(slice.spec, job, scratch.p);
+    kernels->seal(slice.spec, job, 0, slice.bytes->p, scratch.p);
     benchmark::ClobberMemory();
   }
-  report(state, slice, job.count, size_of(dtype));
+  report(state, slice, static_cast<int>(job.count), size_of(dtype));
 }
 
 void dequantise(benchmark::State& state, const cpu::Kernels* kernels, const Recipe& recipe, int dim) {
   const Slice slice(recipe, dim, DType::f32);
   const Aligned scratch(std::max(kernels->seal_scratch(slice.spec), kernels->dequantise_scratch(slice.spec)));
-  kernels->seal(slice.spec, slice.job(), scratch.p);
+  kernels->seal(slice.spec, slice.job(), 0, slice.bytes->p, scratch.p);
   std::vector<float> k(static_cast<std::size_t>(kPageTokens) * dim), v(k.size());
   for (auto _ : state) {
     kernels->dequantise(slice.spec, slice.bytes->p, slice.lambda.data(), nullptr, 0, kPageTokens, k.data(), v.data(),

@@ -52,6 +52,8 @@ class Scene {
     lambda_k_ = positive(random, shape.kv_heads * shape.dim_k);
     lambda_v_ = positive(random, shape.kv_heads * shape.dim_v);
     sequences_.resize(held.size());
+    for (const Held& h : held) free_pages_ += pages_of(h);
+    memory_.resize(page_bytes() * static_cast<std::size_t>(free_pages_) + 64);
     for (std::size_t b = 0; b < held.size(); ++b) add(random, held[b], sequences_[b], dense);
   }
 
@@ -74,12 +76,25 @@ class Scene {
   // Position after the last token.
   std::int64_t length(int b) const { return sequences_[static_cast<std::size_t>(b)].length; }
 
+  // All pages of all sequences, whose ids go down with their position.
+  PageMemory pages() const {
+    std::uint8_t* const first = const_cast<std::uint8_t*>(memory_.data());
+    PageMemory out;
+    out.data = first + (64 - reinterpret_cast<std::uintptr_t>(first) % 64) % 64;
+    out.page_stride = static_cast<std::int64_t>(page_bytes());
+    out.head_stride = spec_.layout.head_bytes;
+    return out;
+  }
+  std::size_t pages_bytes() const { return memory_.size() - 64; }
+
   // Views for a call whose T queries are the newest tokens.
   std::vector<SequenceView> views(std::int64_t queries) const {
     std::vector<SequenceView> out;
     for (const Sequence& s : sequences_) {
       SequenceView v = s.view;
-      v.pages = s.pointers.data();
+      v.pages = s.ids.data();
+      v.input = static_cast<std::int32_t>(out.size());
+      v.query_count = queries;
       v.lambda_k = shape_.lambda ? lambda_k_.data() : nullptr;
       v.lambda_v = shape_.lambda ? lambda_v_.data() : nullptr;
       v.query_position = s.length - queries;
@@ -95,16 +110,15 @@ class Scene {
     job.kv_heads = shape_.kv_heads;
     job.head_dim_k = shape_.dim_k;
     job.head_dim_v = shape_.dim_v;
-    job.sequences = views;
-    job.query_count = args.q.shape[2];
+    job.pages = pages();
+    job.sequences.views = views;
     return job;
   }
   std::size_t page_bytes() const { return static_cast<std::size_t>(spec_.layout.head_bytes) * shape_.kv_heads; }
 
  private:
   struct Sequence {
-    std::vector<std::uint8_t> pages;
-    std::vector<const std::uint8_t*> pointers;
+    std::vector<std::int32_t> ids;
     std::vector<std::byte> k[2], v[2];
     SequenceView view;
     std::int64_t length = 0;
@@ -112,6 +126,7 @@ class Scene {
     Steps steps;
   };
 
+  static int pages_of(const Held& held) { return (held.page_tokens + kPageTokens - 1) / kPageTokens; }
   static std::vector<float> positive(cases::Random& random, int n) {
     std::vector<float> x(static_cast<std::size_t>(n));
     for (float& f : x) f = static_cast<float>(0.5 + random.uniform());
@@ -248,23 +263,21 @@ class Scene {
       for (int j = 0; j < count; ++j) s.dense.position.push_back(position++);
     };
     exact(0, held.sinks);
-    const int pages = (held.page_tokens + kPageTokens - 1) / kPageTokens;
+    const int pages = pages_of(held);
     if (pages > 0) {
       s.view.page_count = pages;
       s.view.pages_position = position;
       s.view.last_page_tokens = held.page_tokens - (pages - 1) * kPageTokens;
-      s.pages.resize(page_bytes() * static_cast<std::size_t>(pages) + 64);
-      std::uint8_t* base = s.pages.data() + (64 - reinterpret_cast<std::uintptr_t>(s.pages.data()) % 64) % 64;
       s.steps.first_token = static_cast<std::int64_t>(s.dense.position.size());
       s.steps.key_norm.resize(static_cast<std::size_t>(heads));
       s.steps.value_scale.resize(static_cast<std::size_t>(heads));
       std::vector<std::uint8_t> k, v;
       for (int p = 0; p < pages; ++p) {
         const int tokens = p + 1 < pages ? kPageTokens : s.view.last_page_tokens;
-        std::uint8_t* page = base + page_bytes() * static_cast<std::size_t>(p);
-        s.pointers.push_back(page);
+        const std::int32_t id = --free_pages_;
+        s.ids.push_back(id);
         for (int h = 0; h < heads; ++h) {
-          std::uint8_t* slice = page + static_cast<std::size_t>(h) * spec_.layout.head_bytes;
+          std::uint8_t* slice = slice_at(this->pages(), id, h);
           fill_slice(random, tokens, slice, k, v);
           if (!dense) continue;
           reference::append_page(spec_, slice, k.data(), v.data(), tokens, lambda_k(h), lambda_v(h), h, &s.dense);
@@ -280,6 +293,8 @@ class Scene {
   Shape shape_;
   PageSpec spec_;
   std::vector<float> lambda_k_, lambda_v_;
+  std::vector<std::uint8_t> memory_;
+  std::int32_t free_pages_ = 0;
   std::vector<Sequence> sequences_;
 };
 

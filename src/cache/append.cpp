@@ -3,8 +3,8 @@
 #include <limits>
 #include <string>
 
+#include "attention/arguments.h"
 #include "cache/state.h"
-#include "format/text.h"
 
 namespace kv4 {
 namespace {
@@ -27,7 +27,7 @@ Status check_rows(const Setup& setup, const TensorView& x, const char* name, int
 }
 
 Status check_room(const char* name, std::int64_t held, std::int64_t tokens) {
-  const std::int64_t room = ledger::kMostTokens - held;
+  const std::int64_t room = kMostTokens - held;
   return tokens <= room ? Status() : error(StatusCode::out_of_range, name, "at most " + std::to_string(room) + " tokens", std::to_string(tokens));
 }
 
@@ -124,8 +124,8 @@ Status make_parts(CacheState& c, const RowCounts& rows, std::int64_t total, cons
   std::int64_t sum = 0;
   for (const auto& [row, tokens] : rows) {
     KV4_RETURN_IF_ERROR(check_row(c, row));
-    if (tokens < 0 || tokens > ledger::kMostTokens)
-      return error(StatusCode::out_of_range, "rows", "0 to " + std::to_string(ledger::kMostTokens) + " tokens of each", std::to_string(tokens));
+    if (tokens < 0 || tokens > kMostTokens)
+      return error(StatusCode::out_of_range, "rows", "0 to " + std::to_string(kMostTokens) + " tokens of each", std::to_string(tokens));
     parts.push_back({static_cast<std::size_t>(row), tokens, 0, sum});
     sum += tokens;
   }

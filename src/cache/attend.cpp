@@ -1,17 +1,13 @@
 // One call of attention: what it teaches the cache, which pages each query sees, and the jobs that the backend runs.
 #include <algorithm>
-#include <cmath>
 #include <string>
 
-#include "cache/output.h"
+#include "attention/arguments.h"
 #include "cache/state.h"
 #include "cache/visibility.h"
-#include "format/text.h"
 
 namespace kv4 {
 namespace {
-
-using ledger::kMostTokens;
 
 std::string up_to(std::int64_t n) { return "0 to " + std::to_string(n); }
 
@@ -25,33 +21,7 @@ Status check_queries(const Setup& setup, const AttendArgs& args, std::int64_t ro
                             "shape [" + std::to_string(rows) + ", a multiple of " + std::to_string(setup.heads()) + ", 1 to " + std::to_string(most) + ", " +
                                 std::to_string(setup.config.head_dim_k) + "]",
                             shape_text(q.shape));
-  KV4_RETURN_IF_ERROR(check_dtype("q", q.dtype));
-  if (q.stride[3] != 1 && q.shape[3] > 1) return invalid_argument("q", "channel stride 1", std::to_string(q.stride[3]));
-  if (q.data == nullptr) return invalid_argument("q", "data", "a null pointer");
-  if (!(args.softcap >= 0) || !std::isfinite(args.softcap))
-    return invalid_argument("softcap", "0 (none) or a positive number", std::to_string(args.softcap));
-  if (!std::isfinite(args.scale)) return invalid_argument("scale", "a number", std::to_string(args.scale));
-  const Mask& m = args.mask;
-  const bool offset = m.start != nullptr || m.kind != Mask::General::none;
-  if (offset && (m.offset < -kMostTokens || m.offset > kMostTokens))
-    return invalid_argument("mask.offset", "a position within " + std::to_string(kMostTokens) + " of 0", std::to_string(m.offset));
-  if (m.kind == Mask::General::none) return {};
-  if (m.general == nullptr) return invalid_argument("mask", "data", "a null pointer");
-  if (m.columns < 0 || m.columns > kMostTokens) return invalid_argument("mask", up_to(kMostTokens) + " columns", std::to_string(m.columns));
-  return m.kind == Mask::General::additive ? check_dtype("mask", m.general_dtype) : Status();
-}
-
-Status check_output(const Setup& setup, const AttendArgs& args, const MutableTensorView* out, const PartialState* partial) {
-  if (out == nullptr) {
-    if (partial->o == nullptr || partial->m == nullptr || partial->l == nullptr)
-      return invalid_argument("state", "pointers to o, m and l", "a null pointer");
-    return check_places(*partial, args.q, setup.config.head_dim_v);
-  }
-  const std::array<std::int64_t, 4> shape{args.q.shape[0], args.q.shape[1], args.q.shape[2], setup.config.head_dim_v};
-  if (out->shape != shape) return invalid_argument("out", "shape " + shape_text(shape), shape_text(out->shape));
-  if (out->stride[3] != 1 && shape[3] > 1) return invalid_argument("out", "channel stride 1", std::to_string(out->stride[3]));
-  KV4_RETURN_IF_ERROR(check_dtype("out", out->dtype));
-  return check_places(*out, &args.q);
+  return check_arguments(args);
 }
 
 // Energies of a query of sequence `part` that count; row below 0: that it is the first one is all.
@@ -294,7 +264,7 @@ Status attend(CacheState& c, const RowCounts* rows, const AttendArgs& args, std:
   const Setup& setup = *c.setup;
   if (c.sequences.empty()) return error(StatusCode::failed_precondition, "q", "a cache that holds tokens", "an empty cache");
   KV4_RETURN_IF_ERROR(check_queries(setup, args, rows != nullptr ? 1 : c.batch(), rows != nullptr ? kMostTokens : c.shortest()));
-  KV4_RETURN_IF_ERROR(check_output(setup, args, out, partial));
+  KV4_RETURN_IF_ERROR(check_output(args, setup.config.head_dim_v, out, partial));
   if (c.backend().capturing()) {
     if (rows != nullptr) return error(StatusCode::failed_precondition, "rows", "all sequences in a captured step", "some of them");
     return attend_captured(c, args, out);

@@ -2,25 +2,13 @@
 #include "kv4/cache.h"
 
 #include <algorithm>
-#include <new>
-#include <stdexcept>
 #include <string>
 
 #include "cache/state.h"
+#include "format/guarded.h"
 
 namespace kv4 {
 namespace {
-
-// What runs out of the host's memory says so; calls change what is held once they can no longer run out.
-template <class Call>
-Status guarded(Call call) {
-  try {
-    return call();
-  } catch (const std::bad_alloc&) {
-  } catch (const std::length_error&) {  // of a vector
-  }
-  return error(StatusCode::out_of_memory, "cache", "free memory of the host", "none");
-}
 
 Status expect_room(const char* name, std::size_t need, std::size_t have, const char* unit) {
   return have == need ? Status() : invalid_argument(name, std::to_string(need) + unit, std::to_string(have));
@@ -48,7 +36,7 @@ Cache::~Cache() {
 }
 
 Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {
-  return guarded([&]() -> Status {
+  return guarded("cache", [&]() -> Status {
     auto state = std::make_unique<CacheState>();
     KV4_RETURN_IF_ERROR(Setup::make(config, &state->setup));
     const Setup& setup = *state->setup;
@@ -59,64 +47,64 @@ Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {
 }
 
 Status Cache::append(const TensorView& k, const TensorView& v) {
-  return guarded([&] { return kv4::append(state_->on_stream(), nullptr, k, v); });
+  return guarded("cache", [&] { return kv4::append(state_->on_stream(), nullptr, k, v); });
 }
 Status Cache::append(std::span<const RowCount> rows, const TensorView& k, const TensorView& v) {
-  return guarded([&] { return kv4::append(state_->on_stream(), &rows, k, v); });
+  return guarded("cache", [&] { return kv4::append(state_->on_stream(), &rows, k, v); });
 }
 Status Cache::attend(const AttendArgs& args, const MutableTensorView& out) {
-  return guarded([&] { return kv4::attend(state_->on_stream(), nullptr, args, ledger::kMostTokens, &out, nullptr); });
+  return guarded("cache", [&] { return kv4::attend(state_->on_stream(), nullptr, args, kMostTokens, &out, nullptr); });
 }
 Status Cache::attend(std::span<const RowCount> rows, const AttendArgs& args, const MutableTensorView& out) {
-  return guarded([&] { return kv4::attend(state_->on_stream(), &rows, args, ledger::kMostTokens, &out, nullptr); });
+  return guarded("cache", [&] { return kv4::attend(state_->on_stream(), &rows, args, kMostTokens, &out, nullptr); });
 }
 Status Cache::attend_partial(const AttendArgs& args, std::int64_t upto, const PartialState& out) {
-  return guarded([&] { return kv4::attend(state_->on_stream(), nullptr, args, upto, nullptr, &out); });
+  return guarded("cache", [&] { return kv4::attend(state_->on_stream(), nullptr, args, upto, nullptr, &out); });
 }
 Status Cache::seal() {
-  return guarded([&] { return kv4::seal(state_->on_stream()); });
+  return guarded("cache", [&] { return kv4::seal(state_->on_stream()); });
 }
 Status Cache::crop(std::int64_t length) {
-  return guarded([&] { return kv4::crop(state_->on_stream(), length); });
+  return guarded("cache", [&] { return kv4::crop(state_->on_stream(), length); });
 }
 Status Cache::crop(int row, std::int64_t length) {
-  return guarded([&] { return kv4::crop(state_->on_stream(), row, length); });
+  return guarded("cache", [&] { return kv4::crop(state_->on_stream(), row, length); });
 }
 Status Cache::erase(int row, std::int64_t first, std::int64_t count) {
-  return guarded([&] { return kv4::erase(state_->on_stream(), row, first, count); });
+  return guarded("cache", [&] { return kv4::erase(state_->on_stream(), row, first, count); });
 }
 Status Cache::add(int count) {
-  return guarded([&] { return kv4::add(state_->on_stream(), count); });
+  return guarded("cache", [&] { return kv4::add(state_->on_stream(), count); });
 }
 Status Cache::remove(std::span<const std::int64_t> rows) {
-  return guarded([&] { return kv4::remove(state_->on_stream(), rows); });
+  return guarded("cache", [&] { return kv4::remove(state_->on_stream(), rows); });
 }
 Status Cache::select(std::span<const std::int64_t> rows) {
-  return guarded([&] { return kv4::select(state_->on_stream(), rows); });
+  return guarded("cache", [&] { return kv4::select(state_->on_stream(), rows); });
 }
 Status Cache::repeat(int times) {
-  return guarded([&] { return kv4::repeat(state_->on_stream(), times); });
+  return guarded("cache", [&] { return kv4::repeat(state_->on_stream(), times); });
 }
 Status Cache::reserve(std::int64_t tokens) {
-  return guarded([&] { return kv4::reserve(state_->on_stream(), tokens); });
+  return guarded("cache", [&] { return kv4::reserve(state_->on_stream(), tokens); });
 }
 Status Cache::advance() {
-  return guarded([&] { return kv4::advance(state_->on_stream()); });
+  return guarded("cache", [&] { return kv4::advance(state_->on_stream()); });
 }
 Status Cache::save(const Sink& sink) const {
-  return guarded([&] { return kv4::save(state_->on_stream(), sink); });
+  return guarded("cache", [&] { return kv4::save(state_->on_stream(), sink); });
 }
 Status Cache::load(const Source& source) {
-  return guarded([&] { return kv4::load(state_->on_stream(), source); });
+  return guarded("cache", [&] { return kv4::load(state_->on_stream(), source); });
 }
 Status Cache::dense_keys(std::int64_t first, std::int64_t count, const MutableTensorView& out) const {
-  return guarded([&] { return dense(state_->on_stream(), true, first, count, out); });
+  return guarded("cache", [&] { return dense(state_->on_stream(), true, first, count, out); });
 }
 Status Cache::dense_values(std::int64_t first, std::int64_t count, const MutableTensorView& out) const {
-  return guarded([&] { return dense(state_->on_stream(), false, first, count, out); });
+  return guarded("cache", [&] { return dense(state_->on_stream(), false, first, count, out); });
 }
 Status Cache::lambda(int row, std::vector<float>* out) const {
-  return guarded([&] { return kv4::lambda(state_->on_stream(), row, out); });
+  return guarded("cache", [&] { return kv4::lambda(state_->on_stream(), row, out); });
 }
 
 void Cache::set_stream(void* stream) {
@@ -130,7 +118,7 @@ void Cache::reset() {
 }
 
 Status Cache::clone(std::unique_ptr<Cache>* out) const {
-  return guarded([&] {
+  return guarded("cache", [&] {
     CacheState& held = state_->on_stream();
     auto copy = std::make_unique<CacheState>();
     copy->setup = held.setup;
@@ -165,7 +153,7 @@ std::uint64_t Cache::version() const { return state_->version; }
 int Cache::page_count(int row) const { return static_cast<int>(extent(*state_, row).pages); }
 
 Status Cache::page_codes(int row, int index, int head, std::span<std::uint8_t> k, std::span<std::uint8_t> v) const {
-  return guarded([&]() -> Status {
+  return guarded("cache", [&]() -> Status {
     const CacheState& c = state_->on_stream();
     const std::uint8_t* slice = nullptr;
     KV4_RETURN_IF_ERROR(find_slice(c, row, index, head, &slice));
@@ -177,7 +165,7 @@ Status Cache::page_codes(int row, int index, int head, std::span<std::uint8_t> k
 }
 
 Status Cache::page_scales(int row, int index, int head, std::span<std::uint16_t> k, std::span<std::uint16_t> v) const {
-  return guarded([&]() -> Status {
+  return guarded("cache", [&]() -> Status {
     const CacheState& c = state_->on_stream();
     const std::uint8_t* slice = nullptr;
     KV4_RETURN_IF_ERROR(find_slice(c, row, index, head, &slice));

@@ -29,7 +29,7 @@ Status reserve(CacheState& c, std::int64_t tokens) {
   const Setup& setup = *c.setup;
   if (tokens < 0) return invalid_argument("tokens", "0 or more", std::to_string(tokens));
   if (c.sequences.empty()) return error(StatusCode::failed_precondition, "tokens", "a cache that holds tokens", "an empty cache");
-  const std::int64_t room = ledger::kMostTokens - c.longest();
+  const std::int64_t room = kMostTokens - c.longest();
   if (tokens > room) return error(StatusCode::out_of_range, "tokens", "at most " + std::to_string(room), std::to_string(tokens));
   std::int64_t pages = 0;
   for (Sequence& s : c.sequences) {

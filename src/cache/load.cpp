@@ -233,7 +233,7 @@ Status load(CacheState& c, const Source& source) {
   KV4_RETURN_IF_ERROR(in.read(blob::Kind::state, std::as_writable_bytes(std::span(&saved, 1))));
   const auto batch = static_cast<std::int64_t>(saved.batch), longest = static_cast<std::int64_t>(saved.length);
   KV4_RETURN_IF_ERROR(expect_within("batch", batch, 0, std::numeric_limits<int>::max()));
-  KV4_RETURN_IF_ERROR(expect_within("length", longest, 0, batch > 0 ? ledger::kMostTokens : 0));
+  KV4_RETURN_IF_ERROR(expect_within("length", longest, 0, batch > 0 ? kMostTokens : 0));
   KV4_RETURN_IF_ERROR(expect_within("recording", static_cast<std::int64_t>(saved.recording), 0, 1));
   std::vector<std::uint64_t> lengths;  // where they differ
   KV4_RETURN_IF_ERROR(load_lengths(saved, in, &lengths));

@@ -3,9 +3,9 @@
 #include <set>
 #include <string>
 
-#include "cache/output.h"
+#include "attention/arguments.h"
+#include "attention/output.h"
 #include "cache/state.h"
-#include "format/text.h"
 
 namespace kv4 {
 namespace {

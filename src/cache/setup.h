@@ -37,6 +37,4 @@ struct Setup {
   }
 };
 
-Status check_dtype(const char* name, DType dtype);
-
 }  // namespace kv4

@@ -6,8 +6,9 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <new>
-#include <vector>
+#include <span>
 
 #include "cpu/attend.h"
 #include "cpu/attention.h"
@@ -73,7 +74,7 @@ struct States {
 
 struct Split {
   int item, index;
-  States states;  // in Workspace::slots; unused by an item of one split, whose states are the thread's own
+  States states;  // unused by an item of one split, whose states are the thread's own
 };
 
 // What one thread needs besides.
@@ -116,14 +117,34 @@ struct Arena {
   }
 };
 
-struct Workspace {
-  std::vector<Item> items;
-  std::vector<Split> splits;
-  std::vector<Buffer> arenas;                   // one per thread
-  Buffer slots;                                 // the states of split items
-  std::unique_ptr<std::atomic<int>[]> pending;  // splits of an item that still run
-  std::size_t pending_size = 0;
+// Memory of one call: the caller's, or buffers that this thread keeps.
+class Workspace {
+ public:
+  // Of the caller's; empty: none was given.
+  void begin(std::span<std::byte> given) {
+    given_ = given;
+    lent_ = !given.empty();
+  }
+  // `bytes`, 64-byte aligned, until the next call; null where there are none left.
+  std::byte* take(Buffer& own, std::size_t bytes) {
+    if (!lent_) return own.reserve(bytes) ? own.data() : nullptr;
+    void* p = given_.data();
+    std::size_t left = given_.size();
+    if (std::align(64, bytes, p, left) == nullptr) return nullptr;
+    given_ = {static_cast<std::byte*>(p) + bytes, left - bytes};
+    return static_cast<std::byte*>(p);
+  }
+  bool lent() const { return lent_; }
+  Buffer items, rest;
+
+ private:
+  std::span<std::byte> given_;
+  bool lent_ = false;
 };
+
+// Of a call: rows of an item, and its items.
+std::int64_t queries_of_item(std::int64_t most, std::int64_t group) { return std::max<std::int64_t>(1, std::min(kItemRows / group, most)); }
+std::int64_t runs_of(std::int64_t queries, std::int64_t item_queries) { return (queries + item_queries - 1) / item_queries; }
 
 class Call {
  public:
@@ -140,99 +161,120 @@ class Call {
   }
 
   Status run() {
-    plan();
-    const std::size_t rows = static_cast<std::size_t>(item_queries_ * group_);
-    Arena arena;
-    const std::size_t bytes = arena.carve(nullptr, job_, rows, kernels_);
-    if (workspace_.arenas.size() < static_cast<std::size_t>(threads_))
-      workspace_.arenas.resize(static_cast<std::size_t>(threads_));
-    for (int i = 0; i < threads_; ++i)
-      if (!workspace_.arenas[static_cast<std::size_t>(i)].reserve(bytes)) return no_memory(bytes);
-    const std::size_t slots = place_states(nullptr);
-    if (slots > 0) {
-      if (!workspace_.slots.reserve(slots)) return no_memory(slots);
-      place_states(workspace_.slots.data());
+    for (const SequenceView& s : job_.sequences.views) most_queries_ = std::max(most_queries_, s.query_count);
+    if (most_queries_ == 0) return {};
+    item_queries_ = queries_of_item(most_queries_, group_);
+    KV4_RETURN_IF_ERROR(plan());
+    const std::size_t bytes = carve(nullptr);
+    std::byte* const memory = workspace_.take(workspace_.rest, bytes);
+    if (memory == nullptr) return no_memory(bytes);
+    carve(memory);
+    std::size_t next = 0;
+    for (std::size_t i = 0; i < items_.size(); ++i) {
+      Item& item = items_[i];
+      item.first_split = next;
+      for (int s = 0; s < item.splits; ++s) {
+        Split& split = splits_[next++];
+        split.item = static_cast<int>(i);
+        split.index = s;
+      }
+      new (pending_ + i) std::atomic<int>(item.splits);
     }
-    if (workspace_.pending_size < workspace_.items.size()) {
-      workspace_.pending.reset(new (std::nothrow) std::atomic<int>[workspace_.items.size()]);
-      workspace_.pending_size = workspace_.pending == nullptr ? 0 : workspace_.items.size();
-      if (workspace_.pending == nullptr) return no_memory(workspace_.items.size() * sizeof(int));
-    }
-    for (std::size_t i = 0; i < workspace_.items.size(); ++i)
-      workspace_.pending[i].store(workspace_.items[i].splits, std::memory_order_relaxed);
-    parallel_for(static_cast<std::int64_t>(workspace_.splits.size()), threads_, [this](std::int64_t task, int thread) {
-      run_split(workspace_.splits[static_cast<std::size_t>(task)], thread);
-    });
+    place_states(slots_);
+    parallel_for(static_cast<std::int64_t>(splits_.size()), threads_,
+                 [this](std::int64_t task, int thread) { run_split(splits_[static_cast<std::size_t>(task)], thread); });
     if (non_finite_.load(std::memory_order_relaxed))
       return error(StatusCode::non_finite, "q", "finite values in queries that see a token", "NaN or infinity");
     return {};
   }
 
  private:
-  static Status no_memory(std::size_t bytes) {
-    return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");
+  Status no_memory(std::size_t bytes) const {
+    return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", workspace_.lent() ? "less" : "none");
   }
 
+  // Lays all but the items out from `base` (null: only sizes them).
+  std::size_t carve(std::byte* base) {
+    Carver carver(base);
+    std::size_t splits = 0;
+    for (const Item& item : items_) splits += static_cast<std::size_t>(item.splits);
+    splits_ = {carver.take<Split>(splits), splits};
+    pending_ = carver.take<std::atomic<int>>(items_.size());
+    Arena arena;
+    arena_bytes_ = arena.carve(nullptr, job_, rows_of_item(), kernels_);
+    arenas_ = carver.take<std::byte>(arena_bytes_ * static_cast<std::size_t>(threads_));
+    slots_ = carver.take<std::byte>(base == nullptr ? place_states(nullptr) : 0);
+    return carver.bytes();
+  }
+  std::size_t rows_of_item() const { return static_cast<std::size_t>(item_queries_ * group_); }
+
+  const SequenceView& view_of(const Item& item) const { return job_.sequences.views[static_cast<std::size_t>(item.sequence)]; }
+  // Position of the first token that is read from pages.
+  static std::int64_t first_of_pages(const SequenceView& s) { return s.pages_position + s.pages_hidden; }
   std::int64_t rows_of(const Item& item) const { return item.queries * group_; }
   double work_of(const Item& item) const {
     return static_cast<double>(item.tokens()) * (static_cast<double>(rows_of(item)) + kTokenRows) *
            (job_.head_dim_k + job_.head_dim_v);
   }
 
-  void plan() {
-    workspace_.items.clear();
-    workspace_.splits.clear();
-    item_queries_ = std::max<std::int64_t>(1, std::min(kItemRows / group_, job_.query_count));
+  Status plan() {
+    const std::span<const SequenceView> views = job_.sequences.views;
+    std::size_t count = 0;
+    for (const SequenceView& s : views) count += static_cast<std::size_t>(runs_of(s.query_count, item_queries_) * job_.kv_heads);
+    std::byte* const memory = workspace_.take(workspace_.items, count * sizeof(Item));
+    if (memory == nullptr) return no_memory(count * sizeof(Item));
+    items_ = {reinterpret_cast<Item*>(memory), count};
     double total = 0;
+    std::size_t next = 0;
     // Late queries see most under a causal mask: their items come first, so that none is left for the end.
-    const std::int64_t runs = (job_.query_count + item_queries_ - 1) / item_queries_;
-    for (std::int64_t run = runs - 1; run >= 0; --run) {
-      for (int b = 0; b < static_cast<int>(job_.sequences.size()); ++b) {
+    for (std::int64_t run = runs_of(most_queries_, item_queries_) - 1; run >= 0; --run) {
+      for (int b = 0; b < static_cast<int>(views.size()); ++b) {
+        if (run * item_queries_ >= views[static_cast<std::size_t>(b)].query_count) continue;
         Item item = visible_part(b, run * item_queries_);
         total += work_of(item) * job_.kv_heads;
         for (int h = 0; h < job_.kv_heads; ++h) {
           item.head = h;
-          workspace_.items.push_back(item);
+          items_[next++] = item;
         }
       }
     }
     const Share shared = share(total, num_threads());
     threads_ = shared.threads;
-    for (std::size_t i = 0; i < workspace_.items.size(); ++i) {
-      Item& item = workspace_.items[i];
-      item.splits = pieces(work_of(item), shared, std::max<std::int64_t>(1, item.tokens() / kPageTokens));
-      item.first_split = workspace_.splits.size();
-      for (int s = 0; s < item.splits; ++s) workspace_.splits.push_back({static_cast<int>(i), s, States()});
-    }
+    for (Item& item : items_) item.splits = pieces(work_of(item), shared, std::max<std::int64_t>(1, item.tokens() / kPageTokens));
+    return {};
   }
 
   // Lays the states of split items out from base (null: only sizes them).
   std::size_t place_states(std::byte* base) {
     Carver carver(base);
-    for (Split& split : workspace_.splits) {
-      const Item& item = workspace_.items[static_cast<std::size_t>(split.item)];
-      if (item.splits > 1) split.states.carve(carver, static_cast<std::size_t>(rows_of(item)), padded(job_.head_dim_v));
+    for (const Item& item : items_) {
+      if (item.splits == 1) continue;
+      for (int i = 0; i < item.splits; ++i) {
+        States sized;
+        States& states = base == nullptr ? sized : splits_[item.first_split + static_cast<std::size_t>(i)].states;
+        states.carve(carver, static_cast<std::size_t>(rows_of(item)), padded(job_.head_dim_v));
+      }
     }
     return carver.bytes();
   }
 
   RowMask mask_of(const Item& item) const {
     const Mask& m = job_.args.mask;
-    const SequenceView& s = job_.sequences[static_cast<std::size_t>(item.sequence)];
+    const SequenceView& s = view_of(item);
     RowMask mask;
     mask.heads = static_cast<int>(group_);
     mask.causal = m.causal;
     mask.query_position = s.query_position + item.query;
     mask.start = m.start != nullptr ? m.offset + m.start[item.sequence] : 0;
-    mask.window = m.window != nullptr ? m.window[item.sequence] : 0;
+    mask.window = m.window != nullptr ? m.window[item.sequence] : job_.window;
     mask.kind = m.kind;
     if (m.kind != Mask::General::none) {
       mask.dtype = m.general_dtype;
       const std::int64_t size =
           m.kind == Mask::General::boolean ? 1 : static_cast<std::int64_t>(size_of(m.general_dtype));
       mask.general = static_cast<const std::byte*>(m.general) +
-                     (item.sequence * m.general_stride[0] + item.head * group_ * m.general_stride[1] +
-                      (job_.query_begin + item.query) * m.general_stride[2]) *
+                     (s.input * m.general_stride[0] + item.head * group_ * m.general_stride[1] +
+                      (s.input_row + item.query) * m.general_stride[2]) *
                          size;
       mask.head_stride = m.general_stride[1];
       mask.query_stride = m.general_stride[2];
@@ -246,11 +288,11 @@ class Call {
   // The pages and exact rows that some of the queries from `query` on may see.
   Item visible_part(int sequence, std::int64_t query) const {
     constexpr std::int64_t kFar = std::int64_t{1} << 62;
-    const SequenceView& s = job_.sequences[static_cast<std::size_t>(sequence)];
+    const SequenceView& s = job_.sequences.views[static_cast<std::size_t>(sequence)];
     Item item{};
     item.sequence = sequence;
     item.query = query;
-    item.queries = std::min(item_queries_, job_.query_count - query);
+    item.queries = std::min(item_queries_, s.query_count - query);
     const RowMask mask = mask_of(item);
     std::int64_t low = mask.start, high = mask.causal ? mask.query_position + item.queries : kFar;
     if (mask.window > 0) low = std::max(low, mask.query_position - mask.window + 1);
@@ -260,7 +302,7 @@ class Call {
     }
     if (s.page_count > 0) {
       const std::int64_t sealed = static_cast<std::int64_t>(s.page_count) * kPageTokens;
-      item.page_begin = static_cast<int>(clamp(low - s.pages_position, 0, sealed) / kPageTokens);
+      item.page_begin = static_cast<int>(clamp(std::max(low, first_of_pages(s)) - s.pages_position, 0, sealed) / kPageTokens);
       item.page_end = static_cast<int>((clamp(high - s.pages_position, 0, sealed) + kPageTokens - 1) / kPageTokens);
       item.page_end = std::max(item.page_end, item.page_begin);
     }
@@ -273,25 +315,24 @@ class Call {
   }
 
   void run_split(const Split& split, int thread) {
-    const Item& item = workspace_.items[static_cast<std::size_t>(split.item)];
+    const Item& item = items_[static_cast<std::size_t>(split.item)];
     Arena arena;
-    arena.carve(workspace_.arenas[static_cast<std::size_t>(thread)].data(), job_,
-                static_cast<std::size_t>(item_queries_ * group_), kernels_);
+    arena.carve(arenas_ + static_cast<std::size_t>(thread) * arena_bytes_, job_, rows_of_item(), kernels_);
     const bool whole = item.splits == 1;
     const States& states = whole ? arena.states : split.states;
     attend_part(item, item.cut(split.index), item.cut(split.index + 1), arena, states);
     if (whole) {
       const States own = states;
       join_item(item, arena, [&own](int) -> const States& { return own; });
-    } else if (workspace_.pending[static_cast<std::size_t>(split.item)].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      const Split* splits = workspace_.splits.data() + item.first_split;
+    } else if (pending_[split.item].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      const Split* splits = splits_.data() + item.first_split;
       join_item(item, arena, [splits](int i) -> const States& { return splits[i].states; });
     }
   }
 
   // The partial states of an item over the tokens [begin, end) of its axis.
   void attend_part(const Item& item, std::int64_t begin, std::int64_t end, Arena& arena, const States& states) {
-    const SequenceView& s = job_.sequences[static_cast<std::size_t>(item.sequence)];
+    const SequenceView& s = view_of(item);
     const int rows = static_cast<int>(rows_of(item));
     const std::int64_t first_page = item.exact(0), second = first_page + item.paged();
     const std::int64_t from_page = clamp(begin, first_page, second), to_page = clamp(end, first_page, second);
@@ -304,34 +345,14 @@ class Call {
     if (!any_page && !any_exact) return;
     load_queries(item, arena, any_page, any_exact);
     const RowMask mask = mask_of(item);
-    const std::int64_t size = static_cast<std::int64_t>(size_of(job_.dtype));
-    for (int i = 0; i < 2; ++i) {
-      if (exact_to[i] <= exact_from[i]) continue;
-      const ExactRows& x = s.exact[i];
-      ExactTask task = arena.exact;
-      task.dtype = job_.dtype;
-      task.k = static_cast<const std::byte*>(x.k) + item.head * x.k_head_stride * size;
-      task.v = static_cast<const std::byte*>(x.v) + item.head * x.v_head_stride * size;
-      task.k_stride = x.k_stride;
-      task.v_stride = x.v_stride;
-      task.head_dim_k = job_.head_dim_k;
-      task.head_dim_v = job_.head_dim_v;
-      task.first = item.exact_begin[i] + exact_from[i];
-      task.last = item.exact_begin[i] + exact_to[i];
-      task.position = x.position;
-      task.rows = rows;
-      task.q = arena.q_exact;
-      task.q_stride = static_cast<std::int64_t>(padded(job_.head_dim_k));
-      task.cap = cap_;
-      task.mask = mask;
-      task.states = states.exact;
-      kernels_.attend_exact(task);
-    }
+    for (int i = 0; i < 2; ++i)
+      if (exact_to[i] > exact_from[i]) attend_rows(item, s.exact[i], item.exact_begin[i] + exact_from[i], item.exact_begin[i] + exact_to[i], mask, arena, states.exact);
     if (any_page) {
       PagesTask task = arena.pages;
       task.spec = job_.spec;
       task.pages = s.pages;
-      task.slice = static_cast<std::size_t>(item.head) * job_.spec->layout.head_bytes;
+      task.memory = job_.pages;
+      task.head = item.head;
       task.first = item.page_begin + static_cast<int>((from_page - first_page) / kPageTokens);
       task.last = item.page_begin + static_cast<int>((to_page - first_page) / kPageTokens);
       task.page_count = s.page_count;
@@ -342,12 +363,42 @@ class Call {
       task.q_stride = static_cast<std::int64_t>(padded(job_.head_dim_k));
       task.cap = cap_;
       task.mask = mask;
+      task.mask.start = std::max(mask.start, first_of_pages(s));
       task.states = states.pages;
       kernels_.attend_pages(task);
     }
     for (int r = 0; r < rows; ++r)
       if (arena.bad[r] != 0 && (states.pages.l[r] != 0 || states.exact.l[r] != 0))
         non_finite_.store(true, std::memory_order_relaxed);
+  }
+
+  // Rows [first, last) of an exact set, block by block where it lies in blocks.
+  void attend_rows(const Item& item, const ExactRows& x, std::int64_t first, std::int64_t last, const RowMask& mask, const Arena& arena,
+                   const RowStates& states) const {
+    const std::int64_t size = static_cast<std::int64_t>(size_of(job_.dtype));
+    ExactTask task = arena.exact;
+    task.dtype = job_.dtype;
+    task.k_stride = x.k_stride;
+    task.v_stride = x.v_stride;
+    task.head_dim_k = job_.head_dim_k;
+    task.head_dim_v = job_.head_dim_v;
+    task.rows = static_cast<int>(rows_of(item));
+    task.q = arena.q_exact;
+    task.q_stride = static_cast<std::int64_t>(padded(job_.head_dim_k));
+    task.cap = cap_;
+    task.mask = mask;
+    task.states = states;
+    while (first < last) {
+      const std::int64_t begin = x.blocks == nullptr ? 0 : first / kPageTokens * kPageTokens;  // row 0 of the task
+      const std::int64_t end = x.blocks == nullptr ? last : std::min(last, begin + kPageTokens);
+      task.k = static_cast<const std::byte*>(x.k) + row_offset(x, true, item.head, begin) * size;
+      task.v = static_cast<const std::byte*>(x.v) + row_offset(x, false, item.head, begin) * size;
+      task.first = first - begin;
+      task.last = end - begin;
+      task.position = x.position + begin;
+      kernels_.attend_exact(task);
+      first = end;
+    }
   }
 
   static void clear(const RowStates& states, int rows, bool used) {
@@ -362,11 +413,10 @@ class Call {
   void load_queries(const Item& item, Arena& arena, bool for_pages, bool for_exact) const {
     const int d = job_.head_dim_k, rows = static_cast<int>(rows_of(item));
     const TensorView& q = job_.args.q;
-    const SequenceView& s = job_.sequences[static_cast<std::size_t>(item.sequence)];
+    const SequenceView& s = view_of(item);
     for (int r = 0; r < rows; ++r) {
       float* x = arena.rows + static_cast<std::size_t>(r) * d;
-      const void* row =
-          q.at(item.sequence, item.head * group_ + r % group_, job_.query_begin + item.query + r / group_);
+      const void* row = q.at(s.input, item.head * group_ + r % group_, s.input_row + item.query + r / group_);
       arena.bad[r] = row_kernels_.load(q.dtype, row, d, x) ? 0 : 1;
       if (arena.bad[r] != 0) std::fill_n(x, d, 0.0f);
     }
@@ -419,7 +469,7 @@ class Call {
   // Joins the splits of an item, takes pages back to the model's basis and writes the answer.
   template <class At>
   void join_item(const Item& item, Arena& arena, At at) {
-    const SequenceView& s = job_.sequences[static_cast<std::size_t>(item.sequence)];
+    const SequenceView& s = view_of(item);
     const int d = job_.head_dim_v, rows = static_cast<int>(rows_of(item));
     // The joined pages go to arena.rows, contiguous as the rotation wants them; m and l to the arena's states
     // of the pages, which no split reads any more.
@@ -459,10 +509,11 @@ class Call {
 
   void store(const Item& item, int r, const float* o, float m, float l) const {
     const int d = job_.head_dim_v;
-    const std::int64_t head = item.head * group_ + r % group_, t = job_.query_begin + item.query + r / group_;
+    const SequenceView& s = view_of(item);
+    const std::int64_t head = item.head * group_ + r % group_, t = s.input_row + item.query + r / group_;
     if (job_.partial.o != nullptr) {
       const TensorView& q = job_.args.q;
-      const std::int64_t row = (item.sequence * q.shape[1] + head) * q.shape[2] + t;
+      const std::int64_t row = (s.input * q.shape[1] + head) * q.shape[2] + t;
       std::copy_n(o, d, job_.partial.o + row * d);
       job_.partial.m[row] = m * kLn2;
       job_.partial.l[row] = l;
@@ -475,7 +526,7 @@ class Call {
       const float weight = std::exp2(m - top);
       factor = weight / (weight * l + std::exp2(sink - top));
     }
-    row_kernels_.store(o, d, factor, job_.out.dtype, job_.out.at(item.sequence, head, t));
+    row_kernels_.store(o, d, factor, job_.out.dtype, job_.out.at(s.input, head, t));
   }
 
   const AttendJob& job_;
@@ -484,8 +535,14 @@ class Call {
   const RowKernels& row_kernels_;
   const std::int64_t group_;  // query heads per KV head
   float factor_, cap_;
-  std::int64_t item_queries_ = 1;
+  std::int64_t most_queries_ = 0, item_queries_ = 1;
   int threads_ = 1;
+  std::span<Item> items_;
+  std::span<Split> splits_;
+  std::atomic<int>* pending_ = nullptr;  // [items] splits that still run
+  std::byte* arenas_ = nullptr;          // [threads] of arena_bytes_
+  std::byte* slots_ = nullptr;           // the states of split items
+  std::size_t arena_bytes_ = 0;
   std::atomic<bool> non_finite_{false};
 };
 
@@ -500,10 +557,30 @@ const RowKernels& row_kernels(const Kernels& kernels) {
 }
 
 Status attend(const AttendJob& job) {
-  if (job.query_count <= 0 || job.sequences.empty()) return {};
+  if (job.sequences.views.empty()) return {};
   KV4_RETURN_IF_ERROR(check_isa());
   thread_local Workspace workspace;
+  workspace.begin(job.workspace);
   return Call(job, workspace, active()).run();
+}
+
+// What Call takes at most: its items and, of the items that are split, up to kManyPieces states a thread and as many more for
+// what is left over of each.
+std::size_t attend_workspace(const AttendJob& job) {
+  const std::int64_t group = job.args.q.shape[1] / job.kv_heads, most = std::max<std::int64_t>(1, job.sequences.most_queries);
+  const std::int64_t queries = queries_of_item(most, group), batch = static_cast<std::int64_t>(job.sequences.views.size());
+  const auto items = static_cast<std::size_t>(batch * runs_of(most, queries) * job.kv_heads), rows = static_cast<std::size_t>(queries * group);
+  const auto threads = static_cast<std::size_t>(num_threads()), more = static_cast<std::size_t>(kManyPieces) * threads;
+  Carver carver(nullptr);
+  carver.take<Item>(items);
+  carver.take<Split>(items + more);
+  carver.take<std::atomic<int>>(items);
+  Arena arena;
+  carver.take<std::byte>(arena.carve(nullptr, job, rows, active()) * threads);
+  States states;
+  for (std::size_t i = 0; i < 2 * more; ++i) states.carve(carver, rows, padded(job.head_dim_v));
+  constexpr std::size_t kAlignment = 3 * 64;  // of the parts that are taken
+  return carver.bytes() + kAlignment;
 }
 
 }  // namespace kv4::cpu

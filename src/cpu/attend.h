@@ -44,8 +44,9 @@ struct RowStates {
 
 struct PagesTask {
   const PageSpec* spec = nullptr;
-  const std::uint8_t* const* pages = nullptr;  // [page_count]
-  std::size_t slice = 0;                       // byte offset of the KV head's slice in a page
+  const std::int32_t* pages = nullptr;  // [page_count] ids
+  PageMemory memory;
+  int head = 0;                         // the KV head
   int first = 0, last = 0;                     // pages [first, last) are attended to
   int page_count = 0;
   int last_page_tokens = kPageTokens;  // tokens in page page_count - 1

@@ -77,24 +77,27 @@ class CpuBackend final : public Backend {
     return {};
   }
 
-  Status seal(const PageSpec& spec, std::span<const SealJob> jobs) override {
+  Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs, bool) override {
     thread_local std::vector<Buffer> scratch;
     KV4_RETURN_IF_ERROR(check_isa());
     const Kernels& kernels = active();
-    const std::size_t bytes = kernels.seal_scratch(spec);
-    const int threads = jobs.size() < kParallelSeals ? 1 : num_threads();
+    const std::size_t bytes = kernels.seal_scratch(spec), slices = jobs.size() * static_cast<std::size_t>(kv_heads);
+    const int threads = slices < kParallelSeals ? 1 : num_threads();
     if (scratch.size() < static_cast<std::size_t>(threads)) scratch.resize(static_cast<std::size_t>(threads));
     for (int i = 0; i < threads; ++i)
       if (!scratch[static_cast<std::size_t>(i)].reserve(bytes))
         return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");
     std::vector<Buffer>& buffers = scratch;  // the calling thread's, for all workers
-    parallel_for(static_cast<std::int64_t>(jobs.size()), threads, [&](std::int64_t i, int thread) {
-      kernels.seal(spec, jobs[static_cast<std::size_t>(i)], buffers[static_cast<std::size_t>(thread)].data());
+    parallel_for(static_cast<std::int64_t>(slices), threads, [&](std::int64_t i, int thread) {
+      const SealJob& job = jobs[static_cast<std::size_t>(i / kv_heads)];
+      const int head = static_cast<int>(i % kv_heads);
+      if (job.page >= 0) kernels.seal(spec, job, head, slice_at(pages, job.page, head), buffers[static_cast<std::size_t>(thread)].data());
     });
     return {};
   }
 
   Status attend(const AttendJob& job) override { return cpu::attend(job); }
+  std::size_t attend_workspace(const AttendJob& job) const override { return cpu::attend_workspace(job); }
 
   Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k,
                             std::uint8_t* v) const override {
@@ -107,29 +110,38 @@ class CpuBackend final : public Backend {
     return {};
   }
 
-  Status dequantise(const PageSpec& spec, std::span<const DequantiseJob> jobs) const override {
+  Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs, bool) const override {
     if (jobs.empty()) return {};
-    thread_local Buffer scratch;
+    thread_local Buffer buffer;
     KV4_RETURN_IF_ERROR(check_isa());
     const Kernels& kernels = active();
-    const std::size_t bytes = kernels.dequantise_scratch(spec);
-    if (!scratch.reserve(bytes)) return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");
-    std::vector<float> rows[2];
+    float* rows[2];
+    std::byte* scratch = nullptr;
+    const auto carve = [&](std::byte* base) {
+      Carver carver(base);
+      rows[0] = carver.take<float>(static_cast<std::size_t>(kPageTokens) * spec.key.dim);
+      rows[1] = carver.take<float>(static_cast<std::size_t>(kPageTokens) * spec.value.dim);
+      scratch = carver.take<std::byte>(kernels.dequantise_scratch(spec));
+      return carver.bytes();
+    };
+    const std::size_t bytes = carve(nullptr);
+    if (!buffer.reserve(bytes)) return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");
+    carve(buffer.data());
     for (const DequantiseJob& job : jobs) {
-      float* plain[2];  // where the kernel writes: at once into place, or to be converted
-      const auto place = [&](int i, void* out, std::int64_t stride, int dim) {
-        const bool direct = out == nullptr || (job.dtype == DType::f32 && stride == dim);
-        if (!direct) rows[i].resize(static_cast<std::size_t>(job.count) * dim);
-        plain[i] = direct ? static_cast<float*>(out) : rows[i].data();
-        return direct;
-      };
-      const bool k_direct = place(0, job.k, job.k_stride, spec.key.dim), v_direct = place(1, job.v, job.v_stride, spec.value.dim);
-      kernels.dequantise(spec, job.slice, job.lambda_k, job.lambda_v, job.first, job.count, plain[0], plain[1], scratch.data());
-      const auto finish = [&](int i, void* out, std::int64_t stride, int dim) {
-        cpu::convert({.from = plain[i], .from_stride = dim, .to = out, .to_dtype = job.dtype, .to_stride = stride, .heads = 1, .dim = dim, .rows = job.count});
-      };
-      if (!k_direct) finish(0, job.k, job.k_stride, spec.key.dim);
-      if (!v_direct) finish(1, job.v, job.v_stride, spec.value.dim);
+      if (job.page < 0) continue;
+      for (int h = 0; h < kv_heads; ++h) {
+        const auto lambda_at = [h](const float* lambda, int dim) { return lambda == nullptr ? nullptr : lambda + h * dim; };
+        kernels.dequantise(spec, slice_at(pages, job.page, h), lambda_at(job.lambda_k, spec.key.dim), lambda_at(job.lambda_v, spec.value.dim),
+                           job.first, static_cast<int>(job.count), job.k == nullptr ? nullptr : rows[0],
+                           job.v == nullptr ? nullptr : rows[1], scratch);
+        const auto give = [&](const float* from, void* to, std::int64_t head_stride, std::int64_t stride, int dim) {
+          if (to == nullptr) return;
+          cpu::convert({.from = from, .from_stride = dim, .to = static_cast<std::byte*>(to) + h * head_stride * static_cast<std::int64_t>(size_of(job.dtype)),
+                        .to_dtype = job.dtype, .to_stride = stride, .heads = 1, .dim = dim, .rows = job.count});
+        };
+        give(rows[0], job.k, job.k_head_stride, job.k_stride, spec.key.dim);
+        give(rows[1], job.v, job.v_head_stride, job.v_stride, spec.value.dim);
+      }
     }
     return {};
   }

@@ -30,16 +30,17 @@ void store_row(std::byte* to, DType dtype, const float* from, int channels) {
   for (int c = 0; c < channels; ++c) half[c] = dtype == DType::f16 ? f32_to_f16(from[c]) : f32_to_bf16(from[c]);
 }
 
-// One side of one sequence; told(t) hears of every row with NaN or infinity.
+// One side of one sequence, its rows being x's from `input_row` on; told(t) hears of every row with NaN or infinity.
 template <class Told>
-void store_side(const TensorView& x, std::int64_t b, void* rows, std::int64_t head_stride, std::int64_t stride, std::int64_t first, Told told) {
-  const std::int64_t heads = x.shape[1], tokens = x.shape[2], size = static_cast<std::int64_t>(size_of(x.dtype));
+void store_side(const TensorView& x, const SequenceView& s, bool keys, Told told) {
+  const ExactRows& rows = s.exact[1];
+  const std::int64_t size = static_cast<std::int64_t>(size_of(x.dtype));
   const int channels = static_cast<int>(x.shape[3]);
   const std::size_t bytes = static_cast<std::size_t>(channels) * size_of(x.dtype);
-  for (std::int64_t h = 0; h < heads; ++h) {
-    for (std::int64_t t = 0; t < tokens; ++t) {
-      std::byte* to = static_cast<std::byte*>(rows) + (h * head_stride + (first + t) * stride) * size;
-      std::memcpy(to, x.at(b, h, t), bytes);
+  for (std::int64_t h = 0; h < x.shape[1]; ++h) {
+    for (std::int64_t t = 0; t < s.query_count; ++t) {
+      std::byte* to = static_cast<std::byte*>(const_cast<void*>(keys ? rows.k : rows.v)) + row_offset(rows, keys, h, rows.count + t) * size;
+      std::memcpy(to, x.at(s.input, h, s.input_row + t), bytes);
       if (finite(to, x.dtype, channels)) continue;
       std::memset(to, 0, bytes);
       told(t);
@@ -51,34 +52,40 @@ void store_side(const TensorView& x, std::int64_t b, void* rows, std::int64_t he
 
 void store(const StoreJob& job) {
   std::vector<std::uint8_t> bad;  // [T] 1 key, 2 value; empty while all is finite
-  for (std::size_t b = 0; b < job.sequences.size(); ++b) {
-    const ExactRows& rows = job.sequences[b].exact[1];
+  for (std::size_t b = 0; b < job.sequences.views.size(); ++b) {
+    const SequenceView& s = job.sequences.views[b];
     bad.clear();
     const auto told = [&](std::uint8_t side) {
-      return [&bad, &job, side](std::int64_t t) {
-        bad.resize(static_cast<std::size_t>(job.k.shape[2]));
+      return [&bad, &s, side](std::int64_t t) {
+        bad.resize(static_cast<std::size_t>(s.query_count));
         bad[static_cast<std::size_t>(t)] |= side;
       };
     };
-    const auto row = static_cast<std::int64_t>(b);
-    store_side(job.k, row, const_cast<void*>(rows.k), rows.k_head_stride, rows.k_stride, rows.count, told(1));
-    store_side(job.v, row, const_cast<void*>(rows.v), rows.v_head_stride, rows.v_stride, rows.count, told(2));
-    for (std::size_t t = 0; t < bad.size(); ++t)
-      if (bad[t] != 0)
-        job.found[b]->push_back({rows.position + rows.count + static_cast<std::int64_t>(t), (bad[t] & 1) != 0, (bad[t] & 2) != 0});
+    store_side(job.k, s, true, told(1));
+    store_side(job.v, s, false, told(2));
+    for (std::size_t t = 0; t < bad.size(); ++t) {
+      if (bad[t] == 0) continue;
+      const NonFinite told{s.exact[1].position + s.exact[1].count + static_cast<std::int64_t>(t), (bad[t] & 1) != 0, (bad[t] & 2) != 0};
+      if (job.found != nullptr) job.found[b]->push_back(told);
+      if (s.note == nullptr) continue;
+      if (told.key) s.note->key = std::max(std::int64_t{s.note->key}, told.position + 1);
+      if (told.value) s.note->value = std::max(std::int64_t{s.note->value}, told.position + 1);
+    }
   }
 }
 
 void convert(const ConvertJob& job) {
-  std::vector<float> row(static_cast<std::size_t>(job.dim), 0.0f);
+  constexpr int kChunk = 256;  // channels at a time
+  float row[kChunk] = {};
+  const std::int64_t from_size = static_cast<std::int64_t>(size_of(job.from_dtype)), to_size = static_cast<std::int64_t>(size_of(job.to_dtype));
   for (int h = 0; h < job.heads; ++h) {
     for (std::int64_t j = 0; j < job.rows; ++j) {
-      if (job.from != nullptr)
-        load_row(static_cast<const std::byte*>(job.from) +
-                     (h * job.from_head_stride + j * job.from_stride) * static_cast<std::int64_t>(size_of(job.from_dtype)),
-                 job.from_dtype, row.data(), job.dim);
-      store_row(static_cast<std::byte*>(job.to) + (h * job.to_head_stride + j * job.to_stride) * static_cast<std::int64_t>(size_of(job.to_dtype)),
-                job.to_dtype, row.data(), job.dim);
+      const std::int64_t from = h * job.from_head_stride + j * job.from_stride, to = h * job.to_head_stride + j * job.to_stride;
+      for (int c = 0; c < job.dim; c += kChunk) {
+        const int count = std::min(kChunk, job.dim - c);
+        if (job.from != nullptr) load_row(static_cast<const std::byte*>(job.from) + (from + c) * from_size, job.from_dtype, row, count);
+        store_row(static_cast<std::byte*>(job.to) + (to + c) * to_size, job.to_dtype, row, count);
+      }
     }
   }
 }

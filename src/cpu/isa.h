@@ -35,8 +35,8 @@ struct Kernels {
   const char* name;
   bool (*supported)();
 
-  // Seals one head slice. scratch: seal_scratch(spec) bytes.
-  void (*seal)(const PageSpec& spec, const SealJob& job, void* scratch);
+  // Seals the slice of one head. scratch: seal_scratch(spec) bytes.
+  void (*seal)(const PageSpec& spec, const SealJob& job, int head, std::uint8_t* slice, void* scratch);
   std::size_t (*seal_scratch)(const PageSpec& spec);
 
   // Backend::dequantise. scratch: dequantise_scratch(spec) bytes.

@@ -66,12 +66,12 @@ Status measure_seal(int dim, RotationKind rotation, std::int64_t vectors, int re
     job.v = rows.data() + (p * 2 + 1) * kPageTokens * size;
     job.k_stride = job.v_stride = dim;
     job.lambda_k = job.lambda_v = lambda.data();
-    job.slice = slices.get() + p * spec.layout.head_bytes;
+    job.page = static_cast<std::int32_t>(p);
   }
   ns_per_vector->clear();
   for (int r = 0; r <= repeats; ++r) {
     const auto begin = std::chrono::steady_clock::now();
-    KV4_RETURN_IF_ERROR(cpu->seal(spec, jobs));
+    KV4_RETURN_IF_ERROR(cpu->seal(spec, {.data = slices.get(), .page_stride = spec.layout.head_bytes, .head_stride = spec.layout.head_bytes}, 1, jobs, false));
     const std::chrono::duration<double, std::nano> took = std::chrono::steady_clock::now() - begin;
     if (r > 0) ns_per_vector->push_back(took.count() / static_cast<double>(pages * 2 * kPageTokens));
   }

@@ -66,11 +66,14 @@ struct SealSide {
   std::int64_t stride;  // bytes
   DType dtype;
   const std::uint8_t* skip;
+  int hidden;
   const float* lambda;
   int first, count;
   std::uint8_t* codes;
   std::byte* scales;
   std::byte* mean;
+
+  KV4_INLINE bool used(int j) const { return j >= hidden && (skip == nullptr || skip[j] == 0); }
 };
 
 template <class Isa, DType kType>
@@ -87,14 +90,14 @@ void row_mean(const SealSide& s, double* mean) {
   constexpr int L = Isa::kLanes;
   const int d = s.spec->dim;
   int used = 0;
-  for (int j = 0; j < s.count; ++j) used += s.skip == nullptr || s.skip[j] == 0;
+  for (int j = 0; j < s.count; ++j) used += s.used(j);
   const double inverse = used > 0 ? 1.0 / used : 0.0;
   // Two blocks at a time, for four independent sums; blocks overlap at the end rather than overrun.
   for (int next = 0; next < d; next += 2 * L) {
     const int c[2] = {next + L <= d ? next : d - L, next + 2 * L <= d ? next + L : d - L};
     D sum[2][2] = {};
     for (int j = 0; j < s.count; ++j) {
-      if (s.skip != nullptr && s.skip[j] != 0) continue;
+      if (!s.used(j)) continue;
       for (int b = 0; b < 2; ++b) {
         D low, high;
         SealOps::widen(load_row<Isa, kType>(s.rows + j * s.stride, c[b]), low, high);
@@ -319,7 +322,7 @@ void seal_side(const SealSide& s, const SealScratch& scratch,
     alignas(64) float live[L];
     for (int i = 0; i < L; ++i) {
       const int j = t + i - s.first;
-      const bool used = j >= 0 && j < s.count && (s.skip == nullptr || s.skip[j] == 0);
+      const bool used = j >= 0 && j < s.count && s.used(j);
       rows[i] = used ? s.rows + j * s.stride : reinterpret_cast<const std::byte*>(scratch.zeros);
       live[i] = used ? 1.0f : 0.0f;
     }
@@ -350,32 +353,27 @@ void seal_side(const SealSide& s, const SealScratch& scratch,
 }
 
 template <class Isa>
-void seal(const PageSpec& spec, const SealJob& job, void* scratch) {
-  std::byte* const slice = reinterpret_cast<std::byte*>(job.slice);
-  const auto bytes = [&](std::int64_t stride) { return stride * static_cast<std::int64_t>(size_of(job.dtype)); };
-  seal_side<Isa>({.spec = &spec.key,
-                  .rows = static_cast<const std::byte*>(job.k),
-                  .stride = bytes(job.k_stride),
-                  .dtype = job.dtype,
-                  .skip = job.skip,
-                  .lambda = job.lambda_k,
-                  .first = job.first,
-                  .count = job.count,
-                  .codes = job.slice + spec.layout.k_codes,
-                  .scales = slice + spec.layout.k_scales,
-                  .mean = slice + spec.layout.k_mean},
+void seal(const PageSpec& spec, const SealJob& job, int head, std::uint8_t* slice, void* scratch) {
+  const std::int64_t size = static_cast<std::int64_t>(size_of(job.dtype));
+  const auto side = [&](const SideSpec& of, const void* rows, std::int64_t head_stride, std::int64_t stride, const float* lambda,
+                        std::uint32_t codes, std::uint32_t scales, std::uint32_t mean) {
+    return SealSide{.spec = &of,
+                    .rows = static_cast<const std::byte*>(rows) + head * head_stride * size,
+                    .stride = stride * size,
+                    .dtype = job.dtype,
+                    .skip = job.skip,
+                    .hidden = job.hidden,
+                    .lambda = lambda == nullptr ? nullptr : lambda + head * of.dim,
+                    .first = job.first,
+                    .count = static_cast<int>(job.count),
+                    .codes = slice + codes,
+                    .scales = reinterpret_cast<std::byte*>(slice + scales),
+                    .mean = reinterpret_cast<std::byte*>(slice + mean)};
+  };
+  const kv4_page_layout& at = spec.layout;
+  seal_side<Isa>(side(spec.key, job.k, job.k_head_stride, job.k_stride, job.lambda_k, at.k_codes, at.k_scales, at.k_mean),
                  SealScratch(spec.key.dim, Isa::kLanes, scratch), pack_keys<Isa>);
-  seal_side<Isa>({.spec = &spec.value,
-                  .rows = static_cast<const std::byte*>(job.v),
-                  .stride = bytes(job.v_stride),
-                  .dtype = job.dtype,
-                  .skip = job.skip,
-                  .lambda = job.lambda_v,
-                  .first = job.first,
-                  .count = job.count,
-                  .codes = job.slice + spec.layout.v_codes,
-                  .scales = slice + spec.layout.v_scales,
-                  .mean = nullptr},
+  seal_side<Isa>(side(spec.value, job.v, job.v_head_stride, job.v_stride, job.lambda_v, at.v_codes, at.v_scales, 0),
                  SealScratch(spec.value.dim, Isa::kLanes, scratch), pack_values);
 }
 

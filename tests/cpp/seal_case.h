@@ -195,7 +195,7 @@ struct Inputs {
     k = std::make_unique<Rows>(raw_k, kPageTokens, c.key.dim, c.dtype, skip.data());
     v = std::make_unique<Rows>(raw_v, kPageTokens, c.value.dim, c.dtype, skip.data());
   }
-  SealJob job(std::uint8_t* slice, int first = 0, int count = kPageTokens) const {
+  SealJob job(int first = 0, int count = kPageTokens) const {
     SealJob j;
     j.k = k->row(first);
     j.v = v->row(first);
@@ -205,8 +205,7 @@ struct Inputs {
     j.skip = skip.data() + first;
     j.lambda_k = lambda_k.empty() ? nullptr : lambda_k.data();
     j.lambda_v = lambda_v.empty() ? nullptr : lambda_v.data();
-    j.slice = slice;
-    j.first = first;
+    j.first = static_cast<std::int16_t>(first);
     j.count = count;
     return j;
   }

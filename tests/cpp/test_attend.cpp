@@ -460,9 +460,9 @@ TEST_F(Partial, Exponential) {
   job.kv_heads = 1;
   job.head_dim_k = job.head_dim_v = kDim;
   SequenceView view;
-  view.exact[0] = {k.data(), v.data(), 0, 0, kDim, kDim, 0, 2};
-  job.sequences = {&view, 1};
-  job.query_count = kRows;
+  view.exact[0] = {.k = k.data(), .v = v.data(), .k_stride = kDim, .v_stride = kDim, .count = 2};
+  view.query_count = kRows;
+  job.sequences.views = {&view, 1};
   every_isa([&] {
     State state(kRows, kDim);
     job.partial = state.view();
@@ -498,9 +498,10 @@ TEST_F(Attend, LargestSumsStayInRange) {
   }
   const std::vector<float> q(d, 3.0f);
   std::vector<float> out(d);
-  const std::uint8_t* pages[] = {page.data()};
+  const std::int32_t id = 0;
   SequenceView view;
-  view.pages = pages;
+  view.pages = &id;
+  view.query_count = 1;
   view.page_count = 1;
   view.query_position = kPageTokens - 1;
   AttendJob job;
@@ -509,8 +510,8 @@ TEST_F(Attend, LargestSumsStayInRange) {
   job.spec = &spec;
   job.kv_heads = 1;
   job.head_dim_k = job.head_dim_v = d;
-  job.sequences = {&view, 1};
-  job.query_count = 1;
+  job.sequences.views = {&view, 1};
+  job.pages.data = page.data();
   job.out = {out.data(), DType::f32, {1, 1, 1, d}, {0, 0, 0, 1}};
   every_isa([&] {
     ASSERT_TRUE(find_backend("cpu")->attend(job).ok());

@@ -35,9 +35,9 @@ std::vector<const cpu::Kernels*> runnable() {
   return all;
 }
 
-void run_seal(const cpu::Kernels& kernels, const PageSpec& spec, const SealJob& job) {
+void run_seal(const cpu::Kernels& kernels, const PageSpec& spec, const SealJob& job, std::uint8_t* slice) {
   Guarded scratch(kernels.seal_scratch(spec));
-  kernels.seal(spec, job, scratch.data());
+  kernels.seal(spec, job, 0, slice, scratch.data());
   EXPECT_TRUE(scratch.intact());
 }
 
@@ -66,7 +66,7 @@ void check_case(const Case& c) {
   for (const cpu::Kernels* kernels : runnable()) {
     SCOPED_TRACE(testing::Message() << kernels->name << ": " << c);
     Guarded slice(in.spec.layout.head_bytes);
-    run_seal(*kernels, in.spec, in.job(slice.data()));
+    run_seal(*kernels, in.spec, in.job(), slice.data());
     ASSERT_TRUE(slice.intact());
     const Codes codes = read_codes(in.spec, slice.data());
     const kv4_page_layout& at = in.spec.layout;
@@ -137,13 +137,13 @@ TEST(Seal, MaskedRowsReachNothing) {
       for (const cpu::Kernels* kernels : runnable()) {
         SCOPED_TRACE(kernels->name);
         Guarded a(in.spec.layout.head_bytes), b(in.spec.layout.head_bytes);
-        run_seal(*kernels, in.spec, in.job(a.data()));
+        run_seal(*kernels, in.spec, in.job(), a.data());
         // The same page, the masked rows being numbers instead of NaN.
         const Rows k(in.raw_k, kPageTokens, d, dtype, nullptr), v(in.raw_v, kPageTokens, d, dtype, nullptr);
-        SealJob job = in.job(b.data());
+        SealJob job = in.job();
         job.k = k.row(0);
         job.v = v.row(0);
-        run_seal(*kernels, in.spec, job);
+        run_seal(*kernels, in.spec, job, b.data());
         EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size()), 0);
         const Codes codes = read_codes(in.spec, a.data());
         for (int j = 0; j < kPageTokens; ++j) {
@@ -153,11 +153,20 @@ TEST(Seal, MaskedRowsReachNothing) {
           for (int i = 0; i < d; ++i) ASSERT_TRUE(codes.key[j * d + i] == 8 && codes.value[j * d + i] == 8);
         }
         // Nothing but masked rows: mean, scales and codes of zero.
-        SealJob none = in.job(a.data());
+        SealJob none = in.job();
         const std::vector<std::uint8_t> all(kPageTokens, 1);
         none.skip = all.data();
-        run_seal(*kernels, in.spec, none);
+        run_seal(*kernels, in.spec, none, a.data());
         for (std::uint16_t m : in.mean(a.data())) EXPECT_EQ(m & 0x7fff, 0);
+        // Hidden rows are masked ones at the front.
+        SealJob front = in.job(), hidden = front;
+        std::vector<std::uint8_t> flags = in.skip;
+        std::fill_n(flags.begin(), 5, std::uint8_t{1});
+        front.skip = flags.data();
+        hidden.hidden = 5;
+        run_seal(*kernels, in.spec, front, a.data());
+        run_seal(*kernels, in.spec, hidden, b.data());
+        EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size()), 0);
       }
     }
   }
@@ -177,7 +186,7 @@ TEST(Seal, PiecesMakeTheWholePage) {
       SCOPED_TRACE(testing::Message() << kernels->name << " d " << d);
       Guarded whole(in.spec.layout.head_bytes);
       std::memset(whole.data(), 0, whole.size());
-      run_seal(*kernels, in.spec, in.job(whole.data()));
+      run_seal(*kernels, in.spec, in.job(), whole.data());
       const std::vector<std::vector<int>> splits = {
           {1, 1, 62}, {63, 1}, {5, 20, 39}, {7, 9, 16, 32}, {33, 3, 28}, std::vector<int>(64, 1)};
       for (const std::vector<int>& split : splits) {
@@ -185,7 +194,7 @@ TEST(Seal, PiecesMakeTheWholePage) {
         std::memset(pieces.data(), 0, pieces.size());
         int first = 0;
         for (int count : split) {
-          run_seal(*kernels, in.spec, in.job(pieces.data(), first, count));
+          run_seal(*kernels, in.spec, in.job(first, count), pieces.data());
           first += count;
         }
         ASSERT_TRUE(pieces.intact());
@@ -194,7 +203,7 @@ TEST(Seal, PiecesMakeTheWholePage) {
       for (const auto& [first, count] : {std::pair{0, 1}, {3, 2}, {13, 30}, {40, 24}, {63, 1}}) {
         Guarded slice(in.spec.layout.head_bytes);  // every nibble 0xa or 0x5
         const Codes before = read_codes(in.spec, slice.data());
-        run_seal(*kernels, in.spec, in.job(slice.data(), first, count));
+        run_seal(*kernels, in.spec, in.job(first, count), slice.data());
         ASSERT_TRUE(slice.intact());
         const Codes after = read_codes(in.spec, slice.data()), expected = read_codes(in.spec, whole.data());
         const auto inside = [&, f = first, n = count](int j) { return j >= f && j < f + n; };
@@ -225,7 +234,7 @@ TEST(Seal, ExtremeMagnitudes) {
     for (const cpu::Kernels* kernels : runnable()) {
       SCOPED_TRACE(testing::Message() << kernels->name << " factor " << factor);
       Guarded slice(in.spec.layout.head_bytes);
-      run_seal(*kernels, in.spec, in.job(slice.data()));
+      run_seal(*kernels, in.spec, in.job(), slice.data());
       for (std::uint16_t s : read_u16(slice.data() + in.spec.layout.k_scales, 2 * kPageTokens)) {
         if (factor < 1e-9f) ASSERT_EQ(s, 0);
         else if (factor > 1e8f) ASSERT_EQ(s, 0x7bff);
@@ -337,7 +346,7 @@ TEST(Dequantise, ErrorsStayWithinTheFormat) {
       for (const cpu::Kernels* kernels : runnable()) {
         SCOPED_TRACE(testing::Message() << kernels->name << ": " << c);
         Guarded slice(at.head_bytes);
-        run_seal(*kernels, in.spec, in.job(slice.data()));
+        run_seal(*kernels, in.spec, in.job(), slice.data());
         const Codes codes = read_codes(in.spec, slice.data());
         const auto ks = read_u16(slice.data() + at.k_scales, in.spec.key.groups * kPageTokens);
         const auto vs = read_u16(slice.data() + at.v_scales, in.spec.value.groups * kPageTokens);

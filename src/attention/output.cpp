@@ -1,4 +1,4 @@
-#include "cache/output.h"
+#include "attention/output.h"
 
 #include <algorithm>
 #include <array>
@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "format/text.h"
+#include "attention/arguments.h"
 
 namespace kv4 {
 namespace {
