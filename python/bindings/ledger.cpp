@@ -128,10 +128,13 @@ void bind_ledger(nb::module_& m) {
       .def("commit", &commit, "plan"_a, "ids"_a = std::vector<ledger::PageId>())
       .def("view", &view, "position"_a, "stepwise"_a, "upto"_a)
       .def("view_end", &Ledger::view_end, "position"_a, "stepwise"_a, "The first query position behind `position` that reads other pages.")
+      .def("replace_last", &Ledger::replace_last, "id"_a, "The last page becomes a copy that nobody else has. Returns the id it had.")
       .def("moved", [](const Ledger& l, std::vector<ledger::PageId> pages) {
         if (pages.size() != l.pages().size())
           raise_if_error(invalid_argument("pages", std::to_string(l.pages().size()) + " ids", std::to_string(pages.size())));
-        return Ledger(l.policy(), l.extent(), std::move(pages), {l.marks().begin(), l.marks().end()});
+        Ledger copy = l;
+        copy.take_pages(std::move(pages));
+        return copy;
       }, "pages"_a, "A copy whose pages have these ids, in order of position.")
       .def("fork", [](const Ledger& l) { return Ledger(l); }, "A copy; its pages count as one more reference each.");
 }

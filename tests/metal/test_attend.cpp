@@ -118,7 +118,6 @@ TEST(MetalAttend, SequencesWithRowsOfTheirOwn) {
 TEST(MetalAttend, HiddenTokensOfTheFirstPageAreReadFromExactRows) {
   for (const int sinks : {1, 4, 63}) {
     Shape shape;
-    shape.group = 4;
     shape.dtype = DType::f32;
     shape.seed = 4400;
     const Scene s(shape, {Held{0, 200, 40, 0}}), other(shape, {Held{sinks, 0, 0, 0}});

@@ -134,8 +134,8 @@ TEST(MetalSeal, PartsOfAPage) {
 
 TEST(MetalSeal, HiddenRowsAreMaskedOnes) {
   Case c;
-  c.key = {64, RotationKind::srft, 0, LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
-  c.value.dim = 64;
+  c.key = {256, RotationKind::srft, 0, LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
+  c.value.dim = 256;
   Inputs in(c);
   const PageSpec spec = on_metal(in.spec);
   const Module& m = Module::get("seal", Build::check);

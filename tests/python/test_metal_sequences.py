@@ -14,7 +14,7 @@ from metal_device import needs_emulator
 @needs_emulator
 @pytest.mark.parametrize("tokens", [1, 40, 64, 100])
 def test_who_shares_a_page_that_is_filled_on_arrival_fills_a_copy(tokens):
-    pair = Pair(Recipe.paper(), batch=2)
+    pair = Pair(Recipe.paper(), batch=2, seed=6)  # 5 has a value on a decision boundary, which may go either way
     pair.step(100)
     twins = pair.metal.clone(), pair.core.clone()
     used = pair.metal.pool.count - len(pair.metal.pool.free)

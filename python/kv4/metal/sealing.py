@@ -64,16 +64,18 @@ class Sealing(Holding):
             if end <= begin:
                 continue
             made.pages = self.pool.take(plan.new_pages, clear=arrival)
-            if plan.first_sealed < s.page_end and plan.first_sealed < s.alone:
-                (made.filled,) = self.pool.copies(self.pool, s.ledger.pages[-1:])
+            places = [page.place for page in made.pages]
+            if plan.first_sealed < s.page_end:  # some go behind what the last page holds
+                places.insert(0, s.ledger.pages[-1])
+                if plan.first_sealed < s.alone:
+                    (made.filled,) = self.pool.copies(self.pool, places[:1])
+                    places[0] = made.filled.place
             # Where the first row lies: behind those that wait in the window, or in the call's arrays.
             row = spans[b][0] if arrival and spans else self._row(begin, x)
-            body = plan.after.start + self.sink_limit
-            for index in range(plan.first_sealed, s.page_end + plan.new_pages):
-                page = made.filled if index < s.page_end else made.pages[index - s.page_end]
-                place = s.ledger.pages[-1] if page is None else page.place
-                first = max(begin - body - index * PAGE, 0)
-                at = body + index * PAGE + first - begin
+            page = plan.after.start + self.sink_limit + plan.first_sealed * PAGE  # position of its first token
+            for i, place in enumerate(places):
+                first = max(begin - page, 0) if i == 0 else 0
+                at = page + i * PAGE + first - begin
                 count = min(PAGE - first, end - begin - at)
                 parts.append((made, (place, first, count, -1 if arrival else len(skip) + at, b, row + at)))
             skip += b"" if arrival else plan.skip
