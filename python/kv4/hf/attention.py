@@ -62,7 +62,11 @@ def kv4_attention(
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if type(key) is CompiledHandle and type(value) is CompiledHandle:
             if torch.compiler.is_dynamo_compiling():
-                out = _attend_in_graph(query, key, attention_mask, scaling, softcap, s_aux, causal)
+                layer, mask = key.layer, attention_mask
+                if mask is CAUSAL:
+                    mask, causal = None, True
+                dim = layer.form.head_dim_v
+                out = attend(layer.state, query, layer.number, dim, mask, scaling, softcap, s_aux, causal)
                 return out.to(_output_dtype(query)), None
             key, value = key.now(), value.now()
         compiling = torch.compiler.is_dynamo_compiling()
@@ -70,19 +74,7 @@ def kv4_attention(
         dtype = _output_dtype(query) if compiling or _autocasts() else query.dtype
         out = packed(query, key, value, attention_mask, scaling, softcap, s_aux, causal, dtype)
         return without_gradient(out, query), None
-    return _attend_dense(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling,
-        softcap,
-        s_aux,
-        is_causal,
-        dropout,
-        kwargs,
-    )
+    return _attend_dense(module, query, key, value, attention_mask, scaling, softcap, s_aux, is_causal, dropout, kwargs)
 
 
 def _output_dtype(query: torch.Tensor) -> torch.dtype:
@@ -188,21 +180,6 @@ def _limits(
     batch = held.batch
     start = _all(batch, 0) if start is None else (start + (offset - first)).clamp_(min=0)
     return causal, first, start, _all(batch, 0) if window is None else window
-
-
-def _attend_in_graph(
-    query: torch.Tensor,
-    key: CompiledHandle,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-    causal: bool,
-) -> torch.Tensor:
-    layer = key.layer
-    if mask is CAUSAL:
-        mask, causal = None, True
-    return attend(layer.state, query, layer.number, layer.form.head_dim_v, mask, scaling, softcap, s_aux, causal)
 
 
 @torch.library.custom_op("kv4::attend", mutates_args=(), tags=TAGS)
