@@ -1,6 +1,6 @@
 // The backend of Apple GPUs. Their memory is the CPU's: taking rows in, moments and conversions are the CPU backend's; sealing,
-// dequantising and attention are launches, and each call waits for its own. Queries, masks and outputs may be any memory:
-// they are copied. What a launch is told, and every table, comes from tables.h; gpu.h is all that knows a device.
+// dequantising and attention are launches, and each call waits for its own. Queries, masks, outputs and rows that are sealed as they
+// arrive may be any memory: they are copied. What a launch is told, and every table, comes from tables.h; gpu.h is all that knows a device.
 #include "backend/backend.h"
 
 #include <algorithm>
@@ -22,6 +22,8 @@ namespace kv4::apple {
 namespace {
 
 constexpr std::size_t kSmallest = 64;  // bytes of a buffer
+
+std::size_t rounded(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 // Memory of one call, given back with it.
 class Staging {
@@ -177,6 +179,19 @@ Status MetalBackend::matrices(const Rotation& rotation, const Matrices** out) co
   return {};
 }
 
+// A job's rows of one side, which are a caller's own, copied to where kernels read them.
+void stage_rows(SealJob* job, bool values, int kv_heads, int dim, std::uint8_t* to) {
+  const auto size = static_cast<std::int64_t>(size_of(job->dtype)), row = dim * size;
+  const void*& from = values ? job->v : job->k;
+  std::int64_t &head_stride = values ? job->v_head_stride : job->k_head_stride, &stride = values ? job->v_stride : job->k_stride;
+  for (std::int64_t h = 0; h < kv_heads; ++h)
+    for (std::int64_t j = 0; j < job->count; ++j)
+      std::memcpy(to + (h * job->count + j) * row, static_cast<const std::uint8_t*>(from) + (h * head_stride + j * stride) * size, static_cast<std::size_t>(row));
+  from = to;
+  head_stride = job->count * dim;
+  stride = dim;
+}
+
 Status MetalBackend::seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs, bool /*resident*/) {
   std::int32_t most = -1;
   for (const SealJob& j : jobs) most = std::max(most, j.page);
@@ -191,8 +206,19 @@ Status MetalBackend::seal(const PageSpec& spec, const PageMemory& pages, int kv_
     const float* lambda = nullptr;
     std::vector<std::int64_t> table;
     std::vector<std::uint8_t> skip;
-    for (const SealJob& j : jobs) {
-      if (j.page < 0 || j.count == 0) continue;
+    const auto foreign = [&](const SealJob& j) { return j.page >= 0 && j.count > 0 && !gpu_->holds(values ? j.v : j.k); };
+    std::size_t staged = 0;
+    for (const SealJob& j : jobs)
+      if (foreign(j)) staged += rounded(static_cast<std::size_t>(kv_heads * j.count * side.dim) * size_of(j.dtype));
+    auto* to = staged > 0 ? staging.room<std::uint8_t>(staged) : nullptr;
+    if (staged > 0 && to == nullptr) return staging.full();
+    for (const SealJob& given : jobs) {
+      if (given.page < 0 || given.count == 0) continue;
+      SealJob j = given;
+      if (foreign(given)) {
+        stage_rows(&j, values, kv_heads, side.dim, to);
+        to += rounded(static_cast<std::size_t>(kv_heads * j.count * side.dim) * size_of(j.dtype));
+      }
       const void* own = values ? j.v : j.k;
       if (rows == nullptr) rows = own;
       JobPlace place;

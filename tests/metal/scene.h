@@ -54,7 +54,7 @@ class MetalScene {
     for (std::int64_t i = 0; i < chunks; ++i) chunk_at_.push_back((chunks - 1 - i) * chunk);
     for (std::int64_t id = 0; id < pages; ++id) {
       std::uint8_t* page = pages_.data() + id * memory_.page_stride;
-      for (int h = 0; h < heads; ++h) convert(from.slice(static_cast<std::int32_t>(id), h), page + h * memory_.head_stride);
+      for (int h = 0; h < heads; ++h) convert(slice_at(from, static_cast<std::int32_t>(id), h), page + h * memory_.head_stride);
       std::memcpy(chunked_.data() + chunk_at_[static_cast<std::size_t>(id / 4)] + id % 4 * memory_.page_stride, page, static_cast<std::size_t>(memory_.page_stride));
     }
     std::int32_t blocks = 0;
