@@ -47,8 +47,8 @@ TESTS = [
     "MetalSeal.DequantisesAsDefined",
 ]
 # Recorded launches that are run of each kernel: the smallest, no two of one shape, so that masks, parts of pages,
-# several splits and channels that do not fill the lanes are among them; of kernels of rows and of sealing the largest too,
-# which have a rotation's matrix and hidden rows.
+# several splits and channels that do not fill the lanes are among them; of kernels of rows and of sealing the largest
+# too, which have a rotation's matrix and hidden rows.
 LAUNCHES = 3
 LARGEST = ("kv4_prepare", "kv4_merge", "kv4_seal", "kv4_dequantise")
 TOLERANCE = 2e-3  # of the largest magnitude: the bound of the kernels' own tests of attention

@@ -116,7 +116,7 @@ TEST(MetalAttend, SequencesWithRowsOfTheirOwn) {
 
 // The first page's first tokens are seen where they lie exact, and nowhere else.
 TEST(MetalAttend, HiddenTokensOfTheFirstPageAreReadFromExactRows) {
-  for (const int sinks : {1, 4, 63}) {
+  for (const int sinks : {1, 40, 63}) {
     Shape shape;
     shape.dtype = DType::f32;
     shape.seed = 4400;

@@ -139,7 +139,7 @@ TEST(MetalSeal, HiddenRowsAreMaskedOnes) {
   Inputs in(c);
   const PageSpec spec = on_metal(in.spec);
   const Module& m = Module::get("seal", Build::check);
-  Pool hidden(spec), skipped(spec);
+  Pool hidden(spec), skipped(spec, true);
   for (bool values : {false, true}) seal_side(m, spec, in, values, 0, kPageTokens, &hidden, 1, 4);
   std::fill_n(in.skip.begin(), 4, 1);
   for (bool values : {false, true}) seal_side(m, spec, in, values, 0, kPageTokens, &skipped, 2);
