@@ -145,8 +145,8 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
         const int tokens = at + 1 == pages ? last_tokens : kPageTokens;
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r)
-          hide<kScores, false>(p, here.b, head, row0 + r * kBlockRows + row, pages_position + static_cast<long long>(at) * kPageTokens, tokens,
-                        score[r] + kScores, token);
+          hide<kScores, false>(p, here.b, head, row0 + r * kBlockRows + row, pages_position + static_cast<long long>(at) * kPageTokens,
+                               at == 0 ? s.pages_hidden : 0, tokens, score[r] + kScores, token);
       }
     }
 

@@ -268,7 +268,8 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
         const int tokens = at + 1 == pages ? last_tokens : kPageTokens;
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r)
-          hide<kScores, true>(p, here.b, head, row0 + r * kBlockRows + row, pages_position + static_cast<long long>(at) * kPageTokens, tokens, now[r], token);
+          hide<kScores, true>(p, here.b, head, row0 + r * kBlockRows + row, pages_position + static_cast<long long>(at) * kPageTokens,
+                              at == 0 ? s.pages_hidden : 0, tokens, now[r], token);
       }
 #pragma unroll
       for (int r = 0; r < kBlocks; ++r)
@@ -426,12 +427,11 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
 #pragma unroll
       for (int n = 0; n < 4; ++n) score[r][n] = -INFINITY;
     if (mine) {
-      const int set = at.item < at.sink_items ? 0 : 1;
-      const long long position = p.sequences[at.b].exact[set].position + (set == 0 ? at.item : at.item - at.sink_items) * kExactTokens;
+      const ExactItem item(p, at);
+      const long long position = item.position;
       unsigned char* slot = queue.wait(member);
-      const Piece keys = exact_piece(p, at, head, 0);
-      rows = keys.rows;
-      if (!keys.aligned()) copy_unaligned(keys, slot, kPitch, lane);
+      rows = item.rows;
+      if (!exact_aligned(p.sequences[at.b].exact[item.set], 0)) copy_unaligned(exact_piece(p, at, head, 0), slot, kPitch, lane);
       const uint32_t base = shared_address(slot);
       float c[kBlocks][2][4] = {};
 #pragma unroll 4
@@ -452,7 +452,7 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
           if (p.cap > 0) score[r][n] = soft_cap(p.cap, score[r][n]);
         }
         if (rows < kExactTokens || position < seen.x || position + kExactTokens - 1 > seen.y)
-          hide<4, true>(p, at.b, head, row0 + r * kBlockRows + g, position, rows, score[r], [t](int n) { return n / 2 * 8 + 2 * t + n % 2; });
+          hide<4, true>(p, at.b, head, row0 + r * kBlockRows + g, position, 0, rows, score[r], [t](int n) { return n / 2 * 8 + 2 * t + n % 2; });
       }
     }
     queue.pop(count);
@@ -477,10 +477,10 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
       exchange.weights[(member * kBlocks + r) * kLanes + lane] = two_halves(p.bf16, weight[0], weight[1], weight[2], weight[3]);
     }
     if (mine) {
-      const Piece values = exact_piece(p, at, head, 1);
-      if (!values.aligned() || rows < kExactTokens) {
+      const bool aligned = exact_aligned(p.sequences[at.b].exact[ExactItem(p, at).set], 1);
+      if (!aligned || rows < kExactTokens) {
         unsigned char* slot = queue.wait(member);
-        if (!values.aligned()) copy_unaligned(values, slot, kPitch, lane);
+        if (!aligned) copy_unaligned(exact_piece(p, at, head, 1), slot, kPitch, lane);
         // What lies behind the rows is anything; its weight is 0, and 0 times NaN is NaN.
         for (int n = lane; n < (kExactTokens - rows) * (D / 8); n += kLanes)
           *reinterpret_cast<uint4*>(slot + (rows + n / (D / 8)) * kPitch + n % (D / 8) * 16) = {};
