@@ -24,6 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "src/moments": {"kv4", "format"},
     "src/ledger": {"kv4"},
     "src/attention": {"kv4", "format"},
+    "src/paged": {"kv4", "format", "backend", "attention"},
     "src/backend": {"kv4", "format", "rotation", "recipe"},
     "src/reference": {"kv4", "format", "rotation", "recipe", "backend"},
     "src/cpu": {"kv4", "format", "rotation", "recipe", "moments", "backend"},

@@ -277,7 +277,7 @@ class Scene {
         const std::int32_t id = --free_pages_;
         s.ids.push_back(id);
         for (int h = 0; h < heads; ++h) {
-          std::uint8_t* slice = this->pages().slice(id, h);
+          std::uint8_t* slice = slice_at(this->pages(), id, h);
           fill_slice(random, tokens, slice, k, v);
           if (!dense) continue;
           reference::append_page(spec_, slice, k.data(), v.data(), tokens, lambda_k(h), lambda_v(h), h, &s.dense);

@@ -11,6 +11,7 @@
 
 #include "format/page.h"
 #include "kv4/attention.h"
+#include "kv4/paged.h"
 #include "kv4/recipe.h"
 #include "kv4/rotation.h"
 #include "kv4/status.h"
@@ -44,22 +45,15 @@ struct PageSpec {
   kv4_page_layout layout{};
 };
 
-// Where pages lie, for whoever reads them: kernels, or the host where their memory is the host's. Page `id` is at data + id * page_stride;
-// with chunks, at chunks[id >> chunk_shift] + (id & (1 << chunk_shift) - 1) * page_stride.
-struct PageMemory {
-  std::uint8_t* data = nullptr;
-  std::uint8_t* const* chunks = nullptr;  // null: `data` holds them all
-  std::int64_t page_stride = 0;           // bytes
-  std::int64_t head_stride = 0;           // bytes between the head slices of a page
-  std::int64_t chunk_shift = 0;
-
-  KV4_DEVICE std::uint8_t* page(std::int32_t id) const {
-    if (chunks == nullptr) return data + id * page_stride;
-    const std::int32_t within = id & ((std::int32_t{1} << chunk_shift) - 1);
-    return chunks[id >> chunk_shift] + within * page_stride;
-  }
-  KV4_DEVICE std::uint8_t* slice(std::int32_t id, int head) const { return page(id) + head * head_stride; }
-};
+// Page `id`, and its slice of one head, for whoever reads them: kernels, or the host where their memory is the host's.
+KV4_DEVICE inline std::uint8_t* page_at(const PageMemory& memory, std::int32_t id) {
+  if (memory.chunks == nullptr) return memory.data + id * memory.page_stride;
+  const std::int32_t within = id & ((std::int32_t{1} << memory.chunk_shift) - 1);
+  return memory.chunks[id >> memory.chunk_shift] + within * memory.page_stride;
+}
+KV4_DEVICE inline std::uint8_t* slice_at(const PageMemory& memory, std::int32_t id, int head) {
+  return page_at(memory, id) + head * memory.head_stride;
+}
 
 // Seals tokens [first, first + count) of a page, all its heads. Exact rows are [token, channel] with channel stride 1; row `first`
 // of the page is row 0 of k and v. With a mean, first = 0 and count = kPageTokens.
@@ -224,9 +218,6 @@ struct AttendJob {
   PartialState partial;
 };
 
-struct PagedBatch;  // batch.h
-struct SealRange;
-
 // Memory is the backend's own wherever kernels read it: pages, rows, lambda, tensors of a call. Jobs, sequences, page
 // tables and what is said to be host memory is read before a call returns. A backend may queue its work on the calling
 // thread's stream; what it queued is in order.
@@ -293,8 +284,8 @@ class Backend {
   virtual std::size_t attend_workspace(const AttendJob& job) const = 0;
   // What a batch of a host that owns its memory is as sequences and jobs (batch.h), written to `out`, which kernels read.
   virtual Status make_views(const PagedBatch& batch, bool stored, SequenceView* out);
-  virtual Status make_jobs(const PagedBatch& batch, const SealRange& range, SealJob* out);
-  virtual Status make_jobs(const PagedBatch& batch, const SealRange& range, DequantiseJob* out);
+  virtual Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, SealJob* out);
+  virtual Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, DequantiseJob* out);
 
   // non_finite where a query that sees some column holds NaN or infinity, if the backend works at once; else NaN comes out.
   virtual Status attend(const AttendJob& job) = 0;

@@ -8,15 +8,15 @@ Status Backend::make_views(const PagedBatch& batch, bool stored, SequenceView* o
   return {};
 }
 
-Status Backend::make_jobs(const PagedBatch& batch, const SealRange& range, SealJob* out) {
+Status Backend::make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, SealJob* out) {
   for (int b = 0; b < batch.size; ++b)
-    for (int n = 0; n < range.most; ++n) *out++ = seal_job_of(batch, range, b, n);
+    for (int n = 0; n < range.most; ++n) *out++ = seal_job_of(batch, dtype, range, b, n);
   return {};
 }
 
-Status Backend::make_jobs(const PagedBatch& batch, const SealRange& range, DequantiseJob* out) {
+Status Backend::make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, DequantiseJob* out) {
   for (int b = 0; b < batch.size; ++b)
-    for (int n = 0; n < range.most; ++n) *out++ = page_job_of<DequantiseJob>(batch, range, b, n);
+    for (int n = 0; n < range.most; ++n) *out++ = page_job_of<DequantiseJob>(batch, dtype, range, b, n);
   return {};
 }
 

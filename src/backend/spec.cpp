@@ -45,4 +45,34 @@ Status make_sides(const Recipe& recipe, int head_dim_k, int head_dim_v, const st
   return make_side(recipe.value, head_dim_v, matrix_v, "matrix_v", &out->value);
 }
 
+Status make_spec(const CacheConfig& config, Backend** backend, PageSpec* out) {
+  const auto positive = [](const char* name, int value) {
+    return value > 0 ? Status() : invalid_argument(name, "at least 1", std::to_string(value));
+  };
+  KV4_RETURN_IF_ERROR(positive("kv_heads", config.kv_heads));
+  KV4_RETURN_IF_ERROR(positive("head_dim_k", config.head_dim_k));
+  KV4_RETURN_IF_ERROR(positive("head_dim_v", config.head_dim_v));
+  if (config.sliding_window < 0)
+    return invalid_argument("sliding_window", "0 (none) or more", std::to_string(config.sliding_window));
+  if (config.dtype != DType::f32 && config.dtype != DType::f16 && config.dtype != DType::bf16)
+    return invalid_argument("dtype", "float32, float16 or bfloat16", std::to_string(static_cast<int>(config.dtype)));
+  const Recipe& recipe = config.recipe;
+  KV4_RETURN_IF_ERROR(validate(recipe));
+  *backend = find_backend(config.backend);
+  if (*backend == nullptr) {
+    std::string names;
+    for (const std::string& name : backends()) names += (names.empty() ? "" : ", ") + name;
+    return invalid_argument("backend", "one of " + names, config.backend);
+  }
+  KV4_RETURN_IF_ERROR((*backend)->supports_rows(config.head_dim_k, config.head_dim_v, config.dtype, recipe.seal));
+  if (recipe.seal == SealMode::never) return {};
+  KV4_RETURN_IF_ERROR(validate(recipe, config.head_dim_k, config.head_dim_v));
+  KV4_RETURN_IF_ERROR(make_sides(recipe, config.head_dim_k, config.head_dim_v, config.matrix_k, config.matrix_v, out));
+  const auto u32 = [](int x) { return static_cast<std::uint32_t>(x); };
+  out->layout = kv4_make_page_layout(u32(config.head_dim_k), u32(config.head_dim_v), u32(out->key.groups), u32(out->value.groups),
+                                     out->key.mean, u32((*backend)->code_channels(config.head_dim_k)),
+                                     u32((*backend)->code_channels(config.head_dim_v)));
+  return (*backend)->supports(*out);
+}
+
 }  // namespace kv4

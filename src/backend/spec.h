@@ -1,16 +1,20 @@
-// The two sides of a page from a recipe.
+// What a configuration is to a backend: rotations, levels and the layout of a page.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "backend/backend.h"
+#include "kv4/cache.h"
 
 namespace kv4 {
 
-// Fills `key` and `value` of `out`, a validated recipe's for these head dims; the layout is the backend's.
-// matrix_*: [head_dim, head_dim] where that side's rotation is dense, else empty.
-// Errors: invalid_argument naming matrix_k or matrix_v.
+// The sides of a page without its layout, for tools. Errors: invalid_argument naming the matrix.
 Status make_sides(const Recipe& recipe, int head_dim_k, int head_dim_v, const std::vector<float>& matrix_k,
                   const std::vector<float>& matrix_v, PageSpec* out);
+
+// Checks all of a configuration but its lambda, finds its backend and says what its pages are; the spec is left as it is where nothing
+// is ever sealed. Errors: invalid_argument naming the field; unsupported with the reason where no kernel serves it.
+Status make_spec(const CacheConfig& config, Backend** backend, PageSpec* out);
 
 }  // namespace kv4

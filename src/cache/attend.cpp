@@ -4,7 +4,7 @@
 #include <cmath>
 #include <string>
 
-#include "cache/output.h"
+#include "attention/output.h"
 #include "cache/state.h"
 #include "cache/visibility.h"
 

@@ -333,8 +333,8 @@ inline PageAt open_page(const PagesTask& t, int p) {
   const kv4_page_layout& layout = t.spec->layout;
   const SideSpec &key = t.spec->key, &value = t.spec->value;
   PageAt page;
-  page.slice = t.memory.slice(t.pages[p], t.head);
-  page.next = t.memory.slice(t.pages[p + 1 < t.last ? p + 1 : p], t.head);
+  page.slice = slice_at(t.memory, t.pages[p], t.head);
+  page.next = slice_at(t.memory, t.pages[p + 1 < t.last ? p + 1 : p], t.head);
   page.position = t.position + static_cast<std::int64_t>(p) * kPageTokens;
   page.tokens = p + 1 == t.page_count ? t.last_page_tokens : kPageTokens;
   // Into L2, as the codes: L1 has too few line buffers to hold what a page of memory latency takes.

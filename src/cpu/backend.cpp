@@ -91,7 +91,7 @@ class CpuBackend final : public Backend {
     parallel_for(static_cast<std::int64_t>(slices), threads, [&](std::int64_t i, int thread) {
       const SealJob& job = jobs[static_cast<std::size_t>(i / kv_heads)];
       const int head = static_cast<int>(i % kv_heads);
-      if (job.page >= 0) kernels.seal(spec, job, head, pages.slice(job.page, head), buffers[static_cast<std::size_t>(thread)].data());
+      if (job.page >= 0) kernels.seal(spec, job, head, slice_at(pages, job.page, head), buffers[static_cast<std::size_t>(thread)].data());
     });
     return {};
   }
@@ -123,7 +123,7 @@ class CpuBackend final : public Backend {
       if (job.page < 0) continue;
       for (int h = 0; h < kv_heads; ++h) {
         const auto lambda_at = [h](const float* lambda, int dim) { return lambda == nullptr ? nullptr : lambda + h * dim; };
-        kernels.dequantise(spec, pages.slice(job.page, h), lambda_at(job.lambda_k, spec.key.dim), lambda_at(job.lambda_v, spec.value.dim),
+        kernels.dequantise(spec, slice_at(pages, job.page, h), lambda_at(job.lambda_k, spec.key.dim), lambda_at(job.lambda_v, spec.value.dim),
                            job.first, static_cast<int>(job.count), job.k == nullptr ? nullptr : rows[0].data(),
                            job.v == nullptr ? nullptr : rows[1].data(), scratch.data());
         const auto give = [&](const std::vector<float>& from, void* to, std::int64_t head_stride, std::int64_t stride, int dim) {

@@ -63,10 +63,14 @@ void store(const StoreJob& job) {
     };
     store_side(job.k, s, true, told(1));
     store_side(job.v, s, false, told(2));
-    if (job.found == nullptr) continue;
-    for (std::size_t t = 0; t < bad.size(); ++t)
-      if (bad[t] != 0)
-        job.found[b]->push_back({s.exact[1].position + s.exact[1].count + static_cast<std::int64_t>(t), (bad[t] & 1) != 0, (bad[t] & 2) != 0});
+    for (std::size_t t = 0; t < bad.size(); ++t) {
+      if (bad[t] == 0) continue;
+      const NonFinite told{s.exact[1].position + s.exact[1].count + static_cast<std::int64_t>(t), (bad[t] & 1) != 0, (bad[t] & 2) != 0};
+      if (job.found != nullptr) job.found[b]->push_back(told);
+      if (s.note == nullptr) continue;
+      if (told.key) s.note->key = std::max<std::int64_t>(s.note->key, told.position + 1);
+      if (told.value) s.note->value = std::max<std::int64_t>(s.note->value, told.position + 1);
+    }
   }
 }
 

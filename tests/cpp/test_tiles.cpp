@@ -216,7 +216,7 @@ TEST(TilesPath, LargestSums) {
   shape.mean = false;
   const Scene s(shape, {Held{0, 64, 0, 0}}, false);
   const std::vector<SequenceView> views = s.views(1);
-  std::uint8_t* page = s.pages().page(views[0].pages[0]);
+  std::uint8_t* page = page_at(s.pages(), views[0].pages[0]);
   std::memset(page + s.spec().layout.k_codes, 0xff, kMaxHeadDim / 2 * kPageTokens);  // level 127
   std::memset(page + s.spec().layout.v_codes, 0x00, kMaxHeadDim / 2 * kPageTokens);  // level -127
   const std::uint16_t one = f32_to_f16(1.0f);

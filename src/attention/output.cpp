@@ -1,4 +1,4 @@
-#include "cache/output.h"
+#include "attention/output.h"
 
 #include <algorithm>
 #include <array>
@@ -8,12 +8,10 @@
 #include <utility>
 #include <vector>
 
+#include "attention/arguments.h"
+
 namespace kv4 {
 namespace {
-
-std::string list(const std::array<std::int64_t, 4>& x) {
-  return "[" + std::to_string(x[0]) + ", " + std::to_string(x[1]) + ", " + std::to_string(x[2]) + ", " + std::to_string(x[3]) + "]";
-}
 
 bool empty(const std::array<std::int64_t, 4>& shape) { return std::find(shape.begin(), shape.end(), 0) != shape.end(); }
 
@@ -85,7 +83,7 @@ Status check_places(const MutableTensorView& out, const TensorView* q) {
   if (empty(out.shape)) return {};
   if (out.data == nullptr) return invalid_argument("out", "data", "a null pointer");
   if (!apart(out))
-    return invalid_argument("out", "a place of its own for every element", "strides " + list(out.stride) + " over shape " + list(out.shape));
+    return invalid_argument("out", "a place of its own for every element", "strides " + shape_text(out.stride) + " over shape " + shape_text(out.shape));
   return q != nullptr && share(out, *q) ? shared("out", "q") : Status();
 }
 

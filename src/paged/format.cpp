@@ -1,0 +1,277 @@
+// Operations on a host's memory: checks, views and jobs in the workspace, one call of the backend.
+//
+// A workspace begins with what the backend wants for attention, which it keeps from call to call (a device's counters), and ends with
+// the views or jobs of one call.
+#include <algorithm>
+#include <string>
+
+#include "attention/arguments.h"
+#include "backend/backend.h"
+#include "backend/batch.h"
+#include "backend/spec.h"
+#include "kv4/cpu.h"
+#include "kv4/paged.h"
+#include "paged/tables.h"
+
+namespace kv4 {
+namespace {
+
+constexpr std::size_t kAlignment = 256;
+std::size_t rounded(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// The host's threads for as long as a call runs.
+class Lent {
+ public:
+  explicit Lent(cpu::Executor* executor) : lent_(executor != nullptr) {
+    if (lent_) before_ = cpu::set_executor(executor);
+  }
+  ~Lent() {
+    if (lent_) cpu::set_executor(before_);
+  }
+  Lent(const Lent&) = delete;
+  Lent& operator=(const Lent&) = delete;
+
+ private:
+  const bool lent_;
+  cpu::Executor* before_ = nullptr;
+};
+
+}  // namespace
+
+struct PageFormat::State {
+  CacheConfig config;
+  Backend* backend = nullptr;
+  PageSpec spec;
+
+  bool readable() const { return backend->host_memory(); }
+  // A call whose limits alone are known.
+  AttendJob sized(int q_heads) const {
+    AttendJob job;
+    job.args.q.shape = {1, q_heads, 0, config.head_dim_k};
+    job.spec = &spec;
+    job.dtype = config.dtype;
+    job.kv_heads = config.kv_heads;
+    job.head_dim_k = config.head_dim_k;
+    job.head_dim_v = config.head_dim_v;
+    return job;
+  }
+  Status check_rows(const TensorView& x, const char* name, int dim) const;
+  Status check_strides(const PagedBatch& batch) const;
+  Status open(const PagedBatch& batch, const Place& place) const;
+  Status attend(const PagedBatch& given, const AttendArgs& args, const MutableTensorView* out, const PartialState* partial,
+                std::span<std::byte> workspace, const Place& place) const;
+};
+
+PageFormat::PageFormat(std::unique_ptr<State> state) : state_(std::move(state)) {}
+PageFormat::~PageFormat() = default;
+
+Status PageFormat::create(const CacheConfig& config, std::unique_ptr<PageFormat>* out) {
+  auto state = std::make_unique<State>();
+  state->config = config;
+  if (config.recipe.seal != SealMode::page)
+    return error(StatusCode::unsupported, "recipe.seal", "page: a host's pages are sealed whole", config.recipe.seal == SealMode::arrival ? "arrival" : "never");
+  KV4_RETURN_IF_ERROR(make_spec(config, &state->backend, &state->spec));
+  out->reset(new PageFormat(std::move(state)));
+  return {};
+}
+
+std::size_t PageFormat::head_bytes() const { return state_->spec.layout.head_bytes; }
+std::size_t PageFormat::page_bytes() const { return head_bytes() * static_cast<std::size_t>(state_->config.kv_heads); }
+std::size_t PageFormat::block_bytes() const {
+  const CacheConfig& c = state_->config;
+  return static_cast<std::size_t>(kPageTokens) * static_cast<std::size_t>(c.kv_heads) * static_cast<std::size_t>(c.head_dim_k + c.head_dim_v) * size_of(c.dtype);
+}
+
+Status PageFormat::workspace_bytes(const Limits& limits, std::size_t* out, const Place& place) const {
+  const auto positive = [](const char* name, std::int64_t value, std::int64_t least) {
+    return value >= least ? Status() : invalid_argument(std::string("limits.") + name, std::to_string(least) + " or more", std::to_string(value));
+  };
+  KV4_RETURN_IF_ERROR(positive("sequences", limits.sequences, 1));
+  KV4_RETURN_IF_ERROR(positive("most_pages", limits.most_pages, 0));
+  KV4_RETURN_IF_ERROR(positive("most_queries", limits.most_queries, 1));
+  KV4_RETURN_IF_ERROR(positive("longest", limits.longest, 0));
+  KV4_RETURN_IF_ERROR(positive("all", limits.all, 0));
+  if (limits.q_heads < 1 || limits.q_heads % state_->config.kv_heads != 0)
+    return invalid_argument("limits.q_heads", "a multiple of " + std::to_string(state_->config.kv_heads), std::to_string(limits.q_heads));
+  const Lent lent(place.executor);
+  const auto sequences = static_cast<std::size_t>(limits.sequences);
+  AttendJob job = state_->sized(limits.q_heads);
+  job.sequences = {.views = {static_cast<const SequenceView*>(nullptr), sequences}, .resident = true, .most_queries = limits.most_queries,
+                   .longest = limits.longest, .all = limits.all};
+  const std::size_t jobs = sequences * static_cast<std::size_t>(limits.most_pages) * std::max(sizeof(SealJob), sizeof(DequantiseJob));
+  *out = rounded(state_->backend->attend_workspace(job)) + std::max(rounded(sequences * sizeof(SequenceView)), rounded(jobs)) + kAlignment;
+  return {};
+}
+
+// `count` of T at the workspace's end; the rest of it before them.
+template <class T>
+static Status at_end(std::span<std::byte> workspace, std::size_t count, T** out, std::span<std::byte>* rest) {
+  const std::size_t bytes = count * sizeof(T), misplaced = reinterpret_cast<std::uintptr_t>(workspace.data() + workspace.size()) % kAlignment;
+  if (workspace.size() < misplaced + rounded(bytes))
+    return invalid_argument("workspace", "the bytes of workspace_bytes, " + std::to_string(rounded(bytes) + kAlignment) + " and more", std::to_string(workspace.size()));
+  const std::size_t begin = workspace.size() - misplaced - rounded(bytes);
+  *out = reinterpret_cast<T*>(workspace.data() + begin);
+  *rest = workspace.first(begin);
+  return {};
+}
+
+Status PageFormat::State::check_rows(const TensorView& x, const char* name, int dim) const {
+  if (x.dtype != config.dtype) return invalid_argument(name, std::string("dtype ") + name_of(config.dtype), name_of(x.dtype));
+  if (x.shape[0] != 1 || x.shape[1] != config.kv_heads || x.shape[2] < 0 || x.shape[3] != dim)
+    return invalid_argument(name, "shape [1, " + std::to_string(config.kv_heads) + ", rows, " + std::to_string(dim) + "]", shape_text(x.shape));
+  if (x.stride[3] != 1 && dim > 1) return invalid_argument(name, "channel stride 1", std::to_string(x.stride[3]));
+  return x.data == nullptr && x.shape[2] > 0 ? invalid_argument(name, "data", "a null pointer") : Status();
+}
+
+// Head slices are read by whole cache lines.
+Status PageFormat::State::check_strides(const PagedBatch& batch) const {
+  const auto aligned = [](const char* name, std::int64_t value) {
+    return value % 64 == 0 ? Status() : invalid_argument(std::string("batch.page_memory.") + name, "a multiple of 64", std::to_string(value));
+  };
+  KV4_RETURN_IF_ERROR(aligned("data", static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(batch.page_memory.data))));
+  KV4_RETURN_IF_ERROR(aligned("page_stride", batch.page_memory.page_stride));
+  return aligned("head_stride", batch.page_memory.head_stride);
+}
+
+Status PageFormat::State::open(const PagedBatch& batch, const Place& place) const {
+  KV4_RETURN_IF_ERROR(check_batch(batch));
+  KV4_RETURN_IF_ERROR(check_strides(batch));
+  backend->set_stream(place.stream);
+  return {};
+}
+
+Status PageFormat::prepare(std::span<std::byte> workspace, const Place& place) const {
+  state_->backend->set_stream(place.stream);
+  return workspace.empty() ? Status() : state_->backend->clear(workspace.data(), workspace.size());
+}
+
+Status PageFormat::store(const PagedBatch& given, const TensorView& k, const TensorView& v, std::span<std::byte> workspace, const Place& place) const {
+  const State& s = *state_;
+  PagedBatch batch = given;
+  KV4_RETURN_IF_ERROR(s.open(batch, place));
+  KV4_RETURN_IF_ERROR(s.check_rows(k, "k", s.config.head_dim_k));
+  KV4_RETURN_IF_ERROR(s.check_rows(v, "v", s.config.head_dim_v));
+  if (v.shape[2] != k.shape[2]) return invalid_argument("v", "the rows of k, " + std::to_string(k.shape[2]), std::to_string(v.shape[2]));
+  if (batch.size == 0 || k.shape[2] == 0) return {};
+  if (s.readable()) KV4_RETURN_IF_ERROR(check_tables(&batch, Use::store, k.shape[2]));
+  SequenceView* views = nullptr;
+  std::span<std::byte> rest;
+  KV4_RETURN_IF_ERROR(at_end(workspace, static_cast<std::size_t>(batch.size), &views, &rest));
+  KV4_RETURN_IF_ERROR(s.backend->make_views(batch, false, views));
+  StoreJob job;
+  job.k = k;
+  job.v = v;
+  job.sequences = {.views = {views, static_cast<std::size_t>(batch.size)}, .resident = true, .most_queries = batch.most_queries};
+  return s.backend->store(job);
+}
+
+Status PageFormat::seal(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace, const Place& place) const {
+  const State& s = *state_;
+  KV4_RETURN_IF_ERROR(s.open(batch, place));
+  KV4_RETURN_IF_ERROR(check_range(batch, range, s.readable()));
+  const std::size_t count = static_cast<std::size_t>(batch.size) * static_cast<std::size_t>(range.most);
+  if (count == 0) return {};
+  const Lent lent(place.executor);
+  SealJob* jobs = nullptr;
+  std::span<std::byte> rest;
+  KV4_RETURN_IF_ERROR(at_end(workspace, count, &jobs, &rest));
+  KV4_RETURN_IF_ERROR(s.backend->make_jobs(batch, s.config.dtype, range, jobs));
+  return s.backend->seal(s.spec, batch.page_memory, s.config.kv_heads, {jobs, count}, true);
+}
+
+Status PageFormat::dequantise(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace, const Place& place) const {
+  const State& s = *state_;
+  KV4_RETURN_IF_ERROR(s.open(batch, place));
+  KV4_RETURN_IF_ERROR(check_range(batch, range, s.readable()));
+  const std::size_t count = static_cast<std::size_t>(batch.size) * static_cast<std::size_t>(range.most);
+  if (count == 0) return {};
+  const Lent lent(place.executor);
+  DequantiseJob* jobs = nullptr;
+  std::span<std::byte> rest;
+  KV4_RETURN_IF_ERROR(at_end(workspace, count, &jobs, &rest));
+  KV4_RETURN_IF_ERROR(s.backend->make_jobs(batch, s.config.dtype, range, jobs));
+  return s.backend->dequantise(s.spec, batch.page_memory, s.config.kv_heads, {jobs, count}, true);
+}
+
+Status PageFormat::State::attend(const PagedBatch& given, const AttendArgs& args, const MutableTensorView* out, const PartialState* partial,
+                                 std::span<std::byte> workspace, const Place& place) const {
+  PagedBatch batch = given;
+  KV4_RETURN_IF_ERROR(open(batch, place));
+  const auto& shape = args.q.shape;
+  if (shape[0] != 1 || shape[1] < config.kv_heads || shape[1] % config.kv_heads != 0 || shape[2] < 0 || shape[3] != config.head_dim_k)
+    return invalid_argument("q", "shape [1, a multiple of " + std::to_string(config.kv_heads) + ", rows, " + std::to_string(config.head_dim_k) + "]", shape_text(shape));
+  if (batch.size == 0 || shape[2] == 0) return {};
+  KV4_RETURN_IF_ERROR(check_arguments(args));
+  KV4_RETURN_IF_ERROR(check_output(args, config.head_dim_v, out, partial));
+  if (readable()) KV4_RETURN_IF_ERROR(check_tables(&batch, Use::attend, shape[2]));
+  else if (batch.most_queries == 0) return invalid_argument("batch.most_queries", "1 or more on a device", "0");
+  const Lent lent(place.executor);
+  SequenceView* views = nullptr;
+  AttendJob job = sized(static_cast<int>(shape[1]));
+  KV4_RETURN_IF_ERROR(at_end(workspace, static_cast<std::size_t>(batch.size), &views, &job.workspace));
+  if (job.workspace.empty()) return invalid_argument("workspace", "the bytes of workspace_bytes", std::to_string(workspace.size()));
+  KV4_RETURN_IF_ERROR(backend->make_views(batch, true, views));
+  job.args = args;
+  job.pages = batch.page_memory;
+  job.window = batch.window;
+  job.sequences = {.views = {views, static_cast<std::size_t>(batch.size)}, .resident = true, .most_queries = batch.most_queries,
+                   .longest = batch.longest, .all = batch.all};
+  if (out != nullptr) job.out = *out;
+  if (partial != nullptr) job.partial = *partial;
+  return backend->attend(job);
+}
+
+Status PageFormat::attend(const PagedBatch& batch, const AttendArgs& args, const MutableTensorView& out, std::span<std::byte> workspace, const Place& place) const {
+  return state_->attend(batch, args, &out, nullptr, workspace, place);
+}
+Status PageFormat::attend_partial(const PagedBatch& batch, const AttendArgs& args, const PartialState& out, std::span<std::byte> workspace, const Place& place) const {
+  return state_->attend(batch, args, nullptr, &out, workspace, place);
+}
+
+// The energies of all queries as one, and the keys' about the mean of each page.
+Status PageFormat::learn_lambda(const TensorView& q, const TensorView& k, float* lambda, const Place& place) const {
+  const State& s = *state_;
+  const CacheConfig& c = s.config;
+  KV4_RETURN_IF_ERROR(s.check_rows(k, "k", c.head_dim_k));
+  if (k.shape[2] == 0 || k.shape[2] % kPageTokens != 0)
+    return invalid_argument("k", "rows of whole pages, a multiple of " + std::to_string(kPageTokens), std::to_string(k.shape[2]));
+  if (q.shape[0] != 1 || q.shape[1] < c.kv_heads || q.shape[1] % c.kv_heads != 0 || q.shape[2] < 1 || q.shape[3] != c.head_dim_k)
+    return invalid_argument("q", "shape [1, a multiple of " + std::to_string(c.kv_heads) + ", 1 or more, " + std::to_string(c.head_dim_k) + "]", shape_text(q.shape));
+  AttendArgs args;
+  args.q = q;
+  KV4_RETURN_IF_ERROR(check_arguments(args));
+  if (lambda == nullptr) return invalid_argument("lambda", "a pointer", "null");
+  s.backend->set_stream(place.stream);
+  const std::size_t row = static_cast<std::size_t>(c.kv_heads) * static_cast<std::size_t>(c.head_dim_k), queries = static_cast<std::size_t>(q.shape[2]);
+  const std::size_t bytes = row * queries * sizeof(float);
+  float* const energies = static_cast<float*>(s.backend->alloc(bytes));
+  if (energies == nullptr) return error(StatusCode::out_of_memory, "energies", std::to_string(bytes) + " free bytes", "none");
+  const auto learn = [&]() -> Status {
+    std::vector<EnergyJob> jobs(queries);
+    std::vector<const float*> rows(queries);
+    for (std::size_t i = 0; i < queries; ++i) {
+      jobs[i] = {0, static_cast<std::int64_t>(i), energies + i * row};
+      rows[i] = jobs[i].energies;
+    }
+    KV4_RETURN_IF_ERROR(s.backend->query_energies(q, c.kv_heads, jobs));
+    const std::vector<std::uint8_t> skip(static_cast<std::size_t>(k.shape[2]), 0);
+    LambdaJob job;
+    job.k = k.data;
+    job.dtype = c.dtype;
+    job.k_head_stride = k.stride[1];
+    job.k_stride = k.stride[2];
+    job.kv_heads = c.kv_heads;
+    job.dim = c.head_dim_k;
+    job.blocks = static_cast<int>(k.shape[2] / kPageTokens);
+    job.skip = skip;
+    job.energies = rows;
+    job.lambda = lambda;
+    KV4_RETURN_IF_ERROR(s.backend->fix_lambda(job));
+    return s.backend->wait();
+  };
+  const Status status = learn();
+  s.backend->free(energies, bytes);
+  return status;
+}
+
+}  // namespace kv4

@@ -1,0 +1,19 @@
+// Whether the tables of a paged batch lead nowhere but into the memory that the host named, where the host can read them.
+#pragma once
+
+#include "backend/backend.h"
+#include "kv4/paged.h"
+
+namespace kv4 {
+
+// What a call does with the tables of a batch.
+enum class Use { store, attend };
+
+// Pointers, strides and limits. Errors: invalid_argument naming the field.
+Status check_batch(const PagedBatch& batch);
+// Arrays of host memory: counts, lengths and ids of all that the call would touch, of `rows` rows in its tensors; fills in the limits.
+// Errors: out_of_range naming the array, the sequence and the value.
+Status check_tables(PagedBatch* batch, Use use, std::int64_t rows);
+Status check_range(const PagedBatch& batch, const PageRange& range, bool readable);
+
+}  // namespace kv4
