@@ -2,7 +2,7 @@
  * "argument: expected ...; got ..." for the calling thread. No call throws. Semantics are those of kv4/cache.h.
  * Tensors are [batch, heads, tokens, channels]; strides count elements; the channel stride is 1.
  *
- * Versions. kv4_cache_config and kv4_attend_args begin with their size, which says how much of them the program knows, and may
+ * Versions. kv4_cache_config, kv4_attend_args and kv4_paged_batch begin with their size, which says how much of them the program knows, and may
  * grow at their end; kv4_..._init(&x, sizeof x) sets the size and every default. A library reads a struct of an older header with
  * defaults for what it lacks. One of a newer header is taken where all that the library does not know is zero, and refused as
  * KV4_UNSUPPORTED otherwise. The other structs never change. */
@@ -150,6 +150,108 @@ KV4_API size_t kv4_cache_nbytes(const kv4_cache* cache);
 KV4_API int64_t kv4_cache_length(const kv4_cache* cache);
 KV4_API int64_t kv4_cache_first(const kv4_cache* cache);
 KV4_API int32_t kv4_cache_batch(const kv4_cache* cache);
+
+/* Partial states of kv4_cache_attend_partial and kv4_paged_attend_partial over disjoint tokens: into becomes both, for `rows` rows of
+ * `dim` channels; then output = o / (l + exp(sink - m)), sinks [q_heads] or NULL, out [batch, q_heads, T, dim] by its strides. */
+KV4_API kv4_status kv4_merge(float* into_o, float* into_m, float* into_l, const float* o, const float* m, const float* l, int64_t rows,
+                             int32_t dim);
+KV4_API kv4_status kv4_finish(const float* o, const float* m, const float* l, const float* sinks, const kv4_tensor* out);
+
+/* Names of the backends that are built in and find a device, with commas between them; valid until the thread's next call of it. */
+KV4_API const char* kv4_backends(void);
+/* Why one is not among them, "" where it is; likewise. */
+KV4_API const char* kv4_why_not(const char* backend);
+
+/* Threads that a program lends. run calls body(body_context, i) once for every i in [0, threads), on as many threads as are free, one
+ * of them the caller's, and returns when all calls have (kv4/cpu.h). */
+typedef struct kv4_executor {
+  int32_t threads;
+  void (*run)(void* context, void (*body)(void* body_context, int32_t thread), void* body_context);
+  void* context;
+} kv4_executor;
+/* Calls that this thread makes from here on share their work through it; it must outlive them. NULL: the process's own threads. */
+KV4_API kv4_status kv4_set_executor(const kv4_executor* executor);
+
+/* Memory that a host owns: the operations of kv4/paged.h, with its fields and its promises. Arrays are memory that kernels read. */
+
+typedef struct kv4_page_memory {
+  void* data;
+  void* const* chunks; /* NULL: all in data */
+  int64_t page_stride, head_stride; /* bytes */
+  int64_t chunk_shift;
+} kv4_page_memory;
+
+typedef struct kv4_row_memory {
+  void* k;
+  void* v;
+  int64_t k_block_stride, v_block_stride, k_head_stride, v_head_stride, k_stride, v_stride; /* elements */
+} kv4_row_memory;
+
+typedef struct kv4_paged_batch {
+  size_t size;             /* sizeof(kv4_paged_batch), by kv4_paged_batch_init */
+  int32_t sequences;
+  int32_t sink_tokens;
+  const int32_t* queries;  /* [sequences + 1] */
+  const int32_t* lengths;  /* [sequences] */
+  const int32_t* sealed;   /* [sequences] */
+  const int32_t* pages;    /* [sequences, pages_stride] */
+  int64_t pages_stride;
+  const int32_t* blocks;   /* [sequences, blocks_stride] */
+  int64_t blocks_stride;
+  const int32_t* sinks;    /* [sequences] or NULL */
+  int32_t window;
+  int32_t page_count, block_count;
+  kv4_page_memory page_memory;
+  kv4_row_memory row_memory;
+  int64_t* non_finite;     /* [sequences, 2] or NULL */
+  const float* lambda_k;   /* NULL: 1 */
+  const float* lambda_v;
+  int64_t lambda_k_stride, lambda_v_stride; /* floats; 0: one for all */
+  int64_t most_queries, longest, all;
+} kv4_paged_batch;
+/* Writes `size` bytes: 0 everywhere else. */
+KV4_API kv4_status kv4_paged_batch_init(kv4_paged_batch* batch, size_t size);
+
+typedef struct kv4_page_range {
+  const int32_t* begin; /* [sequences] */
+  const int32_t* end;   /* [sequences] */
+  int32_t most;
+} kv4_page_range;
+
+typedef struct kv4_page_limits {
+  int32_t sequences, q_heads, most_pages;
+  int64_t most_queries, longest, all;
+} kv4_page_limits;
+
+/* The caller's workspace and where a call runs. */
+typedef struct kv4_place {
+  void* workspace;
+  size_t workspace_bytes;
+  void* stream;                 /* a cudaStream_t; NULL: the device's default */
+  const kv4_executor* executor; /* NULL: this thread's */
+} kv4_place;
+
+typedef struct kv4_page_format kv4_page_format;
+
+KV4_API kv4_status kv4_page_format_create(const kv4_cache_config* config, kv4_page_format** out);
+KV4_API void kv4_page_format_destroy(kv4_page_format* format); /* NULL is allowed */
+KV4_API size_t kv4_page_format_head_bytes(const kv4_page_format* format);
+KV4_API size_t kv4_page_format_page_bytes(const kv4_page_format* format);
+KV4_API size_t kv4_page_format_block_bytes(const kv4_page_format* format);
+KV4_API kv4_status kv4_page_format_workspace_bytes(const kv4_page_format* format, const kv4_page_limits* limits, const kv4_executor* executor,
+                                                   size_t* out);
+KV4_API kv4_status kv4_paged_prepare(const kv4_page_format* format, const kv4_place* place);
+KV4_API kv4_status kv4_paged_store(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_tensor* k, const kv4_tensor* v,
+                                   const kv4_place* place);
+KV4_API kv4_status kv4_paged_seal(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_page_range* range, const kv4_place* place);
+KV4_API kv4_status kv4_paged_dequantise(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_page_range* range,
+                                        const kv4_place* place);
+KV4_API kv4_status kv4_paged_attend(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_attend_args* args, const kv4_tensor* out,
+                                    const kv4_place* place);
+KV4_API kv4_status kv4_paged_attend_partial(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_attend_args* args, float* o,
+                                            float* m, float* l, const kv4_place* place);
+KV4_API kv4_status kv4_paged_learn_lambda(const kv4_page_format* format, const kv4_tensor* q, const kv4_tensor* k, float* lambda,
+                                          const kv4_place* place);
 
 KV4_API kv4_status kv4_set_num_threads(int32_t threads);
 KV4_API int32_t kv4_num_threads(void);

@@ -1,6 +1,7 @@
 // kv4 on memory that a host owns: the operations of a cache without the cache. A server keeps its own pool of blocks, its own tables and
 // its own sequences, which come and go; kv4 is told where they lie and quantises, packs and attends. No call but
-// create and learn_lambda allocates, none remembers anything; on a device none waits. All of it is checked before anything is written.
+// create and learn_lambda allocates (a CPU thread keeps some kilobytes of scratch from its first call on), none remembers anything;
+// on a device none waits. All of it is checked before anything is written.
 //
 //   PageFormat::create   what a layer's pages look like, and how many bytes of memory they take
 //   store                rows of keys and values of new tokens into their blocks of exact rows
@@ -137,7 +138,8 @@ class PageFormat {
   Status attend_partial(const PagedBatch& batch, const AttendArgs& args, const PartialState& out, std::span<std::byte> workspace, const Place& place = {}) const;
 
   // lambda [kv_heads, head_dim_k], in memory that kernels read, of queries q [1, q_heads, any, head_dim_k] and keys k [1, kv_heads, n *
-  // kPageTokens, head_dim_k]: (E q^2 / E (k - mean of its page)^2)^(0.9/4), of geometric mean 1. On a device it waits.
+  // kPageTokens, head_dim_k]: (E q^2 / E (k - mean of its page)^2)^(0.9/4), of geometric mean 1, each moment drawn a little towards
+  // that of its rotary pair. On a device it waits.
   Status learn_lambda(const TensorView& q, const TensorView& k, float* lambda, const Place& place = {}) const;
 
  private:

@@ -112,23 +112,31 @@ class CpuBackend final : public Backend {
 
   Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs, bool) const override {
     if (jobs.empty()) return {};
-    thread_local Buffer scratch;
+    thread_local Buffer buffer;
     KV4_RETURN_IF_ERROR(check_isa());
     const Kernels& kernels = active();
-    const std::size_t bytes = kernels.dequantise_scratch(spec);
-    if (!scratch.reserve(bytes)) return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");
-    std::vector<float> rows[2] = {std::vector<float>(static_cast<std::size_t>(kPageTokens) * spec.key.dim),
-                                  std::vector<float>(static_cast<std::size_t>(kPageTokens) * spec.value.dim)};
+    float* rows[2];
+    std::byte* scratch = nullptr;
+    const auto carve = [&](std::byte* base) {
+      Carver carver(base);
+      rows[0] = carver.take<float>(static_cast<std::size_t>(kPageTokens) * spec.key.dim);
+      rows[1] = carver.take<float>(static_cast<std::size_t>(kPageTokens) * spec.value.dim);
+      scratch = carver.take<std::byte>(kernels.dequantise_scratch(spec));
+      return carver.bytes();
+    };
+    const std::size_t bytes = carve(nullptr);
+    if (!buffer.reserve(bytes)) return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");
+    carve(buffer.data());
     for (const DequantiseJob& job : jobs) {
       if (job.page < 0) continue;
       for (int h = 0; h < kv_heads; ++h) {
         const auto lambda_at = [h](const float* lambda, int dim) { return lambda == nullptr ? nullptr : lambda + h * dim; };
         kernels.dequantise(spec, slice_at(pages, job.page, h), lambda_at(job.lambda_k, spec.key.dim), lambda_at(job.lambda_v, spec.value.dim),
-                           job.first, static_cast<int>(job.count), job.k == nullptr ? nullptr : rows[0].data(),
-                           job.v == nullptr ? nullptr : rows[1].data(), scratch.data());
-        const auto give = [&](const std::vector<float>& from, void* to, std::int64_t head_stride, std::int64_t stride, int dim) {
+                           job.first, static_cast<int>(job.count), job.k == nullptr ? nullptr : rows[0],
+                           job.v == nullptr ? nullptr : rows[1], scratch);
+        const auto give = [&](const float* from, void* to, std::int64_t head_stride, std::int64_t stride, int dim) {
           if (to == nullptr) return;
-          cpu::convert({.from = from.data(), .from_stride = dim, .to = static_cast<std::byte*>(to) + h * head_stride * static_cast<std::int64_t>(size_of(job.dtype)),
+          cpu::convert({.from = from, .from_stride = dim, .to = static_cast<std::byte*>(to) + h * head_stride * static_cast<std::int64_t>(size_of(job.dtype)),
                         .to_dtype = job.dtype, .to_stride = stride, .heads = 1, .dim = dim, .rows = job.count});
         };
         give(rows[0], job.k, job.k_head_stride, job.k_stride, spec.key.dim);

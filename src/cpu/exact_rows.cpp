@@ -68,22 +68,24 @@ void store(const StoreJob& job) {
       const NonFinite told{s.exact[1].position + s.exact[1].count + static_cast<std::int64_t>(t), (bad[t] & 1) != 0, (bad[t] & 2) != 0};
       if (job.found != nullptr) job.found[b]->push_back(told);
       if (s.note == nullptr) continue;
-      if (told.key) s.note->key = std::max<std::int64_t>(s.note->key, told.position + 1);
-      if (told.value) s.note->value = std::max<std::int64_t>(s.note->value, told.position + 1);
+      if (told.key) s.note->key = std::max(std::int64_t{s.note->key}, told.position + 1);
+      if (told.value) s.note->value = std::max(std::int64_t{s.note->value}, told.position + 1);
     }
   }
 }
 
 void convert(const ConvertJob& job) {
-  std::vector<float> row(static_cast<std::size_t>(job.dim), 0.0f);
+  constexpr int kChunk = 256;  // channels at a time
+  float row[kChunk] = {};
+  const std::int64_t from_size = static_cast<std::int64_t>(size_of(job.from_dtype)), to_size = static_cast<std::int64_t>(size_of(job.to_dtype));
   for (int h = 0; h < job.heads; ++h) {
     for (std::int64_t j = 0; j < job.rows; ++j) {
-      if (job.from != nullptr)
-        load_row(static_cast<const std::byte*>(job.from) +
-                     (h * job.from_head_stride + j * job.from_stride) * static_cast<std::int64_t>(size_of(job.from_dtype)),
-                 job.from_dtype, row.data(), job.dim);
-      store_row(static_cast<std::byte*>(job.to) + (h * job.to_head_stride + j * job.to_stride) * static_cast<std::int64_t>(size_of(job.to_dtype)),
-                job.to_dtype, row.data(), job.dim);
+      const std::int64_t from = h * job.from_head_stride + j * job.from_stride, to = h * job.to_head_stride + j * job.to_stride;
+      for (int c = 0; c < job.dim; c += kChunk) {
+        const int count = std::min(kChunk, job.dim - c);
+        if (job.from != nullptr) load_row(static_cast<const std::byte*>(job.from) + (from + c) * from_size, job.from_dtype, row, count);
+        store_row(static_cast<std::byte*>(job.to) + (to + c) * to_size, job.to_dtype, row, count);
+      }
     }
   }
 }

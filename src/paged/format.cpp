@@ -9,6 +9,7 @@
 #include "backend/backend.h"
 #include "backend/batch.h"
 #include "backend/spec.h"
+#include "format/guarded.h"
 #include "kv4/cpu.h"
 #include "kv4/paged.h"
 #include "paged/tables.h"
@@ -36,6 +37,18 @@ class Lent {
   cpu::Executor* before_ = nullptr;
 };
 
+// `count` of T at the workspace's end; the rest of it before them.
+template <class T>
+Status at_end(std::span<std::byte> workspace, std::size_t count, T** out, std::span<std::byte>* rest) {
+  const std::size_t bytes = count * sizeof(T), misplaced = reinterpret_cast<std::uintptr_t>(workspace.data() + workspace.size()) % kAlignment;
+  if (workspace.size() < misplaced + rounded(bytes))
+    return invalid_argument("workspace", "the bytes of workspace_bytes, " + std::to_string(rounded(bytes) + kAlignment) + " and more", std::to_string(workspace.size()));
+  const std::size_t begin = workspace.size() - misplaced - rounded(bytes);
+  *out = reinterpret_cast<T*>(workspace.data() + begin);
+  *rest = workspace.first(begin);
+  return {};
+}
+
 }  // namespace
 
 struct PageFormat::State {
@@ -43,6 +56,7 @@ struct PageFormat::State {
   Backend* backend = nullptr;
   PageSpec spec;
 
+  static Status create(const CacheConfig& config, std::unique_ptr<PageFormat>* out);
   bool readable() const { return backend->host_memory(); }
   // A call whose limits alone are known.
   AttendJob sized(int q_heads) const {
@@ -66,6 +80,10 @@ PageFormat::PageFormat(std::unique_ptr<State> state) : state_(std::move(state)) 
 PageFormat::~PageFormat() = default;
 
 Status PageFormat::create(const CacheConfig& config, std::unique_ptr<PageFormat>* out) {
+  return guarded("format", [&] { return State::create(config, out); });
+}
+
+Status PageFormat::State::create(const CacheConfig& config, std::unique_ptr<PageFormat>* out) {
   auto state = std::make_unique<State>();
   state->config = config;
   if (config.recipe.seal != SealMode::page)
@@ -100,18 +118,6 @@ Status PageFormat::workspace_bytes(const Limits& limits, std::size_t* out, const
                    .longest = limits.longest, .all = limits.all};
   const std::size_t jobs = sequences * static_cast<std::size_t>(limits.most_pages) * std::max(sizeof(SealJob), sizeof(DequantiseJob));
   *out = rounded(state_->backend->attend_workspace(job)) + std::max(rounded(sequences * sizeof(SequenceView)), rounded(jobs)) + kAlignment;
-  return {};
-}
-
-// `count` of T at the workspace's end; the rest of it before them.
-template <class T>
-static Status at_end(std::span<std::byte> workspace, std::size_t count, T** out, std::span<std::byte>* rest) {
-  const std::size_t bytes = count * sizeof(T), misplaced = reinterpret_cast<std::uintptr_t>(workspace.data() + workspace.size()) % kAlignment;
-  if (workspace.size() < misplaced + rounded(bytes))
-    return invalid_argument("workspace", "the bytes of workspace_bytes, " + std::to_string(rounded(bytes) + kAlignment) + " and more", std::to_string(workspace.size()));
-  const std::size_t begin = workspace.size() - misplaced - rounded(bytes);
-  *out = reinterpret_cast<T*>(workspace.data() + begin);
-  *rest = workspace.first(begin);
   return {};
 }
 
@@ -269,7 +275,7 @@ Status PageFormat::learn_lambda(const TensorView& q, const TensorView& k, float*
     KV4_RETURN_IF_ERROR(s.backend->fix_lambda(job));
     return s.backend->wait();
   };
-  const Status status = learn();
+  const Status status = guarded("lambda", learn);
   s.backend->free(energies, bytes);
   return status;
 }

@@ -48,3 +48,86 @@ const char* kv4_c_program(void) {
   kv4_cache_destroy(NULL);
   return NULL;
 }
+
+/* The same of memory that the program owns: 64 tokens stored and sealed, the 65th exact, a query that sees the page and the row. */
+const char* kv4_c_paged_program(void) {
+  enum { ROWS = 64 };
+  static float rows[2 * 2 * ROWS * DIM]; /* two blocks: keys, values */
+  static float k[(ROWS + 1) * DIM], v[(ROWS + 1) * DIM], q[DIM], out[DIM], o[DIM], m[1], l[1];
+  static _Alignas(64) unsigned char page[8192], workspace[1 << 20];
+  kv4_cache_config config;
+  kv4_page_format* format = NULL;
+  if (kv4_cache_config_init(&config, sizeof config) != KV4_OK) return kv4_last_error();
+  config.kv_heads = 1;
+  config.head_dim_k = config.head_dim_v = DIM;
+  if (kv4_page_format_create(&config, &format) != KV4_OK) return kv4_last_error();
+  const size_t bytes = kv4_page_format_page_bytes(format);
+  if (bytes > sizeof page || bytes != kv4_page_format_head_bytes(format)) return "the bytes of a page";
+  if (kv4_page_format_block_bytes(format) != 2 * ROWS * DIM * sizeof(float)) return "the bytes of a block";
+  const kv4_page_limits limits = {1, 1, 1, ROWS, ROWS + 1, ROWS + 1};
+  kv4_place place = {workspace, 0, NULL, NULL};
+  if (kv4_page_format_workspace_bytes(format, &limits, NULL, &place.workspace_bytes) != KV4_OK) return kv4_last_error();
+  if (place.workspace_bytes > sizeof workspace) return "the bytes of the workspace";
+  if (kv4_paged_prepare(format, &place) != KV4_OK) return kv4_last_error();
+
+  for (int t = 0; t <= ROWS; ++t)
+    for (int c = 0; c < DIM; ++c) {
+      k[t * DIM + c] = 0; /* every token weighs alike */
+      v[t * DIM + c] = (float)(c % 2 == 0 ? t : -t);
+      q[c] = 1;
+    }
+  const int32_t blocks[2] = {1, 0}, pages[2] = {0, -1}, zero[1] = {0}, sealed[1] = {ROWS};
+  int32_t queries[2] = {0, ROWS}, lengths[1] = {ROWS};
+  kv4_paged_batch batch;
+  if (kv4_paged_batch_init(&batch, sizeof batch) != KV4_OK) return kv4_last_error();
+  batch.sequences = 1;
+  batch.queries = queries;
+  batch.lengths = lengths;
+  batch.sealed = zero;
+  batch.pages = pages;
+  batch.blocks = blocks;
+  batch.pages_stride = batch.blocks_stride = 2;
+  batch.page_count = 1;
+  batch.block_count = 2;
+  batch.page_memory.data = page;
+  batch.page_memory.page_stride = batch.page_memory.head_stride = (int64_t)bytes;
+  const kv4_row_memory memory = {rows, rows + ROWS * DIM, 2 * ROWS * DIM, 2 * ROWS * DIM, 0, 0, DIM, DIM};
+  batch.row_memory = memory;
+  kv4_tensor keys = {k, KV4_F32, {1, 1, ROWS, DIM}, {0, 0, DIM, 1}}, values = keys;
+  values.data = v;
+  if (kv4_paged_store(format, &batch, &keys, &values, &place) != KV4_OK) return kv4_last_error();
+  const kv4_page_range range = {zero, sealed, 1};
+  if (kv4_paged_seal(format, &batch, &range, &place) != KV4_OK) return kv4_last_error();
+  lengths[0] = ROWS + 1;
+  queries[1] = 1;
+  batch.sealed = sealed;
+  keys.shape[2] = values.shape[2] = 1;
+  keys.data = k + ROWS * DIM;
+  values.data = v + ROWS * DIM;
+  if (kv4_paged_store(format, &batch, &keys, &values, &place) != KV4_OK) return kv4_last_error();
+
+  kv4_attend_args args;
+  if (kv4_attend_args_init(&args, sizeof args) != KV4_OK) return kv4_last_error();
+  args.q = row(q);
+  const kv4_tensor answer = row(out);
+  if (kv4_paged_attend(format, &batch, &args, &answer, &place) != KV4_OK) return kv4_last_error();
+  /* The mean of 0 ... 64, the sealed part of it to within a level's half gap, a sixteenth of the largest value of 63. */
+  for (int c = 0; c < DIM; ++c) {
+    const float off = (c % 2 == 0 ? out[c] : -out[c]) - 32;
+    if (off > 4 || off < -4) return "the answer over a page and a row";
+  }
+  if (kv4_paged_attend_partial(format, &batch, &args, o, m, l, &place) != KV4_OK) return kv4_last_error();
+  if (l[0] * 0.999f > ROWS + 1 || l[0] * 1.001f < ROWS + 1) return "the sum of 65 weights";
+  float twice[DIM];
+  const kv4_tensor same = row(twice);
+  if (kv4_finish(o, m, l, NULL, &same) != KV4_OK || kv4_merge(o, m, l, o, m, l, 1, 0) != KV4_INVALID_ARGUMENT) return "kv4_finish and kv4_merge";
+  for (int c = 0; c < DIM; ++c)
+    if (twice[c] - out[c] > 1e-3f || out[c] - twice[c] > 1e-3f) return "a state that is finished is the answer";
+  lengths[0] = 63;
+  if (kv4_paged_attend(format, &batch, &args, &answer, &place) != KV4_OUT_OF_RANGE || strstr(kv4_last_error(), "sealed[0]: expected") == NULL)
+    return "more sealed tokens than there are";
+  if (strstr(kv4_backends(), "cpu") == NULL || kv4_why_not("cpu")[0] != 0 || kv4_why_not("abacus")[0] == 0) return "the names of backends";
+  kv4_page_format_destroy(format);
+  kv4_page_format_destroy(NULL);
+  return NULL;
+}

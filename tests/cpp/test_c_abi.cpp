@@ -466,6 +466,42 @@ TEST(CAbi, TensorsThatCannotBeAreRefusedByName) {
 
 extern "C" const char* kv4_c_program(void);  // c_abi_program.c
 
+// A program's threads do the work of a cache's calls; what they may be is checked.
+TEST(CAbi, AProgramLendsItsThreads) {
+  static int runs = 0;
+  kv4_executor executor = {2, [](void*, void (*body)(void*, int32_t), void* context) {
+                             ++runs;
+                             body(context, 1);
+                             body(context, 0);
+                           }, nullptr};
+  ASSERT_EQ(kv4_set_executor(&executor), KV4_OK) << kv4_last_error();
+  EXPECT_EQ(kv4_num_threads(), 2);
+  const kv4_cache_config c = config();
+  kv4_cache* cache = nullptr;
+  ASSERT_EQ(kv4_cache_create(&c, &cache), KV4_OK);
+  const std::vector<float> k(kKvHeads * 4000 * kDim, 0.5f), q(kHeads * kDim, 0.5f);
+  std::vector<float> out(kHeads * kDim);
+  const kv4_tensor kt = tensor(k, kKvHeads, 4000), ot = tensor(out, kHeads, 1);
+  const kv4_attend_args args = query(q);
+  ASSERT_EQ(kv4_cache_append(cache, &kt, &kt), KV4_OK);
+  ASSERT_EQ(kv4_cache_attend(cache, &args, &ot), KV4_OK);
+  EXPECT_GT(runs, 0);
+  kv4_cache_destroy(cache);
+  executor.threads = 0;
+  EXPECT_EQ(kv4_set_executor(&executor), KV4_INVALID_ARGUMENT);
+  executor = {1, nullptr, nullptr};
+  EXPECT_EQ(kv4_set_executor(&executor), KV4_INVALID_ARGUMENT);
+  EXPECT_EQ(kv4_num_threads(), 2);
+  EXPECT_EQ(kv4_set_executor(nullptr), KV4_OK);
+}
+
+extern "C" const char* kv4_c_paged_program(void);
+
+TEST(CAbi, AProgramInCRunsOnItsOwnMemory) {
+  const char* failed = kv4_c_paged_program();
+  EXPECT_EQ(failed, nullptr) << failed;
+}
+
 TEST(CAbi, AProgramInCRuns) {
   const char* failed = kv4_c_program();
   EXPECT_EQ(failed, nullptr) << failed;

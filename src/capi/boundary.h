@@ -1,0 +1,82 @@
+// The boundary between C and C++: nothing passes it but statuses, and what was wrong stays with the thread that asked.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <exception>
+#include <initializer_list>
+#include <new>
+#include <span>
+#include <utility>
+
+#include "kv4/kv4.h"
+#include "kv4/status.h"
+
+namespace kv4::capi {
+
+// Notes a status for kv4_last_error, and what it is in C.
+kv4_status answer(const Status& status);
+void say_exception(const char* what) noexcept;
+void say_no_memory() noexcept;
+const char* last_error() noexcept;
+Status null_pointer(const char* name);
+
+// f()'s result: the one way into the library. An exception ends here.
+template <class R, class F>
+R guard(R out_of_memory, R internal, F&& f) noexcept {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    say_no_memory();
+    return out_of_memory;
+  } catch (const std::exception& e) {
+    say_exception(e.what());
+  } catch (...) {
+    say_exception("one of another type than std::exception");
+  }
+  return internal;
+}
+
+// Runs f, which returns a Status, where every pointer is there.
+template <class F>
+kv4_status guarded(std::initializer_list<std::pair<const char*, const void*>> pointers, F&& f) noexcept {
+  return guard(KV4_OUT_OF_MEMORY, KV4_INTERNAL, [&] {
+    for (const auto& [name, p] : pointers)
+      if (p == nullptr) return answer(null_pointer(name));
+    return answer(f());
+  });
+}
+
+// Structs with a size. known: where the struct ended in each version, the newest last.
+Status check_size(const char* name, std::size_t size, std::span<const std::size_t> known);
+
+// The part of `given` that its size says is there, over the defaults that *out holds.
+template <class T>
+Status read_struct(const char* name, const T* given, std::span<const std::size_t> known, T* out) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(given);
+  std::size_t size = 0;
+  std::memcpy(&size, bytes, sizeof size);
+  KV4_RETURN_IF_ERROR(check_size(name, size, known));
+  for (std::size_t i = sizeof(T); i < size; ++i)
+    if (bytes[i] != 0)
+      return error(StatusCode::unsupported, name, "zeros behind the " + std::to_string(sizeof(T)) + " bytes that this version knows",
+                        "a setting of a newer version at byte " + std::to_string(i));
+  std::memcpy(out, bytes, std::min(size, sizeof(T)));
+  return {};
+}
+
+template <class T>
+kv4_status init_struct(const char* name, T* out, std::size_t size, std::span<const std::size_t> known, T (*defaults)()) noexcept {
+  return guarded({{name, out}}, [&]() -> Status {
+    KV4_RETURN_IF_ERROR(check_size(name, size, known));
+    auto* bytes = reinterpret_cast<unsigned char*>(out);
+    const T values = defaults();
+    std::memset(bytes, 0, size);
+    std::memcpy(bytes, &values, std::min(size, sizeof(T)));
+    std::memcpy(bytes, &size, sizeof size);
+    return {};
+  });
+}
+
+}  // namespace kv4::capi

@@ -1,0 +1,22 @@
+// A C program's threads as the CPU backend takes them.
+#pragma once
+
+#include "kv4/cpu.h"
+#include "kv4/kv4.h"
+
+namespace kv4::capi {
+
+class Lent final : public cpu::Executor {
+ public:
+  explicit Lent(const kv4_executor& executor) : executor_(executor) {}
+  int threads() const override { return executor_.threads; }
+  void run(void (*body)(void* context, int thread), void* context) override { executor_.run(executor_.context, body, context); }
+
+ private:
+  const kv4_executor executor_;
+};
+
+// Errors: invalid_argument naming the field.
+Status check_executor(const kv4_executor& executor);
+
+}  // namespace kv4::capi
