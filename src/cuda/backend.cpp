@@ -158,7 +158,7 @@ class CudaBackend final : public Backend {
     auto* const tables = static_cast<CacheTables*>(job.tables);
     const bool captured = tables != nullptr && capturing();  // what the tables hold counts, whatever the host knows
     p.batch = static_cast<int>(captured ? tables->batch() : job.sequences.views.size());
-    p.most = static_cast<int>(captured && job.sequences.most_queries == 0 ? p.rows : most_queries(job.sequences));
+    p.most = static_cast<int>((captured || job.sequences.resident) && job.sequences.most_queries == 0 ? p.rows : most_queries(job.sequences));
     if (tables == nullptr) {
       KV4_RETURN_IF_ERROR(device_views(job.sequences, &views, &p.sequences));
     } else {
@@ -252,8 +252,10 @@ class CudaBackend final : public Backend {
     KV4_RETURN_IF_CUDA("sequences", launch_views(batch, stored, out, chip_.code >= 90, current_stream()));
     return {};
   }
-  Status make_jobs(const PagedBatch& batch, const SealRange& range, SealJob* out) override { return make_jobs_of(batch, range, out); }
-  Status make_jobs(const PagedBatch& batch, const SealRange& range, DequantiseJob* out) override { return make_jobs_of(batch, range, out); }
+  Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, SealJob* out) override { return make_jobs_of(batch, dtype, range, out); }
+  Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, DequantiseJob* out) override {
+    return make_jobs_of(batch, dtype, range, out);
+  }
 
   std::size_t attend_workspace(const AttendJob& job) const override {
     const DeviceGuard guard(device_);
@@ -286,8 +288,9 @@ class CudaBackend final : public Backend {
       return error(StatusCode::unsupported, "q", "at most " + std::to_string(plan.most_sequences) + " sequences of these heads on this device",
                    std::to_string(p.batch));
     if (!job.workspace.empty()) {
-      if (job.workspace.size() < plan.scratch)
-        return invalid_argument("workspace", "at least " + std::to_string(plan.scratch) + " bytes", std::to_string(job.workspace.size()));
+      if (job.workspace.size() < plan.scratch || reinterpret_cast<std::uintptr_t>(job.workspace.data()) % alignof(uint4) != 0)
+        return invalid_argument("workspace", "at least " + std::to_string(plan.scratch) + " bytes, on a multiple of " + std::to_string(alignof(uint4)),
+                                std::to_string(job.workspace.size()));
       KV4_RETURN_IF_CUDA("attend", launch_attend(p, plan, job.workspace.data(), current_stream()));
       return {};
     }
@@ -396,9 +399,9 @@ class CudaBackend final : public Backend {
     return {};
   }
   template <class Job>
-  Status make_jobs_of(const PagedBatch& batch, const SealRange& range, Job* out) {
+  Status make_jobs_of(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out) {
     KV4_ON_DEVICE(device_);
-    KV4_RETURN_IF_CUDA("jobs", launch_jobs(batch, range, out, chip_.code >= 90, current_stream()));
+    KV4_RETURN_IF_CUDA("jobs", launch_jobs(batch, dtype, range, out, chip_.code >= 90, current_stream()));
     return {};
   }
 

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) dequantise_jobs(const __grid_constan
   void* out = values ? job.v : job.k;
   if (job.page < 0 || out == nullptr) return;
   const int dim = side.dim, padded = pad_channels(dim), head = blockIdx.x % p.heads, count = static_cast<int>(job.count);
-  const std::uint8_t* slice = p.pages.slice(job.page, head);
+  const std::uint8_t* slice = slice_at(p.pages, job.page, head);
   const float* lambda = values ? job.lambda_v : job.lambda_k;
   if (lambda != nullptr) lambda += head * dim;
   const std::int64_t begin = head * (values ? job.v_head_stride : job.k_head_stride);

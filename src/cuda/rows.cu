@@ -129,13 +129,13 @@ __global__ void __launch_bounds__(kThreads) views_kernel(const __grid_constant__
   if (b < batch.size) out[b] = view_of(batch, b, stored);
 }
 template <class Job>
-__global__ void __launch_bounds__(kThreads) jobs_kernel(const __grid_constant__ PagedBatch batch, const __grid_constant__ SealRange range, Job* out) {
+__global__ void __launch_bounds__(kThreads) jobs_kernel(const __grid_constant__ PagedBatch batch, DType dtype, const __grid_constant__ PageRange range, Job* out) {
   wait_for_previous();
   let_next_begin();
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= batch.size * range.most) return;
-  if constexpr (std::is_same_v<Job, SealJob>) out[i] = seal_job_of(batch, range, i / range.most, i % range.most);
-  else out[i] = page_job_of<Job>(batch, range, i / range.most, i % range.most);
+  if constexpr (std::is_same_v<Job, SealJob>) out[i] = seal_job_of(batch, dtype, range, i / range.most, i % range.most);
+  else out[i] = page_job_of<Job>(batch, dtype, range, i / range.most, i % range.most);
 }
 
 unsigned ctas_for(int threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
@@ -147,12 +147,12 @@ cudaError_t launch_views(const PagedBatch& batch, bool stored, SequenceView* out
   return queue_early(early, views_kernel, dim3(ctas_for(batch.size)), kThreads, 0, stream, batch, stored, out);
 }
 template <class Job>
-cudaError_t launch_jobs(const PagedBatch& batch, const SealRange& range, Job* out, bool early, cudaStream_t stream) {
+cudaError_t launch_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out, bool early, cudaStream_t stream) {
   if (batch.size * range.most <= 0) return cudaSuccess;
-  return queue_early(early, jobs_kernel<Job>, dim3(ctas_for(batch.size * range.most)), kThreads, 0, stream, batch, range, out);
+  return queue_early(early, jobs_kernel<Job>, dim3(ctas_for(batch.size * range.most)), kThreads, 0, stream, batch, dtype, range, out);
 }
-template cudaError_t launch_jobs(const PagedBatch&, const SealRange&, SealJob*, bool, cudaStream_t);
-template cudaError_t launch_jobs(const PagedBatch&, const SealRange&, DequantiseJob*, bool, cudaStream_t);
+template cudaError_t launch_jobs(const PagedBatch&, DType, const PageRange&, SealJob*, bool, cudaStream_t);
+template cudaError_t launch_jobs(const PagedBatch&, DType, const PageRange&, DequantiseJob*, bool, cudaStream_t);
 
 cudaError_t launch_store(const StoreParams& p, cudaStream_t stream) {
   const long long items = 2ll * p.heads * p.most;

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
   if (lambda != nullptr) lambda += head * dim;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const auto masked = [&](int j) { return j < job.hidden || (job.skip != nullptr && job.skip[j] != 0); };
-  unsigned char* slice = p.pages.slice(job.page, head);
+  unsigned char* slice = slice_at(p.pages, job.page, head);
 
   for (int i = threadIdx.x; i < count * dim; i += kThreads) {
     const int j = i / dim, c = i % dim;

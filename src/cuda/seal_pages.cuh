@@ -230,7 +230,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     const float* lambda = kValues ? job.lambda_v : job.lambda_k;
     if (lambda != nullptr) lambda += head * D;
     const std::uint8_t* skip = job.skip;
-    unsigned char* slice = p.pages.slice(job.page, head);
+    unsigned char* slice = slice_at(p.pages, job.page, head);
     const bool aligned = ((reinterpret_cast<uintptr_t>(rows) | static_cast<uintptr_t>(stride * size)) & 15) == 0;
     const auto masked = [skip, hidden](int j) { return j < hidden || (skip != nullptr && skip[j] != 0); };
     int used = count, pivot_row = 0;

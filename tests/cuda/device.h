@@ -126,7 +126,7 @@ class DeviceScene {
       std::vector<std::uint8_t> bytes(static_cast<std::size_t>(pages_.page_stride * (behind - first)), 0xff);
       for (std::int32_t id = first; id < behind; ++id)
         for (int h = 0; h < scene_.shape().kv_heads; ++h)
-          convert(scene_.pages().slice(id, h), bytes.data() + (id - first) * pages_.page_stride + h * pages_.head_stride);
+          convert(slice_at(scene_.pages(), id, h), bytes.data() + (id - first) * pages_.page_stride + h * pages_.head_stride);
       memory_.push_back(DeviceBytes(bytes));
       table.push_back(memory_.back().as());
     }
