@@ -101,13 +101,14 @@ struct Pool {
   PageMemory pages;
   std::vector<std::int32_t> ids;
 
-  Pool(const DeviceScene& few, std::size_t count) : memory(static_cast<std::size_t>(few.pages().page_stride) * count) {
+  Pool(const DeviceScene& few, int kv_heads, std::size_t count) : memory(static_cast<std::size_t>(few.pages().head_stride * kv_heads) * count) {
     pages = few.pages();
+    pages.page_stride = pages.head_stride * kv_heads;
     const auto stride = static_cast<std::size_t>(pages.page_stride);
     std::vector<void*> table;
     for (std::size_t i = 0; i < count; ++i) {
       std::uint8_t* const page = memory.as<std::uint8_t>() + i * stride;
-      cudaMemcpy(page, pages.data + i % 64 * stride, stride, cudaMemcpyDeviceToDevice);
+      cudaMemcpy(page, page_at(few.pages(), static_cast<std::int32_t>(i % 64)), stride, cudaMemcpyDeviceToDevice);
       if (i >> kShift << kShift == i) table.push_back(page);
       ids.push_back(static_cast<std::int32_t>(i));
     }
@@ -220,7 +221,7 @@ void decode(benchmark::State& state, const Case& c) {
     count += static_cast<std::size_t>(Held::of(tokens).page_tokens / kPageTokens);
     exact_rows += Held::of(tokens).sinks + Held::of(tokens).window;
   }
-  const Pool pool(scene, count);
+  const Pool pool(scene, shape.kv_heads, count);
   const double pool_bytes = static_cast<double>(count) * few.shape().kv_heads * scene.spec().layout.head_bytes;
   const auto batch = static_cast<std::int64_t>(c.tokens.size());
   const std::int64_t heads = c.geometry.q_heads, d = c.geometry.head_dim;

@@ -33,6 +33,13 @@ struct PackedMatrix {
   float scale = 1;
 };
 
+// PageMemory in the widths that kernels count in; shift 31 without chunks.
+struct PagesAt {
+  const std::uint8_t* data = nullptr;
+  const std::uint8_t* const* chunks = nullptr;
+  std::uint32_t page_stride = 0, head_stride = 0, shift = 31;
+};
+
 struct AttendParams {
   const SequenceView* sequences = nullptr;  // [batch] in device memory, every pointer in it too
   int batch = 0, kv_heads = 0, group = 0;   // group: query heads per KV head
@@ -41,7 +48,7 @@ struct AttendParams {
   int blocks = 0;                           // blocks of kBlockRows of so many rows per KV head, rounded up to whole segments
   bool bf16 = false;                        // exact rows: bfloat16, else float16
   bool mean = false;                        // whether pages hold means
-  PageMemory pages;
+  PagesAt pages;
   std::uint32_t k_copy_bytes = 0, v_copy_bytes = 0;
   std::uint32_t v_codes = 0;               // offset in a head slice
   std::uint32_t value_scales = 0;          // from v_codes

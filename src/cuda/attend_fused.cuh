@@ -532,6 +532,7 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
     const auto sinks = s.exact[0].count, window = s.exact[1].count;
     const int pages = s.page_count;
     const float* const lambda = s.lambda_k;
+    if (warp == F::kWarps) expect_ids(p, s, lane);
     if (lane == 0 && warp < F::kWarps) {
       unsigned char* const queue = memory + warp / F::kMembers * F::kQueueBytes;
       if constexpr (kReaders != Readers::warps) TeamQueue<F::kMembers, F::kDepth, Shape<D>::kSlotBytes>::prepare(queue, warp % F::kMembers);

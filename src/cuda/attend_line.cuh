@@ -187,71 +187,89 @@ class PiecesOf {
       return exact_piece(p_, at, at.head(), values ? 1 : 0);
     }
     Piece piece;
-    piece.from = (step_ - (values ? pages_ : 0) == 0 ? page_[0] : page_[1]) + (values ? p_.v_codes : 0);
+    piece.from = (step_ - (values ? pages_ : 0) == 0 ? page_[0] : page_[1]) + (values ? slice_ + p_.v_codes : slice_);
     piece.bytes = values ? p_.v_copy_bytes : p_.k_copy_bytes;
     return piece;
   }
   __device__ __forceinline__ void next() {
     if (++step_ < 2 * pages_) return;
-    at_.skip(p_, pages_);
+    left_ -= pages_;
+    if (left_ > 0) return take();
+    at_.skip(p_, run_);
     enter();
   }
 
  private:
-  // A page as it comes: its number, then the chunk that it lies in.
+  // Pages as they come: their numbers, then the chunks that they lie in.
   struct Pair {
-    std::int32_t id[2];
+    std::uint32_t id[2];
     const std::uint8_t* chunk[2];
   };
-  __device__ __forceinline__ void ask_for_ids(Pair& pair, const std::int32_t* table, int left) const {
-    if (left > 0) pair.id[0] = table[0];
-    if (left > 1) pair.id[1] = table[1];
+  // `left`: pages of the run that there are from these on.
+  __device__ __forceinline__ void ask_for_ids(Pair& pair, int left) {
+    if (left > 0) pair.id[0] = static_cast<std::uint32_t>(ids_[0]);
+    if (left > 1) pair.id[1] = static_cast<std::uint32_t>(ids_[1]);
+    ids_ += 2;
   }
   __device__ __forceinline__ void ask_for_chunks(Pair& pair, int left) const {
     if (p_.pages.chunks == nullptr) return;
-    if (left > 0) pair.chunk[0] = p_.pages.chunks[pair.id[0] >> p_.pages.chunk_shift];
-    if (left > 1) pair.chunk[1] = p_.pages.chunks[pair.id[1] >> p_.pages.chunk_shift];
+    if (left > 0) pair.chunk[0] = p_.pages.chunks[pair.id[0] >> p_.pages.shift];
+    if (left > 1) pair.chunk[1] = p_.pages.chunks[pair.id[1] >> p_.pages.shift];
   }
-  __device__ __forceinline__ const unsigned char* address(const Pair& pair, int i, int head) const {
-    const PageMemory& m = p_.pages;
-    const bool chunked = m.chunks != nullptr;
-    const std::int32_t within = chunked ? pair.id[i] & ((std::int32_t{1} << m.chunk_shift) - 1) : pair.id[i];
-    return (chunked ? pair.chunk[i] : m.data) + within * m.page_stride + head * m.head_stride;
+  __device__ __forceinline__ const unsigned char* address(const Pair& pair, int i) const {
+    const std::uint32_t within = pair.id[i] & ((1u << p_.pages.shift) - 1);
+    return (p_.pages.chunks != nullptr ? pair.chunk[i] : p_.pages.data) + static_cast<std::uint64_t>(within) * p_.pages.page_stride;
   }
   // Numbers are asked for four pages ahead of their use, chunks two, so that nobody waits for them within a run.
-  __device__ __forceinline__ void enter() {
+  __device__ __forceinline__ void take() {
     step_ = 0;
-    if (done()) return;
-    pages_ = min(at_.packed() ? 2 : kExact, at_.run());
     if (!at_.packed()) {
-      next_item_ = -1;
+      pages_ = left_;
       return;
     }
-    const std::int32_t* table = p_.sequences[at_.b].pages + (at_.item - at_.exact_items);
-    const int left = at_.items - at_.item;
-    if (at_.item != next_item_ || at_.b != next_b_) {
-      ask_for_ids(next_, table, left);
-      ask_for_ids(after_, table + 2, left - 2);
-      ask_for_chunks(next_, left);
-    }
-    const int head = at_.head();
-    page_[0] = address(next_, 0, head);
-    page_[1] = address(next_, 1, head);
-    next_item_ = at_.item + 2;
-    next_b_ = at_.b;
+    pages_ = min(2, left_);
+    page_[0] = address(next_, 0);
+    page_[1] = address(next_, 1);
     next_ = after_;
-    ask_for_chunks(next_, left - 2);
-    ask_for_ids(after_, table + 4, left - 4);
+    ask_for_chunks(next_, left_ - 2);
+    ask_for_ids(after_, left_ - 4);
+  }
+  // A run of pages, or the exact items that are taken together.
+  __device__ __forceinline__ void enter() {
+    if (done()) return;
+    run_ = at_.packed() ? at_.run() : min(kExact, at_.run());
+    left_ = run_;
+    if (at_.packed()) {
+      slice_ = static_cast<std::uint32_t>(at_.head()) * p_.pages.head_stride;
+      ids_ = p_.sequences[at_.b].pages + (at_.item - at_.exact_items);
+      ask_for_ids(next_, left_);
+      ask_for_ids(after_, left_ - 2);
+      ask_for_chunks(next_, left_);
+    }
+    take();
   }
 
   const AttendParams& p_;
   Cursor at_;
   int step_ = 0, pages_ = 1;  // pages or exact items together
+  int run_ = 0, left_ = 0;    // of those that the cursor stands before
+  std::uint32_t slice_ = 0;   // offset of the head's in a page
+  const std::int32_t* ids_ = nullptr;
   const unsigned char* page_[2] = {};
   Pair next_ = {}, after_ = {};
-  int next_item_ = -1, next_b_ = -1;
 };
 using Pieces = PiecesOf<1>;
+
+// What every run of pages looks up first, asked for before anybody knows where it begins.
+__device__ __forceinline__ void expect_pages(const AttendParams& p) {
+  if (p.pages.chunks != nullptr) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.pages.chunks));
+}
+// The same of one sequence, its first pages' numbers too. One warp.
+__device__ __forceinline__ void expect_ids(const AttendParams& p, const SequenceView& s, int lane) {
+  constexpr int kLine = 128 / static_cast<int>(sizeof(std::int32_t));
+  if (lane == 0) expect_pages(p);
+  if (lane * kLine < s.page_count) asm volatile("prefetch.global.L2 [%0];" ::"l"(s.pages + lane * kLine));
+}
 
 // By the warp that fills, each lane its own queue: all pieces, as slots become free.
 template <class PiecesT, class FillerT>

@@ -105,6 +105,7 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
     else Slots::prepare(memory + reader * kQueueBytes);
   }
   int* line = reinterpret_cast<int*>(memory + main_shared<D>(kKind, kReaders, kDepth, kBlocks));
+  if (threadIdx.x == kWarps * kLanes) expect_pages(p);
   if (warp == kWarps) lay_line(p, lane, line);  // not from the kernel before: fetching begins without it
   __syncthreads();
   const Shares shares(line[p.batch], p.readers, p.unit);

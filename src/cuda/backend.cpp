@@ -226,7 +226,7 @@ class CudaBackend final : public Backend {
     p.pages = pages;
     p.heads = kv_heads;
     p.count = static_cast<int>(jobs.size()) * kv_heads;
-    p.halves = resident || std::all_of(jobs.begin(), jobs.end(), [](const SealJob& job) { return job.dtype != DType::f32; });
+    p.halves = resident || std::all_of(jobs.begin(), jobs.end(), [](const SealJob& job) { return job.page < 0 || job.dtype != DType::f32; });
     KV4_RETURN_IF_CUDA("seal", launch_seal(p, current_stream()));
     return {};
   }
@@ -322,7 +322,11 @@ class CudaBackend final : public Backend {
     p->queries = static_cast<int>(most_queries(job.sequences));
     p->rows = a.q.shape[2];
     p->window = job.window;
-    p->pages = job.pages;
+    p->pages.data = job.pages.data;
+    p->pages.chunks = job.pages.chunks;
+    p->pages.page_stride = static_cast<std::uint32_t>(job.pages.page_stride);
+    p->pages.head_stride = static_cast<std::uint32_t>(job.pages.head_stride);
+    p->pages.shift = job.pages.chunks != nullptr ? static_cast<std::uint32_t>(job.pages.chunk_shift) : 31;
     p->dim = job.head_dim_k;
     p->bf16 = job.dtype == DType::bf16;
     if (job.spec != nullptr) {

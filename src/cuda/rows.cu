@@ -122,11 +122,21 @@ __global__ void convert_kernel(const __grid_constant__ ConvertJob job) {
   }
 }
 
+// A warp for each sequence.
 __global__ void __launch_bounds__(kThreads) views_kernel(const __grid_constant__ PagedBatch batch, bool stored, SequenceView* out) {
   wait_for_previous();
   let_next_begin();
-  const int b = blockIdx.x * kThreads + threadIdx.x;
-  if (b < batch.size) out[b] = view_of(batch, b, stored);
+  const int lane = threadIdx.x % kLanes, b = (blockIdx.x * kThreads + static_cast<int>(threadIdx.x)) / kLanes;
+  if (b >= batch.size) return;
+  const SequenceView view = view_of(batch, b, stored);
+  if (lane == 0) out[b] = view;
+  // What attention looks up first is on its way into L2.
+  constexpr int kLine = 128 / static_cast<int>(sizeof(std::int32_t));
+  const auto expect = [lane](const std::int32_t* ids, std::int64_t count) {
+    for (std::int64_t i = lane * kLine; i < count; i += kLanes * kLine) asm volatile("prefetch.global.L2 [%0];" ::"l"(ids + i));
+  };
+  expect(view.pages, view.page_count);
+  for (const ExactRows& x : view.exact) expect(x.blocks, (x.count + kPageTokens - 1) / kPageTokens);
 }
 template <class Job>
 __global__ void __launch_bounds__(kThreads) jobs_kernel(const __grid_constant__ PagedBatch batch, DType dtype, const __grid_constant__ PageRange range, Job* out) {
@@ -144,7 +154,7 @@ unsigned ctas_for(int threads) { return static_cast<unsigned>((threads + kThread
 
 cudaError_t launch_views(const PagedBatch& batch, bool stored, SequenceView* out, bool early, cudaStream_t stream) {
   if (batch.size <= 0) return cudaSuccess;
-  return queue_early(early, views_kernel, dim3(ctas_for(batch.size)), kThreads, 0, stream, batch, stored, out);
+  return queue_early(early, views_kernel, dim3(ctas_for(batch.size * kLanes)), kThreads, 0, stream, batch, stored, out);
 }
 template <class Job>
 cudaError_t launch_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out, bool early, cudaStream_t stream) {

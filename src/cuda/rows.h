@@ -38,7 +38,7 @@ cudaError_t launch_move_lines(void* to, std::size_t to_pitch, const void* from, 
 
 cudaError_t launch_convert(const ConvertJob& job, cudaStream_t stream);
 
-// A PagedBatch's views and jobs (batch.h), a thread for each.
+// A PagedBatch's views and jobs (batch.h).
 cudaError_t launch_views(const PagedBatch& batch, bool stored, SequenceView* out, bool early, cudaStream_t stream);
 template <class Job>  // SealJob, DequantiseJob
 cudaError_t launch_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out, bool early, cudaStream_t stream);
