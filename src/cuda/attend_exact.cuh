@@ -5,8 +5,10 @@
 
 namespace kv4::cuda {
 
-// Rows that could not be copied 16 bytes at a time: by the warp itself.
-__device__ __noinline__ inline void copy_unaligned(const Piece& piece, unsigned char* slot, int pitch, int lane) {
+// An exact item's keys or values that could not be copied 16 bytes at a time: by the warp itself.
+__device__ __noinline__ inline void copy_unaligned(const AttendParams& p, int b, int set, int first, int rows, int head, int half,
+                                                   unsigned char* slot, int pitch, int lane) {
+  const Piece piece = exact_piece(p, b, set, first, rows, head, half);
   const int width = static_cast<int>(piece.bytes / 2);
 #pragma unroll 8
   for (int i = lane; i < piece.rows * width; i += kLanes)
@@ -23,14 +25,16 @@ __device__ __forceinline__ void exact_item(const AttendParams& p, Slots& queue, 
   constexpr int kPitch = Shape<D>::kExactPitch;
   const int g = lane / 4, t = lane % 4;
   const int matrix = lane / 8, matrix_row = lane % 8;
-  const ExactItem item(p, at);
-  const ExactRows& x = p.sequences[at.b].exact[item.set];
-  const int rows = item.rows;
-  const long long position = item.position;
+  int rows;
+  long long position;
   float c[kBlocks][2][4] = {};
   {
+    const ExactItem item(p, at);
+    rows = item.rows;
+    position = item.position;
+    const bool aligned = exact_aligned(p.sequences[at.b].exact[item.set], 0);
     unsigned char* slot = queue.wait();
-    if (!exact_aligned(x, 0)) copy_unaligned(exact_piece(p, at, head, 0), slot, kPitch, lane);
+    if (!aligned) copy_unaligned(p, at.b, item.set, item.first, rows, head, 0, slot, kPitch, lane);
     const uint32_t base = shared_address(slot);
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
@@ -64,8 +68,10 @@ __device__ __forceinline__ void exact_item(const AttendParams& p, Slots& queue, 
     }
     weights[r] = two_halves(p.bf16, weight[0], weight[1], weight[2], weight[3]);
   }
+  const ExactItem item(p, at);  // again: registers are short
+  const bool aligned = exact_aligned(p.sequences[at.b].exact[item.set], 1);
   unsigned char* slot = queue.wait();
-  if (!exact_aligned(x, 1)) copy_unaligned(exact_piece(p, at, head, 1), slot, kPitch, lane);
+  if (!aligned) copy_unaligned(p, at.b, item.set, item.first, rows, head, 1, slot, kPitch, lane);
   const uint32_t base = shared_address(slot);
   if (rows < kExactTokens) {  // what lies behind the rows is anything; its weight is 0, and 0 times NaN is NaN
     for (int i = lane; i < (kExactTokens - rows) * (D / 8); i += kLanes)

@@ -240,7 +240,7 @@ struct FusedPlace {
   uint4 *operands, *fragments;
   float *y, *carried;  // [kRows][kPitch]; the state over exact rows of a reader that reads pages too
   TeamExchange<F::kMembers, F::kBlocks>* exchanges;
-  int b, head, part, row0, rows;  // part: segment of the head's
+  int b, head, part, row0;  // part: segment of the head's
 
   // CTA (x, y, z): x of those of segment y of sequence z.
   __device__ __forceinline__ FusedPlace(const AttendParams& p, unsigned char* memory, int its_segment, int sequence) {
@@ -254,7 +254,10 @@ struct FusedPlace {
     head = most_per_head == 1 ? its_segment : its_segment / most_per_head;
     part = its_segment - head * most_per_head;
     row0 = part * F::kRows;
-    rows = min(F::kRows, p.group * static_cast<int>(p.sequences[b].query_count) - row0);
+  }
+  // Looked up where it is needed: registers are short.
+  __device__ __forceinline__ int rows(const AttendParams& p) const {
+    return min(F::kRows, p.group * static_cast<int>(p.sequences[b].query_count) - row0);
   }
 };
 
@@ -308,12 +311,12 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const SharesOf
       else team_exact<D>(p, queue, state, exchange, at.operands, here, at.head, at.row0, run, reader, member, lane);
       state.template share_sums<kSegmentRows == Rows::four>(exchange, packed, member, lane);
       meet_team<F::kMembers>(reader);  // and nobody reads the queue any more
-      state.template put<kSegmentRows == Rows::four, F::kPitch>(to, exchange, packed, at.rows, member, lane);
+      state.template put<kSegmentRows == Rows::four, F::kPitch>(to, exchange, packed, at.rows(p), member, lane);
     } else {
       Pieces none(p, Cursor());
       if (packed) pages_run<D, kSegmentRows, true>(p, queue, none, state, at.operands, scales, nullptr, here, at.head, at.row0, run, lane);
       else exact_run<D, F::kBlocks>(p, queue, none, state, here, at.head, at.operands, at.row0, run, lane);
-      state.template put<kSegmentRows == Rows::four, F::kPitch>(to, packed, at.rows, lane);
+      state.template put<kSegmentRows == Rows::four, F::kPitch>(to, packed, at.rows(p), lane);
     }
   }
 }
@@ -335,7 +338,7 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedE
   const int thread = anew(threadIdx.x), cta = anew(blockIdx.x), place = anew(blockIdx.z * gridDim.y + blockIdx.y);
   const int lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
   const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, anew(blockIdx.y), anew(blockIdx.z));
-  const int head = at.head, row0 = at.row0, rows = at.rows;
+  const int head = at.head, row0 = at.row0, rows = at.rows(p);
   const SequenceView& s = p.sequences[at.b];
   const bool turned = p.inverse_transpose.words != nullptr && s.page_count > 0;
   Columns<D, F::kAheadLast> columns;
@@ -546,7 +549,7 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
     __syncthreads();
     const auto items = [](long long rows) { return static_cast<int>((rows + kExactTokens - 1) / kExactTokens); };
     const SharesOf<D, kSegmentRows, kReaders> shares(items(sinks) + items(window), pages);
-    if (blockIdx.x >= shares.ctas || at.rows <= 0) return;
+    if (blockIdx.x >= shares.ctas || at.rows(p) <= 0) return;
     if (warp == F::kWarps) return fused_fill<D, kSegmentRows, kReaders>(p, shares, &end, lane);
     fused_read<D, kSegmentRows, kReaders>(p, shares, first, columns, warp, lane);
   }

@@ -160,13 +160,12 @@ __device__ __forceinline__ bool exact_aligned(const ExactRows& x, int half) {
   return ((from | static_cast<uintptr_t>(strides * 2)) & 15) == 0;
 }
 // Keys or values of an exact item. Its rows are of one block.
-__device__ inline Piece exact_piece(const AttendParams& p, const Cursor& at, int head, int half) {
-  const ExactItem item(p, at);
-  const ExactRows& x = p.sequences[at.b].exact[item.set];
+__device__ __forceinline__ Piece exact_piece(const AttendParams& p, int b, int set, int first, int rows, int head, int half) {
+  const ExactRows& x = p.sequences[b].exact[set];
   Piece piece;
   piece.pitch = (half == 0 ? x.k_stride : x.v_stride) * 2;
-  piece.from = static_cast<const unsigned char*>(half == 0 ? x.k : x.v) + row_offset(x, half == 0, head, item.first) * 2;
-  piece.rows = item.rows;
+  piece.from = static_cast<const unsigned char*>(half == 0 ? x.k : x.v) + row_offset(x, half == 0, head, first) * 2;
+  piece.rows = rows;
   piece.bytes = static_cast<uint32_t>(p.dim) * 2;
   piece.aligned = exact_aligned(x, half);
   return piece;
@@ -184,7 +183,8 @@ class PiecesOf {
     if (!at_.packed()) {
       Cursor at = at_;
       at.item += step_ - (values ? pages_ : 0);
-      return exact_piece(p_, at, at.head(), values ? 1 : 0);
+      const ExactItem item(p_, at);
+      return exact_piece(p_, at.b, item.set, item.first, item.rows, at.head(), values ? 1 : 0);
     }
     Piece piece;
     piece.from = (step_ - (values ? pages_ : 0) == 0 ? page_[0] : page_[1]) + (values ? slice_ + p_.v_codes : slice_);

@@ -141,7 +141,8 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
     const int block = (here.b * p.kv_heads + head) * p.blocks + block0, row0 = block0 * kBlockRows;
     const uint4* operands = p.operands + static_cast<std::size_t>(block) * operand_words(D);
     const float* scales = p.row_scale + block * 2 * kBlockRows;
-    const int slot = w + 2 * (here.b * segments + here.segment) + (packed ? 1 : 0), rows = p.group * static_cast<int>(p.sequences[here.b].query_count) - row0;
+    const int slot = w + 2 * (here.b * segments + here.segment) + (packed ? 1 : 0);
+    const auto rows = [&] { return p.group * static_cast<int>(p.sequences[here.b].query_count) - row0; };  // looked up behind the run
     float* const to = p.states + static_cast<std::size_t>(slot) * State<D, kBlocks>::kFloats;
     state.clear();
     if constexpr (kTeamed) {
@@ -158,12 +159,12 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
       }
       state.template share_sums<kRows == Rows::four>(exchange, packed, member, lane);
       meet_team<kMembers>(reader);
-      state.template put<kRows == Rows::four>(to, exchange, packed, rows, member, lane);
+      state.template put<kRows == Rows::four>(to, exchange, packed, rows(), member, lane);
     } else {
       auto* mean_operands = reinterpret_cast<uint4*>(memory + kReaders * kQueueBytes) + reader * kBlocks * S::kMeanOperands;
       if (packed) pages_run<D, kRows, false>(p, queue, pieces, state, operands, scales, mean_operands, here, head, row0, run, lane);
       else exact_run<D, kBlocks>(p, queue, pieces, state, here, head, operands, row0, run, lane);
-      state.template put<kRows == Rows::four>(to, packed, rows, lane);
+      state.template put<kRows == Rows::four>(to, packed, rows(), lane);
     }
     here.skip(p, run);
   }

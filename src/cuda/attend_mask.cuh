@@ -37,6 +37,12 @@ struct Sight {
   }
 };
 
+// The page that does not hold kPageTokens tokens; -1: none.
+__device__ __forceinline__ int broken_page(const AttendParams& p, int b) {
+  const SequenceView& s = p.sequences[b];
+  return s.last_page_tokens < kPageTokens ? s.page_count - 1 : -1;
+}
+
 // First and last page that every row sees whole.
 __device__ __forceinline__ int2 plain_pages(const AttendParams& p, int b, int kv_head) {
   const SequenceView& s = p.sequences[b];
@@ -98,6 +104,14 @@ __device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, 
       score[kScores - 1] = x;
     }
   }
+}
+
+// The same of page `page` of the sequence: what depends on it is looked up where it is needed, registers are short.
+template <int kScores, bool kRolled, class Token>
+__device__ __forceinline__ void hide_page(const AttendParams& p, int b, int kv_head, int row, int page, float* score, Token token) {
+  const SequenceView& s = p.sequences[b];
+  hide<kScores, kRolled>(p, b, kv_head, row, s.pages_position + static_cast<long long>(page) * kPageTokens, page == 0 ? s.pages_hidden : 0,
+                         page + 1 == s.page_count ? s.last_page_tokens : kPageTokens, score, token);
 }
 
 }  // namespace kv4::cuda

@@ -142,7 +142,6 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
   constexpr float kUnits = 65280;               // of the largest weight; its logarithm is off by less than the 255 left over
   const int g = lane / 4, t = lane % 4;
   const int row = kFour ? g % 4 : g, odd = kFour ? g / 4 : 0;  // as in pages_run
-  const SequenceView& s = p.sequences[here.b];
   // At most 4 rows: rows 4 ... 7 of a product with keys are those again, and a lane takes one of its octets' products.
   // Products with means have them for the second half of the channels.
   constexpr bool kFolded = kFour && kTiles % 2 == 0;
@@ -168,8 +167,7 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
     }
   }
 
-  const int first_page = here.item - here.exact_items, pages = s.page_count, last_tokens = s.last_page_tokens;
-  const long long pages_position = s.pages_position;
+  const int first_page = here.item - here.exact_items;
   const int2 plain = plain_pages(p, here.b, head);
   const auto token = [member, t, odd](int i) {
     return (member * kSixteens + i / kOfSixteen) * 16 + (kFour ? odd : i / 2 % 2) * 8 + 2 * t + i % 2;
@@ -265,11 +263,8 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
       }
       const int at = first_page + i + page;
       if (at < plain.x || at > plain.y) {
-        const int tokens = at + 1 == pages ? last_tokens : kPageTokens;
 #pragma unroll
-        for (int r = 0; r < kBlocks; ++r)
-          hide<kScores, true>(p, here.b, head, row0 + r * kBlockRows + row, pages_position + static_cast<long long>(at) * kPageTokens,
-                              at == 0 ? s.pages_hidden : 0, tokens, now[r], token);
+        for (int r = 0; r < kBlocks; ++r) hide_page<kScores, true>(p, here.b, head, row0 + r * kBlockRows + row, at, now[r], token);
       }
 #pragma unroll
       for (int r = 0; r < kBlocks; ++r)
@@ -429,9 +424,10 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
     if (mine) {
       const ExactItem item(p, at);
       const long long position = item.position;
+      const bool aligned = exact_aligned(p.sequences[at.b].exact[item.set], 0);
       unsigned char* slot = queue.wait(member);
       rows = item.rows;
-      if (!exact_aligned(p.sequences[at.b].exact[item.set], 0)) copy_unaligned(exact_piece(p, at, head, 0), slot, kPitch, lane);
+      if (!aligned) copy_unaligned(p, at.b, item.set, item.first, rows, head, 0, slot, kPitch, lane);
       const uint32_t base = shared_address(slot);
       float c[kBlocks][2][4] = {};
 #pragma unroll 4
@@ -477,10 +473,11 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
       exchange.weights[(member * kBlocks + r) * kLanes + lane] = two_halves(p.bf16, weight[0], weight[1], weight[2], weight[3]);
     }
     if (mine) {
-      const bool aligned = exact_aligned(p.sequences[at.b].exact[ExactItem(p, at).set], 1);
+      const ExactItem item(p, at);
+      const bool aligned = exact_aligned(p.sequences[at.b].exact[item.set], 1);
       if (!aligned || rows < kExactTokens) {
         unsigned char* slot = queue.wait(member);
-        if (!aligned) copy_unaligned(exact_piece(p, at, head, 1), slot, kPitch, lane);
+        if (!aligned) copy_unaligned(p, at.b, item.set, item.first, rows, head, 1, slot, kPitch, lane);
         // What lies behind the rows is anything; its weight is 0, and 0 times NaN is NaN.
         for (int n = lane; n < (kExactTokens - rows) * (D / 8); n += kLanes)
           *reinterpret_cast<uint4*>(slot + (rows + n / (D / 8)) * kPitch + n % (D / 8) * 16) = {};
