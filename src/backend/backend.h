@@ -13,9 +13,10 @@
 #include "kv4/attention.h"
 #include "kv4/paged.h"
 #include "kv4/recipe.h"
-#include "kv4/rotation.h"
 #include "kv4/status.h"
 #include "kv4/types.h"
+#include "recipe/levels.h"
+#include "rotation/rotation.h"
 
 // Functions that kernels run too. Never a symbol of their own where they are compiled for several instruction sets: a linker
 // would choose one for all.
