@@ -9,6 +9,7 @@
 #include <span>
 #include <tuple>
 
+#include "cpu/measure.h"
 #include "kv4/cache.h"
 #include "kv4/cpu.h"
 #include "kv4/version.h"

@@ -39,9 +39,12 @@ class Append {
 
   Status run() {
     KV4_RETURN_IF_ERROR(plan());
+    KV4_RETURN_IF_ERROR(place());
+    make_room_for_news();
+    // Sealing on arrival writes into open pages, storing may be told of late: nothing of a call fails after them.
+    KV4_RETURN_IF_ERROR(draft_.seal());
     KV4_RETURN_IF_ERROR(store());
-    for (std::size_t i = 0; i < c_.parts.size(); ++i)
-      if (!c_.news[i].empty()) sequence(i).ledger.make_room_for_notes(c_.news[i].size());
+    make_room_for_news();
     return {};
   }
   void commit() noexcept {
@@ -67,14 +70,17 @@ class Append {
       draft_.add_if_needed(i, sequence(i), plan);
     }
     const Arriving arriving{k_, v_, c_.parts, c_.news};
-    return draft_.carry_out(&arriving);
+    return draft_.prepare(&arriving);
+  }
+  void make_room_for_news() {
+    for (std::size_t i = 0; i < c_.parts.size(); ++i)
+      if (!c_.news[i].empty()) sequence(i).ledger.make_room_for_notes(c_.news[i].size());
   }
 
-  // Rows behind those of the windows, which have or get room for them.
-  Status store() {
+  // New rows come behind those of the windows, which have or get room for them.
+  Status place() {
     c_.views.resize(c_.parts.size());
     c_.found.clear();
-    bool any = false;
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
       const Part& part = c_.parts[i];
       Sequence& s = sequence(i);
@@ -91,10 +97,11 @@ class Append {
       view.query_count = tokens;
       view.query_position = length - tokens;
       c_.found.push_back(&c_.news[i]);
-      any = any || tokens > 0;
     }
-    if (!any) return {};
-    KV4_RETURN_IF_ERROR(make_tables(c_));
+    return make_tables(c_);
+  }
+  Status store() {
+    if (setup_.policy.arrival() || k_.shape[2] == 0) return {};
     StoreJob job;
     job.k = k_;
     job.v = v_;
@@ -145,7 +152,7 @@ Status make_room(const Setup& setup, const ledger::Extent& x, RowBuffer& window,
   const std::int64_t need = window.count() + tokens;
   std::int64_t room = window.capacity();
   if (need > room) {
-    room = need + std::max<std::int64_t>(2, need / (setup.policy.seals() ? 16 : 8));
+    room = need + std::max<std::int64_t>(1, need / (setup.policy.seals() ? 16 : 8));
     room = std::max(need, std::min(room, setup.most_rows(x)));
   }
   return window.make_room(*setup.backend, setup.shape, tokens, room);
@@ -190,7 +197,7 @@ Status seal(CacheState& c) {
     c.sequences[i].ledger.plan_settle(c.recording, &plan);
     draft.add_if_needed(i, c.sequences[i], plan);
   }
-  KV4_RETURN_IF_ERROR(draft.carry_out(nullptr));
+  KV4_RETURN_IF_ERROR(draft.carry_out());
   draft.commit();
   return {};
 }

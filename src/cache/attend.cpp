@@ -131,7 +131,7 @@ class Attend {
   Status learn_energies() {
     const std::int64_t limit = setup_.config.recipe.sinks + setup_.config.recipe.window + kPageTokens;
     const std::size_t bytes = setup_.channels() * sizeof(float);
-    c_.energies.clear();
+    std::vector<EnergyJob> jobs;
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
       Sequence& s = sequence(i);
       if (s.lambda_fixed()) continue;
@@ -154,11 +154,11 @@ class Attend {
         if (row >= rows.capacity()) rows.reserve(row + 2);
         std::shared_ptr<Block> block;
         KV4_RETURN_IF_ERROR(Block::make(*setup_.backend, "query energies", bytes, &block));
-        c_.energies.push_back({part.input, part.input_row + t, block->as<float>()});
+        jobs.push_back({part.input, part.input_row + t, block->as<float>()});
         energies_.push_back({i, at.first, static_cast<std::int64_t>(row), std::move(block)});
       }
     }
-    return c_.energies.empty() ? Status() : setup_.backend->query_energies(args_.q, setup_.heads(), c_.energies);
+    return jobs.empty() ? Status() : setup_.backend->query_energies(args_.q, setup_.heads(), jobs);
   }
 
   // Sealing uses what the call tells, and the call sees what is sealed.
@@ -178,7 +178,7 @@ class Attend {
       while (energies != energies_.end() && energies->part < i) ++energies;
       for (; energies != energies_.end() && energies->part == i; ++energies) energies->give(change.next.energy);
     }
-    return draft_.carry_out(nullptr);
+    return draft_.carry_out();
   }
 
   struct Now {

@@ -62,7 +62,7 @@ Status advance(CacheState& c) {
     c.sequences[b].ledger.plan_append(1, c.recording, &plan);
     draft.add_if_needed(b, c.sequences[b], plan);
   }
-  KV4_RETURN_IF_ERROR(draft.carry_out(nullptr));
+  KV4_RETURN_IF_ERROR(draft.carry_out());
   if (c.captured != nullptr && c.captured != c.pool->memory().chunks)
     return error(StatusCode::failed_precondition, "cache", "a step captured since pages have outgrown their table, or room for them all by reserve before it",
                  "an older one");

@@ -37,16 +37,18 @@ void Draft::add_if_needed(std::size_t at, Sequence& s, Plan& plan) {
   if (!s.ledger.only_stores(plan) || spare) add(at, s).plan = std::move(plan);
 }
 
-// All sequences' pages in one call of the backend.
-Status Draft::carry_out(const Arriving* arriving) {
+Status Draft::prepare(const Arriving* arriving) {
   for (Change& c : changes_) KV4_RETURN_IF_ERROR(prepare(c, arriving));
-  // Last: on arrival it writes into open pages, behind the tokens that are there.
+  return {};
+}
+
+Status Draft::seal() {
   return jobs_.empty() ? Status() : setup_.backend->seal(setup_.spec, pool_->memory(), setup_.heads(), jobs_, false);
 }
 
 Status Draft::prepare(Change& c, const Arriving* arriving) {
   if (!c.plan.lambda.empty()) KV4_RETURN_IF_ERROR(learn(c));
-  if (!c.plan.sealed.empty()) KV4_RETURN_IF_ERROR(seal(c, arriving));
+  if (!c.plan.sealed.empty()) KV4_RETURN_IF_ERROR(plan_pages(c, arriving));
   KV4_RETURN_IF_ERROR(move_rows(c));
   if (pool_ != nullptr)
     KV4_RETURN_IF_ERROR(c.next.table.change(*setup_.backend, c.sequence->ledger.pages(), c.plan.kept, c.replaced,
@@ -102,7 +104,7 @@ Status Draft::flag(Change& c, const Arriving* arriving) const {
 }
 
 // Jobs for the pages of plan.sealed, whole ones or, on arrival, what comes to the page that is being filled.
-Status Draft::seal(Change& c, const Arriving* arriving) {
+Status Draft::plan_pages(Change& c, const Arriving* arriving) {
   const Plan& plan = c.plan;
   const ledger::Ledger& ledger = c.sequence->ledger;
   const Extent &before = ledger.extent(), &after = plan.after;

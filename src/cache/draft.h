@@ -58,14 +58,20 @@ class Draft {
   // Whether settling would do something for `s`, or for the memory of its rows; if so `plan`'s change is added.
   void add_if_needed(std::size_t at, Sequence& s, ledger::Plan& plan);
 
-  // Does what the plans say. Rows that arrive are sealed from the call's tensors, or left to be stored.
-  Status carry_out(const Arriving* arriving);
+  // Does what the plans say: all but sealing, then that, of all sequences' pages in one call of the backend. Rows that arrive are
+  // sealed from the call's tensors, or left to be stored.
+  Status prepare(const Arriving* arriving);
+  Status seal();
+  Status carry_out() {
+    KV4_RETURN_IF_ERROR(prepare(nullptr));
+    return seal();
+  }
   void commit() noexcept;
 
  private:
   Status prepare(Change& c, const Arriving* arriving);
   Status learn(Change& c) const;
-  Status seal(Change& c, const Arriving* arriving);
+  Status plan_pages(Change& c, const Arriving* arriving);
   Status flag(Change& c, const Arriving* arriving) const;
   Status move_rows(Change& c) const;
   Status reopen(const Change& c, RowBuffer* rows) const;

@@ -17,7 +17,7 @@ Status carry_out(CacheState& c, Draft& draft) {
     KV4_RETURN_IF_ERROR(make_note(c, *change.sequence, &change.note));
     change.renoted = true;
   }
-  KV4_RETURN_IF_ERROR(draft.carry_out(nullptr));
+  KV4_RETURN_IF_ERROR(draft.carry_out());
   draft.commit();
   ++c.version;
   return {};

@@ -44,9 +44,21 @@ Status PagePool::grow(std::size_t count) {
   while (free_ < count) {
     const std::size_t wanted = std::max(count - free_, pages_ / kGrowthDivisor), huge = in_huge(page_bytes_);
     const bool whole = huge > 0 && wanted >= huge && (pages_ + wanted) * page_bytes_ >= kHugeFrom;
-    KV4_RETURN_IF_ERROR(add_slab(whole ? huge : std::min(in_slab(page_bytes_), wanted)));
+    if (Status added = add_slab(whole ? huge : std::min(in_slab(page_bytes_), wanted)); !added.ok()) {
+      std::vector<std::shared_ptr<Block>> gone;
+      forget_tables(&gone);
+      return added;
+    }
   }
   return {};
+}
+
+// Without slabs nobody reads where they are, but what was captured.
+void PagePool::forget_tables(std::vector<std::shared_ptr<Block>>* gone) noexcept {
+  if (pages_ > 0 || !backend_.host_memory()) return;
+  gone->swap(tables_);
+  std::vector<Slab*>().swap(slabs_);
+  std::vector<std::int32_t>().swap(free_chunks_);
 }
 
 Status PagePool::add_slab(std::size_t count) {
@@ -90,7 +102,6 @@ Status PagePool::make_table(std::size_t chunks) {
   tables_.reserve(tables_.size() + 1);
   std::shared_ptr<Block> table;
   KV4_RETURN_IF_ERROR(Block::copy_of(backend_, "pages", addresses.data(), addresses.size() * sizeof(std::uint8_t*), &table));
-  bytes_ += table->bytes() + sizeof(Block);
   tables_.push_back(std::move(table));
   return {};
 }
@@ -128,6 +139,7 @@ void PagePool::retain(std::span<const PageId> ids) noexcept {
 
 void PagePool::release(std::span<const PageId> ids) noexcept {
   Slabs gone;  // their memory is freed without the lock
+  std::vector<std::shared_ptr<Block>> tables;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const PageId id : ids) {
@@ -147,6 +159,7 @@ void PagePool::release(std::span<const PageId> ids) noexcept {
       slabs_[static_cast<std::size_t>(slab.chunk)] = nullptr;
       free_chunks_.push_back(slab.chunk);
     }
+    forget_tables(&tables);
   }
   for (const Slab& slab : gone) backend_.free(slab.memory, slab.bytes);
 }
@@ -173,7 +186,9 @@ std::uint8_t* PagePool::page(PageId id) const {
 
 std::size_t PagePool::bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return bytes_ + slabs_.capacity() * sizeof(Slab*) + free_chunks_.capacity() * sizeof(std::int32_t);
+  std::size_t sum = bytes_ + slabs_.capacity() * sizeof(Slab*) + free_chunks_.capacity() * sizeof(std::int32_t);
+  for (const std::shared_ptr<Block>& table : tables_) sum += table->bytes() + sizeof(Block);
+  return sum;
 }
 
 std::uint64_t PagePool::visits() const {

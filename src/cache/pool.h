@@ -70,6 +70,7 @@ class PagePool {
   Status grow(std::size_t count);      // to at least `count` free pages; under the lock, as all that follow
   Status add_slab(std::size_t count);
   Status make_table(std::size_t chunks);
+  void forget_tables(std::vector<std::shared_ptr<Block>>* gone) noexcept;
   PageId take();
   Slab& slab_of(PageId id) const { return *slabs_[static_cast<std::size_t>(id >> shift_)]; }
   Page& page_of(PageId id) const { return slab_of(id).pages[static_cast<std::size_t>(id & ((std::int32_t{1} << shift_) - 1))]; }
@@ -84,7 +85,7 @@ class PagePool {
   std::vector<std::int32_t> free_chunks_;
   std::vector<std::shared_ptr<Block>> tables_;  // [chunks] addresses; the last is in use
   std::size_t pages_ = 0, free_ = 0;       // of all slabs
-  std::size_t bytes_ = 0;
+  std::size_t bytes_ = 0;                  // of slabs
   std::uint64_t visits_ = 0;
 };
 

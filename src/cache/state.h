@@ -28,7 +28,6 @@ struct CacheState {
   std::vector<SequenceView> views;
   std::vector<std::vector<NonFinite>> news;  // of the rows of this call
   std::vector<std::vector<NonFinite>*> found;
-  std::vector<EnergyJob> energies;
 
   Backend& backend() const { return *setup->backend; }
   // Before anything is asked of the backend.

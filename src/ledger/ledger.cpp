@@ -323,7 +323,7 @@ void Ledger::make_room(const Plan& plan) {
 void Ledger::make_room_for_rows(std::int64_t rows) {
   if (!policy_.seals()) return;
   const std::size_t need = marks_.size() + static_cast<std::size_t>(rows);
-  if (need > marks_.capacity()) marks_.reserve(std::max(need, marks_.capacity() + marks_.capacity() / 8 + kPageTokens));
+  if (need > marks_.capacity()) marks_.reserve(need + need / 8 + 8);
 }
 
 void Ledger::commit(Plan& plan, std::span<const PageId> ids) noexcept {
