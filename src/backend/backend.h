@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "format/finite.h"
 #include "format/page.h"
 #include "kv4/attention.h"
 #include "kv4/paged.h"
@@ -72,12 +73,6 @@ struct SealJob {
   std::uint8_t hidden = 0;             // the first rows that are masked, beside those of skip
   std::int16_t first = 0;
   std::int64_t count = kPageTokens;
-};
-
-// A token whose row held NaN or infinity: stored as zeros, refused once a query sees it.
-struct NonFinite {
-  std::int64_t position;
-  bool key, value;
 };
 
 // What a backend that queues its work tells later, in host memory: 1 + the newest position whose key (value) held NaN or
