@@ -58,7 +58,7 @@ __device__ __forceinline__ void exact_item(const AttendParams& p, Slots& queue, 
       if (p.cap > 0) score[i] = soft_cap(p.cap, score[i]);
     }
     if (rows < kExactTokens || position < seen.x || position + kExactTokens - 1 > seen.y)
-      hide<4, false>(p, at.b, head, row0 + r * kBlockRows + g, seen_of_rows(p, at.b, row0 + r * kBlockRows + g, position, rows), [position] { return position; }, score, [t](int i) { return i / 2 * 8 + 2 * t + i % 2; });
+      hide<4, false>(p, at.b, head, row0 + r * kBlockRows + g, position, 0, rows, score, [t](int i) { return i / 2 * 8 + 2 * t + i % 2; });
     const float m = state.raise(r, quad_max(fmaxf(fmaxf(score[0], score[1]), fmaxf(score[2], score[3]))));
     float weight[4];
 #pragma unroll
@@ -111,7 +111,7 @@ __device__ __forceinline__ void exact_run(const AttendParams& p, Slots& queue, P
   // What every row sees of the sequence: nothing for certain under a general mask.
   longlong2 seen = {0, -1};
   if (p.mask.kind == Mask::General::none) {
-    const Sight sight(p, here.b);
+    const Sight sight(p, here.b, head);
     seen = {sight.first_of_all(p), sight.last_of_all(p)};
   }
   Cursor at = here;

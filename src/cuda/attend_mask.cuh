@@ -10,18 +10,18 @@
 
 namespace kv4::cuda {
 
-// Which positions the rows of a sequence's KV head see.
+// Which positions the rows of a KV head see.
 struct Sight {
   long long query_position;  // of query 0
   long long start;
   int window;
-  int queries;
+  int head0, queries, b;  // head0: first query head of the KV head
 
-  __device__ Sight(const AttendParams& p, int sequence)
+  __device__ Sight(const AttendParams& p, int sequence, int kv_head)
       : query_position(p.sequences[sequence].query_position),
         start(p.mask.start != nullptr ? p.mask.offset + p.mask.start[sequence] : -(1ll << 62)),
         window(p.mask.window != nullptr ? p.mask.window[sequence] : p.window),
-        queries(static_cast<int>(p.sequences[sequence].query_count)) {}
+        head0(kv_head * p.group), queries(static_cast<int>(p.sequences[sequence].query_count)), b(sequence) {}
 
   // First and last position that every row sees, where there is no general mask.
   __device__ long long first_of_all(const AttendParams& p) const {
@@ -44,13 +44,13 @@ __device__ __forceinline__ int broken_page(const AttendParams& p, int b) {
 }
 
 // First and last page that every row sees whole.
-__device__ __forceinline__ int2 plain_pages(const AttendParams& p, int b) {
+__device__ __forceinline__ int2 plain_pages(const AttendParams& p, int b, int kv_head) {
   const SequenceView& s = p.sequences[b];
   int2 plain = {s.pages_hidden > 0 ? 1 : 0, s.page_count - (s.last_page_tokens < kPageTokens ? 2 : 1)};
   if (p.mask.kind != Mask::General::none) {
     plain.y = -1;
   } else {
-    const Sight sight(p, b);
+    const Sight sight(p, b, kv_head);
     const long long low = sight.first_of_all(p) - s.pages_position, high = sight.last_of_all(p) + 1 - s.pages_position;
     if (low > 0) plain.x = max(plain.x, static_cast<int>(min((low + kPageTokens - 1) / kPageTokens, static_cast<long long>(s.page_count))));
     plain.y = high <= 0 ? -1 : static_cast<int>(min(high / kPageTokens - 1, static_cast<long long>(plain.y)));
@@ -75,33 +75,22 @@ __device__ __noinline__ inline float general_mask(const AttendParams& p, int b, 
 
 __device__ __noinline__ inline float soft_cap(float cap, float x) { return cap * tanhf(x); }
 
-// Offsets from `position` of the first and the last token that a row sees of those from `hidden` on, before `tokens`. Cold paths, out of
-// line: in the loops around them registers are short.
-__device__ __forceinline__ int2 seen_from(const AttendParams& p, int b, int row, long long position, int hidden, int tokens) {
-  const longlong2 seen = Sight(p, b).range(p, row);
-  return {static_cast<int>(max(seen.x - position, static_cast<long long>(hidden))), static_cast<int>(min(seen.y - position, static_cast<long long>(tokens - 1)))};
-}
-__device__ __noinline__ inline int2 seen_of_rows(const AttendParams& p, int b, int row, long long position, int tokens) {
-  return seen_from(p, b, row, position, 0, tokens);
-}
-__device__ __noinline__ inline int2 seen_of_page(const AttendParams& p, int b, int row, int page) {
-  const SequenceView& s = p.sequences[b];
-  return seen_from(p, b, row, s.pages_position + static_cast<long long>(page) * kPageTokens, page == 0 ? s.pages_hidden : 0,
-                   page + 1 == s.page_count ? s.last_page_tokens : kPageTokens);
-}
-
-// Hides what the row does not see: tokens outside of `seen`. token(i): offset of score i from position(). kRolled: a general
+// Hides what the row does not see. token(i): offset of score i from `position`; those before `hidden` and from `tokens` on are not there. kRolled: a general
 // mask by one piece of code, which the instructions around it do not have to step over where they are fetched for one use; in the loop of a
 // warp's pages it takes 4 % more time, by the registers that are left, although a general mask is not there.
-template <int kScores, bool kRolled, class Position, class Token>
-__device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, int row, int2 seen, Position position, float* score, Token token) {
-  const int first = seen.x, last = seen.y;
+template <int kScores, bool kRolled, class Token>
+__device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, int row, long long position, int hidden,
+                                     int tokens, float* score, Token token) {
+  const Sight sight(p, b, kv_head);
+  const longlong2 seen = sight.range(p, row);
+  const int first = static_cast<int>(max(seen.x - position, static_cast<long long>(hidden)));
+  const int last = static_cast<int>(min(seen.y - position, static_cast<long long>(tokens - 1)));
 #pragma unroll
   for (int i = 0; i < kScores; ++i) {
     const int j = token(i);
     if (j < first || j > last) score[i] = -INFINITY;
     else if (!kRolled && p.mask.kind != Mask::General::none)
-      score[i] = general_mask(p, b, kv_head * p.group + row % p.group, row / p.group, position() + j, score[i]);
+      score[i] = general_mask(p, sight.b, sight.head0 + row % p.group, row / p.group, position + j, score[i]);
   }
   if constexpr (kRolled) {
     if (p.mask.kind == Mask::General::none) return;
@@ -109,18 +98,20 @@ __device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, 
     for (int i = 0; i < kScores; ++i) {  // each score in turn is the first
       const int j = token(i);
       float x = score[0];
-      if (j >= first && j <= last) x = general_mask(p, b, kv_head * p.group + row % p.group, row / p.group, position() + j, x);
+      if (j >= first && j <= last) x = general_mask(p, sight.b, sight.head0 + row % p.group, row / p.group, position + j, x);
 #pragma unroll
       for (int n = 1; n < kScores; ++n) score[n - 1] = score[n];
       score[kScores - 1] = x;
     }
   }
 }
-// The same of page `page` of the sequence.
+
+// The same of page `page` of the sequence: what depends on it is looked up where it is needed, registers are short.
 template <int kScores, bool kRolled, class Token>
 __device__ __forceinline__ void hide_page(const AttendParams& p, int b, int kv_head, int row, int page, float* score, Token token) {
-  const auto position = [&p, b, page] { return p.sequences[b].pages_position + static_cast<long long>(page) * kPageTokens; };
-  hide<kScores, kRolled>(p, b, kv_head, row, seen_of_page(p, b, row, page), position, score, token);
+  const SequenceView& s = p.sequences[b];
+  hide<kScores, kRolled>(p, b, kv_head, row, s.pages_position + static_cast<long long>(page) * kPageTokens, page == 0 ? s.pages_hidden : 0,
+                         page + 1 == s.page_count ? s.last_page_tokens : kPageTokens, score, token);
 }
 
 }  // namespace kv4::cuda

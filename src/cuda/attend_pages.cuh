@@ -62,7 +62,7 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
 
   const int first_page = here.item - here.exact_items;
   const int broken = broken_page(p, here.b);
-  const int2 plain = plain_pages(p, here.b);
+  const int2 plain = plain_pages(p, here.b, head);
   // The token of score i of a page.
   const auto token = [t, odd](int i) { return kFour ? i / 2 * 16 + odd * 8 + 2 * t + i % 2 : i / 2 * 8 + 2 * t + i % 2; };
 

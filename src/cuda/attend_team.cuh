@@ -168,7 +168,7 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
   }
 
   const int first_page = here.item - here.exact_items;
-  const int2 plain = plain_pages(p, here.b);
+  const int2 plain = plain_pages(p, here.b, head);
   const auto token = [member, t, odd](int i) {
     return (member * kSixteens + i / kOfSixteen) * 16 + (kFour ? odd : i / 2 % 2) * 8 + 2 * t + i % 2;
   };
@@ -406,7 +406,7 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
   operands += (operand_bytes_tiles(D) + operand_mean_steps(D)) * kLanes + lane;
   longlong2 seen = {0, -1};
   if (p.mask.kind == Mask::General::none) {
-    const Sight sight(p, here.b);
+    const Sight sight(p, here.b, head);
     seen = {sight.first_of_all(p), sight.last_of_all(p)};
   }
 #pragma unroll 1
@@ -448,7 +448,7 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
           if (p.cap > 0) score[r][n] = soft_cap(p.cap, score[r][n]);
         }
         if (rows < kExactTokens || position < seen.x || position + kExactTokens - 1 > seen.y)
-          hide<4, true>(p, at.b, head, row0 + r * kBlockRows + g, seen_of_rows(p, at.b, row0 + r * kBlockRows + g, position, rows), [position] { return position; }, score[r], [t](int n) { return n / 2 * 8 + 2 * t + n % 2; });
+          hide<4, true>(p, at.b, head, row0 + r * kBlockRows + g, position, 0, rows, score[r], [t](int n) { return n / 2 * 8 + 2 * t + n % 2; });
       }
     }
     queue.pop(count);
