@@ -296,6 +296,7 @@ class Queue {
   // The warp's own filling, before sm_90.
   template <class Pieces>
   __device__ __forceinline__ void fill(Pieces& pieces) {
+    pieces.settle();
     if (!pieces.done()) {
       const Piece piece = pieces.piece();
       if (piece.aligned) {
