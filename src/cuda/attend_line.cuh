@@ -207,18 +207,24 @@ class PiecesOf {
     take();
   }
   __device__ __forceinline__ bool done() const { return at_.flat >= at_.end; }
-  __device__ __forceinline__ Piece piece() const {
+  __device__ __forceinline__ bool packed() const { return at_.packed(); }
+  // The next piece, of a page, and how many bytes it is.
+  __device__ __forceinline__ const unsigned char* of_page(uint32_t* bytes) const {
     const bool values = step_ >= pages_;
-    if (!at_.packed()) {
-      Cursor at = at_;
-      at.item += step_ - (values ? pages_ : 0);
-      const ExactItem item(p_, at);
-      return exact_piece(p_, at.b, item.set, item.first, item.rows, at.head(), values ? 1 : 0);
+    *bytes = values ? p_.v_copy_bytes : p_.k_copy_bytes;
+    return (step_ - (values ? pages_ : 0) == 0 ? page_[0] : page_[1]) + (values ? slice_ + p_.v_codes : slice_);
+  }
+  __device__ __forceinline__ Piece piece() const {
+    if (packed()) {
+      Piece piece;
+      piece.from = of_page(&piece.bytes);
+      return piece;
     }
-    Piece piece;
-    piece.from = (step_ - (values ? pages_ : 0) == 0 ? page_[0] : page_[1]) + (values ? slice_ + p_.v_codes : slice_);
-    piece.bytes = values ? p_.v_copy_bytes : p_.k_copy_bytes;
-    return piece;
+    const bool values = step_ >= pages_;
+    Cursor at = at_;
+    at.item += step_ - (values ? pages_ : 0);
+    const ExactItem item(p_, at);
+    return exact_piece(p_, at.b, item.set, item.first, item.rows, at.head(), values ? 1 : 0);
   }
   __device__ __forceinline__ void next() { ++step_; }
 
@@ -298,10 +304,18 @@ __device__ __forceinline__ void fill_all(PiecesT& pieces, FillerT& filler, int l
   while (true) {
     pieces.settle();
     if (!__any_sync(kAll, !pieces.done())) return;
-    const bool mine = !pieces.done() && filler.ready();
-    const Piece piece = mine ? pieces.piece() : Piece();
-    filler.put(mine, piece, lane);
-    if (mine) pieces.next();
+    const bool mine = !pieces.done() && filler.ready(), page = mine && pieces.packed();
+    // Pages, which are most of what there is, go out with nothing else to ask.
+    if (page) {
+      uint32_t bytes;
+      const unsigned char* const from = pieces.of_page(&bytes);
+      filler.put(from, bytes);
+      pieces.next();
+    }
+    const bool exact = mine && !page;
+    if (!__any_sync(kAll, exact)) continue;
+    filler.put(exact, exact ? pieces.piece() : Piece(), lane);
+    if (exact) pieces.next();
   }
 }
 
