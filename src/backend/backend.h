@@ -137,11 +137,13 @@ class DeviceTables {
 };
 
 // Rows that go behind the rows of exact[1] of each sequence, whose memory has room for them: query_count of them, from rows input_row
-// on of k[input] and v[input]. A row of one head with NaN or infinity is stored as zeros.
+// on of k[input] and v[input]. A row of one head with NaN or infinity is stored as zeros. With `skip` nothing is stored, but found as it
+// would be: for rows that are sealed as they arrive.
 struct StoreJob {
   TensorView k, v;
   Sequences sequences;  // as before the call; query_position: that of the last row but query_count
   std::vector<NonFinite>* const* found = nullptr;  // [batch] or null: told at once where the backend works at once, ascending
+  std::uint8_t* skip = nullptr;  // [inputs, rows], zeros, where kernels write it: 1 where a row holds NaN or infinity in some head
   DeviceTables* tables = nullptr;
 };
 
