@@ -101,9 +101,7 @@ class Append {
     c_.news.resize(c_.parts.size());
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
       c_.news[i].clear();
-      ledger::Plan plan;
-      sequence(i).ledger.plan_append(c_.parts[i].tokens, c_.recording, &plan);
-      draft_.add_if_needed(i, sequence(i), plan);
+      draft_.add_append(i, sequence(i), c_.parts[i].tokens, c_.recording);
     }
     const Arriving arriving{k, v, c_.parts, c_.news};
     return draft_.prepare(&arriving);
@@ -234,11 +232,7 @@ Status advance(CacheState& c) {
 
 Status seal(CacheState& c) {
   Draft draft(*c.setup, c.pool.get());
-  for (std::size_t i = 0; i < c.sequences.size(); ++i) {
-    ledger::Plan plan;
-    c.sequences[i].ledger.plan_settle(c.recording, &plan);
-    draft.add_if_needed(i, c.sequences[i], plan);
-  }
+  for (std::size_t i = 0; i < c.sequences.size(); ++i) draft.add_append(i, c.sequences[i], 0, c.recording);
   KV4_RETURN_IF_ERROR(draft.carry_out());
   draft.commit();
   return {};

@@ -30,11 +30,14 @@ Change* Draft::find(std::size_t at) {
   return change != changes_.end() && change->at == at ? &*change : nullptr;
 }
 
-void Draft::add_if_needed(std::size_t at, Sequence& s, Plan& plan) {
+void Draft::add_append(std::size_t at, Sequence& s, std::int64_t tokens, bool recording) {
   // After a long prefill the buffer is far larger than decoding needs.
   const std::int64_t most = setup_.most_rows(s.ledger.extent());
   const bool spare = s.body.window.capacity() > most && s.body.window.count() <= most;
-  if (!s.ledger.only_stores(plan) || spare) add(at, s).plan = std::move(plan);
+  if (!spare && !setup_.policy.arrival() && s.ledger.idle(recording)) return;
+  Plan plan;
+  s.ledger.plan_append(tokens, recording, &plan);
+  if (spare || !s.ledger.only_stores(plan)) add(at, s).plan = std::move(plan);
 }
 
 Status Draft::prepare(const Arriving* arriving) {
