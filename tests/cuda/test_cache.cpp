@@ -195,8 +195,9 @@ TEST_F(CudaCache, SealsOnArrivalWhatTheCpuSeals) {
           for (std::vector<std::uint8_t>& x : codes[i]) x.resize(static_cast<std::size_t>(kPageTokens * d / 2));
           ASSERT_TRUE((i == 0 ? device : host)->page_codes(0, page, h, codes[i][0], codes[i][1]).ok());
         }
+        const std::int64_t arrived = std::min<std::int64_t>(kPageTokens, device->length() - page * kPageTokens);
         for (int side = 0; side < 2; ++side)
-          for (std::size_t n = 0; n < codes[0][side].size(); ++n, ++all) differ += codes[0][side][n] != codes[1][side][n];
+          for (std::size_t n = 0; n < static_cast<std::size_t>(arrived * d / 2); ++n, ++all) differ += codes[0][side][n] != codes[1][side][n];
       }
     ASSERT_LE(differ * 1000, all);  // within 1e-4 of a step from a boundary lies less than one in a thousand bytes
     for (std::size_t i = 0; i < out[0].size(); ++i) ASSERT_NEAR(out[0][i], out[1][i], 0.02) << i;
