@@ -33,7 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "src/metal": {"kv4", "format", "rotation", "recipe", "backend"},
     "src/cache": {"kv4", "format", "rotation", "recipe", "backend", "attention", "ledger"},
     "src/capi": {"kv4"},
-    # The bindings stand on all of it: hosts in Python ask for the policy, tables and figures that a host in C++ would ask for.
+    # The bindings stand on all of it: hosts in Python ask for what a host in C++ would ask for.
     "python/bindings": {"kv4", "ledger", "moments", "backend", "cpu", "metal"},
     # The engine knows kv4's public headers alone.
     "engine/include/kv4_engine": {"kv4"},
