@@ -23,7 +23,7 @@ LAYERS: dict[str, set[str]] = {
     "src/rotation": {"kv4"},
     "src/recipe": {"kv4", "rotation"},
     "src/moments": {"kv4", "format"},
-    "src/ledger": {"kv4"},
+    "src/ledger": {"kv4", "format"},
     "src/attention": {"kv4", "format"},
     "src/paged": {"kv4", "format", "backend", "attention"},
     "src/backend": {"kv4", "format", "rotation", "recipe"},
@@ -31,7 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "src/cpu": {"kv4", "format", "rotation", "recipe", "moments", "backend"},
     "src/cuda": {"kv4", "format", "rotation", "recipe", "moments", "backend"},
     "src/metal": {"kv4", "format", "rotation", "recipe", "backend"},
-    "src/cache": {"kv4", "format", "rotation", "recipe", "backend", "attention"},
+    "src/cache": {"kv4", "format", "rotation", "recipe", "backend", "attention", "ledger"},
     "src/capi": {"kv4"},
     # The bindings stand on all of it: hosts in Python ask for the policy, tables and figures that a host in C++ would ask for.
     "python/bindings": {"kv4", "ledger", "moments", "backend", "cpu", "metal"},

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "format/finite.h"
 #include "format/page.h"
 #include "kv4/attention.h"
 #include "kv4/paged.h"
@@ -74,12 +75,6 @@ struct SealJob {
   std::int64_t count = kPageTokens;
 };
 
-// A token whose row held NaN or infinity: stored as zeros, refused once a query sees it.
-struct NonFinite {
-  std::int64_t position;
-  bool key, value;
-};
-
 // What a backend that queues its work tells later, in host memory: 1 + the newest position whose key (value) held NaN or
 // infinity in some head, 0 while none did.
 struct LateNote {
@@ -142,11 +137,13 @@ class DeviceTables {
 };
 
 // Rows that go behind the rows of exact[1] of each sequence, whose memory has room for them: query_count of them, from rows input_row
-// on of k[input] and v[input]. A row of one head with NaN or infinity is stored as zeros.
+// on of k[input] and v[input]. A row of one head with NaN or infinity is stored as zeros. With `skip` nothing is stored, but found as it
+// would be: for rows that are sealed as they arrive.
 struct StoreJob {
   TensorView k, v;
   Sequences sequences;  // as before the call; query_position: that of the last row but query_count
   std::vector<NonFinite>* const* found = nullptr;  // [batch] or null: told at once where the backend works at once, ascending
+  std::uint8_t* skip = nullptr;  // [inputs, rows], zeros, where kernels write it: 1 where a row holds NaN or infinity in some head
   DeviceTables* tables = nullptr;
 };
 

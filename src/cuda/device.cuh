@@ -213,6 +213,11 @@ __device__ __forceinline__ void put_in_cluster(const float* p, int rank, float x
                  "r"(__float_as_uint(x)) : "memory");
 }
 
+// Into the register that x has been in: a copy, as the compiler would make it at a loop's end, would wait for what was asked for.
+__device__ __forceinline__ void load_into(uint32_t& x, const int32_t* from, bool any) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.b32 %0, [%1];}" : "+r"(x) : "l"(from), "r"(static_cast<uint32_t>(any)) : "memory");
+}
+
 // From shared memory whenever it is asked for: what does not change in a loop would else be kept in registers that are not there.
 __device__ __forceinline__ uint4 load_again(const uint4* p) {
   uint4 x;
@@ -233,11 +238,7 @@ struct Piece {
   int rows = 1;
   uint32_t bytes = 0;
   long long pitch = 0;
-
-  // Whether it can be copied 16 bytes at a time.
-  __device__ __forceinline__ bool aligned() const {
-    return ((reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(pitch)) & 15) == 0;
-  }
+  bool aligned = true;  // whether it can be copied 16 bytes at a time
 };
 
 // One warp's queue of copies from device into shared memory: kDepth slots of kSlotBytes, filled and read in turn, rows
@@ -295,9 +296,10 @@ class Queue {
   // The warp's own filling, before sm_90.
   template <class Pieces>
   __device__ __forceinline__ void fill(Pieces& pieces) {
+    pieces.settle();
     if (!pieces.done()) {
       const Piece piece = pieces.piece();
-      if (piece.aligned()) {
+      if (piece.aligned) {
         const uint32_t to = shared_address(base_ + freed_ * kSlotBytes), chunks = piece.bytes / 16;
         for (uint32_t i = lane_; i < piece.rows * chunks; i += kLanes)
           asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i / chunks * kRowPitch + i % chunks * 16),
@@ -341,12 +343,18 @@ class Filler {
                  : "=r"(done) : "r"(full() + 8), "r"(parity_ ^ 1) : "memory");
     return done != 0;
   }
+  // One row, aligned, by a lane alone.
+  __device__ __forceinline__ void put(const unsigned char* from, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full()), "r"(bytes) : "memory");
+    copy(base_ + slot_ * kSlotBytes, from, bytes, full());
+    turn();
+  }
   // Of all lanes together, those with something to put say so: pieces of one row, or of rows that lie as they do in a slot, go out
   // from their own lanes, other rows from as many lanes. What is not aligned is left to the reader, who gets the slot at once.
   __device__ __forceinline__ void put(bool mine, const Piece& piece, int lane) {
-    const bool many = mine && piece.rows > 1 && piece.pitch != kRowPitch && piece.aligned();
+    const bool many = mine && piece.rows > 1 && piece.pitch != kRowPitch && piece.aligned;
     if (mine) {
-      if (piece.aligned()) {
+      if (piece.aligned) {
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full()), "r"(piece.rows * piece.bytes) : "memory");
         if (!many) copy(base_ + slot_ * kSlotBytes, piece.from, piece.rows * piece.bytes, full());
       } else {
@@ -362,13 +370,15 @@ class Filler {
       const uint32_t to = __shfl_sync(kAll, base_ + slot_ * kSlotBytes, from);
       if (lane < rows) copy(to + lane * kRowPitch, reinterpret_cast<const unsigned char*>(address) + lane * pitch, bytes, barrier);
     }
-    if (mine && ++slot_ == kDepth) {
-      slot_ = 0;
-      parity_ ^= 1;
-    }
+    if (mine) turn();
   }
 
  private:
+  __device__ __forceinline__ void turn() {
+    if (++slot_ < kDepth) return;
+    slot_ = 0;
+    parity_ ^= 1;
+  }
   __device__ __forceinline__ void copy(uint32_t to, const unsigned char* from, uint32_t bytes, uint32_t barrier) const {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier), "l"(policy_) : "memory");
