@@ -77,7 +77,7 @@ class Host:
         return torch.cat(outs, 1)[None]
 
     def dequantised(self, full: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values in the rows' order as a reader of the pages sees them: sinks and tails are what was stored."""
+        """Keys and values in the rows' order as readers of the pages see them: sinks and tails are what was stored."""
         k, v, at = self.new_k.clone(), self.new_v.clone(), 0
         rows_k, rows_v = torch.zeros_like(self.k), torch.zeros_like(self.v)
         memory = self.format.memory(self.pages, rows_k, rows_v)
@@ -127,10 +127,10 @@ def test_a_partial_state_is_the_attention_before_it_is_normalised() -> None:
     host = Host(TOKENS)
     host.fill()
     rows = host.q.shape[2]
-    o, m, l = torch.empty(1, HEADS, rows, DIM), torch.empty(1, HEADS, rows), torch.empty(1, HEADS, rows)
+    o, m, total = torch.empty(1, HEADS, rows, DIM), torch.empty(1, HEADS, rows), torch.empty(1, HEADS, rows)
     tables = host.tables([0] * len(TOKENS))
-    host.format.attend_partial(tables, host.memory, host.q, o, m, l, host.workspace)
-    torch.testing.assert_close(o / l[..., None], host.attend(tables), rtol=1e-5, atol=1e-5)
+    host.format.attend_partial(tables, host.memory, host.q, o, m, total, host.workspace)
+    torch.testing.assert_close(o / total[..., None], host.attend(tables), rtol=1e-5, atol=1e-5)
 
 
 def test_lambda_has_geometric_mean_one_and_serves_a_layer() -> None:
