@@ -109,13 +109,12 @@ def test_what_is_sealed_is_read_from_pages_and_sinks_from_their_blocks() -> None
     host.fill()
     full = host.seal()
     k, v = host.dequantised(full)
-    # Half a step of 4 bits, of rows whose largest channel is below 4 deviations of a Gaussian: not what was stored.
-    assert 0.01 < (k - host.new_k).abs().max() < 1.0
+    # Gaussian rows: 16 levels of Lloyd and Max leave .0095 of the variance, and what is not sealed adds nothing.
+    assert 0 < (k - host.new_k).square().mean() < 2 * 0.0095
     tables = host.tables(full, sinks=host.block_table[:, 0].contiguous(), sink_tokens=4)
     got, expected = host.attend(tables), host.plain(k, v)
-    error = (got - expected).abs().max()
-    # Pages are read with queries and probabilities in 8 bits; what was stored is further away than what was sealed.
-    assert error < 0.05
+    # Pages are read with queries and probabilities in 8 bits, twice as fine by far as what 4 bits cost.
+    assert (got - expected).norm() < (expected - host.plain(host.new_k, host.new_v)).norm() / 2
     # Blocks whose pages are sealed are the host's again.
     for b, done in enumerate(full):
         for i in range(1, done // PAGE):
