@@ -20,7 +20,7 @@ from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
-from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from kv4 import Recipe
 from kv4.messages import mismatch
@@ -101,6 +101,10 @@ class RowsManager(SlidingWindowManager):
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         super()._remove_blocks_in_range(request_id, max(first_block, 1), last_block)
+
+
+# vLLM registers its own kinds of layers when it is first asked for one and there is none yet: they go before this one.
+KVCacheSpecRegistry.check_kv_cache_spec_registry({})
 
 
 @register_kv_cache_spec(manager_class=RowsManager)
