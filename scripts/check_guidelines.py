@@ -33,7 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "src/metal": {"kv4", "format", "rotation", "recipe", "backend"},
     "src/cache": {"kv4", "format", "rotation", "recipe", "backend", "attention", "ledger"},
     "src/capi": {"kv4"},
-    # The bindings stand on all of it: hosts in Python ask for what a host in C++ would ask for.
+    # The bindings stand on all of it: hosts in Python ask for the policy, tables and figures that hosts in C++ ask for.
     "python/bindings": {"kv4", "ledger", "moments", "backend", "cpu", "metal"},
     # The engine knows kv4's public headers alone.
     "engine/include/kv4_engine": {"kv4"},
@@ -54,6 +54,7 @@ PYTHON: dict[str, tuple[set[str], str]] = {
         "gradient mask prefill attention graph calls attach",
     ),
     "kv4.mlx": ({"kv4", "kv4.metal"}, "arrays prefill gpu core handle cache attention speculation attach"),
+    "kv4.vllm": ({"kv4"}, "settings steps backend v0_32 choice"),
     "kv4.bench": (
         {"kv4", "kv4.hf", "kv4.mlx"},
         "text timing memory neighbours llama plot shapes attention seal cuda generate mlx",
