@@ -11,7 +11,7 @@
 #include "cpu/rows.h"
 #include "cpu/workspace.h"
 #include "kv4/cpu.h"
-#include "kv4/rotation.h"
+#include "rotation/rotation.h"
 
 namespace kv4 {
 namespace {

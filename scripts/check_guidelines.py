@@ -6,6 +6,7 @@ Run without arguments from anywhere inside the repository; a path argument check
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ LAYERS: dict[str, set[str]] = {
     "src/rotation": {"kv4"},
     "src/recipe": {"kv4", "rotation"},
     "src/moments": {"kv4", "format"},
-    "src/ledger": {"kv4"},
+    "src/ledger": {"kv4", "format"},
     "src/attention": {"kv4", "format"},
     "src/paged": {"kv4", "format", "backend", "attention"},
     "src/backend": {"kv4", "format", "rotation", "recipe"},
@@ -30,22 +31,45 @@ LAYERS: dict[str, set[str]] = {
     "src/cpu": {"kv4", "format", "rotation", "recipe", "moments", "backend"},
     "src/cuda": {"kv4", "format", "rotation", "recipe", "moments", "backend"},
     "src/metal": {"kv4", "format", "rotation", "recipe", "backend"},
-    "src/cache": {"kv4", "format", "rotation", "recipe", "backend", "attention"},
+    "src/cache": {"kv4", "format", "rotation", "recipe", "backend", "attention", "ledger"},
     "src/capi": {"kv4"},
-    "python/bindings": {"kv4"},
+    # The bindings stand on all of it: hosts in Python ask for the policy, tables and figures that a host in C++ would ask for.
+    "python/bindings": {"kv4", "ledger", "moments", "backend", "cpu", "metal"},
     # The engine knows kv4's public headers alone.
     "engine/include/kv4_engine": {"kv4"},
     "engine/src": {"kv4", "kv4_engine"},
     "engine/run": {"kv4", "kv4_engine"},
 }
+# For each package of python/, the packages that it may import, which stand above it here, and its own modules from the
+# bottom up: a module imports what stands before it, at the top of the file or inside a function, for types or for use.
+# The package itself (__init__) is the last of its modules.
+PYTHON: dict[str, tuple[set[str], str]] = {
+    "kv4": (set(), "_core messages recipe per_layer shared"),
+    "kv4.models": (set(), "errors progress catalogue tensors parts convert store"),
+    "kv4.metal": ({"kv4"}, "host source visibility sequence launch sealing cache mps"),
+    "kv4.hf": (
+        {"kv4", "kv4.metal"},
+        # Handles know nothing of layers, layers nothing of attention.
+        "device handle ops files layer states report kinds saved cache "
+        "gradient mask prefill attention graph calls attach",
+    ),
+    "kv4.mlx": ({"kv4", "kv4.metal"}, "arrays prefill gpu core handle cache attention speculation attach"),
+    "kv4.bench": (
+        {"kv4", "kv4.hf", "kv4.mlx"},
+        "text timing memory neighbours llama plot shapes attention seal cuda generate mlx",
+    ),
+    "kv4.evaluate": (
+        {"kv4", "kv4.hf", "kv4.bench"},
+        "levels rotations variant fake calibration scores state windows rows report plots laboratory calibrate learn "
+        "energy quality ablate peers passkey",
+    ),
+    "kv4.cli": (
+        {"kv4", "kv4.models", "kv4.hf", "kv4.bench", "kv4.evaluate"},
+        "openmp output usage options laboratory bench_cuda bench demo evaluate ablate generate info models app",
+    ),
+}
 # Instruction sets that add to another and may use its folder.
 EXTENDS = {"amx": "avx512", "avxvnni": "avx2", "i8mm": "neon"}
-# The Metal host in Python asks for the policy and the tables that a host in C++ would ask for.
-EXCEPTIONS: dict[str, set[str]] = {
-    "python/bindings/metal.cpp": {"metal", "backend", "moments"},
-    "python/bindings/ledger.cpp": {"ledger"},
-}
-
 SOURCE = {".h", ".hpp", ".inl", ".cpp", ".c", ".cu", ".cuh", ".metal", ".mm"}
 CODE = SOURCE | {".py", ".sh", ".cmake"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
@@ -93,7 +117,7 @@ def check_includes(path: str, lines: list[str]) -> Iterator[tuple[int, str]]:
         yield 1, f"{layer} has no place in the layers; add it to LAYERS in scripts/check_guidelines.py"
         return
     own = "kv4" if layer == "include/kv4" else layer.split("/")[-1]
-    allowed = LAYERS[layer] | {own} | EXCEPTIONS.get(path, set())
+    allowed = LAYERS[layer] | {own}
     for number, line in enumerate(lines, start=1):
         match = INCLUDE.match(line)
         if not match:
@@ -121,6 +145,47 @@ def may_use_intrinsics(path: str) -> bool:
         or path == "src/cpu/standard_headers.h"
         or path.startswith(("src/cuda/", "src/metal/", "tests/", "bench/"))
     )
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of all that a module of `package` imports, wherever it does; `from a import x` names a.x."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
+            start = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{start}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if function in ("import_module", "__import__"):
+                yield node.lineno, str(node.args[0].value)
+
+
+def place_of(name: str) -> tuple[str, str] | None:
+    """(package, module) of a dotted name; None for what is not of python/kv4."""
+    parts = name.split(".")
+    if parts[0] != "kv4":
+        return None
+    package = ".".join(parts[:2]) if ".".join(parts[:2]) in PYTHON else "kv4"
+    module = name.removeprefix(package).lstrip(".").split(".")[0]
+    return package, module if module in PYTHON[package][1].split() else "__init__"
+
+
+def check_imports(path: str, text: str) -> Iterator[tuple[int, str]]:
+    *folders, module = path.removeprefix("python/").removesuffix(".py").split("/")
+    package = ".".join(folders)
+    allowed, listed = PYTHON.get(package, (set(), ""))
+    modules = [*listed.split(), "__init__"]
+    if package not in PYTHON or module not in modules:
+        yield 1, f"{package}.{module} has no place in the layers; add it to PYTHON in scripts/check_guidelines.py"
+        return
+    below = modules[: modules.index(module)]
+    for number, name in imports(ast.parse(text), package):
+        there = place_of(name)
+        if there is not None and (there[1] not in below if there[0] == package else there[0] not in allowed):
+            what = ", ".join([*sorted(allowed), *(f"{package}.{other}" for other in below)])
+            yield number, f"{package}.{module} must not import {'.'.join(there)} (it may import: {what})"
 
 
 def check_core(path: str, lines: list[str]) -> Iterator[tuple[int, str]]:
@@ -158,6 +223,8 @@ def check_tree(root: Path) -> list[str]:
         suffix = file.suffix
         if suffix in CODE and len(lines) > MAX_LINES:
             found.append((len(lines), f"{len(lines)} lines; at most {MAX_LINES} are allowed"))
+        if suffix == ".py" and path.startswith("python/"):
+            found += check_imports(path, "\n".join(lines))
         if suffix in SOURCE:
             found += check_includes(path, lines)
             if path.startswith(("src/", "include/", "engine/src/", "engine/include/")):

@@ -1,5 +1,7 @@
 // Attention and sealing on a CUDA device, by events on a stream of its own. Names: what / geometry / batch x tokens.
-//   decode  one query token over a cache of the default recipe: 4 sinks, pages, 64 to 127 exact tokens; a captured graph
+//   decode  one query token over a cache of the default recipe: 4 sinks, pages, 64 to 127 exact tokens; a captured graph. 16x100-32768:
+//           lengths from 100 to 32,768 in one batch, beside as many sequences of one length with as many tokens in all
+//   paged   the same tokens in a host's tables, exact rows in blocks; what makes views of the tables included
 //   seal    all pages of a prefill, keys and values, from fp16 rows; seal_lambda with channel weights for keys. kernel_us and
 //           kernel_of_copy are without the upload of the jobs
 // of_copy: bytes of the cache, read once (seal: rows read and pages written), over time, as a fraction of the speed of a
@@ -9,10 +11,13 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <string>
 #include <vector>
 
 #include "attend_scene.h"
+#include "backend/batch.h"
 #include "cases.h"
 #include "cuda/device.h"
 
@@ -70,7 +75,8 @@ double copy_speed() {
 
 struct Case {
   cases::Geometry geometry;
-  int batch, tokens;
+  std::vector<int> tokens;  // of each sequence
+  bool paged = false;
 };
 
 Shape shape_of(const cases::Geometry& g) {
@@ -81,84 +87,192 @@ Shape shape_of(const cases::Geometry& g) {
   return shape;
 }
 
+DeviceBytes halves(std::size_t count, int dim, std::uint64_t seed) {
+  const std::vector<float> row = cases::normal_rows(257, dim, seed);
+  std::vector<std::uint16_t> x(count);
+  for (std::size_t i = 0; i < count; ++i) x[i] = f32_to_f16(row[i % row.size()]);
+  return DeviceBytes(x);
+}
+
+// Pages of all sequences, copies of a few, in chunks as a cache has them, and their ids in any order.
+struct Pool {
+  static constexpr int kShift = 6;
+  DeviceBytes memory, chunks;
+  PageMemory pages;
+  std::vector<std::int32_t> ids;
+
+  Pool(const DeviceScene& few, int kv_heads, std::size_t count) : memory(static_cast<std::size_t>(few.pages().head_stride * kv_heads) * count) {
+    pages = few.pages();
+    pages.page_stride = pages.head_stride * kv_heads;
+    const auto stride = static_cast<std::size_t>(pages.page_stride);
+    std::vector<void*> table;
+    for (std::size_t i = 0; i < count; ++i) {
+      std::uint8_t* const page = memory.as<std::uint8_t>() + i * stride;
+      cudaMemcpy(page, page_at(few.pages(), static_cast<std::int32_t>(i % 64)), stride, cudaMemcpyDeviceToDevice);
+      if (i >> kShift << kShift == i) table.push_back(page);
+      ids.push_back(static_cast<std::int32_t>(i));
+    }
+    chunks = DeviceBytes(table);
+    pages.chunks = chunks.as<std::uint8_t* const>();
+    pages.chunk_shift = kShift;
+    cases::Random random(5);
+    for (std::size_t i = count; i-- > 1;) std::swap(ids[i], ids[random.bits() % (i + 1)]);
+  }
+};
+
+// Sequences with all that they point to.
+struct Sequenced {
+  std::vector<SequenceView> views;
+  DeviceBytes ids, k, v;
+};
+
+// As a cache holds them: each head's exact rows in one piece.
+void cached(const Case& c, const SequenceView& like, const Pool& pool, Sequenced* out) {
+  const std::int64_t d = c.geometry.head_dim, heads = c.geometry.kv_heads;
+  std::int64_t rows = 0;
+  for (const int tokens : c.tokens) rows += heads * (Held::of(tokens).sinks + Held::of(tokens).window);
+  out->ids = DeviceBytes(pool.ids);
+  out->k = halves(static_cast<std::size_t>(rows * d), c.geometry.head_dim, 11);
+  out->v = halves(static_cast<std::size_t>(rows * d), c.geometry.head_dim, 12);
+  std::int64_t row = 0, page = 0;
+  for (const int tokens : c.tokens) {
+    const Held held = Held::of(tokens);
+    SequenceView view = like;
+    view.input = static_cast<std::int32_t>(out->views.size());
+    view.query_position = tokens - 1;
+    view.pages = out->ids.as<std::int32_t>() + page;
+    view.page_count = held.page_tokens / kPageTokens;
+    view.pages_position = held.sinks;
+    for (int set = 0; set < 2; ++set) {
+      ExactRows& x = view.exact[set];
+      x.count = set == 0 ? held.sinks : held.window;
+      x.position = set == 0 ? 0 : tokens - held.window;
+      x.k = out->k.as<std::uint16_t>() + (row + (set == 0 ? 0 : held.sinks)) * d;
+      x.v = out->v.as<std::uint16_t>() + (row + (set == 0 ? 0 : held.sinks)) * d;
+      x.k_head_stride = x.v_head_stride = (held.sinks + held.window) * d;
+      x.k_stride = x.v_stride = d;
+    }
+    page += view.page_count;
+    row += heads * (held.sinks + held.window);
+    out->views.push_back(view);
+  }
+}
+
+// The same tokens in a host's tables: 4 of page 0 exact, the newest in blocks.
+struct Paged {
+  DeviceBytes queries, lengths, sealed, pages, blocks, sinks, k, v;
+  PagedBatch batch;
+
+  Paged(const Case& c, const SequenceView& like, const Pool& pool) {
+    const int size = static_cast<int>(c.tokens.size()), heads = c.geometry.kv_heads, d = c.geometry.head_dim;
+    const int width = *std::max_element(c.tokens.begin(), c.tokens.end()) / kPageTokens + 1;
+    std::vector<std::int32_t> of_queries(1, 0), of_lengths(c.tokens.begin(), c.tokens.end()), of_sealed, of_sinks;
+    std::vector<std::int32_t> of_pages(static_cast<std::size_t>(size * width), 0), of_blocks(of_pages);
+    std::int32_t block = 0;
+    std::size_t page = 0;
+    for (int b = 0; b < size; ++b) {
+      const int sealed_pages = Held::of(c.tokens[static_cast<std::size_t>(b)]).page_tokens / kPageTokens;
+      of_queries.push_back(b + 1);
+      of_sealed.push_back(sealed_pages * kPageTokens);
+      of_sinks.push_back(block++);
+      for (int i = 0; i < width; ++i) {
+        const std::size_t at = static_cast<std::size_t>(b * width + i);
+        if (i < sealed_pages) of_pages[at] = pool.ids[page++];
+        else if (i * kPageTokens < c.tokens[static_cast<std::size_t>(b)]) of_blocks[at] = block++;
+      }
+    }
+    queries = DeviceBytes(of_queries);
+    lengths = DeviceBytes(of_lengths);
+    sealed = DeviceBytes(of_sealed);
+    pages = DeviceBytes(of_pages);
+    blocks = DeviceBytes(of_blocks);
+    sinks = DeviceBytes(of_sinks);
+    const std::size_t count = static_cast<std::size_t>(block) * static_cast<std::size_t>(heads * kPageTokens * d);
+    k = halves(count, d, 11);
+    v = halves(count, d, 12);
+    batch.size = size;
+    batch.queries = queries.as<std::int32_t>();
+    batch.lengths = lengths.as<std::int32_t>();
+    batch.sealed = sealed.as<std::int32_t>();
+    batch.pages = pages.as<std::int32_t>();
+    batch.blocks = blocks.as<std::int32_t>();
+    batch.sinks = sinks.as<std::int32_t>();
+    batch.pages_stride = batch.blocks_stride = width;
+    batch.sink_tokens = 4;
+    batch.page_memory = pool.pages;
+    batch.row_memory = {k.as(), v.as(), heads * kPageTokens * d, heads * kPageTokens * d, kPageTokens * d, kPageTokens * d, d, d};
+    batch.lambda_k = like.lambda_k;
+    batch.lambda_v = like.lambda_v;
+    batch.most_queries = 1;
+    batch.longest = *std::max_element(c.tokens.begin(), c.tokens.end());
+    for (const int tokens : c.tokens) batch.all += tokens;
+  }
+};
+
 void decode(benchmark::State& state, const Case& c) {
   if (cuda::backend() == nullptr) return state.SkipWithError("no CUDA device of compute capability 8.0 or later");
   const Shape shape = shape_of(c.geometry);
-  // Pages are copies of a few; every sequence has its own.
-  const Held held = Held::of(c.tokens);
-  const Scene few(shape, {Held{held.sinks, 64 * kPageTokens, held.window, 0}}, false);
+  const Scene few(shape, {Held{4, 64 * kPageTokens, 64, 0}}, false);
   const DeviceScene scene(few);
-  SequenceView view = scene.views(1)[0];
-  const int pages = held.page_tokens / kPageTokens;
-  const std::size_t page_bytes = static_cast<std::size_t>(scene.spec().layout.head_bytes) * shape.kv_heads;
-  const std::size_t count = static_cast<std::size_t>(pages) * c.batch, pool_bytes = page_bytes * count;
-  const DeviceBytes pool(pool_bytes);
-  std::vector<const std::uint8_t*> table;
-  for (std::size_t i = 0; i < count; ++i) {
-    std::uint8_t* page = pool.as<std::uint8_t>() + i * page_bytes;
-    cudaMemcpy(page, view.pages[i % 64], page_bytes, cudaMemcpyDeviceToDevice);
-    table.push_back(page);
+  const SequenceView like = scene.views(1)[0];
+  std::size_t count = 0;
+  std::int64_t exact_rows = 0;
+  for (const int tokens : c.tokens) {
+    count += static_cast<std::size_t>(Held::of(tokens).page_tokens / kPageTokens);
+    exact_rows += Held::of(tokens).sinks + Held::of(tokens).window;
   }
-  cases::Random random(5);
-  for (std::size_t i = count; i-- > 1;) std::swap(table[i], table[random.bits() % (i + 1)]);
-  const DeviceBytes device_table(table);
-  // Exact rows as a cache holds them: each head's in one block.
-  const int exact = held.sinks + held.window, d0 = c.geometry.head_dim;
-  const std::size_t row_count = static_cast<std::size_t>(c.batch) * shape.kv_heads * exact;
-  const std::vector<float> row = cases::normal_rows(257, d0, 11);
-  std::vector<std::uint16_t> rows16(row_count * static_cast<std::size_t>(d0));
-  for (std::size_t i = 0; i < rows16.size(); ++i) rows16[i] = f32_to_f16(row[i % row.size()]);
-  const DeviceBytes exact_k(rows16), exact_v(rows16);
-  std::vector<SequenceView> views(static_cast<std::size_t>(c.batch), view);
-  for (int b = 0; b < c.batch; ++b) {
-    SequenceView& v = views[static_cast<std::size_t>(b)];
-    for (int set = 0; set < 2; ++set) {
-      ExactRows& x = v.exact[set];
-      const std::size_t first = (static_cast<std::size_t>(b) * shape.kv_heads * exact + (set == 0 ? 0 : held.sinks)) * static_cast<std::size_t>(d0);
-      x.k = exact_k.as<std::uint16_t>() + first;
-      x.v = exact_v.as<std::uint16_t>() + first;
-      x.k_head_stride = x.v_head_stride = static_cast<std::int64_t>(exact) * d0;
-      x.k_stride = x.v_stride = d0;
-    }
-    v.pages = device_table.as<const std::uint8_t*>() + static_cast<std::size_t>(b) * pages;
-    v.page_count = pages;
-    v.query_position = c.tokens - 1;
-    v.exact[1].position = c.tokens - held.window;
-  }
-  const DeviceBytes device_views(views);
-
+  const Pool pool(scene, shape.kv_heads, count);
+  const double pool_bytes = static_cast<double>(count) * few.shape().kv_heads * scene.spec().layout.head_bytes;
+  const auto batch = static_cast<std::int64_t>(c.tokens.size());
   const std::int64_t heads = c.geometry.q_heads, d = c.geometry.head_dim;
-  const std::vector<float> q = cases::normal_rows(heads * c.batch, c.geometry.head_dim, 3);
-  std::vector<std::uint16_t> q16;
-  for (float x : q) q16.push_back(f32_to_f16(x));
-  const DeviceBytes device_q(q16), out(q16.size() * 2);
+  const DeviceBytes q = halves(static_cast<std::size_t>(heads * batch * d), c.geometry.head_dim, 3), out(static_cast<std::size_t>(heads * batch * d) * 2);
   AttendArgs args;
-  args.q = {device_q.as(), DType::f16, {c.batch, heads, 1, d}, {heads * d, d, d, 1}};
-  AttendJob job = few.job(args, views);
+  args.q = {q.as(), DType::f16, {batch, heads, 1, d}, {heads * d, d, d, 1}};
+  if (c.paged) {
+    args.q.shape = {1, heads, batch, d};
+    args.q.stride = {0, d, heads * d, 1};
+  }
+  AttendJob job = few.job(args, {});
   job.spec = &scene.spec();
+  job.pages = pool.pages;
   job.out = {out.as(), DType::f16, args.q.shape, args.q.stride};
+
+  Sequenced cache;
+  if (!c.paged) cached(c, like, pool, &cache);
+  const Paged paged(c, like, pool);
+  const DeviceBytes views = c.paged ? DeviceBytes(c.tokens.size() * sizeof(SequenceView)) : DeviceBytes(cache.views);
+  if (c.paged) job.sequences = {{views.as<SequenceView>(), c.tokens.size()}, true, 1, paged.batch.longest, paged.batch.all};
+  else job.sequences.views = cache.views;
+  const std::size_t bytes_of_workspace = cuda::backend()->attend_workspace(job);
+  const DeviceBytes workspace(bytes_of_workspace, 0), flush(kFlushBytes);
   cuda::AttendParams p;
   if (const Status s = cuda::attend_params(job, &p); !s.ok()) return state.SkipWithError(s.message().c_str());
-  p.sequences = device_views.as<SequenceView>();
-  const cuda::AttendPlan plan = cuda::plan_attend(p, cuda::chip_of(0), cuda::load_of(views));
-  const DeviceBytes scratch(plan.scratch, 0), flush(kFlushBytes);
+  p.sequences = views.as<SequenceView>();
+  const cuda::AttendPlan plan = cuda::plan_attend(p, cuda::chip_of(0), cuda::load_of(job.sequences, true));
+  job.workspace = {workspace.as<std::byte>(), bytes_of_workspace};
 
   Timer timer;
+  cuda::set_stream(timer.stream);
   cudaGraph_t graph;
   cudaGraphExec_t captured;
   cudaStreamBeginCapture(timer.stream, cudaStreamCaptureModeGlobal);
-  const cudaError_t launched = cuda::launch_attend(p, plan, scratch.as(), timer.stream);
+  Status status;
+  if (c.paged) {
+    status = cuda::backend()->make_views(paged.batch, true, views.as<SequenceView>());
+    if (status.ok()) status = cuda::backend()->attend(job);
+  } else if (cuda::launch_attend(p, plan, workspace.as(), timer.stream) != cudaSuccess) {
+    status = error(StatusCode::failed_precondition, "attend", "success", "an error");
+  }
   cudaStreamEndCapture(timer.stream, &graph);
-  if (launched != cudaSuccess || cudaGraphInstantiate(&captured, graph, 0) != cudaSuccess)
-    return state.SkipWithError(cudaGetErrorString(cudaGetLastError()));
+  cuda::set_stream(nullptr);
+  if (!status.ok() || cudaGraphInstantiate(&captured, graph, 0) != cudaSuccess) return state.SkipWithError(status.message().c_str());
   for (auto _ : state) {
     if (pool_bytes < kFlushBytes / 2) cudaMemsetAsync(flush.as(), 0, kFlushBytes, timer.stream);
     state.SetIterationTime(timer.seconds([&] { cudaGraphLaunch(captured, timer.stream); }));
   }
   cudaGraphExecDestroy(captured);
   cudaGraphDestroy(graph);
-  const double bytes = static_cast<double>(pool_bytes) +
-                       static_cast<double>(c.batch) * shape.kv_heads * (held.sinks + held.window) * static_cast<double>(d) * 4;
+  const double bytes = pool_bytes + static_cast<double>(shape.kv_heads * exact_rows * d) * 4;
   state.counters["of_copy"] = benchmark::Counter(bytes / copy_speed(), benchmark::Counter::kIsIterationInvariantRate);
   state.SetBytesProcessed(static_cast<std::int64_t>(bytes) * state.iterations());
 }
@@ -188,32 +302,37 @@ void seal(benchmark::State& state, const Case& c, bool lambda) {
   const Scene few(shape, {Held{0, kPageTokens, 0, 0}}, false);
   const PageSpec spec = tests::on_device(few.spec());
   const int heads = shape.kv_heads, d = c.geometry.head_dim;
-  const std::size_t slices = static_cast<std::size_t>(c.batch) * (c.tokens / kPageTokens) * heads;
+  const std::size_t count = static_cast<std::size_t>(c.tokens[0] / kPageTokens), slices = count * static_cast<std::size_t>(heads);
   const std::vector<float> rows = cases::key_rows(1024, d, 3);
   std::vector<std::uint16_t> rows16;
   for (std::size_t i = 0; i < slices * kPageTokens * static_cast<std::size_t>(d); ++i) rows16.push_back(f32_to_f16(rows[i % rows.size()]));
-  const DeviceBytes k(rows16), v(rows16), pages(slices * spec.layout.head_bytes);
+  const DeviceBytes k(rows16), v(rows16), memory(slices * spec.layout.head_bytes);
+  PageMemory pages;
+  pages.data = memory.as<std::uint8_t>();
+  pages.head_stride = spec.layout.head_bytes;
+  pages.page_stride = pages.head_stride * heads;
   std::vector<float> lambdas = cases::normal_rows(heads, d, 5, 0.2);
   for (float& x : lambdas) x += 1;
   const DeviceBytes weights(lambdas);
-  std::vector<SealJob> jobs(slices);
-  for (std::size_t i = 0; i < slices; ++i) {
-    jobs[i].k = k.as<std::uint16_t>() + i * kPageTokens * static_cast<std::size_t>(d);
-    jobs[i].v = v.as<std::uint16_t>() + i * kPageTokens * static_cast<std::size_t>(d);
+  std::vector<SealJob> jobs(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    jobs[i].k = k.as<std::uint16_t>() + i * kPageTokens * static_cast<std::size_t>(d * heads);
+    jobs[i].v = v.as<std::uint16_t>() + i * kPageTokens * static_cast<std::size_t>(d * heads);
     jobs[i].dtype = DType::f16;
     jobs[i].k_stride = jobs[i].v_stride = d;
-    if (lambda) jobs[i].lambda_k = weights.as<float>() + i % static_cast<std::size_t>(heads) * static_cast<std::size_t>(d);
-    jobs[i].slice = pages.as<std::uint8_t>() + i * spec.layout.head_bytes;
+    jobs[i].k_head_stride = jobs[i].v_head_stride = kPageTokens * d;
+    if (lambda) jobs[i].lambda_k = weights.as<float>();
+    jobs[i].page = static_cast<std::int32_t>(i);
   }
   Timer timer;
   cuda::set_stream(timer.stream);
-  Status status = cuda::backend()->seal(spec, jobs);
+  Status status = cuda::backend()->seal(spec, pages, heads, jobs, false);
   if (!status.ok()) return state.SkipWithError(status.message().c_str());
   // As a graph: the kernel and the upload of its jobs, without the host.
   cudaGraph_t graph;
   cudaGraphExec_t captured;
   cudaStreamBeginCapture(timer.stream, cudaStreamCaptureModeRelaxed);
-  status = cuda::backend()->seal(spec, jobs);
+  status = cuda::backend()->seal(spec, pages, heads, jobs, false);
   cudaStreamEndCapture(timer.stream, &graph);
   if (!status.ok()) return state.SkipWithError(status.message().c_str());
   if (cudaGraphInstantiate(&captured, graph, 0) != cudaSuccess) return state.SkipWithError(cudaGetErrorString(cudaGetLastError()));
@@ -230,14 +349,29 @@ void seal(benchmark::State& state, const Case& c, bool lambda) {
   state.SetBytesProcessed(static_cast<std::int64_t>(bytes) * state.iterations());
 }
 
+// So many lengths from 100 to 32,768, each as many times the one before.
+std::vector<int> ragged_lengths(int batch) {
+  std::vector<int> tokens;
+  for (int b = 0; b < batch; ++b) tokens.push_back(static_cast<int>(100 * std::pow(327.68, b / (batch - 1.0))));
+  return tokens;
+}
+
 const bool registered = [] {
   for (const cases::Geometry& g : cases::kGeometries) {
+    const auto name = [&g](const char* what, const std::string& tokens) { return std::string(what) + "/" + g.name + "/" + tokens; };
     for (const auto& [batch, tokens] : {std::pair(16, 32768), std::pair(64, 8192), std::pair(1, 131072), std::pair(1, 4096)}) {
       if (g.kv_heads > 16 && batch * tokens > 131072) continue;  // the scene would not fit
-      const std::string name = std::string("/") + g.name + "/" + std::to_string(batch) + "x" + std::to_string(tokens);
-      benchmark::RegisterBenchmark(("decode" + name).c_str(), decode, Case{g, batch, tokens})->UseManualTime();
+      for (const bool paged : {false, true})
+        benchmark::RegisterBenchmark(name(paged ? "paged" : "decode", std::to_string(batch) + "x" + std::to_string(tokens)).c_str(), decode,
+                                     Case{g, std::vector<int>(static_cast<std::size_t>(batch), tokens), paged})->UseManualTime();
     }
-    const Case prefill{g, 1, g.kv_heads > 16 ? 16384 : g.kv_heads < 4 ? 131072 : 65536};
+    const std::vector<int> ragged = ragged_lengths(16);
+    const int mean = std::accumulate(ragged.begin(), ragged.end(), 0) / 16;
+    if (g.kv_heads <= 16) {
+      benchmark::RegisterBenchmark(name("decode", "16x100-32768").c_str(), decode, Case{g, ragged})->UseManualTime();
+      benchmark::RegisterBenchmark(name("decode", "16x" + std::to_string(mean)).c_str(), decode, Case{g, std::vector<int>(16, mean)})->UseManualTime();
+    }
+    const Case prefill{g, {g.kv_heads > 16 ? 16384 : g.kv_heads < 4 ? 131072 : 65536}};
     benchmark::RegisterBenchmark((std::string("seal/") + g.name).c_str(), seal, prefill, false)->UseManualTime();
     benchmark::RegisterBenchmark((std::string("seal_lambda/") + g.name).c_str(), seal, prefill, true)->UseManualTime();
   }

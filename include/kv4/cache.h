@@ -1,8 +1,8 @@
 // The cache of one attention layer: sinks, sealed pages and exact window of every sequence of
-// a batch. A model holds one Cache per layer.
+// a batch, each of its own length. A model holds one Cache per layer.
 //
 // A step is append, attend, seal:
-//   append  adds T tokens to every sequence (sealing first what earlier steps left due),
+//   append  adds tokens to sequences (sealing first what earlier steps left due),
 //   attend  answers queries over all that is held; it may be called any number of times,
 //   seal    turns what is due into pages and releases the exact rows. The next append does it
 //           too, so calling seal only returns memory earlier.
@@ -59,6 +59,12 @@ std::string why_not(const std::string& backend);
 using Sink = std::function<Status(std::span<const std::byte>)>;  // takes all the bytes, or says why not
 using Source = std::function<Status(std::span<std::byte>)>;      // fills all of it, or says why not
 
+// Rows of one sequence in a call's tensors.
+struct RowCount {
+  std::int64_t row = 0;     // of the cache
+  std::int64_t tokens = 0;
+};
+
 // Memory that caches of one process have in common: tables of a rotation, one for all that define it alike, on the host and
 // on each device that has used it. `identity` tells such memory apart while any cache that has it lives.
 struct SharedMemory {
@@ -66,6 +72,8 @@ struct SharedMemory {
   std::size_t bytes = 0;
   bool on_device = false;  // of memory that is not the host's
 };
+
+struct CacheState;
 
 class Cache {
  public:
@@ -76,15 +84,21 @@ class Cache {
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
 
-  // k [batch, kv_heads, T, head_dim_k], v [batch, kv_heads, T, head_dim_v]; T may be 0. The first
-  // append fixes the batch. Non-finite rows are held as zeros and refused by the first attend
+  // k [batch, kv_heads, T, head_dim_k], v [batch, kv_heads, T, head_dim_v]: T tokens to each sequence; T may be 0. The first
+  // append to a cache without sequences makes them. Non-finite rows are held as zeros and refused by the first attend
   // that sees them.
   Status append(const TensorView& k, const TensorView& v);
+  // To some sequences, to each its own number of tokens: k [1, kv_heads, T, head_dim_k] holds their rows one after another, in the
+  // order of `rows`, and so does v. A row is named once at most.
+  Status append(std::span<const RowCount> rows, const TensorView& k, const TensorView& v);
 
-  // out [batch, q_heads, T, head_dim_v] for the newest T positions. Like every output of this class it has a place of its own for
+  // out [batch, q_heads, T, head_dim_v] for the newest T positions of each sequence. Like every output of this class it has a place of its own for
   // each element, and shares memory neither with q nor with another output.
   // Errors: invalid_argument; non_finite for a visible NaN or infinity in q, k or v.
   Status attend(const AttendArgs& args, const MutableTensorView& out);
+  // For the newest positions of some sequences, as many of each as `rows` says: q [1, q_heads, T, head_dim_k], out and the T axis of a
+  // general mask hold theirs one after another; the mask's start and window have one value for each of `rows`.
+  Status attend(std::span<const RowCount> rows, const AttendArgs& args, const MutableTensorView& out);
   // The partial state over the tokens at positions below `upto`, which must not cut into sealed
   // tokens; queries and masks are recorded for all tokens as attend does.
   Status attend_partial(const AttendArgs& args, std::int64_t upto, const PartialState& out);
@@ -107,11 +121,19 @@ class Cache {
   // Capture needs one step of the same shape before it, and lambda_fixed() of every row: failed_precondition otherwise.
   Status advance();
 
-  // Keeps the first `length` positions of every sequence. Inside sealed pages the page is
+  // Keeps the first `length` positions of every sequence that is longer. Inside sealed pages the page is
   // dequantised into the window (exactly restored if it was sealed during the last call).
   // Errors: out_of_range beyond length(), below 0, or where the queries that follow would need
   // tokens that a sliding window evicted.
   Status crop(std::int64_t length);
+  Status crop(int row, std::int64_t length);  // of one sequence
+  // Seals what is due in one sequence, then takes out the positions [first, first + count). Those behind move up, and their
+  // positions with them: for keys that carry none of their own.
+  // Errors: out_of_range naming what is in the way: all of them have to be exact tokens behind the sinks, and a sliding window must
+  // still hold what the queries that follow see.
+  Status erase(int row, std::int64_t first, std::int64_t count);
+  Status add(int count);  // so many sequences more, that hold nothing yet, behind the others
+  Status remove(std::span<const std::int64_t> rows);  // the others keep their order; a row is named once at most
   // The new batch: sequence i continues old sequence rows[i]. Pages are shared, not copied.
   Status select(std::span<const std::int64_t> rows);
   Status repeat(int times);  // each sequence `times` times, in order
@@ -136,7 +158,7 @@ class Cache {
   // that no cache has); what the source says, passed on. Memory is taken as bytes come in, never for a count alone.
   Status load(const Source& source);
 
-  // Tokens at positions [first, first + count) in the model's own basis, dequantised where
+  // Tokens at positions [first, first + count), which every sequence has, in the model's own basis, dequantised where
   // sealed: [batch, kv_heads, count, dim]. Dropped padding reads as 0.
   Status dense_keys(std::int64_t first, std::int64_t count, const MutableTensorView& out) const;
   Status dense_values(std::int64_t first, std::int64_t count, const MutableTensorView& out) const;
@@ -149,11 +171,12 @@ class Cache {
 
   const CacheConfig& config() const;
   int batch() const;                 // 0 before the first append
-  std::int64_t length() const;       // tokens appended to each sequence, minus cropped ones
+  std::int64_t length() const;       // tokens appended to the longest sequence, minus cropped ones
+  std::int64_t length(int row) const;
   std::int64_t first() const;        // smallest position that every sequence still holds
   std::int64_t sealed_tokens(int row) const;
   std::int64_t exact_tokens(int row) const;  // sinks and window; padding not yet dropped included
-  std::uint64_t version() const;     // changes with every append, crop, select, repeat and reset
+  std::uint64_t version() const;     // changes with whatever changes length or order of sequences
   // Into out: [kv_heads, head_dim_k]; empty before it is fixed or where the recipe has none. Errors: the device's.
   Status lambda(int row, std::vector<float>* out) const;
   // Whether row's lambda changes no more, since the page that fixed it can no longer be cropped; also where none is learnt.
@@ -166,9 +189,8 @@ class Cache {
   int page_count(int row) const;
 
  private:
-  struct State;
-  explicit Cache(std::unique_ptr<State> state);
-  std::unique_ptr<State> state_;
+  explicit Cache(std::unique_ptr<CacheState> state);
+  std::unique_ptr<CacheState> state_;
 };
 
 }  // namespace kv4

@@ -34,8 +34,8 @@ void create(Ledger* self, nb::handle recipe, std::int64_t sliding_window) {
 }
 
 Plan append(const Ledger& self, std::int64_t tokens, bool recording) {
-  if (tokens < 0 || tokens > ledger::kMostTokens - self.extent().length)
-    raise_if_error(error(StatusCode::out_of_range, "tokens", "0 to " + std::to_string(ledger::kMostTokens - self.extent().length), std::to_string(tokens)));
+  if (tokens < 0 || tokens > kMostTokens - self.extent().length)
+    raise_if_error(error(StatusCode::out_of_range, "tokens", "0 to " + std::to_string(kMostTokens - self.extent().length), std::to_string(tokens)));
   Plan plan;
   self.plan_append(tokens, recording, &plan);
   return plan;

@@ -9,6 +9,7 @@
 #include <span>
 #include <tuple>
 
+#include "cpu/measure.h"
 #include "kv4/cache.h"
 #include "kv4/cpu.h"
 #include "kv4/version.h"
@@ -296,6 +297,8 @@ NB_MODULE(_core, m) {
   using namespace kv4::python;
   using namespace nb::literals;
   m.doc() = "The kv4 core: an int4 key/value cache and its attention.";
+  m.attr("PAGE_TOKENS") = kv4::kPageTokens;
+  m.attr("QUERY_STRIDE") = kv4::kQueryStride;
 
   // Caches held by modules at interpreter exit are no leak worth a user's attention.
   nb::set_leak_warnings(false);

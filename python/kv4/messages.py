@@ -4,4 +4,6 @@ from __future__ import annotations
 
 
 def mismatch(argument: str, expected: object, got: object) -> str:
-    return f"{argument}: expected {expected}; got {got}"
+    """got: what came; an array or a tensor of some dims is told by its shape."""
+    shape = getattr(got, "shape", None)
+    return f"{argument}: expected {expected}; got {list(shape) if shape else got}"

@@ -1,19 +1,21 @@
-"""What a cache is given for its layers: one thing for all, or one for each."""
+"""What a cache is given for its layers: one matrix for all, or one for each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from kv4.messages import mismatch
 
 
-def spread(given: Mapping[str, Any], layers: int) -> Iterator[tuple[str, int, Any]]:
-    """(name, layer, value) of all that has a value. given: by name, one value for every layer, or a sequence or a
-    mapping from layer index with one per layer; None is no value. Errors: ValueError naming what was given."""
+def per_layer(given: Mapping[str, Any], layers: int, convert: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """One dict of core arguments per layer, of the names that have a value there. given: by name, one matrix for every
+    layer, or a sequence or a mapping from layer index with one per layer; None is none. convert: what the core is to
+    read of one, done once for all layers that are given the same. Errors: ValueError naming what was given."""
+    result: list[dict[str, Any]] = [{} for _ in range(layers)]
+    # By the identity of what was given, which is kept until the end.
+    converted: dict[int, tuple[Any, Any]] = {}
     for name, value in given.items():
-        if value is None:
-            continue
         if isinstance(value, Mapping):
             unknown = [key for key in value if not (isinstance(key, int) and 0 <= key < layers)]
             if unknown:
@@ -25,4 +27,13 @@ def spread(given: Mapping[str, Any], layers: int) -> Iterator[tuple[str, int, An
             items = enumerate(value)
         else:
             items = ((i, value) for i in range(layers))
-        yield from ((name, index, entry) for index, entry in items if entry is not None)
+        for index, entry in items:
+            if entry is None:
+                continue
+            if id(entry) not in converted:
+                matrix = convert(entry)
+                if matrix.ndim != 2:
+                    raise ValueError(mismatch(f"{name}[{index}]", "a matrix", matrix))
+                converted[id(entry)] = entry, matrix
+            result[index][name] = converted[id(entry)][1]
+    return result

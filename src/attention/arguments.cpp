@@ -3,20 +3,19 @@
 #include <cmath>
 
 #include "attention/output.h"
+#include "format/limits.h"
 
 namespace kv4 {
 namespace {
 
-constexpr std::int64_t kFarthest = std::int64_t{1} << 36;  // positions stay far from overflow
-
 Status check_mask(const Mask& m) {
   const bool offset = m.start != nullptr || m.kind != Mask::General::none;
-  if (offset && (m.offset < -kFarthest || m.offset > kFarthest))
-    return invalid_argument("mask.offset", "a position within " + std::to_string(kFarthest) + " of 0", std::to_string(m.offset));
+  if (offset && (m.offset < -kMostTokens || m.offset > kMostTokens))
+    return invalid_argument("mask.offset", "a position within " + std::to_string(kMostTokens) + " of 0", std::to_string(m.offset));
   if (m.kind == Mask::General::none) return {};
   if (m.general == nullptr) return invalid_argument("mask", "data", "a null pointer");
-  if (m.columns < 0 || m.columns > kFarthest)
-    return invalid_argument("mask", "0 to " + std::to_string(kFarthest) + " columns", std::to_string(m.columns));
+  if (m.columns < 0 || m.columns > kMostTokens)
+    return invalid_argument("mask", "0 to " + std::to_string(kMostTokens) + " columns", std::to_string(m.columns));
   return m.kind == Mask::General::additive ? check_dtype("mask", m.general_dtype) : Status();
 }
 

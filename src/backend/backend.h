@@ -9,13 +9,15 @@
 #include <string>
 #include <vector>
 
+#include "format/finite.h"
 #include "format/page.h"
 #include "kv4/attention.h"
 #include "kv4/paged.h"
 #include "kv4/recipe.h"
-#include "kv4/rotation.h"
 #include "kv4/status.h"
 #include "kv4/types.h"
+#include "recipe/levels.h"
+#include "rotation/rotation.h"
 
 // Functions that kernels run too. Never a symbol of their own where they are compiled for several instruction sets: a linker
 // would choose one for all.
@@ -71,12 +73,6 @@ struct SealJob {
   std::uint8_t hidden = 0;             // the first rows that are masked, beside those of skip
   std::int16_t first = 0;
   std::int64_t count = kPageTokens;
-};
-
-// A token whose row held NaN or infinity: stored as zeros, refused once a query sees it.
-struct NonFinite {
-  std::int64_t position;
-  bool key, value;
 };
 
 // What a backend that queues its work tells later, in host memory: 1 + the newest position whose key (value) held NaN or
@@ -141,11 +137,13 @@ class DeviceTables {
 };
 
 // Rows that go behind the rows of exact[1] of each sequence, whose memory has room for them: query_count of them, from rows input_row
-// on of k[input] and v[input]. A row of one head with NaN or infinity is stored as zeros.
+// on of k[input] and v[input]. A row of one head with NaN or infinity is stored as zeros. With `skip` nothing is stored, but found as it
+// would be: for rows that are sealed as they arrive.
 struct StoreJob {
   TensorView k, v;
   Sequences sequences;  // as before the call; query_position: that of the last row but query_count
   std::vector<NonFinite>* const* found = nullptr;  // [batch] or null: told at once where the backend works at once, ascending
+  std::uint8_t* skip = nullptr;  // [inputs, rows], zeros, where kernels write it: 1 where a row holds NaN or infinity in some head
   DeviceTables* tables = nullptr;
 };
 

@@ -1,207 +1,204 @@
-// Taking tokens in: checks, non-finite rows, room in the window; arrival mode seals at once.
+// Taking tokens in: checks, what is due before them, room in the window; where recipes say so they are sealed at once.
 #include <algorithm>
 #include <limits>
 #include <string>
 
+#include "attention/arguments.h"
 #include "cache/state.h"
-#include "format/finite.h"
 
 namespace kv4 {
 namespace {
 
-std::string shape_text(const std::array<std::int64_t, 4>& s) {
-  return "[" + std::to_string(s[0]) + ", " + std::to_string(s[1]) + ", " + std::to_string(s[2]) + ", " + std::to_string(s[3]) + "]";
-}
+constexpr std::int64_t kMostRows = std::numeric_limits<int>::max();
 
-}  // namespace
-
-Status Cache::State::check_rows(const TensorView& x, const char* name, int dim) const {
-  if (x.dtype != config.dtype)
-    return invalid_argument(name, std::string("dtype ") + name_of(config.dtype), name_of(x.dtype));
-  const std::int64_t batch = sequences.empty() ? x.shape[0] : static_cast<std::int64_t>(sequences.size());
-  if (x.shape[0] != batch || x.shape[0] < 1 || x.shape[1] != config.kv_heads || x.shape[2] < 0 || x.shape[3] != dim)
+// batch: of axis 0; below 0 where the first call says it.
+Status check_rows(const Setup& setup, const TensorView& x, const char* name, int dim, std::int64_t batch) {
+  const DType dtype = setup.config.dtype;
+  if (x.dtype != dtype) return invalid_argument(name, std::string("dtype ") + name_of(dtype), name_of(x.dtype));
+  if ((batch >= 0 && x.shape[0] != batch) || x.shape[0] < 1 || x.shape[1] != setup.heads() || x.shape[2] < 0 || x.shape[3] != dim)
     return invalid_argument(name,
-                            "shape [" + (sequences.empty() ? std::string("batch") : std::to_string(batch)) + ", " +
-                                std::to_string(config.kv_heads) + ", tokens, " + std::to_string(dim) + "]",
+                            "shape [" + (batch < 0 ? std::string("batch") : std::to_string(batch)) + ", " + std::to_string(setup.heads()) + ", tokens, " +
+                                std::to_string(dim) + "]",
                             shape_text(x.shape));
   if (x.stride[3] != 1 && dim > 1) return invalid_argument(name, "channel stride 1", std::to_string(x.stride[3]));
   if (x.data == nullptr && x.shape[2] > 0) return invalid_argument(name, "data", "a null pointer");
-  const std::int64_t room = kMaxLength - (sequences.empty() ? 0 : length);
-  if (x.shape[2] > room) return error(StatusCode::out_of_range, name, "at most " + std::to_string(room) + " tokens", std::to_string(x.shape[2]));
-  if (x.shape[0] > std::numeric_limits<int>::max())
-    return error(StatusCode::out_of_range, name, "a batch of at most " + std::to_string(std::numeric_limits<int>::max()), std::to_string(x.shape[0]));
+  if (x.shape[0] > kMostRows) return error(StatusCode::out_of_range, name, "a batch of at most " + std::to_string(kMostRows), std::to_string(x.shape[0]));
   return {};
 }
 
-Status Cache::State::append(const TensorView& k, const TensorView& v) {
-  KV4_RETURN_IF_ERROR(check_rows(k, "k", config.head_dim_k));
-  KV4_RETURN_IF_ERROR(check_rows(v, "v", config.head_dim_v));
+Status check_room(const char* name, std::int64_t held, std::int64_t tokens) {
+  const std::int64_t room = kMostTokens - held;
+  return tokens <= room ? Status() : error(StatusCode::out_of_range, name, "at most " + std::to_string(room) + " tokens", std::to_string(tokens));
+}
+
+// What a call does to sequences: `all` are those of the cache, or those that its first call makes.
+class Append {
+ public:
+  Append(CacheState& c, std::vector<Sequence>& all, const TensorView& k, const TensorView& v)
+      : c_(c), setup_(*c.setup), all_(all), k_(k), v_(v), draft_(setup_, c.pool.get()) {}
+
+  Status run() {
+    KV4_RETURN_IF_ERROR(plan());
+    KV4_RETURN_IF_ERROR(place());
+    make_room_for_news();
+    // Sealing on arrival writes into open pages, storing may be told of late: nothing of a call fails after them.
+    KV4_RETURN_IF_ERROR(draft_.seal());
+    KV4_RETURN_IF_ERROR(store());
+    make_room_for_news();
+    return {};
+  }
+  void commit() noexcept {
+    for (std::size_t i = 0; i < c_.parts.size(); ++i) {
+      if (draft_.find(i) != nullptr) continue;
+      Sequence& s = sequence(i);
+      s.ledger.extend(c_.parts[i].tokens);
+      s.body.window.set_count(s.ledger.extent().window_rows());
+    }
+    draft_.commit();
+    for (std::size_t i = 0; i < c_.parts.size(); ++i)
+      for (const NonFinite& x : c_.news[i]) sequence(i).ledger.note(x);
+  }
+
+ private:
+  Sequence& sequence(std::size_t i) { return all_[c_.parts[i].row]; }
+  Status plan() {
+    c_.news.resize(c_.parts.size());
+    for (std::size_t i = 0; i < c_.parts.size(); ++i) {
+      c_.news[i].clear();
+      ledger::Plan plan;
+      sequence(i).ledger.plan_append(c_.parts[i].tokens, c_.recording, &plan);
+      draft_.add_if_needed(i, sequence(i), plan);
+    }
+    const Arriving arriving{k_, v_, c_.parts, c_.news};
+    return draft_.prepare(&arriving);
+  }
+  void make_room_for_news() {
+    for (std::size_t i = 0; i < c_.parts.size(); ++i)
+      if (!c_.news[i].empty()) sequence(i).ledger.make_room_for_notes(c_.news[i].size());
+  }
+
+  // New rows come behind those of the windows, which have or get room for them.
+  Status place() {
+    c_.views.resize(c_.parts.size());
+    c_.found.clear();
+    for (std::size_t i = 0; i < c_.parts.size(); ++i) {
+      const Part& part = c_.parts[i];
+      Sequence& s = sequence(i);
+      Change* const change = draft_.find(i);
+      Body& body = change != nullptr ? change->next : s.body;
+      const ledger::Extent& x = change != nullptr ? change->plan.after : s.ledger.extent();
+      KV4_RETURN_IF_ERROR(part_notes(c_, s));
+      const std::int64_t tokens = setup_.policy.arrival() ? 0 : part.tokens, length = s.length();
+      if (tokens > 0) KV4_RETURN_IF_ERROR(make_room(setup_, x, body.window, tokens));
+      if (change == nullptr) s.ledger.make_room_for_rows(tokens);
+      SequenceView& view = c_.views[i] = view_of(setup_, x, body, ledger::view(setup_.policy, x, length, true, length), s.note());
+      view.input = part.input;
+      view.input_row = part.input_row;
+      view.query_count = tokens;
+      view.query_position = length - tokens;
+      c_.found.push_back(&c_.news[i]);
+    }
+    return make_tables(c_);
+  }
+  Status store() {
+    if (setup_.policy.arrival() || k_.shape[2] == 0) return {};
+    StoreJob job;
+    job.k = k_;
+    job.v = v_;
+    job.sequences.views = c_.views;
+    job.found = c_.found.data();
+    job.tables = c_.tables.get();
+    return setup_.backend->store(job);
+  }
+
+  CacheState& c_;
+  const Setup& setup_;
+  std::vector<Sequence>& all_;
+  const TensorView &k_, &v_;
+  Draft draft_;
+};
+
+}  // namespace
+
+void make_parts(std::size_t batch, std::int64_t tokens, std::vector<Part>* parts) {
+  parts->resize(batch);
+  for (std::size_t b = 0; b < batch; ++b) (*parts)[b] = {b, tokens, static_cast<std::int32_t>(b)};
+}
+
+Status make_parts(CacheState& c, const RowCounts& rows, std::int64_t total, const char* of) {
+  std::vector<Part>& parts = c.parts;
+  parts.clear();
+  std::int64_t sum = 0;
+  for (const auto& [row, tokens] : rows) {
+    KV4_RETURN_IF_ERROR(check_row(c, row));
+    if (tokens < 0 || tokens > kMostTokens)
+      return error(StatusCode::out_of_range, "rows", "0 to " + std::to_string(kMostTokens) + " tokens of each", std::to_string(tokens));
+    parts.push_back({static_cast<std::size_t>(row), tokens, 0, sum});
+    sum += tokens;
+  }
+  if (sum != total) return invalid_argument("rows", "as many tokens in all as " + std::string(of) + ", " + std::to_string(total), std::to_string(sum));
+  // Ascending rows, as they mostly are, name none twice.
+  const auto less = [](const Part& a, const Part& b) { return a.row < b.row; };
+  if (std::is_sorted(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.row <= b.row; })) return {};
+  std::vector<Part> sorted = parts;
+  std::sort(sorted.begin(), sorted.end(), less);
+  const auto twice = std::adjacent_find(sorted.begin(), sorted.end(), [](const Part& a, const Part& b) { return a.row == b.row; });
+  return twice == sorted.end() ? Status() : invalid_argument("rows", "each sequence once", std::to_string(twice->row) + " twice");
+}
+
+// A window grows by steps, small ones while it is small, since short texts are all window; a long prefill's takes just what
+// comes. One that never seals grows by an eighth, so that appending costs O(1).
+Status make_room(const Setup& setup, const ledger::Extent& x, RowBuffer& window, std::int64_t tokens) {
+  const std::int64_t need = window.count() + tokens;
+  std::int64_t room = window.capacity();
+  if (need > room) {
+    room = need + std::max<std::int64_t>(1, need / (setup.policy.seals() ? 16 : 8));
+    room = std::max(need, std::min(room, setup.most_rows(x)));
+  }
+  return window.make_room(*setup.backend, setup.shape, tokens, room);
+}
+
+Status append(CacheState& c, const RowCounts* rows, const TensorView& k, const TensorView& v) {
+  const Setup& setup = *c.setup;
+  const bool opening = rows == nullptr && c.sequences.empty();
+  const std::int64_t batch = rows != nullptr ? 1 : opening ? -1 : c.batch();
+  KV4_RETURN_IF_ERROR(check_rows(setup, k, "k", setup.config.head_dim_k, batch));
+  KV4_RETURN_IF_ERROR(check_rows(setup, v, "v", setup.config.head_dim_v, batch));
   if (v.shape[0] != k.shape[0] || v.shape[2] != k.shape[2])
     return invalid_argument("v", "the batch and tokens of k, " + shape_text(k.shape), shape_text(v.shape));
-  const std::int64_t tokens = k.shape[2];
-  if (backend->capturing()) return append_captured(k, v);
-  const bool opening = sequences.empty();
-  Draft draft(sequences);
-  KV4_RETURN_IF_ERROR(opening ? open(k.shape[0], draft) : settle(draft));
-  std::vector<Sequence>& next = draft.sequences();
-  if (tokens > 0) KV4_RETURN_IF_ERROR(arrival() ? seal_arrived(next, k, v) : push(next, k, v));
-  // All is there: what follows cannot fail.
+  if (rows == nullptr) KV4_RETURN_IF_ERROR(check_room("k", c.longest(), k.shape[2]));
+  if (c.backend().capturing()) {
+    if (rows != nullptr) return error(StatusCode::failed_precondition, "rows", "all sequences in a captured step", "some of them");
+    return append_captured(c, k, v);
+  }
+  std::vector<Sequence> fresh;
+  if (rows != nullptr) {
+    KV4_RETURN_IF_ERROR(make_parts(c, *rows, k.shape[2], "k"));
+    for (const Part& part : c.parts) KV4_RETURN_IF_ERROR(check_room("rows", c.sequences[part.row].length(), part.tokens));
+  } else {
+    if (opening) {
+      KV4_RETURN_IF_ERROR(make_sequences(c, static_cast<std::size_t>(k.shape[0]), &fresh));
+      c.tables.reset();
+    }
+    make_parts(static_cast<std::size_t>(k.shape[0]), k.shape[2], &c.parts);
+  }
+  Append call(c, opening ? fresh : c.sequences, k, v);
+  KV4_RETURN_IF_ERROR(call.run());
+  call.commit();
+  if (opening) c.sequences.swap(fresh);
+  if (k.shape[2] > 0) ++c.version;
+  return {};
+}
+
+Status seal(CacheState& c) {
+  Draft draft(*c.setup, c.pool.get());
+  for (std::size_t i = 0; i < c.sequences.size(); ++i) {
+    ledger::Plan plan;
+    c.sequences[i].ledger.plan_settle(c.recording, &plan);
+    draft.add_if_needed(i, c.sequences[i], plan);
+  }
+  KV4_RETURN_IF_ERROR(draft.carry_out());
   draft.commit();
-  if (opening) length = 0;
-  if (tokens == 0) return {};
-  for (std::size_t b = 0; b < sequences.size(); ++b) {
-    Sequence& s = sequences[b];
-    s.length += tokens;
-    s.non_finite.insert(s.non_finite.end(), news[b].begin(), news[b].end());
-    if (arrival()) continue;
-    s.window.set_count(s.window.count() + tokens);
-    s.seen.resize(static_cast<std::size_t>(s.window.count()), Seen::unknown);
-  }
-  length += tokens;
-  ++version;
-  return {};
-}
-
-// Sequences that hold nothing yet.
-Status Cache::State::open(std::int64_t batch, Draft& draft) {
-  std::vector<Sequence> fresh(static_cast<std::size_t>(batch));
-  for (Sequence& s : fresh) {
-    s.sink_limit = seals() ? config.recipe.sinks : 0;
-    s.anchored = arrival();
-    KV4_RETURN_IF_ERROR(give_note(s));
-  }
-  own.tables.reset();
-  draft.make(std::move(fresh));
-  return {};
-}
-
-// Room for `tokens` more rows. A window grows by steps, small ones while it is small, since short texts are all window; a long
-// prefill's takes just what comes. One that never seals grows by an eighth, so that appending costs O(1).
-Status Cache::State::make_room(Sequence& s, std::int64_t tokens) const {
-  const std::int64_t need = s.window.count() + tokens;
-  std::int64_t room = s.window.capacity();
-  if (need > room) {
-    room = need + std::max<std::int64_t>(2, need / (seals() ? 16 : 8));
-    const std::int64_t most = seals() ? decode_rows(s) : config.sliding_window > 0 ? config.sliding_window + kPageTokens : room;
-    room = std::max(need, std::min(room, most));
-  }
-  KV4_RETURN_IF_ERROR(s.window.make_room(*backend, shape, tokens, room));
-  // One per row, so that what is counted later has its place.
-  if (s.seen.capacity() < static_cast<std::size_t>(need)) s.seen.reserve(static_cast<std::size_t>(s.window.capacity()));
-  return {};
-}
-
-Status Cache::State::push(std::vector<Sequence>& next, const TensorView& k, const TensorView& v) {
-  const std::int64_t tokens = k.shape[2];
-  for (Sequence& s : next) KV4_RETURN_IF_ERROR(make_room(s, tokens));
-  KV4_RETURN_IF_ERROR(make_tables());
-  KV4_RETURN_IF_ERROR(view_before(next, tokens));
-  await_news(next.size());
-  found.clear();
-  for (std::vector<NonFinite>& each : news) found.push_back(&each);
-  StoreJob job;
-  job.k = k;
-  job.v = v;
-  job.sequences = views;
-  job.found = found.data();
-  job.tables = own.tables.get();
-  KV4_RETURN_IF_ERROR(backend->store(job));
-  make_room_for_news(next);
-  return {};
-}
-
-void Cache::State::await_news(std::size_t batch) {
-  news.resize(batch);
-  for (std::vector<NonFinite>& each : news) each.clear();
-}
-
-// News that a call takes over once it succeeded.
-void Cache::State::make_room_for_news(std::vector<Sequence>& next) const {
-  for (std::size_t b = 0; b < next.size(); ++b)
-    if (!news[b].empty()) next[b].non_finite.reserve(next[b].non_finite.size() + news[b].size());
-}
-
-void Cache::State::note_non_finite(const Sequence& s, std::size_t row, const TensorView& k, const TensorView& v) {
-  const std::int64_t tokens = k.shape[2];
-  for (std::int64_t t = 0; t < tokens; ++t) {
-    if (masked[row * static_cast<std::size_t>(tokens) + static_cast<std::size_t>(t)] == 0) continue;
-    NonFinite x{s.length + t, false, false};
-    for (int h = 0; h < heads(); ++h) {
-      x.key |= !finite(k.at(static_cast<std::int64_t>(row), h, t), config.dtype, config.head_dim_k);
-      x.value |= !finite(v.at(static_cast<std::int64_t>(row), h, t), config.dtype, config.head_dim_v);
-    }
-    news[row].push_back(x);
-  }
-}
-
-// Arrival mode: the new tokens go straight into the last page and the pages after it.
-Status Cache::State::seal_arrived(std::vector<Sequence>& next, const TensorView& k, const TensorView& v) {
-  const std::int64_t tokens = k.shape[2];
-  await_news(next.size());
-  // All pages first, so that running out of memory changes nothing.
-  std::vector<std::vector<PageRef>> fresh(next.size());
-  std::vector<bool> copied(next.size());
-  for (std::size_t b = 0; b < next.size(); ++b) {
-    const Sequence& s = next[b];
-    const std::int64_t room = s.pages.empty() ? 0 : kPageTokens - s.last_page_tokens;
-    std::int64_t count = (std::max<std::int64_t>(0, tokens - room) + kPageTokens - 1) / kPageTokens;
-    copied[b] = room > 0 && s.pages.back().shared();  // forks write to a copy of the open page
-    count += copied[b] ? 1 : 0;
-    KV4_RETURN_IF_ERROR(pool->allocate(static_cast<std::size_t>(count), &fresh[b]));
-  }
-  jobs.clear();
-  masked.assign(next.size() * static_cast<std::size_t>(tokens), 0);
-  std::vector<PageList> pages(next.size());
-  std::vector<int> last(next.size());
-  for (std::size_t b = 0; b < next.size(); ++b) {
-    const Sequence& s = next[b];
-    pages[b] = s.pages;
-    auto page = fresh[b].begin();
-    int used = s.pages.empty() ? kPageTokens : s.last_page_tokens;
-    if (copied[b]) {
-      KV4_RETURN_IF_ERROR(backend->copy(page->data(), s.pages.back().data(), pool->page_bytes()));
-      pages[b].replace_back(*page++);
-    }
-    std::uint8_t* skip = masked.data() + b * static_cast<std::size_t>(tokens);
-    for (std::int64_t t = 0; t < tokens; ++t)
-      for (int h = 0; h < heads(); ++h)
-        if (!finite(k.at(b, h, t), config.dtype, config.head_dim_k) || !finite(v.at(b, h, t), config.dtype, config.head_dim_v))
-          skip[t] = 1;
-    for (std::int64_t t = 0; t < tokens;) {
-      if (used == kPageTokens) {
-        KV4_RETURN_IF_ERROR(backend->clear(page->data(), pool->page_bytes()));
-        pages[b].append(*page++);
-        used = 0;
-      }
-      const int count = static_cast<int>(std::min<std::int64_t>(kPageTokens - used, tokens - t));
-      for (int h = 0; h < heads(); ++h) {
-        SealJob job;
-        job.k = k.at(static_cast<std::int64_t>(b), h, t);
-        job.v = v.at(static_cast<std::int64_t>(b), h, t);
-        job.dtype = config.dtype;
-        job.k_stride = k.stride[2];
-        job.v_stride = v.stride[2];
-        job.skip = skip + t;
-        job.lambda_k = lambda_k(s, h);
-        job.lambda_v = lambda_v(h);
-        job.slice = slice(pages[b].back(), h);
-        job.first = used;
-        job.count = count;
-        jobs.push_back(job);
-      }
-      used += count;
-      t += count;
-    }
-    last[b] = used;
-  }
-  for (std::size_t b = 0; b < next.size(); ++b) note_non_finite(next[b], b, k, v);
-  make_room_for_news(next);
-  // Last: it writes into the open page, behind the tokens that are there.
-  KV4_RETURN_IF_ERROR(backend->seal(spec, jobs));
-  for (std::size_t b = 0; b < next.size(); ++b) {
-    next[b].pages = std::move(pages[b]);
-    next[b].last_page_tokens = last[b];
-  }
   return {};
 }
 

@@ -44,7 +44,7 @@ std::uint64_t value_of(T x) { return static_cast<std::uint64_t>(x); }
 
 const char* name_of(Kind kind) {
   constexpr std::array kNames{"configuration", "state", "sequence", "page table", "exact rows", "record of masks", "lambda",
-                              "record of queries", "query energies", "page", "counts of non-finite rows", "non-finite rows"};
+                              "record of queries", "query energies", "page", "counts of non-finite rows", "non-finite rows", "lengths"};
   return kNames[static_cast<std::size_t>(kind) - 1];
 }
 
@@ -85,10 +85,10 @@ std::size_t recorded_queries(const CacheConfig& config, std::uint32_t version) {
   return version == 1 ? queries : queries / QueryEnergy::kEvery;
 }
 
-Status Writer::begin() {
-  std::array<std::byte, sizeof kMagic + sizeof kVersion> head{};
+Status Writer::begin(std::uint32_t version) {
+  std::array<std::byte, sizeof kMagic + sizeof version> head{};
   std::memcpy(head.data(), kMagic, sizeof kMagic);
-  std::memcpy(head.data() + sizeof kMagic, &kVersion, sizeof kVersion);
+  std::memcpy(head.data() + sizeof kMagic, &version, sizeof version);
   return sink_(head);
 }
 
@@ -110,8 +110,8 @@ Status Reader::begin() {
   if (std::memcmp(magic, kMagic, sizeof kMagic) != 0)
     return error(StatusCode::data_loss, "saved magic", std::string(kMagic, sizeof kMagic), "other bytes: this is no saved cache");
   KV4_RETURN_IF_ERROR(source_(std::as_writable_bytes(std::span(&version_, 1))));
-  if (version_ < 1 || version_ > kVersion)
-    return error(StatusCode::data_loss, "saved version", "1 to " + std::to_string(kVersion), std::to_string(version_));
+  if (version_ < 1 || version_ > kRagged)
+    return error(StatusCode::data_loss, "saved version", "1 to " + std::to_string(kRagged), std::to_string(version_));
   return {};
 }
 

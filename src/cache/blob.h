@@ -28,6 +28,7 @@ static_assert(std::endian::native == std::endian::little, "numbers are saved as 
 inline constexpr char kMagic[] = {'k', 'v', '4', 'c', 'a', 'c', 'h', 'e'};
 // Written; earlier ones are read as well. 1 has a record of every query before the first page is due.
 inline constexpr std::uint32_t kVersion = 2;
+inline constexpr std::uint32_t kRagged = 3;  // written where lengths differ: they follow the state
 inline constexpr std::size_t kArrayBytes = 64 << 10;     // of one block of an array
 
 enum class Kind : std::uint32_t {
@@ -42,12 +43,13 @@ enum class Kind : std::uint32_t {
   energies = 9,    // one filled row: float [kv_heads][head_dim_k]
   page = 10,       // [kv_heads] head slices in slice_layout()
   told = 11,       // u64 per sequence: how many rows held NaN or infinity
-  non_finite = 12  // u64 per such row: 4 * position + 2 * (in its value) + (in its key)
+  non_finite = 12, // u64 per such row: 4 * position + 2 * (in its value) + (in its key)
+  lengths = 13     // u64 per sequence, where they differ
 };
 const char* name_of(Kind kind);
 
 struct State {
-  std::uint64_t batch, length, pages, recording;  // pages: distinct ones
+  std::uint64_t batch, length, pages, recording;  // length: of the longest; pages: distinct ones
 };
 struct Sequence {
   std::int64_t start, anchored, first_page, pages, last_page_tokens, sinks, window, window_position, evicted;
@@ -81,7 +83,7 @@ std::span<const std::byte> bytes_of(const T& x) { return std::as_bytes(std::span
 class Writer {
  public:
   explicit Writer(const Sink& sink) : sink_(sink) {}
-  Status begin();
+  Status begin(std::uint32_t version);
   Status write(Kind kind, std::span<const std::byte> payload);
   template <class T>
   Status write_array(Kind kind, std::span<const T> x) {

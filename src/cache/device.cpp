@@ -1,136 +1,126 @@
-// What only backends with memory of their own need: tables on the device, steps of a captured graph, news that come late.
+// What only backends with memory of their own need: tables on the device, notes that come late, steps of a captured graph.
 #include <algorithm>
 #include <string>
 
 #include "cache/state.h"
 
 namespace kv4 {
-namespace {
 
-// What a note's key and value say beyond what was told.
-void tell(const Told& told, std::int64_t key, std::int64_t value, std::vector<NonFinite>* found) {
-  if (key > told.key && key <= told.end) found->push_back({key - 1, true, false});
-  if (value > told.value && value <= told.end) found->push_back({value - 1, false, true});
-}
-
-}  // namespace
-
-Status Cache::State::give_note(Sequence& s) const {
-  Backend* const owner = backend;
+Status make_note(const CacheState& c, Sequence& s, std::shared_ptr<LateNote>* out) {
+  Backend* const owner = &c.backend();
   s.notes.reserve(s.notes.size() + 1);
   LateNote* note = nullptr;
   KV4_RETURN_IF_ERROR(owner->alloc_note(&note));
-  std::shared_ptr<LateNote> fresh;
-  if (note != nullptr) fresh.reset(note, [owner](LateNote* p) { owner->free_note(p); });
-  for (Told& told : s.notes) told.end = std::min(told.end, s.length);
-  // Rows that left the window have left no trace in non_finite either.
-  std::erase_if(s.notes, [&s](const Told& told) { return told.end <= s.window_position; });
-  if (fresh) s.notes.push_back({std::move(fresh)});
-  s.note_forked = false;
+  if (note != nullptr) out->reset(note, [owner](LateNote* p) { owner->free_note(p); });
   return {};
 }
 
-void Cache::State::listen(const Sequence& s, std::vector<NonFinite>* found) const {
-  for (const Told& told : s.notes) tell(told, told.note->key, told.note->value, found);
-}
-
-void Cache::State::hear(Sequence& s) const {
-  for (Told& told : s.notes) {
-    s.non_finite.reserve(s.non_finite.size() + 2);
-    const std::int64_t key = told.note->key, value = told.note->value;  // once: a device may write them at any time
-    tell(told, key, value, &s.non_finite);
-    told.key = std::max(told.key, key);
-    told.value = std::max(told.value, value);
-  }
-}
-
-Status Cache::State::make_tables() { return own.tables ? Status() : backend->make_tables(&own.tables); }
-
-Status Cache::State::view_before(std::vector<Sequence>& next, std::int64_t tokens) {
-  views.resize(next.size());
-  for (std::size_t b = 0; b < next.size(); ++b) {
-    Sequence& s = next[b];
-    // A fork's next rows are no news for the other.
-    if (s.note_forked && !s.notes.empty()) KV4_RETURN_IF_ERROR(give_note(s));
-    view(s, s.page_end(), s.length, &views[b]);
-    views[b].query_position = s.length - tokens;
-  }
+Status part_notes(const CacheState& c, Sequence& s) {
+  if (!s.note_forked || s.notes.empty()) return {};
+  std::shared_ptr<LateNote> note;
+  KV4_RETURN_IF_ERROR(make_note(c, s, &note));
+  s.turn_note(std::move(note));
   return {};
 }
 
-Status Cache::State::reserve(std::int64_t tokens) {
+Status make_tables(CacheState& c) { return c.tables ? Status() : c.backend().make_tables(&c.tables); }
+
+Status reserve(CacheState& c, std::int64_t tokens) {
+  const Setup& setup = *c.setup;
   if (tokens < 0) return invalid_argument("tokens", "0 or more", std::to_string(tokens));
-  if (sequences.empty()) return error(StatusCode::failed_precondition, "tokens", "a cache that holds tokens", "an empty cache");
-  if (tokens > kMaxLength - length)
-    return error(StatusCode::out_of_range, "tokens", "at most " + std::to_string(kMaxLength - length), std::to_string(tokens));
-  if (!seals()) {
-    const std::int64_t kept = config.sliding_window > 0 ? config.sliding_window + kPageTokens : sequences[0].length + tokens;
-    for (Sequence& s : sequences)
-      if (s.window.capacity() < kept) KV4_RETURN_IF_ERROR(s.window.reserve(*backend, shape, std::max(kept, s.window.count())));
-    return {};
-  }
-  std::int64_t pages = 0, longest = 0;
-  for (Sequence& s : sequences) {
+  if (c.sequences.empty()) return error(StatusCode::failed_precondition, "tokens", "a cache that holds tokens", "an empty cache");
+  const std::int64_t room = kMostTokens - c.longest();
+  if (tokens > room) return error(StatusCode::out_of_range, "tokens", "at most " + std::to_string(room), std::to_string(tokens));
+  std::int64_t pages = 0;
+  for (Sequence& s : c.sequences) {
+    const ledger::Extent& x = s.ledger.extent();
+    RowBuffer& window = s.body.window;
     // As many rows as decoding ever holds.
-    const std::int64_t rows = std::min(decode_rows(s), s.window.count() + tokens);
-    if (!arrival() && s.window.capacity() < rows) KV4_RETURN_IF_ERROR(s.window.reserve(*backend, shape, rows));
-    const std::int64_t due = s.pages_due(s.length + tokens, config.recipe.window);
-    const std::int64_t fresh = arrival() ? (tokens + kPageTokens - 1) / kPageTokens : std::max<std::int64_t>(0, due - s.page_end());
+    const std::int64_t rows = setup.policy.arrival() ? 0 : std::min(setup.most_rows(x), window.count() + tokens);
+    if (window.capacity() < rows) KV4_RETURN_IF_ERROR(window.reserve(*setup.backend, setup.shape, std::max(rows, window.count())));
+    if (!setup.seals()) continue;
+    const std::int64_t fresh = setup.policy.arrival() ? (tokens + kPageTokens - 1) / kPageTokens
+                                                      : std::max<std::int64_t>(0, s.ledger.pages_due(x.length + tokens) - x.page_end());
+    KV4_RETURN_IF_ERROR(s.body.table.reserve(*setup.backend, s.ledger.pages(), x.pages + fresh));
     pages += fresh;
-    longest = std::max(longest, static_cast<std::int64_t>(s.pages.size()) + fresh);
   }
-  KV4_RETURN_IF_ERROR(pool->reserve(static_cast<std::size_t>(pages)));
-  KV4_RETURN_IF_ERROR(make_tables());
-  return own.tables ? own.tables->reserve(sequences.size(), static_cast<std::size_t>(longest)) : Status();
+  if (!setup.seals()) return {};
+  KV4_RETURN_IF_ERROR(c.pool->reserve(static_cast<std::size_t>(pages)));
+  KV4_RETURN_IF_ERROR(make_tables(c));
+  return c.tables ? c.tables->reserve(c.sequences.size()) : Status();
 }
 
-Status Cache::State::advance() {
-  if (sequences.empty()) return error(StatusCode::failed_precondition, "cache", "tokens", "an empty cache");
-  if (arrival()) return error(StatusCode::unsupported, "recipe.seal", "page or never, where steps are captured", "arrival");
-  KV4_RETURN_IF_ERROR(make_tables());
-  if (!own.tables) return error(StatusCode::unsupported, "backend", "one whose steps can be captured", backend->name());
-  Draft draft(sequences);
-  KV4_RETURN_IF_ERROR(settle(draft));
-  std::vector<Sequence>& next = draft.sequences();
-  for (Sequence& s : next) KV4_RETURN_IF_ERROR(make_room(s, 1));
-  KV4_RETURN_IF_ERROR(view_before(next, 1));
-  KV4_RETURN_IF_ERROR(backend->foresee(own.tables.get(), views, 1));
-  draft.commit();
-  for (Sequence& s : sequences) {
-    s.window.set_count(s.window.count() + 1);
-    s.seen.resize(static_cast<std::size_t>(s.window.count()), Seen::visible);
-    ++s.length;
+Status advance(CacheState& c) {
+  const Setup& setup = *c.setup;
+  if (c.sequences.empty()) return error(StatusCode::failed_precondition, "cache", "tokens", "an empty cache");
+  if (setup.policy.arrival()) return error(StatusCode::unsupported, "recipe.seal", "page or never, where steps are captured", "arrival");
+  KV4_RETURN_IF_ERROR(make_tables(c));
+  if (!c.tables) return error(StatusCode::unsupported, "backend", "one whose steps can be captured", setup.backend->name());
+  Draft draft(setup, c.pool.get());
+  for (std::size_t b = 0; b < c.sequences.size(); ++b) {
+    ledger::Plan plan;
+    c.sequences[b].ledger.plan_append(1, c.recording, &plan);
+    draft.add_if_needed(b, c.sequences[b], plan);
   }
-  ++length;
-  ++version;
+  KV4_RETURN_IF_ERROR(draft.carry_out());
+  if (c.captured != nullptr && c.captured != c.pool->memory().chunks)
+    return error(StatusCode::failed_precondition, "cache", "a step captured since pages have outgrown their table, or room for them all by reserve before it",
+                 "an older one");
+  c.views.resize(c.sequences.size());
+  for (std::size_t b = 0; b < c.sequences.size(); ++b) {
+    Sequence& s = c.sequences[b];
+    Change* const change = draft.find(b);
+    Body& body = change != nullptr ? change->next : s.body;
+    const ledger::Extent& x = change != nullptr ? change->plan.after : s.ledger.extent();
+    const std::int64_t length = s.length();
+    KV4_RETURN_IF_ERROR(make_room(setup, x, body.window, 1));
+    if (change == nullptr) s.ledger.make_room_for_rows(1);
+    KV4_RETURN_IF_ERROR(part_notes(c, s));
+    SequenceView& view = c.views[b] = view_of(setup, x, body, ledger::view(setup.policy, x, length, true, length), s.note());
+    view.input = static_cast<std::int32_t>(b);
+    view.query_count = 1;
+    view.query_position = length - 1;
+  }
+  KV4_RETURN_IF_ERROR(setup.backend->foresee(c.tables.get(), c.views, 1));
+  for (std::size_t b = 0; b < c.sequences.size(); ++b) {
+    Sequence& s = c.sequences[b];
+    if (draft.find(b) != nullptr) continue;
+    s.ledger.extend(1);
+    s.body.window.set_count(s.ledger.extent().window_rows());
+  }
+  draft.commit();
+  for (Sequence& s : c.sequences) s.ledger.tell(s.length() - 1, [](std::int64_t) { return true; });
+  ++c.version;
   return {};
 }
 
-Status Cache::State::append_captured(const TensorView& k, const TensorView& v) {
+Status append_captured(CacheState& c, const TensorView& k, const TensorView& v) {
   if (k.shape[2] != 1) return error(StatusCode::failed_precondition, "k", "one token in a captured step", std::to_string(k.shape[2]));
-  if (sequences.empty() || !own.tables || arrival())
-    return error(StatusCode::failed_precondition, "k", "a step that was not captured before it", arrival() ? "a recipe that seals on arrival" : "none");
-  for (const Sequence& s : sequences)
-    if (!lambda_fixed(s))
+  const bool arrival = c.setup->policy.arrival();
+  if (c.sequences.empty() || !c.tables || arrival)
+    return error(StatusCode::failed_precondition, "k", "a step that was not captured before it", arrival ? "a recipe that seals on arrival" : "none");
+  for (const Sequence& s : c.sequences)
+    if (!s.lambda_fixed())
       return error(StatusCode::failed_precondition, "k", "capture after the first page was sealed, which fixes lambda",
-                   std::to_string(s.sealed_tokens()) + " sealed tokens");
+                   std::to_string(s.ledger.extent().sealed_tokens()) + " sealed tokens");
   StoreJob job;
   job.k = k;
   job.v = v;
-  job.tables = own.tables.get();
-  return backend->store(job);
+  job.tables = c.tables.get();
+  return c.backend().store(job);
 }
 
-Status Cache::State::attend_captured(const AttendArgs& args, const MutableTensorView* out) {
+Status attend_captured(CacheState& c, const AttendArgs& args, const MutableTensorView* out) {
   if (args.q.shape[2] != 1 || out == nullptr)
     return error(StatusCode::failed_precondition, "q", "one token in a captured step, and all that is held",
                  out == nullptr ? "a part of it" : std::to_string(args.q.shape[2]) + " tokens");
-  if (!own.tables) return error(StatusCode::failed_precondition, "q", "a step that was not captured before it", "none");
-  views.resize(sequences.size());
-  AttendJob job = job_of(args);
-  job.query_count = 1;
+  if (!c.tables) return error(StatusCode::failed_precondition, "q", "a step that was not captured before it", "none");
+  c.views.resize(c.sequences.size());
+  AttendJob job = attend_job(c, args);
   job.out = *out;
-  return backend->attend(job);
+  KV4_RETURN_IF_ERROR(c.backend().attend(job));
+  c.captured = job.pages.chunks;
+  return {};
 }
 
 }  // namespace kv4

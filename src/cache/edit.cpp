@@ -1,175 +1,132 @@
-// Crop and the dequantised view of what is held.
+// Crops, and which sequences there are.
 #include <algorithm>
+#include <limits>
 #include <string>
-#include <vector>
 
-#include "cache/output.h"
 #include "cache/state.h"
 
 namespace kv4 {
+namespace {
 
-Status Cache::State::crop(std::int64_t n) {
-  if (n < 0 || n > length)
-    return error(StatusCode::out_of_range, "length", "0 to " + std::to_string(length), std::to_string(n));
-  if (n == length) return {};
-  for (const Sequence& s : sequences) {
-    const std::int64_t needed = std::max<std::int64_t>(0, n - config.sliding_window + 1);
-    if (s.evicted > needed)
-      return error(StatusCode::out_of_range, "length",
-                   "at least " + std::to_string(s.evicted + config.sliding_window - 1) + " (older tokens left the sliding window), or 0 by reset",
-                   std::to_string(n));
+constexpr std::int64_t kMostRows = std::numeric_limits<int>::max();
+
+// A change of what is held already: what notes told of it is known, and what old ones tell later is no news.
+Status carry_out(CacheState& c, Draft& draft) {
+  for (Change& change : draft.changes()) {
+    if (change.sequence->notes.empty()) continue;
+    KV4_RETURN_IF_ERROR(make_note(c, *change.sequence, &change.note));
+    change.renoted = true;
   }
-  Draft draft(sequences);
-  draft.make();
-  for (Sequence& s : draft.sequences()) KV4_RETURN_IF_ERROR(crop_sequence(s, n));
+  KV4_RETURN_IF_ERROR(draft.carry_out());
   draft.commit();
-  length = n;
-  ++version;
+  ++c.version;
   return {};
 }
 
-Status Cache::State::crop_sequence(Sequence& s, std::int64_t n) const {
-  s.length = n;
-  hear(s);
-  std::erase_if(s.non_finite, [n](const NonFinite& x) { return x.position >= n; });
-  if (!s.notes.empty()) KV4_RETURN_IF_ERROR(give_note(s));  // the old one may tell of what is gone, also later
-  const bool open = s.query_energy.any();  // lambda is not fixed for good
-  s.query_energy.crop(n);
-  if (arrival()) {
-    const std::int64_t kept = n - s.page_position(s.first_page);
-    const std::int64_t pages = (kept + kPageTokens - 1) / kPageTokens;
-    s.pages.truncate(static_cast<std::size_t>(pages));
-    s.last_page_tokens = pages == 0 ? kPageTokens : static_cast<int>(kept - (pages - 1) * kPageTokens);
-    return {};
-  }
-  if (!s.anchored || n >= s.window_position) {
-    if (s.anchored) {
-      // Pages with exact rows behind them go if one-by-one decoding would not have them yet.
-      const std::int64_t keep = std::clamp(s.pages_due(n, config.recipe.window), s.released_pages(), s.page_end());
-      s.pages.truncate(static_cast<std::size_t>(keep - s.first_page));
-    }
-    const std::int64_t rows = std::max<std::int64_t>(0, n - s.window_position);
-    s.window_position = std::min(s.window_position, n);
-    s.window.set_count(rows);
-    s.seen.resize(static_cast<std::size_t>(rows));
-  } else if (n >= s.body()) {
-    const std::int64_t index = (n - s.body()) / kPageTokens, rows = (n - s.body()) % kPageTokens;
-    KV4_RETURN_IF_ERROR(reopen_page(s, index, rows));
-  } else {
-    // Into the sinks, or before them: the sequence is no longer anchored.
-    s.window = s.sinks;
-    s.window_position = std::min(s.start, n);
-    s.window.set_count(std::max<std::int64_t>(0, n - s.start));
-    s.seen.assign(static_cast<std::size_t>(s.window.count()), Seen::visible);
-    s.sinks.clear();
-    s.pages.clear();
-    s.first_page = 0;
-    s.start = 0;
-    s.anchored = false;
-  }
-  if (s.pages.empty() && open) s.lambda.reset();
+Status plan_crop(Sequence& s, std::size_t row, std::int64_t length, Draft& draft) {
+  ledger::Plan plan;
+  KV4_RETURN_IF_ERROR(s.ledger.plan_crop(length, &plan));
+  if (length == s.length()) return {};
+  s.hear();
+  Change& change = draft.add(row, s);
+  change.plan = std::move(plan);
+  change.next.energy.crop(length);
   return {};
 }
 
-// Makes page `index` the window again: its first `rows` tokens, dequantised.
-Status Cache::State::reopen_page(Sequence& s, std::int64_t index, std::int64_t rows) const {
-  RowBuffer window;
-  if (rows > 0) {
-    const PageRef page = s.pages[static_cast<std::size_t>(index - s.first_page)];
-    KV4_RETURN_IF_ERROR(window.reserve(*backend, shape, config.recipe.window + kPageTokens));
-    std::vector<DequantiseJob> all;
-    for (int h = 0; h < heads(); ++h) {
-      DequantiseJob job;
-      job.slice = slice(page, h);
-      job.lambda_k = lambda_k(s, h);
-      job.lambda_v = lambda_v(h);
-      job.count = static_cast<int>(rows);
-      job.dtype = config.dtype;
-      job.k = window.key(h, 0);
-      job.v = window.value(h, 0);
-      job.k_stride = config.head_dim_k;
-      job.v_stride = config.head_dim_v;
-      all.push_back(job);
-    }
-    KV4_RETURN_IF_ERROR(backend->dequantise(spec, all));
-    window.set_count(rows);
+}  // namespace
+
+Status check_row(const CacheState& c, std::int64_t row) {
+  if (row >= 0 && row < c.batch()) return {};
+  return error(StatusCode::out_of_range, "rows", "indices from 0 to " + std::to_string(c.batch() - 1), std::to_string(row));
+}
+
+Status crop(CacheState& c, std::int64_t length) {
+  if (length < 0 || length > c.longest())
+    return error(StatusCode::out_of_range, "length", "0 to " + std::to_string(c.longest()), std::to_string(length));
+  Draft draft(*c.setup, c.pool.get());
+  for (std::size_t b = 0; b < c.sequences.size(); ++b)
+    if (length < c.sequences[b].length()) KV4_RETURN_IF_ERROR(plan_crop(c.sequences[b], b, length, draft));
+  return draft.empty() ? Status() : carry_out(c, draft);
+}
+
+Status crop(CacheState& c, int row, std::int64_t length) {
+  KV4_RETURN_IF_ERROR(check_row(c, row));
+  Draft draft(*c.setup, c.pool.get());
+  KV4_RETURN_IF_ERROR(plan_crop(c.sequences[static_cast<std::size_t>(row)], 0, length, draft));
+  return draft.empty() ? Status() : carry_out(c, draft);
+}
+
+Status erase(CacheState& c, int row, std::int64_t first, std::int64_t count) {
+  KV4_RETURN_IF_ERROR(check_row(c, row));
+  Sequence& s = c.sequences[static_cast<std::size_t>(row)];
+  ledger::Plan plan;
+  KV4_RETURN_IF_ERROR(s.ledger.plan_erase(first, count, c.recording, &plan));
+  if (count == 0) return {};
+  if (!s.notes.empty()) KV4_RETURN_IF_ERROR(c.backend().wait());  // positions in what comes later would be old ones
+  s.hear();
+  Draft draft(*c.setup, c.pool.get());
+  Change& change = draft.add(0, s);
+  change.plan = std::move(plan);
+  change.next.energy.crop(first);  // queries from there on stood at other positions
+  return carry_out(c, draft);
+}
+
+Status make_sequences(const CacheState& c, std::size_t count, std::vector<Sequence>* out) {
+  out->reserve(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    Sequence& s = out->emplace_back(ledger::Ledger(c.setup->policy), c.pool.get());
+    std::shared_ptr<LateNote> note;
+    KV4_RETURN_IF_ERROR(make_note(c, s, &note));
+    s.turn_note(std::move(note));
   }
-  s.pages.truncate(static_cast<std::size_t>(index - s.first_page));
-  s.window = std::move(window);
-  s.window_position = s.page_position(index);
-  s.seen.assign(static_cast<std::size_t>(rows), Seen::visible);
   return {};
 }
 
-Status Cache::State::dense(bool keys, std::int64_t first, std::int64_t count, const MutableTensorView& out) const {
-  const int dim = keys ? config.head_dim_k : config.head_dim_v;
-  if (first < 0 || count < 0 || first > length || count > length - first)
-    return error(StatusCode::out_of_range, "first, count", "positions within 0 to " + std::to_string(length),
-                 std::to_string(first) + ", " + std::to_string(count));
-  for (const Sequence& s : sequences)
-    if (count > 0 && first < s.evicted)
-      return error(StatusCode::out_of_range, "first", "at least " + std::to_string(s.evicted) + " (older tokens left the sliding window)",
-                   std::to_string(first));
-  if (out.shape[0] != static_cast<std::int64_t>(sequences.size()) || out.shape[1] != heads() || out.shape[2] != count || out.shape[3] != dim)
-    return invalid_argument("out",
-                            "shape [" + std::to_string(sequences.size()) + ", " + std::to_string(heads()) + ", " + std::to_string(count) +
-                                ", " + std::to_string(dim) + "]",
-                            "[" + std::to_string(out.shape[0]) + ", " + std::to_string(out.shape[1]) + ", " + std::to_string(out.shape[2]) +
-                                ", " + std::to_string(out.shape[3]) + "]");
-  if (out.stride[3] != 1 && dim > 1) return invalid_argument("out", "channel stride 1", std::to_string(out.stride[3]));
-  KV4_RETURN_IF_ERROR(check_dtype("out", out.dtype));
-  KV4_RETURN_IF_ERROR(check_places(out, nullptr));
-  std::vector<DequantiseJob> packed;
-  for (std::size_t b = 0; b < sequences.size(); ++b) {
-    const Sequence& s = sequences[b];
-    const auto put_exact = [&](const RowBuffer* from, std::int64_t at, std::int64_t count_there) {
-      const std::int64_t lo = std::max(at, first), hi = std::min(at + count_there, first + count);
-      if (lo >= hi) return Status();
-      ConvertJob job;
-      if (from != nullptr) {
-        const ExactRows rows = from->view(lo - at, hi - lo, lo);
-        job.from = keys ? rows.k : rows.v;
-        job.from_head_stride = keys ? rows.k_head_stride : rows.v_head_stride;
-        job.from_stride = keys ? rows.k_stride : rows.v_stride;
-      }
-      job.from_dtype = config.dtype;
-      job.to = out.at(static_cast<std::int64_t>(b), 0, lo - first);
-      job.to_dtype = out.dtype;
-      job.to_head_stride = out.stride[1];
-      job.to_stride = out.stride[2];
-      job.heads = heads();
-      job.dim = dim;
-      job.rows = hi - lo;
-      return backend->convert(job);
-    };
-    // Padding that was dropped reads as 0.
-    const std::int64_t held = s.anchored ? s.start : s.window_position;
-    KV4_RETURN_IF_ERROR(put_exact(nullptr, 0, held));
-    KV4_RETURN_IF_ERROR(put_exact(&s.sinks, s.start, s.sinks.count()));
-    packed.clear();
-    for (std::int64_t i = s.first_page; i < s.page_end(); ++i) {
-      const std::int64_t at = s.page_position(i);
-      const std::int64_t tokens = i + 1 == s.page_end() ? s.last_page_tokens : kPageTokens;
-      const std::int64_t lo = std::max(at, first), hi = std::min(at + tokens, first + count);
-      if (lo >= hi) continue;
-      for (int h = 0; h < heads(); ++h) {
-        DequantiseJob job;
-        job.slice = slice(s.pages[static_cast<std::size_t>(i - s.first_page)], h);
-        job.lambda_k = lambda_k(s, h);
-        job.lambda_v = lambda_v(h);
-        job.first = static_cast<int>(lo - at);
-        job.count = static_cast<int>(hi - lo);
-        job.dtype = out.dtype;
-        (keys ? job.k : job.v) = out.at(static_cast<std::int64_t>(b), h, lo - first);
-        job.k_stride = job.v_stride = out.stride[2];
-        packed.push_back(job);
-      }
-    }
-    KV4_RETURN_IF_ERROR(backend->dequantise(spec, packed));
-    // Rows still exact win over pages sealed during the last call.
-    KV4_RETURN_IF_ERROR(put_exact(&s.window, s.window_position, s.window.count()));
-  }
+Status add(CacheState& c, int count) {
+  if (count < 0) return invalid_argument("count", "0 or more", std::to_string(count));
+  if (count > kMostRows - c.batch()) return error(StatusCode::out_of_range, "count", "at most " + std::to_string(kMostRows - c.batch()), std::to_string(count));
+  std::vector<Sequence> fresh;
+  KV4_RETURN_IF_ERROR(make_sequences(c, static_cast<std::size_t>(count), &fresh));
+  c.sequences.reserve(c.sequences.size() + fresh.size());
+  for (Sequence& s : fresh) c.sequences.push_back(std::move(s));
+  if (count > 0) ++c.version;
   return {};
+}
+
+Status remove(CacheState& c, std::span<const std::int64_t> rows) {
+  std::vector<std::uint8_t> gone(c.sequences.size());
+  for (const std::int64_t row : rows) {
+    KV4_RETURN_IF_ERROR(check_row(c, row));
+    if (gone[static_cast<std::size_t>(row)]++ != 0) return invalid_argument("rows", "each sequence once", std::to_string(row) + " twice");
+  }
+  std::size_t kept = 0;
+  for (std::size_t b = 0; b < c.sequences.size(); ++b)
+    if (gone[b] == 0 && b != kept++) std::swap(c.sequences[kept - 1], c.sequences[b]);
+  c.sequences.erase(c.sequences.begin() + static_cast<std::ptrdiff_t>(kept), c.sequences.end());
+  if (!rows.empty()) ++c.version;
+  return {};
+}
+
+Status select(CacheState& c, std::span<const std::int64_t> rows) {
+  for (std::size_t i = 0; i < rows.size(); ++i)
+    if (rows[i] < 0 || rows[i] >= c.batch())
+      return error(StatusCode::out_of_range, "rows", "indices from 0 to " + std::to_string(c.batch() - 1), std::to_string(rows[i]) + " at " + std::to_string(i));
+  std::vector<Sequence> next;
+  next.reserve(rows.size());
+  for (const std::int64_t row : rows) next.push_back(c.sequences[static_cast<std::size_t>(row)].fork());
+  c.sequences = std::move(next);
+  ++c.version;
+  return {};
+}
+
+Status repeat(CacheState& c, int times) {
+  if (times < 1) return invalid_argument("times", "at least 1", std::to_string(times));
+  const std::int64_t most = kMostRows / std::max<std::int64_t>(1, c.batch());
+  if (times > most) return error(StatusCode::out_of_range, "times", "at most " + std::to_string(most), std::to_string(times));
+  std::vector<std::int64_t> rows;
+  for (std::int64_t b = 0; b < c.batch(); ++b) rows.insert(rows.end(), static_cast<std::size_t>(times), b);
+  return select(c, rows);
 }
 
 }  // namespace kv4

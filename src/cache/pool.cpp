@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -17,50 +18,91 @@ constexpr std::size_t kGrowthDivisor = 64;
 constexpr std::size_t kSlabBytes = 256 << 10;
 constexpr std::size_t kHugeSlabBytes = 2 << 20;
 constexpr std::size_t kHugeFrom = 4 * kHugeSlabBytes;
+// Entries of the first table. A captured step reads one table until it is captured again: where steps are captured it has room
+// for a gigabyte of slabs from the start.
+constexpr std::size_t kFirstChunks = 8, kFirstDeviceChunks = 4096;
+
+std::size_t in_huge(std::size_t page_bytes) {
+  const std::size_t pages = kHugeSlabBytes / page_bytes;
+  return kHugeSlabBytes % page_bytes <= kHugeSlabBytes / kGrowthDivisor ? pages : 0;
+}
+std::size_t in_slab(std::size_t page_bytes) { return std::max<std::size_t>(1, kSlabBytes / page_bytes); }
 
 }  // namespace
 
-void PageRef::release() {
-  if (page_ != nullptr && page_->references.fetch_sub(1, std::memory_order_acq_rel) == 1)
-    pool_->give_back(page_);
-  page_ = nullptr;
+PagePool::PagePool(Backend& backend, std::size_t head_bytes, int heads)
+    : backend_(backend), head_bytes_(head_bytes), page_bytes_(head_bytes * static_cast<std::size_t>(heads)) {
+  while (std::size_t{1} << shift_ < std::max(in_slab(page_bytes_), in_huge(page_bytes_))) ++shift_;
 }
 
 PagePool::~PagePool() {
   for (const Slabs* slabs : {&open_, &full_})
-    for (const auto& slab : *slabs) backend_.free(slab->memory, slab->bytes);
+    for (const Slab& slab : *slabs) backend_.free(slab.memory, slab.bytes);
 }
 
 Status PagePool::grow(std::size_t count) {
   while (free_ < count) {
-    const std::size_t wanted = std::max(count - free_, pages_ / kGrowthDivisor);
-    const std::size_t in_huge = kHugeSlabBytes / page_bytes_;
-    const bool fills = in_huge > 0 && kHugeSlabBytes % page_bytes_ <= kHugeSlabBytes / kGrowthDivisor;
-    const bool huge = fills && wanted >= in_huge && (pages_ + wanted) * page_bytes_ >= kHugeFrom;
-    const std::size_t add = huge ? in_huge : std::min(std::max<std::size_t>(1, kSlabBytes / page_bytes_), wanted);
-    // All that the host may have no memory for comes before the slab's own, which nobody else would give back.
-    Slabs fresh;
-    fresh.push_back(std::make_unique<Slab>());
-    Slab* const slab = fresh.back().get();
-    slab->count = add;
-    slab->bytes = huge ? kHugeSlabBytes : add * page_bytes_;
-    slab->pages = std::make_unique<Page[]>(add);
-    slab->memory = backend_.alloc(slab->bytes);
-    if (slab->memory == nullptr)
-      return error(StatusCode::out_of_memory, "pages", std::to_string(slab->bytes) + " free bytes", "none");
-    for (std::size_t i = add; i-- > 0;) {
-      Page& page = slab->pages[i];
-      page.data = static_cast<std::uint8_t*>(slab->memory) + i * page_bytes_;
-      page.slab = slab;
-      page.next = std::exchange(slab->free, &page);
+    const std::size_t wanted = std::max(count - free_, pages_ / kGrowthDivisor), huge = in_huge(page_bytes_);
+    const bool whole = huge > 0 && wanted >= huge && (pages_ + wanted) * page_bytes_ >= kHugeFrom;
+    if (Status added = add_slab(whole ? huge : std::min(in_slab(page_bytes_), wanted)); !added.ok()) {
+      std::vector<std::shared_ptr<Block>> gone;
+      forget_tables(&gone);
+      return added;
     }
-    pages_ += add;
-    free_ += add;
-    bytes_ += slab->held_bytes();
-    slab->place = fresh.begin();
-    open_.splice(open_.end(), fresh);
-    visits_ += 1 + add;
   }
+  return {};
+}
+
+// Without slabs nobody reads where they are, but what was captured.
+void PagePool::forget_tables(std::vector<std::shared_ptr<Block>>* gone) noexcept {
+  if (pages_ > 0 || !backend_.host_memory()) return;
+  gone->swap(tables_);
+  std::vector<Slab*>().swap(slabs_);
+  std::vector<std::int32_t>().swap(free_chunks_);
+}
+
+Status PagePool::add_slab(std::size_t count) {
+  const bool reused = !free_chunks_.empty();
+  const auto chunk = reused ? static_cast<std::size_t>(free_chunks_.back()) : slabs_.size();
+  if (chunk >= static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()) >> shift_)
+    return error(StatusCode::out_of_memory, "pages", "fewer than 2^31", "more");
+  // All that may find no memory comes before the slab's own, which nobody else would give back.
+  if (slabs_.capacity() <= chunk) slabs_.reserve(2 * chunk + 1);
+  free_chunks_.reserve(slabs_.capacity());
+  Slabs fresh(1);
+  Slab& slab = fresh.front();
+  slab.chunk = static_cast<std::int32_t>(chunk);
+  slab.count = static_cast<std::int32_t>(count);
+  slab.bytes = count == in_huge(page_bytes_) ? kHugeSlabBytes : count * page_bytes_;
+  slab.pages = std::make_unique<Page[]>(count);
+  KV4_RETURN_IF_ERROR(make_table(chunk + 1));
+  slab.memory = static_cast<std::uint8_t*>(backend_.alloc(slab.bytes));
+  if (slab.memory == nullptr) return error(StatusCode::out_of_memory, "pages", std::to_string(slab.bytes) + " free bytes", "none");
+  if (Status told = backend_.upload(tables_.back()->as<std::uint8_t*>() + chunk, &slab.memory, sizeof slab.memory); !told.ok()) {
+    backend_.free(slab.memory, slab.bytes);
+    return told;
+  }
+  for (std::int32_t i = slab.count; i-- > 0;) slab.pages[static_cast<std::size_t>(i)].next = std::exchange(slab.free, i);
+  reused ? free_chunks_.pop_back() : slabs_.push_back(nullptr);
+  slabs_[chunk] = &slab;
+  pages_ += count;
+  free_ += count;
+  bytes_ += slab.held_bytes();
+  slab.place = fresh.begin();
+  open_.splice(open_.end(), fresh);
+  visits_ += 1 + count;
+  return {};
+}
+
+Status PagePool::make_table(std::size_t chunks) {
+  const std::size_t have = tables_.empty() ? 0 : tables_.back()->bytes() / sizeof(std::uint8_t*);
+  if (chunks <= have) return {};
+  std::vector<std::uint8_t*> addresses(std::max(chunks, have > 0 ? 2 * have : backend_.host_memory() ? kFirstChunks : kFirstDeviceChunks));
+  for (std::size_t i = 0; i < slabs_.size(); ++i) addresses[i] = slabs_[i] != nullptr ? slabs_[i]->memory : nullptr;
+  tables_.reserve(tables_.size() + 1);
+  std::shared_ptr<Block> table;
+  KV4_RETURN_IF_ERROR(Block::copy_of(backend_, "pages", addresses.data(), addresses.size() * sizeof(std::uint8_t*), &table));
+  tables_.push_back(std::move(table));
   return {};
 }
 
@@ -69,47 +111,84 @@ Status PagePool::reserve(std::size_t count) {
   return grow(count);
 }
 
-Page* PagePool::take() {
-  Slab& slab = *open_.front();
-  Page* page = slab.free;
-  slab.free = page->next;
+PageId PagePool::take() {
+  Slab& slab = open_.front();
+  const std::int32_t index = slab.free;
+  Page& page = slab.pages[static_cast<std::size_t>(index)];
+  slab.free = std::exchange(page.next, -1);
+  page.references = 1;
   ++slab.used;
   --free_;
-  if (slab.free == nullptr) full_.splice(full_.begin(), open_, slab.place);
+  if (slab.free < 0) full_.splice(full_.begin(), open_, slab.place);
   visits_ += 2;
-  return page;
+  return (slab.chunk << shift_) + index;
 }
 
-Status PagePool::allocate(std::size_t count, std::vector<PageRef>* out) {
+Status PagePool::allocate(std::size_t count, std::vector<PageId>* out) {
   out->reserve(out->size() + count);
   const std::lock_guard<std::mutex> lock(mutex_);
   KV4_RETURN_IF_ERROR(grow(count));
-  for (std::size_t i = 0; i < count; ++i) out->emplace_back(this, take());
+  for (std::size_t i = 0; i < count; ++i) out->push_back(take());
   return {};
 }
 
-void PagePool::give_back(Page* page) {
-  Slabs gone;  // its memory is freed without the lock
+void PagePool::retain(std::span<const PageId> ids) noexcept {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const PageId id : ids) ++page_of(id).references;
+}
+
+void PagePool::release(std::span<const PageId> ids) noexcept {
+  Slabs gone;  // their memory is freed without the lock
+  std::vector<std::shared_ptr<Block>> tables;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    Slab& slab = *page->slab;
-    visits_ += 2;
-    if (slab.free == nullptr) open_.splice(open_.begin(), full_, slab.place);
-    page->next = std::exchange(slab.free, page);
-    ++free_;
-    if (--slab.used > 0) return;
-    // The slab's last page came back: its memory goes too, so that a cropped cache really shrinks.
-    gone.splice(gone.begin(), open_, slab.place);
-    pages_ -= slab.count;
-    free_ -= slab.count;
-    bytes_ -= slab.held_bytes();
+    for (const PageId id : ids) {
+      Page& page = page_of(id);
+      if (--page.references > 0) continue;
+      Slab& slab = slab_of(id);
+      visits_ += 2;
+      if (slab.free < 0) open_.splice(open_.begin(), full_, slab.place);
+      page.next = std::exchange(slab.free, id & ((std::int32_t{1} << shift_) - 1));
+      ++free_;
+      if (--slab.used > 0) continue;
+      // The slab's last page came back: its memory goes too, so that a cropped cache really shrinks.
+      gone.splice(gone.begin(), open_, slab.place);
+      pages_ -= static_cast<std::size_t>(slab.count);
+      free_ -= static_cast<std::size_t>(slab.count);
+      bytes_ -= slab.held_bytes();
+      slabs_[static_cast<std::size_t>(slab.chunk)] = nullptr;
+      free_chunks_.push_back(slab.chunk);
+    }
+    forget_tables(&tables);
   }
-  backend_.free(gone.front()->memory, gone.front()->bytes);
+  for (const Slab& slab : gone) backend_.free(slab.memory, slab.bytes);
+}
+
+bool PagePool::shared(PageId id) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return page_of(id).references > 1;
+}
+
+PageMemory PagePool::memory() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  PageMemory memory;
+  memory.chunks = tables_.empty() ? nullptr : tables_.back()->as<std::uint8_t*>();
+  memory.page_stride = static_cast<std::int64_t>(page_bytes_);
+  memory.head_stride = static_cast<std::int64_t>(head_bytes_);
+  memory.chunk_shift = shift_;
+  return memory;
+}
+
+std::uint8_t* PagePool::page(PageId id) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return slab_of(id).memory + static_cast<std::size_t>(id & ((std::int32_t{1} << shift_) - 1)) * page_bytes_;
 }
 
 std::size_t PagePool::bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return bytes_;
+  std::size_t sum = bytes_ + slabs_.capacity() * sizeof(Slab*) + free_chunks_.capacity() * sizeof(std::int32_t);
+  for (const std::shared_ptr<Block>& table : tables_) sum += table->bytes() + sizeof(Block);
+  return sum;
 }
 
 std::uint64_t PagePool::visits() const {

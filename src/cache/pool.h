@@ -1,100 +1,110 @@
-// Pages of one layer: fixed-size blocks from slabs, reference-counted so that forks share them.
+// Pages of one layer: fixed-size, from slabs, counted by id so that forks share them.
+//
+// Each slab has a range of 1 << chunk_shift ids, of which it may use the first few alone; where its memory is stands in a table
+// that kernels read. A table that has become too small is kept beside the one that follows it: what was queued or captured, and
+// clones in other threads, may still read it, and all that they hold stands there.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <list>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include "backend/backend.h"
+#include "cache/block.h"
+#include "ledger/ledger.h"
 
 namespace kv4 {
 
-class PagePool;
-struct Slab;
-using Slabs = std::list<std::unique_ptr<Slab>>;
+using ledger::PageId;
 
 struct Page {
-  std::uint8_t* data = nullptr;
-  std::atomic<std::int32_t> references{0};
-  Slab* slab = nullptr;
-  Page* next = nullptr;  // while it is free: the slab's free page behind it
+  std::int32_t references = 0;
+  std::int32_t next = -1;  // while it is free: the slab's free page behind it
 };
 
-// A counted reference; the last one returns the page to its pool. The pool outlives it.
-class PageRef {
- public:
-  PageRef() = default;
-  PageRef(PagePool* pool, Page* page) : pool_(pool), page_(page) { retain(); }
-  PageRef(const PageRef& o) : pool_(o.pool_), page_(o.page_) { retain(); }
-  PageRef(PageRef&& o) noexcept : pool_(o.pool_), page_(std::exchange(o.page_, nullptr)) {}
-  PageRef& operator=(PageRef o) noexcept {
-    std::swap(pool_, o.pool_);
-    std::swap(page_, o.page_);
-    return *this;
-  }
-  ~PageRef() { release(); }
-
-  std::uint8_t* data() const { return page_->data; }
-  bool shared() const { return page_->references.load(std::memory_order_acquire) > 1; }
-
- private:
-  void retain() {
-    if (page_ != nullptr) page_->references.fetch_add(1, std::memory_order_relaxed);
-  }
-  void release();
-
-  PagePool* pool_ = nullptr;
-  Page* page_ = nullptr;
-};
-
+struct Slab;
+using Slabs = std::list<Slab>;
 struct Slab {
-  void* memory = nullptr;
+  std::uint8_t* memory = nullptr;
   std::size_t bytes = 0;
-  std::size_t count = 0;
-  std::size_t used = 0;
+  std::int32_t chunk = 0;  // its ids begin at chunk << chunk_shift
+  std::int32_t count = 0, used = 0;
+  std::int32_t free = -1;  // chain of its free pages
   std::unique_ptr<Page[]> pages;
-  Page* free = nullptr;   // chain of its free pages
-  Slabs::iterator place;  // in the pool's list that holds it
+  Slabs::iterator place;   // in the pool's list that holds it
 
-  std::size_t held_bytes() const { return bytes + sizeof(Slab) + count * sizeof(Page); }
+  std::size_t held_bytes() const { return bytes + sizeof(Slab) + static_cast<std::size_t>(count) * sizeof(Page); }
 };
 
 // Taking or giving back a page costs the same however many there are; thread-safe.
 class PagePool {
  public:
-  PagePool(Backend& backend, std::size_t page_bytes) : backend_(backend), page_bytes_(page_bytes) {}
+  PagePool(Backend& backend, std::size_t head_bytes, int heads);
   ~PagePool();
   PagePool(const PagePool&) = delete;
   PagePool& operator=(const PagePool&) = delete;
 
-  // `count` pages appended to out; out_of_memory leaves out as it was.
-  Status allocate(std::size_t count, std::vector<PageRef>* out);
+  // `count` pages with one reference each appended to out; out_of_memory leaves out as it was.
+  Status allocate(std::size_t count, std::vector<PageId>* out);
   // Free pages for `count` that are allocated later.
   Status reserve(std::size_t count);
-  std::size_t bytes() const;  // slabs, used or not, and their bookkeeping
+  void retain(std::span<const PageId> ids) noexcept;
+  // The last reference returns the page.
+  void release(std::span<const PageId> ids) noexcept;
+  bool shared(PageId id) const;
+
+  // As kernels find the pages that are allocated by now.
+  PageMemory memory() const;
+  std::uint8_t* page(PageId id) const;
   std::size_t page_bytes() const { return page_bytes_; }
+  std::size_t bytes() const;  // slabs, used or not, and their bookkeeping
   // Pages and slabs looked at under the lock so far, for tests of what a call costs.
   std::uint64_t visits() const;
 
  private:
-  friend class PageRef;
-  void give_back(Page* page);
-  Status grow(std::size_t count);  // to at least `count` free pages; under the lock
-  Page* take();                    // a free page; under the lock
+  Status grow(std::size_t count);      // to at least `count` free pages; under the lock, as all that follow
+  Status add_slab(std::size_t count);
+  Status make_table(std::size_t chunks);
+  void forget_tables(std::vector<std::shared_ptr<Block>>* gone) noexcept;
+  PageId take();
+  Slab& slab_of(PageId id) const { return *slabs_[static_cast<std::size_t>(id >> shift_)]; }
+  Page& page_of(PageId id) const { return slab_of(id).pages[static_cast<std::size_t>(id & ((std::int32_t{1} << shift_) - 1))]; }
 
   Backend& backend_;
-  const std::size_t page_bytes_;
+  const std::size_t head_bytes_, page_bytes_;
+  int shift_ = 0;
   mutable std::mutex mutex_;
   // Slabs with a free page, those in use before fresh ones, and slabs without.
   Slabs open_, full_;
-  std::size_t pages_ = 0, free_ = 0;  // of all slabs
-  std::size_t bytes_ = 0;
+  std::vector<Slab*> slabs_;               // by chunk; null where none is
+  std::vector<std::int32_t> free_chunks_;
+  std::vector<std::shared_ptr<Block>> tables_;  // [chunks] addresses; the last is in use
+  std::size_t pages_ = 0, free_ = 0;       // of all slabs
+  std::size_t bytes_ = 0;                  // of slabs
   std::uint64_t visits_ = 0;
+};
+
+// Pages that go back to their pool unless somebody takes them over.
+class FreshPages {
+ public:
+  explicit FreshPages(PagePool* pool) : pool_(pool) {}
+  FreshPages(FreshPages&&) noexcept = default;
+  FreshPages& operator=(FreshPages&&) = delete;
+  ~FreshPages() {
+    if (!ids_.empty()) pool_->release(ids_);
+  }
+  Status allocate(std::int64_t count) { return count > 0 ? pool_->allocate(static_cast<std::size_t>(count), &ids_) : Status(); }
+  std::span<const PageId> ids() const { return ids_; }
+  void hand_over() noexcept { ids_.clear(); }
+
+ private:
+  PagePool* pool_;
+  std::vector<PageId> ids_;
 };
 
 }  // namespace kv4

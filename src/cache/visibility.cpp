@@ -16,13 +16,14 @@ bool hides(const void* mask, DType dtype, std::int64_t index) {
 
 }  // namespace
 
-Visibility::Visibility(const AttendArgs& args, int row, std::int64_t length)
+Visibility::Visibility(const AttendArgs& args, const Queries& queries, std::int64_t length)
     : args_(args),
-      row_(row),
-      first_query_(length - args.q.shape[2]),
-      queries_(args.q.shape[2]),
-      start_(args.mask.start != nullptr ? args.mask.offset + args.mask.start[row] : 0),
-      window_(args.mask.window != nullptr ? args.mask.window[row] : 0) {}
+      input_(queries.input),
+      input_row_(queries.input_row),
+      first_query_(length - queries.count),
+      queries_(queries.count),
+      start_(args.mask.start != nullptr ? args.mask.offset + args.mask.start[queries.index] : 0),
+      window_(args.mask.window != nullptr ? args.mask.window[queries.index] : queries.window) {}
 
 bool Visibility::general_visible(std::int64_t t, std::int64_t position) const {
   const Mask& m = args_.mask;
@@ -31,8 +32,8 @@ bool Visibility::general_visible(std::int64_t t, std::int64_t position) const {
   if (column < 0 || column >= m.columns) return false;
   const std::int64_t heads = m.general_stride[1] == 0 ? 1 : args_.q.shape[1];
   for (std::int64_t h = 0; h < heads; ++h) {
-    const std::int64_t index = row_ * m.general_stride[0] + h * m.general_stride[1] +
-                               t * m.general_stride[2] + column * m.general_stride[3];
+    const std::int64_t index = input_ * m.general_stride[0] + h * m.general_stride[1] +
+                               (input_row_ + t) * m.general_stride[2] + column * m.general_stride[3];
     const bool hidden = m.kind == Mask::General::boolean
                             ? static_cast<const std::uint8_t*>(m.general)[index] == 0
                             : hides(m.general, m.general_dtype, index);

@@ -2,6 +2,7 @@
 // masks, and what it refuses. The kernels apply masks themselves.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -11,10 +12,18 @@ namespace kv4 {
 
 class Visibility {
  public:
+  // One sequence's queries in a call.
+  struct Queries {
+    std::size_t index = 0;       // of mask.start and mask.window
+    std::int64_t input = 0;      // of q and the general mask: on axis 0
+    std::int64_t input_row = 0;  // ... and on axis 2, of the first
+    std::int64_t count = 0;
+    std::int64_t window = 0;     // where the mask has none
+  };
   // `length`: tokens of the sequence, this call's included.
-  Visibility(const AttendArgs& args, int row, std::int64_t length);
+  Visibility(const AttendArgs& args, const Queries& queries, std::int64_t length);
 
-  // Some query head of row t sees the token at `position`.
+  // Some query head of query t sees the token at `position`.
   bool visible(std::int64_t t, std::int64_t position) const;
   // Whether `seen` takes no time that grows with the queries.
   bool simple() const { return args_.mask.kind == Mask::General::none || queries_ == 1; }
@@ -27,8 +36,8 @@ class Visibility {
   bool general_visible(std::int64_t t, std::int64_t position) const;
 
   const AttendArgs& args_;
-  int row_;
-  std::int64_t first_query_;  // position of query row 0
+  std::int64_t input_, input_row_;
+  std::int64_t first_query_;  // position of the first query
   std::int64_t queries_;
   std::int64_t start_;        // first visible position
   std::int64_t window_;       // 0 = all

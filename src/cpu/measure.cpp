@@ -1,3 +1,5 @@
+#include "cpu/measure.h"
+
 #include <chrono>
 #include <cstddef>
 #include <cstring>

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kv4/rotation.h"
+#include "rotation/rotation.h"
 
 namespace kv4::cpu {
 

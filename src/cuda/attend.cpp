@@ -64,9 +64,24 @@ void plan_fused(const AttendParams& p, int segments, const Load& load, AttendPla
 
 }  // namespace
 
-Load load_of(std::span<const SequenceView> sequences) {
+long long most_queries(const Sequences& sequences) {
+  long long most = sequences.most_queries;
+  if (most == 0 && !sequences.resident)
+    for (const SequenceView& s : sequences.views) most = std::max(most, static_cast<long long>(s.query_count));
+  return most;
+}
+
+Load load_of(const Sequences& sequences, bool sealed) {
   Load load;
-  for (const SequenceView& s : sequences) {
+  if (sequences.resident || sequences.longest > 0) {
+    // Beside pages at most two pages' exact rows, and sinks.
+    constexpr long long kExactItems = 2 * kPageTokens / kExactTokens + 1;
+    const long long each = sealed ? kPageTokens : kExactTokens, more = sealed ? kExactItems : 1;
+    load.longest = sequences.longest / each + more;
+    load.all = sequences.all / each + more * static_cast<long long>(sequences.views.size());
+    return load;
+  }
+  for (const SequenceView& s : sequences.views) {
     const long long items = items_of(s.exact[0]) + items_of(s.exact[1]) + s.page_count;
     load.longest = std::max(load.longest, items);
     load.all += items;
@@ -98,6 +113,22 @@ AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load
   if (plan.fused_ctas == 0 && load.all * (segments / p.batch) > 2LL * plan.ctas * plan.readers_per_cta) plan.unit = 2;
   plan.scratch = lay_out(sized, plan).bytes;
   return plan;
+}
+
+std::size_t most_scratch(const AttendParams& p, const Chip& chip) {
+  std::size_t most = 0;
+  // A segment has one block or two, in one kernel or three; each takes the more the more segments there are.
+  for (int rows = 1; rows <= 2; ++rows) {
+    AttendParams sized = p;
+    if (rows == 1) sized.queries = std::min(p.queries, std::max(1, kBlockRows / p.group));
+    AttendPlan plan = plan_attend(sized, chip, {});
+    sized.blocks = blocks_of_rows(sized, plan.segment_blocks);
+    plan.fused_ctas = 0;
+    most = std::max(most, lay_out(sized, plan).bytes);
+    const std::size_t states = 2 * static_cast<std::size_t>(plan.ctas) * fused_state_floats(p.dim, plan.segment_blocks) * sizeof(float);
+    most = std::max(most, kMostFused * sizeof(int) + states);
+  }
+  return most;
 }
 
 cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch, cudaStream_t stream) {

@@ -7,7 +7,8 @@
 //   merge    joins the partial states, turns those over pages back into the model's basis and writes the output.
 //
 // Everything that changes from step to step (page tables, counts, positions) is read from device memory, nothing
-// is allocated and nothing waits: a captured call replays on a cache that has grown.
+// is allocated and nothing waits: a captured call replays on a cache that has grown. A sequence has segments, places on the line and
+// outputs for its own query rows alone; launches and scratch are for the most that one has.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -32,31 +33,40 @@ struct PackedMatrix {
   float scale = 1;
 };
 
+// PageMemory in the widths that kernels count in; shift 31 without chunks.
+struct PagesAt {
+  const std::uint8_t* data = nullptr;
+  const std::uint8_t* const* chunks = nullptr;
+  std::uint32_t page_stride = 0, head_stride = 0, shift = 31;
+};
+
 struct AttendParams {
   const SequenceView* sequences = nullptr;  // [batch] in device memory, every pointer in it too
   int batch = 0, kv_heads = 0, group = 0;   // group: query heads per KV head
-  int queries = 0;                          // T
+  int queries = 0;                          // of the sequence with the most
   int dim = 0;
-  int blocks = 0;                           // blocks of kBlockRows rows per KV head, rounded up to whole segments
+  int blocks = 0;                           // blocks of kBlockRows of so many rows per KV head, rounded up to whole segments
   bool bf16 = false;                        // exact rows: bfloat16, else float16
   bool mean = false;                        // whether pages hold means
-  std::uint32_t head_bytes = 0, k_copy_bytes = 0, v_copy_bytes = 0;
+  PagesAt pages;
+  std::uint32_t k_copy_bytes = 0, v_copy_bytes = 0;
   std::uint32_t v_codes = 0;               // offset in a head slice
   std::uint32_t value_scales = 0;          // from v_codes
   Tables key, value;
   float factor = 0;  // of q.k, to scores in units of log2 (or, with a cap, to the argument of tanh)
   float cap = 0;     // > 0: score = cap * tanh(factor q.k), log2 units
   Mask mask;         // start, window, general: device memory
+  int window = 0;    // of every sequence, where mask.window is null
 
-  // Queries [batch, kv_heads * group, queries, dim] and the output alike.
+  // Queries [inputs, kv_heads * group, rows, dim] and the output alike.
   const void* q = nullptr;
   DType q_dtype = DType::f32;
   std::int64_t q_stride[3] = {};
   void* out = nullptr;  // or null, where `partial` is wanted
   DType out_dtype = DType::f32;
   std::int64_t out_stride[3] = {};
-  PartialState partial;  // rows of the whole call: `partial_queries`, this one's begin at `partial_begin`
-  int partial_queries = 0, partial_begin = 0;
+  PartialState partial;  // [inputs, kv_heads * group, rows]
+  std::int64_t rows = 0;
   const float* sinks = nullptr;
 
   PackedMatrix dual;               // keys: R^-1, so that rows q / lambda times it are q' = (R^-1)^T (q / lambda)
@@ -96,7 +106,9 @@ enum class Room { none, small, middle, large };
 struct Load {
   long long longest = 0, all = 0;  // of one sequence; of all: of one KV head
 };
-Load load_of(std::span<const SequenceView> sequences);
+// From the views, or, where the host does not see them, from the tokens that they have at most, in pages but for a page or where none is `sealed`.
+Load load_of(const Sequences& sequences, bool sealed);
+long long most_queries(const Sequences& sequences);
 
 constexpr int kMostFused = 1024;  // segments of a call that one kernel does
 
@@ -114,6 +126,8 @@ struct AttendPlan {
   std::size_t scratch = 0;
 };
 AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load);
+// Scratch that is enough for every call of at most as many sequences, queries of one and tokens.
+std::size_t most_scratch(const AttendParams& p, const Chip& chip);
 // Fills in the scratch pointers from `scratch` and queues the kernels. cudaErrorNoKernelImageForDevice: the plan has no room.
 cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch, cudaStream_t stream);
 

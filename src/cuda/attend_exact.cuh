@@ -5,8 +5,10 @@
 
 namespace kv4::cuda {
 
-// Rows that could not be copied 16 bytes at a time: by the warp itself.
-__device__ __noinline__ inline void copy_unaligned(const Piece& piece, unsigned char* slot, int pitch, int lane) {
+// An exact item's keys or values that could not be copied 16 bytes at a time: by the warp itself.
+__device__ __noinline__ inline void copy_unaligned(const AttendParams& p, int b, int set, int first, int rows, int head, int half,
+                                                   unsigned char* slot, int pitch, int lane) {
+  const Piece piece = exact_piece(p, b, set, first, rows, head, half);
   const int width = static_cast<int>(piece.bytes / 2);
 #pragma unroll 8
   for (int i = lane; i < piece.rows * width; i += kLanes)
@@ -23,15 +25,16 @@ __device__ __forceinline__ void exact_item(const AttendParams& p, Slots& queue, 
   constexpr int kPitch = Shape<D>::kExactPitch;
   const int g = lane / 4, t = lane % 4;
   const int matrix = lane / 8, matrix_row = lane % 8;
-  const int set = at.item < at.sink_items ? 0 : 1;
-  const long long position = p.sequences[at.b].exact[set].position + (set == 0 ? at.item : at.item - at.sink_items) * kExactTokens;
   int rows;
+  long long position;
   float c[kBlocks][2][4] = {};
   {
+    const ExactItem item(p, at);
+    rows = item.rows;
+    position = item.position;
+    const bool aligned = exact_aligned(p.sequences[at.b].exact[item.set], 0);
     unsigned char* slot = queue.wait();
-    const Piece keys = exact_piece(p, at, head, 0);
-    rows = keys.rows;
-    if (!keys.aligned()) copy_unaligned(keys, slot, kPitch, lane);
+    if (!aligned) copy_unaligned(p, at.b, item.set, item.first, rows, head, 0, slot, kPitch, lane);
     const uint32_t base = shared_address(slot);
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
@@ -55,7 +58,7 @@ __device__ __forceinline__ void exact_item(const AttendParams& p, Slots& queue, 
       if (p.cap > 0) score[i] = soft_cap(p.cap, score[i]);
     }
     if (rows < kExactTokens || position < seen.x || position + kExactTokens - 1 > seen.y)
-      hide<4, false>(p, at.b, head, row0 + r * kBlockRows + g, position, rows, score, [t](int i) { return i / 2 * 8 + 2 * t + i % 2; });
+      hide<4, false>(p, at.b, head, row0 + r * kBlockRows + g, position, 0, rows, score, [t](int i) { return i / 2 * 8 + 2 * t + i % 2; });
     const float m = state.raise(r, quad_max(fmaxf(fmaxf(score[0], score[1]), fmaxf(score[2], score[3]))));
     float weight[4];
 #pragma unroll
@@ -65,9 +68,10 @@ __device__ __forceinline__ void exact_item(const AttendParams& p, Slots& queue, 
     }
     weights[r] = two_halves(p.bf16, weight[0], weight[1], weight[2], weight[3]);
   }
+  const ExactItem item(p, at);  // again: registers are short
+  const bool aligned = exact_aligned(p.sequences[at.b].exact[item.set], 1);
   unsigned char* slot = queue.wait();
-  const Piece values = exact_piece(p, at, head, 1);
-  if (!values.aligned()) copy_unaligned(values, slot, kPitch, lane);
+  if (!aligned) copy_unaligned(p, at.b, item.set, item.first, rows, head, 1, slot, kPitch, lane);
   const uint32_t base = shared_address(slot);
   if (rows < kExactTokens) {  // what lies behind the rows is anything; its weight is 0, and 0 times NaN is NaN
     for (int i = lane; i < (kExactTokens - rows) * (D / 8); i += kLanes)

@@ -115,7 +115,7 @@ __device__ __forceinline__ void turn_queries(const AttendParams& p, int b, int h
   for (int r = warp; r < F::kRows; r += F::kWarps) {
     float2 over[kPairs];
     float top = 0;
-    if (r != warp) first.load(p, b, head, row0 + r, lane);
+    if (r != warp) first.load(p, p.sequences[b], head, row0 + r, lane);
     float2 x[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
@@ -240,7 +240,7 @@ struct FusedPlace {
   uint4 *operands, *fragments;
   float *y, *carried;  // [kRows][kPitch]; the state over exact rows of a reader that reads pages too
   TeamExchange<F::kMembers, F::kBlocks>* exchanges;
-  int segments_per_head, segment, b, head, row0, rows;
+  int b, head, part, row0;  // part: segment of the head's
 
   // CTA (x, y, z): x of those of segment y of sequence z.
   __device__ __forceinline__ FusedPlace(const AttendParams& p, unsigned char* memory, int its_segment, int sequence) {
@@ -249,12 +249,15 @@ struct FusedPlace {
     y = reinterpret_cast<float*>(fragments + F::kFragments);
     carried = y + F::kRows * F::kPitch;
     exchanges = reinterpret_cast<TeamExchange<F::kMembers, F::kBlocks>*>(carried + F::kReaderFloats);
-    segments_per_head = p.blocks / F::kBlocks;
-    segment = its_segment;
+    const int most_per_head = p.blocks / F::kBlocks;
     b = sequence;
-    head = segments_per_head == 1 ? segment : segment / segments_per_head;
-    row0 = (segment - head * segments_per_head) * F::kRows;
-    rows = min(F::kRows, p.group * p.queries - row0);
+    head = most_per_head == 1 ? its_segment : its_segment / most_per_head;
+    part = its_segment - head * most_per_head;
+    row0 = part * F::kRows;
+  }
+  // Looked up where it is needed: registers are short.
+  __device__ __forceinline__ int rows(const AttendParams& p) const {
+    return min(F::kRows, p.group * static_cast<int>(p.sequences[b].query_count) - row0);
   }
 };
 
@@ -270,8 +273,8 @@ __device__ __forceinline__ void fused_fill(const AttendParams& p, const SharesOf
   using F = FusedShape<D, kSegmentRows, kReaders>;
   const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
   Cursor from;
-  if (lane < F::kCount) from.start_within(p, at.b, at.segment, shares.of(blockIdx.x, lane));
-  PiecesOf<F::kMembers> pieces(p, from, at.segments_per_head);
+  if (lane < F::kCount) from.start_within(p, at.b, at.head, at.part, shares.of(blockIdx.x, lane));
+  PiecesOf<F::kMembers> pieces(p, from);
   Filler<F::kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, F::kCount - 1) * F::kQueueBytes);
   fill_all(pieces, filler, lane);
   if (lane == 0) *end = fused_end(shares, blockIdx.x);
@@ -299,7 +302,7 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const SharesOf
     const int run = packed ? stretch.page_count : stretch.exact_count;
     if (run == 0) continue;
     Cursor here;
-    here.start_within(p, at.b, at.segment, {stretch.exact, packed ? 0 : run, stretch.page, packed ? run : 0});
+    here.start_within(p, at.b, at.head, at.part, {stretch.exact, packed ? 0 : run, stretch.page, packed ? run : 0});
     float* const to = packed || stretch.page_count == 0 ? reinterpret_cast<float*>(mine) : at.carried;  // one reader at most has both kinds
     state.clear();
     if constexpr (kTeamed) {
@@ -308,12 +311,12 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const SharesOf
       else team_exact<D>(p, queue, state, exchange, at.operands, here, at.head, at.row0, run, reader, member, lane);
       state.template share_sums<kSegmentRows == Rows::four>(exchange, packed, member, lane);
       meet_team<F::kMembers>(reader);  // and nobody reads the queue any more
-      state.template put<kSegmentRows == Rows::four, F::kPitch>(to, exchange, packed, at.rows, member, lane);
+      state.template put<kSegmentRows == Rows::four, F::kPitch>(to, exchange, packed, at.rows(p), member, lane);
     } else {
-      Pieces none(p, Cursor(), at.segments_per_head);
+      Pieces none(p, Cursor());
       if (packed) pages_run<D, kSegmentRows, true>(p, queue, none, state, at.operands, scales, nullptr, here, at.head, at.row0, run, lane);
       else exact_run<D, F::kBlocks>(p, queue, none, state, here, at.head, at.operands, at.row0, run, lane);
-      state.template put<kSegmentRows == Rows::four, F::kPitch>(to, packed, at.rows, lane);
+      state.template put<kSegmentRows == Rows::four, F::kPitch>(to, packed, at.rows(p), lane);
     }
   }
 }
@@ -335,7 +338,7 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedE
   const int thread = anew(threadIdx.x), cta = anew(blockIdx.x), place = anew(blockIdx.z * gridDim.y + blockIdx.y);
   const int lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
   const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, anew(blockIdx.y), anew(blockIdx.z));
-  const int head = at.head, row0 = at.row0, rows = at.rows;
+  const int head = at.head, row0 = at.row0, rows = at.rows(p);
   const SequenceView& s = p.sequences[at.b];
   const bool turned = p.inverse_transpose.words != nullptr && s.page_count > 0;
   Columns<D, F::kAheadLast> columns;
@@ -479,8 +482,8 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedE
       whole[r] = p.out == nullptr ? (sum.l > 0 ? 1.0f : 0.0f) : sum.l > 0 ? 1.0f / (sum.l + more) : 0.0f;
       if (r < rows) {
         const int query = row / p.group;
-        to[r] = p.out != nullptr ? at.b * p.out_stride[0] + q_head * p.out_stride[1] + query * p.out_stride[2]
-                                 : (static_cast<long long>(at.b) * p.kv_heads * p.group + q_head) * p.partial_queries + p.partial_begin + query;
+        to[r] = p.out != nullptr ? s.input * p.out_stride[0] + q_head * p.out_stride[1] + (s.input_row + query) * p.out_stride[2]
+                                 : (static_cast<long long>(s.input) * p.kv_heads * p.group + q_head) * p.rows + s.input_row + query;
         if (p.out == nullptr) {
           constexpr float kLn2 = 0.6931471805599453f;
           p.partial.m[to[r]] = sum.m * kLn2;
@@ -532,18 +535,21 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
     const auto sinks = s.exact[0].count, window = s.exact[1].count;
     const int pages = s.page_count;
     const float* const lambda = s.lambda_k;
-    if (warp < F::kWarps) first.load(p, at.b, at.head, at.row0 + warp, lane);
+    if (warp == F::kWarps) expect_ids(p, s, lane);
     if (lane == 0 && warp < F::kWarps) {
       unsigned char* const queue = memory + warp / F::kMembers * F::kQueueBytes;
       if constexpr (kReaders != Readers::warps) TeamQueue<F::kMembers, F::kDepth, Shape<D>::kSlotBytes>::prepare(queue, warp % F::kMembers);
       else Queue<F::kDepth, Shape<D>::kSlotBytes, Shape<D>::kExactPitch>::prepare(queue);
     }
     if (warp < F::kWarps && p.dual.words != nullptr) columns.prefetch(p.dual, warp, F::kWarps, lane);
-    if (warp < F::kWarps) first.load_lambda(lambda, at.head, lane);
+    if (warp < F::kWarps) {
+      first.load(p, s, at.head, at.row0 + warp, lane);
+      first.load_lambda(lambda, at.head, lane);
+    }
     __syncthreads();
     const auto items = [](long long rows) { return static_cast<int>((rows + kExactTokens - 1) / kExactTokens); };
     const SharesOf<D, kSegmentRows, kReaders> shares(items(sinks) + items(window), pages);
-    if (blockIdx.x >= shares.ctas) return;
+    if (blockIdx.x >= shares.ctas || at.rows(p) <= 0) return;
     if (warp == F::kWarps) return fused_fill<D, kSegmentRows, kReaders>(p, shares, &end, lane);
     fused_read<D, kSegmentRows, kReaders>(p, shares, first, columns, warp, lane);
   }

@@ -36,10 +36,16 @@ __device__ __forceinline__ int items_of(const ExactRows& x) { return static_cast
 __device__ __forceinline__ int left_free(int items, int unit) { return -items & (unit - 1); }
 __device__ __forceinline__ int whole_units(int items, int unit) { return items + left_free(items, unit); }
 
-// Places on the line of a sequence, all heads and segments of the call.
+// Segments of each KV head of a sequence, which are those of its own query rows.
+__device__ __forceinline__ int segments_per_head(const AttendParams& p, const SequenceView& s) {
+  const int blocks = (p.group * static_cast<int>(s.query_count) + kBlockRows - 1) / kBlockRows;
+  return p.segment_blocks == 1 ? blocks : (blocks + 1) / 2;
+}
+
+// Places on the line of a sequence, all heads and segments.
 __device__ __forceinline__ int items_of(const AttendParams& p, int b) {
   const SequenceView& s = p.sequences[b];
-  return (whole_units(items_of(s.exact[0]) + items_of(s.exact[1]), p.unit) + whole_units(s.page_count, p.unit)) * p.kv_heads * (p.blocks / p.segment_blocks);
+  return (whole_units(items_of(s.exact[0]) + items_of(s.exact[1]), p.unit) + whole_units(s.page_count, p.unit)) * p.kv_heads * segments_per_head(p, s);
 }
 
 // line[b] = places of the sequences before b. One warp.
@@ -68,7 +74,7 @@ struct Stretch {
 // A sequence's items are 16 sinks each, 16 window rows each, then its pages.
 struct Cursor {
   int flat = 0, end = 0;
-  int b = 0, segment = 0;  // segment: KV head * segments per head + its row blocks
+  int b = 0, segment = 0, per_head = 1;  // segment: KV head * segments per head + its row blocks, of this sequence's
   int item = 0, items = 0;
   int sink_items = 0, exact_items = 0;
   int behind = 0, resume = 0;  // behind its last exact item of this segment it goes on with item `resume`
@@ -78,6 +84,7 @@ struct Cursor {
     sink_items = items_of(s.exact[0]);
     behind = resume = exact_items = sink_items + items_of(s.exact[1]);
     items = exact_items + s.page_count;
+    per_head = segments_per_head(p, s);
   }
   __device__ void start(const AttendParams& p, const int* line, int first, int last) {
     flat = first;
@@ -96,19 +103,19 @@ struct Cursor {
     item = at - segment * places;
     if (item >= exact) item -= exact - exact_items;
   }
-  // A stretch of one segment, whose items follow each other as if they were all there are.
-  __device__ void start_within(const AttendParams& p, int sequence, int its_segment, const Stretch& stretch) {
+  // A stretch of segment `part` of a head's, whose items follow each other as if they were all there are.
+  __device__ void start_within(const AttendParams& p, int sequence, int its_head, int part, const Stretch& stretch) {
     flat = 0;
     end = stretch.exact_count + stretch.page_count;
     b = sequence;
-    segment = its_segment;
     enter(p);
+    segment = its_head * per_head + part;
     behind = stretch.exact + stretch.exact_count;
     resume = exact_items + stretch.page;
     item = stretch.exact_count > 0 ? stretch.exact : resume;
   }
   // By `count` items, within those of a kind or to their end.
-  __device__ __forceinline__ void skip(const AttendParams& p, int count, int segments) {
+  __device__ __forceinline__ void skip(const AttendParams& p, int count) {
     const bool exact = !packed();
     flat += count;
     item += count;
@@ -119,29 +126,48 @@ struct Cursor {
     if (item < items) return;
     flat += left_free(items - exact_items, p.unit);
     item = 0;
-    if (++segment < segments) return;
+    if (++segment < p.kv_heads * per_head) return;
     segment = 0;
     if (flat >= end) return;
     do {
       ++b;
       enter(p);
-    } while (items == 0);
+    } while (items == 0 || per_head == 0);
   }
+  __device__ __forceinline__ int head() const { return per_head == 1 ? segment : segment / per_head; }
   __device__ __forceinline__ bool packed() const { return item >= exact_items; }
   // Items of this kind and segment from here on.
   __device__ __forceinline__ int run() const { return min((packed() ? items : behind) - item, end - flat); }
 };
 
-// Keys or values (half 0 or 1) of an exact item.
-__device__ inline Piece exact_piece(const AttendParams& p, const Cursor& at, int head, int half) {
-  const int set = at.item < at.sink_items ? 0 : 1;
-  const int first = (set == 0 ? at.item : at.item - at.sink_items) * kExactTokens;
-  const ExactRows& x = p.sequences[at.b].exact[set];
+// An exact item: its first row in exact[set] of its sequence, how many there are of it, and their positions.
+struct ExactItem {
+  int set, first, rows;
+  long long position;
+
+  __device__ __forceinline__ ExactItem(const AttendParams& p, const Cursor& at) {
+    set = at.item < at.sink_items ? 0 : 1;
+    first = (set == 0 ? at.item : at.item - at.sink_items) * kExactTokens;
+    const ExactRows& x = p.sequences[at.b].exact[set];
+    rows = min(kExactTokens, static_cast<int>(x.count) - first);
+    position = x.position + first;
+  }
+};
+// Whether keys or values (half 0 or 1) can be copied 16 bytes at a time, wherever their block lies.
+__device__ __forceinline__ bool exact_aligned(const ExactRows& x, int half) {
+  const auto from = reinterpret_cast<uintptr_t>(half == 0 ? x.k : x.v);
+  const auto strides = half == 0 ? x.k_stride | x.k_head_stride | x.k_block_stride : x.v_stride | x.v_head_stride | x.v_block_stride;
+  return ((from | static_cast<uintptr_t>(strides * 2)) & 15) == 0;
+}
+// Keys or values of an exact item. Its rows are of one block.
+__device__ __forceinline__ Piece exact_piece(const AttendParams& p, int b, int set, int first, int rows, int head, int half) {
+  const ExactRows& x = p.sequences[b].exact[set];
   Piece piece;
   piece.pitch = (half == 0 ? x.k_stride : x.v_stride) * 2;
-  piece.from = static_cast<const unsigned char*>(half == 0 ? x.k : x.v) + (half == 0 ? x.k_head_stride : x.v_head_stride) * 2 * head + first * piece.pitch;
-  piece.rows = min(kExactTokens, static_cast<int>(x.count) - first);
+  piece.from = static_cast<const unsigned char*>(half == 0 ? x.k : x.v) + row_offset(x, half == 0, head, first) * 2;
+  piece.rows = rows;
   piece.bytes = static_cast<uint32_t>(p.dim) * 2;
+  piece.aligned = exact_aligned(x, half);
   return piece;
 }
 
@@ -150,64 +176,100 @@ __device__ inline Piece exact_piece(const AttendParams& p, const Cursor& at, int
 template <int kExact>
 class PiecesOf {
  public:
-  __device__ __forceinline__ PiecesOf(const AttendParams& p, const Cursor& at, int segments_per_head)
-      : p_(p), at_(at), segments_per_head_(segments_per_head) {
-    enter();
-  }
+  __device__ __forceinline__ PiecesOf(const AttendParams& p, const Cursor& at) : p_(p), at_(at) { enter(); }
   __device__ __forceinline__ bool done() const { return at_.flat >= at_.end; }
   __device__ __forceinline__ Piece piece() const {
-    const int head = at_.segment / segments_per_head_;
     const bool values = step_ >= pages_;
     if (!at_.packed()) {
       Cursor at = at_;
       at.item += step_ - (values ? pages_ : 0);
-      return exact_piece(p_, at, head, values ? 1 : 0);
+      const ExactItem item(p_, at);
+      return exact_piece(p_, at.b, item.set, item.first, item.rows, at.head(), values ? 1 : 0);
     }
     Piece piece;
-    piece.from = (step_ - (values ? pages_ : 0) == 0 ? page_[0] : page_[1]) + static_cast<std::size_t>(head) * p_.head_bytes + (values ? p_.v_codes : 0);
+    piece.from = (step_ - (values ? pages_ : 0) == 0 ? page_[0] : page_[1]) + (values ? slice_ + p_.v_codes : slice_);
     piece.bytes = values ? p_.v_copy_bytes : p_.k_copy_bytes;
     return piece;
   }
   __device__ __forceinline__ void next() {
     if (++step_ < 2 * pages_) return;
-    at_.skip(p_, pages_, p_.kv_heads * segments_per_head_);
+    left_ -= pages_;
+    if (left_ > 0) return take();
+    at_.skip(p_, run_);
     enter();
   }
 
  private:
-  // Page addresses are loaded two ahead of their use, so that nobody waits for them within a run.
-  __device__ __forceinline__ void enter() {
+  // Pages as they come: their numbers, then the chunks that they lie in.
+  struct Pair {
+    std::uint32_t id[2];
+    const std::uint8_t* chunk[2];
+  };
+  // `left`: pages of the run that there are from these on.
+  __device__ __forceinline__ void ask_for_ids(Pair& pair, int left) {
+    if (left > 0) pair.id[0] = static_cast<std::uint32_t>(ids_[0]);
+    if (left > 1) pair.id[1] = static_cast<std::uint32_t>(ids_[1]);
+    ids_ += 2;
+  }
+  __device__ __forceinline__ void ask_for_chunks(Pair& pair, int left) const {
+    if (p_.pages.chunks == nullptr) return;
+    if (left > 0) pair.chunk[0] = p_.pages.chunks[pair.id[0] >> p_.pages.shift];
+    if (left > 1) pair.chunk[1] = p_.pages.chunks[pair.id[1] >> p_.pages.shift];
+  }
+  __device__ __forceinline__ const unsigned char* address(const Pair& pair, int i) const {
+    const std::uint32_t within = pair.id[i] & ((1u << p_.pages.shift) - 1);
+    return (p_.pages.chunks != nullptr ? pair.chunk[i] : p_.pages.data) + static_cast<std::uint64_t>(within) * p_.pages.page_stride;
+  }
+  // Numbers are asked for four pages ahead of their use, chunks two, so that nobody waits for them within a run.
+  __device__ __forceinline__ void take() {
     step_ = 0;
-    if (done()) return;
-    pages_ = min(at_.packed() ? 2 : kExact, at_.run());
     if (!at_.packed()) {
-      next_item_ = -1;
+      pages_ = left_;
       return;
     }
-    const std::uint8_t* const* table = p_.sequences[at_.b].pages + (at_.item - at_.exact_items);
-    if (at_.item == next_item_ && at_.b == next_b_) {
-      page_[0] = next_[0];
-      page_[1] = next_[1];
-    } else {
-      page_[0] = table[0];
-      page_[1] = pages_ == 2 ? table[1] : nullptr;
+    pages_ = min(2, left_);
+    page_[0] = address(next_, 0);
+    page_[1] = address(next_, 1);
+    next_ = after_;
+    ask_for_chunks(next_, left_ - 2);
+    ask_for_ids(after_, left_ - 4);
+  }
+  // A run of pages, or the exact items that are taken together.
+  __device__ __forceinline__ void enter() {
+    if (done()) return;
+    run_ = at_.packed() ? at_.run() : min(kExact, at_.run());
+    left_ = run_;
+    if (at_.packed()) {
+      slice_ = static_cast<std::uint32_t>(at_.head()) * p_.pages.head_stride;
+      ids_ = p_.sequences[at_.b].pages + (at_.item - at_.exact_items);
+      ask_for_ids(next_, left_);
+      ask_for_ids(after_, left_ - 2);
+      ask_for_chunks(next_, left_);
     }
-    const int left = at_.items - at_.item - pages_;
-    next_item_ = at_.item + pages_;
-    next_b_ = at_.b;
-    if (left > 0) next_[0] = table[pages_];
-    if (left > 1) next_[1] = table[pages_ + 1];
+    take();
   }
 
   const AttendParams& p_;
   Cursor at_;
-  int segments_per_head_;
   int step_ = 0, pages_ = 1;  // pages or exact items together
+  int run_ = 0, left_ = 0;    // of those that the cursor stands before
+  std::uint32_t slice_ = 0;   // offset of the head's in a page
+  const std::int32_t* ids_ = nullptr;
   const unsigned char* page_[2] = {};
-  const unsigned char* next_[2] = {};
-  int next_item_ = -1, next_b_ = -1;
+  Pair next_ = {}, after_ = {};
 };
 using Pieces = PiecesOf<1>;
+
+// What every run of pages looks up first, asked for before anybody knows where it begins.
+__device__ __forceinline__ void expect_pages(const AttendParams& p) {
+  if (p.pages.chunks != nullptr) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.pages.chunks));
+}
+// The same of one sequence, its first pages' numbers too. One warp.
+__device__ __forceinline__ void expect_ids(const AttendParams& p, const SequenceView& s, int lane) {
+  constexpr int kLine = 128 / static_cast<int>(sizeof(std::int32_t));
+  if (lane == 0) expect_pages(p);
+  if (lane * kLine < s.page_count) asm volatile("prefetch.global.L2 [%0];" ::"l"(s.pages + lane * kLine));
+}
 
 // By the warp that fills, each lane its own queue: all pieces, as slots become free.
 template <class PiecesT, class FillerT>

@@ -98,13 +98,14 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
   using Slots = std::conditional_t<kTeamed, TeamQueue<kMembers, kDepth, S::kSlotBytes>, WarpSlots>;
   extern __shared__ __align__(128) unsigned char memory[];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int segments_per_head = p.blocks / kBlocks, segments = p.kv_heads * segments_per_head;
+  const int segments = p.kv_heads * (p.blocks / kBlocks);  // at most, of a sequence
   const int reader = warp / kMembers, member = warp % kMembers;
   if (lane == 0 && warp < kWarps) {
     if constexpr (kTeamed) Slots::prepare(memory + reader * kQueueBytes, member);
     else Slots::prepare(memory + reader * kQueueBytes);
   }
   int* line = reinterpret_cast<int*>(memory + main_shared<D>(kKind, kReaders, kDepth, kBlocks));
+  if (threadIdx.x == kWarps * kLanes) expect_pages(p);
   if (warp == kWarps) lay_line(p, lane, line);  // not from the kernel before: fetching begins without it
   __syncthreads();
   const Shares shares(line[p.batch], p.readers, p.unit);
@@ -114,7 +115,7 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
       const int w = blockIdx.x * kReaders + lane;
       Cursor at;
       if (lane < kReaders && w < shares.readers) at.start(p, line, shares.first(w), shares.first(w + 1));
-      PiecesOf<kMembers> pieces(p, at, segments_per_head);
+      PiecesOf<kMembers> pieces(p, at);
       Filler<kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, kReaders - 1) * kQueueBytes);
       fill_all(pieces, filler, lane);
     }
@@ -122,11 +123,11 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
   }
 
   const int w = blockIdx.x * kReaders + reader;
-  if (w >= shares.readers) return;
+  if (w >= shares.readers) return wait_for_previous();  // what runs behind this kernel runs behind that before it
   Cursor here;
   here.start(p, line, shares.first(w), shares.first(w + 1));
   Slots queue(memory + reader * kQueueBytes, lane);
-  Pieces pieces(p, here, segments_per_head);  // used, and then not kept up, only where warps fill their own queues
+  Pieces pieces(p, here);  // used, and then not kept up, only where warps fill their own queues
   if constexpr (!kBulkCopies)
     for (int i = 0; i < kDepth; ++i) queue.fill(pieces);
 
@@ -134,13 +135,14 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
   let_next_begin();
   std::conditional_t<kTeamed, TeamState<D, kMembers, kBlocks>, State<D, kBlocks>> state;
   while (here.flat < here.end) {
-    const int run = here.run(), head = here.segment / segments_per_head;
+    const int run = here.run(), head = here.head();
     const bool packed = here.packed();
-    const int block0 = here.segment % segments_per_head * kBlocks;
+    const int block0 = (here.segment - head * here.per_head) * kBlocks;
     const int block = (here.b * p.kv_heads + head) * p.blocks + block0, row0 = block0 * kBlockRows;
     const uint4* operands = p.operands + static_cast<std::size_t>(block) * operand_words(D);
     const float* scales = p.row_scale + block * 2 * kBlockRows;
-    const int slot = w + 2 * (here.b * segments + here.segment) + (packed ? 1 : 0), rows = p.group * p.queries - row0;
+    const int slot = w + 2 * (here.b * segments + here.segment) + (packed ? 1 : 0);
+    const auto rows = [&] { return p.group * static_cast<int>(p.sequences[here.b].query_count) - row0; };  // looked up behind the run
     float* const to = p.states + static_cast<std::size_t>(slot) * State<D, kBlocks>::kFloats;
     state.clear();
     if constexpr (kTeamed) {
@@ -157,14 +159,14 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
       }
       state.template share_sums<kRows == Rows::four>(exchange, packed, member, lane);
       meet_team<kMembers>(reader);
-      state.template put<kRows == Rows::four>(to, exchange, packed, rows, member, lane);
+      state.template put<kRows == Rows::four>(to, exchange, packed, rows(), member, lane);
     } else {
       auto* mean_operands = reinterpret_cast<uint4*>(memory + kReaders * kQueueBytes) + reader * kBlocks * S::kMeanOperands;
       if (packed) pages_run<D, kRows, false>(p, queue, pieces, state, operands, scales, mean_operands, here, head, row0, run, lane);
       else exact_run<D, kBlocks>(p, queue, pieces, state, here, head, operands, row0, run, lane);
-      state.template put<kRows == Rows::four>(to, packed, rows, lane);
+      state.template put<kRows == Rows::four>(to, packed, rows(), lane);
     }
-    here.skip(p, run, segments);
+    here.skip(p, run);
   }
 }
 

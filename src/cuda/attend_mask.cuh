@@ -15,38 +15,44 @@ struct Sight {
   long long query_position;  // of query 0
   long long start;
   int window;
-  int head0, rows, b;  // head0: first query head of the KV head; rows: of the whole KV head
+  int head0, queries, b;  // head0: first query head of the KV head
 
   __device__ Sight(const AttendParams& p, int sequence, int kv_head)
       : query_position(p.sequences[sequence].query_position),
         start(p.mask.start != nullptr ? p.mask.offset + p.mask.start[sequence] : -(1ll << 62)),
-        window(p.mask.window != nullptr ? p.mask.window[sequence] : 0),
-        head0(kv_head * p.group), rows(p.group * p.queries), b(sequence) {}
+        window(p.mask.window != nullptr ? p.mask.window[sequence] : p.window),
+        head0(kv_head * p.group), queries(static_cast<int>(p.sequences[sequence].query_count)), b(sequence) {}
 
   // First and last position that every row sees, where there is no general mask.
   __device__ long long first_of_all(const AttendParams& p) const {
-    return window > 0 ? max(start, query_position + p.queries - window) : start;
+    return window > 0 ? max(start, query_position + queries - window) : start;
   }
   __device__ long long last_of_all(const AttendParams& p) const { return p.mask.causal ? query_position : 1ll << 62; }
 
   // First and last position that `row` sees; an empty range for rows that do not exist.
   __device__ longlong2 range(const AttendParams& p, int row) const {
-    if (row >= rows) return {0, -1};
+    if (row >= p.group * queries) return {0, -1};
     const long long query = query_position + row / p.group;
     return {window > 0 ? max(start, query - window + 1) : start, p.mask.causal ? query : 1ll << 62};
   }
 };
 
+// The page that does not hold kPageTokens tokens; -1: none.
+__device__ __forceinline__ int broken_page(const AttendParams& p, int b) {
+  const SequenceView& s = p.sequences[b];
+  return s.last_page_tokens < kPageTokens ? s.page_count - 1 : -1;
+}
+
 // First and last page that every row sees whole.
 __device__ __forceinline__ int2 plain_pages(const AttendParams& p, int b, int kv_head) {
   const SequenceView& s = p.sequences[b];
-  int2 plain = {0, s.page_count - (s.last_page_tokens < kPageTokens ? 2 : 1)};
+  int2 plain = {s.pages_hidden > 0 ? 1 : 0, s.page_count - (s.last_page_tokens < kPageTokens ? 2 : 1)};
   if (p.mask.kind != Mask::General::none) {
     plain.y = -1;
   } else {
     const Sight sight(p, b, kv_head);
     const long long low = sight.first_of_all(p) - s.pages_position, high = sight.last_of_all(p) + 1 - s.pages_position;
-    if (low > 0) plain.x = static_cast<int>(min((low + kPageTokens - 1) / kPageTokens, static_cast<long long>(s.page_count)));
+    if (low > 0) plain.x = max(plain.x, static_cast<int>(min((low + kPageTokens - 1) / kPageTokens, static_cast<long long>(s.page_count))));
     plain.y = high <= 0 ? -1 : static_cast<int>(min(high / kPageTokens - 1, static_cast<long long>(plain.y)));
   }
   return plain;
@@ -57,7 +63,8 @@ __device__ __noinline__ inline float general_mask(const AttendParams& p, int b, 
   const long long column = position - p.mask.offset;
   if (column < 0 || column >= p.mask.columns) return -INFINITY;
   const auto& stride = p.mask.general_stride;
-  const long long at = b * stride[0] + head * stride[1] + query * stride[2] + column * stride[3];
+  const SequenceView& s = p.sequences[b];
+  const long long at = s.input * stride[0] + head * stride[1] + (s.input_row + query) * stride[2] + column * stride[3];
   if (p.mask.kind == Mask::General::boolean)
     return static_cast<const unsigned char*>(p.mask.general)[at] != 0 ? score : -INFINITY;
   constexpr float kLog2e = 1.4426950408889634f;
@@ -68,15 +75,15 @@ __device__ __noinline__ inline float general_mask(const AttendParams& p, int b, 
 
 __device__ __noinline__ inline float soft_cap(float cap, float x) { return cap * tanhf(x); }
 
-// Hides what the row does not see. token(i): offset of score i from `position`; those from `tokens` on do not exist. kRolled: a general
+// Hides what the row does not see. token(i): offset of score i from `position`; those before `hidden` and from `tokens` on are not there. kRolled: a general
 // mask by one piece of code, which the instructions around it do not have to step over where they are fetched for one use; in the loop of a
 // warp's pages it takes 4 % more time, by the registers that are left, although a general mask is not there.
 template <int kScores, bool kRolled, class Token>
-__device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, int row, long long position, int tokens,
-                                     float* score, Token token) {
+__device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, int row, long long position, int hidden,
+                                     int tokens, float* score, Token token) {
   const Sight sight(p, b, kv_head);
   const longlong2 seen = sight.range(p, row);
-  const int first = static_cast<int>(max(seen.x - position, 0ll));
+  const int first = static_cast<int>(max(seen.x - position, static_cast<long long>(hidden)));
   const int last = static_cast<int>(min(seen.y - position, static_cast<long long>(tokens - 1)));
 #pragma unroll
   for (int i = 0; i < kScores; ++i) {
@@ -97,6 +104,14 @@ __device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, 
       score[kScores - 1] = x;
     }
   }
+}
+
+// The same of page `page` of the sequence: what depends on it is looked up where it is needed, registers are short.
+template <int kScores, bool kRolled, class Token>
+__device__ __forceinline__ void hide_page(const AttendParams& p, int b, int kv_head, int row, int page, float* score, Token token) {
+  const SequenceView& s = p.sequences[b];
+  hide<kScores, kRolled>(p, b, kv_head, row, s.pages_position + static_cast<long long>(page) * kPageTokens, page == 0 ? s.pages_hidden : 0,
+                         page + 1 == s.page_count ? s.last_page_tokens : kPageTokens, score, token);
 }
 
 }  // namespace kv4::cuda

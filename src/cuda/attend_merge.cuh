@@ -41,19 +41,20 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   __shared__ float m_all[kRows], l_all[kRows];
   __shared__ float ls[kUnits];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
-  const int segments_per_head = p.blocks / kBlocks, segments = p.kv_heads * segments_per_head;
-  const int segment = blockIdx.x % segments, b = blockIdx.x / segments;
+  const int most_per_head = p.blocks / kBlocks, segments = p.kv_heads * most_per_head;  // at most, of a sequence
+  const int b = blockIdx.x / segments, head = blockIdx.x % segments / most_per_head, its_part = blockIdx.x % most_per_head;
   // Rows of the segment that this CTA takes, from `first_row` of it on.
   constexpr int kColumns = merge_columns(D), kWidth = D / kColumns;
   const int first_row = blockIdx.y / kColumns * p.merge_rows, first_channel = blockIdx.y % kColumns * kWidth;
-  const int head = segment / segments_per_head, row0 = segment % segments_per_head * kRows + first_row;
-  const int all_rows = p.group * p.queries, rows = min(min(p.merge_rows, kRows - first_row), all_rows - row0);
-  if (rows <= 0) return;
+  const int row0 = its_part * kRows + first_row;
 
   Turn<D> turn(first_channel / 8, (first_channel + kWidth) / 8);
   if (p.inverse_transpose.words != nullptr) turn.prefetch(p.inverse_transpose);
   // Where the states lie is known before they are written: this kernel begins when every CTA of attend_main has seen the line.
   const SequenceView& s = p.sequences[b];
+  const int rows = min(min(p.merge_rows, kRows - first_row), p.group * static_cast<int>(s.query_count) - row0);
+  if (rows <= 0) return wait_for_previous();  // what runs behind this kernel runs behind those before it
+  const int segment = head * segments_per_head(p, s) + its_part;
   // Of this thread's first element, asked for early.
   const float first_lambda = s.lambda_v != nullptr ? s.lambda_v[head * D + first_channel + threadIdx.x % kWidth] : 1.0f;
   const Shares shares(__ldcg(p.line + p.batch), p.readers, p.unit);
@@ -170,10 +171,10 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
       const float m = m_all[r], l = l_all[r];
       if (p.out != nullptr) {
         const float denominator = p.sinks != nullptr && l > 0 ? l + exp2f(p.sinks[q_head] * kLog2e - m) : l;
-        store_element(p.out, p.out_dtype, b * p.out_stride[0] + q_head * p.out_stride[1] + query * p.out_stride[2] + c,
+        store_element(p.out, p.out_dtype, s.input * p.out_stride[0] + q_head * p.out_stride[1] + (s.input_row + query) * p.out_stride[2] + c,
                       l > 0 ? o / denominator : 0.0f);
       } else {
-        const long long at = (static_cast<long long>(b) * p.kv_heads * p.group + q_head) * p.partial_queries + p.partial_begin + query;
+        const long long at = (static_cast<long long>(s.input) * p.kv_heads * p.group + q_head) * p.rows + s.input_row + query;
         p.partial.o[at * D + c] = l > 0 ? o : 0.0f;
         if (c == 0) {
           p.partial.m[at] = m * kLn2;

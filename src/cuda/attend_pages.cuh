@@ -21,7 +21,6 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
   const int g = lane / 4, t = lane % 4;
   const int row = kFour ? g % 4 : g;             // of this lane's scores
   const int odd = kFour ? g / 4 : 0;             // whether they are of the odd groups of 8 tokens
-  const SequenceView& s = p.sequences[here.b];
   operands += lane;
 
   // Operands of the queries, in registers and shared memory where those suffice; else read as they are needed, from L1.
@@ -61,8 +60,8 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
   const uint4* means = kCopied ? mean_operands + lane : operands + S::kTiles * kLanes;
   constexpr int kMeansPitch = kCopied ? S::kMeanOperands : operand_words(D);
 
-  const int first_page = here.item - here.exact_items, pages = s.page_count, last_tokens = s.last_page_tokens;
-  const long long pages_position = s.pages_position;
+  const int first_page = here.item - here.exact_items;
+  const int broken = broken_page(p, here.b);
   const int2 plain = plain_pages(p, here.b, head);
   // The token of score i of a page.
   const auto token = [t, odd](int i) { return kFour ? i / 2 * 16 + odd * 8 + 2 * t + i % 2 : i / 2 * 8 + 2 * t + i % 2; };
@@ -142,22 +141,18 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
       }
       const int at = first_page + i + page;
       if (at < plain.x || at > plain.y) {
-        const int tokens = at + 1 == pages ? last_tokens : kPageTokens;
 #pragma unroll
-        for (int r = 0; r < kBlocks; ++r)
-          hide<kScores, false>(p, here.b, head, row0 + r * kBlockRows + row, pages_position + static_cast<long long>(at) * kPageTokens, tokens,
-                        score[r] + kScores, token);
+        for (int r = 0; r < kBlocks; ++r) hide_page<kScores, false>(p, here.b, head, row0 + r * kBlockRows + row, at, score[r] + kScores, token);
       }
     }
 
     // Weights, and the next product's operand: p times the value's scale, in 16 bits as two bytes.
     slot[0] = queue.wait();
     slot[1] = two ? queue.template wait<1>() : slot[0];  // read with weights of 0
-    const int last = first_page + i + (two ? 1 : 0);
-    if (last + 1 == pages && last_tokens < kPageTokens) {
+    if (first_page + i + (two ? 1 : 0) == broken) {
       // Scales behind the last token are anything; its weight is 0, and 0 times NaN is NaN.
       auto* scales = reinterpret_cast<unsigned short*>(slot[1] + p.value_scales);
-      for (int j = last_tokens + lane; j < kPageTokens; j += kLanes) scales[j] = 0;
+      for (int j = p.sequences[here.b].last_page_tokens + lane; j < kPageTokens; j += kLanes) scales[j] = 0;
       fence_shared_writes();
       __syncwarp();
     }

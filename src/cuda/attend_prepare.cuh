@@ -24,19 +24,25 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
   const int block = blockIdx.x % p.blocks, head = blockIdx.x / p.blocks % p.kv_heads, b = blockIdx.x / p.blocks / p.kv_heads;
   const int parts = gridDim.y, part = blockIdx.y;
   if (parts > 1) cluster_arrive();
-  // What the products wait for is asked for before the matrix, and without a branch between.
-  const int rows = p.group * p.queries, valid = min(kBlockRows, rows - block * kBlockRows);
   wait_for_previous();
   let_next_begin();
-  const float* of_keys = p.sequences[b].lambda_k;
-  QueryRow<D> row;
-  if (warp < kBlockRows) row.load(p, b, head, block * kBlockRows + warp, lane);
+  const SequenceView& s = p.sequences[b];
+  const float* of_keys = s.lambda_k;
+  const int valid = min(kBlockRows, p.group * static_cast<int>(s.query_count) - block * kBlockRows);
   constexpr int kTiles = operand_bytes_tiles(D), kMeanSteps = operand_mean_steps(D), kExactSteps = operand_exact_steps(D);
   const int first_tile = kTiles * part / parts, behind_tile = kTiles * (part + 1) / parts;  // of 32 channels
   Turn<D> turn(first_tile * 4, min(behind_tile * 4, D / 8));
   if (p.dual.words != nullptr) turn.prefetch(p.dual);
-  if (warp < kBlockRows) row.load_lambda(of_keys, head, lane);
   if (blockIdx.x == 0 && part == 0 && warp == static_cast<int>(blockDim.x) / kLanes - 1) lay_line(p, lane, p.line);
+  if (valid <= 0) {  // a sequence with fewer rows; the same for all parts
+    if (parts > 1) cluster_wait();
+    return;
+  }
+  QueryRow<D> row;
+  if (warp < kBlockRows) {
+    row.load(p, s, head, block * kBlockRows + warp, lane);
+    row.load_lambda(of_keys, head, lane);
+  }
 
   if (warp < kBlockRows) {
 #pragma unroll

@@ -142,7 +142,6 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
   constexpr float kUnits = 65280;               // of the largest weight; its logarithm is off by less than the 255 left over
   const int g = lane / 4, t = lane % 4;
   const int row = kFour ? g % 4 : g, odd = kFour ? g / 4 : 0;  // as in pages_run
-  const SequenceView& s = p.sequences[here.b];
   // At most 4 rows: rows 4 ... 7 of a product with keys are those again, and a lane takes one of its octets' products.
   // Products with means have them for the second half of the channels.
   constexpr bool kFolded = kFour && kTiles % 2 == 0;
@@ -168,8 +167,7 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
     }
   }
 
-  const int first_page = here.item - here.exact_items, pages = s.page_count, last_tokens = s.last_page_tokens;
-  const long long pages_position = s.pages_position;
+  const int first_page = here.item - here.exact_items;
   const int2 plain = plain_pages(p, here.b, head);
   const auto token = [member, t, odd](int i) {
     return (member * kSixteens + i / kOfSixteen) * 16 + (kFour ? odd : i / 2 % 2) * 8 + 2 * t + i % 2;
@@ -265,10 +263,8 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
       }
       const int at = first_page + i + page;
       if (at < plain.x || at > plain.y) {
-        const int tokens = at + 1 == pages ? last_tokens : kPageTokens;
 #pragma unroll
-        for (int r = 0; r < kBlocks; ++r)
-          hide<kScores, true>(p, here.b, head, row0 + r * kBlockRows + row, pages_position + static_cast<long long>(at) * kPageTokens, tokens, now[r], token);
+        for (int r = 0; r < kBlocks; ++r) hide_page<kScores, true>(p, here.b, head, row0 + r * kBlockRows + row, at, now[r], token);
       }
 #pragma unroll
       for (int r = 0; r < kBlocks; ++r)
@@ -426,12 +422,12 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
 #pragma unroll
       for (int n = 0; n < 4; ++n) score[r][n] = -INFINITY;
     if (mine) {
-      const int set = at.item < at.sink_items ? 0 : 1;
-      const long long position = p.sequences[at.b].exact[set].position + (set == 0 ? at.item : at.item - at.sink_items) * kExactTokens;
+      const ExactItem item(p, at);
+      const long long position = item.position;
+      const bool aligned = exact_aligned(p.sequences[at.b].exact[item.set], 0);
       unsigned char* slot = queue.wait(member);
-      const Piece keys = exact_piece(p, at, head, 0);
-      rows = keys.rows;
-      if (!keys.aligned()) copy_unaligned(keys, slot, kPitch, lane);
+      rows = item.rows;
+      if (!aligned) copy_unaligned(p, at.b, item.set, item.first, rows, head, 0, slot, kPitch, lane);
       const uint32_t base = shared_address(slot);
       float c[kBlocks][2][4] = {};
 #pragma unroll 4
@@ -452,7 +448,7 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
           if (p.cap > 0) score[r][n] = soft_cap(p.cap, score[r][n]);
         }
         if (rows < kExactTokens || position < seen.x || position + kExactTokens - 1 > seen.y)
-          hide<4, true>(p, at.b, head, row0 + r * kBlockRows + g, position, rows, score[r], [t](int n) { return n / 2 * 8 + 2 * t + n % 2; });
+          hide<4, true>(p, at.b, head, row0 + r * kBlockRows + g, position, 0, rows, score[r], [t](int n) { return n / 2 * 8 + 2 * t + n % 2; });
       }
     }
     queue.pop(count);
@@ -477,10 +473,11 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
       exchange.weights[(member * kBlocks + r) * kLanes + lane] = two_halves(p.bf16, weight[0], weight[1], weight[2], weight[3]);
     }
     if (mine) {
-      const Piece values = exact_piece(p, at, head, 1);
-      if (!values.aligned() || rows < kExactTokens) {
+      const ExactItem item(p, at);
+      const bool aligned = exact_aligned(p.sequences[at.b].exact[item.set], 1);
+      if (!aligned || rows < kExactTokens) {
         unsigned char* slot = queue.wait(member);
-        if (!values.aligned()) copy_unaligned(values, slot, kPitch, lane);
+        if (!aligned) copy_unaligned(p, at.b, item.set, item.first, rows, head, 1, slot, kPitch, lane);
         // What lies behind the rows is anything; its weight is 0, and 0 times NaN is NaN.
         for (int n = lane; n < (kExactTokens - rows) * (D / 8); n += kLanes)
           *reinterpret_cast<uint4*>(slot + (rows + n / (D / 8)) * kPitch + n % (D / 8) * 16) = {};

@@ -32,14 +32,15 @@ struct QueryRow {
     }
   }
 
-  __device__ __forceinline__ void load(const AttendParams& p, int b, int head, int row, int lane) {
+  __device__ __forceinline__ void load(const AttendParams& p, const SequenceView& s, int head, int row, int lane) {
     const int query = row / p.group;
-    const long long from = b * p.q_stride[0] + (head * p.group + row - query * p.group) * p.q_stride[1] + query * p.q_stride[2];
+    const long long from = s.input * p.q_stride[0] + (head * p.group + row - query * p.group) * p.q_stride[1] + (s.input_row + query) * p.q_stride[2];
+    const bool there = query < s.query_count;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int c = 2 * (lane + i * kLanes);
       raw[i] = {0, 0};
-      if (c >= D || row >= p.group * p.queries) continue;
+      if (c >= D || !there) continue;
       if (p.q_dtype == DType::f32) raw[i] = {static_cast<const uint32_t*>(p.q)[from + c], static_cast<const uint32_t*>(p.q)[from + c + 1]};
       else raw[i] = {static_cast<const uint16_t*>(p.q)[from + c], static_cast<const uint16_t*>(p.q)[from + c + 1]};
     }

@@ -73,10 +73,9 @@ class CudaBackend final : public Backend {
     KV4_RETURN_IF_ERROR(supports_side(spec.key, "k"));
     return supports_side(spec.value, "v");
   }
-  Status supports_rows(int head_dim_k, int head_dim_v, DType dtype, SealMode seal) const override {
+  Status supports_rows(int head_dim_k, int head_dim_v, DType dtype, SealMode /*seal*/) const override {
     KV4_RETURN_IF_ERROR(supports_device());
     KV4_RETURN_IF_ERROR(supports_dims(head_dim_k, head_dim_v));
-    if (seal == SealMode::arrival) return error(StatusCode::unsupported, "recipe.seal", "page or never on CUDA", "arrival");
     return dtype != DType::f32 ? Status() : error(StatusCode::unsupported, "dtype", "float16 or bfloat16 on CUDA", "float32");
   }
 
@@ -105,6 +104,10 @@ class CudaBackend final : public Backend {
     KV4_RETURN_IF_CUDA("clear", cudaMemsetAsync(p, 0, bytes, current_stream()));
     return {};
   }
+  Status upload(void* to, const void* from, std::size_t bytes) override {
+    KV4_ON_DEVICE(device_);
+    return memory_.upload(to, from, bytes);
+  }
   Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
     KV4_ON_DEVICE(device_);
     const auto* first = static_cast<const std::byte*>(from);
@@ -128,21 +131,19 @@ class CudaBackend final : public Backend {
     *out = std::make_unique<CacheTables>(device_, memory_, scratch_);
     return {};
   }
-  Status foresee(DeviceTables* tables, std::span<const SequenceView> sequences, int tokens) override {
+  Status foresee(DeviceTables* tables, std::span<const SequenceView> sequences, int /*tokens: each has its own*/) override {
     KV4_ON_DEVICE(device_);
     auto& held = static_cast<CacheTables&>(*tables);
     KV4_RETURN_IF_ERROR(held.sync(sequences));
-    held.expect(tokens);
+    held.expect();
     return {};
   }
 
   Status store(const StoreJob& job) override {
     KV4_ON_DEVICE(device_);
-    auto& tables = static_cast<CacheTables&>(*job.tables);
     StoreParams p;
-    p.batch = static_cast<int>(job.k.shape[0]);
     p.heads = static_cast<int>(job.k.shape[1]);
-    p.tokens = static_cast<int>(job.k.shape[2]);
+    p.rows = job.k.shape[2];
     p.dim = static_cast<int>(job.k.shape[3]);
     p.bf16 = job.k.dtype == DType::bf16;
     p.k = job.k.data;
@@ -151,12 +152,23 @@ class CudaBackend final : public Backend {
       p.k_stride[i] = job.k.stride[i];
       p.v_stride[i] = job.v.stride[i];
     }
-    // One CTA a sequence counts: more tokens than it should take are told of by the next sync.
-    p.count = p.tokens == 1;
-    if (!capturing()) KV4_RETURN_IF_ERROR(tables.sync(job.sequences));
-    p.sequences = tables.sequences();
+    p.skip = job.skip;
+    p.early = chip_.code >= 90;
+    Temporary views(memory_);
+    auto* const tables = static_cast<CacheTables*>(job.tables);
+    const bool captured = tables != nullptr && capturing();  // what the tables hold counts, whatever the host knows
+    p.batch = static_cast<int>(captured ? tables->batch() : job.sequences.views.size());
+    p.most = static_cast<int>((captured || job.sequences.resident) && job.sequences.most_queries == 0 ? p.rows : most_queries(job.sequences));
+    if (tables == nullptr) {
+      KV4_RETURN_IF_ERROR(device_views(job.sequences, &views, &p.sequences));
+    } else {
+      if (!captured) KV4_RETURN_IF_ERROR(tables->sync(job.sequences.views));
+      p.sequences = tables->sequences();
+    }
+    // One CTA a sequence counts: more rows than it should take are told of by the next sync.
+    p.count = tables != nullptr && p.most == 1 && p.skip == nullptr;
     KV4_RETURN_IF_CUDA("store", launch_store(p, current_stream()));
-    if (p.count && !capturing()) tables.expect(p.tokens);
+    if (p.count && !captured) tables->expect();
     return {};
   }
 
@@ -204,33 +216,51 @@ class CudaBackend final : public Backend {
     return {};
   }
 
-  Status seal(const PageSpec& spec, std::span<const SealJob> jobs) override {
+  Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs, bool resident) override {
     KV4_RETURN_IF_ERROR(supports(spec));
     KV4_ON_DEVICE(device_);
     Temporary memory(memory_);
-    KV4_RETURN_IF_ERROR(memory.upload("jobs", jobs.data(), jobs.size_bytes()));
     SealParams p;
+    KV4_RETURN_IF_ERROR(device_jobs(jobs, resident, &memory, &p.jobs));
     KV4_RETURN_IF_ERROR(sides(spec, &p.key, &p.value));
-    p.jobs = memory.as<const SealJob>();
-    p.count = static_cast<int>(jobs.size());
-    p.halves = std::all_of(jobs.begin(), jobs.end(), [](const SealJob& job) { return job.dtype != DType::f32; });
+    p.pages = pages;
+    p.heads = kv_heads;
+    p.count = static_cast<int>(jobs.size()) * kv_heads;
+    p.halves = resident || std::all_of(jobs.begin(), jobs.end(), [](const SealJob& job) { return job.page < 0 || job.dtype != DType::f32; });
     KV4_RETURN_IF_CUDA("seal", launch_seal(p, current_stream()));
     return {};
   }
 
-  Status dequantise(const PageSpec& spec, std::span<const DequantiseJob> jobs) const override {
+  Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs, bool resident) const override {
     if (jobs.empty()) return {};
     KV4_ON_DEVICE(device_);
     Temporary memory(memory_);
-    KV4_RETURN_IF_ERROR(memory.upload("jobs", jobs.data(), jobs.size_bytes()));
     DequantiseJobs p;
+    KV4_RETURN_IF_ERROR(device_jobs(jobs, resident, &memory, &p.jobs));
     KV4_RETURN_IF_ERROR(sides(spec, &p.key, &p.value));
     p.inverse_k = rotations_.find(spec.key.rotation)->inverse_transpose;
     p.inverse_v = rotations_.find(spec.value.rotation)->inverse_transpose;
-    p.jobs = memory.as<const DequantiseJob>();
-    p.count = static_cast<int>(jobs.size());
+    p.pages = pages;
+    p.heads = kv_heads;
+    p.count = static_cast<int>(jobs.size()) * kv_heads;
     KV4_RETURN_IF_CUDA("dequantise", launch_dequantise_jobs(p, current_stream()));
     return {};
+  }
+
+  Status make_views(const PagedBatch& batch, bool stored, SequenceView* out) override {
+    KV4_ON_DEVICE(device_);
+    KV4_RETURN_IF_CUDA("sequences", launch_views(batch, stored, out, chip_.code >= 90, current_stream()));
+    return {};
+  }
+  Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, SealJob* out) override { return make_jobs_of(batch, dtype, range, out); }
+  Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, DequantiseJob* out) override {
+    return make_jobs_of(batch, dtype, range, out);
+  }
+
+  std::size_t attend_workspace(const AttendJob& job) const override {
+    const DeviceGuard guard(device_);
+    AttendParams p;
+    return guard.error() == cudaSuccess && fill(job, &p).ok() ? most_scratch(p, chip_) : 0;
   }
 
   Status attend(const AttendJob& job) override {
@@ -238,21 +268,32 @@ class CudaBackend final : public Backend {
     const bool captured = capturing();
     AttendParams p;
     KV4_RETURN_IF_ERROR(fill(job, &p));
-    Temporary views(memory_), pages(memory_);
+    if (captured && job.tables != nullptr) {  // what the tables hold counts, whatever the host knows
+      p.batch = static_cast<int>(static_cast<CacheTables&>(*job.tables).batch());
+      if (job.sequences.most_queries == 0) p.queries = static_cast<int>(p.rows);
+    }
+    if (p.batch == 0 || p.queries == 0) return {};
+    Temporary views(memory_);
     if (job.tables != nullptr) {
       auto& tables = static_cast<CacheTables&>(*job.tables);
-      if (!captured) KV4_RETURN_IF_ERROR(tables.sync(job.sequences));
+      if (!captured) KV4_RETURN_IF_ERROR(tables.sync(job.sequences.views));
       p.sequences = tables.sequences();
       KV4_RETURN_IF_ERROR(tables.limits(CacheTables::kStart, job.args.mask.start, captured, &p.mask.start));
       KV4_RETURN_IF_ERROR(tables.limits(CacheTables::kWindow, job.args.mask.window, captured, &p.mask.window));
     } else {
-      KV4_RETURN_IF_ERROR(upload_views(job, &views, &pages));
-      p.sequences = views.as<const SequenceView>();
+      KV4_RETURN_IF_ERROR(device_views(job.sequences, &views, &p.sequences));
     }
-    const AttendPlan plan = plan_attend(p, chip_, load_of(job.sequences));
+    const AttendPlan plan = plan_attend(p, chip_, load_of(job.sequences, job.spec != nullptr));
     if (p.batch > plan.most_sequences)
       return error(StatusCode::unsupported, "q", "at most " + std::to_string(plan.most_sequences) + " sequences of these heads on this device",
                    std::to_string(p.batch));
+    if (!job.workspace.empty()) {
+      if (job.workspace.size() < plan.scratch || reinterpret_cast<std::uintptr_t>(job.workspace.data()) % alignof(uint4) != 0)
+        return invalid_argument("workspace", "at least " + std::to_string(plan.scratch) + " bytes, on a multiple of " + std::to_string(alignof(uint4)),
+                                std::to_string(job.workspace.size()));
+      KV4_RETURN_IF_CUDA("attend", launch_attend(p, plan, job.workspace.data(), current_stream()));
+      return {};
+    }
     if (job.tables == nullptr) {
       Temporary scratch(memory_);
       KV4_RETURN_IF_ERROR(scratch.make("scratch", plan.scratch, kScratchZeros));
@@ -266,25 +307,32 @@ class CudaBackend final : public Backend {
     return {};
   }
 
-  Status fill(const AttendJob& job, AttendParams* p) {
+  Status fill(const AttendJob& job, AttendParams* p) const {
     KV4_RETURN_IF_ERROR(supports_device());
     const AttendArgs& a = job.args;
-    bool any_exact = false;
-    for (const SequenceView& s : job.sequences) any_exact = any_exact || s.exact[0].count + s.exact[1].count > 0;
+    bool any_exact = job.sequences.resident;
+    if (!any_exact)
+      for (const SequenceView& s : job.sequences.views) any_exact = any_exact || s.exact[0].count + s.exact[1].count > 0;
     if (any_exact && job.dtype == DType::f32)
       return error(StatusCode::unsupported, "dtype", "float16 or bfloat16 on CUDA", "float32");
     KV4_RETURN_IF_ERROR(supports_dims(job.head_dim_k, job.head_dim_v));
-    p->batch = static_cast<int>(job.sequences.size());
+    p->batch = static_cast<int>(job.sequences.views.size());
     p->kv_heads = job.kv_heads;
     p->group = static_cast<int>(a.q.shape[1]) / job.kv_heads;
-    p->queries = static_cast<int>(job.query_count);
+    p->queries = static_cast<int>(most_queries(job.sequences));
+    p->rows = a.q.shape[2];
+    p->window = job.window;
+    p->pages.data = job.pages.data;
+    p->pages.chunks = job.pages.chunks;
+    p->pages.page_stride = static_cast<std::uint32_t>(job.pages.page_stride);
+    p->pages.head_stride = static_cast<std::uint32_t>(job.pages.head_stride);
+    p->pages.shift = job.pages.chunks != nullptr ? static_cast<std::uint32_t>(job.pages.chunk_shift) : 31;
     p->dim = job.head_dim_k;
     p->bf16 = job.dtype == DType::bf16;
     if (job.spec != nullptr) {
       KV4_RETURN_IF_ERROR(supports(*job.spec));
       const kv4_page_layout& l = job.spec->layout;
       p->mean = job.spec->key.mean;
-      p->head_bytes = l.head_bytes;
       p->k_copy_bytes = l.k_mean + (p->mean ? l.head_dim_k * 2 : 0);  // codes, scales, mean
       p->v_copy_bytes = l.v_code_bytes + kPageTokens * 2;
       p->v_codes = l.v_codes;
@@ -302,23 +350,16 @@ class CudaBackend final : public Backend {
     p->cap = static_cast<float>(a.softcap * kLog2e);
     p->factor = static_cast<float>(a.softcap > 0 ? scale / a.softcap : scale * kLog2e);
     p->mask = a.mask;
-    const std::int64_t size = static_cast<std::int64_t>(size_of(a.q.dtype));
-    p->q = static_cast<const std::byte*>(a.q.data) + job.query_begin * a.q.stride[2] * size;
+    p->q = a.q.data;
     p->q_dtype = a.q.dtype;
     for (int i = 0; i < 3; ++i) p->q_stride[i] = a.q.stride[static_cast<std::size_t>(i)];
-    if (a.mask.kind != Mask::General::none) {
-      const std::int64_t bytes = a.mask.kind == Mask::General::boolean ? 1 : static_cast<std::int64_t>(size_of(a.mask.general_dtype));
-      p->mask.general = static_cast<const std::byte*>(a.mask.general) + job.query_begin * a.mask.general_stride[2] * bytes;
-    }
     if (job.out.data != nullptr) {
-      p->out = static_cast<std::byte*>(job.out.data) + job.query_begin * job.out.stride[2] * static_cast<std::int64_t>(size_of(job.out.dtype));
+      p->out = job.out.data;
       p->out_dtype = job.out.dtype;
       for (int i = 0; i < 3; ++i) p->out_stride[i] = job.out.stride[static_cast<std::size_t>(i)];
       p->sinks = a.sinks;
     } else {
       p->partial = job.partial;
-      p->partial_queries = static_cast<int>(a.q.shape[2]);
-      p->partial_begin = static_cast<int>(job.query_begin);
     }
     return {};
   }
@@ -348,18 +389,24 @@ class CudaBackend final : public Backend {
     return {};
   }
 
-  // Sequences and page tables of a call without tables, for as long as it runs.
-  static Status upload_views(const AttendJob& job, Temporary* views, Temporary* pages) {
-    std::vector<const std::uint8_t*> table;
-    for (const SequenceView& s : job.sequences) table.insert(table.end(), s.pages, s.pages + s.page_count);
-    KV4_RETURN_IF_ERROR(pages->upload("page tables", table.data(), table.size() * sizeof(table[0])));
-    std::vector<SequenceView> staged(job.sequences.begin(), job.sequences.end());
-    const auto* at = pages->as<const std::uint8_t*>();
-    for (SequenceView& s : staged) {
-      s.pages = at;
-      at += s.page_count;
-    }
-    return views->upload("sequences", staged.data(), staged.size() * sizeof(SequenceView));
+  // Sequences of a call without tables, for as long as it runs. Nobody counts in those of a caller.
+  template <class View>
+  static Status device_views(const Sequences& sequences, Temporary* memory, View** out) {
+    if (!sequences.resident) KV4_RETURN_IF_ERROR(memory->upload("sequences", sequences.views.data(), sequences.views.size_bytes()));
+    *out = sequences.resident ? const_cast<SequenceView*>(sequences.views.data()) : memory->as<SequenceView>();
+    return {};
+  }
+  template <class Job>
+  static Status device_jobs(std::span<const Job> jobs, bool resident, Temporary* memory, const Job** out) {
+    if (!resident) KV4_RETURN_IF_ERROR(memory->upload("jobs", jobs.data(), jobs.size_bytes()));
+    *out = resident ? jobs.data() : memory->as<const Job>();
+    return {};
+  }
+  template <class Job>
+  Status make_jobs_of(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out) {
+    KV4_ON_DEVICE(device_);
+    KV4_RETURN_IF_CUDA("jobs", launch_jobs(batch, dtype, range, out, chip_.code >= 90, current_stream()));
+    return {};
   }
 
   Status sides(const PageSpec& spec, SideParams* key, SideParams* value) const {

@@ -14,25 +14,28 @@ constexpr int kThreads = 256, kTokensAtOnce = 8;
 
 __global__ void __launch_bounds__(kThreads) dequantise_jobs(const __grid_constant__ DequantiseJobs p) {
   extern __shared__ float x[];  // [kTokensAtOnce][dim]
-  const DequantiseJob& job = p.jobs[blockIdx.x];
+  const DequantiseJob& job = p.jobs[blockIdx.x / p.heads];
   const bool values = blockIdx.y == 1;
   const SideParams& side = values ? p.value : p.key;
   void* out = values ? job.v : job.k;
-  if (out == nullptr) return;
-  const int dim = side.dim, padded = pad_channels(dim);
+  if (job.page < 0 || out == nullptr) return;
+  const int dim = side.dim, padded = pad_channels(dim), head = blockIdx.x % p.heads, count = static_cast<int>(job.count);
+  const std::uint8_t* slice = slice_at(p.pages, job.page, head);
   const float* lambda = values ? job.lambda_v : job.lambda_k;
+  if (lambda != nullptr) lambda += head * dim;
+  const std::int64_t begin = head * (values ? job.v_head_stride : job.k_head_stride);
   const float* inverse = values ? p.inverse_v : p.inverse_k;
   const std::int64_t stride = values ? job.v_stride : job.k_stride;
-  for (int j = 0; j < job.count; j += kTokensAtOnce) {
-    const int rows = min(kTokensAtOnce, job.count - j);
+  for (int j = 0; j < count; j += kTokensAtOnce) {
+    const int rows = min(kTokensAtOnce, count - j);
     for (int i = threadIdx.x; i < kTokensAtOnce * dim; i += kThreads) {
       const int r = i / dim, c = i % dim, token = job.first + j + r;
       float value = 0;
       if (r < rows) {
         const Nibble at = values ? value_nibble(token, c) : key_nibble(token, c, padded);
-        const uint32_t code = from_stored(reinterpret_cast<const uint32_t*>(job.slice + side.codes)[at.word] >> at.shift & 15);
-        value = from_half(reinterpret_cast<const unsigned short*>(job.slice + side.scales)[c / side.group * kPageTokens + token]) * side.levels[code];
-        if (side.mean) value += from_half(reinterpret_cast<const unsigned short*>(job.slice + side.mean_at)[c]);
+        const uint32_t code = from_stored(reinterpret_cast<const uint32_t*>(slice + side.codes)[at.word] >> at.shift & 15);
+        value = from_half(reinterpret_cast<const unsigned short*>(slice + side.scales)[c / side.group * kPageTokens + token]) * side.levels[code];
+        if (side.mean) value += from_half(reinterpret_cast<const unsigned short*>(slice + side.mean_at)[c]);
       }
       x[i] = value;
     }
@@ -51,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) dequantise_jobs(const __grid_constan
       const float weight = lambda != nullptr ? lambda[i] : 1.0f;
 #pragma unroll
       for (int r = 0; r < kTokensAtOnce; ++r)
-        if (r < rows) put_element(out, job.dtype, (j + r) * stride + i, sum[r] / weight);
+        if (r < rows) put_element(out, job.dtype, begin + (j + r) * stride + i, sum[r] / weight);
     }
     __syncthreads();
   }

@@ -9,8 +9,9 @@ namespace kv4::cuda {
 
 struct DequantiseJobs {
   SideParams key, value;
-  const DequantiseJob* jobs = nullptr;  // [count] in device memory, every pointer in them too
-  int count = 0;
+  PageMemory pages;
+  const DequantiseJob* jobs = nullptr;  // in device memory, every pointer in them too
+  int heads = 1, count = 0;             // as in SealParams
   const float* inverse_k = nullptr;     // [dim, dim] (R^-1)^T by rows; null for the identity
   const float* inverse_v = nullptr;
 };

@@ -233,11 +233,7 @@ struct Piece {
   int rows = 1;
   uint32_t bytes = 0;
   long long pitch = 0;
-
-  // Whether it can be copied 16 bytes at a time.
-  __device__ __forceinline__ bool aligned() const {
-    return ((reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(pitch)) & 15) == 0;
-  }
+  bool aligned = true;  // whether it can be copied 16 bytes at a time
 };
 
 // One warp's queue of copies from device into shared memory: kDepth slots of kSlotBytes, filled and read in turn, rows
@@ -297,7 +293,7 @@ class Queue {
   __device__ __forceinline__ void fill(Pieces& pieces) {
     if (!pieces.done()) {
       const Piece piece = pieces.piece();
-      if (piece.aligned()) {
+      if (piece.aligned) {
         const uint32_t to = shared_address(base_ + freed_ * kSlotBytes), chunks = piece.bytes / 16;
         for (uint32_t i = lane_; i < piece.rows * chunks; i += kLanes)
           asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i / chunks * kRowPitch + i % chunks * 16),
@@ -344,9 +340,9 @@ class Filler {
   // Of all lanes together, those with something to put say so: pieces of one row, or of rows that lie as they do in a slot, go out
   // from their own lanes, other rows from as many lanes. What is not aligned is left to the reader, who gets the slot at once.
   __device__ __forceinline__ void put(bool mine, const Piece& piece, int lane) {
-    const bool many = mine && piece.rows > 1 && piece.pitch != kRowPitch && piece.aligned();
+    const bool many = mine && piece.rows > 1 && piece.pitch != kRowPitch && piece.aligned;
     if (mine) {
-      if (piece.aligned()) {
+      if (piece.aligned) {
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full()), "r"(piece.rows * piece.bytes) : "memory");
         if (!many) copy(base_ + slot_ * kSlotBytes, piece.from, piece.rows * piece.bytes, full());
       } else {

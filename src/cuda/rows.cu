@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "cuda/device.cuh"
 #include "cuda/launch.cuh"
@@ -15,7 +16,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMaxDim = 256;
 
-// One row of 16-bit floats by one warp; zeros and true where some element is NaN or infinity.
+// One row of 16-bit floats by one warp; zeros and true where some element is NaN or infinity. Nowhere, where `to` is null.
 template <class Word>
 __device__ __forceinline__ bool copy_row(const void* from, void* to, int dim, uint32_t exponents, int lane) {
   constexpr int kPer = sizeof(Word) / 2, kWords = (kMaxDim / kPer + kLanes - 1) / kLanes;
@@ -34,27 +35,32 @@ __device__ __forceinline__ bool copy_row(const void* from, void* to, int dim, ui
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const int at = lane + i * kLanes;
-    if (at * kPer < dim) static_cast<Word*>(to)[at] = bad ? Word{} : x[i];
+    if (to != nullptr && at * kPer < dim) static_cast<Word*>(to)[at] = bad ? Word{} : x[i];
   }
   return bad;
 }
 
 __global__ void store_kernel(const __grid_constant__ StoreParams p) {
+  wait_for_previous();
+  let_next_begin();
   SequenceView& sequence = p.sequences[blockIdx.x];
   const ExactRows rows = sequence.exact[1];
+  const std::int64_t count = sequence.query_count;
   const int lane = threadIdx.x % kLanes, warps = blockDim.x / kLanes;
-  const long long items = 2ll * p.heads * p.tokens;
+  const long long items = 2ll * p.heads * count;
   for (long long i = blockIdx.y * warps + threadIdx.x / kLanes; i < items; i += static_cast<long long>(gridDim.y) * warps) {
     const bool value = i % 2 != 0;
     const int head = static_cast<int>(i / 2 % p.heads);
     const long long token = i / 2 / p.heads;
     const std::int64_t* stride = value ? p.v_stride : p.k_stride;
-    const auto* from = static_cast<const unsigned short*>(value ? p.v : p.k) + blockIdx.x * stride[0] + head * stride[1] + token * stride[2];
-    auto* to = static_cast<unsigned short*>(const_cast<void*>(value ? rows.v : rows.k)) +
-               head * (value ? rows.v_head_stride : rows.k_head_stride) + (rows.count + token) * (value ? rows.v_stride : rows.k_stride);
+    const long long row = sequence.input_row + token;
+    const auto* from = static_cast<const unsigned short*>(value ? p.v : p.k) + sequence.input * stride[0] + head * stride[1] + row * stride[2];
+    auto* to = p.skip != nullptr ? nullptr
+                                 : static_cast<unsigned short*>(const_cast<void*>(value ? rows.v : rows.k)) + row_offset(rows, !value, head, rows.count + token);
     const uint32_t exponents = p.bf16 ? 0x7f80u : 0x7c00u;
     const bool wide = ((reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) & 7) == 0 && p.dim % 4 == 0;
     const bool bad = wide ? copy_row<uint2>(from, to, p.dim, exponents, lane) : copy_row<unsigned short>(from, to, p.dim, exponents, lane);
+    if (bad && lane == 0 && p.skip != nullptr) p.skip[sequence.input * p.rows + row] = 1;
     if (bad && lane == 0 && sequence.note != nullptr)
       atomicMax(reinterpret_cast<long long*>(const_cast<std::int64_t*>(value ? &sequence.note->value : &sequence.note->key)),
                 static_cast<long long>(rows.position + rows.count + token + 1));
@@ -62,8 +68,8 @@ __global__ void store_kernel(const __grid_constant__ StoreParams p) {
   if (!p.count) return;
   __syncthreads();  // every warp has read the count
   if (threadIdx.x == 0) {
-    sequence.exact[1].count = rows.count + p.tokens;
-    sequence.query_position += p.tokens;
+    sequence.exact[1].count = rows.count + count;
+    sequence.query_position += count;
   }
 }
 
@@ -116,15 +122,56 @@ __global__ void convert_kernel(const __grid_constant__ ConvertJob job) {
   }
 }
 
+// A warp for each sequence.
+__global__ void __launch_bounds__(kThreads) views_kernel(const __grid_constant__ PagedBatch batch, bool stored, SequenceView* out) {
+  wait_for_previous();
+  let_next_begin();
+  const int lane = threadIdx.x % kLanes, b = (blockIdx.x * kThreads + static_cast<int>(threadIdx.x)) / kLanes;
+  if (b >= batch.size) return;
+  const SequenceView view = view_of(batch, b, stored);
+  if (lane == 0) out[b] = view;
+  // What attention looks up first is on its way into L2.
+  constexpr int kLine = 128 / static_cast<int>(sizeof(std::int32_t));
+  const auto expect = [lane](const std::int32_t* ids, std::int64_t count) {
+    for (std::int64_t i = lane * kLine; i < count; i += kLanes * kLine) asm volatile("prefetch.global.L2 [%0];" ::"l"(ids + i));
+  };
+  expect(view.pages, view.page_count);
+  for (const ExactRows& x : view.exact) expect(x.blocks, (x.count + kPageTokens - 1) / kPageTokens);
+}
+template <class Job>
+__global__ void __launch_bounds__(kThreads) jobs_kernel(const __grid_constant__ PagedBatch batch, DType dtype, const __grid_constant__ PageRange range, Job* out) {
+  wait_for_previous();
+  let_next_begin();
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  if (i >= batch.size * range.most) return;
+  if constexpr (std::is_same_v<Job, SealJob>) out[i] = seal_job_of(batch, dtype, range, i / range.most, i % range.most);
+  else out[i] = page_job_of<Job>(batch, dtype, range, i / range.most, i % range.most);
+}
+
+unsigned ctas_for(int threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
+
 }  // namespace
 
+cudaError_t launch_views(const PagedBatch& batch, bool stored, SequenceView* out, bool early, cudaStream_t stream) {
+  if (batch.size <= 0) return cudaSuccess;
+  return queue_early(early, views_kernel, dim3(ctas_for(batch.size * kLanes)), kThreads, 0, stream, batch, stored, out);
+}
+template <class Job>
+cudaError_t launch_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out, bool early, cudaStream_t stream) {
+  if (batch.size * range.most <= 0) return cudaSuccess;
+  return queue_early(early, jobs_kernel<Job>, dim3(ctas_for(batch.size * range.most)), kThreads, 0, stream, batch, dtype, range, out);
+}
+template cudaError_t launch_jobs(const PagedBatch&, DType, const PageRange&, SealJob*, bool, cudaStream_t);
+template cudaError_t launch_jobs(const PagedBatch&, DType, const PageRange&, DequantiseJob*, bool, cudaStream_t);
+
 cudaError_t launch_store(const StoreParams& p, cudaStream_t stream) {
-  const long long items = 2ll * p.heads * p.tokens;
+  const long long items = 2ll * p.heads * p.most;
   if (p.batch == 0 || items == 0) return cudaSuccess;
-  const int threads = p.count ? static_cast<int>(std::min(items, 32ll)) * kLanes : kThreads;
+  const bool one = p.most == 1;
+  const int threads = one ? static_cast<int>(std::min(items, 32ll)) * kLanes : kThreads;
   // A warp of a long call takes about 8 rows.
-  const long long ctas = p.count ? 1 : std::clamp(items / (kThreads / kLanes) / 8, 1ll, 4096ll);
-  return queue(store_kernel, dim3(static_cast<unsigned>(p.batch), static_cast<unsigned>(ctas)), threads, 0, stream, p);
+  const long long ctas = one ? 1 : std::clamp(items / (kThreads / kLanes) / 8, 1ll, 4096ll);
+  return queue_early(p.early, store_kernel, dim3(static_cast<unsigned>(p.batch), static_cast<unsigned>(ctas)), threads, 0, stream, p);
 }
 
 cudaError_t launch_put(void* to, const void* from, std::size_t bytes, cudaStream_t stream) {

@@ -7,20 +7,24 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "backend/backend.h"
+#include "backend/batch.h"
 
 namespace kv4::cuda {
 
-// T rows of every sequence and head behind those of exact[1] (StoreJob).
+// Rows of every sequence and head behind those of exact[1] (StoreJob).
 struct StoreParams {
   SequenceView* sequences = nullptr;  // [batch] in device memory
   const void* k = nullptr;
   const void* v = nullptr;
-  std::int64_t k_stride[3] = {}, v_stride[3] = {};  // elements: batch, head, token
-  int batch = 0, heads = 0, tokens = 0, dim = 0;
+  std::int64_t k_stride[3] = {}, v_stride[3] = {};  // elements: axis 0, head, row
+  int batch = 0, heads = 0, dim = 0;
+  int most = 0;  // rows of one sequence
+  std::int64_t rows = 0;  // of axis 2
   bool bf16 = false;
-  // Counts and query positions of the sequences go up by `tokens`: a replayed launch finds what the one before left.
+  std::uint8_t* skip = nullptr;  // [inputs, rows]: nothing is stored, but told which rows hold NaN or infinity
+  // Counts and query positions of the sequences go up by their rows: a replayed launch finds what the one before left.
   bool count = false;
+  bool early = false;  // as queue_early has it
 };
 // A call that counts takes one CTA per sequence: meant for few tokens.
 cudaError_t launch_store(const StoreParams& p, cudaStream_t stream);
@@ -33,6 +37,11 @@ cudaError_t launch_put(void* to, const void* from, std::size_t bytes, cudaStream
 cudaError_t launch_move_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines, cudaStream_t stream);
 
 cudaError_t launch_convert(const ConvertJob& job, cudaStream_t stream);
+
+// A PagedBatch's views and jobs (batch.h).
+cudaError_t launch_views(const PagedBatch& batch, bool stored, SequenceView* out, bool early, cudaStream_t stream);
+template <class Job>  // SealJob, DequantiseJob
+cudaError_t launch_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out, bool early, cudaStream_t stream);
 
 struct EnergyParams {
   static constexpr int kJobs = 96;

@@ -74,8 +74,10 @@ __device__ float warp_sum(Precise x) {
 extern __shared__ __align__(16) unsigned char shared[];
 
 __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ SealParams p) {
-  const SealJob& job = p.jobs[blockIdx.x / 2];
+  const SealJob& job = p.jobs[blockIdx.x / 2 / p.heads];
+  if (job.page < 0) return;
   const bool values = blockIdx.x % 2 == 1;
+  const int head = blockIdx.x / 2 % p.heads, first = job.first, count = static_cast<int>(job.count);
   const SideParams& side = values ? p.value : p.key;
   const int dim = side.dim, pitch = dim + 1, padded = pad_channels(dim);
   float* x = reinterpret_cast<float*>(shared);                               // [64][pitch]
@@ -83,27 +85,28 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
   double* mu = reinterpret_cast<double*>(offset + dim);                      // [dim]: lambda times the mean
   unsigned char* codes = reinterpret_cast<unsigned char*>(mu + dim);         // [64][padded] stored nibbles
   const void* rows = values ? job.v : job.k;
-  const long long stride = values ? job.v_stride : job.k_stride;
+  const long long stride = values ? job.v_stride : job.k_stride, begin = head * (values ? job.v_head_stride : job.k_head_stride);
   const float* lambda = values ? job.lambda_v : job.lambda_k;
+  if (lambda != nullptr) lambda += head * dim;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const auto masked = [&](int j) { return job.skip != nullptr && job.skip[j] != 0; };
-  unsigned char* slice = job.slice;
+  const auto masked = [&](int j) { return j < job.hidden || (job.skip != nullptr && job.skip[j] != 0); };
+  unsigned char* slice = slice_at(p.pages, job.page, head);
 
-  for (int i = threadIdx.x; i < job.count * dim; i += kThreads) {
+  for (int i = threadIdx.x; i < count * dim; i += kThreads) {
     const int j = i / dim, c = i % dim;
-    x[j * pitch + c] = masked(j) ? 0.0f : load_element(rows, job.dtype, j * stride + c);
+    x[j * pitch + c] = masked(j) ? 0.0f : load_element(rows, job.dtype, begin + j * stride + c);
   }
   __syncthreads();
   if (side.mean) {
     int used = 0;
-    for (int j = 0; j < job.count; ++j) used += !masked(j);
+    for (int j = 0; j < count; ++j) used += !masked(j);
     for (int c = threadIdx.x; c < dim; c += kThreads) {
       Precise sum;
-      for (int j = 0; j < job.count; ++j) sum.add(x[j * pitch + c]);
+      for (int j = 0; j < count; ++j) sum.add(x[j * pitch + c]);
       const double mean = used > 0 ? (static_cast<double>(sum.high) + sum.low) / used : 0.0;
       const float high = static_cast<float>(mean), low = static_cast<float>(mean - high);
       mu[c] = (lambda != nullptr ? lambda[c] : 1.0f) * mean;
-      for (int j = 0; j < job.count; ++j)
+      for (int j = 0; j < count; ++j)
         if (!masked(j)) x[j * pitch + c] = (x[j * pitch + c] - high) - low;
     }
     __syncthreads();
@@ -119,13 +122,13 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
     }
   }
   if (lambda != nullptr)
-    for (int i = threadIdx.x; i < job.count * dim; i += kThreads) x[i / dim * pitch + i % dim] *= lambda[i % dim];
+    for (int i = threadIdx.x; i < count * dim; i += kThreads) x[i / dim * pitch + i % dim] *= lambda[i % dim];
   __syncthreads();
   if (side.rotation_transpose != nullptr)
-    for (int j = 0; j < job.count; j += kTokensAtOnce)
-      multiply(side.rotation_transpose, dim, x + j * pitch, x + j * pitch, pitch, min(kTokensAtOnce, job.count - j));
+    for (int j = 0; j < count; j += kTokensAtOnce)
+      multiply(side.rotation_transpose, dim, x + j * pitch, x + j * pitch, pitch, min(kTokensAtOnce, count - j));
 
-  for (int j = warp; j < job.count; j += kWarps) {
+  for (int j = warp; j < count; j += kWarps) {
     for (int g = 0; g < side.groups; ++g) {
       const int first = g * side.group;
       Precise squares;
@@ -152,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
       }
       const float top = warp_sum(xl), bottom = warp_sum(ll);
       const float scale = !(step > 0) ? 0.0f : side.abs_max ? step : bottom > 0 ? top / bottom : 0.0f;
-      if (lane == 0) reinterpret_cast<unsigned short*>(slice + side.scales)[g * kPageTokens + job.first + j] = to_half(scale);
+      if (lane == 0) reinterpret_cast<unsigned short*>(slice + side.scales)[g * kPageTokens + first + j] = to_half(scale);
     }
     for (int c = dim + lane; c < padded; c += kLanes) codes[j * padded + c] = static_cast<unsigned char>(to_stored(0));
   }
@@ -168,8 +171,8 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
     for (int n = 0; n < 8; ++n) {
       const int token = values ? value_token(fragment, t, n) : fragment / (padded / 32) * 8 + g;
       const int channel = values ? fragment / 2 * 8 + g : fragment % (padded / 32) * 32 + 4 * t + n % 4 + n / 4 * 16;
-      const int j = token - job.first;
-      if (j < 0 || j >= job.count) keep |= 15u << 4 * n;
+      const int j = token - first;
+      if (j < 0 || j >= count) keep |= 15u << 4 * n;
       else word |= static_cast<uint32_t>(codes[j * padded + channel]) << 4 * n;
     }
     uint32_t& at = words[word_index(fragment, i % kLanes)];

@@ -27,8 +27,10 @@ struct SideParams {
 
 struct SealParams {
   SideParams key, value;
+  PageMemory pages;
   const SealJob* jobs = nullptr;  // in device memory, every pointer in them too
-  int count = 0;
+  int heads = 1;        // of a job: slice i is head i % heads of job i / heads
+  int count = 0;        // slices
   bool halves = false;  // every job's rows are 16-bit floats
 };
 cudaError_t launch_seal(const SealParams& p, cudaStream_t stream);

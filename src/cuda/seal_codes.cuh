@@ -19,7 +19,7 @@ struct Fit {
 };
 
 // Magnitudes to codes. A magnitude times `scale` and cut to an integer below 256 lies in one of 16 cells, of which none holds
-// more than one threshold, itself an integer (Levels in kv4/recipe.h). The cell's entry is 16 times the number of thresholds
+// more than one threshold, itself an integer (Levels in recipe/levels.h). The cell's entry is 16 times the number of thresholds
 // below it plus 16 less what its own lies above its start: adding what the magnitude lies above it carries into the upper
 // nibble where it has reached the threshold. Five bits more are kept for the fit, which no magnitude of a row of 256 takes
 // beyond 16 bits: it is at most 16 times the row's rms, or the largest level.

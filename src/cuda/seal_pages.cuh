@@ -220,18 +220,22 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
   const Quantiser quantise(side);
 
   for (int index = cta + group * ctas; index < p.count; index += S::kGroups * ctas) {
-    const SealJob& job = p.jobs[index];
-    const void* rows = kValues ? job.v : job.k;
+    const SealJob& job = p.jobs[index / p.heads];
+    if (job.page < 0) continue;
+    const int head = index % p.heads;
+    const DType dtype = job.dtype;
+    const int first = job.first, count = static_cast<int>(job.count), size = dtype == DType::f32 ? 4 : 2, hidden = job.hidden;
+    const void* rows = static_cast<const unsigned char*>(kValues ? job.v : job.k) + head * (kValues ? job.v_head_stride : job.k_head_stride) * size;
     const long long stride = kValues ? job.v_stride : job.k_stride;
     const float* lambda = kValues ? job.lambda_v : job.lambda_k;
-    const DType dtype = job.dtype;
+    if (lambda != nullptr) lambda += head * D;
     const std::uint8_t* skip = job.skip;
-    unsigned char* slice = job.slice;
-    const int first = job.first, count = job.count, size = dtype == DType::f32 ? 4 : 2;
+    unsigned char* slice = slice_at(p.pages, job.page, head);
     const bool aligned = ((reinterpret_cast<uintptr_t>(rows) | static_cast<uintptr_t>(stride * size)) & 15) == 0;
+    const auto masked = [skip, hidden](int j) { return j < hidden || (skip != nullptr && skip[j] != 0); };
     int used = count, pivot_row = 0;
-    if (skip != nullptr) {
-      const bool low = lane < count && skip[lane] == 0, high = lane + 32 < count && skip[lane + 32] == 0;
+    if (skip != nullptr || hidden > 0) {
+      const bool low = lane < count && !masked(lane), high = lane + 32 < count && !masked(lane + 32);
       const unsigned a = __ballot_sync(kAll, low), b = __ballot_sync(kAll, high);
       used = __popc(a) + __popc(b);
       pivot_row = a != 0 ? __ffs(a) - 1 : b != 0 ? 31 + __ffs(b) : 0;
@@ -243,7 +247,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     for (int r = 0; r < 2; ++r) {
       const int j = warp * 16 + g + 8 * r - first;
       there[r] = j >= 0 && j < count;
-      live[r] = there[r] && (skip == nullptr || skip[j] == 0);
+      live[r] = there[r] && !masked(j);
       at[r] = (live[r] ? j : pivot_row) * stride;
     }
     float pivot_here = 0;
@@ -252,10 +256,11 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     load_rows<D, 2>(rows, dtype, at, used > 0, aligned, t, x);
     if (index + S::kGroups * ctas < p.count && dtype != DType::f32) {
       // The next slice's rows, on their way into L2 while this one's are worked on.
-      const SealJob& next = p.jobs[index + S::kGroups * ctas];
-      const int row = thread / 2;
-      if (row < next.count) {
-        const auto* at = static_cast<const unsigned short*>(kValues ? next.v : next.k) + row * (kValues ? next.v_stride : next.k_stride);
+      const int coming = index + S::kGroups * ctas, row = thread / 2;
+      const SealJob& next = p.jobs[coming / p.heads];
+      if (next.page >= 0 && row < next.count) {
+        const auto* at = static_cast<const unsigned short*>(kValues ? next.v : next.k) + row * (kValues ? next.v_stride : next.k_stride) +
+                         coming % p.heads * (kValues ? next.v_head_stride : next.k_head_stride);
         asm volatile("prefetch.global.L2 [%0];" ::"l"(at + thread % 2 * (D / 2)));
       }
     }

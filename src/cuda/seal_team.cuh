@@ -10,6 +10,20 @@
 
 namespace kv4::cuda {
 
+// A slice on its way: its job, the chunk that its page lies in, its head.
+struct TeamJob {
+  SealJob job;
+  const std::uint8_t* chunk;
+  std::int64_t head;
+
+  __device__ __forceinline__ std::uint8_t* slice(const PageMemory& pages) const volatile {
+    const bool chunked = pages.chunks != nullptr;
+    const std::int32_t within = chunked ? job.page & ((std::int32_t{1} << pages.chunk_shift) - 1) : job.page;
+    return const_cast<std::uint8_t*>(chunked ? chunk : pages.data) + within * pages.page_stride + head * pages.head_stride;
+  }
+};
+static_assert(sizeof(SealJob) % 8 == 0 && sizeof(SealJob) / 8 < kLanes && sizeof(TeamJob) % 8 == 0);
+
 // A team seals a slice at a time: 64 rows, by one group of four warps, or, where the matrix is not a CTA's, by kSplit in each of
 // kCluster CTAs, each group a part of the output channels.
 template <int D>
@@ -32,12 +46,11 @@ struct TeamShape {
   static constexpr int kRestBytes = kBeside ? kRowBytes : kStaged * 4, kPivotAt = kRowBytes + kRestBytes, kLambdaAt = kPivotAt + D * 4, kOffsetAt = kLambdaAt + D * 4;
   static constexpr int kMeanDigitsAt = kOffsetAt + D * 4, kScaleAt = kMeanDigitsAt + 8 * kDigitPitch * 2;
   static constexpr int kStatAt = kScaleAt + kPageTokens * 4, kFitAt = kStatAt + kParts * kPageTokens * 4;
-  static constexpr int kJobsAt = kFitAt + kParts * kPageTokens * 8, kBarriersAt = kJobsAt + 3 * static_cast<int>(sizeof(SealJob));
+  static constexpr int kJobsAt = kFitAt + kParts * kPageTokens * 8, kBarriersAt = kJobsAt + 3 * static_cast<int>(sizeof(TeamJob));
   static constexpr int kTeamBytes = (kBarriersAt + 16 + 127) / 128 * 128;
   static constexpr int kShared = kDigitsHeld * kDigitBytes + kTeams * kTeamBytes;
   static_assert(kStaged * 4 <= kRestBytes && kShared <= 227 << 10);
 };
-static_assert(sizeof(SealJob) % 16 == 0);
 
 template <int D>
 __device__ __forceinline__ void team_barrier(int team) { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TeamShape<D>::kTeamThreads) : "memory"); }
@@ -64,6 +77,9 @@ __device__ __forceinline__ void wait_for_bytes(uint32_t barrier, uint32_t parity
 __device__ __forceinline__ void copy_16(void* to, const void* from, bool any) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(any ? 16 : 0) : "memory");
 }
+__device__ __forceinline__ void copy_8(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
 __device__ __forceinline__ void copies_end() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // To the last place but one, without a division's branches.
@@ -73,17 +89,22 @@ __device__ __forceinline__ float reciprocal(float x) {
   return fmaf(fmaf(-x, r, 1.0f), r, r);
 }
 
-// A slice's rows and lambda. A row that is masked or not there is zeros.
+// A slice's rows and lambda, and the chunk of its page. A row that is masked or not there is zeros.
 template <int D, bool kValues>
-__device__ __forceinline__ void ask_for_rows(const SealJob& job, unsigned char* rows, float* lambda, int thread) {
+__device__ __forceinline__ void ask_for_rows(const PageMemory& pages, TeamJob& its, unsigned char* rows, float* lambda, int thread) {
   using S = TeamShape<D>;
-  const auto* from = static_cast<const unsigned short*>(kValues ? job.v : job.k);
+  const SealJob& job = its.job;
+  if (job.page < 0) return;
+  const int hidden = job.hidden;
+  const auto* from = static_cast<const unsigned short*>(kValues ? job.v : job.k) + its.head * (kValues ? job.v_head_stride : job.k_head_stride);
   const long long stride = kValues ? job.v_stride : job.k_stride;
   const float* weights = kValues ? job.lambda_v : job.lambda_k;
+  if (weights != nullptr) weights += its.head * D;
+  if (thread == 0 && pages.chunks != nullptr) copy_8(&its.chunk, pages.chunks + (job.page >> pages.chunk_shift));
   const bool aligned = ((reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(stride * 2)) & 15) == 0;
   const int first_row = thread / kLanes * S::kOctets * 8 + thread % 8, c0 = thread % kLanes / 8 * 8;
   unsigned char* to = rows + block_at(first_row, c0, D);
-  if (aligned && job.skip == nullptr && job.count == kPageTokens) {
+  if (aligned && job.skip == nullptr && job.count == kPageTokens && hidden == 0) {
     const unsigned short* at = from + first_row * stride + c0;
 #pragma unroll
     for (int o = 0; o < S::kOctets; ++o, at += 8 * stride)
@@ -95,7 +116,7 @@ __device__ __forceinline__ void ask_for_rows(const SealJob& job, unsigned char* 
     for (int i = 0; i < S::kOctets * S::kPieces; ++i) {
       const int b = i % S::kPieces * 32, o = i / S::kPieces * 8, j = first_row + o - job.first;
       if (D % 32 != 0 && c0 + b >= D) continue;
-      const bool live = j >= 0 && j < job.count && (job.skip == nullptr || job.skip[j] == 0);
+      const bool live = j >= hidden && j < job.count && (job.skip == nullptr || job.skip[j] == 0);
       const unsigned short* at = from + (live ? j * stride : 0) + c0 + b;
       if (aligned) {
         copy_16(to + block_at(o, b, D), at, live);
@@ -113,8 +134,12 @@ __device__ __forceinline__ void ask_for_rows(const SealJob& job, unsigned char* 
     else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(lambda + thread)), "l"(weights + thread) : "memory");
   }
 }
-__device__ __forceinline__ void ask_for_job(const SealJob* from, SealJob* to, int thread) {
-  if (thread < static_cast<int>(sizeof(SealJob) / 16)) copy_16(reinterpret_cast<uint4*>(to) + thread, reinterpret_cast<const uint4*>(from) + thread, true);
+// The job of slice `at`.
+__device__ __forceinline__ void ask_for_job(const SealParams& p, int at, TeamJob* to, int thread) {
+  if (thread >= kLanes) return;
+  const int index = at / p.heads;
+  if (thread < static_cast<int>(sizeof(SealJob) / 8)) copy_8(reinterpret_cast<uint2*>(&to->job) + thread, reinterpret_cast<const uint2*>(p.jobs + index) + thread);
+  if (thread == kLanes - 1) to->head = at - index * p.heads;
 }
 
 // Sums over the tokens, exact where a channel's values are of a size; by products with ones.

@@ -55,7 +55,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
   auto* scales = reinterpret_cast<float*>(mine + S::kScaleAt);
   auto* stats = reinterpret_cast<float*>(mine + S::kStatAt);
   auto* fits = reinterpret_cast<float*>(mine + S::kFitAt);
-  auto* jobs = reinterpret_cast<SealJob*>(mine + S::kJobsAt);
+  auto* jobs = reinterpret_cast<TeamJob*>(mine + S::kJobsAt);
 
   const uint32_t barriers = shared_address(mine + S::kBarriersAt);  // of what the other CTA puts here
   uint32_t parity = 0;
@@ -63,8 +63,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     for (int i = 0; i < 2; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  if (at < p.count) ask_for_job(p.jobs + at, jobs, thread);
-  if (at + apart < p.count) ask_for_job(p.jobs + at + apart, jobs + 1, thread);
+  if (at < p.count) ask_for_job(p, at, jobs, thread);
+  if (at + apart < p.count) ask_for_job(p, at + apart, jobs + 1, thread);
   __shared__ Quantiser quantiser;
   if (threadIdx.x == 0) quantiser = Quantiser(side);
   const auto* matrix = reinterpret_cast<const unsigned char*>(side.rotation_digits);
@@ -77,26 +77,38 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
   copies_end();
   if constexpr (S::kCluster > 1) cluster_barrier();
   else __syncthreads();
-  if (at < p.count) ask_for_rows<D, kValues>(jobs[0], rows, lambda, thread);
+  if (at < p.count) ask_for_rows<D, kValues>(p.pages, jobs[0], rows, lambda, thread);
   const float unit = side.digit_unit;
   const uint32_t a_here = operand(shared_address(rows)), columns_here = operand(shared_address(memory + block_at(warp / 4 * S::kColumns, 0, D)));
 
+  const auto ask_for_next = [&](int slot) {
+    if (at + apart >= p.count) return;
+    ask_for_rows<D, kValues>(p.pages, jobs[slot == 2 ? 0 : slot + 1], rows, lambda, thread);
+    if (at + 2 * apart < p.count) ask_for_job(p, at + 2 * apart, jobs + (slot == 0 ? 2 : slot - 1), thread);
+  };
   for (int slot = 0; at < p.count; at += apart, slot = slot == 2 ? 0 : slot + 1) {
     copies_end();
     fence_shared_writes();
     team_barrier<D>(team);
     // Read again wherever it is used: registers are short.
-    const volatile SealJob& job = jobs[slot];
+    const volatile TeamJob& its = jobs[slot];
+    const volatile SealJob& job = its.job;
+    if (job.page < 0) {
+      ask_for_next(slot);
+      continue;
+    }
     const bool bf16 = job.dtype == DType::bf16, weighted = (kValues ? job.lambda_v : job.lambda_k) != nullptr;
 
     double turn_scale = 0;  // of the mean's digits
     if (!kValues && side.mean) {
       sum_rows<D>(rows, bf16, warp, lane, offset);
       const std::uint8_t* skip = job.skip;
-      const int count = job.count;
-      int used = count;
-      if (skip != nullptr)
-        used = __popc(__ballot_sync(kAll, lane < count && skip[lane] == 0)) + __popc(__ballot_sync(kAll, lane + 32 < count && skip[lane + 32] == 0));
+      const int count = static_cast<int>(job.count), hidden = job.hidden;
+      int used = max(count - hidden, 0);
+      if (skip != nullptr) {
+        const auto live = [&](int j) { return j >= hidden && j < count && skip[j] == 0; };
+        used = __popc(__ballot_sync(kAll, live(lane))) + __popc(__ballot_sync(kAll, live(lane + 32)));
+      }
       const double each = used == kPageTokens ? 1.0 / kPageTokens : used > 0 ? 1.0 / used : 0.0;
       team_barrier<D>(team);
       float top = 0;
@@ -246,7 +258,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
           const int c = rank * S::kCtaColumns + output_channel(n + half, g);
           if (t == 3) {
             const unsigned short stored = to_half(static_cast<float>(turned));
-            reinterpret_cast<unsigned short*>(job.slice + side.mean_at)[c] = stored;
+            reinterpret_cast<unsigned short*>(its.slice(p.pages) + side.mean_at)[c] = stored;
             const double left = static_cast<double>(sums[pair][0][2 * half + 1] + sums[pair][1][2 * half + 1]) * 0x1p-24 * turn_scale;
             offset[c] = static_cast<float>(turned - left - static_cast<double>(from_half(stored)));
           }
@@ -272,21 +284,18 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
         team_barrier<D>(team);
       }
     }
-    if (at + apart < p.count) {
-      ask_for_rows<D, kValues>(jobs[slot == 2 ? 0 : slot + 1], rows, lambda, thread);
-      if (at + 2 * apart < p.count) ask_for_job(p.jobs + at + 2 * apart, jobs + (slot == 0 ? 2 : slot - 1), thread);
-    }
+    ask_for_next(slot);
 
     // Statistics of the rows, then codes.
-    const int row = warp % 4 * 16 + g, first = job.first, count = job.count;  // and the row 8 further
+    const int row = warp % 4 * 16 + g, first = job.first, count = static_cast<int>(job.count), hidden = job.hidden;  // and the row 8 further
     const std::uint8_t* skip = job.skip;
-    unsigned char* slice = job.slice;
+    unsigned char* slice = its.slice(p.pages);
     bool there[2], live[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int j = row + 8 * r - first;
       there[r] = j >= 0 && j < count;
-      live[r] = there[r] && (skip == nullptr || skip[j] == 0);
+      live[r] = there[r] && j >= hidden && (skip == nullptr || skip[j] == 0);
     }
     float scale[2] = {unit, unit};
     if (!raw) {

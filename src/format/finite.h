@@ -7,6 +7,12 @@
 
 namespace kv4 {
 
+// A token whose row held NaN or infinity: stored as zeros, refused once a query sees it.
+struct NonFinite {
+  std::int64_t position = 0;
+  bool key = false, value = false;
+};
+
 // NaN and infinity have all exponent bits set.
 inline bool finite(const void* row, DType dtype, int channels) {
   bool ok = true;

@@ -10,12 +10,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "format/limits.h"
 #include "kv4/recipe.h"
 
 namespace kv4::ledger {
-
-// Tokens that a sequence may have: positions and their sums stay far from the ends of int64.
-constexpr std::int64_t kMostTokens = std::int64_t{1} << 36;
 
 // Positions [begin, end).
 struct Rows {

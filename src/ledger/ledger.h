@@ -16,11 +16,14 @@
 // A ledger is a value: a copy is a fork, whose page ids count as one more reference each.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <span>
+#include <utility>
 #include <vector>
 
+#include "format/finite.h"
 #include "kv4/status.h"
 #include "ledger/extent.h"
 
@@ -31,11 +34,12 @@ using PageId = std::int32_t;
 // What attention has told about an exact token.
 enum class Seen : std::uint8_t { unknown = 0, visible = 1, masked = 2 };
 
-// A token whose row held NaN or infinity: stored as zeros, refused once a query sees it.
-struct NonFinite {
-  std::int64_t position = 0;
-  bool key = false, value = false;
-};
+// Tells marks, of rows from `position` on in order, what a call saw: visible(position) of each that no query has seen so far.
+template <class Visible>
+void tell(std::span<Seen> marks, std::int64_t position, Visible visible) {
+  for (std::size_t j = 0; j < marks.size(); ++j)
+    if (marks[j] != Seen::visible) marks[j] = visible(position + static_cast<std::int64_t>(j)) ? Seen::visible : Seen::masked;
+}
 
 struct Plan {
   Rows sinks;                        // exact rows that become the sinks
@@ -48,11 +52,16 @@ struct Plan {
   std::int64_t reopened_page = -1;   // index of a page that becomes window rows again
   Rows reopened;                     // positions of it that come back
   Rows unsunk;                       // exact sinks that are window rows again
+  Rows erased;                       // positions that go; those behind move up
   Rows stored;                       // positions of new rows
+  Rows kept;                         // entries of the page table that stay, in front of the new ones
   std::vector<PageId> released;      // references that commit gives up
   Extent after;
-  std::vector<Seen> marks;           // of the window's rows after commit
+  std::vector<Seen> marks;           // of the window's rows as they are, where the call tells of them
   std::uint64_t revision = 0;        // of the ledger that made it
+
+  // Whether some of `sealed` goes into the last page that is held already, behind what is there.
+  bool fills_last(const Extent& before) const { return !sealed.empty() && first_sealed < before.page_end(); }
 };
 
 // Which of what is held a query reads, below a position: the exact sinks, whole pages in order, exact rows.
@@ -64,15 +73,29 @@ struct View {
   Rows window;
 };
 
+// What a query at `position` reads below `upto`, of a sequence like this. stepwise: a call of at most 64 queries, each of which sees
+// what one-by-one decoding would have sealed before its token came.
+View view(const Policy& policy, const Extent& x, std::int64_t position, bool stepwise, std::int64_t upto);
+// The first query position behind `position` whose view has other pages.
+std::int64_t view_end(const Policy& policy, const Extent& x, std::int64_t position, bool stepwise);
+
 class Ledger {
  public:
   explicit Ledger(const Policy& policy) : policy_(policy) { extent_.anchored = policy.arrival(); }
+  // As it was saved, but for its pages, which take_pages counts. marks [extent.window_rows()] where whole
+  // pages are sealed.
+  Ledger(const Policy& policy, const Extent& extent, std::vector<Seen> marks) : policy_(policy), extent_(extent), marks_(std::move(marks)) {}
+  void take_pages(std::vector<PageId> ids) noexcept {
+    pages_ = std::move(ids);
+    extent_.pages = static_cast<std::int64_t>(pages_.size());
+  }
 
   const Policy& policy() const { return policy_; }
   const Extent& extent() const { return extent_; }
   std::span<const PageId> pages() const { return pages_; }  // [extent().pages]
   std::span<const Seen> marks() const { return marks_; }    // [extent().window_rows()]
   std::span<const NonFinite> non_finite() const { return non_finite_; }
+  std::size_t bytes() const { return pages_.capacity() * sizeof(PageId) + marks_.capacity() + non_finite_.capacity() * sizeof(NonFinite); }
 
   // Seals what is due at the present length, lets go of the exact rows that a crop of the last call no longer needs, and of what
   // the sliding window hides, unless `recording`.
@@ -85,30 +108,46 @@ class Ledger {
   // Keeps the first `length` positions. Errors: out_of_range below 0, beyond the length, or where the queries that follow would need
   // tokens that the sliding window evicted.
   Status plan_crop(std::int64_t length, Plan* plan) const;
+  // Settles, then takes out the positions [first, first + count). Errors: out_of_range where they are not all exact and
+  // behind the sinks, or where the queries that follow would need tokens that the sliding window evicted.
+  Status plan_erase(std::int64_t first, std::int64_t count, bool recording, Plan* plan) const;
+
+  // Whether `plan` does nothing but store new rows, or nothing at all: then extend does what commit would.
+  bool only_stores(const Plan& plan) const;
+  // Whether attention of so many queries may seal something; where not, tell does all that plan_attend would.
+  bool may_seal(std::int64_t queries) const;
 
   // Whether `plan` is of the ledger as it is now: nothing was committed since, and the plan was not.
   bool current(const Plan& plan) const { return plan.revision == revision_; }
-  // Room for `plan`, so that commit needs none. What it throws (std::bad_alloc) changes nothing.
+  // Room for `plan`, so that commit needs none; for `rows` more rows; for `count` more notes. What they throw (std::bad_alloc)
+  // changes nothing.
   void make_room(const Plan& plan);
+  void make_room_for_rows(std::int64_t rows);
+  void make_room_for_notes(std::size_t count) { non_finite_.reserve(non_finite_.size() + count); }
   // A current plan. ids [plan.new_pages]: one reference each is the ledger's from here on. plan.marks is used up.
   void commit(Plan& plan, std::span<const PageId> ids) noexcept;
+  void extend(std::int64_t tokens) noexcept;
+  // What attention saw of the exact rows from position `from` on: visible(position), asked in order.
+  template <class Visible>
+  void tell(std::int64_t from, Visible visible) noexcept {
+    const std::int64_t skipped = std::clamp<std::int64_t>(from - extent_.window_position, 0, static_cast<std::int64_t>(marks_.size()));
+    ledger::tell(std::span(marks_).subspan(static_cast<std::size_t>(skipped)), extent_.window_position + skipped, visible);
+  }
   // The last page becomes a copy that nobody else has, before more is sealed into it on arrival. Returns the id it had.
   PageId replace_last(PageId id) noexcept;
+  // Lambda that was learnt stays: there is nothing that it could be learnt from anew.
+  void fix_lambda() noexcept { extent_.lambda = Lambda::fixed; }
 
   // Notes tokens that held NaN or infinity, in order of position.
   void note(const NonFinite& x) { non_finite_.push_back(x); }
 
-  // What a query at `position` reads below `upto`. stepwise: a call of at most 64 queries, each of which sees what one-by-one
-  // decoding would have sealed before its token came.
-  View view(std::int64_t position, bool stepwise, std::int64_t upto) const;
-  // The first query position behind `position` whose view has other pages.
-  std::int64_t view_end(std::int64_t position, bool stepwise) const;
+  View view(std::int64_t position, bool stepwise, std::int64_t upto) const { return ledger::view(policy_, extent_, position, stepwise, upto); }
+  std::int64_t view_end(std::int64_t position, bool stepwise) const { return ledger::view_end(policy_, extent_, position, stepwise); }
   // Pages that are sealed once n tokens are held: the window then keeps W ... W + 63.
   std::int64_t pages_due(std::int64_t n) const;
 
  private:
   friend class Planner;
-  std::int64_t visible_pages(std::int64_t position, bool stepwise) const;
 
   Policy policy_;
   Extent extent_;

@@ -7,7 +7,7 @@
 //
 // uniform: the gain is 1 / r, r = 0.35341 the step that minimises the mean squared error of a uniform
 // 15-level quantiser of a unit Gaussian (Max 1960, table II, N = 15).
-#include "kv4/recipe.h"
+#include "recipe/levels.h"
 
 namespace kv4 {
 namespace {

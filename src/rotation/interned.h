@@ -6,7 +6,7 @@
 #include <memory>
 #include <span>
 
-#include "kv4/rotation.h"
+#include "rotation/rotation.h"
 
 namespace kv4 {
 

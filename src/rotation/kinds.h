@@ -5,7 +5,7 @@
 #include <complex>
 #include <vector>
 
-#include "kv4/rotation.h"
+#include "rotation/rotation.h"
 
 namespace kv4 {
 

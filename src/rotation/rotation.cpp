@@ -1,4 +1,4 @@
-#include "kv4/rotation.h"
+#include "rotation/rotation.h"
 
 #include <cmath>
 #include <numbers>

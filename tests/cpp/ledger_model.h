@@ -66,6 +66,7 @@ class Model {
 
   void append(std::int64_t count, Token name, bool hidden) {
     ledger_.plan_append(count, recording_, &plan_);
+    if (ledger_.only_stores(plan_)) check_extend(count);
     for (std::int64_t i = 0; i < count; ++i) {
       tokens_.push_back(name + i);
       hidden_.push_back(hidden);
@@ -85,8 +86,20 @@ class Model {
       seen[j] = !hidden_[static_cast<std::size_t>(position)] && (window == 0 || position > query - window);
     }
     ledger_.plan_attend(queries, seen, &plan_);
+    if (!ledger_.may_seal(queries)) check_tell(seen);
     carry_out();
     check_views(queries);
+  }
+  // False where the range is not all exact and behind the sinks.
+  bool erase(std::int64_t first, std::int64_t count) {
+    if (const Status status = ledger_.plan_erase(first, count, recording_, &plan_); !status.ok()) {
+      EXPECT_EQ(status.code(), StatusCode::out_of_range);
+      return false;
+    }
+    tokens_.erase(tokens_.begin() + first, tokens_.begin() + first + count);
+    hidden_.erase(hidden_.begin() + first, hidden_.begin() + first + count);
+    carry_out();
+    return true;
   }
   void settle() {
     ledger_.plan_settle(recording_, &plan_);
@@ -139,6 +152,27 @@ class Model {
   }
 
  private:
+  // The short ways of a call that seals nothing lead where its plan leads.
+  void check_extend(std::int64_t count) const {
+    Ledger planned = ledger_, extended = ledger_;
+    Plan plan = plan_;
+    planned.commit(plan, {});
+    extended.extend(count);
+    expect_equal(planned, extended);
+  }
+  void check_tell(const std::vector<std::uint8_t>& seen) const {
+    Ledger planned = ledger_, told = ledger_;
+    Plan plan = plan_;
+    planned.commit(plan, {});
+    told.tell(0, [&](std::int64_t position) { return seen[static_cast<std::size_t>(position - told.extent().window_position)] != 0; });
+    expect_equal(planned, told);
+  }
+  static void expect_equal(const Ledger& a, const Ledger& b) {
+    ASSERT_EQ(a.extent(), b.extent());
+    ASSERT_TRUE(std::ranges::equal(a.pages(), b.pages()));
+    ASSERT_TRUE(std::ranges::equal(a.marks(), b.marks()));
+  }
+
   Token row(std::int64_t position) const {
     const Token token = position < static_cast<std::int64_t>(rows_.size()) ? rows_[static_cast<std::size_t>(position)] : kGone;
     EXPECT_NE(token, kGone) << "no exact row at " << position;
@@ -152,7 +186,7 @@ class Model {
       for (std::int64_t i = rows.begin; i < rows.end; ++i) row(i);
     std::vector<PageId> fresh;
     for (std::int64_t i = 0; i < plan_.new_pages; ++i) fresh.push_back(pages_->take());
-    if (ledger_.policy().arrival() && plan_.first_sealed < before.page_end() && !plan_.sealed.empty()) own_last();
+    if (plan_.fills_last(before)) own_last();
     for (std::int64_t i = plan_.sealed.begin; i < plan_.sealed.end; ++i) {
       const std::int64_t offset = i - before_page(plan_.first_sealed);
       const std::int64_t index = plan_.first_sealed + offset / kPageTokens;
@@ -166,6 +200,7 @@ class Model {
       const PageId id = ledger_.pages()[static_cast<std::size_t>(plan_.reopened_page - before.first_page)];
       put(i, (*pages_)[id][static_cast<std::size_t>(i - plan_.reopened.begin)]);
     }
+    if (!plan_.erased.empty()) rows_.erase(rows_.begin() + plan_.erased.begin, rows_.begin() + plan_.erased.end);
     for (std::int64_t i = plan_.stored.begin; i < plan_.stored.end; ++i) put(i, tokens_.at(static_cast<std::size_t>(i)));
     std::vector<PageId> old(ledger_.pages().begin(), ledger_.pages().end());
     const std::vector<PageId> released = plan_.released;
@@ -185,6 +220,9 @@ class Model {
 
   // The new table and what is given up are the old one and the new pages.
   void check_table(std::vector<PageId> old, const std::vector<PageId>& fresh, const std::vector<PageId>& released) {
+    std::vector<PageId> want(old.begin() + plan_.kept.begin, old.begin() + plan_.kept.end);
+    want.insert(want.end(), fresh.begin(), fresh.end());
+    ASSERT_TRUE(std::ranges::equal(ledger_.pages(), want));
     old.insert(old.end(), fresh.begin(), fresh.end());
     std::vector<PageId> now(ledger_.pages().begin(), ledger_.pages().end());
     now.insert(now.end(), released.begin(), released.end());

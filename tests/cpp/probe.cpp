@@ -61,14 +61,15 @@ class ProbeBackend final : public Backend {
     KV4_RETURN_IF_ERROR(fault());
     return cpu_.fix_lambda(job);
   }
-  Status seal(const PageSpec& spec, std::span<const SealJob> jobs) override {
+  Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs, bool resident) override {
     KV4_RETURN_IF_ERROR(fault());
-    return cpu_.seal(spec, jobs);
+    return cpu_.seal(spec, pages, kv_heads, jobs, resident);
   }
-  Status dequantise(const PageSpec& spec, std::span<const DequantiseJob> jobs) const override {
+  Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs, bool resident) const override {
     KV4_RETURN_IF_ERROR(fault());
-    return cpu_.dequantise(spec, jobs);
+    return cpu_.dequantise(spec, pages, kv_heads, jobs, resident);
   }
+  std::size_t attend_workspace(const AttendJob& job) const override { return cpu_.attend_workspace(job); }
   Status attend(const AttendJob& job) override {
     KV4_RETURN_IF_ERROR(fault());
     return cpu_.attend(job);

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/measure.h"
 #include "../cases.h"
 #include "cpu/isa.h"
 #include "kv4/cache.h"

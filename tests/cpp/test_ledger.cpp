@@ -104,6 +104,10 @@ TEST_P(RandomPrograms, EveryQueryReadsEachTokenOnceAndPagesAreGivenBackOnce) {
           else if (below(20) == 0) m.record_past(below(2) == 0);
           break;
         case 9:
+          if (const std::int64_t n = m.length(); n > 0 && below(4) == 0) {
+            const std::int64_t first = n - 1 - below(std::min<std::int64_t>(n, 150));
+            m.erase(first, below(n - first + 1));
+          }
           if (below(4) == 0) {
             m.settle();
             if (!p.sliding_window) check_settled(m.ledger());
@@ -223,6 +227,48 @@ TEST(Ledger, CropIsRefusedByWhatIsAskedAndWhatIsHeld) {
   EXPECT_EQ(ledger.plan_crop(900, &plan).message(),
             "length: expected at least " + std::to_string(least) + " (older tokens left the sliding window), or 0 by reset; got 900");
   EXPECT_TRUE(ledger.plan_crop(least, &plan).ok());
+}
+
+TEST(Ledger, EraseTakesExactTokensOutAndRefusesTheOthersWithTheReason) {
+  Pages pages;
+  Model model(policy(4, 64, 512), &pages);
+  model.append(2000, 0, false);
+  model.attend(2000);
+  model.append(1, 2000, false);
+  const Ledger& ledger = model.ledger();
+  Plan plan;
+  const auto refuses = [&](std::int64_t first, std::int64_t count, const std::string& message) {
+    EXPECT_EQ(ledger.plan_erase(first, count, false, &plan).message(), message);
+    EXPECT_EQ(ledger.extent().length, 2001);
+  };
+  refuses(-1, 2, "first, count: expected positions within 0 to 2001; got -1, 2");
+  refuses(1990, 12, "first, count: expected positions within 0 to 2001; got 1990, 12");
+  const std::string evicted = std::to_string(ledger.extent().evicted), exact = std::to_string(ledger.extent().window_position);
+  refuses(3, 1, "first: expected at least " + evicted + " (older tokens left the sliding window); got 3");
+  refuses(1900, 90, "first: expected at least " + exact + " (older tokens are sealed); got 1900");
+  const std::vector<Seen> marks(ledger.marks().begin(), ledger.marks().end());
+  const std::int64_t most = 2001 - 511 - ledger.extent().evicted;
+  ASSERT_GT(most, 0);
+  refuses(1960, most + 1, "count: expected at most " + std::to_string(most) + " (older tokens left the sliding window); got " + std::to_string(most + 1));
+  ASSERT_TRUE(model.erase(1960, most));
+  EXPECT_EQ(ledger.extent().length, 2001 - most);
+  EXPECT_EQ(ledger.marks().size(), marks.size() - static_cast<std::size_t>(most));
+  EXPECT_EQ(ledger.marks().back(), Seen::unknown);
+
+  Model sinks(policy(4, 64), &pages);
+  sinks.append(200, 0, false);
+  sinks.attend(200);
+  sinks.settle();
+  EXPECT_EQ(sinks.ledger().plan_erase(2, 1, false, &plan).message(), "first: expected at least 4 (the first tokens are sinks); got 2");
+  Ledger noted(policy(4, 64));
+  noted.plan_append(20, false, &plan);
+  noted.commit(plan, {});
+  for (const std::int64_t position : {3, 6, 9}) noted.note({position, true, false});
+  ASSERT_TRUE(noted.plan_erase(5, 3, false, &plan).ok());
+  noted.commit(plan, {});
+  ASSERT_EQ(noted.non_finite().size(), 2u);
+  EXPECT_EQ(noted.non_finite()[0].position, 3);
+  EXPECT_EQ(noted.non_finite()[1].position, 6);
 }
 
 TEST(Ledger, PagesThatNoQueryWillSeeAreNotSealed) {

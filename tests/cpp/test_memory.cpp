@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/measure.h"
 #include "backend/backend.h"
 #include "cases.h"
 #include "cpu/isa.h"

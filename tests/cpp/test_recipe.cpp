@@ -1,5 +1,5 @@
 // Recipes: what validate refuses and how it says so; the level tables and their gains.
-#include "kv4/recipe.h"
+#include "recipe/levels.h"
 
 #include <gtest/gtest.h>
 

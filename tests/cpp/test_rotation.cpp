@@ -29,7 +29,7 @@
 #include "cpu/isa.h"
 #include "cpu/rotate_f64.h"
 #include "kv4/cpu.h"
-#include "kv4/rotation.h"
+#include "rotation/rotation.h"
 
 namespace kv4 {
 namespace {

@@ -30,7 +30,7 @@ TEST(Visibility, HiddenIsWhatNoQuerySees) {
       args.mask.general_stride = {0, queries * columns, columns, 1};
       args.mask.columns = columns;
     }
-    const Visibility visibility(args, 0, length);
+    const Visibility visibility(args, {.count = queries}, length);
     std::vector<std::int64_t> all, want;
     for (std::int64_t j = 0; j < length; ++j) {
       bool seen = false;

@@ -64,56 +64,117 @@ inline PageSpec on_device(PageSpec spec) {
   return spec;
 }
 
+// How a scene lies on the device: pages in one piece or in chunks of 2^chunk_shift, exact rows in one piece or in blocks.
+struct Layout {
+  int chunk_shift = -1;  // below 0: in one piece
+  bool blocks = false;
+};
+
 class DeviceScene {
  public:
-  explicit DeviceScene(const scene::Scene& s) : scene_(s), spec_(s.spec().key.rotation ? on_device(s.spec()) : PageSpec()) {
+  explicit DeviceScene(const scene::Scene& s, const Layout& layout = {})
+      : scene_(s), spec_(s.spec().key.rotation ? on_device(s.spec()) : PageSpec()) {
     const int heads = s.shape().kv_heads;
     if (s.shape().lambda) {
       lambda_k_ = DeviceBytes(s.lambda_k(0), static_cast<std::size_t>(heads * s.shape().dim_k) * 4);
       lambda_v_ = DeviceBytes(s.lambda_v(0), static_cast<std::size_t>(heads * s.shape().dim_v) * 4);
     }
     const std::vector<SequenceView> views = s.views(1);
+    put_pages(views, layout.chunk_shift);
     sequences_.resize(views.size());
-    const std::size_t page_bytes = static_cast<std::size_t>(spec_.layout.head_bytes) * heads;
     for (std::size_t b = 0; b < views.size(); ++b) {
       Sequence& to = sequences_[b];
       const SequenceView& from = views[b];
-      std::vector<std::uint8_t> pages(page_bytes * from.page_count);
-      for (int p = 0; p < from.page_count; ++p)
-        for (int h = 0; h < heads; ++h)
-          convert(from.pages[p] + static_cast<std::size_t>(h) * s.spec().layout.head_bytes,
-                  pages.data() + page_bytes * p + static_cast<std::size_t>(h) * spec_.layout.head_bytes);
-      to.pages = DeviceBytes(pages);
-      for (int p = 0; p < from.page_count; ++p) to.pointers.push_back(to.pages.as<std::uint8_t>() + page_bytes * p);
-      for (int set = 0; set < 2; ++set) {
-        const ExactRows& x = from.exact[set];
-        if (x.count == 0) continue;
-        const std::size_t size = size_of(s.shape().dtype);
-        to.k[set] = DeviceBytes(x.k, static_cast<std::size_t>(x.k_head_stride * heads) * size);
-        to.v[set] = DeviceBytes(x.v, static_cast<std::size_t>(x.v_head_stride * heads) * size);
-      }
+      to.ids = DeviceBytes(std::vector<std::int32_t>(from.pages, from.pages + from.page_count));
+      for (int set = 0; set < 2; ++set)
+        if (from.exact[set].count > 0) put_rows(from.exact[set], layout.blocks, b % 2 == 0, to.rows[set]);
     }
   }
   std::vector<SequenceView> views(std::int64_t queries) const {
     std::vector<SequenceView> all = scene_.views(queries);
     for (std::size_t b = 0; b < all.size(); ++b) {
-      all[b].pages = sequences_[b].pointers.data();
+      all[b].pages = sequences_[b].ids.as<std::int32_t>();
       all[b].lambda_k = lambda_k_.as<float>();
       all[b].lambda_v = lambda_v_.as<float>();
-      for (int set = 0; set < 2; ++set) {
-        all[b].exact[set].k = sequences_[b].k[set].as();
-        all[b].exact[set].v = sequences_[b].v[set].as();
-      }
+      for (int set = 0; set < 2; ++set)
+        if (all[b].exact[set].count > 0) all[b].exact[set] = sequences_[b].rows[set].view;
     }
     return all;
   }
   const PageSpec& spec() const { return spec_; }
+  const PageMemory& pages() const { return pages_; }
 
  private:
-  struct Sequence {
-    DeviceBytes pages, k[2], v[2];
-    std::vector<const std::uint8_t*> pointers;
+  struct Rows {
+    DeviceBytes k, v, blocks;
+    ExactRows view;
   };
+  struct Sequence {
+    DeviceBytes ids;
+    Rows rows[2];
+  };
+
+  void put_pages(const std::vector<SequenceView>& views, int chunk_shift) {
+    std::int32_t count = 0;
+    for (const SequenceView& v : views) count += v.page_count;
+    pages_.head_stride = spec_.layout.head_bytes;
+    pages_.page_stride = pages_.head_stride * scene_.shape().kv_heads + 64;
+    const std::int32_t each = chunk_shift < 0 ? std::max(count, 1) : std::int32_t{1} << chunk_shift;
+    std::vector<const void*> table;
+    for (std::int32_t first = 0; first < count; first += each) {
+      const std::int32_t behind = std::min(first + each, count);
+      std::vector<std::uint8_t> bytes(static_cast<std::size_t>(pages_.page_stride * (behind - first)), 0xff);
+      for (std::int32_t id = first; id < behind; ++id)
+        for (int h = 0; h < scene_.shape().kv_heads; ++h)
+          convert(slice_at(scene_.pages(), id, h), bytes.data() + (id - first) * pages_.page_stride + h * pages_.head_stride);
+      memory_.push_back(DeviceBytes(bytes));
+      table.push_back(memory_.back().as());
+    }
+    if (count == 0) return;
+    if (chunk_shift < 0) {
+      pages_.data = memory_[0].as<std::uint8_t>();
+      return;
+    }
+    chunks_ = DeviceBytes(table);
+    pages_.chunks = chunks_.as<std::uint8_t* const>();
+    pages_.chunk_shift = chunk_shift;
+  }
+
+  // Blocks of one sequence and set, their ids going down; rows 16 bytes apart, where `aligned`, in the others too.
+  void put_rows(const ExactRows& from, bool blocks, bool aligned, Rows& to) const {
+    const int heads = scene_.shape().kv_heads;
+    const std::size_t size = size_of(scene_.shape().dtype);
+    to.view = from;
+    if (blocks) {
+      const std::int64_t count = (from.count + kPageTokens - 1) / kPageTokens;
+      std::vector<std::int32_t> ids;
+      for (std::int64_t i = 0; i < count; ++i) ids.push_back(static_cast<std::int32_t>(count - i));
+      to.view.blocks = ids.data();
+      to.view.k_stride = scene_.shape().dim_k + (aligned ? 8 : 1);
+      to.view.v_stride = scene_.shape().dim_v + (aligned ? 0 : 3);
+      to.view.k_head_stride = to.view.k_stride * kPageTokens;
+      to.view.v_head_stride = to.view.v_stride * (kPageTokens + 8);
+      to.view.k_block_stride = to.view.k_head_stride * heads + 16;
+      to.view.v_block_stride = to.view.v_head_stride * heads;
+      for (const bool keys : {true, false}) {
+        const int dim = keys ? scene_.shape().dim_k : scene_.shape().dim_v;
+        std::vector<std::uint8_t> bytes(static_cast<std::size_t>((count + 1) * (keys ? to.view.k_block_stride : to.view.v_block_stride)) * size, 0xff);
+        for (int h = 0; h < heads; ++h)
+          for (std::int64_t j = 0; j < from.count; ++j)
+            std::memcpy(bytes.data() + static_cast<std::size_t>(row_offset(to.view, keys, h, j)) * size,
+                        static_cast<const std::uint8_t*>(keys ? from.k : from.v) + static_cast<std::size_t>(row_offset(from, keys, h, j)) * size,
+                        static_cast<std::size_t>(dim) * size);
+        (keys ? to.k : to.v) = DeviceBytes(bytes);
+      }
+      to.blocks = DeviceBytes(ids);
+      to.view.blocks = to.blocks.as<std::int32_t>();
+    } else {
+      to.k = DeviceBytes(from.k, static_cast<std::size_t>(from.k_head_stride * heads) * size);
+      to.v = DeviceBytes(from.v, static_cast<std::size_t>(from.v_head_stride * heads) * size);
+    }
+    to.view.k = to.k.as();
+    to.view.v = to.v.as();
+  }
 
   void convert(const std::uint8_t* from, std::uint8_t* to) const {
     const kv4_page_layout &a = scene_.spec().layout, &b = spec_.layout;
@@ -127,7 +188,9 @@ class DeviceScene {
 
   const scene::Scene& scene_;
   PageSpec spec_;
-  DeviceBytes lambda_k_, lambda_v_;
+  PageMemory pages_;
+  DeviceBytes lambda_k_, lambda_v_, chunks_;
+  std::vector<DeviceBytes> memory_;
   std::vector<Sequence> sequences_;
 };
 

@@ -20,6 +20,7 @@ using scene::Scene;
 using scene::Shape;
 using tests::DeviceBytes;
 using tests::DeviceScene;
+using tests::Layout;
 
 class CudaAttend : public ::testing::Test {
  protected:
@@ -42,6 +43,7 @@ class CudaAttend : public ::testing::Test {
   static AttendJob job_of(const Scene& s, const DeviceScene& d, const AttendArgs& args, const std::vector<SequenceView>& views) {
     AttendJob job = s.job(args, views);
     if (job.spec != nullptr) job.spec = &d.spec();
+    job.pages = d.pages();
     return job;
   }
 
@@ -63,18 +65,10 @@ class CudaAttend : public ::testing::Test {
   static Status launch(const AttendJob& job, const cuda::Load& load) {
     cuda::AttendParams p;
     KV4_RETURN_IF_ERROR(cuda::attend_params(job, &p));
-    std::vector<const std::uint8_t*> table;
-    for (const SequenceView& v : job.sequences) table.insert(table.end(), v.pages, v.pages + v.page_count);
-    const DeviceBytes pages(table);
-    std::vector<SequenceView> views(job.sequences.begin(), job.sequences.end());
-    const auto* at = pages.as<const std::uint8_t*>();
-    for (SequenceView& v : views) {
-      v.pages = at;
-      at += v.page_count;
-    }
-    const DeviceBytes device_views(views);
+    const DeviceBytes device_views(job.sequences.views.data(), job.sequences.views.size_bytes());
     p.sequences = device_views.as<SequenceView>();
     const cuda::AttendPlan plan = cuda::plan_attend(p, cuda::chip_of(0), load);
+    EXPECT_LE(plan.scratch, cuda::backend()->attend_workspace(job));
     const DeviceBytes scratch(plan.scratch, 0xff);
     EXPECT_EQ(cudaMemset(scratch.as(), 0, cuda::kMostFused * sizeof(int)), cudaSuccess);
     // Twice: the first call leaves the scratch as the second needs it.
@@ -84,20 +78,34 @@ class CudaAttend : public ::testing::Test {
     return {};
   }
 
-  // Output of one call: physically [batch, T, heads, dim_v + 2], the gap guarded.
-  static std::vector<double> run(const Scene& s, const Call& call, const cuda::Load& load, Status* status) {
-    const DeviceScene scene(s);
+  // How a call is made: where its memory lies, and how many of the newest queries each sequence has, where not all of the call's.
+  struct How {
+    cuda::Load load;
+    Layout layout;
+    std::vector<int> queries;
+  };
+
+  // Output of one call: physically [batch, T, heads, dim_v + 2], the gap guarded, and rows of queries that a sequence does not have, which
+  // come as 0.
+  static std::vector<double> run(const Scene& s, const Call& call, const How& how, Status* status) {
+    const DeviceScene scene(s, how.layout);
     const Device device(call);
     const std::int64_t heads = call.args.q.shape[1], queries = call.args.q.shape[2], dv = s.shape().dim_v;
     const std::int64_t width = dv + 2, size = static_cast<std::int64_t>(size_of(call.out_dtype));
     const DeviceBytes buffer(static_cast<std::size_t>(s.batch() * queries * heads * width * size));
-    const std::vector<SequenceView> views = scene.views(queries);
+    std::vector<SequenceView> views = scene.views(queries);
+    const auto first_query = [&](std::int64_t b) { return how.queries.empty() ? 0 : queries - how.queries[static_cast<std::size_t>(b)]; };
+    for (SequenceView& v : views) {
+      v.input_row = first_query(v.input);
+      v.query_position += v.input_row;
+      v.query_count -= v.input_row;
+    }
     AttendJob job = job_of(s, scene, device.args, views);
     job.out.data = buffer.as();
     job.out.dtype = call.out_dtype;
     job.out.shape = {s.batch(), heads, queries, dv};
     job.out.stride = {queries * heads * width, width, heads * width, 1};
-    *status = launch(job, load);
+    *status = launch(job, how.load);
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     const std::vector<std::uint8_t> host = buffer.read();
     std::vector<double> out;
@@ -105,26 +113,34 @@ class CudaAttend : public ::testing::Test {
       for (std::int64_t h = 0; h < heads; ++h)
         for (std::int64_t t = 0; t < queries; ++t) {
           const std::uint8_t* row = host.data() + (b * job.out.stride[0] + h * width + t * heads * width) * size;
-          for (std::int64_t c = 0; c < dv; ++c) out.push_back(element(row + c * size, call.out_dtype));
-          for (std::int64_t i = dv * size; i < width * size; ++i) EXPECT_EQ(row[i], 0xff);
+          const bool there = t >= first_query(b);
+          for (std::int64_t c = 0; c < dv; ++c) out.push_back(there ? element(row + c * size, call.out_dtype) : 0.0);
+          for (std::int64_t i = there ? dv * size : 0; i < width * size; ++i) EXPECT_EQ(row[i], 0xff);
         }
     return out;
   }
 
-  static void check(const Scene& s, const Call& call) {
+  static void check(const Scene& s, const Call& call) { check_with(s, call, {}, {}); }
+  static void check_with(const Scene& s, const Call& call, const Layout& layout, const std::vector<int>& queries) {
     const std::vector<reference::DenseTokens> dense = s.dense();
     std::vector<std::int64_t> position;
     for (int b = 0; b < s.batch(); ++b) position.push_back(s.length(b) - call.args.q.shape[2]);
-    const reference::Attention expected = reference::attend(call.args, s.shape().kv_heads, s.shape().dim_v, dense, position);
+    reference::Attention expected = reference::attend(call.args, s.shape().kv_heads, s.shape().dim_v, dense, position);
     // Two halves leave the last bit of the second: 2 * 8 bits of bfloat16, 2 * 11 of float16 but for its range.
     const bool bf16 = s.shape().dtype == DType::bf16;
     const double half_unit = bf16 ? 0x1p-17 : 0x1p-22;
     const scene::ExactRounding exact{call.args.q.dtype == s.shape().dtype ? 0 : half_unit, half_unit};
     const std::vector<double> bound = scene::bounds(s, call, dense, expected, exact);
+    for (std::size_t b = 0; b < queries.size(); ++b)
+      for (std::int64_t h = 0; h < call.args.q.shape[1]; ++h) {
+        const std::int64_t row = (static_cast<std::int64_t>(b) * call.args.q.shape[1] + h) * call.args.q.shape[2];
+        const auto from = expected.out.begin() + row * s.shape().dim_v;
+        std::fill(from, from + (call.args.q.shape[2] - queries[b]) * s.shape().dim_v, 0.0);
+      }
     for (const cuda::Load& load : {kTeams, kWarps, kThree, kByTwos}) {
       SCOPED_TRACE(load.longest == 0 ? "one kernel, teams" : load.all > load.longest ? "one kernel, warps" : load.all > 0 ? "three kernels, by twos" : "three kernels");
       Status status;
-      const std::vector<double> out = run(s, call, load, &status);
+      const std::vector<double> out = run(s, call, {load, layout, queries}, &status);
       ASSERT_TRUE(status.ok()) << status.message();
       scene::expect_within(s, call, out, expected, bound);
     }
@@ -163,6 +179,93 @@ TEST_F(CudaAttend, PagesDealtByTwos) {
   }
 }
 
+// Each sequence with queries of its own, none among them; lengths from nothing on; pages in chunks, rows in blocks.
+TEST_F(CudaAttend, SequencesWithQueriesOfTheirOwn) {
+  const std::vector<Held> held = {{4, 640, 70, 0}, {0, 0, 0, 0}, {0, 0, 5, 0}, {4, 128, 127, 20}, {0, 1000, 0, 0}, {2, 64, 130, 0}, {4, 2048, 64, 0}};
+  struct Counts {
+    int most;
+    std::vector<int> queries;
+  };
+  std::uint64_t seed = 8000;
+  for (const Counts& c : {Counts{5, {1, 0, 5, 5, 1, 0, 3}}, Counts{1, {1, 1, 0, 1, 1, 1, 0}}, Counts{40, {1, 2, 5, 40, 0, 1, 17}}})
+    for (const int d : {64, 128, 256})
+      for (const int group : {1, 4, 12}) {
+        SCOPED_TRACE(::testing::Message() << c.most << " queries at most, d " << d << ", group " << group);
+        Shape shape;
+        shape.dim_k = shape.dim_v = d;
+        shape.group = group;
+        shape.kv_heads = d == 256 ? 1 : 2;
+        shape.dtype = seed % 2 == 0 ? DType::f16 : DType::bf16;
+        shape.seed = seed++;
+        const Scene s(shape, held);
+        Call call(s, c.most, shape.dtype);
+        if (seed % 3 == 0) {
+          call.starts({5, 0, 0, 25, 100, 0, 3});
+          call.windows({200, 0, 3, 64, 4, 1000, 100});
+        } else if (seed % 3 == 1) {
+          call.general(seed % 2 == 0 ? Mask::General::boolean : Mask::General::additive, DType::f32, 700, true, true);
+        }
+        check_with(s, call, seed % 2 == 0 ? Layout{1, true} : Layout{3, false}, c.queries);
+        if (testing::Test::HasFatalFailure()) return;
+      }
+}
+
+TEST_F(CudaAttend, ChunksAndBlocks) {
+  std::uint64_t seed = 9000;
+  for (const int d : cases::kHeadDims)
+    for (const bool bf16 : {false, true}) {
+      SCOPED_TRACE(d);
+      Shape shape;
+      shape.dim_k = shape.dim_v = d;
+      shape.group = bf16 ? 3 : 9;
+      shape.dtype = bf16 ? DType::bf16 : DType::f16;
+      shape.seed = seed++;
+      const Scene s(shape, {{4, 320, 90, 0}, {0, 0, 300, 7}, {0, 640, 64, 0}, {64, 65, 128, 0}});
+      check_with(s, Call(s, 2), {bf16 ? 2 : 0, true}, {});
+      if (testing::Test::HasFatalFailure()) return;
+    }
+}
+
+// The first page's first tokens, as a mask hides them; a window that all sequences share, as one for each.
+TEST_F(CudaAttend, HiddenTokensAndOneWindowForAll) {
+  std::uint64_t seed = 9100;
+  for (const int d : {128, 256})
+    for (const int group : {2, 6, 16}) {
+      SCOPED_TRACE(::testing::Message() << "d " << d << ", group " << group);
+      Shape shape;
+      shape.dim_k = shape.dim_v = d;
+      shape.group = group;
+      shape.seed = seed++;
+      const std::vector<Held> held = {{0, 640, 70, 0}, {0, 64, 0, 0}, {0, 40, 0, 0}, {0, 128, 9, 0}};
+      const Scene s(shape, held);
+      Call masked(s, 2), plain(s, 2);
+      constexpr int kHidden[] = {4, 64, 17, 0};
+      masked.general(Mask::General::boolean, DType::f32, 710, false, false);
+      std::fill(masked.mask.begin(), masked.mask.end(), std::uint8_t{1});
+      for (std::size_t b = 0; b < held.size(); ++b)
+        std::fill_n(masked.mask.begin() + static_cast<std::ptrdiff_t>(b) * masked.args.mask.general_stride[0], kHidden[b], std::uint8_t{0});
+      masked.windows({600, 600, 600, 600});
+      const DeviceScene scene(s);
+      const Device of_masked(masked), of_plain(plain);
+      for (const cuda::Load& load : {kTeams, kWarps, kThree, kByTwos}) {
+        std::vector<std::uint8_t> out[2];
+        for (const bool hidden : {false, true}) {
+          const Device& device = hidden ? of_plain : of_masked;
+          const DeviceBytes buffer(static_cast<std::size_t>(s.batch() * 2 * group * 2 * d * 4));
+          std::vector<SequenceView> views = scene.views(2);
+          for (std::size_t b = 0; hidden && b < views.size(); ++b) views[b].pages_hidden = kHidden[b];
+          AttendJob job = job_of(s, scene, device.args, views);
+          if (hidden) job.window = 600;
+          job.out = {buffer.as(), DType::f32, {s.batch(), 2 * group, 2, d}, {4 * group * d, 2 * d, d, 1}};
+          const Status status = launch(job, load);
+          ASSERT_TRUE(status.ok()) << status.message();
+          out[hidden ? 1 : 0] = buffer.read();
+        }
+        ASSERT_EQ(out[0], out[1]);
+      }
+    }
+}
+
 TEST_F(CudaAttend, PartialStatesMergeToTheWhole) {
   Shape shape;
   shape.group = 4;
@@ -174,7 +277,7 @@ TEST_F(CudaAttend, PartialStatesMergeToTheWhole) {
   const std::vector<SequenceView> views = scene.views(3);
   const std::int64_t rows = s.batch() * call.args.q.shape[1] * 3;
   Status status;
-  const std::vector<double> whole = run(s, call, kTeams, &status);
+  const std::vector<double> whole = run(s, call, {kTeams, {}, {}}, &status);
   ASSERT_TRUE(status.ok());
   // Pages in one call, exact rows in another.
   std::vector<float> o[2], m[2], l[2];
@@ -212,14 +315,14 @@ TEST_F(CudaAttend, RefusalsSayWhy) {
   const Scene s(shape, {Held{4, 64, 10, 0}});
   const Call call(s, 1);
   Status status;
-  run(s, call, kTeams, &status);
+  run(s, call, {kTeams, {}, {}}, &status);
   EXPECT_EQ(status.code(), StatusCode::unsupported);
   EXPECT_EQ(status.message(), "dtype: expected float16 or bfloat16 on CUDA; got float32");
   shape.dtype = DType::f16;
   shape.dim_k = shape.dim_v = 112;
   const Scene odd(shape, {Held{0, 64, 0, 0}});
   const Call odd_call(odd, 1);
-  run(odd, odd_call, kTeams, &status);
+  run(odd, odd_call, {kTeams, {}, {}}, &status);
   EXPECT_EQ(status.message(), "head_dim_k: expected 64, 80, 96, 128 or 256 on CUDA; got 112");
 }
 

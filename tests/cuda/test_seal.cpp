@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -21,14 +22,27 @@ class CudaSeal : public ::testing::Test {
     if (cuda::backend() == nullptr) GTEST_SKIP() << "no CUDA device of compute capability 8.0 or later";
   }
 
+  static PageMemory pages_at(const DeviceBytes& memory, const PageSpec& spec, int heads) {
+    PageMemory pages;
+    pages.data = memory.as<std::uint8_t>();
+    pages.head_stride = spec.layout.head_bytes;
+    pages.page_stride = pages.head_stride * heads;
+    return pages;
+  }
+  static Status seal(const PageSpec& spec, const PageMemory& pages, std::span<const SealJob> jobs) {
+    return cuda::backend()->seal(spec, pages, 1, jobs, false);
+  }
+
   struct Device {
     DeviceBytes k, v, skip, lambda_k, lambda_v, slice;
+    PageMemory pages;
     SealJob job;
     Device(const Inputs& in, const PageSpec& spec)
         : k(in.k->dtype == DType::f32 ? DeviceBytes(in.k->f32) : DeviceBytes(in.k->f16)),
           v(in.v->dtype == DType::f32 ? DeviceBytes(in.v->f32) : DeviceBytes(in.v->f16)),
           skip(in.skip), lambda_k(in.lambda_k), lambda_v(in.lambda_v), slice(spec.layout.head_bytes, 0) {
-      job = in.job(slice.as<std::uint8_t>());
+      pages = pages_at(slice, spec, 1);
+      job = in.job();
       place(in, 0, kPageTokens);
     }
     void place(const Inputs& in, int first, int count) {
@@ -38,8 +52,7 @@ class CudaSeal : public ::testing::Test {
       job.skip = skip.as<std::uint8_t>() + first;
       job.lambda_k = in.lambda_k.empty() ? nullptr : lambda_k.as<float>();
       job.lambda_v = in.lambda_v.empty() ? nullptr : lambda_v.as<float>();
-      job.slice = slice.as<std::uint8_t>();
-      job.first = first;
+      job.first = static_cast<std::int16_t>(first);
       job.count = count;
     }
   };
@@ -55,7 +68,7 @@ class CudaSeal : public ::testing::Test {
     const Inputs in(c);
     const PageSpec spec = tests::on_device(in.spec);
     const Device device(in, spec);
-    const Status status = cuda::backend()->seal(spec, {&device.job, 1});
+    const Status status = seal(spec, device.pages, {&device.job, 1});
     ASSERT_TRUE(status.ok()) << status.message();
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     const std::vector<std::uint8_t> slice = device.slice.read();
@@ -78,11 +91,11 @@ TEST_F(CudaSeal, PartsOfAPage) {
   const Inputs in(c);
   const PageSpec spec = tests::on_device(in.spec);
   Device whole(in, spec), parts(in, spec);
-  ASSERT_TRUE(cuda::backend()->seal(spec, {&whole.job, 1}).ok());
+  ASSERT_TRUE(seal(spec, whole.pages, {&whole.job, 1}).ok());
   int first = 0;
   for (int count : {1, 6, 25, 32}) {
     parts.place(in, first, count);
-    ASSERT_TRUE(cuda::backend()->seal(spec, {&parts.job, 1}).ok());
+    ASSERT_TRUE(seal(spec, parts.pages, {&parts.job, 1}).ok());
     first += count;
   }
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
@@ -117,23 +130,23 @@ TEST_F(CudaSeal, PagesTogether) {
     const DeviceBytes k(twice(*in.k, in.k->stride)), v(twice(*in.v, in.v->stride)), dense_k(twice(*in.k, d)), dense_v(twice(*in.v, d)), mask(skip);
     const std::size_t bytes = spec.layout.head_bytes;
     const DeviceBytes alone(bytes * kDistinct, 0), together(bytes * kJobs, 0);
-    const auto job = [&](std::size_t i, bool dense, const DeviceBytes& slices) {
+    const auto job = [&](std::size_t i, bool dense) {
       SealJob j = device.job;
       if (dense) j.k_stride = j.v_stride = d;
       const std::size_t from = i % kDistinct * 5;
       j.k = (dense ? dense_k : k).as<std::uint16_t>() + from * static_cast<std::size_t>(j.k_stride);
       j.v = (dense ? dense_v : v).as<std::uint16_t>() + from * static_cast<std::size_t>(j.v_stride);
       j.skip = mask.as<std::uint8_t>() + from;
-      j.slice = slices.as<std::uint8_t>() + i * bytes;
+      j.page = static_cast<std::int32_t>(i);
       return j;
     };
     for (std::size_t i = 0; i < kDistinct; ++i) {
-      const SealJob one = job(i, false, alone);
-      ASSERT_TRUE(cuda::backend()->seal(spec, {&one, 1}).ok());
+      const SealJob one = job(i, false);
+      ASSERT_TRUE(seal(spec, pages_at(alone, spec, 1), {&one, 1}).ok());
     }
     std::vector<SealJob> jobs;
-    for (std::size_t i = 0; i < kJobs; ++i) jobs.push_back(job(i, true, together));
-    ASSERT_TRUE(cuda::backend()->seal(spec, jobs).ok());
+    for (std::size_t i = 0; i < kJobs; ++i) jobs.push_back(job(i, true));
+    ASSERT_TRUE(seal(spec, pages_at(together, spec, 1), jobs).ok());
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     const std::vector<std::uint8_t> expected = alone.read(), got = together.read();
     for (std::size_t i = 0; i < kJobs; ++i)
@@ -151,14 +164,18 @@ TEST_F(CudaSeal, DequantisesAsDefined) {
     const Inputs in(c);
     const PageSpec spec = tests::on_device(in.spec);
     const Device device(in, spec);
-    ASSERT_TRUE(cuda::backend()->seal(spec, {&device.job, 1}).ok());
+    ASSERT_TRUE(seal(spec, device.pages, {&device.job, 1}).ok());
     const int first = 5, count = 51;
     const DeviceBytes k(static_cast<std::size_t>(count * d * 4)), v(static_cast<std::size_t>(count * d * 4));
-    DequantiseJob job{device.job.slice, device.job.lambda_k, device.job.lambda_v, first, count};
+    DequantiseJob job;
+    job.first = first;
+    job.count = count;
+    job.lambda_k = device.job.lambda_k;
+    job.lambda_v = device.job.lambda_v;
     job.k = k.as<float>();
     job.v = v.as<float>();
     job.k_stride = job.v_stride = d;
-    ASSERT_TRUE(cuda::backend()->dequantise(spec, {&job, 1}).ok());
+    ASSERT_TRUE(cuda::backend()->dequantise(spec, device.pages, 1, {&job, 1}, false).ok());
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     const std::vector<std::uint8_t> slice = device.slice.read();
     const Codes codes = codes_of(spec, slice);

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import kv4.hf
-import kv4.hf.cache
+import kv4.hf.layer
 from kv4.bench.text import prompt_ids
 from kv4.metal.mps import MetalCache
 from kv4.models import resolve
@@ -42,8 +42,8 @@ def main(tokens: int) -> None:
     def emulated(device, recipe, **arguments):
         return MetalCache(host(arguments["head_dim_k"]), recipe, **arguments)
 
-    for name, new_core in (("C++ core", kv4.hf.cache.new_core), ("Metal, in emulation", emulated)):
-        kv4.hf.cache.new_core = new_core
+    for name, new_core in (("C++ core", kv4.hf.layer.new_core), ("Metal, in emulation", emulated)):
+        kv4.hf.layer.new_core = new_core
         ours = log_probabilities(model, ids, kv4.hf.new_cache(model))
         blocks = zip(own.split(32), ours.split(32), strict=True)
         kl = sum(float((a.exp() * (a - b)).sum()) for a, b in blocks) / len(own)

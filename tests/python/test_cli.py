@@ -20,8 +20,8 @@ from kv4 import Recipe
 from kv4.bench.memory import cache_bytes, fp16_bytes
 from kv4.bench.seal import flops
 from kv4.cli import app
-from kv4.cli.bench import numbers
 from kv4.cli.demo import first_difference
+from kv4.cli.options import numbers
 from kv4.cli.output import write_json
 
 

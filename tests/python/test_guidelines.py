@@ -41,6 +41,24 @@ def findings(tmp_path: Path, path: str, text: str) -> list[str]:
         ("src/cache/a.cpp", "throw 1;\n", "the core never prints, exits, aborts or throws: throw"),
         ("src/cache/a.cpp", "#ifdef __CUDA_ARCH__\n", "device switches belong into a backend"),
         ("src/cache/a.cpp", "int a;\n" * 601, "601 lines; at most 600 are allowed"),
+        ("python/kv4/hf/handle.py", "from .layer import KV4Layer\n", "kv4.hf.handle must not import kv4.hf.layer"),
+        ("python/kv4/hf/layer.py", "from . import attention\n", "kv4.hf.layer must not import kv4.hf.attention"),
+        (
+            "python/kv4/hf/ops.py",
+            "def f():\n    import kv4.hf.attention\n",
+            "kv4.hf.ops must not import kv4.hf.attention",
+        ),
+        (
+            "python/kv4/hf/device.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .handle import Held\n",
+            "kv4.hf.device must not import kv4.hf.handle",
+        ),
+        ("python/kv4/mlx/cache.py", "from kv4.mlx import KVHandle\n", "kv4.mlx.cache must not import kv4.mlx.__init__"),
+        ("python/kv4/metal/mps.py", "from kv4.hf.device import place\n", "kv4.metal.mps must not import kv4.hf.device"),
+        ("python/kv4/hf/cache.py", "from ..bench import text\n", "kv4.hf.cache must not import kv4.bench.text"),
+        ("python/kv4/recipe.py", "import kv4\n", "kv4.recipe must not import kv4.__init__"),
+        ("python/kv4/recipe.py", 'import_module("kv4.shared")\n', "kv4.recipe must not import kv4.shared"),
+        ("python/kv4/hf/new.py", "import torch\n", "kv4.hf.new has no place in the layers"),
         ("README.md", "from https://" + "pypi" + ".org/simple\n", "names a registry's host"),
         ("docs/a.md", "see /" + "root/notes\n", "names a path of one machine"),
     ],
@@ -58,11 +76,30 @@ def test_a_breach_is_found(tmp_path: Path, path: str, text: str, says: str) -> N
         ("src/cache/a.cpp", '#include "backend/backend.h"\n#include "kv4/cache.h"\n#include <vector>\n'),
         ("src/cache/a.cpp", 'static_assert(true);  // never throw\nconst char* text = "abort";\n'),
         ("src/cpu/avx2/a.h", "#include <immintrin.h>\nx = _mm256_add_ps(a, b);\n"),
+        ("python/kv4/recipe.py", "import numpy\nfrom kv4 import _core\nfrom kv4.messages import mismatch\n"),
+        ("python/kv4/hf/layer.py", "from kv4.metal import mps\nfrom . import ops\nfrom .handle import Held\n"),
+        ("python/kv4/hf/__init__.py", "from .attach import attach\nfrom .cache import KV4Cache\n"),
+        ("python/kv4/cli/info.py", "def f():\n    from kv4 import Recipe\n    from kv4.hf import attach\n"),
         ("tests/cpp/a.cpp", '#include "reference/seal.h"\nint main() { throw 1; }\n'),
     ],
 )
 def test_what_is_allowed_passes(tmp_path: Path, path: str, text: str) -> None:
     assert findings(tmp_path, path, text) == []
+
+
+def test_the_packages_of_python_stand_in_their_order() -> None:
+    above: set[str] = set()
+    for package, (allowed, _) in checks.PYTHON.items():
+        assert allowed <= above, package
+        above.add(package)
+
+
+def test_the_lists_of_modules_name_those_that_there_are() -> None:
+    for package, (_, listed) in checks.PYTHON.items():
+        folder = SCRIPT.parents[1] / "python" / package.replace(".", "/")
+        there = {file.stem for file in folder.glob("*.py")} - {"__init__"}
+        modules = [name for name in listed.split() if name != "_core"]  # compiled
+        assert sorted(modules) == sorted(there), package
 
 
 def test_this_repository_keeps_its_rules() -> None:

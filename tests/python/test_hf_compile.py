@@ -11,7 +11,7 @@ import torch._dynamo
 import hf_cases
 import kv4.hf
 from kv4 import Recipe
-from kv4.hf import ops
+from kv4.hf import attention, ops
 
 one_thread = hf_cases.one_thread
 
@@ -106,10 +106,10 @@ def test_the_operators_keep_the_contract_of_torch():
     torch.library.opcheck(ops.append, (layer.state, k, v, layer.number), test_utils=tests)
     args = (layer.state, q, layer.number, 64, None, None, None, None, True)
     ops.append(layer.state, k, v, layer.number)
-    torch.library.opcheck(ops.attend, args, test_utils=tests)
+    torch.library.opcheck(attention.attend, args, test_utils=tests)
     expected, _ = kv4.hf.kv4_attention(torch.nn.Module(), q, *layer.update(k[:, :, :0], v[:, :, :0]), None)
     ops.append(layer.state, k[:, :, :0], v[:, :, :0], layer.number)
-    assert torch.equal(ops.attend(*args), expected)
+    assert torch.equal(attention.attend(*args), expected)
 
 
 def test_a_number_speaks_for_one_living_layer():
@@ -123,13 +123,13 @@ def test_a_number_speaks_for_one_living_layer():
     with pytest.raises(
         RuntimeError, match="layer: expected kv4::append before kv4::attend; got a layer that has changed"
     ):
-        ops.attend(twin.state, q, twin.number, *rest)
+        attention.attend(twin.state, q, twin.number, *rest)
     number, gone = twin.number, weakref.ref(twin)
     del twin
     gc.collect()
     assert gone() is None
     with pytest.raises(RuntimeError, match=f"layer: expected the number of a live KV4Layer; got {number}"):
-        ops.attend(layer.state, q, number, *rest)
+        attention.attend(layer.state, q, number, *rest)
 
 
 def test_a_compiled_model_without_the_kv4_attention_gets_dense_tensors():

@@ -15,11 +15,11 @@ from transformers import DynamicCache, PreTrainedModel
 import causal_models
 import hf_cases
 import kv4.hf.cache
-import kv4.hf.layers
+import kv4.hf.kinds
 from hf_cases import one_thread, tokens_of  # noqa: F401, a fixture
 from kv4 import Recipe
 from kv4.hf import KV4Cache
-from kv4.hf.layers import tensor_bytes
+from kv4.hf.report import tensor_bytes
 
 # Both in one layer; in different layers; a convolution.
 BESIDE = ["FalconH1ForCausalLM", "Zamba2ForCausalLM"]
@@ -159,7 +159,7 @@ def test_a_cut_file_says_how_many_bytes_are_missing(tmp_path: Path):
 
 def test_a_cache_that_compresses_nothing_says_so_once():
     """Once for each reason, whatever the caller makes of warnings afterwards."""
-    kv4.hf.layers._warned.clear()
+    kv4.hf.kinds._warned.clear()
     linear = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=40, state_size=4)
     with pytest.warns(
         UserWarning, match="compresses nothing: its layers are linear_attention; kv4 serves full_attention"

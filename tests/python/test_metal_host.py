@@ -13,7 +13,7 @@ import torch
 
 import hf_cases
 import kv4.hf
-import kv4.hf.cache
+import kv4.hf.layer
 import kv4.metal.mps
 import kv4.metal.sealing
 from hf_cases import one_thread  # noqa: F401, a fixture
@@ -429,7 +429,7 @@ def emulated(monkeypatch):
         made.append(MetalCache(host(arguments["head_dim_k"]), recipe, **arguments))
         return made[-1]
 
-    monkeypatch.setattr(kv4.hf.cache, "new_core", new_core)
+    monkeypatch.setattr(kv4.hf.layer, "new_core", new_core)
     return made
 
 
@@ -454,7 +454,7 @@ def test_generate_gives_the_tokens_of_the_cpu(name, scenario, emulated, monkeypa
     try:
         ours = run()
         assert emulated and all(cache.length >= 150 for cache in emulated)
-        monkeypatch.setattr(kv4.hf.cache, "new_core", lambda device, recipe, **x: _core.Cache(recipe, **x))
+        monkeypatch.setattr(kv4.hf.layer, "new_core", lambda device, recipe, **x: _core.Cache(recipe, **x))
         assert torch.equal(ours, run())
     finally:
         kv4.hf.detach(model)

@@ -277,7 +277,7 @@ def test_a_cache_on_the_gpu_as_mlx_lm_uses_it(emulated, tmp_path):
     cache = KV4Cache()
     k = mx.random.normal((1, 2, 300, 64), key=mx.random.key(1))
     handles = cache.update_and_fetch(k, k)
-    cache.attend(mx.random.normal((1, 4, 300, 64)), k, k, 0.1, "causal", None)
+    kv4.mlx.scaled_dot_product_attention(mx.random.normal((1, 4, 300, 64)), *handles, cache, 0.1, "causal")
     mx.eval([cache.state])
     assert handles[0].dense().shape == (1, 2, 300, 64)
     cache.update_and_fetch(k[:, :, :1], k[:, :, :1])

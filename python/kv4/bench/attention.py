@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kv4 import Recipe, _core
+from kv4._core import PAGE_TOKENS
 from kv4.bench.timing import interleaved
 
 # Query heads, KV heads, head dim: the models of tests/cases.h.
@@ -27,7 +29,6 @@ GEOMETRIES: dict[str, tuple[int, int, int]] = {
     "qwen3-0.6b": (16, 8, 128),
     "llama-2-7b": (32, 32, 128),
 }
-TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 WORKING_SET = 64 << 20  # bytes of int4 layers to go round, at most MAX_LAYERS of them
 MAX_LAYERS = 28
 READ_BYTES = 256 << 20  # of the memory that is read to learn its speed: well beyond any last-level cache
@@ -72,14 +73,12 @@ class Row:
 
 
 def page_bytes(head_dim: int) -> int:
-    """Bytes of one KV head's page of 64 tokens in the default recipe (src/format/page.h):
+    """Bytes of one KV head's page in the default recipe (src/format/page.h):
     codes of K and V, an fp16 scale per token on each side, and the fp16 mean of the keys."""
-    return 64 * head_dim + 2 * 64 * 2 + head_dim * 2
+    return PAGE_TOKENS * head_dim + 2 * PAGE_TOKENS * 2 + head_dim * 2
 
 
 def _filled(recipe: Any, dtype: str, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> Any:
-    from kv4 import _core
-
     cache = _core.Cache(recipe, dtype=dtype, kv_heads=k.shape[1], head_dim_k=k.shape[3], head_dim_v=v.shape[3])
     cache.append(k, v)
     cache.attend(q, torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype))
@@ -98,8 +97,6 @@ def _kv4_call(caches: Sequence[Any], q: torch.Tensor) -> Callable[[], None]:
 
 
 def _on_one_thread(call: Callable[[], None]) -> Callable[[], None]:
-    from kv4 import _core
-
     def alone() -> None:
         threads = _core.num_threads()
         _core.set_num_threads(1)
@@ -130,12 +127,10 @@ def _sdpa_call(
 def measure(geometry: str, tokens: int, *, seconds: float = 0.2, repeats: int = 7) -> list[Row]:
     """All candidates at one geometry and length; torch's figure is the faster of its GQA mode and
     the grouped view."""
-    from kv4 import Recipe, _core
-
     if geometry not in GEOMETRIES:
         raise ValueError(f"geometry: expected one of {', '.join(GEOMETRIES)}; got {geometry}")
     q_heads, kv_heads, dim = GEOMETRIES[geometry]
-    size = kv_heads * page_bytes(dim) * tokens // 64
+    size = kv_heads * page_bytes(dim) * tokens // PAGE_TOKENS
     layers = max(1, min(MAX_LAYERS, -(-WORKING_SET // size)))
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, q_heads, 1, dim, generator=generator)
@@ -177,5 +172,5 @@ def measure(geometry: str, tokens: int, *, seconds: float = 0.2, repeats: int = 
 
 def _int4_bytes(cache: Any, kv_heads: int, dim: int) -> int:
     """Bytes that one decode step reads: sealed pages, and the exact sinks and window in float16."""
-    pages = cache.sealed_tokens(0) // 64
+    pages = cache.sealed_tokens(0) // PAGE_TOKENS
     return kv_heads * (pages * page_bytes(dim) + cache.exact_tokens(0) * 2 * dim * 2)

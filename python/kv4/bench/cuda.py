@@ -18,8 +18,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kv4 import Recipe
+from kv4._core import PAGE_TOKENS
 from kv4.bench.attention import GEOMETRIES, page_bytes
+from kv4.hf.device import current_stream, new_core, why_no_device
 
 COPY_BYTES = 1 << 30
 CALLS = 5  # of one candidate in one repeat
@@ -110,9 +114,6 @@ def copy_bandwidth(device: torch.device, repeats: int = 15) -> float:
 def measure(geometry: str, batch: int, tokens: int, device: torch.device, *, repeats: int = 7) -> list[Row]:
     """All candidates that run here at one geometry, batch and length. Errors: ValueError for an unknown geometry,
     RuntimeError with the reason where kv4 has no kernels for the device."""
-    from kv4 import Recipe
-    from kv4.hf.device import current_stream, new_core, why_no_device
-
     if geometry not in GEOMETRIES:
         raise ValueError(f"geometry: expected one of {', '.join(GEOMETRIES)}; got {geometry}")
     reason = why_no_device(device)
@@ -133,7 +134,7 @@ def measure(geometry: str, batch: int, tokens: int, device: torch.device, *, rep
     cache.seal()
 
     candidates = {INT4: Candidate(lambda: cache.attend(q, out)), **_sdpa(q, k, v), **_flashinfer(q, k, v)}
-    pages = cache.sealed_tokens(0) // 64
+    pages = cache.sealed_tokens(0) // PAGE_TOKENS
     dense = 2 * batch * kv_heads * dim * 2
     packed = batch * kv_heads * pages * page_bytes(dim) + cache.exact_tokens(0) * dense
     speed = copy_bandwidth(device)
@@ -148,8 +149,6 @@ def measure(geometry: str, batch: int, tokens: int, device: torch.device, *, rep
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Candidate]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     def call() -> object:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 

@@ -19,9 +19,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
-from kv4.bench.memory import cache_bytes, fp16_bytes
+from kv4 import Recipe
+from kv4.bench.memory import cache_bytes, fp16_bytes, kv_shape
 from kv4.bench.neighbours import neighbours as beside
+from kv4.hf import DecodeGraph, KV4Cache, attach, detach
 
 OWN, KV4, EXACT, GRAPH = "own", "kv4", "kv4 exact", "kv4 graph"
 PREFILL_CHUNK = 512
@@ -101,8 +104,6 @@ def attention(model: Any, cache: str, recipe: Any = None) -> Iterator[None]:
 
     Errors: ValueError with kv4.hf.attach's reason where kv4 cannot serve the model with this recipe.
     """
-    from kv4.hf import attach, detach
-
     before = model.config._attn_implementation
     if cache != OWN:
         if before == "kv4":  # attached by the caller, who may detach it later
@@ -122,13 +123,7 @@ def attention(model: Any, cache: str, recipe: Any = None) -> Iterator[None]:
 
 
 def new_cache(model: Any, cache: str, recipe: Any = None) -> Any:
-    from transformers import DynamicCache
-
-    if cache == OWN:
-        return DynamicCache(config=model.config)
-    from kv4.hf import KV4Cache
-
-    return KV4Cache(model.config, recipe)
+    return DynamicCache(config=model.config) if cache == OWN else KV4Cache(model.config, recipe)
 
 
 @torch.inference_mode()
@@ -156,8 +151,7 @@ def fill(model: Any, cache: Any, ids: torch.Tensor, *, seed: int = 0) -> torch.T
     """As prefill, with random keys and values for all of ids [batch, T] but the last token: the time of a decode step
     does not depend on them, and a long prompt takes minutes on a slow machine. Returns the next tokens, [batch, 1]."""
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, dim = kv_shape(config)
     generator = torch.Generator(ids.device).manual_seed(seed)
     options = {"generator": generator, "dtype": model.dtype, "device": ids.device}
     # A cache's layers exist, and kv4's have seen queries, only after a first token.
@@ -232,8 +226,6 @@ def run(
 
     def step(what: str) -> Callable[[int], None] | None:
         return None if progress is None else lambda done: progress(what, done)
-
-    from kv4 import Recipe
 
     batch = ids.shape[0]
     caches = (OWN, KV4, *((EXACT,) if exact else ()), *((GRAPH,) if ids.is_cuda else ()))
@@ -312,11 +304,7 @@ def _repeat(
     """One repeat of one candidate, from a copy of its prefilled cache, entered in its row."""
     cache = deepcopy(held)
     with attention(model, row.cache, recipe):
-        graph = None
-        if row.cache == GRAPH:
-            from kv4.hf import DecodeGraph
-
-            graph = DecodeGraph(model, cache)
+        graph = DecodeGraph(model, cache) if row.cache == GRAPH else None
         warm = decode(model, cache, token, WARM_UP, step=graph)
         timed = decode(model, cache, warm.last, tokens, step=graph, progress=progress)
     (row.loaded_ms if loaded else row.repeats_ms).append(timed.ms_per_token)

@@ -52,6 +52,16 @@ def require() -> Any:
     return llama_cpp
 
 
+def load(gguf: Path, kind: str, context: int, threads: int, **options: Any) -> Any:
+    """A llama_cpp.Llama for `context` tokens with keys and values of `kind` (q8_0, ...). Errors: see require."""
+    llama_cpp = require()
+    code = getattr(llama_cpp, f"GGML_TYPE_{kind.upper()}")
+    return llama_cpp.Llama(
+        model_path=str(gguf), n_ctx=context, n_batch=BATCH, n_threads=threads, n_threads_batch=threads,
+        type_k=code, type_v=code, flash_attn=True, verbose=False, **options,
+    )  # fmt: skip
+
+
 def check_contexts(contexts: Sequence[int]) -> None:
     """A slope takes two contexts. Errors: ValueError."""
     if len(contexts) < 2:
@@ -71,22 +81,11 @@ def measure(
     types take turns. Errors: ValueError without llama-cpp-python or with fewer than two contexts."""
     contexts = sorted(set(contexts))
     check_contexts(contexts)
-    llama_cpp = require()
+    require()
     models = {}
     for kind in TYPES:
         report(f"llama.cpp {kind}: loading")
-        code = getattr(llama_cpp, f"GGML_TYPE_{kind.upper()}")
-        models[kind] = llama_cpp.Llama(
-            model_path=str(gguf),
-            n_ctx=contexts[-1] + steps * (repeats + 1) * len(contexts),
-            n_batch=BATCH,
-            n_threads=threads,
-            n_threads_batch=threads,
-            type_k=code,
-            type_v=code,
-            flash_attn=True,
-            verbose=False,
-        )
+        models[kind] = load(gguf, kind, contexts[-1] + steps * (repeats + 1) * len(contexts), threads)
     times: dict[str, list[float]] = {kind: [] for kind in TYPES}
     for context in contexts:
         for kind, model in models.items():

@@ -1,6 +1,6 @@
 """kv4.mlx against mlx-lm's own caches: bytes, greedy tokens, and KL divergence along a text.
 
-A text goes in by calls of 64 tokens, so that every cache answers from what it holds: a longer call would see its own
+A text goes in by calls of a page, so that every cache answers from what it holds: a longer call would see its own
 tokens exactly. KL is sum p (log p - log q) in nats with p under mlx-lm's own cache, over the text's second half.
 """
 
@@ -17,10 +17,9 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as stock
 
 import kv4.mlx
+from kv4._core import PAGE_TOKENS as CALL
 from kv4.bench.text import python_reference
 from kv4.recipe import Recipe
-
-CALL = 64
 
 
 @dataclass(frozen=True)

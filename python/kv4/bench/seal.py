@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-DIMS = (64, 80, 96, 128, 160, 192, 256)
+from kv4 import _core
+
 # Bergach, arXiv 2605.05699: the fused Metal kernel at d = 128 on an M1's 8-core GPU.
 PAPER_NS, PAPER_GFLOPS, PAPER_DIM = 25.0, 182.0, 128
 FLOP_FORMULA = "2.5 d log2 d (real FFT) + 5 d (sign, lambda, abs-max, scale, round)"
@@ -49,8 +50,6 @@ class Row:
 
 def kernel(dim: int, *, vectors: int = 8192, repeats: int = 15, rotation: str = "srft") -> Row:
     """The kernel alone, on rows that are in place: abs-max and uniform levels, as the paper seals."""
-    from kv4 import _core
-
     return Row("kernel", dim, _core.num_threads(), median(_core.bench_seal(dim, rotation, vectors, repeats)))
 
 
@@ -69,8 +68,6 @@ def through_cache(
 
     A vector is one head's key or value of one token.
     """
-    from kv4 import _core
-
     generator = torch.Generator().manual_seed(dim)
     k, v = (torch.randn(1, heads, tokens, dim, generator=generator) for _ in range(2))
     cache = _core.Cache(recipe, dtype="float32", kv_heads=heads, head_dim_k=dim, head_dim_v=dim)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from kv4.cli import options
+from kv4.cli import bench_cuda, options
 from kv4.cli.openmp import VARIABLES
 from kv4.cli.output import out, plain_errors, progress, table, write_json
 from kv4.cli.usage import new_file
@@ -17,25 +17,6 @@ from kv4.cli.usage import new_file
 _DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
 
 app = typer.Typer(help="Measurements, each in one process with candidates taking turns.", no_args_is_help=True)
-
-
-def numbers(text: str, option: str) -> list[int]:
-    """A comma-separated list of positive whole numbers; 1k means 1024."""
-    found = []
-    for part in text.split(","):
-        digits, unit = (part.strip()[:-1], 1024) if part.strip().lower().endswith("k") else (part.strip(), 1)
-        if not digits.isdecimal() or int(digits) < 1:
-            raise ValueError(f"{option}: expected positive numbers with commas between them; got {text!r}")
-        found.append(int(digits) * unit)
-    return sorted(set(found))
-
-
-def names(text: str, option: str, known: list[str]) -> list[str]:
-    found = [part.strip() for part in text.split(",")]
-    for name in found:
-        if name not in known:
-            raise ValueError(f"{option}: expected names out of {', '.join(known)}; got {name!r}")
-    return found
 
 
 @app.command("generate")
@@ -79,9 +60,9 @@ def generate(
     from kv4.bench import shapes
     from kv4.bench.text import prompt_ids
 
-    lengths = numbers(contexts, "--contexts")
+    lengths = options.numbers(contexts, "--contexts")
     where = options.torch_device(device)
-    kinds = names(dtypes or _DTYPES[where.type], "--dtypes", ["float32", "bfloat16", "float16"])
+    kinds = options.names(dtypes or _DTYPES[where.type], "--dtypes", ["float32", "bfloat16", "float16"])
     used = options.load_recipe("kv4", recipe)
     options.set_threads(threads)
     loaded = {}
@@ -219,20 +200,18 @@ def attention(
 ) -> None:
     """Decode attention alone: int4 pages, exact rows with the same kernels, torch's SDPA, llama.cpp."""
     if (where := options.torch_device(device)).type == "cuda":
-        from kv4.cli.bench_cuda import attention as on_cuda
-
         if llama or plot:
             raise ValueError("--llama, --plot: expected with --device cpu only; got --device cuda")
-        on_cuda(geometries, cases, where, repeats, json_)
+        bench_cuda.attention(geometries, cases, where, repeats, json_)
         return
     from kv4 import _core
     from kv4.bench import attention as measurement
     from kv4.bench import llama as llama_cpp
 
     known = list(measurement.GEOMETRIES)
-    chosen = known if geometries == "all" else names(geometries, "--geometries", known)
-    lengths = numbers(tokens, "--tokens")
-    depths = numbers(llama_contexts, "--llama-contexts")
+    chosen = known if geometries == "all" else options.names(geometries, "--geometries", known)
+    lengths = options.numbers(tokens, "--tokens")
+    depths = options.numbers(llama_contexts, "--llama-contexts")
     file = None
     if llama:  # what it lacks is said before anything is measured
         llama_cpp.require()
@@ -320,7 +299,7 @@ def seal(
     from kv4 import Recipe, _core
     from kv4.bench import seal as measurement
 
-    chosen = numbers(dims, "--dims")
+    chosen = options.numbers(dims, "--dims")
     for dim in chosen:
         try:
             _core.validate(Recipe(), dim, dim)

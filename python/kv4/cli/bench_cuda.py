@@ -12,23 +12,20 @@ GEOMETRIES = "llama-3-8b,qwen2.5-1.5b,gemma-3-270m"
 
 def cases_of(text: str) -> list[tuple[int, int]]:
     """(batch, tokens) of each case of "16x32k,1x4k". Errors: ValueError."""
-    from kv4.cli.bench import numbers
-
     found = []
     for part in text.split(","):
         pair = part.split("x")
         if len(pair) != 2:
             raise ValueError(f"--cases: expected batch x tokens, such as 16x32k, with commas between; got {text!r}")
-        found.append((numbers(pair[0], "--cases")[0], numbers(pair[1], "--cases")[0]))
+        found.append((options.numbers(pair[0], "--cases")[0], options.numbers(pair[1], "--cases")[0]))
     return found
 
 
 def attention(geometries: str, cases: str, device: Any, repeats: int, json_: str | None) -> None:
     from kv4.bench import cuda as measurement
-    from kv4.cli.bench import names
 
     known = list(measurement.GEOMETRIES)
-    chosen = names(GEOMETRIES if geometries == "all" else geometries, "--geometries", known)
+    chosen = options.names(GEOMETRIES if geometries == "all" else geometries, "--geometries", known)
     wanted = cases_of(cases)
     rows = []
     with progress("", len(chosen) * len(wanted)) as advance:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from kv4.cli import options
-from kv4.cli.bench import numbers, show_generate
+from kv4.cli.bench import show_generate
 from kv4.cli.output import mebibytes, out, plain_errors, progress, table, write_json
 from kv4.cli.usage import new_folder
 
@@ -34,7 +34,7 @@ def demo(
     threads: options.Threads = None,
 ) -> None:
     """Text after a prompt of over 1,000 tokens, from the model's own cache and from kv4."""
-    others = numbers(contexts, "--contexts")
+    others = options.numbers(contexts, "--contexts")
     options.set_threads(threads)
     loaded, tokenizer = options.load(model, options.torch_dtype(dtype))
 

@@ -182,9 +182,7 @@ def needle(
     plot: lab.Plot = None,
 ) -> None:
     """Passkey retrieval over depth and length, the model's own cache beside others."""
-    from kv4.cli.bench import numbers
-
-    sizes = numbers(lengths, "--lengths")
+    sizes = options.numbers(lengths, "--lengths")
     named = {name: lab.recipe(name) for name in recipe or ["kv4", "paper"]}
     content, source = lab.read_text(text)
     b = lab.bench(model, dtype, threads, state, fresh)

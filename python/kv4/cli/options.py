@@ -29,6 +29,25 @@ class DType(str, Enum):
     float16 = "float16"
 
 
+def numbers(text: str, option: str) -> list[int]:
+    """A comma-separated list of positive whole numbers; 1k means 1024."""
+    found = []
+    for part in text.split(","):
+        digits, unit = (part.strip()[:-1], 1024) if part.strip().lower().endswith("k") else (part.strip(), 1)
+        if not digits.isdecimal() or int(digits) < 1:
+            raise ValueError(f"{option}: expected positive numbers with commas between them; got {text!r}")
+        found.append(int(digits) * unit)
+    return sorted(set(found))
+
+
+def names(text: str, option: str, known: list[str]) -> list[str]:
+    found = [part.strip() for part in text.split(",")]
+    for name in found:
+        if name not in known:
+            raise ValueError(f"{option}: expected names out of {', '.join(known)}; got {name!r}")
+    return found
+
+
 def set_threads(threads: int | None) -> None:
     if threads is None:
         return

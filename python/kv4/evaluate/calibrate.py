@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from kv4._core import PAGE_TOKENS
 from kv4.evaluate.calibration import Calibration, lambda_from_energies, score_transform
 from kv4.evaluate.laboratory import _Session, laboratory, seal_layer
 from kv4.evaluate.rotations import rotation
@@ -26,7 +27,7 @@ class Layer:
     key: Tensor
     value: Tensor
 
-    def second_moments(self, page: int = 64, sinks: int = 4) -> tuple[Tensor, Tensor]:
+    def second_moments(self, page: int = PAGE_TOKENS, sinks: int = 4) -> tuple[Tensor, Tensor]:
         """(S_q, S_k), float64 [kv_heads, d, d]: E q q^T over the heads of a group, and E (k - mu)(k - mu)^T with mu the
         mean of each page; the first `sinks` keys, which no page holds, are left out."""
         heads, _, d = self.key.shape

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kv4._core import PAGE_TOKENS
 from kv4.evaluate.calibrate import Layer
 from kv4.evaluate.laboratory import _Session, seal_layer
 from kv4.evaluate.variant import Variant, from_recipe
@@ -40,7 +41,7 @@ def key_energy(layers: Sequence[Layer], scale: float) -> list[KeyEnergy]:
         keys = layer.key.double()
         total = keys.square().sum()
         mean = keys.mean(1)
-        pages = list(keys.split(64, 1))
+        pages = list(keys.split(PAGE_TOKENS, 1))
         in_pages = sum(page.mean(1).square().sum() * page.shape[1] for page in pages)
         moments = layer.second_moments()[0]
         spread = []

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kv4._core import PAGE_TOKENS
 from kv4.evaluate.levels import levels
 from kv4.evaluate.variant import SideVariant
 
@@ -44,7 +45,7 @@ def seal(
     inverse: Tensor,
     *,
     lambda_: Tensor | None = None,
-    page: int = 64,
+    page: int = PAGE_TOKENS,
     hessian: Tensor | None = None,
 ) -> Sealed:
     """Seals rows [heads, T, d], pages counted from the first row; the last page may be short. matrix, inverse: R and

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from kv4._core import QUERY_STRIDE
 from kv4.evaluate.calibration import Calibration, lambda_from_energies
 from kv4.evaluate.fake import seal
 from kv4.evaluate.rotations import rotation
 from kv4.evaluate.variant import SideVariant, Variant
+from kv4.hf.attention import eager
+from kv4.messages import mismatch
 
 Tensor = torch.Tensor
 NAME = "kv4_laboratory"
@@ -77,7 +80,7 @@ def attention(
     """query [1, q_heads, T, d], key and value [1, kv_heads, T, d]; returns [1, T, q_heads, d]. Causal."""
     session = _session
     if session is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise ValueError(f"query: expected one whole sequence inside laboratory(); got {list(query.shape)}")
+        raise ValueError(mismatch("query", "one whole sequence inside laboratory()", query))
     layer = module.layer_idx
     if session.observer is not None:
         session.observer(layer, query[0], key[0], value[0])
@@ -130,8 +133,6 @@ def _attend(
     own: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """own: exact keys and values of which a query sees its own token, in place of what `key` and `value` hold."""
-    from kv4.hf.attention import _eager
-
     scaling, softcap, s_aux, sliding = options
     parts = []
     for lo, hi, sealed in runs:
@@ -147,7 +148,7 @@ def _attend(
             mask = torch.cat([mask & (column < row), torch.arange(lo, hi)[None] == row], 1)
             k, v = (torch.cat([x, y[:, :, lo:hi]], 2) for x, y in zip((k, v), own, strict=True))
         if softcap or s_aux is not None:
-            parts.append(_eager(module, q, k, v, mask[None, None], scaling, softcap, s_aux, 0.0))
+            parts.append(eager(module, q, k, v, mask[None, None], scaling, softcap, s_aux, 0.0))
             continue
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask[None, None], scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
@@ -193,9 +194,9 @@ def _lambda(
     else:
         heads, tokens, d = key.shape
         if side.lambda_ == "auto":
-            # Known when the first page is due: the last of every eight queries before (QueryEnergy in the core), and
-            # the keys of the pages held by then.
-            queries = query[:, 7 : body + variant.window + variant.page : 8]
+            # Known when the first page is due: the last of every QUERY_STRIDE queries before (QueryEnergy in the
+            # core), and the keys of the pages held by then.
+            queries = query[:, QUERY_STRIDE - 1 : body + variant.window + variant.page : QUERY_STRIDE]
             keys = key[:, body : body + variant.page * (1 + variant.window // variant.page)]
             shrink, damping = side.shrink, side.damping
         else:

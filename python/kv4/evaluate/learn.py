@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kv4._core import PAGE_TOKENS
 from kv4.evaluate.calibrate import Layer
 from kv4.evaluate.calibration import Calibration
 from kv4.evaluate.levels import levels
@@ -45,7 +46,7 @@ def learn(
         for side, rows in (("key", layer.key), ("value", layer.value)):
             rows = rows[:, recipe.sinks :]
             if side == "key" and recipe.key.mean:
-                rows = torch.cat([block - block.mean(1, keepdim=True) for block in rows.split(64, 1)], 1)
+                rows = torch.cat([block - block.mean(1, keepdim=True) for block in rows.split(PAGE_TOKENS, 1)], 1)
             start = torch.eye(rows.shape[-1], dtype=torch.float64)
             if after_srft or lambda_only:
                 given = getattr(recipe, side)

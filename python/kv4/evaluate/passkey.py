@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kv4.bench.generate import KV4, OWN, attention, new_cache, prefill
 from kv4.bench.text import encode
 from kv4.evaluate.quality import Candidate, decoder_outputs
 from kv4.evaluate.scores import Head
@@ -129,7 +130,6 @@ def greedy(
     progress: Callable[[int], None] | None = None,
 ) -> list[Generation]:
     """Generates `tokens` after prompt_ids [1, T] with the model's own cache and with each packed candidate."""
-    from kv4.bench.generate import KV4, OWN, attention, new_cache, prefill
 
     def written(cache_kind: str, recipe: Any, forced: list[int] | None) -> list[int]:
         cache = new_cache(model, cache_kind, recipe)

@@ -2,7 +2,7 @@
 
 llama.cpp has its own weights' arithmetic, so its quantised caches are compared with its own f16 cache; transformers'
 QuantizedCache with the same exact model as kv4. Both are fed generation's way: llama.cpp writes a batch into its cache
-before attending to it, QuantizedCache gets calls of 64 tokens.
+before attending to it, QuantizedCache gets calls of a page.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import QuantizedCache
 
 from kv4.bench.generate import OWN, attention
+from kv4.bench.llama import BATCH, load, require
+from kv4.evaluate.quality import by_calls
 from kv4.evaluate.scores import Head, TokenScores, score_many
 from kv4.evaluate.state import State, digest
 
 Tensor = torch.Tensor
 LLAMA_TYPES = ("q8_0", "q4_0")
-HF_BACKENDS = ("quanto", "hqq")
-_BATCH = 512
 
 
 def llama_key(gguf: Path, ids: Tensor, kind: str) -> str:
@@ -38,22 +39,16 @@ def measure_llama(
 ) -> dict[str, list[TokenScores]]:
     """llama.cpp's caches of `types` (both keys and values) against its f16 cache on windows of ids [1, T], the second
     halves scored. The ids are those of the HuggingFace tokenizer. Errors: ValueError without llama-cpp-python."""
-    from kv4.bench.llama import require
-
-    llama_cpp = require()
+    require()
     tick = progress or (lambda _: None)
 
     def logits(ids: Tensor, kind: str) -> Tensor:
-        code = getattr(llama_cpp, f"GGML_TYPE_{kind.upper()}")
-        model = llama_cpp.Llama(
-            model_path=str(gguf), n_ctx=ids.shape[1], n_batch=_BATCH, n_threads=threads, n_threads_batch=threads,
-            type_k=code, type_v=code, flash_attn=True, logits_all=True, verbose=False,
-        )  # fmt: skip
+        model = load(gguf, kind, ids.shape[1], threads, logits_all=True)
         try:
             tokens = ids[0].tolist()
-            for lo in range(0, len(tokens), _BATCH):
-                model.eval(tokens[lo : lo + _BATCH])
-                tick(len(tokens[lo : lo + _BATCH]))
+            for lo in range(0, len(tokens), BATCH):
+                model.eval(tokens[lo : lo + BATCH])
+                tick(len(tokens[lo : lo + BATCH]))
             return torch.from_numpy(model.scores[len(tokens) // 2 : len(tokens) - 1].copy())
         finally:
             model.close()
@@ -91,8 +86,7 @@ def measure_hf(
     """transformers' QuantizedCache with its defaults (groups of 64, newest 128 exact) and `nbits`. exact(ids): the
     exact decoder's outputs at positions T / 2 ... T - 2. Errors: ValueError with the library's reason where it cannot
     serve the model or is not installed."""
-    from transformers import QuantizedCache
-
+    tick = progress or (lambda _: None)
     found = []
     for index, ids in enumerate(windows):
         key = State.key(kind="hf", backend=backend, nbits=nbits, model=identity.get("digest"), window=digest(ids))
@@ -102,18 +96,11 @@ def measure_hf(
             except ImportError as error:
                 raise ValueError(f"backend: expected {backend} to be installed; got {error}") from None
             first = ids.shape[1] // 2
-            parts = []
             with attention(model, OWN):
-                for begin in range(0, ids.shape[1], 64):
-                    block = ids[:, begin : begin + 64]
-                    out = model.get_decoder()(input_ids=block, past_key_values=cache, use_cache=True)
-                    if begin + block.shape[1] > first:
-                        parts.append(out.last_hidden_state[0, max(first - begin, 0) :])
-                    if progress:
-                        progress(block.shape[1])
-            kept = score_many(Head(model), exact(ids), [torch.cat(parts)[:-1]], ids[0, first + 1 :])[0]
+                hidden = by_calls(model, ids, cache, first, tick)
+            kept = score_many(Head(model), exact(ids), [hidden], ids[0, first + 1 :])[0]
             state.put(key, kept, name=f"QuantizedCache {backend}", window=index, length=ids.shape[1])
-        elif progress:
-            progress(ids.shape[1])
+        else:
+            tick(ids.shape[1])
         found.append(kept)
     return found

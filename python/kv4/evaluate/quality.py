@@ -15,17 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from kv4._core import PAGE_TOKENS
 from kv4.bench.generate import KV4, OWN, attention
+from kv4.bench.memory import cache_bytes, fp16_bytes
 from kv4.evaluate.calibration import Calibration
 from kv4.evaluate.laboratory import laboratory
 from kv4.evaluate.scores import Head, Summary, TokenScores, score_many, summarise
 from kv4.evaluate.state import State, digest
 from kv4.evaluate.variant import Variant
 from kv4.evaluate.windows import cut
+from kv4.hf import KV4Cache
 from kv4.recipe import Recipe
 
-CALL = 64  # kPageTokens: the longest call that equals one-by-one decoding
+CALL = PAGE_TOKENS  # the longest call that equals one-by-one decoding
 _AT_ONCE = 6  # candidates scored against one computation of the exact distributions
 
 
@@ -146,8 +150,6 @@ def measure_all(
 
 
 def quality_of(scores: Sequence[TokenScores], config: Any, length: int, cache_bytes: int = 0) -> Quality:
-    from kv4.bench.memory import fp16_bytes
-
     return Quality(
         **asdict(summarise(scores)),
         length=length,
@@ -169,8 +171,6 @@ def exact_outputs(
     model: Any, ids: torch.Tensor, scratch: Path | None, identity: Mapping[str, Any] | None
 ) -> torch.Tensor:
     """The exact model's outputs at positions T / 2 ... T - 2, kept in `scratch` where there is one."""
-    from safetensors.torch import load_file, save_file
-
     file = None
     if scratch is not None and identity is not None:
         where = [] if model.device.type == "cpu" else [model.device.type]
@@ -198,17 +198,23 @@ def decoder_outputs(model: Any, ids: torch.Tensor, candidate: Candidate | None, 
     if not isinstance(candidate.recipe, Recipe):
         with laboratory(model, candidate.recipe, candidate.calibration):
             return decoder(input_ids=ids, use_cache=False).last_hidden_state[0, first:-1], 0
-    from kv4.bench.memory import cache_bytes
-    from kv4.hf import KV4Cache
-
     given = {} if candidate.calibration is None else candidate.calibration.arguments()
     given.pop("recipe", None)
     cache = KV4Cache(model.config, candidate.recipe, **given)
-    parts = []
     with attention(model, KV4, None if given else candidate.recipe):
-        for begin in range(0, ids.shape[1], CALL):
-            block = ids[:, begin : begin + CALL]
-            hidden = decoder(input_ids=block, past_key_values=cache, use_cache=True).last_hidden_state
-            if begin + block.shape[1] > first:
-                parts.append(hidden[0, max(first - begin, 0) :])
-    return torch.cat(parts)[:-1], cache_bytes(cache)
+        return by_calls(model, ids, cache, first), cache_bytes(cache)
+
+
+def by_calls(
+    model: Any, ids: torch.Tensor, cache: Any, first: int, progress: Callable[[int], None] = lambda tokens: None
+) -> torch.Tensor:
+    """The decoder's outputs at positions `first` ... T - 2 of ids [1, T], which go into the cache by calls of CALL
+    tokens: [positions, hidden]."""
+    parts = []
+    for begin in range(0, ids.shape[1], CALL):
+        block = ids[:, begin : begin + CALL]
+        hidden = model.get_decoder()(input_ids=block, past_key_values=cache, use_cache=True).last_hidden_state
+        if begin + block.shape[1] > first:
+            parts.append(hidden[0, max(first - begin, 0) :])
+        progress(block.shape[1])
+    return torch.cat(parts)[:-1]

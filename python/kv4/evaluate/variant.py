@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kv4._core import PAGE_TOKENS
 from kv4.evaluate import levels as level_tables
 from kv4.evaluate import rotations
 from kv4.recipe import Recipe, Side
@@ -77,7 +78,7 @@ class Variant:
     key: SideVariant = field(default_factory=lambda: SideVariant(mean="page", lambda_="auto"))
     value: SideVariant = SideVariant()
     seal: Literal["page", "arrival", "after", "never"] = "page"
-    page: int = 64
+    page: int = PAGE_TOKENS
     sinks: int = 4
     window: int = 64
     chosen: Literal["first", "mass"] = "first"
@@ -124,7 +125,7 @@ def from_recipe(recipe: Recipe) -> Variant:
         fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
         return SideVariant(**{**fields, "mean": "page" if given.mean else "none"})
 
-    return Variant(side(recipe.key), side(recipe.value), recipe.seal, 64, recipe.sinks, recipe.window)
+    return Variant(side(recipe.key), side(recipe.value), recipe.seal, PAGE_TOKENS, recipe.sinks, recipe.window)
 
 
 def q8_0() -> Variant:

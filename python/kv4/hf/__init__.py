@@ -13,10 +13,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attach import attach, detach, why_not
 from .attention import kv4_attention
-from .cache import KV4Cache, KV4Layer
+from .cache import KV4Cache
 from .calls import new_cache
 from .graph import DecodeGraph
 from .handle import KVHandle
+from .layer import KV4Layer
 from .mask import kv4_mask
 
 AttentionInterface.register("kv4", kv4_attention)

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
-from .cache import DTYPES, PACKED_LAYER_TYPES, KV4Cache, KV4Layer
+from .cache import KV4Cache
 from .calls import Settings, let_go, settings_of, take_over
-from .device import new_core, usable_devices, why_no_device
-from .layers import layer_kinds
+from .device import DTYPES, new_core, usable_devices, why_no_device
+from .kinds import PACKED_LAYER_TYPES, layer_kinds
+from .layer import KV4Layer
 
 
 def attach(

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from . import ops
+from kv4.messages import mismatch
+
 from .device import on_stream, readable
 from .gradient import without_gradient
 from .handle import Held, KVHandle
 from .mask import CAUSAL, Pattern, expand, limits_of, on_host
-from .ops import CompiledHandle
+from .ops import TAGS, CompiledHandle, take_appended
 from .prefill import prefill, supports_prefill
 
 _HANDLES = (KVHandle, CompiledHandle)
@@ -61,27 +62,19 @@ def kv4_attention(
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if type(key) is CompiledHandle and type(value) is CompiledHandle:
             if torch.compiler.is_dynamo_compiling():
-                out = _attend_in_graph(query, key, attention_mask, scaling, softcap, s_aux, causal)
+                layer, mask = key.layer, attention_mask
+                if mask is CAUSAL:
+                    mask, causal = None, True
+                dim = layer.form.head_dim_v
+                out = attend(layer.state, query, layer.number, dim, mask, scaling, softcap, s_aux, causal)
                 return out.to(_output_dtype(query)), None
             key, value = key.now(), value.now()
         compiling = torch.compiler.is_dynamo_compiling()
-        attend = _attend_uncompiled if compiling else attend_packed
+        packed = _attend_uncompiled if compiling else attend_packed
         dtype = _output_dtype(query) if compiling or _autocasts() else query.dtype
-        out = attend(query, key, value, attention_mask, scaling, softcap, s_aux, causal, dtype)
+        out = packed(query, key, value, attention_mask, scaling, softcap, s_aux, causal, dtype)
         return without_gradient(out, query), None
-    return _attend_dense(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling,
-        softcap,
-        s_aux,
-        is_causal,
-        dropout,
-        kwargs,
-    )
+    return _attend_dense(module, query, key, value, attention_mask, scaling, softcap, s_aux, is_causal, dropout, kwargs)
 
 
 def _output_dtype(query: torch.Tensor) -> torch.dtype:
@@ -107,9 +100,9 @@ def attend_packed(
     held = key.held
     form = held.form
     if value.held is not held:
-        raise ValueError("value: expected the handle of the same layer and update as key's; got another's")
+        raise ValueError(mismatch("value", "the handle of the same layer and update as key's", "another's"))
     if query.dim() != 4:
-        raise ValueError(f"query: expected [batch, q_heads, tokens, head_dim]; got {list(query.shape)}")
+        raise ValueError(mismatch("query", "[batch, q_heads, tokens, head_dim]", query))
     if form.on_device and query.dtype is torch.float32:
         query = query.to(dtype)  # autocast's
     batch, heads, tokens, _ = query.shape
@@ -117,7 +110,7 @@ def attend_packed(
     if not tokens:
         return out
     if form.on_device:
-        on_stream(held)
+        on_stream(held.core, form.device)
     scale = scaling or 0.0
     if mask is None and tokens == 1 and softcap is None and s_aux is None:
         held.core.attend(readable(query), out.transpose(1, 2), scale=scale)  # the common step of decoding
@@ -161,9 +154,8 @@ def _offset(mask: torch.Tensor, held: Held) -> int:
     """Position of a mask's first column: its last one is the newest token."""
     offset = held.length - mask.shape[-1]
     if offset < 0:
-        raise ValueError(
-            f"attention_mask: expected at most {held.length} columns, the tokens in the cache; got {mask.shape[-1]}"
-        )
+        expected = f"at most {held.length} columns, the tokens in the cache"
+        raise ValueError(mismatch("attention_mask", expected, mask.shape[-1]))
     return offset
 
 
@@ -190,19 +182,28 @@ def _limits(
     return causal, first, start, _all(batch, 0) if window is None else window
 
 
-def _attend_in_graph(
+@torch.library.custom_op("kv4::attend", mutates_args=(), tags=TAGS)
+def attend(
+    state: torch.Tensor,
     query: torch.Tensor,
-    key: CompiledHandle,
+    layer: int,
+    head_dim_v: int,
     mask: torch.Tensor | None,
     scaling: float | None,
     softcap: float | None,
     s_aux: torch.Tensor | None,
     causal: bool,
 ) -> torch.Tensor:
-    layer = key.layer
-    if mask is CAUSAL:
-        mask, causal = None, True
-    return ops.attend(layer.state, query, layer.number, layer.form.head_dim_v, mask, scaling, softcap, s_aux, causal)
+    """The kv4 attention of query [batch, q_heads, T, head_dim] over what the layer holds since its last kv4::append:
+    [batch, T, q_heads, head_dim_v], contiguous, in the query's dtype."""
+    key, value = take_appended(layer)
+    return attend_packed(query, key, value, mask, scaling, softcap, s_aux, causal, query.dtype)
+
+
+@attend.register_fake
+def _(state, query, layer, head_dim_v, mask, scaling, softcap, s_aux, causal):  # type: ignore[no-untyped-def]
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty((batch, tokens, heads, head_dim_v))
 
 
 @torch.compiler.disable
@@ -257,7 +258,7 @@ def _attend_dense(
     if softcap or s_aux is not None or grouped:
         if mask is None and is_causal and q_length > 1:
             mask = expand(None, None, q_length, kv_length, query.device)
-        return _eager(module, query, key, value, mask, scaling, softcap, s_aux, dropout), None
+        return eager(module, query, key, value, mask, scaling, softcap, s_aux, dropout), None
     output, _ = sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
@@ -267,7 +268,7 @@ def _attend_dense(
     return output, None
 
 
-def _eager(
+def eager(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

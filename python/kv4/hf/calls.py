@@ -15,7 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kv4.recipe import Recipe
 
-from .cache import KV4Cache, KV4Layer
+from .cache import KV4Cache
+from .layer import KV4Layer
 
 _SETTINGS = "_kv4_settings"
 

@@ -1,19 +1,17 @@
-"""Where a layer's core lives, and the stream its calls are queued on."""
+"""The devices and dtypes that kv4 has kernels for, the core behind a layer, and the stream its calls are queued on."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from kv4 import _core
 from kv4.messages import mismatch
+from kv4.metal import mps
 from kv4.recipe import Recipe
 
-if TYPE_CHECKING:
-    from .cache import KV4Layer
-    from .handle import Held
-
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # One integer from torch's C side, without the Stream object that torch.cuda.current_stream builds.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -25,10 +23,16 @@ def current_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def on_stream(layer: KV4Layer | Held) -> None:
-    """Lets the next calls of the layer's core follow what torch has queued. Nothing on the CPU."""
-    if layer.on_device:
-        layer.core.set_stream(current_stream(layer.device))
+def on_stream(core: Any, device: torch.device) -> None:
+    """Lets the next calls of a core on `device` follow what torch has queued there. Nothing where it is the CPU."""
+    if device.type == "cuda":
+        core.set_stream(current_stream(device))
+
+
+def check_dtype(name: str, x: torch.Tensor) -> None:
+    """Errors: ValueError where kv4 has no kernels for the tensor's dtype."""
+    if x.dtype not in DTYPES:
+        raise ValueError(mismatch(name, "float32, float16 or bfloat16", x.dtype))
 
 
 def check_device(name: str, device: torch.device) -> None:
@@ -55,9 +59,7 @@ def why_no_device(device: torch.device) -> str | None:
     if device.type == "cpu":
         return None
     if device.type == "mps":
-        from kv4.metal.mps import why_not
-
-        reason = why_not()
+        reason = mps.why_not()
     elif device.type == "cuda":
         reason = _core.why_not("cuda")
     else:
@@ -84,8 +86,6 @@ def new_core(device: torch.device, recipe: Recipe, **arguments: Any) -> Any:
     """The cache behind a layer: the C++ core, or on Apple GPUs its counterpart kv4.metal.mps.MetalCache. Errors:
     RuntimeError, ValueError or NotImplementedError with the reason where device, recipe or head dims are not served."""
     if device.type == "mps":
-        from kv4.metal.mps import MetalCache, mps_host
-
-        return MetalCache(mps_host(arguments["head_dim_k"]), recipe, **arguments)
+        return mps.MetalCache(mps.mps_host(arguments["head_dim_k"]), recipe, **arguments)
     backend = "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
     return _core.Cache(recipe, backend=backend, **arguments)

@@ -8,8 +8,9 @@ import torch
 
 from kv4.messages import mismatch
 
-from .cache import KV4Cache, KV4Layer
+from .cache import KV4Cache
 from .device import place
+from .layer import KV4Layer
 from .mask import leading_padding, row_mask
 
 
@@ -61,7 +62,7 @@ class DecodeGraph:
         """tokens int64 [batch, 1] -> logits [batch, 1, vocabulary], overwritten by the next step."""
         layers = self.cache.packed_layers()
         if tokens.dim() != 2 or tuple(tokens.shape) != (layers[0].batch, 1):
-            raise ValueError(mismatch("tokens", f"shape [{layers[0].batch}, 1]", list(tokens.shape)))
+            raise ValueError(mismatch("tokens", f"shape [{layers[0].batch}, 1]", tokens))
         if self._graph is None or self._left == 0 or self._versions != [layer.version for layer in layers]:
             self._graph = None
             # A capture takes over the rows' starts from the step before it.
@@ -116,7 +117,7 @@ def _starts(
         return None, None
     batch, tokens = cache.packed_layers()[0].batch, cache.get_seq_length()
     if tuple(attention_mask.shape) != (batch, tokens):
-        raise ValueError(mismatch("attention_mask", f"shape [{batch}, {tokens}]", list(attention_mask.shape)))
+        raise ValueError(mismatch("attention_mask", f"shape [{batch}, {tokens}]", attention_mask))
     start = leading_padding(attention_mask, tokens, 0)
     if start is None:
         raise ValueError(mismatch("attention_mask", "padding on the left alone", "a hidden token behind a visible one"))

@@ -65,14 +65,10 @@ class Held:
         self.length = length  # tokens of each sequence
         self.columns = columns  # the newest of them, which the update's handles have
 
-    # As on_stream wants them.
-    @property
-    def on_device(self) -> bool:
-        return self.form.on_device
-
-    @property
-    def device(self) -> torch.device:
-        return self.form.device
+    def shape(self, which: str, count: int) -> torch.Size:
+        """Of `count` positions of the "key" or "value" side."""
+        form = self.form
+        return torch.Size((self.batch, form.kv_heads, count, form.head_dim_k if which == "key" else form.head_dim_v))
 
     def dense(self, which: str, first: int, count: int) -> torch.Tensor:
         """Positions [first, first + count) of the "key" or "value" side, dequantised: [batch, kv_heads, count, dim].
@@ -80,10 +76,9 @@ class Held:
         if torch.compiler.is_dynamo_compiling():
             return _dense_uncompiled(self, which, first, count)
         form = self.form
-        dim = form.head_dim_k if which == "key" else form.head_dim_v
-        out = torch.empty((self.batch, form.kv_heads, count, dim), dtype=form.dtype, device=form.device)
+        out = torch.empty(self.shape(which, count), dtype=form.dtype, device=form.device)
         if count:
-            on_stream(self)
+            on_stream(self.core, form.device)
             (self.core.dense_keys if which == "key" else self.core.dense_values)(first, count, out)
         return out
 
@@ -129,9 +124,7 @@ class KVHandle:
 
     @property
     def shape(self) -> torch.Size:
-        held = self.held
-        dim = held.form.head_dim_k if self.which == "key" else held.form.head_dim_v
-        return torch.Size((held.batch, held.form.kv_heads, held.columns, dim))
+        return self.held.shape(self.which, self.held.columns)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -23,6 +23,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from kv4.messages import mismatch
+
 _AND_MASK_CODE = sliding_window_causal_mask_function(1).__code__
 # Of compiled graphs: causal, and nothing else hides a column.
 CAUSAL = torch.zeros((1, 1, 1, 2), dtype=torch.int32)
@@ -192,7 +194,7 @@ def limits_of(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | N
 
 def _row_limits(mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
     if mask.dim() != 4 or tuple(mask.shape[1:]) != (1, 1, 2):
-        raise ValueError(f"attention_mask: expected int32 [batch, 1, 1, 2] (start, window); got {list(mask.shape)}")
+        raise ValueError(mismatch("attention_mask", "int32 [batch, 1, 1, 2] (start, window)", mask))
     columns = mask.detach().cpu().reshape(-1, 2).unbind(1)
     start, window = (x.contiguous() if bool(x.any()) else None for x in columns)
     shared = int(window[0]) if window is not None and bool((window == window[0]).all()) else 0

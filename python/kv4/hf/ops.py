@@ -1,39 +1,49 @@
 """The cache as torch operators, so that torch.compile keeps one graph from layer to layer.
 
-kv4::append and kv4::attend name a layer by a number; what they do with it is what KV4Layer.update and the kv4 attention
-do in eager mode, at the time the graph runs. Lengths, page tables and versions therefore never enter a graph, and it
-serves a cache that grows. `state` is an empty tensor that stands for the layer's contents: append changes it and
-attend reads it, which gives the compiler their order. Host code runs in both, so they are marked as unfit to be
-replayed inside a CUDA graph, and torch.compile(mode="reduce-overhead") captures what lies between them.
+kv4::append and kv4::attend (attention.py) name a layer by a number; what they do with it is what KV4Layer.update and
+the kv4 attention do in eager mode, at the time the graph runs. Lengths, page tables and versions therefore never enter
+a graph, and it serves a cache that grows. `state` is an empty tensor that stands for the layer's contents: append
+changes it and attend reads it, which gives the compiler their order. Host code runs in both, so they are marked as
+unfit to be replayed inside a CUDA graph, and torch.compile(mode="reduce-overhead") captures what lies between them.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 
-from .handle import Held, KVHandle
+from .handle import Form, Held, KVHandle
 
-if TYPE_CHECKING:
-    from .cache import KV4Layer
 
-_layers: weakref.WeakValueDictionary[int, KV4Layer] = weakref.WeakValueDictionary()
+class Layer(Protocol):
+    """What the operators ask of a cache layer (KV4Layer)."""
+
+    number: int
+    state: torch.Tensor
+    form: Form
+    version: int
+    appended: tuple[KVHandle, KVHandle] | None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> Any: ...
+
+
+_layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 _unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
-_TAGS = () if _unsafe is None else (_unsafe,)
+TAGS = () if _unsafe is None else (_unsafe,)
 
 
-def enter(layer: KV4Layer) -> int:
+def enter(layer: Layer) -> int:
     """The number under which the operators know `layer`, for as long as it lives."""
     number = next(_numbers)
     _layers[number] = layer
     return number
 
 
-def _layer(number: int) -> KV4Layer:
+def _layer(number: int) -> Layer:
     layer = _layers.get(number)
     if layer is None:
         raise RuntimeError(f"layer: expected the number of a live KV4Layer; got {number}")
@@ -46,7 +56,7 @@ class CompiledHandle(KVHandle):
 
     __slots__ = ("layer", "ticket")
 
-    def __init__(self, layer: KV4Layer, which: str, ticket: torch.Tensor) -> None:
+    def __init__(self, layer: Layer, which: str, ticket: torch.Tensor) -> None:
         self.layer = layer
         self.which = which
         self.ticket = ticket
@@ -76,7 +86,7 @@ def _now(handle: CompiledHandle) -> KVHandle:
     return handle.now()
 
 
-@torch.library.custom_op("kv4::append", mutates_args=("state",), tags=_TAGS)
+@torch.library.custom_op("kv4::append", mutates_args=("state",), tags=TAGS)
 def append(state: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
     """KV4Layer.update of keys [batch, kv_heads, T, head_dim] and values alike. Returns the new version, int64 []."""
     found = _layer(layer)
@@ -89,32 +99,12 @@ def _(state: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -
     return torch.empty((), dtype=torch.int64)
 
 
-@torch.library.custom_op("kv4::attend", mutates_args=(), tags=_TAGS)
-def attend(
-    state: torch.Tensor,
-    query: torch.Tensor,
-    layer: int,
-    head_dim_v: int,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-    causal: bool,
-) -> torch.Tensor:
-    """The kv4 attention of query [batch, q_heads, T, head_dim] over what the layer holds since its last append:
-    [batch, T, q_heads, head_dim_v], contiguous, in the query's dtype."""
-    from .attention import attend_packed
-
-    found = _layer(layer)
-    if found.appended is None:
+def take_appended(number: int) -> tuple[KVHandle, KVHandle]:
+    """The handles of the newest kv4::append of a layer. A long call's keys and values, which they hold, are not kept
+    beyond its attention."""
+    layer = _layer(number)
+    if layer.appended is None:
         raise RuntimeError("layer: expected kv4::append before kv4::attend; got a layer that has changed since")
-    key, value = found.appended
-    # A long call's keys and values are not kept beyond its attention.
-    found.appended = KVHandle(key.held, "key", None), KVHandle(value.held, "value", None)
-    return attend_packed(query, key, value, mask, scaling, softcap, s_aux, causal, query.dtype)
-
-
-@attend.register_fake
-def _(state, query, layer, head_dim_v, mask, scaling, softcap, s_aux, causal):  # type: ignore[no-untyped-def]
-    batch, heads, tokens, _ = query.shape
-    return query.new_empty((batch, tokens, heads, head_dim_v))
+    key, value = layer.appended
+    layer.appended = KVHandle(key.held, "key", None), KVHandle(value.held, "value", None)
+    return key, value

@@ -7,19 +7,15 @@ from typing import Any
 
 from kv4.shared import total_bytes
 
-from .layers import tensor_bytes
+from .layer import KV4Layer
+from .states import own_part, tensor_bytes
 
 
 def nbytes(layers: Iterable[Any]) -> int:
     """See KV4Cache.nbytes."""
-    cores = [layer.core for layer in layers if getattr(layer, "core", None) is not None]
-    return total_bytes(cores) + sum(_own_bytes(layer) for layer in layers)
-
-
-def _own_bytes(layer: Any) -> int:
-    """Of a layer of transformers' own, or of the half of a packed one."""
-    own = layer if not hasattr(layer, "core") else getattr(layer, "states", None)
-    return 0 if own is None else tensor_bytes(vars(own), set())
+    cores = [layer.core for layer in layers if isinstance(layer, KV4Layer) and layer.core is not None]
+    own = [part for layer in layers if (part := own_part(layer)) is not None]
+    return total_bytes(cores) + sum(tensor_bytes(vars(part), set()) for part in own)
 
 
 def describe(layers: Iterable[Any]) -> list[dict[str, Any]]:
@@ -28,8 +24,8 @@ def describe(layers: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _described(layer: Any) -> dict[str, Any]:
-    if not hasattr(layer, "core"):
-        return {"type": type(layer).__name__, "nbytes": _own_bytes(layer)}
+    if not isinstance(layer, KV4Layer):
+        return {"type": type(layer).__name__, "nbytes": tensor_bytes(vars(layer), set())}
     row = {"type": layer.layer_type, "nbytes": layer.nbytes(), "tokens": layer.seen}
     row["sliding_window"] = layer.sliding_window
     if layer.core is not None:

@@ -6,30 +6,29 @@ What a core saves has its own checksums (docs/format.md).
 
 from __future__ import annotations
 
-import io
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from kv4.messages import mismatch
+from kv4.recipe import Recipe
 
-from .device import existing_device, new_core, on_stream, place
+from .device import DTYPES, existing_device, on_stream
 from .files import Source, described, first_difference, restored, write_tensor, writing
-from .layers import DTYPES
-
-if TYPE_CHECKING:
-    from .cache import KV4Cache, KV4Layer
+from .layer import KV4Layer
+from .states import own_part
 
 
-def save(cache: KV4Cache, path: str | os.PathLike[str], seal: bool) -> None:
+def save(layers: Sequence[Any], recipe: Recipe, path: str | os.PathLike[str], seal: bool) -> None:
     """See KV4Cache.save."""
-    told = [_entry(layer, f"layers[{index}]") for index, layer in enumerate(cache.layers)]
-    header = {"recipe": cache.recipe.to_dict(), "layers": [entry for entry, _ in told]}
+    told = [_entry(layer, f"layers[{index}]") for index, layer in enumerate(layers)]
+    header = {"recipe": recipe.to_dict(), "layers": [entry for entry, _ in told]}
     with writing(path, header) as write:
-        for layer, (entry, tensors) in zip(cache.layers, told, strict=True):
+        for layer, (entry, tensors) in zip(layers, told, strict=True):
             if "dtype" in entry:
-                on_stream(layer)
+                on_stream(layer.core, layer.device)
                 core = layer.core
                 if seal:
                     core = core.clone()  # the layer itself goes on as it is
@@ -43,38 +42,26 @@ def _entry(layer: Any, where: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """What the header says of a layer, and the tensors that stand behind its core, if it has one."""
     entry: dict[str, Any] = {"type": type(layer).__name__}
     tensors: list[torch.Tensor] = []
-    other = layer
-    if _is_packed(layer):
+    if isinstance(layer, KV4Layer):
         entry = {"type": layer.layer_type, "sliding_window": layer.sliding_window, "record_past": layer.record_past}
         if layer.is_initialized:
-            _check_saves(layer, where)
+            layer.check_saves(where)
             entry["dtype"] = DTYPES[layer.dtype]
             entry["dims"] = [layer.kv_heads, layer.head_dim_k, layer.head_dim_v]
-        other = getattr(layer, "states", None)
-    if other is not None and (
-        told := {name: described(value, f"{where}.{name}", tensors) for name, value in vars(other).items()}
-    ):
+    own = vars(part) if (part := own_part(layer)) is not None else {}
+    if told := {name: described(value, f"{where}.{name}", tensors) for name, value in own.items()}:
         entry["own"] = told
     return entry, tensors
 
 
-def _is_packed(layer: Any) -> bool:
-    return hasattr(layer, "core")
-
-
-def _check_saves(layer: KV4Layer, where: str) -> None:
-    if not hasattr(layer.core, "save"):
-        raise NotImplementedError(mismatch(where, "a layer on the CPU or a CUDA device", place(layer.device)))
-
-
-def fill(cache: KV4Cache, entries: list[dict[str, Any]], source: Source, device: Any) -> None:
-    """The layers of an empty cache from a header's entries and what follows it. device: see KV4Cache.load."""
-    if len(entries) != len(cache.layers):
-        raise ValueError(mismatch("config", f"{len(entries)} layers, as the file has", len(cache.layers)))
+def fill(layers: Sequence[Any], entries: list[dict[str, Any]], source: Source, device: Any) -> None:
+    """Fills the layers of an empty cache from a header's entries and what follows it. device: see KV4Cache.load."""
+    if len(entries) != len(layers):
+        raise ValueError(mismatch("config", f"{len(entries)} layers, as the file has", len(layers)))
     devices = list(device) if isinstance(device, (list, tuple)) else [device] * len(entries)
     if len(devices) != len(entries):
         raise ValueError(mismatch("device", f"one device, or {len(entries)} of them", len(devices)))
-    for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
+    for index, (layer, entry) in enumerate(zip(layers, entries, strict=True)):
         where = f"layers[{index}]"
         mine, _ = _entry(layer, where)
         mine.pop("record_past", None)
@@ -85,9 +72,7 @@ def fill(cache: KV4Cache, entries: list[dict[str, Any]], source: Source, device:
         if "dtype" in entry:
             _fill_core(layer, where, entry, source, place_of)
         if "own" in entry:
-            _fill_own(
-                getattr(layer, "states", None) if _is_packed(layer) else layer, where, entry["own"], source, place_of
-            )
+            _fill_own(own_part(layer), where, entry["own"], source, place_of)
 
 
 def _fill_core(layer: KV4Layer, where: str, entry: dict[str, Any], source: Source, device: torch.device) -> None:
@@ -97,23 +82,8 @@ def _fill_core(layer: KV4Layer, where: str, entry: dict[str, Any], source: Sourc
         raise ValueError(mismatch(where, "a dtype, three dims and whether the past is recorded", entry))
     if not all(type(n) is int and 0 < n < 1 << 31 for n in dims):
         raise ValueError(mismatch(f"{where}.dims", "kv_heads and two head dims", dims))
-    _load(layer, device, dtype, tuple(dims), source)
     layer.record_past = record_past
-
-
-def _load(
-    layer: KV4Layer, device: torch.device, dtype: torch.dtype, dims: tuple[int, int, int], source: Source
-) -> None:
-    sizes = dict(zip(("kv_heads", "head_dim_k", "head_dim_v"), dims, strict=True))
-    window = layer.sliding_window
-    core = new_core(device, layer.recipe, dtype=DTYPES[dtype], sliding_window=window, **sizes, **layer.constants)
-    if not hasattr(core, "load"):
-        raise NotImplementedError(mismatch("device", "the CPU or a CUDA device", place(device)))
-    layer.adopt(core, device, dtype, dims)
-    on_stream(layer)
-    core.load(source.readinto)
-    layer.seen, layer.batch = core.length, core.batch
-    layer.version += 1
+    layer.load(device, dtype, tuple(dims), source)
 
 
 # What a config says of a layer of transformers' own.
@@ -132,34 +102,3 @@ def _fill_own(layer: Any, where: str, told: Any, source: Source, device: torch.d
         if name not in fresh and (not name.isidentifier() or hasattr(type(layer), name)):
             raise ValueError(mismatch(f"{where}.own", f"attributes of a {type(layer).__name__}", name))
         setattr(layer, name, restored(value, f"{where}.{name}", source, device))
-
-
-# Of a KV4Layer, what belongs to the process.
-_OF_PROCESS = ("core", "number", "state", "appended", "_newest")
-
-
-def state_of(layer: KV4Layer) -> dict[str, Any]:
-    """What a pickle of the layer holds: its attributes, and the core by what it saves. Errors: NotImplementedError for
-    a layer on an Apple GPU."""
-    state = {name: value for name, value in vars(layer).items() if name not in _OF_PROCESS}
-    if layer.core is not None:
-        _check_saves(layer, "layer")
-        on_stream(layer)
-        data = io.BytesIO()
-        layer.core.save(data.write)
-        state["saved"] = data.getvalue()
-    return state
-
-
-def restore(layer: KV4Layer, state: dict[str, Any]) -> None:
-    """A layer that is not yet made, from what state_of gave in this process or another. Errors: ValueError where its
-    device is not here."""
-    state = dict(state)
-    data = state.pop("saved", None)
-    layer._forget()
-    vars(layer).update(state)
-    if data is None:
-        return
-    dims = (layer.kv_heads, layer.head_dim_k, layer.head_dim_v)
-    _load(layer, existing_device("layer", layer.device), layer.dtype, dims, Source(io.BytesIO(data), "a pickle"))
-    layer.core.record_past(layer.record_past)

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from kv4 import _core
+from kv4._core import PAGE_TOKENS as PAGE
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
 from .host import DTYPES, Host, shared_constants
 from .launch import attend
 from .sealing import Sealing
-from .sequence import PAGE, Energies, Page, Pages, Sequence
+from .sequence import Energies, Page, Pages, Sequence
 from .visibility import Visibility
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .host import ATTEND_THREADS, ROW_THREADS
-from .sequence import PAGE
+from kv4._core import PAGE_TOKENS as PAGE
 
-if TYPE_CHECKING:
-    from .cache import Cache
-    from .sealing import Sealing
-    from .sequence import Sequence
+from .host import ATTEND_THREADS, ROW_THREADS
+from .sequence import Holding, Sequence
 
 
 def attend(
-    cache: Cache,
+    cache: Holding,
     sequences: list[Sequence],
     q: Any,
     views: list[tuple],
@@ -116,7 +113,7 @@ def attend(
     return done
 
 
-def _jobs(cache: Sealing, slices: list[tuple[int, int]], row: int, head: int, masked: bool, given: Any) -> np.ndarray:
+def _jobs(cache: Holding, slices: list[tuple[int, int]], row: int, head: int, masked: bool, given: Any) -> np.ndarray:
     """int64 [len(slices), 6] (kv4_job) of whole pages. slices: (byte in the pages, head) of each, page by page; their
     rows begin at element row + h * head + p * 64 * d. masked: rows have flags; given: their lambda, or None."""
     heads = cache.heads
@@ -140,7 +137,7 @@ def _slices(pages: list[int], heads: int, page_bytes: int, head_bytes: int) -> l
     return [(page * page_bytes + h * head_bytes, h) for page in pages for h in range(heads)]
 
 
-def seal(cache: Sealing, b: int, lambda_k: Any, first: int, skip: bytes, pages: list[int]) -> None:
+def seal(cache: Holding, b: int, lambda_k: Any, first: int, skip: bytes, pages: list[int]) -> None:
     """Seals window rows [first, first + 64 * len(pages)) of sequence b. skip: a byte per row, nonzero = masked."""
     host, constants, heads = cache.host, cache.constants, cache.heads
     head = cache.rows[0].shape[2] * cache.dim
@@ -170,7 +167,7 @@ def seal(cache: Sealing, b: int, lambda_k: Any, first: int, skip: bytes, pages: 
         cache.pool.slab = host.put(cache.pool.slab, pages, whole)
 
 
-def dequantise(cache: Sealing, given: Any, pages: list[int], values: bool) -> Any:
+def dequantise(cache: Holding, given: Any, pages: list[int], values: bool) -> Any:
     """float32 [kv_heads, 64 * len(pages), d] of one side of whole pages, in the model's own basis. given: their
     lambda, or None."""
     host, constants = cache.host, cache.constants

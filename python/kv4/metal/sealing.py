@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kv4 import _core
+from kv4._core import PAGE_TOKENS as PAGE
 
 from .launch import dequantise, seal
-from .sequence import PAGE, Energies, Page, Sequence
-
-if TYPE_CHECKING:
-    from kv4.recipe import Recipe
-
-    from .host import Constants, Host
-    from .sequence import Pages
+from .sequence import Energies, Holding, Page, Sequence
 
 
-class Sealing:
+class Sealing(Holding):
     """The part of a Cache that moves tokens from the window into pages and out of sight. Rows of sequence b lie in
     rows[0][b] and rows[1][b], keys and values [kv_heads, sinks + room, head_dim]: the sinks, then the window."""
-
-    host: Host
-    recipe: Recipe
-    constants: Constants
-    sequences: list[Sequence]
-    pool: Pages
-    rows: list[Any]
-    dtype: str
-    heads: int
-    dim: int
-    window: int
-    sink_limit: int
-    given_k: Any
-    given_v: Any
-
-    def lambda_k(self, s: Sequence) -> Any:
-        return self.given_k if self.recipe.key.lambda_ == "given" else s.lambda_
 
     def carry_out(self, sequences: list[Sequence], plans: list[_core.Plan], stored: list[Any] | None = None) -> None:
         """All plans, or none where something fails. stored: keys and values [batch, kv_heads, T, head_dim] of the new

@@ -8,10 +8,7 @@ from typing import Any
 from kv4 import _core
 from kv4.recipe import Recipe
 
-from .host import Host
-
-PAGE = 64
-EVERY = 8  # queries of which the last counts for lambda
+from .host import Constants, Host
 
 
 class Pages:
@@ -61,7 +58,7 @@ class Energies:
     def wanted(self, positions: list[int], limit: int) -> tuple[int, list[int]]:
         """Of the positions of a call's queries that see themselves: the first, and those whose energies count."""
         first = self.first if self.first >= 0 or not positions else positions[0]
-        return first, [x for x in positions if 0 <= x - first < limit and (x - first + 1) % EVERY == 0]
+        return first, [x for x in positions if 0 <= x - first < limit and (x - first + 1) % _core.QUERY_STRIDE == 0]
 
     def before(self, host: Host, length: int) -> Energies:
         """Those of positions below `length`."""
@@ -105,3 +102,24 @@ class Sequence:
             self.lambda_ = None
         elif after.lambda_ == "fixed":
             self.energies = Energies()
+
+
+class Holding:
+    """What a Cache holds, as launches and sealing read it."""
+
+    host: Host
+    recipe: Recipe
+    constants: Constants
+    sequences: list[Sequence]
+    pool: Pages
+    rows: list[Any]
+    dtype: str
+    heads: int
+    dim: int
+    window: int
+    sink_limit: int
+    given_k: Any
+    given_v: Any
+
+    def lambda_k(self, s: Sequence) -> Any:
+        return self.given_k if self.recipe.key.lambda_ == "given" else s.lambda_

@@ -12,8 +12,7 @@ or, for one call, prompt_cache=kv4.mlx.make_prompt_cache(model). On MLX's CPU de
 
 from .attach import attach, detach, make_prompt_cache, why_not
 from .attention import scaled_dot_product_attention
-from .batch import BatchKV4Cache
-from .cache import KV4Cache, nbytes
+from .cache import BatchKV4Cache, KV4Cache, nbytes
 from .handle import KVHandle
 
 __all__ = [

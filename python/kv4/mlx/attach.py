@@ -7,8 +7,8 @@ passes every call on that does not carry a kv4 handle, so other models of the sa
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import mlx.nn as nn
@@ -17,11 +17,11 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
 from kv4.messages import mismatch
-from kv4.per_layer import spread
+from kv4.per_layer import per_layer
 from kv4.recipe import Recipe
 
 from . import core, speculation
-from .attention import _dense_attention, scaled_dot_product_attention
+from .attention import dense_attention, scaled_dot_product_attention
 from .cache import KV4Cache
 
 _NAME = "scaled_dot_product_attention"
@@ -44,12 +44,9 @@ def attach(
 
     Errors: ValueError naming the argument, with the reason why the model or recipe cannot be served.
     """
-    arguments = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
-    make_prompt_cache(model, recipe, record_past=record_past, **arguments)  # says what is wrong
-
-    def make_cache() -> list[Any]:
-        return make_prompt_cache(model, recipe, record_past=record_past, **arguments)
-
+    given = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
+    make_cache = functools.partial(make_prompt_cache, model, recipe, record_past=record_past, **given)
+    make_cache()  # says what is wrong
     object.__setattr__(make_cache, _ATTACHED, True)
     object.__setattr__(model, "make_cache", make_cache)
     return model
@@ -93,7 +90,7 @@ def make_prompt_cache(
     if reason is not None:
         raise ValueError(reason)
     given = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
-    constants = _per_layer(given, len(own))
+    constants = per_layer(given, len(own), _matrix)
     speculation.hook()
     layers = list(getattr(model, "layers", []))
     matched = len(layers) == len(own)
@@ -152,7 +149,7 @@ def _replaceable(cache: Any) -> bool:
 def _calls_attention(module: nn.Module) -> bool:
     """True for a module whose file calls mlx-lm's attention function and which hands it plain keys and values."""
     found = getattr(sys.modules.get(type(module).__module__), _NAME, None)
-    return found in (_dense_attention, scaled_dot_product_attention)
+    return found in (dense_attention, scaled_dot_product_attention)
 
 
 def _hook(layer: nn.Module) -> bool:
@@ -168,12 +165,6 @@ def _hook(layer: nn.Module) -> bool:
     return True
 
 
-def _per_layer(given: Mapping[str, Any], layers: int) -> list[dict[str, np.ndarray]]:
-    """One dict of core arguments per layer, float32 in row order, of the names that have a value there."""
-    result: list[dict[str, np.ndarray]] = [{} for _ in range(layers)]
-    for name, index, entry in spread(given, layers):
-        matrix = np.ascontiguousarray(np.array(entry), dtype=np.float32)
-        if matrix.ndim != 2:
-            raise ValueError(mismatch(f"{name}[{index}]", "a matrix", list(matrix.shape)))
-        result[index][name] = matrix
-    return result
+def _matrix(given: Any) -> np.ndarray:
+    """As the core reads one: float32 in row order."""
+    return np.ascontiguousarray(np.array(given), dtype=np.float32)

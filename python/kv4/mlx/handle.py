@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
-if TYPE_CHECKING:
-    from .batch import BatchKV4Cache
-    from .cache import KV4Cache
+
+class Holds(Protocol):
+    """What a handle asks of the cache it is of (KV4Cache, BatchKV4Cache)."""
+
+    version: int
+    dtype: mx.Dtype
+
+    def shape_of(self, which: str) -> tuple[int, int, int, int]: ...
+
+    def dense(self, which: str) -> mx.array: ...
 
 
 class KVHandle:
@@ -23,7 +30,7 @@ class KVHandle:
 
     __slots__ = ("cache", "own", "version", "which")
 
-    def __init__(self, cache: KV4Cache | BatchKV4Cache, which: str, own: mx.array | None = None) -> None:
+    def __init__(self, cache: Holds, which: str, own: mx.array | None = None) -> None:
         self.cache = cache
         self.which = which
         self.version = cache.version

@@ -13,7 +13,7 @@
 #include <immintrin.h>
 
 #include "cpu/vec.h"
-#include "kv4/recipe.h"
+#include "recipe/levels.h"
 
 namespace kv4::cpu::avx2 {
 

@@ -11,7 +11,7 @@
 #include <immintrin.h>
 
 #include "cpu/vec.h"
-#include "kv4/recipe.h"
+#include "recipe/levels.h"
 
 namespace kv4::cpu::avx512 {
 

@@ -12,7 +12,7 @@
 #include <arm_neon.h>
 
 #include "cpu/vec.h"
-#include "kv4/recipe.h"
+#include "recipe/levels.h"
 
 namespace kv4::cpu::neon {
 

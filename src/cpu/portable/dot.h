@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/vec.h"
-#include "kv4/recipe.h"
+#include "recipe/levels.h"
 
 namespace kv4::cpu::portable {
 

@@ -1,0 +1,85 @@
+// A call, planned: what it makes of each sequence for which it does more than store rows. All of it lies in memory that nobody
+// reads, until commit, which cannot fail.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "cache/sequence.h"
+
+namespace kv4 {
+
+// Rows of a call's tensors that are one sequence's.
+struct Part {
+  std::size_t row = 0;         // of the cache
+  std::int64_t tokens = 0;
+  std::int32_t input = 0;      // index of axis 0
+  std::int64_t input_row = 0;  // ... and of axis 2, of the first
+  std::int64_t done = 0;       // of attention: queries that have been answered
+};
+
+// What a call appends: parts in the order of the draft's sequences, and where non-finite rows of those that are sealed as they
+// come are told of.
+struct Arriving {
+  const TensorView& k;
+  const TensorView& v;
+  std::span<const Part> parts;
+  std::span<std::vector<NonFinite>> news;
+};
+
+struct Change {
+  Change(std::size_t index, Sequence& s) : at(index), sequence(&s), fresh(s.pool), next(s.body) { next.window = s.body.window.draft(); }
+
+  std::size_t at;  // of the call's parts
+  Sequence* sequence;
+  ledger::Plan plan;
+  FreshPages fresh;     // plan.new_pages, then a copy of the last page where it is filled on and others have it too
+  PageId replaced = -1;  // that copy
+  Body next;
+  std::shared_ptr<LateNote> note;  // that the next rows are told of to, where `renoted`
+  bool renoted = false;
+  std::vector<std::uint8_t> skip;         // flags of sealed rows, and
+  std::shared_ptr<Block> skip_on_device;  // those that kernels read
+};
+
+class Draft {
+ public:
+  explicit Draft(const Setup& setup, PagePool* pool) : setup_(setup), pool_(pool) {}
+
+  bool empty() const { return changes_.empty(); }
+  std::span<Change> changes() { return changes_; }
+  // In ascending order of `at`.
+  Change& add(std::size_t at, Sequence& s) { return changes_.emplace_back(at, s); }
+  // Null where nothing happens to it.
+  Change* find(std::size_t at);
+  // Whether settling would do something for `s`, or for the memory of its rows; if so `plan`'s change is added.
+  void add_if_needed(std::size_t at, Sequence& s, ledger::Plan& plan);
+
+  // Does what the plans say: all but sealing, then that, of all sequences' pages in one call of the backend. Rows that arrive are
+  // sealed from the call's tensors, or left to be stored.
+  Status prepare(const Arriving* arriving);
+  Status seal();
+  Status carry_out() {
+    KV4_RETURN_IF_ERROR(prepare(nullptr));
+    return seal();
+  }
+  void commit() noexcept;
+
+ private:
+  Status prepare(Change& c, const Arriving* arriving);
+  Status learn(Change& c) const;
+  Status plan_pages(Change& c, const Arriving* arriving);
+  Status flag(Change& c, const Arriving* arriving) const;
+  Status move_rows(Change& c) const;
+  Status reopen(const Change& c, RowBuffer* rows) const;
+
+  const Setup& setup_;
+  PagePool* pool_;
+  std::vector<Change> changes_;
+  std::vector<SealJob> jobs_;
+};
+
+}  // namespace kv4
