@@ -88,6 +88,7 @@ void bind_ledger(nb::module_& m) {
       .def_ro("sinks", &Extent::sinks)
       .def_ro("first_page", &Extent::first_page)
       .def_ro("pages", &Extent::pages)
+      .def_ro("last_page_tokens", &Extent::last_page_tokens)
       .def_ro("window_position", &Extent::window_position)
       .def_ro("evicted", &Extent::evicted)
       .def_prop_ro("window_rows", &Extent::window_rows)
@@ -127,6 +128,14 @@ void bind_ledger(nb::module_& m) {
       .def("commit", &commit, "plan"_a, "ids"_a = std::vector<ledger::PageId>())
       .def("view", &view, "position"_a, "stepwise"_a, "upto"_a)
       .def("view_end", &Ledger::view_end, "position"_a, "stepwise"_a, "The first query position behind `position` that reads other pages.")
+      .def("replace_last", &Ledger::replace_last, "id"_a, "The last page becomes a copy that nobody else has. Returns the id it had.")
+      .def("moved", [](const Ledger& l, std::vector<ledger::PageId> pages) {
+        if (pages.size() != l.pages().size())
+          raise_if_error(invalid_argument("pages", std::to_string(l.pages().size()) + " ids", std::to_string(pages.size())));
+        Ledger copy = l;
+        copy.take_pages(std::move(pages));
+        return copy;
+      }, "pages"_a, "A copy whose pages have these ids, in order of position.")
       .def("fork", [](const Ledger& l) { return Ledger(l); }, "A copy; its pages count as one more reference each.");
 }
 

@@ -11,6 +11,7 @@
 
 #include "backend/backend.h"
 #include "backend/spec.h"
+#include "metal/layout.h"
 #include "metal/order.h"
 #include "metal/tables.h"
 #include "moments/lambda.h"
@@ -46,8 +47,6 @@ void create(Metal* self, nb::handle recipe, const std::string& dtype, int kv_hea
   made.kv_heads = kv_heads;
   made.dim = head_dim_k;
   made.seals = r.seal != SealMode::never;
-  if (r.seal == SealMode::arrival)
-    raise_if_error(error(StatusCode::unsupported, "recipe.seal", "page or never on Metal", "arrival"));
   if (made.seals) raise_if_error(validate(r, head_dim_k, head_dim_v));
   raise_if_error(make_sides(r, head_dim_k, head_dim_v, read_floats(matrix_k, "matrix_k"), read_floats(matrix_v, "matrix_v"), &made.spec));
   made.spec.layout = apple::page_layout(made.spec);
@@ -55,10 +54,52 @@ void create(Metal* self, nb::handle recipe, const std::string& dtype, int kv_hea
   new (self) Metal(std::move(made));
 }
 
-// (pages, pages_position, last_page_tokens, query_position, start, window, has_lambda, exact rows); exact rows of both sets are
-// (position, count, k_offset, k_stride_head, k_stride, v_offset, v_stride_head, v_stride) in elements.
+// Bytes of one side of a page's slice, from its codes on, told apart by the token they hold; -1: none's.
+std::vector<std::int8_t> tokens_of(const Metal& self, bool values) {
+  const kv4_page_layout& l = self.spec.layout;
+  const std::uint32_t dim = static_cast<std::uint32_t>(self.dim), from = values ? l.v_codes : 0, to = values ? l.head_bytes : l.v_codes;
+  std::vector<std::int8_t> out(to - from, -1);
+  const std::uint32_t codes = values ? l.v_codes : l.k_codes, scales = values ? l.v_scales : l.k_scales;
+  for (std::uint32_t token = 0; token < KV4_PAGE_TOKENS; ++token) {
+    for (std::uint32_t c = 0; c < dim; c += 2)
+      out[codes - from + (values ? apple::value_byte(token, c, dim) : apple::key_byte(token, c))] = static_cast<std::int8_t>(token);
+    for (std::uint32_t i = 0; i < 2; ++i) out[scales - from + 2 * token + i] = static_cast<std::int8_t>(token);
+  }
+  return out;
+}
+
+// (page, first, count, skip, input, row, lambda row) of each; skip and the lambda row -1 where there is none. stride: of the rows'
+// tensor [inputs, kv_heads, rows, dim], in elements.
+using JobTuple = std::tuple<std::int32_t, std::int16_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+nb::object jobs_of(const Metal& self, const std::vector<JobTuple>& jobs, const std::vector<std::int64_t>& stride, const std::string& dtype) {
+  std::vector<std::int64_t> table;
+  for (const auto& [page, first, count, skip, input, row, lambda] : jobs) {
+    SealJob job;
+    job.page = page;
+    job.first = first;
+    job.count = count;
+    job.dtype = read_dtype(dtype);
+    job.k_head_stride = stride.at(1);
+    job.k_stride = stride.at(2);
+    apple::add_job(&table, job, false, {input * stride.at(0) + row * stride.at(2), skip, lambda < 0 ? apple::kNowhere : lambda * self.kv_heads * self.dim});
+  }
+  return array(std::move(table));
+}
+
+// (pages, pages_position, last_page_tokens, input, first row of it, rows, position of the first, start, window, row of the keys' and of the
+// values' lambda or -1, exact rows); exact rows of both sets are (position, count, k_offset, k_stride_head, k_stride, v_offset,
+// v_stride_head, v_stride) in elements.
 using ExactTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
-using SequenceTuple = std::tuple<std::vector<std::int64_t>, std::int64_t, int, std::int64_t, std::int64_t, std::int32_t, bool, std::vector<ExactTuple>>;
+using SequenceTuple = std::tuple<std::vector<std::int32_t>, std::int64_t, std::int32_t, std::int32_t, std::int64_t, std::int64_t, std::int64_t,
+                                 std::int64_t, std::int32_t, std::int64_t, std::int64_t, std::vector<ExactTuple>>;
+
+// Pages in one array, whole or one side of each alone.
+std::vector<std::int64_t> places_of(const Metal& self, std::int64_t head_stride = 0) {
+  PageMemory pages;
+  pages.head_stride = head_stride != 0 ? head_stride : self.spec.layout.head_bytes;
+  pages.page_stride = pages.head_stride * self.kv_heads;
+  return apple::page_table(pages);
+}
 
 nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_shape, const std::vector<std::int64_t>& q_stride,
                        const std::string& q_dtype, const std::optional<std::string>& out_dtype,
@@ -92,7 +133,6 @@ nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_sha
   job.dtype = self.dtype;
   job.kv_heads = self.kv_heads;
   job.head_dim_k = job.head_dim_v = self.dim;
-  job.query_count = q_shape.at(2);
   if (out_dtype) {
     job.out.data = base;
     job.out.dtype = read_dtype(*out_dtype);
@@ -101,43 +141,43 @@ nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_sha
       job.out.stride[i] = out_stride.at(i);
     }
   }
-  const auto page_bytes = static_cast<std::uintptr_t>(self.spec.layout.head_bytes) * static_cast<std::uintptr_t>(self.kv_heads);
   const auto size = static_cast<std::uintptr_t>(size_of(self.dtype));
   const auto at = [](std::uintptr_t bytes) { return reinterpret_cast<std::uint8_t*>(bytes); };
   constexpr std::uintptr_t kBase = 4096;  // no null pointers
+  const auto lambda_at = [&](std::int64_t row) {
+    return row < 0 ? nullptr : reinterpret_cast<const float*>(kBase + static_cast<std::uintptr_t>(row * self.kv_heads * self.dim) * sizeof(float));
+  };
   std::vector<SequenceView> views(sequences.size());
-  std::vector<std::vector<const std::uint8_t*>> pages(sequences.size());
   std::vector<std::int32_t> starts(sequences.size()), windows(sequences.size());
-  constexpr float kOne[1] = {1.0f};
   for (std::size_t b = 0; b < sequences.size(); ++b) {
-    const auto& [table, pages_position, last, query_position, start, window, lambda, exact] = sequences[b];
+    const auto& [pages, pages_position, last, input, input_row, queries, query_position, start, window, lambda_k, lambda_v, exact] = sequences[b];
     SequenceView& v = views[b];
-    for (const std::int64_t page : table) pages[b].push_back(at(kBase + static_cast<std::uintptr_t>(page) * page_bytes));
-    v.pages = pages[b].data();
-    v.page_count = static_cast<int>(table.size());
+    v.pages = pages.data();
+    v.page_count = static_cast<std::int32_t>(pages.size());
     v.pages_position = pages_position;
     v.last_page_tokens = last;
+    v.input = input;
+    v.input_row = input_row;
+    v.query_count = queries;
     v.query_position = query_position;
-    v.lambda_k = lambda ? kOne : nullptr;
+    v.lambda_k = lambda_at(lambda_k);
+    v.lambda_v = lambda_at(lambda_v);
     windows[b] = window;
     starts[b] = static_cast<std::int32_t>(std::max<std::int64_t>(start - offset, INT32_MIN));
     for (std::size_t i = 0; i < 2 && i < exact.size(); ++i) {
       const auto& [position, count, k_offset, k_head, k_row, v_offset, v_head, v_row] = exact[i];
-      v.exact[i] = {at(kBase + static_cast<std::uintptr_t>(k_offset) * size), at(kBase + static_cast<std::uintptr_t>(v_offset) * size),
-                    k_head, v_head, k_row, v_row, position, count};
+      v.exact[i] = {.k = at(kBase + static_cast<std::uintptr_t>(k_offset) * size), .v = at(kBase + static_cast<std::uintptr_t>(v_offset) * size),
+                    .k_head_stride = k_head, .v_head_stride = v_head, .k_stride = k_row, .v_stride = v_row, .position = position, .count = count};
     }
   }
   a.mask.start = starts.data();
   a.mask.window = windows.data();
-  job.sequences = views;
-  apple::Bases bases;
-  bases.pages = at(kBase);
-  bases.exact_k = bases.exact_v = at(kBase);
-  apple::AttendTables t = apple::attend_tables(job, bases, cores);
+  job.sequences.views = views;
+  const apple::Bases bases = {at(kBase), at(kBase), lambda_at(0), lambda_at(0)};
+  apple::AttendTables t = apple::attend_tables(job, bases, places_of(self), cores);
   nb::dict out;
   out["dim"] = t.dim;
   out["block_rows"] = t.block_rows;
-  out["rows"] = t.rows;
   out["blocks"] = t.blocks;
   out["splits"] = t.splits;
   out["prepared_floats"] = t.prepared_floats;
@@ -145,7 +185,7 @@ nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_sha
   out["call"] = array(std::move(t.call));
   out["sequences"] = array(std::move(t.sequences));
   out["factors"] = array(std::move(t.factors));
-  out["pages"] = array(std::move(t.pages));
+  out["ids"] = array(std::move(t.ids));
   out["levels"] = array(std::move(t.levels));
   return out;
 }
@@ -174,8 +214,17 @@ void bind_metal(nb::module_& m) {
       .def("sealing_matrix", [](const Metal& s, bool values) {
         return array(apple::sealing_matrix(*(values ? s.spec.value : s.spec.key).rotation));
       }, "values"_a)
-      .def("side", [](const Metal& s, bool values, std::int64_t stride) { return array(apple::side_table(s.spec, values, s.dtype, stride)); },
-           "values"_a, "stride"_a)
+      .def("side", [](const Metal& s, bool values) { return array(apple::side_table(s.spec, values, places_of(s))); }, "values"_a)
+      .def("side_alone", [](const Metal& s, bool values) {
+        Metal alone = s;  // where the side's part of a slice is all that is written
+        const std::uint32_t from = values ? s.spec.layout.v_codes : 0, bytes = (values ? s.spec.layout.head_bytes : s.spec.layout.v_codes) - from;
+        alone.spec.layout.v_codes -= from;
+        alone.spec.layout.v_scales -= from;
+        return array(apple::side_table(alone.spec, values, places_of(s, bytes)));
+      }, "values"_a, "Of slices that hold this side alone.")
+      .def("tokens", [](const Metal& s, bool values) { return array(tokens_of(s, values)); }, "values"_a,
+           "int8, for each byte of a slice that holds this side alone: the token it belongs to, -1 where to none or all.")
+      .def("jobs", &jobs_of, "jobs"_a, nb::kw_only(), "stride"_a, "dtype"_a)
       .def("levels", [](const Metal& s, bool values) { return array(apple::level_table(values ? s.spec.value : s.spec.key)); }, "values"_a)
       .def("attend", &attend_tables, nb::kw_only(), "q_shape"_a, "q_stride"_a, "q_dtype"_a, "out_dtype"_a, "out_stride"_a, "sequences"_a,
            "scale"_a, "softcap"_a, "sinks"_a, "causal"_a, "general"_a, "general_dtype"_a, "general_stride"_a, "columns"_a, "offset"_a,

@@ -207,8 +207,8 @@ class PiecesOf {
   };
   // `left`: pages of the run that there are from these on.
   __device__ __forceinline__ void ask_for_ids(Pair& pair, int left) {
-    if (left > 0) pair.id[0] = static_cast<std::uint32_t>(ids_[0]);
-    if (left > 1) pair.id[1] = static_cast<std::uint32_t>(ids_[1]);
+    load_into(pair.id[0], ids_, left > 0);
+    load_into(pair.id[1], ids_ + 1, left > 1);
     ids_ += 2;
   }
   __device__ __forceinline__ void ask_for_chunks(Pair& pair, int left) const {

@@ -213,6 +213,11 @@ __device__ __forceinline__ void put_in_cluster(const float* p, int rank, float x
                  "r"(__float_as_uint(x)) : "memory");
 }
 
+// Into the register that x has been in: a copy, as the compiler would make it at a loop's end, would wait for what was asked for.
+__device__ __forceinline__ void load_into(uint32_t& x, const int32_t* from, bool any) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.b32 %0, [%1];}" : "+r"(x) : "l"(from), "r"(static_cast<uint32_t>(any)) : "memory");
+}
+
 // From shared memory whenever it is asked for: what does not change in a loop would else be kept in registers that are not there.
 __device__ __forceinline__ uint4 load_again(const uint4* p) {
   uint4 x;

@@ -34,7 +34,7 @@ struct Pairs {
 struct AttendArguments {
   device const float* queries;  // prepare_row's output
   device const uchar* pages;
-  device const int* table;      // where pages of the sequences begin, one after another
+  device const int* ids;        // of pages and of blocks of exact rows
   device const uchar* exact_k;
   device const uchar* exact_v;
   device const uchar* mask;
@@ -47,9 +47,11 @@ struct AttendArguments {
 // The query rows of a threadgroup.
 struct Block {
   uint b, head;        // sequence, KV head
-  uint first_row;      // of the KV head's T * group rows
-  uint rows;           // T * group
+  uint first_row;      // of the KV head's rows, its sequence's queries times the group
+  uint rows;
   uint group;
+  long input;          // the call's tensors: index of axis 0, and of axis 2 of query 0
+  long input_row;
   long query_position; // of query 0
   long first_query;    // positions of the first and the last query of the block
   long last_query;
@@ -81,7 +83,9 @@ inline Block block_of(thread const AttendArguments& a, uint b, uint head, uint b
   out.head = head;
   out.first_row = block * uint(a.call[kv4_call_block_rows]);
   out.group = uint(a.call[kv4_call_group]);
-  out.rows = out.group * uint(a.call[kv4_call_queries]);
+  out.rows = out.group * uint(s[kv4_sequence_queries]);
+  out.input = s[kv4_sequence_input];
+  out.input_row = s[kv4_sequence_input_row];
   out.query_position = s[kv4_sequence_query_position];
   out.first_query = out.query_position + long(out.first_row / out.group);
   out.last_query = out.query_position + long((min(out.first_row + uint(a.call[kv4_call_block_rows]), out.rows) - 1) / out.group);
@@ -96,18 +100,19 @@ inline float general_mask(thread const AttendArguments& a, thread const Block& b
   device const long* c = a.call;
   const long column = position - c[kv4_call_general_offset];
   if (column < 0 || column >= c[kv4_call_general_columns]) return kHidden;
-  const long at = long(block.b) * c[kv4_call_general_stride_batch] +
+  const long at = block.input * c[kv4_call_general_stride_batch] +
                   long(block.head * block.group + row % block.group) * c[kv4_call_general_stride_head] +
-                  long(row / block.group) * c[kv4_call_general_stride_query] + column * c[kv4_call_general_stride_column];
+                  (block.input_row + long(row / block.group)) * c[kv4_call_general_stride_query] + column * c[kv4_call_general_stride_column];
   if (c[kv4_call_general_kind] == 1) return a.mask[at] != 0 ? score : kHidden;
   const int dtype = int(c[kv4_call_general_dtype]);
   const float added = load_element(a.mask, dtype, at);
   return added > (dtype == 1 ? -65504.0f : -1e30f) ? score + added * kLog2e : kHidden;
 }
 
-// Hides, in lane's scores of tokens 2 lane and 2 lane + 1 from `position`, what a row does not see.
+// Hides, in lane's scores of tokens 2 lane and 2 lane + 1 from `position`, what a row does not see: of those that are there,
+// tokens `hidden` ... `tokens` - 1.
 template <int R>
-inline void hide(thread const AttendArguments& a, thread const Block& block, long position, int tokens, uint lane,
+inline void hide(thread const AttendArguments& a, thread const Block& block, long position, int hidden, int tokens, uint lane,
                  thread float2* s) {
   const bool general = a.call[kv4_call_general_kind] != 0;
   for (int r = 0; r < R; ++r) {
@@ -118,7 +123,7 @@ inline void hide(thread const AttendArguments& a, thread const Block& block, lon
       const int j = int(2 * lane) + e;
       const long at = position + long(j);
       float score = s[r][e];
-      if (j >= tokens || row >= block.rows || at < first || (block.causal && at > query)) score = kHidden;
+      if (j < hidden || j >= tokens || row >= block.rows || at < first || (block.causal && at > query)) score = kHidden;
       else if (general) score = general_mask(a, block, row, at, score);
       s[r][e] = score;
     }
@@ -126,8 +131,8 @@ inline void hide(thread const AttendArguments& a, thread const Block& block, lon
 }
 
 // Whether every row sees all 64 positions from `position` on; and whether none sees any of `tokens`.
-inline bool all_seen(thread const AttendArguments& a, thread const Block& block, long position, int tokens) {
-  return tokens == int(kPageTokens) && a.call[kv4_call_general_kind] == 0 && position >= block.start &&
+inline bool all_seen(thread const AttendArguments& a, thread const Block& block, long position, int hidden, int tokens) {
+  return hidden == 0 && tokens == int(kPageTokens) && a.call[kv4_call_general_kind] == 0 && position >= block.start &&
          (block.window <= 0 || position > block.last_query - block.window) &&
          (!block.causal || position + long(kPageTokens) - 1 <= block.first_query);
 }
@@ -141,11 +146,11 @@ inline bool none_seen(thread const Block& block, long position, int tokens) {
 // p [R][64]. All lanes.
 template <int D, int R>
 inline void weigh(thread const AttendArguments& a, thread const Block& block, thread State<D, R>& state, thread float2* s,
-                  float2 scale, long position, int tokens, threadgroup float* p, uint lane) {
+                  float2 scale, long position, int hidden, int tokens, threadgroup float* p, uint lane) {
   const float cap = a.factors[kv4_factor_cap];
   if (cap > 0.0f)
     for (int r = 0; r < R; ++r) s[r] = cap * precise::tanh(s[r]);
-  if (!all_seen(a, block, position, tokens)) hide<R>(a, block, position, tokens, lane, s);
+  if (!all_seen(a, block, position, hidden, tokens)) hide<R>(a, block, position, hidden, tokens, lane, s);
   for (int r = 0; r < R; ++r) {
     const float top = simd_max(max(s[r].x, s[r].y));
     if (top > state.m[r]) {
@@ -229,18 +234,20 @@ inline void attend_pages(thread const AttendArguments& a, thread const Block& bl
   const uint count = uint(s[kv4_sequence_page_count]), copy = lane % kTableCopies;
   for (uint page = first + group; page < last; page += kAttendGroups) {
     const int tokens = page + 1 == count ? int(s[kv4_sequence_last_page_tokens]) : int(kPageTokens);
+    const int hidden = page == 0 ? int(s[kv4_sequence_pages_hidden]) : 0;
     const long position = s[kv4_sequence_pages_position] + long(page * kPageTokens);
     if (none_seen(block, position, tokens)) continue;
-    device const uchar* slice = a.pages + long(a.table[s[kv4_sequence_table] + long(page)]) * c[kv4_call_page_unit] +
-                                long(block.head) * c[kv4_call_head_bytes];
+    device const uchar* slice =
+        a.pages + slice_offset(c + kv4_call_pages, long(a.ids[s[kv4_sequence_ids] + long(page)]), block.head);
     float2 score[R];
     key_scores<D, R>((device const uint4*)slice, (threadgroup const float4*)q, key_table + copy, lane, score);
     const half2 stored = ((device const half2*)(slice + c[kv4_call_k_scales]))[lane];
     const float2 scale = float2(stored);
     float2 value_scale = float2(((device const half2*)(slice + c[kv4_call_v_scales]))[lane]);
-    // Scales behind the last token may be any bytes.
-    if (int(2 * lane) >= tokens) value_scale.x = 0.0f;
-    if (int(2 * lane) + 1 >= tokens) value_scale.y = 0.0f;
+    // Scales of tokens that are not there may be any bytes.
+    const int j = int(2 * lane);
+    if (j < hidden || j >= tokens) value_scale.x = 0.0f;
+    if (j + 1 < hidden || j + 1 >= tokens) value_scale.y = 0.0f;
     for (int r = 0; r < R; ++r) score[r] *= scale;
     if (c[kv4_call_has_mean] != 0) {
       device const half* mean = (device const half*)(slice + c[kv4_call_k_mean]);
@@ -253,7 +260,7 @@ inline void attend_pages(thread const AttendArguments& a, thread const Block& bl
       for (int r = 0; r < R; ++r) score[r] += simd_sum(part[r]);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);  // p of the page before has been read
-    weigh<D, R>(a, block, state, score, value_scale, position, tokens, p, lane);
+    weigh<D, R>(a, block, state, score, value_scale, position, hidden, tokens, p, lane);
     simdgroup_barrier(mem_flags::mem_threadgroup);
     add_values<D, R>((device const uint4*)(slice + c[kv4_call_v_codes]), (threadgroup const float4*)p, value_table + copy, lane,
                      state);
@@ -274,17 +281,21 @@ inline void attend_exact(thread const AttendArguments& a, thread const Block& bl
     const long k_stride = x[kv4_exact_k_stride], v_stride = x[kv4_exact_v_stride];
     const long k_head = x[kv4_exact_k_offset] + long(block.head) * x[kv4_exact_k_stride_head];
     const long v_head = x[kv4_exact_v_offset] + long(block.head) * x[kv4_exact_v_stride_head];
-    const bool k_aligned = ((k_stride | k_head) & 3) == 0, v_aligned = ((v_stride | v_head) & 1) == 0;
+    const long k_block = x[kv4_exact_k_stride_block], v_block = x[kv4_exact_v_stride_block], ids = x[kv4_exact_ids];
+    const bool k_aligned = ((k_stride | k_head | k_block) & 3) == 0, v_aligned = ((v_stride | v_head | v_block) & 1) == 0;
     for (long row = 0; row < count; row += long(kPageTokens), ++item) {
       if (item % step != first) continue;
       const int tokens = int(min(count - row, long(kPageTokens)));
       const long position = x[kv4_exact_position] + row;
       if (none_seen(block, position, tokens)) continue;
+      const long id = ids < 0 ? 0 : long(a.ids[ids + row / long(kPageTokens)]);
+      const long k_first = k_head + (ids < 0 ? row * k_stride : id * k_block);
+      const long v_first = v_head + (ids < 0 ? row * v_stride : id * v_block);
       float2 score[R];
       for (int r = 0; r < R; ++r) score[r] = float2(0.0f);
       // Lanes without a token, and the last four's missing ones, repeat the last token: their weights are 0.
-      const long k0 = k_head + (row + long(min(int(2 * lane), tokens - 1))) * k_stride;
-      const long k1 = k_head + (row + long(min(int(2 * lane) + 1, tokens - 1))) * k_stride;
+      const long k0 = k_first + long(min(int(2 * lane), tokens - 1)) * k_stride;
+      const long k1 = k_first + long(min(int(2 * lane) + 1, tokens - 1)) * k_stride;
       device const uchar* row0 = a.exact_k + k0 * long(element_bytes(dtype));
       device const uchar* row1 = a.exact_k + k1 * long(element_bytes(dtype));
       for (int i = 0; i < D / 4; ++i) {
@@ -298,13 +309,13 @@ inline void attend_exact(thread const AttendArguments& a, thread const Block& bl
         }
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
-      weigh<D, R>(a, block, state, score, float2(1.0f), position, tokens, p, lane);
+      weigh<D, R>(a, block, state, score, float2(1.0f), position, 0, tokens, p, lane);
       simdgroup_barrier(mem_flags::mem_threadgroup);
       for (int j = 0; j < tokens; j += 4) {
         float2 v[kPairs][4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const long at = v_head + (row + long(min(j + e, tokens - 1))) * v_stride;
+          const long at = v_first + long(min(j + e, tokens - 1)) * v_stride;
           device const uchar* value = a.exact_v + at * long(element_bytes(dtype));
 #pragma unroll
           for (int n = 0; n < kPairs; ++n)
@@ -334,7 +345,8 @@ inline void fill_table(device const char* levels, threadgroup half2* table, uint
   }
 }
 
-// One threadgroup's work: split `split` of exact_splits + page_splits, of block `block` of KV head `head` of sequence b.
+// One threadgroup's work: split `split` of exact_splits + page_splits, of block `block` of KV head `head` of sequence b. Nothing
+// where the sequence has fewer rows.
 // Writes states[b][head][block][split][R][D + 2]: o, m, l. Threadgroup memory: share [R * D], tables [kTableSize],
 // p [kAttendGroups * R * 64], top and sum [kAttendGroups * R].
 template <int D, int R>
@@ -346,12 +358,13 @@ inline void attend(thread const AttendArguments& a, device float* states, uint s
   const uint exact_splits = uint(c[kv4_call_exact_splits]), page_splits = uint(c[kv4_call_page_splits]);
   const uint head = head_block / blocks, block_index = head_block % blocks;
   const Block block = block_of(a, b, head, block_index);
+  if (block.first_row >= block.rows) return;  // the whole threadgroup
   const uint rows = block.group * uint(c[kv4_call_queries]);
   const bool exact = split < exact_splits;
 
   device const float* from = a.queries + (exact ? 0 : long(c[kv4_call_batch]) * long(heads) * long(rows) * long(D)) +
                              (long(b * heads + head) * long(rows) + long(block.first_row)) * long(D);
-  const uint held = min(uint(R), rows - block.first_row) * uint(D);
+  const uint held = min(uint(R), block.rows - block.first_row) * uint(D);
   for (uint i = tid; i < uint(R * D); i += KV4_ATTEND_THREADS) share[i] = i < held ? from[i] : 0.0f;
   if (!exact) {
     fill_table(a.levels, key_table, tid);

@@ -9,8 +9,8 @@
 
 template <int D, int R>
 kernel void kv4_attend(device const float* queries [[buffer(0)]],  // kv4_prepare's output
-                       device const uchar* pages [[buffer(1)]],    // the pool
-                       device const int* table [[buffer(2)]],      // where pages of the sequences begin, from `pages`
+                       device const uchar* pages [[buffer(1)]],
+                       device const int* ids [[buffer(2)]],        // of pages and of blocks of exact rows
                        device const uchar* exact_k [[buffer(3)]],
                        device const uchar* exact_v [[buffer(4)]],
                        device const uchar* mask [[buffer(5)]],     // general mask
@@ -32,7 +32,7 @@ kernel void kv4_attend(device const float* queries [[buffer(0)]],  // kv4_prepar
   kv4::apple::AttendArguments a;
   a.queries = queries;
   a.pages = pages;
-  a.table = table;
+  a.ids = ids;
   a.exact_k = exact_k;
   a.exact_v = exact_v;
   a.mask = mask;
@@ -77,7 +77,7 @@ template [[host_name("kv4_attend_d256_r8")]] kernel decltype(kv4_attend<256, 8>)
 
 kernel void kv4_merge(device const float* states [[buffer(0)]],   // kv4_attend's output
                       device const float* matrix [[buffer(1)]],   // [dim, dim]: (R^-1)^T of the values' rotation
-                      device const float* lambda [[buffer(2)]],   // [.., kv_heads, dim], of the values
+                      device const float* lambda [[buffer(2)]],   // [kv_heads, dim] of the values, one after another
                       device const float* sinks [[buffer(3)]],    // [kv_heads * group] logits
                       device const long* sequences [[buffer(4)]],
                       device const long* call [[buffer(5)]],

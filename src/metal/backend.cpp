@@ -1,6 +1,6 @@
 // The backend of Apple GPUs. Their memory is the CPU's: taking rows in, moments and conversions are the CPU backend's; sealing,
-// dequantising and attention are launches, and each call waits for its own. Queries, masks and outputs may be any memory:
-// they are copied. What a launch is told, and every table, comes from tables.h; gpu.h is all that knows a device.
+// dequantising and attention are launches, and each call waits for its own. Queries, masks, outputs and rows that are sealed as they
+// arrive may be any memory: they are copied. What a launch is told, and every table, comes from tables.h; gpu.h is all that knows a device.
 #include "backend/backend.h"
 
 #include <algorithm>
@@ -22,6 +22,8 @@ namespace kv4::apple {
 namespace {
 
 constexpr std::size_t kSmallest = 64;  // bytes of a buffer
+
+std::size_t rounded(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 // Memory of one call, given back with it.
 class Staging {
@@ -47,6 +49,8 @@ class Staging {
     if (p != nullptr && !values.empty()) std::memcpy(p, values.data(), values.size() * sizeof(T));
     return p;
   }
+  // What a launch binds where it reads nothing.
+  const void* or_nothing(const void* p) { return p != nullptr ? p : room<float>(1); }
   Status full() const {
     return failed_ ? error(StatusCode::out_of_memory, "workspace", "free memory of the GPU", "none") : Status();
   }
@@ -113,24 +117,12 @@ class MetalBackend final : public Backend {
   Status fix_lambda(const LambdaJob& job) override { return cpu_.fix_lambda(job); }
   const RotationTable* table_of(const Rotation& rotation) const override { return rotation.table_on(gpu_.get()); }
 
-  Status seal(const PageSpec& spec, std::span<const SealJob> jobs) override {
-    // A launch has one distance between rows; jobs of one cache have it in common.
-    for (std::size_t begin = 0; begin < jobs.size();) {
-      std::size_t end = begin + 1;
-      while (end < jobs.size() && jobs[end].dtype == jobs[begin].dtype && jobs[end].k_stride == jobs[begin].k_stride &&
-             jobs[end].v_stride == jobs[begin].v_stride)
-        ++end;
-      KV4_RETURN_IF_ERROR(seal_alike(spec, jobs.subspan(begin, end - begin)));
-      begin = end;
-    }
-    return {};
-  }
-
-  Status dequantise(const PageSpec& spec, std::span<const DequantiseJob> jobs) const override {
-    for (const bool values : {false, true}) KV4_RETURN_IF_ERROR(dequantise_side(spec, values, jobs));
-    return {};
-  }
-
+  // Resident or not: the host reads what kernels read.
+  Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs, bool resident) override;
+  Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs,
+                    bool resident) const override;
+  // None: a call stages what its launches need, and a workspace that it is given stays unread.
+  std::size_t attend_workspace(const AttendJob& /*job*/) const override { return 0; }
   Status attend(const AttendJob& job) override;
 
   Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k, std::uint8_t* v) const override {
@@ -153,9 +145,24 @@ class MetalBackend final : public Backend {
     return p == nullptr ? nullptr : reinterpret_cast<const T*>(gpu_->address(p));
   }
 
+  // Where a job's lambda is from the first one's, which is bound.
+  std::int64_t lambda_at(const float** first, const float* given) const {
+    if (given == nullptr) return kNowhere;
+    if (*first == nullptr) *first = given;
+    return distance(*first, given, sizeof(float));
+  }
+  // How kernels find pages up to `most`, and from where.
+  std::vector<std::int64_t> places_of(const PageMemory& pages, std::int32_t most, const void** bound) const {
+    *bound = pages.data;
+    if (pages.chunks == nullptr) return page_table(pages);
+    const std::int32_t last = most >> pages.chunk_shift;
+    *bound = pages.chunks[last];
+    std::vector<std::int64_t> chunks;
+    for (std::int32_t i = 0; i <= last; ++i) chunks.push_back(distance(*bound, pages.chunks[i], 1));
+    return page_table(pages, chunks);
+  }
   Status matrices(const Rotation& rotation, const Matrices** out) const;
-  Status seal_alike(const PageSpec& spec, std::span<const SealJob> jobs) const;
-  Status dequantise_side(const PageSpec& spec, bool values, std::span<const DequantiseJob> jobs) const;
+  Status dequantise_side(const PageSpec& spec, const PageMemory& pages, int kv_heads, bool values, std::span<const DequantiseJob> jobs) const;
 
   const std::shared_ptr<Gpu> gpu_;  // tells devices apart, too
   Backend& cpu_;
@@ -172,94 +179,123 @@ Status MetalBackend::matrices(const Rotation& rotation, const Matrices** out) co
   return {};
 }
 
-Status MetalBackend::seal_alike(const PageSpec& spec, std::span<const SealJob> jobs) const {
+// A job's rows of one side, which are a caller's own, copied to where kernels read them.
+void stage_rows(SealJob* job, bool values, int kv_heads, int dim, std::uint8_t* to) {
+  const auto size = static_cast<std::int64_t>(size_of(job->dtype)), row = dim * size;
+  const void*& from = values ? job->v : job->k;
+  std::int64_t &head_stride = values ? job->v_head_stride : job->k_head_stride, &stride = values ? job->v_stride : job->k_stride;
+  for (std::int64_t h = 0; h < kv_heads; ++h)
+    for (std::int64_t j = 0; j < job->count; ++j)
+      std::memcpy(to + (h * job->count + j) * row, static_cast<const std::uint8_t*>(from) + (h * head_stride + j * stride) * size, static_cast<std::size_t>(row));
+  from = to;
+  head_stride = job->count * dim;
+  stride = dim;
+}
+
+Status MetalBackend::seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs, bool /*resident*/) {
+  std::int32_t most = -1;
+  for (const SealJob& j : jobs) most = std::max(most, j.page);
+  if (most < 0) return {};
   Staging staging(*gpu_);
+  const void* bound = nullptr;
+  const std::vector<std::int64_t> places = places_of(pages, most, &bound);
   std::vector<Launch> launches;
   for (const bool values : {false, true}) {
     const SideSpec& side = values ? spec.value : spec.key;
-    const auto dim = static_cast<std::size_t>(side.dim);
-    const auto rows_of = [values](const SealJob& j) { return values ? j.v : j.k; };
-    const auto lambda_of = [values](const SealJob& j) { return values ? j.lambda_v : j.lambda_k; };
-    const void* rows = rows_of(jobs[0]);
-    const std::uint8_t* pages = jobs[0].slice;
+    const void* rows = nullptr;
+    const float* lambda = nullptr;
     std::vector<std::int64_t> table;
     std::vector<std::uint8_t> skip;
-    std::vector<float> lambda;
-    for (const SealJob& j : jobs) {
-      const auto fields = table.size();
-      table.resize(fields + kv4_job_fields);
-      std::int64_t* t = table.data() + fields;
-      t[kv4_job_rows] = distance(rows, rows_of(j), size_of(j.dtype));
-      t[kv4_job_slice] = distance(pages, j.slice, 1);
-      t[kv4_job_skip] = j.skip == nullptr ? -1 : static_cast<std::int64_t>(skip.size());
-      if (j.skip != nullptr) skip.insert(skip.end(), j.skip, j.skip + j.count);
-      t[kv4_job_lambda] = lambda_of(j) == nullptr ? -1 : static_cast<std::int64_t>(lambda.size() / dim);
-      if (lambda_of(j) != nullptr) lambda.insert(lambda.end(), lambda_of(j), lambda_of(j) + dim);
-      t[kv4_job_first] = j.first;
-      t[kv4_job_count] = j.count;
+    const auto foreign = [&](const SealJob& j) { return j.page >= 0 && j.count > 0 && !gpu_->holds(values ? j.v : j.k); };
+    std::size_t staged = 0;
+    for (const SealJob& j : jobs)
+      if (foreign(j)) staged += rounded(static_cast<std::size_t>(kv_heads * j.count * side.dim) * size_of(j.dtype));
+    auto* to = staged > 0 ? staging.room<std::uint8_t>(staged) : nullptr;
+    if (staged > 0 && to == nullptr) return staging.full();
+    for (const SealJob& given : jobs) {
+      if (given.page < 0 || given.count == 0) continue;
+      SealJob j = given;
+      if (foreign(given)) {
+        stage_rows(&j, values, kv_heads, side.dim, to);
+        to += rounded(static_cast<std::size_t>(kv_heads * j.count * side.dim) * size_of(j.dtype));
+      }
+      const void* own = values ? j.v : j.k;
+      if (rows == nullptr) rows = own;
+      JobPlace place;
+      place.rows = distance(rows, own, size_of(j.dtype));
+      if (j.skip != nullptr) {
+        place.skip = static_cast<std::int64_t>(skip.size());
+        skip.insert(skip.end(), j.skip, j.skip + j.count);
+      }
+      place.lambda = lambda_at(&lambda, values ? j.lambda_v : j.lambda_k);
+      add_job(&table, j, values, place);
     }
+    if (table.empty()) return {};
     const Matrices* m = nullptr;
     KV4_RETURN_IF_ERROR(matrices(*side.rotation, &m));
     Launch launch;
     launch.kernel = "kv4_seal";
-    launch.buffers = {rows, staging.put(skip), staging.put(lambda), m->sealing, staging.put(table),
-                      staging.put(side_table(spec, values, jobs[0].dtype, values ? jobs[0].v_stride : jobs[0].k_stride)),
-                      staging.put(level_table(side)), pages};
-    launch.threads[0] = static_cast<std::uint32_t>(KV4_ROW_THREADS * jobs.size());
+    launch.threads[0] = static_cast<std::uint32_t>(KV4_ROW_THREADS * (table.size() / kv4_job_fields));
+    launch.threads[1] = static_cast<std::uint32_t>(kv_heads);
     launch.group = KV4_ROW_THREADS;
     launch.dim = side.dim;
+    launch.buffers = {rows, staging.put(skip), staging.or_nothing(lambda), m->sealing, staging.put(table),
+                      staging.put(side_table(spec, values, places)), staging.put(level_table(side)), bound};
     launches.push_back(std::move(launch));
   }
   KV4_RETURN_IF_ERROR(staging.full());
   return gpu_->run(launches);
 }
 
-Status MetalBackend::dequantise_side(const PageSpec& spec, bool values, std::span<const DequantiseJob> jobs) const {
+Status MetalBackend::dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs,
+                                bool /*resident*/) const {
+  for (const bool values : {false, true}) KV4_RETURN_IF_ERROR(dequantise_side(spec, pages, kv_heads, values, jobs));
+  return {};
+}
+
+// To float rows of its own, which are then converted to where they belong.
+Status MetalBackend::dequantise_side(const PageSpec& spec, const PageMemory& pages, int kv_heads, bool values,
+                                     std::span<const DequantiseJob> jobs) const {
   const SideSpec& side = values ? spec.value : spec.key;
-  const auto dim = static_cast<std::size_t>(side.dim);
-  const auto to_of = [values](const DequantiseJob& j) { return values ? j.v : j.k; };
-  Staging staging(*gpu_);
+  const auto to_of = [values](const DequantiseJob& j) { return j.page < 0 || j.count == 0 ? nullptr : values ? j.v : j.k; };
   std::vector<std::int64_t> table;
-  std::vector<float> lambda;
-  const std::uint8_t* pages = nullptr;
-  std::int64_t rows = 0;
-  int most = 0;
+  const float* lambda = nullptr;
+  std::int32_t most_page = -1;
+  std::int64_t rows = 0, most = 0;
   for (const DequantiseJob& j : jobs) {
-    if (to_of(j) == nullptr || j.count == 0) continue;
-    if (pages == nullptr) pages = j.slice;
-    const float* given = values ? j.lambda_v : j.lambda_k;
-    const auto fields = table.size();
-    table.resize(fields + kv4_job_fields);
-    std::int64_t* t = table.data() + fields;
-    t[kv4_job_rows] = rows * side.dim;
-    t[kv4_job_skip] = -1;
-    t[kv4_job_slice] = distance(pages, j.slice, 1);
-    t[kv4_job_lambda] = given == nullptr ? -1 : static_cast<std::int64_t>(lambda.size() / dim);
-    if (given != nullptr) lambda.insert(lambda.end(), given, given + dim);
-    t[kv4_job_first] = j.first;
-    t[kv4_job_count] = j.count;
-    rows += j.count;
+    if (to_of(j) == nullptr) continue;
+    DequantiseJob own = j;
+    own.k_stride = own.v_stride = side.dim;
+    own.k_head_stride = own.v_head_stride = j.count * side.dim;
+    add_job(&table, own, values, {rows * side.dim, -1, lambda_at(&lambda, values ? j.lambda_v : j.lambda_k)});
+    rows += kv_heads * j.count;
     most = std::max(most, j.count);
+    most_page = std::max(most_page, j.page);
   }
-  if (pages == nullptr) return {};
+  if (table.empty()) return {};
   const Matrices* m = nullptr;
   KV4_RETURN_IF_ERROR(matrices(*side.rotation, &m));
-  const float* out = staging.room<float>(static_cast<std::size_t>(rows) * dim);
+  Staging staging(*gpu_);
+  const float* out = staging.room<float>(static_cast<std::size_t>(rows * side.dim));
+  const void* bound = nullptr;
+  const std::vector<std::int64_t> places = places_of(pages, most_page, &bound);
   Launch launch;
   launch.kernel = "kv4_dequantise";
-  launch.buffers = {pages, staging.put(lambda), m->output, staging.put(table), staging.put(side_table(spec, values, DType::f32, side.dim)),
-                    staging.put(level_table(side)), out};
   launch.threads[0] = static_cast<std::uint32_t>(KV4_ROW_THREADS * (table.size() / kv4_job_fields));
   launch.threads[1] = static_cast<std::uint32_t>(most);
+  launch.threads[2] = static_cast<std::uint32_t>(kv_heads);
   launch.group = KV4_ROW_THREADS;
   launch.dim = side.dim;
+  launch.buffers = {bound, staging.or_nothing(lambda), m->output, staging.put(table), staging.put(side_table(spec, values, places)),
+                    staging.put(level_table(side)), out};
   KV4_RETURN_IF_ERROR(staging.full());
   KV4_RETURN_IF_ERROR(gpu_->run({&launch, 1}));
   for (const DequantiseJob& j : jobs) {
-    if (to_of(j) == nullptr || j.count == 0) continue;
-    KV4_RETURN_IF_ERROR(cpu_.convert({.from = out, .from_stride = side.dim, .to = to_of(j), .to_dtype = j.dtype,
-                                      .to_stride = values ? j.v_stride : j.k_stride, .heads = 1, .dim = side.dim, .rows = j.count}));
-    out += static_cast<std::size_t>(j.count) * dim;
+    if (to_of(j) == nullptr) continue;
+    KV4_RETURN_IF_ERROR(cpu_.convert({.from = out, .from_head_stride = j.count * side.dim, .from_stride = side.dim, .to = to_of(j), .to_dtype = j.dtype,
+                                      .to_head_stride = values ? j.v_head_stride : j.k_head_stride, .to_stride = values ? j.v_stride : j.k_stride,
+                                      .heads = kv_heads, .dim = side.dim, .rows = j.count}));
+    out += kv_heads * j.count * side.dim;
   }
   return {};
 }
@@ -268,9 +304,8 @@ Status MetalBackend::dequantise_side(const PageSpec& spec, bool values, std::spa
 std::vector<std::uint8_t> mask_in_order(const AttendJob& job, std::array<std::int64_t, 4>* stride) {
   const Mask& m = job.args.mask;
   const std::size_t size = m.kind == Mask::General::boolean ? 1 : size_of(m.general_dtype);
-  const std::int64_t extent[3] = {static_cast<std::int64_t>(job.sequences.size()), job.args.q.shape[1], job.query_count};
+  const std::array<std::int64_t, 4>& extent = job.args.q.shape;
   const auto* from = static_cast<const std::uint8_t*>(m.general);
-  from += job.query_begin * m.general_stride[2] * static_cast<std::int64_t>(size);
   std::int64_t n[3], step = m.columns;
   for (int i = 2; i >= 0; --i) {
     n[i] = m.general_stride[i] == 0 ? 1 : extent[i];
@@ -292,69 +327,56 @@ std::vector<std::uint8_t> mask_in_order(const AttendJob& job, std::array<std::in
 
 Status MetalBackend::attend(const AttendJob& job) {
   const AttendArgs& a = job.args;
-  const auto batch = static_cast<std::int64_t>(job.sequences.size());
-  const std::int64_t heads = a.q.shape[1], count = job.query_count, total = a.q.shape[2], dim = job.head_dim_k;
+  const std::int64_t heads = a.q.shape[1], rows = a.q.shape[2], dim = job.head_dim_k, states_of = heads * rows;
   const std::size_t row_bytes = static_cast<std::size_t>(dim) * size_of(a.q.dtype);
   Staging staging(*gpu_);
 
-  // Rows with NaN or infinity are asked as zeros, and refused where they see a token.
-  auto* q = staging.room<std::uint8_t>(static_cast<std::size_t>(batch * heads * count) * row_bytes);
-  if (q == nullptr) return staging.full();
-  std::vector<std::int64_t> refused;
-  for (std::int64_t row = 0; row < batch * heads * count; ++row) {
-    const void* from = a.q.at(row / (heads * count), row / count % heads, job.query_begin + row % count);
-    std::uint8_t* to = q + static_cast<std::size_t>(row) * row_bytes;
-    std::memcpy(to, from, row_bytes);
-    if (finite(to, a.q.dtype, job.head_dim_k)) continue;
-    std::memset(to, 0, row_bytes);
-    refused.push_back(row);
-  }
-
-  AttendJob own = job;
-  own.query_begin = 0;
-  own.out = {};
-  own.args.sinks = nullptr;
-  own.args.q.shape[2] = count;
-  own.args.q.stride = {heads * count * dim, count * dim, dim, 1};
-  std::vector<std::uint8_t> mask;
-  if (a.mask.kind != Mask::General::none) mask = mask_in_order(job, &own.args.mask.general_stride);
-
-  std::vector<SequenceView> views(job.sequences.begin(), job.sequences.end());
-  std::vector<std::vector<const std::uint8_t*>> tables(views.size());
-  std::vector<float> lambda_k, lambda_v;
-  const std::uint8_t* pages = nullptr;
-  const void *exact_k = nullptr, *exact_v = nullptr;
-  bool any_lambda = false;
-  for (const SequenceView& s : views) any_lambda = any_lambda || s.lambda_k != nullptr || s.lambda_v != nullptr;
-  for (std::size_t b = 0; b < views.size(); ++b) {
-    SequenceView& s = views[b];
-    for (int p = 0; p < s.page_count; ++p) {
-      if (pages == nullptr) pages = s.pages[p];
-      if (const std::int64_t units = distance(pages, s.pages[p], KV4_PAGE_UNIT);
-          units < std::numeric_limits<std::int32_t>::min() || units > std::numeric_limits<std::int32_t>::max())
-        return error(StatusCode::unsupported, "pages", "pages within 128 GiB of each other", std::to_string(units * KV4_PAGE_UNIT) + " bytes");
-      tables[b].push_back(on_gpu(s.pages[p]));
-    }
-    s.pages = tables[b].data();
+  // Views as the GPU has them.
+  std::vector<SequenceView> views(job.sequences.views.begin(), job.sequences.views.end());
+  const Bases bases = bases_of(views);
+  std::int32_t most_page = -1;
+  std::int64_t queries = 0;
+  for (SequenceView& s : views) {
+    for (int p = 0; p < s.page_count; ++p) most_page = std::max(most_page, s.pages[p]);
+    queries = std::max(queries, s.query_count);
+    s.lambda_k = on_gpu(s.lambda_k);
+    s.lambda_v = on_gpu(s.lambda_v);
     for (ExactRows& x : s.exact) {
-      if (x.count == 0) continue;
-      if (exact_k == nullptr) exact_k = x.k, exact_v = x.v;
+      if (x.count <= 0) continue;
       x.k = on_gpu(static_cast<const std::uint8_t*>(x.k));
       x.v = on_gpu(static_cast<const std::uint8_t*>(x.v));
     }
-    const auto width = static_cast<std::size_t>(job.kv_heads * dim);
-    for (const auto& [given, to] : {std::pair{s.lambda_k, &lambda_k}, std::pair{s.lambda_v, &lambda_v}}) {
-      if (!any_lambda) continue;
-      if (given != nullptr) to->insert(to->end(), given, given + width);
-      else to->resize(to->size() + width, 1.0f);
-    }
   }
-  own.sequences = views;
+  if (queries == 0) return {};
+
+  // Rows with NaN or infinity are asked as zeros, and refused where they see a token.
+  auto* q = staging.room<std::uint8_t>(static_cast<std::size_t>(a.q.shape[0] * states_of) * row_bytes);
+  if (q == nullptr) return staging.full();
+  std::vector<std::int64_t> refused;
+  for (const SequenceView& s : views)
+    for (std::int64_t h = 0; h < heads; ++h)
+      for (std::int64_t t = s.input_row; t < s.input_row + s.query_count; ++t) {
+        const std::int64_t row = s.input * states_of + h * rows + t;
+        std::uint8_t* to = q + static_cast<std::size_t>(row) * row_bytes;
+        std::memcpy(to, a.q.at(s.input, h, t), row_bytes);
+        if (finite(to, a.q.dtype, job.head_dim_k)) continue;
+        std::memset(to, 0, row_bytes);
+        refused.push_back(row);
+      }
+
+  AttendJob own = job;
+  own.out = {};
+  own.args.sinks = nullptr;
+  own.args.q.stride = {states_of * dim, rows * dim, dim, 1};
+  own.sequences.views = views;
+  std::vector<std::uint8_t> mask;
+  if (a.mask.kind != Mask::General::none) mask = mask_in_order(job, &own.args.mask.general_stride);
+  const void* pages = nullptr;
+  const std::vector<std::int64_t> places = most_page < 0 ? page_table({}) : places_of(job.pages, most_page, &pages);
   const auto base = [this](const void* p) { return on_gpu(static_cast<const std::uint8_t*>(p)); };
-  const AttendTables t = attend_tables(own, {base(pages), base(exact_k), base(exact_v)}, gpu_->cores());
+  const AttendTables t = attend_tables(own, {base(bases.exact_k), base(bases.exact_v), on_gpu(bases.lambda_k), on_gpu(bases.lambda_v)}, places, gpu_->cores());
 
   const Matrices *key = nullptr, *value = nullptr;
-  const void* nothing = staging.room<float>(1);
   if (job.spec != nullptr) {
     KV4_RETURN_IF_ERROR(matrices(*job.spec->key.rotation, &key));
     KV4_RETURN_IF_ERROR(matrices(*job.spec->value.rotation, &value));
@@ -362,46 +384,47 @@ Status MetalBackend::attend(const AttendJob& job) {
   const void *call = staging.put(t.call), *sequences = staging.put(t.sequences), *factors = staging.put(t.factors);
   const void* prepared = staging.room<float>(t.prepared_floats);
   const void* states = staging.room<float>(t.state_floats);
-  const float* state = staging.room<float>(static_cast<std::size_t>(batch * heads * count * (dim + 2)));
+  const float* state = staging.room<float>(static_cast<std::size_t>(a.q.shape[0] * states_of * (dim + 2)));
+  const void* nothing = staging.or_nothing(nullptr);
   const auto or_nothing = [nothing](const void* p) { return p != nullptr ? p : nothing; };
   const auto u32 = [](std::int64_t x) { return static_cast<std::uint32_t>(x); };
-  const std::uint32_t row_grid[3] = {u32(KV4_ROW_THREADS * heads / job.kv_heads), u32(count), u32(batch * job.kv_heads)};
+  const std::uint32_t batch = u32(static_cast<std::int64_t>(views.size())), kv_heads = u32(job.kv_heads);
+  const std::uint32_t row_grid[3] = {KV4_ROW_THREADS * u32(heads) / kv_heads, u32(queries), batch * kv_heads};
   Launch launches[3];
-  launches[0] = {"kv4_prepare", {q, key == nullptr ? nothing : key->query, staging.put(lambda_k), sequences, call, factors, prepared},
+  launches[0] = {"kv4_prepare", {q, key == nullptr ? nothing : key->query, or_nothing(bases.lambda_k), sequences, call, factors, prepared},
                  {row_grid[0], row_grid[1], row_grid[2]}, KV4_ROW_THREADS, t.dim};
   launches[1] = {"kv4_attend_d" + std::to_string(t.dim) + "_r" + std::to_string(t.block_rows),
-                 {prepared, or_nothing(pages), staging.put(t.pages), or_nothing(exact_k), or_nothing(exact_v), staging.put(mask),
+                 {prepared, or_nothing(pages), staging.put(t.ids), or_nothing(bases.exact_k), or_nothing(bases.exact_v), staging.put(mask),
                   staging.put(t.levels), sequences, call, factors, states},
-                 {u32(KV4_ATTEND_THREADS * t.splits), u32(std::int64_t{job.kv_heads} * t.blocks), u32(batch)}, KV4_ATTEND_THREADS, t.dim};
-  launches[2] = {"kv4_merge", {states, value == nullptr ? nothing : value->output, staging.put(lambda_v), nothing, sequences, call, state},
+                 {u32(KV4_ATTEND_THREADS * t.splits), kv_heads * u32(t.blocks), batch}, KV4_ATTEND_THREADS, t.dim};
+  launches[2] = {"kv4_merge", {states, value == nullptr ? nothing : value->output, or_nothing(bases.lambda_v), nothing, sequences, call, state},
                  {row_grid[0], row_grid[1], row_grid[2]}, KV4_ROW_THREADS, t.dim};
   KV4_RETURN_IF_ERROR(staging.full());
   KV4_RETURN_IF_ERROR(gpu_->run(launches));
 
-  const auto sum = [&](std::int64_t row) { return state[row * (dim + 2) + dim + 1]; };
   for (const std::int64_t row : refused)
-    if (sum(row) > 0.0f) return error(StatusCode::non_finite, "q", "finite values in queries that see a token", "NaN or infinity");
-  const std::int64_t rows = batch * heads * count;
-  std::vector<float> o, m, l;
-  const bool partial = job.out.data == nullptr;
-  if (!partial) {
-    o.resize(static_cast<std::size_t>(rows * dim));
-    m.resize(static_cast<std::size_t>(rows));
-    l.resize(static_cast<std::size_t>(rows));
-  }
-  const PartialState to = partial ? job.partial : PartialState{o.data(), m.data(), l.data()};
-  for (std::int64_t row = 0; row < rows; ++row) {
-    const float* from = state + row * (dim + 2);
-    const std::int64_t at = partial ? row / count * total + job.query_begin + row % count : row;
-    std::copy_n(from, dim, to.o + at * dim);
-    to.m[at] = from[dim];
-    to.l[at] = from[dim + 1];
-  }
-  if (partial) return {};
-  MutableTensorView out = job.out;
-  out.data = job.out.at(0, 0, job.query_begin);
-  out.shape[2] = count;
-  finish(to, a.sinks, out);
+    if (state[row * (dim + 2) + dim + 1] > 0.0f)
+      return error(StatusCode::non_finite, "q", "finite values in queries that see a token", "NaN or infinity");
+  // One head of one sequence at a time: its rows follow each other.
+  std::vector<float> o(static_cast<std::size_t>(queries * dim)), m(static_cast<std::size_t>(queries)), l(m);
+  for (const SequenceView& s : views)
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const std::int64_t first = s.input * states_of + h * rows + s.input_row;
+      const bool partial = job.out.data == nullptr;
+      const PartialState to = partial ? PartialState{job.partial.o + first * dim, job.partial.m + first, job.partial.l + first}
+                                      : PartialState{o.data(), m.data(), l.data()};
+      for (std::int64_t t = 0; t < s.query_count; ++t) {
+        const float* from = state + (first + t) * (dim + 2);
+        std::copy_n(from, dim, to.o + t * dim);
+        to.m[t] = from[dim];
+        to.l[t] = from[dim + 1];
+      }
+      if (partial || s.query_count == 0) continue;
+      MutableTensorView out = job.out;
+      out.data = job.out.at(s.input, h, s.input_row);
+      out.shape = {1, 1, s.query_count, dim};
+      finish(to, a.sinks == nullptr ? nullptr : a.sinks + h, out);
+    }
   return {};
 }
 

@@ -30,6 +30,13 @@ inline float load_element(device const uchar* data, int dtype, long i) {
   return from_bfloat(((device const ushort*)data)[i]);
 }
 
+// Where a head slice begins, in bytes of the buffer of pages; `pages`: kv4_pages.
+inline long slice_offset(device const long* pages, long id, uint head) {
+  const long shift = pages[kv4_pages_chunk_shift];
+  const long within = id & ((long(1) << shift) - 1);
+  return pages[kv4_pages_chunks + (id >> shift)] + within * pages[kv4_pages_page_stride] + long(head) * pages[kv4_pages_head_stride];
+}
+
 inline uint element_bytes(int dtype) { return dtype == 0 ? 4u : 2u; }
 
 // Elements i ... of a row; `aligned`: i is a multiple of the number loaded, and so is the row's first element in its buffer.

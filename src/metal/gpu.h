@@ -28,6 +28,8 @@ class Gpu {
   // Memory at the same place for the CPU, 64-byte aligned for both; null when there is none left.
   virtual void* alloc(std::size_t bytes) = 0;
   virtual void free(void* p) = 0;
+  // Whether a byte is of memory from alloc.
+  virtual bool holds(const void* p) const = 0;
   // Where the GPU has a byte of memory from alloc. A kernel may reach any of that memory by its distance from a buffer.
   virtual std::uint64_t address(const void* p) const = 0;
   virtual int cores() const = 0;

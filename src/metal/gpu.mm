@@ -37,6 +37,11 @@ class MetalGpu final : public Gpu {
     const std::lock_guard<std::mutex> lock(mutex_);
     buffers_.erase(static_cast<const std::byte*>(p));
   }
+  bool holds(const void* p) const override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    NSUInteger offset = 0;
+    return find(p, &offset) != nil;
+  }
   std::uint64_t address(const void* p) const override {
     const std::lock_guard<std::mutex> lock(mutex_);
     NSUInteger offset = 0;

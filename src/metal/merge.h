@@ -1,5 +1,5 @@
 // Joins the partial states of one query row, turns the part over pages back into the model's basis and writes the output
-// or the row's own partial state. One threadgroup a row.
+// or the row's own partial state. One threadgroup a row; nothing where the sequence has fewer queries.
 #ifndef KV4_METAL_MERGE_H
 #define KV4_METAL_MERGE_H
 
@@ -9,7 +9,7 @@
 namespace kv4 {
 namespace apple {
 
-// matrix: (R^-1)^T of the values' rotation. lambda [.., kv_heads, dim], sinks [kv_heads * group].
+// matrix: (R^-1)^T of the values' rotation. lambda [kv_heads, dim] of each sequence, sinks [kv_heads * group].
 // Threadgroup memory: x and y [kMaxDim], partial [KV4_ROW_THREADS].
 inline void merge_row(device const float* states, device const float* matrix, device const float* lambda,
                       device const float* sinks, device const long* sequences, device const long* call, device uchar* out,
@@ -18,6 +18,9 @@ inline void merge_row(device const float* states, device const float* matrix, de
   threadgroup float* x = (threadgroup float*)x4;
   threadgroup float* y = (threadgroup float*)y4;
   const uint dim = uint(call[kv4_call_dim]), heads = uint(call[kv4_call_kv_heads]);
+  const uint b = head_of_batch < heads ? 0u : head_of_batch / heads, head = head_of_batch - b * heads;
+  device const long* sequence = sequences + b * kv4_sequence_fields;
+  if (long(t) >= sequence[kv4_sequence_queries]) return;  // the whole threadgroup
   const uint exact_splits = uint(call[kv4_call_exact_splits]), splits = exact_splits + uint(call[kv4_call_page_splits]);
   // Exact rows and pages apart: they lie in different bases.
   float top = kHidden, exact = 0.0f, l = 0.0f;
@@ -47,15 +50,14 @@ inline void merge_row(device const float* states, device const float* matrix, de
   rotate_row(int(call[kv4_call_value_rotated]), matrix, dim, x4, y4, partial, true, tid);
   if (tid >= dim) return;
 
-  const uint b = head_of_batch < heads ? 0u : head_of_batch / heads, head = head_of_batch - b * heads;
   const uint q_head = head * uint(call[kv4_call_group]) + g;
-  const long lambda_row = sequences[b * kv4_sequence_fields + kv4_sequence_lambda];
+  const long lambda_at = sequence[kv4_sequence_lambda_v];
   float o = y[tid];
-  if (lambda_row >= 0) o /= lambda[(lambda_row * long(heads) + long(head)) * long(dim) + long(tid)];
+  if (lambda_at != KV4_NONE) o /= lambda[lambda_at + long(head * dim + tid)];
   o += exact;
   const int dtype = int(call[kv4_call_out_dtype]);
-  const long at = long(b) * call[kv4_call_out_stride_batch] + long(q_head) * call[kv4_call_out_stride_head] +
-                  long(t) * call[kv4_call_out_stride_query];
+  const long at = sequence[kv4_sequence_input] * call[kv4_call_out_stride_batch] + long(q_head) * call[kv4_call_out_stride_head] +
+                  (sequence[kv4_sequence_input_row] + long(t)) * call[kv4_call_out_stride_query];
   if (dtype == KV4_OUT_PARTIAL) {
     device float* row_out = (device float*)out + at;
     row_out[tid] = o;

@@ -66,7 +66,8 @@ inline void rotate_row(int how, device const float* matrix, uint dim, threadgrou
 }
 
 // One query row: raw times the factor of q.k, and R^-T (q / lambda) times it, to planes 0 and 1 of
-// out [2, batch, kv_heads, T * group, dim]. Row t * group + g is query t of head g of the group.
+// out [2, batch, kv_heads, T * group, dim]. Row t * group + g is query t of head g of the group; nothing where the sequence has
+// fewer queries.
 inline void prepare_row(device const uchar* q, device const float* matrix, device const float* lambda,
                         device const long* sequences, device const long* call, device const float* factors,
                         device float* out, uint g, uint t, uint head_of_batch, threadgroup float4* x4, threadgroup float4* y4,
@@ -74,22 +75,24 @@ inline void prepare_row(device const uchar* q, device const float* matrix, devic
   threadgroup float* x = (threadgroup float*)x4;
   threadgroup float* y = (threadgroup float*)y4;
   const uint dim = uint(call[kv4_call_dim]);
+  const uint heads = uint(call[kv4_call_kv_heads]), b = head_of_batch < heads ? 0u : head_of_batch / heads;
+  device const long* s = sequences + b * kv4_sequence_fields;
+  if (long(t) >= s[kv4_sequence_queries]) return;  // the whole threadgroup
   device float* to = out;
   long plane = 0;
   float factor = 0.0f;
   if (tid < dim) {
-    const uint group = uint(call[kv4_call_group]), heads = uint(call[kv4_call_kv_heads]);
-    const uint b = head_of_batch < heads ? 0u : head_of_batch / heads, head = head_of_batch - b * heads;
+    const uint group = uint(call[kv4_call_group]), head = head_of_batch - b * heads;
     const uint rows = group * uint(call[kv4_call_queries]);
     plane = call[kv4_call_batch] * long(heads) * long(rows) * long(dim);
     to += (long(head_of_batch) * long(rows) + long(t * group + g)) * long(dim) + long(tid);
     factor = factors[kv4_factor_scale];
-    const long from = long(b) * call[kv4_call_q_stride_batch] + long(head * group + g) * call[kv4_call_q_stride_head] +
-                      long(t) * call[kv4_call_q_stride_query];
-    const long lambda_row = sequences[b * kv4_sequence_fields + kv4_sequence_lambda];
+    const long from = s[kv4_sequence_input] * call[kv4_call_q_stride_batch] + long(head * group + g) * call[kv4_call_q_stride_head] +
+                      (s[kv4_sequence_input_row] + long(t)) * call[kv4_call_q_stride_query];
+    const long lambda_at = s[kv4_sequence_lambda_k];
     const float value = load_element(q, int(call[kv4_call_q_dtype]), from + long(tid));
     *to = value * factor;
-    const float weighted = lambda_row < 0 ? value : value / lambda[(lambda_row * long(heads) + long(head)) * long(dim) + long(tid)];
+    const float weighted = lambda_at == KV4_NONE ? value : value / lambda[lambda_at + long(head * dim + tid)];
     x[tid] = weighted;
     y[tid] = weighted;
   }

@@ -2,9 +2,9 @@
 // row: threads (KV4_ROW_THREADS * group, T, batch * kv_heads).
 #include "metal/rotate.h"
 
-kernel void kv4_prepare(device const uchar* q [[buffer(0)]],        // [batch, kv_heads * group, T, dim] by strides
+kernel void kv4_prepare(device const uchar* q [[buffer(0)]],        // [inputs, kv_heads * group, rows, dim] by strides
                         device const float* matrix [[buffer(1)]],   // [dim, dim]: R^-1 of the keys' rotation
-                        device const float* lambda [[buffer(2)]],   // [.., kv_heads, dim]
+                        device const float* lambda [[buffer(2)]],   // [kv_heads, dim] of the keys, one after another
                         device const long* sequences [[buffer(3)]],
                         device const long* call [[buffer(4)]],
                         device const float* factors [[buffer(5)]],

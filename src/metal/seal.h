@@ -22,15 +22,42 @@ constant constexpr uint kTile = 16;            // tokens at once
 constant constexpr uint kPitch = kMaxDim + 1;  // of a row in threadgroup memory, at most: dim + 1 is used
 
 struct SealArguments {
-  device const uchar* rows;    // [token, channel] by the side's stride
+  device const uchar* rows;
   device const uchar* skip;    // a byte per token: not 0 where masked
-  device const float* lambda;  // [.., dim]
+  device const float* lambda;
   device const float* matrix;  // [2, dim, dim]: R^T by rows, then what it lacks to R^T in double precision
   device uchar* pages;
   device const long* jobs;
   device const long* side;
   device const float* levels;
 };
+
+// One side of one head of a job.
+struct SealPart {
+  device uchar* slice;
+  long rows, stride;  // element of its first token, elements between tokens
+  int dtype;
+  long lambda;        // element of its first channel; KV4_NONE: lambda is 1
+  long skip, hidden;
+  uint first, count;
+};
+inline bool masked(thread const SealArguments& a, thread const SealPart& part, uint row) {
+  return long(row) < part.hidden || (part.skip >= 0 && a.skip[part.skip + long(row)] != 0);
+}
+inline SealPart part_of(thread const SealArguments& a, uint index, uint head) {
+  device const long* job = a.jobs + index * kv4_job_fields;
+  SealPart out;
+  out.slice = a.pages + slice_offset(a.side + kv4_side_pages, job[kv4_job_page], head);
+  out.rows = job[kv4_job_rows] + long(head) * job[kv4_job_stride_head];
+  out.stride = job[kv4_job_stride];
+  out.dtype = int(job[kv4_job_dtype]);
+  out.lambda = job[kv4_job_lambda] == KV4_NONE ? KV4_NONE : job[kv4_job_lambda] + long(head) * a.side[kv4_side_dim];
+  out.skip = job[kv4_job_skip];
+  out.hidden = job[kv4_job_hidden];
+  out.first = uint(job[kv4_job_first]);
+  out.count = uint(job[kv4_job_count]);
+  return out;
+}
 
 // x[r][c] for the tile's rows from x R^T, in place. A thread owns four channels of kRows rows, so that a load of the matrix and
 // one of each row serve 4 kRows multiply-adds. D is a constant: with rows at distances that are numbers, indices were half of
@@ -61,17 +88,15 @@ inline void multiply_tile(device const float* matrix, threadgroup float* x, uint
 
 // The page's mean: writes it to the slice; high and low [dim] become the mean of the rows, offset [dim] what the stored
 // mean lacks. weighted_high and weighted_low [dim]: scratch.
-inline void seal_mean(thread const SealArguments& a, device const long* job, uint dim, bool rotated, threadgroup float* high,
+inline void seal_mean(thread const SealArguments& a, thread const SealPart& part, uint dim, bool rotated, threadgroup float* high,
                       threadgroup float* low, threadgroup float* weighted_high, threadgroup float* weighted_low,
                       threadgroup float* offset, uint tid) {
-  const long rows = job[kv4_job_rows], skip = job[kv4_job_skip], lambda_row = job[kv4_job_lambda];
-  const int dtype = int(a.side[kv4_side_dtype]);
   if (tid < dim) {
     Precise sum = {0.0f, 0.0f};
     float used = 0.0f;
-    for (long j = 0; j < job[kv4_job_count]; ++j) {
-      if (skip >= 0 && a.skip[skip + j] != 0) continue;
-      sum = add(sum, load_element(a.rows, dtype, rows + j * a.side[kv4_side_stride] + long(tid)));
+    for (uint j = 0; j < part.count; ++j) {
+      if (masked(a, part, j)) continue;
+      sum = add(sum, load_element(a.rows, part.dtype, part.rows + long(j) * part.stride + long(tid)));
       used += 1.0f;
     }
     Precise mean = {0.0f, 0.0f};
@@ -81,7 +106,7 @@ inline void seal_mean(thread const SealArguments& a, device const long* job, uin
     }
     high[tid] = mean.high;
     low[tid] = mean.low;
-    const float weight = lambda_row < 0 ? 1.0f : a.lambda[lambda_row * long(dim) + long(tid)];
+    const float weight = part.lambda == KV4_NONE ? 1.0f : a.lambda[part.lambda + long(tid)];
     const float product = mean.high * weight;
     weighted_high[tid] = product;
     weighted_low[tid] = fma(mean.high, weight, -product) + mean.low * weight;
@@ -100,19 +125,19 @@ inline void seal_mean(thread const SealArguments& a, device const long* job, uin
     }
     // Beyond the range of fp16 the largest finite number.
     const half stored = half(clamp(turned.high + turned.low, -65504.0f, 65504.0f));
-    ((device half*)(a.pages + job[kv4_job_slice] + a.side[kv4_side_mean]))[tid] = stored;
+    ((device half*)(part.slice + a.side[kv4_side_mean]))[tid] = stored;
     offset[tid] = (turned.high - float(stored)) + turned.low;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
 // Codes and scale of one row of x, by one SIMD-group.
-inline void quantise_row(thread const SealArguments& a, device const long* job, uint dim, uint token, bool masked,
-                         threadgroup const float* x, threadgroup const float* offset, bool mean, threadgroup uchar* codes,
-                         uint lane) {
+inline void quantise_row(thread const SealArguments& a, thread const SealPart& part, uint dim, uint row, threadgroup const float* x,
+                         threadgroup const float* offset, bool mean, threadgroup uchar* codes, uint lane) {
+  const bool empty = masked(a, part, row);
   float squares = 0.0f, largest = 0.0f;
   for (uint c = lane; c < dim; c += kLanes) {
-    const float value = masked ? 0.0f : mean ? x[c] + offset[c] : x[c];
+    const float value = empty ? 0.0f : mean ? x[c] + offset[c] : x[c];
     squares = fma(value, value, squares);
     largest = max(largest, fabs(value));
   }
@@ -121,7 +146,7 @@ inline void quantise_row(thread const SealArguments& a, device const long* job, 
                              : precise::sqrt(simd_sum(squares) / float(dim)) / a.levels[kv4_level_gain];
   float products = 0.0f, level_squares = 0.0f;
   for (uint c = lane; c < dim; c += kLanes) {
-    const float value = masked ? 0.0f : mean ? x[c] + offset[c] : x[c];
+    const float value = empty ? 0.0f : mean ? x[c] + offset[c] : x[c];
     const float y = step > 0.0f ? value / step : 0.0f, size = fabs(y);
     int index = 0;
     for (int i = 0; i < 7; ++i) index += size >= a.levels[kv4_level_threshold + i] ? 1 : 0;
@@ -134,7 +159,7 @@ inline void quantise_row(thread const SealArguments& a, device const long* job, 
   const float top = simd_sum(products), bottom = simd_sum(level_squares);
   const float scale = !(step > 0.0f) ? 0.0f : abs_max ? step : bottom > 0.0f ? top / bottom : 0.0f;
   if (lane == 0)
-    ((device half*)(a.pages + job[kv4_job_slice] + a.side[kv4_side_scales]))[token] = half(min(scale, 65504.0f));
+    ((device half*)(part.slice + a.side[kv4_side_scales]))[part.first + row] = half(min(scale, 65504.0f));
 }
 
 // Tokens [first, first + count) of codes [kTile][dim] to the slice.
@@ -166,29 +191,24 @@ inline void pack_values(device uchar* to, uint dim, uint first, uint count, thre
   }
 }
 
-// One job. Threadgroup memory: x [kTile * kPitch], codes [kTile * kMaxDim], the others [kMaxDim].
-inline void seal_job(thread const SealArguments& a, uint index, threadgroup float* x, threadgroup uchar* codes,
+// One head of a job. Threadgroup memory: x [kTile * kPitch], codes [kTile * kMaxDim], the others [kMaxDim].
+inline void seal_job(thread const SealArguments& a, uint index, uint head, threadgroup float* x, threadgroup uchar* codes,
                      threadgroup float* high, threadgroup float* low, threadgroup float* weighted_high,
                      threadgroup float* weighted_low, threadgroup float* offset, uint tid, uint lane, uint group) {
-  device const long* job = a.jobs + index * kv4_job_fields;
-  const uint dim = uint(a.side[kv4_side_dim]), pitch = dim + 1;
-  const uint first = uint(job[kv4_job_first]), count = uint(job[kv4_job_count]);
+  const SealPart part = part_of(a, index, head);
+  const uint dim = uint(a.side[kv4_side_dim]), pitch = dim + 1, count = part.count;
   const bool mean = a.side[kv4_side_has_mean] != 0, rotated = a.side[kv4_side_rotated] != 0;
-  const bool values = a.side[kv4_side_values] != 0;
-  const long rows = job[kv4_job_rows], skip = job[kv4_job_skip], lambda_row = job[kv4_job_lambda];
-  const int dtype = int(a.side[kv4_side_dtype]);
-  device uchar* slice_codes = a.pages + job[kv4_job_slice] + a.side[kv4_side_codes];
-  if (mean) seal_mean(a, job, dim, rotated, high, low, weighted_high, weighted_low, offset, tid);
+  device uchar* slice_codes = part.slice + a.side[kv4_side_codes];
+  if (mean) seal_mean(a, part, dim, rotated, high, low, weighted_high, weighted_low, offset, tid);
   for (uint tile = 0; tile < count; tile += kTile) {
     const uint held = min(kTile, count - tile);
     for (uint i = tid; i < kTile * dim; i += KV4_ROW_THREADS) {
       const uint r = i / dim, c = i % dim;
-      const long j = long(tile + r);
       float value = 0.0f;
-      if (r < held && !(skip >= 0 && a.skip[skip + j] != 0)) {
-        value = load_element(a.rows, dtype, rows + j * a.side[kv4_side_stride] + long(c));
+      if (r < held && !masked(a, part, tile + r)) {
+        value = load_element(a.rows, part.dtype, part.rows + long(tile + r) * part.stride + long(c));
         if (mean) value = (value - high[c]) - low[c];
-        if (lambda_row >= 0) value *= a.lambda[lambda_row * long(dim) + long(c)];
+        if (part.lambda != KV4_NONE) value *= a.lambda[part.lambda + long(c)];
       }
       x[r * pitch + c] = value;
     }
@@ -200,28 +220,26 @@ inline void seal_job(thread const SealArguments& a, uint index, threadgroup floa
       else if (dim == 80) multiply_tile<80, 2>(a.matrix, x, tid);
       else multiply_tile<96, 2>(a.matrix, x, tid);
     }
-    for (uint r = group; r < held; r += KV4_ROW_THREADS / kLanes) {
-      const bool masked = skip >= 0 && a.skip[skip + long(tile + r)] != 0;
-      quantise_row(a, job, dim, first + tile + r, masked, x + r * pitch, offset, mean, codes + r * dim, lane);
-    }
+    for (uint r = group; r < held; r += KV4_ROW_THREADS / kLanes)
+      quantise_row(a, part, dim, tile + r, x + r * pitch, offset, mean, codes + r * dim, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (values) pack_values(slice_codes, dim, first + tile, held, codes, tid);
-    else pack_keys(slice_codes, dim, first + tile, held, codes, tid);
+    if (a.side[kv4_side_values] != 0) pack_values(slice_codes, dim, part.first + tile, held, codes, tid);
+    else pack_keys(slice_codes, dim, part.first + tile, held, codes, tid);
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
 
-// Token `token` of the job as a float row: R^-1 (scale level + mean) / lambda. matrix: (R^-1)^T by rows.
+// Token `token` of one head of the job as a float row: R^-1 (scale level + mean) / lambda. matrix: (R^-1)^T by rows.
 inline void dequantise_row(device const uchar* pages, device const float* lambda, device const float* matrix,
                            device const long* jobs, device const long* side, device const float* levels, device float* out,
-                           uint index, uint token, threadgroup float4* x4, threadgroup float4* y4, threadgroup float4* partial,
+                           uint index, uint token, uint head, threadgroup float4* x4, threadgroup float4* y4, threadgroup float4* partial,
                            uint tid) {
   threadgroup float* x = (threadgroup float*)x4;
   threadgroup float* y = (threadgroup float*)y4;
   device const long* job = jobs + index * kv4_job_fields;
   const uint dim = uint(side[kv4_side_dim]), j = uint(job[kv4_job_first]) + token;
   if (long(token) >= job[kv4_job_count]) return;  // the whole threadgroup
-  device const uchar* slice = pages + job[kv4_job_slice];
+  device const uchar* slice = pages + slice_offset(side + kv4_side_pages, job[kv4_job_page], head);
   if (tid < dim) {
     const uint byte = side[kv4_side_values] != 0 ? value_byte(j, tid, dim) : key_byte(j, tid);
     const uint code = (uint(slice[side[kv4_side_codes] + long(byte)]) >> (tid % 2 * 4)) & 15u;
@@ -233,9 +251,9 @@ inline void dequantise_row(device const uchar* pages, device const float* lambda
   threadgroup_barrier(mem_flags::mem_threadgroup);
   rotate_row(int(side[kv4_side_rotated]), matrix, dim, x4, y4, partial, true, tid);
   if (tid < dim) {
-    const long lambda_row = job[kv4_job_lambda];
-    const float weight = lambda_row < 0 ? 1.0f : lambda[lambda_row * long(dim) + long(tid)];
-    out[job[kv4_job_rows] + long(token) * side[kv4_side_stride] + long(tid)] = y[tid] / weight;
+    const long lambda_at = job[kv4_job_lambda];
+    const float weight = lambda_at == KV4_NONE ? 1.0f : lambda[lambda_at + long(head * dim + tid)];
+    out[job[kv4_job_rows] + long(head) * job[kv4_job_stride_head] + long(token) * job[kv4_job_stride] + long(tid)] = y[tid] / weight;
   }
 }
 

@@ -1,19 +1,18 @@
-// Sealing, its inverse, and copying rows to a cache's exact rows.
+// Sealing and its inverse: one side of the pages that the jobs name.
 //
-//   kv4_seal        threads (KV4_ROW_THREADS * jobs): one side of a page slice each
-//   kv4_dequantise  threads (KV4_ROW_THREADS * jobs, the largest count)
-//   kv4_append      threads (dim, tokens, heads * batch), any threadgroup
+//   kv4_seal        threads (KV4_ROW_THREADS * jobs, kv_heads)
+//   kv4_dequantise  threads (KV4_ROW_THREADS * jobs, the largest count, kv_heads)
 #include "metal/seal.h"
 
-kernel void kv4_seal(device const uchar* rows [[buffer(0)]],     // float32, float16 or bfloat16 by the side's strides
+kernel void kv4_seal(device const uchar* rows [[buffer(0)]],     // float32, float16 or bfloat16 by the jobs' strides
                      device const uchar* skip [[buffer(1)]],
-                     device const float* lambda [[buffer(2)]],   // [.., dim]
+                     device const float* lambda [[buffer(2)]],   // [kv_heads, dim], one after another
                      device const float* matrix [[buffer(3)]],   // [2, dim, dim]: R^T, and what the floats lack to it
                      device const long* jobs [[buffer(4)]],
                      device const long* side [[buffer(5)]],
                      device const float* levels [[buffer(6)]],
                      device uchar* pages [[buffer(7)]],
-                     uint place [[threadgroup_position_in_grid]],
+                     uint3 place [[threadgroup_position_in_grid]],
                      uint tid [[thread_index_in_threadgroup]],
                      uint lane [[thread_index_in_simdgroup]],
                      uint group [[simdgroup_index_in_threadgroup]]) {
@@ -33,14 +32,14 @@ kernel void kv4_seal(device const uchar* rows [[buffer(0)]],     // float32, flo
   a.jobs = jobs;
   a.side = side;
   a.levels = levels;
-  kv4::apple::seal_job(a, place, x, codes, high, low, weighted_high, weighted_low, offset, tid, lane, group);
+  kv4::apple::seal_job(a, place.x, place.y, x, codes, high, low, weighted_high, weighted_low, offset, tid, lane, group);
 }
 
 kernel void kv4_dequantise(device const uchar* pages [[buffer(0)]],
                            device const float* lambda [[buffer(1)]],
                            device const float* matrix [[buffer(2)]],  // [dim, dim]: (R^-1)^T
                            device const long* jobs [[buffer(3)]],
-                           device const long* side [[buffer(4)]],     // dtype is not read: rows are float32
+                           device const long* side [[buffer(4)]],
                            device const float* levels [[buffer(5)]],
                            device float* out [[buffer(6)]],
                            uint3 place [[threadgroup_position_in_grid]],
@@ -48,23 +47,5 @@ kernel void kv4_dequantise(device const uchar* pages [[buffer(0)]],
   threadgroup float4 x[kv4::apple::kMaxDim / 4];
   threadgroup float4 y[kv4::apple::kMaxDim / 4];
   threadgroup float4 partial[KV4_ROW_THREADS];
-  kv4::apple::dequantise_row(pages, lambda, matrix, jobs, side, levels, out, place.x, place.y, x, y, partial, tid);
-}
-
-kernel void kv4_append(device const uchar* from [[buffer(0)]],
-                       device uchar* to [[buffer(1)]],
-                       device const long* append [[buffer(2)]],
-                       uint3 at [[thread_position_in_grid]]) {
-  const uint heads = uint(append[kv4_append_heads]);
-  if (at.x >= uint(append[kv4_append_dim]) || at.y >= uint(append[kv4_append_tokens]) ||
-      at.z >= heads * uint(append[kv4_append_batch]))
-    return;
-  const long b = long(at.z / heads), h = long(at.z % heads), j = long(at.y), c = long(at.x);
-  const float x = kv4::apple::load_element(from, int(append[kv4_append_from_dtype]),
-                                           b * append[kv4_append_from_stride_batch] + h * append[kv4_append_from_stride_head] +
-                                               j * append[kv4_append_from_stride_token] + c);
-  kv4::apple::store_element(to, int(append[kv4_append_to_dtype]),
-                            append[kv4_append_to_offset] + b * append[kv4_append_to_stride_batch] +
-                                h * append[kv4_append_to_stride_head] + j * append[kv4_append_to_stride_token] + c,
-                            x);
+  kv4::apple::dequantise_row(pages, lambda, matrix, jobs, side, levels, out, place.x, place.y, place.z, x, y, partial, tid);
 }

@@ -5,8 +5,6 @@
 #include <numbers>
 #include <string>
 
-#include "metal/arguments.h"
-
 namespace kv4::apple {
 namespace {
 
@@ -101,12 +99,20 @@ std::vector<float> sealing_matrix(const Rotation& rotation) {
   return out;
 }
 
-std::vector<std::int64_t> side_table(const PageSpec& spec, bool values, DType dtype, std::int64_t stride) {
+std::vector<std::int64_t> page_table(const PageMemory& pages, std::span<const std::int64_t> chunks) {
+  std::vector<std::int64_t> t(kv4_pages_chunks);
+  t[kv4_pages_page_stride] = pages.page_stride;
+  t[kv4_pages_head_stride] = pages.head_stride;
+  t[kv4_pages_chunk_shift] = chunks.empty() ? KV4_ONE_CHUNK : pages.chunk_shift;
+  if (chunks.empty()) t.push_back(0);
+  t.insert(t.end(), chunks.begin(), chunks.end());
+  return t;
+}
+
+std::vector<std::int64_t> side_table(const PageSpec& spec, bool values, std::span<const std::int64_t> pages) {
   const SideSpec& side = values ? spec.value : spec.key;
-  std::vector<std::int64_t> t(kv4_side_fields);
+  std::vector<std::int64_t> t(kv4_side_pages);
   t[kv4_side_dim] = side.dim;
-  t[kv4_side_dtype] = static_cast<std::int64_t>(dtype);
-  t[kv4_side_stride] = stride;
   t[kv4_side_codes] = values ? spec.layout.v_codes : spec.layout.k_codes;
   t[kv4_side_scales] = values ? spec.layout.v_scales : spec.layout.k_scales;
   t[kv4_side_mean] = spec.layout.k_mean;
@@ -115,8 +121,27 @@ std::vector<std::int64_t> side_table(const PageSpec& spec, bool values, DType dt
   t[kv4_side_negative_base] = side.levels.negative_base;
   t[kv4_side_rotated] = rotated(*side.rotation);
   t[kv4_side_values] = values;
+  t.insert(t.end(), pages.begin(), pages.end());
   return t;
 }
+
+template <class Job>
+void add_job(std::vector<std::int64_t>* jobs, const Job& job, bool values, const JobPlace& place) {
+  jobs->resize(jobs->size() + kv4_job_fields);
+  std::int64_t* t = jobs->data() + jobs->size() - kv4_job_fields;
+  t[kv4_job_page] = job.page;
+  t[kv4_job_first] = job.first;
+  t[kv4_job_count] = job.count;
+  if constexpr (requires { job.hidden; }) t[kv4_job_hidden] = job.hidden;
+  t[kv4_job_skip] = place.skip;
+  t[kv4_job_rows] = place.rows;
+  t[kv4_job_stride_head] = values ? job.v_head_stride : job.k_head_stride;
+  t[kv4_job_stride] = values ? job.v_stride : job.k_stride;
+  t[kv4_job_dtype] = static_cast<std::int64_t>(job.dtype);
+  t[kv4_job_lambda] = place.lambda;
+}
+template void add_job(std::vector<std::int64_t>*, const SealJob&, bool, const JobPlace&);
+template void add_job(std::vector<std::int64_t>*, const DequantiseJob&, bool, const JobPlace&);
 
 std::vector<float> level_table(const SideSpec& side) {
   std::vector<float> t(kv4_level_fields);
@@ -127,21 +152,38 @@ std::vector<float> level_table(const SideSpec& side) {
   return t;
 }
 
-AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores) {
+Bases bases_of(std::span<const SequenceView> sequences) {
+  Bases out;
+  for (const SequenceView& s : sequences) {
+    if (out.lambda_k == nullptr) out.lambda_k = s.lambda_k;
+    if (out.lambda_v == nullptr) out.lambda_v = s.lambda_v;
+    for (const ExactRows& x : s.exact) {
+      if (x.count <= 0 || out.exact_k != nullptr) continue;
+      out.exact_k = x.k;
+      out.exact_v = x.v;
+    }
+  }
+  for (const void** x : {&out.exact_k, &out.exact_v}) *x = reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(*x) / 16 * 16);
+  return out;
+}
+
+AttendTables attend_tables(const AttendJob& job, const Bases& bases, std::span<const std::int64_t> pages, int cores) {
   const AttendArgs& a = job.args;
   AttendTables t;
-  const int batch = static_cast<int>(job.sequences.size()), group = static_cast<int>(a.q.shape[1]) / job.kv_heads;
-  t.dim = job.head_dim_k;
-  t.rows = group * static_cast<int>(job.query_count);
-  t.block_rows = *std::find_if(std::begin(kBlockRows), std::end(kBlockRows) - 1, [&](int r) { return r >= t.rows; });
-  t.blocks = ceil_div(t.rows, t.block_rows);
+  const std::span<const SequenceView> views = job.sequences.views;
+  const int batch = static_cast<int>(views.size()), group = static_cast<int>(a.q.shape[1]) / job.kv_heads;
+  std::int64_t queries = 0, most_exact = 0;
   int most_pages = 0;
-  std::int64_t most_exact = 0;
-  for (const SequenceView& s : job.sequences) {
+  for (const SequenceView& s : views) {
+    queries = std::max(queries, s.query_count);
     most_pages = std::max(most_pages, s.page_count);
     most_exact = std::max(most_exact, s.exact[0].count + s.exact[1].count);
   }
-  const int groups = batch * job.kv_heads * t.blocks;
+  t.dim = job.head_dim_k;
+  t.rows = group * static_cast<int>(queries);
+  t.block_rows = *std::find_if(std::begin(kBlockRows), std::end(kBlockRows) - 1, [&](int r) { return r >= t.rows; });
+  t.blocks = ceil_div(t.rows, t.block_rows);
+  const int groups = std::max(1, batch * job.kv_heads * t.blocks);
   const int wanted = std::clamp(ceil_div(cores * kThreadgroupsPerCore, groups), 1, kMaxSplits);
   const int exact_splits = std::clamp(static_cast<int>((most_exact + kExactRowsPerSplit - 1) / kExactRowsPerSplit), 1, wanted);
   const int page_splits = most_pages == 0 ? 0 : std::clamp(ceil_div(most_pages, kPagesPerSplit), 1, wanted);
@@ -149,12 +191,12 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores) 
   t.prepared_floats = std::size_t{2} * static_cast<std::size_t>(batch * job.kv_heads * t.rows) * static_cast<std::size_t>(t.dim);
   t.state_floats = static_cast<std::size_t>(groups) * static_cast<std::size_t>(t.splits * t.block_rows) * static_cast<std::size_t>(t.dim + 2);
 
-  t.call.assign(kv4_call_fields, 0);
+  t.call.assign(kv4_call_pages, 0);
   std::vector<std::int64_t>& c = t.call;
   c[kv4_call_dim] = t.dim;
   c[kv4_call_kv_heads] = job.kv_heads;
   c[kv4_call_group] = group;
-  c[kv4_call_queries] = job.query_count;
+  c[kv4_call_queries] = queries;
   c[kv4_call_block_rows] = t.block_rows;
   c[kv4_call_blocks] = t.blocks;
   c[kv4_call_exact_splits] = exact_splits;
@@ -162,8 +204,6 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores) 
   t.levels.assign(32, 0);
   if (job.spec != nullptr) {
     const kv4_page_layout& l = job.spec->layout;
-    c[kv4_call_page_unit] = KV4_PAGE_UNIT;
-    c[kv4_call_head_bytes] = l.head_bytes;
     c[kv4_call_k_scales] = l.k_scales;
     c[kv4_call_k_mean] = l.k_mean;
     c[kv4_call_v_codes] = l.v_codes;
@@ -192,11 +232,12 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores) 
     c[kv4_call_out_dtype] = KV4_OUT_PARTIAL;
     const std::int64_t row = t.dim + 2;
     c[kv4_call_out_stride_query] = row;
-    c[kv4_call_out_stride_head] = row * job.query_count;
+    c[kv4_call_out_stride_head] = row * a.q.shape[2];
     c[kv4_call_out_stride_batch] = c[kv4_call_out_stride_head] * a.q.shape[1];
   }
   c[kv4_call_has_sinks] = a.sinks != nullptr;
   c[kv4_call_batch] = batch;
+  c.insert(c.end(), pages.begin(), pages.end());
 
   constexpr double kLog2e = 1.4426950408889634;
   const double scale = a.scale != 0 ? a.scale : 1 / std::sqrt(static_cast<double>(t.dim));
@@ -205,31 +246,45 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores) 
   t.factors[kv4_factor_cap] = static_cast<float>(a.softcap * kLog2e);
 
   const auto size = static_cast<std::int64_t>(size_of(job.dtype));
+  const auto rows_from = [size](const void* base, const void* p) { return (static_cast<const std::byte*>(p) - static_cast<const std::byte*>(base)) / size; };
+  const auto from = [](const float* base, const float* p) { return p == nullptr ? kNowhere : p - base; };
+  const auto ids_of = [&t](const std::int32_t* ids, std::int64_t count) {
+    const auto at = static_cast<std::int64_t>(t.ids.size());
+    t.ids.insert(t.ids.end(), ids, ids + count);
+    return at;
+  };
   t.sequences.assign(static_cast<std::size_t>(batch) * kv4_sequence_fields, 0);
   for (int b = 0; b < batch; ++b) {
-    const SequenceView& s = job.sequences[static_cast<std::size_t>(b)];
+    const SequenceView& s = views[static_cast<std::size_t>(b)];
     std::int64_t* out = t.sequences.data() + static_cast<std::size_t>(b) * kv4_sequence_fields;
+    out[kv4_sequence_queries] = s.query_count;
     out[kv4_sequence_query_position] = s.query_position;
+    out[kv4_sequence_input] = s.input;
+    out[kv4_sequence_input_row] = s.input_row;
     out[kv4_sequence_page_count] = s.page_count;
     out[kv4_sequence_last_page_tokens] = s.last_page_tokens;
     out[kv4_sequence_pages_position] = s.pages_position;
-    out[kv4_sequence_table] = static_cast<std::int64_t>(t.pages.size());
+    out[kv4_sequence_pages_hidden] = s.pages_hidden;
+    out[kv4_sequence_ids] = ids_of(s.pages, s.page_count);
     out[kv4_sequence_start] = a.mask.start != nullptr ? a.mask.offset + a.mask.start[b] : kBeforeAll;
-    out[kv4_sequence_window] = a.mask.window != nullptr ? a.mask.window[b] : 0;
-    out[kv4_sequence_lambda] = s.lambda_k != nullptr || s.lambda_v != nullptr ? b : -1;
-    for (int p = 0; p < s.page_count; ++p) t.pages.push_back(static_cast<std::int32_t>((s.pages[p] - bases.pages) / KV4_PAGE_UNIT));
+    out[kv4_sequence_window] = a.mask.window != nullptr ? a.mask.window[b] : job.window;
+    out[kv4_sequence_lambda_k] = from(bases.lambda_k, s.lambda_k);
+    out[kv4_sequence_lambda_v] = from(bases.lambda_v, s.lambda_v);
     for (int set = 0; set < 2; ++set) {
       const ExactRows& x = s.exact[set];
       std::int64_t* e = out + kv4_sequence_exact + set * kv4_exact_fields;
+      if (x.count <= 0) continue;
       e[kv4_exact_position] = x.position;
       e[kv4_exact_count] = x.count;
-      if (x.count == 0) continue;
-      e[kv4_exact_k_offset] = (static_cast<const std::byte*>(x.k) - static_cast<const std::byte*>(bases.exact_k)) / size;
+      e[kv4_exact_ids] = x.blocks == nullptr ? -1 : ids_of(x.blocks, (x.count + kPageTokens - 1) / kPageTokens);
+      e[kv4_exact_k_offset] = rows_from(bases.exact_k, x.k);
       e[kv4_exact_k_stride_head] = x.k_head_stride;
       e[kv4_exact_k_stride] = x.k_stride;
-      e[kv4_exact_v_offset] = (static_cast<const std::byte*>(x.v) - static_cast<const std::byte*>(bases.exact_v)) / size;
+      e[kv4_exact_k_stride_block] = x.k_block_stride;
+      e[kv4_exact_v_offset] = rows_from(bases.exact_v, x.v);
       e[kv4_exact_v_stride_head] = x.v_head_stride;
       e[kv4_exact_v_stride] = x.v_stride;
+      e[kv4_exact_v_stride_block] = x.v_block_stride;
     }
   }
   return t;

@@ -4,9 +4,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "backend/backend.h"
+#include "metal/arguments.h"
 
 namespace kv4::apple {
 
@@ -23,31 +25,46 @@ std::vector<float> query_matrix(const Rotation& rotation);       // R^-1
 std::vector<float> output_matrix(const Rotation& rotation);      // (R^-1)^T
 std::vector<float> sealing_matrix(const Rotation& rotation);     // [2, dim, dim]: R^T, and what the floats lack to it
 
-// One side of sealing or dequantising: int64 [kv4_side_fields] and float [kv4_level_fields]. stride: elements between rows.
-std::vector<std::int64_t> side_table(const PageSpec& spec, bool values, DType dtype, std::int64_t stride);
+constexpr std::int64_t kNowhere = KV4_NONE;
+
+// How kernels find a page (kv4_pages) from the buffer that a launch binds: one array from there, or chunks by their distances from it.
+std::vector<std::int64_t> page_table(const PageMemory& pages, std::span<const std::int64_t> chunks = {});
+
+// One side of sealing or dequantising: int64 (kv4_side), with its pages, and float [kv4_level_fields].
+std::vector<std::int64_t> side_table(const PageSpec& spec, bool values, std::span<const std::int64_t> pages);
 std::vector<float> level_table(const SideSpec& side);
 
-// Where the buffers begin that a call of attention binds: a page or row is told by its distance from there.
-struct Bases {
-  const std::uint8_t* pages = nullptr;  // pages lie at multiples of KV4_PAGE_UNIT from it
-  const void* exact_k = nullptr;
-  const void* exact_v = nullptr;
+// A job's fields (kv4_job) of keys or of values; the places are elements from what a launch binds. Job: SealJob or DequantiseJob.
+struct JobPlace {
+  std::int64_t rows = 0, skip = -1, lambda = kNowhere;
 };
+template <class Job>
+void add_job(std::vector<std::int64_t>* jobs, const Job& job, bool values, const JobPlace& place);
+
+// What a call of attention binds: rows and lambda are told by their distances from there.
+struct Bases {
+  const void* exact_k = nullptr;  // a multiple of 16 bytes
+  const void* exact_v = nullptr;
+  const float* lambda_k = nullptr;
+  const float* lambda_v = nullptr;
+};
+// The first of each kind among the sequences of a call.
+Bases bases_of(std::span<const SequenceView> sequences);
 
 struct AttendTables {
   std::vector<std::int64_t> call, sequences;
   std::vector<float> factors;
-  std::vector<std::int32_t> pages;
+  std::vector<std::int32_t> ids;    // of pages and blocks, all sequences'
   std::vector<std::int8_t> levels;  // [2, 16]
   int dim = 0, block_rows = 0;      // D and R of the kernel
-  int rows = 0;                     // T * group
+  int rows = 0;                     // T * group of the sequence with the most
   int blocks = 0, splits = 0;
   std::size_t prepared_floats = 0;  // of kv4_prepare's output
   std::size_t state_floats = 0;     // of kv4_attend's
 };
 
-// Lambda tables hold one row per sequence, [batch, kv_heads, dim]; sequences without any read none, and those with one side alone ones for the other. Offsets of q, mask
-// and out are those of the whole tensors, so job.query_begin must be 0. Splits are chosen for a device of `cores`.
-AttendTables attend_tables(const AttendJob& job, const Bases& bases, int cores);
+// Offsets of q, mask and out are those of the whole tensors; a partial state's rows are dim + 2 numbers, o, m and l, in place of the
+// job's three arrays. pages: page_table's. Splits are chosen for a device of `cores`.
+AttendTables attend_tables(const AttendJob& job, const Bases& bases, std::span<const std::int64_t> pages, int cores);
 
 }  // namespace kv4::apple

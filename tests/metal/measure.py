@@ -20,7 +20,8 @@ from emulator.count import count_run
 
 SOURCES = Path(__file__).resolve().parents[2] / "src" / "metal"
 PAGE = 64
-PLACE = 4.0  # bytes of a page's place in the page table
+PLACE = 4.0  # bytes of a page's id
+NONE = -(1 << 62)  # KV4_NONE
 
 
 @cache
@@ -38,6 +39,15 @@ def enums() -> dict[str, int]:
             values[name] = next_value
             next_value += 1
     return values
+
+
+def call_table(page_bytes: int = 0) -> np.ndarray:
+    """A call's table of zeros but for pages in one array."""
+    e = enums()
+    call = np.zeros(e["kv4_call_pages"] + e["kv4_pages_chunks"] + 1, np.int64)
+    call[e["kv4_call_pages"] + e["kv4_pages_page_stride"]] = page_bytes
+    call[e["kv4_call_pages"] + e["kv4_pages_chunk_shift"]] = e["KV4_ONE_CHUNK"]
+    return call
 
 
 def source(dim: int, rows: int, folder: Path) -> Path:
@@ -68,11 +78,11 @@ class Launch:
         pool = rng.integers(0, 256, (max(self.pages, 1), head_bytes), dtype=np.uint8)
         for offset, count in [(at["k_scales"], PAGE), (at["k_mean"], d), (at["v_scales"], PAGE)]:
             pool[:, offset : offset + 2 * count] = np.full(count, 0.01, np.float16).view(np.uint8)
-        call = np.zeros(e["kv4_call_fields"], np.int64)
+        call = call_table(head_bytes)
         fields = {"dim": d, "kv_heads": 1, "group": self.rows, "queries": 1, "block_rows": self.rows, "blocks": 1,
                   "exact_splits": self.splits if self.exact else 1, "page_splits": self.splits if self.pages else 0,
-                  "page_unit": head_bytes, "head_bytes": head_bytes, "has_mean": 1, "exact_dtype": 1, "causal": 1,
-                  "batch": 1, "key_rotated": 1, "value_rotated": 1, **at}  # fmt: skip
+                  "has_mean": 1, "exact_dtype": 1, "causal": 1, "batch": 1, "key_rotated": 1, "value_rotated": 1,
+                  **at}  # fmt: skip
         for name, value in fields.items():
             call[e[f"kv4_call_{name}"]] = value
         sequence = np.zeros(e["kv4_sequence_fields"], np.int64)
@@ -80,8 +90,9 @@ class Launch:
         window = e["kv4_sequence_exact"] + e["kv4_exact_fields"]
         numbers = {e["kv4_sequence_query_position"]: tokens - 1, e["kv4_sequence_page_count"]: self.pages,
                    e["kv4_sequence_last_page_tokens"]: PAGE, e["kv4_sequence_start"]: -(1 << 62),
-                   e["kv4_sequence_lambda"]: -1, window + e["kv4_exact_position"]: self.pages * PAGE,
-                   window + e["kv4_exact_count"]: self.exact, window + e["kv4_exact_k_stride"]: d,
+                   e["kv4_sequence_queries"]: 1, e["kv4_sequence_lambda_k"]: NONE, e["kv4_sequence_lambda_v"]: NONE,
+                   window + e["kv4_exact_position"]: self.pages * PAGE, window + e["kv4_exact_count"]: self.exact,
+                   window + e["kv4_exact_ids"]: -1, window + e["kv4_exact_k_stride"]: d,
                    window + e["kv4_exact_v_stride"]: d}  # fmt: skip
         for index, value in numbers.items():
             sequence[index] = value
@@ -136,13 +147,14 @@ def cost(dim: int, rows: int, exact: bool = False) -> Cost:
 def _row(kernel: str, file: str, dim: int, splits: int, rotated: int) -> float:
     """Lane-instructions of one query row of float16 with lambda."""
     e = enums()
-    call = np.zeros(e["kv4_call_fields"], np.int64)
+    call = call_table()
     fields = {"dim": dim, "kv_heads": 1, "group": 1, "queries": 1, "batch": 1, "block_rows": 1, "blocks": 1,
               "q_dtype": 1, "exact_splits": 1, "page_splits": splits - 1, "key_rotated": rotated,
               "value_rotated": rotated, "out_dtype": 1}  # fmt: skip
     for name, value in fields.items():
         call[e[f"kv4_call_{name}"]] = value
-    sequence = np.zeros(e["kv4_sequence_fields"], np.int64)  # lambda: row 0
+    sequence = np.zeros(e["kv4_sequence_fields"], np.int64)  # lambda: the first numbers
+    sequence[e["kv4_sequence_queries"]] = 1
     matrix, ones = np.eye(dim, dtype=np.float32), np.ones(dim, np.float32)
     if kernel == "kv4_prepare":
         out = Output(np.zeros(2 * dim, np.float32))

@@ -32,22 +32,25 @@ from mutations import MUTATIONS, Mutation
 
 HERE = Path(__file__).resolve().parent
 SOURCES = REPOSITORY / "src"
-ENTRY = {"kv4_seal": "seal", "kv4_dequantise": "seal", "kv4_append": "seal", "kv4_prepare": "rotate",
+ENTRY = {"kv4_seal": "seal", "kv4_dequantise": "seal", "kv4_prepare": "rotate",
          "kv4_attend": "attend", "kv4_merge": "attend"}  # fmt: skip
 TESTS = [
     "MetalAttend.GeneralMasksAndSoftcap",
     "MetalAttend.RaggedBatchWithStartsAndWindows",
     "MetalAttend.EveryRotationKind",
     "MetalAttend.OnlyExactRows",
+    "MetalAttend.ChunksOfPagesAndBlocksOfRowsDoNotMatter",
+    "MetalAttend.SequencesWithRowsOfTheirOwn",
+    "MetalAttend.HiddenTokensOfTheFirstPageAreReadFromExactRows",
     "MetalSeal.PartsOfAPage",
+    "MetalSeal.HiddenRowsAreMaskedOnes",
     "MetalSeal.DequantisesAsDefined",
-    "MetalAppend.*",
 ]
 # Recorded launches that are run of each kernel: the smallest, no two of one shape, so that masks, parts of pages,
-# several splits and channels that do not fill the lanes are among them; of kernels of rows the largest too, which have
-# a rotation's matrix.
+# several splits and channels that do not fill the lanes are among them; of kernels of rows and of sealing the largest
+# too, which have a rotation's matrix and hidden rows.
 LAUNCHES = 3
-LARGEST = ("kv4_prepare", "kv4_merge", "kv4_dequantise")
+LARGEST = ("kv4_prepare", "kv4_merge", "kv4_seal", "kv4_dequantise")
 TOLERANCE = 2e-3  # of the largest magnitude: the bound of the kernels' own tests of attention
 SEED = 3
 TIMEOUT = 300  # seconds; a bug may loop for ever

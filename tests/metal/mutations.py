@@ -134,15 +134,6 @@ MUTATIONS = [
         "numbers",
         file="attend.metal",
     ),
-    Mutation(
-        "append: guard of channels dropped",
-        "seal.metal",
-        "at.x >= uint(append[kv4_append_dim]) || ",
-        "",
-        "checker",
-        1,
-        "kv4_append",
-    ),
     # arithmetic: only numbers can tell
     seal("nibbles in reverse", "<< (4 * n)", "<< (4 * (7 - n))", "numbers"),
     seal(
@@ -154,6 +145,7 @@ MUTATIONS = [
         "int(a.side[kv4_side_negative_base]) - index - 1",
         "numbers",
     ),
+    seal("hidden rows are sealed", "long(row) < part.hidden || ", "", "numbers"),
     dequantise("nibbles swapped", "(tid % 2 * 4)", "(4 - tid % 2 * 4)", "numbers"),
     dequantise("lambda multiplied", "y[tid] / weight", "y[tid] * weight", "numbers"),
     prepare(
@@ -162,6 +154,7 @@ MUTATIONS = [
         "long(head * group)",
         "numbers",
     ),
+    prepare("input of the sequence's own number", "s[kv4_sequence_input] * call", "long(b) * call", "numbers"),
     butterfly("twiddle of the stage before", "(D / (Radix * Span))", "(D / (Radix * Span)) / 2", "numbers"),
     butterfly(
         "spectrum not conjugated",
@@ -173,6 +166,15 @@ MUTATIONS = [
     attend("output not rescaled", "for (int n = 0; n < Pairs<D>::count; ++n) state.o[r][n] *= shrink;", "", "numbers"),
     attend("sum not rescaled", "state.l[r] *= shrink;", "", "numbers"),
     attend("tokens behind the last are seen", "j >= tokens || row", "row", "numbers"),
+    attend("hidden tokens are seen", "j < hidden || j >= tokens || row", "j >= tokens || row", "numbers"),
+    attend(
+        "every page is its chunk's first",
+        "id & ((long(1) << shift) - 1)",
+        "id & 0",
+        "numbers",
+        file="device.h",
+    ),
+    attend("rows of the first block alone", "a.ids[ids + row / long(kPageTokens)]", "a.ids[ids]", "numbers"),
     attend("window one token short", "query - block.window + 1", "query - block.window + 2", "numbers"),
     attend(
         "a query does not see its own key", "(block.causal && at > query)", "(block.causal && at >= query)", "numbers"
@@ -186,6 +188,7 @@ MUTATIONS = [
     attend("tokens of a lane swapped", "(n < 2 ? w.z : w.w)", "(n < 2 ? w.w : w.z)", "numbers"),
     attend("page mean added without the sum", "score[r] += simd_sum(part[r]);", "score[r] += part[r];", "numbers"),
     attend("additive mask in the wrong unit", "score + added * kLog2e", "score + added", "numbers"),
+    merge("rows from the input's first on", "(sequence[kv4_sequence_input_row] + long(t))", "long(t)", "numbers"),
     merge("maximum of one lane", "top = simd_max(top);", "", "numbers"),
     merge("exact rows rotated too", "if (s < exact_splits) exact += value;\n        else packed", "packed", "numbers"),
     # what a front end would say

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,7 +21,7 @@ namespace kv4::tests {
 
 // What the kernels of a call did.
 struct Ran {
-  std::vector<double> out;         // [batch, q_heads, T, dim]
+  std::vector<double> out;         // [batch, q_heads, T, dim]; 0 in rows that no sequence asks
   std::vector<float> partial;      // instead, where asked for: rows of dim + 2
   EmuStats attend = {};
   apple::AttendTables tables;
@@ -31,46 +32,90 @@ struct Options {
   std::uint64_t seed = 0;  // of the order of lanes
   int cores = 8;
   bool partial = false;
+  bool chunks = false;  // pages in chunks of four that lie anywhere
+  bool blocks = false;  // exact rows in blocks that lie anywhere
+  std::function<void(SequenceView&, int)> change = nullptr;  // of a sequence's view, before the call
+  const AttendArgs* args = nullptr;                // in place of the call's own
+  std::vector<float> sinks_k = {}, sinks_v = {};   // rows behind all others, those of exact[0]
 };
 
 class MetalScene {
  public:
   explicit MetalScene(const scene::Scene& s) : scene_(s), spec_(s.spec().key.rotation ? on_metal(s.spec()) : PageSpec()) {
     const int heads = s.shape().kv_heads;
-    const std::vector<SequenceView> views = s.views(1);
-    const std::size_t page_bytes = std::size_t{spec_.layout.head_bytes} * static_cast<std::size_t>(heads);
-    std::size_t pages = 0;
-    for (const SequenceView& v : views) pages += static_cast<std::size_t>(v.page_count);
-    pages_.assign(page_bytes * pages, 0);
-    // Pages lie in the pool in an order of their own.
-    std::size_t next = 0;
-    for (const SequenceView& from : views) {
-      pointers_.emplace_back();
-      for (int p = 0; p < from.page_count; ++p, ++next) {
-        std::uint8_t* page = pages_.data() + (pages - 1 - next) * page_bytes;
-        for (int h = 0; h < heads; ++h)
-          convert(from.pages[p] + static_cast<std::size_t>(h) * s.spec().layout.head_bytes, page + static_cast<std::size_t>(h) * spec_.layout.head_bytes);
-        pointers_.back().push_back(page);
-      }
-      for (const ExactRows& x : from.exact) {
+    const PageMemory from = s.pages();
+    memory_.head_stride = spec_.layout.head_bytes;
+    memory_.page_stride = memory_.head_stride * heads;
+    memory_.chunk_shift = 2;
+    const std::int64_t pages = from.page_stride == 0 ? 0 : static_cast<std::int64_t>(s.pages_bytes()) / from.page_stride;
+    const std::int64_t chunk = 4 * memory_.page_stride + 64, chunks = (pages + 3) / 4;
+    pages_.assign(static_cast<std::size_t>(pages * memory_.page_stride), 0);
+    chunked_.assign(static_cast<std::size_t>(chunks * chunk), 0);
+    for (std::int64_t i = 0; i < chunks; ++i) chunk_at_.push_back((chunks - 1 - i) * chunk);
+    for (std::int64_t id = 0; id < pages; ++id) {
+      std::uint8_t* page = pages_.data() + id * memory_.page_stride;
+      for (int h = 0; h < heads; ++h) convert(slice_at(from, static_cast<std::int32_t>(id), h), page + h * memory_.head_stride);
+      std::memcpy(chunked_.data() + chunk_at_[static_cast<std::size_t>(id / 4)] + id % 4 * memory_.page_stride, page, static_cast<std::size_t>(memory_.page_stride));
+    }
+    std::int32_t blocks = 0;
+    for (const SequenceView& view : s.views(1))
+      for (const ExactRows& x : view.exact) {
         k_at_.push_back(append(&k_, x.k, x.count == 0 ? 0 : x.k_head_stride * heads));
         v_at_.push_back(append(&v_, x.v, x.count == 0 ? 0 : x.v_head_stride * heads));
+        blocks += static_cast<std::int32_t>((x.count + kPageTokens - 1) / kPageTokens);
       }
-    }
+    // The same rows in blocks, whose ids go down.
+    block_k_.assign(static_cast<std::size_t>(blocks) * block_bytes(s.shape().dim_k + 3), 0xff);
+    block_v_.assign(static_cast<std::size_t>(blocks) * block_bytes(s.shape().dim_v + 5), 0xff);
+    for (const SequenceView& view : s.views(1))
+      for (const ExactRows& x : view.exact) {
+        std::vector<std::int32_t>& ids = blocks_.emplace_back();
+        for (std::int64_t row = 0; row < x.count; ++row) {
+          if (row % kPageTokens == 0) ids.push_back(--blocks);
+          for (int h = 0; h < heads; ++h) {
+            put_row(&block_k_, blocks, h, row, x.k, h * x.k_head_stride + row * x.k_stride, x.k_stride);
+            put_row(&block_v_, blocks, h, row, x.v, h * x.v_head_stride + row * x.v_stride, x.v_stride);
+          }
+        }
+      }
   }
 
   Ran run(const scene::Call& call, const Options& options) const {
     const scene::Scene& s = scene_;
-    const std::int64_t heads = call.args.q.shape[1], queries = call.args.q.shape[2], d = s.shape().dim_v;
+    const AttendArgs& args = options.args != nullptr ? *options.args : call.args;
+    const std::int64_t heads = args.q.shape[1], queries = args.q.shape[2], d = s.shape().dim_v;
+    std::vector<std::uint8_t> k_rows = options.blocks ? block_k_ : k_, v_rows = options.blocks ? block_v_ : v_;
+    const std::size_t sinks_at[2] = {append(&k_rows, options.sinks_k.data(), static_cast<std::int64_t>(options.sinks_k.size())),
+                                     append(&v_rows, options.sinks_v.data(), static_cast<std::int64_t>(options.sinks_v.size()))};
+    std::vector<float> lambda_k, lambda_v;
+    for (int b = 0; b < s.batch() && s.shape().lambda; ++b) {
+      lambda_k.insert(lambda_k.end(), s.lambda_k(0), s.lambda_k(0) + s.shape().kv_heads * d);
+      lambda_v.insert(lambda_v.end(), s.lambda_v(0), s.lambda_v(0) + s.shape().kv_heads * d);
+    }
     std::vector<SequenceView> views = s.views(queries);
     for (std::size_t b = 0; b < views.size(); ++b) {
-      views[b].pages = pointers_[b].data();
-      for (std::size_t set = 0; set < 2; ++set) {
-        views[b].exact[set].k = k_.data() + k_at_[2 * b + set];
-        views[b].exact[set].v = v_.data() + v_at_[2 * b + set];
+      if (s.shape().lambda) {
+        views[b].lambda_k = lambda_k.data() + static_cast<std::int64_t>(b) * s.shape().kv_heads * d;
+        views[b].lambda_v = lambda_v.data() + static_cast<std::int64_t>(b) * s.shape().kv_heads * d;
       }
+      for (std::size_t set = 0; set < 2; ++set) {
+        ExactRows& x = views[b].exact[set];
+        x.k = k_rows.data() + (options.blocks ? 0 : k_at_[2 * b + set]);
+        x.v = v_rows.data() + (options.blocks ? 0 : v_at_[2 * b + set]);
+        if (set == 0 && !options.sinks_k.empty()) {
+          x.k = k_rows.data() + sinks_at[0];
+          x.v = v_rows.data() + sinks_at[1];
+        }
+        if (!options.blocks) continue;
+        x.blocks = blocks_[2 * b + set].data();
+        x.k_head_stride = x.k_stride * kPageTokens;
+        x.v_head_stride = x.v_stride * kPageTokens;
+        x.k_block_stride = x.k_head_stride * s.shape().kv_heads;
+        x.v_block_stride = x.v_head_stride * s.shape().kv_heads;
+      }
+      if (options.change) options.change(views[b], static_cast<int>(b));
     }
-    AttendJob job = s.job(call.args, views);
+    AttendJob job = s.job(args, views);
     if (job.spec != nullptr) job.spec = &spec_;
     const std::int64_t width = d + 2, size = options.partial ? 4 : static_cast<std::int64_t>(size_of(call.out_dtype));
     std::vector<std::uint8_t> memory(static_cast<std::size_t>(s.batch() * queries * heads * width * size), kGuard);
@@ -81,18 +126,14 @@ class MetalScene {
       job.out.stride = {queries * heads * width, width, heads * width, 1};
     }
     Ran ran;
-    ran.tables = apple::attend_tables(job, {pages_.data(), k_.data(), v_.data()}, options.cores);
+    const std::vector<std::int64_t> places = options.chunks ? apple::page_table(memory_, chunk_at_) : apple::page_table(memory_);
+    ran.tables = apple::attend_tables(job, {k_rows.data(), v_rows.data(), lambda_k.data(), lambda_v.data()}, places, options.cores);
     const apple::AttendTables& t = ran.tables;
 
     std::vector<float> query_matrix, output_matrix;
     if (job.spec != nullptr) {
       query_matrix = apple::query_matrix(*spec_.key.rotation);
       output_matrix = apple::output_matrix(*spec_.value.rotation);
-    }
-    std::vector<float> lambda_k, lambda_v;
-    for (int b = 0; b < s.batch() && s.shape().lambda; ++b) {
-      lambda_k.insert(lambda_k.end(), s.lambda_k(0), s.lambda_k(0) + s.shape().kv_heads * d);
-      lambda_v.insert(lambda_v.end(), s.lambda_v(0), s.lambda_v(0) + s.shape().kv_heads * d);
     }
     std::vector<float> prepared(t.prepared_floats), states(t.state_floats);
     const auto u32 = [](std::int64_t x) { return static_cast<std::uint32_t>(x); };
@@ -109,11 +150,11 @@ class MetalScene {
     const Buffer sequences(m, "sequences", t.sequences), table(m, "call", t.call);
     const Buffer states_out(m, "states", nullptr, states.size() * 4, EMU_OUTPUT);
     {
-      const Buffer q(m, "queries", prepared), pages(m, "pages", pages_), page_table(m, "table", t.pages), k(m, "exact_k", k_), v(m, "exact_v", v_);
+      const Buffer q(m, "queries", prepared), pages(m, "pages", options.chunks ? chunked_ : pages_), ids(m, "ids", t.ids), k(m, "exact_k", k_rows), v(m, "exact_v", v_rows);
       const Buffer mask(m, "mask", call.mask), levels(m, "levels", t.levels), factors(m, "factors", t.factors);
       const std::string kernel = "kv4_attend_d" + std::to_string(t.dim) + "_r" + std::to_string(t.block_rows);
       ran.attend = m.run(kernel, {KV4_ATTEND_THREADS * u32(t.splits), kv_heads * u32(t.blocks), batch}, {KV4_ATTEND_THREADS, 1, 1},
-                         {q.data(), pages.data(), page_table.data(), k.data(), v.data(), mask.data(), levels.data(), sequences.data(),
+                         {q.data(), pages.data(), ids.data(), k.data(), v.data(), mask.data(), levels.data(), sequences.data(),
                           table.data(), factors.data(), states_out.data()}, options.seed);
     }
     const Buffer matrix(m, "matrix", output_matrix), lambda(m, "lambda", lambda_v), sinks(m, "sinks", call.sinks);
@@ -128,9 +169,11 @@ class MetalScene {
     for (std::int64_t b = 0; b < s.batch(); ++b)
       for (std::int64_t h = 0; h < heads; ++h)
         for (std::int64_t r = 0; r < queries; ++r) {
-          const std::uint8_t* row = bytes.data() + (b * job.out.stride[0] + h * width + r * heads * width) * size;
-          for (std::int64_t c = 0; c < d; ++c) ran.out.push_back(element(row + c * size, call.out_dtype));
-          for (std::int64_t i = d * size; i < width * size; ++i) EXPECT_EQ(row[i], kGuard);
+          const SequenceView& view = views[static_cast<std::size_t>(b)];
+          const bool own = r >= view.input_row && r < view.input_row + view.query_count;
+          const std::uint8_t* row = bytes.data() + (view.input * job.out.stride[0] + h * width + r * heads * width) * size;
+          for (std::int64_t c = 0; c < d; ++c) ran.out.push_back(own ? element(row + c * size, call.out_dtype) : 0.0);
+          for (std::int64_t i = own ? d * size : 0; i < width * size; ++i) EXPECT_EQ(row[i], kGuard);
         }
     return ran;
   }
@@ -165,10 +208,22 @@ class MetalScene {
     std::memcpy(to + b.v_scales, from + a.v_scales, a.groups_v * 128);
   }
 
+  std::size_t block_bytes(std::int64_t stride) const {
+    return static_cast<std::size_t>(scene_.shape().kv_heads * kPageTokens * stride) * size_of(scene_.shape().dtype);
+  }
+  void put_row(std::vector<std::uint8_t>* to, std::int32_t block, int head, std::int64_t row, const void* from, std::int64_t element, std::int64_t stride) const {
+    const std::size_t size = size_of(scene_.shape().dtype);
+    const std::size_t at = static_cast<std::size_t>((head * kPageTokens + row % kPageTokens) * stride) * size;
+    std::memcpy(to->data() + static_cast<std::size_t>(block) * block_bytes(stride) + at,
+                static_cast<const std::uint8_t*>(from) + static_cast<std::size_t>(element) * size, static_cast<std::size_t>(stride) * size);
+  }
+
   const scene::Scene& scene_;
   PageSpec spec_;
-  std::vector<std::uint8_t> pages_, k_, v_;
-  std::vector<std::vector<const std::uint8_t*>> pointers_;
+  PageMemory memory_;  // strides alone
+  std::vector<std::uint8_t> pages_, chunked_, k_, v_, block_k_, block_v_;
+  std::vector<std::int64_t> chunk_at_;
+  std::vector<std::vector<std::int32_t>> blocks_;
   std::vector<std::size_t> k_at_, v_at_;
 };
 

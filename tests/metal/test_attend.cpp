@@ -40,7 +40,7 @@ void check(const Scene& s, const Call& call, const Options& options = {}) {
 
 // One of a scene's checks in a build, with a seed of its own for the order of lanes.
 auto in(Build build) {
-  return [build, seed = std::uint64_t{0}](const Scene& s, const Call& call) mutable { check(s, call, {build, ++seed, 8, false}); };
+  return [build, seed = std::uint64_t{0}](const Scene& s, const Call& call) mutable { check(s, call, {.build = build, .seed = ++seed}); };
 }
 
 TEST(MetalAttend, EveryHeadDimAndGroup) { scene::every_head_dim_and_group(scene::kEveryDType, 1, in(Build::fast)); }
@@ -53,6 +53,98 @@ TEST(MetalAttend, RaggedBatchChecked) { scene::ragged_batch({1}, 320, in(Build::
 TEST(MetalAttend, GeneralMasksAndSoftcap) { scene::general_masks({false, true}, in(Build::fast)); }
 TEST(MetalAttend, GeneralMasksChecked) { scene::general_masks({true}, in(Build::check)); }
 TEST(MetalAttend, LargeMeans) { scene::large_means(in(Build::fast)); }
+
+// Pages in chunks and exact rows in blocks that lie anywhere give what one array of each gives, to the bit.
+TEST(MetalAttend, ChunksOfPagesAndBlocksOfRowsDoNotMatter) {
+  Shape shape;
+  shape.group = 3;
+  shape.seed = 4200;
+  const Scene s(shape, {Held{4, 640, 200, 0}, Held{0, 64, 64, 7}, Held{2, 1000, 0, 0}, Held{0, 0, 65, 0}});
+  const Call call(s, 2);
+  const MetalScene scene(s);
+  const std::vector<double> whole = scene.run(call, {}).out;
+  for (const Build build : {Build::fast, Build::check})
+    for (const bool chunks : {false, true})
+      for (const bool blocks : {false, true}) {
+        SCOPED_TRACE(testing::Message() << name_of(build) << (chunks ? ", chunks" : "") << (blocks ? ", blocks" : ""));
+        EXPECT_EQ(scene.run(call, {.build = build, .chunks = chunks, .blocks = blocks}).out, whole);
+      }
+}
+
+// Each sequence has its newest rows alone, of an input of another number, and the others are left as they were.
+TEST(MetalAttend, SequencesWithRowsOfTheirOwn) {
+  const std::vector<std::int64_t> counts = {9, 1, 4, 0, 7};
+  for (const Mask::General kind : {Mask::General::none, Mask::General::additive}) {
+    Shape shape;
+    shape.group = 2;
+    shape.rotation = RotationKind::srht;
+    shape.seed = 4300;
+    const Scene s(shape, {Held{4, 640, 70, 0}, Held{0, 0, 40, 3}, Held{4, 128, 127, 20}, Held{2, 0, 9, 0}, Held{0, 320, 64, 0}});
+    Call call(s, 9);
+    call.starts({5, 10, 25, 0, 100});
+    call.windows({200, 0, 64, 4, 1000});
+    if (kind != Mask::General::none) call.general(kind, DType::f16, 700, true, true);
+    const AttendArgs given = call.args;
+    // The reference reads the inputs backwards.
+    const std::int64_t last = s.batch() - 1;
+    call.args.q.data = call.args.q.at(last, 0, 0);
+    call.args.q.stride[0] = -given.q.stride[0];
+    call.args.mask.general = call.mask.data() + last * given.mask.general_stride[0] * 2;
+    call.args.mask.general_stride[0] = -given.mask.general_stride[0];
+    const std::vector<reference::DenseTokens> dense = s.dense();
+    std::vector<std::int64_t> position;
+    for (int b = 0; b < s.batch(); ++b) position.push_back(s.length(b) - 9);
+    reference::Attention expected = reference::attend(call.args, shape.kv_heads, shape.dim_v, dense, position);
+    for (const Build build : {Build::fast, Build::check}) {
+      SCOPED_TRACE(name_of(build));
+      Options options{.build = build};
+      options.args = &given;
+      options.change = [&](SequenceView& view, int b) {
+        view.query_count = counts[static_cast<std::size_t>(b)];
+        view.input = static_cast<std::int32_t>(last - b);
+        view.input_row = 9 - view.query_count;
+        view.query_position = s.length(b) - view.query_count;
+      };
+      const Ran ran = MetalScene(s).run(call, options);
+      const std::size_t rows = ran.out.size() / 128, per_sequence = rows / counts.size();
+      for (std::size_t row = 0; row < rows; ++row)
+        if (static_cast<std::int64_t>(row % 9) < 9 - counts[row / per_sequence]) std::fill_n(expected.out.begin() + static_cast<std::ptrdiff_t>(row * 128), 128, 0.0);
+      scene::expect_within(s, call, ran.out, expected, scene::bounds(s, call, dense, expected));
+    }
+  }
+}
+
+// The first page's first tokens are seen where they lie exact, and nowhere else.
+TEST(MetalAttend, HiddenTokensOfTheFirstPageAreReadFromExactRows) {
+  for (const int sinks : {1, 40, 63}) {
+    Shape shape;
+    shape.dtype = DType::f32;
+    shape.seed = 4400;
+    const Scene s(shape, {Held{0, 200, 40, 0}}), other(shape, {Held{sinks, 0, 0, 0}});
+    const Call call(s, 2);
+    std::vector<reference::DenseTokens> dense = s.dense();
+    const reference::DenseTokens exact = other.dense()[0];
+    std::vector<float> k, v;  // [kv_heads, sinks, 128]
+    for (std::size_t h = 0; h < 2; ++h) {
+      k.insert(k.end(), exact.k[h].begin(), exact.k[h].end());
+      v.insert(v.end(), exact.v[h].begin(), exact.v[h].end());
+      std::copy(exact.k[h].begin(), exact.k[h].end(), dense[0].k[h].begin());
+      std::copy(exact.v[h].begin(), exact.v[h].end(), dense[0].v[h].begin());
+    }
+    const reference::Attention expected = reference::attend(call.args, 2, 128, dense, std::vector<std::int64_t>{s.length(0) - 2});
+    Options options{.build = Build::check};
+    options.sinks_k = k;
+    options.sinks_v = v;
+    options.change = [&](SequenceView& view, int) {
+      view.pages_hidden = sinks;
+      view.exact[0].count = sinks;
+      view.exact[0].k_stride = view.exact[0].v_stride = 128;
+      view.exact[0].k_head_stride = view.exact[0].v_head_stride = sinks * 128;
+    };
+    const Ran ran = MetalScene(s).run(call, options);
+    scene::expect_within(s, call, ran.out, expected, scene::bounds(s, call, dense, expected));
+  }
+}
 
 TEST(MetalAttend, EveryRotationKind) {
   std::uint64_t seed = 1500;
@@ -119,7 +211,7 @@ TEST(MetalAttend, SplitsDoNotMatter) {
   const Call call(s, 1);
   for (int cores : {1, 8, 40}) {
     SCOPED_TRACE(cores);
-    check(s, call, {Build::fast, static_cast<std::uint64_t>(cores), cores, false});
+    check(s, call, {.seed = static_cast<std::uint64_t>(cores), .cores = cores});
     if (HasFatalFailure()) return;
   }
 }
@@ -146,7 +238,7 @@ TEST(MetalAttend, PartialStatesGiveTheWhole) {
   const Call call(s, 3);
   const MetalScene scene(s);
   const std::vector<double> whole = scene.run(call, {}).out;
-  const std::vector<float> rows = scene.run(call, {Build::fast, 0, 8, true}).partial;
+  const std::vector<float> rows = scene.run(call, {.partial = true}).partial;
   const std::vector<reference::DenseTokens> dense = s.dense();
   const std::vector<std::int64_t> position = {s.length(0) - 3, s.length(1) - 3};
   const reference::Attention expected = reference::attend(call.args, shape.kv_heads, 128, dense, position);
@@ -167,9 +259,9 @@ TEST(MetalAttend, ReadsEachByteOnce) {
     shape.kv_heads = 1;
     shape.seed = 90;
     const Scene s(shape, {Held{0, 2048 << twice, 0, 0}}, false);
-    bytes[twice] = MetalScene(s).run(Call(s, 1), {Build::check, 0, 1, false}).attend.device_read_unique;
+    bytes[twice] = MetalScene(s).run(Call(s, 1), {.build = Build::check, .cores = 1}).attend.device_read_unique;
   }
-  // A page's head slice, its place in the page table, and nothing else.
+  // A page's head slice, its id, and nothing else.
   EXPECT_EQ(bytes[1] - bytes[0], 32u * (64 * 136 + 4));
 }
 

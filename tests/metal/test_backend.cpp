@@ -14,6 +14,7 @@
 
 #include "cache_session.h"
 #include "metal/gpu.h"
+#include "paged_server.h"
 #ifndef KV4_METAL_ON_DEVICE
 #include "device.h"
 #endif
@@ -34,9 +35,17 @@ class EmulatedGpu final : public apple::Gpu {
     emu::Buffer<std::uint8_t> buffer = module().buffer<std::uint8_t>(bytes, "memory", EMU_INOUT);
     void* p = buffer.data();
     held_[p] = std::move(buffer);
+    bytes_[p] = bytes;
     return p;
   }
-  void free(void* p) override { held_.erase(p); }
+  void free(void* p) override {
+    held_.erase(p);
+    bytes_.erase(p);
+  }
+  bool holds(const void* p) const override {
+    const auto it = held_.upper_bound(const_cast<void*>(p));
+    return it != held_.begin() && static_cast<const std::byte*>(p) < static_cast<const std::byte*>(std::prev(it)->first) + bytes_.at(std::prev(it)->first);
+  }
   // A distance from the CPU's places, so that one is not taken for the other.
   std::uint64_t address(const void* p) const override { return reinterpret_cast<std::uint64_t>(p) + kShift; }
   int cores() const override { return 4; }
@@ -65,6 +74,7 @@ class EmulatedGpu final : public apple::Gpu {
   }
   std::map<Build, std::unique_ptr<emu::Module>> modules_;
   std::map<void*, emu::Buffer<std::uint8_t>> held_;
+  std::map<void*, std::size_t> bytes_;
   std::uint64_t seed_ = 0;
 };
 
@@ -91,7 +101,7 @@ std::string why_not() { return "device: expected an emulated one; got none"; }
 namespace {
 #endif
 
-class MetalPlace final : public Place {
+class MetalPlace final : public sessions::Place {
  public:
   explicit MetalPlace(DType dtype = DType::f32) : dtype_(dtype) {}
   std::string backend() const override { return "metal"; }
@@ -132,16 +142,34 @@ TEST(MetalBackend, RecordingEvictsNothing) {
   recording(&place);
 }
 
+// Memory that a host owns: ragged calls, blocks of exact rows, sinks beside the page that they are sealed in, windows of a call.
+TEST(MetalBackend, AServerReadsWhatPlainViewsRead) {
+  tests::run_server({.backend = "metal"}, 21, 25);
+  tests::run_server({.backend = "metal", .kv_heads = 3, .group = 1, .dtype = DType::bf16, .sinks = 64, .window = 100, .lambda = false}, 22, 25);
+  tests::run_server({.backend = "metal", .group = 2, .sinks = 0, .window = 33, .lambda_per_sequence = true, .exact = 0}, 23, 25);
+}
+
 #ifndef KV4_METAL_ON_DEVICE
 // Races, bounds, uninitialised reads and alignment of everything that the backend hands to kernels.
 TEST(MetalBackend, EveryLaunchIsClean) {
   device().gpu->build = Build::check;
   {
+    tests::run_server({.backend = "metal", .lambda_per_sequence = true}, 24, 8);
     MetalPlace place(DType::f16);
     Session s(Recipe(), {0, 7}, 3, 0, &place);
     for (const std::int64_t tokens : {150, 1, 5, 70}) s.step(tokens);
     s.crop(100);
     s.step(2);
+    const auto arriving = make(Recipe::paper(), kShape, 0, DType::f32, "metal");
+    for (const std::int64_t tokens : {70, 1, 5}) {
+      const std::vector<float> k = cases::normal_rows(kShape.kv_heads * tokens, kShape.dim, 3), q = cases::normal_rows(kShape.q_heads * tokens, kShape.dim, 4);
+      std::vector<float> out(q.size());
+      AttendArgs args;
+      args.q = view(q, 1, kShape.q_heads, tokens, kShape.dim);
+      const TensorView rows = view(k, 1, kShape.kv_heads, tokens, kShape.dim);
+      ASSERT_TRUE(arriving->append(rows, rows).ok());
+      ASSERT_TRUE(arriving->attend(args, into(out, 1, kShape.q_heads, tokens, kShape.dim)).ok());
+    }
   }
   device().gpu->build = Build::fast;
 }
@@ -216,6 +244,49 @@ TEST(MetalBackend, CallsGiveWhatTheCpuGives) {
       }
     }
   }
+}
+
+// The paper's recipe: every vector is sealed as it comes, a fork into a copy of the page that both were filling.
+TEST(MetalBackend, SealsOnArrivalWhatTheCpuSeals) {
+  const std::int64_t heads = kShape.q_heads, d = kShape.dim;
+  std::unique_ptr<Cache> caches[4] = {make(Recipe::paper(), kShape, 0, DType::f32, "metal"), make(Recipe::paper())};
+  std::uint64_t seed = 31;
+  const auto step = [&](std::unique_ptr<Cache>* both, std::int64_t tokens) {
+    const std::vector<float> k = cases::normal_rows(kShape.kv_heads * tokens, d, ++seed), v = cases::normal_rows(kShape.kv_heads * tokens, d, ++seed);
+    const std::vector<float> q = cases::normal_rows(heads * tokens, d, ++seed, 0.3);
+    AttendArgs args;
+    args.q = view(q, 1, heads, tokens, d);
+    std::vector<float> out[2];
+    for (int i = 0; i < 2; ++i) {
+      ASSERT_TRUE(both[i]->append(view(k, 1, kShape.kv_heads, tokens, d), view(v, 1, kShape.kv_heads, tokens, d)).ok());
+      out[i].assign(q.size(), 7.0f);
+      ASSERT_TRUE(both[i]->attend(args, into(out[i], 1, heads, tokens, d)).ok());
+    }
+    ASSERT_EQ(both[0]->sealed_tokens(0), both[0]->length());
+    ASSERT_EQ(both[0]->page_count(0), both[1]->page_count(0));
+    int differ = 0;
+    for (int page = 0; page < both[0]->page_count(0); ++page)
+      for (int h = 0; h < kShape.kv_heads; ++h) {
+        std::vector<std::uint8_t> codes[2][2];
+        for (int i = 0; i < 2; ++i) {
+          for (std::vector<std::uint8_t>& x : codes[i]) x.resize(static_cast<std::size_t>(kPageTokens * d / 2));
+          ASSERT_TRUE(both[i]->page_codes(0, page, h, codes[i][0], codes[i][1]).ok());
+        }
+        for (int side = 0; side < 2; ++side)
+          for (std::size_t n = 0; n < codes[0][side].size(); ++n) differ += codes[0][side][n] != codes[1][side][n];
+        ASSERT_LE(differ, kBoundaryCodes);
+      }
+    double top = 0;
+    for (const float x : out[1]) top = std::max(top, std::abs(static_cast<double>(x)));
+    if (differ > 0) return;
+    for (std::size_t i = 0; i < out[0].size(); ++i) ASSERT_NEAR(out[0][i], out[1][i], kTolerance * top) << i;
+  };
+  for (const std::int64_t tokens : {1, 40, 3, 64, 1, 130, 1}) ASSERT_NO_FATAL_FAILURE(step(caches, tokens));
+  for (int i = 0; i < 2; ++i) caches[2 + i] = fork_of(*caches[i]);
+  for (const std::int64_t tokens : {1, 20}) ASSERT_NO_FATAL_FAILURE(step(caches, tokens));
+  for (const auto& fork : {caches[2].get(), caches[3].get()}) ASSERT_TRUE(fork->crop(101).ok());
+  for (const std::int64_t tokens : {2, 90}) ASSERT_NO_FATAL_FAILURE(step(caches + 2, tokens));
+  ASSERT_NO_FATAL_FAILURE(step(caches, 1));
 }
 
 TEST(MetalBackend, NonFiniteQueriesAreRefusedWhereTheySeeAToken) {

@@ -2,6 +2,7 @@
 // (seal_case.h).
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -23,21 +24,56 @@ using tests::on_metal;
 
 constexpr std::uint32_t kThreads = KV4_ROW_THREADS;
 
-// Seals tokens [first, first + count) of one side into `slice`.
-void seal_side(const Module& m, const PageSpec& spec, const Inputs& in, bool values, int first, int count,
-               std::vector<std::uint8_t>* slice, std::uint64_t seed) {
+// Pages of two heads alike, in an array or in chunks of one.
+struct Pool {
+  static constexpr int kPages = 3, kHeads = 2;
+  explicit Pool(const PageSpec& spec, bool chunks = false) : head_bytes(spec.layout.head_bytes) {
+    PageMemory memory;
+    memory.head_stride = static_cast<std::int64_t>(head_bytes);
+    memory.page_stride = kHeads * memory.head_stride;
+    bytes.assign(kPages * kHeads * head_bytes, 0xcd);
+    for (std::int64_t i = 0; i < kPages && chunks; ++i) at.push_back((i + 1) % kPages * memory.page_stride);
+    places = apple::page_table(memory, at);
+  }
+  // The slices of page `id` hold the same bytes, and no other page was written.
+  std::vector<std::uint8_t> slice(std::size_t id) const {
+    const std::size_t page = at.empty() ? id * kHeads * head_bytes : static_cast<std::size_t>(at[id]);
+    const auto from = bytes.begin() + static_cast<std::ptrdiff_t>(page);
+    const std::vector<std::uint8_t> first(from, from + static_cast<std::ptrdiff_t>(head_bytes));
+    EXPECT_TRUE(std::equal(first.begin(), first.end(), from + static_cast<std::ptrdiff_t>(head_bytes))) << "heads";
+    const auto untouched = [&](std::size_t begin, std::size_t end) {
+      EXPECT_EQ(std::count(bytes.begin() + static_cast<std::ptrdiff_t>(begin), bytes.begin() + static_cast<std::ptrdiff_t>(end), 0xcd),
+                static_cast<std::ptrdiff_t>(end - begin));
+    };
+    untouched(0, page);
+    untouched(page + kHeads * head_bytes, bytes.size());
+    return first;
+  }
+
+  std::size_t head_bytes;
+  std::vector<std::uint8_t> bytes;
+  std::vector<std::int64_t> at, places;
+};
+
+// Seals tokens [first, first + count) of one side into page 1.
+void seal_side(const Module& m, const PageSpec& spec, const Inputs& in, bool values, int first, int count, Pool* pool, std::uint64_t seed,
+               int hidden = 0) {
   const SideSpec& side = values ? spec.value : spec.key;
   const Rows& rows = values ? *in.v : *in.k;
-  const std::vector<float>& weights = values ? in.lambda_v : in.lambda_k;
+  std::vector<float> weights = values ? in.lambda_v : in.lambda_k;
+  weights.insert(weights.end(), weights.begin(), weights.begin() + static_cast<std::ptrdiff_t>(weights.size()));
+  SealJob job = in.job(first, count);
+  job.page = 1;
+  job.hidden = static_cast<std::uint8_t>(hidden);
+  std::vector<std::int64_t> table;
+  apple::add_job(&table, job, values, {first * rows.stride, first, weights.empty() ? apple::kNowhere : 0});
   const Buffer data = rows.dtype == DType::f32 ? Buffer(m, "rows", rows.f32) : Buffer(m, "rows", rows.f16);
   const Buffer skip(m, "skip", in.skip), lambda(m, "lambda", weights), matrix(m, "matrix", apple::sealing_matrix(*side.rotation));
-  const Buffer pages(m, "pages", *slice, EMU_INOUT);
-  const std::vector<std::int64_t> job = {first * rows.stride, first, 0, weights.empty() ? -1 : 0, first, count};
-  const Buffer jobs(m, "jobs", job), table(m, "side", apple::side_table(spec, values, rows.dtype, rows.stride));
-  const Buffer levels(m, "levels", apple::level_table(side));
-  m.run("kv4_seal", {kThreads, 1, 1}, {kThreads, 1, 1},
-        {data.data(), skip.data(), lambda.data(), matrix.data(), jobs.data(), table.data(), levels.data(), pages.data()}, seed);
-  *slice = pages.read();
+  const Buffer pages(m, "pages", pool->bytes, EMU_INOUT), jobs(m, "jobs", table);
+  const Buffer sides(m, "side", apple::side_table(spec, values, pool->places)), levels(m, "levels", apple::level_table(side));
+  m.run("kv4_seal", {kThreads, Pool::kHeads, 1}, {kThreads, 1, 1},
+        {data.data(), skip.data(), lambda.data(), matrix.data(), jobs.data(), sides.data(), levels.data(), pages.data()}, seed);
+  pool->bytes = pages.read();
 }
 
 Codes codes_of(const PageSpec& spec, const std::vector<std::uint8_t>& slice) {
@@ -51,8 +87,9 @@ void check(const Case& c, Build build, std::uint64_t seed) {
   const Module& m = Module::get("seal", build);
   const Inputs in(c);
   const PageSpec spec = on_metal(in.spec);
-  std::vector<std::uint8_t> slice(spec.layout.head_bytes, 0xcd);
-  for (bool values : {false, true}) seal_side(m, spec, in, values, 0, kPageTokens, &slice, seed);
+  Pool pool(spec);
+  for (bool values : {false, true}) seal_side(m, spec, in, values, 0, kPageTokens, &pool, seed);
+  const std::vector<std::uint8_t> slice = pool.slice(1);
   const Codes codes = codes_of(spec, slice);
   check_side(spec.key, *in.k, in.skip.data(), {in.lambda_k.begin(), in.lambda_k.end()}, codes.key,
              read_u16(slice.data() + spec.layout.k_scales, kPageTokens),
@@ -70,7 +107,7 @@ TEST(MetalSeal, MatchesReference) { every_dim_and_rotation(1, in(Build::fast)); 
 TEST(MetalSeal, MatchesReferenceChecked) { every_dim_and_rotation(7, in(Build::check)); }
 TEST(MetalSeal, LargeKeyBias) { large_key_bias(in(Build::fast)); }
 
-// A page filled in parts holds what one filled at once does.
+// A page filled in parts, as tokens arrive, holds what one filled at once does, wherever it lies.
 TEST(MetalSeal, PartsOfAPage) {
   for (int d : {80, 128}) {
     Case c;
@@ -81,7 +118,7 @@ TEST(MetalSeal, PartsOfAPage) {
     const PageSpec spec = on_metal(in.spec);
     for (Build build : {Build::fast, Build::check}) {
       const Module& m = Module::get("seal", build);
-      std::vector<std::uint8_t> whole(spec.layout.head_bytes, 0), parts(whole);
+      Pool whole(spec), parts(spec, true);
       for (bool values : {false, true}) {
         seal_side(m, spec, in, values, 0, kPageTokens, &whole, 3);
         int first = 0;
@@ -90,9 +127,23 @@ TEST(MetalSeal, PartsOfAPage) {
           first += count;
         }
       }
-      EXPECT_EQ(whole, parts) << "d " << d;
+      EXPECT_EQ(whole.slice(1), parts.slice(1)) << "d " << d;
     }
   }
+}
+
+TEST(MetalSeal, HiddenRowsAreMaskedOnes) {
+  Case c;
+  c.key = {256, RotationKind::srft, 0, LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
+  c.value.dim = 256;
+  Inputs in(c);
+  const PageSpec spec = on_metal(in.spec);
+  const Module& m = Module::get("seal", Build::check);
+  Pool hidden(spec), skipped(spec, true);
+  for (bool values : {false, true}) seal_side(m, spec, in, values, 0, kPageTokens, &hidden, 1, 4);
+  std::fill_n(in.skip.begin(), 4, 1);
+  for (bool values : {false, true}) seal_side(m, spec, in, values, 0, kPageTokens, &skipped, 2);
+  EXPECT_EQ(hidden.slice(1), skipped.slice(1));
 }
 
 TEST(MetalSeal, DequantisesAsDefined) {
@@ -106,19 +157,30 @@ TEST(MetalSeal, DequantisesAsDefined) {
       const Inputs in(c);
       const PageSpec spec = on_metal(in.spec);
       const Module& m = Module::get("seal", build);
-      std::vector<std::uint8_t> slice(spec.layout.head_bytes, 0);
-      for (bool values : {false, true}) seal_side(m, spec, in, values, 0, kPageTokens, &slice, 0);
+      Pool pool(spec, true);
+      for (bool values : {false, true}) seal_side(m, spec, in, values, 0, kPageTokens, &pool, 0);
+      const std::vector<std::uint8_t> slice = pool.slice(1);
       const Codes codes = codes_of(spec, slice);
       const int first = 5, count = 51;
       for (bool values : {false, true}) {
         const SideSpec& s = values ? spec.value : spec.key;
         const std::vector<float>& weights = values ? in.lambda_v : in.lambda_k;
         const std::vector<double> lambda(weights.begin(), weights.end());
-        const Buffer pages(m, "pages", slice), weight(m, "lambda", weights), matrix(m, "matrix", apple::output_matrix(*s.rotation));
-        const Buffer jobs(m, "jobs", std::vector<std::int64_t>{3, -1, 0, 0, first, count});
-        const Buffer table(m, "side", apple::side_table(spec, values, DType::f32, d + 2)), levels(m, "levels", apple::level_table(s));
-        const Buffer out(m, "out", nullptr, static_cast<std::size_t>(3 + count * (d + 2)) * 4, EMU_OUTPUT);
-        m.run("kv4_dequantise", {kThreads, kPageTokens, 1}, {kThreads, 1, 1},
+        DequantiseJob job;
+        job.page = 1;
+        job.first = first;
+        job.count = count;
+        job.k_stride = job.v_stride = d + 2;
+        job.k_head_stride = job.v_head_stride = 60 * (d + 2);
+        std::vector<std::int64_t> jobs_table;
+        apple::add_job(&jobs_table, job, values, {3, -1, 0});
+        std::vector<float> both = weights;
+        both.insert(both.end(), weights.begin(), weights.end());
+        const Buffer pages(m, "pages", pool.bytes), weight(m, "lambda", both), matrix(m, "matrix", apple::output_matrix(*s.rotation));
+        const Buffer jobs(m, "jobs", jobs_table);
+        const Buffer table(m, "side", apple::side_table(spec, values, pool.places)), levels(m, "levels", apple::level_table(s));
+        const Buffer out(m, "out", nullptr, static_cast<std::size_t>(3 + (60 + count) * (d + 2)) * 4, EMU_OUTPUT);
+        m.run("kv4_dequantise", {kThreads, kPageTokens, Pool::kHeads}, {kThreads, 1, 1},
               {pages.data(), weight.data(), matrix.data(), jobs.data(), table.data(), levels.data(), out.data()}, 11);
         const std::vector<std::uint16_t> scales = read_u16(slice.data() + (values ? spec.layout.v_scales : spec.layout.k_scales), kPageTokens);
         const std::vector<std::uint16_t> mean = read_u16(slice.data() + spec.layout.k_mean, d);
@@ -131,51 +193,11 @@ TEST(MetalSeal, DequantisesAsDefined) {
           for (int i = 0; i < d; ++i) norm += std::pow(expected[at(i)] * lambda[static_cast<std::size_t>(i)], 2);
           // A sum of d products in float; their magnitudes sum to at most the row's norm times sqrt(d).
           for (int i = 0; i < d; ++i)
-            ASSERT_NEAR(got[static_cast<std::size_t>(3 + j * (d + 2) + i)], expected[at(i)],
-                        d * 0x1p-24 * std::sqrt(norm) / lambda[static_cast<std::size_t>(i)])
-                << "d " << d << " values " << values << " token " << first + j << " channel " << i;
+            for (int h = 0; h < Pool::kHeads; ++h)
+              ASSERT_NEAR(got[static_cast<std::size_t>(3 + (60 * h + j) * (d + 2) + i)], expected[at(i)],
+                          d * 0x1p-24 * std::sqrt(norm) / lambda[static_cast<std::size_t>(i)])
+                  << "d " << d << " values " << values << " token " << first + j << " channel " << i;
         }
-      }
-    }
-  }
-}
-
-// Rows of any type and strides arrive in the cache's exact rows, and nothing else is written.
-TEST(MetalAppend, CopiesStridedRows) {
-  for (Build build : {Build::fast, Build::check}) {
-    const Module& m = Module::get("seal", build);
-    const std::int64_t batch = 2, heads = 3, tokens = 5, dim = 80;
-    for (DType from : kEveryDType) {
-      for (DType to : kEveryDType) {
-        const std::vector<float> x = cases::normal_rows(batch * tokens * heads, static_cast<int>(dim), 9);
-        std::vector<std::uint8_t> bytes(x.size() * size_of(from));
-        std::vector<float> held(x.size());
-        for (std::size_t i = 0; i < x.size(); ++i) {
-          const std::uint16_t h = from == DType::f16 ? f32_to_f16(x[i]) : f32_to_bf16(x[i]);
-          held[i] = from == DType::f32 ? x[i] : from == DType::f16 ? f16_to_f32(h) : bf16_to_f32(h);
-          if (from == DType::f32) std::memcpy(bytes.data() + i * 4, &x[i], 4);
-          else std::memcpy(bytes.data() + i * 2, &h, 2);
-        }
-        const std::int64_t room = 9, offset = 2 * (dim + 1);
-        std::vector<std::uint8_t> target(static_cast<std::size_t>(batch * heads * room * (dim + 1)) * size_of(to), 0xa5);
-        const Buffer source(m, "from", bytes), out(m, "to", target, EMU_INOUT);
-        // Physically [batch, tokens, heads, dim] to [batch, heads, room, dim + 1], rows 2 and on.
-        const Buffer table(m, "append", std::vector<std::int64_t>{batch, heads, tokens, dim, static_cast<std::int64_t>(from), tokens * heads * dim, dim,
-                                                                  heads * dim, static_cast<std::int64_t>(to), offset, heads * room * (dim + 1),
-                                                                  room * (dim + 1), dim + 1});
-        m.run("kv4_append", {96, static_cast<std::uint32_t>(tokens), static_cast<std::uint32_t>(batch * heads)}, {32, 1, 1},
-              {source.data(), out.data(), table.data()}, 4);
-        const std::vector<std::uint8_t> got = out.read();
-        for (std::int64_t b = 0; b < batch; ++b)
-          for (std::int64_t h = 0; h < heads; ++h)
-            for (std::int64_t j = 0; j < tokens; ++j)
-              for (std::int64_t c = 0; c < dim; ++c) {
-                const float value = held[static_cast<std::size_t>(((b * tokens + j) * heads + h) * dim + c)];
-                const std::size_t at = static_cast<std::size_t>(offset + ((b * heads + h) * room + j) * (dim + 1) + c) * size_of(to);
-                const std::uint16_t half = to == DType::f16 ? f32_to_f16(value) : f32_to_bf16(value);
-                std::memcpy(target.data() + at, to == DType::f32 ? static_cast<const void*>(&value) : &half, size_of(to));
-              }
-        ASSERT_EQ(got, target) << name_of(from) << " to " << name_of(to);
       }
     }
   }

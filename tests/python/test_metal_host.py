@@ -7,7 +7,6 @@ import copy
 import gc
 import re
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,76 +21,8 @@ from kv4.metal import source
 from kv4.metal.host import _constants, _matrices
 from kv4.metal.mps import MetalCache, TorchHost
 from kv4.shared import total_bytes
+from metal_cases import GROUP, HEADS, RECIPES, TOLERANCE, Pair
 from metal_device import EmulatedLibrary, host, needs_emulator
-
-HEADS, GROUP = 2, 2
-RECIPES = {
-    "default": Recipe(),
-    "exact": Recipe.exact(),
-    "no window": Recipe(window=0, sinks=0),
-    "hadamard, uniform": Recipe(
-        key=Side(rotation="srht", levels="uniform", scale="abs_max"), value=Side(rotation="householder"), sinks=1
-    ),
-}
-TOLERANCE = 2e-3  # of attention, against the largest output
-
-
-class Pair:
-    """A MetalCache and the C++ core, fed alike."""
-
-    def __init__(
-        self, recipe: Recipe, dim: int = 64, batch: int = 1, dtype=torch.float32, mode="fast", seed=5, **options
-    ):
-        arguments = {"dtype": str(dtype).removeprefix("torch."), "kv_heads": HEADS, "head_dim_k": dim}
-        arguments |= {"head_dim_v": dim, **options}
-        self.metal = MetalCache(host(dim, mode), recipe, **arguments)
-        self.core = _core.Cache(recipe, **arguments)
-        self.batch, self.dim, self.dtype = batch, dim, dtype
-        self.random = torch.Generator().manual_seed(seed)
-
-    def normal(self, heads: int, tokens: int) -> torch.Tensor:
-        # [batch, T, heads, d] in memory, as a model's projections leave it.
-        x = torch.randn((self.batch, tokens, heads, self.dim), generator=self.random)
-        scale = torch.logspace(-0.5, 0.5, self.dim)
-        return (x * scale + 2 * scale.flip(0)).transpose(1, 2).to(self.dtype)
-
-    def step(self, tokens: int, **options) -> None:
-        k, v = self.normal(HEADS, tokens), self.normal(HEADS, tokens)
-        for cache in (self.metal, self.core):
-            cache.append(k, v)
-        self.attend(tokens, **options)
-        self.compare()
-
-    def attend(self, tokens: int, **options) -> None:
-        q = self.normal(HEADS * GROUP, tokens)
-        out = [torch.full((self.batch, tokens, HEADS * GROUP, self.dim), 7.0, dtype=self.dtype) for _ in range(2)]
-        self.metal.attend(q, out[0].transpose(1, 2), **options)
-        self.core.attend(q, out[1].transpose(1, 2), **options)
-        rounding = 0 if self.dtype == torch.float32 else torch.finfo(self.dtype).eps
-        bound = (TOLERANCE + rounding) * out[1].abs().max()
-        assert (out[0].float() - out[1].float()).abs().max() <= bound
-
-    def both(self, name: str, *arguments) -> None:
-        for cache in (self.metal, self.core):
-            getattr(cache, name)(*arguments)
-        self.batch = self.core.batch or self.batch
-        self.compare()
-
-    def compare(self) -> None:
-        metal, core = self.metal, self.core
-        assert (metal.length, metal.batch, metal.first) == (core.length, core.batch, core.first)
-        for b in range(core.batch):
-            assert metal.sealed_tokens(b) == core.sealed_tokens(b)
-            assert metal.exact_tokens(b) == core.exact_tokens(b)
-            assert np.allclose(metal.lambda_(b), core.lambda_(b), rtol=1e-5)
-            for page in range(core.page_count(b)):
-                for head in range(HEADS):
-                    for ours, theirs in zip(
-                        metal.page_codes(b, page, head), core.page_codes(b, page, head), strict=True
-                    ):
-                        a, c = np.frombuffer(ours, np.uint8), np.frombuffer(theirs, np.uint8)
-                        # Both meet the definition's rule; a value on a decision boundary may go either way.
-                        assert (a != c).mean() <= 1e-3
 
 
 @needs_emulator
@@ -103,7 +34,7 @@ def test_policy_codes_and_attention_are_the_cores(name):
 
 
 @needs_emulator
-@pytest.mark.parametrize("name", ["default", "exact"])
+@pytest.mark.parametrize("name", ["default", "exact", "paper"])
 def test_a_sliding_window_evicts_as_the_core_does(name):
     pair = Pair(RECIPES[name], sliding_window=150)
     for tokens in (90, 1, 64, 200, 1, 64, 1):
@@ -129,9 +60,10 @@ def test_left_padding_stays_out_of_pages(name):
 
 
 @needs_emulator
+@pytest.mark.parametrize("name", ["default", "paper"])
 @pytest.mark.parametrize("length", [330, 250, 201, 100, 40, 2, 0])
-def test_crop_goes_back_as_the_core_does(length):
-    pair = Pair(Recipe())
+def test_crop_goes_back_as_the_core_does(name, length):
+    pair = Pair(RECIPES[name])
     for tokens in (300, 1, 40):
         pair.step(tokens)
     pair.both("crop", length)
@@ -245,6 +177,9 @@ def test_given_lambda_and_a_dense_rotation():
     pair = Pair(recipe, lambda_k=scale, lambda_v=scale.flip(0).contiguous(), matrix_k=matrix)
     for tokens in (200, 1, 64):
         pair.step(tokens)
+    pair = Pair(Recipe.paper(lambda_="given"), lambda_k=scale)
+    for tokens in (70, 1, 3):
+        pair.step(tokens)
 
 
 @needs_emulator
@@ -273,11 +208,12 @@ def test_partial_states_and_dense_rows():
 @needs_emulator
 def test_every_launch_passes_the_emulators_checker():
     """Races, bounds, uninitialised reads, alignment: the tables and buffers that this host hands to the kernels."""
-    pair = Pair(Recipe(), batch=2, mode="check", sliding_window=170)
-    for tokens in (140, 1, 3):
-        pair.step(tokens, start=torch.tensor([0, 5], dtype=torch.int32))
-    pair.both("crop", 80)
-    pair.step(1)
+    for recipe in (Recipe(), Recipe.paper()):
+        pair = Pair(recipe, batch=2, mode="check", sliding_window=170)
+        for tokens in (140, 1, 3):
+            pair.step(tokens, start=torch.tensor([0, 5], dtype=torch.int32))
+        pair.both("crop", 80)
+        pair.step(1)
 
 
 @needs_emulator
@@ -409,7 +345,6 @@ def test_pages_and_heads_that_are_not_there_are_refused():
 @needs_emulator
 def test_recipes_without_kernels_are_refused_with_the_reason():
     for recipe, dims, match in (
-        (Recipe.paper(), (64, 64), "recipe.seal: expected page or never on Metal"),
         (Recipe(key=Side(group=32), value=Side()), (64, 64), "one scale per vector on Metal"),
         (Recipe(), (64, 128), "head_dim_v: expected head_dim_k"),
     ):
@@ -537,7 +472,7 @@ def test_the_stand_in_reports_what_the_checker_finds():
     """A launch with a buffer that is too small is an error here, so that a wrong table cannot pass."""
     library = EmulatedLibrary(source.text(64), "check")
     zeros = torch.zeros(16, dtype=torch.uint8)
-    jobs, side = torch.tensor([[0, -1, 0, -1, 0, 64]]), torch.zeros(11, dtype=torch.int64)
+    jobs, side = torch.tensor([[0, 0, 64, 0, -1, 0, 64, 64, 0, -(1 << 62)]]), torch.zeros(13, dtype=torch.int64)
     side[0] = 64
     with pytest.raises(AssertionError):
         library.kv4_seal(

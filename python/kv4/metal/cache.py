@@ -23,12 +23,13 @@ from kv4.recipe import Recipe
 from .host import DTYPES, Host, shared_constants
 from .launch import attend
 from .sealing import Sealing
-from .sequence import Energies, Page, Pages, Sequence
+from .sequence import Energies, Made, Pages, Sequence, Span
 from .visibility import Visibility
 
 
 class Cache(Sealing):
-    """One layer's cache; the arguments are those of kv4._core.Cache, and the host of its arrays and kernels.
+    """One layer's cache of sequences, each of its own length; the arguments are those of kv4._core.Cache, and the host
+    of its arrays and kernels. `spans` of a call: each sequence's rows [first, last) of its arrays; all by default.
 
     NaN and infinity are held as zeros; no error is raised for them.
     Errors: NotImplementedError with the reason where no Metal kernel serves the recipe or the head dims; ValueError,
@@ -80,20 +81,22 @@ class Cache(Sealing):
         self.given_k, self.given_v = (
             None if x is None else host.table(np.asarray(x, np.float32)) for x in (lambda_k, lambda_v)
         )
-        self.seals = recipe.seal == "page"
+        self.seals = recipe.seal == "page"  # whole pages, from exact rows
         self.sink_limit = recipe.sinks if self.seals else 0
         self.pool = Pages(host, self.constants.tables.page_bytes)
         self.recording = False
         self._forget()
 
+    def _empty(self) -> Sequence:
+        return Sequence.empty(self.recipe, self.window, self.recording)
+
     def _forget(self) -> None:
         self.sequences: list[Sequence] = []
-        self.length = 0
         self.rows: list[Any] = []
 
     # Appending.
 
-    def append(self, k: Any, v: Any) -> None:
+    def append(self, k: Any, v: Any, spans: Rows[Span] | None = None) -> None:
         """k, v [batch, kv_heads, T, head_dim], T may be 0. The first call fixes the batch."""
         for name, x in (("k", k), ("v", v)):
             elsewhere = self.host.why_not_here(x)
@@ -107,17 +110,17 @@ class Cache(Sealing):
                 raise ValueError(mismatch(name, expected, list(x.shape)))
         if tuple(k.shape) != tuple(v.shape):
             raise ValueError(mismatch("v", f"the batch and tokens of k, {list(k.shape)}", list(v.shape)))
+        spans = _spans(spans, k.shape[0], k.shape[2])
         stored = [self.host.finite(x) for x in (k, v)]
-        sequences = self.sequences or [Sequence.empty(self.recipe, self.window) for _ in range(k.shape[0])]
-        tokens = k.shape[2]
-        self.carry_out(sequences, [s.ledger.append(tokens, self.recording) for s in sequences], stored)
+        sequences = self.sequences or [self._empty() for _ in range(k.shape[0])]
+        plans = [s.ledger.append(hi - lo, s.recording) for s, (lo, hi) in zip(sequences, spans, strict=True)]
+        self.carry_out(sequences, plans, stored, spans)
         self.sequences = sequences
-        self.length += tokens
 
     def seal(self) -> None:
         """Seals what is due and lets go of the exact rows that were kept for a crop of the last call."""
         if self.sequences:
-            self.carry_out(self.sequences, [s.ledger.settle(self.recording) for s in self.sequences])
+            self.carry_out(self.sequences, [s.ledger.settle(s.recording) for s in self.sequences])
 
     # Attention.
 
@@ -125,7 +128,9 @@ class Cache(Sealing):
         self,
         q: Any,
         *,
-        upto: int | None = None,
+        rows: Rows[int] | None = None,
+        spans: Rows[Span] | None = None,
+        upto: int | Rows[int] | None = None,
         out: Any = None,
         dtype: str = "float32",
         scale: float = 0.0,
@@ -138,94 +143,138 @@ class Cache(Sealing):
         mask: Any = None,
     ) -> Any:
         """Attention of q [batch, q_heads, T, head_dim], the newest T positions; the options are the core's. Returns
-        [batch, q_heads, T, head_dim] in `dtype`, or `out`, which kernels that write in place fill; or with upto the
-        partial states over positions below it: float32 [batch, q_heads, T, head_dim + 2], o, m and l side by side."""
-        partial = upto is not None
-        if partial and not 0 <= upto <= self.length:
-            raise IndexError(mismatch("upto", f"0 to {self.length}", upto))
+        [batch, q_heads, T, head_dim] in `dtype`, or `out`, which kernels that write in place fill; or with upto (one
+        for all, or one each) the partial states over positions below it: float32 [batch, q_heads, T, head_dim + 2],
+        o, m and l side by side. rows: the sequence of each of q's; all by default. Rows of q outside of `spans` are
+        answered with 0, `out` there is as it was."""
         if not self.sequences:
             raise RuntimeError(mismatch("q", "a cache that holds tokens", "an empty cache"))
-        self._check_call(q, dtype, scale, softcap, sinks, mask)
-        batch, tokens = len(self.sequences), q.shape[2]
-        limits = [self.window if causal else 0] * batch if window is None else _integers("window", window, batch)
-        starts = [0] * batch if start is None else [offset + x for x in _integers("start", start, batch)]
-        seen = Visibility(
-            self.length, tokens, causal, starts, limits, None if mask is None else self.host.seen(mask), offset
-        )
-        held, calls = self.rows, [self._call(b, s, q, seen) for b, s in enumerate(self.sequences)]
-        plans = [call[0] for call in calls]
-        if any(plan.new_pages for plan in plans):
+        rows = list(range(len(self.sequences)) if rows is None else rows)
+        self._check_call(q, len(rows), dtype, scale, softcap, sinks, mask)
+        tokens, lengths = q.shape[2], [self._sequence(row).extent.length for row in rows]
+        spans = _spans(spans, len(rows), tokens)
+        below = lengths if upto is None else [upto] * len(rows) if isinstance(upto, int) else list(upto)
+        for row, length, (lo, hi), value in zip(rows, lengths, spans, below, strict=True):
+            if hi - lo > length:
+                raise ValueError(mismatch("q", f"shape with at most {length} tokens, those of sequence {row}", hi - lo))
+            if not 0 <= value <= length:
+                raise IndexError(mismatch("upto", f"0 to {length}", value))
+        if not any(hi > lo for lo, hi in spans):
+            raise ValueError(mismatch("spans", "a row of some sequence", spans))
+        seen = self._seen(rows, tokens, spans, causal, offset, start, window, mask)
+        plans, energies = [None] * len(self.sequences), [s.energies for s in self.sequences]
+        for row, x in zip(rows, seen, strict=True):
+            if x.queries:
+                plans[row] = self._plan(self.sequences[row], x)
+                energies[row] = self._with_energies(q, self.sequences[row], x)
+        made = self._made(self.sequences, plans, energies)
+        held = self.rows
+        if any(plan is not None and plan.new_pages for plan in plans):
             self.rows = self._moved(self.sequences, plans, anew=True)
         try:
-            nexts = [self._next(s, *call) for s, call in zip(self.sequences, calls, strict=True)]
-            if not partial:
-                upto = self.length
-            elif self.seals:
-                self._check_upto(upto, tokens, nexts)
-            parts = []
-            for begin, end, views in self._runs(nexts, tokens, upto, starts, limits, start is not None):
-                part = slice(begin, end)
-                done = attend(
-                    self,
-                    nexts,
-                    q if begin == 0 and end == tokens else q[:, :, part],
-                    views,
-                    out=None if out is None else out[:, :, part],
-                    dtype=None if partial else dtype,
-                    scale=scale,
-                    softcap=softcap,
-                    sinks=sinks,
-                    causal=causal,
-                    mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, part],
-                    offset=offset,
-                )
-                parts.append(done)
+            nexts = [self._next(*x) for x in zip(self.sequences, plans, energies, made, strict=True)]
+            table, lambda_rows = self.lambda_table([s.lambda_ for s in nexts])
+            views = []
+            for row, x, end in zip(rows, seen, below, strict=True):
+                if upto is not None:
+                    self._check_upto(nexts[row], x, end)
+                views += self._views(row, nexts[row], x, end, lambda_rows[row])
+            done = attend(
+                self,
+                q,
+                views,
+                lambda_k=table,
+                out=out,
+                dtype=None if upto is not None else dtype,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                causal=causal,
+                mask=mask,
+                offset=offset,
+            )
         except BaseException:
             self.rows = held
             raise
-        for s, plan in zip(nexts, plans, strict=True):
-            if not plan.new_pages:
-                s.commit(plan, [])
+        for s, plan, new in zip(nexts, plans, made, strict=True):
+            if plan is not None and not plan.new_pages:
+                s.commit(plan, new)
         self.sequences = nexts
-        if out is not None:
-            return out
-        return parts[0] if len(parts) == 1 else self.host.concatenate(parts, 2)
+        if out is None and any(span != (0, tokens) for span in spans):
+            asked = np.array([[lo <= t < hi for t in range(tokens)] for lo, hi in spans])
+            done = self.host.where(asked[:, None, :, None], done, 0)
+        return done
 
-    def _call(self, b: int, s: Sequence, q: Any, seen: Visibility) -> tuple[Any, Energies, list[Page], Any]:
-        """What a call of attention does to a sequence: its plan, energies, new pages and lambda. The sequence itself is
-        as it was."""
+    def _seen(
+        self,
+        rows: list[int],
+        tokens: int,
+        spans: list[Span],
+        causal: bool,
+        offset: int,
+        start: Any,
+        window: Any,
+        mask: Any,
+    ) -> list[Visibility]:
+        batch = len(rows)
+        limits = [self.window if causal else 0] * batch if window is None else _integers("window", window, batch)
+        starts = [0] * batch if start is None else [offset + x for x in _integers("start", start, batch)]
+        general = None
+        if mask is not None:
+            general = self.host.seen(mask)
+            general = np.broadcast_to(general, (batch, tokens, general.shape[-1]))
+        found = []
+        for i, row in enumerate(rows):
+            own = None if general is None else general[i]
+            length = self.sequences[row].extent.length
+            found.append(Visibility(length, i, spans[i], causal, starts[i], limits[i], own, offset))
+        return found
+
+    def _plan(self, s: Sequence, seen: Visibility) -> Any:
         x = s.extent
-        rows = seen.seen(b, x.window_position, x.window_rows).tobytes() if self.seals else b""
-        plan = s.ledger.attend(seen.queries, rows)
-        energies = self._with_energies(q, b, s, seen)
-        return plan, energies, *self._seal(b, s, plan, energies)
+        rows = seen.seen(x.window_position, x.window_rows).tobytes() if self.seals else b""
+        return s.ledger.attend(seen.queries, rows)
 
     @staticmethod
-    def _next(s: Sequence, plan: Any, energies: Energies, pages: list[Page], lambda_: Any) -> Sequence:
+    def _next(s: Sequence, plan: Any, energies: Energies, made: Made) -> Sequence:
         """The sequence that the call reads; one that seals nothing waits for commit."""
-        after = s.fork() if pages else dataclasses.replace(s)
-        after.energies, after.lambda_ = energies, lambda_
-        if pages:
-            after.commit(plan, pages)
+        after = s.fork() if made.pages else dataclasses.replace(s)
+        after.energies, after.lambda_ = energies, made.lambda_
+        if made.pages:
+            after.commit(plan, made)
         return after
 
-    def _runs(
-        self, sequences: list[Sequence], tokens: int, upto: int, starts: list[int], limits: list[int], given: bool
-    ) -> Iterator[tuple[int, int, list[tuple]]]:
-        """Runs of queries [begin, end) that read the same pages in every sequence, with each sequence's view."""
-        first_query, stepwise = self.length - tokens, tokens <= PAGE
-        begin = 0
-        while begin < tokens:
-            position = first_query + begin
-            end = min(tokens, *(s.ledger.view_end(position, stepwise) - first_query for s in sequences))
-            views = []
-            for b, s in enumerate(sequences):
-                view = s.ledger.view(position, stepwise, upto)
-                views.append(self._view(b, s, view, position, starts[b] if given else -(2**31), limits[b]))
-            yield begin, end, views
-            begin = end
+    def _views(self, b: int, s: Sequence, seen: Visibility, upto: int, lambda_row: int) -> Iterator[tuple]:
+        """Runs of the sequence's queries that read the same pages, as MetalTables.attend has them; offsets are elements
+        of self.rows[0] and self.rows[1]."""
+        head = self.rows[0].shape[2] * self.dim
+        base = b * self.heads * head
 
-    def _with_energies(self, q: Any, b: int, s: Sequence, seen: Visibility) -> Energies:
+        def exact(first: int, rows: Span) -> tuple[int, ...]:
+            at = base + first * self.dim
+            return (rows[0], rows[1] - rows[0], at, head, self.dim, at, head, self.dim)
+
+        position, end, stepwise = seen.first_query, seen.first_query + seen.queries, seen.queries <= PAGE
+        while position < end:
+            view = s.ledger.view(position, stepwise, upto)
+            next_ = min(end, s.ledger.view_end(position, stepwise))
+            yield (
+                s.ledger.pages[: view.pages],
+                view.pages_position if view.pages else 0,
+                view.last_page_tokens,
+                seen.input,
+                seen.row + position - seen.first_query,
+                next_ - position,
+                position,
+                seen.start,
+                seen.window,
+                lambda_row,
+                -1 if self.given_v is None else 0,
+                [exact(0, view.sinks), exact(self._row(view.window[0], s.extent), view.window)],
+            )
+            position = next_
+
+    def _with_energies(self, q: Any, s: Sequence, seen: Visibility) -> Energies:
         """The energies held of the first queries that see themselves, the call's included."""
         energies = s.energies
         if not self.seals or self.recipe.key.lambda_ != "auto" or s.extent.lambda_ == "fixed":
@@ -233,22 +282,22 @@ class Cache(Sealing):
         limit = self.recipe.sinks + self.recipe.window + PAGE
         if energies.first >= 0 and seen.first_query - energies.first >= limit:
             return energies
-        own = [seen.first_query + int(t) for t in np.flatnonzero(seen.see_themselves(b))]
+        own = [seen.first_query + int(t) for t in np.flatnonzero(seen.see_themselves())]
         first, positions = energies.wanted(own, limit)
         # A call may be repeated, with another mask: its queries' rows are the new ones.
         kept = energies.before(self.host, seen.first_query).parts if energies.first < seen.first_query else []
         if positions:
-            rows = self.host.energies(q, b, [x - seen.first_query for x in positions], self.heads)
+            rows = self.host.energies(q, seen.input, [seen.row + x - seen.first_query for x in positions], self.heads)
             kept = [*kept, (positions, rows)]
         return Energies(first, kept)
 
-    def _check_call(self, q: Any, dtype: str, scale: float, softcap: float, sinks: Any, mask: Any) -> None:
+    def _check_call(self, q: Any, batch: int, dtype: str, scale: float, softcap: float, sinks: Any, mask: Any) -> None:
         """What can be refused of a call before any of it is recorded."""
-        batch, host = len(self.sequences), self.host
+        host = self.host
         fits = len(q.shape) == 4 and q.shape[0] == batch and q.shape[1] >= self.heads and q.shape[1] % self.heads == 0
-        fits = fits and q.shape[3] == self.dim and 1 <= q.shape[2] <= self.length and host.strides(q)[-1] == 1
+        fits = fits and q.shape[3] == self.dim and q.shape[2] >= 1 and host.strides(q)[-1] == 1
         if not fits:
-            expected = f"shape [{batch}, a multiple of {self.heads}, 1 to {self.length}, {self.dim}], channel stride 1"
+            expected = f"shape [{batch}, a multiple of {self.heads}, 1 or more, {self.dim}], channel stride 1"
             raise ValueError(mismatch("q", expected, list(q.shape)))
         for name, x, kinds in (("q", q, DTYPES), ("mask", mask, ("bool", *DTYPES))):
             elsewhere = None if x is None else host.why_not_here(x)
@@ -269,47 +318,30 @@ class Cache(Sealing):
             if len(mask.shape) != 4 or any(have not in (1, want) for have, want in zip(mask.shape, full, strict=False)):
                 raise ValueError(mismatch("mask", f"shape {[*full]} or 1 each, columns", list(mask.shape)))
 
-    def _check_upto(self, upto: int, tokens: int, sequences: list[Sequence]) -> None:
+    @staticmethod
+    def _check_upto(s: Sequence, seen: Visibility, upto: int) -> None:
         """The last query reads the most tokens packed."""
-        for s in sequences:
-            view = s.ledger.view(self.length - 1, tokens <= PAGE, upto)
-            sealed = view.pages_position + view.pages * PAGE
-            if view.pages and upto < sealed:
-                raise IndexError(mismatch("upto", f"at least {sealed}, the end of the sealed tokens", upto))
-
-    def _view(self, b: int, s: Sequence, view: Any, query: int, start: int, limit: int) -> tuple:
-        """One sequence as MetalTables.attend reads it; offsets are elements of self.rows[0] and self.rows[1]."""
-        head = self.rows[0].shape[2] * self.dim
-
-        def exact(row: int, rows: tuple[int, int]) -> tuple[int, ...]:
-            at = b * self.heads * head + row * self.dim
-            return (rows[0], rows[1] - rows[0], at, head, self.dim, at, head, self.dim)
-
-        return (
-            s.ledger.pages[: view.pages],
-            view.pages_position if view.pages else 0,
-            PAGE,
-            query,
-            start,
-            limit,
-            self.lambda_k(s) is not None or self.given_v is not None,
-            [exact(0, view.sinks), exact(self._row(view.window[0], s.extent), view.window)],
-        )
+        view = s.ledger.view(s.extent.length - 1, seen.queries <= PAGE, upto)
+        sealed = view.pages_position + (view.pages - 1) * PAGE + view.last_page_tokens
+        if view.pages and upto < sealed:
+            raise IndexError(mismatch("upto", f"at least {sealed}, the end of the sealed tokens", upto))
 
     # Crop, forks and what is held.
 
-    def crop(self, length: int) -> None:
-        """Keeps the first `length` positions of every sequence."""
-        if not 0 <= length <= self.length:
-            raise IndexError(mismatch("length", f"0 to {self.length}", length))
-        plans = [s.ledger.crop(length) for s in self.sequences]
-        if length == self.length:
+    def crop(self, length: int | Rows[int]) -> None:
+        """Keeps the first `length` positions of every sequence, one number for all or one each."""
+        lengths = [length] * self.batch if isinstance(length, int) else list(length)
+        plans = []
+        for s, n in zip(self.sequences, lengths, strict=True):
+            if not 0 <= n <= s.extent.length:
+                raise IndexError(mismatch("length", f"0 to {s.extent.length}", n))
+            plans.append(s.ledger.crop(n))
+        if all(n == s.extent.length for s, n in zip(self.sequences, lengths, strict=True)):
             return
-        energies = [s.energies.before(self.host, length) for s in self.sequences]
+        energies = [s.energies.before(self.host, n) for s, n in zip(self.sequences, lengths, strict=True)]
         self.carry_out(self.sequences, plans)
         for s, kept in zip(self.sequences, energies, strict=True):
             s.energies = kept
-        self.length = length
 
     def select(self, rows: Rows[int]) -> None:
         """Sequence i continues old sequence rows[i]; pages are shared."""
@@ -317,16 +349,51 @@ class Cache(Sealing):
             if not 0 <= row < len(self.sequences):
                 raise IndexError(mismatch("rows", f"indices from 0 to {len(self.sequences) - 1}", f"{row} at {i}"))
         taken = [self.host.take(x, rows, 0) for x in self.rows]
-        self.sequences = [self.sequences[row].fork() for row in rows]
+        # Who goes on alone shares nothing.
+        self.sequences = [
+            self.sequences[row].fork() if row in rows[:i] or row in rows[i + 1 :] else self.sequences[row]
+            for i, row in enumerate(rows)
+        ]
         self.rows = taken
+
+    def extend(self, other: Cache) -> None:
+        """Takes in a copy of the sequences of another cache of the same layer and window. Pages are shared where both
+        have one pool, else copied."""
+        if (self.constants, self.window) != (other.constants, other.window):
+            raise ValueError(mismatch("other", "a cache of the same recipe, shapes and window", "another"))
+        if not other.sequences:
+            return
+        shared = other.pool is self.pool
+        taken = [s.fork() if shared else s.moved(other.pool, self.pool) for s in other.sequences]
+        room = max([self.sink_limit, *(x[0].shape[2] for x in (self.rows, other.rows) if x)])
+        parts = [x._with_room(room) for x in (self, other)]
+        self.rows = [self.host.concatenate(x, 0) for x in zip(*parts, strict=True)]
+        self.sequences = [*self.sequences, *taken]
+
+    def add(self) -> None:
+        """One sequence more, which holds nothing."""
+        if self.rows:
+            empty = self.host.zeros((1, *self.rows[0].shape[1:]), self.dtype)
+            self.rows = [self.host.concatenate([x, empty], 0) for x in self.rows]
+        self.sequences = [*self.sequences, self._empty()]
+
+    def _with_room(self, room: int) -> list[Any]:
+        """The rows of all sequences, with room for so many."""
+        have = self.rows[0].shape[2] if self.rows else 0
+        empty = self.host.zeros((self.batch, self.heads, room - have, self.dim), self.dtype)
+        return [self.host.concatenate([x, empty], 2) for x in self.rows] if self.rows else [empty, empty]
 
     def repeat(self, times: int) -> None:
         if times < 1:
             raise ValueError(mismatch("times", "at least 1", times))
         self.select([b for b in range(len(self.sequences)) for _ in range(times)])
 
-    def reset(self) -> None:
-        self._forget()
+    def reset(self, row: int | None = None) -> None:
+        """Back to empty, all of it or one sequence."""
+        if row is None:
+            self._forget()
+        else:
+            self.sequences[row] = self._empty()
 
     def clone(self) -> Cache:
         """A cache of its own, which shares the pages."""
@@ -337,36 +404,41 @@ class Cache(Sealing):
 
     def record_past(self, on: bool) -> None:
         self.recording = bool(on)
+        for s in self.sequences:
+            s.recording = bool(on)
 
-    def dense(self, values: bool, first: int, count: int) -> Any:
-        """Keys or values of positions [first, first + count), dequantised where sealed: [batch, kv_heads, count,
-        head_dim], float32 where anything is sealed, else the cache's dtype."""
-        if first < 0 or count < 0 or first + count > self.length:
-            raise IndexError(mismatch("first, count", f"positions within 0 to {self.length}", f"{first}, {count}"))
-        extents = [s.extent for s in self.sequences]
+    def dense(self, values: bool, first: int, count: int, rows: Rows[int] | None = None) -> Any:
+        """Keys or values of positions [first, first + count), dequantised where sealed, of these sequences or all:
+        [batch, kv_heads, count, head_dim], float32 where anything is sealed, else the cache's dtype."""
+        rows = range(self.batch) if rows is None else rows
+        held = [self._sequence(row) for row in rows]
+        least = min((s.extent.length for s in held), default=0)
+        if first < 0 or count < 0 or first + count > least:
+            raise IndexError(mismatch("first, count", f"positions within 0 to {least}", f"{first}, {count}"))
+        extents = [s.extent for s in held]
         for x in extents:
             if first < x.evicted:
                 raise IndexError(mismatch("first", f"at least {x.evicted}, the oldest token held", first))
         dtype = "float32" if any(x.pages for x in extents) else self.dtype
-        out = self.host.zeros((len(self.sequences), self.heads, count, self.dim), dtype)
+        out = self.host.zeros((len(held), self.heads, count, self.dim), dtype)
         if not count:
             return out
-        for b, (s, x) in enumerate(zip(self.sequences, extents, strict=True)):
+        for b, (row, s, x) in enumerate(zip(rows, held, extents, strict=True)):
 
             def put(position: int, rows: Any, b: int = b) -> None:
                 lo, hi = max(position, first), min(position + rows.shape[1], first + count)
                 if lo < hi:
                     out[b, :, lo - first : hi - first] = self.host.cast(rows[:, lo - position : hi - position], dtype)
 
-            rows = self.rows[int(values)][b]
-            put(x.start, rows[:, : x.sinks])
+            exact = self.rows[int(values)][row]
+            put(x.start, exact[:, : x.sinks])
             begin = x.start + self.sink_limit + x.first_page * PAGE  # of the first page held
             low, high = (first - begin) // PAGE, -((begin - first - count) // PAGE)
             wanted = s.ledger.pages[max(low, 0) : max(high, 0)]
             if wanted:
                 put(begin + max(low, 0) * PAGE, self.dequantised(s, wanted, values))
             # Rows still exact win over pages sealed during the last call.
-            put(x.window_position, rows[:, self.sink_limit : self.sink_limit + x.window_rows])
+            put(x.window_position, exact[:, self.sink_limit : self.sink_limit + x.window_rows])
         return out
 
     def arrays(self) -> list[Any]:
@@ -384,6 +456,14 @@ class Cache(Sealing):
         """(identity, bytes, on_device) of the part of nbytes() that other caches may hold as well: who adds up caches
         counts an identity once."""
         return self.constants.shared()
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths(), default=0)
+
+    def lengths(self) -> list[int]:
+        return [s.extent.length for s in self.sequences]
 
     @property
     def batch(self) -> int:
@@ -422,6 +502,16 @@ class Cache(Sealing):
         if not 0 <= row < len(self.sequences):
             raise IndexError(mismatch("row", f"0 to {len(self.sequences) - 1}", row))
         return self.sequences[row]
+
+
+def _spans(spans: Rows[Span] | None, batch: int, rows: int) -> list[Span]:
+    """Each sequence's rows."""
+    if spans is None:
+        return [(0, rows)] * batch
+    found = [(int(lo), int(hi)) for lo, hi in spans]
+    if len(found) != batch or not all(0 <= lo <= hi <= rows for lo, hi in found):
+        raise ValueError(mismatch("spans", f"{batch} ranges within 0 to {rows}", found))
+    return found
 
 
 def _integers(name: str, x: Any, count: int) -> list[int]:

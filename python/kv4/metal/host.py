@@ -101,8 +101,12 @@ class Host(ABC):
     def take(self, x: Any, indices: Sequence[int], axis: int) -> Any: ...
 
     @abstractmethod
+    def where(self, chosen: np.ndarray, x: Any, y: Any) -> Any:
+        """Of two arrays, the first where `chosen` says so; the three broadcast, and y may be a number."""
+
+    @abstractmethod
     def put(self, x: Any, indices: Sequence[int], rows: Any) -> Any:
-        """`x` with rows [len(indices), ...] in these places of its first axis; `x` itself stays as it was."""
+        """`x` with rows [len(indices), ...] in these places of its first axis; `x` itself may be changed."""
 
     @abstractmethod
     def finite(self, x: Any) -> Any:
@@ -133,31 +137,27 @@ class Matrices:
 class Constants:
     """What the kernels read of one recipe: matrices, level tables, layout. Layers of one shape share it."""
 
-    def __init__(self, host: Host, tables: Any, matrices: Sequence[Matrices], head_dim: int) -> None:
+    def __init__(self, host: Host, tables: Any, matrices: Sequence[Matrices]) -> None:
         self.tables = tables
         self.matrices = tuple(matrices)  # of keys and of values
         self.query = matrices[0].query
         self.output = [x.output for x in matrices]
         self.sealing = [x.sealing for x in matrices]
         self.levels = [host.table(tables.levels(values)) for values in (False, True)]
-        sides = [tables.side(values, head_dim) for values in (False, True)]
-        self.side = [host.table(side) for side in sides]
+        self.side = [host.table(tables.side(values)) for values in (False, True)]
         # Where a kernel cannot write to the pool, each side of a slice is an output of its own: keys, then values.
-        self.key_bytes = int(sides[1][_CODES])
-        self.value_bytes = tables.head_bytes - self.key_bytes
-        alone = sides[1].copy()
-        alone[[_CODES, _SCALES]] -= self.key_bytes
-        self.side_alone = [self.side[0], host.table(alone)]
+        self.side_alone = [host.table(tables.side_alone(values)) for values in (False, True)]
+        tokens = [tables.tokens(values) for values in (False, True)]
+        self.side_bytes = [len(x) for x in tokens]
+        self.token_of_byte = np.concatenate(tokens)  # of a slice; -1 where a byte is no token's own
 
     def shared(self) -> list[tuple[int, int, bool]]:
         """(identity, bytes, on_device) of all this, as _core.Cache.shared has it."""
-        tables = [*self.levels, *self.side, self.side_alone[1]]
+        tables = [*self.levels, *self.side, *self.side_alone]
         own = [(id(self), sum(x.nbytes for x in tables), True)]
         rotations = [(identity, nbytes, False) for identity, nbytes in self.tables.rotations]
         return own + [(id(x), x.nbytes, True) for x in dict.fromkeys(self.matrices)] + list(dict.fromkeys(rotations))
 
-
-_CODES, _SCALES = 3, 4  # kv4_side
 
 _lock = threading.Lock()
 # What caches of this process share on a host: gone with the last of them.
@@ -180,5 +180,5 @@ def shared_constants(host: Host, recipe: Any, *, matrix_k: Any, matrix_v: Any, *
             if matrices is None:
                 matrices = _matrices[host, rotation] = Matrices(host, tables, bool(values))
             sides.append(matrices)
-        made = _constants[key] = Constants(host, tables, sides, shape["head_dim_k"])
+        made = _constants[key] = Constants(host, tables, sides)
         return made

@@ -9,15 +9,19 @@ import numpy as np
 from kv4._core import PAGE_TOKENS as PAGE
 
 from .host import ATTEND_THREADS, ROW_THREADS
-from .sequence import Holding, Sequence
+from .sequence import Holding
+
+# Tokens [first, first + count) of a page: (page, first, count, skip, input, row, lambda row), the rows being those from
+# `row` on of an array [inputs, kv_heads, rows, d]; skip: index of the first one's flag. It and the last: -1 for none.
+Job = tuple[int, int, int, int, int, int, int]
 
 
 def attend(
     cache: Holding,
-    sequences: list[Sequence],
     q: Any,
     views: list[tuple],
     *,
+    lambda_k: Any,
     out: Any,
     dtype: str | None,
     scale: float,
@@ -27,10 +31,11 @@ def attend(
     mask: Any,
     offset: int,
 ) -> Any:
-    """One call over all sequences: kv4_prepare, kv4_attend and kv4_merge. Returns out [batch, q_heads, T, d], or one
-    made in `dtype`; or with None for both partial states [batch, q_heads, T, d + 2] float32: o, m, l."""
+    """One call over all views: kv4_prepare, kv4_attend and kv4_merge. Returns out [inputs, q_heads, T, d], or one made
+    in `dtype`; or with None for both partial states [inputs, q_heads, T, d + 2] float32: o, m, l. Rows that no view has
+    are not written. lambda_k: [rows, kv_heads, d] or None."""
     host, constants = cache.host, cache.constants
-    batch, heads, tokens, dim = q.shape
+    inputs, heads, tokens, dim = q.shape
     general, general_dtype, stride = 0, "float32", [0] * 4
     if mask is not None:
         boolean = host.dtype(mask) == "bool"
@@ -38,7 +43,7 @@ def attend(
         own = host.strides(mask)
         stride = [*(0 if n == 1 else s for n, s in zip(mask.shape[:3], own[:3], strict=True)), own[3]]
     out_dtype = dtype if out is None else host.dtype(out)
-    out_shape = (batch, heads, tokens, dim if out_dtype else dim + 2)
+    out_shape = (inputs, heads, tokens, dim if out_dtype else dim + 2)
     if out is not None:
         out_stride = host.strides(out)
     else:
@@ -62,21 +67,13 @@ def attend(
         cores=host.cores,
     )
     call, rows = host.table(tables["call"]), host.table(tables["sequences"])
-    factors, pages, levels = (host.table(tables[name]) for name in ("factors", "pages", "levels"))
-    lambdas = [cache.lambda_k(s) for s in sequences]
-    lambda_k = lambda_v = host.nothing
-    if cache.given_v is not None or any(x is not None for x in lambdas):
-        one = host.table(np.ones((cache.heads, dim), np.float32))
-        lambda_k = host.stack([one if x is None else x for x in lambdas])
-        lambda_v = host.stack([one] * batch)
-    # Values have the layer's own lambda: a row of it for every sequence that the tables give one.
-    if cache.given_v is not None:
-        lambda_v = host.stack([cache.given_v] * batch)
+    factors, ids, levels = (host.table(tables[name]) for name in ("factors", "ids", "levels"))
+    grid = (ROW_THREADS * (heads // cache.heads), max(view[5] for view in views), len(views) * cache.heads)
     (prepared,) = host.run(
         "kv4_prepare",
-        (q, constants.query, lambda_k, rows, call, factors),
+        (q, constants.query, host.nothing if lambda_k is None else lambda_k, rows, call, factors),
         [((max(tables["prepared_floats"], 4),), "float32")],
-        (ROW_THREADS * (heads // cache.heads), tokens, batch * cache.heads),
+        grid,
         ROW_THREADS,
     )
     (states,) = host.run(
@@ -84,8 +81,8 @@ def attend(
         (
             prepared,
             cache.pool.slab if cache.pool.slab.shape[0] else host.nothing,
-            pages,
-            *cache.rows,
+            ids,
+            *(x if x.shape[2] else host.nothing for x in cache.rows),
             host.nothing if mask is None else mask,
             levels,
             rows,
@@ -93,7 +90,7 @@ def attend(
             factors,
         ),
         [((max(tables["state_floats"], 4),), "float32")],
-        (ATTEND_THREADS * tables["splits"], cache.heads * tables["blocks"], batch),
+        (ATTEND_THREADS * tables["splits"], cache.heads * tables["blocks"], len(views)),
         ATTEND_THREADS,
     )
     (done,) = host.run(
@@ -101,90 +98,72 @@ def attend(
         (
             states,
             constants.output[1],
-            lambda_v,
+            host.nothing if cache.given_v is None else cache.given_v,
             host.nothing if sinks is None else host.cast(sinks, "float32"),
             rows,
             call,
         ),
         [(out_shape, out_dtype or "float32") if out is None else out],
-        (ROW_THREADS * (heads // cache.heads), tokens, batch * cache.heads),
+        grid,
         ROW_THREADS,
     )
     return done
 
 
-def _jobs(cache: Holding, slices: list[tuple[int, int]], row: int, head: int, masked: bool, given: Any) -> np.ndarray:
-    """int64 [len(slices), 6] (kv4_job) of whole pages. slices: (byte in the pages, head) of each, page by page; their
-    rows begin at element row + h * head + p * 64 * d. masked: rows have flags; given: their lambda, or None."""
-    heads = cache.heads
-    return np.array(
-        [
-            [
-                row + h * head + i // heads * PAGE * cache.dim,
-                i // heads * PAGE if masked else -1,
-                at,
-                h if given is not None else -1,
-                0,
-                PAGE,
-            ]
-            for i, (at, h) in enumerate(slices)
-        ],
-        dtype=np.int64,
-    )
-
-
-def _slices(pages: list[int], heads: int, page_bytes: int, head_bytes: int) -> list[tuple[int, int]]:
-    return [(page * page_bytes + h * head_bytes, h) for page in pages for h in range(heads)]
-
-
-def seal(cache: Holding, b: int, lambda_k: Any, first: int, skip: bytes, pages: list[int]) -> None:
-    """Seals window rows [first, first + 64 * len(pages)) of sequence b. skip: a byte per row, nonzero = masked."""
+def seal(cache: Holding, rows: list[Any], jobs: list[Job], skip: bytes, lambda_k: Any) -> None:
+    """Seals rows of keys and values, arrays [inputs, kv_heads, rows, d], into pages of the pool, each named once. skip:
+    a byte per row, nonzero = masked. lambda_k: [rows, kv_heads, d] or None."""
     host, constants, heads = cache.host, cache.constants, cache.heads
-    head = cache.rows[0].shape[2] * cache.dim
-    row = b * heads * head + (cache.sink_limit + first) * cache.dim
     masked = host.table(np.frombuffer(skip, np.uint8).copy())
+    own = jobs if host.in_place else [(i, *job[1:]) for i, job in enumerate(jobs)]
     fresh = []
     for values, given in ((False, lambda_k), (True, cache.given_v)):
-        size = constants.value_bytes if values else constants.key_bytes
-        if host.in_place:
-            slices = _slices(pages, heads, cache.pool.page_bytes, constants.tables.head_bytes)
-            output, side = cache.pool.slab, constants.side
-        else:
-            slices = _slices(list(range(len(pages))), heads, heads * size, size)
-            output, side = ((len(pages), heads, size), "uint8"), constants.side_alone
+        if values:
+            own = [(*job[:6], -1 if given is None else 0) for job in own]
+        x, size = rows[values], constants.side_bytes[values]
+        table = constants.tables.jobs(own, stride=host.strides(x), dtype=host.dtype(x))
         inputs = (
-            cache.rows[int(values)],
+            x,
             masked,
             host.nothing if given is None else given,
             constants.sealing[values],
-            host.table(_jobs(cache, slices, row, head, True, given)),
-            side[values],
+            host.table(table),
+            (constants.side if host.in_place else constants.side_alone)[values],
             constants.levels[values],
         )
-        fresh += host.run("kv4_seal", inputs, [output], (ROW_THREADS * len(slices), 1, 1), ROW_THREADS)
-    if not host.in_place:
-        whole = host.concatenate(fresh, 2).reshape(len(pages), cache.pool.page_bytes)
-        cache.pool.slab = host.put(cache.pool.slab, pages, whole)
+        output = cache.pool.slab if host.in_place else ((len(jobs), heads, size), "uint8")
+        fresh += host.run("kv4_seal", inputs, [output], (ROW_THREADS * len(jobs), heads, 1), ROW_THREADS)
+    if host.in_place:
+        return
+    pages = [job[0] for job in jobs]
+    whole = host.concatenate(fresh, 2).reshape(len(pages), cache.pool.page_bytes)
+    if any(job[2] < PAGE for job in jobs):  # the other tokens are as they were
+        first, count = (np.array([job[i] for job in jobs])[:, None] for i in (1, 2))
+        written = (constants.token_of_byte >= first) & (constants.token_of_byte < first + count)
+        whole = host.where(np.tile(written, heads), whole, host.take(cache.pool.slab, pages, 0))
+    cache.pool.slab = host.put(cache.pool.slab, pages, whole)
 
 
 def dequantise(cache: Holding, given: Any, pages: list[int], values: bool) -> Any:
     """float32 [kv_heads, 64 * len(pages), d] of one side of whole pages, in the model's own basis. given: their
     lambda, or None."""
     host, constants = cache.host, cache.constants
-    slices = _slices(pages, cache.heads, cache.pool.page_bytes, constants.tables.head_bytes)
+    rows = PAGE * len(pages)
+    jobs = [(page, 0, PAGE, -1, 0, i * PAGE, -1 if given is None else 0) for i, page in enumerate(pages)]
+    stride = [0, rows * cache.dim, cache.dim, 1]
     inputs = (
         cache.pool.slab,
         host.nothing if given is None else given,
         constants.output[values],
-        host.table(_jobs(cache, slices, 0, PAGE * len(pages) * cache.dim, False, given)),
+        host.table(constants.tables.jobs(jobs, stride=stride, dtype="float32")),
         constants.side[values],
         constants.levels[values],
     )
     (out,) = host.run(
         "kv4_dequantise",
         inputs,
-        [((cache.heads, PAGE * len(pages), cache.dim), "float32")],
-        (ROW_THREADS * len(slices), PAGE, 1),
+        [((cache.heads, rows, cache.dim), "float32")],
+        (ROW_THREADS * len(pages), PAGE, cache.heads),
         ROW_THREADS,
     )
     return out

@@ -112,7 +112,10 @@ class TorchHost(Host):
         return x.index_select(axis, self._indices(indices))
 
     def put(self, x: torch.Tensor, indices: Sequence[int], rows: torch.Tensor) -> torch.Tensor:
-        return x.index_copy(0, self._indices(indices), rows)
+        return x.index_copy_(0, self._indices(indices), rows)
+
+    def where(self, chosen: np.ndarray, x: torch.Tensor, y: Any) -> torch.Tensor:
+        return torch.where(self.table(chosen), x, y)
 
     def finite(self, x: torch.Tensor) -> torch.Tensor:
         x = x.detach()

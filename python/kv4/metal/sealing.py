@@ -1,4 +1,4 @@
-"""Carrying out what a ledger plans: learning lambda, sealing pages, moving exact rows to where they are next."""
+"""Carrying out what ledgers plan: learning lambda, sealing pages, moving exact rows to where they are next."""
 
 from __future__ import annotations
 
@@ -9,35 +9,81 @@ import numpy as np
 from kv4 import _core
 from kv4._core import PAGE_TOKENS as PAGE
 
-from .launch import dequantise, seal
-from .sequence import Energies, Holding, Page, Sequence
+from .launch import Job, dequantise, seal
+from .sequence import Energies, Holding, Made, Sequence, Span
 
 
 class Sealing(Holding):
-    """The part of a Cache that moves tokens from the window into pages and out of sight. Rows of sequence b lie in
-    rows[0][b] and rows[1][b], keys and values [kv_heads, sinks + room, head_dim]: the sinks, then the window."""
+    """The part of a Cache that moves tokens from the window into pages and out of sight. Exact rows of sequence b lie
+    in rows[0][b] and rows[1][b], keys and values [kv_heads, sinks + room, head_dim]: the sinks, then the window."""
 
-    def carry_out(self, sequences: list[Sequence], plans: list[_core.Plan], stored: list[Any] | None = None) -> None:
-        """All plans, or none where something fails. stored: keys and values [batch, kv_heads, T, head_dim] of the new
-        rows."""
-        made = [self._seal(b, s, plan, s.energies) for b, (s, plan) in enumerate(zip(sequences, plans, strict=True))]
-        self.rows = self._moved(sequences, plans, stored)
-        for s, plan, (pages, lambda_) in zip(sequences, plans, made, strict=True):
-            s.lambda_ = lambda_
-            s.commit(plan, pages)
+    def lambda_table(self, lambdas: list[Any]) -> tuple[Any, list[int]]:
+        """[rows, kv_heads, head_dim] of those of the keys that there are, or None, and the row of each, -1 for none."""
+        if self.recipe.key.lambda_ == "given":
+            return self.given_k, [0] * len(lambdas)
+        held = [x for x in lambdas if x is not None]
+        rows = np.cumsum([x is not None for x in lambdas]) - 1
+        return (self.host.stack(held) if held else None), [
+            -1 if x is None else int(row) for x, row in zip(lambdas, rows, strict=True)
+        ]
 
-    def _seal(self, b: int, s: Sequence, plan: _core.Plan, energies: Energies) -> tuple[list[Page], Any]:
-        """New pages and lambda; the sequence is as it was."""
-        first_row = s.extent.window_position
-        lambda_ = s.lambda_
-        if plan.lambda_[1] > plan.lambda_[0]:
-            lambda_ = self._learn(b, plan.lambda_[0] - first_row, plan.lambda_skip, energies)
-        if not plan.new_pages:
-            return [], lambda_
-        pages = self.pool.take(plan.new_pages)
-        given = self.given_k if self.recipe.key.lambda_ == "given" else lambda_
-        seal(self, b, given, plan.sealed[0] - first_row, plan.skip, [page.place for page in pages])
-        return pages, lambda_
+    def carry_out(
+        self,
+        sequences: list[Sequence],
+        plans: list[_core.Plan],
+        stored: list[Any] | None = None,
+        spans: list[Span] | None = None,
+    ) -> None:
+        """All plans, or none where something fails. stored: keys and values [batch, kv_heads, T, head_dim] whose rows
+        `spans` are each sequence's new ones."""
+        made = self._made(sequences, plans, [s.energies for s in sequences], stored, spans)
+        self.rows = self._moved(sequences, plans, stored, spans)
+        for s, plan, new in zip(sequences, plans, made, strict=True):
+            s.commit(plan, new)
+
+    def _made(
+        self,
+        sequences: list[Sequence],
+        plans: list[_core.Plan | None],
+        energies: list[Energies],
+        stored: list[Any] | None = None,
+        spans: list[Span] | None = None,
+    ) -> list[Made]:
+        """Lambda and sealed pages; sequences, and what they read of pages, are as they were. No plan: nothing to do."""
+        arrival = self.recipe.seal == "arrival"
+        all_made, parts, skip = [], [], b""
+        for b, (s, plan, queries) in enumerate(zip(sequences, plans, energies, strict=True)):
+            made = Made(lambda_=s.lambda_)
+            all_made.append(made)
+            if plan is None:
+                continue
+            x = s.extent
+            if plan.lambda_[1] > plan.lambda_[0]:
+                made.lambda_ = self._learn(b, plan.lambda_[0] - x.window_position, plan.lambda_skip, queries)
+            begin, end = plan.sealed
+            if end <= begin:
+                continue
+            made.pages = self.pool.take(plan.new_pages, clear=arrival)
+            places = [page.place for page in made.pages]
+            if plan.first_sealed < s.page_end:  # some go behind what the last page holds
+                places.insert(0, s.ledger.pages[-1])
+                if plan.first_sealed < s.alone:
+                    (made.filled,) = self.pool.copies(self.pool, places[:1])
+                    places[0] = made.filled.place
+            # Where the first row lies: behind those that wait in the window, or in the call's arrays.
+            row = spans[b][0] if arrival and spans else self._row(begin, x)
+            page = plan.after.start + self.sink_limit + plan.first_sealed * PAGE  # position of its first token
+            for i, place in enumerate(places):
+                first = max(begin - page, 0) if i == 0 else 0
+                at = page + i * PAGE + first - begin
+                count = min(PAGE - first, end - begin - at)
+                parts.append((made, (place, first, count, -1 if arrival else len(skip) + at, b, row + at)))
+            skip += b"" if arrival else plan.skip
+        if parts:
+            table, rows = self.lambda_table([made.lambda_ for made, _ in parts])
+            jobs: list[Job] = [(*part, row) for (_, part), row in zip(parts, rows, strict=True)]
+            seal(self, stored if arrival and stored else self.rows, jobs, skip, table)
+        return all_made
 
     def _learn(self, b: int, first: int, skip: bytes, energies: Energies) -> Any:
         """Once per sequence, in float64 on the host, as src/moments does; waits for the device."""
@@ -67,28 +113,34 @@ class Sealing(Holding):
         return most if most and rows <= most < have else have
 
     def _moved(
-        self, sequences: list[Sequence], plans: list[_core.Plan], stored: list[Any] | None = None, anew: bool = False
+        self,
+        sequences: list[Sequence],
+        plans: list[_core.Plan | None],
+        stored: list[Any] | None = None,
+        spans: list[Span] | None = None,
+        anew: bool = False,
     ) -> list[Any]:
         """Rows as the plans have them: those that stay, pages opened again, new ones. Written in place where there is
-        room, unless `anew`, once all that is put there has been made."""
-        befores, afters = [s.extent for s in sequences], [plan.after for plan in plans]
+        room, unless `anew`, once all that is put there has been made. No plan: a sequence's rows stay."""
+        befores = [s.extent for s in sequences]
+        afters = [x if plan is None else plan.after for x, plan in zip(befores, plans, strict=True)]
         room = self._room(max((x.window_rows for x in afters), default=0))
         anew = anew or not self.rows or room != self.rows[0].shape[2] - self.sink_limit
         puts: list[tuple[int, int, int, list[Any]]] = []  # sequence, first row, rows, keys and values
         for b, (s, plan, before, after) in enumerate(zip(sequences, plans, befores, afters, strict=True)):
             window = (max(before.window_position, after.window_position), min(before.length, after.length))
             moves = [(self._row(window[0], before), self._row(window[0], after), window)]
-            if plan.sinks[1] > plan.sinks[0]:
+            if plan is not None and plan.sinks[1] > plan.sinks[0]:
                 moves.append((self._row(plan.sinks[0], before), 0, plan.sinks))
             elif after.sinks:
                 moves.append((0, 0, (0, after.sinks)))
-            if plan.unsunk[1] > plan.unsunk[0]:
+            if plan is not None and plan.unsunk[1] > plan.unsunk[0]:
                 moves.append((0, self._row(plan.unsunk[0], after), plan.unsunk))
             for old, new, (begin, end) in moves:
                 if end > begin and (anew or old != new):
                     part = [self.host.copy(x[b, :, old : old + end - begin]) for x in self.rows]
                     puts.append((b, new, end - begin, part))
-            if plan.reopened_page >= 0:
+            if plan is not None and plan.reopened_page >= 0:
                 n = plan.reopened[1] - plan.reopened[0]
                 page = s.ledger.pages[plan.reopened_page - before.first_page]
                 part = [self.host.cast(self.dequantised(s, [page], v)[:, :n], self.dtype) for v in (False, True)]
@@ -100,16 +152,15 @@ class Sealing(Holding):
         for b, first, n, part in puts:
             for x, y in zip(rows, part, strict=True):
                 x[b, :, first : first + n] = y
-        if stored is None or not stored[0].shape[2]:
+        if stored is None or spans is None or self.recipe.seal == "arrival":
             return rows
-        tokens = stored[0].shape[2]
-        firsts = [self._row(plan.stored[0], after) for plan, after in zip(plans, afters, strict=True)]
+        places = [self._row(plan.stored[0], after) for plan, after in zip(plans, afters, strict=True)]
         for x, y in zip(rows, stored, strict=True):
-            if len(set(firsts)) == 1:
-                x[:, :, firsts[0] : firsts[0] + tokens] = y
+            if len(set(places)) == 1 and set(spans) == {(0, y.shape[2])}:
+                x[:, :, places[0] : places[0] + y.shape[2]] = y
                 continue
-            for b, first in enumerate(firsts):
-                x[b, :, first : first + tokens] = y[b]
+            for b, (first, (lo, hi)) in enumerate(zip(places, spans, strict=True)):
+                x[b, :, first : first + hi - lo] = y[b, :, lo:hi]
         return rows
 
     def _row(self, position: int, extent: _core.Extent) -> int:

@@ -10,6 +10,8 @@ from kv4.recipe import Recipe
 
 from .host import Constants, Host
 
+Span = tuple[int, int]  # a sequence's rows [first, last) of a call's arrays
+
 
 class Pages:
     """Page bytes [pages, page_bytes] of a cache and its clones. A Page that nothing refers to gives its place back."""
@@ -21,7 +23,8 @@ class Pages:
         self.count = 0
         self.free: list[int] = []
 
-    def take(self, n: int) -> list[Page]:
+    def take(self, n: int, clear: bool = False) -> list[Page]:
+        """n pages that nobody else has, of any bytes or of zeros."""
         places = [self.free.pop() for _ in range(min(n, len(self.free)))]
         pages = [Page(self, place) for place in places]
         have, need = self.slab.shape[0], self.count + n - len(pages)
@@ -32,6 +35,16 @@ class Pages:
             self.slab = slab
         pages += [Page(self, place) for place in range(self.count, need)]
         self.count = need
+        if clear and pages:
+            zeros = self.host.zeros((n, self.page_bytes), "uint8")
+            self.slab = self.host.put(self.slab, [page.place for page in pages], zeros)
+        return pages
+
+    def copies(self, source: Pages, places: list[int]) -> list[Page]:
+        """Pages of the same bytes as those of a pool."""
+        pages = self.take(len(places))
+        if places:
+            self.slab = self.host.put(self.slab, [page.place for page in pages], self.host.take(source.slab, places, 0))
         return pages
 
 
@@ -73,35 +86,62 @@ class Energies:
 
 
 @dataclasses.dataclass
+class Made:
+    """What a plan needs before it can be committed."""
+
+    pages: list[Page] = dataclasses.field(default_factory=list)  # new ones
+    filled: Page | None = None  # a copy of the last page held, where it is filled on and may be another's too
+    lambda_: Any = None
+
+
+@dataclasses.dataclass
 class Sequence:
     ledger: _core.Ledger
     pages: dict[int, Page] = dataclasses.field(default_factory=dict)  # by id, which is the place
     energies: Energies = dataclasses.field(default_factory=Energies)
     lambda_: Any = None  # [kv_heads, head_dim] on the device
+    alone: int = 0  # pages from this index on are nobody else's
+    recording: bool = False  # a sliding window evicts nothing
 
     @classmethod
-    def empty(cls, recipe: Recipe, window: int) -> Sequence:
-        return cls(_core.Ledger(recipe, window))
+    def empty(cls, recipe: Recipe, window: int, recording: bool) -> Sequence:
+        return cls(_core.Ledger(recipe, window), recording=recording)
 
     @property
     def extent(self) -> _core.Extent:
         return self.ledger.extent
 
+    @property
+    def page_end(self) -> int:
+        x = self.ledger.extent
+        return x.first_page + x.pages
+
     def fork(self) -> Sequence:
         """A copy that goes its own way and shares the pages."""
+        self.alone = self.page_end
         return dataclasses.replace(self, ledger=self.ledger.fork(), pages=dict(self.pages))
 
-    def commit(self, plan: _core.Plan, fresh: list[Page]) -> None:
-        """The plan has been carried out; fresh: the pages that it made."""
+    def commit(self, plan: _core.Plan, made: Made) -> None:
+        """The plan has been carried out."""
         after = plan.after
-        self.ledger.commit(plan, [page.place for page in fresh])
+        if made.filled is not None:
+            self.alone = self.page_end - 1
+            self.pages.pop(self.ledger.replace_last(made.filled.place))
+            self.pages[made.filled.place] = made.filled
+        self.ledger.commit(plan, [page.place for page in made.pages])
+        self.alone = min(self.alone, self.page_end - plan.new_pages)
         for place in plan.released:
             self.pages.pop(place)
-        self.pages.update((page.place, page) for page in fresh)
-        if after.lambda_ == "open":
-            self.lambda_ = None
-        elif after.lambda_ == "fixed":
+        self.pages.update((page.place, page) for page in made.pages)
+        self.lambda_ = None if after.lambda_ == "open" else made.lambda_
+        if after.lambda_ == "fixed":
             self.energies = Energies()
+
+    def moved(self, source: Pages, to: Pages) -> Sequence:
+        """A copy whose pages lie in another pool."""
+        copied = to.copies(source, self.ledger.pages)
+        ledger = self.ledger.moved([page.place for page in copied])
+        return dataclasses.replace(self, ledger=ledger, pages={page.place: page for page in copied}, alone=0)
 
 
 class Holding:

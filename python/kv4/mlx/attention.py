@@ -139,6 +139,10 @@ def attend_batch(
         expected = f"[{len(cache.rows)}, q_heads, {cache.tokens}, head_dim], those of the newest update"
         raise ValueError(mismatch("queries", expected, queries))
     heads, tokens, dim = queries.shape[1], queries.shape[2], cache.shape_of("values")[3]
+    most = max(hi - lo for lo, hi in cache.spans)
+    if cache.core is not None and most and (most <= PAGE_TOKENS or cache.rows[0].recipe.seal == "arrival"):
+        options: dict[str, Any] = {} if sinks is None else {"sinks": sinks.astype(mx.float32).reshape(-1)}
+        return cache.core.attend(queries, spans=cache.spans, scale=scale, **options)
     if not on_gpu():
         mx.eval(queries)
     outputs = []

@@ -17,6 +17,7 @@ from kv4.shared import total_bytes
 
 from .arrays import DTYPES
 from .core import new_core, on_gpu
+from .gpu import GpuCore, GpuRow
 from .handle import KVHandle
 
 # Steps of one token after which a window moves on, whoever took them: a longer draft cannot be undone.
@@ -27,9 +28,8 @@ def nbytes(caches: Iterable[Any]) -> int:
     """Bytes of a model's caches, kv4's or mlx-lm's own. What kv4's layers share (tables of a rotation) counts once."""
     cores, others = [], 0
     for cache in caches:
-        rows = getattr(cache, "rows", [cache])  # of a batch
-        if all(isinstance(row, KV4Cache) for row in rows):
-            cores += [row.core for row in rows if row.core is not None]
+        if isinstance(cache, (KV4Cache, BatchKV4Cache)):
+            cores += cache.cores
         else:
             others += cache.nbytes
     return total_bytes(cores) + others
@@ -93,7 +93,11 @@ class KV4Cache:
         self.version = 0
         self._dims = (0, 0, 0, 0)  # batch, kv_heads, head_dim_k, head_dim_v
 
-    def _new_core(self, keys: mx.array, values: mx.array) -> Any:
+    @property
+    def cores(self) -> list[Any]:
+        return [] if self.core is None else [self.core]
+
+    def new_core(self, keys: mx.array, values: mx.array) -> Any:
         for name, x in (("keys", keys), ("values", values)):
             if x.ndim != 4:
                 raise ValueError(mismatch(name, "an array [batch, kv_heads, tokens, head_dim]", x))
@@ -114,17 +118,25 @@ class KV4Cache:
         argument for another shape or dtype than the cache's; NotImplementedError or ValueError, with the core's
         reason, where the recipe does not serve the head dims, or no kernel of MLX's device does; RuntimeError for a
         device that is none of kv4's. The cache then is as it was."""
-        core = self.core if self.core is not None else self._new_core(keys, values)
+        core = self.core if self.core is not None else self.new_core(keys, values)
         if values.dtype != keys.dtype:
             raise ValueError(mismatch("values", f"the keys' dtype {keys.dtype}", values.dtype))
         tokens = keys.shape[2]
-        if self.window:
-            core.record_past(self.record_past or self._may_be_undone(tokens))
+        self.record(core, tokens)
         core.append(keys, values)
         self.core = core
+        self.count(tokens, keys, values)
+
+    def record(self, core: Any, tokens: int) -> None:
+        """Before `tokens` more: whether the window stands still."""
+        if self.window:
+            core.record_past(self.record_past or self._may_be_undone(tokens))
+
+    def count(self, tokens: int, keys: mx.array, values: mx.array) -> None:
+        """Counts tokens of arrays like these, which the core has taken in."""
         self._drafted = self._drafted + 1 if tokens == 1 else 0 if tokens else self._drafted
         self.dtype = keys.dtype
-        self._dims = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
+        self._dims = (self.core.batch, keys.shape[1], keys.shape[3], values.shape[3])
         self._before = self.offset
         self.offset += tokens
         self.version += 1
@@ -297,6 +309,7 @@ class BatchKV4Cache:
         if len(self._left) != len(self.rows):
             raise ValueError(mismatch("left_padding", f"one entry per row ({len(self.rows)})", len(self._left)))
         self._remaining: list[int] | None = None  # tokens before right padding begins
+        self.core: GpuCore | None = None  # of all rows together: on the GPU, from the first update on
         self.spans: list[tuple[int, int]] = []  # of the newest call: its real tokens per row
         self.tokens = 0  # of the newest call
         self._settle()
@@ -337,19 +350,53 @@ class BatchKV4Cache:
         self._check(keys, values)
         if not on_gpu():
             mx.eval(keys, values)
-        self.spans = []
-        for i, row in enumerate(self.rows):
+        spans = []
+        for i in range(len(self.rows)):
             lo = min(self._left[i], tokens)
-            hi = tokens if self._remaining is None else lo + min(self._remaining[i], tokens - lo)
-            row.append(keys[i : i + 1, :, lo:hi], values[i : i + 1, :, lo:hi])
+            spans.append((lo, tokens if self._remaining is None else lo + min(self._remaining[i], tokens - lo)))
+        if on_gpu():
+            self._append_together(keys, values, spans)
+        for i, (row, (lo, hi)) in enumerate(zip(self.rows, spans, strict=True)):
+            if self.core is None:
+                row.append(keys[i : i + 1, :, lo:hi], values[i : i + 1, :, lo:hi])
             self._left[i] -= lo
             if self._remaining is not None:
                 self._remaining[i] -= hi - lo
-            self.spans.append((lo, hi))
-        self.tokens = tokens
+        self.spans, self.tokens = spans, tokens
         self.offset = self.offset + tokens
         self.version += 1
         return KVHandle(self, "keys", keys), KVHandle(self, "values", values)
+
+    def _append_together(self, keys: mx.array, values: mx.array, spans: list[tuple[int, int]]) -> None:
+        """All rows in one core, so that attention is one launch."""
+        core = self.core
+        if core is None:
+            core = self.rows[0].new_core(keys, values)
+            self._join(core, self)
+        for i, (row, (lo, hi)) in enumerate(zip(self.rows, spans, strict=True)):
+            row.record(GpuRow(core, i), hi - lo)
+        core.append(keys, values, spans)
+        self._share(core)
+        for row, (lo, hi) in zip(self.rows, spans, strict=True):
+            row.count(hi - lo, keys, values)
+
+    @staticmethod
+    def _join(core: GpuCore, batch: BatchKV4Cache) -> None:
+        """Takes the sequences of a batch's rows into `core`."""
+        if batch.core is not None:
+            core.extend(batch.core)
+            return
+        for row in batch.rows:
+            if row.core is None:
+                core.add()
+            else:
+                core.extend(row.core)
+
+    def _share(self, core: GpuCore | None) -> None:
+        self.core = core
+        if core is not None:
+            for i, row in enumerate(self.rows):
+                row.core = GpuRow(core, i)
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
         """Refuses what a row would, before any row takes something in."""
@@ -405,7 +452,11 @@ class BatchKV4Cache:
     def state(self) -> Any:
         if self.empty():
             return [self.offset]
-        return [self.offset, *(x for row in self.rows if row.core is not None for x in row.core.arrays()), Unsaveable()]
+        return [self.offset, *(x for core in self.cores for x in core.arrays()), Unsaveable()]
+
+    @property
+    def cores(self) -> list[Any]:
+        return [row.core for row in self.rows if row.core is not None] if self.core is None else [self.core]
 
     def size(self) -> int:
         return max((row.size() for row in self.rows), default=0)
@@ -415,7 +466,7 @@ class BatchKV4Cache:
 
     @property
     def nbytes(self) -> int:
-        return nbytes(self.rows)
+        return nbytes([self])
 
     def seal(self) -> None:
         """Seals every row, see KV4Cache.seal."""
@@ -442,7 +493,10 @@ class BatchKV4Cache:
     def filter(self, batch_indices: Any) -> None:
         """Keeps the rows of these indices, in their order."""
         keep = batch_indices.tolist() if isinstance(batch_indices, mx.array) else [int(i) for i in batch_indices]
+        if self.core is not None:
+            self.core.select(keep)
         self.rows = [self.rows[i] for i in keep]
+        self._share(self.core if keep else None)
         self._left = [self._left[i] for i in keep]
         if self._remaining is not None:
             self._remaining = [self._remaining[i] for i in keep]
@@ -454,7 +508,15 @@ class BatchKV4Cache:
         if self._remaining is not None or other._remaining is not None:
             raise ValueError(mismatch("other", "caches without right padding under way", "one that is being filled"))
         joined = BatchKV4Cache([*self.rows, *other.rows])
+        core = self.core
+        if core is None and other.core is not None:
+            core = other.core.clone()
+            core.reset()
+            self._join(core, self)
+        if core is not None:
+            self._join(core, other)
         self.rows = joined.rows
+        self._share(core)
         self._left = [*self._left, *other._left]
         self.offset = mx.concatenate([self.offset, other.offset])
         self.version += 1
@@ -467,7 +529,11 @@ class BatchKV4Cache:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__)
-        twin.rows = [copy.deepcopy(row, memo) for row in self.rows]
+        if self.core is None:
+            twin.rows = [copy.deepcopy(row, memo) for row in self.rows]
+        else:
+            twin.rows = [copy.copy(row) for row in self.rows]
+            twin._share(self.core.clone())
         twin._left = list(self._left)
         twin._remaining = None if self._remaining is None else list(self._remaining)
         return twin

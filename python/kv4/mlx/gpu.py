@@ -109,6 +109,9 @@ class MlxHost(Host):
     def take(self, x: mx.array, indices: Sequence[int], axis: int) -> mx.array:
         return mx.take(x, mx.array(list(indices)), axis=axis)
 
+    def where(self, chosen: np.ndarray, x: mx.array, y: Any) -> mx.array:
+        return mx.where(mx.array(chosen), x, y)
+
     def put(self, x: mx.array, indices: Sequence[int], rows: mx.array) -> mx.array:
         twin = mx.array(x)
         twin[mx.array(list(indices))] = rows
@@ -144,9 +147,55 @@ class GpuCore(Cache):
     def attend(self, q: mx.array, **options: Any) -> mx.array:
         return self.attended(q, dtype=self.host.dtype(q), **options)
 
-    def partial(self, q: mx.array, upto: int, scale: float) -> State:
-        state = self.attended(q, upto=upto, scale=scale)
+    def partial(self, q: mx.array, upto: int, scale: float, rows: Sequence[int] | None = None) -> State:
+        state = self.attended(q, rows=rows, upto=upto, scale=scale)
         return State(state[..., : self.dim], state[..., self.dim], state[..., self.dim + 1])
+
+
+class GpuRow:
+    """One sequence of a GpuCore, with the calls of one that has it alone. It is out of date once sequences go."""
+
+    batch = 1
+    tells_non_finite = False
+
+    def __init__(self, core: GpuCore, row: int) -> None:
+        self._core, self._row = core, row
+
+    @property
+    def length(self) -> int:
+        return self._core.lengths()[self._row]
+
+    @property
+    def first(self) -> int:
+        return self._core.sequences[self._row].extent.evicted
+
+    def attend(self, q: mx.array, **options: Any) -> mx.array:
+        return self._core.attend(q, rows=[self._row], **options)
+
+    def partial(self, q: mx.array, upto: int, scale: float) -> State:
+        return self._core.partial(q, upto, scale, rows=[self._row])
+
+    def dense(self, values: bool, first: int, count: int) -> mx.array:
+        return self._core.dense(values, first, count, [self._row])
+
+    def seal(self) -> None:
+        self._core.seal()
+
+    def crop(self, length: int) -> None:
+        lengths = self._core.lengths()
+        lengths[self._row] = length
+        self._core.crop(lengths)
+
+    def reset(self) -> None:
+        self._core.reset(self._row)
+
+    def record_past(self, on: bool) -> None:
+        self._core.sequences[self._row].recording = on
+
+    def clone(self) -> GpuCore:
+        twin = self._core.clone()
+        twin.select([self._row])
+        return twin
 
 
 def why_not() -> str | None:

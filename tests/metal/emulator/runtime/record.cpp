@@ -2,6 +2,7 @@
 // environment, what each launch is about to be given, as <folder>/<kernel>.<n>.launch. replay.py reads it.
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -24,9 +25,14 @@ void record(const char* kernel, const EmuLaunch& launch, void* const* arguments,
   for (uint32_t i = 0; i < count; ++i)
     if (const Buffer* b = find_buffer(reinterpret_cast<uintptr_t>(arguments[i]), 1)) total += b->bytes;
   int& n = recorded[kernel];
-  if (total > kMostBytes || n == kMost) return;
-  const std::string path = std::string(folder) + "/" + kernel + "." + std::to_string(getpid()) + "-" + std::to_string(n++) + ".launch";
-  FILE* file = std::fopen(path.c_str(), "wb");
+  if (total > kMostBytes) return;
+  // Each module of a process counts for itself: a number that another one has is left to it.
+  FILE* file = nullptr;
+  while (!file && n < kMost) {
+    const std::string path = std::string(folder) + "/" + kernel + "." + std::to_string(getpid()) + "-" + std::to_string(n++) + ".launch";
+    file = std::fopen(path.c_str(), "wbx");
+    if (!file && errno != EEXIST) return;
+  }
   if (!file) return;
   std::fwrite(&launch, sizeof launch, 1, file);
   std::fwrite(&count, sizeof count, 1, file);
