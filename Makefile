@@ -111,7 +111,7 @@ llama: $(VENV)/.llama
 	cmake --build --preset llama --target ggml-kv4
 
 test-llama: llama setup test-tools
-	cmake --build --preset llama --target ggml-kv4-for-another kv4_llama_probe
+	cmake --build --preset llama --target ggml-kv4-for-another kv4_llama_probe kv4-load-backends
 	KV4_LLAMA="$$(cat $(VENV)/.llama)" $(BIN)/python -m pytest tests/llama
 
 test-neon: setup

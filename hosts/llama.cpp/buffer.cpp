@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <string_view>
+#include <utility>
 
 #include "ggml-backend.h"
 #include "mapping.h"
@@ -178,15 +179,13 @@ constexpr ggml_backend_buffer_i kBuffer = {
     .reset = nullptr,
 };
 
-// What the allocator asks for a size of before it allocates: some of the cache, or none.
-thread_local bool t_cache_sized = false, t_state_sized = false;
+// The allocator asks for the size of what it is about to make room for: whether the last was the cache's.
+thread_local bool t_sized_cache = false;
 
 const char* name(ggml_backend_buffer_type_t) { return "KV4"; }
 
 ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, std::size_t size) {
-  const bool state = t_state_sized && !t_cache_sized;
-  t_cache_sized = t_state_sized = false;
-  if (state) return ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)), size);
+  if (!std::exchange(t_sized_cache, false)) return ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)), size);
   auto buffer = std::make_unique<Buffer>();
   if (!buffer->memory.reserve(size)) return nullptr;
   return ggml_backend_buffer_init(type, kBuffer, buffer.release(), size);
@@ -195,7 +194,7 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, std::size_t 
 std::size_t get_alignment(ggml_backend_buffer_type_t) { return kAlignment; }
 
 std::size_t get_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor* t) {
-  if (t->op == GGML_OP_NONE && t->view_src == nullptr && std::string_view(t->name).starts_with("cache_")) (named_cache(t) ? t_cache_sized : t_state_sized) = true;
+  t_sized_cache = t->view_src == nullptr && named_cache(t);
   return ggml_nbytes(t);
 }
 
@@ -211,7 +210,7 @@ ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t device) {
 bool is_cache(const ggml_tensor* t) { return t != nullptr && ours(t) && named_cache(root_of(t)); }
 
 bool is_other_state(const ggml_tensor* t) {
-  return t != nullptr && ours(t) && root_of(t)->op == GGML_OP_NONE && std::string_view(root_of(t)->name).starts_with("cache_") && !named_cache(root_of(t));
+  return t != nullptr && ours(t) && !named_cache(root_of(t));
 }
 
 Cells* cells_of(const ggml_tensor* t) { return is_cache(t) ? static_cast<Cells*>(root_of(t)->extra) : nullptr; }

@@ -1,5 +1,5 @@
-// Memory that llama.cpp asks this backend for: the cache's tensors, each of which becomes Cells; attention's outputs; and the recurrent
-// state of hybrid models, which is answered with the CPU's own memory.
+// Memory that llama.cpp asks this backend for: the cache's tensors, each of which becomes Cells. Whatever else it asks for, attention's
+// outputs and the recurrent state of hybrid models, is answered with the CPU's own memory.
 #pragma once
 
 #include <memory>
@@ -17,7 +17,7 @@ ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t device);
 inline const ggml_tensor* root_of(const ggml_tensor* t) { return t->view_src != nullptr ? t->view_src : t; }
 // Keys or values of the cache in this backend's memory; also while llama.cpp only counts memory and has none yet.
 bool is_cache(const ggml_tensor* t);
-// Other state of a model, where llama.cpp only counts memory.
+// Other state of a model: beside the cache, or where llama.cpp only counts memory.
 bool is_other_state(const ggml_tensor* t);
 // The cells behind a tensor; null where it is none of the cache's, or has no memory yet.
 Cells* cells_of(const ggml_tensor* t);
