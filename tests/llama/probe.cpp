@@ -1,11 +1,14 @@
 // Runs a model through libllama and says what it wrote: a line "name: tokens" for each way of arriving at the same cells, for whoever
 // compares runs with one backend and another.
-//   probe BACKENDS MODEL TEXT UNIFIED GENERATED [THREADS]
+//   probe BACKENDS MODEL TEXT BYTES UNIFIED GENERATED   (the first BYTES of the text are the prompt)
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "ggml-backend.h"
@@ -87,7 +90,7 @@ Tokens read_tokens(const char* path, std::size_t bytes) {
   return tokens;
 }
 
-void open(const char* path, bool unified, int threads) {
+void open(const char* path, bool unified) {
   llama_model_params model = llama_model_default_params();
   model.n_gpu_layers = 99;
   g_model = llama_model_load_from_file(path, model);
@@ -97,11 +100,21 @@ void open(const char* path, bool unified, int threads) {
   context.n_ctx = 4096;
   context.n_seq_max = 2;
   context.kv_unified = unified;
-  context.n_threads = context.n_threads_batch = threads;
+  context.n_threads = context.n_threads_batch = 2;
   context.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
   context.swa_full = true;
   g_context = llama_init_from_model(g_model, context);
   if (g_context == nullptr) fail("context");
+}
+
+void speak(ggml_log_level level, const char* text, void*) {
+  if (level >= GGML_LOG_LEVEL_WARN || std::string_view(text).starts_with("kv4")) std::fputs(text, stderr);
+}
+
+std::vector<std::uint8_t> state_of(llama_seq_id sequence) {
+  std::vector<std::uint8_t> state(llama_state_seq_get_size(g_context, sequence));
+  state.resize(llama_state_seq_get_data(g_context, state.data(), state.size(), sequence));
+  return state;
 }
 
 void two_in_a_batch(const Tokens& all, llama_token first) {
@@ -126,22 +139,27 @@ void two_in_a_batch(const Tokens& all, llama_token first) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 6) fail("expected BACKENDS MODEL TEXT UNIFIED GENERATED [THREADS]");
+  if (argc != 7) fail("expected BACKENDS MODEL TEXT BYTES UNIFIED GENERATED");
   ggml_backend_load_all_from_path(argv[1]);
-  llama_log_set([](ggml_log_level level, const char* text, void*) { if (level >= GGML_LOG_LEVEL_WARN || std::string(text).starts_with("kv4")) std::fputs(text, stderr); }, nullptr);
-  ggml_log_set([](ggml_log_level level, const char* text, void*) { if (level >= GGML_LOG_LEVEL_WARN || std::string(text).starts_with("kv4")) std::fputs(text, stderr); }, nullptr);
-  g_generated = std::atoi(argv[5]);
-  open(argv[2], std::atoi(argv[4]) != 0, argc > 6 ? std::atoi(argv[6]) : 2);
+  llama_log_set(speak, nullptr);
+  ggml_log_set(speak, nullptr);
+  g_generated = std::atoi(argv[6]);
+  open(argv[2], std::atoi(argv[5]) != 0);
   llama_memory_t memory = llama_get_memory(g_context);
-  const Tokens tokens = read_tokens(argv[3], 3000);
+  const Tokens tokens = read_tokens(argv[3], static_cast<std::size_t>(std::atoi(argv[4])));
   const auto n = static_cast<llama_pos>(tokens.size());
 
   prompt(tokens, 0);
   const llama_token first = best(-1);
-  std::vector<std::uint8_t> state(llama_state_seq_get_size(g_context, 0));
-  state.resize(llama_state_seq_get_data(g_context, state.data(), state.size(), 0));
+  const std::vector<std::uint8_t> state = state_of(0);
+  llama_memory_seq_cp(memory, 0, 1, -1, -1);
   print("greedy", go_on(first, n, 0));
+  print("copied sequence", go_on(first, n, 1));
+  llama_memory_seq_rm(memory, 1, -1, -1);
 
+  llama_memory_seq_rm(memory, 0, -1, -1);
+  if (llama_state_seq_set_data(g_context, state.data(), state.size(), 0) == 0) fail("state");
+  std::printf("saved again: %s\n", state_of(0) == state ? "the same bytes" : "other bytes");
   if (llama_state_seq_set_data(g_context, state.data(), state.size(), 1) == 0) fail("state");
   print("restored into another sequence", go_on(first, n, 1));
 
@@ -151,11 +169,6 @@ int main(int argc, char** argv) {
   decode(drafts);
   llama_memory_seq_rm(memory, 0, n, -1);
   print("drafts taken back", go_on(first, n, 0));
-
-  llama_memory_seq_rm(memory, 0, n, -1);
-  llama_memory_seq_rm(memory, 1, -1, -1);
-  llama_memory_seq_cp(memory, 0, 1, -1, -1);
-  print("copied sequence", go_on(first, n, 1));
 
   llama_memory_seq_rm(memory, 0, n / 2, -1);
   std::vector<Row> rest;
