@@ -37,7 +37,8 @@ class Held {
   template <class T>
   void put(const std::vector<T>& values) {
     ASSERT_LE(values.size() * sizeof(T), bytes_);
-    if (!values.empty()) EXPECT_TRUE(backend_.copy(data_, values.data(), values.size() * sizeof(T)).ok());
+    if (values.empty()) return;
+    EXPECT_TRUE(backend_.copy(data_, values.data(), values.size() * sizeof(T)).ok());
   }
   std::vector<std::uint8_t> read() const {
     std::vector<std::uint8_t> out(bytes_);

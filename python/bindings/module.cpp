@@ -1,6 +1,7 @@
 // kv4._core: the C++ API for Python. Conversions and exceptions only.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -128,8 +129,17 @@ void read_mask(Call* call, nb::handle mask, nb::handle host_mask, std::int64_t b
   m.kind = Mask::General::additive;
 }
 
+// (row, tokens) of some sequences; none: all of them, equally long.
+using Named = std::optional<std::vector<std::pair<std::int64_t, std::int64_t>>>;
+
+std::vector<RowCount> row_counts(const Named& rows) {
+  std::vector<RowCount> counts;
+  for (const auto& [row, tokens] : *rows) counts.push_back({row, tokens});
+  return counts;
+}
+
 void read_call(Call* call, nb::handle q, double scale, double softcap, nb::handle sinks, bool causal, std::int64_t offset,
-               nb::handle start, nb::handle window, nb::handle mask, nb::handle host_mask, int device) {
+               nb::handle start, nb::handle window, nb::handle mask, nb::handle host_mask, int device, const Named& rows = std::nullopt) {
   AttendArgs& a = call->args;
   call->q = tensor(q, "q", device);
   a.q = float_view(call->q, "q");
@@ -138,6 +148,7 @@ void read_call(Call* call, nb::handle q, double scale, double softcap, nb::handl
   a.mask.causal = causal;
   a.mask.offset = offset;
   const std::int64_t batch = a.q.shape[0], heads = a.q.shape[1];
+  const std::int64_t sequences = rows.has_value() ? static_cast<std::int64_t>(rows->size()) : batch;
   if (!sinks.is_none()) {
     call->sinks = tensor(sinks, "sinks", device);
     check_vector(call->sinks, "sinks", Element::f32, "float32", heads);
@@ -145,12 +156,12 @@ void read_call(Call* call, nb::handle q, double scale, double softcap, nb::handl
   }
   if (!start.is_none()) {
     call->start = tensor(start, "start");
-    check_vector(call->start, "start", Element::i32, "int32", batch);
+    check_vector(call->start, "start", Element::i32, "int32", sequences);
     a.mask.start = static_cast<const std::int32_t*>(call->start.data);
   }
   if (!window.is_none()) {
     call->window = tensor(window, "window");
-    check_vector(call->window, "window", Element::i32, "int32", batch);
+    check_vector(call->window, "window", Element::i32, "int32", sequences);
     a.mask.window = static_cast<const std::int32_t*>(call->window.data);
   }
   if (!mask.is_none()) read_mask(call, mask, host_mask, batch, heads, a.q.shape[2], device);
@@ -189,27 +200,29 @@ void create(PyCache* self, nb::handle recipe, const std::string& dtype, int kv_h
   new (self) PyCache{std::move(cache), device};
 }
 
-void append(PyCache& self, nb::handle k, nb::handle v) {
+void append(PyCache& self, nb::handle k, nb::handle v, const Named& rows) {
   const Tensor keys = tensor(k, "k", self.device), values = tensor(v, "v", self.device);
   const TensorView key_view = float_view(keys, "k"), value_view = float_view(values, "v");
+  const std::vector<RowCount> counts = rows ? row_counts(rows) : std::vector<RowCount>();
   Status status;
   {
     const nb::gil_scoped_release unlocked;
-    status = self.cache->append(key_view, value_view);
+    status = rows ? self.cache->append(counts, key_view, value_view) : self.cache->append(key_view, value_view);
   }
   raise_if_error(status);
 }
 
 void attend(PyCache& self, nb::handle q, nb::handle out, double scale, double softcap, nb::handle sinks, bool causal, std::int64_t offset,
-            nb::handle start, nb::handle window, nb::handle mask, nb::handle host_mask) {
+            nb::handle start, nb::handle window, nb::handle mask, nb::handle host_mask, const Named& rows) {
   Call call;
-  read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask, host_mask, self.device);
+  read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask, host_mask, self.device, rows);
+  const std::vector<RowCount> counts = rows ? row_counts(rows) : std::vector<RowCount>();
   const Tensor result = writable_tensor(out, "out", self.device);
   const MutableTensorView view = mutable_float_view(result, "out");
   Status status;
   {
     const nb::gil_scoped_release unlocked;
-    status = self.cache->attend(call.args, view);
+    status = rows ? self.cache->attend(counts, call.args, view) : self.cache->attend(call.args, view);
   }
   raise_if_error(status);
 }
@@ -308,14 +321,18 @@ NB_MODULE(_core, m) {
            "sliding_window"_a = 0, "lambda_k"_a = nb::none(), "lambda_v"_a = nb::none(), "matrix_k"_a = nb::none(),
            "matrix_v"_a = nb::none(), "backend"_a = "cpu",
            "dtype: of appended and exact tokens. lambda_*: float32 [kv_heads, head_dim]; matrix_*: float32 [head_dim, head_dim].")
-      .def("append", &append, "k"_a, "v"_a, "k [batch, kv_heads, T, head_dim_k], v alike with head_dim_v; T may be 0.")
+      .def("append", &append, "k"_a, "v"_a, nb::kw_only(), "rows"_a = nb::none(),
+           "k [batch, kv_heads, T, head_dim_k], v alike with head_dim_v: T tokens to each sequence; T may be 0.\n"
+           "rows: (row, tokens) of some sequences, in any order, whose tokens follow each other on the T axis of one batch.")
       .def("attend", &attend, "q"_a, "out"_a, nb::kw_only(), "scale"_a = 0.0, "softcap"_a = 0.0, "sinks"_a = nb::none(), "causal"_a = true,
            "offset"_a = 0, "start"_a = nb::none(), "window"_a = nb::none(), "mask"_a = nb::none(),
-           "host_mask"_a = nb::none(),
+           "host_mask"_a = nb::none(), "rows"_a = nb::none(),
            "q [batch, q_heads, T, head_dim_k], the newest T positions; out [batch, q_heads, T, head_dim_v] is written in place: it\n"
            "can be written to, has a place of its own for every element, and shares none with q.\n"
            "sinks float32 [q_heads]; start, window int32 [batch], always on the CPU; mask bool or float, 4 axes; column j is position\n"
-           "j + offset. host_mask: a copy of a device's mask on the CPU, so that hidden tokens stay out of means and scales.")
+           "j + offset. host_mask: a copy of a device's mask on the CPU, so that hidden tokens stay out of means and scales.\n"
+           "rows: (row, tokens) of some sequences, whose newest positions follow each other on the T axis of one batch; start and window\n"
+           "then are int32 [len(rows)].")
       .def("attend_partial", &attend_partial, "q"_a, "o"_a, "m"_a, "l"_a, nb::kw_only(), "upto"_a, "scale"_a = 0.0, "softcap"_a = 0.0,
            "sinks"_a = nb::none(), "causal"_a = true, "offset"_a = 0, "start"_a = nb::none(), "window"_a = nb::none(), "mask"_a = nb::none(),
            "host_mask"_a = nb::none(),
@@ -327,7 +344,16 @@ NB_MODULE(_core, m) {
       .def("advance", [](PyCache& c) { raise_if_error(c.cache->advance()); },
            "Before each replay of a captured step: seals what is due and counts the token that the replay appends.")
       .def("seal", [](PyCache& c) { raise_if_error(c.cache->seal()); }, "Seals what is due now instead of at the next append.")
-      .def("crop", [](PyCache& c, std::int64_t length) { raise_if_error(c.cache->crop(length)); }, "length"_a)
+      .def("crop", [](PyCache& c, std::int64_t length, std::optional<int> row) {
+        raise_if_error(row ? c.cache->crop(*row, length) : c.cache->crop(length));
+      }, "length"_a, "row"_a = nb::none(), "Keeps the first `length` positions of every sequence that is longer, or of one.")
+      .def("erase", [](PyCache& c, int row, std::int64_t first, std::int64_t count) { raise_if_error(c.cache->erase(row, first, count)); },
+           "row"_a, "first"_a, "count"_a,
+           "Takes positions out of a sequence; those behind move up: for keys that carry no position of their own. IndexError where they\n"
+           "are not all exact and behind the sinks, or a sliding window no longer holds what would be seen.")
+      .def("add", [](PyCache& c, int count) { raise_if_error(c.cache->add(count)); }, "count"_a, "Empty sequences more, behind the others.")
+      .def("remove", [](PyCache& c, const std::vector<std::int64_t>& rows) { raise_if_error(c.cache->remove(rows)); }, "rows"_a,
+           "Drops sequences; the others keep their order.")
       .def("select", [](PyCache& c, const std::vector<std::int64_t>& rows) { raise_if_error(c.cache->select(rows)); }, "rows"_a)
       .def("repeat", [](PyCache& c, int times) { raise_if_error(c.cache->repeat(times)); }, "times"_a)
       .def("reset", [](PyCache& c) { c.cache->reset(); })
@@ -352,7 +378,12 @@ NB_MODULE(_core, m) {
       }, "(identity, bytes, on_device) of the part of nbytes() that other caches may hold as well: who adds up caches counts an\n"
          "identity once.")
       .def_prop_ro("batch", [](const PyCache& c) { return c.cache->batch(); })
-      .def_prop_ro("length", [](const PyCache& c) { return c.cache->length(); })
+      .def_prop_ro("length", [](const PyCache& c) { return c.cache->length(); }, "Of the longest sequence.")
+      .def_prop_ro("lengths", [](const PyCache& c) {
+        std::vector<std::int64_t> lengths;
+        for (int b = 0; b < c.cache->batch(); ++b) lengths.push_back(c.cache->length(b));
+        return lengths;
+      }, "Of each sequence.")
       .def_prop_ro("first", [](const PyCache& c) { return c.cache->first(); })
       .def_prop_ro("version", [](const PyCache& c) { return c.cache->version(); })
       .def("lambda_fixed", [](const PyCache& c, int row) { return c.cache->lambda_fixed(c.row(row)); }, "row"_a,

@@ -31,21 +31,57 @@ Status check_room(const char* name, std::int64_t held, std::int64_t tokens) {
   return tokens <= room ? Status() : error(StatusCode::out_of_range, name, "at most " + std::to_string(room) + " tokens", std::to_string(tokens));
 }
 
+// A window grows by steps, small ones while it is small, since short texts are all window; a long prefill's takes just what
+// comes. One that never seals grows by an eighth, so that appending costs O(1). x: the extent before.
+Status make_room(const Setup& setup, const ledger::Extent& x, RowBuffer& window, std::int64_t tokens) {
+  const std::int64_t need = window.count() + tokens;
+  std::int64_t room = window.capacity();
+  if (need > room) {
+    room = need + std::max<std::int64_t>(1, need / (setup.policy.seals() ? 16 : 8));
+    room = std::max(need, std::min(room, setup.most_rows(x)));
+  }
+  return window.make_room(*setup.backend, setup.shape, tokens, room);
+}
+
+// A fork's next rows are no news for the other.
+Status part_notes(const CacheState& c, Sequence& s) {
+  if (!s.note_forked || s.notes.empty()) return {};
+  std::shared_ptr<LateNote> note;
+  KV4_RETURN_IF_ERROR(make_note(c, s, &note));
+  s.turn_note(std::move(note));
+  return {};
+}
+
 // What a call does to sequences: `all` are those of the cache, or those that its first call makes.
 class Append {
  public:
-  Append(CacheState& c, std::vector<Sequence>& all, const TensorView& k, const TensorView& v)
-      : c_(c), setup_(*c.setup), all_(all), k_(k), v_(v), draft_(setup_, c.pool.get()) {}
+  Append(CacheState& c, std::vector<Sequence>& all) : c_(c), setup_(*c.setup), all_(all), draft_(setup_, c.pool.get()) {}
 
-  Status run() {
-    KV4_RETURN_IF_ERROR(plan());
+  Status run(const TensorView& k, const TensorView& v) {
+    KV4_RETURN_IF_ERROR(plan(k, v));
     KV4_RETURN_IF_ERROR(place());
     make_room_for_news();
     // Sealing on arrival writes into open pages, storing may be told of late: nothing of a call fails after them.
     KV4_RETURN_IF_ERROR(draft_.seal());
-    KV4_RETURN_IF_ERROR(store());
+    if (setup_.policy.arrival() || k.shape[2] == 0) return {};
+    StoreJob job;
+    job.k = k;
+    job.v = v;
+    job.sequences.views = c_.views;
+    job.found = c_.found.data();
+    job.tables = c_.tables.get();
+    KV4_RETURN_IF_ERROR(setup_.backend->store(job));
     make_room_for_news();
     return {};
+  }
+  // The rows come when a captured step is replayed.
+  Status foresee() {
+    KV4_RETURN_IF_ERROR(plan({}, {}));
+    KV4_RETURN_IF_ERROR(place());
+    KV4_RETURN_IF_ERROR(draft_.seal());
+    if (c_.captured != nullptr && c_.captured != c_.pool->memory().chunks)
+      return error(StatusCode::failed_precondition, "cache", "a step captured since pages outgrew their table (reserve before it makes room)", "an older one");
+    return setup_.backend->foresee(c_.tables.get(), c_.views, 1);
   }
   void commit() noexcept {
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
@@ -61,15 +97,13 @@ class Append {
 
  private:
   Sequence& sequence(std::size_t i) { return all_[c_.parts[i].row]; }
-  Status plan() {
+  Status plan(const TensorView& k, const TensorView& v) {
     c_.news.resize(c_.parts.size());
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
       c_.news[i].clear();
-      ledger::Plan plan;
-      sequence(i).ledger.plan_append(c_.parts[i].tokens, c_.recording, &plan);
-      draft_.add_if_needed(i, sequence(i), plan);
+      draft_.add_append(i, sequence(i), c_.parts[i].tokens, c_.recording);
     }
-    const Arriving arriving{k_, v_, c_.parts, c_.news};
+    const Arriving arriving{k, v, c_.parts, c_.news};
     return draft_.prepare(&arriving);
   }
   void make_room_for_news() {
@@ -100,21 +134,9 @@ class Append {
     }
     return make_tables(c_);
   }
-  Status store() {
-    if (setup_.policy.arrival() || k_.shape[2] == 0) return {};
-    StoreJob job;
-    job.k = k_;
-    job.v = v_;
-    job.sequences.views = c_.views;
-    job.found = c_.found.data();
-    job.tables = c_.tables.get();
-    return setup_.backend->store(job);
-  }
-
   CacheState& c_;
   const Setup& setup_;
   std::vector<Sequence>& all_;
-  const TensorView &k_, &v_;
   Draft draft_;
 };
 
@@ -146,18 +168,6 @@ Status make_parts(CacheState& c, const RowCounts& rows, std::int64_t total, cons
   return twice == sorted.end() ? Status() : invalid_argument("rows", "each sequence once", std::to_string(twice->row) + " twice");
 }
 
-// A window grows by steps, small ones while it is small, since short texts are all window; a long prefill's takes just what
-// comes. One that never seals grows by an eighth, so that appending costs O(1).
-Status make_room(const Setup& setup, const ledger::Extent& x, RowBuffer& window, std::int64_t tokens) {
-  const std::int64_t need = window.count() + tokens;
-  std::int64_t room = window.capacity();
-  if (need > room) {
-    room = need + std::max<std::int64_t>(1, need / (setup.policy.seals() ? 16 : 8));
-    room = std::max(need, std::min(room, setup.most_rows(x)));
-  }
-  return window.make_room(*setup.backend, setup.shape, tokens, room);
-}
-
 Status append(CacheState& c, const RowCounts* rows, const TensorView& k, const TensorView& v) {
   const Setup& setup = *c.setup;
   const bool opening = rows == nullptr && c.sequences.empty();
@@ -182,21 +192,47 @@ Status append(CacheState& c, const RowCounts* rows, const TensorView& k, const T
     }
     make_parts(static_cast<std::size_t>(k.shape[0]), k.shape[2], &c.parts);
   }
-  Append call(c, opening ? fresh : c.sequences, k, v);
-  KV4_RETURN_IF_ERROR(call.run());
+  Append call(c, opening ? fresh : c.sequences);
+  KV4_RETURN_IF_ERROR(call.run(k, v));
   call.commit();
   if (opening) c.sequences.swap(fresh);
   if (k.shape[2] > 0) ++c.version;
   return {};
 }
 
+Status append_captured(CacheState& c, const TensorView& k, const TensorView& v) {
+  if (k.shape[2] != 1) return error(StatusCode::failed_precondition, "k", "one token in a captured step", std::to_string(k.shape[2]));
+  const bool arrival = c.setup->policy.arrival();
+  if (c.sequences.empty() || !c.tables || arrival)
+    return error(StatusCode::failed_precondition, "k", "a step that was not captured before it", arrival ? "a recipe that seals on arrival" : "none");
+  for (const Sequence& s : c.sequences)
+    if (!s.lambda_fixed())
+      return error(StatusCode::failed_precondition, "k", "capture after the first page was sealed, which fixes lambda",
+                   std::to_string(s.ledger.extent().sealed_tokens()) + " sealed tokens");
+  StoreJob job;
+  job.k = k;
+  job.v = v;
+  job.tables = c.tables.get();
+  return c.backend().store(job);
+}
+
+Status advance(CacheState& c) {
+  if (c.sequences.empty()) return error(StatusCode::failed_precondition, "cache", "tokens", "an empty cache");
+  if (c.setup->policy.arrival()) return error(StatusCode::unsupported, "recipe.seal", "page or never, where steps are captured", "arrival");
+  KV4_RETURN_IF_ERROR(make_tables(c));
+  if (!c.tables) return error(StatusCode::unsupported, "backend", "one whose steps can be captured", c.backend().name());
+  make_parts(c.sequences.size(), 1, &c.parts);
+  Append call(c, c.sequences);
+  KV4_RETURN_IF_ERROR(call.foresee());
+  call.commit();
+  for (Sequence& s : c.sequences) s.ledger.tell(s.length() - 1, [](std::int64_t) { return true; });
+  ++c.version;
+  return {};
+}
+
 Status seal(CacheState& c) {
   Draft draft(*c.setup, c.pool.get());
-  for (std::size_t i = 0; i < c.sequences.size(); ++i) {
-    ledger::Plan plan;
-    c.sequences[i].ledger.plan_settle(c.recording, &plan);
-    draft.add_if_needed(i, c.sequences[i], plan);
-  }
+  for (std::size_t i = 0; i < c.sequences.size(); ++i) draft.add_append(i, c.sequences[i], 0, c.recording);
   KV4_RETURN_IF_ERROR(draft.carry_out());
   draft.commit();
   return {};

@@ -260,6 +260,19 @@ AttendJob attend_job(CacheState& c, const AttendArgs& args) {
   return job;
 }
 
+Status attend_captured(CacheState& c, const AttendArgs& args, const MutableTensorView* out) {
+  if (args.q.shape[2] != 1 || out == nullptr)
+    return error(StatusCode::failed_precondition, "q", "one token in a captured step, and all that is held",
+                 out == nullptr ? "a part of it" : std::to_string(args.q.shape[2]) + " tokens");
+  if (!c.tables) return error(StatusCode::failed_precondition, "q", "a step that was not captured before it", "none");
+  c.views.resize(c.sequences.size());
+  AttendJob job = attend_job(c, args);
+  job.out = *out;
+  KV4_RETURN_IF_ERROR(c.backend().attend(job));
+  c.captured = job.pages.chunks;
+  return {};
+}
+
 Status attend(CacheState& c, const RowCounts* rows, const AttendArgs& args, std::int64_t upto, const MutableTensorView* out, const PartialState* partial) {
   const Setup& setup = *c.setup;
   if (c.sequences.empty()) return error(StatusCode::failed_precondition, "q", "a cache that holds tokens", "an empty cache");

@@ -30,11 +30,14 @@ Change* Draft::find(std::size_t at) {
   return change != changes_.end() && change->at == at ? &*change : nullptr;
 }
 
-void Draft::add_if_needed(std::size_t at, Sequence& s, Plan& plan) {
+void Draft::add_append(std::size_t at, Sequence& s, std::int64_t tokens, bool recording) {
   // After a long prefill the buffer is far larger than decoding needs.
   const std::int64_t most = setup_.most_rows(s.ledger.extent());
   const bool spare = s.body.window.capacity() > most && s.body.window.count() <= most;
-  if (!s.ledger.only_stores(plan) || spare) add(at, s).plan = std::move(plan);
+  if (!spare && !setup_.policy.arrival() && s.ledger.idle(recording)) return;
+  Plan plan;
+  s.ledger.plan_append(tokens, recording, &plan);
+  if (spare || !s.ledger.only_stores(plan)) add(at, s).plan = std::move(plan);
 }
 
 Status Draft::prepare(const Arriving* arriving) {
@@ -132,20 +135,10 @@ Status Draft::plan_pages(Change& c, const Arriving* arriving) {
     if (position >= before.length) {
       const Part& part = arriving->parts[c.at];
       const std::int64_t row = part.input_row + position - before.length;
-      job.k = arriving->k.at(part.input, 0, row);
-      job.v = arriving->v.at(part.input, 0, row);
-      job.k_head_stride = arriving->k.stride[1];
-      job.v_head_stride = arriving->v.stride[1];
-      job.k_stride = arriving->k.stride[2];
-      job.v_stride = arriving->v.stride[2];
+      const TensorView &k = arriving->k, &v = arriving->v;
+      set_rows(job, {k.at(part.input, 0, row), v.at(part.input, 0, row), k.stride[1], v.stride[1], k.stride[2], v.stride[2]});
     } else {
-      const ExactRows rows = c.sequence->body.window.view(position - before.window_position, job.count, position);
-      job.k = rows.k;
-      job.v = rows.v;
-      job.k_head_stride = rows.k_head_stride;
-      job.v_head_stride = rows.v_head_stride;
-      job.k_stride = rows.k_stride;
-      job.v_stride = rows.v_stride;
+      set_rows(job, c.sequence->body.window.view(position - before.window_position, job.count, position));
     }
     jobs_.push_back(job);
   }
@@ -192,19 +185,13 @@ Status Draft::reopen(const Change& c, RowBuffer* rows) const {
   const Extent& before = c.sequence->ledger.extent();
   const std::int64_t count = c.plan.reopened.count();
   KV4_RETURN_IF_ERROR(rows->reserve(*setup_.backend, setup_.shape, setup_.policy.window + kPageTokens));
-  const ExactRows to = rows->view(0, count, 0);
   DequantiseJob job;
   job.page = c.sequence->ledger.pages()[static_cast<std::size_t>(c.plan.reopened_page - before.first_page)];
   job.dtype = setup_.config.dtype;
   job.count = count;
   job.lambda_k = setup_.lambda_k(c.sequence->body.lambda);
   job.lambda_v = setup_.lambda_v();
-  job.k = const_cast<void*>(to.k);
-  job.v = const_cast<void*>(to.v);
-  job.k_head_stride = to.k_head_stride;
-  job.v_head_stride = to.v_head_stride;
-  job.k_stride = to.k_stride;
-  job.v_stride = to.v_stride;
+  set_rows(job, rows->view(0, count, 0));
   return setup_.backend->dequantise(setup_.spec, pool_->memory(), setup_.heads(), {&job, 1}, false);
 }
 

@@ -55,8 +55,8 @@ class Draft {
   Change& add(std::size_t at, Sequence& s) { return changes_.emplace_back(at, s); }
   // Null where nothing happens to it.
   Change* find(std::size_t at);
-  // Whether settling would do something for `s`, or for the memory of its rows; if so `plan`'s change is added.
-  void add_if_needed(std::size_t at, Sequence& s, ledger::Plan& plan);
+  // Adds what settling and `tokens` new rows (at least 0) do to `s`, where that is more than to store the rows.
+  void add_append(std::size_t at, Sequence& s, std::int64_t tokens, bool recording);
 
   // Does what the plans say: all but sealing, then that, of all sequences' pages in one call of the backend. Rows that arrive are
   // sealed from the call's tensors, or left to be stored.

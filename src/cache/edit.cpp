@@ -50,7 +50,7 @@ Status crop(CacheState& c, std::int64_t length) {
   return draft.empty() ? Status() : carry_out(c, draft);
 }
 
-Status crop(CacheState& c, int row, std::int64_t length) {
+Status crop_row(CacheState& c, int row, std::int64_t length) {
   KV4_RETURN_IF_ERROR(check_row(c, row));
   Draft draft(*c.setup, c.pool.get());
   KV4_RETURN_IF_ERROR(plan_crop(c.sequences[static_cast<std::size_t>(row)], 0, length, draft));
@@ -109,14 +109,25 @@ Status remove(CacheState& c, std::span<const std::int64_t> rows) {
 }
 
 Status select(CacheState& c, std::span<const std::int64_t> rows) {
-  for (std::size_t i = 0; i < rows.size(); ++i)
-    if (rows[i] < 0 || rows[i] >= c.batch())
-      return error(StatusCode::out_of_range, "rows", "indices from 0 to " + std::to_string(c.batch() - 1), std::to_string(rows[i]) + " at " + std::to_string(i));
+  for (const std::int64_t row : rows) KV4_RETURN_IF_ERROR(check_row(c, row));
   std::vector<Sequence> next;
   next.reserve(rows.size());
   for (const std::int64_t row : rows) next.push_back(c.sequences[static_cast<std::size_t>(row)].fork());
   c.sequences = std::move(next);
   ++c.version;
+  return {};
+}
+
+Status fork(CacheState& c, std::unique_ptr<CacheState>* out) {
+  auto copy = std::make_unique<CacheState>();
+  copy->setup = c.setup;
+  copy->pool = c.pool;
+  copy->stream = c.stream;
+  copy->version = c.version;
+  copy->recording = c.recording;
+  copy->sequences.reserve(c.sequences.size());
+  for (Sequence& s : c.sequences) copy->sequences.push_back(s.fork());
+  *out = std::move(copy);
   return {};
 }
 

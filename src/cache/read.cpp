@@ -63,6 +63,23 @@ struct Dense {
   }
 };
 
+Status expect_room(const char* name, std::size_t need, std::size_t have, const char* unit) {
+  return have == need ? Status() : invalid_argument(name, std::to_string(need) + unit, std::to_string(have));
+}
+
+// The head slice that a tool asks for by number.
+Status find_slice(const CacheState& c, int row, int index, int head, const std::uint8_t** out) {
+  const auto in_range = [](const char* name, int value, std::int64_t end) {
+    return value >= 0 && value < end ? Status() : error(StatusCode::out_of_range, name, "0 to " + std::to_string(end - 1), std::to_string(value));
+  };
+  KV4_RETURN_IF_ERROR(in_range("row", row, c.batch()));
+  const std::span<const PageId> pages = c.sequences[static_cast<std::size_t>(row)].ledger.pages();
+  KV4_RETURN_IF_ERROR(in_range("index", index, static_cast<std::int64_t>(pages.size())));
+  KV4_RETURN_IF_ERROR(in_range("head", head, c.setup->heads()));
+  *out = c.pool->page(pages[static_cast<std::size_t>(index)]) + static_cast<std::size_t>(head) * c.setup->spec.layout.head_bytes;
+  return {};
+}
+
 }  // namespace
 
 Status dense(const CacheState& c, bool keys, std::int64_t first, std::int64_t count, const MutableTensorView& out) {
@@ -101,18 +118,24 @@ Status lambda(const CacheState& c, int row, std::vector<float>* out) {
   return c.backend().copy(out->data(), values, out->size() * sizeof(float));
 }
 
-Status find_slice(const CacheState& c, int row, int index, int head, const std::uint8_t** out) {
-  const auto in_range = [](const char* name, int value, std::size_t end) {
-    return value >= 0 && value < static_cast<int>(end)
-               ? Status()
-               : error(StatusCode::out_of_range, name, "0 to " + std::to_string(static_cast<int>(end) - 1), std::to_string(value));
-  };
-  KV4_RETURN_IF_ERROR(in_range("row", row, c.sequences.size()));
-  const std::span<const PageId> pages = c.sequences[static_cast<std::size_t>(row)].ledger.pages();
-  KV4_RETURN_IF_ERROR(in_range("index", index, pages.size()));
-  KV4_RETURN_IF_ERROR(in_range("head", head, static_cast<std::size_t>(c.setup->heads())));
-  *out = c.pool->page(pages[static_cast<std::size_t>(index)]) + static_cast<std::size_t>(head) * c.setup->spec.layout.head_bytes;
-  return {};
+Status page_codes(const CacheState& c, int row, int index, int head, std::span<std::uint8_t> k, std::span<std::uint8_t> v) {
+  const std::uint8_t* slice = nullptr;
+  KV4_RETURN_IF_ERROR(find_slice(c, row, index, head, &slice));
+  const auto bytes = [](int dim) { return static_cast<std::size_t>(kPageTokens) * static_cast<std::size_t>(dim) / 2; };
+  KV4_RETURN_IF_ERROR(expect_room("k", bytes(c.setup->config.head_dim_k), k.size(), " bytes"));
+  KV4_RETURN_IF_ERROR(expect_room("v", bytes(c.setup->config.head_dim_v), v.size(), " bytes"));
+  return c.backend().codes_to_canonical(c.setup->spec, slice, k.data(), v.data());
+}
+
+Status page_scales(const CacheState& c, int row, int index, int head, std::span<std::uint16_t> k, std::span<std::uint16_t> v) {
+  const std::uint8_t* slice = nullptr;
+  KV4_RETURN_IF_ERROR(find_slice(c, row, index, head, &slice));
+  const PageSpec& spec = c.setup->spec;
+  const auto count = [](int groups) { return static_cast<std::size_t>(groups * kPageTokens); };
+  KV4_RETURN_IF_ERROR(expect_room("k", count(spec.key.groups), k.size(), " scales"));
+  KV4_RETURN_IF_ERROR(expect_room("v", count(spec.value.groups), v.size(), " scales"));
+  KV4_RETURN_IF_ERROR(c.backend().copy(k.data(), slice + spec.layout.k_scales, k.size_bytes()));
+  return c.backend().copy(v.data(), slice + spec.layout.v_scales, v.size_bytes());
 }
 
 std::size_t nbytes(const CacheState& c) {

@@ -82,7 +82,7 @@ Status RowBuffer::compact() {
   return {};
 }
 
-Status RowBuffer::copy_rows(const RowBuffer& from, std::int64_t first, std::int64_t to, std::int64_t rows) {
+Status RowBuffer::push_rows(const RowBuffer& from, std::int64_t first, std::int64_t rows) {
   if (rows <= 0) return {};
   const RowShape& s = block_->shape;
   const auto side = [&](std::byte* into, const std::byte* out_of, int dim) {
@@ -90,12 +90,8 @@ Status RowBuffer::copy_rows(const RowBuffer& from, std::int64_t first, std::int6
     return block_->backend->copy_lines(into, static_cast<std::size_t>(block_->capacity) * row, out_of,
                                        static_cast<std::size_t>(from.block_->capacity) * row, static_cast<std::size_t>(rows) * row, s.kv_heads);
   };
-  KV4_RETURN_IF_ERROR(side(key(0, to), from.key(0, first), s.head_dim_k));
-  return side(value(0, to), from.value(0, first), s.head_dim_v);
-}
-
-Status RowBuffer::push_rows(const RowBuffer& from, std::int64_t first, std::int64_t rows) {
-  KV4_RETURN_IF_ERROR(copy_rows(from, first, count_, rows));
+  KV4_RETURN_IF_ERROR(side(key(0, count_), from.key(0, first), s.head_dim_k));
+  KV4_RETURN_IF_ERROR(side(value(0, count_), from.value(0, first), s.head_dim_v));
   count_ += rows;
   return {};
 }

@@ -21,6 +21,17 @@ struct RowShape {
   }
 };
 
+// Where a job's rows are: those of a view.
+template <class Job>
+void set_rows(Job& job, const ExactRows& rows) {
+  job.k = const_cast<void*>(rows.k);
+  job.v = const_cast<void*>(rows.v);
+  job.k_head_stride = rows.k_head_stride;
+  job.v_head_stride = rows.v_head_stride;
+  job.k_stride = rows.k_stride;
+  job.v_stride = rows.v_stride;
+}
+
 // Rows [begin, begin + count) of a block of memory, which its buffers own together and only a single owner writes to.
 // Dropping rows in front moves none; what is written lies behind every row that is counted.
 class RowBuffer {
@@ -90,8 +101,6 @@ class RowBuffer {
   };
   // Others own the block too. Forks may live in several threads: who finds itself alone sees all that the last other one did.
   bool shared() const { return block_ != nullptr && block_->owners.load(std::memory_order_acquire) > (draft_ ? 2 : 1); }
-  // Rows [first, first + rows) of `from` to rows [to, to + rows).
-  Status copy_rows(const RowBuffer& from, std::int64_t first, std::int64_t to, std::int64_t rows);
   Status compact();
 
   Block* block_ = nullptr;

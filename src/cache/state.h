@@ -43,24 +43,26 @@ struct CacheState {
 // append.cpp. rows: null where k and v have all sequences, equally long.
 using RowCounts = std::span<const RowCount>;
 Status append(CacheState& c, const RowCounts* rows, const TensorView& k, const TensorView& v);
+Status append_captured(CacheState& c, const TensorView& k, const TensorView& v);
+Status advance(CacheState& c);
 Status seal(CacheState& c);
 // The parts of a call: of every sequence `tokens`, or those that rows names. A sequence at most once, `total` in all.
 // Errors: out_of_range and invalid_argument naming rows.
 Status make_parts(CacheState& c, const RowCounts& rows, std::int64_t total, const char* of);
 void make_parts(std::size_t batch, std::int64_t tokens, std::vector<Part>* parts);
-// Room for `tokens` more rows behind those of a window, `x` being the extent before.
-Status make_room(const Setup& setup, const ledger::Extent& x, RowBuffer& window, std::int64_t tokens);
 
 // attend.cpp. Exactly one of out and partial.
 Status attend(CacheState& c, const RowCounts* rows, const AttendArgs& args, std::int64_t upto, const MutableTensorView* out, const PartialState* partial);
 AttendJob attend_job(CacheState& c, const AttendArgs& args);
+Status attend_captured(CacheState& c, const AttendArgs& args, const MutableTensorView* out);
 
 // edit.cpp
 Status crop(CacheState& c, std::int64_t length);
-Status crop(CacheState& c, int row, std::int64_t length);
+Status crop_row(CacheState& c, int row, std::int64_t length);
 Status erase(CacheState& c, int row, std::int64_t first, std::int64_t count);
 Status select(CacheState& c, std::span<const std::int64_t> rows);
 Status repeat(CacheState& c, int times);
+Status fork(CacheState& c, std::unique_ptr<CacheState>* out);
 Status add(CacheState& c, int count);
 Status remove(CacheState& c, std::span<const std::int64_t> rows);
 Status make_sequences(const CacheState& c, std::size_t count, std::vector<Sequence>* out);
@@ -69,8 +71,8 @@ Status check_row(const CacheState& c, std::int64_t row);
 // read.cpp
 Status dense(const CacheState& c, bool keys, std::int64_t first, std::int64_t count, const MutableTensorView& out);
 Status lambda(const CacheState& c, int row, std::vector<float>* out);
-// The head slice that a tool asks for by number.
-Status find_slice(const CacheState& c, int row, int index, int head, const std::uint8_t** out);
+Status page_codes(const CacheState& c, int row, int index, int head, std::span<std::uint8_t> k, std::span<std::uint8_t> v);
+Status page_scales(const CacheState& c, int row, int index, int head, std::span<std::uint16_t> k, std::span<std::uint16_t> v);
 std::size_t nbytes(const CacheState& c);
 std::vector<SharedMemory> shared(const CacheState& c);
 
@@ -80,13 +82,8 @@ Status load(CacheState& c, const Source& source);
 
 // device.cpp
 Status reserve(CacheState& c, std::int64_t tokens);
-Status advance(CacheState& c);
-Status append_captured(CacheState& c, const TensorView& k, const TensorView& v);
-Status attend_captured(CacheState& c, const AttendArgs& args, const MutableTensorView* out);
 Status make_tables(CacheState& c);
 // A note for the next rows; null where the backend tells at once. Room for it is there.
 Status make_note(const CacheState& c, Sequence& s, std::shared_ptr<LateNote>* out);
-// A fork's next rows are no news for the other.
-Status part_notes(const CacheState& c, Sequence& s);
 
 }  // namespace kv4

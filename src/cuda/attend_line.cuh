@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "cuda/attend.h"
@@ -153,21 +154,37 @@ struct ExactItem {
     position = x.position + first;
   }
 };
-// Whether keys or values (half 0 or 1) can be copied 16 bytes at a time, wherever their block lies.
-__device__ __forceinline__ bool exact_aligned(const ExactRows& x, int half) {
-  const auto from = reinterpret_cast<uintptr_t>(half == 0 ? x.k : x.v);
-  const auto strides = half == 0 ? x.k_stride | x.k_head_stride | x.k_block_stride : x.v_stride | x.v_head_stride | x.v_block_stride;
-  return ((from | static_cast<uintptr_t>(strides * 2)) & 15) == 0;
-}
+// Keys or values (half 0 or 1) of ExactRows, whose fields for both lie beside each other: looked up at once.
+struct ExactHalf {
+  long long from, head_stride, stride, block_stride;
+  __device__ __forceinline__ ExactHalf(const ExactRows& x, int half) {
+    static_assert(offsetof(ExactRows, v) == 8 && offsetof(ExactRows, k_head_stride) == 16 && offsetof(ExactRows, k_stride) == 32 &&
+                  offsetof(ExactRows, k_block_stride) == 56 && offsetof(ExactRows, v_block_stride) == 64);
+    const auto* fields = reinterpret_cast<const long long*>(&x) + half;
+    from = fields[0];
+    head_stride = fields[2];
+    stride = fields[4];
+    block_stride = fields[7];
+  }
+  // Whether they can be copied 16 bytes at a time, wherever their block lies.
+  __device__ __forceinline__ bool aligned() const {
+    return ((static_cast<uint32_t>(from) | static_cast<uint32_t>(head_stride | stride | block_stride) * 2) & 15) == 0;
+  }
+};
+__device__ __forceinline__ bool exact_aligned(const ExactRows& x, int half) { return ExactHalf(x, half).aligned(); }
 // Keys or values of an exact item. Its rows are of one block.
 __device__ __forceinline__ Piece exact_piece(const AttendParams& p, int b, int set, int first, int rows, int head, int half) {
   const ExactRows& x = p.sequences[b].exact[set];
+  const ExactHalf its(x, half);
+  const std::int32_t* const blocks = x.blocks;
   Piece piece;
-  piece.pitch = (half == 0 ? x.k_stride : x.v_stride) * 2;
-  piece.from = static_cast<const unsigned char*>(half == 0 ? x.k : x.v) + row_offset(x, half == 0, head, first) * 2;
+  piece.pitch = its.stride * 2;
+  piece.aligned = its.aligned();
   piece.rows = rows;
   piece.bytes = static_cast<uint32_t>(p.dim) * 2;
-  piece.aligned = exact_aligned(x, half);
+  long long offset = head * its.head_stride + (blocks == nullptr ? first : first % kPageTokens) * its.stride;
+  if (blocks != nullptr) offset += blocks[static_cast<unsigned>(first) / kPageTokens] * its.block_stride;
+  piece.from = reinterpret_cast<const unsigned char*>(its.from) + offset * 2;
   return piece;
 }
 
@@ -176,28 +193,40 @@ __device__ __forceinline__ Piece exact_piece(const AttendParams& p, int b, int s
 template <int kExact>
 class PiecesOf {
  public:
-  __device__ __forceinline__ PiecesOf(const AttendParams& p, const Cursor& at) : p_(p), at_(at) { enter(); }
-  __device__ __forceinline__ bool done() const { return at_.flat >= at_.end; }
-  __device__ __forceinline__ Piece piece() const {
-    const bool values = step_ >= pages_;
-    if (!at_.packed()) {
-      Cursor at = at_;
-      at.item += step_ - (values ? pages_ : 0);
-      const ExactItem item(p_, at);
-      return exact_piece(p_, at.b, item.set, item.first, item.rows, at.head(), values ? 1 : 0);
-    }
-    Piece piece;
-    piece.from = (step_ - (values ? pages_ : 0) == 0 ? page_[0] : page_[1]) + (values ? slice_ + p_.v_codes : slice_);
-    piece.bytes = values ? p_.v_copy_bytes : p_.k_copy_bytes;
-    return piece;
-  }
-  __device__ __forceinline__ void next() {
-    if (++step_ < 2 * pages_) return;
+  __device__ __forceinline__ PiecesOf(const AttendParams& p, const Cursor& at) : p_(p), at_(at) {}
+  // Goes on to the next pages or exact items where those before are through. Before the others are asked.
+  __device__ __forceinline__ void settle() {
+    if (step_ < 2 * pages_ || done()) return;
     left_ -= pages_;
-    if (left_ > 0) return take();
-    at_.skip(p_, run_);
-    enter();
+    if (left_ <= 0) {
+      if (run_ > 0) at_.skip(p_, run_);
+      pages_ = run_ = step_ = 0;
+      if (done()) return;
+      enter();
+    }
+    take();
   }
+  __device__ __forceinline__ bool done() const { return at_.flat >= at_.end; }
+  __device__ __forceinline__ bool packed() const { return at_.packed(); }
+  // The next piece, of a page, and how many bytes it is.
+  __device__ __forceinline__ const unsigned char* of_page(uint32_t* bytes) const {
+    const bool values = step_ >= pages_;
+    *bytes = values ? p_.v_copy_bytes : p_.k_copy_bytes;
+    return (step_ - (values ? pages_ : 0) == 0 ? page_[0] : page_[1]) + (values ? slice_ + p_.v_codes : slice_);
+  }
+  __device__ __forceinline__ Piece piece() const {
+    if (packed()) {
+      Piece piece;
+      piece.from = of_page(&piece.bytes);
+      return piece;
+    }
+    const bool values = step_ >= pages_;
+    Cursor at = at_;
+    at.item += step_ - (values ? pages_ : 0);
+    const ExactItem item(p_, at);
+    return exact_piece(p_, at.b, item.set, item.first, item.rows, at.head(), values ? 1 : 0);
+  }
+  __device__ __forceinline__ void next() { ++step_; }
 
  private:
   // Pages as they come: their numbers, then the chunks that they lie in.
@@ -236,7 +265,6 @@ class PiecesOf {
   }
   // A run of pages, or the exact items that are taken together.
   __device__ __forceinline__ void enter() {
-    if (done()) return;
     run_ = at_.packed() ? at_.run() : min(kExact, at_.run());
     left_ = run_;
     if (at_.packed()) {
@@ -246,12 +274,11 @@ class PiecesOf {
       ask_for_ids(after_, left_ - 2);
       ask_for_chunks(next_, left_);
     }
-    take();
   }
 
   const AttendParams& p_;
   Cursor at_;
-  int step_ = 0, pages_ = 1;  // pages or exact items together
+  int step_ = 0, pages_ = 0;  // pages or exact items together
   int run_ = 0, left_ = 0;    // of those that the cursor stands before
   std::uint32_t slice_ = 0;   // offset of the head's in a page
   const std::int32_t* ids_ = nullptr;
@@ -274,11 +301,21 @@ __device__ __forceinline__ void expect_ids(const AttendParams& p, const Sequence
 // By the warp that fills, each lane its own queue: all pieces, as slots become free.
 template <class PiecesT, class FillerT>
 __device__ __forceinline__ void fill_all(PiecesT& pieces, FillerT& filler, int lane) {
-  while (__any_sync(kAll, !pieces.done())) {
-    const bool mine = !pieces.done() && filler.ready();
-    const Piece piece = mine ? pieces.piece() : Piece();
-    filler.put(mine, piece, lane);
-    if (mine) pieces.next();
+  while (true) {
+    pieces.settle();
+    if (!__any_sync(kAll, !pieces.done())) return;
+    const bool mine = !pieces.done() && filler.ready(), page = mine && pieces.packed();
+    // Pages, which are most of what there is, go out with nothing else to ask.
+    if (page) {
+      uint32_t bytes;
+      const unsigned char* const from = pieces.of_page(&bytes);
+      filler.put(from, bytes);
+      pieces.next();
+    }
+    const bool exact = mine && !page;
+    if (!__any_sync(kAll, exact)) continue;
+    filler.put(exact, exact ? pieces.piece() : Piece(), lane);
+    if (exact) pieces.next();
   }
 }
 

@@ -296,6 +296,7 @@ class Queue {
   // The warp's own filling, before sm_90.
   template <class Pieces>
   __device__ __forceinline__ void fill(Pieces& pieces) {
+    pieces.settle();
     if (!pieces.done()) {
       const Piece piece = pieces.piece();
       if (piece.aligned) {
@@ -342,6 +343,12 @@ class Filler {
                  : "=r"(done) : "r"(full() + 8), "r"(parity_ ^ 1) : "memory");
     return done != 0;
   }
+  // One row, aligned, by a lane alone.
+  __device__ __forceinline__ void put(const unsigned char* from, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full()), "r"(bytes) : "memory");
+    copy(base_ + slot_ * kSlotBytes, from, bytes, full());
+    turn();
+  }
   // Of all lanes together, those with something to put say so: pieces of one row, or of rows that lie as they do in a slot, go out
   // from their own lanes, other rows from as many lanes. What is not aligned is left to the reader, who gets the slot at once.
   __device__ __forceinline__ void put(bool mine, const Piece& piece, int lane) {
@@ -363,13 +370,15 @@ class Filler {
       const uint32_t to = __shfl_sync(kAll, base_ + slot_ * kSlotBytes, from);
       if (lane < rows) copy(to + lane * kRowPitch, reinterpret_cast<const unsigned char*>(address) + lane * pitch, bytes, barrier);
     }
-    if (mine && ++slot_ == kDepth) {
-      slot_ = 0;
-      parity_ ^= 1;
-    }
+    if (mine) turn();
   }
 
  private:
+  __device__ __forceinline__ void turn() {
+    if (++slot_ < kDepth) return;
+    slot_ = 0;
+    parity_ ^= 1;
+  }
   __device__ __forceinline__ void copy(uint32_t to, const unsigned char* from, uint32_t bytes, uint32_t barrier) const {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier), "l"(policy_) : "memory");

@@ -303,6 +303,15 @@ Status Ledger::plan_erase(std::int64_t first, std::int64_t count, bool recording
   return {};
 }
 
+bool Ledger::idle(bool recording) const {
+  const Extent& x = extent_;
+  if (policy_.sliding_window > 0 && !recording && x.length - policy_.sliding_window + 1 > x.first_held(policy_)) return false;
+  if (!policy_.seals()) return true;
+  const std::int64_t due = pages_due(x.length);
+  if (!x.anchored) return due == 0;
+  return due <= x.page_end() && x.page_position(policy_, due) <= x.window_position && (x.lambda != Lambda::learnt || x.released_pages(policy_) == 0);
+}
+
 bool Ledger::only_stores(const Plan& plan) const {
   Extent stored = extent_;
   stored.length += plan.stored.count();
@@ -333,6 +342,7 @@ void Ledger::commit(Plan& plan, std::span<const PageId> ids) noexcept {
   pages_.erase(pages_.begin() + plan.kept.end, pages_.end());
   pages_.erase(pages_.begin(), pages_.begin() + plan.kept.begin);
   pages_.insert(pages_.end(), ids.begin(), ids.end());
+  visible_ = 0;
   if (policy_.seals()) {
     if (!plan.marks.empty()) marks_.assign(plan.marks.begin(), plan.marks.end());
     const std::int64_t gone = extent_.window_position - before.window_position;

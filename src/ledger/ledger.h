@@ -112,6 +112,8 @@ class Ledger {
   // behind the sinks, or where the queries that follow would need tokens that the sliding window evicted.
   Status plan_erase(std::int64_t first, std::int64_t count, bool recording, Plan* plan) const;
 
+  // Whether settling surely does nothing, at less cost than a plan.
+  bool idle(bool recording) const;
   // Whether `plan` does nothing but store new rows, or nothing at all: then extend does what commit would.
   bool only_stores(const Plan& plan) const;
   // Whether attention of so many queries may seal something; where not, tell does all that plan_attend would.
@@ -127,11 +129,12 @@ class Ledger {
   // A current plan. ids [plan.new_pages]: one reference each is the ledger's from here on. plan.marks is used up.
   void commit(Plan& plan, std::span<const PageId> ids) noexcept;
   void extend(std::int64_t tokens) noexcept;
-  // What attention saw of the exact rows from position `from` on: visible(position), asked in order.
+  // What attention saw of the exact rows from position `from` on: visible(position), asked in order of those that no query saw yet.
   template <class Visible>
   void tell(std::int64_t from, Visible visible) noexcept {
-    const std::int64_t skipped = std::clamp<std::int64_t>(from - extent_.window_position, 0, static_cast<std::int64_t>(marks_.size()));
-    ledger::tell(std::span(marks_).subspan(static_cast<std::size_t>(skipped)), extent_.window_position + skipped, visible);
+    const std::int64_t first = std::clamp<std::int64_t>(from - extent_.window_position, visible_, static_cast<std::int64_t>(marks_.size()));
+    ledger::tell(std::span(marks_).subspan(static_cast<std::size_t>(first)), extent_.window_position + first, visible);
+    while (visible_ < static_cast<std::int64_t>(marks_.size()) && marks_[static_cast<std::size_t>(visible_)] == Seen::visible) ++visible_;
   }
   // The last page becomes a copy that nobody else has, before more is sealed into it on arrival. Returns the id it had.
   PageId replace_last(PageId id) noexcept;
@@ -154,6 +157,7 @@ class Ledger {
   std::uint64_t revision_ = 1;
   std::vector<PageId> pages_;
   std::vector<Seen> marks_;
+  std::int64_t visible_ = 0;           // marks in front that say visible; there may be more
   std::vector<NonFinite> non_finite_;  // in the window; sealed on arrival: anywhere
 };
 

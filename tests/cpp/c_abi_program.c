@@ -1,5 +1,6 @@
 /* What a program in C11 sees of the header: structs without C++, the inits, an answer that is known, a refusal. */
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "kv4/kv4.h"
@@ -54,7 +55,7 @@ const char* kv4_c_paged_program(void) {
   enum { ROWS = 64 };
   static float rows[2 * 2 * ROWS * DIM]; /* two blocks: keys, values */
   static float k[(ROWS + 1) * DIM], v[(ROWS + 1) * DIM], q[DIM], out[DIM], o[DIM], m[1], l[1];
-  static _Alignas(64) unsigned char page[8192], workspace[1 << 20];
+  static _Alignas(64) unsigned char page[8192];
   kv4_cache_config config;
   kv4_page_format* format = NULL;
   if (kv4_cache_config_init(&config, sizeof config) != KV4_OK) return kv4_last_error();
@@ -65,9 +66,10 @@ const char* kv4_c_paged_program(void) {
   if (bytes > sizeof page || bytes != kv4_page_format_head_bytes(format)) return "the bytes of a page";
   if (kv4_page_format_block_bytes(format) != 2 * ROWS * DIM * sizeof(float)) return "the bytes of a block";
   const kv4_page_limits limits = {1, 1, 1, ROWS, ROWS + 1, ROWS + 1};
-  kv4_place place = {workspace, 0, NULL, NULL};
+  kv4_place place = {NULL, 0, NULL, NULL};
   if (kv4_page_format_workspace_bytes(format, &limits, NULL, &place.workspace_bytes) != KV4_OK) return kv4_last_error();
-  if (place.workspace_bytes > sizeof workspace) return "the bytes of the workspace";
+  place.workspace = malloc(place.workspace_bytes);
+  if (place.workspace == NULL) return "memory for the workspace";
   if (kv4_paged_prepare(format, &place) != KV4_OK) return kv4_last_error();
 
   for (int t = 0; t <= ROWS; ++t)
@@ -111,11 +113,14 @@ const char* kv4_c_paged_program(void) {
   args.q = row(q);
   const kv4_tensor answer = row(out);
   if (kv4_paged_attend(format, &batch, &args, &answer, &place) != KV4_OK) return kv4_last_error();
-  /* The mean of 0 ... 64, the sealed part of it to within a level's half gap, a sixteenth of the largest value of 63. */
+  /* The mean of 0 ... 64, whose error in the rotated basis, and so in all channels together, is within half the widest gap of the
+   * levels: 10.5 of 46.48, a root mean square of .23 times 32. */
+  float squares = 0;
   for (int c = 0; c < DIM; ++c) {
     const float off = (c % 2 == 0 ? out[c] : -out[c]) - 32;
-    if (off > 4 || off < -4) return "the answer over a page and a row";
+    squares += off * off;
   }
+  if (squares / DIM > 7.3f * 7.3f) return "the answer over a page and a row";
   if (kv4_paged_attend_partial(format, &batch, &args, o, m, l, &place) != KV4_OK) return kv4_last_error();
   if (l[0] * 0.999f > ROWS + 1 || l[0] * 1.001f < ROWS + 1) return "the sum of 65 weights";
   float twice[DIM];
@@ -129,5 +134,6 @@ const char* kv4_c_paged_program(void) {
   if (strstr(kv4_backends(), "cpu") == NULL || kv4_why_not("cpu")[0] != 0 || kv4_why_not("abacus")[0] == 0) return "the names of backends";
   kv4_page_format_destroy(format);
   kv4_page_format_destroy(NULL);
+  free(place.workspace);
   return NULL;
 }

@@ -67,6 +67,13 @@ class Model {
   void append(std::int64_t count, Token name, bool hidden) {
     ledger_.plan_append(count, recording_, &plan_);
     if (ledger_.only_stores(plan_)) check_extend(count);
+    Plan settled;
+    ledger_.plan_settle(recording_, &settled);
+    if (ledger_.idle(recording_)) {
+      ASSERT_EQ(settled.after, ledger_.extent()) << "there was something to do";
+    } else if (ledger_.policy().sliding_window == 0) {
+      ASSERT_FALSE(settled.after == ledger_.extent()) << "there was nothing to do";
+    }
     for (std::int64_t i = 0; i < count; ++i) {
       tokens_.push_back(name + i);
       hidden_.push_back(hidden);

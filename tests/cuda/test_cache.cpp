@@ -23,7 +23,7 @@ namespace {
 using namespace sessions;
 using tests::DeviceBytes;
 
-class DevicePlace final : public Place {
+class DevicePlace final : public sessions::Place {
  public:
   explicit DevicePlace(DType dtype) : dtype_(dtype) {}
   std::string backend() const override { return "cuda"; }

@@ -4,6 +4,7 @@ has Metal. So far nothing here ran on an Apple GPU."""
 from __future__ import annotations
 
 import copy
+import importlib
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import kv4.mlx  # noqa: E402
 from kv4 import Recipe, Side, _core  # noqa: E402
 from kv4.metal import host as metal_host  # noqa: E402
 from kv4.metal import source  # noqa: E402
-from kv4.mlx import KV4Cache, core, gpu  # noqa: E402
+from kv4.mlx import BatchKV4Cache, KV4Cache, core, gpu  # noqa: E402
 from mlx_cases import greedy, greedy_batch, model_of, prompt_of  # noqa: E402
 from mlx_device import NAME, EmulatedKernel, as_numpy, compiler, host, needs_gpu, written  # noqa: E402
 
@@ -247,6 +248,12 @@ def test_the_emulators_own_text_is_mlxs():
 # Models of mlx-lm on an emulated GPU.
 
 
+def compute_on(monkeypatch, gpu: bool) -> None:
+    """Whether MLX says that it computes on a GPU."""
+    for module in ("core", "cache", "attention"):
+        monkeypatch.setattr(importlib.import_module(f"kv4.mlx.{module}"), "on_gpu", lambda: gpu)
+
+
 @pytest.fixture
 def emulated(monkeypatch):
     """MLX computes on its CPU; kv4's caches take it for a GPU. The list of heads whose kernels were asked for."""
@@ -256,7 +263,7 @@ def emulated(monkeypatch):
         asked.append(head_dim)
         return host(head_dim)
 
-    monkeypatch.setattr(core, "on_gpu", lambda: True)
+    compute_on(monkeypatch, gpu=True)
     monkeypatch.setattr(gpu, "why_not", lambda: None)
     monkeypatch.setattr(gpu, "gpu_host", gpu_host)
     return asked
@@ -269,7 +276,7 @@ def test_generate_gives_the_tokens_of_the_cpu(name, emulated, monkeypatch):
     prompt = prompt_of(150)
     ours = [greedy(model, prompt, 8, kv4.mlx.make_prompt_cache(model), step) for step in (64, 2048)]
     assert emulated and set(emulated) == {64}
-    monkeypatch.setattr(core, "on_gpu", lambda: False)
+    compute_on(monkeypatch, gpu=False)
     assert ours == [greedy(model, prompt, 8, kv4.mlx.make_prompt_cache(model), step) for step in (64, 2048)]
 
 
@@ -279,10 +286,59 @@ def test_ragged_batches_give_the_tokens_of_the_cpu(emulated, monkeypatch):
     try:
         prompts = [prompt_of(n, seed=n) for n in (30, 140, 75)]
         ours = greedy_batch(model, prompts, [4, 6, 5], 64)
-        monkeypatch.setattr(core, "on_gpu", lambda: False)
+        compute_on(monkeypatch, gpu=False)
         assert emulated and ours == greedy_batch(model, prompts, [4, 6, 5], 64)
     finally:
         kv4.mlx.detach(model)
+
+
+@needs_gpu
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe.paper()], ids=["default", "paper"])
+def test_rows_of_a_batch_are_one_launch_and_each_what_it_is_alone(recipe, emulated, monkeypatch):
+    launches = []
+    run = gpu.MlxHost.run
+    monkeypatch.setattr(gpu.MlxHost, "run", lambda self, name, *x: launches.append(name) or run(self, name, *x))
+
+    def rows(heads, tokens, count):
+        return mx.random.normal((count, heads, tokens, 64), key=mx.random.key(len(launches)))
+
+    def attended(cache, k, v, q):
+        handles = cache.update_and_fetch(k, v)
+        launches.clear()
+        return kv4.mlx.scaled_dot_product_attention(q, *handles, cache, 0.1, "causal")
+
+    def step(batch, alone, tokens, padding=None):
+        padding = padding or [0] * len(alone)
+        k, v, q = (rows(heads, tokens, len(alone)) for heads in (HEADS, HEADS, HEADS * GROUP))
+        ours = attended(batch, k, v, q)
+        assert tokens > 64 or sum("attend" in name for name in launches) == 1
+        for i, (cache, lo) in enumerate(zip(alone, padding, strict=True)):
+            theirs = attended(cache, *(x[i : i + 1, :, lo:] for x in (k, v, q)))
+            assert not mx.any(ours[i, :, :lo])
+            assert float(mx.abs(ours[i : i + 1, :, lo:] - theirs).max()) <= 1e-5 * float(mx.abs(theirs).max())
+
+    alone = [KV4Cache(recipe) for _ in range(3)]
+    batch = BatchKV4Cache([KV4Cache(recipe) for _ in range(3)], [60, 0, 25])
+    for tokens, padding in ((100, [60, 0, 25]), (1, None), (40, None), (1, None)):
+        step(batch, alone, tokens, padding)
+    assert batch.nbytes == batch.core.nbytes() and [row.offset for row in batch.rows] == [82, 142, 117]
+    twin, others = copy.deepcopy(batch), copy.deepcopy(alone)
+    batch.filter([2, 0])
+    alone = [alone[2], alone[0]]
+    step(batch, alone, 1)
+    late = KV4Cache(recipe)
+    attended(late, *(rows(heads, 90, 1) for heads in (HEADS, HEADS, HEADS * GROUP)))
+    alone.append(copy.deepcopy(late))
+    batch.extend(BatchKV4Cache([late]))
+    step(batch, alone, 1)
+    assert batch.trim(1) == 1 and all(cache.trim(1) == 1 for cache in alone)
+    step(batch, alone, 3)
+    row = batch.extract(2)
+    assert row.offset == 93 == row.core.length and row.core.batch == 1
+    k, q = rows(HEADS, 1, 1), rows(HEADS * GROUP, 1, 1)
+    ours, theirs = (attended(cache, k, k, q) for cache in (row, alone[2]))
+    assert float(mx.abs(ours - theirs).max()) <= 1e-5 * float(mx.abs(theirs).max())
+    step(twin, others, 2)  # as it was
 
 
 @needs_gpu
@@ -334,7 +390,7 @@ def test_the_cpu_is_served_by_the_cpp_core():
     ],
 )
 def test_each_reason_why_a_gpu_is_refused(monkeypatch, metal, macos, dim, recipe, error, match):
-    monkeypatch.setattr(core, "on_gpu", lambda: True)
+    compute_on(monkeypatch, gpu=True)
     monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
     monkeypatch.setattr(metal_host.platform, "mac_ver", lambda: (macos, ("", "", ""), ""))
     gpu.gpu_host.cache_clear()
@@ -349,7 +405,7 @@ def test_each_reason_why_a_gpu_is_refused(monkeypatch, metal, macos, dim, recipe
 
 
 def test_other_dtypes_are_refused(monkeypatch):
-    monkeypatch.setattr(core, "on_gpu", lambda: True)
+    compute_on(monkeypatch, gpu=True)
     x = mx.zeros((1, 1, 3, 64), mx.int32)
     with pytest.raises(ValueError, match="^keys: expected float32, float16 or bfloat16"):
         KV4Cache().update_and_fetch(x, x)
