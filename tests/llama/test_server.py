@@ -76,7 +76,7 @@ def serving(programs: Path, file: Path, folder: Path, more: Mapping[str, str], *
 
 
 def story(server: Server, text: str) -> list[str]:
-    """One request after another: a prompt, its continuation, a shorter one in the other slot, one that goes back; saved and restored."""
+    """One request after another: on, in the other slot, back, saved, and restored into the other slot."""
     first = server.complete(text[:2400], 0)
     replies = [
         first,
