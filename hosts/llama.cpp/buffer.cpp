@@ -28,7 +28,8 @@ struct Buffer {
       if (c->layer != nullptr) continue;
       for (std::int64_t b = 0; b < c->blocks(); ++b) exact += c->used(b) ? c->block_bytes() : 0;
     }
-    say(GGML_LOG_LEVEL_INFO, std::string(when) + ": the cache holds " + mebibytes(exact + packed) + " (exact " + mebibytes(exact) + ", packed " + mebibytes(packed) +
+    // llama.cpp's programs leave out what libraries tell for information.
+    say(settings().verbose ? GGML_LOG_LEVEL_WARN : GGML_LOG_LEVEL_INFO, std::string(when) + ": the cache holds " + mebibytes(exact + packed) + " (exact " + mebibytes(exact) + ", packed " + mebibytes(packed) +
                                  ") of " + mebibytes(nominal) + " address space");
   }
 };

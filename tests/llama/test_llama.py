@@ -71,7 +71,7 @@ def test_what_is_packed_takes_the_formats_bytes(probe: Probe) -> None:
     """Two sequences at the end; each block is exact or a page, and a page of heads of 256 takes 4.1875 bits a value."""
     exact, packed, space = held(probe(PACKED)[1], "at the end")
     own = held(probe(EXACT)[1], "at the end")[0]
-    block = space / (2 * 4096 / 64)
+    block = space / (4096 / 64)  # 2,048 cells a stream
     page = block * (8 + 2 * 16 / 256 + 16 / 64) / 2 / 16
     pages = packed / page
     assert pages > 10 and pages == pytest.approx(round(pages), abs=0.01 * pages)
