@@ -20,7 +20,7 @@ CORE := CMakeLists.txt pyproject.toml $(shell find cmake include src python/bind
 # Directories change when a file is added or removed.
 CORE += $(shell find include src python/bindings -type d 2>/dev/null)
 
-.PHONY: help setup system demo test test-cpp test-python test-slow test-neon test-metal test-tools metal-tools engine test-engine llama test-llama check lint format asan ubsan tsan bench wheel clean
+.PHONY: help setup system demo test test-cpp test-python test-slow test-neon test-metal test-tools setup-vllm test-vllm metal-tools engine test-engine llama test-llama check lint format asan ubsan tsan bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make test-cpp | test-python | test-neon | check      one of them; test-metal: the Metal tests of the first two"
 	@echo "make test-slow      every causal model class of transformers, tiny, against its own cache"
 	@echo "make engine   kv4-run, the native GGUF engine, in build/engine/engine;  make test-engine: its tests"
+	@echo "make setup-vllm     vLLM for CPUs with kv4 as its plug-in, in .venv-vllm;  make test-vllm: its tests"
 	@echo "make llama    libggml-kv4.so, for a llama.cpp that is built once beside it, in build/llama;  make test-llama: its tests"
 	@echo "make asan | ubsan | tsan      the C++ tests under a sanitizer"
 	@echo "make bench    the C++ benchmarks, built"
@@ -101,6 +102,22 @@ engine: $(VENV)/.engine
 test-engine: engine
 	cmake --build --preset engine --target kv4_engine_tests
 	cd build/engine/engine/tests && ctest --output-on-failure --no-tests=error --timeout 300
+
+# vLLM wants an older transformers: an environment of its own, with kv4 in place too.
+VLLM := .venv-vllm
+$(VLLM)/.vllm: scripts/setup_vllm.sh requirements-vllm.txt | $(VENV)/.system
+	@bash scripts/setup_vllm.sh $(PYTHON) $(VLLM)
+	@touch $@
+
+$(VLLM)/.kv4: $(VLLM)/.vllm $(CORE)
+	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(VLLM)/bin/python -m pip install --quiet --no-build-isolation --no-deps -C build-dir=build/vllm --editable .
+	@touch $@
+
+setup-vllm: $(VLLM)/.kv4
+
+test-vllm: setup setup-vllm
+	$(BIN)/kv4 pull gemma-3-270m > /dev/null
+	$(VLLM)/bin/python -m pytest -p no:cacheprovider tests/vllm
 
 # llama.cpp's source comes as a part of a package and is built once, outside this tree.
 $(VENV)/.llama: scripts/setup_llama.sh requirements-engine.txt $(VENV)/.python

@@ -33,7 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "src/metal": {"kv4", "format", "rotation", "recipe", "backend"},
     "src/cache": {"kv4", "format", "rotation", "recipe", "backend", "attention", "ledger"},
     "src/capi": {"kv4"},
-    # The bindings stand on all of it: hosts in Python ask for the policy, tables and figures that a host in C++ would ask for.
+    # The bindings stand on all of it: hosts in Python ask for the policy, tables and figures that hosts in C++ ask for.
     "python/bindings": {"kv4", "ledger", "moments", "backend", "cpu", "metal"},
     # The engine and llama.cpp's backend know kv4's public headers alone.
     "hosts/llama.cpp": {"kv4"},
@@ -55,6 +55,7 @@ PYTHON: dict[str, tuple[set[str], str]] = {
         "gradient mask prefill attention graph calls attach",
     ),
     "kv4.mlx": ({"kv4", "kv4.metal"}, "arrays prefill gpu core handle cache attention speculation attach"),
+    "kv4.vllm": ({"kv4"}, "settings steps backend v0_32 choice"),
     "kv4.bench": (
         {"kv4", "kv4.hf", "kv4.mlx"},
         "text timing memory neighbours llama plot shapes attention seal cuda generate mlx",

@@ -16,6 +16,7 @@
 #include "kv4/version.h"
 #include "ledger.h"
 #include "metal.h"
+#include "paged.h"
 #include "tensor.h"
 
 namespace kv4::python {
@@ -407,6 +408,7 @@ NB_MODULE(_core, m) {
 
   bind_ledger(m);
   bind_metal(m);
+  bind_paged(m);
 
   m.def("validate", [](nb::handle recipe) { raise_if_error(kv4::validate(read_recipe(recipe))); }, "recipe"_a);
   m.def("validate", [](nb::handle recipe, int head_dim_k, int head_dim_v) {

@@ -43,6 +43,7 @@ Element element_of_torch(nb::handle dtype, std::string* other) {
     }
   }
   if (full == "torch.int64") return Element::i64;
+  if (full == "torch.uint8" || full == "torch.int8") return Element::byte;
   *other = full.rfind("torch.", 0) == 0 ? full.substr(6) : full;
   return Element::other;
 }
@@ -145,6 +146,7 @@ Tensor from_dlpack(nb::handle x, const char* name, int device, bool written) {
   else if (is(nb::dlpack::dtype_code::Bool, 8)) t.element = Element::boolean;
   else if (is(nb::dlpack::dtype_code::Int, 32)) t.element = Element::i32;
   else if (is(nb::dlpack::dtype_code::Int, 64)) t.element = Element::i64;
+  else if (is(nb::dlpack::dtype_code::UInt, 8) || is(nb::dlpack::dtype_code::Int, 8)) t.element = Element::byte;
   else t.element_name = "dtype code " + std::to_string(d.code) + " of " + std::to_string(d.bits) + " bits";
   t.owner = array;
   return t;
@@ -173,7 +175,7 @@ View view(const Tensor& t, const char* name) {
 }  // namespace
 
 const char* name_of(Element e) {
-  static constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "bool", "int32", "int64", "another dtype"};
+  static constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "bool", "int32", "int64", "a byte", "another dtype"};
   return kNames[static_cast<int>(e)];
 }
 

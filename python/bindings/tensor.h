@@ -16,7 +16,7 @@ namespace kv4::python {
 
 namespace nb = nanobind;
 
-enum class Element : std::uint8_t { f32, f16, bf16, boolean, i32, i64, other };
+enum class Element : std::uint8_t { f32, f16, bf16, boolean, i32, i64, byte, other };
 
 struct Tensor {
   void* data = nullptr;

@@ -101,6 +101,7 @@ class Append {
     c_.news.resize(c_.parts.size());
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
       c_.news[i].clear();
+      KV4_RETURN_IF_ERROR(part_notes(c_, sequence(i)));
       draft_.add_append(i, sequence(i), c_.parts[i].tokens, c_.recording);
     }
     const Arriving arriving{k, v, c_.parts, c_.news};
@@ -121,7 +122,6 @@ class Append {
       Change* const change = draft_.find(i);
       Body& body = change != nullptr ? change->next : s.body;
       const ledger::Extent& x = change != nullptr ? change->plan.after : s.ledger.extent();
-      KV4_RETURN_IF_ERROR(part_notes(c_, s));
       const std::int64_t tokens = setup_.policy.arrival() ? 0 : part.tokens, length = s.length();
       if (tokens > 0) KV4_RETURN_IF_ERROR(make_room(setup_, x, body.window, tokens));
       if (change == nullptr) s.ledger.make_room_for_rows(tokens);

@@ -24,22 +24,6 @@ Status check_queries(const Setup& setup, const AttendArgs& args, std::int64_t ro
   return check_arguments(args);
 }
 
-// Energies of a query of sequence `part` that count; row below 0: that it is the first one is all.
-struct Energies {
-  std::size_t part;
-  std::int64_t first, row;  // of QueryEnergy
-  std::shared_ptr<Block> block;
-
-  // Room for it is there.
-  void give(QueryEnergy& to) noexcept {
-    to.first = first;
-    if (row < 0) return;
-    const auto at = static_cast<std::size_t>(row);
-    if (at >= to.rows.size()) to.rows.resize(at + 1);
-    to.rows[at] = std::move(block);
-  }
-};
-
 class Attend {
  public:
   Attend(CacheState& c, const AttendArgs& args, std::int64_t upto)
@@ -63,8 +47,8 @@ class Attend {
   void commit() noexcept {
     for (std::size_t i = 0; i < c_.parts.size() && told(); ++i)
       if (draft_.find(i) == nullptr && !sequence(i).ledger.marks().empty()) sequence(i).ledger.tell(0, sight(i));
-    for (Energies& e : energies_)
-      if (draft_.find(e.part) == nullptr) e.give(sequence(e.part).body.energy);
+    for (auto& [part, energy] : energies_)
+      if (draft_.find(part) == nullptr) std::swap(sequence(part).body.energy, energy);
     draft_.commit();
   }
 
@@ -129,41 +113,35 @@ class Attend {
   }
 
   Status learn_energies() {
-    const std::int64_t limit = setup_.config.recipe.sinks + setup_.config.recipe.window + kPageTokens;
-    const std::size_t bytes = setup_.channels() * sizeof(float);
+    const std::int64_t limit = setup_.policy.sinks + setup_.policy.window + kPageTokens;
     std::vector<EnergyJob> jobs;
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
-      Sequence& s = sequence(i);
+      const Sequence& s = sequence(i);
       if (s.lambda_fixed()) continue;
       const Part& part = c_.parts[i];
       const Visibility sees = visibility(i);
-      QueryEnergy at;
-      at.first = s.body.energy.first;
+      QueryEnergy at = s.body.energy;
+      const std::size_t before = jobs.size();
       for (std::int64_t t = 0; t < part.tokens; ++t) {
         const std::int64_t position = s.length() - part.tokens + t;
         if (at.any() && position - at.first >= limit) break;
-        if (at.any() && at.row(position) < 0) continue;
-        if (!sees.visible(t, position)) continue;
+        if ((at.any() && at.row(position) < 0) || !sees.visible(t, position)) continue;
         if (!at.any()) {
           at.first = position;
-          energies_.push_back({i, position, -1, nullptr});
           continue;
         }
         const auto row = static_cast<std::size_t>(at.row(position));
-        std::vector<std::shared_ptr<Block>>& rows = s.body.energy.rows;
-        if (row >= rows.capacity()) rows.reserve(row + 2);
-        std::shared_ptr<Block> block;
-        KV4_RETURN_IF_ERROR(Block::make(*setup_.backend, "query energies", bytes, &block));
-        jobs.push_back({part.input, part.input_row + t, block->as<float>()});
-        energies_.push_back({i, at.first, static_cast<std::int64_t>(row), std::move(block)});
+        if (row >= at.rows.size()) at.rows.resize(row + 1);
+        KV4_RETURN_IF_ERROR(Block::make(*setup_.backend, "query energies", setup_.channels() * sizeof(float), &at.rows[row]));
+        jobs.push_back({part.input, part.input_row + t, at.rows[row]->as<float>()});
       }
+      if (jobs.size() > before || at.first != s.body.energy.first) energies_.emplace_back(i, std::move(at));
     }
     return jobs.empty() ? Status() : setup_.backend->query_energies(args_.q, setup_.heads(), jobs);
   }
 
   // Sealing uses what the call tells, and the call sees what is sealed.
   Status seal() {
-    auto energies = energies_.begin();
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
       Sequence& s = sequence(i);
       if (!s.ledger.may_seal(c_.parts[i].tokens)) continue;
@@ -174,9 +152,8 @@ class Attend {
         for (std::int64_t p = s.ledger.extent().window_position; p < s.length(); ++p) seen.push_back(sees(p) ? 1 : 0);
       }
       s.ledger.plan_attend(c_.parts[i].tokens, seen, &change.plan);
-      change.next.energy.rows.reserve(s.body.energy.rows.capacity());
-      while (energies != energies_.end() && energies->part < i) ++energies;
-      for (; energies != energies_.end() && energies->part == i; ++energies) energies->give(change.next.energy);
+      for (const auto& [part, energy] : energies_)
+        if (part == i) change.next.energy = energy;
     }
     return draft_.carry_out();
   }
@@ -235,7 +212,7 @@ class Attend {
   AttendArgs readable_;  // masks as the host can read them
   const std::int64_t upto_;
   Draft draft_;
-  std::vector<Energies> energies_;
+  std::vector<std::pair<std::size_t, QueryEnergy>> energies_;  // of parts, as they are with the call's
   std::vector<std::vector<std::int64_t>> hidden_;  // of each part, rows that neither a query of the call sees nor one before it did
 };
 

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "format/finite.h"
-
 namespace kv4 {
 
 using ledger::Extent;
@@ -87,23 +85,39 @@ Status Draft::learn(Change& c) const {
 
 // Rows that stay out of means: those that the plan flags and, of rows that are sealed as they come, those with NaN or infinity.
 Status Draft::flag(Change& c, const Arriving* arriving) const {
+  Backend& backend = *setup_.backend;
   c.skip = std::move(c.plan.skip);
-  const Extent& before = c.sequence->ledger.extent();
-  if (c.plan.sealed.begin >= before.length && setup_.backend->host_memory()) {
-    const Part& part = arriving->parts[c.at];
-    for (std::int64_t t = 0; t < part.tokens; ++t) {
-      NonFinite x{before.length + t, false, false};
-      for (int h = 0; h < setup_.heads(); ++h) {
-        x.key |= !finite(arriving->k.at(part.input, h, part.input_row + t), setup_.config.dtype, setup_.config.head_dim_k);
-        x.value |= !finite(arriving->v.at(part.input, h, part.input_row + t), setup_.config.dtype, setup_.config.head_dim_v);
-      }
-      if (!x.key && !x.value) continue;
-      c.skip[static_cast<std::size_t>(t)] = 1;
-      arriving->news[c.at].push_back(x);
-    }
-  }
+  if (c.plan.sealed.begin >= c.sequence->length()) return flag_arriving(c, *arriving);
   if (std::find(c.skip.begin(), c.skip.end(), 1) == c.skip.end()) c.skip.clear();
-  return setup_.backend->host_memory() ? Status() : Block::copy_of(*setup_.backend, "masked", c.skip.data(), c.skip.size(), &c.skip_on_device);
+  return backend.host_memory() ? Status() : Block::copy_of(backend, "masked", c.skip.data(), c.skip.size(), &c.skip_on_device);
+}
+
+// Nothing of them is flagged yet. A device tells of its rows when it gets there.
+Status Draft::flag_arriving(Change& c, const Arriving& arriving) const {
+  Backend& backend = *setup_.backend;
+  const Part& part = arriving.parts[c.at];
+  const auto rows_of = [&part](const TensorView& x) {
+    return TensorView{x.at(part.input, 0, part.input_row), x.dtype, {1, x.shape[1], part.tokens, x.shape[3]}, x.stride};
+  };
+  SequenceView view;
+  view.query_count = part.tokens;
+  view.note = c.sequence->note();
+  view.exact[1].position = c.sequence->length();
+  std::vector<NonFinite>* const found = &arriving.news[c.at];
+  StoreJob job;
+  job.k = rows_of(arriving.k);
+  job.v = rows_of(arriving.v);
+  job.sequences.views = {&view, 1};
+  job.found = &found;
+  job.skip = c.skip.data();
+  if (!backend.host_memory()) {
+    KV4_RETURN_IF_ERROR(Block::make(backend, "masked", c.skip.size(), &c.skip_on_device));
+    KV4_RETURN_IF_ERROR(backend.clear(c.skip_on_device->as<void>(), c.skip.size()));
+    job.skip = c.skip_on_device->as<std::uint8_t>();
+  }
+  KV4_RETURN_IF_ERROR(backend.store(job));
+  if (found->empty()) c.skip.clear();
+  return {};
 }
 
 // Jobs for the pages of plan.sealed, whole ones or, on arrival, what comes to the page that is being filled.
@@ -123,7 +137,7 @@ Status Draft::plan_pages(Change& c, const Arriving* arriving) {
   job.lambda_k = setup_.lambda_k(c.next.lambda);
   job.lambda_v = setup_.lambda_v();
   const std::int64_t old_end = after.page_end() - plan.new_pages;
-  const std::uint8_t* const skip = c.skip.empty() ? nullptr : c.skip_on_device ? c.skip_on_device->as<std::uint8_t>() : c.skip.data();
+  const std::uint8_t* const skip = c.skip_on_device ? c.skip_on_device->as<std::uint8_t>() : c.skip.empty() ? nullptr : c.skip.data();
   std::int64_t position = plan.sealed.begin;
   for (std::int64_t index = plan.first_sealed; position < plan.sealed.end; ++index, position += job.count) {
     const std::int64_t begin = after.page_position(ledger.policy(), index);

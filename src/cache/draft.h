@@ -73,6 +73,7 @@ class Draft {
   Status learn(Change& c) const;
   Status plan_pages(Change& c, const Arriving* arriving);
   Status flag(Change& c, const Arriving* arriving) const;
+  Status flag_arriving(Change& c, const Arriving& arriving) const;
   Status move_rows(Change& c) const;
   Status reopen(const Change& c, RowBuffer* rows) const;
 

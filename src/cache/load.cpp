@@ -188,7 +188,7 @@ Status load_lengths(const blob::State& saved, blob::Reader& in, std::vector<std:
   KV4_RETURN_IF_ERROR(in.read_array(blob::Kind::lengths, saved.batch, lengths));
   for (const std::uint64_t length : *lengths)
     KV4_RETURN_IF_ERROR(expect_within("length", static_cast<std::int64_t>(length), 0, static_cast<std::int64_t>(saved.length)));
-  return {};
+  return expect_equal("longest", saved.batch == 0 ? 0 : static_cast<std::int64_t>(*std::max_element(lengths->begin(), lengths->end())), static_cast<std::int64_t>(saved.length));
 }
 
 // The ledgers take the pages over, and hear of non-finite rows.

@@ -30,19 +30,24 @@ void store_row(std::byte* to, DType dtype, const float* from, int channels) {
   for (int c = 0; c < channels; ++c) half[c] = dtype == DType::f16 ? f32_to_f16(from[c]) : f32_to_bf16(from[c]);
 }
 
-// One side of one sequence, its rows being x's from `input_row` on; told(t) hears of every row with NaN or infinity.
+// One side of one sequence, its rows being x's from `input_row` on, stored or looked at alone; told(t) hears of every row with NaN or
+// infinity.
 template <class Told>
-void store_side(const TensorView& x, const SequenceView& s, bool keys, Told told) {
+void store_side(const TensorView& x, const SequenceView& s, bool keys, bool stored, Told told) {
   const ExactRows& rows = s.exact[1];
   const std::int64_t size = static_cast<std::int64_t>(size_of(x.dtype));
   const int channels = static_cast<int>(x.shape[3]);
   const std::size_t bytes = static_cast<std::size_t>(channels) * size_of(x.dtype);
   for (std::int64_t h = 0; h < x.shape[1]; ++h) {
     for (std::int64_t t = 0; t < s.query_count; ++t) {
-      std::byte* to = static_cast<std::byte*>(const_cast<void*>(keys ? rows.k : rows.v)) + row_offset(rows, keys, h, rows.count + t) * size;
-      std::memcpy(to, x.at(s.input, h, s.input_row + t), bytes);
-      if (finite(to, x.dtype, channels)) continue;
-      std::memset(to, 0, bytes);
+      const void* const from = x.at(s.input, h, s.input_row + t);
+      std::byte* to = nullptr;
+      if (stored) {
+        to = static_cast<std::byte*>(const_cast<void*>(keys ? rows.k : rows.v)) + row_offset(rows, keys, h, rows.count + t) * size;
+        std::memcpy(to, from, bytes);
+      }
+      if (finite(from, x.dtype, channels)) continue;
+      if (stored) std::memset(to, 0, bytes);
       told(t);
     }
   }
@@ -61,10 +66,11 @@ void store(const StoreJob& job) {
         bad[static_cast<std::size_t>(t)] |= side;
       };
     };
-    store_side(job.k, s, true, told(1));
-    store_side(job.v, s, false, told(2));
+    store_side(job.k, s, true, job.skip == nullptr, told(1));
+    store_side(job.v, s, false, job.skip == nullptr, told(2));
     for (std::size_t t = 0; t < bad.size(); ++t) {
       if (bad[t] == 0) continue;
+      if (job.skip != nullptr) job.skip[s.input * job.k.shape[2] + s.input_row + static_cast<std::int64_t>(t)] = 1;
       const NonFinite told{s.exact[1].position + s.exact[1].count + static_cast<std::int64_t>(t), (bad[t] & 1) != 0, (bad[t] & 2) != 0};
       if (job.found != nullptr) job.found[b]->push_back(told);
       if (s.note == nullptr) continue;

@@ -157,9 +157,6 @@ TEST_F(CudaCache, CreateRefusesWhatNoKernelServes) {
   bad.recipe.key.group = 32;
   expect(bad, StatusCode::unsupported, "group");
   bad = config;
-  bad.recipe = Recipe::paper();
-  expect(bad, StatusCode::unsupported, "seal");
-  bad = config;
   bad.backend = "cuda:77";
   expect(bad, StatusCode::invalid_argument, "backend");
   bad = config;
@@ -167,6 +164,65 @@ TEST_F(CudaCache, CreateRefusesWhatNoKernelServes) {
   expect(bad, StatusCode::ok, "");
   bad.head_dim_k = bad.head_dim_v = 20;
   expect(bad, StatusCode::unsupported, "head_dim_k");
+}
+
+// Each vector is sealed as it comes, into parts of pages that forks share: the CPU's codes, but for numbers next to a boundary
+// between two, and its answers. A row with NaN is zeros, and refused.
+TEST_F(CudaCache, SealsOnArrivalWhatTheCpuSeals) {
+  DevicePlace place(DType::f16);
+  const int d = kShape.dim, heads = kShape.q_heads, kv_heads = kShape.kv_heads;
+  std::unique_ptr<Cache> device = make(Recipe::paper(), kShape, 0, DType::f16, "cuda"), host = make(Recipe::paper(), kShape), fork;
+  std::uint64_t seed = 31;
+  const auto step = [&](int tokens) {
+    std::vector<float> k = cases::normal_rows(kv_heads * tokens, d, ++seed), v = cases::normal_rows(kv_heads * tokens, d, ++seed);
+    std::vector<float> q = cases::normal_rows(heads * tokens, d, ++seed, 0.3), out[2] = {q, q};
+    for (std::vector<float>* x : {&k, &v, &q})
+      for (float& f : *x) f = place.round(f);
+    ASSERT_TRUE(device->append(place.rows(k, 1, kv_heads, tokens, d), place.rows(v, 1, kv_heads, tokens, d)).ok());
+    ASSERT_TRUE(host->append(view(k, 1, kv_heads, tokens, d), view(v, 1, kv_heads, tokens, d)).ok());
+    AttendArgs args;
+    args.q = place.queries(q, 1, heads, tokens, d);
+    ASSERT_TRUE(device->attend(args, place.into(out[0], 1, heads, tokens, d)).ok());
+    place.fetch();
+    args.q = view(q, 1, heads, tokens, d);
+    ASSERT_TRUE(host->attend(args, into(out[1], 1, heads, tokens, d)).ok());
+    ASSERT_EQ(device->sealed_tokens(0), device->length());
+    std::size_t differ = 0, all = 0;
+    for (int page = 0; page < device->page_count(0); ++page)
+      for (int h = 0; h < kv_heads; ++h) {
+        std::vector<std::uint8_t> codes[2][2];
+        for (int i = 0; i < 2; ++i) {
+          for (std::vector<std::uint8_t>& x : codes[i]) x.resize(static_cast<std::size_t>(kPageTokens * d / 2));
+          ASSERT_TRUE((i == 0 ? device : host)->page_codes(0, page, h, codes[i][0], codes[i][1]).ok());
+        }
+        const std::int64_t arrived = std::min<std::int64_t>(kPageTokens, device->length() - page * kPageTokens);
+        for (int side = 0; side < 2; ++side)
+          for (std::size_t n = 0; n < static_cast<std::size_t>(arrived * d / 2); ++n, ++all) differ += codes[0][side][n] != codes[1][side][n];
+      }
+    ASSERT_LE(differ * 1000, all);  // within 1e-4 of a step from a boundary lies less than one in a thousand bytes
+    for (std::size_t i = 0; i < out[0].size(); ++i) ASSERT_NEAR(out[0][i], out[1][i], 0.02) << i;
+  };
+  for (const int tokens : {1, 40, 3, 64, 1, 130, 1}) ASSERT_NO_FATAL_FAILURE(step(tokens));
+  ASSERT_TRUE(device->clone(&fork).ok());  // its last page is not filled on
+  std::vector<std::uint8_t> before[2], after[2];
+  for (std::vector<std::uint8_t>& x : before) x.resize(static_cast<std::size_t>(kPageTokens * d / 2));
+  for (int i = 0; i < 2; ++i) after[i] = before[i];
+  const int last = fork->page_count(0) - 1;
+  ASSERT_TRUE(fork->page_codes(0, last, 0, before[0], before[1]).ok());
+  for (const int tokens : {1, 10}) ASSERT_NO_FATAL_FAILURE(step(tokens));
+  ASSERT_TRUE(fork->page_codes(0, last, 0, after[0], after[1]).ok());
+  EXPECT_TRUE(before[0] == after[0] && before[1] == after[1]);
+  std::vector<float> k = cases::normal_rows(kv_heads, d, 5), q = cases::normal_rows(heads, d, 6), out(q.size());
+  k[3] = std::numeric_limits<float>::quiet_NaN();
+  ASSERT_TRUE(device->append(place.rows(k, 1, kv_heads, 1, d), place.rows(k, 1, kv_heads, 1, d)).ok());
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  AttendArgs args;
+  args.q = place.queries(q, 1, heads, 1, d);
+  EXPECT_EQ(device->attend(args, place.into(out, 1, heads, 1, d)).code(), StatusCode::non_finite);
+  ASSERT_TRUE(device->crop(device->length() - 1).ok());
+  ASSERT_TRUE(device->attend(args, place.into(out, 1, heads, 1, d)).ok());
+  place.fetch();
+  for (const float x : out) EXPECT_TRUE(std::isfinite(x));
 }
 
 // Without waiting a query first sees zeros; the news arrives with the device's work.
