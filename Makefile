@@ -20,7 +20,7 @@ CORE := CMakeLists.txt pyproject.toml $(shell find cmake include src python/bind
 # Directories change when a file is added or removed.
 CORE += $(shell find include src python/bindings -type d 2>/dev/null)
 
-.PHONY: help setup system demo test test-cpp test-python test-slow test-neon test-metal test-tools setup-vllm test-vllm metal-tools engine test-engine check lint format asan ubsan tsan bench wheel clean
+.PHONY: help setup system demo test test-cpp test-python test-slow test-neon test-metal test-tools setup-vllm test-vllm metal-tools engine test-engine llama test-llama check lint format asan ubsan tsan bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make test-slow      every causal model class of transformers, tiny, against its own cache"
 	@echo "make engine   kv4-run, the native GGUF engine, in build/engine/engine;  make test-engine: its tests"
 	@echo "make setup-vllm     vLLM for CPUs with kv4 as its plug-in, in .venv-vllm;  make test-vllm: its tests"
+	@echo "make llama    libggml-kv4.so, for a llama.cpp that is built once beside it, in build/llama;  make test-llama: its tests"
 	@echo "make asan | ubsan | tsan      the C++ tests under a sanitizer"
 	@echo "make bench    the C++ benchmarks, built"
 	@echo "make lint     check, and clang-tidy where it is installed;  make format    clang-format and ruff"
@@ -117,6 +118,18 @@ setup-vllm: $(VLLM)/.kv4
 test-vllm: setup setup-vllm
 	$(BIN)/kv4 pull gemma-3-270m > /dev/null
 	$(VLLM)/bin/python -m pytest -p no:cacheprovider tests/vllm
+
+# llama.cpp's source comes as a part of a package and is built once, outside this tree.
+$(VENV)/.llama: scripts/setup_llama.sh requirements-engine.txt $(VENV)/.python
+	@bash scripts/setup_llama.sh $(BIN)/python | tail -n 1 > $@.part && mv $@.part $@
+
+llama: $(VENV)/.llama
+	cmake --preset llama -DKV4_LLAMA_SOURCE="$$(cat $(VENV)/.llama)/source" -DKV4_LLAMA_LIBRARIES="$$(cat $(VENV)/.llama)/build/bin"
+	cmake --build --preset llama --target ggml-kv4
+
+test-llama: llama setup test-tools
+	cmake --build --preset llama --target ggml-kv4-for-another kv4_llama_probe kv4-load-backends
+	KV4_LLAMA="$$(cat $(VENV)/.llama)" $(BIN)/python -m pytest tests/llama
 
 test-neon: setup
 	@bash scripts/setup_system.sh cross
