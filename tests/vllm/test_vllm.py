@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
 
 TOKENS = 16
 # Logits of a bfloat16 model between 16 and 32 are multiples of 1/8: texts part rightly where two are that close.
@@ -18,13 +19,9 @@ def generate(llm: Any, prompts: list[dict[str, list[int]]]) -> list[Any]:
     return llm.generate(prompts, greedy, use_tqdm=False)
 
 
-def texts(outputs: list[Any]) -> list[list[int]]:
-    return [list(o.outputs[0].token_ids) for o in outputs]
-
-
 def parted(one: Any, other: Any) -> tuple[int, float] | None:
     """Where two texts part, and how far apart the logits of their tokens are there in the first."""
-    a, b = one.outputs[0], other.outputs[0]
+    a, b = (x.outputs[0] if hasattr(x, "outputs") else x for x in (one, other))
     for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)):
         if x != y:
             seen = a.logprobs[i]
@@ -61,13 +58,16 @@ def test_the_default_recipe_is_near_the_exact_one_and_hits_of_the_prefix_cache_c
         got = generate(llm, prompts)
         again = generate(llm, prompts)
         # Two of the same prompt in one batch, and two answers to one.
-        likeliest = SamplingParams(max_tokens=TOKENS, temperature=1, top_k=1, ignore_eos=True, n=2)
+        likeliest = SamplingParams(max_tokens=TOKENS, temperature=1, top_k=1, ignore_eos=True, logprobs=5, n=2)
         pair = llm.generate([prompts[4]] * 2, likeliest, use_tqdm=False)
     assert sum(o.num_cached_tokens for o in again) > 4000
     found = [parted(a, b) for a, b in zip(got, again, strict=True)]
     assert all(at is None or at[1] <= NEAR for at in found), found
-    answers = [list(x.token_ids) for o in pair for x in o.outputs]
-    assert len(answers) == 4 and all(x == answers[0] for x in answers)
+    answers = [x for o in pair for x in o.outputs]
+    assert len(answers) == 4
+    # Logits that are equal are drawn from.
+    found = [parted(answers[0], x) for x in answers]
+    assert all(at is None or at[1] <= NEAR for at in found), found
     # The first token of an answer, whose context is the same: the divergence of the distribution over the exact
     # recipe's five likeliest tokens and all others, in nats. kv4 is at some thousandths (README.md); other tokens of
     # the prompt would be at whole nats.
@@ -81,15 +81,27 @@ def test_the_default_recipe_is_near_the_exact_one_and_hits_of_the_prefix_cache_c
     assert sum(divergences) / len(divergences) < 0.05, divergences
 
 
-def test_preempted_requests_are_resumed_with_the_same_text(engine: Any, prompts: Any) -> None:
-    few = [p for p in prompts if 127 <= len(p["prompt_token_ids"]) <= 1500] * 2
+def test_preempted_requests_are_resumed_with_the_same_text(
+    engine: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preempt, preempted = Scheduler._preempt_request, []
+
+    def counted(self: Any, request: Any, *more: Any, **named: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(self, request, *more, **named)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    long = prompts[1]["prompt_token_ids"]
+    # All of them need a third block of each kind while they are answered.
+    few = [{"prompt_token_ids": long[:1] + long[100 * i + 1 : 100 * i + 120]} for i in range(20)]
     with engine("kv4", enable_prefix_caching=False) as llm:
         expected = generate(llm, few)
         blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     assert blocks > 2000
-    # Room for one request of the longest kind and a little: the others wait, or are preempted and begin again.
-    with engine("kv4", enable_prefix_caching=False, num_gpu_blocks_override=1100, max_model_len=2048) as llm:
+    # Room for all that may begin, and not for what they come to: some are preempted and begin again.
+    with engine("kv4", enable_prefix_caching=False, num_gpu_blocks_override=700, max_model_len=2048) as llm:
         got = generate(llm, few)
+    assert preempted
     found = [parted(a, b) for a, b in zip(expected, got, strict=True)]
     assert all(at is None or at[1] <= NEAR for at in found), found
 
