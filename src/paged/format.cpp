@@ -70,8 +70,11 @@ struct PageFormat::State {
     return job;
   }
   Status check_rows(const TensorView& x, const char* name, int dim) const;
-  Status check_strides(const PagedBatch& batch) const;
+  // q [1, a multiple of kv_heads, rows, head_dim_k], rows being what `rows` says and at least `least`.
+  Status check_queries(const TensorView& q, const char* rows, std::int64_t least) const;
   Status open(const PagedBatch& batch, const Place& place) const;
+  template <class Job, class Run>
+  Status on_pages(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace, const Place& place, Run run) const;
   Status attend(const PagedBatch& given, const AttendArgs& args, const MutableTensorView* out, const PartialState* partial,
                 std::span<std::byte> workspace, const Place& place) const;
 };
@@ -129,19 +132,14 @@ Status PageFormat::State::check_rows(const TensorView& x, const char* name, int 
   return x.data == nullptr && x.shape[2] > 0 ? invalid_argument(name, "data", "a null pointer") : Status();
 }
 
-// Head slices are read by whole cache lines.
-Status PageFormat::State::check_strides(const PagedBatch& batch) const {
-  const auto aligned = [](const char* name, std::int64_t value) {
-    return value % 64 == 0 ? Status() : invalid_argument(std::string("batch.page_memory.") + name, "a multiple of 64", std::to_string(value));
-  };
-  KV4_RETURN_IF_ERROR(aligned("data", static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(batch.page_memory.data))));
-  KV4_RETURN_IF_ERROR(aligned("page_stride", batch.page_memory.page_stride));
-  return aligned("head_stride", batch.page_memory.head_stride);
+Status PageFormat::State::check_queries(const TensorView& q, const char* rows, std::int64_t least) const {
+  const auto& x = q.shape;
+  if (x[0] == 1 && x[1] >= config.kv_heads && x[1] % config.kv_heads == 0 && x[2] >= least && x[3] == config.head_dim_k) return {};
+  return invalid_argument("q", "shape [1, a multiple of " + std::to_string(config.kv_heads) + ", " + rows + ", " + std::to_string(config.head_dim_k) + "]", shape_text(x));
 }
 
 Status PageFormat::State::open(const PagedBatch& batch, const Place& place) const {
   KV4_RETURN_IF_ERROR(check_batch(batch));
-  KV4_RETURN_IF_ERROR(check_strides(batch));
   backend->set_stream(place.stream);
   return {};
 }
@@ -171,32 +169,31 @@ Status PageFormat::store(const PagedBatch& given, const TensorView& k, const Ten
   return s.backend->store(job);
 }
 
-Status PageFormat::seal(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace, const Place& place) const {
-  const State& s = *state_;
-  KV4_RETURN_IF_ERROR(s.open(batch, place));
-  KV4_RETURN_IF_ERROR(check_range(batch, range, s.readable()));
+// run(jobs): one job for each page of the range.
+template <class Job, class Run>
+Status PageFormat::State::on_pages(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace, const Place& place, Run run) const {
+  KV4_RETURN_IF_ERROR(open(batch, place));
+  KV4_RETURN_IF_ERROR(check_range(batch, range, readable()));
   const std::size_t count = static_cast<std::size_t>(batch.size) * static_cast<std::size_t>(range.most);
   if (count == 0) return {};
   const Lent lent(place.executor);
-  SealJob* jobs = nullptr;
+  Job* jobs = nullptr;
   std::span<std::byte> rest;
   KV4_RETURN_IF_ERROR(at_end(workspace, count, &jobs, &rest));
-  KV4_RETURN_IF_ERROR(s.backend->make_jobs(batch, s.config.dtype, range, jobs));
-  return s.backend->seal(s.spec, batch.page_memory, s.config.kv_heads, {jobs, count}, true);
+  KV4_RETURN_IF_ERROR(backend->make_jobs(batch, config.dtype, range, jobs));
+  return run(std::span<const Job>(jobs, count));
+}
+
+Status PageFormat::seal(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace, const Place& place) const {
+  const State& s = *state_;
+  return s.on_pages<SealJob>(batch, range, workspace, place,
+                             [&](auto jobs) { return s.backend->seal(s.spec, batch.page_memory, s.config.kv_heads, jobs, true); });
 }
 
 Status PageFormat::dequantise(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace, const Place& place) const {
   const State& s = *state_;
-  KV4_RETURN_IF_ERROR(s.open(batch, place));
-  KV4_RETURN_IF_ERROR(check_range(batch, range, s.readable()));
-  const std::size_t count = static_cast<std::size_t>(batch.size) * static_cast<std::size_t>(range.most);
-  if (count == 0) return {};
-  const Lent lent(place.executor);
-  DequantiseJob* jobs = nullptr;
-  std::span<std::byte> rest;
-  KV4_RETURN_IF_ERROR(at_end(workspace, count, &jobs, &rest));
-  KV4_RETURN_IF_ERROR(s.backend->make_jobs(batch, s.config.dtype, range, jobs));
-  return s.backend->dequantise(s.spec, batch.page_memory, s.config.kv_heads, {jobs, count}, true);
+  return s.on_pages<DequantiseJob>(batch, range, workspace, place,
+                                   [&](auto jobs) { return s.backend->dequantise(s.spec, batch.page_memory, s.config.kv_heads, jobs, true); });
 }
 
 Status PageFormat::State::attend(const PagedBatch& given, const AttendArgs& args, const MutableTensorView* out, const PartialState* partial,
@@ -204,8 +201,7 @@ Status PageFormat::State::attend(const PagedBatch& given, const AttendArgs& args
   PagedBatch batch = given;
   KV4_RETURN_IF_ERROR(open(batch, place));
   const auto& shape = args.q.shape;
-  if (shape[0] != 1 || shape[1] < config.kv_heads || shape[1] % config.kv_heads != 0 || shape[2] < 0 || shape[3] != config.head_dim_k)
-    return invalid_argument("q", "shape [1, a multiple of " + std::to_string(config.kv_heads) + ", rows, " + std::to_string(config.head_dim_k) + "]", shape_text(shape));
+  KV4_RETURN_IF_ERROR(check_queries(args.q, "rows", 0));
   if (batch.size == 0 || shape[2] == 0) return {};
   KV4_RETURN_IF_ERROR(check_arguments(args));
   KV4_RETURN_IF_ERROR(check_output(args, config.head_dim_v, out, partial));
@@ -241,8 +237,7 @@ Status PageFormat::learn_lambda(const TensorView& q, const TensorView& k, float*
   KV4_RETURN_IF_ERROR(s.check_rows(k, "k", c.head_dim_k));
   if (k.shape[2] == 0 || k.shape[2] % kPageTokens != 0)
     return invalid_argument("k", "rows of whole pages, a multiple of " + std::to_string(kPageTokens), std::to_string(k.shape[2]));
-  if (q.shape[0] != 1 || q.shape[1] < c.kv_heads || q.shape[1] % c.kv_heads != 0 || q.shape[2] < 1 || q.shape[3] != c.head_dim_k)
-    return invalid_argument("q", "shape [1, a multiple of " + std::to_string(c.kv_heads) + ", 1 or more, " + std::to_string(c.head_dim_k) + "]", shape_text(q.shape));
+  KV4_RETURN_IF_ERROR(s.check_queries(q, "1 or more", 1));
   AttendArgs args;
   args.q = q;
   KV4_RETURN_IF_ERROR(check_arguments(args));

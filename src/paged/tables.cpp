@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "backend/batch.h"
 
@@ -49,6 +50,11 @@ Status check_sequence(const PagedBatch& batch, int b, Use use, std::int64_t rows
 
 Status check_batch(const PagedBatch& batch) {
   if (batch.size < 0) return invalid_argument("batch.size", "0 or more", std::to_string(batch.size));
+  // Head slices are read by whole cache lines.
+  const std::pair<const char*, std::int64_t> aligned[] = {{"data", static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(batch.page_memory.data))},
+                                                          {"page_stride", batch.page_memory.page_stride}, {"head_stride", batch.page_memory.head_stride}};
+  for (const auto& [name, value] : aligned)
+    if (value % 64 != 0) return invalid_argument(std::string("batch.page_memory.") + name, "a multiple of 64", std::to_string(value));
   if (batch.size == 0) return {};
   const struct {
     const char* name;
