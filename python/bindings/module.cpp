@@ -15,6 +15,7 @@
 #include "kv4/cpu.h"
 #include "kv4/version.h"
 #include "ledger.h"
+#include "ledger/extent.h"
 #include "metal.h"
 #include "paged.h"
 #include "tensor.h"
@@ -196,9 +197,7 @@ void create(PyCache* self, nb::handle recipe, const std::string& dtype, int kv_h
   config.backend = backend;
   std::unique_ptr<Cache> cache;
   raise_if_error(Cache::create(config, &cache));
-  const std::size_t colon = backend.find(':');
-  const int device = backend.substr(0, colon) == "cpu" ? kHost : colon == std::string::npos ? 0 : std::stoi(backend.substr(colon + 1));
-  new (self) PyCache{std::move(cache), device};
+  new (self) PyCache{std::move(cache), device_of(backend)};
 }
 
 void append(PyCache& self, nb::handle k, nb::handle v, const Named& rows) {
@@ -312,7 +311,7 @@ NB_MODULE(_core, m) {
   using namespace nb::literals;
   m.doc() = "The kv4 core: an int4 key/value cache and its attention.";
   m.attr("PAGE_TOKENS") = kv4::kPageTokens;
-  m.attr("QUERY_STRIDE") = kv4::kQueryStride;
+  m.attr("QUERY_STRIDE") = kv4::ledger::kQueryStride;
 
   // Caches held by modules at interpreter exit are no leak worth a user's attention.
   nb::set_leak_warnings(false);

@@ -80,9 +80,7 @@ void create(PyFormat* self, nb::handle recipe, const std::string& dtype, int kv_
   config.backend = backend;
   std::unique_ptr<PageFormat> format;
   raise_if_error(PageFormat::create(config, &format));
-  const std::size_t colon = backend.find(':');
-  const int device = backend.substr(0, colon) == "cpu" ? kHost : colon == std::string::npos ? 0 : std::stoi(backend.substr(colon + 1));
-  new (self) PyFormat{std::move(format), std::move(config), device};
+  new (self) PyFormat{std::move(format), std::move(config), device_of(backend)};
 }
 
 PyTables tables(const PyFormat& self, nb::object queries, nb::object lengths, nb::object sealed, nb::object pages, nb::object blocks, nb::object sinks,

@@ -185,6 +185,12 @@ std::string shape_text(const Tensor& t) {
   return text + "]";
 }
 
+int device_of(const std::string& backend) {
+  const std::size_t colon = backend.find(':');
+  if (backend.substr(0, colon) == "cpu") return kHost;
+  return colon == std::string::npos ? 0 : std::stoi(backend.substr(colon + 1));
+}
+
 Tensor tensor(nb::handle x, const char* name, int device) { return read(x, name, device, false); }
 Tensor writable_tensor(nb::handle x, const char* name, int device) { return read(x, name, device, true); }
 
