@@ -9,7 +9,6 @@
 namespace kv4 {
 
 constexpr int kPageTokens = 64;
-constexpr int kQueryStride = 8;  // LambdaMode::automatic counts one query in so many (src/cache/sequence.h says which)
 
 enum class LevelKind : std::uint8_t {
   lloyd_max = 0,  // +-{6, 18, 31, 44, 58, 75, 96, 127}: Lloyd-Max levels of a Gaussian, scaled to int8

@@ -19,7 +19,7 @@ namespace kv4 {
 // of their mean, nearly, and near its best an error of it counts by its square. Blocks are written once and then shared by
 // forks.
 struct QueryEnergy {
-  static constexpr std::int64_t kEvery = kQueryStride;
+  static constexpr std::int64_t kEvery = ledger::kQueryStride;
   std::int64_t first = -1;                    // position of the first unmasked query; none so far
   std::vector<std::shared_ptr<Block>> rows;   // float [kv_heads * head_dim_k], of the query at first + kEvery * i + kEvery - 1; null: masked or not asked
 

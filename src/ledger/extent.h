@@ -15,6 +15,8 @@
 
 namespace kv4::ledger {
 
+constexpr int kQueryStride = 8;  // a lambda that is learnt counts one query in so many (cache/sequence.h says which)
+
 // Positions [begin, end).
 struct Rows {
   std::int64_t begin = 0, end = 0;

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kv4 import Recipe
+from kv4._core import PAGE_TOKENS as PAGE
 from kv4.messages import mismatch
 
 _NAMED = {"kv4": Recipe, "exact": Recipe.exact}
@@ -40,8 +41,9 @@ def checked(recipe: Recipe, where: str) -> Recipe:
     """The recipe if a server can keep to it: what a token sees follows from its position, in pages of 64."""
     if recipe.seal == "arrival":
         raise ValueError(mismatch(f"{where}: seal", "page or never", recipe.seal))
-    if recipe.seal == "page" and (recipe.window != 64 or recipe.sinks > 64):
-        raise ValueError(mismatch(where, "a window of 64 and at most 64 sinks", f"{recipe.window} and {recipe.sinks}"))
+    if recipe.seal == "page" and (recipe.window != PAGE or recipe.sinks > PAGE):
+        expected = f"a window of {PAGE} and at most {PAGE} sinks"
+        raise ValueError(mismatch(where, expected, f"{recipe.window} and {recipe.sinks}"))
     for name, side in (("key", recipe.key), ("value", recipe.value)):
         if side.rotation == "dense" or side.lambda_ == "given":
             raise ValueError(mismatch(f"{where}: {name}", "nothing that a calibration has to give", side))

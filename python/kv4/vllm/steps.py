@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-PAGE = 64
+from kv4._core import PAGE_TOKENS as PAGE
 
 
 @dataclass
