@@ -41,7 +41,7 @@ struct Batch {
       sealed.push_back(packed * kPageTokens);
       for (int p = 0; p < table; ++p) {
         pages.push_back(p < packed ? page_count++ : 0);
-        blocks.push_back(size > 0 ? static_cast<std::int32_t>(lengths.size() - 1) * 3 + p % 3 : 0);
+        blocks.push_back(static_cast<std::int32_t>(lengths.size() - 1) * 3 + p % 3);
       }
     }
     memory.assign(static_cast<std::size_t>(page_count) * format->page_bytes() + 64, 0x31);  // scales of .16

@@ -250,8 +250,8 @@ class PagedServer {
     return {x.as<void>(), shape_.dtype, {1, heads, rows, shape_.dim}, {0, shape_.dim, static_cast<std::int64_t>(heads) * shape_.dim, 1}};
   }
 
-  // The rows [begin, length) of a sequence, gathered from their blocks: keys of all heads, then values.
-  void gather(const Sequence& s, std::int64_t begin, const std::vector<std::int32_t>& table, std::int64_t count, Held& to) {
+  // Rows [begin, begin + count), gathered from the blocks of `table`: keys of all heads, then values.
+  void gather(std::int64_t begin, const std::vector<std::int32_t>& table, std::int64_t count, Held& to) {
     const std::size_t line = static_cast<std::size_t>(shape_.dim) * 2;
     for (int side = 0; side < 2; ++side)
       for (int h = 0; h < shape_.kv_heads; ++h)
@@ -261,7 +261,6 @@ class PagedServer {
           std::byte* at = to.as<std::byte>() + (static_cast<std::size_t>(side * shape_.kv_heads + h) * static_cast<std::size_t>(count) + static_cast<std::size_t>(r - begin)) * line;
           EXPECT_TRUE(backend_.copy(at, from, line).ok());
         }
-    static_cast<void>(s);
   }
   ExactRows rows_of(const Held& x, std::int64_t position, std::int64_t count) const {
     ExactRows r;
@@ -306,12 +305,12 @@ class PagedServer {
       if (v.page_count > 0 && shape_.sinks > 0) {
         v.pages_hidden = shape_.sinks;
         held.push_back(std::make_unique<Held>(backend_, static_cast<std::size_t>(shape_.sinks * row()) * 4));
-        gather(s, 0, {s.sinks}, shape_.sinks, *held.back());
+        gather(0, {s.sinks}, shape_.sinks, *held.back());
         v.exact[0] = rows_of(*held.back(), 0, shape_.sinks);
       }
       if (s.length > s.sealed) {
         held.push_back(std::make_unique<Held>(backend_, static_cast<std::size_t>((s.length - s.sealed) * row()) * 4));
-        gather(s, s.sealed, s.blocks, s.length - s.sealed, *held.back());
+        gather(s.sealed, s.blocks, s.length - s.sealed, *held.back());
         v.exact[1] = rows_of(*held.back(), s.sealed, s.length - s.sealed);
       }
       v.lambda_k = shape_.lambda ? batch.lambda_k + static_cast<std::int64_t>(i) * batch.lambda_k_stride : nullptr;
@@ -349,7 +348,7 @@ class PagedServer {
     Held expected(backend_, format->page_bytes());
     for (std::int64_t p = begin / kPageTokens; p < end / kPageTokens; ++p) {
       Held rows(backend_, format->block_bytes());
-      gather(s, p * kPageTokens, s.blocks, kPageTokens, rows);
+      gather(p * kPageTokens, s.blocks, kPageTokens, rows);
       std::vector<std::uint8_t> skip(kPageTokens, 0);
       if (p == 0) std::fill_n(skip.begin(), shape_.sinks, std::uint8_t{1});
       Held flags(backend_, kPageTokens);

@@ -93,7 +93,9 @@ TEST(Paged, RefusalsNameTheArgumentAndWriteNothing) {
     PageRange range;
     std::span<std::byte> workspace;
   };
-  const Call fine{good, {.q = q}, to, k, k, {first, last, 1}, server.workspace->span()};
+  AttendArgs asked;
+  asked.q = q;
+  const Call fine{good, asked, to, k, k, {first, last, 1}, server.workspace->span()};
   const std::vector<std::int32_t> queries{0, 2, 1}, many{0, 1, 3}, odd{63, 0}, far{640, 0}, ids(2 * PagedServer::kTable, 1000);
   using Change = std::function<void(Call&)>;
   const std::pair<const char*, Change> any[] = {
@@ -208,7 +210,9 @@ TEST(Paged, NaNIsStoredAsZerosAndTold) {
 
 // The workspace is the only memory that calls use, and they stay within it.
 TEST(Paged, CallsAllocateNothingAndStayInTheWorkspace) {
-  if (!KV4_TESTS_OPENMP) ASSERT_TRUE(cpu::set_num_threads(1).ok());
+  if (!KV4_TESTS_OPENMP) {
+    ASSERT_TRUE(cpu::set_num_threads(1).ok());
+  }
   Two two;
   PagedServer& server = two.server;
   const PagedBatch batch = two.batch();
@@ -220,7 +224,8 @@ TEST(Paged, CallsAllocateNothingAndStayInTheWorkspace) {
     ASSERT_TRUE(server.format->prepare(workspace).ok());
     const std::vector<float> q(6 * 2 * 64, 0.5f);
     std::vector<float> out(q.size());
-    const AttendArgs args{.q = {q.data(), DType::f32, {1, 6, 2, 64}, {0, 128, 64, 1}}};
+    AttendArgs args;
+    args.q = {q.data(), DType::f32, {1, 6, 2, 64}, {0, 128, 64, 1}};
     const MutableTensorView to{out.data(), DType::f32, {1, 6, 2, 64}, {0, 128, 64, 1}};
     server.sequences[0].blocks[0] = 61;  // a block that nobody has
     const PagedBatch again = two.batch();
@@ -263,7 +268,9 @@ TEST(Paged, AHostLendsItsThreads) {
     ASSERT_TRUE(server.format->workspace_bytes({.q_heads = 32, .longest = 1000, .all = 1000}, &bytes, place).ok());
     std::vector<std::byte> workspace(bytes);
     out[i].resize(q.size());
-    ASSERT_TRUE(server.format->attend(batch, {.q = {q.data(), DType::f32, {1, 32, 1, 128}, {0, 128, 128, 1}}},
+    AttendArgs args;
+    args.q = {q.data(), DType::f32, {1, 32, 1, 128}, {0, 128, 128, 1}};
+    ASSERT_TRUE(server.format->attend(batch, args,
                                       {out[i].data(), DType::f32, {1, 32, 1, 128}, {0, 128, 128, 1}}, workspace, place).ok());
   }
   EXPECT_GT(lent.runs, 0);
