@@ -119,7 +119,8 @@ class PageFormat {
     std::int64_t most_queries = 1, longest = 0, all = 0;
   };
   Status workspace_bytes(const Limits& limits, std::size_t* out, const Place& place = {}) const;
-  // Prepares a workspace for its first use, as a device wants it: zeros it, on the place's stream.
+  // Prepares a workspace for its first use, as a device wants it: zeros it, on the place's stream. A device's workspace begins on a
+  // multiple of 16 bytes.
   Status prepare(std::span<std::byte> workspace, const Place& place = {}) const;
 
   // k [1, kv_heads, rows, head_dim_k] and v alike, of the format's dtype: row queries[b] + t goes to position lengths[b] - count + t of
