@@ -359,7 +359,7 @@ std::vector<int> ragged_lengths(int batch) {
 const bool registered = [] {
   for (const cases::Geometry& g : cases::kGeometries) {
     const auto name = [&g](const char* what, const std::string& tokens) { return std::string(what) + "/" + g.name + "/" + tokens; };
-    for (const auto& [batch, tokens] : {std::pair(16, 32768), std::pair(64, 8192), std::pair(1, 131072), std::pair(1, 4096)}) {
+    for (const auto& [batch, tokens] : {std::pair(16, 32768), std::pair(64, 8192), std::pair(1, 131072), std::pair(1, 4096), std::pair(8, 4096)}) {
       if (g.kv_heads > 16 && batch * tokens > 131072) continue;  // the scene would not fit
       for (const bool paged : {false, true})
         benchmark::RegisterBenchmark(name(paged ? "paged" : "decode", std::to_string(batch) + "x" + std::to_string(tokens)).c_str(), decode,

@@ -84,7 +84,8 @@ struct AttendParams {
   int merge_rows = 0;              // rows of a segment that one CTA merges
 };
 
-// uint4 per block of operands: [k-tile of 32][lane] bytes, [k-step of 16][lane] of q', [k-step of 16][lane] of q.
+// uint4 per block of operands: [k-tile of 32][lane] bytes, [k-tile of 32][tile of 4 rows][lane] of q' (attend_turn.cuh), [k-step of 16][lane]
+// of q.
 constexpr int operand_bytes_tiles(int dim) { return pad_channels(dim) / 32; }
 constexpr int operand_mean_steps(int dim) { return pad_channels(dim) / 16; }
 constexpr int operand_exact_steps(int dim) { return (dim + 15) / 16; }

@@ -9,9 +9,8 @@ namespace kv4::cuda {
 
 // How a segment's items are shared out among its CTAs' readers, kCount each.
 //
-// Where every reader has pages, they may be dealt (kDealt) two by two, as they are read: on one line (Shares), the exact items before the
-// pages, the first readers would have an odd page more, which takes a warp as long as two. Exact items, where they are few, go to the first
-// reader of each CTA: every warp that reads some waits for code that nobody has fetched, 6 us where all eight did at once.
+// Where every reader has pages, they may be dealt (kDealt) apart from the exact items, which, where they are few, go to the first reader of each
+// CTA: every warp that reads some waits for code that nobody has fetched, 6 us where all eight did at once.
 template <int kCount, bool kDealt>
 struct FusedShares : Shares {
   int exact_items, items, ctas;
@@ -21,12 +20,12 @@ struct FusedShares : Shares {
   __device__ __forceinline__ FusedShares(int exact, int pages)
       : Shares(exact + pages, static_cast<int>(gridDim.x) * kCount, 1), exact_items(exact), items(exact + pages),
         ctas(max(1, (readers + kCount - 1) / kCount)) {
-    const int all = static_cast<int>(gridDim.x) * kCount, pairs = (pages + 1) / 2;
-    dealt = kDealt && pairs >= all && exact <= 2 * static_cast<int>(gridDim.x);
+    const int all = static_cast<int>(gridDim.x) * kCount;
+    dealt = kDealt && pages >= all && exact <= 2 * static_cast<int>(gridDim.x);
     if (!dealt) return;
     holders = min(exact, ctas);
-    each = pairs / all;
-    more = pairs - each * all;
+    each = pages / all;
+    more = pages - each * all;
   }
   __device__ __forceinline__ Stretch of(int cta, int reader) const {
     const int w = cta * kCount + reader;
@@ -35,11 +34,11 @@ struct FusedShares : Shares {
       const int begin = first(w), behind = first(w + 1), pages = max(begin, exact_items);
       return {begin, max(0, min(behind, exact_items) - begin), pages - exact_items, max(0, behind - pages)};
     }
-    const int rank = reader * ctas + cta, fewer = readers - more, pair = rank * each + max(0, rank - fewer);
-    const int behind = 2 * (pair + each + (rank >= fewer ? 1 : 0)), page_count = min(behind, items - exact_items) - 2 * pair;
-    if (rank >= holders) return {0, 0, 2 * pair, page_count};
+    const int rank = reader * ctas + cta, fewer = readers - more, page = rank * each + max(0, rank - fewer);
+    const int page_count = each + (rank >= fewer ? 1 : 0);
+    if (rank >= holders) return {0, 0, page, page_count};
     const int begin = rank * exact_items / holders;
-    return {begin, (rank + 1) * exact_items / holders - begin, 2 * pair, page_count};
+    return {begin, (rank + 1) * exact_items / holders - begin, page, page_count};
   }
 };
 

@@ -38,11 +38,12 @@ struct FusedShape {
   static constexpr int kReaderFloats = reader_state_floats(D, kBlocks);
   static_assert(kQueueBytes >= kReaderFloats * 4, "a reader's state goes where its queue was");
 
-  // Of all warps that read.
-  static __device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"n"(kCount + 1), "n"(kWarps * kLanes) : "memory"); }
+  // Of all warps that read. Teams have the barriers before.
+  static constexpr int kBarrier = kMembers > 1 ? kCount + 1 : 1;
+  static __device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kWarps * kLanes) : "memory"); }
   // The same once the filling warp has called `filled`, which does not wait.
-  static __device__ __forceinline__ void meet_filled() { asm volatile("bar.sync %0, %1;" ::"n"(kCount + 2), "n"(kAllWarps * kLanes) : "memory"); }
-  static __device__ __forceinline__ void filled() { asm volatile("bar.arrive %0, %1;" ::"n"(kCount + 2), "n"(kAllWarps * kLanes) : "memory"); }
+  static __device__ __forceinline__ void meet_filled() { asm volatile("bar.sync %0, %1;" ::"n"(kBarrier + 1), "n"(kAllWarps * kLanes) : "memory"); }
+  static __device__ __forceinline__ void filled() { asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier + 1), "n"(kAllWarps * kLanes) : "memory"); }
 };
 
 // Tiles of 8 columns of a rotation's matrix that a warp multiplies by: `first`, `first` + `apart`, ... The first kAhead are
@@ -175,9 +176,7 @@ __device__ __forceinline__ void turn_queries(const AttendParams& p, int b, int h
         low |= (static_cast<uint32_t>(n) & 255) << 8 * j;
       }
       *reinterpret_cast<uint2*>(bytes + (c / 32 * kLanes + row * 4 + c % 16 / 4) * 4 + c % 32 / 16 * 2) = {high, low};
-      if (p.mean)
-        block[(operand_bytes_tiles(D) + c / 32 * 2 + c % 8 / 4) * kLanes + row * 4 + c % 32 / 8] =
-            two_halves(false, values[0] * to_one, values[1] * to_one, values[2] * to_one, values[3] * to_one);
+      if (p.mean) put_mean<D>(block, row, c, {values[0] * to_one, values[1] * to_one, values[2] * to_one, values[3] * to_one});
     }
     if (lane == 0) {
       scales[r / kBlockRows * 2 * kBlockRows + row] = top / 32512.0f * p.factor;
@@ -274,7 +273,7 @@ __device__ __forceinline__ void fused_fill(const AttendParams& p, const SharesOf
   const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
   Cursor from;
   if (lane < F::kCount) from.start_within(p, at.b, at.head, at.part, shares.of(blockIdx.x, lane));
-  PiecesOf<F::kMembers> pieces(p, from);
+  PiecesOf<F::kMembers, kReaders == Readers::warps ? 1 : 2> pieces(p, from);
   Filler<F::kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, F::kCount - 1) * F::kQueueBytes);
   fill_all(pieces, filler, lane);
   if (lane == 0) *end = fused_end(shares, blockIdx.x);
@@ -295,7 +294,6 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const SharesOf
   const Stretch stretch = shares.of(blockIdx.x, reader);
   unsigned char* const mine = memory + reader * F::kQueueBytes;
   std::conditional_t<kTeamed, TeamQueue<F::kMembers, F::kDepth, S::kSlotBytes>, Queue<F::kDepth, S::kSlotBytes, S::kExactPitch>> queue(mine, lane);
-  std::conditional_t<kTeamed, TeamState<D, F::kMembers, F::kBlocks>, State<D, F::kBlocks>> state;
 #pragma unroll 1
   for (int kind = 0; kind < 2; ++kind) {
     const bool packed = kind != 0;
@@ -304,8 +302,9 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const SharesOf
     Cursor here;
     here.start_within(p, at.b, at.head, at.part, {stretch.exact, packed ? 0 : run, stretch.page, packed ? run : 0});
     float* const to = packed || stretch.page_count == 0 ? reinterpret_cast<float*>(mine) : at.carried;  // one reader at most has both kinds
-    state.clear();
     if constexpr (kTeamed) {
+      TeamState<D, F::kMembers, F::kBlocks> state;
+      state.clear();
       auto& exchange = at.exchanges[reader];
       if (packed) team_pages<D, kSegmentRows, operand_words(D)>(p, queue, state, exchange, at.operands, scales, here, at.head, at.row0, run, reader, member, lane);
       else team_exact<D>(p, queue, state, exchange, at.operands, here, at.head, at.row0, run, reader, member, lane);
@@ -314,9 +313,19 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const SharesOf
       state.template put<kSegmentRows == Rows::four, F::kPitch>(to, exchange, packed, at.rows(p), member, lane);
     } else {
       Pieces none(p, Cursor());
-      if (packed) pages_run<D, kSegmentRows, true>(p, queue, none, state, at.operands, scales, nullptr, here, at.head, at.row0, run, lane);
-      else exact_run<D, F::kBlocks>(p, queue, none, state, here, at.head, at.operands, at.row0, run, lane);
-      state.template put<kSegmentRows == Rows::four, F::kPitch>(to, packed, at.rows(p), lane);
+      const auto take = [&](auto state, auto read) {
+        state.clear();
+        read(state);
+        state.template put<F::kRows, F::kPitch>(to, at.rows(p), lane);
+      };
+      if (packed)
+        take(PageState<D, tiles_of(kSegmentRows)>(), [&](auto& state) {
+          pages_run<D, kSegmentRows, true>(p, queue, none, state, at.operands, scales, nullptr, here, at.head, at.row0, run, lane);
+        });
+      else
+        take(State<D, F::kBlocks>(), [&](auto& state) {
+          exact_run<D, F::kBlocks>(p, queue, none, state, here, at.head, at.operands, at.row0, run, lane);
+        });
     }
   }
 }

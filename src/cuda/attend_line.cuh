@@ -188,9 +188,9 @@ __device__ __forceinline__ Piece exact_piece(const AttendParams& p, int b, int s
   return piece;
 }
 
-// The pieces of a stretch in the order in which they are read: keys and values of an exact item; the keys of two
-// pages, then their values. A run of pages is taken two by two, a last odd one alone; kExact exact items are taken together.
-template <int kExact>
+// The pieces of a stretch in the order in which they are read: the keys of kExact exact items or kPages pages, or as many as are left of
+// their run, then their values.
+template <int kExact, int kPages>
 class PiecesOf {
  public:
   __device__ __forceinline__ PiecesOf(const AttendParams& p, const Cursor& at) : p_(p), at_(at) {}
@@ -212,7 +212,8 @@ class PiecesOf {
   __device__ __forceinline__ const unsigned char* of_page(uint32_t* bytes) const {
     const bool values = step_ >= pages_;
     *bytes = values ? p_.v_copy_bytes : p_.k_copy_bytes;
-    return (step_ - (values ? pages_ : 0) == 0 ? page_[0] : page_[1]) + (values ? slice_ + p_.v_codes : slice_);
+    const int i = step_ - (values ? pages_ : 0);
+    return (kPages == 1 || i == 0 ? page_[0] : page_[kPages - 1]) + (values ? slice_ + p_.v_codes : slice_);
   }
   __device__ __forceinline__ Piece piece() const {
     if (packed()) {
@@ -230,38 +231,39 @@ class PiecesOf {
 
  private:
   // Pages as they come: their numbers, then the chunks that they lie in.
-  struct Pair {
-    std::uint32_t id[2];
-    const std::uint8_t* chunk[2];
+  struct Some {
+    std::uint32_t id[kPages];
+    const std::uint8_t* chunk[kPages];
   };
   // `left`: pages of the run that there are from these on.
-  __device__ __forceinline__ void ask_for_ids(Pair& pair, int left) {
-    load_into(pair.id[0], ids_, left > 0);
-    load_into(pair.id[1], ids_ + 1, left > 1);
-    ids_ += 2;
+  __device__ __forceinline__ void ask_for_ids(Some& some, int left) {
+#pragma unroll
+    for (int i = 0; i < kPages; ++i) load_into(some.id[i], ids_ + i, left > i);
+    ids_ += kPages;
   }
-  __device__ __forceinline__ void ask_for_chunks(Pair& pair, int left) const {
+  __device__ __forceinline__ void ask_for_chunks(Some& some, int left) const {
     if (p_.pages.chunks == nullptr) return;
-    if (left > 0) pair.chunk[0] = p_.pages.chunks[pair.id[0] >> p_.pages.shift];
-    if (left > 1) pair.chunk[1] = p_.pages.chunks[pair.id[1] >> p_.pages.shift];
+#pragma unroll
+    for (int i = 0; i < kPages; ++i)
+      if (left > i) some.chunk[i] = p_.pages.chunks[some.id[i] >> p_.pages.shift];
   }
-  __device__ __forceinline__ const unsigned char* address(const Pair& pair, int i) const {
-    const std::uint32_t within = pair.id[i] & ((1u << p_.pages.shift) - 1);
-    return (p_.pages.chunks != nullptr ? pair.chunk[i] : p_.pages.data) + static_cast<std::uint64_t>(within) * p_.pages.page_stride;
+  __device__ __forceinline__ const unsigned char* address(const Some& some, int i) const {
+    const std::uint32_t within = some.id[i] & ((1u << p_.pages.shift) - 1);
+    return (p_.pages.chunks != nullptr ? some.chunk[i] : p_.pages.data) + static_cast<std::uint64_t>(within) * p_.pages.page_stride;
   }
-  // Numbers are asked for four pages ahead of their use, chunks two, so that nobody waits for them within a run.
+  // Numbers are asked for before chunks, chunks before their use, so that nobody waits for them within a run.
   __device__ __forceinline__ void take() {
     step_ = 0;
     if (!at_.packed()) {
       pages_ = left_;
       return;
     }
-    pages_ = min(2, left_);
-    page_[0] = address(next_, 0);
-    page_[1] = address(next_, 1);
+    pages_ = min(kPages, left_);
+#pragma unroll
+    for (int i = 0; i < kPages; ++i) page_[i] = address(next_, i);
     next_ = after_;
-    ask_for_chunks(next_, left_ - 2);
-    ask_for_ids(after_, left_ - 4);
+    ask_for_chunks(next_, left_ - kPages);
+    ask_for_ids(after_, left_ - 2 * kPages);
   }
   // A run of pages, or the exact items that are taken together.
   __device__ __forceinline__ void enter() {
@@ -271,7 +273,7 @@ class PiecesOf {
       slice_ = static_cast<std::uint32_t>(at_.head()) * p_.pages.head_stride;
       ids_ = p_.sequences[at_.b].pages + (at_.item - at_.exact_items);
       ask_for_ids(next_, left_);
-      ask_for_ids(after_, left_ - 2);
+      ask_for_ids(after_, left_ - kPages);
       ask_for_chunks(next_, left_);
     }
   }
@@ -282,10 +284,10 @@ class PiecesOf {
   int run_ = 0, left_ = 0;    // of those that the cursor stands before
   std::uint32_t slice_ = 0;   // offset of the head's in a page
   const std::int32_t* ids_ = nullptr;
-  const unsigned char* page_[2] = {};
-  Pair next_ = {}, after_ = {};
+  const unsigned char* page_[kPages] = {};
+  Some next_ = {}, after_ = {};
 };
-using Pieces = PiecesOf<1>;
+using Pieces = PiecesOf<1, 1>;
 
 // What every run of pages looks up first, asked for before anybody knows where it begins.
 __device__ __forceinline__ void expect_pages(const AttendParams& p) {

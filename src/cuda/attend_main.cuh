@@ -11,6 +11,7 @@
 #include "cuda/attend_line.cuh"
 #include "cuda/attend_mask.cuh"
 #include "cuda/attend_tuning.h"
+#include "cuda/attend_turn.cuh"
 #include "cuda/device.cuh"
 
 namespace kv4::cuda {
@@ -52,21 +53,13 @@ struct State : Accumulators<D / 8, kBlocks> {
   using Base = Accumulators<D / 8, kBlocks>;
   using Base::o, Base::m, Base::l;
 
-  // As a partial state: o [kRows][kPitch], m [kRows], l [kRows], of the first `rows` rows. kTwice: rows of pages are laid twice.
-  static constexpr int kRows = kBlocks * kBlockRows, kFloats = kRows * (D + 2);
-  template <bool kTwice, int kPitch = D>
-  __device__ __forceinline__ void put(float* out, bool packed, int rows, int lane) {
+  // As a partial state: o [kRows][kPitch], m [kRows], l [kRows], of the first `rows` rows.
+  template <int kRows, int kPitch>
+  __device__ __forceinline__ void put(float* out, int rows, int lane) const {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int r = 0; r < kBlocks; ++r) {
-      float sum = quad_sum(l[r]);
-      if (kTwice && packed) {
-        sum += __shfl_xor_sync(kAll, sum, 16);
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) o[r][n][e] += __shfl_xor_sync(kAll, o[r][n][e], 16);
-      }
+      const float sum = quad_sum(l[r]);
       const int row = r * kBlockRows + g;
       if (row >= rows) continue;
 #pragma unroll
@@ -93,6 +86,7 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
   constexpr Readers kKind = main_readers(D, kRoom);
   constexpr bool kTeamed = kKind != Readers::warps;
   constexpr int kBlocks = blocks_of(kRows), kReaders = fit<D>(kRoom, kBlocks).readers, kDepth = fit<D>(kRoom, kBlocks).depth;
+  constexpr int kStateRows = kBlocks * kBlockRows;
   constexpr int kMembers = members_of(kKind), kWarps = kReaders * kMembers, kQueueBytes = queue_bytes(kDepth, S::kSlotBytes);
   using WarpSlots = Queue<kDepth, S::kSlotBytes, S::kExactPitch>;
   using Slots = std::conditional_t<kTeamed, TeamQueue<kMembers, kDepth, S::kSlotBytes>, WarpSlots>;
@@ -115,7 +109,7 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
       const int w = blockIdx.x * kReaders + lane;
       Cursor at;
       if (lane < kReaders && w < shares.readers) at.start(p, line, shares.first(w), shares.first(w + 1));
-      PiecesOf<kMembers> pieces(p, at);
+      PiecesOf<kMembers, kTeamed ? 2 : 1> pieces(p, at);
       Filler<kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, kReaders - 1) * kQueueBytes);
       fill_all(pieces, filler, lane);
     }
@@ -133,7 +127,6 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
 
   wait_for_previous();
   let_next_begin();
-  std::conditional_t<kTeamed, TeamState<D, kMembers, kBlocks>, State<D, kBlocks>> state;
   while (here.flat < here.end) {
     const int run = here.run(), head = here.head();
     const bool packed = here.packed();
@@ -143,9 +136,10 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
     const float* scales = p.row_scale + block * 2 * kBlockRows;
     const int slot = w + 2 * (here.b * segments + here.segment) + (packed ? 1 : 0);
     const auto rows = [&] { return p.group * static_cast<int>(p.sequences[here.b].query_count) - row0; };  // looked up behind the run
-    float* const to = p.states + static_cast<std::size_t>(slot) * State<D, kBlocks>::kFloats;
-    state.clear();
+    float* const to = p.states + static_cast<std::size_t>(slot) * (kStateRows * (D + 2));
     if constexpr (kTeamed) {
+      TeamState<D, kMembers, kBlocks> state;
+      state.clear();
       auto* exchanges = reinterpret_cast<TeamExchange<kMembers, kBlocks>*>(memory + kReaders * kQueueBytes);
       auto* copied = reinterpret_cast<uint4*>(exchanges + kReaders) + reader * kBlocks * page_operand_words(D);
       auto& exchange = exchanges[reader];
@@ -162,9 +156,17 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
       state.template put<kRows == Rows::four>(to, exchange, packed, rows(), member, lane);
     } else {
       auto* mean_operands = reinterpret_cast<uint4*>(memory + kReaders * kQueueBytes) + reader * kBlocks * S::kMeanOperands;
-      if (packed) pages_run<D, kRows, false>(p, queue, pieces, state, operands, scales, mean_operands, here, head, row0, run, lane);
-      else exact_run<D, kBlocks>(p, queue, pieces, state, here, head, operands, row0, run, lane);
-      state.template put<kRows == Rows::four>(to, packed, rows(), lane);
+      const auto take = [&](auto state, auto read) {
+        state.clear();
+        read(state);
+        state.template put<kStateRows, D>(to, rows(), lane);
+      };
+      if (packed)
+        take(PageState<D, tiles_of(kRows)>(), [&](auto& state) {
+          pages_run<D, kRows, false>(p, queue, pieces, state, operands, scales, mean_operands, here, head, row0, run, lane);
+        });
+      else
+        take(State<D, kBlocks>(), [&](auto& state) { exact_run<D, kBlocks>(p, queue, pieces, state, here, head, operands, row0, run, lane); });
     }
     here.skip(p, run);
   }

@@ -1,239 +1,302 @@
-// A run of pages of one segment, two at a time: scores of both, one maximum and one step of their weights, then their
-// values, so that what each output costs beyond the products is paid once for 128 tokens.
+// A run of pages of one segment, read by one warp, a page at a time: scores, one step of their weights, values.
+//
+// The page is A of the products, 16 tokens or 16 channels of it, and the queries are B: a tile of four query rows is the eight columns,
+// each row's high bytes beside its low ones. So a lane has scores of eight tokens for every tile, and nothing of a product is for nothing
+// but where there are fewer than four rows.
 #pragma once
-
-#include <type_traits>
 
 #include "cuda/attend_main.cuh"
 
 namespace kv4::cuda {
 
-// `operands`, `scales`: of the segment's first block (attend.h). kShared: they are in shared memory, that of the means too, which
-// else go to `mean_operands`.
-template <int D, Rows kRows, bool kShared, class Slots, class StateT>
-__device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, Pieces& pieces, StateT& state, const uint4* operands,
-                                          const float* scales, uint4* mean_operands, const Cursor& here, int head, int row0, int run,
-                                          int lane) {
-  using S = Shape<D>;
-  constexpr int kBlocks = blocks_of(kRows);
-  constexpr bool kFour = kRows == Rows::four;
-  constexpr int kScores = kFour ? 8 : 16;  // of a page, row and lane
-  const int g = lane / 4, t = lane % 4;
-  const int row = kFour ? g % 4 : g;             // of this lane's scores
-  const int odd = kFour ? g / 4 : 0;             // whether they are of the odd groups of 8 tokens
-  operands += lane;
+constexpr int kTileRows = 4;
+constexpr int tiles_of(Rows rows) { return rows == Rows::four ? 1 : 2 * blocks_of(rows); }
 
-  // Operands of the queries, in registers and shared memory where those suffice; else read as they are needed, from L1.
-  uint4 q[S::kKept ? kBlocks : 1][S::kKept ? S::kTiles : 1];  // rows of the even groups where they are apart
-  uint4 q_odd[kFour && S::kKept ? S::kTiles : 1] = {};
-  float row_scale[kBlocks], mean_scale[kBlocks];
+// What a warp has of a run: of lane 4g + t rows 4j + t of tiles j, and of those channels 16n + g and 16n + 8 + g; l is of its own tokens.
+template <int D, int kTiles>
+struct PageState {
+  float o[kTiles][D / 16][2];
+  float m[kTiles], l[kTiles];
+
+  __device__ __forceinline__ void clear() {
 #pragma unroll
-  for (int r = 0; r < kBlocks; ++r) {
-    row_scale[r] = scales[r * 2 * kBlockRows + row];
-    mean_scale[r] = scales[r * 2 * kBlockRows + kBlockRows + g];
-    if constexpr (S::kKept) {
+    for (int j = 0; j < kTiles; ++j) {
+      m[j] = -INFINITY;
+      l[j] = 0;
 #pragma unroll
-      for (int c = 0; c < S::kTiles; ++c) q[r][c] = operands[r * operand_words(D) + c * kLanes];
-      if (p.mean && !kShared) {
+      for (int n = 0; n < D / 16; ++n) o[j][n][0] = o[j][n][1] = 0;
+    }
+  }
+  // Raises the maximum of tile j to at least `largest`, which all lanes of a row share; returns what to subtract.
+  __device__ __forceinline__ float raise(int j, float largest) {
+    const float m_new = fmaxf(m[j], largest);
+    if (__any_sync(kAll, m_new > m[j])) {
+      const float shrink = m_new == -INFINITY ? 1.0f : exp2_fast(m[j] - m_new);
+      l[j] *= shrink;
 #pragma unroll
-        for (int k = 0; k < 2 * S::kTiles; ++k)
-          mean_operands[r * S::kMeanOperands + k * kLanes + lane] = operands[r * operand_words(D) + (S::kTiles + k) * kLanes];
+      for (int n = 0; n < D / 16; ++n) {
+        o[j][n][0] *= shrink;
+        o[j][n][1] *= shrink;
+      }
+      m[j] = m_new;
+    }
+    return m_new == -INFINITY ? 0.0f : m_new;
+  }
+  // As a partial state of kRows rows (State::put), of the first `rows` rows.
+  template <int kRows, int kPitch>
+  __device__ __forceinline__ void put(float* out, int rows, int lane) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const float sum = octet_sum(l[j]);
+      const int row = j * kTileRows + t;
+      if (row >= rows) continue;
+#pragma unroll
+      for (int n = 0; n < D / 16; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) out[row * kPitch + n * 16 + e * 8 + g] = o[j][n][e];
+      if (g == 0) {
+        out[kRows * kPitch + row] = m[j];
+        out[kRows * (kPitch + 1) + row] = sum;
       }
     }
   }
-  __syncwarp();
-  if constexpr (kFour && S::kKept) {
+};
+
+// Two fragments of A, of the levels of 16 x 32 codes: `low` holds rows g, `high` rows g + 8 (layout.h). Positive levels and 0, then -1
+// for those and the others less one: added up, all levels less one. So a sum that starts from the sum of B's column is that of levels.
+struct PageTiles {
+  uint4 positive, others;
+};
+__device__ __forceinline__ PageTiles page_tiles(uint32_t low, uint32_t high, const Tables& tables) {
+  const Levels8 a = levels_of(low, tables), b = levels_of(high, tables);
+  return {{a.positive.x, b.positive.x, a.positive.y, b.positive.y}, {a.negative.x, b.negative.x, a.negative.y, b.negative.y}};
+}
+// `tables` as page_tiles takes them. From another lane, so that they are kept in registers: what nvcc 13.0 knows to be the same in all lanes
+// it moves there again for every look-up.
+__device__ __forceinline__ Tables page_tables(const Tables& tables) {
+  Tables own;
 #pragma unroll
-    for (int c = 0; c < S::kTiles; ++c) {  // rows 4 ... 7 of q are empty
-      const uint4 x = q[0][c];
-      q_odd[c] = {__shfl_up_sync(kAll, x.x, 16), __shfl_up_sync(kAll, x.y, 16), __shfl_up_sync(kAll, x.z, 16), __shfl_up_sync(kAll, x.w, 16)};
-      if (lane < 16) q_odd[c] = {};
+  for (int i = 0; i < 2; ++i) {
+    own.positive[i] = __shfl_sync(kAll, tables.positive[i], 0);
+    own.negative[i] = __shfl_sync(kAll, ~tables.negative[i], 0);  // magnitude m below 0: -m - 1, whose sign bit is set
+  }
+  return own;
+}
+
+// `operands`, `scales`: of the segment's first block (attend.h). kShared: they are in shared memory; else those of the means go to
+// `mean_operands`, where there is room.
+template <int D, Rows kRows, bool kShared, class Slots>
+__device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, Pieces& pieces, PageState<D, tiles_of(kRows)>& state,
+                                          const uint4* operands, const float* scales, uint4* mean_operands, const Cursor& here, int head,
+                                          int row0, int run, int lane) {
+  using S = Shape<D>;
+  constexpr int kTiles = tiles_of(kRows), kSteps = S::kTiles;  // of rows; of 32 channels
+  constexpr int kScores = kPageTokens / 8;                     // of a tile and lane: of tokens 8n + g
+  constexpr bool kKept = kTiles * kSteps <= 16;
+  const int g = lane / 4, t = lane % 4, half = g % 2;
+  const auto block_of = [](int j) { return j / (kBlockRows / kTileRows); };
+  const auto row_of = [](int j) { return j % (kBlockRows / kTileRows) * kTileRows; };  // the tile's first of its block
+
+  // Column g: row g / 2 of the tile, high bytes or low ones.
+  const auto query = [&](int j, int k) {
+    const auto* words = reinterpret_cast<const uint32_t*>(operands + block_of(j) * operand_words(D) + k * kLanes + (row_of(j) + g / 2) * 4 + t) + half;
+    return uint2{words[0], words[2]};
+  };
+  uint2 kept[kKept ? kTiles : 1][kKept ? kSteps : 1] = {};
+  const auto b_of = [&](int j, int k) {
+    if constexpr (kKept) return kept[j][k];
+    return query(j, k);
+  };
+  int start[kTiles][4];  // the sums of columns, as a product's
+  float row_scale[kTiles], mean_scale[kTiles];
+  constexpr uint32_t kOnes = 0x01010101;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    const float* its = scales + block_of(j) * 2 * kBlockRows + row_of(j) + t;
+    row_scale[j] = its[0];
+    mean_scale[j] = its[kBlockRows];
+    start[j][0] = start[j][1] = start[j][2] = start[j][3] = 0;
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const uint2 b = query(j, k);
+      if constexpr (kKept) kept[j][k] = b;
+      mma_bytes<true, true>(start[j], {kOnes, kOnes, kOnes, kOnes}, b);
     }
   }
-  const auto query = [&](int r, int c, bool of_odd) {
-    if constexpr (S::kKept) return of_odd ? q_odd[kFour ? c : 0] : q[r][c];
-    const uint4* at = operands + r * operand_words(D) + c * kLanes;
-    if (!of_odd) return *at;
-    return lane < 16 ? uint4{} : at[-16];
-  };
-  constexpr bool kCopied = S::kKept && !kShared;
-  const uint4* means = kCopied ? mean_operands + lane : operands + S::kTiles * kLanes;
-  constexpr int kMeansPitch = kCopied ? S::kMeanOperands : operand_words(D);
+  constexpr int kMeanWords = S::kMeanOperands / 2;  // of a tile
+  constexpr bool kCopied = !kShared && kMeanWords > 0;
+  if (kCopied && p.mean) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k)
+        mean_operands[j * kMeanWords + k * kLanes + lane] = operands[block_of(j) * operand_words(D) + mean_operand<D>(row_of(j) / kTileRows, k) + lane];
+    __syncwarp();
+  }
+  const Tables keys = page_tables(p.key), values = page_tables(p.value);
+  // Scales of tokens 8n + g: as two of each matrix, whose rows are octets of tokens.
+  const uint32_t scale_row = static_cast<uint32_t>(lane / 8 * 2 + lane % 2) * 16;
+  const uint32_t order[2] = {half == 0 ? 0x5140u : 0x1504u, half == 0 ? 0x7362u : 0x3726u};
+  const int from_lane = (2 * t + half) * 4 + g / 2;
 
   const int first_page = here.item - here.exact_items;
   const int broken = broken_page(p, here.b);
   const int2 plain = plain_pages(p, here.b, head);
-  // The token of score i of a page.
-  const auto token = [t, odd](int i) { return kFour ? i / 2 * 16 + odd * 8 + 2 * t + i % 2 : i / 2 * 8 + 2 * t + i % 2; };
 
-  for (int i = 0; i < run; i += 2) {
-    const bool two = i + 1 < run;
-    unsigned char* slot[2];
-    slot[0] = queue.wait();
-    slot[1] = two ? queue.template wait<1>() : slot[0];
-    float mean[kBlocks][2];  // q'.mu' of both pages, which are columns 0 and 1 of a product
+#pragma unroll 1
+  for (int i = 0; i < run; ++i) {
+    unsigned char* slot = queue.wait();
+    float mean[kTiles];  // q'.mu', by products whose rows g of A are one half of the page's mean, g + 8 the other
 #pragma unroll
-    for (int r = 0; r < kBlocks; ++r) mean[r][0] = mean[r][1] = 0;
+    for (int j = 0; j < kTiles; ++j) mean[j] = 0;
     if (p.mean) {
-      float c[kBlocks][4] = {};
+      float c[kTiles][2][4] = {};
 #pragma unroll
-      for (int k = 0; k < S::kTiles; ++k) {
-        uint4 b = {};
-        if (g < 2 && k * 32 + t * 8 < D) b = *reinterpret_cast<const uint4*>((g == 0 ? slot[0] : slot[1]) + S::kMeanAt + (k * 32 + t * 8) * 2);
+      for (int k = 0; k < kSteps; ++k) {
+        uint4 a = {};
+        if (D % 32 == 0 || k * 32 + t * 8 < D) a = *reinterpret_cast<const uint4*>(slot + S::kMeanAt + (k * 32 + t * 8) * 2);
 #pragma unroll
-        for (int r = 0; r < kBlocks; ++r) {
-          const uint4* a = means + r * kMeansPitch + 2 * k * kLanes;
-          mma_halves(false, c[r], a[0], b.x, b.y);
-          mma_halves(false, c[r], a[kLanes], b.z, b.w);
+        for (int j = 0; j < kTiles; ++j) {
+          const uint4 b = kCopied ? mean_operands[j * kMeanWords + k * kLanes + lane]
+                                  : operands[block_of(j) * operand_words(D) + mean_operand<D>(row_of(j) / kTileRows, k) + lane];
+          mma_halves(false, c[j][0], a, b.x, b.y);
+          mma_halves(false, c[j][1], a, b.z, b.w);
         }
       }
 #pragma unroll
-      for (int r = 0; r < kBlocks; ++r) {
-        mean[r][0] = __shfl_sync(kAll, (c[r][0] + c[r][2]) * mean_scale[r], row * 4);
-        mean[r][1] = __shfl_sync(kAll, (c[r][1] + c[r][3]) * mean_scale[r], row * 4);
-      }
+      for (int j = 0; j < kTiles; ++j) mean[j] = (c[j][0][0] + c[j][0][1] + (c[j][1][2] + c[j][1][3])) * mean_scale[j];
     }
 
-    float score[kBlocks][2 * kScores] = {};
-    // Less code for the instruction cache: of 16 x 32,768 and 1 x 131,072 tokens it takes 1 and 3 % from the time of at most 4 rows,
-    // but adds 3 % to that of 16 x 32,768 with 6.
-#pragma unroll(kFour ? 1 : 2)
-    for (int page = 0; page < 2; ++page) {
+    float score[kTiles][kScores];
+    {
+      const uint4 pairs = load_matrices<true>(shared_address(slot + S::kKeyCodeBytes) + scale_row);
+      const uint32_t scale[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+      const auto* codes = reinterpret_cast<const uint4*>(slot) + lane;
+      uint4 words[2] = {};
 #pragma unroll
-      for (int r = 0; r < kBlocks; ++r)
+      for (int n = 0; n < kPageTokens / 16; ++n) {
+        int sums[kTiles][4];
 #pragma unroll
-        for (int n = 0; n < kScores; ++n) {
-          score[r][n] = score[r][kScores + n];
-          score[r][kScores + n] = -INFINITY;
+        for (int k = 0; k < kSteps; ++k) {
+          uint32_t of[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int f = (2 * n + e) * kSteps + k;
+            if constexpr (kSteps % 4 == 0) {
+              if (k % 4 == 0) words[e] = codes[f / 4 * kLanes];
+              of[e] = word_of(words[e], f % 4);
+            } else if constexpr (kSteps == 2) {
+              if (k == 0 && e == 0) words[0] = codes[f / 4 * kLanes];
+              of[e] = word_of(words[0], f % 4);
+            } else {
+              of[e] = reinterpret_cast<const uint32_t*>(slot)[word_index(f, lane)];
+            }
+          }
+          const PageTiles a = page_tiles(of[0], of[1], keys);
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j) {
+            const uint2 b = b_of(j, k);
+            mma_bytes<true, true>(sums[j], a.positive, b, k == 0 ? start[j] : sums[j]);
+            mma_bytes<true, true>(sums[j], a.others, b);
+          }
         }
-      if (page == 1 && !two) break;
-      const unsigned char* const keys = page == 0 ? slot[0] : slot[1];
-      const auto* codes = reinterpret_cast<const uint4*>(keys) + lane;
-      const auto* scales = reinterpret_cast<const __half2*>(keys + S::kKeyCodeBytes) + odd * 4 + t;
-      uint4 words = {};
-      constexpr int kTogether = kFour ? 2 : 1;  // groups of 8 tokens that share their sums
+        const float2 of_token = unpack_halves(false, scale[n]);
 #pragma unroll
-      for (int n = 0; n < 8 / kTogether; ++n) {
-        Sums sums[kBlocks];
-#pragma unroll
-        for (int k = 0; k < kTogether * S::kTiles; ++k) {
-          const int f = n * kTogether * S::kTiles + k;
-          if (f % 4 == 0) words = codes[f / 4 * kLanes];
-          const Levels8 b = levels_of(f % 4 == 0 ? words.x : f % 4 == 1 ? words.y : f % 4 == 2 ? words.z : words.w, p.key);
-#pragma unroll
-          for (int r = 0; r < kBlocks; ++r)
-            sums[r].template add<true>(query(r, k % S::kTiles, kFour && k >= S::kTiles), b);
-        }
-        const float2 scale = __half22float2(scales[n * kTogether * 4]);
-#pragma unroll
-        for (int r = 0; r < kBlocks; ++r) {
-          const float of_mean = page == 0 ? mean[r][0] : mean[r][1];
-          score[r][kScores + 2 * n] = fmaf(sums[r][0], scale.x * row_scale[r], of_mean);
-          score[r][kScores + 2 * n + 1] = fmaf(sums[r][1], scale.y * row_scale[r], of_mean);
+        for (int j = 0; j < kTiles; ++j) {
+          score[j][2 * n] = fmaf(static_cast<float>(sums[j][0] * 256 + sums[j][1]), of_token.x * row_scale[j], mean[j]);
+          score[j][2 * n + 1] = fmaf(static_cast<float>(sums[j][2] * 256 + sums[j][3]), of_token.y * row_scale[j], mean[j]);
         }
       }
-      queue.release(pieces);
-      if (p.cap > 0) {
+    }
+    queue.release(pieces);
+    if (p.cap > 0) {
 #pragma unroll
-        for (int r = 0; r < kBlocks; ++r)
+      for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-          for (int n = 0; n < kScores; ++n) score[r][kScores + n] = soft_cap(p.cap, score[r][kScores + n]);
-      }
-      const int at = first_page + i + page;
-      if (at < plain.x || at > plain.y) {
+        for (int n = 0; n < kScores; ++n) score[j][n] = soft_cap(p.cap, score[j][n]);
+    }
+    const int at = first_page + i;
+    if (at < plain.x || at > plain.y) {
 #pragma unroll
-        for (int r = 0; r < kBlocks; ++r) hide_page<kScores, false>(p, here.b, head, row0 + r * kBlockRows + row, at, score[r] + kScores, token);
-      }
+      for (int j = 0; j < kTiles; ++j)
+        hide_page<kScores, true>(p, here.b, head, row0 + j * kTileRows + t, at, score[j], [g](int n) { return n * 8 + g; });
     }
 
     // Weights, and the next product's operand: p times the value's scale, in 16 bits as two bytes.
-    slot[0] = queue.wait();
-    slot[1] = two ? queue.template wait<1>() : slot[0];  // read with weights of 0
-    if (first_page + i + (two ? 1 : 0) == broken) {
+    slot = queue.wait();
+    if (at == broken) {
       // Scales behind the last token are anything; its weight is 0, and 0 times NaN is NaN.
-      auto* scales = reinterpret_cast<unsigned short*>(slot[1] + p.value_scales);
-      for (int j = p.sequences[here.b].last_page_tokens + lane; j < kPageTokens; j += kLanes) scales[j] = 0;
+      auto* behind = reinterpret_cast<unsigned short*>(slot + p.value_scales);
+      for (int j = p.sequences[here.b].last_page_tokens + lane; j < kPageTokens; j += kLanes) behind[j] = 0;
       fence_shared_writes();
       __syncwarp();
     }
-    uint4 weights[kBlocks][2][2];  // of page, even and odd groups of 8 tokens
-    float step[kBlocks];
+    uint2 weights[kTiles][2];  // of even and odd groups of 8 tokens
+    float step[kTiles];
+    {
+      const uint4 pairs = load_matrices<true>(shared_address(slot + p.value_scales) + scale_row);
+      const uint32_t scale[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
 #pragma unroll
-    for (int r = 0; r < kBlocks; ++r) {
-      float largest = score[r][0];
+      for (int j = 0; j < kTiles; ++j) {
+        float largest = score[j][0];
 #pragma unroll
-      for (int n = 1; n < 2 * kScores; ++n) largest = fmaxf(largest, score[r][n]);
-      largest = quad_max(largest);
-      if (kFour) largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, 16));
-      const float m = state.raise(r, largest);
-      float sum = 0, top = 0;
+        for (int n = 1; n < kScores; ++n) largest = fmaxf(largest, score[j][n]);
+        const float m = state.raise(j, octet_max(largest));
+        float sum = 0, top = 0;
 #pragma unroll
-      for (int n = 0; n < kScores; ++n) {
-        const int page = n / (kScores / 2), pair = n % (kScores / 2);
-        const float2 scale = __half22float2(reinterpret_cast<const __half2*>(slot[page] + p.value_scales)[pair * (kFour ? 8 : 4) + odd * 4 + t]);
-        const float w0 = exp2_fast(score[r][2 * n] - m), w1 = exp2_fast(score[r][2 * n + 1] - m);
-        sum += w0 + w1;
-        score[r][2 * n] = w0 * scale.x;
-        score[r][2 * n + 1] = w1 * scale.y;
-        top = fmaxf(top, fmaxf(score[r][2 * n], score[r][2 * n + 1]));
-      }
-      state.l[r] += sum;
-      top = quad_max(top);
-      step[r] = top * (1.0f / 65535.0f);
-      const float inverse = top > 0 ? __fdividef(65535.0f, top) : 0.0f;
-#pragma unroll
-      for (int page = 0; page < 2; ++page)
-#pragma unroll
-        for (int c = 0; c < (kFour ? 1 : 2); ++c) {
-          uint32_t low[2], high[2];
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            uint32_t x[4];
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int n = kFour ? 4 * h + e : 8 * h + 4 * (e / 2) + 2 * c + e % 2;
-              x[e] = __float_as_uint(fmaf(score[r][page * kScores + n], inverse, 8388608.0f));
-            }
-            const uint32_t ab = __byte_perm(x[0], x[1], 0x5410), cd = __byte_perm(x[2], x[3], 0x5410);
-            low[h] = __byte_perm(ab, cd, 0x6420);
-            high[h] = __byte_perm(ab, cd, 0x7531);
-          }
-          const uint4 both = {high[0], low[0], high[1], low[1]}, none = {};
-          if (kFour) {
-            weights[r][page][0] = odd ? none : both;
-            weights[r][page][1] = odd ? both : none;
-          } else {
-            weights[r][page][c] = both;
-          }
+        for (int n = 0; n < kScores; ++n) {
+          const float2 of_token = unpack_halves(false, scale[n / 2]);
+          const float w = exp2_fast(score[j][n] - m);
+          sum += w;
+          score[j][n] = w * (n % 2 == 0 ? of_token.x : of_token.y);
+          top = fmaxf(top, score[j][n]);
         }
+        state.l[j] += sum;
+        top = octet_max(top);
+        step[j] = top * (1.0f / 65535.0f);
+        const float inverse = top > 0 ? __fdividef(65535.0f, top) : 0.0f;
+        // A column's 16 tokens of a lane come from two lanes: 8n + 2t and 8n + 2t + 1. Lanes of even g hand over high bytes where those
+        // of odd g hand over low ones, then the other way round, so that each of the two columns of a row gets its own from both.
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          uint32_t x[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) x[e] = __float_as_uint(fmaf(score[j][2 * e + odd], inverse, 8388608.0f));
+          const uint32_t ab = __byte_perm(x[0], x[1], 0x5410), cd = __byte_perm(x[2], x[3], 0x5410);
+          const uint32_t low = __byte_perm(ab, cd, 0x6420), high = __byte_perm(ab, cd, 0x7531);
+          const uint32_t first = __shfl_sync(kAll, half == 0 ? high : low, from_lane);
+          const uint32_t then = __shfl_sync(kAll, half == 0 ? low : high, from_lane ^ 4);
+          weights[j][odd] = {look_up(first, then, order[0]), look_up(first, then, order[1])};
+        }
+      }
     }
-    // Values: eight channels at a time. A page alone is not multiplied as two.
-    const auto values = [&](auto together) {
-      uint4 words[2] = {};
+    int of_weights[kTiles][4] = {};
 #pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-        Sums sums[kBlocks];
+    for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-        for (int page = 0; page < decltype(together)::value; ++page) {
-          if (n % 2 == 0) words[page] = reinterpret_cast<const uint4*>(slot[page])[n / 2 * kLanes + lane];
-          const Levels8 even = levels_of(n % 2 == 0 ? words[page].x : words[page].z, p.value);
-          const Levels8 odds = levels_of(n % 2 == 0 ? words[page].y : words[page].w, p.value);
+      for (int odd = 0; odd < 2; ++odd) mma_bytes<true, false>(of_weights[j], {kOnes, kOnes, kOnes, kOnes}, weights[j][odd]);
+    const auto* codes = reinterpret_cast<const uint4*>(slot) + lane;
 #pragma unroll
-          for (int r = 0; r < kBlocks; ++r) {
-            sums[r].template add<false>(weights[r][page][0], even);
-            sums[r].template add<false>(weights[r][page][1], odds);
-          }
+    for (int n = 0; n < D / 16; ++n) {
+      const uint4 words = codes[n * kLanes];
+      int sums[kTiles][4];
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const PageTiles a = odd == 0 ? page_tiles(words.x, words.z, values) : page_tiles(words.y, words.w, values);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          mma_bytes<true, false>(sums[j], a.positive, weights[j][odd], odd == 0 ? of_weights[j] : sums[j]);
+          mma_bytes<true, false>(sums[j], a.others, weights[j][odd]);
         }
-#pragma unroll
-        for (int r = 0; r < kBlocks; ++r)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) state.o[r][n][e] = fmaf(sums[r][e], step[r], state.o[r][n][e]);
       }
-    };
-    if (two) values(std::integral_constant<int, 2>());
-    else values(std::integral_constant<int, 1>());
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          state.o[j][n][e] = fmaf(static_cast<float>(sums[j][2 * e] * 256 + sums[j][2 * e + 1]), step[j], state.o[j][n][e]);
+    }
     queue.release(pieces);
-    if (two) queue.release(pieces);
   }
 }
 

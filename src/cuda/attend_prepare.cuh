@@ -77,13 +77,18 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
     scale[kBlockRows + g] = top * p.factor;
   }
   const float to_units = top > 0 ? 32512.0f / top : 0.0f, to_one = top > 0 ? 1.0f / top : 0.0f;
-  uint4* out = p.operands + static_cast<std::size_t>(blockIdx.x) * operand_words(D) + lane;
+  uint4* block_operands = p.operands + static_cast<std::size_t>(blockIdx.x) * operand_words(D);
   // Of 32 channels each: a tile of bytes, two steps for means, two for exact rows.
   for (int i = warp; i < (behind_tile - first_tile) * 5; i += blockDim.x / kLanes) {
     const int tile = first_tile + i / 5, kind = i % 5;
     const int k = kind == 0 ? tile : kind < 3 ? kTiles + tile * 2 + kind - 1 : kTiles + kMeanSteps + tile * 2 + kind - 3;
     if (k >= kTiles + kMeanSteps + kExactSteps) continue;
     uint4 a;
+    if (k >= kTiles && k < kTiles + kMeanSteps) {
+      const int s = k - kTiles, c = s / 2 * 32 + t * 8 + s % 2 * 4;
+      put_mean<D>(block_operands, g, c, {y[g][c] * to_one, y[g][c + 1] * to_one, y[g][c + 2] * to_one, y[g][c + 3] * to_one});
+      continue;
+    }
     if (k < kTiles) {
       uint32_t high[2] = {}, low[2] = {};
 #pragma unroll
@@ -95,17 +100,11 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
           low[h] |= (static_cast<uint32_t>(n) & 255) << 8 * j;
         }
       a = {high[0], low[0], high[1], low[1]};
-    } else if (k < kTiles + kMeanSteps) {
-      const int s = k - kTiles, c = s / 2 * 32 + t * 8 + s % 2 * 4;
-      float n[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) n[j] = y[g][c + j] * to_one;
-      a = two_halves(false, n[0], n[1], n[2], n[3]);
     } else {
       const int c = (k - kTiles - kMeanSteps) * 16 + t * 2;
       a = two_halves(p.bf16, plain[g][c], plain[g][c + 1], plain[g][c + 8], plain[g][c + 9]);
     }
-    out[k * kLanes] = a;
+    block_operands[k * kLanes + lane] = a;
   }
 }
 

@@ -147,7 +147,8 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
   constexpr bool kFolded = kFour && kTiles % 2 == 0;
   constexpr int kMeanTiles = kFolded ? kTiles / 2 : kTiles;
   const uint4* keys = operands + (kFour ? lane % 16 : lane);
-  const uint4* means = keys + kTiles * kLanes + (kFolded && g >= 4 ? 2 * kMeanTiles * kLanes : 0);
+  const int mean_row = kFour ? g % 4 : g;
+  const uint4* means = operands + mean_operand<D>(mean_row / 4, kFolded && g >= 4 ? kMeanTiles : 0) + mean_row % 4 * 8 + t;
 
   // Beyond d = 128 they are read as they are needed: with them in registers nvcc 13.0 has too few left to order look-ups and
   // products well.
@@ -192,9 +193,9 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
         if (g < (kFolded ? 4 : 2) && channel < D) b = *reinterpret_cast<const uint4*>((g % 2 == 0 ? slot[0] : slot[1]) + S::kMeanAt + channel * 2);
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r) {
-          const uint4* a = means + r * kPitch + 2 * k * kLanes;
-          mma_halves(false, c[r], a[0], b.x, b.y);
-          mma_halves(false, c1[r], a[kLanes], b.z, b.w);
+          const uint4 *a = means + r * kPitch + 2 * k * kLanes, high = a[0], low = a[4];
+          mma_halves(false, c[r], {high.x, low.x, high.z, low.z}, b.x, b.y);
+          mma_halves(false, c1[r], {high.y, low.y, high.w, low.w}, b.z, b.w);
         }
       }
 #pragma unroll

@@ -19,7 +19,7 @@ struct Tuning;
 template <> struct Tuning<64> { static constexpr int kWarps[2] = {11, 7}, kDepth[2] = {6, 8}, kFused = 11; };
 template <> struct Tuning<80> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {8, 6}, kFused = 7; };
 template <> struct Tuning<96> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {8, 6}, kFused = 7; };
-template <> struct Tuning<128> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {6, 5}, kFused = 8; };
+template <> struct Tuning<128> { static constexpr int kWarps[2] = {11, 7}, kDepth[2] = {4, 5}, kFused = 11; };
 template <> struct Tuning<256> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {3, 3}, kFused = 7; };
 
 template <int D>

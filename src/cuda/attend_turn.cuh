@@ -14,6 +14,21 @@
 
 namespace kv4::cuda {
 
+// Operands of products with means: those of tile `tile` of four rows and 32 channels 32 k ... are B, at operand + lane. Column 2r is row r's
+// high halves, 2r + 1 its low ones; a lane has of its column channels 32 k + 8t + {0, 1}, {4, 5}, {2, 3}, {6, 7}.
+template <int D>
+__device__ __forceinline__ int mean_operand(int tile, int k) { return (operand_bytes_tiles(D) + 2 * k + tile) * kLanes; }
+// Channels c ... c + 3 of a row of a block, c a multiple of 4.
+template <int D>
+__device__ __forceinline__ void put_mean(uint4* block, int row, int c, const float (&x)[4]) {
+  const uint4 halves = two_halves(false, x[0], x[1], x[2], x[3]);
+  auto* to = reinterpret_cast<uint32_t*>(block + mean_operand<D>(row / 4, c / 32) + row % 4 * 8 + c % 32 / 8) + c % 8 / 4;
+  to[0] = halves.x;
+  to[2] = halves.z;
+  to[16] = halves.y;
+  to[18] = halves.w;
+}
+
 constexpr int kTurnThreads = 512;  // at most; fewer where many CTAs take part
 
 // A row of queries and what lambda divides it by, as they come: pairs of channels 2 (lane + 32 i).

@@ -28,21 +28,23 @@ __device__ __forceinline__ void let_next_begin() {
 #endif
 }
 
-// A (16 x 32, unsigned or signed bytes) times B (32 x 8, signed bytes), added to C (16 x 8). Lane 4g + t holds of A
+// A (16 x 32 bytes) times B (32 x 8 bytes), each signed or not, added to C (16 x 8). Lane 4g + t holds of A
 // rows g (a.x, a.z) and g + 8 (a.y, a.w), columns 4t ... 4t+3 (x, y) and 16 + 4t ... (z, w); of C rows g
 // (c[0], c[1]) and g + 8 (c[2], c[3]), columns 2t and 2t + 1.
-template <bool kSigned>
-__device__ __forceinline__ void mma_bytes(int (&c)[4], uint4 a, uint2 b) {
-  if constexpr (kSigned) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
-  } else {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
-  }
+template <bool kSignedA, bool kSignedB>
+__device__ __forceinline__ void mma_bytes(int (&sum)[4], uint4 a, uint2 b, const int (&c)[4]) {
+  static_assert(kSignedA || kSignedB);
+#define KV4_MMA_BYTES(types)                                                                                                          \
+  asm("mma.sync.aligned.m16n8k32.row.col.s32." types ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                 \
+      : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])                                                                        \
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]))
+  if constexpr (kSignedA && kSignedB) KV4_MMA_BYTES("s8.s8");
+  else if constexpr (kSignedA) KV4_MMA_BYTES("s8.u8");
+  else KV4_MMA_BYTES("u8.s8");
+#undef KV4_MMA_BYTES
 }
+template <bool kSignedA, bool kSignedB>
+__device__ __forceinline__ void mma_bytes(int (&c)[4], uint4 a, uint2 b) { mma_bytes<kSignedA, kSignedB>(c, a, b, c); }
 
 // A (16 x 16) times B (16 x 8) of 16-bit floats, added to C in float. Lane 4g + t holds of A rows g (x, z) and g + 8
 // (y, w), columns 2t, 2t+1 (x, y) and 8 + 2t, 8 + 2t+1 (z, w); of B column g, rows 2t, 2t+1 and 8 + 2t, 8 + 2t+1.
@@ -102,8 +104,8 @@ struct Sums {
   }
   template <bool kSigned>
   __device__ __forceinline__ void add(uint4 numbers, const Levels8& levels) {
-    mma_bytes<kSigned>(positive, numbers, levels.positive);
-    mma_bytes<kSigned>(negative, numbers, levels.negative);
+    mma_bytes<kSigned, true>(positive, numbers, levels.positive);
+    mma_bytes<kSigned, true>(negative, numbers, levels.negative);
   }
   // These sums, or the other ones.
   __device__ __forceinline__ Sums or_else(bool other, const Sums& x) const {
@@ -180,6 +182,18 @@ __device__ __forceinline__ T quad_sum(T x) {
   x += __shfl_xor_sync(kAll, x, 1);
   return x + __shfl_xor_sync(kAll, x, 2);
 }
+// Over the eight lanes that hold one column of an operand B.
+__device__ __forceinline__ float octet_max(float x) {
+  for (int step = 4; step < kLanes; step *= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, step));
+  return x;
+}
+__device__ __forceinline__ float octet_sum(float x) {
+  for (int step = 4; step < kLanes; step *= 2) x += __shfl_xor_sync(kAll, x, step);
+  return x;
+}
+
+// Word i of four, i constant.
+__device__ __forceinline__ uint32_t word_of(uint4 x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
 // Two floats as 16-bit floats, the first in the low half.
 __device__ __forceinline__ uint32_t pack_halves(bool bf16, float low, float high) {
