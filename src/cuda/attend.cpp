@@ -41,21 +41,24 @@ Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
 int items_of(const ExactRows& x) { return static_cast<int>((x.count + kExactTokens - 1) / kExactTokens); }
 
 // Sets plan.fused_ctas, where one kernel that takes segments whole is done before three that share all items evenly, and who
-// reads there.
+// reads: plan.teams.
 template <int D>
-void plan_fused(const AttendParams& p, int segments, const Load& load, AttendPlan* plan) {
-  if (plan->room != Room::large || segments > plan->ctas || segments > kMostFused) return;
-  const int ctas = plan->ctas / segments;
+void plan_readers(const AttendParams& p, int segments, const Load& load, AttendPlan* plan) {
   const auto rounds = [](long long items, long long readers) { return (items + readers - 1) / readers; };
-  const auto readers = [&](Readers kind) { return static_cast<long long>(fused_fit<D>(kind, plan->segment_blocks).readers); };
-  if (D > kWarpDim) {
-    // Its matrices, 256 KB each for every CTA, cost more than launches but where one segment has the device for itself.
-    if (segments == 1 && rounds(load.longest, ctas * readers(Readers::twos)) > 1) plan->fused_ctas = ctas;
-    return;
-  }
-  const long long all = load.all * (segments / p.batch), warps = readers(Readers::warps);
   // A team is quicker with its first items, by as much as it is slower with those that follow.
   constexpr long long kTeamRounds = 2;
+  const long long all = load.all * (segments / p.batch);
+  const bool one_kernel = plan->room == Room::large && segments <= plan->ctas && segments <= kMostFused;
+  const int ctas = plan->ctas / segments;
+  const auto readers = [&](Readers kind) { return static_cast<long long>(fused_fit<D>(kind, plan->segment_blocks).readers); };
+  if (D >= kLargeDim) {
+    // Its matrices, 256 KB each for every CTA, cost more than launches but where one segment has the device for itself.
+    if (one_kernel && segments == 1 && rounds(load.longest, ctas * readers(Readers::twos)) > 1) plan->fused_ctas = ctas;
+    else plan->teams = main_has_teams(D, plan->room) && rounds(all, static_cast<long long>(plan->ctas) * kTwos) <= kTeamRounds;
+    return;
+  }
+  if (!one_kernel) return;
+  const long long warps = readers(Readers::warps);
   plan->teams = rounds(load.longest, ctas * readers(Readers::fours)) <= kTeamRounds;
   // Two launches and the waits between them cost about as much as four rounds of warps.
   constexpr long long kSaved = 4;
@@ -95,22 +98,19 @@ AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load
   plan.early = chip.code >= 90;
   plan.segment_blocks = p.group * p.queries > kBlockRows ? 2 : 1;
   plan.ctas = chip.multiprocessors;
-  with_dim(p.dim, [&](auto d) {
-    constexpr int kDim = decltype(d)::value;
-    const Fit used = fit<kDim>(plan.room, plan.segment_blocks);
-    plan.readers_per_cta = used.readers;
-    const int left = room_bytes(plan.room) - main_shared<kDim>(main_readers(kDim, plan.room), used.readers, used.depth, plan.segment_blocks);
-    plan.most_sequences = used.readers > 0 ? left / static_cast<int>(sizeof(int)) - 1 : 0;
-    return true;
-  });
   AttendParams sized = p;
   sized.blocks = blocks_of_rows(p, plan.segment_blocks);
   const int segments = p.batch * p.kv_heads * (sized.blocks / plan.segment_blocks);
   with_dim(p.dim, [&](auto d) {
-    plan_fused<decltype(d)::value>(p, segments, load, &plan);
+    constexpr int kDim = decltype(d)::value;
+    plan_readers<kDim>(p, segments, load, &plan);
+    const Readers kind = plan.fused_ctas == 0 && plan.teams ? Readers::twos : Readers::warps;
+    const Fit used = fit<kDim>(plan.room, plan.segment_blocks, kind);
+    plan.readers_per_cta = used.readers;
+    const int left = room_bytes(plan.room) - main_shared<kDim>(kind, used.readers, used.depth, plan.segment_blocks);
+    plan.most_sequences = used.readers > 0 ? left / static_cast<int>(sizeof(int)) - 1 : 0;
     return true;
   });
-  if (plan.fused_ctas == 0 && load.all * (segments / p.batch) > 2LL * plan.ctas * plan.readers_per_cta) plan.unit = 2;
   plan.scratch = lay_out(sized, plan).bytes;
   return plan;
 }
@@ -135,7 +135,6 @@ cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch
   p.segment_blocks = plan.segment_blocks;
   p.blocks = blocks_of_rows(p, plan.segment_blocks);
   p.readers = plan.ctas * plan.readers_per_cta;
-  p.unit = plan.unit;
   // Few segments: their rows are spread, so that the states of each are read by many. Every CTA reads its part of the rotation's matrix.
   const int parts = p.batch * p.kv_heads * (p.blocks / plan.segment_blocks) * merge_columns(p.dim);
   p.merge_rows = parts * 2 >= plan.ctas ? kBlockRows * plan.segment_blocks : parts * 4 >= plan.ctas ? 2 : 1;

@@ -78,8 +78,7 @@ struct AttendParams {
   uint4* operands = nullptr;       // per block: bytes, halves of q', halves of q (see operand_* below)
   float* row_scale = nullptr;      // per block: [kBlockRows] of bytes times factor, then of the halves of q'
   float* states = nullptr;         // per slot: o [rows][dim], m [rows], l [rows]; per CTA of a segment: twice fused_state_floats
-  int readers = 0;                 // warps or teams that share the line
-  int unit = 1;                    // items that it is shared out by, 1 or 2: two pages are read together
+  int readers = 0;                 // warps that share the line
   int segment_blocks = 0;          // blocks of a segment: 1 or 2
   int merge_rows = 0;              // rows of a segment that one CTA merges
 };
@@ -119,10 +118,9 @@ struct AttendPlan {
   Room room = Room::none;
   int most_sequences = 0;  // whose line fits beside the queues
   int segment_blocks = 1;
-  int ctas = 0, readers_per_cta = 0;  // warps or teams of them
-  int unit = 1;
+  int ctas = 0, readers_per_cta = 0;
   int fused_ctas = 0;  // of each segment, where one kernel does all (attend_fused.cuh); 0: three kernels
-  bool teams = false;  // of warps read together there (attend_team.cuh)
+  bool teams = false;  // of warps read together (attend_team.cuh)
   bool early = false;  // the kernels may begin before those before them have ended (sm_90)
   std::size_t scratch = 0;
 };

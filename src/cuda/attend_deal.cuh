@@ -18,7 +18,7 @@ struct FusedShares : Shares {
   int holders = 0;  // of exact items that are dealt, each in a CTA of its own
 
   __device__ __forceinline__ FusedShares(int exact, int pages)
-      : Shares(exact + pages, static_cast<int>(gridDim.x) * kCount, 1), exact_items(exact), items(exact + pages),
+      : Shares(exact + pages, static_cast<int>(gridDim.x) * kCount), exact_items(exact), items(exact + pages),
         ctas(max(1, (readers + kCount - 1) / kCount)) {
     const int all = static_cast<int>(gridDim.x) * kCount;
     dealt = kDealt && pages >= all && exact <= 2 * static_cast<int>(gridDim.x);

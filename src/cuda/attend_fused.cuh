@@ -273,7 +273,7 @@ __device__ __forceinline__ void fused_fill(const AttendParams& p, const SharesOf
   const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
   Cursor from;
   if (lane < F::kCount) from.start_within(p, at.b, at.head, at.part, shares.of(blockIdx.x, lane));
-  PiecesOf<F::kMembers, kReaders == Readers::warps ? 1 : 2> pieces(p, from);
+  PiecesOf<F::kMembers, kReaders == Readers::warps ? 1 : 2, true> pieces(p, from, at.head);
   Filler<F::kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, F::kCount - 1) * F::kQueueBytes);
   fill_all(pieces, filler, lane);
   if (lane == 0) *end = fused_end(shares, blockIdx.x);
@@ -320,7 +320,7 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const SharesOf
       };
       if (packed)
         take(PageState<D, tiles_of(kSegmentRows)>(), [&](auto& state) {
-          pages_run<D, kSegmentRows, true>(p, queue, none, state, at.operands, scales, nullptr, here, at.head, at.row0, run, lane);
+          pages_run<D, kSegmentRows>(p, queue, none, state, at.operands, scales, here, at.head, at.row0, run, lane);
         });
       else
         take(State<D, F::kBlocks>(), [&](auto& state) {

@@ -41,17 +41,17 @@ cudaError_t launch_fused(const AttendParams& p, const AttendPlan& plan, cudaStre
   return queue_kernel(kernel, p, plan, ctas, fused_warps(kReaders, kFit.readers) * kLanes, kShared, stream);
 }
 
-template <int D, Rows kRows, Room kRoom>
+template <int D, Rows kRows, Room kRoom, Readers kKind>
 cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
   constexpr int kBlocks = blocks_of(kRows);
-  constexpr Fit kFit = fit<D>(kRoom, kBlocks);
+  constexpr Fit kFit = fit<D>(kRoom, kBlocks, kKind);
   static_assert(kFit.readers > 0 && kFit.depth >= 2, "no queues fit");
-  constexpr int kQueues = main_shared<D>(main_readers(D, kRoom), kFit.readers, kFit.depth, kBlocks);
+  constexpr int kQueues = main_shared<D>(kKind, kFit.readers, kFit.depth, kBlocks);
   static_assert(kQueues + kLineBytes <= room_bytes(kRoom), "more shared memory than the room has");
   constexpr int kMerge = MergeShape<D, kBlocks>::kShared;
   static_assert(kMerge + 4096 <= room_bytes(kRoom), "attend_merge: more shared memory than the room has");
   const int shared = kQueues + (p.batch + 1) * static_cast<int>(sizeof(int));
-  const auto main = attend_main<D, kRows, kRoom>;
+  const auto main = attend_main<D, kRows, kRoom, kKind>;
   const auto merge = attend_merge<D, kBlocks>;
   static SharedMost of_main, of_merge;
   if (const cudaError_t e = of_main.allow(main, room_bytes(kRoom)); e != cudaSuccess) return e;  // whatever the batch
@@ -63,10 +63,10 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
   const auto threads = [&](unsigned ctas, int of_many) { return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kTurnThreads : of_many; };
   const unsigned blocks = static_cast<unsigned>(p.batch * p.kv_heads * p.blocks);
   // Of a large matrix each CTA reads a part; on half of the multiprocessors at most, so that on the others attend_main begins at once.
-  unsigned turn_parts = D > kWarpDim && kRoom == Room::large ? kMostParts : 1;
+  unsigned turn_parts = D >= kLargeDim && kRoom == Room::large ? kMostParts : 1;
   while (turn_parts > 1 && blocks * turn_parts * 2 > static_cast<unsigned>(plan.ctas)) turn_parts /= 2;
   if (const cudaError_t e = queue_kernel(attend_prepare<D>, p, plan, dim3(blocks, turn_parts), threads(blocks, kTurnThreads / 2), 0, stream, turn_parts); e != cudaSuccess) return e;
-  if (const cudaError_t e = queue(main, dim3(static_cast<unsigned>(plan.ctas)), main_warps<D>(kRoom, kBlocks) * kLanes, shared); e != cudaSuccess) return e;
+  if (const cudaError_t e = queue(main, dim3(static_cast<unsigned>(plan.ctas)), main_warps<D>(kRoom, kBlocks, kKind) * kLanes, shared); e != cudaSuccess) return e;
   const unsigned segments = static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks)), rows = static_cast<unsigned>(kBlocks * kBlockRows);
   const unsigned parts = (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows) * static_cast<unsigned>(merge_columns(D));
   return queue(merge, dim3(segments, parts), threads(segments * parts, kTurnThreads / 4), kMerge);
@@ -74,15 +74,16 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
 
 template <int D, Rows kRows>
 cudaError_t launch_room(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
-  if constexpr (D > kWarpDim) {
+  if constexpr (D >= kLargeDim) {
     if (plan.fused_ctas > 0) return launch_fused<D, kRows, Readers::twos>(p, plan, stream);
+    if (main_has_teams(D, plan.room) && plan.teams) return launch<D, kRows, Room::large, Readers::twos>(p, plan, stream);
   } else if (plan.fused_ctas > 0) {
     return plan.teams ? launch_fused<D, kRows, Readers::fours>(p, plan, stream) : launch_fused<D, kRows, Readers::warps>(p, plan, stream);
   }
   switch (plan.room) {
-    case Room::large: return launch<D, kRows, Room::large>(p, plan, stream);
-    case Room::middle: return launch<D, kRows, Room::middle>(p, plan, stream);
-    case Room::small: return launch<D, kRows, Room::small>(p, plan, stream);
+    case Room::large: return launch<D, kRows, Room::large, Readers::warps>(p, plan, stream);
+    case Room::middle: return launch<D, kRows, Room::middle, Readers::warps>(p, plan, stream);
+    case Room::small: return launch<D, kRows, Room::small, Readers::warps>(p, plan, stream);
     case Room::none: break;
   }
   return cudaErrorNoKernelImageForDevice;

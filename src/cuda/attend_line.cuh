@@ -11,31 +11,25 @@
 
 namespace kv4::cuda {
 
-// How the items are shared out, `unit` at a time: every reader takes as many, the first ones one unit more. No more readers than units.
+// How the items are shared out: every reader takes as many, the first ones one more. No more readers than items.
 struct Shares {
-  int readers, each, more;  // readers [0, more) take each + 1 units
-  int unit;                 // 1 or 2
+  int readers, each, more;  // readers [0, more) take each + 1
 
-  __device__ __forceinline__ Shares(int items, int most_readers, int its_unit) : readers(min(most_readers, items >> (its_unit - 1))), each(1), more(0), unit(its_unit) {
-    const int units = items >> (unit - 1);
-    if (units <= most_readers) return;
-    each = units / readers;
-    more = units - each * readers;
+  __device__ __forceinline__ Shares(int items, int most_readers) : readers(min(most_readers, items)), each(1), more(0) {
+    if (items <= most_readers) return;
+    each = items / readers;
+    more = items - each * readers;
   }
   // First item of reader w's stretch.
-  __device__ __forceinline__ int first(int w) const { return (w * each + min(w, more)) * unit; }
+  __device__ __forceinline__ int first(int w) const { return w * each + min(w, more); }
   // The reader whose stretch holds `item`.
   __device__ __forceinline__ int owner(int item) const {
-    const int longer = more * (each + 1), at = item >> (unit - 1);
-    return at < longer ? at / (each + 1) : more + (at - longer) / each;
+    const int longer = more * (each + 1);
+    return item < longer ? item / (each + 1) : more + (item - longer) / each;
   }
 };
 
 __device__ __forceinline__ int items_of(const ExactRows& x) { return static_cast<int>((x.count + kExactTokens - 1) / kExactTokens); }
-
-// A sequence's exact items and its pages begin at a whole unit of the line: what `items` of a kind leave free behind them.
-__device__ __forceinline__ int left_free(int items, int unit) { return -items & (unit - 1); }
-__device__ __forceinline__ int whole_units(int items, int unit) { return items + left_free(items, unit); }
 
 // Segments of each KV head of a sequence, which are those of its own query rows.
 __device__ __forceinline__ int segments_per_head(const AttendParams& p, const SequenceView& s) {
@@ -43,13 +37,13 @@ __device__ __forceinline__ int segments_per_head(const AttendParams& p, const Se
   return p.segment_blocks == 1 ? blocks : (blocks + 1) / 2;
 }
 
-// Places on the line of a sequence, all heads and segments.
+// Items of a sequence, all heads and segments.
 __device__ __forceinline__ int items_of(const AttendParams& p, int b) {
   const SequenceView& s = p.sequences[b];
-  return (whole_units(items_of(s.exact[0]) + items_of(s.exact[1]), p.unit) + whole_units(s.page_count, p.unit)) * p.kv_heads * segments_per_head(p, s);
+  return (items_of(s.exact[0]) + items_of(s.exact[1]) + s.page_count) * p.kv_heads * segments_per_head(p, s);
 }
 
-// line[b] = places of the sequences before b. One warp.
+// line[b] = items of the sequences before b. One warp.
 __device__ inline void lay_line(const AttendParams& p, int lane, int* line) {
   int before = 0;
   for (int first = 0; first < p.batch; first += kLanes) {
@@ -99,10 +93,9 @@ struct Cursor {
     }
     b = low;
     enter(p);
-    const int at = first - line[b], exact = whole_units(exact_items, p.unit), places = exact + whole_units(items - exact_items, p.unit);
-    segment = at / places;
-    item = at - segment * places;
-    if (item >= exact) item -= exact - exact_items;
+    const int at = first - line[b];
+    segment = at / items;
+    item = at - segment * items;
   }
   // A stretch of segment `part` of a head's, whose items follow each other as if they were all there are.
   __device__ void start_within(const AttendParams& p, int sequence, int its_head, int part, const Stretch& stretch) {
@@ -115,17 +108,17 @@ struct Cursor {
     resume = exact_items + stretch.page;
     item = stretch.exact_count > 0 ? stretch.exact : resume;
   }
-  // By `count` items, within those of a kind or to their end.
-  __device__ __forceinline__ void skip(const AttendParams& p, int count) {
-    const bool exact = !packed();
+  // By `count` items of a stretch of one segment (start_within).
+  __device__ __forceinline__ void skip_within(int count) {
     flat += count;
     item += count;
-    if (exact && item == behind) {
-      flat += left_free(exact_items, p.unit);
-      item = resume;
-    }
+    if (item == behind) item = resume;
+  }
+  // By `count` items, within those of a kind or to their end.
+  __device__ __forceinline__ void skip(const AttendParams& p, int count) {
+    flat += count;
+    item += count;
     if (item < items) return;
-    flat += left_free(items - exact_items, p.unit);
     item = 0;
     if (++segment < p.kv_heads * per_head) return;
     segment = 0;
@@ -189,17 +182,18 @@ __device__ __forceinline__ Piece exact_piece(const AttendParams& p, int b, int s
 }
 
 // The pieces of a stretch in the order in which they are read: the keys of kExact exact items or kPages pages, or as many as are left of
-// their run, then their values.
-template <int kExact, int kPages>
+// their run, then their values. kOne: of one segment.
+template <int kExact, int kPages, bool kOne = false>
 class PiecesOf {
  public:
-  __device__ __forceinline__ PiecesOf(const AttendParams& p, const Cursor& at) : p_(p), at_(at) {}
+  __device__ __forceinline__ PiecesOf(const AttendParams& p, const Cursor& at, int head = 0) : p_(p), at_(at), head_(head) {}
   // Goes on to the next pages or exact items where those before are through. Before the others are asked.
   __device__ __forceinline__ void settle() {
     if (step_ < 2 * pages_ || done()) return;
     left_ -= pages_;
     if (left_ <= 0) {
-      if (run_ > 0) at_.skip(p_, run_);
+      if (kOne) at_.skip_within(run_);
+      else if (run_ > 0) at_.skip(p_, run_);
       pages_ = run_ = step_ = 0;
       if (done()) return;
       enter();
@@ -225,11 +219,12 @@ class PiecesOf {
     Cursor at = at_;
     at.item += step_ - (values ? pages_ : 0);
     const ExactItem item(p_, at);
-    return exact_piece(p_, at.b, item.set, item.first, item.rows, at.head(), values ? 1 : 0);
+    return exact_piece(p_, at.b, item.set, item.first, item.rows, head(), values ? 1 : 0);
   }
   __device__ __forceinline__ void next() { ++step_; }
 
  private:
+  __device__ __forceinline__ int head() const { return kOne ? head_ : at_.head(); }
   // Pages as they come: their numbers, then the chunks that they lie in.
   struct Some {
     std::uint32_t id[kPages];
@@ -270,7 +265,7 @@ class PiecesOf {
     run_ = at_.packed() ? at_.run() : min(kExact, at_.run());
     left_ = run_;
     if (at_.packed()) {
-      slice_ = static_cast<std::uint32_t>(at_.head()) * p_.pages.head_stride;
+      slice_ = static_cast<std::uint32_t>(head()) * p_.pages.head_stride;
       ids_ = p_.sequences[at_.b].pages + (at_.item - at_.exact_items);
       ask_for_ids(next_, left_);
       ask_for_ids(after_, left_ - kPages);
@@ -280,6 +275,7 @@ class PiecesOf {
 
   const AttendParams& p_;
   Cursor at_;
+  const int head_;  // of the one segment
   int step_ = 0, pages_ = 0;  // pages or exact items together
   int run_ = 0, left_ = 0;    // of those that the cursor stands before
   std::uint32_t slice_ = 0;   // offset of the head's in a page

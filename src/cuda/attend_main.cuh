@@ -80,16 +80,14 @@ struct State : Accumulators<D / 8, kBlocks> {
 
 namespace kv4::cuda {
 
-template <int D, Rows kRows, Room kRoom>
+template <int D, Rows kRows, Room kRoom, Readers kKind>
 __device__ __forceinline__ void attend_all(const AttendParams& p) {
   using S = Shape<D>;
-  constexpr Readers kKind = main_readers(D, kRoom);
   constexpr bool kTeamed = kKind != Readers::warps;
-  constexpr int kBlocks = blocks_of(kRows), kReaders = fit<D>(kRoom, kBlocks).readers, kDepth = fit<D>(kRoom, kBlocks).depth;
-  constexpr int kStateRows = kBlocks * kBlockRows;
-  constexpr int kMembers = members_of(kKind), kWarps = kReaders * kMembers, kQueueBytes = queue_bytes(kDepth, S::kSlotBytes);
-  using WarpSlots = Queue<kDepth, S::kSlotBytes, S::kExactPitch>;
-  using Slots = std::conditional_t<kTeamed, TeamQueue<kMembers, kDepth, S::kSlotBytes>, WarpSlots>;
+  constexpr int kBlocks = blocks_of(kRows), kReaders = fit<D>(kRoom, kBlocks, kKind).readers, kDepth = fit<D>(kRoom, kBlocks, kKind).depth;
+  constexpr int kMembers = members_of(kKind), kWarps = kReaders * kMembers;
+  constexpr int kQueueBytes = queue_bytes(kDepth, S::kSlotBytes), kStateRows = kBlocks * kBlockRows;
+  using Slots = std::conditional_t<kTeamed, TeamQueue<kMembers, kDepth, S::kSlotBytes>, Queue<kDepth, S::kSlotBytes, S::kExactPitch>>;
   extern __shared__ __align__(128) unsigned char memory[];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int segments = p.kv_heads * (p.blocks / kBlocks);  // at most, of a sequence
@@ -102,7 +100,7 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
   if (threadIdx.x == kWarps * kLanes) expect_pages(p);
   if (warp == kWarps) lay_line(p, lane, line);  // not from the kernel before: fetching begins without it
   __syncthreads();
-  const Shares shares(line[p.batch], p.readers, p.unit);
+  const Shares shares(line[p.batch], p.readers);
 
   if (warp == kWarps) {
     if constexpr (kBulkCopies) {
@@ -155,16 +153,13 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
       meet_team<kMembers>(reader);
       state.template put<kRows == Rows::four>(to, exchange, packed, rows(), member, lane);
     } else {
-      auto* mean_operands = reinterpret_cast<uint4*>(memory + kReaders * kQueueBytes) + reader * kBlocks * S::kMeanOperands;
       const auto take = [&](auto state, auto read) {
         state.clear();
         read(state);
         state.template put<kStateRows, D>(to, rows(), lane);
       };
       if (packed)
-        take(PageState<D, tiles_of(kRows)>(), [&](auto& state) {
-          pages_run<D, kRows, false>(p, queue, pieces, state, operands, scales, mean_operands, here, head, row0, run, lane);
-        });
+        take(PageState<D, tiles_of(kRows)>(), [&](auto& state) { pages_run<D, kRows>(p, queue, pieces, state, operands, scales, here, head, row0, run, lane); });
       else
         take(State<D, kBlocks>(), [&](auto& state) { exact_run<D, kBlocks>(p, queue, pieces, state, here, head, operands, row0, run, lane); });
     }
@@ -173,10 +168,10 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
 }
 
 // Empty where no device that runs this code has such room, so that each architecture compiles what it may run.
-template <int D, Rows kRows, Room kRoom>
-__global__ void __launch_bounds__(main_warps<D>(kRoom, blocks_of(kRows)) * kLanes, 1) attend_main(const __grid_constant__ AttendParams p) {
+template <int D, Rows kRows, Room kRoom, Readers kKind>
+__global__ void __launch_bounds__(main_warps<D>(kRoom, blocks_of(kRows), kKind) * kLanes, 1) attend_main(const __grid_constant__ AttendParams p) {
 #ifdef __CUDA_ARCH__
-  if constexpr (runs_in(kRoom, __CUDA_ARCH__ / 10)) attend_all<D, kRows, kRoom>(p);
+  if constexpr (runs_in(kRoom, __CUDA_ARCH__ / 10)) attend_all<D, kRows, kRoom, kKind>(p);
 #endif
 }
 

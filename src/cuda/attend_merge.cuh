@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   const int segment = head * segments_per_head(p, s) + its_part;
   // Of this thread's first element, asked for early.
   const float first_lambda = s.lambda_v != nullptr ? s.lambda_v[head * D + first_channel + threadIdx.x % kWidth] : 1.0f;
-  const Shares shares(__ldcg(p.line + p.batch), p.readers, p.unit);
+  const Shares shares(__ldcg(p.line + p.batch), p.readers);
   const int exact_items = items_of(s.exact[0]) + items_of(s.exact[1]);
-  const int exact_places = whole_units(exact_items, p.unit), base = __ldcg(p.line + b) + segment * (exact_places + whole_units(s.page_count, p.unit));
+  const int base = __ldcg(p.line + b) + segment * (exact_items + s.page_count);
   int first[2] = {0, 0}, count[2] = {0, 0};  // slots of each kind: first, and how many
   if (exact_items > 0) {
     const int w0 = shares.owner(base), w1 = shares.owner(base + exact_items - 1);
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
     count[0] = w1 - w0 + 1;
   }
   if (s.page_count > 0) {
-    const int w0 = shares.owner(base + exact_places), w1 = shares.owner(base + exact_places + s.page_count - 1);
+    const int w0 = shares.owner(base + exact_items), w1 = shares.owner(base + exact_items + s.page_count - 1);
     first[1] = w0 + 2 * (b * segments + segment) + 1;
     count[1] = w1 - w0 + 1;
   }

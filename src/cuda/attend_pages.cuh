@@ -84,12 +84,11 @@ __device__ __forceinline__ Tables page_tables(const Tables& tables) {
   return own;
 }
 
-// `operands`, `scales`: of the segment's first block (attend.h). kShared: they are in shared memory; else those of the means go to
-// `mean_operands`, where there is room.
-template <int D, Rows kRows, bool kShared, class Slots>
+// `operands`, `scales`: of the segment's first block (attend.h), in shared memory or not: those of the means are read again for every page.
+template <int D, Rows kRows, class Slots>
 __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, Pieces& pieces, PageState<D, tiles_of(kRows)>& state,
-                                          const uint4* operands, const float* scales, uint4* mean_operands, const Cursor& here, int head,
-                                          int row0, int run, int lane) {
+                                          const uint4* operands, const float* scales, const Cursor& here, int head, int row0, int run,
+                                          int lane) {
   using S = Shape<D>;
   constexpr int kTiles = tiles_of(kRows), kSteps = S::kTiles;  // of rows; of 32 channels
   constexpr int kScores = kPageTokens / 8;                     // of a tile and lane: of tokens 8n + g
@@ -124,16 +123,6 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
       mma_bytes<true, true>(start[j], {kOnes, kOnes, kOnes, kOnes}, b);
     }
   }
-  constexpr int kMeanWords = S::kMeanOperands / 2;  // of a tile
-  constexpr bool kCopied = !kShared && kMeanWords > 0;
-  if (kCopied && p.mean) {
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k)
-        mean_operands[j * kMeanWords + k * kLanes + lane] = operands[block_of(j) * operand_words(D) + mean_operand<D>(row_of(j) / kTileRows, k) + lane];
-    __syncwarp();
-  }
   const Tables keys = page_tables(p.key), values = page_tables(p.value);
   // Scales of tokens 8n + g: as two of each matrix, whose rows are octets of tokens.
   const uint32_t scale_row = static_cast<uint32_t>(lane / 8 * 2 + lane % 2) * 16;
@@ -158,8 +147,7 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
         if (D % 32 == 0 || k * 32 + t * 8 < D) a = *reinterpret_cast<const uint4*>(slot + S::kMeanAt + (k * 32 + t * 8) * 2);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          const uint4 b = kCopied ? mean_operands[j * kMeanWords + k * kLanes + lane]
-                                  : operands[block_of(j) * operand_words(D) + mean_operand<D>(row_of(j) / kTileRows, k) + lane];
+          const uint4 b = operands[block_of(j) * operand_words(D) + mean_operand<D>(row_of(j) / kTileRows, k) + lane];
           mma_halves(false, c[j][0], a, b.x, b.y);
           mma_halves(false, c[j][1], a, b.z, b.w);
         }

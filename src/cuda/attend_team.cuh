@@ -1,14 +1,8 @@
-// How a team of two or four warps reads pages and exact rows together: each takes the scores of its part of the tokens and the
-// outputs of its part of the channels, and they hand maxima and weights round in shared memory, two barriers for 128 tokens.
+// How a team of two or four warps reads pages and exact rows together: each takes the scores of its part of the tokens and the outputs of its
+// part of the channels, and they hand maxima and weights round in shared memory, two barriers for 128 tokens.
 //
-// Four, in short calls of attend_fused. A warp by itself (attend_pages.cuh) executes fewer instructions in all, 21.2 million
-// against 37.9 for 12 / 2 heads, d = 128, 16 x 32,768; but its loop is 2,100 of them for two pages of d = 128, each fetched for
-// one use in a short call: a page took a warp 12,500 cycles there, and takes a team 4,400. Long calls: 97 us by teams, 80 by warps.
-//
-// Two, wherever d = 256 is read on 9.0: a page is too much for one warp's registers, which read its queries' operands again for
-// every use, spilled 244 to 444 bytes and had 80 KB of code for two pages; a quarter of their stalls were for instructions, now
-// 3 % are. 4 / 1 / 256, 16 x 32,768: 96 us by warps, 81 by teams of two with the operands in registers, 77 with these in shared
-// memory, prepare and merge changed as well; 1 x 4,096: 41, 30 and 26.
+// For short calls: a warp by itself (attend_pages.cuh) executes fewer instructions in all, but more of them one after another, each fetched
+// for one use. 4 / 1 / 256, 1 x 4,096: 22 us by teams, 29 by warps; 16 x 32,768: 70 and 63.
 #pragma once
 
 #include <type_traits>

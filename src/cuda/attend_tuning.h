@@ -1,9 +1,9 @@
 // The one list of head dims: for each the warps of a CTA that read the cache and the slots of each one's queue, for up to 8
 // query rows of a KV head and for more. A new head dim is a line here and a file attend_<head dim>.cu.
 //
-// 7 warps and the one that fills their queues are two to a scheduler, which leaves 255 registers a thread; slots fill what
-// shared memory is left. Where a CTA may have less of it than on 9.0, slots are left out down to two, which a pair of pages
-// needs, then warps.
+// 11 warps and the one that fills their queues are three to a scheduler, which leaves 168 registers a thread; 7 and one leave 255, which two
+// blocks of rows need. Slots fill what shared memory is left. Where a CTA may have less of it than on 9.0, slots are left out down to two,
+// the keys and the values of a page, then warps.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,11 +16,11 @@ namespace kv4::cuda {
 
 template <int D>
 struct Tuning;
-template <> struct Tuning<64> { static constexpr int kWarps[2] = {11, 7}, kDepth[2] = {6, 8}, kFused = 11; };
-template <> struct Tuning<80> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {8, 6}, kFused = 7; };
-template <> struct Tuning<96> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {8, 6}, kFused = 7; };
-template <> struct Tuning<128> { static constexpr int kWarps[2] = {11, 7}, kDepth[2] = {4, 5}, kFused = 11; };
-template <> struct Tuning<256> { static constexpr int kWarps[2] = {7, 7}, kDepth[2] = {3, 3}, kFused = 7; };
+template <> struct Tuning<64> { static constexpr int kWarps[2] = {11, 7}, kDepth[2] = {8, 8}, kFused = 11; };
+template <> struct Tuning<80> { static constexpr int kWarps[2] = {11, 7}, kDepth[2] = {5, 6}, kFused = 11; };
+template <> struct Tuning<96> { static constexpr int kWarps[2] = {11, 7}, kDepth[2] = {5, 6}, kFused = 11; };
+template <> struct Tuning<128> { static constexpr int kWarps[2] = {11, 7}, kDepth[2] = {4, 7}, kFused = 11; };
+template <> struct Tuning<256> { static constexpr int kWarps[2] = {11, 7}, kDepth[2] = {2, 3}, kFused = 10; };
 
 template <int D>
 struct Shape {
@@ -31,8 +31,7 @@ struct Shape {
   static constexpr int kExactPitch = D * 2 + (kBulkCopies ? 0 : 16);
   static constexpr int kMeanAt = kKeyCodeBytes + kPageTokens * 2;     // in a slot of keys
   static constexpr int kPackedBytes = kMeanAt + D * 2;
-  static constexpr bool kKept = D <= 128;                       // whether a warp keeps the operands of its queries
-  static constexpr int kMeanOperands = kKept ? operand_mean_steps(D) * kLanes : 0;  // uint4 of a block
+  static constexpr bool kKept = D <= 128;                       // whether a warp keeps the operands of its queries for exact rows
   static constexpr int kExactBytes = kExactTokens * (D * 2 + 16);  // on any architecture
   static constexpr int kSlotBytes = ((kPackedBytes > kExactBytes ? kPackedBytes : kExactBytes) + 127) / 128 * 128;
 };
@@ -50,13 +49,11 @@ constexpr int team_exchange_bytes(int members, int blocks) { return blocks * (4 
 
 // Shared memory of one reader's queue: its slots, then two barriers for each.
 constexpr int queue_bytes(int depth, int slot_bytes) { return (depth * slot_bytes + depth * 16 + 127) / 128 * 128; }
-// Of a CTA of attend_main but for the line: queues, then each warp's operands of the means, or each team's operands of pages and
-// what it hands round.
+// Of a CTA of attend_main but for the line: queues, then each team's operands of pages and what it hands round.
 template <int D>
 constexpr int main_shared(Readers kind, int readers, int depth, int blocks) {
-  const int operands = blocks * (kind == Readers::warps ? Shape<D>::kMeanOperands : page_operand_words(D)) * 16;
-  const int exchange = kind == Readers::warps ? 0 : team_exchange_bytes(members_of(kind), blocks);
-  return readers * (queue_bytes(depth, Shape<D>::kSlotBytes) + operands + exchange);
+  const int of_team = kind == Readers::warps ? 0 : blocks * page_operand_words(D) * 16 + team_exchange_bytes(members_of(kind), blocks);
+  return readers * (queue_bytes(depth, Shape<D>::kSlotBytes) + of_team);
 }
 constexpr int kLineBytes = 4096;  // left for the line at least: 1,023 sequences
 
@@ -78,35 +75,34 @@ constexpr bool runs_in(Room room, int code) {
   return room == Room::small || (room == Room::middle && code != 86 && code != 89);
 }
 
-constexpr int kWarpDim = 128;  // beyond this head dim a page is too much for one warp's registers: teams of two read
-constexpr int kTwos = 4;       // 9 warps leave a thread 168 registers, as 12 would
-// Teams' queues are filled by another warp alone.
-constexpr Readers main_readers(int dim, Room room) { return dim > kWarpDim && room == Room::large ? Readers::twos : Readers::warps; }
+// Whose rotations' matrices are 256 KB, and whose pages take one warp so long that teams read short calls of attend_main too, in the large room.
+constexpr int kLargeDim = 256;
+constexpr int kTwos = 4;  // 9 warps leave a thread 168 registers, as 12 would
+constexpr bool main_has_teams(int dim, Room room) { return dim >= kLargeDim && room == Room::large; }
 
 // Parts of the channels that attend_merge turns back, each by a CTA of its own, whose warps ask for one tile of the matrix each.
-constexpr int merge_columns(int dim) { return dim > kWarpDim ? 2 : 1; }
+constexpr int merge_columns(int dim) { return dim >= kLargeDim ? 2 : 1; }
 
 struct Fit {
   int readers, depth;
 };
 template <int D>
-constexpr Fit fit(Room room, int segment_blocks) {
+constexpr Fit fit(Room room, int segment_blocks, Readers kind = Readers::warps) {
   using T = Tuning<D>;
   const int most = room_bytes(room) - kLineBytes, i = segment_blocks - 1;
-  const Readers kind = main_readers(D, room);
-  for (int readers = kind == Readers::twos ? kTwos : T::kWarps[i]; readers > 0; --readers)
-    for (int depth = kind == Readers::twos ? 6 : T::kDepth[i]; depth >= 2; --depth)
+  const bool teams = kind != Readers::warps;
+  for (int readers = teams ? kTwos : T::kWarps[i]; readers > 0; --readers)
+    for (int depth = teams ? 6 : T::kDepth[i]; depth >= 2; --depth)
       if (main_shared<D>(kind, readers, depth, segment_blocks) <= most) return {readers, depth};
   return {0, 0};
 }
 
 template <int D>
-constexpr int main_warps(Room room, int segment_blocks) {
-  return fit<D>(room, segment_blocks).readers * members_of(main_readers(D, room)) + 1;
+constexpr int main_warps(Room room, int segment_blocks, Readers kind) {
+  return fit<D>(room, segment_blocks, kind).readers * members_of(kind) + 1;
 }
 
-// attend_fused, in the large room alone: readers, and one warp that fills their queues. Up to kWarpDim they are warps or teams of
-// four, beyond it teams of two. Beside the queues a CTA has the operands of its segment's queries, a rotation's operands, rows of
+// attend_fused, in the large room alone: readers, and one warp that fills their queues; from kLargeDim on teams of two. Beside the queues a CTA has the operands of its segment's queries, a rotation's operands, rows of
 // floats, one partial state, and what each team hands round.
 constexpr int kFours = 3;  // 13 warps leave a thread 128 registers, as 16 would
 constexpr int fused_pitch(int dim) { return dim + 8; }

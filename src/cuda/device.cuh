@@ -274,16 +274,15 @@ class Queue {
     }
   }
 
-  // The next slot in turn, complete; `kHeld` slots were waited for and are not released yet.
-  template <int kHeld = 0>
+  // The next slot in turn, complete; the one before has been released.
   __device__ __forceinline__ unsigned char* wait() {
     if constexpr (kBulkCopies) {
       const uint32_t barrier = shared_address(base_ + kDepth * kSlotBytes) + read_ * 16;
       while (!passed(barrier, parity_)) {
       }
     } else {
-      // Each release begins a group of copies: with kHeld to come, as many fewer are behind this slot's.
-      asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 1 - kHeld) : "memory");
+      // Each release begins a group of copies.
+      asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 1) : "memory");
       __syncwarp();
     }
     unsigned char* slot = base_ + read_ * kSlotBytes;

@@ -59,7 +59,7 @@ class CudaAttend : public ::testing::Test {
   }
 
   // One kernel wherever a call's segments are few enough, read by teams or by warps; three.
-  static constexpr cuda::Load kTeams = {0, 0}, kWarps = {1ll << 30, 1ll << 40}, kThree = {1ll << 30, 0}, kByTwos = {1ll << 40, 1ll << 30};
+  static constexpr cuda::Load kTeams = {0, 0}, kWarps = {1ll << 30, 1ll << 40}, kThree = {1ll << 30, 0};
 
   // The job's kernels as if its sequences were as long as `load` says.
   static Status launch(const AttendJob& job, const cuda::Load& load) {
@@ -137,8 +137,8 @@ class CudaAttend : public ::testing::Test {
         const auto from = expected.out.begin() + row * s.shape().dim_v;
         std::fill(from, from + (call.args.q.shape[2] - queries[b]) * s.shape().dim_v, 0.0);
       }
-    for (const cuda::Load& load : {kTeams, kWarps, kThree, kByTwos}) {
-      SCOPED_TRACE(load.longest == 0 ? "one kernel, teams" : load.all > load.longest ? "one kernel, warps" : load.all > 0 ? "three kernels, by twos" : "three kernels");
+    for (const cuda::Load& load : {kTeams, kWarps, kThree}) {
+      SCOPED_TRACE(load.longest == 0 ? "one kernel, teams" : load.all > load.longest ? "one kernel, warps" : "three kernels");
       Status status;
       const std::vector<double> out = run(s, call, {load, layout, queries}, &status);
       ASSERT_TRUE(status.ok()) << status.message();
@@ -157,9 +157,9 @@ TEST_F(CudaAttend, RaggedBatchWithStartsAndWindows) { scene::ragged_batch({1, 7}
 TEST_F(CudaAttend, GeneralMasksAndSoftcap) { scene::general_masks({false, true}, check); }
 TEST_F(CudaAttend, LargeMeans) { scene::large_means(check); }
 
-// Segments enough for one or two CTAs each on a device of 132 multiprocessors, and pages for every reader: whole and odd numbers of pairs,
+// Segments enough for one or two CTAs each on a device of 132 multiprocessors, and pages for every reader, as many and one more for some,
 // exact items for some CTAs, for all and for none, and a sequence that is too short.
-TEST_F(CudaAttend, PagesDealtByTwos) {
+TEST_F(CudaAttend, PagesDealt) {
   struct Dealt {
     int dim, group, kv_heads;
     std::vector<Held> held;
@@ -247,7 +247,7 @@ TEST_F(CudaAttend, HiddenTokensAndOneWindowForAll) {
       masked.windows({600, 600, 600, 600});
       const DeviceScene scene(s);
       const Device of_masked(masked), of_plain(plain);
-      for (const cuda::Load& load : {kTeams, kWarps, kThree, kByTwos}) {
+      for (const cuda::Load& load : {kTeams, kWarps, kThree}) {
         std::vector<std::uint8_t> out[2];
         for (const bool hidden : {false, true}) {
           const Device& device = hidden ? of_plain : of_masked;

@@ -43,11 +43,12 @@ TEST(CudaPlan, EveryHeadDimAndRowsFitTheDevice) {
         EXPECT_GT(plan.scratch, 0u);
         with_dim(dim, [&](auto d) {
           constexpr int kDim = decltype(d)::value;
-          const Fit used = fit<kDim>(plan.room, plan.segment_blocks);
+          const Readers kind = plan.fused_ctas == 0 && plan.teams ? Readers::twos : Readers::warps;
+          const Fit used = fit<kDim>(plan.room, plan.segment_blocks, kind);
           EXPECT_EQ(used.readers, plan.readers_per_cta);
           EXPECT_GE(used.readers, 4);  // one to a scheduler
-          EXPECT_GE(used.depth, 2);  // the keys of two pages are held at once
-          const int queues = main_shared<kDim>(main_readers(kDim, plan.room), used.readers, used.depth, plan.segment_blocks);
+          EXPECT_GE(used.depth, 2);  // the keys and the values of a page
+          const int queues = main_shared<kDim>(kind, used.readers, used.depth, plan.segment_blocks);
           EXPECT_LE(queues + kLineBytes, e.chip.shared);
           EXPECT_GE(plan.most_sequences, 1023);
           EXPECT_LE(queues + 4 * (plan.most_sequences + 1), e.chip.shared);
@@ -56,21 +57,13 @@ TEST(CudaPlan, EveryHeadDimAndRowsFitTheDevice) {
       }
 }
 
-TEST(CudaPlan, ItemsAreSharedOutByTwosWhereReadersHaveMore) {
-  const AttendPlan one = plan_of(kA100, 128, 4, 1, {100, 300}), two = plan_of(kA100, 128, 4, 1, {10000, 30000});
-  ASSERT_EQ(one.fused_ctas, 0);
-  ASSERT_EQ(two.fused_ctas, 0);
-  EXPECT_EQ(one.unit, 1);  // 600 items for 108 CTAs' readers
-  EXPECT_EQ(two.unit, 2);
-}
-
 TEST(CudaPlan, OneKernelFitsTheDevice) {
   for (const int dim : kv4::cases::kHeadDims)
     with_dim(dim, [](auto d) {
       constexpr int kDim = decltype(d)::value;
       for (const int blocks : {1, 2})
         for (const Readers kind : {Readers::warps, Readers::twos, Readers::fours}) {
-          if ((kind == Readers::twos) != (kDim > kWarpDim)) continue;  // not compiled
+          if ((kind == Readers::twos) != (kDim >= kLargeDim)) continue;  // not compiled
           SCOPED_TRACE(::testing::Message() << "d " << kDim << ", blocks " << blocks << ", members " << members_of(kind));
           const Fit f = fused_fit<kDim>(kind, blocks);
           EXPECT_EQ(f.readers, kind == Readers::fours ? kFours : kind == Readers::twos ? kTwos : blocks == 1 ? Tuning<kDim>::kFused : Tuning<kDim>::kWarps[1]);
@@ -82,14 +75,14 @@ TEST(CudaPlan, OneKernelFitsTheDevice) {
     });
 }
 
-// plan_of's call has 6 segments: 22 CTAs of 132 for each, of 7 warps or 3 teams.
+// plan_of's call has 6 segments: 22 CTAs of 132 for each, of 11 warps or 3 teams.
 TEST(CudaPlan, OneKernelWhereSegmentsAreFewAndEven) {
   EXPECT_EQ(plan_of(kH100, 128, 4, 1).fused_ctas, 22);
   EXPECT_EQ(plan_of(kA100, 128, 4, 1).fused_ctas, 0);  // nobody fills its queues
   EXPECT_EQ(plan_of(kL40, 128, 4, 1).fused_ctas, 0);
-  // 3 sequences of 1,540 items are 10 rounds of warps for both ways; one alone 10 and 4.
-  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {1540, 3 * 1540}).fused_ctas, 22);
-  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {1540, 1540 + 2}).fused_ctas, 0);
+  // 3 sequences of 2,420 items are 10 rounds of warps for both ways; one alone 10 and 4.
+  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {2420, 3 * 2420}).fused_ctas, 22);
+  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {2420, 2420 + 2}).fused_ctas, 0);
   // Two rounds of teams are 132 items.
   EXPECT_TRUE(plan_of(kH100, 128, 4, 1, {132, 3 * 132}).teams);
   EXPECT_FALSE(plan_of(kH100, 128, 4, 1, {133, 3 * 133}).teams);
@@ -102,6 +95,10 @@ TEST(CudaPlan, OneKernelWhereSegmentsAreFewAndEven) {
   EXPECT_EQ(plan_attend(p, kH100, {2000, 2000}).fused_ctas, 132);
   EXPECT_FALSE(plan_attend(p, kH100, {2000, 2000}).teams);
   EXPECT_EQ(plan_attend(p, kH100, {70, 70}).fused_ctas, 0);
+  // Three kernels: two rounds of 4 teams a CTA are 1,056 items, of 6 segments' 176 each.
+  EXPECT_TRUE(plan_of(kH100, 256, 4, 1, {176, 3 * 176}).teams);
+  EXPECT_FALSE(plan_of(kH100, 256, 4, 1, {177, 3 * 177}).teams);
+  EXPECT_FALSE(plan_of(kA100, 256, 4, 1, {70, 3 * 70}).teams);
   // 4 segments of 16 rows for each of 64 queries of 1 head: 24 in all; of 8 heads 192, more than multiprocessors.
   EXPECT_EQ(plan_of(kH100, 128, 1, 64).fused_ctas, 5);
   EXPECT_EQ(plan_of(kH100, 128, 8, 64).fused_ctas, 0);
@@ -116,13 +113,8 @@ TEST(CudaPlan, NoMoreIsLeftOutThanMust) {
         SCOPED_TRACE(::testing::Message() << "d " << kDim << ", blocks " << blocks);
         const int warps = T::kWarps[blocks - 1], depth = T::kDepth[blocks - 1];
         const Fit large = fit<kDim>(Room::large, blocks);
-        if (main_readers(kDim, Room::large) == Readers::warps) {
-          EXPECT_EQ(large.readers, warps);
-          EXPECT_EQ(large.depth, depth);
-        } else {
-          EXPECT_EQ(large.readers, kTwos);
-          EXPECT_GE(large.depth, 3);  // beside the values of two pages keys of the next
-        }
+        EXPECT_EQ(large.readers, warps);
+        EXPECT_EQ(large.depth, depth);
         for (const Room room : {Room::small, Room::middle}) {
           const Fit f = fit<kDim>(room, blocks);
           const int most = room_bytes(room) - kLineBytes;
