@@ -121,7 +121,7 @@ std::size_t most_scratch(const AttendParams& p, const Chip& chip) {
   for (int rows = 1; rows <= 2; ++rows) {
     AttendParams sized = p;
     if (rows == 1) sized.queries = std::min(p.queries, std::max(1, kBlockRows / p.group));
-    AttendPlan plan = plan_attend(sized, chip, {});
+    AttendPlan plan = plan_attend(sized, chip, {1ll << 30, 1ll << 40});  // by warps, of which more leave states than of teams
     sized.blocks = blocks_of_rows(sized, plan.segment_blocks);
     plan.fused_ctas = 0;
     most = std::max(most, lay_out(sized, plan).bytes);

@@ -43,6 +43,9 @@ struct FusedShape {
   static __device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kWarps * kLanes) : "memory"); }
   // The same once the filling warp has called `filled`, which does not wait.
   static __device__ __forceinline__ void meet_filled() { asm volatile("bar.sync %0, %1;" ::"n"(kBarrier + 1), "n"(kAllWarps * kLanes) : "memory"); }
+  // The queues' barriers are made: said by all warps that read, waited for by the filling warp.
+  static __device__ __forceinline__ void made() { asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier + 2), "n"(kAllWarps * kLanes) : "memory"); }
+  static __device__ __forceinline__ void wait_made() { asm volatile("bar.sync %0, %1;" ::"n"(kBarrier + 2), "n"(kAllWarps * kLanes) : "memory"); }
   static __device__ __forceinline__ void filled() { asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier + 1), "n"(kAllWarps * kLanes) : "memory"); }
 };
 
@@ -275,7 +278,7 @@ __device__ __forceinline__ void fused_fill(const AttendParams& p, const SharesOf
   if (lane < F::kCount) from.start_within(p, at.b, at.head, at.part, shares.of(blockIdx.x, lane));
   PiecesOf<F::kMembers, kReaders == Readers::warps ? 1 : 2, true> pieces(p, from, at.head);
   Filler<F::kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, F::kCount - 1) * F::kQueueBytes);
-  fill_all(pieces, filler, lane);
+  fill_all(pieces, filler, lane, [] { F::wait_made(); });
   if (lane == 0) *end = fused_end(shares, blockIdx.x);
   F::filled();
 }
@@ -538,7 +541,7 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
     QueryRow<D> first;
     wait_for_previous();
     let_next_begin();
-    // What everything else waits for is asked for first; what is needed of it, looked at behind the barrier.
+    // What everything else waits for is asked for first.
     const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
     const SequenceView& s = p.sequences[at.b];
     const auto sinks = s.exact[0].count, window = s.exact[1].count;
@@ -550,12 +553,13 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
       if constexpr (kReaders != Readers::warps) TeamQueue<F::kMembers, F::kDepth, Shape<D>::kSlotBytes>::prepare(queue, warp % F::kMembers);
       else Queue<F::kDepth, Shape<D>::kSlotBytes, Shape<D>::kExactPitch>::prepare(queue);
     }
-    if (warp < F::kWarps && p.dual.words != nullptr) columns.prefetch(p.dual, warp, F::kWarps, lane);
     if (warp < F::kWarps) {
+      __syncwarp();
+      F::made();
+      if (p.dual.words != nullptr) columns.prefetch(p.dual, warp, F::kWarps, lane);
       first.load(p, s, at.head, at.row0 + warp, lane);
       first.load_lambda(lambda, at.head, lane);
     }
-    __syncthreads();
     const auto items = [](long long rows) { return static_cast<int>((rows + kExactTokens - 1) / kExactTokens); };
     const SharesOf<D, kSegmentRows, kReaders> shares(items(sinks) + items(window), pages);
     if (blockIdx.x >= shares.ctas || at.rows(p) <= 0) return;

@@ -296,11 +296,12 @@ __device__ __forceinline__ void expect_ids(const AttendParams& p, const Sequence
   if (lane * kLine < s.page_count) asm volatile("prefetch.global.L2 [%0];" ::"l"(s.pages + lane * kLine));
 }
 
-// By the warp that fills, each lane its own queue: all pieces, as slots become free.
-template <class PiecesT, class FillerT>
-__device__ __forceinline__ void fill_all(PiecesT& pieces, FillerT& filler, int lane) {
-  while (true) {
+// By the warp that fills, each lane its own queue: all pieces, as slots become free. `begin` is called when the first are known.
+template <class PiecesT, class FillerT, class Begin>
+__device__ __forceinline__ void fill_all(PiecesT& pieces, FillerT& filler, int lane, Begin begin) {
+  for (bool begun = false;; begun = true) {
     pieces.settle();
+    if (!begun) begin();
     if (!__any_sync(kAll, !pieces.done())) return;
     const bool mine = !pieces.done() && filler.ready(), page = mine && pieces.packed();
     // Pages, which are most of what there is, go out with nothing else to ask.

@@ -109,7 +109,7 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
       if (lane < kReaders && w < shares.readers) at.start(p, line, shares.first(w), shares.first(w + 1));
       PiecesOf<kMembers, kTeamed ? 2 : 1> pieces(p, at);
       Filler<kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, kReaders - 1) * kQueueBytes);
-      fill_all(pieces, filler, lane);
+      fill_all(pieces, filler, lane, [] {});
     }
     return;
   }
