@@ -54,7 +54,7 @@ void plan_readers(const AttendParams& p, int segments, const Load& load, AttendP
   if (D >= kLargeDim) {
     // Its matrices, 256 KB each for every CTA, cost more than launches but where one segment has the device for itself.
     if (one_kernel && segments == 1 && rounds(load.longest, ctas * readers(Readers::twos)) > 1) plan->fused_ctas = ctas;
-    else plan->teams = main_has_teams(D, plan->room) && rounds(all, static_cast<long long>(plan->ctas) * kTwos) <= kTeamRounds;
+    else plan->teams = main_has_teams(D, plan->room) && rounds(all, static_cast<long long>(plan->ctas) * kTwos) <= 2 * kTeamRounds;
     return;
   }
   if (!one_kernel) return;

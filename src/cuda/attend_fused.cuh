@@ -105,7 +105,7 @@ __device__ __forceinline__ void put_halves(uint32_t* words, bool bf16, int row, 
 // What attend_prepare does, for one segment and into shared memory; by kWarps warps, who meet at a barrier of their own. `y`:
 // [kRows][kPitch]. `scales`: as row_scale.
 //
-// A warp's first row and lambda are asked for before the CTA's first barrier.
+// A warp's first row and lambda have been asked for.
 template <int D, Rows kSegmentRows, Readers kReaders>
 __device__ __forceinline__ void turn_queries(const AttendParams& p, int b, int head, int row0, QueryRow<D>& first,
                                              Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns, uint4* operands,

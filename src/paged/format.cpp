@@ -58,6 +58,11 @@ struct PageFormat::State {
 
   static Status create(const CacheConfig& config, std::unique_ptr<PageFormat>* out);
   bool readable() const { return backend->host_memory(); }
+  // The tables of a call of `rows` rows, where the host reads them; else the limit that stands for them.
+  Status check(PagedBatch* batch, Use use, std::int64_t rows) const {
+    if (readable()) return check_tables(batch, use, rows);
+    return batch->most_queries > 0 ? Status() : invalid_argument("batch.most_queries", "1 or more on a device", "0");
+  }
   // A call whose limits alone are known.
   AttendJob sized(int q_heads) const {
     AttendJob job;
@@ -157,7 +162,7 @@ Status PageFormat::store(const PagedBatch& given, const TensorView& k, const Ten
   KV4_RETURN_IF_ERROR(s.check_rows(v, "v", s.config.head_dim_v));
   if (v.shape[2] != k.shape[2]) return invalid_argument("v", "the rows of k, " + std::to_string(k.shape[2]), std::to_string(v.shape[2]));
   if (batch.size == 0 || k.shape[2] == 0) return {};
-  if (s.readable()) KV4_RETURN_IF_ERROR(check_tables(&batch, Use::store, k.shape[2]));
+  KV4_RETURN_IF_ERROR(s.check(&batch, Use::store, k.shape[2]));
   SequenceView* views = nullptr;
   std::span<std::byte> rest;
   KV4_RETURN_IF_ERROR(at_end(workspace, static_cast<std::size_t>(batch.size), &views, &rest));
@@ -205,8 +210,7 @@ Status PageFormat::State::attend(const PagedBatch& given, const AttendArgs& args
   if (batch.size == 0 || shape[2] == 0) return {};
   KV4_RETURN_IF_ERROR(check_arguments(args));
   KV4_RETURN_IF_ERROR(check_output(args, config.head_dim_v, out, partial));
-  if (readable()) KV4_RETURN_IF_ERROR(check_tables(&batch, Use::attend, shape[2]));
-  else if (batch.most_queries == 0) return invalid_argument("batch.most_queries", "1 or more on a device", "0");
+  KV4_RETURN_IF_ERROR(check(&batch, Use::attend, shape[2]));
   const Lent lent(place.executor);
   SequenceView* views = nullptr;
   AttendJob job = sized(static_cast<int>(shape[1]));

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
@@ -367,6 +368,24 @@ TEST_F(CudaPaged, ACapturedCallReadsTheTablesWhenItRuns) {
 }
 
 // Rows that are sealed as they arrive: what is not finite is told and masked, nothing is stored.
+TEST_F(CudaPaged, StoreWithoutALimitOfRowsIsRefused) {
+  CacheConfig config;
+  config.dtype = DType::f16;
+  config.kv_heads = kHeads;
+  config.head_dim_k = config.head_dim_v = kDim;
+  config.backend = "cuda:0";
+  std::unique_ptr<PageFormat> format;
+  ASSERT_TRUE(PageFormat::create(config, &format).ok());
+  const TensorView rows = {k_.as(), DType::f16, {1, kHeads, 1, kDim}, {kHeads * kDim, kDim, kDim, 1}};
+  const DeviceBytes workspace(std::size_t{1} << 20, 0);
+  PagedBatch unbounded = batch_;
+  unbounded.queries = unbounded.lengths = unbounded.sealed = unbounded.pages = unbounded.blocks = unbounded.sinks = workspace.as<std::int32_t>();
+  unbounded.most_queries = 0;
+  const Status status = format->store(unbounded, rows, rows, {workspace.as<std::byte>(), std::size_t{1} << 20});
+  EXPECT_EQ(status.code(), StatusCode::invalid_argument);
+  EXPECT_NE(status.message().find("batch.most_queries"), std::string::npos) << status.message();
+}
+
 TEST_F(CudaPaged, RowsThatAreNotFiniteAreFoundWithoutBeingStored) {
   Backend& backend = *cuda::backend();
   constexpr std::int64_t kRows = 7;

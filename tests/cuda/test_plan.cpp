@@ -95,9 +95,9 @@ TEST(CudaPlan, OneKernelWhereSegmentsAreFewAndEven) {
   EXPECT_EQ(plan_attend(p, kH100, {2000, 2000}).fused_ctas, 132);
   EXPECT_FALSE(plan_attend(p, kH100, {2000, 2000}).teams);
   EXPECT_EQ(plan_attend(p, kH100, {70, 70}).fused_ctas, 0);
-  // Three kernels: two rounds of 4 teams a CTA are 1,056 items, of 6 segments' 176 each.
-  EXPECT_TRUE(plan_of(kH100, 256, 4, 1, {176, 3 * 176}).teams);
-  EXPECT_FALSE(plan_of(kH100, 256, 4, 1, {177, 3 * 177}).teams);
+  // Three kernels: four rounds of 4 teams a CTA are 2,112 items, of 6 segments 352 each.
+  EXPECT_TRUE(plan_of(kH100, 256, 4, 1, {352, 3 * 352}).teams);
+  EXPECT_FALSE(plan_of(kH100, 256, 4, 1, {353, 3 * 353}).teams);
   EXPECT_FALSE(plan_of(kA100, 256, 4, 1, {70, 3 * 70}).teams);
   // 4 segments of 16 rows for each of 64 queries of 1 head: 24 in all; of 8 heads 192, more than multiprocessors.
   EXPECT_EQ(plan_of(kH100, 128, 1, 64).fused_ctas, 5);
