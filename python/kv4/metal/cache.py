@@ -51,29 +51,11 @@ class Cache(Sealing):
         matrix_k: Any = None,
         matrix_v: Any = None,
     ) -> None:
+        shape = {"dtype": dtype, "kv_heads": kv_heads, "head_dim_k": head_dim_k, "head_dim_v": head_dim_v}
+        matrices = {"matrix_k": matrix_k, "matrix_v": matrix_v}
         # The core's own checks of every argument.
-        _core.Cache(
-            recipe,
-            dtype=dtype,
-            kv_heads=kv_heads,
-            head_dim_k=head_dim_k,
-            head_dim_v=head_dim_v,
-            sliding_window=sliding_window,
-            lambda_k=lambda_k,
-            lambda_v=lambda_v,
-            matrix_k=matrix_k,
-            matrix_v=matrix_v,
-        )
-        self.constants = shared_constants(
-            host,
-            recipe,
-            dtype=dtype,
-            kv_heads=kv_heads,
-            head_dim_k=head_dim_k,
-            head_dim_v=head_dim_v,
-            matrix_k=matrix_k,
-            matrix_v=matrix_v,
-        )
+        _core.Cache(recipe, **shape, **matrices, sliding_window=sliding_window, lambda_k=lambda_k, lambda_v=lambda_v)
+        self.constants = shared_constants(host, recipe, **shape, **matrices)
         self.host = host
         self.recipe = recipe
         self.dtype = dtype
