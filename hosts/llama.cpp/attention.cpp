@@ -86,7 +86,8 @@ Status Attention::run(Layer* layer, const ggml_tensor* op) {
     auto* x = static_cast<float*>(op->data);
     std::fill(x, x + ggml_nelements(op), std::numeric_limits<float>::quiet_NaN());
   }
-  return layer->attended(args.q, plan.sequences_of_stream());
+  layer->attended(args.q, plan.sequences_of_stream());
+  return {};
 }
 
 }  // namespace kv4::llama

@@ -106,7 +106,7 @@ std::size_t offset_of(const ggml_tensor* t, const Cells& c) { return static_cast
 // A view of all heads of some cells, from a stream's first on.
 bool whole_rows(const ggml_tensor* view, const Cells& c) {
   const std::size_t element = ggml_type_size(view->type), stream = static_cast<std::size_t>(c.cells) * c.row_bytes;
-  return view->nb[0] == element && view->nb[2] == element * static_cast<std::size_t>(view->ne[0]) && view->nb[1] == c.row_bytes &&
+  return view->nb[0] == element && view->nb[2] == ggml_row_size(view->type, view->ne[0]) && view->nb[1] == c.row_bytes &&
          view->view_offs % stream == 0 && (view->ne[3] == 1 || view->nb[3] == stream);
 }
 
@@ -232,7 +232,7 @@ Layer* layer_of(const ggml_tensor* op) {
   std::string why;
   if (scale_bias_cap[1] != 0.0f) why = "ALiBi, a bias that grows with distance";
   if (q->type != GGML_TYPE_F32 || (mask != nullptr && (mask->type != GGML_TYPE_F16 || mask->ne[2] != 1))) why = "queries other than f32, or a mask other than f16 and one for all heads";
-  if (!whole_rows(k, *keys) || !whole_rows(v, *values)) why = "heads that do not follow one another";
+  if (keys != values && (!whole_rows(k, *keys) || !whole_rows(v, *values))) why = "heads that do not follow one another";
   Layer* layer = keys->layer;
   if (why.empty() && layer == nullptr && values->layer == nullptr) {
     std::unique_ptr<Layer> made;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "settings.h"
 
@@ -125,18 +126,15 @@ Status Layer::read(const Cells& side, std::int64_t block, std::byte* out) {
 
 Status Layer::begin_write(std::int64_t first, std::int64_t count) {
   if (count == 0) return {};
-  if (shared_ && attentions_ > 0) KV4_RETURN_IF_ERROR(pack_due());
-  attentions_ = 0;
+  if (std::exchange(attended_, false)) KV4_RETURN_IF_ERROR(pack_due());
   return expose(k_.block_of(first), k_.block_of(first + count - 1) + 1);
 }
 
-Status Layer::attended(const TensorView& q, int sequences) {
-  if (!packs_) return {};
+void Layer::attended(const TensorView& q, int sequences) {
+  if (!packs_) return;
   sequences_ = std::max(1, sequences);
-  shared_ = shared_ || attentions_ > 0;
-  ++attentions_;
+  attended_ = true;
   if (lambda_.empty()) learn_queries(q);
-  return shared_ ? Status() : pack_due();
 }
 
 Status Layer::settle() { return packs_ && any_packed_ ? pack_due() : Status(); }
@@ -236,6 +234,7 @@ Status Layer::copy_stream(std::int64_t from, std::int64_t to) {
 void Layer::forget() {
   std::fill(packed_.begin(), packed_.end(), std::uint8_t{0});
   Mapping::release(pages_.data(), pages_.size());
+  attended_ = false;
   // What was learnt from is learnt from anew, but what pages were made with stays.
   if (any_packed_) return;
   lambda_.clear();

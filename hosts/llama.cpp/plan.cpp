@@ -94,12 +94,14 @@ void Plan::find_groups(const MaskRows& mask) {
   }
 }
 
-// A plain group reads all blocks from its first to its last, so that positions go on: it stays plain where the packed ones come first.
+// A plain group reads all blocks from its first to its last, so that positions go on: it stays plain where the packed ones come first, and
+// its last cell does not lie in the midst of one.
 void Plan::settle_group(Group* g, const std::uint8_t* packed) {
   if (count(g->blocks) == 0) {  // something has to be there to be hidden
     g->blocks[0] = 1;
     g->plain = false;
   }
+  g->plain = g->plain && (packed[g->last / kPageTokens] == 0 || (g->last + 1) % kPageTokens == 0);
   bool exact = false;
   for (std::int64_t b = g->start / kPageTokens; g->plain && b <= g->last / kPageTokens; ++b) {
     g->plain = !exact || packed[b] == 0;
