@@ -68,6 +68,7 @@ class Layer {
   Status pack(std::span<const std::int32_t> blocks);
   Status unpack(std::int64_t block, const RowMemory& to, std::int32_t to_block);
   Status pack_due();
+  Status take_calibration();
   void learn_queries(const TensorView& q);
   Status learn_lambda(std::span<const std::int32_t> due);
   bool first_of_stream(std::int64_t block) const { return block % k_.blocks_of_stream() == 0; }
@@ -85,7 +86,8 @@ class Layer {
   int sequences_ = 1;
   bool any_packed_ = false;
   bool attended_ = false;  // since the last write
-  std::vector<float> lambda_;      // [kv_heads, head_dim_k]; empty until the first page
+  std::vector<float> lambda_;      // [kv_heads, head_dim_k]; measured, or learnt as the first page is packed and empty until then
+  std::vector<float> lambda_v_;    // [kv_heads, head_dim_v] measured, or empty for 1
   std::vector<double> energies_;   // [q_heads, head_dim_k] sums of q^2 until then
   std::int64_t queries_ = 0;
 };

@@ -416,7 +416,7 @@ TEST_F(Backend, WhatIsNotPackedIsTheCpusOwnToTheByteAndNamed) {
   const Case cases[] = {
       {{2, 1, 16, 16}, GGML_TYPE_F16, 0, "head_dim"},
       {{2, 1, 64, 64}, GGML_TYPE_F16, 8, "ALiBi, a bias that grows with distance"},
-      {{2, 1, 64, 64}, GGML_TYPE_Q8_0, 0, "cache type: expected f16, bf16 or f32 for keys and values alike; got q8_0 and q8_0"},
+      {{2, 1, 64, 64}, GGML_TYPE_Q8_0, 0, "cache type: expected f16 or bf16; got q8_0"},
   };
   for (const Case& c : cases) {
     Machine own(cpu(), c.g, 1, c.type), ours(device(), c.g, 1, c.type);
@@ -476,6 +476,19 @@ TEST_F(Backend, AQueryThatIsNotANumberGivesNoneAndHarmsNothing) {
   EXPECT_EQ(m.status, GGML_STATUS_SUCCESS);
   EXPECT_TRUE(std::isnan(none[0]));
   EXPECT_EQ(ask(good, false), first);
+}
+
+// Keys that were turned by neighbours say so to whoever has lambda in the other order.
+TEST_F(Backend, RotaryPairsAreKnownFromWhatIsWritten) {
+  for (const int mode : {GGML_ROPE_TYPE_NORMAL, GGML_ROPE_TYPE_NEOX}) {
+    Machine m(device(), {2, 1, 64, 64});
+    m.context.reset(ggml_init({ggml_tensor_overhead() * 16, nullptr, true}));
+    ggml_context* c = m.context.get();
+    ggml_tensor* positions = ggml_new_tensor_1d(c, GGML_TYPE_I32, 3);
+    ggml_tensor* turned = ggml_rope(c, ggml_new_tensor_3d(c, GGML_TYPE_F32, 64, 1, 3), positions, 48, mode);
+    EXPECT_TRUE(takes(ggml_set_rows(c, m.k, ggml_view_2d(c, turned, 64, 3, turned->nb[2], 0), ggml_new_tensor_1d(c, GGML_TYPE_I64, 3))));
+    EXPECT_EQ(cells_of(m.k)->neighbours, mode == GGML_ROPE_TYPE_NORMAL ? 48 : 0);
+  }
 }
 
 // Layers of some models have no keys of their own: the node before their attention is on the CPU, and the cache another's.

@@ -265,7 +265,7 @@ TEST_F(LayerTest, SaysWhatItDoesNotServe) {
   CacheTensor q8("cache_v_l0", GGML_TYPE_Q8_0, 128, 256, 1), wide("cache_v_l0", GGML_TYPE_F32, 128, 256, 1);
   for (const CacheTensor* t : {&q8, &wide}) {
     Cells other(*t->tensor);
-    EXPECT_NE(refused(keys, other, {2, 1, 128, 128}).find("cache type: expected f16, bf16 or f32 for keys and values alike; got f16 and "), std::string::npos);
+    EXPECT_NE(refused(keys, other, {2, 1, 128, 128}).find("cache type: expected f16 or bf16 for keys and values alike; got f16 and "), std::string::npos);
   }
   CacheTensor odd_k("cache_k_l0", GGML_TYPE_F16, 128, 100, 1), odd_v("cache_v_l0", GGML_TYPE_F16, 128, 100, 1);
   Cells short_k(*odd_k.tensor), short_v(*odd_v.tensor);
