@@ -1,14 +1,16 @@
 // Runs a model through libllama and says what it wrote: a line "name: ..." for each way of arriving at the same cells, for whoever
 // compares runs with one backend and another.
-//   probe BACKENDS MODEL UNIFIED GENERATED ways TEXT BYTES       (the first BYTES of the text are the prompt)
-//   probe BACKENDS MODEL UNIFIED GENERATED prompts FILE          (a prompt a line)
-//   probe BACKENDS MODEL UNIFIED GENERATED sessions TEXT BYTES STATE
+//   probe BACKENDS MODEL OPTIONS GENERATED ways TEXT BYTES       (the first BYTES of the text are the prompt)
+//   probe BACKENDS MODEL OPTIONS GENERATED prompts FILE          (a prompt a line)
+//   probe BACKENDS MODEL OPTIONS GENERATED sessions TEXT BYTES STATE
+// OPTIONS: those of llama.cpp's programs, in one argument: -kvu, -nkvo, -fa off, -ngl N, -ctk TYPE, -ctv TYPE
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -108,20 +110,37 @@ Tokens tokens_of(const std::string& text) {
   return tokens;
 }
 
-void open(const char* path, bool unified, bool swa_full) {
+ggml_type type_of(const std::string& name) {
+  for (int t = 0; t < GGML_TYPE_COUNT; ++t)
+    if (ggml_type_name(static_cast<ggml_type>(t)) != nullptr && name == ggml_type_name(static_cast<ggml_type>(t))) return static_cast<ggml_type>(t);
+  fail("a cache type");
+}
+
+void open(const char* path, const char* options, bool swa_full) {
   llama_model_params model = llama_model_default_params();
-  model.n_gpu_layers = 99;
-  g_model = llama_model_load_from_file(path, model);
-  if (g_model == nullptr) fail("model");
-  g_vocab = llama_model_get_vocab(g_model);
   llama_context_params context = llama_context_default_params();
+  model.n_gpu_layers = 99;
   context.n_ctx = 4096;
   context.n_seq_max = 2;
-  context.kv_unified = unified;
+  context.kv_unified = false;
   context.n_threads = context.n_threads_batch = 2;
   context.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
   context.swa_full = swa_full;
   context.n_batch = 4096;  // of which 512 are computed at a time
+  std::istringstream words(options);
+  for (std::string option, value; words >> option;) {
+    if (option == "-kvu") context.kv_unified = true;
+    else if (option == "-nkvo") context.offload_kqv = false;
+    else if (!(words >> value)) fail("an option's value");
+    else if (option == "-fa") context.flash_attn_type = value == "off" ? LLAMA_FLASH_ATTN_TYPE_DISABLED : LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    else if (option == "-ngl") model.n_gpu_layers = std::atoi(value.c_str());
+    else if (option == "-ctk") context.type_k = type_of(value);
+    else if (option == "-ctv") context.type_v = type_of(value);
+    else fail("an option");
+  }
+  g_model = llama_model_load_from_file(path, model);
+  if (g_model == nullptr) fail("model");
+  g_vocab = llama_model_get_vocab(g_model);
   g_context = llama_init_from_model(g_model, context);
   if (g_context == nullptr) fail("context");
 }
@@ -246,12 +265,12 @@ void sessions(const Tokens& tokens, const std::string& file) {
 int main(int argc, char** argv) {
   const std::string_view what = argc > 5 ? argv[5] : "";
   const bool fits = (what == "ways" && argc == 8) || (what == "prompts" && argc == 7) || (what == "sessions" && argc == 9);
-  if (!fits) fail("expected BACKENDS MODEL UNIFIED GENERATED and ways TEXT BYTES, prompts FILE or sessions TEXT BYTES STATE");
+  if (!fits) fail("expected BACKENDS MODEL OPTIONS GENERATED and ways TEXT BYTES, prompts FILE or sessions TEXT BYTES STATE");
   ggml_backend_load_all_from_path(argv[1]);
   llama_log_set(speak, nullptr);
   ggml_log_set(speak, nullptr);
   g_generated = std::atoi(argv[4]);
-  open(argv[2], std::atoi(argv[3]) != 0, what != "prompts");
+  open(argv[2], argv[3], what != "prompts");
   const std::string text = contents(argv[6]);
   const auto beginning = [&] { return tokens_of(text.substr(0, static_cast<std::size_t>(std::atoi(argv[7])))); };
   if (what == "ways") ways(beginning());
