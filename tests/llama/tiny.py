@@ -32,6 +32,7 @@ TINY = {
     "qwen2": Tiny("qwen2", ends=False),
     "gemma3": Tiny("gemma3", layers=7, kv_heads=1),  # layer 5 sees all, the others 96 tokens
     "gemma4": Tiny("gemma4", layers=10, kv_heads=1, shared=5),  # 4 and 9 see all; 5 and later read 3 and 4
+    "wide": Tiny(kv_heads=4, head_dim=128, context=32768),
     "head of 16": Tiny(heads=8, kv_heads=8, head_dim=16),
     "head of 80": Tiny(heads=4, kv_heads=4, head_dim=80),
 }

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <map>
+#include <utility>
 #include <vector>
 
 #include "cases.h"
@@ -36,7 +37,7 @@ struct Scene {
   }
   Plan plan() const {
     Plan plan;
-    plan.make(rows_of(), packed.data(), blocks_of_stream, first_stream);
+    plan.make(rows_of(), rows_of().digest(), packed.data(), blocks_of_stream, first_stream);
     return plan;
   }
 
@@ -185,7 +186,7 @@ TEST(Plan, WithoutAMaskAllIsSeen) {
   MaskRows none = scene.rows_of();
   none.data = nullptr;
   Plan plan;
-  plan.make(none, scene.packed.data(), scene.blocks_of_stream, 0);
+  plan.make(none, none.digest(), scene.packed.data(), scene.blocks_of_stream, 0);
   EXPECT_EQ(scene.read(plan), scene.wanted());
 }
 
@@ -226,12 +227,28 @@ TEST(Plan, RandomMasksComeBackAsTheyWere) {
   }
 }
 
+TEST(MaskRows, TheDigestIsOfWhatRowsHoldAndNotOfWhereTheyLie) {
+  for (const std::int64_t cells : {1, 15, 16, 17, 130}) {
+    Scene scene(cells, 2, 2), other = scene;
+    EXPECT_EQ(scene.rows_of().digest(), other.rows_of().digest());
+    for (std::uint16_t& x : other.mask) {
+      const std::uint16_t was = std::exchange(x, 0);
+      ASSERT_NE(scene.rows_of().digest(), other.rows_of().digest());
+      x = was;
+    }
+  }
+  // Two that change places.
+  Scene a(64, 1), b(64, 1);
+  a.at(0, 0, 3) = 0, b.at(0, 0, 19) = 0;
+  EXPECT_NE(a.rows_of().digest(), b.rows_of().digest());
+}
+
 TEST(Plan, HoldsForTheSameMaskAndTheSamePackedBlocks) {
   Scene scene(200, 2);
   for (int t = 0; t < 2; ++t) scene.show(0, t, 0, 150 + t);
   scene.pack(0, 0);
   const Plan plan = scene.plan();
-  const auto holds = [&] { return plan.holds(scene.rows_of(), scene.packed.data(), scene.blocks_of_stream, scene.first_stream); };
+  const auto holds = [&] { return plan.holds(scene.rows_of(), scene.rows_of().digest(), scene.packed.data(), scene.blocks_of_stream, scene.first_stream); };
   EXPECT_TRUE(holds());
   scene.pack(0, 1);
   EXPECT_FALSE(holds());
@@ -240,7 +257,7 @@ TEST(Plan, HoldsForTheSameMaskAndTheSamePackedBlocks) {
   EXPECT_FALSE(holds());
   scene.at(0, 1, 3) = 0;
   EXPECT_TRUE(holds());
-  EXPECT_FALSE(plan.holds(scene.rows_of(), scene.packed.data(), scene.blocks_of_stream, 1));
+  EXPECT_FALSE(plan.holds(scene.rows_of(), scene.rows_of().digest(), scene.packed.data(), scene.blocks_of_stream, 1));
 }
 
 }  // namespace
