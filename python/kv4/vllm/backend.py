@@ -38,19 +38,7 @@ class Workspaces:
         self._held: dict[torch.device, torch.Tensor] = {}
 
     def of(self, pages: Any, step: Step, q_heads: int, device: torch.device, stream: int) -> torch.Tensor:
-        # By powers of two, so that a sequence which grows by a token does not ask again and again.
-        def enough(x: int) -> int:
-            return 1 << max(int(x) - 1, 0).bit_length()
-
-        counts = np.diff(step.piece_queries)
-        bytes_ = pages.workspace_bytes(
-            sequences=enough(max(step.pieces, len(step.lengths))),
-            q_heads=q_heads,
-            most_pages=enough(max(step.most_pages, 1)),
-            most_queries=enough(max(counts.max(initial=1), np.diff(step.queries).max(initial=1))),
-            longest=enough(step.lengths.max(initial=1)),
-            all=enough(int(step.piece_lengths.sum(dtype=np.int64))),
-        )
+        bytes_ = pages.workspace_bytes(q_heads=q_heads, **step.limits)
         held = self._held.get(device)
         if held is None or held.numel() < bytes_:
             held = self._held[device] = torch.empty(bytes_, dtype=torch.uint8, device=device)

@@ -29,7 +29,7 @@ from kv4.vllm.settings import recipe_of
 from kv4.vllm.steps import PAGE
 
 # A query reads at most 127 tokens behind it from exact rows; blocks go back whole.
-ROWS_WINDOW = 129
+ROWS_WINDOW = 2 * PAGE + 1
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
