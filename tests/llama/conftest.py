@@ -38,6 +38,18 @@ def run(
     return done
 
 
+def read(command: list[str | Path], more: Mapping[str, str], pattern: str) -> tuple[re.Match[str], str]:
+    """What a program logs: the match of `pattern`, and all of it. A thread writes llama.cpp's log, and programs do
+    not always wait for as they end: one that ended well without its last lines is run again."""
+    output = ""
+    for _ in range(4):
+        done = run(command, more)
+        output = done.stdout + done.stderr
+        if found := re.search(pattern, output):
+            return found, output
+    raise AssertionError(output[-3000:])
+
+
 def said(text: str) -> list[str]:
     """kv4's own lines, but for those that KV4_VERBOSE asks for."""
     lines = re.findall(r"kv4: (.*)", text)

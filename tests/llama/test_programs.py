@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
-from conftest import BUILT, CPU, EXACT, PACKED, Model, held, run
+from conftest import BUILT, CPU, EXACT, PACKED, Model, read, run
 
 CONTEXT = ["-c", "512", "-ub", "128", "--chunks", "2", "-t", "2", "-fa", "on"]
 
@@ -15,10 +14,8 @@ CONTEXT = ["-c", "512", "-ub", "128", "--chunks", "2", "-t", "2", "-fa", "on"]
 def architectures(programs: Path, more: dict[str, str], device: str) -> tuple[int, str]:
     """How many of its tests ran, none of which failed, and all that was said."""
     environment = {**more, "LD_PRELOAD": str(BUILT / "libkv4-load-backends.so"), "KV4_LLAMA_BACKENDS": str(programs)}
-    done = run([programs / "test-llama-archs", "-s", "1", "-b", device], environment)
-    output = done.stdout + done.stderr
-    summary = re.search(r"Summary: all (\d+) test\(s\) passed", output)
-    assert summary, output[-3000:]
+    command = [programs / "test-llama-archs", "-s", "1", "-b", device]
+    summary, output = read(command, environment, r"Summary: all (\d+) test\(s\) passed")
     return int(summary[1]), output
 
 
@@ -41,12 +38,7 @@ def base(programs: Path, model: Model, text: Path, tmp_path_factory: pytest.Temp
 def divergence(programs: Path, model: Model, base: Path, more: dict[str, str], *arguments: str) -> float:
     """Mean KL divergence from the base, nats per token."""
     command = [programs / "llama-perplexity", "-m", model("gemma-3-270m"), *CONTEXT, "--kl-divergence"]
-    done = run([*command, "--kl-divergence-base", base, *arguments], more)
-    output = done.stdout + done.stderr
-    found = re.search(r"Mean\s+KLD:\s+(-?[\d.]+)", output)
-    assert found, output
-    if more is PACKED:
-        assert held(output, "at the end")[1] > 0
+    found, _ = read([*command, "--kl-divergence-base", base, *arguments], more, r"Mean\s+KLD:\s+(-?[\d.]+)")
     return float(found[1])
 
 
