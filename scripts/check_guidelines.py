@@ -42,7 +42,7 @@ LAYERS: dict[str, set[str]] = {
 # bottom up: a module imports what stands before it, at the top of the file or inside a function, for types or for use.
 # The package itself (__init__) is the last of its modules.
 PYTHON: dict[str, tuple[set[str], str]] = {
-    "kv4": (set(), "_core messages recipe per_layer shared"),
+    "kv4": (set(), "_core messages recipe per_layer shared calibration"),
     "kv4.models": (set(), "errors progress catalogue tensors parts convert store"),
     "kv4.metal": ({"kv4"}, "host source visibility sequence launch sealing cache mps"),
     "kv4.hf": (
@@ -52,7 +52,7 @@ PYTHON: dict[str, tuple[set[str], str]] = {
         "gradient mask prefill attention graph calls attach",
     ),
     "kv4.mlx": ({"kv4", "kv4.metal"}, "arrays prefill gpu core handle cache attention speculation attach"),
-    "kv4.vllm": ({"kv4"}, "settings steps backend v0_32 choice"),
+    "kv4.vllm": ({"kv4", "kv4.models"}, "settings steps lambdas backend v0_32 choice"),
     "kv4.bench": (
         {"kv4", "kv4.hf", "kv4.mlx"},
         "text timing memory neighbours llama plot shapes attention seal cuda generate mlx",
