@@ -113,7 +113,8 @@ llama: $(VENV)/.llama
 	cmake --build --preset llama --target ggml-kv4
 
 test-llama: llama setup test-tools
-	cmake --build --preset llama --target ggml-kv4-for-another kv4_llama_probe kv4-load-backends
+	cmake --build --preset llama --target ggml-kv4-for-another kv4_llama_probe kv4_llama_tests kv4-load-backends
+	build/llama/hosts/llama.cpp/kv4_llama_tests --gtest_brief=1
 	KV4_LLAMA="$$(cat $(VENV)/.llama)" $(BIN)/python -m pytest tests/llama
 
 test-neon: setup
