@@ -86,9 +86,9 @@ def test_a_server_that_starts_again_has_lambda_and_drafts_change_no_text(
 ) -> None:
     make, drafted = Scheduler.make_spec_decoding_stats, []
 
-    def counted(self: Any, stats: Any, tokens: int, accepted: int, *more: Any) -> Any:
-        drafted.append((tokens, accepted))
-        return make(self, stats, tokens, accepted, *more)
+    def counted(self: Any, *given: Any, **named: Any) -> Any:
+        drafted.append((named["num_draft_tokens"], named["num_accepted_tokens"]))
+        return make(self, *given, **named)
 
     monkeypatch.setattr(Scheduler, "make_spec_decoding_stats", counted)
     drafts = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
