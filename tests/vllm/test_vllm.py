@@ -81,28 +81,6 @@ def test_the_default_recipe_is_near_the_exact_one_and_hits_of_the_prefix_cache_c
     assert sum(divergences) / len(divergences) < 0.05, divergences
 
 
-def test_a_server_that_starts_again_has_lambda_and_drafts_change_no_text(
-    engine: Any, prompts: Any, kept: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make, drafted = Scheduler.make_spec_decoding_stats, []
-
-    def counted(self: Any, *given: Any, **named: Any) -> Any:
-        drafted.append((named["num_draft_tokens"], named["num_accepted_tokens"]))
-        return make(self, *given, **named)
-
-    monkeypatch.setattr(Scheduler, "make_spec_decoding_stats", counted)
-    drafts = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    with engine("kv4", speculative_config=drafts) as llm:
-        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-        impls = [x.impl for x in layers if hasattr(x, "impl")]
-        assert len(impls) == 18 and all(x.lambda_k is not None and x.kept is None for x in impls)
-        got = generate(llm, prompts)
-    tokens, accepted = (sum(x) for x in zip(*drafted, strict=True))
-    assert 0 < accepted < tokens, "expected drafts that were taken and some that were not"
-    found = [parted(a, b) for a, b in zip(kept["packed"], got, strict=True)]
-    assert all(at is None or at[1] <= NEAR for at in found), found
-
-
 def test_preempted_requests_are_resumed_with_the_same_text(
     engine: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,3 +123,26 @@ def test_what_kv4_does_not_serve_is_refused_before_the_model_is_loaded(
         settings["speculative_config"]["model"] = str(gemma)
     with pytest.raises((ValueError, NotImplementedError), match=message), engine("kv4", **settings):
         pass
+
+
+# The last: with what finds n-grams loaded, vLLM starts no second engine in a process.
+def test_a_server_that_starts_again_has_lambda_and_drafts_change_no_text(
+    engine: Any, prompts: Any, kept: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, drafted = Scheduler.make_spec_decoding_stats, []
+
+    def counted(self: Any, *given: Any, **named: Any) -> Any:
+        drafted.append((named["num_draft_tokens"], named["num_accepted_tokens"]))
+        return make(self, *given, **named)
+
+    monkeypatch.setattr(Scheduler, "make_spec_decoding_stats", counted)
+    drafts = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with engine("kv4", speculative_config=drafts) as llm:
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        impls = [x.impl for x in layers if hasattr(x, "impl")]
+        assert len(impls) == 18 and all(x.lambda_k is not None and x.kept is None for x in impls)
+        got = generate(llm, prompts)
+    tokens, accepted = (sum(x) for x in zip(*drafted, strict=True))
+    assert 0 < accepted < tokens, "expected drafts that were taken and some that were not"
+    found = [parted(a, b) for a, b in zip(kept["packed"], got, strict=True)]
+    assert all(at is None or at[1] <= NEAR for at in found), found
