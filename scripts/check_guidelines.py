@@ -35,17 +35,14 @@ LAYERS: dict[str, set[str]] = {
     "src/capi": {"kv4"},
     # The bindings stand on all of it: hosts in Python ask for the policy, tables and figures that hosts in C++ ask for.
     "python/bindings": {"kv4", "ledger", "moments", "backend", "cpu", "metal"},
-    # The engine and llama.cpp's backend know kv4's public headers alone.
+    # llama.cpp's backend knows kv4's public headers alone.
     "hosts/llama.cpp": {"kv4"},
-    "engine/include/kv4_engine": {"kv4"},
-    "engine/src": {"kv4", "kv4_engine"},
-    "engine/run": {"kv4", "kv4_engine"},
 }
 # For each package of python/, the packages that it may import, which stand above it here, and its own modules from the
 # bottom up: a module imports what stands before it, at the top of the file or inside a function, for types or for use.
 # The package itself (__init__) is the last of its modules.
 PYTHON: dict[str, tuple[set[str], str]] = {
-    "kv4": (set(), "_core messages recipe per_layer shared"),
+    "kv4": (set(), "_core messages recipe per_layer shared calibration"),
     "kv4.models": (set(), "errors progress catalogue tensors parts convert store"),
     "kv4.metal": ({"kv4"}, "host source visibility sequence launch sealing cache mps"),
     "kv4.hf": (
@@ -55,7 +52,7 @@ PYTHON: dict[str, tuple[set[str], str]] = {
         "gradient mask prefill attention graph calls attach",
     ),
     "kv4.mlx": ({"kv4", "kv4.metal"}, "arrays prefill gpu core handle cache attention speculation attach"),
-    "kv4.vllm": ({"kv4"}, "settings steps backend v0_32 choice"),
+    "kv4.vllm": ({"kv4", "kv4.models"}, "settings steps lambdas backend v0_32 choice"),
     "kv4.bench": (
         {"kv4", "kv4.hf", "kv4.mlx"},
         "text timing memory neighbours llama plot shapes attention seal cuda generate mlx",
@@ -229,7 +226,7 @@ def check_tree(root: Path) -> list[str]:
             found += check_imports(path, "\n".join(lines))
         if suffix in SOURCE:
             found += check_includes(path, lines)
-            if path.startswith(("src/", "include/", "engine/src/", "engine/include/")):
+            if path.startswith(("src/", "include/")):
                 found += check_core(path, lines)
         findings += [f"{path}:{number}: {what}" for number, what in sorted(found)]
     return findings

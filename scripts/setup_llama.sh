@@ -4,7 +4,7 @@
 set -euo pipefail
 
 python=${1:?python: expected the interpreter whose pip fetches the source; got nothing}
-package=$(grep -v '^#' "$(dirname "$0")/../requirements-engine.txt")
+package=$(grep -v '^#' "$(dirname "$0")/../requirements-llama.txt")
 version=${package##*==}
 cache=${KV4_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/kv4}
 folder=$cache/llama.cpp/$version
@@ -23,7 +23,8 @@ if [ ! -f "$folder/.built" ]; then
   fi
   settings=(-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_BACKEND_DL=ON -DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=ON -DLLAMA_BUILD_EXAMPLES=OFF
     -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_OPENSSL=OFF)
-  # Built for this processor; without the matrix unit, whose code GCC gets wrong (setup_engine.sh).
+  # Built for this processor; without the matrix unit. GCC's intrinsic that loads the unit's configuration does not say that it reads all
+  # of it, and what it reads is then optimised away (seen with GCC 12: ggml's matrix products end in SIGSEGV or SIGILL).
   flags=-march=native
   if [ "$(uname -m)" = x86_64 ] && ! "${CXX:-c++}" --version | grep -qi clang; then
     flags="$flags -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"

@@ -4,12 +4,11 @@
 #
 #   setup_system.sh build    a C++ compiler and Python's venv; GTest. Fails where they cannot be had.
 #   setup_system.sh bench    google-benchmark. Fails where it cannot be had.
-#   setup_system.sh engine   headers of the command line's and JSON's libraries. Fails where they cannot be had.
 #   setup_system.sh cross    the Arm cross compiler and emulator. Never fails: those tests are then left out.
 #   setup_system.sh metal    clang 19, which compiles the Metal kernels for their emulator. Never fails, likewise.
 set -euo pipefail
 
-step=${1:?step: expected build, bench, engine, cross or metal; got nothing}
+step=${1:?step: expected build, bench, cross or metal; got nothing}
 python=${PYTHON:-python3}
 missing=()
 
@@ -65,12 +64,8 @@ case $step in
   bench)
     need libbenchmark-dev benchmark
     ;;
-  engine)
-    need libcli11-dev header CLI/CLI.hpp
-    need nlohmann-json3-dev header nlohmann/json.hpp
-    ;;
   *)
-    echo "step: expected build, bench, engine, cross or metal; got $step" >&2
+    echo "step: expected build, bench, cross or metal; got $step" >&2
     exit 2
     ;;
 esac

@@ -24,11 +24,12 @@ std::int64_t floats(std::size_t bytes) { return static_cast<std::int64_t>(bytes 
 
 const Plan& Attention::plan_of(const MaskRows& mask, const Layer& layer, int first_stream) {
   const std::int64_t blocks = layer.keys().blocks_of_stream();
+  const std::uint64_t digest = mask.digest();
   for (const Plan& plan : plans_)
-    if (plan.holds(mask, layer.packed(), blocks, first_stream)) return plan;
+    if (plan.holds(mask, digest, layer.packed(), blocks, first_stream)) return plan;
   if (plans_.size() < kPlans) plans_.resize(kPlans);
   Plan& plan = plans_[next_++ % kPlans];
-  plan.make(mask, layer.packed(), blocks, first_stream);
+  plan.make(mask, digest, layer.packed(), blocks, first_stream);
   return plan;
 }
 
@@ -86,7 +87,8 @@ Status Attention::run(Layer* layer, const ggml_tensor* op) {
     auto* x = static_cast<float*>(op->data);
     std::fill(x, x + ggml_nelements(op), std::numeric_limits<float>::quiet_NaN());
   }
-  return layer->attended(args.q, plan.sequences_of_stream());
+  layer->attended(args.q, plan.sequences_of_stream());
+  return {};
 }
 
 }  // namespace kv4::llama

@@ -151,8 +151,10 @@ constexpr ggml_backend_i kBackend = [] {
 
 ggml_backend_dev_t cpu_device() { return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); }
 
-// One team of threads: ggml's and kv4's regions run on the same.
+// One team of threads: ggml's and kv4's regions run on the same. Before each step, that is, when a cache is where it will be.
 void set_n_threads(ggml_backend_t backend, int n) {
+  if (!holds_a_cache())
+    say_once(GGML_LOG_LEVEL_WARN, "holds no cache: the model has none of keys and values, or llama.cpp keeps it to itself (-nkvo, or no layers offloaded: -ngl 0)");
   static_cast<void>(cpu::set_num_threads(std::max(1, n)));
   const auto set = reinterpret_cast<ggml_backend_set_n_threads_t>(ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu_device()), "ggml_backend_set_n_threads"));
   if (set != nullptr) set(of(backend).cpu, n);
@@ -186,6 +188,14 @@ bool reads_cache(const ggml_tensor* op) {
   return false;
 }
 
+// Which way the keys that are written were turned.
+void note_rotary_pairs(const ggml_tensor* op) {
+  Cells* cells = cells_of(op);
+  const ggml_tensor* t = op->src[0];
+  while (t != nullptr && (t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_CONT)) t = t->src[0];
+  if (cells != nullptr && t != nullptr && t->op == GGML_OP_ROPE) cells->neighbours = t->op_params[2] == GGML_ROPE_TYPE_NORMAL ? t->op_params[1] : 0;
+}
+
 // Whatever touches the cache; nothing else, so that weights and their operations stay where llama.cpp has them.
 bool supports_op(ggml_backend_dev_t, const ggml_tensor* op) {
   switch (op->op) {
@@ -198,6 +208,7 @@ bool supports_op(ggml_backend_dev_t, const ggml_tensor* op) {
       if (!is_cache(op->src[1]) || !is_cache(op->src[2])) return false;
       layer_of(op);
       return true;
+    case GGML_OP_SET_ROWS: note_rotary_pairs(op); break;
     case GGML_OP_MUL_MAT:
       if (!is_cache(op->src[0])) return false;
       // Not while llama.cpp only counts memory, with its log muted.

@@ -1,6 +1,7 @@
 #include "buffer.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <string_view>
 #include <utility>
@@ -14,7 +15,14 @@ namespace {
 
 constexpr std::size_t kAlignment = 4096;
 
+std::atomic<int> g_buffers{0};
+
 struct Buffer {
+  Buffer() { ++g_buffers; }
+  ~Buffer() { --g_buffers; }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
   Mapping memory;
   std::vector<std::unique_ptr<Cells>> cells;
   std::vector<std::unique_ptr<Layer>> layers;
@@ -106,7 +114,7 @@ std::size_t offset_of(const ggml_tensor* t, const Cells& c) { return static_cast
 // A view of all heads of some cells, from a stream's first on.
 bool whole_rows(const ggml_tensor* view, const Cells& c) {
   const std::size_t element = ggml_type_size(view->type), stream = static_cast<std::size_t>(c.cells) * c.row_bytes;
-  return view->nb[0] == element && view->nb[2] == element * static_cast<std::size_t>(view->ne[0]) && view->nb[1] == c.row_bytes &&
+  return view->nb[0] == element && view->nb[2] == ggml_row_size(view->type, view->ne[0]) && view->nb[1] == c.row_bytes &&
          view->view_offs % stream == 0 && (view->ne[3] == 1 || view->nb[3] == stream);
 }
 
@@ -122,7 +130,14 @@ void* get_base(ggml_backend_buffer_t buffer) { return of(buffer).memory.data(); 
 ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* t) {
   if (t->view_src != nullptr || t->extra != nullptr || !named_cache(t)) return GGML_STATUS_SUCCESS;
   of(buffer).cells.push_back(std::make_unique<Cells>(*t));
-  t->extra = of(buffer).cells.back().get();
+  Cells* const cells = of(buffer).cells.back().get();
+  t->extra = cells;
+  // Rows of f32 are turned into f16 before attention, which so never sees the cache.
+  DType dtype;
+  if (!settings().exact && !dtype_of(t->type, &dtype)) {
+    cells->stays_exact = true;
+    say_once(GGML_LOG_LEVEL_WARN, std::string("not packed, stays exact: cache type: expected f16 or bf16; got ") + ggml_type_name(t->type));
+  }
   return GGML_STATUS_SUCCESS;
 }
 
@@ -208,6 +223,8 @@ ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t device) {
   return &type;
 }
 
+bool holds_a_cache() { return g_buffers > 0; }
+
 bool is_cache(const ggml_tensor* t) { return t != nullptr && ours(t) && named_cache(root_of(t)); }
 
 bool is_other_state(const ggml_tensor* t) {
@@ -232,7 +249,7 @@ Layer* layer_of(const ggml_tensor* op) {
   std::string why;
   if (scale_bias_cap[1] != 0.0f) why = "ALiBi, a bias that grows with distance";
   if (q->type != GGML_TYPE_F32 || (mask != nullptr && (mask->type != GGML_TYPE_F16 || mask->ne[2] != 1))) why = "queries other than f32, or a mask other than f16 and one for all heads";
-  if (!whole_rows(k, *keys) || !whole_rows(v, *values)) why = "heads that do not follow one another";
+  if (keys != values && (!whole_rows(k, *keys) || !whole_rows(v, *values))) why = "heads that do not follow one another";
   Layer* layer = keys->layer;
   if (why.empty() && layer == nullptr && values->layer == nullptr) {
     std::unique_ptr<Layer> made;
@@ -246,12 +263,11 @@ Layer* layer_of(const ggml_tensor* op) {
   }
   if (why.empty() && (layer == nullptr || layer != values->layer || layer->geometry() != geometry)) why = "a cache that is read in more than one way";
   if (why.empty()) return layer->packs() ? layer : nullptr;
-  why = "not packed, stays exact: " + why + " (first seen in ";
   for (Cells* c : {keys, values}) {
     c->stays_exact = true;
     if (c->layer != nullptr) c->layer->keep_exact();
   }
-  say_once(GGML_LOG_LEVEL_WARN, why + keys->name + ")");
+  say_once(GGML_LOG_LEVEL_WARN, "not packed, stays exact: " + why, " (first seen in " + keys->name + ")");
   return nullptr;
 }
 

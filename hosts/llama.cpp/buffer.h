@@ -15,6 +15,8 @@ ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t device);
 
 // The tensor whose memory a view shares.
 inline const ggml_tensor* root_of(const ggml_tensor* t) { return t->view_src != nullptr ? t->view_src : t; }
+// Whether anything of a cache lies in this backend's memory now.
+bool holds_a_cache();
 // Keys or values of the cache in this backend's memory; also while llama.cpp only counts memory and has none yet.
 bool is_cache(const ggml_tensor* t);
 // Other state of a model: beside the cache, or where llama.cpp only counts memory.

@@ -1,6 +1,7 @@
 #include "cells.h"
 
 #include <algorithm>
+#include <charconv>
 
 namespace kv4::llama {
 
@@ -14,6 +15,13 @@ Cells::Cells(const ggml_tensor& tensor)
       data(static_cast<std::byte*>(tensor.data)),
       bytes(ggml_nbytes(&tensor)) {
   forget();
+}
+
+int Cells::layer_number() const {
+  const std::size_t at = name.rfind("_l");
+  int number = -1;
+  if (at != std::string::npos) std::from_chars(name.data() + at + 2, name.data() + name.size(), number);
+  return number;
 }
 
 void Cells::forget() {
@@ -34,15 +42,11 @@ bool Cells::settled(std::int64_t block, std::int64_t tokens) const {
 }
 
 bool Cells::finite(std::int64_t b) const {
-  const auto all = [&](auto mask, std::size_t count) {
-    using T = decltype(mask);
-    const T* x = reinterpret_cast<const T*>(block(b));
-    int bad = 0;
-    for (std::size_t i = 0; i < count; ++i) bad |= (x[i] & mask) == mask;
-    return bad == 0;
-  };
-  if (type == GGML_TYPE_F32) return all(std::uint32_t{0x7f800000}, block_bytes() / 4);
-  return all(static_cast<std::uint16_t>(type == GGML_TYPE_BF16 ? 0x7f80 : 0x7c00), block_bytes() / 2);
+  const auto mask = static_cast<std::uint16_t>(type == GGML_TYPE_BF16 ? 0x7f80 : 0x7c00);
+  const auto* x = reinterpret_cast<const std::uint16_t*>(block(b));
+  int bad = 0;
+  for (std::size_t i = 0; i < block_bytes() / sizeof *x; ++i) bad |= (x[i] & mask) == mask;
+  return bad == 0;
 }
 
 void Cells::take_history(std::int64_t block, const Cells& from, std::int64_t from_block) {
@@ -55,7 +59,6 @@ void Cells::take_history(std::int64_t block, const Cells& from, std::int64_t fro
 bool dtype_of(ggml_type type, DType* out) {
   if (type == GGML_TYPE_F16) *out = DType::f16;
   else if (type == GGML_TYPE_BF16) *out = DType::bf16;
-  else if (type == GGML_TYPE_F32) *out = DType::f32;
   else return false;
   return true;
 }

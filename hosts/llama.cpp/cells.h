@@ -28,7 +28,10 @@ struct Cells {
   std::size_t bytes;
   Layer* layer = nullptr;  // whose keys or values they are, once an attention has named both
   bool stays_exact = false;  // kv4 does not serve them
+  std::int64_t neighbours = 0;  // channels of a head whose rotary pairs lie side by side, as far as is known
 
+  // Of the model, from the name: cache_k_l7. -1 where it has none.
+  int layer_number() const;
   std::int64_t blocks_of_stream() const { return (cells + kPageTokens - 1) / kPageTokens; }
   std::int64_t blocks() const { return blocks_of_stream() * streams; }
   std::int64_t block_of(std::int64_t cell) const { return cell / cells * blocks_of_stream() + cell % cells / kPageTokens; }
@@ -42,7 +45,7 @@ struct Cells {
   // All cells of the block were written, the last of them before the newest `tokens` of its stream.
   bool settled(std::int64_t block, std::int64_t tokens) const;
   bool used(std::int64_t block) const { return written_[static_cast<std::size_t>(block)] != 0; }
-  // All NaN-free and finite. Of a block in memory, not of a packed one.
+  // All NaN-free and finite. Of a block of f16 or bf16 in memory, not of a packed one.
   bool finite(std::int64_t block) const;
   void forget();
   // The block's history is that of another one, here or in tensors alike.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "settings.h"
 
@@ -25,7 +26,7 @@ Status Layer::create(Cells& k, Cells& v, const Geometry& g, std::unique_ptr<Laye
   std::unique_ptr<Layer> layer(new Layer(k, v, g));
   if (&k == &v) return error(StatusCode::unsupported, "cache", "values of their own", "values that are a part of the keys");
   if (k.type != v.type || !dtype_of(k.type, &layer->dtype_))
-    return error(StatusCode::unsupported, "cache type", "f16, bf16 or f32 for keys and values alike", std::string(ggml_type_name(k.type)) + " and " + ggml_type_name(v.type));
+    return error(StatusCode::unsupported, "cache type", "f16 or bf16 for keys and values alike", std::string(ggml_type_name(k.type)) + " and " + ggml_type_name(v.type));
   if (k.cells != v.cells || k.streams != v.streams || k.cells % kPageTokens != 0)
     return error(StatusCode::unsupported, "cells", "keys and values alike, a multiple of " + std::to_string(kPageTokens), std::to_string(k.cells) + " and " + std::to_string(v.cells));
   if (k.channels != g.kv_heads * g.head_dim_k || v.channels != g.kv_heads * g.head_dim_v)
@@ -37,12 +38,21 @@ Status Layer::create(Cells& k, Cells& v, const Geometry& g, std::unique_ptr<Laye
   config.head_dim_k = g.head_dim_k;
   config.head_dim_v = g.head_dim_v;
   KV4_RETURN_IF_ERROR(PageFormat::create(config, &layer->format_));
+  KV4_RETURN_IF_ERROR(layer->take_calibration());
   const std::size_t bytes = static_cast<std::size_t>(k.blocks()) * layer->format_->page_bytes();
   if (!layer->pages_.reserve(bytes)) return error(StatusCode::out_of_memory, "pages", mebibytes(bytes) + " of address space", "none");
   layer->packed_.assign(static_cast<std::size_t>(k.blocks()), 0);
   layer->energies_.assign(static_cast<std::size_t>(g.q_heads * g.head_dim_k), 0.0);
   *out = std::move(layer);
   return {};
+}
+
+Status Layer::take_calibration() {
+  const Calibration* measured = settings().calibration.get();
+  if (measured == nullptr) return {};
+  KV4_RETURN_IF_ERROR(measured->keys_of(k_.layer_number(), geometry_.kv_heads, geometry_.head_dim_k, &lambda_));
+  if (k_.neighbours > 0) pair_neighbours(&lambda_, geometry_.head_dim_k, k_.neighbours);
+  return measured->has_values() ? measured->values_of(v_.layer_number(), geometry_.kv_heads, geometry_.head_dim_v, &lambda_v_) : Status();
 }
 
 std::span<std::byte> Layer::scratch(std::size_t bytes) {
@@ -60,6 +70,7 @@ PagedBatch Layer::batch() const {
                       .k_head_stride = geometry_.head_dim_k, .v_head_stride = geometry_.head_dim_v, .k_stride = k_.channels, .v_stride = v_.channels};
   batch.page_count = batch.block_count = static_cast<std::int32_t>(k_.blocks());
   batch.lambda_k = lambda_.empty() ? nullptr : lambda_.data();
+  batch.lambda_v = lambda_v_.empty() ? nullptr : lambda_v_.data();
   batch.sink_tokens = settings().recipe.sinks;
   return batch;
 }
@@ -125,18 +136,15 @@ Status Layer::read(const Cells& side, std::int64_t block, std::byte* out) {
 
 Status Layer::begin_write(std::int64_t first, std::int64_t count) {
   if (count == 0) return {};
-  if (shared_ && attentions_ > 0) KV4_RETURN_IF_ERROR(pack_due());
-  attentions_ = 0;
+  if (std::exchange(attended_, false)) KV4_RETURN_IF_ERROR(pack_due());
   return expose(k_.block_of(first), k_.block_of(first + count - 1) + 1);
 }
 
-Status Layer::attended(const TensorView& q, int sequences) {
-  if (!packs_) return {};
+void Layer::attended(const TensorView& q, int sequences) {
+  if (!packs_) return;
   sequences_ = std::max(1, sequences);
-  shared_ = shared_ || attentions_ > 0;
-  ++attentions_;
+  attended_ = true;
   if (lambda_.empty()) learn_queries(q);
-  return shared_ ? Status() : pack_due();
 }
 
 Status Layer::settle() { return packs_ && any_packed_ ? pack_due() : Status(); }
@@ -204,7 +212,7 @@ void Layer::learn_queries(const TensorView& q) {
 Status Layer::learn_lambda(std::span<const std::int32_t> due) {
   const Geometry& g = geometry_;
   lambda_.assign(static_cast<std::size_t>(g.kv_heads * g.head_dim_k), 1.0f);
-  if (settings().recipe.key.lambda != LambdaMode::automatic || queries_ == 0) return {};
+  if (queries_ == 0) return {};
   if (due.size() > 1 && first_of_stream(due.front())) due = due.subspan(1);
   std::size_t run = 1;
   while (run < due.size() && due[run] == due[run - 1] + 1 && !first_of_stream(due[run])) ++run;
@@ -236,8 +244,9 @@ Status Layer::copy_stream(std::int64_t from, std::int64_t to) {
 void Layer::forget() {
   std::fill(packed_.begin(), packed_.end(), std::uint8_t{0});
   Mapping::release(pages_.data(), pages_.size());
+  attended_ = false;
   // What was learnt from is learnt from anew, but what pages were made with stays.
-  if (any_packed_) return;
+  if (any_packed_ || settings().calibration != nullptr) return;
   lambda_.clear();
   std::fill(energies_.begin(), energies_.end(), 0.0);
   queries_ = 0;

@@ -2,8 +2,9 @@
 // page has the block's number, so that one number serves for both; memory is taken where it is used and given back.
 //
 // A block is packed once all its cells were written and none of them among the newest `window` cells of its stream, times the number of
-// sequences that write to it in turn. Whoever writes to a packed block, or reads it in some other way than by attention, has it
-// unpacked first (expose), or reads a copy (read).
+// sequences that write to it in turn; before the next write, not as attention ends, so that layers that read another's cache see the
+// same as it. Whoever writes to a packed block, or reads it in some other way than by attention, has it unpacked first (expose), or
+// reads a copy (read).
 #pragma once
 
 #include <cstdint>
@@ -43,11 +44,11 @@ class Layer {
   Status expose_all() { return expose(0, k_.blocks()); }
   // The exact rows of one side of a block, kPageTokens rows, to `out`, whether it is packed or not.
   Status read(const Cells& side, std::int64_t block, std::byte* out);
-  // Before cells [first, first + count), through all streams, are written: unpacks their blocks.
+  // Before cells [first, first + count), through all streams, are written: packs what is due after the attentions since the last write,
+  // and unpacks the blocks that are written to.
   Status begin_write(std::int64_t first, std::int64_t count);
   // An attention has seen the layer: `q` [1, q_heads, rows, head_dim_k] were its queries, of `sequences` sequences that write in turn.
-  // Packs what is due.
-  Status attended(const TensorView& q, int sequences);
+  void attended(const TensorView& q, int sequences);
   // Packs what is due by now, if anything was packed before.
   Status settle();
   // Stream `to` becomes a copy of stream `from`, keys and values.
@@ -67,6 +68,7 @@ class Layer {
   Status pack(std::span<const std::int32_t> blocks);
   Status unpack(std::int64_t block, const RowMemory& to, std::int32_t to_block);
   Status pack_due();
+  Status take_calibration();
   void learn_queries(const TensorView& q);
   Status learn_lambda(std::span<const std::int32_t> due);
   bool first_of_stream(std::int64_t block) const { return block % k_.blocks_of_stream() == 0; }
@@ -83,10 +85,9 @@ class Layer {
   std::vector<std::int32_t> due_;
   int sequences_ = 1;
   bool any_packed_ = false;
-  // Layers that read another's cache attend to it again without a write between: it is then packed before the next write.
-  int attentions_ = 0;
-  bool shared_ = false;
-  std::vector<float> lambda_;      // [kv_heads, head_dim_k]; empty until the first page
+  bool attended_ = false;  // since the last write
+  std::vector<float> lambda_;      // [kv_heads, head_dim_k]; measured, or learnt as the first page is packed and empty until then
+  std::vector<float> lambda_v_;    // [kv_heads, head_dim_v] measured, or empty for 1
   std::vector<double> energies_;   // [q_heads, head_dim_k] sums of q^2 until then
   std::int64_t queries_ = 0;
 };

@@ -23,6 +23,28 @@ std::int64_t blocks_in(std::int64_t cells) { return (cells + kPageTokens - 1) / 
 
 }  // namespace
 
+// In four lanes: a mask of a prompt's rows is megabytes, and each layer asks whether it is the same.
+std::uint64_t MaskRows::digest() const {
+  constexpr std::uint64_t kOdd = 0x9e3779b97f4a7c15u;
+  std::uint64_t lanes[4] = {1, 2, 3, 4};
+  const auto columns = static_cast<std::size_t>(cells);
+  for (int s = 0; s < streams && data != nullptr; ++s) {
+    for (int t = 0; t < rows; ++t) {
+      const std::uint16_t* x = row(s, t);
+      std::size_t c = 0;
+      for (; c + 16 <= columns; c += 16) {
+        std::uint64_t words[4];
+        std::memcpy(words, x + c, sizeof words);
+        for (int i = 0; i < 4; ++i) lanes[i] = (std::rotl(lanes[i], 29) ^ words[i]) * kOdd;
+      }
+      for (; c < columns; ++c) lanes[c % 4] = (std::rotl(lanes[c % 4], 29) ^ x[c]) * kOdd;
+    }
+  }
+  std::uint64_t all = 0;
+  for (const std::uint64_t lane : lanes) all = (std::rotl(all, 31) ^ lane) * kOdd;
+  return all;
+}
+
 // What one row sees.
 struct Plan::Sight {
   std::int64_t first = 0, last = -1;
@@ -94,12 +116,14 @@ void Plan::find_groups(const MaskRows& mask) {
   }
 }
 
-// A plain group reads all blocks from its first to its last, so that positions go on: it stays plain where the packed ones come first.
+// A plain group reads all blocks from its first to its last, so that positions go on: it stays plain where the packed ones come first, and
+// its last cell does not lie in the midst of one.
 void Plan::settle_group(Group* g, const std::uint8_t* packed) {
   if (count(g->blocks) == 0) {  // something has to be there to be hidden
     g->blocks[0] = 1;
     g->plain = false;
   }
+  g->plain = g->plain && (packed[g->last / kPageTokens] == 0 || (g->last + 1) % kPageTokens == 0);
   bool exact = false;
   for (std::int64_t b = g->start / kPageTokens; g->plain && b <= g->last / kPageTokens; ++b) {
     g->plain = !exact || packed[b] == 0;
@@ -166,10 +190,12 @@ void Plan::copy_mask(const MaskRows& mask, std::int64_t blocks_of_stream, int fi
   }
 }
 
-void Plan::make(const MaskRows& mask, const std::uint8_t* packed, std::int64_t blocks_of_stream, int first_stream) {
+void Plan::make(const MaskRows& mask, std::uint64_t digest, const std::uint8_t* packed, std::int64_t blocks_of_stream, int first_stream) {
   find_groups(mask);
   list_blocks(packed, blocks_of_stream, first_stream);
+  mask_ = {};
   if (std::any_of(parts_.begin(), parts_.end(), [](const Part& p) { return !p.plain; })) copy_mask(mask, blocks_of_stream, first_stream);
+  digest_ = digest;
   remember(mask, packed, blocks_of_stream, first_stream);
 }
 
@@ -177,26 +203,20 @@ void Plan::remember(const MaskRows& mask, const std::uint8_t* packed, std::int64
   shape_ = mask;
   first_stream_ = first_stream;
   blocks_of_stream_ = blocks_of_stream;
-  seen_.clear();
   packed_.clear();
   for (int s = 0; s < mask.streams; ++s) {
     const std::uint8_t* p = packed + (first_stream + s) * blocks_of_stream;
     packed_.insert(packed_.end(), p, p + blocks_in(mask.cells));
-    for (int t = 0; t < mask.rows && mask.data != nullptr; ++t) seen_.insert(seen_.end(), mask.row(s, t), mask.row(s, t) + mask.cells);
   }
 }
 
-bool Plan::holds(const MaskRows& mask, const std::uint8_t* packed, std::int64_t blocks_of_stream, int first_stream) const {
-  if (mask.cells != shape_.cells || mask.rows != shape_.rows || mask.streams != shape_.streams || (mask.data == nullptr) != (shape_.data == nullptr) ||
+bool Plan::holds(const MaskRows& mask, std::uint64_t digest, const std::uint8_t* packed, std::int64_t blocks_of_stream, int first_stream) const {
+  if (digest != digest_ || mask.cells != shape_.cells || mask.rows != shape_.rows || mask.streams != shape_.streams || (mask.data == nullptr) != (shape_.data == nullptr) ||
       first_stream != first_stream_ || blocks_of_stream != blocks_of_stream_)
     return false;
-  const auto cells = static_cast<std::size_t>(mask.cells), blocks = static_cast<std::size_t>(blocks_in(mask.cells));
+  const auto blocks = static_cast<std::size_t>(blocks_in(mask.cells));
   for (int s = 0; s < mask.streams; ++s)
     if (std::memcmp(packed_.data() + static_cast<std::size_t>(s) * blocks, packed + (first_stream + s) * blocks_of_stream, blocks) != 0) return false;
-  const std::uint16_t* seen = seen_.data();
-  for (int s = 0; s < mask.streams && mask.data != nullptr; ++s)
-    for (int t = 0; t < mask.rows; ++t, seen += cells)
-      if (std::memcmp(seen, mask.row(s, t), cells * sizeof *seen) != 0) return false;
   return true;
 }
 

@@ -18,6 +18,8 @@ struct MaskRows {
   std::int64_t cells = 0;                       // columns
   int rows = 0, streams = 1;                    // rows of a stream
 
+  std::uint64_t digest() const;  // of what all rows hold
+
   const std::uint16_t* row(int stream, int row) const {
     return reinterpret_cast<const std::uint16_t*>(data + static_cast<std::size_t>(stream) * stream_bytes + static_cast<std::size_t>(row) * row_bytes);
   }
@@ -26,9 +28,10 @@ struct MaskRows {
 class Plan {
  public:
   // `packed`: of each block of the streams, one stream after another; stream 0 of the mask is stream first_stream there.
-  void make(const MaskRows& mask, const std::uint8_t* packed, std::int64_t blocks_of_stream, int first_stream);
+  // `digest` is the mask's.
+  void make(const MaskRows& mask, std::uint64_t digest, const std::uint8_t* packed, std::int64_t blocks_of_stream, int first_stream);
   // Whether it was made of the same mask and the same packed blocks.
-  bool holds(const MaskRows& mask, const std::uint8_t* packed, std::int64_t blocks_of_stream, int first_stream) const;
+  bool holds(const MaskRows& mask, std::uint64_t digest, const std::uint8_t* packed, std::int64_t blocks_of_stream, int first_stream) const;
 
   // Consecutive sequences that one call serves.
   struct Part {
@@ -69,7 +72,7 @@ class Plan {
   MaskRows shape_;
   int first_stream_ = 0;
   std::int64_t blocks_of_stream_ = 0;
-  std::vector<std::uint16_t> seen_;
+  std::uint64_t digest_ = 0;
   std::vector<std::uint8_t> packed_;
 };
 

@@ -25,7 +25,7 @@ Recipe paper_by_pages() {
 
 Status read_settings(Settings* out) {
   Settings read;
-  const std::string recipe = variable("KV4_RECIPE"), verbose = variable("KV4_VERBOSE");
+  const std::string recipe = variable("KV4_RECIPE"), verbose = variable("KV4_VERBOSE"), calibration = variable("KV4_CALIBRATION");
   if (recipe == "exact")
     read.exact = true;
   else if (recipe == "paper")
@@ -34,6 +34,14 @@ Status read_settings(Settings* out) {
     return invalid_argument("KV4_RECIPE", "kv4, exact or paper", recipe);
   if (!verbose.empty() && verbose != "0" && verbose != "1") return invalid_argument("KV4_VERBOSE", "0 or 1", verbose);
   read.verbose = verbose == "1";
+  if (!calibration.empty()) {
+    if (read.exact) return invalid_argument("KV4_CALIBRATION", "none beside KV4_RECIPE=exact", calibration);
+    auto measured = std::make_shared<Calibration>();
+    KV4_RETURN_IF_ERROR(Calibration::read(calibration, measured.get()));
+    read.recipe.key.lambda = LambdaMode::given;
+    if (measured->has_values()) read.recipe.value.lambda = LambdaMode::given;
+    read.calibration = std::move(measured);
+  }
   *out = read;
   return {};
 }
@@ -50,14 +58,14 @@ void say(ggml_log_level level, const std::string& text) {
   if (callback != nullptr) callback(level, ("kv4: " + text + "\n").c_str(), user);
 }
 
-void say_once(ggml_log_level level, const std::string& text) {
+void say_once(ggml_log_level level, const std::string& text, const std::string& details) {
   static std::mutex mutex;
   static std::set<std::string> said;
   {
     const std::lock_guard lock(mutex);
     if (!said.insert(text).second) return;
   }
-  say(level, text);
+  say(level, text + details);
 }
 
 std::string mebibytes(std::size_t bytes) {

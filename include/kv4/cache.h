@@ -102,6 +102,9 @@ class Cache {
   // The partial state over the tokens at positions below `upto`, which must not cut into sealed
   // tokens; queries and masks are recorded for all tokens as attend does.
   Status attend_partial(const AttendArgs& args, std::int64_t upto, const PartialState& out);
+  // Of some sequences, as attend has them; `upto` has a position for each of `rows`, and out [1, q_heads, T, ...] their queries one
+  // after another.
+  Status attend_partial(std::span<const RowCount> rows, const AttendArgs& args, std::span<const std::int64_t> upto, const PartialState& out);
 
   Status seal();
 
@@ -134,6 +137,10 @@ class Cache {
   Status erase(int row, std::int64_t first, std::int64_t count);
   Status add(int count);  // so many sequences more, that hold nothing yet, behind the others
   Status remove(std::span<const std::int64_t> rows);  // the others keep their order; a row is named once at most
+  // The sequences of another cache of the same configuration go on here too, behind the others. Exact rows are shared until one of
+  // them writes, as with a clone; pages are where this cache comes from the other by clone() or the reverse, else they are copied.
+  // Errors: invalid_argument naming what differs.
+  Status extend(const Cache& other);
   // The new batch: sequence i continues old sequence rows[i]. Pages are shared, not copied.
   Status select(std::span<const std::int64_t> rows);
   Status repeat(int times);  // each sequence `times` times, in order

@@ -130,6 +130,24 @@ KV4_API kv4_status kv4_cache_attend(kv4_cache* cache, const kv4_attend_args* arg
 /* o [batch, q_heads, T, head_dim_v], m and l [batch, q_heads, T], contiguous float. */
 KV4_API kv4_status kv4_cache_attend_partial(kv4_cache* cache, const kv4_attend_args* args, int64_t upto, float* o, float* m,
                                             float* l);
+/* Sequences each of their own length: calls for some of them, whose rows follow each other on axis 2 of tensors with a batch of 1, in
+ * the order of `rows`; start and window of a mask have one value for each of these. */
+typedef struct kv4_row_count {
+  int64_t row;    /* of the cache; named once at most */
+  int64_t tokens;
+} kv4_row_count;
+KV4_API kv4_status kv4_cache_append_rows(kv4_cache* cache, const kv4_row_count* rows, size_t count, const kv4_tensor* k, const kv4_tensor* v);
+KV4_API kv4_status kv4_cache_attend_rows(kv4_cache* cache, const kv4_row_count* rows, size_t count, const kv4_attend_args* args,
+                                         const kv4_tensor* out);
+/* upto [count]; o [1, q_heads, T, head_dim_v], m and l [1, q_heads, T]. */
+KV4_API kv4_status kv4_cache_attend_partial_rows(kv4_cache* cache, const kv4_row_count* rows, size_t count, const kv4_attend_args* args,
+                                                 const int64_t* upto, float* o, float* m, float* l);
+KV4_API kv4_status kv4_cache_add(kv4_cache* cache, int32_t count); /* empty sequences, behind the others */
+KV4_API kv4_status kv4_cache_remove(kv4_cache* cache, const int64_t* rows, size_t count);
+KV4_API kv4_status kv4_cache_extend(kv4_cache* cache, const kv4_cache* other); /* of the same configuration: its sequences go on here too */
+KV4_API kv4_status kv4_cache_crop_row(kv4_cache* cache, int32_t row, int64_t length);
+KV4_API kv4_status kv4_cache_erase(kv4_cache* cache, int32_t row, int64_t first, int64_t count); /* positions; those behind move up */
+KV4_API kv4_status kv4_cache_row_length(const kv4_cache* cache, int32_t row, int64_t* out);
 KV4_API kv4_status kv4_cache_seal(kv4_cache* cache);
 /* Devices: the stream (a cudaStream_t) of the calls that follow; room for tokens; a captured step's next token. */
 KV4_API kv4_status kv4_cache_set_stream(kv4_cache* cache, void* stream);
@@ -147,7 +165,7 @@ KV4_API kv4_status kv4_cache_load(kv4_cache* cache, kv4_source source, void* con
 KV4_API kv4_status kv4_cache_dense_keys(const kv4_cache* cache, int64_t first, int64_t count, const kv4_tensor* out);
 KV4_API kv4_status kv4_cache_dense_values(const kv4_cache* cache, int64_t first, int64_t count, const kv4_tensor* out);
 KV4_API size_t kv4_cache_nbytes(const kv4_cache* cache);
-KV4_API int64_t kv4_cache_length(const kv4_cache* cache);
+KV4_API int64_t kv4_cache_length(const kv4_cache* cache); /* of the longest sequence */
 KV4_API int64_t kv4_cache_first(const kv4_cache* cache);
 KV4_API int32_t kv4_cache_batch(const kv4_cache* cache);
 

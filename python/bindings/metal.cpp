@@ -176,10 +176,9 @@ nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_sha
   const apple::Bases bases = {at(kBase), at(kBase), lambda_at(0), lambda_at(0)};
   apple::AttendTables t = apple::attend_tables(job, bases, places_of(self), cores);
   nb::dict out;
-  out["dim"] = t.dim;
-  out["block_rows"] = t.block_rows;
-  out["blocks"] = t.blocks;
-  out["splits"] = t.splits;
+  out["kernel"] = t.kernel;
+  out["attend_grid"] = nb::make_tuple(t.attend_grid[0], t.attend_grid[1], t.attend_grid[2]);
+  out["row_grid"] = nb::make_tuple(t.row_grid[0], t.row_grid[1], t.row_grid[2]);
   out["prepared_floats"] = t.prepared_floats;
   out["state_floats"] = t.state_floats;
   out["call"] = array(std::move(t.call));
@@ -193,6 +192,9 @@ nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_sha
 }  // namespace
 
 void bind_metal(nb::module_& m) {
+  m.attr("METAL_HEAD_DIMS") = nb::cast(std::vector<int>(std::begin(apple::kHeadDims), std::end(apple::kHeadDims)));
+  m.attr("METAL_ATTEND_THREADS") = static_cast<int>(KV4_ATTEND_THREADS);
+  m.attr("METAL_ROW_THREADS") = static_cast<int>(KV4_ROW_THREADS);
   nb::class_<Metal>(m, "MetalTables", "What the Metal kernels are told about a recipe and a head dim; see src/metal/arguments.h.")
       .def("__init__", &create, "recipe"_a, nb::kw_only(), "dtype"_a, "kv_heads"_a, "head_dim_k"_a, "head_dim_v"_a,
            "matrix_k"_a = nb::none(), "matrix_v"_a = nb::none(),

@@ -4,11 +4,13 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <exception>
 #include <span>
 #include <tuple>
+#include <variant>
 
 #include "cpu/measure.h"
 #include "kv4/cache.h"
@@ -133,9 +135,11 @@ void read_mask(Call* call, nb::handle mask, nb::handle host_mask, std::int64_t b
 
 // (row, tokens) of some sequences; none: all of them, equally long.
 using Named = std::optional<std::vector<std::pair<std::int64_t, std::int64_t>>>;
+using Positions = std::variant<std::int64_t, std::vector<std::int64_t>>;
 
 std::vector<RowCount> row_counts(const Named& rows) {
   std::vector<RowCount> counts;
+  if (!rows) return counts;
   for (const auto& [row, tokens] : *rows) counts.push_back({row, tokens});
   return counts;
 }
@@ -203,7 +207,7 @@ void create(PyCache* self, nb::handle recipe, const std::string& dtype, int kv_h
 void append(PyCache& self, nb::handle k, nb::handle v, const Named& rows) {
   const Tensor keys = tensor(k, "k", self.device), values = tensor(v, "v", self.device);
   const TensorView key_view = float_view(keys, "k"), value_view = float_view(values, "v");
-  const std::vector<RowCount> counts = rows ? row_counts(rows) : std::vector<RowCount>();
+  const std::vector<RowCount> counts = row_counts(rows);
   Status status;
   {
     const nb::gil_scoped_release unlocked;
@@ -216,7 +220,7 @@ void attend(PyCache& self, nb::handle q, nb::handle out, double scale, double so
             nb::handle start, nb::handle window, nb::handle mask, nb::handle host_mask, const Named& rows) {
   Call call;
   read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask, host_mask, self.device, rows);
-  const std::vector<RowCount> counts = rows ? row_counts(rows) : std::vector<RowCount>();
+  const std::vector<RowCount> counts = row_counts(rows);
   const Tensor result = writable_tensor(out, "out", self.device);
   const MutableTensorView view = mutable_float_view(result, "out");
   Status status;
@@ -227,23 +231,26 @@ void attend(PyCache& self, nb::handle q, nb::handle out, double scale, double so
   raise_if_error(status);
 }
 
-void attend_partial(PyCache& self, nb::handle q, nb::handle o, nb::handle m, nb::handle l, std::int64_t upto, double scale, double softcap,
+void attend_partial(PyCache& self, nb::handle q, nb::handle o, nb::handle m, nb::handle l, const Positions& upto, double scale, double softcap,
                     nb::handle sinks, bool causal, std::int64_t offset, nb::handle start, nb::handle window, nb::handle mask,
-                    nb::handle host_mask) {
+                    nb::handle host_mask, const Named& rows) {
   Call call;
-  read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask, host_mask, self.device);
+  read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask, host_mask, self.device, rows);
+  const std::vector<RowCount> counts = row_counts(rows);
+  const std::vector<std::int64_t> uptos = std::holds_alternative<std::int64_t>(upto) ? std::vector(1, std::get<std::int64_t>(upto)) : std::get<1>(upto);
+  if (!rows && uptos.size() != 1) raise_if_error(invalid_argument("upto", "one position, where no rows are named", std::to_string(uptos.size())));
   const auto& s = call.args.q.shape;
-  const std::int64_t rows = s[0] * s[1] * s[2];
+  const std::int64_t states = s[0] * s[1] * s[2];
   const Tensor ot = writable_tensor(o, "o", self.device), mt = writable_tensor(m, "m", self.device),
                lt = writable_tensor(l, "l", self.device);
-  check_vector(ot, "o", Element::f32, "float32", rows * self.cache->config().head_dim_v);
-  check_vector(mt, "m", Element::f32, "float32", rows);
-  check_vector(lt, "l", Element::f32, "float32", rows);
+  check_vector(ot, "o", Element::f32, "float32", states * self.cache->config().head_dim_v);
+  check_vector(mt, "m", Element::f32, "float32", states);
+  check_vector(lt, "l", Element::f32, "float32", states);
   const PartialState state{static_cast<float*>(ot.data), static_cast<float*>(mt.data), static_cast<float*>(lt.data)};
   Status status;
   {
     const nb::gil_scoped_release unlocked;
-    status = self.cache->attend_partial(call.args, upto, state);
+    status = rows ? self.cache->attend_partial(counts, call.args, uptos, state) : self.cache->attend_partial(call.args, uptos[0], state);
   }
   raise_if_error(status);
 }
@@ -335,8 +342,9 @@ NB_MODULE(_core, m) {
            "then are int32 [len(rows)].")
       .def("attend_partial", &attend_partial, "q"_a, "o"_a, "m"_a, "l"_a, nb::kw_only(), "upto"_a, "scale"_a = 0.0, "softcap"_a = 0.0,
            "sinks"_a = nb::none(), "causal"_a = true, "offset"_a = 0, "start"_a = nb::none(), "window"_a = nb::none(), "mask"_a = nb::none(),
-           "host_mask"_a = nb::none(),
-           "The partial state over positions below upto: o float32 [batch, q_heads, T, head_dim_v], m and l [batch, q_heads, T].")
+           "host_mask"_a = nb::none(), "rows"_a = nb::none(),
+           "The partial state over positions below upto: o float32 [batch, q_heads, T, head_dim_v], m and l [batch, q_heads, T]. With\n"
+           "rows as attend has them, upto has a position for each and the states of their queries follow each other on the T axis.")
       .def("set_stream", [](PyCache& c, std::uintptr_t stream) { c.cache->set_stream(reinterpret_cast<void*>(stream)); }, "stream"_a,
            "The CUDA stream of the calls that follow, as torch's Stream.cuda_stream; 0 is the default stream. The CPU has none.")
       .def("reserve", [](PyCache& c, std::int64_t tokens) { raise_if_error(c.cache->reserve(tokens)); }, "tokens"_a,
@@ -354,6 +362,8 @@ NB_MODULE(_core, m) {
       .def("add", [](PyCache& c, int count) { raise_if_error(c.cache->add(count)); }, "count"_a, "Empty sequences more, behind the others.")
       .def("remove", [](PyCache& c, const std::vector<std::int64_t>& rows) { raise_if_error(c.cache->remove(rows)); }, "rows"_a,
            "Drops sequences; the others keep their order.")
+      .def("extend", [](PyCache& c, const PyCache& other) { raise_if_error(c.cache->extend(*other.cache)); }, "other"_a,
+           "The sequences of another cache of the same configuration go on here too. Pages are shared between clones, else copied.")
       .def("select", [](PyCache& c, const std::vector<std::int64_t>& rows) { raise_if_error(c.cache->select(rows)); }, "rows"_a)
       .def("repeat", [](PyCache& c, int times) { raise_if_error(c.cache->repeat(times)); }, "times"_a)
       .def("reset", [](PyCache& c) { c.cache->reset(); })

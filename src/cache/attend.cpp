@@ -26,8 +26,7 @@ Status check_queries(const Setup& setup, const AttendArgs& args, std::int64_t ro
 
 class Attend {
  public:
-  Attend(CacheState& c, const AttendArgs& args, std::int64_t upto)
-      : c_(c), setup_(*c.setup), args_(args), readable_(args), upto_(upto), draft_(setup_, c.pool.get()) {
+  Attend(CacheState& c, const AttendArgs& args) : c_(c), setup_(*c.setup), args_(args), readable_(args), draft_(setup_, c.pool.get()) {
     if (setup_.backend->host_memory()) return;
     readable_.mask.general = args.mask.host_general;
     readable_.mask.general_stride = args.mask.host_general_stride;
@@ -171,10 +170,11 @@ class Attend {
   Status check_upto() {
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
       const ledger::Extent& x = now(i).extent;
-      const ledger::View v = ledger::view(setup_.policy, x, x.length - 1, stepwise(c_.parts[i]), upto_);
+      const std::int64_t upto = c_.parts[i].upto;
+      const ledger::View v = ledger::view(setup_.policy, x, x.length - 1, stepwise(c_.parts[i]), upto);
       const std::int64_t sealed = v.pages_position + (v.pages - 1) * kPageTokens + v.last_page_tokens;
-      if (v.pages > 0 && upto_ < sealed)
-        return error(StatusCode::out_of_range, "upto", "at least " + std::to_string(sealed) + ", the end of the sealed tokens", std::to_string(upto_));
+      if (v.pages > 0 && upto < sealed)
+        return error(StatusCode::out_of_range, "upto", "at least " + std::to_string(sealed) + ", the end of the sealed tokens", std::to_string(upto));
     }
     return {};
   }
@@ -190,7 +190,7 @@ class Attend {
         const std::int64_t first_query = held.extent.length - part.tokens, position = first_query + std::min(part.done, part.tokens - 1);
         const std::int64_t end = std::min(part.tokens, ledger::view_end(setup_.policy, held.extent, position, stepwise(part)) - first_query);
         SequenceView& view = c_.views[i] =
-            view_of(setup_, held.extent, held.body, ledger::view(setup_.policy, held.extent, position, stepwise(part), upto_), sequence(i).note());
+            view_of(setup_, held.extent, held.body, ledger::view(setup_.policy, held.extent, position, stepwise(part), part.upto), sequence(i).note());
         view.input = part.input;
         view.input_row = part.input_row + part.done;
         view.query_count = end - part.done;
@@ -210,7 +210,6 @@ class Attend {
   const Setup& setup_;
   const AttendArgs& args_;
   AttendArgs readable_;  // masks as the host can read them
-  const std::int64_t upto_;
   Draft draft_;
   std::vector<std::pair<std::size_t, QueryEnergy>> energies_;  // of parts, as they are with the call's
   std::vector<std::vector<std::int64_t>> hidden_;  // of each part, rows that neither a query of the call sees nor one before it did
@@ -250,7 +249,21 @@ Status attend_captured(CacheState& c, const AttendArgs& args, const MutableTenso
   return {};
 }
 
-Status attend(CacheState& c, const RowCounts* rows, const AttendArgs& args, std::int64_t upto, const MutableTensorView* out, const PartialState* partial) {
+// Of the parts that the call has.
+Status set_upto(CacheState& c, bool ragged, std::span<const std::int64_t> upto) {
+  if (ragged && upto.size() != c.parts.size())
+    return invalid_argument("upto", std::to_string(c.parts.size()) + " positions, one for each of rows", std::to_string(upto.size()));
+  for (std::size_t i = 0; i < c.parts.size(); ++i) {
+    Part& part = c.parts[i];
+    part.upto = upto[ragged ? i : 0];
+    const std::int64_t length = ragged ? c.sequences[part.row].length() : c.longest();
+    if (part.upto < 0 || part.upto > length) return error(StatusCode::out_of_range, "upto", up_to(length), std::to_string(part.upto));
+  }
+  return {};
+}
+
+Status attend(CacheState& c, const RowCounts* rows, const AttendArgs& args, std::span<const std::int64_t> upto, const MutableTensorView* out,
+              const PartialState* partial) {
   const Setup& setup = *c.setup;
   if (c.sequences.empty()) return error(StatusCode::failed_precondition, "q", "a cache that holds tokens", "an empty cache");
   KV4_RETURN_IF_ERROR(check_queries(setup, args, rows != nullptr ? 1 : c.batch(), rows != nullptr ? kMostTokens : c.shortest()));
@@ -259,8 +272,6 @@ Status attend(CacheState& c, const RowCounts* rows, const AttendArgs& args, std:
     if (rows != nullptr) return error(StatusCode::failed_precondition, "rows", "all sequences in a captured step", "some of them");
     return attend_captured(c, args, out);
   }
-  if (partial != nullptr && (upto < 0 || upto > c.longest()))
-    return error(StatusCode::out_of_range, "upto", up_to(c.longest()), std::to_string(upto));
   if (rows == nullptr) {
     make_parts(c.sequences.size(), args.q.shape[2], &c.parts);
   } else {
@@ -271,7 +282,8 @@ Status attend(CacheState& c, const RowCounts* rows, const AttendArgs& args, std:
         return error(StatusCode::out_of_range, "rows", "1 to " + std::to_string(length) + " queries of sequence " + std::to_string(part.row), std::to_string(part.tokens));
     }
   }
-  Attend call(c, args, upto);
+  if (partial != nullptr) KV4_RETURN_IF_ERROR(set_upto(c, rows != nullptr, upto));
+  Attend call(c, args);
   KV4_RETURN_IF_ERROR(call.run(out, partial));
   call.commit();
   return {};

@@ -80,6 +80,12 @@ std::vector<Field> fields(const CacheConfig& c, const PageSpec& spec) {
           {"matrix_v", matrix_value(spec.value), given}};
 }
 
+Status expect_same(std::span<const Field> mine, std::span<const std::uint64_t> theirs) {
+  for (std::size_t i = 0; i < mine.size(); ++i)
+    if (mine[i].value != theirs[i]) return invalid_argument(mine[i].name, mine[i].text(mine[i].value), mine[i].text(theirs[i]));
+  return {};
+}
+
 std::size_t recorded_queries(const CacheConfig& config, std::uint32_t version) {
   const auto queries = static_cast<std::size_t>(config.recipe.sinks + config.recipe.window + kPageTokens);
   return version == 1 ? queries : queries / QueryEnergy::kEvery;

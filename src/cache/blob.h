@@ -64,6 +64,8 @@ struct Field {
   std::string (*text)(std::uint64_t);
 };
 std::vector<Field> fields(const CacheConfig& config, const PageSpec& spec);
+// invalid_argument naming the first field whose value is another in `theirs`.
+Status expect_same(std::span<const Field> mine, std::span<const std::uint64_t> theirs);
 
 // A head slice as format/page.h lays it out where no channel is padded, its codes in canonical order.
 inline kv4_page_layout slice_layout(const kv4_page_layout& l) {

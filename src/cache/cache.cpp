@@ -51,13 +51,16 @@ Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {
 Status Cache::append(const TensorView& k, const TensorView& v) { return call(*state_, kv4::append, nullptr, k, v); }
 Status Cache::append(std::span<const RowCount> rows, const TensorView& k, const TensorView& v) { return call(*state_, kv4::append, &rows, k, v); }
 Status Cache::attend(const AttendArgs& args, const MutableTensorView& out) {
-  return call(*state_, kv4::attend, nullptr, args, kMostTokens, &out, nullptr);
+  return call(*state_, kv4::attend, nullptr, args, std::span<const std::int64_t>(), &out, nullptr);
 }
 Status Cache::attend(std::span<const RowCount> rows, const AttendArgs& args, const MutableTensorView& out) {
-  return call(*state_, kv4::attend, &rows, args, kMostTokens, &out, nullptr);
+  return call(*state_, kv4::attend, &rows, args, std::span<const std::int64_t>(), &out, nullptr);
 }
 Status Cache::attend_partial(const AttendArgs& args, std::int64_t upto, const PartialState& out) {
-  return call(*state_, kv4::attend, nullptr, args, upto, nullptr, &out);
+  return call(*state_, kv4::attend, nullptr, args, std::span<const std::int64_t>(&upto, 1), nullptr, &out);
+}
+Status Cache::attend_partial(std::span<const RowCount> rows, const AttendArgs& args, std::span<const std::int64_t> upto, const PartialState& out) {
+  return call(*state_, kv4::attend, &rows, args, upto, nullptr, &out);
 }
 Status Cache::seal() { return call(*state_, kv4::seal); }
 Status Cache::crop(std::int64_t length) { return call(*state_, kv4::crop, length); }
@@ -65,6 +68,9 @@ Status Cache::crop(int row, std::int64_t length) { return call(*state_, kv4::cro
 Status Cache::erase(int row, std::int64_t first, std::int64_t count) { return call(*state_, kv4::erase, row, first, count); }
 Status Cache::add(int count) { return call(*state_, kv4::add, count); }
 Status Cache::remove(std::span<const std::int64_t> rows) { return call(*state_, kv4::remove, rows); }
+Status Cache::extend(const Cache& other) {
+  return guarded("cache", [&] { return kv4::extend(state_->on_stream(), *other.state_); });
+}
 Status Cache::select(std::span<const std::int64_t> rows) { return call(*state_, kv4::select, rows); }
 Status Cache::repeat(int times) { return call(*state_, kv4::repeat, times); }
 Status Cache::reserve(std::int64_t tokens) { return call(*state_, kv4::reserve, tokens); }

@@ -19,6 +19,7 @@ struct Part {
   std::int32_t input = 0;      // index of axis 0
   std::int64_t input_row = 0;  // ... and of axis 2, of the first
   std::int64_t done = 0;       // of attention: queries that have been answered
+  std::int64_t upto = kMostTokens;  // ... and the position below which it sees
 };
 
 // What a call appends: parts in the order of the draft's sequences, and where non-finite rows of those that are sealed as they

@@ -2,7 +2,9 @@
 #include <algorithm>
 #include <limits>
 #include <string>
+#include <unordered_map>
 
+#include "cache/blob.h"
 #include "cache/state.h"
 
 namespace kv4 {
@@ -31,6 +33,25 @@ Status plan_crop(Sequence& s, std::size_t row, std::int64_t length, Draft& draft
   Change& change = draft.add(row, s);
   change.plan = std::move(plan);
   change.next.energy.crop(length);
+  return {};
+}
+
+// Sequences whose pages lie in another pool: each of these pages once in the cache's own.
+Status copy_pages(CacheState& c, const PagePool& from, std::vector<Sequence>& sequences) {
+  std::unordered_map<PageId, std::size_t> known;
+  for (const Sequence& s : sequences)
+    for (const PageId id : s.ledger.pages()) known.try_emplace(id, known.size());
+  FreshPages fresh(c.pool.get());
+  KV4_RETURN_IF_ERROR(fresh.allocate(static_cast<std::int64_t>(known.size())));
+  for (const auto& [id, at] : known) KV4_RETURN_IF_ERROR(c.backend().copy(c.pool->page(fresh.ids()[at]), from.page(id), from.page_bytes()));
+  for (Sequence& s : sequences) {
+    std::vector<PageId> ids;
+    for (const PageId id : s.ledger.pages()) ids.push_back(fresh.ids()[known.at(id)]);
+    PageTable table;
+    KV4_RETURN_IF_ERROR(table.change(c.backend(), {}, {}, -1, ids));
+    c.pool->retain(ids);
+    s.move_to(c.pool.get(), std::move(ids), std::move(table));
+  }
   return {};
 }
 
@@ -105,6 +126,31 @@ Status remove(CacheState& c, std::span<const std::int64_t> rows) {
     if (gone[b] == 0 && b != kept++) std::swap(c.sequences[kept - 1], c.sequences[b]);
   c.sequences.erase(c.sequences.begin() + static_cast<std::ptrdiff_t>(kept), c.sequences.end());
   if (!rows.empty()) ++c.version;
+  return {};
+}
+
+Status extend(CacheState& c, CacheState& other) {
+  const Setup &mine = *c.setup, &theirs = *other.setup;
+  if (mine.backend != theirs.backend) return invalid_argument("backend", mine.config.backend, theirs.config.backend);
+  if (&mine != &theirs) {
+    std::vector<std::uint64_t> values;
+    for (const blob::Field& field : blob::fields(theirs.config, theirs.spec)) values.push_back(field.value);
+    KV4_RETURN_IF_ERROR(blob::expect_same(blob::fields(mine.config, mine.spec), values));
+  }
+  if (c.backend().capturing()) return error(StatusCode::failed_precondition, "cache", "a stream that is not being captured", "one that is");
+  if (other.batch() > kMostRows - c.batch())
+    return error(StatusCode::out_of_range, "other", "at most " + std::to_string(kMostRows - c.batch()) + " sequences", std::to_string(other.batch()));
+  if (other.stream != c.stream) {  // pages may still be on their way
+    KV4_RETURN_IF_ERROR(other.on_stream().backend().wait());
+    c.on_stream();
+  }
+  std::vector<Sequence> taken;
+  taken.reserve(other.sequences.size());
+  for (Sequence& s : other.sequences) taken.push_back(s.fork());
+  if (c.pool != other.pool) KV4_RETURN_IF_ERROR(copy_pages(c, *other.pool, taken));
+  c.sequences.reserve(c.sequences.size() + taken.size());
+  for (Sequence& s : taken) c.sequences.push_back(std::move(s));
+  if (!taken.empty()) ++c.version;
   return {};
 }
 

@@ -226,8 +226,7 @@ Status load(CacheState& c, const Source& source) {
   const std::vector<blob::Field> mine = blob::fields(c.setup->config, c.setup->spec);
   std::vector<std::uint64_t> theirs(mine.size());
   KV4_RETURN_IF_ERROR(in.read(blob::Kind::config, std::as_writable_bytes(std::span(theirs))));
-  for (std::size_t i = 0; i < mine.size(); ++i)
-    if (mine[i].value != theirs[i]) return invalid_argument(mine[i].name, mine[i].text(mine[i].value), mine[i].text(theirs[i]));
+  KV4_RETURN_IF_ERROR(blob::expect_same(mine, theirs));
 
   blob::State saved{};
   KV4_RETURN_IF_ERROR(in.read(blob::Kind::state, std::as_writable_bytes(std::span(&saved, 1))));

@@ -79,6 +79,14 @@ class Sequence {
     return copy;
   }
 
+  // Its pages are copies in another pool from here on; a reference to each of the ids is its own.
+  void move_to(PagePool* to, std::vector<PageId> ids, PageTable table) noexcept {
+    if (!ledger.pages().empty()) pool->release(ledger.pages());
+    ledger.take_pages(std::move(ids));
+    body.table = std::move(table);
+    pool = to;
+  }
+
   std::int64_t length() const { return ledger.extent().length; }
   // Lambda changes no more.
   bool lambda_fixed() const { return !ledger.policy().learns || ledger.extent().lambda == ledger::Lambda::fixed; }

@@ -51,8 +51,9 @@ Status seal(CacheState& c);
 Status make_parts(CacheState& c, const RowCounts& rows, std::int64_t total, const char* of);
 void make_parts(std::size_t batch, std::int64_t tokens, std::vector<Part>* parts);
 
-// attend.cpp. Exactly one of out and partial.
-Status attend(CacheState& c, const RowCounts* rows, const AttendArgs& args, std::int64_t upto, const MutableTensorView* out, const PartialState* partial);
+// attend.cpp. Exactly one of out and partial; upto: of a partial state, one for all sequences, or for each of rows.
+Status attend(CacheState& c, const RowCounts* rows, const AttendArgs& args, std::span<const std::int64_t> upto, const MutableTensorView* out,
+              const PartialState* partial);
 AttendJob attend_job(CacheState& c, const AttendArgs& args);
 Status attend_captured(CacheState& c, const AttendArgs& args, const MutableTensorView* out);
 
@@ -65,6 +66,7 @@ Status repeat(CacheState& c, int times);
 Status fork(CacheState& c, std::unique_ptr<CacheState>* out);
 Status add(CacheState& c, int count);
 Status remove(CacheState& c, std::span<const std::int64_t> rows);
+Status extend(CacheState& c, CacheState& other);
 Status make_sequences(const CacheState& c, std::size_t count, std::vector<Sequence>* out);
 Status check_row(const CacheState& c, std::int64_t row);
 

@@ -2,6 +2,7 @@
 #include <limits>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "capi/values.h"
 
@@ -40,6 +41,18 @@ Status dense(const kv4_cache* cache, bool keys, int64_t first, int64_t count, co
   MutableTensorView view;
   KV4_RETURN_IF_ERROR(view_of("out", out, &view));
   return keys ? cache->cache->dense_keys(first, count, view) : cache->cache->dense_values(first, count, view);
+}
+
+// Sequences by number: as many as a cache may have.
+Status check_count(size_t count) {
+  constexpr auto kMost = static_cast<size_t>(std::numeric_limits<int32_t>::max());
+  return count <= kMost ? Status() : invalid_argument("count", "at most " + std::to_string(kMost) + " rows", std::to_string(count));
+}
+
+Status rows_of(const kv4_row_count* rows, size_t count, std::vector<RowCount>* out) {
+  KV4_RETURN_IF_ERROR(check_count(count));
+  for (size_t i = 0; i < count; ++i) out->push_back({rows[i].row, rows[i].tokens});
+  return {};
 }
 
 }  // namespace
@@ -94,6 +107,67 @@ kv4_status kv4_cache_attend_partial(kv4_cache* cache, const kv4_attend_args* arg
   });
 }
 
+kv4_status kv4_cache_append_rows(kv4_cache* cache, const kv4_row_count* rows, size_t count, const kv4_tensor* k, const kv4_tensor* v) {
+  return guarded({{"cache", cache}, {"rows", rows}, {"k", k}, {"v", v}}, [&]() -> kv4::Status {
+    std::vector<kv4::RowCount> counts;
+    kv4::TensorView keys, values;
+    KV4_RETURN_IF_ERROR(rows_of(rows, count, &counts));
+    KV4_RETURN_IF_ERROR(view_of("k", *k, &keys));
+    KV4_RETURN_IF_ERROR(view_of("v", *v, &values));
+    return cache->cache->append(counts, keys, values);
+  });
+}
+
+kv4_status kv4_cache_attend_rows(kv4_cache* cache, const kv4_row_count* rows, size_t count, const kv4_attend_args* args, const kv4_tensor* out) {
+  return guarded({{"cache", cache}, {"rows", rows}, {"args", args}, {"out", out}}, [&]() -> kv4::Status {
+    std::vector<kv4::RowCount> counts;
+    kv4::AttendArgs call;
+    kv4::MutableTensorView view;
+    KV4_RETURN_IF_ERROR(rows_of(rows, count, &counts));
+    KV4_RETURN_IF_ERROR(args_of(args, &call));
+    KV4_RETURN_IF_ERROR(view_of("out", *out, &view));
+    return cache->cache->attend(counts, call, view);
+  });
+}
+
+kv4_status kv4_cache_attend_partial_rows(kv4_cache* cache, const kv4_row_count* rows, size_t count, const kv4_attend_args* args, const int64_t* upto,
+                                         float* o, float* m, float* l) {
+  return guarded({{"cache", cache}, {"rows", rows}, {"args", args}, {"upto", upto}}, [&]() -> kv4::Status {
+    std::vector<kv4::RowCount> counts;
+    kv4::AttendArgs call;
+    KV4_RETURN_IF_ERROR(rows_of(rows, count, &counts));
+    KV4_RETURN_IF_ERROR(args_of(args, &call));
+    return cache->cache->attend_partial(counts, call, {upto, count}, {o, m, l});
+  });
+}
+
+kv4_status kv4_cache_add(kv4_cache* cache, int32_t count) {
+  return guarded({{"cache", cache}}, [&] { return cache->cache->add(count); });
+}
+kv4_status kv4_cache_remove(kv4_cache* cache, const int64_t* rows, size_t count) {
+  return guarded({{"cache", cache}, {"rows", rows}}, [&]() -> kv4::Status {
+    KV4_RETURN_IF_ERROR(check_count(count));
+    return cache->cache->remove({rows, count});
+  });
+}
+kv4_status kv4_cache_extend(kv4_cache* cache, const kv4_cache* other) {
+  return guarded({{"cache", cache}, {"other", other}}, [&] { return cache->cache->extend(*other->cache); });
+}
+kv4_status kv4_cache_crop_row(kv4_cache* cache, int32_t row, int64_t length) {
+  return guarded({{"cache", cache}}, [&] { return cache->cache->crop(row, length); });
+}
+kv4_status kv4_cache_erase(kv4_cache* cache, int32_t row, int64_t first, int64_t count) {
+  return guarded({{"cache", cache}}, [&] { return cache->cache->erase(row, first, count); });
+}
+kv4_status kv4_cache_row_length(const kv4_cache* cache, int32_t row, int64_t* out) {
+  return guarded({{"cache", cache}, {"out", out}}, [&]() -> kv4::Status {
+    const int32_t batch = cache->cache->batch();
+    if (row < 0 || row >= batch) return kv4::error(kv4::StatusCode::out_of_range, "row", "0 to " + std::to_string(batch - 1), std::to_string(row));
+    *out = cache->cache->length(row);
+    return {};
+  });
+}
+
 kv4_status kv4_cache_seal(kv4_cache* cache) {
   return guarded({{"cache", cache}}, [&] { return cache->cache->seal(); });
 }
@@ -114,8 +188,7 @@ kv4_status kv4_cache_crop(kv4_cache* cache, int64_t length) {
 }
 kv4_status kv4_cache_select(kv4_cache* cache, const int64_t* rows, size_t count) {
   return guarded({{"cache", cache}, {"rows", rows}}, [&]() -> kv4::Status {
-    constexpr auto kMost = static_cast<size_t>(std::numeric_limits<int32_t>::max());
-    if (count > kMost) return kv4::invalid_argument("count", "at most " + std::to_string(kMost) + " rows", std::to_string(count));
+    KV4_RETURN_IF_ERROR(check_count(count));
     return cache->cache->select({rows, count});
   });
 }

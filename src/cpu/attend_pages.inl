@@ -55,13 +55,13 @@ constexpr float kNegligible = 0x1p-40f;
 template <class V, class Pack>
 KV4_INLINE typename V::I quantise(const float* x, int n, typename V::F inverse, Pack pack) {
   using I = typename V::I;
-  const I used = (I)(inverse > typename V::F{});  // 0 times infinity has no integer
   I total{};
   for (int i = 0; i < n; i += 16) {
     alignas(64) std::int32_t v[16];
     KV4_UNROLL
     for (int lane = 0; lane < 16; lane += V::kLanes) {
-      const I r = V::round(V::load(x + i + lane) * inverse) & used;
+      const typename V::F scaled = V::load(x + i + lane) * inverse;
+      const I r = V::round(scaled) & (I)(scaled == scaled);  // what is NaN, or 0 times infinity, has no integer
       total += r;
       std::memcpy(v + lane, &r, sizeof r);
     }

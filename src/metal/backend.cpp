@@ -387,18 +387,15 @@ Status MetalBackend::attend(const AttendJob& job) {
   const float* state = staging.room<float>(static_cast<std::size_t>(a.q.shape[0] * states_of * (dim + 2)));
   const void* nothing = staging.or_nothing(nullptr);
   const auto or_nothing = [nothing](const void* p) { return p != nullptr ? p : nothing; };
-  const auto u32 = [](std::int64_t x) { return static_cast<std::uint32_t>(x); };
-  const std::uint32_t batch = u32(static_cast<std::int64_t>(views.size())), kv_heads = u32(job.kv_heads);
-  const std::uint32_t row_grid[3] = {KV4_ROW_THREADS * u32(heads) / kv_heads, u32(queries), batch * kv_heads};
   Launch launches[3];
   launches[0] = {"kv4_prepare", {q, key == nullptr ? nothing : key->query, or_nothing(bases.lambda_k), sequences, call, factors, prepared},
-                 {row_grid[0], row_grid[1], row_grid[2]}, KV4_ROW_THREADS, t.dim};
-  launches[1] = {"kv4_attend_d" + std::to_string(t.dim) + "_r" + std::to_string(t.block_rows),
+                 t.row_grid, KV4_ROW_THREADS, t.dim};
+  launches[1] = {t.kernel,
                  {prepared, or_nothing(pages), staging.put(t.ids), or_nothing(bases.exact_k), or_nothing(bases.exact_v), staging.put(mask),
                   staging.put(t.levels), sequences, call, factors, states},
-                 {u32(KV4_ATTEND_THREADS * t.splits), kv_heads * u32(t.blocks), batch}, KV4_ATTEND_THREADS, t.dim};
+                 t.attend_grid, KV4_ATTEND_THREADS, t.dim};
   launches[2] = {"kv4_merge", {states, value == nullptr ? nothing : value->output, or_nothing(bases.lambda_v), nothing, sequences, call, state},
-                 {row_grid[0], row_grid[1], row_grid[2]}, KV4_ROW_THREADS, t.dim};
+                 t.row_grid, KV4_ROW_THREADS, t.dim};
   KV4_RETURN_IF_ERROR(staging.full());
   KV4_RETURN_IF_ERROR(gpu_->run(launches));
 

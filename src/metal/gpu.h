@@ -2,6 +2,7 @@
 // from Metal; tests from the emulator.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -17,7 +18,7 @@ namespace kv4::apple {
 struct Launch {
   std::string kernel;
   std::vector<const void*> buffers;  // in the order of the kernel's declaration; any byte of memory from alloc
-  std::uint32_t threads[3] = {1, 1, 1};  // of the grid
+  std::array<std::uint32_t, 3> threads{1, 1, 1};  // of the grid
   std::uint32_t group = 1;               // threads of a threadgroup, along the first axis
   int dim = 0;                           // head dim whose library has the kernel
 };

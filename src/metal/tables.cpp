@@ -8,7 +8,6 @@
 namespace kv4::apple {
 namespace {
 
-constexpr int kDims[] = {64, 80, 96, 128, 256};
 constexpr int kBlockRows[] = {1, 2, 3, 4, 6, 8};
 constexpr int kPagesPerSplit = 8;  // two for each SIMD-group
 constexpr int kExactRowsPerSplit = KV4_PAGE_TOKENS * KV4_ATTEND_THREADS / 32;
@@ -24,7 +23,7 @@ std::vector<double> transposed(const std::vector<double>& matrix, std::size_t d)
 }
 
 Status supports_dim(int dim, const char* name) {
-  if (std::find(std::begin(kDims), std::end(kDims), dim) == std::end(kDims))
+  if (std::find(std::begin(kHeadDims), std::end(kHeadDims), dim) == std::end(kHeadDims))
     return error(StatusCode::unsupported, std::string("head_dim_") + name, "64, 80, 96, 128 or 256 on Metal", std::to_string(dim));
   return {};
 }
@@ -287,6 +286,11 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, std::span<c
       e[kv4_exact_v_stride_block] = x.v_block_stride;
     }
   }
+  t.kernel = "kv4_attend_d" + std::to_string(t.dim) + "_r" + std::to_string(t.block_rows);
+  t.attend_grid = {static_cast<std::uint32_t>(KV4_ATTEND_THREADS * t.splits), static_cast<std::uint32_t>(job.kv_heads * t.blocks),
+                   static_cast<std::uint32_t>(batch)};
+  t.row_grid = {static_cast<std::uint32_t>(KV4_ROW_THREADS * a.q.shape[1] / job.kv_heads), static_cast<std::uint32_t>(queries),
+                static_cast<std::uint32_t>(batch * job.kv_heads)};
   return t;
 }
 

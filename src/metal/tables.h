@@ -2,9 +2,11 @@
 // nothing here knows a device.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "backend/backend.h"
@@ -13,6 +15,7 @@
 namespace kv4::apple {
 
 // ok, or unsupported with the reason why no kernel serves exact rows of these head dims; and why none serves this page.
+inline constexpr int kHeadDims[] = {64, 80, 96, 128, 256};
 Status supports_dims(int head_dim_k, int head_dim_v);
 Status supports(const PageSpec& spec);
 // Of spec's head dims and mean: one scale a vector, no padded channels.
@@ -59,6 +62,8 @@ struct AttendTables {
   int dim = 0, block_rows = 0;      // D and R of the kernel
   int rows = 0;                     // T * group of the sequence with the most
   int blocks = 0, splits = 0;
+  std::string kernel;               // of attention itself
+  std::array<std::uint32_t, 3> attend_grid{}, row_grid{};  // threads of it, and of kv4_prepare and kv4_merge
   std::size_t prepared_floats = 0;  // of kv4_prepare's output
   std::size_t state_floats = 0;     // of kv4_attend's
 };

@@ -50,6 +50,63 @@ const char* kv4_c_program(void) {
   return NULL;
 }
 
+/* Sequences of their own length in one cache: each is answered over its own tokens, and goes without the others. All keys are 0, so
+ * that an answer is the mean of the values: token t of sequence s has 10 s + t in every channel. */
+const char* kv4_c_rows_program(void) {
+  enum { MOST = 8 };
+  float k[MOST * DIM] = {0}, v[MOST * DIM], q[MOST * DIM], out[2 * DIM], o[2 * DIM], m[2], l[2];
+  for (int i = 0; i < MOST * DIM; ++i) q[i] = 1;
+  kv4_cache_config config;
+  kv4_attend_args args;
+  kv4_cache *cache = NULL, *other = NULL;
+  if (kv4_cache_config_init(&config, sizeof config) != KV4_OK || kv4_attend_args_init(&args, sizeof args) != KV4_OK) return kv4_last_error();
+  config.kv_heads = 1;
+  config.head_dim_k = config.head_dim_v = DIM;
+  if (kv4_cache_create(&config, &cache) != KV4_OK || kv4_cache_add(cache, 3) != KV4_OK) return kv4_last_error();
+  const kv4_row_count rows[2] = {{2, 5}, {0, 3}}, asked[2] = {{0, 1}, {2, 1}};
+  for (int t = 0; t < MOST; ++t)
+    for (int c = 0; c < DIM; ++c) v[t * DIM + c] = (float)(t < 5 ? 20 + t : t - 5);
+  kv4_tensor keys = {k, KV4_F32, {1, 1, MOST, DIM}, {0, 0, DIM, 1}}, values = keys, query = keys, answer = keys;
+  values.data = v;
+  query.data = q;
+  answer.data = out;
+  query.shape[2] = answer.shape[2] = 2;
+  args.q = query;
+  if (kv4_cache_append_rows(cache, rows, 2, &keys, &values) != KV4_OK) return kv4_last_error();
+  int64_t lengths[3];
+  for (int b = 0; b < 3; ++b)
+    if (kv4_cache_row_length(cache, b, &lengths[b]) != KV4_OK) return kv4_last_error();
+  if (lengths[0] != 3 || lengths[1] != 0 || lengths[2] != 5 || kv4_cache_length(cache) != 5 || kv4_cache_batch(cache) != 3)
+    return "the lengths of three sequences";
+  if (kv4_cache_attend_rows(cache, asked, 2, &args, &answer) != KV4_OK) return kv4_last_error();
+  if (out[0] != 1 || out[DIM] != 22) return "the means of two sequences";
+  const int64_t upto[2] = {2, 4}; /* values 0, 1 and 20 ... 23 */
+  if (kv4_cache_attend_partial_rows(cache, asked, 2, &args, upto, o, m, l) != KV4_OK) return kv4_last_error();
+  if (o[0] != 1 || l[0] != 2 || o[DIM] != 86 || l[1] != 4 || m[0] != 0) return "the states of two sequences";
+  if (kv4_cache_attend_partial_rows(cache, asked, 2, &args, NULL, o, m, l) != KV4_INVALID_ARGUMENT) return "states up to nowhere";
+
+  /* Without the positions 1 and 2, and cropped, sequence 2 has 20 and 23. */
+  const int64_t gone[2] = {1, 0}, twice[2] = {0, 0};
+  if (kv4_cache_erase(cache, 2, 1, 2) != KV4_OK || kv4_cache_crop_row(cache, 2, 2) != KV4_OK) return kv4_last_error();
+  if (kv4_cache_create(&config, &other) != KV4_OK || kv4_cache_extend(other, cache) != KV4_OK) return kv4_last_error();
+  if (kv4_cache_remove(cache, twice, 2) != KV4_INVALID_ARGUMENT || strstr(kv4_last_error(), "rows: expected each sequence once") == NULL)
+    return "a sequence removed twice";
+  if (kv4_cache_remove(cache, gone, 2) != KV4_OK || kv4_cache_batch(cache) != 1 || kv4_cache_length(cache) != 2) return "what is left";
+  const kv4_row_count last[1] = {{2, 1}}, beyond[1] = {{3, 1}};
+  args.q.shape[2] = answer.shape[2] = 1;
+  if (kv4_cache_attend_rows(other, last, 1, &args, &answer) != KV4_OK) return kv4_last_error();
+  if (out[0] != 21.5f) return "a sequence of another cache";
+  if (kv4_cache_attend_rows(other, beyond, 1, &args, &answer) != KV4_OUT_OF_RANGE || strstr(kv4_last_error(), "rows: expected indices") == NULL)
+    return "a sequence that is not there";
+  if (kv4_cache_append_rows(other, NULL, 1, &keys, &values) != KV4_INVALID_ARGUMENT || strstr(kv4_last_error(), "rows: ") == NULL)
+    return "no rows";
+  if (kv4_cache_row_length(other, 3, lengths) != KV4_OUT_OF_RANGE || strstr(kv4_last_error(), "row: expected 0 to 2; got 3") == NULL)
+    return "the length of a sequence that is not there";
+  kv4_cache_destroy(other);
+  kv4_cache_destroy(cache);
+  return NULL;
+}
+
 /* The same of memory that the program owns: 64 tokens stored and sealed, the 65th exact, a query that sees the page and the row. */
 const char* kv4_c_paged_program(void) {
   enum { ROWS = 64 };

@@ -495,7 +495,13 @@ TEST(CAbi, AProgramLendsItsThreads) {
   EXPECT_EQ(kv4_set_executor(nullptr), KV4_OK);
 }
 
+extern "C" const char* kv4_c_rows_program(void);
 extern "C" const char* kv4_c_paged_program(void);
+
+TEST(CAbi, AProgramInCHoldsSequencesOfTheirOwnLength) {
+  const char* failed = kv4_c_rows_program();
+  EXPECT_EQ(failed, nullptr) << failed;
+}
 
 TEST(CAbi, AProgramInCRunsOnItsOwnMemory) {
   const char* failed = kv4_c_paged_program();

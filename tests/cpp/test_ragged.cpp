@@ -54,6 +54,13 @@ MutableTensorView into(std::vector<float>& out, std::int64_t heads, std::int64_t
   return {out.data(), DType::f32, {1, heads, n, dim}, {heads * n * dim, n * dim, dim, 1}};
 }
 
+// A partial state of one batch, its rows one after another.
+struct State {
+  State(std::int64_t heads, std::int64_t n, std::int64_t dim) : o(static_cast<std::size_t>(heads * n * dim), -7.0f), m(static_cast<std::size_t>(heads * n)), l(m) {}
+  PartialState view() { return {o.data(), m.data(), l.data()}; }
+  std::vector<float> o, m, l;
+};
+
 // One cache of many sequences, and for each a cache that holds it alone.
 class Ragged {
  public:
@@ -140,6 +147,39 @@ class Ragged {
               << "row " << rows[i].row << ", head " << h << ", query " << j / dim << " of " << rows[i].tokens << ", length " << length(rows[i].row);
       begin += rows[i].tokens;
     }
+    attend_partial(rows, args, q, starts, mask, columns);
+  }
+  // The state over a part of what each holds: below any position that does not cut into sealed tokens.
+  void attend_partial(const std::vector<RowCount>& rows, const AttendArgs& args, Rows& q, const std::vector<std::int32_t>& starts,
+                      const std::vector<std::uint8_t>& mask, std::int64_t columns) {
+    const int heads = config_.kv_heads * kGroup;
+    const std::int64_t dim = config_.head_dim_v, total = q.total();
+    std::vector<std::int64_t> upto;
+    std::vector<State> want;
+    std::int64_t begin = 0;
+    for (std::size_t i = 0; i < rows.size(); begin += rows[i++].tokens) {
+      AttendArgs own = args;
+      own.q = q.view(i);
+      own.mask.start = &starts[i];
+      own.mask.general = mask.data() + begin * columns;
+      State& state = want.emplace_back(heads, rows[i].tokens, dim);
+      upto.push_back(random_.below(static_cast<int>(length(rows[i].row)) + 1));
+      if (alone(rows[i]).attend_partial(own, upto[i], state.view()).ok()) continue;
+      upto[i] = length(rows[i].row);
+      ASSERT_TRUE(alone(rows[i]).attend_partial(own, upto[i], state.view()).ok());
+    }
+    State got(heads, total, dim);
+    const Status status = cache_->attend_partial(rows, args, upto, got.view());
+    ASSERT_TRUE(status.ok()) << status.message();
+    begin = 0;
+    for (std::size_t i = 0; i < rows.size(); begin += rows[i++].tokens)
+      for (std::int64_t h = 0; h < heads; ++h) {
+        const std::int64_t n = rows[i].tokens, at = h * total + begin, own = h * n;
+        SCOPED_TRACE("row " + std::to_string(rows[i].row) + ", head " + std::to_string(h) + ", upto " + std::to_string(upto[i]));
+        ASSERT_TRUE(std::equal(got.m.begin() + at, got.m.begin() + at + n, want[i].m.begin() + own));
+        ASSERT_TRUE(std::equal(got.l.begin() + at, got.l.begin() + at + n, want[i].l.begin() + own));
+        ASSERT_TRUE(std::equal(got.o.begin() + at * dim, got.o.begin() + (at + n) * dim, want[i].o.begin() + own * dim));
+      }
   }
   void crop(std::int64_t row, std::int64_t n) {
     const Status own = alone_[static_cast<std::size_t>(row)]->crop(n), status = cache_->crop(static_cast<int>(row), n);
@@ -156,6 +196,23 @@ class Ragged {
     for (auto& each : alone_) ASSERT_TRUE(each->seal().ok());
   }
   void reload() { cache_ = reloaded(*cache_); }
+  // Sequences of a cache with pages of its own, or with the same.
+  void extend(std::int64_t row) {
+    if (batch() == 0 || length(row) == 0) return;
+    ASSERT_TRUE(cache_->extend(*alone_[static_cast<std::size_t>(row)]).ok());
+    alone_.push_back(sessions::fork_of(*alone_[static_cast<std::size_t>(row)]));
+    starts_.push_back(starts_[static_cast<std::size_t>(row)]);
+    expect_equal();
+  }
+  void extend_by_itself() {
+    if (batch() > 2) return;
+    ASSERT_TRUE(cache_->extend(random_.below(2) == 0 ? *cache_ : *sessions::fork_of(*cache_)).ok());
+    for (std::size_t b = 0, batch = alone_.size(); b < batch; ++b) {
+      alone_.push_back(sessions::fork_of(*alone_[b]));
+      starts_.push_back(starts_[b]);
+    }
+    expect_equal();
+  }
   void go_on_as_clone() {
     std::unique_ptr<Cache> copy;
     ASSERT_TRUE(cache_->clone(&copy).ok());
@@ -221,7 +278,7 @@ void random_program(const Case& c, std::uint64_t seed) {
     if (::testing::Test::HasFatalFailure()) return;
     const std::int64_t row = s.batch() > 0 ? random.below(static_cast<int>(s.batch())) : 0;
     const std::int64_t n = s.batch() > 0 ? s.length(row) : 0;
-    switch (random.below(14)) {
+    switch (random.below(16)) {
       case 0: s.add(1 + random.below(2)); break;
       case 1:
         if (s.batch() > 2) s.remove({s.batch() - 1, 0});
@@ -240,6 +297,8 @@ void random_program(const Case& c, std::uint64_t seed) {
       case 6: s.go_on_as_clone(); break;
       case 7: s.reload(); break;
       case 8: s.seal(); break;
+      case 9: s.extend(row); break;
+      case 10: s.extend_by_itself(); break;
       default: break;
     }
     if (::testing::Test::HasFatalFailure()) return;
@@ -386,6 +445,23 @@ TEST(Ragged, ARefusedCallLeavesNoTrace) {
       const TensorView shape = tensor(heads * kGroup, tokens, dv);
       return cache->attend(rows, args, {out.data(), DType::f32, shape.shape, {heads * kGroup * tokens * dv, tokens * dv, dv, 1}});
     };
+    const auto partial = [&](const std::vector<RowCount>& rows, const std::vector<std::int64_t>& upto) {
+      const auto tokens = static_cast<std::int64_t>(rows.size());
+      AttendArgs args;
+      args.q = tensor(heads * kGroup, tokens, dk);
+      State state(heads * kGroup, tokens, dv);
+      return cache->attend_partial(rows, args, upto, state.view());
+    };
+    std::vector<std::pair<std::unique_ptr<Cache>, std::string>> others;
+    for (const auto& [change, name] : std::vector<std::pair<std::function<void(CacheConfig&)>, std::string>>{
+             {[](CacheConfig& x) { x.kv_heads += 1; }, "kv_heads: expected "},
+             {[](CacheConfig& x) { x.sliding_window += 1; }, "sliding_window: expected "},
+             {[](CacheConfig& x) { x.backend = "probe"; }, "backend: expected cpu; got probe"}}) {
+      CacheConfig other = c.config;
+      change(other);
+      others.emplace_back(create(other), name);
+      ASSERT_TRUE(others.back().first->add(1).ok());
+    }
     for (const std::vector<RowCount>& good : {std::vector<RowCount>{{0, 90}, {2, 30}}, {{2, 1}, {1, 5}}, {{0, 64}, {1, 130}, {2, 3}}, {{0, 1}, {1, 1}, {2, 1}}}) {
       std::int64_t total = 0;
       for (const RowCount& each : good) total += each.tokens;
@@ -420,6 +496,13 @@ TEST(Ragged, ARefusedCallLeavesNoTrace) {
       expect(attend({{0, 0}, {1, 1}}, 1), StatusCode::out_of_range, "rows: ");
       if (cache->length(2) < 200) expect(attend({{2, cache->length(2) + 1}}, cache->length(2) + 1), StatusCode::out_of_range, "rows: ");
       expect(attend({{0, 1}}, 1, -1), StatusCode::invalid_argument, "softcap: ");
+      expect(partial({{0, 1}, {2, 1}}, {0}), StatusCode::invalid_argument, "upto: expected 2 positions, one for each of rows; got 1");
+      expect(partial({{0, 1}}, {cache->length(0) + 1}), StatusCode::out_of_range, "upto: expected 0 to " + std::to_string(cache->length(0)) + "; got ");
+      expect(partial({{0, 1}}, {-1}), StatusCode::out_of_range, "upto: ");
+      expect(partial({{3, 1}}, {0}), StatusCode::out_of_range, "rows: ");
+      if (cache->sealed_tokens(0) > 0 && cache->config().recipe.seal == SealMode::page && cache->first() == 0)
+        expect(partial({{0, 1}}, {10}), StatusCode::out_of_range, "upto: expected at least ");
+      for (const auto& [other, name] : others) expect(cache->extend(*other), StatusCode::invalid_argument, name);
       TensorView bad = tensor(heads, 1, dk);
       bad.shape[0] = 2;
       expect(cache->append(std::vector<RowCount>{{0, 1}}, bad, tensor(heads, 1, dv)), StatusCode::invalid_argument, "k: ");
@@ -465,16 +548,28 @@ TEST(Ragged, ACallThatTheBackendFailsLeavesNoTrace) {
         args.q = tensor(heads * kGroup, total, dk);
         return to.attend(rows, args, {out.data(), DType::f32, {1, heads * kGroup, total, dv}, {heads * kGroup * total * dv, total * dv, dv, 1}});
       });
+      calls.push_back([=](Cache& to) {
+        State state(heads * kGroup, total, dv);
+        std::vector<std::int64_t> upto;
+        for (const RowCount& each : rows) upto.push_back(to.length(static_cast<int>(each.row)));
+        AttendArgs args;
+        args.q = tensor(heads * kGroup, total, dk);
+        return to.attend_partial(rows, args, upto, state.view());
+      });
     };
     step({{0, 60}, {2, 130}});
     step({{0, 64}, {1, 1}});
     step({{0, 64}, {2, 64}, {1, 1}});
+    const std::unique_ptr<Cache> other = create(c.config);
+    ASSERT_TRUE(other->append(tensor(heads, 150, dk), tensor(heads, 150, dv)).ok());
+    ASSERT_TRUE(other->seal().ok());
     calls.push_back([](Cache& to) { return to.erase(0, to.length(0) - 3, 2); });
     calls.push_back([](Cache& to) { return to.crop(2, to.length(2) - 20); });
     step({{2, 1}, {0, 1}});
     calls.push_back([](Cache& to) { return to.select(std::vector<std::int64_t>{0, 0, 2}); });
     step({{2, 3}, {0, 1}, {1, 2}});
     calls.push_back([](Cache& to) { return to.remove(std::vector<std::int64_t>{1}); });
+    calls.push_back([&](Cache& to) { return to.extend(*other); });
     step({{0, 1}});
     for (std::size_t i = 0; i < calls.size(); ++i) {
       const Bytes before = save(*untouched);

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 import tiny_model
 from kv4 import Recipe, Side, _core
 from kv4.bench.text import python_reference
+from kv4.calibration import identity_of, load
 from kv4.evaluate import Candidate, measure_all
 from kv4.evaluate.calibrate import Layer, calibrate, capture, errors
-from kv4.evaluate.calibration import identity_of, lambda_from_energies, load, score_transform
+from kv4.evaluate.calibration import lambda_from_energies, score_transform
 from kv4.evaluate.fake import fp16, seal
 from kv4.evaluate.laboratory import _attend, _Session, page_runs, seal_layer
 from kv4.evaluate.learn import learn, squared_error

@@ -90,10 +90,10 @@ def test_sequences_of_their_own_lengths_are_what_each_is_alone(name, monkeypatch
             cache.append(k[b : b + 1, :, lo:hi], v[b : b + 1, :, lo:hi])
             theirs = cache.attended(q[b : b + 1, :, lo:hi])
             assert (ours[b : b + 1, :, lo:hi] - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-        assert together.lengths() == [cache.length for cache in alone]
-    lengths = [n - drop for n, drop in zip(together.lengths(), (0, 100, 7), strict=True)]
-    together.crop(lengths)
-    for cache, n in zip(alone, lengths, strict=True):
+        assert together.lengths == [cache.length for cache in alone]
+    lengths = [n - drop for n, drop in zip(together.lengths, (0, 100, 7), strict=True)]
+    for row, (cache, n) in enumerate(zip(alone, lengths, strict=True)):
+        together.crop(n, row)
         cache.crop(n)
     joined = alone[0].clone()
     for cache in alone[1:]:

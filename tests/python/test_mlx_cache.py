@@ -334,6 +334,43 @@ def test_left_padding_is_never_taken_in():
     assert mx.array_equal(batch.dense("keys")[0, :, 4:], k[0, :, 4:])
 
 
+class Counted:
+    """A core that counts calls."""
+
+    def __init__(self, core):
+        self.core, self.calls = core, []
+
+    def __getattr__(self, name):
+        self.calls.append(name)
+        return getattr(self.core, name)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe.paper()], ids=["default", "paper"])
+def test_a_step_of_a_batch_is_one_call_and_each_row_what_it_is_alone(recipe):
+    threads = _core.num_threads()
+    _core.set_num_threads(1)  # how work is cut among threads depends on all of a call
+    try:
+        alone = [KV4Cache(recipe, window=WINDOW) for _ in range(3)]
+        batch = BatchKV4Cache([KV4Cache(recipe, window=WINDOW) for _ in range(3)], [200, 0, 25])
+        calls = [(20, [20, 0, 20]), (100, [100, 0, 5]), (100, [80, 0, 0]), (1, [0, 0, 0])]
+        for seed, (tokens, padding) in enumerate(calls):
+            k, v, q = (rows(tokens, heads, 3, 9 * seed + n) for n, heads in enumerate((2, 2, 4)))
+            handles = batch.update_and_fetch(k, v)
+            core = batch.core._core = Counted(batch.core._core)
+            out = attend(batch, q, *handles)
+            assert [name for name in core.calls if name.startswith("attend")] == ["attend"]
+            batch.core._core = core.core
+            for i, (cache, lo) in enumerate(zip(alone, padding, strict=True)):
+                assert not mx.any(out[i, :, :lo])
+                if lo < tokens:
+                    own = [x[i : i + 1, :, lo:] for x in (q, k, v)]
+                    want = attend(cache, own[0], *cache.update_and_fetch(*own[1:]))
+                    assert mx.array_equal(out[i : i + 1, :, lo:], want)
+        assert [row.offset for row in batch.rows] == [cache.offset for cache in alone] == [21, 221, 196]
+    finally:
+        _core.set_num_threads(threads)
+
+
 def test_filter_extend_extract_and_trim():
     def batch(*lengths):
         return KV4Cache.merge([filled(n, recipe=Recipe.exact()) for n in lengths])

@@ -53,6 +53,20 @@ def test_sequences_of_a_batch_have_pieces_of_their_own_and_padding_has_none() ->
     assert step.rows == 131 and step.most_pages == 2
 
 
+def test_a_workspace_is_asked_for_by_powers_of_two_that_hold_the_step() -> None:
+    step = plan(np.array([0, 200, 201]), np.array([300, 1000]), True)
+    needed = {
+        "sequences": step.pieces,
+        "most_pages": 3,
+        "most_queries": 200,
+        "longest": 1000,
+        "all": step.piece_lengths.sum(),
+    }
+    assert step.limits.keys() == needed.keys()
+    for name, x in needed.items():
+        assert x <= step.limits[name] < 2 * x and step.limits[name].bit_count() == 1
+
+
 def test_exact_rows_are_one_piece_a_sequence_and_nothing_is_sealed() -> None:
     step = plan(np.array([0, 130, 131]), np.array([130, 71]), False)
     assert step.source.tolist() == [0, 1] and step.piece_lengths.tolist() == [130, 71]

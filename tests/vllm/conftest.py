@@ -18,11 +18,13 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def gemma() -> Path:
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from kv4.models import list_models
 
     model = next(model for model in list_models() if model.name == "gemma-3-270m")
     assert model.pulled, "gemma-3-270m is not in the cache: kv4 pull gemma-3-270m"
+    # What servers keep is the tests' own.
+    os.environ["KV4_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     return model.folder
 
 

@@ -55,7 +55,7 @@ def test_the_default_recipe_is_near_the_exact_one_and_hits_of_the_prefix_cache_c
     engine: Any, prompts: Any, kept: dict
 ) -> None:
     with engine("kv4") as llm:
-        got = generate(llm, prompts)
+        kept["packed"] = got = generate(llm, prompts)
         again = generate(llm, prompts)
         # Two of the same prompt in one batch, and two answers to one.
         likeliest = SamplingParams(max_tokens=TOKENS, temperature=1, top_k=1, ignore_eos=True, logprobs=5, n=2)
@@ -109,6 +109,7 @@ def test_preempted_requests_are_resumed_with_the_same_text(
 def refusals() -> list[Any]:
     return [
         ({"block_size": 32}, "block_size: expected 64"),
+        ({"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}}, "speculative_config.method"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: expected auto"),
         ({"additional_config": {"kv4": {"recipe": "paper"}}}, "additional_config.kv4.recipe: expected kv4, exact"),
     ]
@@ -116,7 +117,32 @@ def refusals() -> list[Any]:
 
 @pytest.mark.parametrize(("settings", "message"), refusals())
 def test_what_kv4_does_not_serve_is_refused_before_the_model_is_loaded(
-    engine: Any, settings: dict, message: str, caplog: Any
+    engine: Any, gemma: Any, settings: dict, message: str, caplog: Any
 ) -> None:
+    if "speculative_config" in settings:
+        settings["speculative_config"]["model"] = str(gemma)
     with pytest.raises((ValueError, NotImplementedError), match=message), engine("kv4", **settings):
         pass
+
+
+# The last: with what finds n-grams loaded, vLLM starts no second engine in a process.
+def test_a_server_that_starts_again_has_lambda_and_drafts_change_no_text(
+    engine: Any, prompts: Any, kept: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, drafted = Scheduler.make_spec_decoding_stats, []
+
+    def counted(self: Any, *given: Any, **named: Any) -> Any:
+        drafted.append((named["num_draft_tokens"], named["num_accepted_tokens"]))
+        return make(self, *given, **named)
+
+    monkeypatch.setattr(Scheduler, "make_spec_decoding_stats", counted)
+    drafts = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with engine("kv4", speculative_config=drafts) as llm:
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        impls = [x.impl for x in layers if hasattr(x, "impl")]
+        assert len(impls) == 18 and all(x.lambda_k is not None and x.kept is None for x in impls)
+        got = generate(llm, prompts)
+    tokens, accepted = (sum(x) for x in zip(*drafted, strict=True))
+    assert 0 < accepted < tokens, "expected drafts that were taken and some that were not"
+    found = [parted(a, b) for a, b in zip(kept["packed"], got, strict=True)]
+    assert all(at is None or at[1] <= NEAR for at in found), found

@@ -79,8 +79,8 @@ def quality(
 
         require()
 
+    from kv4.calibration import load
     from kv4.evaluate import Candidate, measure_all
-    from kv4.evaluate.calibration import load
     from kv4.evaluate.windows import cut
 
     calibrations = {file: load(file) for file in calibration or []}

@@ -89,7 +89,7 @@ def store(state: Path | None, fresh: bool) -> tuple[Any, Path | None]:
 def bench(
     model: str, dtype: options.DType, threads: int | None, state: Path | None, fresh: bool, device: str = "cpu"
 ) -> Bench:
-    from kv4.evaluate.calibration import identity_of
+    from kv4.calibration import identity_of
 
     options.set_threads(threads)
     where = options.torch_device(device)

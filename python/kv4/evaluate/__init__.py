@@ -1,6 +1,6 @@
 """How close a model with a kv4 cache stays to the same model with its own cache."""
 
-from kv4.evaluate.calibration import Calibration
+from kv4.calibration import Calibration
 from kv4.evaluate.quality import Candidate, Quality, measure, measure_all
 from kv4.evaluate.scores import Summary, TokenScores
 from kv4.evaluate.variant import SideVariant, Variant

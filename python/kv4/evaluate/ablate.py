@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from kv4.calibration import Calibration, load
 from kv4.evaluate.calibrate import Errors, Layer, calibrate, capture, errors
-from kv4.evaluate.calibration import Calibration, load
 from kv4.evaluate.learn import learn
 from kv4.evaluate.quality import Candidate, Quality, measure_all
 from kv4.evaluate.rows import Row

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 
 from kv4._core import PAGE_TOKENS
-from kv4.evaluate.calibration import Calibration, lambda_from_energies, score_transform
+from kv4.calibration import Calibration
+from kv4.evaluate.calibration import lambda_from_energies, score_transform
 from kv4.evaluate.laboratory import _Session, laboratory, seal_layer
 from kv4.evaluate.rotations import rotation
 from kv4.evaluate.variant import Variant

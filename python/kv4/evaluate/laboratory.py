@@ -16,7 +16,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kv4._core import QUERY_STRIDE
-from kv4.evaluate.calibration import Calibration, lambda_from_energies
+from kv4.calibration import Calibration
+from kv4.evaluate.calibration import lambda_from_energies
 from kv4.evaluate.fake import seal
 from kv4.evaluate.rotations import rotation
 from kv4.evaluate.variant import SideVariant, Variant

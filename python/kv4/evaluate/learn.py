@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from kv4._core import PAGE_TOKENS
+from kv4.calibration import Calibration
 from kv4.evaluate.calibrate import Layer
-from kv4.evaluate.calibration import Calibration
 from kv4.evaluate.levels import levels
 from kv4.evaluate.rotations import rotation
 from kv4.recipe import Recipe

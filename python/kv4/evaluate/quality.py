@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from kv4._core import PAGE_TOKENS
 from kv4.bench.generate import KV4, OWN, attention
 from kv4.bench.memory import cache_bytes, fp16_bytes
-from kv4.evaluate.calibration import Calibration
+from kv4.calibration import Calibration
 from kv4.evaluate.laboratory import laboratory
 from kv4.evaluate.scores import Head, Summary, TokenScores, score_many, summarise
 from kv4.evaluate.state import State, digest

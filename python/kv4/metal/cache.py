@@ -51,29 +51,11 @@ class Cache(Sealing):
         matrix_k: Any = None,
         matrix_v: Any = None,
     ) -> None:
+        shape = {"dtype": dtype, "kv_heads": kv_heads, "head_dim_k": head_dim_k, "head_dim_v": head_dim_v}
+        matrices = {"matrix_k": matrix_k, "matrix_v": matrix_v}
         # The core's own checks of every argument.
-        _core.Cache(
-            recipe,
-            dtype=dtype,
-            kv_heads=kv_heads,
-            head_dim_k=head_dim_k,
-            head_dim_v=head_dim_v,
-            sliding_window=sliding_window,
-            lambda_k=lambda_k,
-            lambda_v=lambda_v,
-            matrix_k=matrix_k,
-            matrix_v=matrix_v,
-        )
-        self.constants = shared_constants(
-            host,
-            recipe,
-            dtype=dtype,
-            kv_heads=kv_heads,
-            head_dim_k=head_dim_k,
-            head_dim_v=head_dim_v,
-            matrix_k=matrix_k,
-            matrix_v=matrix_v,
-        )
+        _core.Cache(recipe, **shape, **matrices, sliding_window=sliding_window, lambda_k=lambda_k, lambda_v=lambda_v)
+        self.constants = shared_constants(host, recipe, **shape, **matrices)
         self.host = host
         self.recipe = recipe
         self.dtype = dtype
@@ -88,7 +70,7 @@ class Cache(Sealing):
         self._forget()
 
     def _empty(self) -> Sequence:
-        return Sequence.empty(self.recipe, self.window, self.recording)
+        return Sequence.empty(self.recipe, self.window)
 
     def _forget(self) -> None:
         self.sequences: list[Sequence] = []
@@ -113,14 +95,14 @@ class Cache(Sealing):
         spans = _spans(spans, k.shape[0], k.shape[2])
         stored = [self.host.finite(x) for x in (k, v)]
         sequences = self.sequences or [self._empty() for _ in range(k.shape[0])]
-        plans = [s.ledger.append(hi - lo, s.recording) for s, (lo, hi) in zip(sequences, spans, strict=True)]
+        plans = [s.ledger.append(hi - lo, self.recording) for s, (lo, hi) in zip(sequences, spans, strict=True)]
         self.carry_out(sequences, plans, stored, spans)
         self.sequences = sequences
 
     def seal(self) -> None:
         """Seals what is due and lets go of the exact rows that were kept for a crop of the last call."""
         if self.sequences:
-            self.carry_out(self.sequences, [s.ledger.settle(s.recording) for s in self.sequences])
+            self.carry_out(self.sequences, [s.ledger.settle(self.recording) for s in self.sequences])
 
     # Attention.
 
@@ -328,16 +310,18 @@ class Cache(Sealing):
 
     # Crop, forks and what is held.
 
-    def crop(self, length: int | Rows[int]) -> None:
-        """Keeps the first `length` positions of every sequence, one number for all or one each."""
-        lengths = [length] * self.batch if isinstance(length, int) else list(length)
-        plans = []
-        for s, n in zip(self.sequences, lengths, strict=True):
-            if not 0 <= n <= s.extent.length:
-                raise IndexError(mismatch("length", f"0 to {s.extent.length}", n))
-            plans.append(s.ledger.crop(n))
-        if all(n == s.extent.length for s, n in zip(self.sequences, lengths, strict=True)):
+    def crop(self, length: int, row: int | None = None) -> None:
+        """Keeps the first `length` positions of every sequence that is longer, or of one."""
+        most = self.length if row is None else self._sequence(row).extent.length
+        if not 0 <= length <= most:
+            raise IndexError(mismatch("length", f"0 to {most}", length))
+        lengths = self.lengths
+        for b, own in enumerate(lengths):
+            if row in (None, b):
+                lengths[b] = min(own, length)
+        if lengths == self.lengths:
             return
+        plans = [s.ledger.crop(n) for s, n in zip(self.sequences, lengths, strict=True)]
         energies = [s.energies.before(self.host, n) for s, n in zip(self.sequences, lengths, strict=True)]
         self.carry_out(self.sequences, plans)
         for s, kept in zip(self.sequences, energies, strict=True):
@@ -370,12 +354,12 @@ class Cache(Sealing):
         self.rows = [self.host.concatenate(x, 0) for x in zip(*parts, strict=True)]
         self.sequences = [*self.sequences, *taken]
 
-    def add(self) -> None:
-        """One sequence more, which holds nothing."""
+    def add(self, count: int = 1) -> None:
+        """So many sequences more, which hold nothing."""
         if self.rows:
-            empty = self.host.zeros((1, *self.rows[0].shape[1:]), self.dtype)
+            empty = self.host.zeros((count, *self.rows[0].shape[1:]), self.dtype)
             self.rows = [self.host.concatenate([x, empty], 0) for x in self.rows]
-        self.sequences = [*self.sequences, self._empty()]
+        self.sequences = [*self.sequences, *(self._empty() for _ in range(count))]
 
     def _with_room(self, room: int) -> list[Any]:
         """The rows of all sequences, with room for so many."""
@@ -404,8 +388,6 @@ class Cache(Sealing):
 
     def record_past(self, on: bool) -> None:
         self.recording = bool(on)
-        for s in self.sequences:
-            s.recording = bool(on)
 
     def dense(self, values: bool, first: int, count: int, rows: Rows[int] | None = None) -> Any:
         """Keys or values of positions [first, first + count), dequantised where sealed, of these sequences or all:
@@ -460,8 +442,9 @@ class Cache(Sealing):
     @property
     def length(self) -> int:
         """Tokens of the longest sequence."""
-        return max(self.lengths(), default=0)
+        return max(self.lengths, default=0)
 
+    @property
     def lengths(self) -> list[int]:
         return [s.extent.length for s in self.sequences]
 

@@ -15,10 +15,10 @@ import numpy as np
 from kv4 import _core
 from kv4.messages import mismatch
 
-ATTEND_THREADS, ROW_THREADS = 128, 256  # src/metal/arguments.h
+ATTEND_THREADS, ROW_THREADS = _core.METAL_ATTEND_THREADS, _core.METAL_ROW_THREADS
 THREADGROUP_BYTES = 32768  # what every Apple GPU has (Metal Feature Set Tables)
 MACOS = (14, 0)  # Metal 3.1
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS = _core.METAL_HEAD_DIMS
 DTYPES = ("float32", "float16", "bfloat16")
 
 Output = Any  # an array to write to, or (shape, dtype) of one to make

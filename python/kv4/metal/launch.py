@@ -68,16 +68,15 @@ def attend(
     )
     call, rows = host.table(tables["call"]), host.table(tables["sequences"])
     factors, ids, levels = (host.table(tables[name]) for name in ("factors", "ids", "levels"))
-    grid = (ROW_THREADS * (heads // cache.heads), max(view[5] for view in views), len(views) * cache.heads)
     (prepared,) = host.run(
         "kv4_prepare",
         (q, constants.query, host.nothing if lambda_k is None else lambda_k, rows, call, factors),
         [((max(tables["prepared_floats"], 4),), "float32")],
-        grid,
+        tables["row_grid"],
         ROW_THREADS,
     )
     (states,) = host.run(
-        f"kv4_attend_d{dim}_r{tables['block_rows']}",
+        tables["kernel"],
         (
             prepared,
             cache.pool.slab if cache.pool.slab.shape[0] else host.nothing,
@@ -90,7 +89,7 @@ def attend(
             factors,
         ),
         [((max(tables["state_floats"], 4),), "float32")],
-        (ATTEND_THREADS * tables["splits"], cache.heads * tables["blocks"], len(views)),
+        tables["attend_grid"],
         ATTEND_THREADS,
     )
     (done,) = host.run(
@@ -104,7 +103,7 @@ def attend(
             call,
         ),
         [(out_shape, out_dtype or "float32") if out is None else out],
-        grid,
+        tables["row_grid"],
         ROW_THREADS,
     )
     return done

@@ -101,11 +101,10 @@ class Sequence:
     energies: Energies = dataclasses.field(default_factory=Energies)
     lambda_: Any = None  # [kv_heads, head_dim] on the device
     alone: int = 0  # pages from this index on are nobody else's
-    recording: bool = False  # a sliding window evicts nothing
 
     @classmethod
-    def empty(cls, recipe: Recipe, window: int, recording: bool) -> Sequence:
-        return cls(_core.Ledger(recipe, window), recording=recording)
+    def empty(cls, recipe: Recipe, window: int) -> Sequence:
+        return cls(_core.Ledger(recipe, window))
 
     @property
     def extent(self) -> _core.Extent:

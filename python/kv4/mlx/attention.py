@@ -12,7 +12,6 @@ from kv4.messages import mismatch
 
 from .arrays import DTYPES
 from .cache import BatchKV4Cache, KV4Cache
-from .core import on_gpu
 from .handle import KVHandle
 from .prefill import own_attention, own_state
 
@@ -65,9 +64,7 @@ def attend_packed(
     if not tokens:
         return mx.zeros((batch, heads, 0, cache.shape_of("values")[3]), queries.dtype)
     if _is_long(cache, queries, own_k, own_v, mask):
-        out = _attend_long(cache, queries, own_k, own_v, scale, sinks)
-        if out is not None:
-            return out.astype(queries.dtype)
+        return _attend_long(cache, queries, own_k, own_v, scale, sinks).astype(queries.dtype)
     options: dict[str, Any] = {"scale": scale}
     if sinks is not None:
         options["sinks"] = sinks.astype(mx.float32).reshape(-1)
@@ -98,6 +95,7 @@ def _is_long(cache: KV4Cache, q: mx.array, k: mx.array | None, v: mx.array | Non
     return (
         k is not None
         and v is not None
+        and cache.core.mlx_prefills
         and isinstance(mask, str)
         and cache.recipe.seal != "arrival"
         and k.shape[-1] == v.shape[-1] == q.shape[-1]
@@ -110,10 +108,7 @@ def _is_long(cache: KV4Cache, q: mx.array, k: mx.array | None, v: mx.array | Non
 
 def _attend_long(
     cache: KV4Cache, q: mx.array, k: mx.array, v: mx.array, scale: float, sinks: mx.array | None
-) -> mx.array | None:
-    """None where a value is not finite: the core refuses that by name."""
-    if cache.core.tells_non_finite and not all(bool(mx.isfinite(x).all().item()) for x in (q, k, v)):
-        return None
+) -> mx.array:
     before = cache.offset - q.shape[2]
     if before == 0:
         if cache.recipe.seal == "page":
@@ -140,11 +135,11 @@ def attend_batch(
         raise ValueError(mismatch("queries", expected, queries))
     heads, tokens, dim = queries.shape[1], queries.shape[2], cache.shape_of("values")[3]
     most = max(hi - lo for lo, hi in cache.spans)
-    if cache.core is not None and most and (most <= PAGE_TOKENS or cache.rows[0].recipe.seal == "arrival"):
+    if not most:
+        return mx.zeros((len(cache.rows), heads, tokens, dim), queries.dtype)
+    if most <= PAGE_TOKENS or not cache.core.mlx_prefills or cache.rows[0].recipe.seal == "arrival":
         options: dict[str, Any] = {} if sinks is None else {"sinks": sinks.astype(mx.float32).reshape(-1)}
         return cache.core.attend(queries, spans=cache.spans, scale=scale, **options)
-    if not on_gpu():
-        mx.eval(queries)
     outputs = []
     for i, (row, (lo, hi)) in enumerate(zip(cache.rows, cache.spans, strict=True)):
         parts = [mx.zeros((1, heads, n, dim), queries.dtype) for n in (lo, tokens - hi)]

@@ -16,8 +16,7 @@ from kv4.recipe import Recipe
 from kv4.shared import total_bytes
 
 from .arrays import DTYPES
-from .core import new_core, on_gpu
-from .gpu import GpuCore, GpuRow
+from .core import Row, new_core
 from .handle import KVHandle
 
 # Steps of one token after which a window moves on, whoever took them: a longer draft cannot be undone.
@@ -122,15 +121,17 @@ class KV4Cache:
         if values.dtype != keys.dtype:
             raise ValueError(mismatch("values", f"the keys' dtype {keys.dtype}", values.dtype))
         tokens = keys.shape[2]
-        self.record(core, tokens)
+        if self.window:
+            core.record_past(self.keeps_past(tokens))
         core.append(keys, values)
         self.core = core
         self.count(tokens, keys, values)
 
-    def record(self, core: Any, tokens: int) -> None:
-        """Before `tokens` more: whether the window stands still."""
-        if self.window:
-            core.record_past(self.record_past or self._may_be_undone(tokens))
+    def keeps_past(self, tokens: int) -> bool:
+        """Before `tokens` more: whether the window stands still, since what is held before them may end in tokens of a
+        draft. A draft model takes its own in one by one; a call of several, in which drafts are checked, follows final
+        ones, and so does what comes after a trim."""
+        return self.record_past or (tokens <= 1 and 0 < self._drafted <= DRAFT_TOKENS)
 
     def count(self, tokens: int, keys: mx.array, values: mx.array) -> None:
         """Counts tokens of arrays like these, which the core has taken in."""
@@ -140,12 +141,6 @@ class KV4Cache:
         self._before = self.offset
         self.offset += tokens
         self.version += 1
-
-    def _may_be_undone(self, tokens: int) -> bool:
-        """Whether what is held before a call of `tokens` may end in tokens of a draft. A draft model takes its own in
-        one by one; a call of several, in which drafts are checked, follows final ones, and so does what comes after a
-        trim."""
-        return tokens <= 1 and 0 < self._drafted <= DRAFT_TOKENS
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """`append`, then the two handles, or with packed=False the dense arrays, that attention is to read."""
@@ -288,7 +283,8 @@ class KV4Cache:
 
 
 class BatchKV4Cache:
-    """The counterpart of mlx-lm's BatchKVCache and BatchRotatingKVCache: one KV4Cache of one sequence per row.
+    """The counterpart of mlx-lm's BatchKVCache and BatchRotatingKVCache: a KV4Cache of one sequence per row, all in one
+    core from the first update on, so that a step is one append and one attend.
 
     Padding, left or right, is never taken in: it reaches no page, and a row holds what the sequence alone would. A
     query row of padding is answered with 0. `offset` is int32 [batch], the position of each row's next column, counted
@@ -309,7 +305,7 @@ class BatchKV4Cache:
         if len(self._left) != len(self.rows):
             raise ValueError(mismatch("left_padding", f"one entry per row ({len(self.rows)})", len(self._left)))
         self._remaining: list[int] | None = None  # tokens before right padding begins
-        self.core: GpuCore | None = None  # of all rows together: on the GPU, from the first update on
+        self.core: Any = None  # of all rows together
         self.spans: list[tuple[int, int]] = []  # of the newest call: its real tokens per row
         self.tokens = 0  # of the newest call
         self._settle()
@@ -348,17 +344,20 @@ class BatchKV4Cache:
             raise ValueError(mismatch("keys", f"[{len(self.rows)}, kv_heads, tokens, head_dim]", keys))
         tokens = keys.shape[2]
         self._check(keys, values)
-        if not on_gpu():
-            mx.eval(keys, values)
         spans = []
         for i in range(len(self.rows)):
             lo = min(self._left[i], tokens)
             spans.append((lo, tokens if self._remaining is None else lo + min(self._remaining[i], tokens - lo)))
-        if on_gpu():
-            self._append_together(keys, values, spans)
+        core = self.core
+        if core is None:
+            core = self.rows[0].new_core(keys, values)
+            self._join(core, self)
+        if self.rows[0].window:
+            core.record_past(any(row.keeps_past(hi - lo) for row, (lo, hi) in zip(self.rows, spans, strict=True)))
+        core.append(keys, values, spans)
+        self._share(core)
         for i, (row, (lo, hi)) in enumerate(zip(self.rows, spans, strict=True)):
-            if self.core is None:
-                row.append(keys[i : i + 1, :, lo:hi], values[i : i + 1, :, lo:hi])
+            row.count(hi - lo, keys, values)
             self._left[i] -= lo
             if self._remaining is not None:
                 self._remaining[i] -= hi - lo
@@ -367,36 +366,23 @@ class BatchKV4Cache:
         self.version += 1
         return KVHandle(self, "keys", keys), KVHandle(self, "values", values)
 
-    def _append_together(self, keys: mx.array, values: mx.array, spans: list[tuple[int, int]]) -> None:
-        """All rows in one core, so that attention is one launch."""
-        core = self.core
-        if core is None:
-            core = self.rows[0].new_core(keys, values)
-            self._join(core, self)
-        for i, (row, (lo, hi)) in enumerate(zip(self.rows, spans, strict=True)):
-            row.record(GpuRow(core, i), hi - lo)
-        core.append(keys, values, spans)
-        self._share(core)
-        for row, (lo, hi) in zip(self.rows, spans, strict=True):
-            row.count(hi - lo, keys, values)
-
     @staticmethod
-    def _join(core: GpuCore, batch: BatchKV4Cache) -> None:
+    def _join(core: Any, batch: BatchKV4Cache) -> None:
         """Takes the sequences of a batch's rows into `core`."""
         if batch.core is not None:
             core.extend(batch.core)
             return
         for row in batch.rows:
             if row.core is None:
-                core.add()
+                core.add(1)
             else:
                 core.extend(row.core)
 
-    def _share(self, core: GpuCore | None) -> None:
+    def _share(self, core: Any) -> None:
         self.core = core
         if core is not None:
             for i, row in enumerate(self.rows):
-                row.core = GpuRow(core, i)
+                row.core = Row(core, i)
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
         """Refuses what a row would, before any row takes something in."""
@@ -470,8 +456,8 @@ class BatchKV4Cache:
 
     def seal(self) -> None:
         """Seals every row, see KV4Cache.seal."""
-        for row in self.rows:
-            row.seal()
+        for core in self.cores:
+            core.seal()
         self.version += 1
 
     def is_trimmable(self) -> bool:

@@ -142,60 +142,17 @@ def _bytes(x: mx.array) -> mx.array:
 class GpuCore(Cache):
     """`Cache` with the calls of HostCore (core.py)."""
 
-    tells_non_finite = False
+    mlx_prefills = True  # fused, over a long call's own tokens
 
     def attend(self, q: mx.array, **options: Any) -> mx.array:
         return self.attended(q, dtype=self.host.dtype(q), **options)
 
-    def partial(self, q: mx.array, upto: int, scale: float, rows: Sequence[int] | None = None) -> State:
-        state = self.attended(q, rows=rows, upto=upto, scale=scale)
+    def partial(self, q: mx.array, upto: int, scale: float, **options: Any) -> State:
+        state = self.attended(q, upto=upto, scale=scale, **options)
         return State(state[..., : self.dim], state[..., self.dim], state[..., self.dim + 1])
 
-
-class GpuRow:
-    """One sequence of a GpuCore, with the calls of one that has it alone. It is out of date once sequences go."""
-
-    batch = 1
-    tells_non_finite = False
-
-    def __init__(self, core: GpuCore, row: int) -> None:
-        self._core, self._row = core, row
-
-    @property
-    def length(self) -> int:
-        return self._core.lengths()[self._row]
-
-    @property
-    def first(self) -> int:
-        return self._core.sequences[self._row].extent.evicted
-
-    def attend(self, q: mx.array, **options: Any) -> mx.array:
-        return self._core.attend(q, rows=[self._row], **options)
-
-    def partial(self, q: mx.array, upto: int, scale: float) -> State:
-        return self._core.partial(q, upto, scale, rows=[self._row])
-
-    def dense(self, values: bool, first: int, count: int) -> mx.array:
-        return self._core.dense(values, first, count, [self._row])
-
-    def seal(self) -> None:
-        self._core.seal()
-
-    def crop(self, length: int) -> None:
-        lengths = self._core.lengths()
-        lengths[self._row] = length
-        self._core.crop(lengths)
-
-    def reset(self) -> None:
-        self._core.reset(self._row)
-
-    def record_past(self, on: bool) -> None:
-        self._core.sequences[self._row].recording = on
-
-    def clone(self) -> GpuCore:
-        twin = self._core.clone()
-        twin.select([self._row])
-        return twin
+    def evicted(self, row: int) -> int:
+        return self.sequences[row].extent.evicted
 
 
 def why_not() -> str | None:

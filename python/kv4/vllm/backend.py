@@ -1,8 +1,8 @@
 """Attention of a layer through kv4, and a step's metadata, for any version of vLLM's v1 engine.
 
 A step of a layer: new rows into their blocks, pages that became full sealed, all queries attended to. Prompts and
-single tokens are served by the same calls. Lambda is measured on the first queries of the server's life, and fixed
-before its first page is sealed; from then on a page's bytes follow from its tokens.
+single tokens are served by the same calls. Lambda is that of a calibration or of an earlier start, else measured on the
+first queries and fixed before the first page is sealed; from then on a page's bytes follow from its tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from kv4 import Recipe, _core
+from kv4.vllm.lambdas import Kept
+from kv4.vllm.settings import recipe_of
 from kv4.vllm.steps import PAGE, Step, plan
 
 # Queries that lambda is measured on, at most.
@@ -38,19 +40,7 @@ class Workspaces:
         self._held: dict[torch.device, torch.Tensor] = {}
 
     def of(self, pages: Any, step: Step, q_heads: int, device: torch.device, stream: int) -> torch.Tensor:
-        # By powers of two, so that a sequence which grows by a token does not ask again and again.
-        def enough(x: int) -> int:
-            return 1 << max(int(x) - 1, 0).bit_length()
-
-        counts = np.diff(step.piece_queries)
-        bytes_ = pages.workspace_bytes(
-            sequences=enough(max(step.pieces, len(step.lengths))),
-            q_heads=q_heads,
-            most_pages=enough(max(step.most_pages, 1)),
-            most_queries=enough(max(counts.max(initial=1), np.diff(step.queries).max(initial=1))),
-            longest=enough(step.lengths.max(initial=1)),
-            all=enough(int(step.piece_lengths.sum(dtype=np.int64))),
-        )
+        bytes_ = pages.workspace_bytes(q_heads=q_heads, **step.limits)
         held = self._held.get(device)
         if held is None or held.numel() < bytes_:
             held = self._held[device] = torch.empty(bytes_, dtype=torch.uint8, device=device)
@@ -75,9 +65,8 @@ class Metadata:
 class Builder(AttentionMetadataBuilder[Metadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        from kv4.vllm.settings import recipe_of
-
         self._sealing = recipe_of(vllm_config.additional_config).seal == "page"
+        self._drafts = vllm_config.speculative_config is not None
 
     # Groups of blocks ask one after another for the same step.
     _last: tuple[bytes, Step, dict[str, torch.Tensor]] | None = None
@@ -87,8 +76,9 @@ class Builder(AttentionMetadataBuilder[Metadata]):
     ) -> Metadata:
         common = common_attn_metadata
         queries = common.query_start_loc_cpu.numpy()
-        lengths = common.seq_lens_cpu_upper_bound
-        lengths = (common.seq_lens.cpu() if lengths is None else lengths).numpy()
+        # An upper bound counts tokens that a draft model may yet lose; pages and exact rows follow from true lengths.
+        bound = None if self._drafts else common.seq_lens_cpu_upper_bound
+        lengths = (common.seq_lens.cpu() if bound is None else bound).numpy()
         key = queries.tobytes() + lengths.tobytes() + bytes([self._sealing])
         last = Builder._last
         if last is None or last[0] != key:
@@ -124,6 +114,7 @@ class Impl(AttentionImpl[Metadata]):
         self.sealing = recipe.seal == "page"
         self.rows_name: str | None = None
         self.lambda_k: torch.Tensor | None = None
+        self.kept: Kept | None = None  # where a measured lambda goes
         self._measured: list[torch.Tensor] = []
         self._memory: Any = None
         self._memory_of: tuple[int, ...] = ()
@@ -242,6 +233,8 @@ class Impl(AttentionImpl[Metadata]):
         found = torch.empty(self.num_kv_heads, self.head_size, device=queries.device)
         pages.learn_lambda(_rows(torch.cat(self._measured), None), keys, found, stream=stream)
         self.lambda_k, self._measured = found, []
+        if self.kept is not None:
+            self.kept.save(found.cpu().numpy())
 
 
 def _rows(x: torch.Tensor, count: int | None) -> torch.Tensor:

@@ -1,30 +1,32 @@
-"""What the user of a server sets: the recipe, by `--additional-config` or KV4_VLLM_RECIPE."""
+"""What the user of a server sets, by `--additional-config` or the environment: the recipe, or a calibration."""
 
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from kv4 import Recipe
 from kv4._core import PAGE_TOKENS as PAGE
+from kv4.calibration import Calibration, load
 from kv4.messages import mismatch
 
 _NAMED = {"kv4": Recipe, "exact": Recipe.exact}
+_load = lru_cache(load)
 
 
 def recipe_of(additional: Any) -> Recipe:
-    """From vLLM's additional config, else the environment, else kv4's own. Raises ValueError naming the setting."""
-    own = additional.get("kv4", {}) if isinstance(additional, dict) else {}
-    if not isinstance(own, dict) or not set(own) <= {"recipe"}:
-        raise ValueError(mismatch("additional_config.kv4", 'an object with "recipe"', own))
-    if "recipe" in own:
-        where, given = "additional_config.kv4.recipe", own["recipe"]
-    else:
-        where, given = "KV4_VLLM_RECIPE", os.environ.get("KV4_VLLM_RECIPE", "kv4")
+    """The calibration's, else that of vLLM's additional config, the environment, kv4's own. Raises ValueError naming
+    the setting."""
+    where, given = _setting(additional, "recipe")
+    calibration = calibration_of(additional)
+    if calibration is not None:
+        if given is not None:
+            raise ValueError(mismatch(where, "none beside a calibration, which has its own", given))
+        return calibration.recipe
+    given = "kv4" if given is None else given
     expected = f"{', '.join(_NAMED)}, or a file that Recipe.to_file wrote"
-    if not isinstance(given, str):
-        raise ValueError(mismatch(where, expected, repr(given)))
     if given in _NAMED:
         recipe = _NAMED[given]()
     elif Path(given).is_file():
@@ -37,7 +39,34 @@ def recipe_of(additional: Any) -> Recipe:
     return checked(recipe, where)
 
 
-def checked(recipe: Recipe, where: str) -> Recipe:
+def calibration_of(additional: Any) -> Calibration | None:
+    """That of vLLM's additional config, else of KV4_VLLM_CALIBRATION, if any. Raises ValueError naming the setting."""
+    where, given = _setting(additional, "calibration")
+    if given is None:
+        return None
+    try:
+        found = _load(given)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{where}: {e}") from None
+    checked(found.recipe, where, calibrated=True)
+    return found
+
+
+def _setting(additional: Any, name: str) -> tuple[str, str | None]:
+    """Where it was set, and to what."""
+    own = additional.get("kv4", {}) if isinstance(additional, dict) else {}
+    if not isinstance(own, dict) or not set(own) <= {"recipe", "calibration"}:
+        raise ValueError(mismatch("additional_config.kv4", 'an object with "recipe" or "calibration"', own))
+    if name not in own:
+        where = f"KV4_VLLM_{name.upper()}"
+        return where, os.environ.get(where)
+    where = f"additional_config.kv4.{name}"
+    if not isinstance(own[name], str):
+        raise ValueError(mismatch(where, "a name or a file", repr(own[name])))
+    return where, own[name]
+
+
+def checked(recipe: Recipe, where: str, calibrated: bool = False) -> Recipe:
     """The recipe if a server can keep to it: what a token sees follows from its position, in pages of 64."""
     if recipe.seal == "arrival":
         raise ValueError(mismatch(f"{where}: seal", "page or never", recipe.seal))
@@ -45,6 +74,8 @@ def checked(recipe: Recipe, where: str) -> Recipe:
         expected = f"a window of {PAGE} and at most {PAGE} sinks"
         raise ValueError(mismatch(where, expected, f"{recipe.window} and {recipe.sinks}"))
     for name, side in (("key", recipe.key), ("value", recipe.value)):
-        if side.rotation == "dense" or side.lambda_ == "given":
-            raise ValueError(mismatch(f"{where}: {name}", "nothing that a calibration has to give", side))
+        given = side.lambda_ == "given" and not (calibrated and name == "key")
+        if side.rotation == "dense" or given:
+            expected = "lambda of keys alone" if calibrated else "nothing that a calibration has to give"
+            raise ValueError(mismatch(f"{where}: {name}", expected, side))
     return recipe

@@ -8,6 +8,7 @@ follow from its tokens. So the rows of a prompt are attended to in pieces that e
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -33,6 +34,20 @@ class Step:
     @property
     def pieces(self) -> int:
         return len(self.source)
+
+    @cached_property
+    def limits(self) -> dict[str, int]:
+        """Of a workspace that serves the step: the same for all layers. By powers of two, so that a sequence which
+        grows by a token does not ask again and again."""
+        rows = max(np.diff(self.piece_queries).max(initial=1), np.diff(self.queries).max(initial=1))
+        needed = {
+            "sequences": max(self.pieces, len(self.lengths)),
+            "most_pages": max(self.most_pages, 1),
+            "most_queries": rows,
+            "longest": self.lengths.max(initial=1),
+            "all": self.piece_lengths.sum(dtype=np.int64),
+        }
+        return {name: 1 << max(int(x) - 1, 0).bit_length() for name, x in needed.items()}
 
 
 def plan(queries: np.ndarray, lengths: np.ndarray, sealing: bool) -> Step:

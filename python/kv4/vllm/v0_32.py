@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
@@ -25,11 +28,12 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 from kv4 import Recipe
 from kv4.messages import mismatch
 from kv4.vllm.backend import Builder, Impl, format_of
-from kv4.vllm.settings import recipe_of
+from kv4.vllm.lambdas import Kept, check_fit, digest_of, own_heads
+from kv4.vllm.settings import calibration_of, recipe_of
 from kv4.vllm.steps import PAGE
 
 # A query reads at most 127 tokens behind it from exact rows; blocks go back whole.
-ROWS_WINDOW = 129
+ROWS_WINDOW = 2 * PAGE + 1
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
@@ -236,17 +240,40 @@ class LayerImpl(Impl):
         )
         self.kv_cache_dtype = kv_cache_dtype
         self._layers = config.compilation_config.static_forward_context
+        self._lambda = partial(lambda_of, config, self.recipe, self.num_kv_heads, head_size) if self.sealing else None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         if not self.sealing or self.rows_name is not None:
             return
         name, layer = next((n, x) for n, x in self._layers.items() if getattr(x, "impl", None) is self)
+        found, self.kept = self._lambda(name)
+        if found is not None:
+            self.lambda_k = found.to(current_platform.device_type)
         layer.attn_backend = packed_backend(self.recipe)
         self.rows_name = f"{name}.kv4_rows"
         self._layers[self.rows_name] = RowsLayer(layer)
 
     def rows_cache(self) -> torch.Tensor:
         return self._layers[self.rows_name].kv_cache
+
+
+def lambda_of(
+    config: Any, recipe: Recipe, kv_heads: int, head_dim: int, layer: str
+) -> tuple[torch.Tensor | None, Kept | None]:
+    """Of a layer by vLLM's name, this rank's heads: the calibration's, else what an earlier start kept; and, where it
+    is yet to be measured, where it goes."""
+    if recipe.key.lambda_ == "none":
+        return None, None
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    calibration = calibration_of(config.additional_config)
+    if calibration is not None:
+        found = calibration.lambda_of("key", extract_layer_index(layer))
+        return found[own_heads(len(found), rank, ranks)].float().contiguous(), None
+    model = config.model_config
+    digest = digest_of(model.model, model.revision, model.hf_config.to_json_string())
+    kept = Kept(digest, recipe, layer, rank, ranks)
+    known = kept.load(kv_heads, head_dim)
+    return (None, kept) if known is None else (torch.from_numpy(known), None)
 
 
 def refuse_layer(alibi: Any, cache_dtype: str, kind: str, shared: str | None, dim: int, more: dict[str, Any]) -> None:
@@ -265,14 +292,21 @@ def refuse_layer(alibi: Any, cache_dtype: str, kind: str, shared: str | None, di
 
 
 def refuse_server(config: Any) -> None:
-    """Raises NotImplementedError for what the server was asked to do beside, as above."""
+    """Raises NotImplementedError for what the server was asked to do beside, as above; ValueError for a calibration of
+    another model."""
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
     decode, prefill = parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
+    method = getattr(config.speculative_config, "method", None)
     block = cache.block_size if cache.user_specified_block_size else PAGE
     checks = [
         (block == PAGE, "block_size", f"{PAGE}, a page", block),
         (config.kv_transfer_config is None, "kv_transfer_config", "none: exact rows do not travel", "one"),
-        (config.speculative_config is None, "speculative_config", "none", "one"),
+        (
+            method in (None, "ngram", "suffix"),
+            "speculative_config.method",
+            "ngram or suffix: no draft model",
+            method,
+        ),
         (decode == 1, "decode_context_parallel_size", 1, decode),
         (prefill == 1, "prefill_context_parallel_size", 1, prefill),
         (not model.is_hybrid, "model", "attention layers alone", "a hybrid model, with states of another kind"),
@@ -281,3 +315,7 @@ def refuse_server(config: Any) -> None:
     for fits, name, expected, got in checks:
         if not fits:
             raise NotImplementedError(mismatch(name, expected, got))
+    calibration = calibration_of(config.additional_config)
+    if calibration is not None:
+        layers, heads = model.hf_text_config.num_hidden_layers, model.get_total_num_kv_heads()
+        check_fit(calibration, layers, heads, model.get_head_size(), model.model)

@@ -1,0 +1,157 @@
+"""A calibration: lambda and rotations of a model's layers, measured on a text and kept in one safetensors file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kv4.recipe import Recipe
+
+Tensor = torch.Tensor
+FORMAT, FORMAT_VERSION = "kv4-calibration", 1
+
+
+def identity_of(folder: str | Path) -> dict[str, Any]:
+    """What tells one model from another: its name, and a digest of its configuration and of the weights' index."""
+    folder = Path(folder)
+    digest = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in ("_name_or_path", "dtype", "torch_dtype", "transformers_version"):
+        config.pop(name, None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(min(size, 1 << 24)))
+            stream.seek(max(0, file.stat().st_size - (1 << 16)))
+            digest.update(stream.read())
+    return {"name": folder.name, "digest": digest.hexdigest()[:32]}
+
+
+@dataclass
+class Calibration:
+    """Per layer: lambda float32 [kv_heads, d], matrices [d, d] or [kv_heads, d, d], second moments of queries
+    [kv_heads, d, d]. Keys of `tensors` are "layer.3.key.lambda", "layer.3.key.matrix", "layer.3.query.moments"...
+
+    recipe: what it was made for. model: of identity_of. text, tokens: what it was measured on. method: how."""
+
+    tensors: dict[str, Tensor]
+    recipe: Recipe
+    model: dict[str, Any]
+    text: str = ""
+    tokens: int = 0
+    method: str = "moments"
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def lambda_of(self, side: str, layer: int) -> Tensor:
+        return self._get(f"layer.{layer}.{side}.lambda")
+
+    def matrix_of(self, side: str, layer: int) -> Tensor:
+        return self._get(f"layer.{layer}.{side}.matrix")
+
+    def query_moments(self, layer: int) -> Tensor:
+        return self._get(f"layer.{layer}.query.moments")
+
+    def _get(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise ValueError(f"calibration: expected an entry {name}; got none (made by {self.method!r})")
+        return self.tensors[name]
+
+    @property
+    def layers(self) -> int:
+        return 1 + max((int(name.split(".")[1]) for name in self.tensors), default=-1)
+
+    def arguments(self) -> dict[str, Any]:
+        """What kv4.hf.attach and KV4Cache take: recipe and lambda_k, and lambda_v and matrices where there are any."""
+        found: dict[str, Any] = {"recipe": self.recipe}
+        for argument, side, what in (
+            ("lambda_k", "key", "lambda"), ("lambda_v", "value", "lambda"),
+            ("matrix_k", "key", "matrix"), ("matrix_v", "value", "matrix"),
+        ):  # fmt: skip
+            recipe = getattr(self.recipe, side)
+            wanted = recipe.lambda_ == "given" if what == "lambda" else recipe.rotation == "dense"
+            names = [f"layer.{layer}.{side}.{what}" for layer in range(self.layers)]
+            if wanted:
+                found[argument] = [self._get(name).float() for name in names]
+        return found
+
+    def check_model(self, folder: str | Path) -> None:
+        """ValueError unless it was measured on the model in `folder`."""
+        here = identity_of(folder)
+        if here["digest"] != self.model.get("digest"):
+            raise ValueError(
+                f"calibration: expected one of this model ({here['name']}, {here['digest'][:8]}); got one of "
+                f"{self.model.get('name')}, {str(self.model.get('digest'))[:8]}"
+            )
+
+    def save(self, path: str | Path) -> None:
+        from safetensors.torch import save_file
+
+        meta = {
+            "format": FORMAT,
+            "version": str(FORMAT_VERSION),
+            "recipe": json.dumps(self.recipe.to_dict()),
+            "model": json.dumps(self.model),
+            "text": self.text,
+            "tokens": str(self.tokens),
+            "method": self.method,
+            "versions": json.dumps(self.versions or versions()),
+        }
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: x.float().contiguous() for name, x in self.tensors.items()}, str(path), meta)
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("kv4", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def load(path: str | Path, model: str | Path | None = None) -> Calibration:
+    """Reads a calibration, and checks it against the model in the folder `model` if that is given.
+    Errors: OSError; ValueError naming what was expected and what came."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"calibration: expected a file; got {path}")
+    try:
+        with safe_open(str(path), "pt") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"calibration: expected a safetensors file; got {path} ({error})") from None
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"calibration: expected format '{FORMAT}'; got {meta.get('format')!r} in {path}")
+    if meta.get("version") != str(FORMAT_VERSION):
+        raise ValueError(f"calibration: expected version {FORMAT_VERSION}; got {meta.get('version')!r}")
+    try:
+        found = Calibration(
+            tensors=tensors,
+            recipe=Recipe.from_dict(json.loads(meta["recipe"])),
+            model=dict(json.loads(meta["model"])),
+            text=meta.get("text", ""),
+            tokens=int(meta.get("tokens", 0)),
+            method=meta.get("method", ""),
+            versions=json.loads(meta.get("versions", "{}")),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"calibration: expected what it was made for and from; got {path} ({error})") from None
+    for name, x in found.tensors.items():
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"calibration: expected finite numbers; got NaN or infinity in {name}")
+        if name.endswith(".lambda") and not bool((x > 0).all()):
+            raise ValueError(f"calibration: expected positive lambda; got {float(x.min())} in {name}")
+    if model is not None:
+        found.check_model(model)
+    return found
