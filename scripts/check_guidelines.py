@@ -42,8 +42,8 @@ LAYERS: dict[str, set[str]] = {
 # bottom up: a module imports what stands before it, at the top of the file or inside a function, for types or for use.
 # The package itself (__init__) is the last of its modules.
 PYTHON: dict[str, tuple[set[str], str]] = {
-    "kv4": (set(), "_core messages recipe per_layer shared calibration"),
-    "kv4.models": (set(), "errors progress catalogue tensors parts convert store"),
+    "kv4": (set(), "_core messages whole recipe per_layer shared calibration"),
+    "kv4.models": ({"kv4"}, "errors progress catalogue tensors parts convert store"),
     "kv4.metal": ({"kv4"}, "host source visibility sequence launch sealing cache mps"),
     "kv4.hf": (
         {"kv4", "kv4.metal"},

@@ -34,7 +34,7 @@ def identity_of(folder: str | Path) -> dict[str, Any]:
     return {"name": folder.name, "digest": digest.hexdigest()[:32]}
 
 
-@dataclass
+@dataclass(eq=False)
 class Calibration:
     """Per layer: lambda float32 [kv_heads, d], matrices [d, d] or [kv_heads, d, d], second moments of queries
     [kv_heads, d, d]. Keys of `tensors` are "layer.3.key.lambda", "layer.3.key.matrix", "layer.3.query.moments"...

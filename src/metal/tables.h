@@ -14,8 +14,8 @@
 
 namespace kv4::apple {
 
+inline constexpr int kHeadDims[] = {64, 80, 96, 128, 256};  // that there are kernels for
 // ok, or unsupported with the reason why no kernel serves exact rows of these head dims; and why none serves this page.
-inline constexpr int kHeadDims[] = {64, 80, 96, 128, 256};
 Status supports_dims(int head_dim_k, int head_dim_v);
 Status supports(const PageSpec& spec);
 // Of spec's head dims and mean: one scale a vector, no padded channels.

@@ -367,7 +367,6 @@ TEST_F(CudaPaged, ACapturedCallReadsTheTablesWhenItRuns) {
   }
 }
 
-// Rows that are sealed as they arrive: what is not finite is told and masked, nothing is stored.
 TEST_F(CudaPaged, StoreWithoutALimitOfRowsIsRefused) {
   CacheConfig config;
   config.dtype = DType::f16;
@@ -386,6 +385,7 @@ TEST_F(CudaPaged, StoreWithoutALimitOfRowsIsRefused) {
   EXPECT_NE(status.message().find("batch.most_queries"), std::string::npos) << status.message();
 }
 
+// Rows that are sealed as they arrive: what is not finite is told and masked, nothing is stored.
 TEST_F(CudaPaged, RowsThatAreNotFiniteAreFoundWithoutBeingStored) {
   Backend& backend = *cuda::backend();
   constexpr std::int64_t kRows = 7;

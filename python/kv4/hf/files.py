@@ -11,16 +11,15 @@ import contextlib
 import json
 import math
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from kv4.messages import mismatch
+from kv4.whole import written_whole
 
 _MAGIC = b"kv4model"
 _VERSION = 1
@@ -66,29 +65,12 @@ def _cut(expected: int, start: int, got: int, name: Any) -> str:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], header: Mapping[str, Any]) -> Iterator[Callable[[Any], Any]]:
-    """The write of a new file at `path`, behind its header. It is another file until the block has ended without an
-    exception, and has reached the disk by then: what was at `path` before is there until the new one is whole."""
-    path = Path(path)
-    other = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    """The write of a new file at `path`, behind its header; whole or not at all."""
     text = json.dumps(header).encode()
     front = _FRONT.pack(_MAGIC, _VERSION, len(text)) + text
-    try:
-        with open(other, "xb") as file:
-            file.write(front + _CRC.pack(zlib.crc32(front)))
-            yield file.write
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(other, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            other.unlink()
-        raise
-    if os.name == "posix":  # the new name, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    with written_whole(path) as file:
+        file.write(front + _CRC.pack(zlib.crc32(front)))
+        yield file.write
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kv4.whole import written_whole
+
 from . import convert, parts
 from .catalogue import SOURCES, Source
 from .errors import ModelError
@@ -225,10 +227,8 @@ def _content(gguf: Path, progress: Progress) -> str:
             progress("verify", done, state.st_size)
     known[str(gguf)] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": digest.hexdigest()}
     index.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".gguf-", dir=index.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(known, file, indent=2)
-    os.replace(temporary, index)
+    with written_whole(index) as file:
+        file.write(json.dumps(known, indent=2).encode())
     return digest.hexdigest()
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from kv4 import Recipe
 from kv4.calibration import Calibration, identity_of
 from kv4.messages import mismatch
 from kv4.models import cache_dir
+from kv4.whole import written_whole
 
 _log = logging.getLogger("vllm.kv4")  # vLLM shows what is logged below its own name
 
@@ -86,13 +85,9 @@ class Kept:
 
     def save(self, found: np.ndarray) -> None:
         """Whole or not at all; a folder that cannot be written is said once a layer, and nothing is kept."""
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as stream:
+            with written_whole(self.path) as stream:
                 np.save(stream, np.ascontiguousarray(found, np.float32), allow_pickle=False)
-            part.replace(self.path)
         except OSError as error:
-            with suppress(OSError):
-                part.unlink()
             _log.warning("kv4: lambda is not kept for the next start: %s", error)

@@ -34,6 +34,8 @@ from kv4.vllm.steps import PAGE
 
 # A query reads at most 127 tokens behind it from exact rows; blocks go back whole.
 ROWS_WINDOW = 2 * PAGE + 1
+# Read once a server, not by every layer: each goes through the model's files.
+_check_fit, _digest_of = cache(check_fit), cache(digest_of)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
@@ -270,7 +272,7 @@ def lambda_of(
         found = calibration.lambda_of("key", extract_layer_index(layer))
         return found[own_heads(len(found), rank, ranks)].float().contiguous(), None
     model = config.model_config
-    digest = digest_of(model.model, model.revision, model.hf_config.to_json_string())
+    digest = _digest_of(model.model, model.revision, model.hf_config.to_json_string())
     kept = Kept(digest, recipe, layer, rank, ranks)
     known = kept.load(kv_heads, head_dim)
     return (None, kept) if known is None else (torch.from_numpy(known), None)
@@ -318,4 +320,4 @@ def refuse_server(config: Any) -> None:
     calibration = calibration_of(config.additional_config)
     if calibration is not None:
         layers, heads = model.hf_text_config.num_hidden_layers, model.get_total_num_kv_heads()
-        check_fit(calibration, layers, heads, model.get_head_size(), model.model)
+        _check_fit(calibration, layers, heads, model.get_head_size(), model.model)
