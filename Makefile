@@ -19,6 +19,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 CORE := CMakeLists.txt pyproject.toml $(shell find cmake include src python/bindings -type f 2>/dev/null)
 # Directories change when a file is added or removed.
 CORE += $(shell find include src python/bindings -type d 2>/dev/null)
+FORMATTED := '*.h' '*.cpp' '*.inl' '*.c' '*.cu' '*.cuh'
 
 .PHONY: help setup system demo test test-cpp test-python test-slow test-neon test-metal test-tools setup-vllm test-vllm metal-tools llama test-llama check lint format asan tsan bench wheel clean
 .DELETE_ON_ERROR:
@@ -128,6 +129,7 @@ test-neon: setup
 check: setup test-tools
 	$(BIN)/python scripts/check_guidelines.py
 	$(BIN)/ruff check --quiet --output-format concise .
+	@git ls-files $(FORMATTED) | xargs -P $(JOBS) -n 40 $(BIN)/clang-format --dry-run -Werror
 
 lint: check
 	@if command -v clang-tidy >/dev/null; then \
@@ -137,7 +139,7 @@ lint: check
 
 format: test-tools
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
-	git ls-files -co --exclude-standard '*.h' '*.cpp' '*.inl' '*.c' | xargs clang-format -i
+	git ls-files -co --exclude-standard $(FORMATTED) | xargs $(BIN)/clang-format -i
 
 asan tsan: setup
 	cmake --preset $@

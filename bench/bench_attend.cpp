@@ -56,8 +56,8 @@ void attend(benchmark::State& state, const std::string& isa, const Case& c) {
     benchmark::ClobberMemory();
   }
   const double exact = held.sinks + held.window, pages = static_cast<double>(held.page_tokens) / kPageTokens;
-  const double bytes =
-      exact * shape.kv_heads * 2.0 * static_cast<double>(d) * 2 + pages * static_cast<double>(s.page_bytes());
+  const double bytes = exact * shape.kv_heads * 2.0 * static_cast<double>(d) * 2 +
+                       pages * static_cast<double>(s.page_bytes());
   double pairs = static_cast<double>(c.tokens) * shape.kv_heads;
   if (T > 1) pairs *= static_cast<double>(T) * shape.group;
   if (T == c.tokens) pairs /= 2;

@@ -55,11 +55,15 @@ struct Batch {
     all.page_memory.page_stride = static_cast<std::int64_t>(format->page_bytes());
     all.page_memory.head_stride = static_cast<std::int64_t>(format->head_bytes());
     const std::int64_t half = static_cast<std::int64_t>(format->block_bytes()) / 4;
-    all.row_memory = {rows.data(), rows.data() + half, 2 * half, 2 * half, kPageTokens * dim, kPageTokens * dim, dim, dim};
+    all.row_memory = {rows.data(),       rows.data() + half, 2 * half, 2 * half,
+                      kPageTokens * dim, kPageTokens * dim,  dim,      dim};
     all.page_count = page_count, all.block_count = 3 * size;
     std::size_t bytes = 0;
     const std::int64_t sum = std::accumulate(lengths.begin(), lengths.end(), std::int64_t{0});
-    if (format->workspace_bytes({.sequences = size, .q_heads = heads, .longest = table * kPageTokens, .all = sum}, &bytes).ok()) workspace.resize(bytes);
+    if (format
+            ->workspace_bytes({.sequences = size, .q_heads = heads, .longest = table * kPageTokens, .all = sum}, &bytes)
+            .ok())
+      workspace.resize(bytes);
   }
   // Sequences [first, first + count).
   Status attend(int first, int count) {
@@ -70,7 +74,8 @@ struct Batch {
     const std::int64_t n = count, row = heads * dim;
     AttendArgs args;
     args.q = {q.data() + first * row, DType::f16, {1, heads, n, dim}, {0, dim, row, 1}};
-    return format->attend(part, args, {out.data() + first * row, DType::f16, {1, heads, n, dim}, {0, dim, row, 1}}, workspace);
+    return format->attend(part, args, {out.data() + first * row, DType::f16, {1, heads, n, dim}, {0, dim, row, 1}},
+                          workspace);
   }
 };
 
@@ -95,7 +100,8 @@ const bool registered = [] {
   for (const cases::Geometry& g : cases::kGeometries)
     for (const char* kind : {"ragged", "thirty_two"})
       for (const bool together : {true, false}) {
-        const std::string name = std::string("paged/") + kind + "/" + g.name + (together ? "/one_call" : "/a_call_each");
+        const std::string name = std::string("paged/") + kind + "/" + g.name +
+                                 (together ? "/one_call" : "/a_call_each");
         benchmark::RegisterBenchmark(name.c_str(), decode, g, kind, together)->UseRealTime();
       }
   return true;

@@ -77,9 +77,10 @@ void report(benchmark::State& state, const Slice& slice, int tokens, std::size_t
   const double vectors = 2.0 * tokens;
   state.counters["per_vector"] = benchmark::Counter(static_cast<double>(state.iterations()) * vectors,
                                                     benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
-  state.SetBytesProcessed(state.iterations() *
-                          static_cast<std::int64_t>((2.0 * slice.spec.key.dim * element * kPageTokens +
-                                                     slice.spec.layout.head_bytes) * tokens / kPageTokens));
+  state.SetBytesProcessed(
+      state.iterations() *
+      static_cast<std::int64_t>((2.0 * slice.spec.key.dim * element * kPageTokens + slice.spec.layout.head_bytes) *
+                                tokens / kPageTokens));
 }
 
 void seal(benchmark::State& state, const cpu::Kernels* kernels, const Recipe& recipe, int dim, DType dtype) {

@@ -1,5 +1,6 @@
-// A toy server: requests come and go, share one pool of memory, and are decoded in one batch a step, prompts beside single tokens. Its
-// model is one layer of attention over random embeddings; all else is what a server on kv4/paged.h does.
+// A toy server: requests come and go, share one pool of memory, and are decoded in one batch a step, prompts beside
+// single tokens. Its model is one layer of attention over random embeddings; all else is what a server on kv4/paged.h
+// does.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -38,7 +39,8 @@ struct Server {
     config.head_dim_k = config.head_dim_v = kDim;
     check(kv4::PageFormat::create(config, &format));
     std::size_t bytes = 0;
-    check(format->workspace_bytes({.sequences = kSlots, .q_heads = kHeads, .most_pages = kTable, .most_queries = kTable * kPage}, &bytes));
+    check(format->workspace_bytes(
+        {.sequences = kSlots, .q_heads = kHeads, .most_pages = kTable, .most_queries = kTable * kPage}, &bytes));
     workspace.resize(bytes);
     memory.resize(kPool * format->page_bytes() + 64);
     for (int i = 0; i < kPool; ++i) free_pages.push_back(i), free_blocks.push_back(i);
@@ -62,23 +64,28 @@ struct Server {
     const std::int64_t page_bytes = format->page_bytes(), head_bytes = format->head_bytes(), count = queries.back();
     kv4::PagedBatch batch;
     batch.size = kSlots, batch.page_count = batch.block_count = kPool, batch.sink_tokens = 4;
-    batch.queries = queries.data(), batch.lengths = lengths.data(), batch.sealed = sealed.data(), batch.sinks = sinks.data();
+    batch.queries = queries.data(), batch.lengths = lengths.data(), batch.sealed = sealed.data(),
+    batch.sinks = sinks.data();
     batch.pages = pages.data(), batch.blocks = blocks.data(), batch.pages_stride = batch.blocks_stride = kTable;
-    batch.page_memory = {memory.data() + 64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64, nullptr, page_bytes, head_bytes, 0};
+    batch.page_memory = {memory.data() + 64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64, nullptr, page_bytes,
+                         head_bytes, 0};
     batch.row_memory = {exact.data(), &exact[kBlock / 2], kBlock, kBlock, kPage * kDim, kPage * kDim, kDim, kDim};
     const kv4::TensorView kv{rows.data(), kv4::DType::f32, {1, kKvHeads, count, kDim}, {0, 0, kDim, 1}};
     std::vector<float> out(count * kWords);
     kv4::AttendArgs args;
     args.q = {rows.data(), kv4::DType::f32, {1, kHeads, count, kDim}, {0, 0, kDim, 1}};
     check(format->store(batch, kv, kv, workspace));
-    check(format->attend(batch, args, {out.data(), kv4::DType::f32, {1, kHeads, count, kDim}, {0, kDim, kWords, 1}}, workspace));
+    check(format->attend(batch, args, {out.data(), kv4::DType::f32, {1, kHeads, count, kDim}, {0, kDim, kWords, 1}},
+                         workspace));
     check(format->seal(batch, {sealed.data(), due.data(), kTable}, workspace));
     for (int s = 0; s < kSlots; ++s) {
-      for (int p = std::max(1, sealed[s] / kPage); p < due[s] / kPage; ++p) free_blocks.push_back(blocks[s * kTable + p]);
+      for (int p = std::max(1, sealed[s] / kPage); p < due[s] / kPage; ++p)
+        free_blocks.push_back(blocks[s * kTable + p]);
       sealed[s] = due[s];
       if (lengths[s] == 0) continue;
       const float* answer = &out[(queries[s + 1] - 1) * kWords];
-      texts[s].push_back(static_cast<int>(std::max_element(answer, answer + kWords) - answer + 31 * texts[s].back()) % kWords);
+      texts[s].push_back(static_cast<int>(std::max_element(answer, answer + kWords) - answer + 31 * texts[s].back()) %
+                         kWords);
     }
   }
 
@@ -103,7 +110,8 @@ std::vector<Text> serve(std::vector<Text> waiting, int together) {
       if (text.empty() && !waiting.empty()) text = waiting.back(), waiting.pop_back();
     }
   }
-  if (server.free_pages.size() != kPool || server.free_blocks.size() != kPool) std::fprintf(stderr, "memory was lost\n"), std::exit(1);
+  if (server.free_pages.size() != kPool || server.free_blocks.size() != kPool)
+    std::fprintf(stderr, "memory was lost\n"), std::exit(1);
   std::sort(done.begin(), done.end());
   return done;
 }
@@ -114,6 +122,7 @@ int main() {
   for (Text& prompt : prompts)
     for (unsigned n = 1 + random() % 300; n > 0; --n) prompt.push_back(static_cast<int>(1 + random() % (kWords - 1)));
   const bool same = serve(prompts, kSlots) == serve(prompts, 1);
-  std::printf("12 requests, five at a time: %s\n", same ? "the texts of one at a time" : "OTHER texts than one at a time");
+  std::printf("12 requests, five at a time: %s\n",
+              same ? "the texts of one at a time" : "OTHER texts than one at a time");
   return same ? 0 : 1;
 }

@@ -83,7 +83,8 @@ void ragged_batch(std::initializer_list<int> counts, int longest, F&& check) {
     Shape shape;
     shape.group = 4;
     shape.seed = seed++;
-    const Scene s(shape, {Held{4, 640, 70, 0}, Held{0, 0, 40, 3}, Held{4, 128, 127, 20}, Held{2, 0, 9, 0}, Held{0, longest, 64, 0}});
+    const Scene s(shape, {Held{4, 640, 70, 0}, Held{0, 0, 40, 3}, Held{4, 128, 127, 20}, Held{2, 0, 9, 0},
+                          Held{0, longest, 64, 0}});
     Call call(s, queries);
     call.starts({5, 10, 25, 0, 100});
     call.windows({200, 0, 64, 4, 1000});

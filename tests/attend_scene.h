@@ -23,8 +23,8 @@ struct Shape {
   bool mean = true, lambda = true;
   LevelKind levels = LevelKind::lloyd_max;
   RotationKind rotation = RotationKind::srft;  // every kind but dense
-  DType dtype = DType::f16;  // of the exact rows
-  double bias = 0;           // size of the means; 0: like the keys
+  DType dtype = DType::f16;                    // of the exact rows
+  double bias = 0;                             // size of the means; 0: like the keys
   std::uint64_t seed = 1;
 };
 
@@ -142,7 +142,9 @@ class Scene {
     switch (shape_.rotation) {
       case RotationKind::identity: static_cast<void>(Rotation::identity(dim, &side.rotation)); break;
       case RotationKind::srht: static_cast<void>(Rotation::srht(dim, shape_.seed, &side.rotation)); break;
-      case RotationKind::householder: static_cast<void>(Rotation::householder(dim, dim / 2, shape_.seed, &side.rotation)); break;
+      case RotationKind::householder:
+        static_cast<void>(Rotation::householder(dim, dim / 2, shape_.seed, &side.rotation));
+        break;
       default: static_cast<void>(Rotation::srft(dim, shape_.seed, &side.rotation)); break;
     }
   }
@@ -225,8 +227,8 @@ class Scene {
       std::memcpy(bytes.data() + i * 4, &f, 4);
       return f;
     }
-    const std::uint16_t h =
-        dtype == DType::f16 ? f32_to_f16(static_cast<float>(x)) : f32_to_bf16(static_cast<float>(x));
+    const std::uint16_t h = dtype == DType::f16 ? f32_to_f16(static_cast<float>(x))
+                                                : f32_to_bf16(static_cast<float>(x));
     std::memcpy(bytes.data() + i * 2, &h, 2);
     return dtype == DType::f16 ? f16_to_f32(h) : bf16_to_f32(h);
   }

@@ -27,9 +27,8 @@ struct Geometry {
   int q_heads, kv_heads, head_dim;
 };
 inline constexpr Geometry kGeometries[] = {
-    {"qwen2.5-1.5b", 12, 2, 128}, {"llama-3-8b", 32, 8, 128}, {"qwen2.5-0.5b", 14, 2, 64},
-    {"gemma-3-270m", 4, 1, 256},  {"phi-2", 32, 32, 80},      {"smollm2-360m", 15, 5, 64},
-    {"qwen3-0.6b", 16, 8, 128},   {"llama-2-7b", 32, 32, 128},
+    {"qwen2.5-1.5b", 12, 2, 128}, {"llama-3-8b", 32, 8, 128},  {"qwen2.5-0.5b", 14, 2, 64}, {"gemma-3-270m", 4, 1, 256},
+    {"phi-2", 32, 32, 80},        {"smollm2-360m", 15, 5, 64}, {"qwen3-0.6b", 16, 8, 128},  {"llama-2-7b", 32, 32, 128},
 };
 
 // SplitMix64: the same stream on every machine.
@@ -42,8 +41,8 @@ class Random {
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
     return z ^ (z >> 31);
   }
-  double uniform() { return static_cast<double>(bits() >> 11) * 0x1p-53; }                   // [0, 1)
-  double normal() {                                                                          // unit variance
+  double uniform() { return static_cast<double>(bits() >> 11) * 0x1p-53; }  // [0, 1)
+  double normal() {                                                         // unit variance
     return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform());
   }
   int below(int n) { return static_cast<int>(bits() % static_cast<std::uint64_t>(n)); }

@@ -1,5 +1,6 @@
-// A server that owns its memory: pools of pages and blocks, tables, sequences that come and go, all through kv4/paged.h, on any backend.
-// What each call answers is compared with the backend's attention over plain views of the same tokens: pages one by one, rows gathered.
+// A server that owns its memory: pools of pages and blocks, tables, sequences that come and go, all through
+// kv4/paged.h, on any backend. What each call answers is compared with the backend's attention over plain views of the
+// same tokens: pages one by one, rows gathered.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -23,7 +24,8 @@ namespace kv4::tests {
 // Backend memory, zeroed.
 class Held {
  public:
-  Held(Backend& backend, std::size_t bytes) : backend_(backend), bytes_(bytes), data_(static_cast<std::byte*>(backend.alloc(bytes))) {
+  Held(Backend& backend, std::size_t bytes)
+      : backend_(backend), bytes_(bytes), data_(static_cast<std::byte*>(backend.alloc(bytes))) {
     EXPECT_NE(data_, nullptr);
     EXPECT_TRUE(backend.clear(data_, bytes).ok());
   }
@@ -32,7 +34,9 @@ class Held {
   Held& operator=(const Held&) = delete;
 
   template <class T>
-  T* as() const { return reinterpret_cast<T*>(data_); }
+  T* as() const {
+    return reinterpret_cast<T*>(data_);
+  }
   std::span<std::byte> span() const { return {data_, bytes_}; }
   template <class T>
   void put(const std::vector<T>& values) {
@@ -65,7 +69,8 @@ class PagedServer {
  public:
   static constexpr int kPages = 160, kBlocks = 64, kMost = 6, kTable = 40;  // pools, sequences, entries of a table
 
-  explicit PagedServer(const ServerShape& shape, std::uint64_t seed) : shape_(shape), random_(seed), backend_(*find_backend(shape.backend)) {
+  explicit PagedServer(const ServerShape& shape, std::uint64_t seed)
+      : shape_(shape), random_(seed), backend_(*find_backend(shape.backend)) {
     CacheConfig config;
     config.recipe = Recipe::kv4();
     config.dtype = shape.dtype;
@@ -75,7 +80,11 @@ class PagedServer {
     EXPECT_TRUE(PageFormat::create(config, &format).ok());
     Backend* same = nullptr;
     EXPECT_TRUE(make_spec(config, &same, &spec).ok());
-    PageFormat::Limits limits{.sequences = kMost, .q_heads = shape.kv_heads * shape.group, .most_pages = 4, .most_queries = 80, .longest = kTable * kPageTokens,
+    PageFormat::Limits limits{.sequences = kMost,
+                              .q_heads = shape.kv_heads * shape.group,
+                              .most_pages = 4,
+                              .most_queries = 80,
+                              .longest = kTable * kPageTokens,
                               .all = kMost * kTable * kPageTokens};
     std::size_t bytes = 0;
     EXPECT_TRUE(format->workspace_bytes(limits, &bytes).ok());
@@ -94,7 +103,8 @@ class PagedServer {
 
   struct Sequence {
     std::int64_t length = 0, sealed = 0;
-    std::vector<std::int32_t> pages = std::vector<std::int32_t>(kTable, -7), blocks = std::vector<std::int32_t>(kTable, -7);
+    std::vector<std::int32_t> pages = std::vector<std::int32_t>(kTable, -7),
+                              blocks = std::vector<std::int32_t>(kTable, -7);
     std::int32_t sinks = -1;
     int lambda = 0;
   };
@@ -106,15 +116,18 @@ class PagedServer {
   }
   void remove(std::size_t i) {
     Sequence& s = sequences[i];
-    for (std::int64_t p = 0; p < s.sealed / kPageTokens; ++p) free_pages_.push_back(s.pages[static_cast<std::size_t>(p)]);
-    for (std::int64_t p = s.sealed / kPageTokens; p * kPageTokens < s.length; ++p) free_blocks_.push_back(s.blocks[static_cast<std::size_t>(p)]);
+    for (std::int64_t p = 0; p < s.sealed / kPageTokens; ++p)
+      free_pages_.push_back(s.pages[static_cast<std::size_t>(p)]);
+    for (std::int64_t p = s.sealed / kPageTokens; p * kPageTokens < s.length; ++p)
+      free_blocks_.push_back(s.blocks[static_cast<std::size_t>(p)]);
     if (s.sinks >= 0) free_blocks_.push_back(s.sinks);
     sequences.erase(sequences.begin() + static_cast<std::ptrdiff_t>(i));
   }
 
-  // New tokens of each of `chosen` (counts may be 0), stored, attended to and sealed as far as due. extra: rows behind those of the
-  // sequences, which stay as they are.
-  void step(const std::vector<std::size_t>& chosen, const std::vector<int>& counts, float softcap = 0, bool partial = false) {
+  // New tokens of each of `chosen` (counts may be 0), stored, attended to and sealed as far as due. extra: rows behind
+  // those of the sequences, which stay as they are.
+  void step(const std::vector<std::size_t>& chosen, const std::vector<int>& counts, float softcap = 0,
+            bool partial = false) {
     int rows = 0;
     std::vector<std::int32_t> queries{0};
     for (std::size_t i = 0; i < chosen.size(); ++i) {
@@ -129,10 +142,12 @@ class PagedServer {
       queries.push_back(rows);
     }
     const int all = rows + 2, heads = shape_.kv_heads * shape_.group;
-    Held k(backend_, bytes_of(shape_.kv_heads, all)), v(backend_, bytes_of(shape_.kv_heads, all)), q(backend_, bytes_of(heads, all));
+    Held k(backend_, bytes_of(shape_.kv_heads, all)), v(backend_, bytes_of(shape_.kv_heads, all)),
+        q(backend_, bytes_of(heads, all));
     for (Held* x : {&k, &v, &q}) x->put(halves(x->span().size() / 2));
     PagedBatch batch = batch_of(chosen, queries);
-    ASSERT_TRUE(ok(format->store(batch, view(k, shape_.kv_heads, all), view(v, shape_.kv_heads, all), workspace->span())));
+    ASSERT_TRUE(
+        ok(format->store(batch, view(k, shape_.kv_heads, all), view(v, shape_.kv_heads, all), workspace->span())));
     attend(batch, chosen, queries, q, all, softcap, partial);
     if (!::testing::Test::HasFatalFailure()) seal(chosen);
   }
@@ -165,17 +180,19 @@ class PagedServer {
     batch.block_count = kBlocks;
     // A block: keys of all heads, values of all heads.
     const std::int64_t half = kPageTokens * row();
-    batch.row_memory = {blocks->as<std::uint16_t>(), blocks->as<std::uint16_t>() + half, 2 * half, 2 * half, kPageTokens * shape_.dim, kPageTokens * shape_.dim,
-                        shape_.dim, shape_.dim};
+    batch.row_memory = {blocks->as<std::uint16_t>(), blocks->as<std::uint16_t>() + half, 2 * half,   2 * half,
+                        kPageTokens * shape_.dim,    kPageTokens * shape_.dim,           shape_.dim, shape_.dim};
     if (shape_.lambda) {
       const std::int64_t stride = 2 * row();
       if (shape_.lambda_per_sequence) {
         // Sequences of a call lie one stride apart: it is the order of the call that counts.
         for (std::size_t i = 0; i < chosen.size(); ++i) sequences[chosen[i]].lambda = static_cast<int>(chosen[i]);
         const bool ordered = chosen.size() < 2 || std::is_sorted(chosen.begin(), chosen.end());
-        EXPECT_TRUE(ordered && (chosen.empty() || chosen.back() - chosen.front() + 1 == chosen.size())) << "neighbours, for this test's strides";
+        EXPECT_TRUE(ordered && (chosen.empty() || chosen.back() - chosen.front() + 1 == chosen.size()))
+            << "neighbours, for this test's strides";
       }
-      const std::int64_t first = shape_.lambda_per_sequence && !chosen.empty() ? static_cast<std::int64_t>(chosen.front()) * stride : 0;
+      const std::int64_t first =
+          shape_.lambda_per_sequence && !chosen.empty() ? static_cast<std::int64_t>(chosen.front()) * stride : 0;
       batch.lambda_k = lambda->as<float>() + first;
       batch.lambda_v = lambda->as<float>() + first + row();
       batch.lambda_k_stride = batch.lambda_v_stride = shape_.lambda_per_sequence ? stride : 0;
@@ -191,10 +208,13 @@ class PagedServer {
     std::vector<std::int32_t> begin, end, queries(chosen.size() + 1, 0);
     for (std::size_t i : chosen) {
       Sequence& s = sequences[i];
-      const std::int64_t due = std::min(std::max<std::int64_t>(s.sealed, (s.length - shape_.exact) / kPageTokens * kPageTokens), s.sealed + 4 * kPageTokens);
+      const std::int64_t due =
+          std::min(std::max<std::int64_t>(s.sealed, (s.length - shape_.exact) / kPageTokens * kPageTokens),
+                   s.sealed + 4 * kPageTokens);
       begin.push_back(static_cast<std::int32_t>(s.sealed));
       end.push_back(static_cast<std::int32_t>(std::max(s.sealed, due)));
-      for (std::int64_t p = s.sealed / kPageTokens; p < due / kPageTokens; ++p) s.pages[static_cast<std::size_t>(p)] = take(free_pages_);
+      for (std::int64_t p = s.sealed / kPageTokens; p < due / kPageTokens; ++p)
+        s.pages[static_cast<std::size_t>(p)] = take(free_pages_);
     }
     const PagedBatch batch = batch_of(chosen, queries);
     Held ranges(backend_, (begin.size() + end.size() + 1) * sizeof(std::int32_t));
@@ -204,7 +224,8 @@ class PagedServer {
     PageRange range{ranges.as<std::int32_t>(), ranges.as<std::int32_t>() + begin.size(), 4};
     ASSERT_TRUE(ok(format->seal(batch, range, workspace->span())));
     if (chosen.empty()) return;
-    for (std::size_t n = 0; n < chosen.size(); ++n) check_sealed(batch, static_cast<int>(n), sequences[chosen[n]], begin[n], end[n]);
+    for (std::size_t n = 0; n < chosen.size(); ++n)
+      check_sealed(batch, static_cast<int>(n), sequences[chosen[n]], begin[n], end[n]);
     for (std::size_t n = 0; n < chosen.size(); ++n) {
       Sequence& s = sequences[chosen[n]];
       for (std::int64_t p = begin[n] / kPageTokens; p < end[n] / kPageTokens; ++p) {
@@ -236,7 +257,9 @@ class PagedServer {
     free.pop_back();
     return id;
   }
-  std::size_t bytes_of(int heads, int rows) const { return static_cast<std::size_t>(heads) * static_cast<std::size_t>(rows) * static_cast<std::size_t>(shape_.dim) * 2; }
+  std::size_t bytes_of(int heads, int rows) const {
+    return static_cast<std::size_t>(heads) * static_cast<std::size_t>(rows) * static_cast<std::size_t>(shape_.dim) * 2;
+  }
   std::vector<std::uint16_t> halves(std::size_t count) {
     std::vector<std::uint16_t> out(count);
     for (std::uint16_t& x : out) {
@@ -247,7 +270,10 @@ class PagedServer {
   }
   // [1, heads, rows, dim] that lies [rows, heads, dim].
   TensorView view(const Held& x, int heads, int rows) const {
-    return {x.as<void>(), shape_.dtype, {1, heads, rows, shape_.dim}, {0, shape_.dim, static_cast<std::int64_t>(heads) * shape_.dim, 1}};
+    return {x.as<void>(),
+            shape_.dtype,
+            {1, heads, rows, shape_.dim},
+            {0, shape_.dim, static_cast<std::int64_t>(heads) * shape_.dim, 1}};
   }
 
   // Rows [begin, begin + count), gathered from the blocks of `table`: keys of all heads, then values.
@@ -256,9 +282,16 @@ class PagedServer {
     for (int side = 0; side < 2; ++side)
       for (int h = 0; h < shape_.kv_heads; ++h)
         for (std::int64_t r = begin; r < begin + count; ++r) {
-          const std::byte* block = blocks->as<std::byte>() + static_cast<std::size_t>(table[static_cast<std::size_t>(r / kPageTokens)]) * format->block_bytes();
-          const std::byte* from = block + (static_cast<std::size_t>(side * shape_.kv_heads + h) * kPageTokens + static_cast<std::size_t>(r % kPageTokens)) * line;
-          std::byte* at = to.as<std::byte>() + (static_cast<std::size_t>(side * shape_.kv_heads + h) * static_cast<std::size_t>(count) + static_cast<std::size_t>(r - begin)) * line;
+          const std::byte* block = blocks->as<std::byte>() +
+                                   static_cast<std::size_t>(table[static_cast<std::size_t>(r / kPageTokens)]) *
+                                       format->block_bytes();
+          const std::byte* from = block + (static_cast<std::size_t>(side * shape_.kv_heads + h) * kPageTokens +
+                                           static_cast<std::size_t>(r % kPageTokens)) *
+                                              line;
+          std::byte* at = to.as<std::byte>() +
+                          (static_cast<std::size_t>(side * shape_.kv_heads + h) * static_cast<std::size_t>(count) +
+                           static_cast<std::size_t>(r - begin)) *
+                              line;
           EXPECT_TRUE(backend_.copy(at, from, line).ok());
         }
   }
@@ -273,10 +306,12 @@ class PagedServer {
     return r;
   }
 
-  void attend(const PagedBatch& batch, const std::vector<std::size_t>& chosen, const std::vector<std::int32_t>& queries, const Held& q, int all, float softcap,
-              bool partial) {
+  void attend(const PagedBatch& batch, const std::vector<std::size_t>& chosen, const std::vector<std::int32_t>& queries,
+              const Held& q, int all, float softcap, bool partial) {
     const int heads = shape_.kv_heads * shape_.group;
-    const std::size_t count = static_cast<std::size_t>(heads) * static_cast<std::size_t>(all) * static_cast<std::size_t>(shape_.dim), state = static_cast<std::size_t>(heads * all);
+    const std::size_t count = static_cast<std::size_t>(heads) * static_cast<std::size_t>(all) *
+                              static_cast<std::size_t>(shape_.dim),
+                      state = static_cast<std::size_t>(heads * all);
     AttendArgs args;
     args.q = view(q, heads, all);
     args.softcap = softcap;
@@ -285,10 +320,16 @@ class PagedServer {
     out.put(untouched);
     want.put(untouched);
     const auto place = [&](const Held& x) {
-      return MutableTensorView{x.as<void>(), DType::f32, {1, heads, all, shape_.dim}, {0, static_cast<std::int64_t>(all) * shape_.dim, shape_.dim, 1}};
+      return MutableTensorView{x.as<void>(),
+                               DType::f32,
+                               {1, heads, all, shape_.dim},
+                               {0, static_cast<std::int64_t>(all) * shape_.dim, shape_.dim, 1}};
     };
-    const auto parts = [&](const Held& x) { return PartialState{x.as<float>(), x.as<float>() + count, x.as<float>() + count + state}; };
-    ASSERT_TRUE(ok(partial ? format->attend_partial(batch, args, parts(out), workspace->span()) : format->attend(batch, args, place(out), workspace->span())));
+    const auto parts = [&](const Held& x) {
+      return PartialState{x.as<float>(), x.as<float>() + count, x.as<float>() + count + state};
+    };
+    ASSERT_TRUE(ok(partial ? format->attend_partial(batch, args, parts(out), workspace->span())
+                           : format->attend(batch, args, place(out), workspace->span())));
 
     std::vector<SequenceView> views;
     std::vector<std::unique_ptr<Held>> held;
@@ -385,7 +426,8 @@ inline void run_server(const ServerShape& shape, std::uint64_t seed, int steps) 
   cases::Random random(seed + 1);
   for (int i = 0; i < steps && !::testing::Test::HasFatalFailure(); ++i) {
     if (server.sequences.empty() || (server.sequences.size() < 4 && random.below(4) == 0)) server.add();
-    if (server.sequences.size() > 1 && random.below(12) == 0) server.remove(static_cast<std::size_t>(random.below(static_cast<int>(server.sequences.size()))));
+    if (server.sequences.size() > 1 && random.below(12) == 0)
+      server.remove(static_cast<std::size_t>(random.below(static_cast<int>(server.sequences.size()))));
     std::vector<std::size_t> chosen;
     std::vector<int> counts;
     const auto size = static_cast<int>(server.sequences.size());

@@ -9,20 +9,31 @@ namespace kv4::seal_case {
 
 using cases::kEveryDType;
 
-// Every head dim with every rotation; levels, scale rules, means, lambda, masks and biases in turn. `step`: one of so many
-// cases, for what runs slowly.
+// Every head dim with every rotation; levels, scale rules, means, lambda, masks and biases in turn. `step`: one of so
+// many cases, for what runs slowly.
 template <class F>
 void every_dim_and_rotation(int step, F&& check) {
   int n = 0;
   for (int d : cases::kHeadDims) {
-    for (RotationKind rotation : {RotationKind::identity, RotationKind::srft, RotationKind::srht, RotationKind::householder, RotationKind::dense}) {
+    for (RotationKind rotation : {RotationKind::identity, RotationKind::srft, RotationKind::srht,
+                                  RotationKind::householder, RotationKind::dense}) {
       for (int repeat = 0; repeat < 3; ++repeat, ++n) {
         if (n % step != 0) continue;
         Case c;
-        c.key = {d, rotation, 0, n % 3 == 0 ? LevelKind::uniform : LevelKind::lloyd_max,
-                 n % 5 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares, repeat != 1, repeat % 2 == 0};
-        c.value = {d, rotation, 0, n % 4 == 1 ? LevelKind::uniform : LevelKind::lloyd_max,
-                   n % 7 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares, false, repeat == 2};
+        c.key = {d,
+                 rotation,
+                 0,
+                 n % 3 == 0 ? LevelKind::uniform : LevelKind::lloyd_max,
+                 n % 5 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares,
+                 repeat != 1,
+                 repeat % 2 == 0};
+        c.value = {d,
+                   rotation,
+                   0,
+                   n % 4 == 1 ? LevelKind::uniform : LevelKind::lloyd_max,
+                   n % 7 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares,
+                   false,
+                   repeat == 2};
         c.dtype = kEveryDType[(n + n / 3) % 3];
         c.masked = n % 3 == 1;
         c.bias = n % 2 == 0 ? 20 : 350;

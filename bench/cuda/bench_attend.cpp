@@ -1,12 +1,14 @@
 // Attention and sealing on a CUDA device, by events on a stream of its own. Names: what / geometry / batch x tokens.
-//   decode  one query token over a cache of the default recipe: 4 sinks, pages, 64 to 127 exact tokens; a captured graph. 16x100-32768:
+//   decode  one query token over a cache of the default recipe: 4 sinks, pages, 64 to 127 exact tokens; a captured
+//   graph. 16x100-32768:
 //           lengths from 100 to 32,768 in one batch, beside as many sequences of one length with as many tokens in all
 //   paged   the same tokens in a host's tables, exact rows in blocks; what makes views of the tables included
-//   seal    all pages of a prefill, keys and values, from fp16 rows; seal_lambda with channel weights for keys. kernel_us and
+//   seal    all pages of a prefill, keys and values, from fp16 rows; seal_lambda with channel weights for keys.
+//   kernel_us and
 //           kernel_of_copy are without the upload of the jobs
-// of_copy: bytes of the cache, read once (seal: rows read and pages written), over time, as a fraction of the speed of a
-// 1 GiB copy measured first, whose bytes count twice. Where the cache would stay in the L2 cache it is flushed before each
-// repeat.
+// of_copy: bytes of the cache, read once (seal: rows read and pages written), over time, as a fraction of the speed of
+// a 1 GiB copy measured first, whose bytes count twice. Where the cache would stay in the L2 cache it is flushed before
+// each repeat.
 #include <benchmark/benchmark.h>
 #include <cuda_runtime_api.h>
 
@@ -50,7 +52,8 @@ class Timer {
     f();
     cudaEventRecord(end_, stream);
     float ms = 0;
-    if (cudaStreamSynchronize(stream) != cudaSuccess || cudaEventElapsedTime(&ms, begin_, end_) != cudaSuccess) return 0;
+    if (cudaStreamSynchronize(stream) != cudaSuccess || cudaEventElapsedTime(&ms, begin_, end_) != cudaSuccess)
+      return 0;
     return ms * 1e-3;
   }
   cudaStream_t stream = nullptr;
@@ -66,7 +69,8 @@ double copy_speed() {
     Timer timer;
     std::vector<double> all;
     for (int i = 0; i < 12; ++i)
-      all.push_back(timer.seconds([&] { cudaMemcpyAsync(to.as(), from.as(), bytes, cudaMemcpyDeviceToDevice, timer.stream); }));
+      all.push_back(
+          timer.seconds([&] { cudaMemcpyAsync(to.as(), from.as(), bytes, cudaMemcpyDeviceToDevice, timer.stream); }));
     std::nth_element(all.begin(), all.begin() + 6, all.end());
     return 2.0 * static_cast<double>(bytes) / all[6];
   }();
@@ -101,7 +105,8 @@ struct Pool {
   PageMemory pages;
   std::vector<std::int32_t> ids;
 
-  Pool(const DeviceScene& few, int kv_heads, std::size_t count) : memory(static_cast<std::size_t>(few.pages().head_stride * kv_heads) * count) {
+  Pool(const DeviceScene& few, int kv_heads, std::size_t count)
+      : memory(static_cast<std::size_t>(few.pages().head_stride * kv_heads) * count) {
     pages = few.pages();
     pages.page_stride = pages.head_stride * kv_heads;
     const auto stride = static_cast<std::size_t>(pages.page_stride);
@@ -200,7 +205,8 @@ struct Paged {
     batch.pages_stride = batch.blocks_stride = width;
     batch.sink_tokens = 4;
     batch.page_memory = pool.pages;
-    batch.row_memory = {k.as(), v.as(), heads * kPageTokens * d, heads * kPageTokens * d, kPageTokens * d, kPageTokens * d, d, d};
+    batch.row_memory = {
+        k.as(), v.as(), heads * kPageTokens * d, heads * kPageTokens * d, kPageTokens * d, kPageTokens * d, d, d};
     batch.lambda_k = like.lambda_k;
     batch.lambda_v = like.lambda_v;
     batch.most_queries = 1;
@@ -225,7 +231,8 @@ void decode(benchmark::State& state, const Case& c) {
   const double pool_bytes = static_cast<double>(count) * few.shape().kv_heads * scene.spec().layout.head_bytes;
   const auto batch = static_cast<std::int64_t>(c.tokens.size());
   const std::int64_t heads = c.geometry.q_heads, d = c.geometry.head_dim;
-  const DeviceBytes q = halves(static_cast<std::size_t>(heads * batch * d), c.geometry.head_dim, 3), out(static_cast<std::size_t>(heads * batch * d) * 2);
+  const DeviceBytes q = halves(static_cast<std::size_t>(heads * batch * d), c.geometry.head_dim, 3),
+                    out(static_cast<std::size_t>(heads * batch * d) * 2);
   AttendArgs args;
   args.q = {q.as(), DType::f16, {batch, heads, 1, d}, {heads * d, d, d, 1}};
   if (c.paged) {
@@ -241,7 +248,8 @@ void decode(benchmark::State& state, const Case& c) {
   if (!c.paged) cached(c, like, pool, &cache);
   const Paged paged(c, like, pool);
   const DeviceBytes views = c.paged ? DeviceBytes(c.tokens.size() * sizeof(SequenceView)) : DeviceBytes(cache.views);
-  if (c.paged) job.sequences = {{views.as<SequenceView>(), c.tokens.size()}, true, 1, paged.batch.longest, paged.batch.all};
+  if (c.paged)
+    job.sequences = {{views.as<SequenceView>(), c.tokens.size()}, true, 1, paged.batch.longest, paged.batch.all};
   else job.sequences.views = cache.views;
   const std::size_t bytes_of_workspace = cuda::backend()->attend_workspace(job);
   const DeviceBytes workspace(bytes_of_workspace, 0), flush(kFlushBytes);
@@ -265,7 +273,8 @@ void decode(benchmark::State& state, const Case& c) {
   }
   cudaStreamEndCapture(timer.stream, &graph);
   cuda::set_stream(nullptr);
-  if (!status.ok() || cudaGraphInstantiate(&captured, graph, 0) != cudaSuccess) return state.SkipWithError(status.message().c_str());
+  if (!status.ok() || cudaGraphInstantiate(&captured, graph, 0) != cudaSuccess)
+    return state.SkipWithError(status.message().c_str());
   for (auto _ : state) {
     if (pool_bytes < kFlushBytes / 2) cudaMemsetAsync(flush.as(), 0, kFlushBytes, timer.stream);
     state.SetIterationTime(timer.seconds([&] { cudaGraphLaunch(captured, timer.stream); }));
@@ -302,10 +311,12 @@ void seal(benchmark::State& state, const Case& c, bool lambda) {
   const Scene few(shape, {Held{0, kPageTokens, 0, 0}}, false);
   const PageSpec spec = tests::on_device(few.spec());
   const int heads = shape.kv_heads, d = c.geometry.head_dim;
-  const std::size_t count = static_cast<std::size_t>(c.tokens[0] / kPageTokens), slices = count * static_cast<std::size_t>(heads);
+  const std::size_t count = static_cast<std::size_t>(c.tokens[0] / kPageTokens),
+                    slices = count * static_cast<std::size_t>(heads);
   const std::vector<float> rows = cases::key_rows(1024, d, 3);
   std::vector<std::uint16_t> rows16;
-  for (std::size_t i = 0; i < slices * kPageTokens * static_cast<std::size_t>(d); ++i) rows16.push_back(f32_to_f16(rows[i % rows.size()]));
+  for (std::size_t i = 0; i < slices * kPageTokens * static_cast<std::size_t>(d); ++i)
+    rows16.push_back(f32_to_f16(rows[i % rows.size()]));
   const DeviceBytes k(rows16), v(rows16), memory(slices * spec.layout.head_bytes);
   PageMemory pages;
   pages.data = memory.as<std::uint8_t>();
@@ -335,7 +346,8 @@ void seal(benchmark::State& state, const Case& c, bool lambda) {
   status = cuda::backend()->seal(spec, pages, heads, jobs, false);
   cudaStreamEndCapture(timer.stream, &graph);
   if (!status.ok()) return state.SkipWithError(status.message().c_str());
-  if (cudaGraphInstantiate(&captured, graph, 0) != cudaSuccess) return state.SkipWithError(cudaGetErrorString(cudaGetLastError()));
+  if (cudaGraphInstantiate(&captured, graph, 0) != cudaSuccess)
+    return state.SkipWithError(cudaGetErrorString(cudaGetLastError()));
   for (auto _ : state) state.SetIterationTime(timer.seconds([&] { cudaGraphLaunch(captured, timer.stream); }));
   cudaGraphExecDestroy(captured);
   const double kernel = kernels_alone(graph, timer);
@@ -345,7 +357,9 @@ void seal(benchmark::State& state, const Case& c, bool lambda) {
   state.counters["of_copy"] = benchmark::Counter(bytes / copy_speed(), benchmark::Counter::kIsIterationInvariantRate);
   state.counters["kernel_us"] = kernel * 1e6;
   state.counters["kernel_of_copy"] = bytes / kernel / copy_speed();
-  state.counters["per_vector"] = benchmark::Counter(static_cast<double>(slices) * 2 * kPageTokens, benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
+  state.counters["per_vector"] =
+      benchmark::Counter(static_cast<double>(slices) * 2 * kPageTokens,
+                         benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
   state.SetBytesProcessed(static_cast<std::int64_t>(bytes) * state.iterations());
 }
 
@@ -358,18 +372,25 @@ std::vector<int> ragged_lengths(int batch) {
 
 const bool registered = [] {
   for (const cases::Geometry& g : cases::kGeometries) {
-    const auto name = [&g](const char* what, const std::string& tokens) { return std::string(what) + "/" + g.name + "/" + tokens; };
-    for (const auto& [batch, tokens] : {std::pair(16, 32768), std::pair(64, 8192), std::pair(1, 131072), std::pair(1, 4096), std::pair(8, 4096)}) {
+    const auto name = [&g](const char* what, const std::string& tokens) {
+      return std::string(what) + "/" + g.name + "/" + tokens;
+    };
+    for (const auto& [batch, tokens] :
+         {std::pair(16, 32768), std::pair(64, 8192), std::pair(1, 131072), std::pair(1, 4096), std::pair(8, 4096)}) {
       if (g.kv_heads > 16 && batch * tokens > 131072) continue;  // the scene would not fit
       for (const bool paged : {false, true})
-        benchmark::RegisterBenchmark(name(paged ? "paged" : "decode", std::to_string(batch) + "x" + std::to_string(tokens)).c_str(), decode,
-                                     Case{g, std::vector<int>(static_cast<std::size_t>(batch), tokens), paged})->UseManualTime();
+        benchmark::RegisterBenchmark(
+            name(paged ? "paged" : "decode", std::to_string(batch) + "x" + std::to_string(tokens)).c_str(), decode,
+            Case{g, std::vector<int>(static_cast<std::size_t>(batch), tokens), paged})
+            ->UseManualTime();
     }
     const std::vector<int> ragged = ragged_lengths(16);
     const int mean = std::accumulate(ragged.begin(), ragged.end(), 0) / 16;
     if (g.kv_heads <= 16) {
       benchmark::RegisterBenchmark(name("decode", "16x100-32768").c_str(), decode, Case{g, ragged})->UseManualTime();
-      benchmark::RegisterBenchmark(name("decode", "16x" + std::to_string(mean)).c_str(), decode, Case{g, std::vector<int>(16, mean)})->UseManualTime();
+      benchmark::RegisterBenchmark(name("decode", "16x" + std::to_string(mean)).c_str(), decode,
+                                   Case{g, std::vector<int>(16, mean)})
+          ->UseManualTime();
     }
     const Case prefill{g, {g.kv_heads > 16 ? 16384 : g.kv_heads < 4 ? 131072 : 65536}};
     benchmark::RegisterBenchmark((std::string("seal/") + g.name).c_str(), seal, prefill, false)->UseManualTime();

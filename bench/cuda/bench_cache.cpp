@@ -1,5 +1,5 @@
-// Steps of decoding through kv4::Cache on a CUDA device: 32 layers of 32 query and 8 KV heads, d = 128, bfloat16, after a prompt of
-// 1,030 tokens, which leaves the window room. Names: what / batch. us per layer:
+// Steps of decoding through kv4::Cache on a CUDA device: 32 layers of 32 query and 8 KV heads, d = 128, bfloat16, after
+// a prompt of 1,030 tokens, which leaves the window room. Names: what / batch. us per layer:
 //   append    the captured append alone, by events over a replayed graph
 //   graph     append and attention of a captured step, advance() included, by the wall clock over 128 steps (two seals)
 //   host      the same steps called one by one; `queued` is the host's part, until the last call has returned
@@ -26,7 +26,8 @@ class Model {
  public:
   explicit Model(int batch)
       : batch_(batch), rows_(static_cast<std::size_t>(batch) * kHeads * kPrompt * kDim * 2, 0x3c),
-        q_(static_cast<std::size_t>(batch) * kQueryHeads * kDim * 2, 0x3c), out_(static_cast<std::size_t>(batch) * kQueryHeads * kDim * 2) {
+        q_(static_cast<std::size_t>(batch) * kQueryHeads * kDim * 2, 0x3c),
+        out_(static_cast<std::size_t>(batch) * kQueryHeads * kDim * 2) {
     cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
   }
   ~Model() {
@@ -81,7 +82,10 @@ class Model {
 
  private:
   TensorView rows(std::int64_t tokens) const {
-    return {rows_.as<void>(), DType::bf16, {batch_, kHeads, tokens, kDim}, {kHeads * tokens * kDim, tokens * kDim, kDim, 1}};
+    return {rows_.as<void>(),
+            DType::bf16,
+            {batch_, kHeads, tokens, kDim},
+            {kHeads * tokens * kDim, tokens * kDim, kDim, 1}};
   }
   Status attend(Cache& cache) {
     AttendArgs args;
@@ -93,7 +97,9 @@ class Model {
   std::vector<std::unique_ptr<Cache>> layers_;
 };
 
-double microseconds(Clock::time_point from) { return std::chrono::duration<double, std::micro>(Clock::now() - from).count(); }
+double microseconds(Clock::time_point from) {
+  return std::chrono::duration<double, std::micro>(Clock::now() - from).count();
+}
 
 void append(benchmark::State& state, int batch) {
   Model model(batch);
@@ -148,9 +154,18 @@ void steps(benchmark::State& state, int batch, bool captured) {
 const bool registered = [] {
   for (const int batch : {1, 16}) {
     const std::string name = "/" + std::to_string(batch);
-    benchmark::RegisterBenchmark(("append" + name).c_str(), append, batch)->UseManualTime()->Unit(benchmark::kMicrosecond)->Iterations(20);
-    benchmark::RegisterBenchmark(("graph" + name).c_str(), steps, batch, true)->UseManualTime()->Unit(benchmark::kMicrosecond)->Iterations(3);
-    benchmark::RegisterBenchmark(("host" + name).c_str(), steps, batch, false)->UseManualTime()->Unit(benchmark::kMicrosecond)->Iterations(3);
+    benchmark::RegisterBenchmark(("append" + name).c_str(), append, batch)
+        ->UseManualTime()
+        ->Unit(benchmark::kMicrosecond)
+        ->Iterations(20);
+    benchmark::RegisterBenchmark(("graph" + name).c_str(), steps, batch, true)
+        ->UseManualTime()
+        ->Unit(benchmark::kMicrosecond)
+        ->Iterations(3);
+    benchmark::RegisterBenchmark(("host" + name).c_str(), steps, batch, false)
+        ->UseManualTime()
+        ->Unit(benchmark::kMicrosecond)
+        ->Iterations(3);
   }
   return true;
 }();

@@ -33,7 +33,8 @@ const Plan& Attention::plan_of(const MaskRows& mask, const Layer& layer, int fir
   return plan;
 }
 
-// q [head_dim, rows, q_heads, streams]; out [head_dim, q_heads, rows, streams], contiguous. Row t of stream s is row s * rows + t of the call.
+// q [head_dim, rows, q_heads, streams]; out [head_dim, q_heads, rows, streams], contiguous. Row t of stream s is row s
+// * rows + t of the call.
 Status Attention::run(Layer* layer, const ggml_tensor* op) {
   const ggml_tensor *q = op->src[0], *k = op->src[1], *m = op->src[3], *sinks = op->src[4];
   const Geometry& g = layer->geometry();
@@ -51,7 +52,8 @@ Status Attention::run(Layer* layer, const ggml_tensor* op) {
   const Plan& plan = plan_of(mask, *layer, first_stream);
 
   AttendArgs args;
-  args.q = {q->data, DType::f32, {1, g.q_heads, rows * streams, g.head_dim_k}, {0, floats(q->nb[2]), floats(q->nb[1]), 1}};
+  args.q = {
+      q->data, DType::f32, {1, g.q_heads, rows * streams, g.head_dim_k}, {0, floats(q->nb[2]), floats(q->nb[1]), 1}};
   if (streams > 1 && q->nb[3] != q->nb[1] * static_cast<std::size_t>(rows)) {
     const std::int64_t row = g.q_heads * std::int64_t{g.head_dim_k};
     queries_.resize(static_cast<std::size_t>(streams * rows * row));
@@ -59,7 +61,8 @@ Status Attention::run(Layer* layer, const ggml_tensor* op) {
       for (std::int64_t t = 0; t < rows; ++t)
         for (int h = 0; h < g.q_heads; ++h)
           std::memcpy(queries_.data() + (s * rows + t) * row + h * g.head_dim_k,
-                      static_cast<const std::byte*>(q->data) + static_cast<std::size_t>(s) * q->nb[3] + static_cast<std::size_t>(t) * q->nb[1] + static_cast<std::size_t>(h) * q->nb[2],
+                      static_cast<const std::byte*>(q->data) + static_cast<std::size_t>(s) * q->nb[3] +
+                          static_cast<std::size_t>(t) * q->nb[1] + static_cast<std::size_t>(h) * q->nb[2],
                       static_cast<std::size_t>(g.head_dim_k) * sizeof(float));
     args.q.data = queries_.data();
     args.q.stride = {0, g.head_dim_k, row, 1};
@@ -67,7 +70,8 @@ Status Attention::run(Layer* layer, const ggml_tensor* op) {
   args.scale = parameter(op, 0);
   args.softcap = parameter(op, 2);
   args.sinks = sinks == nullptr ? nullptr : static_cast<const float*>(sinks->data);
-  const MutableTensorView out{op->data, DType::f32, {1, g.q_heads, rows * streams, g.head_dim_v}, {0, floats(op->nb[1]), floats(op->nb[2]), 1}};
+  const MutableTensorView out{
+      op->data, DType::f32, {1, g.q_heads, rows * streams, g.head_dim_v}, {0, floats(op->nb[1]), floats(op->nb[2]), 1}};
   PageFormat::Limits limits = plan.limits();
   limits.q_heads = g.q_heads;
   std::size_t bytes = 0;

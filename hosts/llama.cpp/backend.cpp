@@ -58,13 +58,15 @@ std::int64_t index_at(const ggml_tensor* ids, std::int64_t i) {
 // Few rows are converted here: a graph for the CPU's backend costs as much.
 bool store_here(const ggml_tensor* op) {
   const ggml_tensor* rows = op->src[0];
-  return op->type == GGML_TYPE_F16 && rows->type == GGML_TYPE_F32 && rows->nb[0] == sizeof(float) && rows->ne[2] == 1 && rows->ne[3] == 1 && ggml_nelements(rows) <= 8192;
+  return op->type == GGML_TYPE_F16 && rows->type == GGML_TYPE_F32 && rows->nb[0] == sizeof(float) && rows->ne[2] == 1 &&
+         rows->ne[3] == 1 && ggml_nelements(rows) <= 8192;
 }
 
 ggml_status set_rows(Context& c, ggml_tensor* op, Cells& cells) {
   const ggml_tensor *rows = op->src[0], *ids = op->src[1];
   const auto cell_of = [&](std::int64_t i) {
-    return static_cast<std::int64_t>((op->view_offs + static_cast<std::size_t>(index_at(ids, i)) * op->nb[1]) / cells.row_bytes);
+    return static_cast<std::int64_t>((op->view_offs + static_cast<std::size_t>(index_at(ids, i)) * op->nb[1]) /
+                                     cells.row_bytes);
   };
   if (cells.layer != nullptr) {
     for (std::int64_t i = 0; i < ids->ne[0];) {
@@ -78,8 +80,11 @@ ggml_status set_rows(Context& c, ggml_tensor* op, Cells& cells) {
   }
   if (store_here(op)) {
     for (std::int64_t i = 0; i < rows->ne[1]; ++i)
-      ggml_fp32_to_fp16_row(reinterpret_cast<const float*>(static_cast<const std::byte*>(rows->data) + static_cast<std::size_t>(i) * rows->nb[1]),
-                            reinterpret_cast<ggml_fp16_t*>(static_cast<std::byte*>(op->data) + static_cast<std::size_t>(index_at(ids, i)) * op->nb[1]), rows->ne[0]);
+      ggml_fp32_to_fp16_row(reinterpret_cast<const float*>(static_cast<const std::byte*>(rows->data) +
+                                                           static_cast<std::size_t>(i) * rows->nb[1]),
+                            reinterpret_cast<ggml_fp16_t*>(static_cast<std::byte*>(op->data) +
+                                                           static_cast<std::size_t>(index_at(ids, i)) * op->nb[1]),
+                            rows->ne[0]);
   } else if (const ggml_status status = compute_on_cpu(c, op); status != GGML_STATUS_SUCCESS) {
     return status;
   }
@@ -87,7 +92,8 @@ ggml_status set_rows(Context& c, ggml_tensor* op, Cells& cells) {
   return GGML_STATUS_SUCCESS;
 }
 
-// Anything else that reads or writes the cache (K-shift, copies, attention without FLASH_ATTN_EXT) has the blocks that it touches exact.
+// Anything else that reads or writes the cache (K-shift, copies, attention without FLASH_ATTN_EXT) has the blocks that
+// it touches exact.
 ggml_status on_exact_rows(Context& c, ggml_tensor* op) {
   std::vector<Layer*> touched;
   const auto expose = [&](const ggml_tensor* t) {
@@ -95,7 +101,9 @@ ggml_status on_exact_rows(Context& c, ggml_tensor* op) {
     if (cells == nullptr || cells->layer == nullptr) return Status();
     touched.push_back(cells->layer);
     const CellRange range = range_of(t, *cells);
-    return range.count == 0 ? Status() : cells->layer->expose(cells->block_of(range.first), cells->block_of(range.first + range.count - 1) + 1);
+    return range.count == 0
+               ? Status()
+               : cells->layer->expose(cells->block_of(range.first), cells->block_of(range.first + range.count - 1) + 1);
   };
   for (const ggml_tensor* src : op->src)
     if (const Status status = expose(src); !status.ok()) return failed(op, status);
@@ -151,12 +159,16 @@ constexpr ggml_backend_i kBackend = [] {
 
 ggml_backend_dev_t cpu_device() { return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); }
 
-// One team of threads: ggml's and kv4's regions run on the same. Before each step, that is, when a cache is where it will be.
+// One team of threads: ggml's and kv4's regions run on the same. Before each step, that is, when a cache is where it
+// will be.
 void set_n_threads(ggml_backend_t backend, int n) {
   if (!holds_a_cache())
-    say_once(GGML_LOG_LEVEL_WARN, "holds no cache: the model has none of keys and values, or llama.cpp keeps it to itself (-nkvo, or no layers offloaded: -ngl 0)");
+    say_once(GGML_LOG_LEVEL_WARN,
+             "holds no cache: the model has none of keys and values, or llama.cpp keeps it to itself (-nkvo, or no "
+             "layers offloaded: -ngl 0)");
   static_cast<void>(cpu::set_num_threads(std::max(1, n)));
-  const auto set = reinterpret_cast<ggml_backend_set_n_threads_t>(ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu_device()), "ggml_backend_set_n_threads"));
+  const auto set = reinterpret_cast<ggml_backend_set_n_threads_t>(
+      ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu_device()), "ggml_backend_set_n_threads"));
   if (set != nullptr) set(of(backend).cpu, n);
 }
 
@@ -175,7 +187,8 @@ void device_props(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
 }
 
 ggml_backend_t init_backend(ggml_backend_dev_t device, const char*) {
-  static const ggml_guid guid = {0x6b, 0x76, 0x34, 0x2d, 0x67, 0x67, 0x6d, 0x6c, 0x2d, 0x63, 0x61, 0x63, 0x68, 0x65, 0x2d, 0x31};
+  static const ggml_guid guid = {0x6b, 0x76, 0x34, 0x2d, 0x67, 0x67, 0x6d, 0x6c,
+                                 0x2d, 0x63, 0x61, 0x63, 0x68, 0x65, 0x2d, 0x31};
   auto context = std::make_unique<Context>();
   context->cpu = ggml_backend_dev_init(cpu_device(), nullptr);
   if (context->cpu == nullptr) return nullptr;
@@ -192,8 +205,11 @@ bool reads_cache(const ggml_tensor* op) {
 void note_rotary_pairs(const ggml_tensor* op) {
   Cells* cells = cells_of(op);
   const ggml_tensor* t = op->src[0];
-  while (t != nullptr && (t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_CONT)) t = t->src[0];
-  if (cells != nullptr && t != nullptr && t->op == GGML_OP_ROPE) cells->neighbours = t->op_params[2] == GGML_ROPE_TYPE_NORMAL ? t->op_params[1] : 0;
+  while (t != nullptr &&
+         (t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_CONT))
+    t = t->src[0];
+  if (cells != nullptr && t != nullptr && t->op == GGML_OP_ROPE)
+    cells->neighbours = t->op_params[2] == GGML_ROPE_TYPE_NORMAL ? t->op_params[1] : 0;
 }
 
 // Whatever touches the cache; nothing else, so that weights and their operations stay where llama.cpp has them.
@@ -212,7 +228,8 @@ bool supports_op(ggml_backend_dev_t, const ggml_tensor* op) {
     case GGML_OP_MUL_MAT:
       if (!is_cache(op->src[0])) return false;
       // Not while llama.cpp only counts memory, with its log muted.
-      if (cells_of(op->src[0]) != nullptr) say_once(GGML_LOG_LEVEL_WARN, "flash attention is off: the cache stays exact; -fa on packs it");
+      if (cells_of(op->src[0]) != nullptr)
+        say_once(GGML_LOG_LEVEL_WARN, "flash attention is off: the cache stays exact; -fa on packs it");
       return true;
     default: break;
   }
@@ -220,7 +237,9 @@ bool supports_op(ggml_backend_dev_t, const ggml_tensor* op) {
   return (is_cache(op) || reads_cache(op)) && ggml_backend_dev_supports_op(cpu_device(), op);
 }
 
-bool supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t type) { return type == buffer_type(nullptr) || ggml_backend_buft_is_host(type); }
+bool supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t type) {
+  return type == buffer_type(nullptr) || ggml_backend_buft_is_host(type);
+}
 
 constexpr ggml_backend_device_i kDevice = {
     .get_name = device_name,
@@ -253,14 +272,22 @@ void* proc_address(ggml_backend_reg_t, const char* name) {
 // Numbers of operations and the layout of what backends hand over change from one release of ggml to the next.
 Status check_ggml() {
   const char* const version = ggml_version();
-  if (std::strcmp(version, KV4_GGML_VERSION) != 0) return error(StatusCode::unsupported, "ggml", KV4_GGML_VERSION ", for which this was built", version);
+  if (std::strcmp(version, KV4_GGML_VERSION) != 0)
+    return error(StatusCode::unsupported, "ggml", KV4_GGML_VERSION ", for which this was built", version);
   const struct {
     ggml_op op;
     const char* name;
-  } used[] = {{GGML_OP_NONE, "NONE"}, {GGML_OP_VIEW, "VIEW"}, {GGML_OP_RESHAPE, "RESHAPE"}, {GGML_OP_PERMUTE, "PERMUTE"}, {GGML_OP_TRANSPOSE, "TRANSPOSE"},
-              {GGML_OP_SET_ROWS, "SET_ROWS"}, {GGML_OP_FLASH_ATTN_EXT, "FLASH_ATTN_EXT"}, {GGML_OP_MUL_MAT, "MUL_MAT"}};
+  } used[] = {{GGML_OP_NONE, "NONE"},
+              {GGML_OP_VIEW, "VIEW"},
+              {GGML_OP_RESHAPE, "RESHAPE"},
+              {GGML_OP_PERMUTE, "PERMUTE"},
+              {GGML_OP_TRANSPOSE, "TRANSPOSE"},
+              {GGML_OP_SET_ROWS, "SET_ROWS"},
+              {GGML_OP_FLASH_ATTN_EXT, "FLASH_ATTN_EXT"},
+              {GGML_OP_MUL_MAT, "MUL_MAT"}};
   for (const auto& [op, name] : used)
-    if (std::strcmp(ggml_op_name(op), name) != 0) return error(StatusCode::unsupported, "ggml", std::string("operation ") + name, ggml_op_name(op));
+    if (std::strcmp(ggml_op_name(op), name) != 0)
+      return error(StatusCode::unsupported, "ggml", std::string("operation ") + name, ggml_op_name(op));
   return {};
 }
 
@@ -273,7 +300,8 @@ Status open() {
 }  // namespace
 
 ggml_backend_reg_t registry() {
-  static ggml_backend_reg registry = {GGML_BACKEND_API_VERSION, {registry_name, device_count, device_at, proc_address}, nullptr};
+  static ggml_backend_reg registry = {
+      GGML_BACKEND_API_VERSION, {registry_name, device_count, device_at, proc_address}, nullptr};
   if (const Status status = open(); !status.ok()) {
     say(GGML_LOG_LEVEL_ERROR, status.message() + "; llama.cpp goes on with its own cache");
     return nullptr;
@@ -289,5 +317,4 @@ extern "C" {
 GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void) { return kv4::llama::registry(); }
 // Any processor: kv4 finds the best that this one has as it runs.
 GGML_BACKEND_API int ggml_backend_score(void) { return 1; }
-
 }

@@ -1,4 +1,5 @@
-// kv4 as one of ggml's backends: a device that keeps the cache and answers attention over it; everything else stays with the CPU's.
+// kv4 as one of ggml's backends: a device that keeps the cache and answers attention over it; everything else stays
+// with the CPU's.
 #pragma once
 
 #include "ggml-backend-impl.h"

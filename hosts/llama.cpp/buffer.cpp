@@ -37,8 +37,9 @@ struct Buffer {
       for (std::int64_t b = 0; b < c->blocks(); ++b) exact += c->used(b) ? c->block_bytes() : 0;
     }
     // llama.cpp's programs leave out what libraries tell for information.
-    say(settings().verbose ? GGML_LOG_LEVEL_WARN : GGML_LOG_LEVEL_INFO, std::string(when) + ": the cache holds " + mebibytes(exact + packed) + " (exact " + mebibytes(exact) + ", packed " + mebibytes(packed) +
-                                 ") of " + mebibytes(nominal) + " address space");
+    say(settings().verbose ? GGML_LOG_LEVEL_WARN : GGML_LOG_LEVEL_INFO,
+        std::string(when) + ": the cache holds " + mebibytes(exact + packed) + " (exact " + mebibytes(exact) +
+            ", packed " + mebibytes(packed) + ") of " + mebibytes(nominal) + " address space");
   }
 };
 
@@ -51,7 +52,8 @@ bool ours(const ggml_tensor* t) {
 bool named_cache(const ggml_tensor* t) {
   const std::string_view name = t->name;
   const std::size_t layer = name.rfind("_l");
-  if (t->op != GGML_OP_NONE || !name.starts_with("cache_") || layer == std::string_view::npos || layer < 7) return false;
+  if (t->op != GGML_OP_NONE || !name.starts_with("cache_") || layer == std::string_view::npos || layer < 7)
+    return false;
   return name[layer - 1] == 'k' || name[layer - 1] == 'v';
 }
 
@@ -66,7 +68,8 @@ template <class Act>
 void for_blocks(const Cells& c, std::size_t offset, std::size_t n, Act&& act) {
   const std::size_t stream = static_cast<std::size_t>(c.cells) * c.row_bytes;
   while (n > 0) {
-    const std::size_t s = offset / stream, within = offset % stream, b = within / c.block_bytes(), at = within % c.block_bytes();
+    const std::size_t s = offset / stream, within = offset % stream, b = within / c.block_bytes(),
+                      at = within % c.block_bytes();
     const std::size_t bytes = std::min({n, c.block_bytes() - at, stream - within});
     act(static_cast<std::int64_t>(s) * c.blocks_of_stream() + static_cast<std::int64_t>(b), at, bytes);
     offset += bytes;
@@ -76,13 +79,16 @@ void for_blocks(const Cells& c, std::size_t offset, std::size_t n, Act&& act) {
 
 void note_written(Cells& c, std::size_t offset, std::size_t n) {
   if (n == 0) return;
-  for (std::size_t cell = offset / c.row_bytes; cell <= (offset + n - 1) / c.row_bytes; ++cell) c.wrote(static_cast<std::int64_t>(cell));
+  for (std::size_t cell = offset / c.row_bytes; cell <= (offset + n - 1) / c.row_bytes; ++cell)
+    c.wrote(static_cast<std::int64_t>(cell));
 }
 
 Status write(Cells& c, std::size_t offset, std::size_t n, const void* from) {
   if (n == 0) return {};
   const std::size_t first = offset / c.row_bytes, last = (offset + n - 1) / c.row_bytes;
-  if (c.layer != nullptr) KV4_RETURN_IF_ERROR(c.layer->begin_write(static_cast<std::int64_t>(first), static_cast<std::int64_t>(last - first + 1)));
+  if (c.layer != nullptr)
+    KV4_RETURN_IF_ERROR(
+        c.layer->begin_write(static_cast<std::int64_t>(first), static_cast<std::int64_t>(last - first + 1)));
   std::memcpy(c.data + offset, from, n);
   note_written(c, offset, n);
   return {};
@@ -109,13 +115,15 @@ Status read(Cells& c, std::size_t offset, std::size_t n, void* to) {
   return status;
 }
 
-std::size_t offset_of(const ggml_tensor* t, const Cells& c) { return static_cast<std::size_t>(static_cast<const std::byte*>(t->data) - c.data); }
+std::size_t offset_of(const ggml_tensor* t, const Cells& c) {
+  return static_cast<std::size_t>(static_cast<const std::byte*>(t->data) - c.data);
+}
 
 // A view of all heads of some cells, from a stream's first on.
 bool whole_rows(const ggml_tensor* view, const Cells& c) {
   const std::size_t element = ggml_type_size(view->type), stream = static_cast<std::size_t>(c.cells) * c.row_bytes;
-  return view->nb[0] == element && view->nb[2] == ggml_row_size(view->type, view->ne[0]) && view->nb[1] == c.row_bytes &&
-         view->view_offs % stream == 0 && (view->ne[3] == 1 || view->nb[3] == stream);
+  return view->nb[0] == element && view->nb[2] == ggml_row_size(view->type, view->ne[0]) &&
+         view->nb[1] == c.row_bytes && view->view_offs % stream == 0 && (view->ne[3] == 1 || view->nb[3] == stream);
 }
 
 Buffer& of(ggml_backend_buffer_t buffer) { return *static_cast<Buffer*>(buffer->context); }
@@ -136,7 +144,8 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* t) {
   DType dtype;
   if (!settings().exact && !dtype_of(t->type, &dtype)) {
     cells->stays_exact = true;
-    say_once(GGML_LOG_LEVEL_WARN, std::string("not packed, stays exact: cache type: expected f16 or bf16; got ") + ggml_type_name(t->type));
+    say_once(GGML_LOG_LEVEL_WARN,
+             std::string("not packed, stays exact: cache type: expected f16 or bf16; got ") + ggml_type_name(t->type));
   }
   return GGML_STATUS_SUCCESS;
 }
@@ -160,11 +169,13 @@ void get_tensor(ggml_backend_buffer_t, const ggml_tensor* t, void* data, std::si
   else std::memcpy(data, static_cast<const std::byte*>(t->data) + offset, n);
 }
 
-// Whole streams of one layer, which is what llama.cpp copies a sequence by: codes and all, keys and values with the keys.
+// Whole streams of one layer, which is what llama.cpp copies a sequence by: codes and all, keys and values with the
+// keys.
 bool copy_stream(const ggml_tensor* from, ggml_tensor* to) {
   Cells *a = cells_of(from), *b = cells_of(to);
   if (a == nullptr || a != b || a->layer == nullptr || !a->layer->packs()) return false;
-  const std::size_t stream = static_cast<std::size_t>(a->cells) * a->row_bytes, x = offset_of(from, *a), y = offset_of(to, *a);
+  const std::size_t stream = static_cast<std::size_t>(a->cells) * a->row_bytes, x = offset_of(from, *a),
+                    y = offset_of(to, *a);
   if (x % stream != 0 || y % stream != 0 || ggml_nbytes(from) != stream || ggml_nbytes(to) != stream) return false;
   if (a == &a->layer->values()) return true;
   return said_ok(a->layer->copy_stream(static_cast<std::int64_t>(x / stream), static_cast<std::int64_t>(y / stream)));
@@ -201,7 +212,9 @@ thread_local bool t_sized_cache = false;
 const char* name(ggml_backend_buffer_type_t) { return "KV4"; }
 
 ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, std::size_t size) {
-  if (!std::exchange(t_sized_cache, false)) return ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)), size);
+  if (!std::exchange(t_sized_cache, false))
+    return ggml_backend_buft_alloc_buffer(
+        ggml_backend_dev_buffer_type(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)), size);
   auto buffer = std::make_unique<Buffer>();
   if (!buffer->memory.reserve(size)) return nullptr;
   return ggml_backend_buffer_init(type, kBuffer, buffer.release(), size);
@@ -219,7 +232,8 @@ bool is_host(ggml_backend_buffer_type_t) { return false; }
 }  // namespace
 
 ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t device) {
-  static ggml_backend_buffer_type type = {{name, alloc_buffer, get_alignment, nullptr, get_alloc_size, is_host}, device, nullptr};
+  static ggml_backend_buffer_type type = {
+      {name, alloc_buffer, get_alignment, nullptr, get_alloc_size, is_host}, device, nullptr};
   return &type;
 }
 
@@ -227,9 +241,7 @@ bool holds_a_cache() { return g_buffers > 0; }
 
 bool is_cache(const ggml_tensor* t) { return t != nullptr && ours(t) && named_cache(root_of(t)); }
 
-bool is_other_state(const ggml_tensor* t) {
-  return t != nullptr && ours(t) && !named_cache(root_of(t));
-}
+bool is_other_state(const ggml_tensor* t) { return t != nullptr && ours(t) && !named_cache(root_of(t)); }
 
 Cells* cells_of(const ggml_tensor* t) { return is_cache(t) ? static_cast<Cells*>(root_of(t)->extra) : nullptr; }
 
@@ -242,14 +254,18 @@ CellRange range_of(const ggml_tensor* view, const Cells& c) {
 Layer* layer_of(const ggml_tensor* op) {
   const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
   Cells *keys = cells_of(k), *values = cells_of(v);
-  if (keys == nullptr || values == nullptr || keys->stays_exact || values->stays_exact || settings().exact) return nullptr;
+  if (keys == nullptr || values == nullptr || keys->stays_exact || values->stays_exact || settings().exact)
+    return nullptr;
   float scale_bias_cap[3];
   std::memcpy(scale_bias_cap, op->op_params, sizeof scale_bias_cap);
-  const Geometry geometry{static_cast<int>(q->ne[2]), static_cast<int>(k->ne[2]), static_cast<int>(k->ne[0]), static_cast<int>(v->ne[0])};
+  const Geometry geometry{static_cast<int>(q->ne[2]), static_cast<int>(k->ne[2]), static_cast<int>(k->ne[0]),
+                          static_cast<int>(v->ne[0])};
   std::string why;
   if (scale_bias_cap[1] != 0.0f) why = "ALiBi, a bias that grows with distance";
-  if (q->type != GGML_TYPE_F32 || (mask != nullptr && (mask->type != GGML_TYPE_F16 || mask->ne[2] != 1))) why = "queries other than f32, or a mask other than f16 and one for all heads";
-  if (keys != values && (!whole_rows(k, *keys) || !whole_rows(v, *values))) why = "heads that do not follow one another";
+  if (q->type != GGML_TYPE_F32 || (mask != nullptr && (mask->type != GGML_TYPE_F16 || mask->ne[2] != 1)))
+    why = "queries other than f32, or a mask other than f16 and one for all heads";
+  if (keys != values && (!whole_rows(k, *keys) || !whole_rows(v, *values)))
+    why = "heads that do not follow one another";
   Layer* layer = keys->layer;
   if (why.empty() && layer == nullptr && values->layer == nullptr) {
     std::unique_ptr<Layer> made;
@@ -261,7 +277,8 @@ Layer* layer_of(const ggml_tensor* op) {
       of(root_of(k)->buffer).layers.push_back(std::move(made));
     }
   }
-  if (why.empty() && (layer == nullptr || layer != values->layer || layer->geometry() != geometry)) why = "a cache that is read in more than one way";
+  if (why.empty() && (layer == nullptr || layer != values->layer || layer->geometry() != geometry))
+    why = "a cache that is read in more than one way";
   if (why.empty()) return layer->packs() ? layer : nullptr;
   for (Cells* c : {keys, values}) {
     c->stays_exact = true;

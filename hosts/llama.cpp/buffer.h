@@ -1,5 +1,5 @@
-// Memory that llama.cpp asks this backend for: the cache's tensors, each of which becomes Cells. Whatever else it asks for, attention's
-// outputs and the recurrent state of hybrid models, is answered with the CPU's own memory.
+// Memory that llama.cpp asks this backend for: the cache's tensors, each of which becomes Cells. Whatever else it asks
+// for, attention's outputs and the recurrent state of hybrid models, is answered with the CPU's own memory.
 #pragma once
 
 #include <memory>
@@ -29,8 +29,8 @@ struct CellRange {
 };
 CellRange range_of(const ggml_tensor* view, const Cells& cells);
 
-// The layer of keys and values that an attention reads; made at the first such attention. Null where llama.cpp's own attention has to serve
-// it, over exact rows: the reason is said once.
+// The layer of keys and values that an attention reads; made at the first such attention. Null where llama.cpp's own
+// attention has to serve it, over exact rows: the reason is said once.
 Layer* layer_of(const ggml_tensor* attention);
 
 }  // namespace kv4::llama

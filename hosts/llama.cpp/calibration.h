@@ -1,5 +1,5 @@
-// Lambda that was measured on a text: what `kv4 calibrate` writes, a safetensors file of "layer.N.key.lambda" [kv_heads, head_dim], and
-// of "layer.N.value.lambda" where values have one.
+// Lambda that was measured on a text: what `kv4 calibrate` writes, a safetensors file of "layer.N.key.lambda"
+// [kv_heads, head_dim], and of "layer.N.value.lambda" where values have one.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +31,8 @@ class Calibration {
   std::map<int, Lambda> keys_, values_;
 };
 
-// From the order of channels that files of transformers have, whose rotary pairs are c and c + n / 2 of the first n, to the one with
-// pairs 2 c and 2 c + 1, which GGUF files of some architectures have.
+// From the order of channels that files of transformers have, whose rotary pairs are c and c + n / 2 of the first n, to
+// the one with pairs 2 c and 2 c + 1, which GGUF files of some architectures have.
 void pair_neighbours(std::vector<float>* lambda, std::int64_t head_dim, std::int64_t n);
 
 }  // namespace kv4::llama

@@ -6,14 +6,8 @@
 namespace kv4::llama {
 
 Cells::Cells(const ggml_tensor& tensor)
-    : name(tensor.name),
-      type(tensor.type),
-      channels(tensor.ne[0]),
-      cells(tensor.ne[1]),
-      streams(tensor.ne[2]),
-      row_bytes(tensor.nb[1]),
-      data(static_cast<std::byte*>(tensor.data)),
-      bytes(ggml_nbytes(&tensor)) {
+    : name(tensor.name), type(tensor.type), channels(tensor.ne[0]), cells(tensor.ne[1]), streams(tensor.ne[2]),
+      row_bytes(tensor.nb[1]), data(static_cast<std::byte*>(tensor.data)), bytes(ggml_nbytes(&tensor)) {
   forget();
 }
 
@@ -38,7 +32,8 @@ void Cells::wrote(std::int64_t cell) {
 
 bool Cells::settled(std::int64_t block, std::int64_t tokens) const {
   const auto b = static_cast<std::size_t>(block);
-  return written_[b] == ~std::uint64_t{0} && clock_[static_cast<std::size_t>(block / blocks_of_stream())] - last_write_[b] >= tokens;
+  return written_[b] == ~std::uint64_t{0} &&
+         clock_[static_cast<std::size_t>(block / blocks_of_stream())] - last_write_[b] >= tokens;
 }
 
 bool Cells::finite(std::int64_t b) const {
@@ -53,7 +48,8 @@ void Cells::take_history(std::int64_t block, const Cells& from, std::int64_t fro
   const auto b = static_cast<std::size_t>(block), f = static_cast<std::size_t>(from_block);
   written_[b] = from.written_[f];
   last_write_[b] = from.last_write_[f];
-  clock_[static_cast<std::size_t>(block / blocks_of_stream())] = from.clock_[static_cast<std::size_t>(from_block / from.blocks_of_stream())];
+  clock_[static_cast<std::size_t>(block / blocks_of_stream())] =
+      from.clock_[static_cast<std::size_t>(from_block / from.blocks_of_stream())];
 }
 
 bool dtype_of(ggml_type type, DType* out) {

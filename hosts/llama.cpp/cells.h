@@ -1,5 +1,6 @@
-// One tensor of llama.cpp's cache: rows of cells, by streams. Its bytes are the exact rows, where they lie; which of them were written, and
-// how long ago, is kept beside them by blocks of kPageTokens cells, numbered through all streams.
+// One tensor of llama.cpp's cache: rows of cells, by streams. Its bytes are the exact rows, where they lie; which of
+// them were written, and how long ago, is kept beside them by blocks of kPageTokens cells, numbered through all
+// streams.
 #pragma once
 
 #include <cstddef>
@@ -26,17 +27,20 @@ struct Cells {
   std::size_t row_bytes;
   std::byte* data;
   std::size_t bytes;
-  Layer* layer = nullptr;  // whose keys or values they are, once an attention has named both
-  bool stays_exact = false;  // kv4 does not serve them
+  Layer* layer = nullptr;       // whose keys or values they are, once an attention has named both
+  bool stays_exact = false;     // kv4 does not serve them
   std::int64_t neighbours = 0;  // channels of a head whose rotary pairs lie side by side, as far as is known
 
   // Of the model, from the name: cache_k_l7. -1 where it has none.
   int layer_number() const;
   std::int64_t blocks_of_stream() const { return (cells + kPageTokens - 1) / kPageTokens; }
   std::int64_t blocks() const { return blocks_of_stream() * streams; }
-  std::int64_t block_of(std::int64_t cell) const { return cell / cells * blocks_of_stream() + cell % cells / kPageTokens; }
+  std::int64_t block_of(std::int64_t cell) const {
+    return cell / cells * blocks_of_stream() + cell % cells / kPageTokens;
+  }
   std::byte* block(std::int64_t b) const {
-    return data + static_cast<std::size_t>(b / blocks_of_stream() * cells + b % blocks_of_stream() * kPageTokens) * row_bytes;
+    return data +
+           static_cast<std::size_t>(b / blocks_of_stream() * cells + b % blocks_of_stream() * kPageTokens) * row_bytes;
   }
   std::size_t block_bytes() const { return static_cast<std::size_t>(kPageTokens) * row_bytes; }
 

@@ -15,7 +15,8 @@ constexpr std::int32_t kBegin[] = {0};
 constexpr std::int32_t kEnd[] = {kPageTokens};
 
 std::string shape_of(const Geometry& g) {
-  return std::to_string(g.kv_heads) + " KV heads of " + std::to_string(g.head_dim_k) + " and " + std::to_string(g.head_dim_v);
+  return std::to_string(g.kv_heads) + " KV heads of " + std::to_string(g.head_dim_k) + " and " +
+         std::to_string(g.head_dim_v);
 }
 
 }  // namespace
@@ -24,13 +25,18 @@ Layer::Layer(Cells& k, Cells& v, const Geometry& geometry) : k_(k), v_(v), geome
 
 Status Layer::create(Cells& k, Cells& v, const Geometry& g, std::unique_ptr<Layer>* out) {
   std::unique_ptr<Layer> layer(new Layer(k, v, g));
-  if (&k == &v) return error(StatusCode::unsupported, "cache", "values of their own", "values that are a part of the keys");
+  if (&k == &v)
+    return error(StatusCode::unsupported, "cache", "values of their own", "values that are a part of the keys");
   if (k.type != v.type || !dtype_of(k.type, &layer->dtype_))
-    return error(StatusCode::unsupported, "cache type", "f16 or bf16 for keys and values alike", std::string(ggml_type_name(k.type)) + " and " + ggml_type_name(v.type));
+    return error(StatusCode::unsupported, "cache type", "f16 or bf16 for keys and values alike",
+                 std::string(ggml_type_name(k.type)) + " and " + ggml_type_name(v.type));
   if (k.cells != v.cells || k.streams != v.streams || k.cells % kPageTokens != 0)
-    return error(StatusCode::unsupported, "cells", "keys and values alike, a multiple of " + std::to_string(kPageTokens), std::to_string(k.cells) + " and " + std::to_string(v.cells));
+    return error(StatusCode::unsupported, "cells",
+                 "keys and values alike, a multiple of " + std::to_string(kPageTokens),
+                 std::to_string(k.cells) + " and " + std::to_string(v.cells));
   if (k.channels != g.kv_heads * g.head_dim_k || v.channels != g.kv_heads * g.head_dim_v)
-    return error(StatusCode::unsupported, "heads", "rows of " + shape_of(g), std::to_string(k.channels) + " and " + std::to_string(v.channels) + " channels");
+    return error(StatusCode::unsupported, "heads", "rows of " + shape_of(g),
+                 std::to_string(k.channels) + " and " + std::to_string(v.channels) + " channels");
   CacheConfig config;
   config.recipe = settings().recipe;
   config.dtype = layer->dtype_;
@@ -40,7 +46,8 @@ Status Layer::create(Cells& k, Cells& v, const Geometry& g, std::unique_ptr<Laye
   KV4_RETURN_IF_ERROR(PageFormat::create(config, &layer->format_));
   KV4_RETURN_IF_ERROR(layer->take_calibration());
   const std::size_t bytes = static_cast<std::size_t>(k.blocks()) * layer->format_->page_bytes();
-  if (!layer->pages_.reserve(bytes)) return error(StatusCode::out_of_memory, "pages", mebibytes(bytes) + " of address space", "none");
+  if (!layer->pages_.reserve(bytes))
+    return error(StatusCode::out_of_memory, "pages", mebibytes(bytes) + " of address space", "none");
   layer->packed_.assign(static_cast<std::size_t>(k.blocks()), 0);
   layer->energies_.assign(static_cast<std::size_t>(g.q_heads * g.head_dim_k), 0.0);
   *out = std::move(layer);
@@ -52,7 +59,9 @@ Status Layer::take_calibration() {
   if (measured == nullptr) return {};
   KV4_RETURN_IF_ERROR(measured->keys_of(k_.layer_number(), geometry_.kv_heads, geometry_.head_dim_k, &lambda_));
   if (k_.neighbours > 0) pair_neighbours(&lambda_, geometry_.head_dim_k, k_.neighbours);
-  return measured->has_values() ? measured->values_of(v_.layer_number(), geometry_.kv_heads, geometry_.head_dim_v, &lambda_v_) : Status();
+  return measured->has_values()
+             ? measured->values_of(v_.layer_number(), geometry_.kv_heads, geometry_.head_dim_v, &lambda_v_)
+             : Status();
 }
 
 std::span<std::byte> Layer::scratch(std::size_t bytes) {
@@ -66,8 +75,14 @@ PagedBatch Layer::batch() const {
   batch.page_memory.data = reinterpret_cast<std::uint8_t*>(pages_.data());
   batch.page_memory.page_stride = static_cast<std::int64_t>(format_->page_bytes());
   batch.page_memory.head_stride = static_cast<std::int64_t>(format_->head_bytes());
-  batch.row_memory = {.k = k_.data, .v = v_.data, .k_block_stride = kPageTokens * k_.channels, .v_block_stride = kPageTokens * v_.channels,
-                      .k_head_stride = geometry_.head_dim_k, .v_head_stride = geometry_.head_dim_v, .k_stride = k_.channels, .v_stride = v_.channels};
+  batch.row_memory = {.k = k_.data,
+                      .v = v_.data,
+                      .k_block_stride = kPageTokens * k_.channels,
+                      .v_block_stride = kPageTokens * v_.channels,
+                      .k_head_stride = geometry_.head_dim_k,
+                      .v_head_stride = geometry_.head_dim_v,
+                      .k_stride = k_.channels,
+                      .v_stride = v_.channels};
   batch.page_count = batch.block_count = static_cast<std::int32_t>(k_.blocks());
   batch.lambda_k = lambda_.empty() ? nullptr : lambda_.data();
   batch.lambda_v = lambda_v_.empty() ? nullptr : lambda_v_.data();
@@ -82,7 +97,8 @@ void Layer::keep_exact() {
   if (!status.ok()) say(GGML_LOG_LEVEL_ERROR, status.message());
 }
 
-// One block's page as rows of `to`'s block to_block. Sinks lie exact where they are; what comes out for them means nothing.
+// One block's page as rows of `to`'s block to_block. Sinks lie exact where they are; what comes out for them means
+// nothing.
 Status Layer::unpack(std::int64_t block, const RowMemory& to, std::int32_t to_block) {
   const auto page = static_cast<std::int32_t>(block);
   const std::int32_t length = kPageTokens;
@@ -97,7 +113,8 @@ Status Layer::unpack(std::int64_t block, const RowMemory& to, std::int32_t to_bl
   one.blocks_stride = 1;
   one.row_memory = to;
   std::size_t bytes = 0;
-  KV4_RETURN_IF_ERROR(format_->workspace_bytes({.q_heads = geometry_.q_heads, .longest = kPageTokens, .all = kPageTokens}, &bytes));
+  KV4_RETURN_IF_ERROR(
+      format_->workspace_bytes({.q_heads = geometry_.q_heads, .longest = kPageTokens, .all = kPageTokens}, &bytes));
   return format_->dequantise(one, {.begin = kBegin, .end = kEnd, .most = 1}, scratch(bytes));
 }
 
@@ -130,7 +147,8 @@ Status Layer::read(const Cells& side, std::int64_t block, std::byte* out) {
   to.v = v.data();
   KV4_RETURN_IF_ERROR(unpack(block, to, 0));
   std::memcpy(out, &side == &k_ ? k.data() : v.data(), side.block_bytes());
-  if (first_of_stream(block)) std::memcpy(out, side.block(block), static_cast<std::size_t>(settings().recipe.sinks) * side.row_bytes);
+  if (first_of_stream(block))
+    std::memcpy(out, side.block(block), static_cast<std::size_t>(settings().recipe.sinks) * side.row_bytes);
   return {};
 }
 
@@ -154,7 +172,9 @@ Status Layer::pack_due() {
   const std::int64_t window = std::int64_t{settings().recipe.window} * sequences_;
   due_.clear();
   for (std::int64_t b = 0; b < k_.blocks(); ++b)
-    if (packed_[static_cast<std::size_t>(b)] == 0 && k_.settled(b, window) && v_.settled(b, window) && k_.finite(b) && v_.finite(b)) due_.push_back(static_cast<std::int32_t>(b));
+    if (packed_[static_cast<std::size_t>(b)] == 0 && k_.settled(b, window) && v_.settled(b, window) && k_.finite(b) &&
+        v_.finite(b))
+      due_.push_back(static_cast<std::int32_t>(b));
   if (due_.empty()) return {};
   if (lambda_.empty()) KV4_RETURN_IF_ERROR(learn_lambda(due_));
   // Those that begin a stream keep sinks.
@@ -177,7 +197,9 @@ Status Layer::pack(std::span<const std::int32_t> blocks) {
   all.pages_stride = all.blocks_stride = 1;
   if (first_of_stream(blocks.front())) all.sinks = blocks.data();
   std::size_t bytes = 0;
-  KV4_RETURN_IF_ERROR(format_->workspace_bytes({.sequences = all.size, .q_heads = geometry_.q_heads, .longest = kPageTokens, .all = kPageTokens * all.size}, &bytes));
+  KV4_RETURN_IF_ERROR(format_->workspace_bytes(
+      {.sequences = all.size, .q_heads = geometry_.q_heads, .longest = kPageTokens, .all = kPageTokens * all.size},
+      &bytes));
   KV4_RETURN_IF_ERROR(format_->seal(all, {.begin = zeros.data(), .end = lengths.data(), .most = 1}, scratch(bytes)));
   for (const std::int32_t b : blocks) {
     packed_[static_cast<std::size_t>(b)] = 1;
@@ -189,7 +211,8 @@ Status Layer::pack(std::span<const std::int32_t> blocks) {
 
 void Layer::release_rows(std::int64_t block) {
   const auto sinks = first_of_stream(block) ? static_cast<std::size_t>(settings().recipe.sinks) : 0;
-  for (const Cells* side : {&k_, &v_}) Mapping::release(side->block(block) + sinks * side->row_bytes, side->block_bytes() - sinks * side->row_bytes);
+  for (const Cells* side : {&k_, &v_})
+    Mapping::release(side->block(block) + sinks * side->row_bytes, side->block_bytes() - sinks * side->row_bytes);
 }
 
 // Of queries only the mean square of each channel counts.
@@ -207,8 +230,8 @@ void Layer::learn_queries(const TensorView& q) {
   queries_ += q.shape[2];
 }
 
-// From the keys of the blocks that are packed first, as far as they follow one another; not from those with a stream's sinks, where
-// there are others.
+// From the keys of the blocks that are packed first, as far as they follow one another; not from those with a stream's
+// sinks, where there are others.
 Status Layer::learn_lambda(std::span<const std::int32_t> due) {
   const Geometry& g = geometry_;
   lambda_.assign(static_cast<std::size_t>(g.kv_heads * g.head_dim_k), 1.0f);
@@ -217,9 +240,13 @@ Status Layer::learn_lambda(std::span<const std::int32_t> due) {
   std::size_t run = 1;
   while (run < due.size() && due[run] == due[run - 1] + 1 && !first_of_stream(due[run])) ++run;
   std::vector<float> root(energies_.size());
-  for (std::size_t i = 0; i < root.size(); ++i) root[i] = static_cast<float>(std::sqrt(energies_[i] / static_cast<double>(queries_)));
+  for (std::size_t i = 0; i < root.size(); ++i)
+    root[i] = static_cast<float>(std::sqrt(energies_[i] / static_cast<double>(queries_)));
   const TensorView q{root.data(), DType::f32, {1, g.q_heads, 1, g.head_dim_k}, {0, g.head_dim_k, g.head_dim_k, 1}};
-  const TensorView k{k_.block(due.front()), dtype_, {1, g.kv_heads, static_cast<std::int64_t>(run) * kPageTokens, g.head_dim_k}, {0, g.head_dim_k, k_.channels, 1}};
+  const TensorView k{k_.block(due.front()),
+                     dtype_,
+                     {1, g.kv_heads, static_cast<std::int64_t>(run) * kPageTokens, g.head_dim_k},
+                     {0, g.head_dim_k, k_.channels, 1}};
   return format_->learn_lambda(q, k, lambda_.data());
 }
 
@@ -230,11 +257,15 @@ Status Layer::copy_stream(std::int64_t from, std::int64_t to) {
     const bool packed = packed_[static_cast<std::size_t>(source + i)] != 0;
     const bool used = packed || k_.used(source + i) || v_.used(source + i);
     for (Cells* side : {&k_, &v_}) {
-      if (used) std::memcpy(side->block(target + i), side->block(source + i), packed ? (i == 0 ? sinks * side->row_bytes : 0) : side->block_bytes());
+      if (used)
+        std::memcpy(side->block(target + i), side->block(source + i),
+                    packed ? (i == 0 ? sinks * side->row_bytes : 0) : side->block_bytes());
       if (!used) Mapping::release(side->block(target + i), side->block_bytes());
       side->take_history(target + i, *side, source + i);
     }
-    if (packed) std::memcpy(pages_.data() + static_cast<std::size_t>(target + i) * page, pages_.data() + static_cast<std::size_t>(source + i) * page, page);
+    if (packed)
+      std::memcpy(pages_.data() + static_cast<std::size_t>(target + i) * page,
+                  pages_.data() + static_cast<std::size_t>(source + i) * page, page);
     packed_[static_cast<std::size_t>(target + i)] = packed ? 1 : 0;
     if (packed) release_rows(target + i);
   }
@@ -253,7 +284,8 @@ void Layer::forget() {
 }
 
 void Layer::held(std::size_t* exact, std::size_t* packed) const {
-  const std::size_t rows = k_.block_bytes() + v_.block_bytes(), sinks = static_cast<std::size_t>(settings().recipe.sinks) * (k_.row_bytes + v_.row_bytes);
+  const std::size_t rows = k_.block_bytes() + v_.block_bytes(),
+                    sinks = static_cast<std::size_t>(settings().recipe.sinks) * (k_.row_bytes + v_.row_bytes);
   for (std::int64_t b = 0; b < k_.blocks(); ++b) {
     if (packed_[static_cast<std::size_t>(b)] != 0) {
       *packed += format_->page_bytes();

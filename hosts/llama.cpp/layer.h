@@ -1,10 +1,11 @@
-// Keys and values of one layer: blocks of 64 cells that lie exact in llama.cpp's own tensors, or packed in pages beside them. A block's
-// page has the block's number, so that one number serves for both; memory is taken where it is used and given back.
+// Keys and values of one layer: blocks of 64 cells that lie exact in llama.cpp's own tensors, or packed in pages beside
+// them. A block's page has the block's number, so that one number serves for both; memory is taken where it is used and
+// given back.
 //
-// A block is packed once all its cells were written and none of them among the newest `window` cells of its stream, times the number of
-// sequences that write to it in turn; before the next write, not as attention ends, so that layers that read another's cache see the
-// same as it. Whoever writes to a packed block, or reads it in some other way than by attention, has it unpacked first (expose), or
-// reads a copy (read).
+// A block is packed once all its cells were written and none of them among the newest `window` cells of its stream,
+// times the number of sequences that write to it in turn; before the next write, not as attention ends, so that layers
+// that read another's cache see the same as it. Whoever writes to a packed block, or reads it in some other way than by
+// attention, has it unpacked first (expose), or reads a copy (read).
 #pragma once
 
 #include <cstdint>
@@ -44,10 +45,11 @@ class Layer {
   Status expose_all() { return expose(0, k_.blocks()); }
   // The exact rows of one side of a block, kPageTokens rows, to `out`, whether it is packed or not.
   Status read(const Cells& side, std::int64_t block, std::byte* out);
-  // Before cells [first, first + count), through all streams, are written: packs what is due after the attentions since the last write,
-  // and unpacks the blocks that are written to.
+  // Before cells [first, first + count), through all streams, are written: packs what is due after the attentions since
+  // the last write, and unpacks the blocks that are written to.
   Status begin_write(std::int64_t first, std::int64_t count);
-  // An attention has seen the layer: `q` [1, q_heads, rows, head_dim_k] were its queries, of `sequences` sequences that write in turn.
+  // An attention has seen the layer: `q` [1, q_heads, rows, head_dim_k] were its queries, of `sequences` sequences that
+  // write in turn.
   void attended(const TensorView& q, int sequences);
   // Packs what is due by now, if anything was packed before.
   Status settle();
@@ -86,9 +88,10 @@ class Layer {
   int sequences_ = 1;
   bool any_packed_ = false;
   bool attended_ = false;  // since the last write
-  std::vector<float> lambda_;      // [kv_heads, head_dim_k]; measured, or learnt as the first page is packed and empty until then
-  std::vector<float> lambda_v_;    // [kv_heads, head_dim_v] measured, or empty for 1
-  std::vector<double> energies_;   // [q_heads, head_dim_k] sums of q^2 until then
+  std::vector<float>
+      lambda_;  // [kv_heads, head_dim_k]; measured, or learnt as the first page is packed and empty until then
+  std::vector<float> lambda_v_;   // [kv_heads, head_dim_v] measured, or empty for 1
+  std::vector<double> energies_;  // [q_heads, head_dim_k] sums of q^2 until then
   std::int64_t queries_ = 0;
 };
 

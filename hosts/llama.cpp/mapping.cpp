@@ -53,7 +53,8 @@ void machine_memory(std::size_t* free, std::size_t* total) {
     char line[128];
     unsigned long long kibibytes = 0;
     while (std::fgets(line, sizeof line, file) != nullptr)
-      if (std::sscanf(line, "MemAvailable: %llu kB", &kibibytes) == 1) *free = static_cast<std::size_t>(kibibytes) * 1024;
+      if (std::sscanf(line, "MemAvailable: %llu kB", &kibibytes) == 1)
+        *free = static_cast<std::size_t>(kibibytes) * 1024;
     std::fclose(file);
   }
 }

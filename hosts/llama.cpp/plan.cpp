@@ -17,7 +17,9 @@ std::int64_t common(const std::vector<std::uint64_t>& a, const std::vector<std::
   return n;
 }
 std::int64_t count(const std::vector<std::uint64_t>& a) { return common(a, a); }
-bool has(const std::vector<std::uint64_t>& bits, std::int64_t b) { return (bits[static_cast<std::size_t>(b / 64)] >> (b % 64) & 1) != 0; }
+bool has(const std::vector<std::uint64_t>& bits, std::int64_t b) {
+  return (bits[static_cast<std::size_t>(b / 64)] >> (b % 64) & 1) != 0;
+}
 
 std::int64_t blocks_in(std::int64_t cells) { return (cells + kPageTokens - 1) / kPageTokens; }
 
@@ -67,7 +69,8 @@ Plan::Sight Plan::sight_of(const std::uint16_t* row, std::int64_t cells) {
       bits |= visible ? x[j] & 0x7fffu : 0u;
     }
     if (here == 0) continue;
-    if (seen == 0) sight.first = b * kPageTokens + (std::find_if(x, x + n, [](std::uint16_t m) { return m != kHidden; }) - x);
+    if (seen == 0)
+      sight.first = b * kPageTokens + (std::find_if(x, x + n, [](std::uint16_t m) { return m != kHidden; }) - x);
     int last = n - 1;
     while (x[last] == kHidden) --last;
     sight.last = b * kPageTokens + last;
@@ -116,8 +119,8 @@ void Plan::find_groups(const MaskRows& mask) {
   }
 }
 
-// A plain group reads all blocks from its first to its last, so that positions go on: it stays plain where the packed ones come first, and
-// its last cell does not lie in the midst of one.
+// A plain group reads all blocks from its first to its last, so that positions go on: it stays plain where the packed
+// ones come first, and its last cell does not lie in the midst of one.
 void Plan::settle_group(Group* g, const std::uint8_t* packed) {
   if (count(g->blocks) == 0) {  // something has to be there to be hidden
     g->blocks[0] = 1;
@@ -145,7 +148,8 @@ void Plan::list_blocks(const std::uint8_t* packed, std::int64_t blocks_of_stream
   ids_.assign(n * static_cast<std::size_t>(width_), 0);
   for (std::size_t i = 0; i < n; ++i) {
     const Group& g = groups_[i];
-    const std::int64_t base = (first_stream + g.stream) * blocks_of_stream, all = static_cast<std::int64_t>(g.blocks.size()) * 64;
+    const std::int64_t base = (first_stream + g.stream) * blocks_of_stream,
+                       all = static_cast<std::int64_t>(g.blocks.size()) * 64;
     std::int32_t* id = ids_.data() + i * static_cast<std::size_t>(width_);
     std::int64_t listed = 0, sealed = 0;
     for (const bool pass : {true, false}) {
@@ -181,7 +185,8 @@ void Plan::copy_mask(const MaskRows& mask, std::int64_t blocks_of_stream, int fi
     std::uint16_t* to = mask_.data() + static_cast<std::size_t>(queries_[i]) * columns;
     for (int t = g.begin; t < g.end; ++t, to += columns) {
       for (std::int64_t j = 0; j * kPageTokens < lengths_[i]; ++j) {
-        const std::int64_t cell = (ids_[i * static_cast<std::size_t>(width_) + static_cast<std::size_t>(j)] - base) * kPageTokens;
+        const std::int64_t cell = (ids_[i * static_cast<std::size_t>(width_) + static_cast<std::size_t>(j)] - base) *
+                                  kPageTokens;
         const auto n = static_cast<std::size_t>(std::min<std::int64_t>(kPageTokens, mask.cells - cell));
         if (mask.data != nullptr) std::memcpy(to + j * kPageTokens, mask.row(g.stream, t) + cell, n * sizeof *to);
         else std::fill_n(to + j * kPageTokens, n, std::uint16_t{0});
@@ -190,11 +195,13 @@ void Plan::copy_mask(const MaskRows& mask, std::int64_t blocks_of_stream, int fi
   }
 }
 
-void Plan::make(const MaskRows& mask, std::uint64_t digest, const std::uint8_t* packed, std::int64_t blocks_of_stream, int first_stream) {
+void Plan::make(const MaskRows& mask, std::uint64_t digest, const std::uint8_t* packed, std::int64_t blocks_of_stream,
+                int first_stream) {
   find_groups(mask);
   list_blocks(packed, blocks_of_stream, first_stream);
   mask_ = {};
-  if (std::any_of(parts_.begin(), parts_.end(), [](const Part& p) { return !p.plain; })) copy_mask(mask, blocks_of_stream, first_stream);
+  if (std::any_of(parts_.begin(), parts_.end(), [](const Part& p) { return !p.plain; }))
+    copy_mask(mask, blocks_of_stream, first_stream);
   digest_ = digest;
   remember(mask, packed, blocks_of_stream, first_stream);
 }
@@ -210,13 +217,17 @@ void Plan::remember(const MaskRows& mask, const std::uint8_t* packed, std::int64
   }
 }
 
-bool Plan::holds(const MaskRows& mask, std::uint64_t digest, const std::uint8_t* packed, std::int64_t blocks_of_stream, int first_stream) const {
-  if (digest != digest_ || mask.cells != shape_.cells || mask.rows != shape_.rows || mask.streams != shape_.streams || (mask.data == nullptr) != (shape_.data == nullptr) ||
-      first_stream != first_stream_ || blocks_of_stream != blocks_of_stream_)
+bool Plan::holds(const MaskRows& mask, std::uint64_t digest, const std::uint8_t* packed, std::int64_t blocks_of_stream,
+                 int first_stream) const {
+  if (digest != digest_ || mask.cells != shape_.cells || mask.rows != shape_.rows || mask.streams != shape_.streams ||
+      (mask.data == nullptr) != (shape_.data == nullptr) || first_stream != first_stream_ ||
+      blocks_of_stream != blocks_of_stream_)
     return false;
   const auto blocks = static_cast<std::size_t>(blocks_in(mask.cells));
   for (int s = 0; s < mask.streams; ++s)
-    if (std::memcmp(packed_.data() + static_cast<std::size_t>(s) * blocks, packed + (first_stream + s) * blocks_of_stream, blocks) != 0) return false;
+    if (std::memcmp(packed_.data() + static_cast<std::size_t>(s) * blocks,
+                    packed + (first_stream + s) * blocks_of_stream, blocks) != 0)
+      return false;
   return true;
 }
 

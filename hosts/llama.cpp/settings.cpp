@@ -13,7 +13,8 @@ std::string variable(const char* name) {
   return value == nullptr ? "" : value;
 }
 
-// The paper's numbers, by pages behind an exact window: cells of a llama.cpp cache are written again, which packed ones cannot be.
+// The paper's numbers, by pages behind an exact window: cells of a llama.cpp cache are written again, which packed ones
+// cannot be.
 Recipe paper_by_pages() {
   Recipe recipe = Recipe::paper();
   recipe.seal = SealMode::page;
@@ -25,13 +26,11 @@ Recipe paper_by_pages() {
 
 Status read_settings(Settings* out) {
   Settings read;
-  const std::string recipe = variable("KV4_RECIPE"), verbose = variable("KV4_VERBOSE"), calibration = variable("KV4_CALIBRATION");
-  if (recipe == "exact")
-    read.exact = true;
-  else if (recipe == "paper")
-    read.recipe = paper_by_pages();
-  else if (!recipe.empty() && recipe != "kv4")
-    return invalid_argument("KV4_RECIPE", "kv4, exact or paper", recipe);
+  const std::string recipe = variable("KV4_RECIPE"), verbose = variable("KV4_VERBOSE"),
+                    calibration = variable("KV4_CALIBRATION");
+  if (recipe == "exact") read.exact = true;
+  else if (recipe == "paper") read.recipe = paper_by_pages();
+  else if (!recipe.empty() && recipe != "kv4") return invalid_argument("KV4_RECIPE", "kv4, exact or paper", recipe);
   if (!verbose.empty() && verbose != "0" && verbose != "1") return invalid_argument("KV4_VERBOSE", "0 or 1", verbose);
   read.verbose = verbose == "1";
   if (!calibration.empty()) {

@@ -13,12 +13,13 @@ namespace kv4::llama {
 
 struct Settings {
   Recipe recipe = Recipe::kv4();
-  bool exact = false;    // nothing is ever packed
-  bool verbose = false;  // also what is packed, and the memory held
+  bool exact = false;                              // nothing is ever packed
+  bool verbose = false;                            // also what is packed, and the memory held
   std::shared_ptr<const Calibration> calibration;  // null: lambda is learnt
 };
 
-// From KV4_RECIPE (kv4, exact or paper), KV4_CALIBRATION (a file) and KV4_VERBOSE (0 or 1). Errors: invalid_argument naming the variable.
+// From KV4_RECIPE (kv4, exact or paper), KV4_CALIBRATION (a file) and KV4_VERBOSE (0 or 1). Errors: invalid_argument
+// naming the variable.
 Status read_settings(Settings* out);
 // Of the process; read once, as the backend is loaded.
 Settings& settings();

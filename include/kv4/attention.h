@@ -14,17 +14,19 @@ namespace kv4 {
 
 // Which columns a query may see. All conditions must hold.
 struct Mask {
-  bool causal = true;                     // column position <= query position
-  std::int64_t offset = 0;                // position of column 0 of `start` and `general`
-  const std::int32_t* start = nullptr;    // [batch] in host memory: first visible column (left padding), or null
-  const std::int32_t* window = nullptr;   // [batch] in host memory: see only the newest `window` columns up to the query's own; 0 = all; or null
+  bool causal = true;                   // column position <= query position
+  std::int64_t offset = 0;              // position of column 0 of `start` and `general`
+  const std::int32_t* start = nullptr;  // [batch] in host memory: first visible column (left padding), or null
+  const std::int32_t* window =
+      nullptr;  // [batch] in host memory: see only the newest `window` columns up to the query's own; 0 = all; or null
 
   enum class General : std::uint8_t { none, boolean, additive };
   General kind = General::none;
-  const void* general = nullptr;          // [batch or 1, q_heads or 1, T or 1, columns]: bool (1 byte, true = visible) or a number added to the score
-  DType general_dtype = DType::f32;       // of an additive mask
+  const void* general = nullptr;     // [batch or 1, q_heads or 1, T or 1, columns]: bool (1 byte, true = visible) or a
+                                     // number added to the score
+  DType general_dtype = DType::f32;  // of an additive mask
   std::array<std::int64_t, 4> general_stride{};  // elements; 0 broadcasts
-  std::int64_t columns = 0;               // columns of the general mask; positions beyond them are hidden
+  std::int64_t columns = 0;                      // columns of the general mask; positions beyond them are hidden
   // A copy of `general` in host memory, where that is device memory, for what the cache remembers of masks: without it
   // tokens that the mask hides enter means and scales as if they were seen.
   const void* host_general = nullptr;
@@ -32,10 +34,10 @@ struct Mask {
 };
 
 struct AttendArgs {
-  TensorView q;                 // [batch, q_heads, T, head_dim_k]; q_heads a multiple of kv_heads
-  float scale = 0.0f;           // multiplies q.k; 0 means head_dim_k^-0.5
-  float softcap = 0.0f;         // > 0: score = softcap * tanh(score / softcap), before the mask
-  const float* sinks = nullptr; // [q_heads] logits that join the softmax's denominator only, or null
+  TensorView q;                  // [batch, q_heads, T, head_dim_k]; q_heads a multiple of kv_heads
+  float scale = 0.0f;            // multiplies q.k; 0 means head_dim_k^-0.5
+  float softcap = 0.0f;          // > 0: score = softcap * tanh(score / softcap), before the mask
+  const float* sinks = nullptr;  // [q_heads] logits that join the softmax's denominator only, or null
   Mask mask;
 };
 

@@ -14,9 +14,9 @@
 // each query exactly as if the tokens had come one by one. Longer calls (prefill) see their own
 // tokens exactly.
 //
-// A failed call leaves the cache as it was: no later call can tell that it was made. Out of the host's memory is out_of_memory
-// like the device's. A device that queues its work tells of what went wrong there later. Objects are not thread-safe; clones may be used from
-// different threads (they share pages).
+// A failed call leaves the cache as it was: no later call can tell that it was made. Out of the host's memory is
+// out_of_memory like the device's. A device that queues its work tells of what went wrong there later. Objects are not
+// thread-safe; clones may be used from different threads (they share pages).
 #pragma once
 
 #include <cstddef>
@@ -36,7 +36,7 @@ namespace kv4 {
 
 struct CacheConfig {
   Recipe recipe;
-  DType dtype = DType::f32;     // of appended and exact tokens
+  DType dtype = DType::f32;  // of appended and exact tokens
   int kv_heads = 0;
   int head_dim_k = 0;
   int head_dim_v = 0;
@@ -45,8 +45,8 @@ struct CacheConfig {
   std::vector<float> lambda_v;  // [kv_heads, head_dim_v], positive: where recipe.value.lambda is given
   std::vector<float> matrix_k;  // [head_dim_k, head_dim_k]: where recipe.key.rotation is dense
   std::vector<float> matrix_v;  // [head_dim_v, head_dim_v]: where recipe.value.rotation is dense
-  // "cpu", or "cuda" (the first device), "cuda:1", ... where they are built in and there. On a device every tensor of a call is
-  // its memory, but for the start and window of a mask.
+  // "cpu", or "cuda" (the first device), "cuda:1", ... where they are built in and there. On a device every tensor of a
+  // call is its memory, but for the start and window of a mask.
   std::string backend = "cpu";
 };
 
@@ -61,12 +61,12 @@ using Source = std::function<Status(std::span<std::byte>)>;      // fills all of
 
 // Rows of one sequence in a call's tensors.
 struct RowCount {
-  std::int64_t row = 0;     // of the cache
+  std::int64_t row = 0;  // of the cache
   std::int64_t tokens = 0;
 };
 
-// Memory that caches of one process have in common: tables of a rotation, one for all that define it alike, on the host and
-// on each device that has used it. `identity` tells such memory apart while any cache that has it lives.
+// Memory that caches of one process have in common: tables of a rotation, one for all that define it alike, on the host
+// and on each device that has used it. `identity` tells such memory apart while any cache that has it lives.
 struct SharedMemory {
   const void* identity = nullptr;
   std::size_t bytes = 0;
@@ -84,36 +84,39 @@ class Cache {
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
 
-  // k [batch, kv_heads, T, head_dim_k], v [batch, kv_heads, T, head_dim_v]: T tokens to each sequence; T may be 0. The first
-  // append to a cache without sequences makes them. Non-finite rows are held as zeros and refused by the first attend
-  // that sees them.
+  // k [batch, kv_heads, T, head_dim_k], v [batch, kv_heads, T, head_dim_v]: T tokens to each sequence; T may be 0. The
+  // first append to a cache without sequences makes them. Non-finite rows are held as zeros and refused by the first
+  // attend that sees them.
   Status append(const TensorView& k, const TensorView& v);
-  // To some sequences, to each its own number of tokens: k [1, kv_heads, T, head_dim_k] holds their rows one after another, in the
-  // order of `rows`, and so does v. A row is named once at most.
+  // To some sequences, to each its own number of tokens: k [1, kv_heads, T, head_dim_k] holds their rows one after
+  // another, in the order of `rows`, and so does v. A row is named once at most.
   Status append(std::span<const RowCount> rows, const TensorView& k, const TensorView& v);
 
-  // out [batch, q_heads, T, head_dim_v] for the newest T positions of each sequence. Like every output of this class it has a place of its own for
-  // each element, and shares memory neither with q nor with another output.
+  // out [batch, q_heads, T, head_dim_v] for the newest T positions of each sequence. Like every output of this class it
+  // has a place of its own for each element, and shares memory neither with q nor with another output.
   // Errors: invalid_argument; non_finite for a visible NaN or infinity in q, k or v.
   Status attend(const AttendArgs& args, const MutableTensorView& out);
-  // For the newest positions of some sequences, as many of each as `rows` says: q [1, q_heads, T, head_dim_k], out and the T axis of a
-  // general mask hold theirs one after another; the mask's start and window have one value for each of `rows`.
+  // For the newest positions of some sequences, as many of each as `rows` says: q [1, q_heads, T, head_dim_k], out and
+  // the T axis of a general mask hold theirs one after another; the mask's start and window have one value for each of
+  // `rows`.
   Status attend(std::span<const RowCount> rows, const AttendArgs& args, const MutableTensorView& out);
   // The partial state over the tokens at positions below `upto`, which must not cut into sealed
   // tokens; queries and masks are recorded for all tokens as attend does.
   Status attend_partial(const AttendArgs& args, std::int64_t upto, const PartialState& out);
-  // Of some sequences, as attend has them; `upto` has a position for each of `rows`, and out [1, q_heads, T, ...] their queries one
-  // after another.
-  Status attend_partial(std::span<const RowCount> rows, const AttendArgs& args, std::span<const std::int64_t> upto, const PartialState& out);
+  // Of some sequences, as attend has them; `upto` has a position for each of `rows`, and out [1, q_heads, T, ...] their
+  // queries one after another.
+  Status attend_partial(std::span<const RowCount> rows, const AttendArgs& args, std::span<const std::int64_t> upto,
+                        const PartialState& out);
 
   Status seal();
 
-  // Devices. Work is queued on `stream` (a cudaStream_t; null: the device's default stream) by every call that follows, the
-  // destructor's included; calls wait for nothing but what they hand to the host. A new cache is on the default stream, all that
-  // create() put there being done; a clone on the stream of what it is a clone of. A cache that moves to another stream has the
-  // other wait for the work of the one before; cudaStreamPerThread is another stream on another thread. Clones that share pages
-  // need one order of their streams' work; other caches may run beside each other, captured or not. Non-finite rows are told of by
-  // the device: an attend that sees them refuses as soon as it knows.
+  // Devices. Work is queued on `stream` (a cudaStream_t; null: the device's default stream) by every call that follows,
+  // the destructor's included; calls wait for nothing but what they hand to the host. A new cache is on the default
+  // stream, all that create() put there being done; a clone on the stream of what it is a clone of. A cache that moves
+  // to another stream has the other wait for the work of the one before; cudaStreamPerThread is another stream on
+  // another thread. Clones that share pages need one order of their streams' work; other caches may run beside each
+  // other, captured or not. Non-finite rows are told of by the device: an attend that sees them refuses as soon as it
+  // knows.
   void set_stream(void* stream);
   // Room for `tokens` more of each sequence, so that steps of one token allocate nothing until then.
   Status reserve(std::int64_t tokens);
@@ -130,15 +133,16 @@ class Cache {
   // tokens that a sliding window evicted.
   Status crop(std::int64_t length);
   Status crop(int row, std::int64_t length);  // of one sequence
-  // Seals what is due in one sequence, then takes out the positions [first, first + count). Those behind move up, and their
-  // positions with them: for keys that carry none of their own.
-  // Errors: out_of_range naming what is in the way: all of them have to be exact tokens behind the sinks, and a sliding window must
-  // still hold what the queries that follow see.
+  // Seals what is due in one sequence, then takes out the positions [first, first + count). Those behind move up, and
+  // their positions with them: for keys that carry none of their own.
+  // Errors: out_of_range naming what is in the way: all of them have to be exact tokens behind the sinks, and a sliding
+  // window must still hold what the queries that follow see.
   Status erase(int row, std::int64_t first, std::int64_t count);
   Status add(int count);  // so many sequences more, that hold nothing yet, behind the others
   Status remove(std::span<const std::int64_t> rows);  // the others keep their order; a row is named once at most
-  // The sequences of another cache of the same configuration go on here too, behind the others. Exact rows are shared until one of
-  // them writes, as with a clone; pages are where this cache comes from the other by clone() or the reverse, else they are copied.
+  // The sequences of another cache of the same configuration go on here too, behind the others. Exact rows are shared
+  // until one of them writes, as with a clone; pages are where this cache comes from the other by clone() or the
+  // reverse, else they are copied.
   // Errors: invalid_argument naming what differs.
   Status extend(const Cache& other);
   // The new batch: sequence i continues old sequence rows[i]. Pages are shared, not copied.
@@ -153,16 +157,17 @@ class Cache {
   void record_past(bool on);
 
   // Writes the cache to `sink`, block by block, at any boundary of calls (format: docs/format.md). Pages that sequences
-  // share are written once; exact rows, and a prefill that is not sealed yet, as they are: seal() before makes the least of
-  // them, and gives up that a crop into the last call restores its tokens exactly.
+  // share are written once; exact rows, and a prefill that is not sealed yet, as they are: seal() before makes the
+  // least of them, and gives up that a crop into the last call restores its tokens exactly.
   // Errors: what the sink says, passed on; failed_precondition while the stream is being captured.
   Status save(const Sink& sink) const;
   // Takes over what another cache of the same configuration saved, on any backend or instruction set: outputs and codes
-  // are then those that it would have gone on to give, bit for bit where the same kernels run. What sequences shared of exact rows
-  // each holds for itself. Reads just what save wrote, so that several caches may follow each other in a file.
-  // Errors, the cache then being empty as before: failed_precondition where it is not empty; invalid_argument naming the
-  // field of the configuration that differs; data_loss for other bytes than save wrote (magic, version, CRC-32C, values
-  // that no cache has); what the source says, passed on. Memory is taken as bytes come in, never for a count alone.
+  // are then those that it would have gone on to give, bit for bit where the same kernels run. What sequences shared of
+  // exact rows each holds for itself. Reads just what save wrote, so that several caches may follow each other in a
+  // file. Errors, the cache then being empty as before: failed_precondition where it is not empty; invalid_argument
+  // naming the field of the configuration that differs; data_loss for other bytes than save wrote (magic, version,
+  // CRC-32C, values that no cache has); what the source says, passed on. Memory is taken as bytes come in, never for a
+  // count alone.
   Status load(const Source& source);
 
   // Tokens at positions [first, first + count), which every sequence has, in the model's own basis, dequantised where
@@ -173,24 +178,25 @@ class Cache {
   // Every byte held: page slabs with their slack, exact rows by capacity, tables, lambda and the
   // statistics kept for it, and what shared() lists.
   std::size_t nbytes() const;
-  // The part of nbytes() that other caches may hold as well, each thing once: who adds up caches counts it once by its identity.
+  // The part of nbytes() that other caches may hold as well, each thing once: who adds up caches counts it once by its
+  // identity.
   std::vector<SharedMemory> shared() const;
 
   const CacheConfig& config() const;
-  int batch() const;                 // 0 before the first append
-  std::int64_t length() const;       // tokens appended to the longest sequence, minus cropped ones
+  int batch() const;            // 0 before the first append
+  std::int64_t length() const;  // tokens appended to the longest sequence, minus cropped ones
   std::int64_t length(int row) const;
-  std::int64_t first() const;        // smallest position that every sequence still holds
+  std::int64_t first() const;  // smallest position that every sequence still holds
   std::int64_t sealed_tokens(int row) const;
   std::int64_t exact_tokens(int row) const;  // sinks and window; padding not yet dropped included
-  std::uint64_t version() const;     // changes with whatever changes length or order of sequences
+  std::uint64_t version() const;             // changes with whatever changes length or order of sequences
   // Into out: [kv_heads, head_dim_k]; empty before it is fixed or where the recipe has none. Errors: the device's.
   Status lambda(int row, std::vector<float>* out) const;
-  // Whether row's lambda changes no more, since the page that fixed it can no longer be cropped; also where none is learnt.
+  // Whether row's lambda changes no more, since the page that fixed it can no longer be cropped; also where none is
+  // learnt.
   bool lambda_fixed(int row) const;
   // A sealed head slice of row's page `index`, for tools: codes in canonical order.
-  Status page_codes(int row, int index, int head, std::span<std::uint8_t> k,
-                    std::span<std::uint8_t> v) const;
+  Status page_codes(int row, int index, int head, std::span<std::uint8_t> k, std::span<std::uint8_t> v) const;
   // Its scales, fp16 bits: [groups, kPageTokens] of keys and of values.
   Status page_scales(int row, int index, int head, std::span<std::uint16_t> k, std::span<std::uint16_t> v) const;
   int page_count(int row) const;

@@ -12,19 +12,22 @@ namespace kv4::cpu {
 std::vector<std::string> compiled_isas();
 // True where this machine can run it.
 bool supported(const std::string& isa);
-// The one in use: the best supported, unless force_isa or the environment variable KV4_CPU_ISA chooses another. The variable is
-// read once, at first use; empty, it chooses nothing. "" where it names what this build or machine lacks: then nothing runs on
-// the CPU backend, Cache::create included, until force_isa chooses, and every call answers as check_isa does.
+// The one in use: the best supported, unless force_isa or the environment variable KV4_CPU_ISA chooses another. The
+// variable is read once, at first use; empty, it chooses nothing. "" where it names what this build or machine lacks:
+// then nothing runs on the CPU backend, Cache::create included, until force_isa chooses, and every call answers as
+// check_isa does.
 std::string active_isa();
-// ok where there is one in use; else unsupported, naming KV4_CPU_ISA, those that this build and machine have, and what came.
+// ok where there is one in use; else unsupported, naming KV4_CPU_ISA, those that this build and machine have, and what
+// came.
 Status check_isa();
 // Chooses an instruction set for the process, whatever KV4_CPU_ISA says; "" chooses the best.
 // Errors: unsupported, with the list of those that this build and machine have; the one in use then stays.
 Status force_isa(const std::string& isa);
 
-// Threads that a call may use; the default is the OpenMP runtime's own number. On a thread that has an executor: its own.
-// How long OpenMP's threads spin while they wait is the program's to say, before it starts: GNU's default, some milliseconds, makes
-// calls many times as long where other programs want the CPUs (docs/huggingface.md, "On a loaded machine").
+// Threads that a call may use; the default is the OpenMP runtime's own number. On a thread that has an executor: its
+// own. How long OpenMP's threads spin while they wait is the program's to say, before it starts: GNU's default, some
+// milliseconds, makes calls many times as long where other programs want the CPUs (docs/huggingface.md, "On a loaded
+// machine").
 int num_threads();
 // Errors: invalid_argument where n < 1.
 Status set_num_threads(int n);
@@ -34,13 +37,14 @@ class Executor {
  public:
   virtual ~Executor() = default;
   virtual int threads() const = 0;  // at least 1
-  // Calls body(context, i) once for every i in [0, threads()), on as many threads as are free, one of them the caller's; returns
-  // when all calls have returned. body takes pieces of the work until none is left and never throws. So the caller need not wait
-  // for a thread that the system has put aside before it began: it may make that one's call itself, after its own, at no cost.
+  // Calls body(context, i) once for every i in [0, threads()), on as many threads as are free, one of them the
+  // caller's; returns when all calls have returned. body takes pieces of the work until none is left and never throws.
+  // So the caller need not wait for a thread that the system has put aside before it began: it may make that one's call
+  // itself, after its own, at no cost.
   virtual void run(void (*body)(void* context, int thread), void* context) = 0;
 };
-// Calls that the calling thread makes from here on share their work through `executor`, which must outlive them; null: through the
-// process's own threads again. Returns the one before.
+// Calls that the calling thread makes from here on share their work through `executor`, which must outlive them; null:
+// through the process's own threads again. Returns the one before.
 Executor* set_executor(Executor* executor);
 
 }  // namespace kv4::cpu

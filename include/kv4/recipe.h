@@ -19,7 +19,7 @@ enum class ScaleRule : std::uint8_t {
   abs_max = 1         // codes nearest to x * Lmax / max|x|; scale = max|x| / Lmax
 };
 enum class LambdaMode : std::uint8_t {
-  none = 0,   // lambda = 1
+  none = 0,       // lambda = 1
   automatic = 1,  // keys: (E q^2 / E (k - mu)^2)^(0.9/4) of the sequence's tokens up to its first seal
   given = 2       // handed over with the cache's configuration
 };
@@ -31,12 +31,12 @@ enum class SealMode : std::uint8_t {
 
 struct SideRecipe {
   RotationKind rotation = RotationKind::srft;
-  int reflectors = 0;            // householder only; 0 means d/2
-  std::uint64_t seed = 0x6b7634; // "kv4"
-  int group = 0;                 // channels per scale: 0 = the whole vector, else 128, 64 or 32 dividing d
+  int reflectors = 0;             // householder only; 0 means d/2
+  std::uint64_t seed = 0x6b7634;  // "kv4"
+  int group = 0;                  // channels per scale: 0 = the whole vector, else 128, 64 or 32 dividing d
   LevelKind levels = LevelKind::lloyd_max;
   ScaleRule scale = ScaleRule::least_squares;
-  bool mean = false;             // keys only: subtract the page's mean
+  bool mean = false;                     // keys only: subtract the page's mean
   LambdaMode lambda = LambdaMode::none;  // values: none or given
 };
 

@@ -26,8 +26,9 @@ namespace kv4 {
 
 enum class RotationKind : std::uint8_t {
   identity = 0,
-  srft = 1,         // F D: orthonormal real FFT of the sign-flipped vector; any even d in 32..512
-  srht = 2,         // (H_(2^k) (x) F_m) D with d = 2^k m, m odd: Walsh-Hadamard, times a real DFT of size m where d is no power of two
+  srft = 1,  // F D: orthonormal real FFT of the sign-flipped vector; any even d in 32..512
+  srht = 2,  // (H_(2^k) (x) F_m) D with d = 2^k m, m odd: Walsh-Hadamard, times a real DFT of size m where d is no
+             // power of two
   householder = 3,  // product of `reflectors` reflections I - 2 u u^T
   dense = 4         // a given (learned) invertible matrix, row-major [d, d]
 };

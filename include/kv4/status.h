@@ -10,13 +10,13 @@ namespace kv4 {
 
 enum class StatusCode : int {
   ok = 0,
-  invalid_argument = 1,   // an argument is malformed by itself (shape, dtype, stride, range)
-  out_of_range = 2,       // an index or length lies outside what the cache holds
-  unsupported = 3,        // well-formed, but no kernel or recipe serves it; the message says why
-  non_finite = 4,         // NaN or infinity where a visible value was expected
+  invalid_argument = 1,  // an argument is malformed by itself (shape, dtype, stride, range)
+  out_of_range = 2,      // an index or length lies outside what the cache holds
+  unsupported = 3,       // well-formed, but no kernel or recipe serves it; the message says why
+  non_finite = 4,        // NaN or infinity where a visible value was expected
   out_of_memory = 5,
   failed_precondition = 6,  // the object is not in a state that allows the call
-  data_loss = 7           // bytes that are no intact saved cache
+  data_loss = 7             // bytes that are no intact saved cache
 };
 
 class [[nodiscard]] Status {
@@ -35,23 +35,21 @@ class [[nodiscard]] Status {
 };
 
 // The one form of every error message: the argument, what was expected, what came.
-inline Status error(StatusCode code, std::string_view argument, std::string_view expected,
-                    std::string_view got) {
+inline Status error(StatusCode code, std::string_view argument, std::string_view expected, std::string_view got) {
   std::string text;
   text.reserve(argument.size() + expected.size() + got.size() + 20);
   text.append(argument).append(": expected ").append(expected).append("; got ").append(got);
   return Status(code, std::move(text));
 }
 
-inline Status invalid_argument(std::string_view argument, std::string_view expected,
-                               std::string_view got) {
+inline Status invalid_argument(std::string_view argument, std::string_view expected, std::string_view got) {
   return error(StatusCode::invalid_argument, argument, expected, got);
 }
 
 }  // namespace kv4
 
 // Returns the failed Status to the caller; continues where it is ok.
-#define KV4_RETURN_IF_ERROR(expr)                    \
-  do {                                               \
+#define KV4_RETURN_IF_ERROR(expr)                                                  \
+  do {                                                                             \
     if (::kv4::Status kv4_status_ = (expr); !kv4_status_.ok()) return kv4_status_; \
   } while (false)

@@ -38,8 +38,8 @@ struct Metal {
   bool seals = true;
 };
 
-void create(Metal* self, nb::handle recipe, const std::string& dtype, int kv_heads, int head_dim_k, int head_dim_v, nb::handle matrix_k,
-            nb::handle matrix_v) {
+void create(Metal* self, nb::handle recipe, const std::string& dtype, int kv_heads, int head_dim_k, int head_dim_v,
+            nb::handle matrix_k, nb::handle matrix_v) {
   const Recipe r = read_recipe(recipe);
   raise_if_error(validate(r));
   Metal made;
@@ -48,7 +48,8 @@ void create(Metal* self, nb::handle recipe, const std::string& dtype, int kv_hea
   made.dim = head_dim_k;
   made.seals = r.seal != SealMode::never;
   if (made.seals) raise_if_error(validate(r, head_dim_k, head_dim_v));
-  raise_if_error(make_sides(r, head_dim_k, head_dim_v, read_floats(matrix_k, "matrix_k"), read_floats(matrix_v, "matrix_v"), &made.spec));
+  raise_if_error(make_sides(r, head_dim_k, head_dim_v, read_floats(matrix_k, "matrix_k"),
+                            read_floats(matrix_v, "matrix_v"), &made.spec));
   made.spec.layout = apple::page_layout(made.spec);
   raise_if_error(apple::supports(made.spec));
   new (self) Metal(std::move(made));
@@ -57,21 +58,25 @@ void create(Metal* self, nb::handle recipe, const std::string& dtype, int kv_hea
 // Bytes of one side of a page's slice, from its codes on, told apart by the token they hold; -1: none's.
 std::vector<std::int8_t> tokens_of(const Metal& self, bool values) {
   const kv4_page_layout& l = self.spec.layout;
-  const std::uint32_t dim = static_cast<std::uint32_t>(self.dim), from = values ? l.v_codes : 0, to = values ? l.head_bytes : l.v_codes;
+  const std::uint32_t dim = static_cast<std::uint32_t>(self.dim), from = values ? l.v_codes : 0,
+                      to = values ? l.head_bytes : l.v_codes;
   std::vector<std::int8_t> out(to - from, -1);
   const std::uint32_t codes = values ? l.v_codes : l.k_codes, scales = values ? l.v_scales : l.k_scales;
   for (std::uint32_t token = 0; token < KV4_PAGE_TOKENS; ++token) {
     for (std::uint32_t c = 0; c < dim; c += 2)
-      out[codes - from + (values ? apple::value_byte(token, c, dim) : apple::key_byte(token, c))] = static_cast<std::int8_t>(token);
+      out[codes - from + (values ? apple::value_byte(token, c, dim) : apple::key_byte(token, c))] =
+          static_cast<std::int8_t>(token);
     for (std::uint32_t i = 0; i < 2; ++i) out[scales - from + 2 * token + i] = static_cast<std::int8_t>(token);
   }
   return out;
 }
 
-// (page, first, count, skip, input, row, lambda row) of each; skip and the lambda row -1 where there is none. stride: of the rows'
-// tensor [inputs, kv_heads, rows, dim], in elements.
-using JobTuple = std::tuple<std::int32_t, std::int16_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
-nb::object jobs_of(const Metal& self, const std::vector<JobTuple>& jobs, const std::vector<std::int64_t>& stride, const std::string& dtype) {
+// (page, first, count, skip, input, row, lambda row) of each; skip and the lambda row -1 where there is none. stride:
+// of the rows' tensor [inputs, kv_heads, rows, dim], in elements.
+using JobTuple =
+    std::tuple<std::int32_t, std::int16_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+nb::object jobs_of(const Metal& self, const std::vector<JobTuple>& jobs, const std::vector<std::int64_t>& stride,
+                   const std::string& dtype) {
   std::vector<std::int64_t> table;
   for (const auto& [page, first, count, skip, input, row, lambda] : jobs) {
     SealJob job;
@@ -81,17 +86,21 @@ nb::object jobs_of(const Metal& self, const std::vector<JobTuple>& jobs, const s
     job.dtype = read_dtype(dtype);
     job.k_head_stride = stride.at(1);
     job.k_stride = stride.at(2);
-    apple::add_job(&table, job, false, {input * stride.at(0) + row * stride.at(2), skip, lambda < 0 ? apple::kNowhere : lambda * self.kv_heads * self.dim});
+    apple::add_job(&table, job, false,
+                   {input * stride.at(0) + row * stride.at(2), skip,
+                    lambda < 0 ? apple::kNowhere : lambda * self.kv_heads * self.dim});
   }
   return array(std::move(table));
 }
 
-// (pages, pages_position, last_page_tokens, input, first row of it, rows, position of the first, start, window, row of the keys' and of the
-// values' lambda or -1, exact rows); exact rows of both sets are (position, count, k_offset, k_stride_head, k_stride, v_offset,
-// v_stride_head, v_stride) in elements.
-using ExactTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
-using SequenceTuple = std::tuple<std::vector<std::int32_t>, std::int64_t, std::int32_t, std::int32_t, std::int64_t, std::int64_t, std::int64_t,
-                                 std::int64_t, std::int32_t, std::int64_t, std::int64_t, std::vector<ExactTuple>>;
+// (pages, pages_position, last_page_tokens, input, first row of it, rows, position of the first, start, window, row of
+// the keys' and of the values' lambda or -1, exact rows); exact rows of both sets are (position, count, k_offset,
+// k_stride_head, k_stride, v_offset, v_stride_head, v_stride) in elements.
+using ExactTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                              std::int64_t, std::int64_t>;
+using SequenceTuple =
+    std::tuple<std::vector<std::int32_t>, std::int64_t, std::int32_t, std::int32_t, std::int64_t, std::int64_t,
+               std::int64_t, std::int64_t, std::int32_t, std::int64_t, std::int64_t, std::vector<ExactTuple>>;
 
 // Pages in one array, whole or one side of each alone.
 std::vector<std::int64_t> places_of(const Metal& self, std::int64_t head_stride = 0) {
@@ -101,11 +110,13 @@ std::vector<std::int64_t> places_of(const Metal& self, std::int64_t head_stride 
   return apple::page_table(pages);
 }
 
-nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_shape, const std::vector<std::int64_t>& q_stride,
-                       const std::string& q_dtype, const std::optional<std::string>& out_dtype,
-                       const std::vector<std::int64_t>& out_stride, const std::vector<SequenceTuple>& sequences, double scale, double softcap,
-                       bool sinks, bool causal, int general, const std::string& general_dtype,
-                       const std::vector<std::int64_t>& general_stride, std::int64_t columns, std::int64_t offset, int cores) {
+nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_shape,
+                       const std::vector<std::int64_t>& q_stride, const std::string& q_dtype,
+                       const std::optional<std::string>& out_dtype, const std::vector<std::int64_t>& out_stride,
+                       const std::vector<SequenceTuple>& sequences, double scale, double softcap, bool sinks,
+                       bool causal, int general, const std::string& general_dtype,
+                       const std::vector<std::int64_t>& general_stride, std::int64_t columns, std::int64_t offset,
+                       int cores) {
   AttendJob job;
   AttendArgs& a = job.args;
   // The tables hold distances from these and nothing reads through them.
@@ -145,12 +156,15 @@ nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_sha
   const auto at = [](std::uintptr_t bytes) { return reinterpret_cast<std::uint8_t*>(bytes); };
   constexpr std::uintptr_t kBase = 4096;  // no null pointers
   const auto lambda_at = [&](std::int64_t row) {
-    return row < 0 ? nullptr : reinterpret_cast<const float*>(kBase + static_cast<std::uintptr_t>(row * self.kv_heads * self.dim) * sizeof(float));
+    return row < 0 ? nullptr
+                   : reinterpret_cast<const float*>(
+                         kBase + static_cast<std::uintptr_t>(row * self.kv_heads * self.dim) * sizeof(float));
   };
   std::vector<SequenceView> views(sequences.size());
   std::vector<std::int32_t> starts(sequences.size()), windows(sequences.size());
   for (std::size_t b = 0; b < sequences.size(); ++b) {
-    const auto& [pages, pages_position, last, input, input_row, queries, query_position, start, window, lambda_k, lambda_v, exact] = sequences[b];
+    const auto& [pages, pages_position, last, input, input_row, queries, query_position, start, window, lambda_k,
+                 lambda_v, exact] = sequences[b];
     SequenceView& v = views[b];
     v.pages = pages.data();
     v.page_count = static_cast<std::int32_t>(pages.size());
@@ -166,8 +180,14 @@ nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_sha
     starts[b] = static_cast<std::int32_t>(std::max<std::int64_t>(start - offset, INT32_MIN));
     for (std::size_t i = 0; i < 2 && i < exact.size(); ++i) {
       const auto& [position, count, k_offset, k_head, k_row, v_offset, v_head, v_row] = exact[i];
-      v.exact[i] = {.k = at(kBase + static_cast<std::uintptr_t>(k_offset) * size), .v = at(kBase + static_cast<std::uintptr_t>(v_offset) * size),
-                    .k_head_stride = k_head, .v_head_stride = v_head, .k_stride = k_row, .v_stride = v_row, .position = position, .count = count};
+      v.exact[i] = {.k = at(kBase + static_cast<std::uintptr_t>(k_offset) * size),
+                    .v = at(kBase + static_cast<std::uintptr_t>(v_offset) * size),
+                    .k_head_stride = k_head,
+                    .v_head_stride = v_head,
+                    .k_stride = k_row,
+                    .v_stride = v_row,
+                    .position = position,
+                    .count = count};
     }
   }
   a.mask.start = starts.data();
@@ -195,58 +215,93 @@ void bind_metal(nb::module_& m) {
   m.attr("METAL_HEAD_DIMS") = nb::cast(std::vector<int>(std::begin(apple::kHeadDims), std::end(apple::kHeadDims)));
   m.attr("METAL_ATTEND_THREADS") = static_cast<int>(KV4_ATTEND_THREADS);
   m.attr("METAL_ROW_THREADS") = static_cast<int>(KV4_ROW_THREADS);
-  nb::class_<Metal>(m, "MetalTables", "What the Metal kernels are told about a recipe and a head dim; see src/metal/arguments.h.")
+  nb::class_<Metal>(m, "MetalTables",
+                    "What the Metal kernels are told about a recipe and a head dim; see src/metal/arguments.h.")
       .def("__init__", &create, "recipe"_a, nb::kw_only(), "dtype"_a, "kv_heads"_a, "head_dim_k"_a, "head_dim_v"_a,
            "matrix_k"_a = nb::none(), "matrix_v"_a = nb::none(),
            "Raises NotImplementedError with the reason where no Metal kernel serves it.")
       .def_prop_ro("head_bytes", [](const Metal& s) { return s.spec.layout.head_bytes; })
-      .def_prop_ro("page_bytes", [](const Metal& s) { return s.spec.layout.head_bytes * static_cast<std::uint32_t>(s.kv_heads); })
-      .def_prop_ro("rotations", [](const Metal& s) {
-        std::vector<std::tuple<std::uintptr_t, std::size_t>> both;
-        for (const SideSpec* side : {&s.spec.key, &s.spec.value})
-          both.emplace_back(reinterpret_cast<std::uintptr_t>(side->rotation.get()), side->rotation->bytes());
-        return both;
-      }, "(identity, bytes) of the rotations of keys and of values; equal ones are one object while anybody holds them.")
-      .def("query_matrix", [](const Metal& s, bool values) {
-        return array(apple::query_matrix(*(values ? s.spec.value : s.spec.key).rotation));
-      }, "values"_a = false, "Empty for the identity.")
-      .def("output_matrix", [](const Metal& s, bool values) {
-        return array(apple::output_matrix(*(values ? s.spec.value : s.spec.key).rotation));
-      }, "values"_a)
-      .def("sealing_matrix", [](const Metal& s, bool values) {
-        return array(apple::sealing_matrix(*(values ? s.spec.value : s.spec.key).rotation));
-      }, "values"_a)
-      .def("side", [](const Metal& s, bool values) { return array(apple::side_table(s.spec, values, places_of(s))); }, "values"_a)
-      .def("side_alone", [](const Metal& s, bool values) {
-        Metal alone = s;  // where the side's part of a slice is all that is written
-        const std::uint32_t from = values ? s.spec.layout.v_codes : 0, bytes = (values ? s.spec.layout.head_bytes : s.spec.layout.v_codes) - from;
-        alone.spec.layout.v_codes -= from;
-        alone.spec.layout.v_scales -= from;
-        return array(apple::side_table(alone.spec, values, places_of(s, bytes)));
-      }, "values"_a, "Of slices that hold this side alone.")
-      .def("tokens", [](const Metal& s, bool values) { return array(tokens_of(s, values)); }, "values"_a,
-           "int8, for each byte of a slice that holds this side alone: the token it belongs to, -1 where to none or all.")
+      .def_prop_ro("page_bytes",
+                   [](const Metal& s) { return s.spec.layout.head_bytes * static_cast<std::uint32_t>(s.kv_heads); })
+      .def_prop_ro(
+          "rotations",
+          [](const Metal& s) {
+            std::vector<std::tuple<std::uintptr_t, std::size_t>> both;
+            for (const SideSpec* side : {&s.spec.key, &s.spec.value})
+              both.emplace_back(reinterpret_cast<std::uintptr_t>(side->rotation.get()), side->rotation->bytes());
+            return both;
+          },
+          "(identity, bytes) of the rotations of keys and of values; equal ones are one object while anybody holds "
+          "them.")
+      .def(
+          "query_matrix",
+          [](const Metal& s, bool values) {
+            return array(apple::query_matrix(*(values ? s.spec.value : s.spec.key).rotation));
+          },
+          "values"_a = false, "Empty for the identity.")
+      .def(
+          "output_matrix",
+          [](const Metal& s, bool values) {
+            return array(apple::output_matrix(*(values ? s.spec.value : s.spec.key).rotation));
+          },
+          "values"_a)
+      .def(
+          "sealing_matrix",
+          [](const Metal& s, bool values) {
+            return array(apple::sealing_matrix(*(values ? s.spec.value : s.spec.key).rotation));
+          },
+          "values"_a)
+      .def(
+          "side", [](const Metal& s, bool values) { return array(apple::side_table(s.spec, values, places_of(s))); },
+          "values"_a)
+      .def(
+          "side_alone",
+          [](const Metal& s, bool values) {
+            Metal alone = s;  // where the side's part of a slice is all that is written
+            const std::uint32_t from = values ? s.spec.layout.v_codes : 0,
+                                bytes = (values ? s.spec.layout.head_bytes : s.spec.layout.v_codes) - from;
+            alone.spec.layout.v_codes -= from;
+            alone.spec.layout.v_scales -= from;
+            return array(apple::side_table(alone.spec, values, places_of(s, bytes)));
+          },
+          "values"_a, "Of slices that hold this side alone.")
+      .def(
+          "tokens", [](const Metal& s, bool values) { return array(tokens_of(s, values)); }, "values"_a,
+          "int8, for each byte of a slice that holds this side alone: the token it belongs to, -1 where to none or "
+          "all.")
       .def("jobs", &jobs_of, "jobs"_a, nb::kw_only(), "stride"_a, "dtype"_a)
-      .def("levels", [](const Metal& s, bool values) { return array(apple::level_table(values ? s.spec.value : s.spec.key)); }, "values"_a)
-      .def("attend", &attend_tables, nb::kw_only(), "q_shape"_a, "q_stride"_a, "q_dtype"_a, "out_dtype"_a, "out_stride"_a, "sequences"_a,
-           "scale"_a, "softcap"_a, "sinks"_a, "causal"_a, "general"_a, "general_dtype"_a, "general_stride"_a, "columns"_a, "offset"_a,
-           "cores"_a, "Tables and launch sizes of one call.")
-      .def("canonical", [](const Metal& s, const nb::bytes& slice) {
-        if (slice.size() != s.spec.layout.head_bytes)
-          raise_if_error(invalid_argument("slice", std::to_string(s.spec.layout.head_bytes) + " bytes", std::to_string(slice.size())));
-        std::string k(static_cast<std::size_t>(kPageTokens) * s.dim / 2, '\0'), v(k.size(), '\0');
-        apple::codes_to_canonical(s.spec, reinterpret_cast<const std::uint8_t*>(slice.c_str()), reinterpret_cast<std::uint8_t*>(k.data()),
-                                  reinterpret_cast<std::uint8_t*>(v.data()));
-        return nb::make_tuple(nb::bytes(k.data(), k.size()), nb::bytes(v.data(), v.size()));
-      }, "slice"_a, "Codes of a head slice in canonical order: (keys, values) as bytes.");
+      .def(
+          "levels",
+          [](const Metal& s, bool values) { return array(apple::level_table(values ? s.spec.value : s.spec.key)); },
+          "values"_a)
+      .def("attend", &attend_tables, nb::kw_only(), "q_shape"_a, "q_stride"_a, "q_dtype"_a, "out_dtype"_a,
+           "out_stride"_a, "sequences"_a, "scale"_a, "softcap"_a, "sinks"_a, "causal"_a, "general"_a, "general_dtype"_a,
+           "general_stride"_a, "columns"_a, "offset"_a, "cores"_a, "Tables and launch sizes of one call.")
+      .def(
+          "canonical",
+          [](const Metal& s, const nb::bytes& slice) {
+            if (slice.size() != s.spec.layout.head_bytes)
+              raise_if_error(invalid_argument("slice", std::to_string(s.spec.layout.head_bytes) + " bytes",
+                                              std::to_string(slice.size())));
+            std::string k(static_cast<std::size_t>(kPageTokens) * s.dim / 2, '\0'), v(k.size(), '\0');
+            apple::codes_to_canonical(s.spec, reinterpret_cast<const std::uint8_t*>(slice.c_str()),
+                                      reinterpret_cast<std::uint8_t*>(k.data()),
+                                      reinterpret_cast<std::uint8_t*>(v.data()));
+            return nb::make_tuple(nb::bytes(k.data(), k.size()), nb::bytes(v.data(), v.size()));
+          },
+          "slice"_a, "Codes of a head slice in canonical order: (keys, values) as bytes.");
 
-  m.def("lambda_from_energies", [](const std::vector<double>& query, const std::vector<double>& key) {
-    if (query.size() != key.size())
-      raise_if_error(invalid_argument("key", std::to_string(query.size()) + " energies, as query has", std::to_string(key.size())));
-    std::vector<float> lambda(query.size());
-    lambda_from_energies(query, key, lambda);
-    return array(std::move(lambda));
-  }, "query"_a, "key"_a, "Lambda of one KV head, float32 [dim], from energies of its channels.");
+  m.def(
+      "lambda_from_energies",
+      [](const std::vector<double>& query, const std::vector<double>& key) {
+        if (query.size() != key.size())
+          raise_if_error(invalid_argument("key", std::to_string(query.size()) + " energies, as query has",
+                                          std::to_string(key.size())));
+        std::vector<float> lambda(query.size());
+        lambda_from_energies(query, key, lambda);
+        return array(std::move(lambda));
+      },
+      "query"_a, "key"_a, "Lambda of one KV head, float32 [dim], from energies of its channels.");
 }
 
 }  // namespace kv4::python

@@ -44,7 +44,8 @@ T number(nb::handle object, const char* attribute, const char* field) {
   try {
     return nb::cast<T>(object.attr(attribute));
   } catch (const nb::cast_error&) {
-    raise_if_error(invalid_argument(std::string("recipe.") + field, "an integer in range", nb::repr(object.attr(attribute)).c_str()));
+    raise_if_error(invalid_argument(std::string("recipe.") + field, "an integer in range",
+                                    nb::repr(object.attr(attribute)).c_str()));
     return T{};
   }
 }
@@ -52,7 +53,8 @@ T number(nb::handle object, const char* attribute, const char* field) {
 SideRecipe side(nb::handle s, const std::string& which) {
   const auto field = [&](const char* name) { return which + "." + name; };
   SideRecipe out;
-  out.rotation = static_cast<RotationKind>(choice(s, "rotation", field("rotation").c_str(), {"identity", "srft", "srht", "householder", "dense"}));
+  out.rotation = static_cast<RotationKind>(
+      choice(s, "rotation", field("rotation").c_str(), {"identity", "srft", "srht", "householder", "dense"}));
   out.reflectors = number<int>(s, "reflectors", field("reflectors").c_str());
   out.seed = number<std::uint64_t>(s, "seed", field("seed").c_str());
   out.group = number<int>(s, "group", field("group").c_str());
@@ -100,16 +102,21 @@ struct Call {
   Tensor q, sinks, start, window, mask, host_mask;
 };
 
-void read_mask(Call* call, nb::handle mask, nb::handle host_mask, std::int64_t batch, std::int64_t heads, std::int64_t queries, int device) {
+void read_mask(Call* call, nb::handle mask, nb::handle host_mask, std::int64_t batch, std::int64_t heads,
+               std::int64_t queries, int device) {
   call->mask = tensor(mask, "mask", device);
   const Tensor& t = call->mask;
   Mask& m = call->args.mask;
-  if (t.rank != 4) raise_if_error(invalid_argument("mask", "4 axes [batch or 1, q_heads or 1, T or 1, columns]", "shape " + shape_text(t)));
+  if (t.rank != 4)
+    raise_if_error(
+        invalid_argument("mask", "4 axes [batch or 1, q_heads or 1, T or 1, columns]", "shape " + shape_text(t)));
   const std::array<std::int64_t, 3> full{batch, heads, queries};
   for (int i = 0; i < 3; ++i) {
     if (t.shape[i] != full[i] && t.shape[i] != 1)
-      raise_if_error(invalid_argument("mask", "shape [" + std::to_string(batch) + " or 1, " + std::to_string(heads) + " or 1, " +
-                                                  std::to_string(queries) + " or 1, columns]", shape_text(t)));
+      raise_if_error(invalid_argument("mask",
+                                      "shape [" + std::to_string(batch) + " or 1, " + std::to_string(heads) +
+                                          " or 1, " + std::to_string(queries) + " or 1, columns]",
+                                      shape_text(t)));
     m.general_stride[i] = t.shape[i] == 1 ? 0 : t.stride[i];
   }
   m.general_stride[3] = t.stride[3];
@@ -119,7 +126,8 @@ void read_mask(Call* call, nb::handle mask, nb::handle host_mask, std::int64_t b
     call->host_mask = tensor(host_mask, "host_mask");
     const Tensor& copy = call->host_mask;
     if (copy.rank != 4 || copy.shape != t.shape || copy.element != t.element)
-      raise_if_error(invalid_argument("host_mask", "the shape and dtype of mask, " + shape_text(t), "shape " + shape_text(copy)));
+      raise_if_error(
+          invalid_argument("host_mask", "the shape and dtype of mask, " + shape_text(t), "shape " + shape_text(copy)));
     m.host_general = copy.data;
     for (int i = 0; i < 4; ++i) m.host_general_stride[i] = i < 3 && copy.shape[i] == 1 ? 0 : copy.stride[i];
   }
@@ -128,7 +136,9 @@ void read_mask(Call* call, nb::handle mask, nb::handle host_mask, std::int64_t b
     case Element::f32: m.general_dtype = DType::f32; break;
     case Element::f16: m.general_dtype = DType::f16; break;
     case Element::bf16: m.general_dtype = DType::bf16; break;
-    default: raise_if_error(invalid_argument("mask", "dtype bool, float32, float16 or bfloat16", t.element == Element::other ? t.element_name : name_of(t.element)));
+    default:
+      raise_if_error(invalid_argument("mask", "dtype bool, float32, float16 or bfloat16",
+                                      t.element == Element::other ? t.element_name : name_of(t.element)));
   }
   m.kind = Mask::General::additive;
 }
@@ -144,8 +154,9 @@ std::vector<RowCount> row_counts(const Named& rows) {
   return counts;
 }
 
-void read_call(Call* call, nb::handle q, double scale, double softcap, nb::handle sinks, bool causal, std::int64_t offset,
-               nb::handle start, nb::handle window, nb::handle mask, nb::handle host_mask, int device, const Named& rows = std::nullopt) {
+void read_call(Call* call, nb::handle q, double scale, double softcap, nb::handle sinks, bool causal,
+               std::int64_t offset, nb::handle start, nb::handle window, nb::handle mask, nb::handle host_mask,
+               int device, const Named& rows = std::nullopt) {
   AttendArgs& a = call->args;
   call->q = tensor(q, "q", device);
   a.q = float_view(call->q, "q");
@@ -180,13 +191,15 @@ struct PyCache {
 
   int row(int r) const {
     if (r < 0 || r >= cache->batch())
-      raise_if_error(error(StatusCode::out_of_range, "row", "0 to " + std::to_string(cache->batch() - 1), std::to_string(r)));
+      raise_if_error(
+          error(StatusCode::out_of_range, "row", "0 to " + std::to_string(cache->batch() - 1), std::to_string(r)));
     return r;
   }
 };
 
-void create(PyCache* self, nb::handle recipe, const std::string& dtype, int kv_heads, int head_dim_k, int head_dim_v, int sliding_window,
-            nb::handle lambda_k, nb::handle lambda_v, nb::handle matrix_k, nb::handle matrix_v, const std::string& backend) {
+void create(PyCache* self, nb::handle recipe, const std::string& dtype, int kv_heads, int head_dim_k, int head_dim_v,
+            int sliding_window, nb::handle lambda_k, nb::handle lambda_v, nb::handle matrix_k, nb::handle matrix_v,
+            const std::string& backend) {
   CacheConfig config;
   config.recipe = read_recipe(recipe);
   config.dtype = read_dtype(dtype);
@@ -216,8 +229,9 @@ void append(PyCache& self, nb::handle k, nb::handle v, const Named& rows) {
   raise_if_error(status);
 }
 
-void attend(PyCache& self, nb::handle q, nb::handle out, double scale, double softcap, nb::handle sinks, bool causal, std::int64_t offset,
-            nb::handle start, nb::handle window, nb::handle mask, nb::handle host_mask, const Named& rows) {
+void attend(PyCache& self, nb::handle q, nb::handle out, double scale, double softcap, nb::handle sinks, bool causal,
+            std::int64_t offset, nb::handle start, nb::handle window, nb::handle mask, nb::handle host_mask,
+            const Named& rows) {
   Call call;
   read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask, host_mask, self.device, rows);
   const std::vector<RowCount> counts = row_counts(rows);
@@ -231,14 +245,16 @@ void attend(PyCache& self, nb::handle q, nb::handle out, double scale, double so
   raise_if_error(status);
 }
 
-void attend_partial(PyCache& self, nb::handle q, nb::handle o, nb::handle m, nb::handle l, const Positions& upto, double scale, double softcap,
-                    nb::handle sinks, bool causal, std::int64_t offset, nb::handle start, nb::handle window, nb::handle mask,
-                    nb::handle host_mask, const Named& rows) {
+void attend_partial(PyCache& self, nb::handle q, nb::handle o, nb::handle m, nb::handle l, const Positions& upto,
+                    double scale, double softcap, nb::handle sinks, bool causal, std::int64_t offset, nb::handle start,
+                    nb::handle window, nb::handle mask, nb::handle host_mask, const Named& rows) {
   Call call;
   read_call(&call, q, scale, softcap, sinks, causal, offset, start, window, mask, host_mask, self.device, rows);
   const std::vector<RowCount> counts = row_counts(rows);
-  const std::vector<std::int64_t> uptos = std::holds_alternative<std::int64_t>(upto) ? std::vector(1, std::get<std::int64_t>(upto)) : std::get<1>(upto);
-  if (!rows && uptos.size() != 1) raise_if_error(invalid_argument("upto", "one position, where no rows are named", std::to_string(uptos.size())));
+  const std::vector<std::int64_t> uptos =
+      std::holds_alternative<std::int64_t>(upto) ? std::vector(1, std::get<std::int64_t>(upto)) : std::get<1>(upto);
+  if (!rows && uptos.size() != 1)
+    raise_if_error(invalid_argument("upto", "one position, where no rows are named", std::to_string(uptos.size())));
   const auto& s = call.args.q.shape;
   const std::int64_t states = s[0] * s[1] * s[2];
   const Tensor ot = writable_tensor(o, "o", self.device), mt = writable_tensor(m, "m", self.device),
@@ -250,7 +266,8 @@ void attend_partial(PyCache& self, nb::handle q, nb::handle o, nb::handle m, nb:
   Status status;
   {
     const nb::gil_scoped_release unlocked;
-    status = rows ? self.cache->attend_partial(counts, call.args, uptos, state) : self.cache->attend_partial(call.args, uptos[0], state);
+    status = rows ? self.cache->attend_partial(counts, call.args, uptos, state)
+                  : self.cache->attend_partial(call.args, uptos[0], state);
   }
   raise_if_error(status);
 }
@@ -263,7 +280,8 @@ void dense(const PyCache& self, std::int64_t first, std::int64_t count, nb::hand
 }
 
 // Calls f with a view of memory that does not outlive the call. What it raises is kept until the core has returned.
-Status pass(const nb::callable& f, const void* data, std::size_t bytes, int access, std::exception_ptr* raised, nb::object* result) {
+Status pass(const nb::callable& f, const void* data, std::size_t bytes, int access, std::exception_ptr* raised,
+            nb::object* result) {
   nb::object view;
   try {
     auto* memory = static_cast<char*>(const_cast<void*>(data));
@@ -286,9 +304,8 @@ Status pass(const nb::callable& f, const void* data, std::size_t bytes, int acce
 void save(const PyCache& self, const nb::callable& write) {
   std::exception_ptr raised;
   nb::object ignored;
-  const Status status = self.cache->save([&](std::span<const std::byte> x) {
-    return pass(write, x.data(), x.size(), PyBUF_READ, &raised, &ignored);
-  });
+  const Status status = self.cache->save(
+      [&](std::span<const std::byte> x) { return pass(write, x.data(), x.size(), PyBUF_READ, &raised, &ignored); });
   if (raised) std::rethrow_exception(raised);
   raise_if_error(status);
 }
@@ -301,7 +318,8 @@ void load(const PyCache& self, const nb::callable& readinto) {
       KV4_RETURN_IF_ERROR(pass(readinto, x.data(), x.size(), PyBUF_WRITE, &raised, &count));
       std::size_t got = 0;
       if (!nb::try_cast(count, got) || got == 0 || got > x.size())
-        return error(StatusCode::data_loss, "readinto", std::to_string(x.size()) + " bytes more", got == 0 ? "the end of the file" : std::to_string(got));
+        return error(StatusCode::data_loss, "readinto", std::to_string(x.size()) + " bytes more",
+                     got == 0 ? "the end of the file" : std::to_string(got));
       x = x.subspan(got);
     }
     return {};
@@ -324,133 +342,205 @@ NB_MODULE(_core, m) {
   nb::set_leak_warnings(false);
 
   nb::class_<PyCache>(m, "Cache", "The cache of one attention layer; see kv4/cache.h.")
-      .def("__init__", &create, "recipe"_a, nb::kw_only(), "dtype"_a = "float32", "kv_heads"_a, "head_dim_k"_a, "head_dim_v"_a,
-           "sliding_window"_a = 0, "lambda_k"_a = nb::none(), "lambda_v"_a = nb::none(), "matrix_k"_a = nb::none(),
-           "matrix_v"_a = nb::none(), "backend"_a = "cpu",
-           "dtype: of appended and exact tokens. lambda_*: float32 [kv_heads, head_dim]; matrix_*: float32 [head_dim, head_dim].")
+      .def("__init__", &create, "recipe"_a, nb::kw_only(), "dtype"_a = "float32", "kv_heads"_a, "head_dim_k"_a,
+           "head_dim_v"_a, "sliding_window"_a = 0, "lambda_k"_a = nb::none(), "lambda_v"_a = nb::none(),
+           "matrix_k"_a = nb::none(), "matrix_v"_a = nb::none(), "backend"_a = "cpu",
+           "dtype: of appended and exact tokens. lambda_*: float32 [kv_heads, head_dim]; matrix_*: float32 [head_dim, "
+           "head_dim].")
       .def("append", &append, "k"_a, "v"_a, nb::kw_only(), "rows"_a = nb::none(),
            "k [batch, kv_heads, T, head_dim_k], v alike with head_dim_v: T tokens to each sequence; T may be 0.\n"
-           "rows: (row, tokens) of some sequences, in any order, whose tokens follow each other on the T axis of one batch.")
-      .def("attend", &attend, "q"_a, "out"_a, nb::kw_only(), "scale"_a = 0.0, "softcap"_a = 0.0, "sinks"_a = nb::none(), "causal"_a = true,
-           "offset"_a = 0, "start"_a = nb::none(), "window"_a = nb::none(), "mask"_a = nb::none(),
+           "rows: (row, tokens) of some sequences, in any order, whose tokens follow each other on the T axis of one "
+           "batch.")
+      .def("attend", &attend, "q"_a, "out"_a, nb::kw_only(), "scale"_a = 0.0, "softcap"_a = 0.0, "sinks"_a = nb::none(),
+           "causal"_a = true, "offset"_a = 0, "start"_a = nb::none(), "window"_a = nb::none(), "mask"_a = nb::none(),
            "host_mask"_a = nb::none(), "rows"_a = nb::none(),
-           "q [batch, q_heads, T, head_dim_k], the newest T positions; out [batch, q_heads, T, head_dim_v] is written in place: it\n"
+           "q [batch, q_heads, T, head_dim_k], the newest T positions; out [batch, q_heads, T, head_dim_v] is written "
+           "in place: it\n"
            "can be written to, has a place of its own for every element, and shares none with q.\n"
-           "sinks float32 [q_heads]; start, window int32 [batch], always on the CPU; mask bool or float, 4 axes; column j is position\n"
-           "j + offset. host_mask: a copy of a device's mask on the CPU, so that hidden tokens stay out of means and scales.\n"
-           "rows: (row, tokens) of some sequences, whose newest positions follow each other on the T axis of one batch; start and window\n"
+           "sinks float32 [q_heads]; start, window int32 [batch], always on the CPU; mask bool or float, 4 axes; "
+           "column j is position\n"
+           "j + offset. host_mask: a copy of a device's mask on the CPU, so that hidden tokens stay out of means and "
+           "scales.\n"
+           "rows: (row, tokens) of some sequences, whose newest positions follow each other on the T axis of one "
+           "batch; start and window\n"
            "then are int32 [len(rows)].")
-      .def("attend_partial", &attend_partial, "q"_a, "o"_a, "m"_a, "l"_a, nb::kw_only(), "upto"_a, "scale"_a = 0.0, "softcap"_a = 0.0,
-           "sinks"_a = nb::none(), "causal"_a = true, "offset"_a = 0, "start"_a = nb::none(), "window"_a = nb::none(), "mask"_a = nb::none(),
-           "host_mask"_a = nb::none(), "rows"_a = nb::none(),
-           "The partial state over positions below upto: o float32 [batch, q_heads, T, head_dim_v], m and l [batch, q_heads, T]. With\n"
-           "rows as attend has them, upto has a position for each and the states of their queries follow each other on the T axis.")
-      .def("set_stream", [](PyCache& c, std::uintptr_t stream) { c.cache->set_stream(reinterpret_cast<void*>(stream)); }, "stream"_a,
-           "The CUDA stream of the calls that follow, as torch's Stream.cuda_stream; 0 is the default stream. The CPU has none.")
-      .def("reserve", [](PyCache& c, std::int64_t tokens) { raise_if_error(c.cache->reserve(tokens)); }, "tokens"_a,
-           "Room for that many more tokens, so that steps of one token allocate nothing until then.")
-      .def("advance", [](PyCache& c) { raise_if_error(c.cache->advance()); },
-           "Before each replay of a captured step: seals what is due and counts the token that the replay appends.")
-      .def("seal", [](PyCache& c) { raise_if_error(c.cache->seal()); }, "Seals what is due now instead of at the next append.")
-      .def("crop", [](PyCache& c, std::int64_t length, std::optional<int> row) {
-        raise_if_error(row ? c.cache->crop(*row, length) : c.cache->crop(length));
-      }, "length"_a, "row"_a = nb::none(), "Keeps the first `length` positions of every sequence that is longer, or of one.")
-      .def("erase", [](PyCache& c, int row, std::int64_t first, std::int64_t count) { raise_if_error(c.cache->erase(row, first, count)); },
-           "row"_a, "first"_a, "count"_a,
-           "Takes positions out of a sequence; those behind move up: for keys that carry no position of their own. IndexError where they\n"
-           "are not all exact and behind the sinks, or a sliding window no longer holds what would be seen.")
-      .def("add", [](PyCache& c, int count) { raise_if_error(c.cache->add(count)); }, "count"_a, "Empty sequences more, behind the others.")
-      .def("remove", [](PyCache& c, const std::vector<std::int64_t>& rows) { raise_if_error(c.cache->remove(rows)); }, "rows"_a,
-           "Drops sequences; the others keep their order.")
-      .def("extend", [](PyCache& c, const PyCache& other) { raise_if_error(c.cache->extend(*other.cache)); }, "other"_a,
-           "The sequences of another cache of the same configuration go on here too. Pages are shared between clones, else copied.")
-      .def("select", [](PyCache& c, const std::vector<std::int64_t>& rows) { raise_if_error(c.cache->select(rows)); }, "rows"_a)
-      .def("repeat", [](PyCache& c, int times) { raise_if_error(c.cache->repeat(times)); }, "times"_a)
+      .def("attend_partial", &attend_partial, "q"_a, "o"_a, "m"_a, "l"_a, nb::kw_only(), "upto"_a, "scale"_a = 0.0,
+           "softcap"_a = 0.0, "sinks"_a = nb::none(), "causal"_a = true, "offset"_a = 0, "start"_a = nb::none(),
+           "window"_a = nb::none(), "mask"_a = nb::none(), "host_mask"_a = nb::none(), "rows"_a = nb::none(),
+           "The partial state over positions below upto: o float32 [batch, q_heads, T, head_dim_v], m and l [batch, "
+           "q_heads, T]. With\n"
+           "rows as attend has them, upto has a position for each and the states of their queries follow each other on "
+           "the T axis.")
+      .def(
+          "set_stream", [](PyCache& c, std::uintptr_t stream) { c.cache->set_stream(reinterpret_cast<void*>(stream)); },
+          "stream"_a,
+          "The CUDA stream of the calls that follow, as torch's Stream.cuda_stream; 0 is the default stream. The CPU "
+          "has none.")
+      .def(
+          "reserve", [](PyCache& c, std::int64_t tokens) { raise_if_error(c.cache->reserve(tokens)); }, "tokens"_a,
+          "Room for that many more tokens, so that steps of one token allocate nothing until then.")
+      .def(
+          "advance", [](PyCache& c) { raise_if_error(c.cache->advance()); },
+          "Before each replay of a captured step: seals what is due and counts the token that the replay appends.")
+      .def(
+          "seal", [](PyCache& c) { raise_if_error(c.cache->seal()); },
+          "Seals what is due now instead of at the next append.")
+      .def(
+          "crop",
+          [](PyCache& c, std::int64_t length, std::optional<int> row) {
+            raise_if_error(row ? c.cache->crop(*row, length) : c.cache->crop(length));
+          },
+          "length"_a, "row"_a = nb::none(),
+          "Keeps the first `length` positions of every sequence that is longer, or of one.")
+      .def(
+          "erase",
+          [](PyCache& c, int row, std::int64_t first, std::int64_t count) {
+            raise_if_error(c.cache->erase(row, first, count));
+          },
+          "row"_a, "first"_a, "count"_a,
+          "Takes positions out of a sequence; those behind move up: for keys that carry no position of their own. "
+          "IndexError where they\n"
+          "are not all exact and behind the sinks, or a sliding window no longer holds what would be seen.")
+      .def(
+          "add", [](PyCache& c, int count) { raise_if_error(c.cache->add(count)); }, "count"_a,
+          "Empty sequences more, behind the others.")
+      .def(
+          "remove", [](PyCache& c, const std::vector<std::int64_t>& rows) { raise_if_error(c.cache->remove(rows)); },
+          "rows"_a, "Drops sequences; the others keep their order.")
+      .def(
+          "extend", [](PyCache& c, const PyCache& other) { raise_if_error(c.cache->extend(*other.cache)); }, "other"_a,
+          "The sequences of another cache of the same configuration go on here too. Pages are shared between clones, "
+          "else copied.")
+      .def(
+          "select", [](PyCache& c, const std::vector<std::int64_t>& rows) { raise_if_error(c.cache->select(rows)); },
+          "rows"_a)
+      .def(
+          "repeat", [](PyCache& c, int times) { raise_if_error(c.cache->repeat(times)); }, "times"_a)
       .def("reset", [](PyCache& c) { c.cache->reset(); })
-      .def("clone", [](const PyCache& c) {
-        PyCache fork{nullptr, c.device};
-        raise_if_error(c.cache->clone(&fork.cache));
-        return fork;
-      })
-      .def("save", &save, "write"_a, "Passes the cache, block by block, to write(memoryview), which has to take all of it.")
+      .def("clone",
+           [](const PyCache& c) {
+             PyCache fork{nullptr, c.device};
+             raise_if_error(c.cache->clone(&fork.cache));
+             return fork;
+           })
+      .def("save", &save, "write"_a,
+           "Passes the cache, block by block, to write(memoryview), which has to take all of it.")
       .def("load", &load, "readinto"_a,
-           "Takes a saved cache of the same configuration from readinto(memoryview) -> bytes read, as files have it, into this empty\n"
-           "one. ValueError: another configuration, by its field, or bytes that are no intact saved cache; the cache then is empty.")
-      .def("record_past", [](PyCache& c, bool on) { c.cache->record_past(on); }, "on"_a)
+           "Takes a saved cache of the same configuration from readinto(memoryview) -> bytes read, as files have it, "
+           "into this empty\n"
+           "one. ValueError: another configuration, by its field, or bytes that are no intact saved cache; the cache "
+           "then is empty.")
+      .def(
+          "record_past", [](PyCache& c, bool on) { c.cache->record_past(on); }, "on"_a)
       .def("dense_keys", &dense<true>, "first"_a, "count"_a, "out"_a)
       .def("dense_values", &dense<false>, "first"_a, "count"_a, "out"_a)
-      .def("nbytes", [](const PyCache& c) { return c.cache->nbytes(); }, "Every byte held, with what shared() lists.")
-      .def("shared", [](const PyCache& c) {
-        std::vector<std::tuple<std::uintptr_t, std::size_t, bool>> all;
-        for (const kv4::SharedMemory& memory : c.cache->shared())
-          all.emplace_back(reinterpret_cast<std::uintptr_t>(memory.identity), memory.bytes, memory.on_device);
-        return all;
-      }, "(identity, bytes, on_device) of the part of nbytes() that other caches may hold as well: who adds up caches counts an\n"
-         "identity once.")
+      .def(
+          "nbytes", [](const PyCache& c) { return c.cache->nbytes(); }, "Every byte held, with what shared() lists.")
+      .def(
+          "shared",
+          [](const PyCache& c) {
+            std::vector<std::tuple<std::uintptr_t, std::size_t, bool>> all;
+            for (const kv4::SharedMemory& memory : c.cache->shared())
+              all.emplace_back(reinterpret_cast<std::uintptr_t>(memory.identity), memory.bytes, memory.on_device);
+            return all;
+          },
+          "(identity, bytes, on_device) of the part of nbytes() that other caches may hold as well: who adds up caches "
+          "counts an\n"
+          "identity once.")
       .def_prop_ro("batch", [](const PyCache& c) { return c.cache->batch(); })
-      .def_prop_ro("length", [](const PyCache& c) { return c.cache->length(); }, "Of the longest sequence.")
-      .def_prop_ro("lengths", [](const PyCache& c) {
-        std::vector<std::int64_t> lengths;
-        for (int b = 0; b < c.cache->batch(); ++b) lengths.push_back(c.cache->length(b));
-        return lengths;
-      }, "Of each sequence.")
+      .def_prop_ro(
+          "length", [](const PyCache& c) { return c.cache->length(); }, "Of the longest sequence.")
+      .def_prop_ro(
+          "lengths",
+          [](const PyCache& c) {
+            std::vector<std::int64_t> lengths;
+            for (int b = 0; b < c.cache->batch(); ++b) lengths.push_back(c.cache->length(b));
+            return lengths;
+          },
+          "Of each sequence.")
       .def_prop_ro("first", [](const PyCache& c) { return c.cache->first(); })
       .def_prop_ro("version", [](const PyCache& c) { return c.cache->version(); })
-      .def("lambda_fixed", [](const PyCache& c, int row) { return c.cache->lambda_fixed(c.row(row)); }, "row"_a,
-           "Whether the row's lambda changes no more; also where none is learnt.")
-      .def("sealed_tokens", [](const PyCache& c, int row) { return c.cache->sealed_tokens(c.row(row)); }, "row"_a)
-      .def("exact_tokens", [](const PyCache& c, int row) { return c.cache->exact_tokens(c.row(row)); }, "row"_a)
-      .def("lambda_", [](const PyCache& c, int row) {
-        std::vector<float> values;
-        raise_if_error(c.cache->lambda(c.row(row), &values));
-        return values;
-      }, "row"_a, "Flat [kv_heads * head_dim_k]; empty before it is fixed.")
-      .def("page_count", [](const PyCache& c, int row) { return c.cache->page_count(c.row(row)); }, "row"_a)
-      .def("page_codes", [](const PyCache& c, int row, int index, int head) {
-        const auto& config = c.cache->config();
-        std::string k(static_cast<std::size_t>(kv4::kPageTokens) * config.head_dim_k / 2, '\0');
-        std::string v(static_cast<std::size_t>(kv4::kPageTokens) * config.head_dim_v / 2, '\0');
-        raise_if_error(c.cache->page_codes(row, index, head, {reinterpret_cast<std::uint8_t*>(k.data()), k.size()},
-                                           {reinterpret_cast<std::uint8_t*>(v.data()), v.size()}));
-        return nb::make_tuple(nb::bytes(k.data(), k.size()), nb::bytes(v.data(), v.size()));
-      }, "row"_a, "index"_a, "head"_a, "Codes of a sealed head slice in canonical order: (keys, values) as bytes.");
+      .def(
+          "lambda_fixed", [](const PyCache& c, int row) { return c.cache->lambda_fixed(c.row(row)); }, "row"_a,
+          "Whether the row's lambda changes no more; also where none is learnt.")
+      .def(
+          "sealed_tokens", [](const PyCache& c, int row) { return c.cache->sealed_tokens(c.row(row)); }, "row"_a)
+      .def(
+          "exact_tokens", [](const PyCache& c, int row) { return c.cache->exact_tokens(c.row(row)); }, "row"_a)
+      .def(
+          "lambda_",
+          [](const PyCache& c, int row) {
+            std::vector<float> values;
+            raise_if_error(c.cache->lambda(c.row(row), &values));
+            return values;
+          },
+          "row"_a, "Flat [kv_heads * head_dim_k]; empty before it is fixed.")
+      .def(
+          "page_count", [](const PyCache& c, int row) { return c.cache->page_count(c.row(row)); }, "row"_a)
+      .def(
+          "page_codes",
+          [](const PyCache& c, int row, int index, int head) {
+            const auto& config = c.cache->config();
+            std::string k(static_cast<std::size_t>(kv4::kPageTokens) * config.head_dim_k / 2, '\0');
+            std::string v(static_cast<std::size_t>(kv4::kPageTokens) * config.head_dim_v / 2, '\0');
+            raise_if_error(c.cache->page_codes(row, index, head, {reinterpret_cast<std::uint8_t*>(k.data()), k.size()},
+                                               {reinterpret_cast<std::uint8_t*>(v.data()), v.size()}));
+            return nb::make_tuple(nb::bytes(k.data(), k.size()), nb::bytes(v.data(), v.size()));
+          },
+          "row"_a, "index"_a, "head"_a, "Codes of a sealed head slice in canonical order: (keys, values) as bytes.");
 
   bind_ledger(m);
   bind_metal(m);
   bind_paged(m);
 
   m.def("validate", [](nb::handle recipe) { raise_if_error(kv4::validate(read_recipe(recipe))); }, "recipe"_a);
-  m.def("validate", [](nb::handle recipe, int head_dim_k, int head_dim_v) {
-    raise_if_error(kv4::validate(read_recipe(recipe), head_dim_k, head_dim_v));
-  }, "recipe"_a, "head_dim_k"_a, "head_dim_v"_a);
+  m.def(
+      "validate",
+      [](nb::handle recipe, int head_dim_k, int head_dim_v) {
+        raise_if_error(kv4::validate(read_recipe(recipe), head_dim_k, head_dim_v));
+      },
+      "recipe"_a, "head_dim_k"_a, "head_dim_v"_a);
   m.def("backends", &kv4::backends, "Those that are built in and find a device.");
   m.def("why_not", &kv4::why_not, "backend"_a, "Why a backend is not among them; empty where it is.");
   m.def("num_threads", &kv4::cpu::num_threads);
   m.def("set_num_threads", [](int n) { raise_if_error(kv4::cpu::set_num_threads(n)); }, "n"_a);
-  m.def("isa", &kv4::cpu::active_isa, "The instruction set in use; empty where KV4_CPU_ISA names one that is not here: see why_no_isa.");
-  m.def("why_no_isa", [] { return kv4::cpu::check_isa().message(); }, "Why no instruction set is in use; empty where one is.");
-  m.def("isas", [] {
-    std::vector<std::string> usable;
-    for (const std::string& name : kv4::cpu::compiled_isas())
-      if (kv4::cpu::supported(name)) usable.push_back(name);
-    return usable;
-  }, "Those that this build and machine have, best first.");
+  m.def("isa", &kv4::cpu::active_isa,
+        "The instruction set in use; empty where KV4_CPU_ISA names one that is not here: see why_no_isa.");
+  m.def(
+      "why_no_isa", [] { return kv4::cpu::check_isa().message(); },
+      "Why no instruction set is in use; empty where one is.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> usable;
+        for (const std::string& name : kv4::cpu::compiled_isas())
+          if (kv4::cpu::supported(name)) usable.push_back(name);
+        return usable;
+      },
+      "Those that this build and machine have, best first.");
   m.def("force_isa", [](const std::string& name) { raise_if_error(kv4::cpu::force_isa(name)); }, "name"_a);
-  m.def("bench_seal", [](int dim, const std::string& rotation, std::int64_t vectors, int repeats) {
-    static constexpr const char* kNames[] = {"identity", "srft", "srht", "householder"};
-    for (int i = 0; i < 4; ++i) {
-      if (rotation != kNames[i]) continue;
-      std::vector<double> ns;
-      raise_if_error(kv4::cpu::measure_seal(dim, static_cast<kv4::RotationKind>(i), vectors, repeats, &ns));
-      return ns;
-    }
-    raise_if_error(kv4::invalid_argument("rotation", "identity, srft, srht or householder", rotation));
-    return std::vector<double>();
-  }, "dim"_a, "rotation"_a, "vectors"_a, "repeats"_a, "Nanoseconds per vector of sealing alone, one figure per repeat.");
-  m.def("bench_read", [](std::size_t bytes, int repeats) {
-    std::vector<double> speed;
-    raise_if_error(kv4::cpu::measure_read(bytes, repeats, &speed));
-    return speed;
-  }, "bytes"_a, "repeats"_a, "Bytes per second of reading memory in order on all threads, one figure per repeat.");
+  m.def(
+      "bench_seal",
+      [](int dim, const std::string& rotation, std::int64_t vectors, int repeats) {
+        static constexpr const char* kNames[] = {"identity", "srft", "srht", "householder"};
+        for (int i = 0; i < 4; ++i) {
+          if (rotation != kNames[i]) continue;
+          std::vector<double> ns;
+          raise_if_error(kv4::cpu::measure_seal(dim, static_cast<kv4::RotationKind>(i), vectors, repeats, &ns));
+          return ns;
+        }
+        raise_if_error(kv4::invalid_argument("rotation", "identity, srft, srht or householder", rotation));
+        return std::vector<double>();
+      },
+      "dim"_a, "rotation"_a, "vectors"_a, "repeats"_a,
+      "Nanoseconds per vector of sealing alone, one figure per repeat.");
+  m.def(
+      "bench_read",
+      [](std::size_t bytes, int repeats) {
+        std::vector<double> speed;
+        raise_if_error(kv4::cpu::measure_read(bytes, repeats, &speed));
+        return speed;
+      },
+      "bytes"_a, "repeats"_a, "Bytes per second of reading memory in order on all threads, one figure per repeat.");
   m.def("version", [] { return KV4_VERSION; });
 }

@@ -57,18 +57,22 @@ const std::int32_t* integers(nb::handle x, const char* name, std::int64_t count,
 }
 
 // [sequences, entries], a row's entries one after another.
-const std::int32_t* table(nb::handle x, const char* name, std::int64_t sequences, std::int64_t* stride, const PyFormat& self) {
+const std::int32_t* table(nb::handle x, const char* name, std::int64_t sequences, std::int64_t* stride,
+                          const PyFormat& self) {
   const Tensor t = tensor(x, name, self.device);
-  if (t.rank != 2 || t.shape[0] != sequences) refuse(name, shape({std::to_string(sequences), "entries"}), "shape " + shape_text(t));
-  if (t.element != Element::i32) refuse(name, "dtype int32", t.element == Element::other ? t.element_name : name_of(t.element));
-  if (t.shape[1] > 1 && t.stride[1] != 1) refuse(name, "entries of a row one after another", "stride " + std::to_string(t.stride[1]));
+  if (t.rank != 2 || t.shape[0] != sequences)
+    refuse(name, shape({std::to_string(sequences), "entries"}), "shape " + shape_text(t));
+  if (t.element != Element::i32)
+    refuse(name, "dtype int32", t.element == Element::other ? t.element_name : name_of(t.element));
+  if (t.shape[1] > 1 && t.stride[1] != 1)
+    refuse(name, "entries of a row one after another", "stride " + std::to_string(t.stride[1]));
   *stride = sequences > 1 ? t.stride[0] : t.shape[1];
   if (*stride < t.shape[1]) refuse(name, "rows that do not overlap", "stride " + std::to_string(t.stride[0]));
   return static_cast<const std::int32_t*>(t.data);
 }
 
-void create(PyFormat* self, nb::handle recipe, const std::string& dtype, int kv_heads, int head_dim_k, int head_dim_v, nb::handle matrix_k,
-            nb::handle matrix_v, const std::string& backend) {
+void create(PyFormat* self, nb::handle recipe, const std::string& dtype, int kv_heads, int head_dim_k, int head_dim_v,
+            nb::handle matrix_k, nb::handle matrix_v, const std::string& backend) {
   CacheConfig config;
   config.recipe = read_recipe(recipe);
   config.dtype = read_dtype(dtype);
@@ -83,8 +87,9 @@ void create(PyFormat* self, nb::handle recipe, const std::string& dtype, int kv_
   new (self) PyFormat{std::move(format), std::move(config), device_of(backend)};
 }
 
-PyTables tables(const PyFormat& self, nb::object queries, nb::object lengths, nb::object sealed, nb::object pages, nb::object blocks, nb::object sinks,
-                int sink_tokens, int window, std::int64_t most_queries, std::int64_t longest, std::int64_t all) {
+PyTables tables(const PyFormat& self, nb::object queries, nb::object lengths, nb::object sealed, nb::object pages,
+                nb::object blocks, nb::object sinks, int sink_tokens, int window, std::int64_t most_queries,
+                std::int64_t longest, std::int64_t all) {
   PyTables out;
   PagedBatch& b = out.batch;
   const Tensor counted = tensor(lengths, "lengths", self.device);
@@ -102,17 +107,21 @@ PyTables tables(const PyFormat& self, nb::object queries, nb::object lengths, nb
   b.longest = longest;
   b.all = all;
   out.device = self.device;
-  out.held = {std::move(queries), std::move(lengths), std::move(sealed), std::move(pages), std::move(blocks), std::move(sinks)};
+  out.held = {std::move(queries), std::move(lengths), std::move(sealed),
+              std::move(pages),   std::move(blocks),  std::move(sinks)};
   return out;
 }
 
 // [blocks, kv_heads, kPageTokens, dim]
-void* rows(nb::handle x, const char* name, int dim, const PyFormat& self, std::int64_t* count, std::int64_t* block, std::int64_t* head, std::int64_t* row) {
+void* rows(nb::handle x, const char* name, int dim, const PyFormat& self, std::int64_t* count, std::int64_t* block,
+           std::int64_t* head, std::int64_t* row) {
   const Tensor t = writable_tensor(x, name, self.device);
   const TensorView v = float_view(t, name);
   if (v.dtype != self.config.dtype) refuse(name, std::string("dtype ") + name_of(self.config.dtype), name_of(v.dtype));
   if (v.shape[1] != self.config.kv_heads || v.shape[2] != kPageTokens || v.shape[3] != dim)
-    refuse(name, shape({"blocks", std::to_string(self.config.kv_heads), std::to_string(kPageTokens), std::to_string(dim)}), "shape " + shape_text(t));
+    refuse(name,
+           shape({"blocks", std::to_string(self.config.kv_heads), std::to_string(kPageTokens), std::to_string(dim)}),
+           "shape " + shape_text(t));
   if (v.stride[3] != 1) refuse(name, "channels one after another", "stride " + std::to_string(v.stride[3]));
   *count = v.shape[0];
   *block = v.stride[0];
@@ -128,15 +137,18 @@ const float* lambda_of(nb::handle x, const char* name, int dim, const PyFormat& 
   return static_cast<const float*>(t.data);
 }
 
-PyMemory memory(const PyFormat& self, nb::object pages, nb::object k, nb::object v, nb::object lambda_k, nb::object lambda_v) {
+PyMemory memory(const PyFormat& self, nb::object pages, nb::object k, nb::object v, nb::object lambda_k,
+                nb::object lambda_v) {
   PyMemory out;
   constexpr std::int64_t kMostIds = 0x7fffffff;
   const std::int64_t head_bytes = static_cast<std::int64_t>(self.format->head_bytes());
   if (!pages.is_none()) {
     const Tensor t = writable_tensor(pages, "pages", self.device);
-    if (t.element != Element::byte) refuse("pages", "dtype uint8", t.element == Element::other ? t.element_name : name_of(t.element));
+    if (t.element != Element::byte)
+      refuse("pages", "dtype uint8", t.element == Element::other ? t.element_name : name_of(t.element));
     if (t.rank != 3 || t.shape[1] != self.config.kv_heads || t.shape[2] < head_bytes)
-      refuse("pages", shape({"pages", std::to_string(self.config.kv_heads), std::to_string(head_bytes) + " or more"}), "shape " + shape_text(t));
+      refuse("pages", shape({"pages", std::to_string(self.config.kv_heads), std::to_string(head_bytes) + " or more"}),
+             "shape " + shape_text(t));
     if (t.stride[2] != 1) refuse("pages", "bytes one after another", "stride " + std::to_string(t.stride[2]));
     out.pages.data = static_cast<std::uint8_t*>(t.data);
     out.pages.page_stride = t.stride[0];
@@ -157,7 +169,8 @@ PyMemory memory(const PyFormat& self, nb::object pages, nb::object k, nb::object
 
 PagedBatch join(const PyFormat& self, const PyTables& tables, const PyMemory& memory) {
   if (tables.device != self.device || memory.device != self.device)
-    refuse(tables.device != self.device ? "tables" : "memory", "what this format, or one on its device, made", "that of another device");
+    refuse(tables.device != self.device ? "tables" : "memory", "what this format, or one on its device, made",
+           "that of another device");
   PagedBatch batch = tables.batch;
   batch.page_memory = memory.pages;
   batch.row_memory = memory.rows;
@@ -188,7 +201,8 @@ void unlocked(const Call& call) {
   raise_if_error(status);
 }
 
-void store(const PyFormat& self, const PyTables& tables, const PyMemory& memory, nb::handle k, nb::handle v, nb::handle workspace, std::uintptr_t stream) {
+void store(const PyFormat& self, const PyTables& tables, const PyMemory& memory, nb::handle k, nb::handle v,
+           nb::handle workspace, std::uintptr_t stream) {
   const PagedBatch batch = join(self, tables, memory);
   const Tensor keys = tensor(k, "k", self.device), values = tensor(v, "v", self.device);
   const TensorView kv = float_view(keys, "k"), vv = float_view(values, "v");
@@ -198,8 +212,8 @@ void store(const PyFormat& self, const PyTables& tables, const PyMemory& memory,
 
 // kSeal: exact rows into pages; else pages into exact rows.
 template <bool kSeal>
-void convert(const PyFormat& self, const PyTables& tables, const PyMemory& memory, nb::handle begin, nb::handle end, int most, nb::handle workspace,
-             std::uintptr_t stream) {
+void convert(const PyFormat& self, const PyTables& tables, const PyMemory& memory, nb::handle begin, nb::handle end,
+             int most, nb::handle workspace, std::uintptr_t stream) {
   const PagedBatch batch = join(self, tables, memory);
   PageRange range;
   range.begin = integers(begin, "begin", batch.size, self);
@@ -207,7 +221,8 @@ void convert(const PyFormat& self, const PyTables& tables, const PyMemory& memor
   range.most = most;
   const std::span<std::byte> work = space(workspace, self);
   unlocked([&] {
-    return kSeal ? self.format->seal(batch, range, work, place(stream)) : self.format->dequantise(batch, range, work, place(stream));
+    return kSeal ? self.format->seal(batch, range, work, place(stream))
+                 : self.format->dequantise(batch, range, work, place(stream));
   });
 }
 
@@ -224,8 +239,8 @@ AttendArgs arguments(const PyFormat& self, const Tensor& q, const nb::handle& lo
   return args;
 }
 
-void attend(const PyFormat& self, const PyTables& tables, const PyMemory& memory, nb::handle q, nb::handle out, nb::handle workspace, double scale,
-            double softcap, nb::handle sink_logits, std::uintptr_t stream) {
+void attend(const PyFormat& self, const PyTables& tables, const PyMemory& memory, nb::handle q, nb::handle out,
+            nb::handle workspace, double scale, double softcap, nb::handle sink_logits, std::uintptr_t stream) {
   const PagedBatch batch = join(self, tables, memory);
   const Tensor queries = tensor(q, "q", self.device), result = writable_tensor(out, "out", self.device);
   const AttendArgs args = arguments(self, queries, sink_logits, scale, softcap);
@@ -234,14 +249,16 @@ void attend(const PyFormat& self, const PyTables& tables, const PyMemory& memory
   unlocked([&] { return self.format->attend(batch, args, view, work, place(stream)); });
 }
 
-void attend_partial(const PyFormat& self, const PyTables& tables, const PyMemory& memory, nb::handle q, nb::handle o, nb::handle m, nb::handle l,
-                    nb::handle workspace, double scale, double softcap, std::uintptr_t stream) {
+void attend_partial(const PyFormat& self, const PyTables& tables, const PyMemory& memory, nb::handle q, nb::handle o,
+                    nb::handle m, nb::handle l, nb::handle workspace, double scale, double softcap,
+                    std::uintptr_t stream) {
   const PagedBatch batch = join(self, tables, memory);
   const Tensor queries = tensor(q, "q", self.device);
   const AttendArgs args = arguments(self, queries, nb::none(), scale, softcap);
   const auto& s = args.q.shape;
   const std::int64_t rows = s[0] * s[1] * s[2];
-  const Tensor ot = writable_tensor(o, "o", self.device), mt = writable_tensor(m, "m", self.device), lt = writable_tensor(l, "l", self.device);
+  const Tensor ot = writable_tensor(o, "o", self.device), mt = writable_tensor(m, "m", self.device),
+               lt = writable_tensor(l, "l", self.device);
   check_vector(ot, "o", Element::f32, "float32", rows * self.config.head_dim_v);
   check_vector(mt, "m", Element::f32, "float32", rows);
   check_vector(lt, "l", Element::f32, "float32", rows);
@@ -251,14 +268,16 @@ void attend_partial(const PyFormat& self, const PyTables& tables, const PyMemory
 }
 
 void learn_lambda(const PyFormat& self, nb::handle q, nb::handle k, nb::handle out, std::uintptr_t stream) {
-  const Tensor queries = tensor(q, "q", self.device), keys = tensor(k, "k", self.device), lambda = writable_tensor(out, "out", self.device);
+  const Tensor queries = tensor(q, "q", self.device), keys = tensor(k, "k", self.device),
+               lambda = writable_tensor(out, "out", self.device);
   const TensorView qv = float_view(queries, "q"), kv = float_view(keys, "k");
-  check_vector(lambda, "out", Element::f32, "float32", static_cast<std::int64_t>(self.config.kv_heads) * self.config.head_dim_k);
+  check_vector(lambda, "out", Element::f32, "float32",
+               static_cast<std::int64_t>(self.config.kv_heads) * self.config.head_dim_k);
   unlocked([&] { return self.format->learn_lambda(qv, kv, static_cast<float*>(lambda.data), place(stream)); });
 }
 
-std::size_t workspace_bytes(const PyFormat& self, int sequences, int q_heads, int most_pages, std::int64_t most_queries, std::int64_t longest,
-                            std::int64_t all) {
+std::size_t workspace_bytes(const PyFormat& self, int sequences, int q_heads, int most_pages, std::int64_t most_queries,
+                            std::int64_t longest, std::int64_t all) {
   std::size_t bytes = 0;
   const PageFormat::Limits limits{sequences, q_heads, most_pages, most_queries, longest, all};
   raise_if_error(self.format->workspace_bytes(limits, &bytes));
@@ -270,37 +289,54 @@ std::size_t workspace_bytes(const PyFormat& self, int sequences, int q_heads, in
 void bind_paged(nb::module_& m) {
   nb::class_<PyTables>(m, "PagedTables", "The sequences of a call, as PageFormat.tables makes them.");
   nb::class_<PyMemory>(m, "PagedMemory", "A layer's pages and exact rows, as PageFormat.memory makes them.");
-  nb::class_<PyFormat>(m, "PageFormat", "A layer's pages in memory that a host owns; see kv4/paged.h. Every tensor is on the backend's device.")
-      .def("__init__", &create, "recipe"_a, nb::kw_only(), "dtype"_a, "kv_heads"_a, "head_dim_k"_a, "head_dim_v"_a, "matrix_k"_a = nb::none(),
-           "matrix_v"_a = nb::none(), "backend"_a = "cpu", "dtype: of exact rows.")
+  nb::class_<PyFormat>(
+      m, "PageFormat",
+      "A layer's pages in memory that a host owns; see kv4/paged.h. Every tensor is on the backend's device.")
+      .def("__init__", &create, "recipe"_a, nb::kw_only(), "dtype"_a, "kv_heads"_a, "head_dim_k"_a, "head_dim_v"_a,
+           "matrix_k"_a = nb::none(), "matrix_v"_a = nb::none(), "backend"_a = "cpu", "dtype: of exact rows.")
       .def_prop_ro("head_bytes", [](const PyFormat& f) { return f.format->head_bytes(); })
       .def_prop_ro("page_bytes", [](const PyFormat& f) { return f.format->page_bytes(); })
       .def_prop_ro("block_bytes", [](const PyFormat& f) { return f.format->block_bytes(); })
-      .def("workspace_bytes", &workspace_bytes, nb::kw_only(), "sequences"_a, "q_heads"_a, "most_pages"_a, "most_queries"_a, "longest"_a, "all"_a,
+      .def("workspace_bytes", &workspace_bytes, nb::kw_only(), "sequences"_a, "q_heads"_a, "most_pages"_a,
+           "most_queries"_a, "longest"_a, "all"_a,
            "Of calls of up to so many sequences, pages of one to seal, rows of one, tokens of one, and tokens of all.")
-      .def("prepare", [](const PyFormat& f, nb::handle workspace, std::uintptr_t stream) { raise_if_error(f.format->prepare(space(workspace, f), place(stream))); },
-           "workspace"_a, nb::kw_only(), "stream"_a = 0, "Before the first use of a workspace: uint8, contiguous.")
-      .def("tables", &tables, "queries"_a, "lengths"_a, "sealed"_a, "pages"_a, "blocks"_a, nb::kw_only(), "sinks"_a = nb::none(), "sink_tokens"_a = 0,
-           "window"_a = 0, "most_queries"_a = 0, "longest"_a = 0, "all"_a = 0,
-           "int32: queries [n + 1] cumulative rows, lengths and sealed [n] tokens, pages and blocks [n, entries] ids by position, sinks [n] the\n"
-           "block of the first sink_tokens tokens once page 0 is sealed. window: newest tokens that a query sees, 0 for all. What they hold is read\n"
+      .def(
+          "prepare",
+          [](const PyFormat& f, nb::handle workspace, std::uintptr_t stream) {
+            raise_if_error(f.format->prepare(space(workspace, f), place(stream)));
+          },
+          "workspace"_a, nb::kw_only(), "stream"_a = 0, "Before the first use of a workspace: uint8, contiguous.")
+      .def("tables", &tables, "queries"_a, "lengths"_a, "sealed"_a, "pages"_a, "blocks"_a, nb::kw_only(),
+           "sinks"_a = nb::none(), "sink_tokens"_a = 0, "window"_a = 0, "most_queries"_a = 0, "longest"_a = 0,
+           "all"_a = 0,
+           "int32: queries [n + 1] cumulative rows, lengths and sealed [n] tokens, pages and blocks [n, entries] ids "
+           "by position, sinks [n] the\n"
+           "block of the first sink_tokens tokens once page 0 is sealed. window: newest tokens that a query sees, 0 "
+           "for all. What they hold is read\n"
            "by the calls that take them; on a device most_queries, longest and all bound it.")
-      .def("memory", &memory, "pages"_a.none(), "k"_a, "v"_a, nb::kw_only(), "lambda_k"_a = nb::none(), "lambda_v"_a = nb::none(),
-           "pages uint8 [pages, kv_heads, head_bytes or more], or None where nothing is sealed; k [blocks, kv_heads, 64, head_dim_k], v alike; lambda\n"
+      .def("memory", &memory, "pages"_a.none(), "k"_a, "v"_a, nb::kw_only(), "lambda_k"_a = nb::none(),
+           "lambda_v"_a = nb::none(),
+           "pages uint8 [pages, kv_heads, head_bytes or more], or None where nothing is sealed; k [blocks, kv_heads, "
+           "64, head_dim_k], v alike; lambda\n"
            "float32 [kv_heads, head_dim] or None for 1.")
       .def("store", &store, "tables"_a, "memory"_a, "k"_a, "v"_a, "workspace"_a, nb::kw_only(), "stream"_a = 0,
            "k [1, kv_heads, rows, head_dim_k], v alike: the rows of the call into their blocks.")
-      .def("seal", &convert<true>, "tables"_a, "memory"_a, "begin"_a, "end"_a, "most"_a, "workspace"_a, nb::kw_only(), "stream"_a = 0,
-           "Positions begin[b] to end[b] of each sequence, int32 [n], multiples of 64, at most `most` pages of one: from blocks into pages.")
-      .def("dequantise", &convert<false>, "tables"_a, "memory"_a, "begin"_a, "end"_a, "most"_a, "workspace"_a, nb::kw_only(), "stream"_a = 0,
-           "The same, from pages into blocks.")
-      .def("attend", &attend, "tables"_a, "memory"_a, "q"_a, "out"_a, "workspace"_a, nb::kw_only(), "scale"_a = 0.0, "softcap"_a = 0.0,
-           "sink_logits"_a = nb::none(), "stream"_a = 0,
-           "Causal. q [1, q_heads, rows, head_dim_k], out [1, q_heads, rows, head_dim_v]; sink_logits float32 [q_heads].")
-      .def("attend_partial", &attend_partial, "tables"_a, "memory"_a, "q"_a, "o"_a, "m"_a, "l"_a, "workspace"_a, nb::kw_only(), "scale"_a = 0.0,
-           "softcap"_a = 0.0, "stream"_a = 0, "As attend: o float32 [1, q_heads, rows, head_dim_v], m and l [1, q_heads, rows], contiguous.")
+      .def("seal", &convert<true>, "tables"_a, "memory"_a, "begin"_a, "end"_a, "most"_a, "workspace"_a, nb::kw_only(),
+           "stream"_a = 0,
+           "Positions begin[b] to end[b] of each sequence, int32 [n], multiples of 64, at most `most` pages of one: "
+           "from blocks into pages.")
+      .def("dequantise", &convert<false>, "tables"_a, "memory"_a, "begin"_a, "end"_a, "most"_a, "workspace"_a,
+           nb::kw_only(), "stream"_a = 0, "The same, from pages into blocks.")
+      .def("attend", &attend, "tables"_a, "memory"_a, "q"_a, "out"_a, "workspace"_a, nb::kw_only(), "scale"_a = 0.0,
+           "softcap"_a = 0.0, "sink_logits"_a = nb::none(), "stream"_a = 0,
+           "Causal. q [1, q_heads, rows, head_dim_k], out [1, q_heads, rows, head_dim_v]; sink_logits float32 "
+           "[q_heads].")
+      .def("attend_partial", &attend_partial, "tables"_a, "memory"_a, "q"_a, "o"_a, "m"_a, "l"_a, "workspace"_a,
+           nb::kw_only(), "scale"_a = 0.0, "softcap"_a = 0.0, "stream"_a = 0,
+           "As attend: o float32 [1, q_heads, rows, head_dim_v], m and l [1, q_heads, rows], contiguous.")
       .def("learn_lambda", &learn_lambda, "q"_a, "k"_a, "out"_a, nb::kw_only(), "stream"_a = 0,
-           "Of q [1, q_heads, any, head_dim_k] and k [1, kv_heads, n * 64, head_dim_k]: out float32 [kv_heads, head_dim_k].");
+           "Of q [1, q_heads, any, head_dim_k] and k [1, kv_heads, n * 64, head_dim_k]: out float32 [kv_heads, "
+           "head_dim_k].");
 }
 
 }  // namespace kv4::python

@@ -8,9 +8,9 @@ namespace {
 
 // Attribute names are looked up on every decode step: interned once.
 struct Names {
-  nb::object data_ptr = nb::str("data_ptr"), shape = nb::str("shape"), stride = nb::str("stride"), dtype = nb::str("dtype"),
-             is_cpu = nb::str("is_cpu"), is_cuda = nb::str("is_cuda"), get_device = nb::str("get_device"),
-             requires_grad = nb::str("requires_grad");
+  nb::object data_ptr = nb::str("data_ptr"), shape = nb::str("shape"), stride = nb::str("stride"),
+             dtype = nb::str("dtype"), is_cpu = nb::str("is_cpu"), is_cuda = nb::str("is_cuda"),
+             get_device = nb::str("get_device"), requires_grad = nb::str("requires_grad");
 };
 
 const Names& names() {
@@ -34,7 +34,8 @@ Element element_of_torch(nb::handle dtype, std::string* other) {
   static PyObject* seen[5] = {};
   for (int i = 0; i < 5; ++i)
     if (seen[i] == dtype.ptr()) return static_cast<Element>(i);
-  static constexpr const char* kNames[5] = {"torch.float32", "torch.float16", "torch.bfloat16", "torch.bool", "torch.int32"};
+  static constexpr const char* kNames[5] = {"torch.float32", "torch.float16", "torch.bfloat16", "torch.bool",
+                                            "torch.int32"};
   const std::string full = text(dtype);
   for (int i = 0; i < 5; ++i) {
     if (full == kNames[i]) {
@@ -55,7 +56,9 @@ void read_tuple(nb::handle tuple, int rank, std::array<std::int64_t, 4>* out) {
   }
 }
 
-std::string place_text(int device) { return device == kHost ? "a tensor on the CPU" : "a tensor on cuda:" + std::to_string(device); }
+std::string place_text(int device) {
+  return device == kHost ? "a tensor on the CPU" : "a tensor on cuda:" + std::to_string(device);
+}
 
 bool is_on(nb::handle x, int device) {
   const Names& n = names();
@@ -107,9 +110,11 @@ bool gives_buffer(nb::handle x, int flags) {
   return true;
 }
 
-// What an older DLPack cannot say: whether the memory may be written to. The buffer protocol can, where it is spoken too.
+// What an older DLPack cannot say: whether the memory may be written to. The buffer protocol can, where it is spoken
+// too.
 bool is_read_only(nb::handle x) {
-  return PyObject_CheckBuffer(x.ptr()) && !gives_buffer(x, PyBUF_STRIDES | PyBUF_WRITABLE) && gives_buffer(x, PyBUF_STRIDES);
+  return PyObject_CheckBuffer(x.ptr()) && !gives_buffer(x, PyBUF_STRIDES | PyBUF_WRITABLE) &&
+         gives_buffer(x, PyBUF_STRIDES);
 }
 
 nb::ndarray<> find_array(nb::handle x, const char* name, bool written) {
@@ -128,7 +133,9 @@ Tensor from_dlpack(nb::handle x, const char* name, int device, bool written) {
   Tensor t;
   const bool there = device == kHost ? array.device_type() == nb::device::cpu::value
                                      : array.device_type() == nb::device::cuda::value && array.device_id() == device;
-  if (!there) bad(name, place_text(device), "device type " + std::to_string(array.device_type()) + ", number " + std::to_string(array.device_id()));
+  if (!there)
+    bad(name, place_text(device),
+        "device type " + std::to_string(array.device_type()) + ", number " + std::to_string(array.device_id()));
   if (array.ndim() > 4) bad(name, "at most 4 axes", std::to_string(array.ndim()));
   t.rank = static_cast<int>(array.ndim());
   for (int i = 0; i < t.rank; ++i) {
@@ -157,7 +164,9 @@ DType float_type(const Tensor& t, const char* name) {
     case Element::f32: return DType::f32;
     case Element::f16: return DType::f16;
     case Element::bf16: return DType::bf16;
-    default: bad(name, "dtype float32, float16 or bfloat16", t.element == Element::other ? t.element_name : name_of(t.element));
+    default:
+      bad(name, "dtype float32, float16 or bfloat16",
+          t.element == Element::other ? t.element_name : name_of(t.element));
   }
 }
 
@@ -175,7 +184,8 @@ View view(const Tensor& t, const char* name) {
 }  // namespace
 
 const char* name_of(Element e) {
-  static constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "bool", "int32", "int64", "a byte", "another dtype"};
+  static constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "bool",
+                                           "int32",   "int64",   "a byte",   "another dtype"};
   return kNames[static_cast<int>(e)];
 }
 

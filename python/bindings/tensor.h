@@ -32,8 +32,8 @@ constexpr int kHost = -1;
 // Where tensors of a backend lie, by the name of one that there is.
 int device_of(const std::string& backend);
 
-// Throws ValueError naming `name` for anything that is no tensor of at most 4 axes on `device`: kHost or a CUDA device's
-// number. Read-only ones are welcome: nothing is written to it.
+// Throws ValueError naming `name` for anything that is no tensor of at most 4 axes on `device`: kHost or a CUDA
+// device's number. Read-only ones are welcome: nothing is written to it.
 Tensor tensor(nb::handle x, const char* name, int device = kHost);
 // One that the call writes to. Throws also where its memory is read-only, or where autograd follows it.
 Tensor writable_tensor(nb::handle x, const char* name, int device = kHost);

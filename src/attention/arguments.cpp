@@ -11,7 +11,8 @@ namespace {
 Status check_mask(const Mask& m) {
   const bool offset = m.start != nullptr || m.kind != Mask::General::none;
   if (offset && (m.offset < -kMostTokens || m.offset > kMostTokens))
-    return invalid_argument("mask.offset", "a position within " + std::to_string(kMostTokens) + " of 0", std::to_string(m.offset));
+    return invalid_argument("mask.offset", "a position within " + std::to_string(kMostTokens) + " of 0",
+                            std::to_string(m.offset));
   if (m.kind == Mask::General::none) return {};
   if (m.general == nullptr) return invalid_argument("mask", "data", "a null pointer");
   if (m.columns < 0 || m.columns > kMostTokens)
@@ -22,7 +23,8 @@ Status check_mask(const Mask& m) {
 }  // namespace
 
 std::string shape_text(const std::array<std::int64_t, 4>& s) {
-  return "[" + std::to_string(s[0]) + ", " + std::to_string(s[1]) + ", " + std::to_string(s[2]) + ", " + std::to_string(s[3]) + "]";
+  return "[" + std::to_string(s[0]) + ", " + std::to_string(s[1]) + ", " + std::to_string(s[2]) + ", " +
+         std::to_string(s[3]) + "]";
 }
 
 Status check_dtype(const char* name, DType dtype) {
@@ -49,7 +51,8 @@ Status check_output(const AttendArgs& args, int dim, const MutableTensorView* ou
   }
   const std::array<std::int64_t, 4> wanted{args.q.shape[0], args.q.shape[1], args.q.shape[2], dim};
   if (out->shape != wanted) return invalid_argument("out", "shape " + shape_text(wanted), shape_text(out->shape));
-  if (out->stride[3] != 1 && dim > 1) return invalid_argument("out", "channel stride 1", std::to_string(out->stride[3]));
+  if (out->stride[3] != 1 && dim > 1)
+    return invalid_argument("out", "channel stride 1", std::to_string(out->stride[3]));
   KV4_RETURN_IF_ERROR(check_dtype("out", out->dtype));
   return check_places(*out, &args.q);
 }

@@ -15,7 +15,8 @@ namespace {
 
 bool empty(const std::array<std::int64_t, 4>& shape) { return std::find(shape.begin(), shape.end(), 0) != shape.end(); }
 
-// Whether each axis steps over all that the axes of smaller strides reach. Layouts that interleave otherwise exist on paper only.
+// Whether each axis steps over all that the axes of smaller strides reach. Layouts that interleave otherwise exist on
+// paper only.
 bool apart(const MutableTensorView& x) {
   std::array<std::pair<std::int64_t, std::int64_t>, 4> axes;  // stride, steps
   for (std::size_t i = 0; i < 4; ++i) axes[i] = {std::abs(x.stride[i]), x.shape[i] - 1};
@@ -83,13 +84,16 @@ Status check_places(const MutableTensorView& out, const TensorView* q) {
   if (empty(out.shape)) return {};
   if (out.data == nullptr) return invalid_argument("out", "data", "a null pointer");
   if (!apart(out))
-    return invalid_argument("out", "a place of its own for every element", "strides " + shape_text(out.stride) + " over shape " + shape_text(out.shape));
+    return invalid_argument("out", "a place of its own for every element",
+                            "strides " + shape_text(out.stride) + " over shape " + shape_text(out.shape));
   return q != nullptr && share(out, *q) ? shared("out", "q") : Status();
 }
 
 Status check_places(const PartialState& state, const TensorView& q, int dim) {
   const std::int64_t count = q.shape[0] * q.shape[1] * q.shape[2];
-  const auto flat = [](float* data, std::int64_t n) { return MutableTensorView{data, DType::f32, {1, 1, 1, n}, {n, n, n, 1}}; };
+  const auto flat = [](float* data, std::int64_t n) {
+    return MutableTensorView{data, DType::f32, {1, 1, 1, n}, {n, n, n, 1}};
+  };
   const struct {
     const char* name;
     MutableTensorView view;

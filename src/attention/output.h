@@ -10,7 +10,8 @@ namespace kv4 {
 // `out`, shaped as it should be and with channel stride 1. With `q`, the two share no memory.
 // Errors: invalid_argument naming out.
 Status check_places(const MutableTensorView& out, const TensorView* q);
-// o, m and l for queries of q's shape and values of `dim` channels; they share memory neither with q nor with each other.
+// o, m and l for queries of q's shape and values of `dim` channels; they share memory neither with q nor with each
+// other.
 // Errors: invalid_argument naming the array.
 Status check_places(const PartialState& state, const TensorView& q, int dim);
 

@@ -44,10 +44,8 @@ void finish(const PartialState& state, const float* sinks, const MutableTensorVi
         void* to = out.at(b, h, t);
         for (int c = 0; c < dim; ++c) {
           const float x = l != 0 ? o[c] * factor : 0.0f;
-          if (out.dtype == DType::f32)
-            static_cast<float*>(to)[c] = x;
-          else
-            static_cast<std::uint16_t*>(to)[c] = out.dtype == DType::f16 ? f32_to_f16(x) : f32_to_bf16(x);
+          if (out.dtype == DType::f32) static_cast<float*>(to)[c] = x;
+          else static_cast<std::uint16_t*>(to)[c] = out.dtype == DType::f16 ? f32_to_f16(x) : f32_to_bf16(x);
         }
       }
     }

@@ -1,5 +1,5 @@
-// The interface of a backend: what the cache and the paged operations ask of a device. Plain structs go in: pages by id and stride,
-// exact rows, sequences as a call finds them. A backend knows no reference counts and no policy.
+// The interface of a backend: what the cache and the paged operations ask of a device. Plain structs go in: pages by id
+// and stride, exact rows, sequences as a call finds them. A backend knows no reference counts and no policy.
 #pragma once
 
 #include <cstddef>
@@ -19,8 +19,8 @@
 #include "recipe/levels.h"
 #include "rotation/rotation.h"
 
-// Functions that kernels run too. Never a symbol of their own where they are compiled for several instruction sets: a linker
-// would choose one for all.
+// Functions that kernels run too. Never a symbol of their own where they are compiled for several instruction sets: a
+// linker would choose one for all.
 #if defined(__CUDACC__)
 #define KV4_DEVICE __host__ __device__
 #elif defined(__GNUC__)
@@ -33,9 +33,9 @@ namespace kv4 {
 
 // One side (keys or values) of a page.
 struct SideSpec {
-  int dim = 0;       // channels of a head
-  int group = 0;     // channels per scale (= dim for one scale per vector)
-  int groups = 0;    // dim / group
+  int dim = 0;     // channels of a head
+  int group = 0;   // channels per scale (= dim for one scale per vector)
+  int groups = 0;  // dim / group
   std::shared_ptr<const Rotation> rotation;
   Levels levels{};
   ScaleRule scale = ScaleRule::least_squares;
@@ -57,8 +57,8 @@ KV4_DEVICE inline std::uint8_t* slice_at(const PageMemory& memory, std::int32_t 
   return page_at(memory, id) + head * memory.head_stride;
 }
 
-// Seals tokens [first, first + count) of a page, all its heads. Exact rows are [token, channel] with channel stride 1; row `first`
-// of the page is row 0 of k and v. With a mean, first = 0 and count = kPageTokens.
+// Seals tokens [first, first + count) of a page, all its heads. Exact rows are [token, channel] with channel stride 1;
+// row `first` of the page is row 0 of k and v. With a mean, first = 0 and count = kPageTokens.
 struct SealJob {
   const void* k = nullptr;
   const void* v = nullptr;
@@ -70,27 +70,27 @@ struct SealJob {
   const float* lambda_v = nullptr;     // [kv_heads, head_dim_v] or null for 1
   std::int32_t page = 0;               // below 0: nothing to do
   DType dtype = DType::f32;
-  std::uint8_t hidden = 0;             // the first rows that are masked, beside those of skip
+  std::uint8_t hidden = 0;  // the first rows that are masked, beside those of skip
   std::int16_t first = 0;
   std::int64_t count = kPageTokens;
 };
 
-// What a backend that queues its work tells later, in host memory: 1 + the newest position whose key (value) held NaN or
-// infinity in some head, 0 while none did.
+// What a backend that queues its work tells later, in host memory: 1 + the newest position whose key (value) held NaN
+// or infinity in some head, 0 while none did.
 struct LateNote {
   volatile std::int64_t key = 0, value = 0;
 };
 
-// Exact tokens of one sequence, all KV heads, channel stride 1, values finite. Row r follows row 0 by r strides; with a table of
-// blocks it is row r % kPageTokens of block blocks[r / kPageTokens].
+// Exact tokens of one sequence, all KV heads, channel stride 1, values finite. Row r follows row 0 by r strides; with a
+// table of blocks it is row r % kPageTokens of block blocks[r / kPageTokens].
 struct ExactRows {
   const void* k = nullptr;
   const void* v = nullptr;
-  std::int64_t k_head_stride = 0, v_head_stride = 0;    // elements between heads
-  std::int64_t k_stride = 0, v_stride = 0;              // elements between tokens
+  std::int64_t k_head_stride = 0, v_head_stride = 0;  // elements between heads
+  std::int64_t k_stride = 0, v_stride = 0;            // elements between tokens
   const std::int32_t* blocks = nullptr;
   std::int64_t k_block_stride = 0, v_block_stride = 0;  // elements between blocks
-  std::int64_t position = 0;                          // of row 0
+  std::int64_t position = 0;                            // of row 0
   std::int64_t count = 0;
 };
 
@@ -103,27 +103,27 @@ KV4_DEVICE inline std::int64_t row_offset(const ExactRows& x, bool keys, std::in
 
 // One sequence as a call finds it. Every pointer but `note` is memory that kernels read. No padding: compared as bytes.
 struct SequenceView {
-  const std::int32_t* pages = nullptr;         // [page_count] ids, in order of position
+  const std::int32_t* pages = nullptr;  // [page_count] ids, in order of position
   std::int32_t page_count = 0;
-  std::int32_t last_page_tokens = kPageTokens; // tokens in the last page, 1 ... kPageTokens
-  std::int64_t pages_position = 0;             // of the first page's first token
-  std::int32_t pages_hidden = 0;               // the first page's first tokens, which lie exact beside it
-  std::int32_t input = 0;                      // the call's tensors: index of axis 0
-  std::int64_t input_row = 0;                  // ... and of axis 2, of this sequence's first row
-  std::int64_t query_count = 0;                // rows of this sequence
-  std::int64_t query_position = 0;             // of the first of them
-  const float* lambda_k = nullptr;             // [kv_heads, head_dim_k] or null for 1
-  const float* lambda_v = nullptr;             // [kv_heads, head_dim_v] or null for 1
-  LateNote* note = nullptr;                    // where a backend with alloc_note tells of NaN and infinity
-  ExactRows exact[2];                          // sinks and window; disjoint; count 0 where absent
+  std::int32_t last_page_tokens = kPageTokens;  // tokens in the last page, 1 ... kPageTokens
+  std::int64_t pages_position = 0;              // of the first page's first token
+  std::int32_t pages_hidden = 0;                // the first page's first tokens, which lie exact beside it
+  std::int32_t input = 0;                       // the call's tensors: index of axis 0
+  std::int64_t input_row = 0;                   // ... and of axis 2, of this sequence's first row
+  std::int64_t query_count = 0;                 // rows of this sequence
+  std::int64_t query_position = 0;              // of the first of them
+  const float* lambda_k = nullptr;              // [kv_heads, head_dim_k] or null for 1
+  const float* lambda_v = nullptr;              // [kv_heads, head_dim_v] or null for 1
+  LateNote* note = nullptr;                     // where a backend with alloc_note tells of NaN and infinity
+  ExactRows exact[2];                           // sinks and window; disjoint; count 0 where absent
 };
 
-// Sequences of a call. `views` is host memory that is read before the call returns, or memory that kernels read (resident), where the
-// host knows no more of them than what stands beside it.
+// Sequences of a call. `views` is host memory that is read before the call returns, or memory that kernels read
+// (resident), where the host knows no more of them than what stands beside it.
 struct Sequences {
   std::span<const SequenceView> views;
   bool resident = false;
-  std::int64_t most_queries = 0;    // of one sequence; 0: that of the views
+  std::int64_t most_queries = 0;      // of one sequence; 0: that of the views
   std::int64_t longest = 0, all = 0;  // tokens at most: of one sequence, of all together; for sharing out the work
 };
 
@@ -136,14 +136,16 @@ class DeviceTables {
   virtual std::size_t bytes() const = 0;
 };
 
-// Rows that go behind the rows of exact[1] of each sequence, whose memory has room for them: query_count of them, from rows input_row
-// on of k[input] and v[input]. A row of one head with NaN or infinity is stored as zeros. With `skip` nothing is stored, but found as it
-// would be: for rows that are sealed as they arrive.
+// Rows that go behind the rows of exact[1] of each sequence, whose memory has room for them: query_count of them, from
+// rows input_row on of k[input] and v[input]. A row of one head with NaN or infinity is stored as zeros. With `skip`
+// nothing is stored, but found as it would be: for rows that are sealed as they arrive.
 struct StoreJob {
   TensorView k, v;
   Sequences sequences;  // as before the call; query_position: that of the last row but query_count
-  std::vector<NonFinite>* const* found = nullptr;  // [batch] or null: told at once where the backend works at once, ascending
-  std::uint8_t* skip = nullptr;  // [inputs, rows], zeros, where kernels write it: 1 where a row holds NaN or infinity in some head
+  std::vector<NonFinite>* const* found =
+      nullptr;  // [batch] or null: told at once where the backend works at once, ascending
+  std::uint8_t* skip =
+      nullptr;  // [inputs, rows], zeros, where kernels write it: 1 where a row holds NaN or infinity in some head
   DeviceTables* tables = nullptr;
 };
 
@@ -159,11 +161,11 @@ struct ConvertJob {
   std::int64_t rows = 0;
 };
 
-// Tokens [first, first + count) of a page, all its heads, as rows in the model's own basis: k = R^-1(s L + mean') / lambda,
-// v = R^-1(s L) / lambda_v. Either output may be null.
+// Tokens [first, first + count) of a page, all its heads, as rows in the model's own basis: k = R^-1(s L + mean') /
+// lambda, v = R^-1(s L) / lambda_v. Either output may be null.
 struct DequantiseJob {
-  std::int32_t page = 0;            // below 0: nothing to do
-  DType dtype = DType::f32;         // of the rows
+  std::int32_t page = 0;     // below 0: nothing to do
+  DType dtype = DType::f32;  // of the rows
   std::int16_t first = 0;
   std::int64_t count = 0;
   const float* lambda_k = nullptr;  // [kv_heads, head_dim_k] or null for 1
@@ -177,7 +179,7 @@ struct DequantiseJob {
 // One query of one sequence: its energies q_c^2, summed over the query heads of each KV head.
 struct EnergyJob {
   int sequence = 0;
-  std::int64_t query = 0;   // row of q
+  std::int64_t query = 0;     // row of q
   float* energies = nullptr;  // [kv_heads][head_dim_k]
 };
 
@@ -189,23 +191,24 @@ struct LambdaJob {
   std::int64_t k_head_stride = 0, k_stride = 0;
   int kv_heads = 0, dim = 0;
   int blocks = 0;
-  std::span<const std::uint8_t> skip;      // [blocks * kPageTokens] in host memory: nonzero rows stay out
-  std::span<const float* const> energies;  // in host memory: of each query [kv_heads][dim]; what is not finite counts as 0
-  float* lambda = nullptr;                 // [kv_heads, dim]
+  std::span<const std::uint8_t> skip;  // [blocks * kPageTokens] in host memory: nonzero rows stay out
+  std::span<const float* const>
+      energies;             // in host memory: of each query [kv_heads][dim]; what is not finite counts as 0
+  float* lambda = nullptr;  // [kv_heads, dim]
 };
 
 // Attention of the query rows that each sequence names.
 struct AttendJob {
-  AttendArgs args;                  // q [inputs, q_heads, rows, head_dim_k]: a sequence's rows are its own input's
-  const PageSpec* spec = nullptr;   // null where nothing is sealed
+  AttendArgs args;                 // q [inputs, q_heads, rows, head_dim_k]: a sequence's rows are its own input's
+  const PageSpec* spec = nullptr;  // null where nothing is sealed
   PageMemory pages;
-  DType dtype = DType::f32;         // of the exact rows
+  DType dtype = DType::f32;  // of the exact rows
   int kv_heads = 0;
   int head_dim_k = 0, head_dim_v = 0;
   // With tables, the mask's start and window are host memory; without, memory that the kernels read.
   Sequences sequences;
   DeviceTables* tables = nullptr;
-  std::int32_t window = 0;          // as mask.window, of every sequence, where that is null
+  std::int32_t window = 0;  // as mask.window, of every sequence, where that is null
   // What the kernels need besides, as workspace() says; empty: the backend's own.
   std::span<std::byte> workspace;
   // Exactly one of the two: finished output, [inputs, q_heads, rows, head_dim_v] by strides, or
@@ -241,14 +244,16 @@ class Backend {
   // Memory that the kernels read, 64-byte aligned; null when there is none left.
   virtual void* alloc(std::size_t bytes) = 0;
   virtual void free(void* p, std::size_t bytes) = 0;
-  // To, from or within the backend's memory. What comes from the host may be reused, what goes there is there. Whoever asks
-  // passes a failure on: after a fault of the device its memory holds anything.
+  // To, from or within the backend's memory. What comes from the host may be reused, what goes there is there. Whoever
+  // asks passes a failure on: after a fault of the device its memory holds anything.
   virtual Status copy(void* to, const void* from, std::size_t bytes) = 0;
   virtual Status clear(void* p, std::size_t bytes) = 0;  // zero bytes
   // The same from host memory that may be reused, without a wait for the device.
   virtual Status upload(void* to, const void* from, std::size_t bytes) { return copy(to, from, bytes); }
-  // `lines` times `bytes`, their beginnings a pitch of bytes apart. A line may overlap its own source where it lies below it.
-  virtual Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) = 0;
+  // `lines` times `bytes`, their beginnings a pitch of bytes apart. A line may overlap its own source where it lies
+  // below it.
+  virtual Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes,
+                            int lines) = 0;
   // A note for store to write to, or null where it tells at once.
   virtual Status alloc_note(LateNote** out) {
     *out = nullptr;
@@ -272,26 +277,29 @@ class Backend {
   virtual Status query_energies(const TensorView& q, int kv_heads, std::span<const EnergyJob> jobs) = 0;
   virtual Status fix_lambda(const LambdaJob& job) = 0;
   // resident: the jobs lie where kernels read them, and how many there are is all that the host knows.
-  virtual Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs, bool resident) = 0;
-  virtual Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs,
-                            bool resident) const = 0;
-  // Bytes of workspace for a call like this one, whose sequences' limits are those of all calls that it will serve. Nothing is read
-  // through the job's pointers.
+  virtual Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs,
+                      bool resident) = 0;
+  virtual Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads,
+                            std::span<const DequantiseJob> jobs, bool resident) const = 0;
+  // Bytes of workspace for a call like this one, whose sequences' limits are those of all calls that it will serve.
+  // Nothing is read through the job's pointers.
   virtual std::size_t attend_workspace(const AttendJob& job) const = 0;
-  // What a batch of a host that owns its memory is as sequences and jobs (batch.h), written to `out`, which kernels read.
+  // What a batch of a host that owns its memory is as sequences and jobs (batch.h), written to `out`, which kernels
+  // read.
   virtual Status make_views(const PagedBatch& batch, bool stored, SequenceView* out);
   virtual Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, SealJob* out);
   virtual Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, DequantiseJob* out);
 
-  // non_finite where a query that sees some column holds NaN or infinity, if the backend works at once; else NaN comes out.
+  // non_finite where a query that sees some column holds NaN or infinity, if the backend works at once; else NaN comes
+  // out.
   virtual Status attend(const AttendJob& job) = 0;
 
   // Codes of a head slice between the backend's order and the canonical one
   // (format/page.h: [64][d/2] bytes per side, in host memory).
-  virtual Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice,
-                                    std::uint8_t* k, std::uint8_t* v) const = 0;
-  virtual Status codes_from_canonical(const PageSpec& spec, const std::uint8_t* k,
-                                      const std::uint8_t* v, std::uint8_t* slice) const = 0;
+  virtual Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k,
+                                    std::uint8_t* v) const = 0;
+  virtual Status codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v,
+                                      std::uint8_t* slice) const = 0;
 };
 
 // The registry: one line per backend in registry.cpp. `name` may end in ":" and the number of a device.

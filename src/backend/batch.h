@@ -1,14 +1,17 @@
-// What follows from the tables of a paged batch (kv4/paged.h) for each sequence: a view for attention and for storing, a job for each page
-// to be sealed or dequantised. One arithmetic for hosts and devices.
+// What follows from the tables of a paged batch (kv4/paged.h) for each sequence: a view for attention and for storing,
+// a job for each page to be sealed or dequantised. One arithmetic for hosts and devices.
 #pragma once
 
 #include "backend/backend.h"
 
 namespace kv4 {
 
-KV4_DEVICE inline const float* lambda_of(const float* lambda, std::int64_t stride, int b) { return lambda == nullptr ? nullptr : lambda + b * stride; }
+KV4_DEVICE inline const float* lambda_of(const float* lambda, std::int64_t stride, int b) {
+  return lambda == nullptr ? nullptr : lambda + b * stride;
+}
 
-KV4_DEVICE inline ExactRows rows_of(const PagedBatch& batch, const std::int32_t* blocks, std::int64_t position, std::int64_t count) {
+KV4_DEVICE inline ExactRows rows_of(const PagedBatch& batch, const std::int32_t* blocks, std::int64_t position,
+                                    std::int64_t count) {
   ExactRows out;
   const RowMemory& r = batch.row_memory;
   out.k = r.k;
@@ -25,10 +28,12 @@ KV4_DEVICE inline ExactRows rows_of(const PagedBatch& batch, const std::int32_t*
   return out;
 }
 
-// stored: the call's rows lie in their blocks already. What no query of the call sees, for the window, is left out by whole pages.
+// stored: the call's rows lie in their blocks already. What no query of the call sees, for the window, is left out by
+// whole pages.
 KV4_DEVICE inline SequenceView view_of(const PagedBatch& batch, int b, bool stored) {
   SequenceView view;
-  const std::int64_t count = batch.queries[b + 1] - batch.queries[b], length = batch.lengths[b], sealed = batch.sealed[b];
+  const std::int64_t count = batch.queries[b + 1] - batch.queries[b], length = batch.lengths[b],
+                     sealed = batch.sealed[b];
   view.input_row = batch.queries[b];
   view.query_count = count;
   view.query_position = length - count;
@@ -43,14 +48,16 @@ KV4_DEVICE inline SequenceView view_of(const PagedBatch& batch, int b, bool stor
     view.exact[0] = rows_of(batch, batch.sinks + b, 0, first < batch.sink_tokens ? batch.sink_tokens : 0);
   }
   const std::int64_t held = unseen > packed ? unseen : packed;
-  view.exact[1] = rows_of(batch, batch.blocks + b * batch.blocks_stride + held, held * kPageTokens, (stored ? length : length - count) - held * kPageTokens);
+  view.exact[1] = rows_of(batch, batch.blocks + b * batch.blocks_stride + held, held * kPageTokens,
+                          (stored ? length : length - count) - held * kPageTokens);
   view.lambda_k = lambda_of(batch.lambda_k, batch.lambda_k_stride, b);
   view.lambda_v = lambda_of(batch.lambda_v, batch.lambda_v_stride, b);
   if (batch.non_finite != nullptr) view.note = reinterpret_cast<LateNote*>(batch.non_finite + 2 * b);
   return view;
 }
 
-// The n-th page of the range of sequence b: of Job, SealJob or DequantiseJob, all that the two have in common. page < 0: there is none.
+// The n-th page of the range of sequence b: of Job, SealJob or DequantiseJob, all that the two have in common. page <
+// 0: there is none.
 template <class Job>
 KV4_DEVICE inline Job page_job_of(const PagedBatch& batch, DType dtype, const PageRange& range, int b, int n) {
   Job job;
@@ -76,7 +83,8 @@ KV4_DEVICE inline Job page_job_of(const PagedBatch& batch, DType dtype, const Pa
 
 KV4_DEVICE inline SealJob seal_job_of(const PagedBatch& batch, DType dtype, const PageRange& range, int b, int n) {
   SealJob job = page_job_of<SealJob>(batch, dtype, range, b, n);
-  if (batch.sinks != nullptr && range.begin[b] == 0 && n == 0) job.hidden = static_cast<std::uint8_t>(batch.sink_tokens);
+  if (batch.sinks != nullptr && range.begin[b] == 0 && n == 0)
+    job.hidden = static_cast<std::uint8_t>(batch.sink_tokens);
   return job;
 }
 

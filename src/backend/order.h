@@ -27,7 +27,8 @@ void scatter_codes(const std::uint8_t* canonical, int dim, std::uint8_t* codes, 
   std::memset(codes, static_cast<int>(to(0u) * 0x11), bytes);
   const auto put = [&](int j, int c, std::uint32_t code) {
     const auto n = at(j, c);
-    codes[n.byte] = static_cast<std::uint8_t>((codes[n.byte] & ~(15 << n.shift)) | static_cast<int>(to(code)) << n.shift);
+    codes[n.byte] =
+        static_cast<std::uint8_t>((codes[n.byte] & ~(15 << n.shift)) | static_cast<int>(to(code)) << n.shift);
   };
   for (int j = 0; j < kPageTokens; ++j) {
     for (int c = 0; c < dim; c += 2) {
@@ -38,25 +39,30 @@ void scatter_codes(const std::uint8_t* canonical, int dim, std::uint8_t* codes, 
   }
 }
 
-// A backend's order: Order::key(token, channel, spec.key.dim), Order::value(token, channel, spec.value.dim), Order::from, Order::to.
-// k [64][head_dim_k / 2] and v [64][head_dim_v / 2] bytes; either may be null.
+// A backend's order: Order::key(token, channel, spec.key.dim), Order::value(token, channel, spec.value.dim),
+// Order::from, Order::to. k [64][head_dim_k / 2] and v [64][head_dim_v / 2] bytes; either may be null.
 template <class Order>
 void slice_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k, std::uint8_t* v) {
   if (k != nullptr)
-    gather_codes(slice + spec.layout.k_codes, spec.key.dim, k, [d = spec.key.dim](int j, int c) { return Order::key(j, c, d); }, Order::from);
+    gather_codes(
+        slice + spec.layout.k_codes, spec.key.dim, k, [d = spec.key.dim](int j, int c) { return Order::key(j, c, d); },
+        Order::from);
   if (v != nullptr)
-    gather_codes(slice + spec.layout.v_codes, spec.value.dim, v, [d = spec.value.dim](int j, int c) { return Order::value(j, c, d); },
-                 Order::from);
+    gather_codes(
+        slice + spec.layout.v_codes, spec.value.dim, v,
+        [d = spec.value.dim](int j, int c) { return Order::value(j, c, d); }, Order::from);
 }
 
 template <class Order>
 void slice_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* slice) {
   if (k != nullptr)
-    scatter_codes(k, spec.key.dim, slice + spec.layout.k_codes, spec.layout.k_code_bytes,
-                  [d = spec.key.dim](int j, int c) { return Order::key(j, c, d); }, Order::to);
+    scatter_codes(
+        k, spec.key.dim, slice + spec.layout.k_codes, spec.layout.k_code_bytes,
+        [d = spec.key.dim](int j, int c) { return Order::key(j, c, d); }, Order::to);
   if (v != nullptr)
-    scatter_codes(v, spec.value.dim, slice + spec.layout.v_codes, spec.layout.v_code_bytes,
-                  [d = spec.value.dim](int j, int c) { return Order::value(j, c, d); }, Order::to);
+    scatter_codes(
+        v, spec.value.dim, slice + spec.layout.v_codes, spec.layout.v_code_bytes,
+        [d = spec.value.dim](int j, int c) { return Order::value(j, c, d); }, Order::to);
 }
 
 }  // namespace kv4

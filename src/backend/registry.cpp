@@ -16,7 +16,7 @@ Backend* backend(int device);
 namespace apple {
 Backend* backend(int device);
 std::string why_not();
-}
+}  // namespace apple
 #endif
 #if KV4_HAS_PROBE  // a backend that the tests bring along
 namespace probe {

@@ -10,7 +10,8 @@ std::string shape_text(std::size_t have) { return std::to_string(have) + " value
 Status make_rotation(const SideRecipe& side, int dim, const std::vector<float>& matrix, const char* matrix_name,
                      std::shared_ptr<const Rotation>* out) {
   if (side.rotation != RotationKind::dense && !matrix.empty())
-    return invalid_argument(matrix_name, "nothing, since the recipe's rotation is not 'dense'", shape_text(matrix.size()));
+    return invalid_argument(matrix_name, "nothing, since the recipe's rotation is not 'dense'",
+                            shape_text(matrix.size()));
   switch (side.rotation) {
     case RotationKind::identity: return Rotation::identity(dim, out);
     case RotationKind::srft: return Rotation::srft(dim, side.seed, out);
@@ -20,14 +21,16 @@ Status make_rotation(const SideRecipe& side, int dim, const std::vector<float>& 
     case RotationKind::dense: {
       const std::size_t count = static_cast<std::size_t>(dim) * dim;
       if (matrix.size() != count)
-        return invalid_argument(matrix_name, std::to_string(dim) + " x " + std::to_string(dim) + " values", shape_text(matrix.size()));
+        return invalid_argument(matrix_name, std::to_string(dim) + " x " + std::to_string(dim) + " values",
+                                shape_text(matrix.size()));
       return Rotation::dense(dim, matrix, out);
     }
   }
   return invalid_argument("recipe.rotation", "a known kind", std::to_string(static_cast<int>(side.rotation)));
 }
 
-Status make_side(const SideRecipe& recipe, int dim, const std::vector<float>& matrix, const char* matrix_name, SideSpec* side) {
+Status make_side(const SideRecipe& recipe, int dim, const std::vector<float>& matrix, const char* matrix_name,
+                 SideSpec* side) {
   side->dim = dim;
   side->group = recipe.group > 0 ? recipe.group : dim;
   side->groups = dim / side->group;
@@ -69,9 +72,9 @@ Status make_spec(const CacheConfig& config, Backend** backend, PageSpec* out) {
   KV4_RETURN_IF_ERROR(validate(recipe, config.head_dim_k, config.head_dim_v));
   KV4_RETURN_IF_ERROR(make_sides(recipe, config.head_dim_k, config.head_dim_v, config.matrix_k, config.matrix_v, out));
   const auto u32 = [](int x) { return static_cast<std::uint32_t>(x); };
-  out->layout = kv4_make_page_layout(u32(config.head_dim_k), u32(config.head_dim_v), u32(out->key.groups), u32(out->value.groups),
-                                     out->key.mean, u32((*backend)->code_channels(config.head_dim_k)),
-                                     u32((*backend)->code_channels(config.head_dim_v)));
+  out->layout = kv4_make_page_layout(
+      u32(config.head_dim_k), u32(config.head_dim_v), u32(out->key.groups), u32(out->value.groups), out->key.mean,
+      u32((*backend)->code_channels(config.head_dim_k)), u32((*backend)->code_channels(config.head_dim_v)));
   return (*backend)->supports(*out);
 }
 

@@ -13,8 +13,9 @@ namespace kv4 {
 Status make_sides(const Recipe& recipe, int head_dim_k, int head_dim_v, const std::vector<float>& matrix_k,
                   const std::vector<float>& matrix_v, PageSpec* out);
 
-// Checks all of a configuration but its lambda, finds its backend and says what its pages are; the spec is left as it is where nothing
-// is ever sealed. Errors: invalid_argument naming the field; unsupported with the reason where no kernel serves it.
+// Checks all of a configuration but its lambda, finds its backend and says what its pages are; the spec is left as it
+// is where nothing is ever sealed. Errors: invalid_argument naming the field; unsupported with the reason where no
+// kernel serves it.
 Status make_spec(const CacheConfig& config, Backend** backend, PageSpec* out);
 
 }  // namespace kv4

@@ -15,24 +15,29 @@ constexpr std::int64_t kMostRows = std::numeric_limits<int>::max();
 Status check_rows(const Setup& setup, const TensorView& x, const char* name, int dim, std::int64_t batch) {
   const DType dtype = setup.config.dtype;
   if (x.dtype != dtype) return invalid_argument(name, std::string("dtype ") + name_of(dtype), name_of(x.dtype));
-  if ((batch >= 0 && x.shape[0] != batch) || x.shape[0] < 1 || x.shape[1] != setup.heads() || x.shape[2] < 0 || x.shape[3] != dim)
+  if ((batch >= 0 && x.shape[0] != batch) || x.shape[0] < 1 || x.shape[1] != setup.heads() || x.shape[2] < 0 ||
+      x.shape[3] != dim)
     return invalid_argument(name,
-                            "shape [" + (batch < 0 ? std::string("batch") : std::to_string(batch)) + ", " + std::to_string(setup.heads()) + ", tokens, " +
-                                std::to_string(dim) + "]",
+                            "shape [" + (batch < 0 ? std::string("batch") : std::to_string(batch)) + ", " +
+                                std::to_string(setup.heads()) + ", tokens, " + std::to_string(dim) + "]",
                             shape_text(x.shape));
   if (x.stride[3] != 1 && dim > 1) return invalid_argument(name, "channel stride 1", std::to_string(x.stride[3]));
   if (x.data == nullptr && x.shape[2] > 0) return invalid_argument(name, "data", "a null pointer");
-  if (x.shape[0] > kMostRows) return error(StatusCode::out_of_range, name, "a batch of at most " + std::to_string(kMostRows), std::to_string(x.shape[0]));
+  if (x.shape[0] > kMostRows)
+    return error(StatusCode::out_of_range, name, "a batch of at most " + std::to_string(kMostRows),
+                 std::to_string(x.shape[0]));
   return {};
 }
 
 Status check_room(const char* name, std::int64_t held, std::int64_t tokens) {
   const std::int64_t room = kMostTokens - held;
-  return tokens <= room ? Status() : error(StatusCode::out_of_range, name, "at most " + std::to_string(room) + " tokens", std::to_string(tokens));
+  return tokens <= room ? Status()
+                        : error(StatusCode::out_of_range, name, "at most " + std::to_string(room) + " tokens",
+                                std::to_string(tokens));
 }
 
-// A window grows by steps, small ones while it is small, since short texts are all window; a long prefill's takes just what
-// comes. One that never seals grows by an eighth, so that appending costs O(1). x: the extent before.
+// A window grows by steps, small ones while it is small, since short texts are all window; a long prefill's takes just
+// what comes. One that never seals grows by an eighth, so that appending costs O(1). x: the extent before.
 Status make_room(const Setup& setup, const ledger::Extent& x, RowBuffer& window, std::int64_t tokens) {
   const std::int64_t need = window.count() + tokens;
   std::int64_t room = window.capacity();
@@ -55,7 +60,8 @@ Status part_notes(const CacheState& c, Sequence& s) {
 // What a call does to sequences: `all` are those of the cache, or those that its first call makes.
 class Append {
  public:
-  Append(CacheState& c, std::vector<Sequence>& all) : c_(c), setup_(*c.setup), all_(all), draft_(setup_, c.pool.get()) {}
+  Append(CacheState& c, std::vector<Sequence>& all)
+      : c_(c), setup_(*c.setup), all_(all), draft_(setup_, c.pool.get()) {}
 
   Status run(const TensorView& k, const TensorView& v) {
     KV4_RETURN_IF_ERROR(plan(k, v));
@@ -80,7 +86,8 @@ class Append {
     KV4_RETURN_IF_ERROR(place());
     KV4_RETURN_IF_ERROR(draft_.seal());
     if (c_.captured != nullptr && c_.captured != c_.pool->memory().chunks)
-      return error(StatusCode::failed_precondition, "cache", "a step captured since pages outgrew their table (reserve before it makes room)", "an older one");
+      return error(StatusCode::failed_precondition, "cache",
+                   "a step captured since pages outgrew their table (reserve before it makes room)", "an older one");
     return setup_.backend->foresee(c_.tables.get(), c_.views, 1);
   }
   void commit() noexcept {
@@ -125,7 +132,8 @@ class Append {
       const std::int64_t tokens = setup_.policy.arrival() ? 0 : part.tokens, length = s.length();
       if (tokens > 0) KV4_RETURN_IF_ERROR(make_room(setup_, x, body.window, tokens));
       if (change == nullptr) s.ledger.make_room_for_rows(tokens);
-      SequenceView& view = c_.views[i] = view_of(setup_, x, body, ledger::view(setup_.policy, x, length, true, length), s.note());
+      SequenceView& view = c_.views[i] =
+          view_of(setup_, x, body, ledger::view(setup_.policy, x, length, true, length), s.note());
       view.input = part.input;
       view.input_row = part.input_row;
       view.query_count = tokens;
@@ -154,18 +162,24 @@ Status make_parts(CacheState& c, const RowCounts& rows, std::int64_t total, cons
   for (const auto& [row, tokens] : rows) {
     KV4_RETURN_IF_ERROR(check_row(c, row));
     if (tokens < 0 || tokens > kMostTokens)
-      return error(StatusCode::out_of_range, "rows", "0 to " + std::to_string(kMostTokens) + " tokens of each", std::to_string(tokens));
+      return error(StatusCode::out_of_range, "rows", "0 to " + std::to_string(kMostTokens) + " tokens of each",
+                   std::to_string(tokens));
     parts.push_back({static_cast<std::size_t>(row), tokens, 0, sum});
     sum += tokens;
   }
-  if (sum != total) return invalid_argument("rows", "as many tokens in all as " + std::string(of) + ", " + std::to_string(total), std::to_string(sum));
+  if (sum != total)
+    return invalid_argument("rows", "as many tokens in all as " + std::string(of) + ", " + std::to_string(total),
+                            std::to_string(sum));
   // Ascending rows, as they mostly are, name none twice.
   const auto less = [](const Part& a, const Part& b) { return a.row < b.row; };
-  if (std::is_sorted(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.row <= b.row; })) return {};
+  if (std::is_sorted(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.row <= b.row; }))
+    return {};
   std::vector<Part> sorted = parts;
   std::sort(sorted.begin(), sorted.end(), less);
-  const auto twice = std::adjacent_find(sorted.begin(), sorted.end(), [](const Part& a, const Part& b) { return a.row == b.row; });
-  return twice == sorted.end() ? Status() : invalid_argument("rows", "each sequence once", std::to_string(twice->row) + " twice");
+  const auto twice =
+      std::adjacent_find(sorted.begin(), sorted.end(), [](const Part& a, const Part& b) { return a.row == b.row; });
+  return twice == sorted.end() ? Status()
+                               : invalid_argument("rows", "each sequence once", std::to_string(twice->row) + " twice");
 }
 
 Status append(CacheState& c, const RowCounts* rows, const TensorView& k, const TensorView& v) {
@@ -178,13 +192,15 @@ Status append(CacheState& c, const RowCounts* rows, const TensorView& k, const T
     return invalid_argument("v", "the batch and tokens of k, " + shape_text(k.shape), shape_text(v.shape));
   if (rows == nullptr) KV4_RETURN_IF_ERROR(check_room("k", c.longest(), k.shape[2]));
   if (c.backend().capturing()) {
-    if (rows != nullptr) return error(StatusCode::failed_precondition, "rows", "all sequences in a captured step", "some of them");
+    if (rows != nullptr)
+      return error(StatusCode::failed_precondition, "rows", "all sequences in a captured step", "some of them");
     return append_captured(c, k, v);
   }
   std::vector<Sequence> fresh;
   if (rows != nullptr) {
     KV4_RETURN_IF_ERROR(make_parts(c, *rows, k.shape[2], "k"));
-    for (const Part& part : c.parts) KV4_RETURN_IF_ERROR(check_room("rows", c.sequences[part.row].length(), part.tokens));
+    for (const Part& part : c.parts)
+      KV4_RETURN_IF_ERROR(check_room("rows", c.sequences[part.row].length(), part.tokens));
   } else {
     if (opening) {
       KV4_RETURN_IF_ERROR(make_sequences(c, static_cast<std::size_t>(k.shape[0]), &fresh));
@@ -201,10 +217,12 @@ Status append(CacheState& c, const RowCounts* rows, const TensorView& k, const T
 }
 
 Status append_captured(CacheState& c, const TensorView& k, const TensorView& v) {
-  if (k.shape[2] != 1) return error(StatusCode::failed_precondition, "k", "one token in a captured step", std::to_string(k.shape[2]));
+  if (k.shape[2] != 1)
+    return error(StatusCode::failed_precondition, "k", "one token in a captured step", std::to_string(k.shape[2]));
   const bool arrival = c.setup->policy.arrival();
   if (c.sequences.empty() || !c.tables || arrival)
-    return error(StatusCode::failed_precondition, "k", "a step that was not captured before it", arrival ? "a recipe that seals on arrival" : "none");
+    return error(StatusCode::failed_precondition, "k", "a step that was not captured before it",
+                 arrival ? "a recipe that seals on arrival" : "none");
   for (const Sequence& s : c.sequences)
     if (!s.lambda_fixed())
       return error(StatusCode::failed_precondition, "k", "capture after the first page was sealed, which fixes lambda",
@@ -218,9 +236,11 @@ Status append_captured(CacheState& c, const TensorView& k, const TensorView& v) 
 
 Status advance(CacheState& c) {
   if (c.sequences.empty()) return error(StatusCode::failed_precondition, "cache", "tokens", "an empty cache");
-  if (c.setup->policy.arrival()) return error(StatusCode::unsupported, "recipe.seal", "page or never, where steps are captured", "arrival");
+  if (c.setup->policy.arrival())
+    return error(StatusCode::unsupported, "recipe.seal", "page or never, where steps are captured", "arrival");
   KV4_RETURN_IF_ERROR(make_tables(c));
-  if (!c.tables) return error(StatusCode::unsupported, "backend", "one whose steps can be captured", c.backend().name());
+  if (!c.tables)
+    return error(StatusCode::unsupported, "backend", "one whose steps can be captured", c.backend().name());
   make_parts(c.sequences.size(), 1, &c.parts);
   Append call(c, c.sequences);
   KV4_RETURN_IF_ERROR(call.foresee());

@@ -14,19 +14,20 @@ std::string up_to(std::int64_t n) { return "0 to " + std::to_string(n); }
 // rows: of the call's sequences on axis 0; most: queries on axis 2.
 Status check_queries(const Setup& setup, const AttendArgs& args, std::int64_t rows, std::int64_t most) {
   const TensorView& q = args.q;
-  const bool shape_ok = q.shape[0] == rows && q.shape[1] >= setup.heads() && q.shape[1] % setup.heads() == 0 && q.shape[2] >= 1 && q.shape[2] <= most &&
-                        q.shape[3] == setup.config.head_dim_k;
+  const bool shape_ok = q.shape[0] == rows && q.shape[1] >= setup.heads() && q.shape[1] % setup.heads() == 0 &&
+                        q.shape[2] >= 1 && q.shape[2] <= most && q.shape[3] == setup.config.head_dim_k;
   if (!shape_ok)
     return invalid_argument("q",
-                            "shape [" + std::to_string(rows) + ", a multiple of " + std::to_string(setup.heads()) + ", 1 to " + std::to_string(most) + ", " +
-                                std::to_string(setup.config.head_dim_k) + "]",
+                            "shape [" + std::to_string(rows) + ", a multiple of " + std::to_string(setup.heads()) +
+                                ", 1 to " + std::to_string(most) + ", " + std::to_string(setup.config.head_dim_k) + "]",
                             shape_text(q.shape));
   return check_arguments(args);
 }
 
 class Attend {
  public:
-  Attend(CacheState& c, const AttendArgs& args) : c_(c), setup_(*c.setup), args_(args), readable_(args), draft_(setup_, c.pool.get()) {
+  Attend(CacheState& c, const AttendArgs& args)
+      : c_(c), setup_(*c.setup), args_(args), readable_(args), draft_(setup_, c.pool.get()) {
     if (setup_.backend->host_memory()) return;
     readable_.mask.general = args.mask.host_general;
     readable_.mask.general_stride = args.mask.host_general_stride;
@@ -91,20 +92,22 @@ class Attend {
       for (const NonFinite& x : s.ledger.non_finite())
         if (seen(x.position))
           return error(StatusCode::non_finite, x.key ? "k" : "v", "finite values in tokens that a query sees",
-                       "NaN or infinity at sequence " + std::to_string(c_.parts[i].row) + ", position " + std::to_string(x.position));
+                       "NaN or infinity at sequence " + std::to_string(c_.parts[i].row) + ", position " +
+                           std::to_string(x.position));
     }
     return {};
   }
 
-  // What the call tells of exact tokens, where that does not follow for each alone, and the energies of the first queries that
-  // count. Nothing of it is known before commit.
+  // What the call tells of exact tokens, where that does not follow for each alone, and the energies of the first
+  // queries that count. Nothing of it is known before commit.
   Status learn() {
     if (readable_.mask.kind != Mask::General::none && readable_.mask.general != nullptr && !visibility(0).simple()) {
       for (std::size_t i = 0; i < c_.parts.size(); ++i) {
         const ledger::Ledger& held = sequence(i).ledger;
         std::vector<std::int64_t>& hidden = hidden_.emplace_back();
         for (std::size_t j = 0; j < held.marks().size(); ++j)
-          if (held.marks()[j] != ledger::Seen::visible) hidden.push_back(held.extent().window_position + static_cast<std::int64_t>(j));
+          if (held.marks()[j] != ledger::Seen::visible)
+            hidden.push_back(held.extent().window_position + static_cast<std::int64_t>(j));
         visibility(i).leave_hidden(&hidden);
       }
     }
@@ -131,7 +134,8 @@ class Attend {
         }
         const auto row = static_cast<std::size_t>(at.row(position));
         if (row >= at.rows.size()) at.rows.resize(row + 1);
-        KV4_RETURN_IF_ERROR(Block::make(*setup_.backend, "query energies", setup_.channels() * sizeof(float), &at.rows[row]));
+        KV4_RETURN_IF_ERROR(
+            Block::make(*setup_.backend, "query energies", setup_.channels() * sizeof(float), &at.rows[row]));
         jobs.push_back({part.input, part.input_row + t, at.rows[row]->as<float>()});
       }
       if (jobs.size() > before || at.first != s.body.energy.first) energies_.emplace_back(i, std::move(at));
@@ -163,7 +167,8 @@ class Attend {
   };
   Now now(std::size_t i) {
     const Change* const change = draft_.find(i);
-    return change != nullptr ? Now{change->plan.after, change->next} : Now{sequence(i).ledger.extent(), sequence(i).body};
+    return change != nullptr ? Now{change->plan.after, change->next}
+                             : Now{sequence(i).ledger.extent(), sequence(i).body};
   }
 
   // The last query's pages are the most.
@@ -174,7 +179,8 @@ class Attend {
       const ledger::View v = ledger::view(setup_.policy, x, x.length - 1, stepwise(c_.parts[i]), upto);
       const std::int64_t sealed = v.pages_position + (v.pages - 1) * kPageTokens + v.last_page_tokens;
       if (v.pages > 0 && upto < sealed)
-        return error(StatusCode::out_of_range, "upto", "at least " + std::to_string(sealed) + ", the end of the sealed tokens", std::to_string(upto));
+        return error(StatusCode::out_of_range, "upto",
+                     "at least " + std::to_string(sealed) + ", the end of the sealed tokens", std::to_string(upto));
     }
     return {};
   }
@@ -187,10 +193,13 @@ class Attend {
       for (std::size_t i = 0; i < c_.parts.size(); ++i) {
         Part& part = c_.parts[i];
         const Now held = now(i);
-        const std::int64_t first_query = held.extent.length - part.tokens, position = first_query + std::min(part.done, part.tokens - 1);
-        const std::int64_t end = std::min(part.tokens, ledger::view_end(setup_.policy, held.extent, position, stepwise(part)) - first_query);
+        const std::int64_t first_query = held.extent.length - part.tokens,
+                           position = first_query + std::min(part.done, part.tokens - 1);
+        const std::int64_t end =
+            std::min(part.tokens, ledger::view_end(setup_.policy, held.extent, position, stepwise(part)) - first_query);
         SequenceView& view = c_.views[i] =
-            view_of(setup_, held.extent, held.body, ledger::view(setup_.policy, held.extent, position, stepwise(part), part.upto), sequence(i).note());
+            view_of(setup_, held.extent, held.body,
+                    ledger::view(setup_.policy, held.extent, position, stepwise(part), part.upto), sequence(i).note());
         view.input = part.input;
         view.input_row = part.input_row + part.done;
         view.query_count = end - part.done;
@@ -212,7 +221,8 @@ class Attend {
   AttendArgs readable_;  // masks as the host can read them
   Draft draft_;
   std::vector<std::pair<std::size_t, QueryEnergy>> energies_;  // of parts, as they are with the call's
-  std::vector<std::vector<std::int64_t>> hidden_;  // of each part, rows that neither a query of the call sees nor one before it did
+  std::vector<std::vector<std::int64_t>>
+      hidden_;  // of each part, rows that neither a query of the call sees nor one before it did
 };
 
 }  // namespace
@@ -252,24 +262,29 @@ Status attend_captured(CacheState& c, const AttendArgs& args, const MutableTenso
 // Of the parts that the call has.
 Status set_upto(CacheState& c, bool ragged, std::span<const std::int64_t> upto) {
   if (ragged && upto.size() != c.parts.size())
-    return invalid_argument("upto", std::to_string(c.parts.size()) + " positions, one for each of rows", std::to_string(upto.size()));
+    return invalid_argument("upto", std::to_string(c.parts.size()) + " positions, one for each of rows",
+                            std::to_string(upto.size()));
   for (std::size_t i = 0; i < c.parts.size(); ++i) {
     Part& part = c.parts[i];
     part.upto = upto[ragged ? i : 0];
     const std::int64_t length = ragged ? c.sequences[part.row].length() : c.longest();
-    if (part.upto < 0 || part.upto > length) return error(StatusCode::out_of_range, "upto", up_to(length), std::to_string(part.upto));
+    if (part.upto < 0 || part.upto > length)
+      return error(StatusCode::out_of_range, "upto", up_to(length), std::to_string(part.upto));
   }
   return {};
 }
 
-Status attend(CacheState& c, const RowCounts* rows, const AttendArgs& args, std::span<const std::int64_t> upto, const MutableTensorView* out,
-              const PartialState* partial) {
+Status attend(CacheState& c, const RowCounts* rows, const AttendArgs& args, std::span<const std::int64_t> upto,
+              const MutableTensorView* out, const PartialState* partial) {
   const Setup& setup = *c.setup;
-  if (c.sequences.empty()) return error(StatusCode::failed_precondition, "q", "a cache that holds tokens", "an empty cache");
-  KV4_RETURN_IF_ERROR(check_queries(setup, args, rows != nullptr ? 1 : c.batch(), rows != nullptr ? kMostTokens : c.shortest()));
+  if (c.sequences.empty())
+    return error(StatusCode::failed_precondition, "q", "a cache that holds tokens", "an empty cache");
+  KV4_RETURN_IF_ERROR(
+      check_queries(setup, args, rows != nullptr ? 1 : c.batch(), rows != nullptr ? kMostTokens : c.shortest()));
   KV4_RETURN_IF_ERROR(check_output(args, setup.config.head_dim_v, out, partial));
   if (c.backend().capturing()) {
-    if (rows != nullptr) return error(StatusCode::failed_precondition, "rows", "all sequences in a captured step", "some of them");
+    if (rows != nullptr)
+      return error(StatusCode::failed_precondition, "rows", "all sequences in a captured step", "some of them");
     return attend_captured(c, args, out);
   }
   if (rows == nullptr) {
@@ -279,7 +294,9 @@ Status attend(CacheState& c, const RowCounts* rows, const AttendArgs& args, std:
     for (const Part& part : c.parts) {
       const std::int64_t length = c.sequences[part.row].length();
       if (part.tokens < 1 || part.tokens > length)
-        return error(StatusCode::out_of_range, "rows", "1 to " + std::to_string(length) + " queries of sequence " + std::to_string(part.row), std::to_string(part.tokens));
+        return error(StatusCode::out_of_range, "rows",
+                     "1 to " + std::to_string(length) + " queries of sequence " + std::to_string(part.row),
+                     std::to_string(part.tokens));
     }
   }
   if (partial != nullptr) KV4_RETURN_IF_ERROR(set_upto(c, rows != nullptr, upto));

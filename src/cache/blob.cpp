@@ -23,7 +23,9 @@ std::string one_of(const std::array<const char*, N>& names, std::uint64_t x) {
   return x < N ? names[static_cast<std::size_t>(x)] : number(x);
 }
 std::string dtype(std::uint64_t x) { return x <= 2 ? kv4::name_of(static_cast<DType>(x)) : number(x); }
-std::string rotation(std::uint64_t x) { return one_of(std::array{"identity", "srft", "srht", "householder", "dense"}, x); }
+std::string rotation(std::uint64_t x) {
+  return one_of(std::array{"identity", "srft", "srht", "householder", "dense"}, x);
+}
 std::string level_kind(std::uint64_t x) { return one_of(std::array{"lloyd_max", "uniform"}, x); }
 std::string scale_rule(std::uint64_t x) { return one_of(std::array{"least_squares", "abs_max"}, x); }
 std::string lambda_mode(std::uint64_t x) { return one_of(std::array{"none", "automatic", "given"}, x); }
@@ -35,16 +37,31 @@ std::uint64_t given_value(const std::vector<float>& x) {
   return x.empty() ? 0 : std::uint64_t{1} << 32 | crc32c(std::as_bytes(std::span(x)));
 }
 
-std::uint64_t matrix_value(const SideSpec& side) { return side.rotation == nullptr ? 0 : given_value(side.rotation->matrix()); }
+std::uint64_t matrix_value(const SideSpec& side) {
+  return side.rotation == nullptr ? 0 : given_value(side.rotation->matrix());
+}
 
 template <class T>
-std::uint64_t value_of(T x) { return static_cast<std::uint64_t>(x); }
+std::uint64_t value_of(T x) {
+  return static_cast<std::uint64_t>(x);
+}
 
 }  // namespace
 
 const char* name_of(Kind kind) {
-  constexpr std::array kNames{"configuration", "state", "sequence", "page table", "exact rows", "record of masks", "lambda",
-                              "record of queries", "query energies", "page", "counts of non-finite rows", "non-finite rows", "lengths"};
+  constexpr std::array kNames{"configuration",
+                              "state",
+                              "sequence",
+                              "page table",
+                              "exact rows",
+                              "record of masks",
+                              "lambda",
+                              "record of queries",
+                              "query energies",
+                              "page",
+                              "counts of non-finite rows",
+                              "non-finite rows",
+                              "lengths"};
   return kNames[static_cast<std::size_t>(kind) - 1];
 }
 
@@ -82,7 +99,8 @@ std::vector<Field> fields(const CacheConfig& c, const PageSpec& spec) {
 
 Status expect_same(std::span<const Field> mine, std::span<const std::uint64_t> theirs) {
   for (std::size_t i = 0; i < mine.size(); ++i)
-    if (mine[i].value != theirs[i]) return invalid_argument(mine[i].name, mine[i].text(mine[i].value), mine[i].text(theirs[i]));
+    if (mine[i].value != theirs[i])
+      return invalid_argument(mine[i].name, mine[i].text(mine[i].value), mine[i].text(theirs[i]));
   return {};
 }
 
@@ -114,7 +132,8 @@ Status Reader::begin() {
   char magic[sizeof kMagic];
   KV4_RETURN_IF_ERROR(source_(std::as_writable_bytes(std::span(magic))));
   if (std::memcmp(magic, kMagic, sizeof kMagic) != 0)
-    return error(StatusCode::data_loss, "saved magic", std::string(kMagic, sizeof kMagic), "other bytes: this is no saved cache");
+    return error(StatusCode::data_loss, "saved magic", std::string(kMagic, sizeof kMagic),
+                 "other bytes: this is no saved cache");
   KV4_RETURN_IF_ERROR(source_(std::as_writable_bytes(std::span(&version_, 1))));
   if (version_ < 1 || version_ > kRagged)
     return error(StatusCode::data_loss, "saved version", "1 to " + std::to_string(kRagged), std::to_string(version_));
@@ -133,21 +152,24 @@ Status Reader::read(Kind kind, std::span<std::byte> payload) {
     return error(StatusCode::data_loss, name, "a block of kind " + std::to_string(static_cast<std::uint32_t>(kind)),
                  std::to_string(static_cast<std::uint32_t>(got_kind)));
   if (got_bytes != payload.size())
-    return error(StatusCode::data_loss, name, "a block of " + std::to_string(payload.size()) + " bytes", std::to_string(got_bytes));
+    return error(StatusCode::data_loss, name, "a block of " + std::to_string(payload.size()) + " bytes",
+                 std::to_string(got_bytes));
   KV4_RETURN_IF_ERROR(source_(payload));
   std::uint32_t saved = 0;
   KV4_RETURN_IF_ERROR(source_(std::as_writable_bytes(std::span(&saved, 1))));
   Crc32c crc;
   crc.add(head);
   crc.add(payload);
-  if (crc.value() != saved) return error(StatusCode::data_loss, name, "bytes of CRC-32C " + hex(saved), hex(crc.value()));
+  if (crc.value() != saved)
+    return error(StatusCode::data_loss, name, "bytes of CRC-32C " + hex(saved), hex(crc.value()));
   return {};
 }
 
 Status expect_within(const char* name, std::int64_t value, std::int64_t low, std::int64_t high) {
   if (value >= low && value <= high) return {};
   return error(StatusCode::data_loss, std::string("saved ") + name,
-               low == high ? std::to_string(low) : std::to_string(low) + " to " + std::to_string(high), std::to_string(value));
+               low == high ? std::to_string(low) : std::to_string(low) + " to " + std::to_string(high),
+               std::to_string(value));
 }
 
 }  // namespace kv4::blob

@@ -23,28 +23,29 @@
 
 namespace kv4::blob {
 
-static_assert(std::endian::native == std::endian::little, "numbers are saved as they lie in memory, which has to be little-endian");
+static_assert(std::endian::native == std::endian::little,
+              "numbers are saved as they lie in memory, which has to be little-endian");
 
 inline constexpr char kMagic[] = {'k', 'v', '4', 'c', 'a', 'c', 'h', 'e'};
 // Written; earlier ones are read as well. 1 has a record of every query before the first page is due.
 inline constexpr std::uint32_t kVersion = 2;
-inline constexpr std::uint32_t kRagged = 3;  // written where lengths differ: they follow the state
-inline constexpr std::size_t kArrayBytes = 64 << 10;     // of one block of an array
+inline constexpr std::uint32_t kRagged = 3;           // written where lengths differ: they follow the state
+inline constexpr std::size_t kArrayBytes = 64 << 10;  // of one block of an array
 
 enum class Kind : std::uint32_t {
-  config = 1,      // u64 per field of fields()
-  state = 2,       // State
-  sequence = 3,    // Sequence; then its table, sinks, window, seen, lambda, filled and energies
-  table = 4,       // u64 per page: its number
-  rows = 5,        // up to kPageTokens exact tokens: keys [kv_heads][tokens][head_dim_k], then values alike
-  seen = 6,        // u8 per row of the window
-  lambda = 7,      // float [kv_heads][head_dim_k]
-  filled = 8,      // u8 per query that recorded_queries counts
-  energies = 9,    // one filled row: float [kv_heads][head_dim_k]
-  page = 10,       // [kv_heads] head slices in slice_layout()
-  told = 11,       // u64 per sequence: how many rows held NaN or infinity
-  non_finite = 12, // u64 per such row: 4 * position + 2 * (in its value) + (in its key)
-  lengths = 13     // u64 per sequence, where they differ
+  config = 1,       // u64 per field of fields()
+  state = 2,        // State
+  sequence = 3,     // Sequence; then its table, sinks, window, seen, lambda, filled and energies
+  table = 4,        // u64 per page: its number
+  rows = 5,         // up to kPageTokens exact tokens: keys [kv_heads][tokens][head_dim_k], then values alike
+  seen = 6,         // u8 per row of the window
+  lambda = 7,       // float [kv_heads][head_dim_k]
+  filled = 8,       // u8 per query that recorded_queries counts
+  energies = 9,     // one filled row: float [kv_heads][head_dim_k]
+  page = 10,        // [kv_heads] head slices in slice_layout()
+  told = 11,        // u64 per sequence: how many rows held NaN or infinity
+  non_finite = 12,  // u64 per such row: 4 * position + 2 * (in its value) + (in its key)
+  lengths = 13      // u64 per sequence, where they differ
 };
 const char* name_of(Kind kind);
 
@@ -69,7 +70,8 @@ Status expect_same(std::span<const Field> mine, std::span<const std::uint64_t> t
 
 // A head slice as format/page.h lays it out where no channel is padded, its codes in canonical order.
 inline kv4_page_layout slice_layout(const kv4_page_layout& l) {
-  return kv4_make_page_layout(l.head_dim_k, l.head_dim_v, l.groups_k, l.groups_v, l.k_mean != l.v_codes, l.head_dim_k, l.head_dim_v);
+  return kv4_make_page_layout(l.head_dim_k, l.head_dim_v, l.groups_k, l.groups_v, l.k_mean != l.v_codes, l.head_dim_k,
+                              l.head_dim_v);
 }
 inline std::size_t key_scale_bytes(const kv4_page_layout& l) {  // and the mean, which lies behind them
   return l.groups_k * KV4_PAGE_TOKENS * 2 + (l.k_mean != l.v_codes ? l.head_dim_k * 2 : 0);
@@ -80,7 +82,9 @@ inline std::size_t value_scale_bytes(const kv4_page_layout& l) { return l.groups
 std::size_t recorded_queries(const CacheConfig& config, std::uint32_t version);
 
 template <class T>
-std::span<const std::byte> bytes_of(const T& x) { return std::as_bytes(std::span<const T, 1>(&x, 1)); }
+std::span<const std::byte> bytes_of(const T& x) {
+  return std::as_bytes(std::span<const T, 1>(&x, 1));
+}
 
 class Writer {
  public:

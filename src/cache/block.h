@@ -15,12 +15,14 @@ class Block {
   static Status make(Backend& backend, const char* what, std::size_t bytes, std::shared_ptr<Block>* out) {
     std::shared_ptr<Block> made(new Block(backend, bytes));
     made->memory_ = backend.alloc(bytes);
-    if (made->memory_ == nullptr) return error(StatusCode::out_of_memory, what, std::to_string(bytes) + " free bytes", "none");
+    if (made->memory_ == nullptr)
+      return error(StatusCode::out_of_memory, what, std::to_string(bytes) + " free bytes", "none");
     *out = std::move(made);
     return {};
   }
   // Filled from host memory; nothing for no bytes.
-  static Status copy_of(Backend& backend, const char* what, const void* from, std::size_t bytes, std::shared_ptr<Block>* out) {
+  static Status copy_of(Backend& backend, const char* what, const void* from, std::size_t bytes,
+                        std::shared_ptr<Block>* out) {
     out->reset();
     if (bytes == 0) return {};
     KV4_RETURN_IF_ERROR(make(backend, what, bytes, out));
@@ -33,7 +35,9 @@ class Block {
   Block& operator=(const Block&) = delete;
 
   template <class T>
-  T* as() const { return static_cast<T*>(memory_); }
+  T* as() const {
+    return static_cast<T*>(memory_);
+  }
   std::size_t bytes() const { return bytes_; }
 
  private:

@@ -16,7 +16,9 @@ Status call(CacheState& c, Verb verb, const Args&... args) {
   return guarded("cache", [&] { return verb(c.on_stream(), args...); });
 }
 
-const ledger::Extent& extent(const CacheState& c, int row) { return c.sequences[static_cast<std::size_t>(row)].ledger.extent(); }
+const ledger::Extent& extent(const CacheState& c, int row) {
+  return c.sequences[static_cast<std::size_t>(row)].ledger.extent();
+}
 
 }  // namespace
 
@@ -42,14 +44,17 @@ Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {
     auto state = std::make_unique<CacheState>();
     KV4_RETURN_IF_ERROR(Setup::make(config, &state->setup));
     const Setup& setup = *state->setup;
-    if (setup.seals()) state->pool = std::make_shared<PagePool>(*setup.backend, setup.spec.layout.head_bytes, setup.heads());
+    if (setup.seals())
+      state->pool = std::make_shared<PagePool>(*setup.backend, setup.spec.layout.head_bytes, setup.heads());
     out->reset(new Cache(std::move(state)));
     return {};
   });
 }
 
 Status Cache::append(const TensorView& k, const TensorView& v) { return call(*state_, kv4::append, nullptr, k, v); }
-Status Cache::append(std::span<const RowCount> rows, const TensorView& k, const TensorView& v) { return call(*state_, kv4::append, &rows, k, v); }
+Status Cache::append(std::span<const RowCount> rows, const TensorView& k, const TensorView& v) {
+  return call(*state_, kv4::append, &rows, k, v);
+}
 Status Cache::attend(const AttendArgs& args, const MutableTensorView& out) {
   return call(*state_, kv4::attend, nullptr, args, std::span<const std::int64_t>(), &out, nullptr);
 }
@@ -59,13 +64,16 @@ Status Cache::attend(std::span<const RowCount> rows, const AttendArgs& args, con
 Status Cache::attend_partial(const AttendArgs& args, std::int64_t upto, const PartialState& out) {
   return call(*state_, kv4::attend, nullptr, args, std::span<const std::int64_t>(&upto, 1), nullptr, &out);
 }
-Status Cache::attend_partial(std::span<const RowCount> rows, const AttendArgs& args, std::span<const std::int64_t> upto, const PartialState& out) {
+Status Cache::attend_partial(std::span<const RowCount> rows, const AttendArgs& args, std::span<const std::int64_t> upto,
+                             const PartialState& out) {
   return call(*state_, kv4::attend, &rows, args, upto, nullptr, &out);
 }
 Status Cache::seal() { return call(*state_, kv4::seal); }
 Status Cache::crop(std::int64_t length) { return call(*state_, kv4::crop, length); }
 Status Cache::crop(int row, std::int64_t length) { return call(*state_, kv4::crop_row, row, length); }
-Status Cache::erase(int row, std::int64_t first, std::int64_t count) { return call(*state_, kv4::erase, row, first, count); }
+Status Cache::erase(int row, std::int64_t first, std::int64_t count) {
+  return call(*state_, kv4::erase, row, first, count);
+}
 Status Cache::add(int count) { return call(*state_, kv4::add, count); }
 Status Cache::remove(std::span<const std::int64_t> rows) { return call(*state_, kv4::remove, rows); }
 Status Cache::extend(const Cache& other) {
@@ -124,7 +132,9 @@ std::int64_t Cache::first() const {
 }
 bool Cache::lambda_fixed(int row) const { return state_->sequences[static_cast<std::size_t>(row)].lambda_fixed(); }
 std::int64_t Cache::sealed_tokens(int row) const { return extent(*state_, row).sealed_tokens(); }
-std::int64_t Cache::exact_tokens(int row) const { return extent(*state_, row).sinks + extent(*state_, row).window_rows(); }
+std::int64_t Cache::exact_tokens(int row) const {
+  return extent(*state_, row).sinks + extent(*state_, row).window_rows();
+}
 std::uint64_t Cache::version() const { return state_->version; }
 int Cache::page_count(int row) const { return static_cast<int>(extent(*state_, row).pages); }
 

@@ -1,7 +1,7 @@
 // CRC-32C: polynomial 0x1EDC6F41 (Castagnoli, Braeuer and Herrmann, IEEE Transactions on Communications 41(6), 1993),
-// reflected, begun with all ones and inverted at the end, as iSCSI has it (RFC 3720; test vectors in its appendix B.4). It
-// tells every error within 32 bits in a row. Eight bytes at a time by tables: Kounavis and Berry, "A systematic approach to
-// building high performance software-based CRC generators", ISCC 2005.
+// reflected, begun with all ones and inverted at the end, as iSCSI has it (RFC 3720; test vectors in its appendix B.4).
+// It tells every error within 32 bits in a row. Eight bytes at a time by tables: Kounavis and Berry, "A systematic
+// approach to building high performance software-based CRC generators", ISCC 2005.
 #pragma once
 
 #include <array>
@@ -23,7 +23,8 @@ class Crc32c {
       }
       state_ = next;
     }
-    for (; i < bytes.size(); ++i) state_ = state_ >> 8 ^ kTables[0][(state_ ^ std::to_integer<std::uint32_t>(bytes[i])) & 255u];
+    for (; i < bytes.size(); ++i)
+      state_ = state_ >> 8 ^ kTables[0][(state_ ^ std::to_integer<std::uint32_t>(bytes[i])) & 255u];
   }
   std::uint32_t value() const { return ~state_; }
 

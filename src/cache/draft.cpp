@@ -24,7 +24,8 @@ SequenceView view_of(const Setup& setup, const Extent& x, const Body& body, cons
 }
 
 Change* Draft::find(std::size_t at) {
-  const auto change = std::lower_bound(changes_.begin(), changes_.end(), at, [](const Change& c, std::size_t i) { return c.at < i; });
+  const auto change =
+      std::lower_bound(changes_.begin(), changes_.end(), at, [](const Change& c, std::size_t i) { return c.at < i; });
   return change != changes_.end() && change->at == at ? &*change : nullptr;
 }
 
@@ -63,7 +64,8 @@ Status Draft::learn(Change& c) const {
   std::shared_ptr<Block> values;
   KV4_RETURN_IF_ERROR(Block::make(*setup_.backend, "lambda", setup_.channels() * sizeof(float), &values));
   const ledger::Rows& keys = c.plan.lambda;
-  const ExactRows rows = c.sequence->body.window.view(keys.begin - c.sequence->ledger.extent().window_position, keys.count(), keys.begin);
+  const ExactRows rows =
+      c.sequence->body.window.view(keys.begin - c.sequence->ledger.extent().window_position, keys.count(), keys.begin);
   LambdaJob job;
   job.k = rows.k;
   job.dtype = setup_.config.dtype;
@@ -83,13 +85,15 @@ Status Draft::learn(Change& c) const {
   return {};
 }
 
-// Rows that stay out of means: those that the plan flags and, of rows that are sealed as they come, those with NaN or infinity.
+// Rows that stay out of means: those that the plan flags and, of rows that are sealed as they come, those with NaN or
+// infinity.
 Status Draft::flag(Change& c, const Arriving* arriving) const {
   Backend& backend = *setup_.backend;
   c.skip = std::move(c.plan.skip);
   if (c.plan.sealed.begin >= c.sequence->length()) return flag_arriving(c, *arriving);
   if (std::find(c.skip.begin(), c.skip.end(), 1) == c.skip.end()) c.skip.clear();
-  return backend.host_memory() ? Status() : Block::copy_of(backend, "masked", c.skip.data(), c.skip.size(), &c.skip_on_device);
+  return backend.host_memory() ? Status()
+                               : Block::copy_of(backend, "masked", c.skip.data(), c.skip.size(), &c.skip_on_device);
 }
 
 // Nothing of them is flagged yet. A device tells of its rows when it gets there.
@@ -129,7 +133,8 @@ Status Draft::plan_pages(Change& c, const Arriving* arriving) {
   KV4_RETURN_IF_ERROR(c.fresh.allocate(plan.new_pages + (copies ? 1 : 0)));
   if (copies) {
     c.replaced = c.fresh.ids().back();
-    KV4_RETURN_IF_ERROR(setup_.backend->copy(pool_->page(c.replaced), pool_->page(ledger.pages().back()), pool_->page_bytes()));
+    KV4_RETURN_IF_ERROR(
+        setup_.backend->copy(pool_->page(c.replaced), pool_->page(ledger.pages().back()), pool_->page_bytes()));
   }
   KV4_RETURN_IF_ERROR(flag(c, arriving));
   SealJob job;
@@ -137,20 +142,26 @@ Status Draft::plan_pages(Change& c, const Arriving* arriving) {
   job.lambda_k = setup_.lambda_k(c.next.lambda);
   job.lambda_v = setup_.lambda_v();
   const std::int64_t old_end = after.page_end() - plan.new_pages;
-  const std::uint8_t* const skip = c.skip_on_device ? c.skip_on_device->as<std::uint8_t>() : c.skip.empty() ? nullptr : c.skip.data();
+  const std::uint8_t* const skip = c.skip_on_device ? c.skip_on_device->as<std::uint8_t>()
+                                   : c.skip.empty() ? nullptr
+                                                    : c.skip.data();
   std::int64_t position = plan.sealed.begin;
   for (std::int64_t index = plan.first_sealed; position < plan.sealed.end; ++index, position += job.count) {
     const std::int64_t begin = after.page_position(ledger.policy(), index);
     job.first = static_cast<std::int16_t>(position - begin);
     job.count = std::min(begin + kPageTokens, plan.sealed.end) - position;
-    job.page = index >= old_end ? c.fresh.ids()[static_cast<std::size_t>(index - old_end)] : copies ? c.replaced : ledger.pages().back();
-    if (index >= old_end && job.count < kPageTokens) KV4_RETURN_IF_ERROR(setup_.backend->clear(pool_->page(job.page), pool_->page_bytes()));
+    job.page = index >= old_end ? c.fresh.ids()[static_cast<std::size_t>(index - old_end)]
+               : copies         ? c.replaced
+                                : ledger.pages().back();
+    if (index >= old_end && job.count < kPageTokens)
+      KV4_RETURN_IF_ERROR(setup_.backend->clear(pool_->page(job.page), pool_->page_bytes()));
     job.skip = skip == nullptr ? nullptr : skip + (position - plan.sealed.begin);
     if (position >= before.length) {
       const Part& part = arriving->parts[c.at];
       const std::int64_t row = part.input_row + position - before.length;
       const TensorView &k = arriving->k, &v = arriving->v;
-      set_rows(job, {k.at(part.input, 0, row), v.at(part.input, 0, row), k.stride[1], v.stride[1], k.stride[2], v.stride[2]});
+      set_rows(job, {k.at(part.input, 0, row), v.at(part.input, 0, row), k.stride[1], v.stride[1], k.stride[2],
+                     v.stride[2]});
     } else {
       set_rows(job, c.sequence->body.window.view(position - before.window_position, job.count, position));
     }
@@ -166,15 +177,18 @@ Status Draft::move_rows(Change& c) const {
   Backend& backend = *setup_.backend;
   const Extent &before = c.sequence->ledger.extent(), &after = plan.after;
   Body& next = c.next;
-  const std::int64_t rows = after.window_rows() - plan.stored.count(), gone = after.window_position - before.window_position;
+  const std::int64_t rows = after.window_rows() - plan.stored.count(),
+                     gone = after.window_position - before.window_position;
   if (gone < 0) {  // into pages or sinks
     RowBuffer window = plan.unsunk.empty() ? RowBuffer() : next.sinks;
     if (!plan.reopened.empty()) KV4_RETURN_IF_ERROR(reopen(c, &window));
     next.window = std::move(window);
   } else if (!plan.erased.empty()) {
-    const std::int64_t first = plan.erased.begin - before.window_position, behind = plan.erased.end - before.window_position;
+    const std::int64_t first = plan.erased.begin - before.window_position,
+                       behind = plan.erased.end - before.window_position;
     RowBuffer window;
-    KV4_RETURN_IF_ERROR(window.reserve(backend, setup_.shape, std::max(rows, std::min(held.capacity(), setup_.most_rows(after)))));
+    KV4_RETURN_IF_ERROR(
+        window.reserve(backend, setup_.shape, std::max(rows, std::min(held.capacity(), setup_.most_rows(after)))));
     KV4_RETURN_IF_ERROR(window.push_rows(held, gone, first - gone));
     KV4_RETURN_IF_ERROR(window.push_rows(held, behind, held.count() - behind));
     next.window = std::move(window);
@@ -191,7 +205,8 @@ Status Draft::move_rows(Change& c) const {
   }
   next.window.set_count(std::max<std::int64_t>(rows, 0));
   const std::int64_t most = setup_.most_rows(after);
-  return next.window.capacity() > most && next.window.count() <= most ? next.window.reserve(backend, setup_.shape, most) : Status();
+  return next.window.capacity() > most && next.window.count() <= most ? next.window.reserve(backend, setup_.shape, most)
+                                                                      : Status();
 }
 
 // The first tokens of a page, dequantised, as rows of their own.

@@ -1,5 +1,5 @@
-// A call, planned: what it makes of each sequence for which it does more than store rows. All of it lies in memory that nobody
-// reads, until commit, which cannot fail.
+// A call, planned: what it makes of each sequence for which it does more than store rows. All of it lies in memory that
+// nobody reads, until commit, which cannot fail.
 #pragma once
 
 #include <cstddef>
@@ -14,16 +14,16 @@ namespace kv4 {
 
 // Rows of a call's tensors that are one sequence's.
 struct Part {
-  std::size_t row = 0;         // of the cache
+  std::size_t row = 0;  // of the cache
   std::int64_t tokens = 0;
-  std::int32_t input = 0;      // index of axis 0
-  std::int64_t input_row = 0;  // ... and of axis 2, of the first
-  std::int64_t done = 0;       // of attention: queries that have been answered
+  std::int32_t input = 0;           // index of axis 0
+  std::int64_t input_row = 0;       // ... and of axis 2, of the first
+  std::int64_t done = 0;            // of attention: queries that have been answered
   std::int64_t upto = kMostTokens;  // ... and the position below which it sees
 };
 
-// What a call appends: parts in the order of the draft's sequences, and where non-finite rows of those that are sealed as they
-// come are told of.
+// What a call appends: parts in the order of the draft's sequences, and where non-finite rows of those that are sealed
+// as they come are told of.
 struct Arriving {
   const TensorView& k;
   const TensorView& v;
@@ -32,12 +32,14 @@ struct Arriving {
 };
 
 struct Change {
-  Change(std::size_t index, Sequence& s) : at(index), sequence(&s), fresh(s.pool), next(s.body) { next.window = s.body.window.draft(); }
+  Change(std::size_t index, Sequence& s) : at(index), sequence(&s), fresh(s.pool), next(s.body) {
+    next.window = s.body.window.draft();
+  }
 
   std::size_t at;  // of the call's parts
   Sequence* sequence;
   ledger::Plan plan;
-  FreshPages fresh;     // plan.new_pages, then a copy of the last page where it is filled on and others have it too
+  FreshPages fresh;      // plan.new_pages, then a copy of the last page where it is filled on and others have it too
   PageId replaced = -1;  // that copy
   Body next;
   std::shared_ptr<LateNote> note;  // that the next rows are told of to, where `renoted`
@@ -59,8 +61,8 @@ class Draft {
   // Adds what settling and `tokens` new rows (at least 0) do to `s`, where that is more than to store the rows.
   void add_append(std::size_t at, Sequence& s, std::int64_t tokens, bool recording);
 
-  // Does what the plans say: all but sealing, then that, of all sequences' pages in one call of the backend. Rows that arrive are
-  // sealed from the call's tensors, or left to be stored.
+  // Does what the plans say: all but sealing, then that, of all sequences' pages in one call of the backend. Rows that
+  // arrive are sealed from the call's tensors, or left to be stored.
   Status prepare(const Arriving* arriving);
   Status seal();
   Status carry_out() {

@@ -43,7 +43,8 @@ Status copy_pages(CacheState& c, const PagePool& from, std::vector<Sequence>& se
     for (const PageId id : s.ledger.pages()) known.try_emplace(id, known.size());
   FreshPages fresh(c.pool.get());
   KV4_RETURN_IF_ERROR(fresh.allocate(static_cast<std::int64_t>(known.size())));
-  for (const auto& [id, at] : known) KV4_RETURN_IF_ERROR(c.backend().copy(c.pool->page(fresh.ids()[at]), from.page(id), from.page_bytes()));
+  for (const auto& [id, at] : known)
+    KV4_RETURN_IF_ERROR(c.backend().copy(c.pool->page(fresh.ids()[at]), from.page(id), from.page_bytes()));
   for (Sequence& s : sequences) {
     std::vector<PageId> ids;
     for (const PageId id : s.ledger.pages()) ids.push_back(fresh.ids()[known.at(id)]);
@@ -59,7 +60,8 @@ Status copy_pages(CacheState& c, const PagePool& from, std::vector<Sequence>& se
 
 Status check_row(const CacheState& c, std::int64_t row) {
   if (row >= 0 && row < c.batch()) return {};
-  return error(StatusCode::out_of_range, "rows", "indices from 0 to " + std::to_string(c.batch() - 1), std::to_string(row));
+  return error(StatusCode::out_of_range, "rows", "indices from 0 to " + std::to_string(c.batch() - 1),
+               std::to_string(row));
 }
 
 Status crop(CacheState& c, std::int64_t length) {
@@ -106,7 +108,9 @@ Status make_sequences(const CacheState& c, std::size_t count, std::vector<Sequen
 
 Status add(CacheState& c, int count) {
   if (count < 0) return invalid_argument("count", "0 or more", std::to_string(count));
-  if (count > kMostRows - c.batch()) return error(StatusCode::out_of_range, "count", "at most " + std::to_string(kMostRows - c.batch()), std::to_string(count));
+  if (count > kMostRows - c.batch())
+    return error(StatusCode::out_of_range, "count", "at most " + std::to_string(kMostRows - c.batch()),
+                 std::to_string(count));
   std::vector<Sequence> fresh;
   KV4_RETURN_IF_ERROR(make_sequences(c, static_cast<std::size_t>(count), &fresh));
   c.sequences.reserve(c.sequences.size() + fresh.size());
@@ -119,7 +123,8 @@ Status remove(CacheState& c, std::span<const std::int64_t> rows) {
   std::vector<std::uint8_t> gone(c.sequences.size());
   for (const std::int64_t row : rows) {
     KV4_RETURN_IF_ERROR(check_row(c, row));
-    if (gone[static_cast<std::size_t>(row)]++ != 0) return invalid_argument("rows", "each sequence once", std::to_string(row) + " twice");
+    if (gone[static_cast<std::size_t>(row)]++ != 0)
+      return invalid_argument("rows", "each sequence once", std::to_string(row) + " twice");
   }
   std::size_t kept = 0;
   for (std::size_t b = 0; b < c.sequences.size(); ++b)
@@ -137,9 +142,11 @@ Status extend(CacheState& c, CacheState& other) {
     for (const blob::Field& field : blob::fields(theirs.config, theirs.spec)) values.push_back(field.value);
     KV4_RETURN_IF_ERROR(blob::expect_same(blob::fields(mine.config, mine.spec), values));
   }
-  if (c.backend().capturing()) return error(StatusCode::failed_precondition, "cache", "a stream that is not being captured", "one that is");
+  if (c.backend().capturing())
+    return error(StatusCode::failed_precondition, "cache", "a stream that is not being captured", "one that is");
   if (other.batch() > kMostRows - c.batch())
-    return error(StatusCode::out_of_range, "other", "at most " + std::to_string(kMostRows - c.batch()) + " sequences", std::to_string(other.batch()));
+    return error(StatusCode::out_of_range, "other", "at most " + std::to_string(kMostRows - c.batch()) + " sequences",
+                 std::to_string(other.batch()));
   if (other.stream != c.stream) {  // pages may still be on their way
     KV4_RETURN_IF_ERROR(other.on_stream().backend().wait());
     c.on_stream();
@@ -180,7 +187,8 @@ Status fork(CacheState& c, std::unique_ptr<CacheState>* out) {
 Status repeat(CacheState& c, int times) {
   if (times < 1) return invalid_argument("times", "at least 1", std::to_string(times));
   const std::int64_t most = kMostRows / std::max<std::int64_t>(1, c.batch());
-  if (times > most) return error(StatusCode::out_of_range, "times", "at most " + std::to_string(most), std::to_string(times));
+  if (times > most)
+    return error(StatusCode::out_of_range, "times", "at most " + std::to_string(most), std::to_string(times));
   std::vector<std::int64_t> rows;
   for (std::int64_t b = 0; b < c.batch(); ++b) rows.insert(rows.end(), static_cast<std::size_t>(times), b);
   return select(c, rows);

@@ -14,7 +14,9 @@ namespace {
 
 using blob::expect_within;
 
-Status expect_equal(const char* name, std::int64_t value, std::int64_t wanted) { return expect_within(name, value, wanted, wanted); }
+Status expect_equal(const char* name, std::int64_t value, std::int64_t wanted) {
+  return expect_within(name, value, wanted, wanted);
+}
 
 // `tokens`: its length.
 Status check(const Setup& setup, const blob::Sequence& s, std::int64_t tokens) {
@@ -54,7 +56,8 @@ Status check(const Setup& setup, const blob::Sequence& s, std::int64_t tokens) {
   }
   KV4_RETURN_IF_ERROR(expect_within("anchored", s.anchored, 0, seals ? 1 : 0));
   // Exact rows begin with a page that is held or is sealed next.
-  const std::int64_t body = s.start + sinks, first = body + s.first_page * kPageTokens, end = first + s.pages * kPageTokens;
+  const std::int64_t body = s.start + sinks, first = body + s.first_page * kPageTokens,
+                     end = first + s.pages * kPageTokens;
   KV4_RETURN_IF_ERROR(expect_within("pages", s.pages, 0, tokens < first ? -1 : (tokens - first) / kPageTokens));
   KV4_RETURN_IF_ERROR(expect_within("window_position", s.window_position, first, end));
   KV4_RETURN_IF_ERROR(expect_equal("rest of window_position by pages", (s.window_position - body) % kPageTokens, 0));
@@ -79,7 +82,8 @@ Status load_rows(const Setup& setup, std::int64_t count, blob::Reader& in, RowBu
     }
     const std::byte* from = block.data();
     for (const bool key : {true, false}) {
-      const std::size_t bytes = static_cast<std::size_t>(tokens * (key ? shape.head_dim_k : shape.head_dim_v)) * size_of(shape.dtype);
+      const std::size_t bytes = static_cast<std::size_t>(tokens * (key ? shape.head_dim_k : shape.head_dim_v)) *
+                                size_of(shape.dtype);
       for (int h = 0; h < setup.heads(); ++h, from += bytes)
         KV4_RETURN_IF_ERROR(backend->copy(key ? rows->key(h, first) : rows->value(h, first), from, bytes));
     }
@@ -100,17 +104,21 @@ Status load_queries(const Setup& setup, std::int64_t first, blob::Reader& in, Qu
     if (filled[i] == 0) continue;
     KV4_RETURN_IF_ERROR(in.read(blob::Kind::energies, std::as_writable_bytes(std::span(values))));
     for (const float x : values)
-      if (!(x >= 0) || !std::isfinite(x)) return error(StatusCode::data_loss, "saved query energies", "finite values that are not negative", std::to_string(x));
+      if (!(x >= 0) || !std::isfinite(x))
+        return error(StatusCode::data_loss, "saved query energies", "finite values that are not negative",
+                     std::to_string(x));
     if (in.version() == 1 && i % kEvery != kEvery - 1) continue;  // counts no more
     const std::size_t row = in.version() == 1 ? i / kEvery : i;
     energy->rows.resize(row + 1);
-    KV4_RETURN_IF_ERROR(Block::copy_of(*setup.backend, "query energies", values.data(), channels * sizeof(float), &energy->rows[row]));
+    KV4_RETURN_IF_ERROR(
+        Block::copy_of(*setup.backend, "query energies", values.data(), channels * sizeof(float), &energy->rows[row]));
   }
   return {};
 }
 
 // One sequence but for its pages and its notes, and how many pages it has.
-Status load_sequence(const CacheState& c, std::int64_t tokens, blob::Reader& in, std::vector<Sequence>* to, std::vector<std::uint64_t>* table) {
+Status load_sequence(const CacheState& c, std::int64_t tokens, blob::Reader& in, std::vector<Sequence>* to,
+                     std::vector<std::uint64_t>* table) {
   const Setup& setup = *c.setup;
   blob::Sequence saved{};
   KV4_RETURN_IF_ERROR(in.read(blob::Kind::sequence, std::as_writable_bytes(std::span(&saved, 1))));
@@ -119,7 +127,9 @@ Status load_sequence(const CacheState& c, std::int64_t tokens, blob::Reader& in,
   x.length = tokens;
   x.start = saved.start;
   x.anchored = saved.anchored != 0;
-  x.lambda = saved.lambda == 0 ? ledger::Lambda::open : saved.energies != 0 ? ledger::Lambda::learnt : ledger::Lambda::fixed;
+  x.lambda = saved.lambda == 0     ? ledger::Lambda::open
+             : saved.energies != 0 ? ledger::Lambda::learnt
+                                   : ledger::Lambda::fixed;
   x.sinks = saved.sinks;
   x.first_page = saved.first_page;
   x.last_page_tokens = static_cast<int>(saved.last_page_tokens);
@@ -131,14 +141,17 @@ Status load_sequence(const CacheState& c, std::int64_t tokens, blob::Reader& in,
   KV4_RETURN_IF_ERROR(load_rows(setup, saved.window, in, &body.window));
   std::vector<ledger::Seen> marks;
   KV4_RETURN_IF_ERROR(in.read_array(blob::Kind::seen, static_cast<std::uint64_t>(saved.window), &marks));
-  for (const ledger::Seen seen : marks) KV4_RETURN_IF_ERROR(expect_within("record of masks", static_cast<std::int64_t>(seen), 0, 2));
+  for (const ledger::Seen seen : marks)
+    KV4_RETURN_IF_ERROR(expect_within("record of masks", static_cast<std::int64_t>(seen), 0, 2));
   if (!setup.policy.seals()) marks.clear();
   if (saved.lambda != 0) {
     std::vector<float> values;
     KV4_RETURN_IF_ERROR(in.read_array(blob::Kind::lambda, setup.channels(), &values));
     for (const float value : values)
-      if (!(value > 0) || !std::isfinite(value)) return error(StatusCode::data_loss, "saved lambda", "positive finite values", std::to_string(value));
-    KV4_RETURN_IF_ERROR(Block::copy_of(*setup.backend, "lambda", values.data(), values.size() * sizeof(float), &body.lambda));
+      if (!(value > 0) || !std::isfinite(value))
+        return error(StatusCode::data_loss, "saved lambda", "positive finite values", std::to_string(value));
+    KV4_RETURN_IF_ERROR(
+        Block::copy_of(*setup.backend, "lambda", values.data(), values.size() * sizeof(float), &body.lambda));
   }
   if (saved.energies != 0) KV4_RETURN_IF_ERROR(load_queries(setup, saved.energy_position, in, &body.energy));
   Sequence& s = to->emplace_back(ledger::Ledger(setup.policy, x, std::move(marks)), c.pool.get());
@@ -164,7 +177,8 @@ Status load_page(const CacheState& c, blob::Reader& in, PageId id) {
   }
   KV4_RETURN_IF_ERROR(c.backend().clear(page, c.pool->page_bytes()));
   for (int h = 0; h < heads; ++h) {
-    const auto* got = reinterpret_cast<const std::uint8_t*>(block.data()) + static_cast<std::size_t>(h) * from.head_bytes;
+    const auto* got = reinterpret_cast<const std::uint8_t*>(block.data()) +
+                      static_cast<std::size_t>(h) * from.head_bytes;
     std::uint8_t* put = page + static_cast<std::size_t>(h) * to.head_bytes;
     KV4_RETURN_IF_ERROR(c.backend().codes_from_canonical(spec, got + from.k_codes, got + from.v_codes, put));
     KV4_RETURN_IF_ERROR(c.backend().copy(put + to.k_scales, got + from.k_scales, blob::key_scale_bytes(from)));
@@ -177,7 +191,8 @@ Status load_page(const CacheState& c, blob::Reader& in, PageId id) {
 Status load_pages(const CacheState& c, std::int64_t count, blob::Reader& in, FreshPages* pages) {
   for (std::int64_t i = 0; i < count; ++i) {
     // No more at once than have come: a table alone is no reason to take memory.
-    if (i == static_cast<std::int64_t>(pages->ids().size())) KV4_RETURN_IF_ERROR(pages->allocate(std::min(count - i, std::max<std::int64_t>(kPageTokens, i))));
+    if (i == static_cast<std::int64_t>(pages->ids().size()))
+      KV4_RETURN_IF_ERROR(pages->allocate(std::min(count - i, std::max<std::int64_t>(kPageTokens, i))));
     KV4_RETURN_IF_ERROR(load_page(c, in, pages->ids()[static_cast<std::size_t>(i)]));
   }
   return {};
@@ -187,12 +202,16 @@ Status load_lengths(const blob::State& saved, blob::Reader& in, std::vector<std:
   if (in.version() != blob::kRagged) return {};
   KV4_RETURN_IF_ERROR(in.read_array(blob::Kind::lengths, saved.batch, lengths));
   for (const std::uint64_t length : *lengths)
-    KV4_RETURN_IF_ERROR(expect_within("length", static_cast<std::int64_t>(length), 0, static_cast<std::int64_t>(saved.length)));
-  return expect_equal("longest", saved.batch == 0 ? 0 : static_cast<std::int64_t>(*std::max_element(lengths->begin(), lengths->end())), static_cast<std::int64_t>(saved.length));
+    KV4_RETURN_IF_ERROR(
+        expect_within("length", static_cast<std::int64_t>(length), 0, static_cast<std::int64_t>(saved.length)));
+  return expect_equal(
+      "longest", saved.batch == 0 ? 0 : static_cast<std::int64_t>(*std::max_element(lengths->begin(), lengths->end())),
+      static_cast<std::int64_t>(saved.length));
 }
 
 // The ledgers take the pages over, and hear of non-finite rows.
-Status finish(const CacheState& c, const std::vector<std::vector<std::uint64_t>>& tables, FreshPages& pages, blob::Reader& in, std::vector<Sequence>* sequences) {
+Status finish(const CacheState& c, const std::vector<std::vector<std::uint64_t>>& tables, FreshPages& pages,
+              blob::Reader& in, std::vector<Sequence>* sequences) {
   std::vector<std::uint64_t> told, rows;
   KV4_RETURN_IF_ERROR(in.read_array(blob::Kind::told, sequences->size(), &told));
   for (std::size_t b = 0; b < sequences->size(); ++b) {
@@ -218,7 +237,8 @@ Status finish(const CacheState& c, const std::vector<std::vector<std::uint64_t>>
 Status load(CacheState& c, const Source& source) {
   if (!source) return invalid_argument("source", "a function", "none");
   if (!c.sequences.empty())
-    return error(StatusCode::failed_precondition, "cache", "an empty cache (reset empties it)", std::to_string(c.sequences.size()) + " sequences");
+    return error(StatusCode::failed_precondition, "cache", "an empty cache (reset empties it)",
+                 std::to_string(c.sequences.size()) + " sequences");
   if (c.backend().capturing())
     return error(StatusCode::failed_precondition, "cache", "a stream that is not being captured", "one that is");
   blob::Reader in(source);

@@ -1,5 +1,5 @@
-// The ids of a sequence's pages in memory that kernels read. Entries behind the last one are nobody's: who plans a longer table
-// writes there, and nothing shows of it until the table that says so takes this one's place.
+// The ids of a sequence's pages in memory that kernels read. Entries behind the last one are nobody's: who plans a
+// longer table writes there, and nothing shows of it until the table that says so takes this one's place.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +18,10 @@ class PageTable {
   void fork() { own_ = false; }
   const Block* block() const { return block_.get(); }
 
-  // What a copy of this one becomes: of its ids, which the host has too, the range `kept`, its last one replaced where `last` is
-  // an id, then `fresh`. Whoever has this one finds it as it was.
-  Status change(Backend& backend, std::span<const PageId> ids, const ledger::Rows& kept, PageId last, std::span<const PageId> fresh) {
+  // What a copy of this one becomes: of its ids, which the host has too, the range `kept`, its last one replaced where
+  // `last` is an id, then `fresh`. Whoever has this one finds it as it was.
+  Status change(Backend& backend, std::span<const PageId> ids, const ledger::Rows& kept, PageId last,
+                std::span<const PageId> fresh) {
     const std::int64_t end = begin_ + kept.end;
     if (last < 0 && (fresh.empty() || (own_ && kept.end == count_ && end + size(fresh) <= capacity()))) {
       begin_ += kept.begin;
@@ -41,10 +42,13 @@ class PageTable {
   static constexpr std::int64_t kLeast = 16;  // ids; blocks are 64-byte aligned
 
   static std::int64_t size(std::span<const PageId> ids) { return static_cast<std::int64_t>(ids.size()); }
-  std::int64_t capacity() const { return block_ == nullptr ? 0 : static_cast<std::int64_t>(block_->bytes() / sizeof(PageId)); }
+  std::int64_t capacity() const {
+    return block_ == nullptr ? 0 : static_cast<std::int64_t>(block_->bytes() / sizeof(PageId));
+  }
   Status rewrite(Backend& backend, std::span<const PageId> ids, std::int64_t room) {
     std::shared_ptr<Block> block;
-    KV4_RETURN_IF_ERROR(Block::make(backend, "page table", static_cast<std::size_t>(std::max(room, kLeast)) * sizeof(PageId), &block));
+    KV4_RETURN_IF_ERROR(
+        Block::make(backend, "page table", static_cast<std::size_t>(std::max(room, kLeast)) * sizeof(PageId), &block));
     if (!ids.empty()) KV4_RETURN_IF_ERROR(backend.upload(block->as<PageId>(), ids.data(), ids.size_bytes()));
     block_ = std::move(block);
     begin_ = 0;

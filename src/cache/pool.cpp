@@ -18,8 +18,8 @@ constexpr std::size_t kGrowthDivisor = 64;
 constexpr std::size_t kSlabBytes = 256 << 10;
 constexpr std::size_t kHugeSlabBytes = 2 << 20;
 constexpr std::size_t kHugeFrom = 4 * kHugeSlabBytes;
-// Entries of the first table. A captured step reads one table until it is captured again: where steps are captured it has room
-// for a gigabyte of slabs from the start.
+// Entries of the first table. A captured step reads one table until it is captured again: where steps are captured it
+// has room for a gigabyte of slabs from the start.
 constexpr std::size_t kFirstChunks = 8, kFirstDeviceChunks = 4096;
 
 std::size_t in_huge(std::size_t page_bytes) {
@@ -77,12 +77,15 @@ Status PagePool::add_slab(std::size_t count) {
   slab.pages = std::make_unique<Page[]>(count);
   KV4_RETURN_IF_ERROR(make_table(chunk + 1));
   slab.memory = static_cast<std::uint8_t*>(backend_.alloc(slab.bytes));
-  if (slab.memory == nullptr) return error(StatusCode::out_of_memory, "pages", std::to_string(slab.bytes) + " free bytes", "none");
-  if (Status told = backend_.upload(tables_.back()->as<std::uint8_t*>() + chunk, &slab.memory, sizeof slab.memory); !told.ok()) {
+  if (slab.memory == nullptr)
+    return error(StatusCode::out_of_memory, "pages", std::to_string(slab.bytes) + " free bytes", "none");
+  if (Status told = backend_.upload(tables_.back()->as<std::uint8_t*>() + chunk, &slab.memory, sizeof slab.memory);
+      !told.ok()) {
     backend_.free(slab.memory, slab.bytes);
     return told;
   }
-  for (std::int32_t i = slab.count; i-- > 0;) slab.pages[static_cast<std::size_t>(i)].next = std::exchange(slab.free, i);
+  for (std::int32_t i = slab.count; i-- > 0;)
+    slab.pages[static_cast<std::size_t>(i)].next = std::exchange(slab.free, i);
   reused ? free_chunks_.pop_back() : slabs_.push_back(nullptr);
   slabs_[chunk] = &slab;
   pages_ += count;
@@ -97,11 +100,14 @@ Status PagePool::add_slab(std::size_t count) {
 Status PagePool::make_table(std::size_t chunks) {
   const std::size_t have = tables_.empty() ? 0 : tables_.back()->bytes() / sizeof(std::uint8_t*);
   if (chunks <= have) return {};
-  std::vector<std::uint8_t*> addresses(std::max(chunks, have > 0 ? 2 * have : backend_.host_memory() ? kFirstChunks : kFirstDeviceChunks));
+  std::vector<std::uint8_t*> addresses(std::max(chunks, have > 0                 ? 2 * have
+                                                        : backend_.host_memory() ? kFirstChunks
+                                                                                 : kFirstDeviceChunks));
   for (std::size_t i = 0; i < slabs_.size(); ++i) addresses[i] = slabs_[i] != nullptr ? slabs_[i]->memory : nullptr;
   tables_.reserve(tables_.size() + 1);
   std::shared_ptr<Block> table;
-  KV4_RETURN_IF_ERROR(Block::copy_of(backend_, "pages", addresses.data(), addresses.size() * sizeof(std::uint8_t*), &table));
+  KV4_RETURN_IF_ERROR(
+      Block::copy_of(backend_, "pages", addresses.data(), addresses.size() * sizeof(std::uint8_t*), &table));
   tables_.push_back(std::move(table));
   return {};
 }

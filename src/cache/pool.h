@@ -1,8 +1,8 @@
 // Pages of one layer: fixed-size, from slabs, counted by id so that forks share them.
 //
-// Each slab has a range of 1 << chunk_shift ids, of which it may use the first few alone; where its memory is stands in a table
-// that kernels read. A table that has become too small is kept beside the one that follows it: what was queued or captured, and
-// clones in other threads, may still read it, and all that they hold stands there.
+// Each slab has a range of 1 << chunk_shift ids, of which it may use the first few alone; where its memory is stands in
+// a table that kernels read. A table that has become too small is kept beside the one that follows it: what was queued
+// or captured, and clones in other threads, may still read it, and all that they hold stands there.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +36,7 @@ struct Slab {
   std::int32_t count = 0, used = 0;
   std::int32_t free = -1;  // chain of its free pages
   std::unique_ptr<Page[]> pages;
-  Slabs::iterator place;   // in the pool's list that holds it
+  Slabs::iterator place;  // in the pool's list that holds it
 
   std::size_t held_bytes() const { return bytes + sizeof(Slab) + static_cast<std::size_t>(count) * sizeof(Page); }
 };
@@ -67,13 +67,15 @@ class PagePool {
   std::uint64_t visits() const;
 
  private:
-  Status grow(std::size_t count);      // to at least `count` free pages; under the lock, as all that follow
+  Status grow(std::size_t count);  // to at least `count` free pages; under the lock, as all that follow
   Status add_slab(std::size_t count);
   Status make_table(std::size_t chunks);
   void forget_tables(std::vector<std::shared_ptr<Block>>* gone) noexcept;
   PageId take();
   Slab& slab_of(PageId id) const { return *slabs_[static_cast<std::size_t>(id >> shift_)]; }
-  Page& page_of(PageId id) const { return slab_of(id).pages[static_cast<std::size_t>(id & ((std::int32_t{1} << shift_) - 1))]; }
+  Page& page_of(PageId id) const {
+    return slab_of(id).pages[static_cast<std::size_t>(id & ((std::int32_t{1} << shift_) - 1))];
+  }
 
   Backend& backend_;
   const std::size_t head_bytes_, page_bytes_;
@@ -81,11 +83,11 @@ class PagePool {
   mutable std::mutex mutex_;
   // Slabs with a free page, those in use before fresh ones, and slabs without.
   Slabs open_, full_;
-  std::vector<Slab*> slabs_;               // by chunk; null where none is
+  std::vector<Slab*> slabs_;  // by chunk; null where none is
   std::vector<std::int32_t> free_chunks_;
   std::vector<std::shared_ptr<Block>> tables_;  // [chunks] addresses; the last is in use
-  std::size_t pages_ = 0, free_ = 0;       // of all slabs
-  std::size_t bytes_ = 0;                  // of slabs
+  std::size_t pages_ = 0, free_ = 0;            // of all slabs
+  std::size_t bytes_ = 0;                       // of slabs
   std::uint64_t visits_ = 0;
 };
 
@@ -98,7 +100,9 @@ class FreshPages {
   ~FreshPages() {
     if (!ids_.empty()) pool_->release(ids_);
   }
-  Status allocate(std::int64_t count) { return count > 0 ? pool_->allocate(static_cast<std::size_t>(count), &ids_) : Status(); }
+  Status allocate(std::int64_t count) {
+    return count > 0 ? pool_->allocate(static_cast<std::size_t>(count), &ids_) : Status();
+  }
   std::span<const PageId> ids() const { return ids_; }
   void hand_over() noexcept { ids_.clear(); }
 

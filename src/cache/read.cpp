@@ -45,7 +45,8 @@ struct Dense {
     const ledger::Extent& x = s.ledger.extent();
     std::vector<DequantiseJob> jobs;
     for (std::int64_t i = x.first_page; i < x.page_end(); ++i) {
-      const std::int64_t at = x.page_position(setup.policy, i), tokens = i + 1 == x.page_end() ? x.last_page_tokens : kPageTokens;
+      const std::int64_t at = x.page_position(setup.policy, i),
+                         tokens = i + 1 == x.page_end() ? x.last_page_tokens : kPageTokens;
       const std::int64_t lo = std::max(at, first), hi = std::min(at + tokens, first + count);
       if (lo >= hi) continue;
       DequantiseJob& job = jobs.emplace_back();
@@ -70,13 +71,16 @@ Status expect_room(const char* name, std::size_t need, std::size_t have, const c
 // The head slice that a tool asks for by number.
 Status find_slice(const CacheState& c, int row, int index, int head, const std::uint8_t** out) {
   const auto in_range = [](const char* name, int value, std::int64_t end) {
-    return value >= 0 && value < end ? Status() : error(StatusCode::out_of_range, name, "0 to " + std::to_string(end - 1), std::to_string(value));
+    return value >= 0 && value < end
+               ? Status()
+               : error(StatusCode::out_of_range, name, "0 to " + std::to_string(end - 1), std::to_string(value));
   };
   KV4_RETURN_IF_ERROR(in_range("row", row, c.batch()));
   const std::span<const PageId> pages = c.sequences[static_cast<std::size_t>(row)].ledger.pages();
   KV4_RETURN_IF_ERROR(in_range("index", index, static_cast<std::int64_t>(pages.size())));
   KV4_RETURN_IF_ERROR(in_range("head", head, c.setup->heads()));
-  *out = c.pool->page(pages[static_cast<std::size_t>(index)]) + static_cast<std::size_t>(head) * c.setup->spec.layout.head_bytes;
+  *out = c.pool->page(pages[static_cast<std::size_t>(index)]) +
+         static_cast<std::size_t>(head) * c.setup->spec.layout.head_bytes;
   return {};
 }
 
@@ -90,7 +94,9 @@ Status dense(const CacheState& c, bool keys, std::int64_t first, std::int64_t co
                  std::to_string(first) + ", " + std::to_string(count));
   for (const Sequence& s : c.sequences)
     if (const std::int64_t evicted = s.ledger.extent().evicted; count > 0 && first < evicted)
-      return error(StatusCode::out_of_range, "first", "at least " + std::to_string(evicted) + " (older tokens left the sliding window)", std::to_string(first));
+      return error(StatusCode::out_of_range, "first",
+                   "at least " + std::to_string(evicted) + " (older tokens left the sliding window)",
+                   std::to_string(first));
   const std::array<std::int64_t, 4> shape{c.batch(), setup.heads(), count, dim};
   if (out.shape != shape) return invalid_argument("out", "shape " + shape_text(shape), shape_text(out.shape));
   if (out.stride[3] != 1 && dim > 1) return invalid_argument("out", "channel stride 1", std::to_string(out.stride[3]));
@@ -118,7 +124,8 @@ Status lambda(const CacheState& c, int row, std::vector<float>* out) {
   return c.backend().copy(out->data(), values, out->size() * sizeof(float));
 }
 
-Status page_codes(const CacheState& c, int row, int index, int head, std::span<std::uint8_t> k, std::span<std::uint8_t> v) {
+Status page_codes(const CacheState& c, int row, int index, int head, std::span<std::uint8_t> k,
+                  std::span<std::uint8_t> v) {
   const std::uint8_t* slice = nullptr;
   KV4_RETURN_IF_ERROR(find_slice(c, row, index, head, &slice));
   const auto bytes = [](int dim) { return static_cast<std::size_t>(kPageTokens) * static_cast<std::size_t>(dim) / 2; };
@@ -127,7 +134,8 @@ Status page_codes(const CacheState& c, int row, int index, int head, std::span<s
   return c.backend().codes_to_canonical(c.setup->spec, slice, k.data(), v.data());
 }
 
-Status page_scales(const CacheState& c, int row, int index, int head, std::span<std::uint16_t> k, std::span<std::uint16_t> v) {
+Status page_scales(const CacheState& c, int row, int index, int head, std::span<std::uint16_t> k,
+                   std::span<std::uint16_t> v) {
   const std::uint8_t* slice = nullptr;
   KV4_RETURN_IF_ERROR(find_slice(c, row, index, head, &slice));
   const PageSpec& spec = c.setup->spec;
@@ -153,7 +161,8 @@ std::size_t nbytes(const CacheState& c) {
     count_block(body.lambda.get());
     count_block(body.table.block());
     for (const std::shared_ptr<Block>& row : body.energy.rows) count_block(row.get());
-    for (const Told& told : s.notes) sum += sizeof(Told) + (counted.insert(told.note.get()).second ? sizeof(LateNote) : 0);
+    for (const Told& told : s.notes)
+      sum += sizeof(Told) + (counted.insert(told.note.get()).second ? sizeof(LateNote) : 0);
     sum += s.ledger.bytes() + body.energy.rows.capacity() * sizeof(body.energy.rows[0]);
   }
   const auto held = [](const auto& x) { return x.capacity() * sizeof(x[0]); };
@@ -176,7 +185,8 @@ std::vector<SharedMemory> shared(const CacheState& c) {
   for (const SideSpec* side : {&c.setup->spec.key, &c.setup->spec.value}) {
     if (side->rotation == nullptr) continue;  // of a recipe that never seals
     add(side->rotation.get(), side->rotation->bytes(), false);
-    if (const RotationTable* table = c.backend().table_of(*side->rotation); table != nullptr) add(table, table->bytes(), true);
+    if (const RotationTable* table = c.backend().table_of(*side->rotation); table != nullptr)
+      add(table, table->bytes(), true);
   }
   return all;
 }

@@ -8,13 +8,15 @@ namespace kv4 {
 
 std::byte* RowBuffer::key(int head, std::int64_t row) const {
   const RowShape& s = block_->shape;
-  return block_->memory + (head * block_->capacity + begin_ + row) * s.head_dim_k * static_cast<std::int64_t>(size_of(s.dtype));
+  return block_->memory +
+         (head * block_->capacity + begin_ + row) * s.head_dim_k * static_cast<std::int64_t>(size_of(s.dtype));
 }
 
 std::byte* RowBuffer::value(int head, std::int64_t row) const {
   const RowShape& s = block_->shape;
   const std::int64_t keys = s.kv_heads * block_->capacity * s.head_dim_k;
-  return block_->memory + (keys + (head * block_->capacity + begin_ + row) * s.head_dim_v) * static_cast<std::int64_t>(size_of(s.dtype));
+  return block_->memory +
+         (keys + (head * block_->capacity + begin_ + row) * s.head_dim_v) * static_cast<std::int64_t>(size_of(s.dtype));
 }
 
 ExactRows RowBuffer::view(std::int64_t first, std::int64_t rows, std::int64_t position) const {
@@ -54,7 +56,8 @@ Status RowBuffer::reserve(Backend& backend, const RowShape& shape, std::int64_t 
   block->shape = shape;
   block->memory = fits ? static_cast<std::byte*>(backend.alloc(block->bytes)) : nullptr;
   if (block->memory == nullptr)
-    return error(StatusCode::out_of_memory, "window", "memory for " + std::to_string(capacity) + " rows of " + std::to_string(shape.row_bytes()) + " bytes",
+    return error(StatusCode::out_of_memory, "window",
+                 "memory for " + std::to_string(capacity) + " rows of " + std::to_string(shape.row_bytes()) + " bytes",
                  "none");
   RowBuffer grown;
   grown.block_ = block.release();
@@ -74,9 +77,11 @@ Status RowBuffer::make_room(Backend& backend, const RowShape& shape, std::int64_
 // The rows to the front of their block.
 Status RowBuffer::compact() {
   const RowShape& s = block_->shape;
-  const std::size_t row = static_cast<std::size_t>(s.head_dim_k) * size_of(s.dtype), pitch = static_cast<std::size_t>(block_->capacity) * row;
+  const std::size_t row = static_cast<std::size_t>(s.head_dim_k) * size_of(s.dtype),
+                    pitch = static_cast<std::size_t>(block_->capacity) * row;
   if (count_ > 0)
-    KV4_RETURN_IF_ERROR(block_->backend->copy_lines(block_->memory, pitch, block_->memory + static_cast<std::size_t>(begin_) * row, pitch,
+    KV4_RETURN_IF_ERROR(block_->backend->copy_lines(block_->memory, pitch,
+                                                    block_->memory + static_cast<std::size_t>(begin_) * row, pitch,
                                                     static_cast<std::size_t>(count_) * row, 2 * s.kv_heads));
   begin_ = 0;
   return {};
@@ -88,7 +93,8 @@ Status RowBuffer::push_rows(const RowBuffer& from, std::int64_t first, std::int6
   const auto side = [&](std::byte* into, const std::byte* out_of, int dim) {
     const std::size_t row = static_cast<std::size_t>(dim) * size_of(s.dtype);
     return block_->backend->copy_lines(into, static_cast<std::size_t>(block_->capacity) * row, out_of,
-                                       static_cast<std::size_t>(from.block_->capacity) * row, static_cast<std::size_t>(rows) * row, s.kv_heads);
+                                       static_cast<std::size_t>(from.block_->capacity) * row,
+                                       static_cast<std::size_t>(rows) * row, s.kv_heads);
   };
   KV4_RETURN_IF_ERROR(side(key(0, count_), from.key(0, first), s.head_dim_k));
   KV4_RETURN_IF_ERROR(side(value(0, count_), from.value(0, first), s.head_dim_v));

@@ -41,7 +41,8 @@ class RowBuffer {
     if (block_ != nullptr) block_->owners.fetch_add(1, std::memory_order_relaxed);
   }
   RowBuffer(RowBuffer&& o) noexcept
-      : block_(std::exchange(o.block_, nullptr)), begin_(std::exchange(o.begin_, 0)), count_(std::exchange(o.count_, 0)), draft_(o.draft_) {}
+      : block_(std::exchange(o.block_, nullptr)), begin_(std::exchange(o.begin_, 0)),
+        count_(std::exchange(o.count_, 0)), draft_(o.draft_) {}
   RowBuffer& operator=(RowBuffer o) noexcept {
     std::swap(block_, o.block_);
     std::swap(begin_, o.begin_);
@@ -99,7 +100,8 @@ class RowBuffer {
       if (memory != nullptr) backend->free(memory, bytes);
     }
   };
-  // Others own the block too. Forks may live in several threads: who finds itself alone sees all that the last other one did.
+  // Others own the block too. Forks may live in several threads: who finds itself alone sees all that the last other
+  // one did.
   bool shared() const { return block_ != nullptr && block_->owners.load(std::memory_order_acquire) > (draft_ ? 2 : 1); }
   Status compact();
 

@@ -126,14 +126,16 @@ Status save(const CacheState& c, const Sink& sink) {
       table.push_back(at->second);
     }
   }
-  const blob::State saved{c.sequences.size(), static_cast<std::uint64_t>(c.longest()), pages.size(), c.recording ? 1u : 0u};
+  const blob::State saved{c.sequences.size(), static_cast<std::uint64_t>(c.longest()), pages.size(),
+                          c.recording ? 1u : 0u};
   KV4_RETURN_IF_ERROR(out.write(blob::Kind::state, blob::bytes_of(saved)));
   if (ragged) {
     std::vector<std::uint64_t> lengths;
     for (const Sequence& s : c.sequences) lengths.push_back(static_cast<std::uint64_t>(s.length()));
     KV4_RETURN_IF_ERROR(out.write_array(blob::Kind::lengths, std::span<const std::uint64_t>(lengths)));
   }
-  for (std::size_t b = 0; b < c.sequences.size(); ++b) KV4_RETURN_IF_ERROR(write_sequence(c, c.sequences[b], tables[b], out));
+  for (std::size_t b = 0; b < c.sequences.size(); ++b)
+    KV4_RETURN_IF_ERROR(write_sequence(c, c.sequences[b], tables[b], out));
   for (const PageId page : pages) KV4_RETURN_IF_ERROR(write_page(c, page, out));
   return write_notes(c, out);
 }

@@ -1,4 +1,5 @@
-// One sequence of a layer's cache: its ledger, which says what is exact, sealed and due, and what of that lies in memory.
+// One sequence of a layer's cache: its ledger, which says what is exact, sealed and due, and what of that lies in
+// memory.
 #pragma once
 
 #include <cstdint>
@@ -12,16 +13,17 @@
 
 namespace kv4 {
 
-// Energies of queries that come before the first page is due, kept by position until lambda is fixed, so that a crop or a
-// repeated call leaves no trace and the size of calls does not matter. A sum alone could give nothing back to a crop, and
-// energies of every query are as many bytes as fp16 keys and values: so one query in kEvery counts, from the first unmasked
-// one on, the last of each kEvery: not that of a text's first token, which is like no other. Lambda goes with the fourth root
-// of their mean, nearly, and near its best an error of it counts by its square. Blocks are written once and then shared by
-// forks.
+// Energies of queries that come before the first page is due, kept by position until lambda is fixed, so that a crop or
+// a repeated call leaves no trace and the size of calls does not matter. A sum alone could give nothing back to a crop,
+// and energies of every query are as many bytes as fp16 keys and values: so one query in kEvery counts, from the first
+// unmasked one on, the last of each kEvery: not that of a text's first token, which is like no other. Lambda goes with
+// the fourth root of their mean, nearly, and near its best an error of it counts by its square. Blocks are written once
+// and then shared by forks.
 struct QueryEnergy {
   static constexpr std::int64_t kEvery = ledger::kQueryStride;
-  std::int64_t first = -1;                    // position of the first unmasked query; none so far
-  std::vector<std::shared_ptr<Block>> rows;   // float [kv_heads * head_dim_k], of the query at first + kEvery * i + kEvery - 1; null: masked or not asked
+  std::int64_t first = -1;                   // position of the first unmasked query; none so far
+  std::vector<std::shared_ptr<Block>> rows;  // float [kv_heads * head_dim_k], of the query at first + kEvery * i +
+                                             // kEvery - 1; null: masked or not asked
 
   bool any() const { return first >= 0; }
   // Row of the query at `position`; -1 where it has none.
@@ -36,8 +38,8 @@ struct QueryEnergy {
   }
 };
 
-// A note that a backend writes to when it gets there, and what of it the ledger has been told already. `end`: news of positions
-// from there on are not this sequence's, but of a fork or of what a crop took away.
+// A note that a backend writes to when it gets there, and what of it the ledger has been told already. `end`: news of
+// positions from there on are not this sequence's, but of a fork or of what a crop took away.
 struct Told {
   std::shared_ptr<LateNote> note;
   std::int64_t key = 0, value = 0;
@@ -68,8 +70,8 @@ class Sequence {
     if (!ledger.pages().empty()) pool->release(ledger.pages());
   }
 
-  // Another one that goes on from here by itself. Which of the two goes on first does not matter: neither writes to what they
-  // share.
+  // Another one that goes on from here by itself. Which of the two goes on first does not matter: neither writes to
+  // what they share.
   Sequence fork() {
     Sequence copy(*this);
     for (Sequence* each : {this, &copy}) {
@@ -90,8 +92,8 @@ class Sequence {
   std::int64_t length() const { return ledger.extent().length; }
   // Lambda changes no more.
   bool lambda_fixed() const { return !ledger.policy().learns || ledger.extent().lambda == ledger::Lambda::fixed; }
-  // What commit leaves to do about lambda: one that is fixed needs no energies, one that is open again has no values, and one that
-  // no query taught anything cannot be learnt anew.
+  // What commit leaves to do about lambda: one that is fixed needs no energies, one that is open again has no values,
+  // and one that no query taught anything cannot be learnt anew.
   void settle_lambda() noexcept {
     if (ledger.extent().lambda == ledger::Lambda::learnt && !body.energy.any()) ledger.fix_lambda();
     if (ledger.extent().lambda == ledger::Lambda::fixed) body.energy = QueryEnergy();
@@ -101,8 +103,8 @@ class Sequence {
   void hear();
   // What they say beyond that.
   void listen(std::vector<NonFinite>* found) const;
-  // Those that there are tell no more of positions from the length on; news of the next rows go to `fresh`, or at once where it
-  // is null. Room for one note is there.
+  // Those that there are tell no more of positions from the length on; news of the next rows go to `fresh`, or at once
+  // where it is null. Room for one note is there.
   void turn_note(std::shared_ptr<LateNote> fresh) noexcept;
   // Where news of the next rows go; null where the backend tells at once.
   LateNote* note() const { return notes.empty() || notes.back().end != Told().end ? nullptr : notes.back().note.get(); }
@@ -114,12 +116,14 @@ class Sequence {
   PagePool* pool;            // null where nothing is sealed
 
  private:
-  Sequence(const Sequence& o) : ledger(o.ledger), body(o.body), notes(o.notes), note_forked(o.note_forked), pool(o.pool) {
+  Sequence(const Sequence& o)
+      : ledger(o.ledger), body(o.body), notes(o.notes), note_forked(o.note_forked), pool(o.pool) {
     if (!ledger.pages().empty()) pool->retain(ledger.pages());
   }
 };
 
 // What kernels read of a sequence, as the ledger's view says.
-SequenceView view_of(const Setup& setup, const ledger::Extent& x, const Body& body, const ledger::View& view, LateNote* note);
+SequenceView view_of(const Setup& setup, const ledger::Extent& x, const Body& body, const ledger::View& view,
+                     LateNote* note);
 
 }  // namespace kv4

@@ -18,7 +18,7 @@ struct CacheState {
   std::shared_ptr<PagePool> pool;        // null where the recipe never seals
   std::unique_ptr<DeviceTables> tables;  // that the backend keeps; a copy of the cache gets its own
   void* stream = nullptr;
-  const void* captured = nullptr;        // the pool's table that a captured step reads
+  const void* captured = nullptr;  // the pool's table that a captured step reads
   std::vector<Sequence> sequences;
   std::uint64_t version = 0;
   bool recording = false;
@@ -52,8 +52,8 @@ Status make_parts(CacheState& c, const RowCounts& rows, std::int64_t total, cons
 void make_parts(std::size_t batch, std::int64_t tokens, std::vector<Part>* parts);
 
 // attend.cpp. Exactly one of out and partial; upto: of a partial state, one for all sequences, or for each of rows.
-Status attend(CacheState& c, const RowCounts* rows, const AttendArgs& args, std::span<const std::int64_t> upto, const MutableTensorView* out,
-              const PartialState* partial);
+Status attend(CacheState& c, const RowCounts* rows, const AttendArgs& args, std::span<const std::int64_t> upto,
+              const MutableTensorView* out, const PartialState* partial);
 AttendJob attend_job(CacheState& c, const AttendArgs& args);
 Status attend_captured(CacheState& c, const AttendArgs& args, const MutableTensorView* out);
 
@@ -73,8 +73,10 @@ Status check_row(const CacheState& c, std::int64_t row);
 // read.cpp
 Status dense(const CacheState& c, bool keys, std::int64_t first, std::int64_t count, const MutableTensorView& out);
 Status lambda(const CacheState& c, int row, std::vector<float>* out);
-Status page_codes(const CacheState& c, int row, int index, int head, std::span<std::uint8_t> k, std::span<std::uint8_t> v);
-Status page_scales(const CacheState& c, int row, int index, int head, std::span<std::uint16_t> k, std::span<std::uint16_t> v);
+Status page_codes(const CacheState& c, int row, int index, int head, std::span<std::uint8_t> k,
+                  std::span<std::uint8_t> v);
+Status page_scales(const CacheState& c, int row, int index, int head, std::span<std::uint16_t> k,
+                   std::span<std::uint16_t> v);
 std::size_t nbytes(const CacheState& c);
 std::vector<SharedMemory> shared(const CacheState& c);
 

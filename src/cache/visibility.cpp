@@ -17,10 +17,7 @@ bool hides(const void* mask, DType dtype, std::int64_t index) {
 }  // namespace
 
 Visibility::Visibility(const AttendArgs& args, const Queries& queries, std::int64_t length)
-    : args_(args),
-      input_(queries.input),
-      input_row_(queries.input_row),
-      first_query_(length - queries.count),
+    : args_(args), input_(queries.input), input_row_(queries.input_row), first_query_(length - queries.count),
       queries_(queries.count),
       start_(args.mask.start != nullptr ? args.mask.offset + args.mask.start[queries.index] : 0),
       window_(args.mask.window != nullptr ? args.mask.window[queries.index] : queries.window) {}
@@ -34,9 +31,8 @@ bool Visibility::general_visible(std::int64_t t, std::int64_t position) const {
   for (std::int64_t h = 0; h < heads; ++h) {
     const std::int64_t index = input_ * m.general_stride[0] + h * m.general_stride[1] +
                                (input_row_ + t) * m.general_stride[2] + column * m.general_stride[3];
-    const bool hidden = m.kind == Mask::General::boolean
-                            ? static_cast<const std::uint8_t*>(m.general)[index] == 0
-                            : hides(m.general, m.general_dtype, index);
+    const bool hidden = m.kind == Mask::General::boolean ? static_cast<const std::uint8_t*>(m.general)[index] == 0
+                                                         : hides(m.general, m.general_dtype, index);
     if (!hidden) return true;
   }
   return false;

@@ -18,7 +18,7 @@ class Visibility {
     std::int64_t input = 0;      // of q and the general mask: on axis 0
     std::int64_t input_row = 0;  // ... and on axis 2, of the first
     std::int64_t count = 0;
-    std::int64_t window = 0;     // where the mask has none
+    std::int64_t window = 0;  // where the mask has none
   };
   // `length`: tokens of the sequence, this call's included.
   Visibility(const AttendArgs& args, const Queries& queries, std::int64_t length);
@@ -39,8 +39,8 @@ class Visibility {
   std::int64_t input_, input_row_;
   std::int64_t first_query_;  // position of the first query
   std::int64_t queries_;
-  std::int64_t start_;        // first visible position
-  std::int64_t window_;       // 0 = all
+  std::int64_t start_;   // first visible position
+  std::int64_t window_;  // 0 = all
 };
 
 }  // namespace kv4

@@ -35,12 +35,14 @@ const char* last_error() noexcept { return said; }
 Status null_pointer(const char* name) { return invalid_argument(name, "a pointer", "NULL"); }
 
 Status check_size(const char* name, std::size_t size, std::span<const std::size_t> known) {
-  const bool fits = size > known.back() ? size <= kLargestSize : std::find(known.begin(), known.end(), size) != known.end();
+  const bool fits = size > known.back() ? size <= kLargestSize
+                                        : std::find(known.begin(), known.end(), size) != known.end();
   if (fits) return {};
   std::string sizes;
   for (const std::size_t one : known) sizes += std::to_string(one) + ", ";
-  return invalid_argument(std::string(name) + ".size", "the struct's, as its init sets it (" + sizes + "or a newer version's)",
-                               std::to_string(size));
+  return invalid_argument(std::string(name) + ".size",
+                          "the struct's, as its init sets it (" + sizes + "or a newer version's)",
+                          std::to_string(size));
 }
 
 }  // namespace kv4::capi

@@ -60,14 +60,16 @@ Status read_struct(const char* name, const T* given, std::span<const std::size_t
   KV4_RETURN_IF_ERROR(check_size(name, size, known));
   for (std::size_t i = sizeof(T); i < size; ++i)
     if (bytes[i] != 0)
-      return error(StatusCode::unsupported, name, "zeros behind the " + std::to_string(sizeof(T)) + " bytes that this version knows",
-                        "a setting of a newer version at byte " + std::to_string(i));
+      return error(StatusCode::unsupported, name,
+                   "zeros behind the " + std::to_string(sizeof(T)) + " bytes that this version knows",
+                   "a setting of a newer version at byte " + std::to_string(i));
   std::memcpy(out, bytes, std::min(size, sizeof(T)));
   return {};
 }
 
 template <class T>
-kv4_status init_struct(const char* name, T* out, std::size_t size, std::span<const std::size_t> known, T (*defaults)()) noexcept {
+kv4_status init_struct(const char* name, T* out, std::size_t size, std::span<const std::size_t> known,
+                       T (*defaults)()) noexcept {
   return guarded({{name, out}}, [&]() -> Status {
     KV4_RETURN_IF_ERROR(check_size(name, size, known));
     auto* bytes = reinterpret_cast<unsigned char*>(out);

@@ -34,7 +34,7 @@ Status answer_of(const char* name, F&& call) {
   if (status == KV4_OK) return {};
   const bool known = status > KV4_OK && status <= KV4_DATA_LOSS;
   return error(known ? static_cast<StatusCode>(status) : StatusCode::invalid_argument, name, "KV4_OK",
-                    "status " + std::to_string(static_cast<int>(status)));
+               "status " + std::to_string(static_cast<int>(status)));
 }
 
 Status dense(const kv4_cache* cache, bool keys, int64_t first, int64_t count, const kv4_tensor& out) {
@@ -46,7 +46,9 @@ Status dense(const kv4_cache* cache, bool keys, int64_t first, int64_t count, co
 // Sequences by number: as many as a cache may have.
 Status check_count(size_t count) {
   constexpr auto kMost = static_cast<size_t>(std::numeric_limits<int32_t>::max());
-  return count <= kMost ? Status() : invalid_argument("count", "at most " + std::to_string(kMost) + " rows", std::to_string(count));
+  return count <= kMost
+             ? Status()
+             : invalid_argument("count", "at most " + std::to_string(kMost) + " rows", std::to_string(count));
 }
 
 Status rows_of(const kv4_row_count* rows, size_t count, std::vector<RowCount>* out) {
@@ -99,7 +101,8 @@ kv4_status kv4_cache_attend(kv4_cache* cache, const kv4_attend_args* args, const
   });
 }
 
-kv4_status kv4_cache_attend_partial(kv4_cache* cache, const kv4_attend_args* args, int64_t upto, float* o, float* m, float* l) {
+kv4_status kv4_cache_attend_partial(kv4_cache* cache, const kv4_attend_args* args, int64_t upto, float* o, float* m,
+                                    float* l) {
   return guarded({{"cache", cache}, {"args", args}}, [&]() -> kv4::Status {
     kv4::AttendArgs call;
     KV4_RETURN_IF_ERROR(args_of(args, &call));
@@ -107,7 +110,8 @@ kv4_status kv4_cache_attend_partial(kv4_cache* cache, const kv4_attend_args* arg
   });
 }
 
-kv4_status kv4_cache_append_rows(kv4_cache* cache, const kv4_row_count* rows, size_t count, const kv4_tensor* k, const kv4_tensor* v) {
+kv4_status kv4_cache_append_rows(kv4_cache* cache, const kv4_row_count* rows, size_t count, const kv4_tensor* k,
+                                 const kv4_tensor* v) {
   return guarded({{"cache", cache}, {"rows", rows}, {"k", k}, {"v", v}}, [&]() -> kv4::Status {
     std::vector<kv4::RowCount> counts;
     kv4::TensorView keys, values;
@@ -118,7 +122,8 @@ kv4_status kv4_cache_append_rows(kv4_cache* cache, const kv4_row_count* rows, si
   });
 }
 
-kv4_status kv4_cache_attend_rows(kv4_cache* cache, const kv4_row_count* rows, size_t count, const kv4_attend_args* args, const kv4_tensor* out) {
+kv4_status kv4_cache_attend_rows(kv4_cache* cache, const kv4_row_count* rows, size_t count, const kv4_attend_args* args,
+                                 const kv4_tensor* out) {
   return guarded({{"cache", cache}, {"rows", rows}, {"args", args}, {"out", out}}, [&]() -> kv4::Status {
     std::vector<kv4::RowCount> counts;
     kv4::AttendArgs call;
@@ -130,8 +135,9 @@ kv4_status kv4_cache_attend_rows(kv4_cache* cache, const kv4_row_count* rows, si
   });
 }
 
-kv4_status kv4_cache_attend_partial_rows(kv4_cache* cache, const kv4_row_count* rows, size_t count, const kv4_attend_args* args, const int64_t* upto,
-                                         float* o, float* m, float* l) {
+kv4_status kv4_cache_attend_partial_rows(kv4_cache* cache, const kv4_row_count* rows, size_t count,
+                                         const kv4_attend_args* args, const int64_t* upto, float* o, float* m,
+                                         float* l) {
   return guarded({{"cache", cache}, {"rows", rows}, {"args", args}, {"upto", upto}}, [&]() -> kv4::Status {
     std::vector<kv4::RowCount> counts;
     kv4::AttendArgs call;
@@ -162,7 +168,8 @@ kv4_status kv4_cache_erase(kv4_cache* cache, int32_t row, int64_t first, int64_t
 kv4_status kv4_cache_row_length(const kv4_cache* cache, int32_t row, int64_t* out) {
   return guarded({{"cache", cache}, {"out", out}}, [&]() -> kv4::Status {
     const int32_t batch = cache->cache->batch();
-    if (row < 0 || row >= batch) return kv4::error(kv4::StatusCode::out_of_range, "row", "0 to " + std::to_string(batch - 1), std::to_string(row));
+    if (row < 0 || row >= batch)
+      return kv4::error(kv4::StatusCode::out_of_range, "row", "0 to " + std::to_string(batch - 1), std::to_string(row));
     *out = cache->cache->length(row);
     return {};
   });
@@ -218,13 +225,17 @@ kv4_status kv4_cache_record_past(kv4_cache* cache, int32_t on) {
 kv4_status kv4_cache_save(const kv4_cache* cache, kv4_sink sink, void* context) {
   return guarded({{"cache", cache}}, [&]() -> kv4::Status {
     if (sink == nullptr) return null_pointer("sink");
-    return cache->cache->save([&](std::span<const std::byte> x) { return answer_of("sink", [&] { return sink(context, x.data(), x.size()); }); });
+    return cache->cache->save([&](std::span<const std::byte> x) {
+      return answer_of("sink", [&] { return sink(context, x.data(), x.size()); });
+    });
   });
 }
 kv4_status kv4_cache_load(kv4_cache* cache, kv4_source source, void* context) {
   return guarded({{"cache", cache}}, [&]() -> kv4::Status {
     if (source == nullptr) return null_pointer("source");
-    return cache->cache->load([&](std::span<std::byte> x) { return answer_of("source", [&] { return source(context, x.data(), x.size()); }); });
+    return cache->cache->load([&](std::span<std::byte> x) {
+      return answer_of("source", [&] { return source(context, x.data(), x.size()); });
+    });
   });
 }
 kv4_status kv4_cache_dense_keys(const kv4_cache* cache, int64_t first, int64_t count, const kv4_tensor* out) {

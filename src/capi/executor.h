@@ -10,7 +10,9 @@ class Lent final : public cpu::Executor {
  public:
   explicit Lent(const kv4_executor& executor) : executor_(executor) {}
   int threads() const override { return executor_.threads; }
-  void run(void (*body)(void* context, int thread), void* context) override { executor_.run(executor_.context, body, context); }
+  void run(void (*body)(void* context, int thread), void* context) override {
+    executor_.run(executor_.context, body, context);
+  }
 
  private:
   const kv4_executor executor_;

@@ -85,19 +85,23 @@ kv4_status kv4_set_executor(const kv4_executor* executor) {
   });
 }
 
-kv4_status kv4_merge(float* into_o, float* into_m, float* into_l, const float* o, const float* m, const float* l, int64_t rows, int32_t dim) {
-  return guarded({{"into_o", into_o}, {"into_m", into_m}, {"into_l", into_l}, {"o", o}, {"m", m}, {"l", l}}, [&]() -> kv4::Status {
-    if (rows < 0) return kv4::invalid_argument("rows", "0 or more", std::to_string(rows));
-    if (dim < 1) return kv4::invalid_argument("dim", "1 or more", std::to_string(dim));
-    kv4::merge({into_o, into_m, into_l}, {const_cast<float*>(o), const_cast<float*>(m), const_cast<float*>(l)}, rows, dim);
-    return {};
-  });
+kv4_status kv4_merge(float* into_o, float* into_m, float* into_l, const float* o, const float* m, const float* l,
+                     int64_t rows, int32_t dim) {
+  return guarded({{"into_o", into_o}, {"into_m", into_m}, {"into_l", into_l}, {"o", o}, {"m", m}, {"l", l}},
+                 [&]() -> kv4::Status {
+                   if (rows < 0) return kv4::invalid_argument("rows", "0 or more", std::to_string(rows));
+                   if (dim < 1) return kv4::invalid_argument("dim", "1 or more", std::to_string(dim));
+                   kv4::merge({into_o, into_m, into_l},
+                              {const_cast<float*>(o), const_cast<float*>(m), const_cast<float*>(l)}, rows, dim);
+                   return {};
+                 });
 }
 kv4_status kv4_finish(const float* o, const float* m, const float* l, const float* sinks, const kv4_tensor* out) {
   return guarded({{"o", o}, {"m", m}, {"l", l}, {"out", out}}, [&]() -> kv4::Status {
     kv4::MutableTensorView view;
     KV4_RETURN_IF_ERROR(view_of("out", *out, &view));
-    if (view.stride[3] != 1 && view.shape[3] > 1) return kv4::invalid_argument("out", "channel stride 1", std::to_string(view.stride[3]));
+    if (view.stride[3] != 1 && view.shape[3] > 1)
+      return kv4::invalid_argument("out", "channel stride 1", std::to_string(view.stride[3]));
     kv4::finish({const_cast<float*>(o), const_cast<float*>(m), const_cast<float*>(l)}, sinks, view);
     return {};
   });

@@ -17,8 +17,9 @@ namespace {
 
 constexpr std::size_t kBatchSizes[] = {sizeof(kv4_paged_batch)};
 
-static_assert(sizeof(void*) != 8 || (sizeof(kv4_page_memory) == 40 && sizeof(kv4_row_memory) == 64 && sizeof(kv4_page_range) == 24 &&
-                                     sizeof(kv4_page_limits) == 40 && sizeof(kv4_place) == 32 && sizeof(kv4_executor) == 24),
+static_assert(sizeof(void*) != 8 ||
+                  (sizeof(kv4_page_memory) == 40 && sizeof(kv4_row_memory) == 64 && sizeof(kv4_page_range) == 24 &&
+                   sizeof(kv4_page_limits) == 40 && sizeof(kv4_place) == 32 && sizeof(kv4_executor) == 24),
               "structs without a size never change");
 
 kv4_paged_batch default_batch() {
@@ -43,8 +44,10 @@ Status batch_of(const kv4_paged_batch* given, PagedBatch* out) {
           .sinks = b.sinks,
           .sink_tokens = b.sink_tokens,
           .window = b.window,
-          .page_memory = {static_cast<std::uint8_t*>(p.data), reinterpret_cast<std::uint8_t* const*>(p.chunks), p.page_stride, p.head_stride, p.chunk_shift},
-          .row_memory = {r.k, r.v, r.k_block_stride, r.v_block_stride, r.k_head_stride, r.v_head_stride, r.k_stride, r.v_stride},
+          .page_memory = {static_cast<std::uint8_t*>(p.data), reinterpret_cast<std::uint8_t* const*>(p.chunks),
+                          p.page_stride, p.head_stride, p.chunk_shift},
+          .row_memory = {r.k, r.v, r.k_block_stride, r.v_block_stride, r.k_head_stride, r.v_head_stride, r.k_stride,
+                         r.v_stride},
           .page_count = b.page_count,
           .block_count = b.block_count,
           .non_finite = b.non_finite,
@@ -108,7 +111,9 @@ using namespace kv4::capi;
 
 extern "C" {
 
-kv4_status kv4_paged_batch_init(kv4_paged_batch* batch, size_t size) { return init_struct("batch", batch, size, kBatchSizes, default_batch); }
+kv4_status kv4_paged_batch_init(kv4_paged_batch* batch, size_t size) {
+  return init_struct("batch", batch, size, kBatchSizes, default_batch);
+}
 
 kv4_status kv4_page_format_create(const kv4_cache_config* given, kv4_page_format** out) {
   return guarded({{"config", given}, {"out", out}}, [&]() -> kv4::Status {
@@ -135,11 +140,13 @@ size_t kv4_page_format_page_bytes(const kv4_page_format* format) {
 size_t kv4_page_format_block_bytes(const kv4_page_format* format) {
   return bytes_of(format, [](const kv4::PageFormat& f) { return f.block_bytes(); });
 }
-kv4_status kv4_page_format_workspace_bytes(const kv4_page_format* format, const kv4_page_limits* limits, const kv4_executor* executor, size_t* out) {
+kv4_status kv4_page_format_workspace_bytes(const kv4_page_format* format, const kv4_page_limits* limits,
+                                           const kv4_executor* executor, size_t* out) {
   return guarded({{"format", format}, {"limits", limits}, {"out", out}}, [&]() -> kv4::Status {
     Here here;
     KV4_RETURN_IF_ERROR(here.lend(executor));
-    const kv4::PageFormat::Limits l{limits->sequences, limits->q_heads, limits->most_pages, limits->most_queries, limits->longest, limits->all};
+    const kv4::PageFormat::Limits l{limits->sequences,    limits->q_heads, limits->most_pages,
+                                    limits->most_queries, limits->longest, limits->all};
     return format->format->workspace_bytes(l, out, here.place);
   });
 }
@@ -151,44 +158,52 @@ kv4_status kv4_paged_prepare(const kv4_page_format* format, const kv4_place* pla
     return format->format->prepare(here.workspace, here.place);
   });
 }
-kv4_status kv4_paged_store(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_tensor* k, const kv4_tensor* v,
-                           const kv4_place* place) {
-  return on_batch(format, batch, place, {{"k", k}, {"v", v}}, [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) -> kv4::Status {
-    kv4::TensorView keys, values;
-    KV4_RETURN_IF_ERROR(view_of("k", *k, &keys));
-    KV4_RETURN_IF_ERROR(view_of("v", *v, &values));
-    return f.store(b, keys, values, here.workspace, here.place);
-  });
+kv4_status kv4_paged_store(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_tensor* k,
+                           const kv4_tensor* v, const kv4_place* place) {
+  return on_batch(format, batch, place, {{"k", k}, {"v", v}},
+                  [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) -> kv4::Status {
+                    kv4::TensorView keys, values;
+                    KV4_RETURN_IF_ERROR(view_of("k", *k, &keys));
+                    KV4_RETURN_IF_ERROR(view_of("v", *v, &values));
+                    return f.store(b, keys, values, here.workspace, here.place);
+                  });
 }
-kv4_status kv4_paged_seal(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_page_range* range, const kv4_place* place) {
-  return on_batch(format, batch, place, {{"range", range}}, [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) {
-    return f.seal(b, range_of(*range), here.workspace, here.place);
-  });
+kv4_status kv4_paged_seal(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_page_range* range,
+                          const kv4_place* place) {
+  return on_batch(format, batch, place, {{"range", range}},
+                  [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) {
+                    return f.seal(b, range_of(*range), here.workspace, here.place);
+                  });
 }
-kv4_status kv4_paged_dequantise(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_page_range* range, const kv4_place* place) {
-  return on_batch(format, batch, place, {{"range", range}}, [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) {
-    return f.dequantise(b, range_of(*range), here.workspace, here.place);
-  });
+kv4_status kv4_paged_dequantise(const kv4_page_format* format, const kv4_paged_batch* batch,
+                                const kv4_page_range* range, const kv4_place* place) {
+  return on_batch(format, batch, place, {{"range", range}},
+                  [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) {
+                    return f.dequantise(b, range_of(*range), here.workspace, here.place);
+                  });
 }
-kv4_status kv4_paged_attend(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_attend_args* args, const kv4_tensor* out,
-                            const kv4_place* place) {
-  return on_batch(format, batch, place, {{"args", args}, {"out", out}}, [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) -> kv4::Status {
-    kv4::AttendArgs call;
-    kv4::MutableTensorView view;
-    KV4_RETURN_IF_ERROR(args_of(args, &call));
-    KV4_RETURN_IF_ERROR(view_of("out", *out, &view));
-    return f.attend(b, call, view, here.workspace, here.place);
-  });
+kv4_status kv4_paged_attend(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_attend_args* args,
+                            const kv4_tensor* out, const kv4_place* place) {
+  return on_batch(format, batch, place, {{"args", args}, {"out", out}},
+                  [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) -> kv4::Status {
+                    kv4::AttendArgs call;
+                    kv4::MutableTensorView view;
+                    KV4_RETURN_IF_ERROR(args_of(args, &call));
+                    KV4_RETURN_IF_ERROR(view_of("out", *out, &view));
+                    return f.attend(b, call, view, here.workspace, here.place);
+                  });
 }
-kv4_status kv4_paged_attend_partial(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_attend_args* args, float* o, float* m,
-                                    float* l, const kv4_place* place) {
-  return on_batch(format, batch, place, {{"args", args}}, [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) -> kv4::Status {
-    kv4::AttendArgs call;
-    KV4_RETURN_IF_ERROR(args_of(args, &call));
-    return f.attend_partial(b, call, {o, m, l}, here.workspace, here.place);
-  });
+kv4_status kv4_paged_attend_partial(const kv4_page_format* format, const kv4_paged_batch* batch,
+                                    const kv4_attend_args* args, float* o, float* m, float* l, const kv4_place* place) {
+  return on_batch(format, batch, place, {{"args", args}},
+                  [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) -> kv4::Status {
+                    kv4::AttendArgs call;
+                    KV4_RETURN_IF_ERROR(args_of(args, &call));
+                    return f.attend_partial(b, call, {o, m, l}, here.workspace, here.place);
+                  });
 }
-kv4_status kv4_paged_learn_lambda(const kv4_page_format* format, const kv4_tensor* q, const kv4_tensor* k, float* lambda, const kv4_place* place) {
+kv4_status kv4_paged_learn_lambda(const kv4_page_format* format, const kv4_tensor* q, const kv4_tensor* k,
+                                  float* lambda, const kv4_place* place) {
   return guarded({{"format", format}, {"q", q}, {"k", k}, {"lambda", lambda}}, [&]() -> kv4::Status {
     kv4::TensorView queries, keys;
     Here here;

@@ -15,13 +15,15 @@ namespace {
 constexpr std::size_t kSizesOfConfig[] = {offsetof(kv4_cache_config, backend), sizeof(kv4_cache_config)};
 constexpr std::size_t kSizesOfArgs[] = {offsetof(kv4_attend_args, host_mask), sizeof(kv4_attend_args)};
 
-static_assert(sizeof(void*) != 8 || (sizeof(kv4_side_recipe) == 40 && sizeof(kv4_recipe) == 96 && sizeof(kv4_tensor) == 80),
+static_assert(sizeof(void*) != 8 ||
+                  (sizeof(kv4_side_recipe) == 40 && sizeof(kv4_recipe) == 96 && sizeof(kv4_tensor) == 80),
               "structs without a size never change");
 
 // No axis is negative, and the distance of any two elements, of `bytes` each, fits the type that holds distances.
 Status check_extent(const std::string& name, const int64_t (&shape)[4], const int64_t (&stride)[4], std::size_t bytes) {
   const auto list = [](const int64_t(&x)[4]) {
-    return "[" + std::to_string(x[0]) + ", " + std::to_string(x[1]) + ", " + std::to_string(x[2]) + ", " + std::to_string(x[3]) + "]";
+    return "[" + std::to_string(x[0]) + ", " + std::to_string(x[1]) + ", " + std::to_string(x[2]) + ", " +
+           std::to_string(x[3]) + "]";
   };
   constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
   std::int64_t left = kMost / static_cast<std::int64_t>(bytes), count = left;
@@ -37,7 +39,8 @@ Status check_extent(const std::string& name, const int64_t (&shape)[4], const in
     fits = stride[i] != std::numeric_limits<std::int64_t>::min() && std::abs(stride[i]) <= left / steps;
     if (fits) left -= std::abs(stride[i]) * steps;
   }
-  return fits ? Status() : invalid_argument(name + ".stride", "distances of 63 bits", list(stride) + " over shape " + list(shape));
+  return fits ? Status()
+              : invalid_argument(name + ".stride", "distances of 63 bits", list(stride) + " over shape " + list(shape));
 }
 
 template <class View>
@@ -71,13 +74,19 @@ Status side_of(const kv4_side_recipe& s, SideRecipe* out) {
 }
 
 kv4_side_recipe side_from(const SideRecipe& s) {
-  return {static_cast<int32_t>(s.rotation), s.reflectors, s.seed, s.group, static_cast<int32_t>(s.levels),
-          static_cast<int32_t>(s.scale), s.mean ? 1 : 0, static_cast<int32_t>(s.lambda)};
+  return {static_cast<int32_t>(s.rotation),
+          s.reflectors,
+          s.seed,
+          s.group,
+          static_cast<int32_t>(s.levels),
+          static_cast<int32_t>(s.scale),
+          s.mean ? 1 : 0,
+          static_cast<int32_t>(s.lambda)};
 }
 
 // The caller's [rows, columns] floats, whose sizes are known to be such; nothing is read where the recipe wants none.
 Status take(const char* name, const float* from, bool wanted, const char* otherwise, int32_t rows, int32_t columns,
-                 std::vector<float>* to) {
+            std::vector<float>* to) {
   if (from == nullptr) return {};
   if (!wanted) return invalid_argument(name, std::string("NULL, since the recipe's ") + otherwise, "a pointer");
   to->assign(from, from + static_cast<std::int64_t>(rows) * columns);
@@ -115,7 +124,8 @@ const std::span<const std::size_t> kConfigSizes = kSizesOfConfig, kArgsSizes = k
 
 Status in_range(const char* name, int32_t value, int32_t last, int32_t first) {
   if (value >= first && value <= last) return {};
-  return invalid_argument(name, "a value from " + std::to_string(first) + " to " + std::to_string(last), std::to_string(value));
+  return invalid_argument(name, "a value from " + std::to_string(first) + " to " + std::to_string(last),
+                          std::to_string(value));
 }
 
 Status dtype_of(const char* name, int32_t value, DType* out) {
@@ -159,10 +169,12 @@ Status config_of(const kv4_cache_config* given, CacheConfig* out) {
   out->head_dim_v = c.head_dim_v;
   out->sliding_window = c.sliding_window;
   const bool seals = recipe.seal != SealMode::never;
-  const auto lambda = [&](const char* name, const float* from, const SideRecipe& side, int32_t dim, std::vector<float>* to) {
+  const auto lambda = [&](const char* name, const float* from, const SideRecipe& side, int32_t dim,
+                          std::vector<float>* to) {
     return take(name, from, seals && side.lambda == LambdaMode::given, "lambda is not 'given'", c.kv_heads, dim, to);
   };
-  const auto matrix = [&](const char* name, const float* from, const SideRecipe& side, int32_t dim, std::vector<float>* to) {
+  const auto matrix = [&](const char* name, const float* from, const SideRecipe& side, int32_t dim,
+                          std::vector<float>* to) {
     return take(name, from, seals && side.rotation == RotationKind::dense, "rotation is not 'dense'", dim, dim, to);
   };
   KV4_RETURN_IF_ERROR(lambda("lambda_k", c.lambda_k, recipe.key, c.head_dim_k, &out->lambda_k));

@@ -143,16 +143,17 @@ class Workspace {
 };
 
 // Of a call: rows of an item, and its items.
-std::int64_t queries_of_item(std::int64_t most, std::int64_t group) { return std::max<std::int64_t>(1, std::min(kItemRows / group, most)); }
-std::int64_t runs_of(std::int64_t queries, std::int64_t item_queries) { return (queries + item_queries - 1) / item_queries; }
+std::int64_t queries_of_item(std::int64_t most, std::int64_t group) {
+  return std::max<std::int64_t>(1, std::min(kItemRows / group, most));
+}
+std::int64_t runs_of(std::int64_t queries, std::int64_t item_queries) {
+  return (queries + item_queries - 1) / item_queries;
+}
 
 class Call {
  public:
   Call(const AttendJob& job, Workspace& workspace, const Kernels& kernels)
-      : job_(job),
-        workspace_(workspace),
-        kernels_(kernels),
-        row_kernels_(row_kernels(kernels)),
+      : job_(job), workspace_(workspace), kernels_(kernels), row_kernels_(row_kernels(kernels)),
         group_(job.args.q.shape[1] / job.kv_heads) {
     const float scale = job.args.scale != 0 ? job.args.scale : 1.0f / std::sqrt(static_cast<float>(job.head_dim_k));
     const float softcap = job.args.softcap;
@@ -190,7 +191,8 @@ class Call {
 
  private:
   Status no_memory(std::size_t bytes) const {
-    return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", workspace_.lent() ? "less" : "none");
+    return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes",
+                 workspace_.lent() ? "less" : "none");
   }
 
   // Lays all but the items out from `base` (null: only sizes them).
@@ -208,7 +210,9 @@ class Call {
   }
   std::size_t rows_of_item() const { return static_cast<std::size_t>(item_queries_ * group_); }
 
-  const SequenceView& view_of(const Item& item) const { return job_.sequences.views[static_cast<std::size_t>(item.sequence)]; }
+  const SequenceView& view_of(const Item& item) const {
+    return job_.sequences.views[static_cast<std::size_t>(item.sequence)];
+  }
   // Position of the first token that is read from pages.
   static std::int64_t first_of_pages(const SequenceView& s) { return s.pages_position + s.pages_hidden; }
   std::int64_t rows_of(const Item& item) const { return item.queries * group_; }
@@ -220,7 +224,8 @@ class Call {
   Status plan() {
     const std::span<const SequenceView> views = job_.sequences.views;
     std::size_t count = 0;
-    for (const SequenceView& s : views) count += static_cast<std::size_t>(runs_of(s.query_count, item_queries_) * job_.kv_heads);
+    for (const SequenceView& s : views)
+      count += static_cast<std::size_t>(runs_of(s.query_count, item_queries_) * job_.kv_heads);
     std::byte* const memory = workspace_.take(workspace_.items, count * sizeof(Item));
     if (memory == nullptr) return no_memory(count * sizeof(Item));
     items_ = {reinterpret_cast<Item*>(memory), count};
@@ -240,7 +245,8 @@ class Call {
     }
     const Share shared = share(total, num_threads());
     threads_ = shared.threads;
-    for (Item& item : items_) item.splits = pieces(work_of(item), shared, std::max<std::int64_t>(1, item.tokens() / kPageTokens));
+    for (Item& item : items_)
+      item.splits = pieces(work_of(item), shared, std::max<std::int64_t>(1, item.tokens() / kPageTokens));
     return {};
   }
 
@@ -270,8 +276,8 @@ class Call {
     mask.kind = m.kind;
     if (m.kind != Mask::General::none) {
       mask.dtype = m.general_dtype;
-      const std::int64_t size =
-          m.kind == Mask::General::boolean ? 1 : static_cast<std::int64_t>(size_of(m.general_dtype));
+      const std::int64_t size = m.kind == Mask::General::boolean ? 1
+                                                                 : static_cast<std::int64_t>(size_of(m.general_dtype));
       mask.general = static_cast<const std::byte*>(m.general) +
                      (s.input * m.general_stride[0] + item.head * group_ * m.general_stride[1] +
                       (s.input_row + item.query) * m.general_stride[2]) *
@@ -302,7 +308,8 @@ class Call {
     }
     if (s.page_count > 0) {
       const std::int64_t sealed = static_cast<std::int64_t>(s.page_count) * kPageTokens;
-      item.page_begin = static_cast<int>(clamp(std::max(low, first_of_pages(s)) - s.pages_position, 0, sealed) / kPageTokens);
+      item.page_begin =
+          static_cast<int>(clamp(std::max(low, first_of_pages(s)) - s.pages_position, 0, sealed) / kPageTokens);
       item.page_end = static_cast<int>((clamp(high - s.pages_position, 0, sealed) + kPageTokens - 1) / kPageTokens);
       item.page_end = std::max(item.page_end, item.page_begin);
     }
@@ -346,7 +353,9 @@ class Call {
     load_queries(item, arena, any_page, any_exact);
     const RowMask mask = mask_of(item);
     for (int i = 0; i < 2; ++i)
-      if (exact_to[i] > exact_from[i]) attend_rows(item, s.exact[i], item.exact_begin[i] + exact_from[i], item.exact_begin[i] + exact_to[i], mask, arena, states.exact);
+      if (exact_to[i] > exact_from[i])
+        attend_rows(item, s.exact[i], item.exact_begin[i] + exact_from[i], item.exact_begin[i] + exact_to[i], mask,
+                    arena, states.exact);
     if (any_page) {
       PagesTask task = arena.pages;
       task.spec = job_.spec;
@@ -373,8 +382,8 @@ class Call {
   }
 
   // Rows [first, last) of an exact set, block by block where it lies in blocks.
-  void attend_rows(const Item& item, const ExactRows& x, std::int64_t first, std::int64_t last, const RowMask& mask, const Arena& arena,
-                   const RowStates& states) const {
+  void attend_rows(const Item& item, const ExactRows& x, std::int64_t first, std::int64_t last, const RowMask& mask,
+                   const Arena& arena, const RowStates& states) const {
     const std::int64_t size = static_cast<std::int64_t>(size_of(job_.dtype));
     ExactTask task = arena.exact;
     task.dtype = job_.dtype;
@@ -455,10 +464,8 @@ class Call {
       if (s.l[r] == 0) continue;
       const float weight = s.m[r] == top ? 1.0f : std::exp2(s.m[r] - top);
       const float* o = s.o + r * s.o_stride;
-      if (first)
-        row_kernels_.scale(o, d, weight, out);
-      else
-        row_kernels_.add(o, d, weight, out);
+      if (first) row_kernels_.scale(o, d, weight, out);
+      else row_kernels_.add(o, d, weight, out);
       first = false;
       l += weight * s.l[r];
     }
@@ -564,12 +571,15 @@ Status attend(const AttendJob& job) {
   return Call(job, workspace, active()).run();
 }
 
-// What Call takes at most: its items and, of the items that are split, up to kManyPieces states a thread and as many more for
-// what is left over of each.
+// What Call takes at most: its items and, of the items that are split, up to kManyPieces states a thread and as many
+// more for what is left over of each.
 std::size_t attend_workspace(const AttendJob& job) {
-  const std::int64_t group = job.args.q.shape[1] / job.kv_heads, most = std::max<std::int64_t>(1, job.sequences.most_queries);
-  const std::int64_t queries = queries_of_item(most, group), batch = static_cast<std::int64_t>(job.sequences.views.size());
-  const auto items = static_cast<std::size_t>(batch * runs_of(most, queries) * job.kv_heads), rows = static_cast<std::size_t>(queries * group);
+  const std::int64_t group = job.args.q.shape[1] / job.kv_heads,
+                     most = std::max<std::int64_t>(1, job.sequences.most_queries);
+  const std::int64_t queries = queries_of_item(most, group),
+                     batch = static_cast<std::int64_t>(job.sequences.views.size());
+  const auto items = static_cast<std::size_t>(batch * runs_of(most, queries) * job.kv_heads),
+             rows = static_cast<std::size_t>(queries * group);
   const auto threads = static_cast<std::size_t>(num_threads()), more = static_cast<std::size_t>(kManyPieces) * threads;
   Carver carver(nullptr);
   carver.take<Item>(items);

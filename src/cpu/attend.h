@@ -46,8 +46,8 @@ struct PagesTask {
   const PageSpec* spec = nullptr;
   const std::int32_t* pages = nullptr;  // [page_count] ids
   PageMemory memory;
-  int head = 0;                         // the KV head
-  int first = 0, last = 0;                     // pages [first, last) are attended to
+  int head = 0;             // the KV head
+  int first = 0, last = 0;  // pages [first, last) are attended to
   int page_count = 0;
   int last_page_tokens = kPageTokens;  // tokens in page page_count - 1
   std::int64_t position = 0;           // of page 0's first token

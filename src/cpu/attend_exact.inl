@@ -58,7 +58,7 @@ struct BF16Row {
 // Rows to fetch while others are worked on.
 struct Ahead {
   const void* row;
-  std::int64_t stride;  // bytes
+  std::int64_t stride;      // bytes
   std::int64_t begin, end;  // bytes of each row
 
   KV4_INLINE void fetch(std::int64_t j) const {
@@ -123,8 +123,8 @@ KV4_INLINE void dots(const float* q, std::int64_t q_stride, const typename E::T*
 // o_r = o_r * rescale_r + sum over tokens [begin, end) of w_rj v_j, for C vectors of channels.
 template <class V, class E, int R, int C>
 KV4_INLINE void accumulate(const float (*weights)[kBlockRows], const typename E::T* v, std::int64_t v_stride,
-                           std::int64_t begin, std::int64_t end, const float* rescale, float* o,
-                           std::int64_t o_stride, const Ahead& ahead) {
+                           std::int64_t begin, std::int64_t end, const float* rescale, float* o, std::int64_t o_stride,
+                           const Ahead& ahead) {
   using F = typename V::F;
   F acc[R][C];
   KV4_UNROLL
@@ -211,8 +211,7 @@ void attend_rows(const ExactTask& t, const Block<E>& block, int row0) {
   std::int64_t j = begin;
   for (; j + kSums <= end; j += kSums) {
     for (int c = 0; c < kSums; ++c) values.fetch(j + c);
-    dots<V, E, R, kSums>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, overflow,
-                          scores[0] + j);
+    dots<V, E, R, kSums>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, overflow, scores[0] + j);
   }
   for (; j < end; ++j)
     dots<V, E, R, 1>(q, t.q_stride, block.k + j * block.k_stride, block.k_stride, dim_k, overflow, scores[0] + j);
@@ -231,7 +230,7 @@ void attend_rows(const ExactTask& t, const Block<E>& block, int row0) {
   alignas(64) float rescale[kRowLanes];
   weigh<V>(scores, t.states.m + row0, t.states.l + row0, 0.0f, rescale);
 
-  const float (*weights)[kBlockRows] = scores;
+  const float(*weights)[kBlockRows] = scores;
   float* o = t.states.o + row0 * t.states.o_stride;
   Ahead keys{block.k + kBlockRows * block.k_stride, block.k_stride * kSize, 0, 0};
   // Channels of values stand for as large a share of the next block's keys.
@@ -289,9 +288,9 @@ void attend_widened(const ExactTask& t) {
   const int padded_v = static_cast<int>(t.states.o_stride), padded_k = static_cast<int>(t.q_stride);
   for (std::int64_t first = t.first; first < t.last; first += kBlockRows) {
     const std::int64_t left = t.last - first;
-    const Block<F32Row<V>> block{
-        t.k_tile, t.v_tile, padded_k, padded_v, t.position + first, static_cast<int>(left < kBlockRows ? left : kBlockRows),
-        false};
+    const Block<F32Row<V>> block{t.k_tile, t.v_tile,           padded_k,
+                                 padded_v, t.position + first, static_cast<int>(left < kBlockRows ? left : kBlockRows),
+                                 false};
     bool any = false;
     for (int r = 0; r < t.rows && !any; r += t.mask.heads) {  // rows of one query see the same span
       const Span s = visible_span(t.mask, r, block.position, block.tokens);

@@ -287,8 +287,7 @@ void attend_tile(const PagesTask& t, const PageAt& page, const Dot::Table& k_tab
   alignas(64) float scores[R][kPageTokens];
   score_tile<V>(t, page, k_table, row0, scores);
   alignas(64) float rescale[kRowLanes];
-  if (weigh_page<V>(t, page, row0, spans, scores, rescale))
-    add_values<V>(t, page, v_table, row0, scores, rescale);
+  if (weigh_page<V>(t, page, row0, spans, scores, rescale)) add_values<V>(t, page, v_table, row0, scores, rescale);
 }
 
 template <class V, int R = kTileRows>

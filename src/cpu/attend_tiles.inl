@@ -224,16 +224,13 @@ inline void add_matrix_values(const PagesTask& t, const TilesScratch& scratch, i
     for (int c = g * channels; c < (g + 1) * channels; c += 32) {
       const int lanes = std::min(32, (g + 1) * channels - c);
       const std::uint8_t* levels = scratch.values + static_cast<std::size_t>(c / 16) * kTileBytes;
-      if (lanes == 32)
-        multiply<typename V::Tiles, 2>(scratch.weights, 1, levels, kTileBytes, sums);
-      else
-        multiply<typename V::Tiles, 1>(scratch.weights, 1, levels, kTileBytes, sums);
+      if (lanes == 32) multiply<typename V::Tiles, 2>(scratch.weights, 1, levels, kTileBytes, sums);
+      else multiply<typename V::Tiles, 1>(scratch.weights, 1, levels, kTileBytes, sums);
       for (int r = 0; r < rows; ++r) {
         float* const to = t.states.o + (row0 + r) * o_stride + c;
         const F unit = V::set1(units[r]), factor = V::set1(rescale[r]);
         for (int lane = 0; lane < lanes; lane += V::kLanes)
-          V::store(to + lane,
-                   V::fma(joined_sums<V>(sums, lane / 16, r, lane % 16), unit, V::load(to + lane) * factor));
+          V::store(to + lane, V::fma(joined_sums<V>(sums, lane / 16, r, lane % 16), unit, V::load(to + lane) * factor));
       }
     }
   }

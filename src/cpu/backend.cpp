@@ -55,7 +55,8 @@ class CpuBackend final : public Backend {
     std::memset(p, 0, bytes);
     return {};
   }
-  Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
+  Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes,
+                    int lines) override {
     cpu::copy_lines(to, to_pitch, from, from_pitch, bytes, lines);
     return {};
   }
@@ -77,7 +78,8 @@ class CpuBackend final : public Backend {
     return {};
   }
 
-  Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs, bool) override {
+  Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs,
+              bool) override {
     thread_local std::vector<Buffer> scratch;
     KV4_RETURN_IF_ERROR(check_isa());
     const Kernels& kernels = active();
@@ -91,7 +93,9 @@ class CpuBackend final : public Backend {
     parallel_for(static_cast<std::int64_t>(slices), threads, [&](std::int64_t i, int thread) {
       const SealJob& job = jobs[static_cast<std::size_t>(i / kv_heads)];
       const int head = static_cast<int>(i % kv_heads);
-      if (job.page >= 0) kernels.seal(spec, job, head, slice_at(pages, job.page, head), buffers[static_cast<std::size_t>(thread)].data());
+      if (job.page >= 0)
+        kernels.seal(spec, job, head, slice_at(pages, job.page, head),
+                     buffers[static_cast<std::size_t>(thread)].data());
     });
     return {};
   }
@@ -110,7 +114,8 @@ class CpuBackend final : public Backend {
     return {};
   }
 
-  Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs, bool) const override {
+  Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs,
+                    bool) const override {
     if (jobs.empty()) return {};
     thread_local Buffer buffer;
     KV4_RETURN_IF_ERROR(check_isa());
@@ -125,19 +130,29 @@ class CpuBackend final : public Backend {
       return carver.bytes();
     };
     const std::size_t bytes = carve(nullptr);
-    if (!buffer.reserve(bytes)) return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");
+    if (!buffer.reserve(bytes))
+      return error(StatusCode::out_of_memory, "workspace", std::to_string(bytes) + " free bytes", "none");
     carve(buffer.data());
     for (const DequantiseJob& job : jobs) {
       if (job.page < 0) continue;
       for (int h = 0; h < kv_heads; ++h) {
-        const auto lambda_at = [h](const float* lambda, int dim) { return lambda == nullptr ? nullptr : lambda + h * dim; };
-        kernels.dequantise(spec, slice_at(pages, job.page, h), lambda_at(job.lambda_k, spec.key.dim), lambda_at(job.lambda_v, spec.value.dim),
-                           job.first, static_cast<int>(job.count), job.k == nullptr ? nullptr : rows[0],
-                           job.v == nullptr ? nullptr : rows[1], scratch);
+        const auto lambda_at = [h](const float* lambda, int dim) {
+          return lambda == nullptr ? nullptr : lambda + h * dim;
+        };
+        kernels.dequantise(spec, slice_at(pages, job.page, h), lambda_at(job.lambda_k, spec.key.dim),
+                           lambda_at(job.lambda_v, spec.value.dim), job.first, static_cast<int>(job.count),
+                           job.k == nullptr ? nullptr : rows[0], job.v == nullptr ? nullptr : rows[1], scratch);
         const auto give = [&](const float* from, void* to, std::int64_t head_stride, std::int64_t stride, int dim) {
           if (to == nullptr) return;
-          cpu::convert({.from = from, .from_stride = dim, .to = static_cast<std::byte*>(to) + h * head_stride * static_cast<std::int64_t>(size_of(job.dtype)),
-                        .to_dtype = job.dtype, .to_stride = stride, .heads = 1, .dim = dim, .rows = job.count});
+          cpu::convert(
+              {.from = from,
+               .from_stride = dim,
+               .to = static_cast<std::byte*>(to) + h * head_stride * static_cast<std::int64_t>(size_of(job.dtype)),
+               .to_dtype = job.dtype,
+               .to_stride = stride,
+               .heads = 1,
+               .dim = dim,
+               .rows = job.count});
         };
         give(rows[0], job.k, job.k_head_stride, job.k_stride, spec.key.dim);
         give(rows[1], job.v, job.v_head_stride, job.v_stride, spec.value.dim);

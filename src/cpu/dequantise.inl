@@ -10,10 +10,10 @@
 namespace kv4::cpu::KV4_ISA {
 
 struct DequantiseScratch {
-  float* x;         // [padded][kLanes]
-  float* rotate;    // rotate_lanes_scratch(d)
-  float* inverse;   // [d] 1 / lambda
-  float* mean;      // [padded]
+  float* x;             // [padded][kLanes]
+  float* rotate;        // rotate_lanes_scratch(d)
+  float* inverse;       // [d] 1 / lambda
+  float* mean;          // [padded]
   std::int32_t* quads;  // [padded / 4][kPageTokens]
   std::size_t bytes;
 

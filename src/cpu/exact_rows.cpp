@@ -30,8 +30,8 @@ void store_row(std::byte* to, DType dtype, const float* from, int channels) {
   for (int c = 0; c < channels; ++c) half[c] = dtype == DType::f16 ? f32_to_f16(from[c]) : f32_to_bf16(from[c]);
 }
 
-// One side of one sequence, its rows being x's from `input_row` on, stored or looked at alone; told(t) hears of every row with NaN or
-// infinity.
+// One side of one sequence, its rows being x's from `input_row` on, stored or looked at alone; told(t) hears of every
+// row with NaN or infinity.
 template <class Told>
 void store_side(const TensorView& x, const SequenceView& s, bool keys, bool stored, Told told) {
   const ExactRows& rows = s.exact[1];
@@ -43,7 +43,8 @@ void store_side(const TensorView& x, const SequenceView& s, bool keys, bool stor
       const void* const from = x.at(s.input, h, s.input_row + t);
       std::byte* to = nullptr;
       if (stored) {
-        to = static_cast<std::byte*>(const_cast<void*>(keys ? rows.k : rows.v)) + row_offset(rows, keys, h, rows.count + t) * size;
+        to = static_cast<std::byte*>(const_cast<void*>(keys ? rows.k : rows.v)) +
+             row_offset(rows, keys, h, rows.count + t) * size;
         std::memcpy(to, from, bytes);
       }
       if (finite(from, x.dtype, channels)) continue;
@@ -71,7 +72,8 @@ void store(const StoreJob& job) {
     for (std::size_t t = 0; t < bad.size(); ++t) {
       if (bad[t] == 0) continue;
       if (job.skip != nullptr) job.skip[s.input * job.k.shape[2] + s.input_row + static_cast<std::int64_t>(t)] = 1;
-      const NonFinite told{s.exact[1].position + s.exact[1].count + static_cast<std::int64_t>(t), (bad[t] & 1) != 0, (bad[t] & 2) != 0};
+      const NonFinite told{s.exact[1].position + s.exact[1].count + static_cast<std::int64_t>(t), (bad[t] & 1) != 0,
+                           (bad[t] & 2) != 0};
       if (job.found != nullptr) job.found[b]->push_back(told);
       if (s.note == nullptr) continue;
       if (told.key) s.note->key = std::max(std::int64_t{s.note->key}, told.position + 1);
@@ -83,20 +85,24 @@ void store(const StoreJob& job) {
 void convert(const ConvertJob& job) {
   constexpr int kChunk = 256;  // channels at a time
   float row[kChunk] = {};
-  const std::int64_t from_size = static_cast<std::int64_t>(size_of(job.from_dtype)), to_size = static_cast<std::int64_t>(size_of(job.to_dtype));
+  const std::int64_t from_size = static_cast<std::int64_t>(size_of(job.from_dtype)),
+                     to_size = static_cast<std::int64_t>(size_of(job.to_dtype));
   for (int h = 0; h < job.heads; ++h) {
     for (std::int64_t j = 0; j < job.rows; ++j) {
-      const std::int64_t from = h * job.from_head_stride + j * job.from_stride, to = h * job.to_head_stride + j * job.to_stride;
+      const std::int64_t from = h * job.from_head_stride + j * job.from_stride,
+                         to = h * job.to_head_stride + j * job.to_stride;
       for (int c = 0; c < job.dim; c += kChunk) {
         const int count = std::min(kChunk, job.dim - c);
-        if (job.from != nullptr) load_row(static_cast<const std::byte*>(job.from) + (from + c) * from_size, job.from_dtype, row, count);
+        if (job.from != nullptr)
+          load_row(static_cast<const std::byte*>(job.from) + (from + c) * from_size, job.from_dtype, row, count);
         store_row(static_cast<std::byte*>(job.to) + (to + c) * to_size, job.to_dtype, row, count);
       }
     }
   }
 }
 
-void copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) {
+void copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes,
+                int lines) {
   for (int i = 0; i < lines; ++i)
     std::memmove(static_cast<std::byte*>(to) + to_pitch * static_cast<std::size_t>(i),
                  static_cast<const std::byte*>(from) + from_pitch * static_cast<std::size_t>(i), bytes);
@@ -108,7 +114,8 @@ void query_energies(const TensorView& q, int kv_heads, std::span<const EnergyJob
     const std::span<float> row(job.energies, static_cast<std::size_t>(row_size));
     std::fill(row.begin(), row.end(), 0.0f);
     for (std::int64_t h = 0; h < q.shape[1]; ++h)
-      add_energy(q.at(job.sequence, h, job.query), q.dtype, row.subspan(static_cast<std::size_t>(h / group * dim), static_cast<std::size_t>(dim)));
+      add_energy(q.at(job.sequence, h, job.query), q.dtype,
+                 row.subspan(static_cast<std::size_t>(h / group * dim), static_cast<std::size_t>(dim)));
   }
 }
 
@@ -119,7 +126,8 @@ void fix_lambda(const LambdaJob& job) {
     std::fill(key.begin(), key.end(), 0.0);
     for (int b = 0; b < job.blocks; ++b) {
       const std::int64_t first = b * kPageTokens;
-      const auto* rows = static_cast<const std::byte*>(job.k) + (h * job.k_head_stride + first * job.k_stride) * static_cast<std::int64_t>(size_of(job.dtype));
+      const auto* rows = static_cast<const std::byte*>(job.k) +
+                         (h * job.k_head_stride + first * job.k_stride) * static_cast<std::int64_t>(size_of(job.dtype));
       const int used = centred_energy(rows, job.dtype, job.k_stride, job.skip.data() + first, kPageTokens, block);
       for (std::size_t c = 0; c < dim; ++c) key[c] += used * block[c];
     }

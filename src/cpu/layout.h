@@ -30,8 +30,8 @@ constexpr Nibble key_nibble(int token, int channel, int padded) {
 }
 
 constexpr Nibble value_nibble(int token, int channel) {
-  return {static_cast<std::size_t>(channel / 16) * (kPageTokens / 8) * 64 +
-              static_cast<std::size_t>(token / 8) * 64 + static_cast<std::size_t>(channel % 16) * 4 + token % 4,
+  return {static_cast<std::size_t>(channel / 16) * (kPageTokens / 8) * 64 + static_cast<std::size_t>(token / 8) * 64 +
+              static_cast<std::size_t>(channel % 16) * 4 + token % 4,
           token % 8 < 4 ? 0 : 4};
 }
 

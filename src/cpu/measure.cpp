@@ -36,7 +36,8 @@ Status make_rotation(int dim, RotationKind kind, std::shared_ptr<const Rotation>
 
 }  // namespace
 
-Status measure_seal(int dim, RotationKind rotation, std::int64_t vectors, int repeats, std::vector<double>* ns_per_vector) {
+Status measure_seal(int dim, RotationKind rotation, std::int64_t vectors, int repeats,
+                    std::vector<double>* ns_per_vector) {
   if (vectors < 1) return invalid_argument("vectors", "at least 1", std::to_string(vectors));
   if (repeats < 1) return invalid_argument("repeats", "at least 1", std::to_string(repeats));
   Backend* cpu = find_backend("cpu");
@@ -55,7 +56,9 @@ Status measure_seal(int dim, RotationKind rotation, std::int64_t vectors, int re
   const std::int64_t pages = (vectors + 2 * kPageTokens - 1) / (2 * kPageTokens);
   std::vector<float> rows(static_cast<std::size_t>(pages) * 2 * kPageTokens * size), lambda(size);
   std::uint32_t state = 1;  // any numbers serve: the kernels do the same work for all of them
-  const auto next = [&state] { return static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) * 0x1p-23f - 1.0f; };
+  const auto next = [&state] {
+    return static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) * 0x1p-23f - 1.0f;
+  };
   for (float& x : rows) x = next();
   for (float& x : lambda) x = 1.5f + 0.5f * next();
   const std::size_t bytes = static_cast<std::size_t>(pages) * spec.layout.head_bytes;
@@ -73,7 +76,9 @@ Status measure_seal(int dim, RotationKind rotation, std::int64_t vectors, int re
   ns_per_vector->clear();
   for (int r = 0; r <= repeats; ++r) {
     const auto begin = std::chrono::steady_clock::now();
-    KV4_RETURN_IF_ERROR(cpu->seal(spec, {.data = slices.get(), .page_stride = spec.layout.head_bytes, .head_stride = spec.layout.head_bytes}, 1, jobs, false));
+    KV4_RETURN_IF_ERROR(cpu->seal(
+        spec, {.data = slices.get(), .page_stride = spec.layout.head_bytes, .head_stride = spec.layout.head_bytes}, 1,
+        jobs, false));
     const std::chrono::duration<double, std::nano> took = std::chrono::steady_clock::now() - begin;
     if (r > 0) ns_per_vector->push_back(took.count() / static_cast<double>(pages * 2 * kPageTokens));
   }
@@ -97,9 +102,8 @@ Status measure_read(std::size_t bytes, int repeats, std::vector<double>* bytes_p
   const RowKernels& rows = row_kernels(active());
   std::vector<float> sums(count * 16);  // a cache line each
   // Each thread touches its own share first: systems of several nodes place memory by it.
-  parallel_for(threads, threads, [&](std::int64_t i, int) {
-    std::memset(memory.get() + static_cast<std::size_t>(i) * share, 0, share);
-  });
+  parallel_for(threads, threads,
+               [&](std::int64_t i, int) { std::memset(memory.get() + static_cast<std::size_t>(i) * share, 0, share); });
   bytes_per_second->clear();
   for (int r = 0; r <= repeats; ++r) {
     const auto begin = std::chrono::steady_clock::now();

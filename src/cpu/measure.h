@@ -14,7 +14,8 @@ namespace kv4::cpu {
 // of head dim `dim`, already in place, are rotated, scaled by a lambda per channel, quantised to uniform levels
 // by their abs-max and packed, `repeats` times after one warm-up, on num_threads() threads.
 // ns_per_vector: one wall-clock figure per repeat. Errors: invalid_argument; unsupported; out_of_memory.
-Status measure_seal(int dim, RotationKind rotation, std::int64_t vectors, int repeats, std::vector<double>* ns_per_vector);
+Status measure_seal(int dim, RotationKind rotation, std::int64_t vectors, int repeats,
+                    std::vector<double>* ns_per_vector);
 
 // Times reading `bytes` of memory (rounded up to whole kilobytes a thread) in order and once, with the instruction
 // set in use and on num_threads() threads, `repeats` times after one warm-up: the speed that no attention can

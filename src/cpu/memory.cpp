@@ -22,8 +22,8 @@ void* map_aligned(std::size_t bytes) {
   void* base = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (base == MAP_FAILED) return nullptr;
   auto* first = static_cast<std::byte*>(base);
-  const std::size_t before =
-      (kHugePageBytes - reinterpret_cast<std::uintptr_t>(first) % kHugePageBytes) % kHugePageBytes;
+  const std::size_t before = (kHugePageBytes - reinterpret_cast<std::uintptr_t>(first) % kHugePageBytes) %
+                             kHugePageBytes;
   if (before > 0) munmap(first, before);
   munmap(first + before + size, kHugePageBytes - before);
   // Only a wish: without huge pages the block works all the same. The last, partly used page is left out of it,

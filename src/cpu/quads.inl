@@ -8,7 +8,7 @@
 
 #define KV4_TEXT_(x) #x
 #define KV4_TEXT(x) KV4_TEXT_(x)
-#include KV4_TEXT(cpu/KV4_ISA/seal_ops.h)
+#include KV4_TEXT(cpu / KV4_ISA / seal_ops.h)
 #undef KV4_TEXT
 #undef KV4_TEXT_
 
@@ -97,8 +97,8 @@ inline void pack_values(const std::int32_t* quads, int padded, int first, int co
     Bytes16 inside{};
     for (int i = 0; i < 16; ++i) {
       const int low = 8 * o + i % 4, high = low + 4;
-      inside[i] = static_cast<std::uint8_t>((low >= first && low < end ? 0x0f : 0) |
-                                            (high >= first && high < end ? 0xf0 : 0));
+      inside[i] =
+          static_cast<std::uint8_t>((low >= first && low < end ? 0x0f : 0) | (high >= first && high < end ? 0xf0 : 0));
     }
     for (int q = 0; q < padded / 4; ++q) {
       const std::int32_t* from = quads + q * kPageTokens + 8 * o;

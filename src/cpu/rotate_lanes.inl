@@ -38,9 +38,8 @@ template <>
 struct Tables<double> {
   const double *scaled_signs, *twiddle, *split, *root, *odd_dft, *reflectors;
   explicit Tables(const Rotation& r)
-      : scaled_signs(r.scaled_signs_f64().data()), twiddle(r.fft().twiddle_f64.data()),
-        split(r.fft().split_f64.data()), root(r.fft().root_f64.data()), odd_dft(r.odd_dft_f64().data()),
-        reflectors(r.reflector_vectors_f64().data()) {}
+      : scaled_signs(r.scaled_signs_f64().data()), twiddle(r.fft().twiddle_f64.data()), split(r.fft().split_f64.data()),
+        root(r.fft().root_f64.data()), odd_dft(r.odd_dft_f64().data()), reflectors(r.reflector_vectors_f64().data()) {}
 };
 
 // Vector c of x.
@@ -72,14 +71,13 @@ KV4_INLINE void hadamard_pass(Real<Isa>* x, const Real<Isa>* scaled_signs, int s
         if constexpr (kSignIn) v[q] = v[q] * Isa::set1(scaled_signs[i + q * stride]);
       }
       KV4_UNROLL
-      for (int half = 1; half < R; half *= 2)
-        KV4_UNROLL
-        for (int q = 0; q < R; ++q)
-          if ((q & half) == 0) {
-            const auto a = v[q], b = v[q + half];
-            v[q] = a + b;
-            v[q + half] = a - b;
-          }
+      for (int half = 1; half < R; half *= 2) KV4_UNROLL
+      for (int q = 0; q < R; ++q)
+        if ((q & half) == 0) {
+          const auto a = v[q], b = v[q + half];
+          v[q] = a + b;
+          v[q + half] = a - b;
+        }
       KV4_UNROLL
       for (int q = 0; q < R; ++q) {
         if constexpr (kSignOut) v[q] = v[q] * Isa::set1(scaled_signs[i + q * stride]);

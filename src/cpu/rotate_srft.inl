@@ -189,7 +189,7 @@ void prime_pass(Real<Isa>* slots, const Real<Isa>* twiddle, const Real<Isa>* roo
                 Real<Isa>* work) {
   using C = Complex<Isa>;
   const int half = (r - 1) / 2;
-  Real<Isa>* sums = work;                                                           // z_j + z_(r-j), j = 1 ... half
+  Real<Isa>* sums = work;                                                               // z_j + z_(r-j), j = 1 ... half
   Real<Isa>* differences = work + static_cast<std::ptrdiff_t>(2 * half) * Isa::kLanes;  // z_j - z_(r-j)
   for (int k = 0; k < span; ++k) {
     const Real<Isa>* w = twiddle + static_cast<std::ptrdiff_t>(k) * (r - 1) * 2;
@@ -357,9 +357,7 @@ void run_stages(const Rotation& r, Real<Isa>* slots, Real<Isa>* work, std::size_
       case 3: middle_pass<Isa, 3>(slots, twiddle, span, plan.length); break;
       case 4: middle_pass<Isa, 4>(slots, twiddle, span, plan.length); break;
       case 5: middle_pass<Isa, 5>(slots, twiddle, span, plan.length); break;
-      default:
-        prime_pass<Isa>(slots, twiddle, root, radix, span, plan.length, work);
-        root += 2 * radix;
+      default: prime_pass<Isa>(slots, twiddle, root, radix, span, plan.length, work); root += 2 * radix;
     }
     twiddle += 2 * static_cast<std::ptrdiff_t>(span) * (radix - 1);
     span *= radix;
@@ -408,9 +406,9 @@ void srft_forward(const Rotation& r, Real<Isa>* x, Real<Isa>* work) {
   const bool joined = radix.back() == 4 && radix.size() > stage;
   run_stages<Isa>(r, work, spare, stage, radix.size() - (joined ? 1 : 0), span, twiddle);
   if (joined)
-    last_pass_split<Isa>(work, t.twiddle + plan.twiddle.size() - 2 * 3 * static_cast<std::size_t>(h / 4), t.split, x, h);
-  else
-    split_pass<Isa>(work, t.split, x, h);
+    last_pass_split<Isa>(work, t.twiddle + plan.twiddle.size() - 2 * 3 * static_cast<std::size_t>(h / 4), t.split, x,
+                         h);
+  else split_pass<Isa>(work, t.split, x, h);
 }
 
 template <class Isa>

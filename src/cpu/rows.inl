@@ -114,10 +114,7 @@ float sum_rows(const float* from, std::int64_t count) {
   return V::reduce_add(part[0]) + rest;
 }
 
-const RowKernels row_kernels = {.load = load_row<Isa>,
-                                .scale = scale_row<Isa>,
-                                .add = add_row<Isa>,
-                                .store = store_row<Isa>,
-                                .sum = sum_rows<Isa>};
+const RowKernels row_kernels = {
+    .load = load_row<Isa>, .scale = scale_row<Isa>, .add = add_row<Isa>, .store = store_row<Isa>, .sum = sum_rows<Isa>};
 
 }  // namespace kv4::cpu::KV4_ISA

@@ -327,10 +327,8 @@ void seal_side(const SealSide& s, const SealScratch& scratch,
       live[i] = used ? 1.0f : 0.0f;
     }
     load(rows, d, scratch);
-    if (spec.rotation->kind() == RotationKind::srft)
-      srft_forward<Isa, true>(*spec.rotation, scratch.x, scratch.rotate);
-    else
-      rotate_lanes<Isa>(*spec.rotation, Map::forward, scratch.x, scratch.rotate);
+    if (spec.rotation->kind() == RotationKind::srft) srft_forward<Isa, true>(*spec.rotation, scratch.x, scratch.rotate);
+    else rotate_lanes<Isa>(*spec.rotation, Map::forward, scratch.x, scratch.rotate);
     // A last quad of two channels reads two more.
     for (int c = d; c < (d + 3) / 4 * 4; ++c) Isa::store(scratch.x + c * L, F{});
 
@@ -355,8 +353,8 @@ void seal_side(const SealSide& s, const SealScratch& scratch,
 template <class Isa>
 void seal(const PageSpec& spec, const SealJob& job, int head, std::uint8_t* slice, void* scratch) {
   const std::int64_t size = static_cast<std::int64_t>(size_of(job.dtype));
-  const auto side = [&](const SideSpec& of, const void* rows, std::int64_t head_stride, std::int64_t stride, const float* lambda,
-                        std::uint32_t codes, std::uint32_t scales, std::uint32_t mean) {
+  const auto side = [&](const SideSpec& of, const void* rows, std::int64_t head_stride, std::int64_t stride,
+                        const float* lambda, std::uint32_t codes, std::uint32_t scales, std::uint32_t mean) {
     return SealSide{.spec = &of,
                     .rows = static_cast<const std::byte*>(rows) + head * head_stride * size,
                     .stride = stride * size,
@@ -371,8 +369,9 @@ void seal(const PageSpec& spec, const SealJob& job, int head, std::uint8_t* slic
                     .mean = reinterpret_cast<std::byte*>(slice + mean)};
   };
   const kv4_page_layout& at = spec.layout;
-  seal_side<Isa>(side(spec.key, job.k, job.k_head_stride, job.k_stride, job.lambda_k, at.k_codes, at.k_scales, at.k_mean),
-                 SealScratch(spec.key.dim, Isa::kLanes, scratch), pack_keys<Isa>);
+  seal_side<Isa>(
+      side(spec.key, job.k, job.k_head_stride, job.k_stride, job.lambda_k, at.k_codes, at.k_scales, at.k_mean),
+      SealScratch(spec.key.dim, Isa::kLanes, scratch), pack_keys<Isa>);
   seal_side<Isa>(side(spec.value, job.v, job.v_head_stride, job.v_stride, job.lambda_v, at.v_codes, at.v_scales, 0),
                  SealScratch(spec.value.dim, Isa::kLanes, scratch), pack_values);
 }

@@ -1,5 +1,6 @@
-// How large the pieces are in which a call's work is dealt to threads. On a machine that other programs use, any thread may be put
-// aside for milliseconds, and its piece with it; the others take what is left, so that what a call waits for is a piece.
+// How large the pieces are in which a call's work is dealt to threads. On a machine that other programs use, any thread
+// may be put aside for milliseconds, and its piece with it; the others take what is left, so that what a call waits for
+// is a piece.
 #pragma once
 
 #include <algorithm>
@@ -9,18 +10,20 @@
 
 namespace kv4::cpu {
 
-// Work is counted in products of one row, token and channel. A Zen 3 core does some 4 * 10^10 of them a second, so a piece takes
-// at least about 6 us and a call of less than about 10 us wakes no other thread. Measured at 64 to 1,024 tokens with one and six rows:
-// half of either lost to the joining of splits, twice to the waiting thread.
+// Work is counted in products of one row, token and channel. A Zen 3 core does some 4 * 10^10 of them a second, so a
+// piece takes at least about 6 us and a call of less than about 10 us wakes no other thread. Measured at 64 to 1,024
+// tokens with one and six rows: half of either lost to the joining of splits, twice to the waiting thread.
 constexpr double kPieceWork = 1 << 18;
 constexpr double kSharedWork = 1.5 * kPieceWork;
-// Pieces per thread: at least two, and up to eight of a long call. Each rotates its queries anew and is joined, some 5 us: four per
-// thread lost 10 to 20 % at 512 to 2,048 tokens of d = 256, and pieces of kLongPieceWork / 4 16 % at 8,192.
+// Pieces per thread: at least two, and up to eight of a long call. Each rotates its queries anew and is joined, some 5
+// us: four per thread lost 10 to 20 % at 512 to 2,048 tokens of d = 256, and pieces of kLongPieceWork / 4 16 % at
+// 8,192.
 constexpr double kFewPieces = 2, kManyPieces = 8, kLongPieceWork = 32 * kPieceWork;
 
 struct Share {
   int threads = 1;
-  double piece = std::numeric_limits<double>::infinity();  // most work of a piece, or twice kPieceWork where that is more
+  double piece =
+      std::numeric_limits<double>::infinity();  // most work of a piece, or twice kPieceWork where that is more
 };
 
 inline Share share(double total, int threads) {
@@ -32,7 +35,8 @@ inline Share share(double total, int threads) {
 // Pieces of an item of `work`, at most `limit`, which is at least 1.
 inline int pieces(double work, const Share& share, std::int64_t limit) {
   constexpr double kExact = 1 - 1e-9;  // a quotient that rounding has put above a whole number
-  const double most = std::min(std::floor(work / kPieceWork), static_cast<double>(std::min<std::int64_t>(limit, 1 << 20)));
+  const double most =
+      std::min(std::floor(work / kPieceWork), static_cast<double>(std::min<std::int64_t>(limit, 1 << 20)));
   return static_cast<int>(std::max(1.0, std::min(std::ceil(work / share.piece * kExact), most)));
 }
 

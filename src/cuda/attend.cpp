@@ -22,13 +22,15 @@ struct Scratch {
 Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
   const std::size_t blocks = static_cast<std::size_t>(p.batch) * p.kv_heads * p.blocks;
   const std::size_t rows = static_cast<std::size_t>(plan.segment_blocks) * kBlockRows;
-  const std::size_t slots = static_cast<std::size_t>(plan.ctas) * plan.readers_per_cta + 2 * (blocks / plan.segment_blocks);
+  const std::size_t slots = static_cast<std::size_t>(plan.ctas) * plan.readers_per_cta +
+                            2 * (blocks / plan.segment_blocks);
   Scratch s{};
   s.arrived = 0;
   s.line = kMostFused * sizeof(int);
   if (plan.fused_ctas > 0) {
     s.states = s.line;
-    s.bytes = s.states + blocks / plan.segment_blocks * 2 * plan.fused_ctas * fused_state_floats(p.dim, plan.segment_blocks) * sizeof(float);
+    s.bytes = s.states + blocks / plan.segment_blocks * 2 * plan.fused_ctas *
+                             fused_state_floats(p.dim, plan.segment_blocks) * sizeof(float);
     return s;
   }
   s.operands = s.line + round_up((static_cast<std::size_t>(p.batch) + 1) * sizeof(int));
@@ -40,8 +42,8 @@ Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
 
 int items_of(const ExactRows& x) { return static_cast<int>((x.count + kExactTokens - 1) / kExactTokens); }
 
-// Sets plan.fused_ctas, where one kernel that takes segments whole is done before three that share all items evenly, and who
-// reads: plan.teams.
+// Sets plan.fused_ctas, where one kernel that takes segments whole is done before three that share all items evenly,
+// and who reads: plan.teams.
 template <int D>
 void plan_readers(const AttendParams& p, int segments, const Load& load, AttendPlan* plan) {
   const auto rounds = [](long long items, long long readers) { return (items + readers - 1) / readers; };
@@ -50,11 +52,15 @@ void plan_readers(const AttendParams& p, int segments, const Load& load, AttendP
   const long long all = load.all * (segments / p.batch);
   const bool one_kernel = plan->room == Room::large && segments <= plan->ctas && segments <= kMostFused;
   const int ctas = plan->ctas / segments;
-  const auto readers = [&](Readers kind) { return static_cast<long long>(fused_fit<D>(kind, plan->segment_blocks).readers); };
+  const auto readers = [&](Readers kind) {
+    return static_cast<long long>(fused_fit<D>(kind, plan->segment_blocks).readers);
+  };
   if (D >= kLargeDim) {
     // Its matrices, 256 KB each for every CTA, cost more than launches but where one segment has the device for itself.
     if (one_kernel && segments == 1 && rounds(load.longest, ctas * readers(Readers::twos)) > 1) plan->fused_ctas = ctas;
-    else plan->teams = main_has_teams(D, plan->room) && rounds(all, static_cast<long long>(plan->ctas) * kTwos) <= 2 * kTeamRounds;
+    else
+      plan->teams = main_has_teams(D, plan->room) &&
+                    rounds(all, static_cast<long long>(plan->ctas) * kTwos) <= 2 * kTeamRounds;
     return;
   }
   if (!one_kernel) return;
@@ -62,7 +68,8 @@ void plan_readers(const AttendParams& p, int segments, const Load& load, AttendP
   plan->teams = rounds(load.longest, ctas * readers(Readers::fours)) <= kTeamRounds;
   // Two launches and the waits between them cost about as much as four rounds of warps.
   constexpr long long kSaved = 4;
-  if (plan->teams || rounds(load.longest, ctas * warps) <= rounds(all, plan->ctas * warps) + kSaved) plan->fused_ctas = ctas;
+  if (plan->teams || rounds(load.longest, ctas * warps) <= rounds(all, plan->ctas * warps) + kSaved)
+    plan->fused_ctas = ctas;
 }
 
 }  // namespace
@@ -121,11 +128,13 @@ std::size_t most_scratch(const AttendParams& p, const Chip& chip) {
   for (int rows = 1; rows <= 2; ++rows) {
     AttendParams sized = p;
     if (rows == 1) sized.queries = std::min(p.queries, std::max(1, kBlockRows / p.group));
-    AttendPlan plan = plan_attend(sized, chip, {1ll << 30, 1ll << 40});  // by warps, of which more leave states than of teams
+    AttendPlan plan =
+        plan_attend(sized, chip, {1ll << 30, 1ll << 40});  // by warps, of which more leave states than of teams
     sized.blocks = blocks_of_rows(sized, plan.segment_blocks);
     plan.fused_ctas = 0;
     most = std::max(most, lay_out(sized, plan).bytes);
-    const std::size_t states = 2 * static_cast<std::size_t>(plan.ctas) * fused_state_floats(p.dim, plan.segment_blocks) * sizeof(float);
+    const std::size_t states = 2 * static_cast<std::size_t>(plan.ctas) *
+                               fused_state_floats(p.dim, plan.segment_blocks) * sizeof(float);
     most = std::max(most, kMostFused * sizeof(int) + states);
   }
   return most;
@@ -135,7 +144,8 @@ cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch
   p.segment_blocks = plan.segment_blocks;
   p.blocks = blocks_of_rows(p, plan.segment_blocks);
   p.readers = plan.ctas * plan.readers_per_cta;
-  // Few segments: their rows are spread, so that the states of each are read by many. Every CTA reads its part of the rotation's matrix.
+  // Few segments: their rows are spread, so that the states of each are read by many. Every CTA reads its part of the
+  // rotation's matrix.
   const int parts = p.batch * p.kv_heads * (p.blocks / plan.segment_blocks) * merge_columns(p.dim);
   p.merge_rows = parts * 2 >= plan.ctas ? kBlockRows * plan.segment_blocks : parts * 4 >= plan.ctas ? 2 : 1;
   const Scratch s = lay_out(p, plan);

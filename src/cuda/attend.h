@@ -1,14 +1,16 @@
-// One call of attention on a CUDA device, queued on a stream: one kernel where its segments are few (attend_fused.cuh), else three.
+// One call of attention on a CUDA device, queued on a stream: one kernel where its segments are few (attend_fused.cuh),
+// else three.
 //
 //   prepare  turns the queries into the matrix operands that the others read: rotated, divided by lambda and
 //            quantised for pages; as they are for exact rows,
-//   main     reads the cache once. Its work is one line of items, a page or 16 exact rows each; every warp takes an equal
+//   main     reads the cache once. Its work is one line of items, a page or 16 exact rows each; every warp takes an
+//   equal
 //            stretch of it and leaves one partial state for each (sequence, KV head, row block) that it touched,
 //   merge    joins the partial states, turns those over pages back into the model's basis and writes the output.
 //
 // Everything that changes from step to step (page tables, counts, positions) is read from device memory, nothing
-// is allocated and nothing waits: a captured call replays on a cache that has grown. A sequence has segments, places on the line and
-// outputs for its own query rows alone; launches and scratch are for the most that one has.
+// is allocated and nothing waits: a captured call replays on a cache that has grown. A sequence has segments, places on
+// the line and outputs for its own query rows alone; launches and scratch are for the most that one has.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -27,7 +29,8 @@ namespace kv4::cuda {
 constexpr int kBlockRows = 8;
 constexpr int kExactTokens = 16;  // exact rows of an item
 
-// A rotation's matrix as attend_turn.cuh multiplies by it, entries divided by `scale`, the largest magnitude. Null words: none.
+// A rotation's matrix as attend_turn.cuh multiplies by it, entries divided by `scale`, the largest magnitude. Null
+// words: none.
 struct PackedMatrix {
   const uint4* words = nullptr;
   float scale = 1;
@@ -45,13 +48,13 @@ struct AttendParams {
   int batch = 0, kv_heads = 0, group = 0;   // group: query heads per KV head
   int queries = 0;                          // of the sequence with the most
   int dim = 0;
-  int blocks = 0;                           // blocks of kBlockRows of so many rows per KV head, rounded up to whole segments
-  bool bf16 = false;                        // exact rows: bfloat16, else float16
-  bool mean = false;                        // whether pages hold means
+  int blocks = 0;     // blocks of kBlockRows of so many rows per KV head, rounded up to whole segments
+  bool bf16 = false;  // exact rows: bfloat16, else float16
+  bool mean = false;  // whether pages hold means
   PagesAt pages;
   std::uint32_t k_copy_bytes = 0, v_copy_bytes = 0;
-  std::uint32_t v_codes = 0;               // offset in a head slice
-  std::uint32_t value_scales = 0;          // from v_codes
+  std::uint32_t v_codes = 0;       // offset in a head slice
+  std::uint32_t value_scales = 0;  // from v_codes
   Tables key, value;
   float factor = 0;  // of q.k, to scores in units of log2 (or, with a cap, to the argument of tanh)
   float cap = 0;     // > 0: score = cap * tanh(factor q.k), log2 units
@@ -73,18 +76,19 @@ struct AttendParams {
   PackedMatrix inverse_transpose;  // values: (R^-1)^T, which turns rows of outputs back
 
   // Scratch.
-  int* arrived = nullptr;          // [kMostFused] of each segment's CTAs, where one kernel does all: 0 between calls
-  int* line = nullptr;             // [batch + 1] items before each sequence
-  uint4* operands = nullptr;       // per block: bytes, halves of q', halves of q (see operand_* below)
-  float* row_scale = nullptr;      // per block: [kBlockRows] of bytes times factor, then of the halves of q'
-  float* states = nullptr;         // per slot: o [rows][dim], m [rows], l [rows]; per CTA of a segment: twice fused_state_floats
-  int readers = 0;                 // warps that share the line
-  int segment_blocks = 0;          // blocks of a segment: 1 or 2
-  int merge_rows = 0;              // rows of a segment that one CTA merges
+  int* arrived = nullptr;      // [kMostFused] of each segment's CTAs, where one kernel does all: 0 between calls
+  int* line = nullptr;         // [batch + 1] items before each sequence
+  uint4* operands = nullptr;   // per block: bytes, halves of q', halves of q (see operand_* below)
+  float* row_scale = nullptr;  // per block: [kBlockRows] of bytes times factor, then of the halves of q'
+  float* states =
+      nullptr;      // per slot: o [rows][dim], m [rows], l [rows]; per CTA of a segment: twice fused_state_floats
+  int readers = 0;  // warps that share the line
+  int segment_blocks = 0;  // blocks of a segment: 1 or 2
+  int merge_rows = 0;      // rows of a segment that one CTA merges
 };
 
-// uint4 per block of operands: [k-tile of 32][lane] bytes, [k-tile of 32][tile of 4 rows][lane] of q' (attend_turn.cuh), [k-step of 16][lane]
-// of q.
+// uint4 per block of operands: [k-tile of 32][lane] bytes, [k-tile of 32][tile of 4 rows][lane] of q'
+// (attend_turn.cuh), [k-step of 16][lane] of q.
 constexpr int operand_bytes_tiles(int dim) { return pad_channels(dim) / 32; }
 constexpr int operand_mean_steps(int dim) { return pad_channels(dim) / 16; }
 constexpr int operand_exact_steps(int dim) { return (dim + 15) / 16; }
@@ -97,23 +101,26 @@ struct Chip {
   int shared = 0;  // bytes of shared memory that a CTA may ask for
   int code = 0;    // the compute capability that the kernels it runs were compiled for: 80, 89, 90, ...
 };
-Chip chip_of(int device);  // `device` is the current one; shared and code are 0 where this build has no code that it can run
+Chip chip_of(
+    int device);  // `device` is the current one; shared and code are 0 where this build has no code that it can run
 
 // What attend_main is compiled for, by a CTA's shared memory and by how its queues are filled (attend_tuning.h).
 enum class Room { none, small, middle, large };
 
-// Items of the sequences of a call: what its plan depends on beside the device. A captured call is replayed with more of them.
+// Items of the sequences of a call: what its plan depends on beside the device. A captured call is replayed with more
+// of them.
 struct Load {
   long long longest = 0, all = 0;  // of one sequence; of all: of one KV head
 };
-// From the views, or, where the host does not see them, from the tokens that they have at most, in pages but for a page or where none is `sealed`.
+// From the views, or, where the host does not see them, from the tokens that they have at most, in pages but for a page
+// or where none is `sealed`.
 Load load_of(const Sequences& sequences, bool sealed);
 long long most_queries(const Sequences& sequences);
 
 constexpr int kMostFused = 1024;  // segments of a call that one kernel does
 
-// The launch configuration of one call and the scratch it needs, in bytes; its first kMostFused ints are 0 before the first
-// call that uses it.
+// The launch configuration of one call and the scratch it needs, in bytes; its first kMostFused ints are 0 before the
+// first call that uses it.
 struct AttendPlan {
   Room room = Room::none;
   int most_sequences = 0;  // whose line fits beside the queues
@@ -127,7 +134,8 @@ struct AttendPlan {
 AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load);
 // Scratch that is enough for every call of at most as many sequences, queries of one and tokens.
 std::size_t most_scratch(const AttendParams& p, const Chip& chip);
-// Fills in the scratch pointers from `scratch` and queues the kernels. cudaErrorNoKernelImageForDevice: the plan has no room.
+// Fills in the scratch pointers from `scratch` and queues the kernels. cudaErrorNoKernelImageForDevice: the plan has no
+// room.
 cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch, cudaStream_t stream);
 
 }  // namespace kv4::cuda

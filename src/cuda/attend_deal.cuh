@@ -9,8 +9,9 @@ namespace kv4::cuda {
 
 // How a segment's items are shared out among its CTAs' readers, kCount each.
 //
-// Where every reader has pages, they may be dealt (kDealt) apart from the exact items, which, where they are few, go to the first reader of each
-// CTA: every warp that reads some waits for code that nobody has fetched, 6 us where all eight did at once.
+// Where every reader has pages, they may be dealt (kDealt) apart from the exact items, which, where they are few, go to
+// the first reader of each CTA: every warp that reads some waits for code that nobody has fetched, 6 us where all eight
+// did at once.
 template <int kCount, bool kDealt>
 struct FusedShares : Shares {
   int exact_items, items, ctas;
@@ -42,16 +43,19 @@ struct FusedShares : Shares {
   }
 };
 
-// What follows the reading has to know, worked out by the filling warp, which has time for divisions. A segment's partial states
-// in device memory, of its CTAs in order: [0, exact) over exact rows, from CTAs 0 on; [exact, all) over pages, from CTAs first_paged on.
+// What follows the reading has to know, worked out by the filling warp, which has time for divisions. A segment's
+// partial states in device memory, of its CTAs in order: [0, exact) over exact rows, from CTAs 0 on; [exact, all) over
+// pages, from CTAs first_paged on.
 struct FusedEnd {
   int ctas, exact, all, first_paged;
-  int first_pages, readers;  // of this CTA's readers [first_pages, readers) end with a state over pages, those before with one over exact rows
+  int first_pages, readers;  // of this CTA's readers [first_pages, readers) end with a state over pages, those before
+                             // with one over exact rows
   int carried;               // 1: one that ends with a state over pages has left one over exact rows too
 };
 template <int kCount, bool kDealt>
 __device__ __forceinline__ FusedEnd fused_end(const FusedShares<kCount, kDealt>& shares, int cta) {
-  if (shares.dealt) return {shares.ctas, shares.holders, shares.holders + shares.ctas, 0, 0, kCount, cta < shares.holders ? 1 : 0};
+  if (shares.dealt)
+    return {shares.ctas, shares.holders, shares.holders + shares.ctas, 0, 0, kCount, cta < shares.holders ? 1 : 0};
   const bool any_pages = shares.exact_items < shares.items;
   const int paged_reader = any_pages ? shares.owner(shares.exact_items) : shares.readers;
   FusedEnd end;

@@ -1,12 +1,12 @@
-// Attention in one kernel, where a call has no more segments than the device has multiprocessors (attend.cpp decides): each
-// segment, the row blocks of one sequence and KV head, gets as many CTAs, and they share its items out. A CTA turns the
-// segment's queries itself while the first pages are on their way, joins its readers' partial states in shared memory, and the
-// last of a segment's CTAs joins theirs, turns the part over pages back and writes.
+// Attention in one kernel, where a call has no more segments than the device has multiprocessors (attend.cpp decides):
+// each segment, the row blocks of one sequence and KV head, gets as many CTAs, and they share its items out. A CTA
+// turns the segment's queries itself while the first pages are on their way, joins its readers' partial states in
+// shared memory, and the last of a segment's CTAs joins theirs, turns the part over pages back and writes.
 //
 // Against prepare, main and merge this leaves out two launches, the waits between them and most of the partial states
-// in device memory. Every CTA reads both rotations' matrices, 4 D^2 bytes each from L2 (64 KB at d = 128, 1.3 us at 13 bytes a
-// cycle and multiprocessor with all of them reading), which is why calls of more segments keep the three kernels. Versions and
-// times: docs/cuda.md.
+// in device memory. Every CTA reads both rotations' matrices, 4 D^2 bytes each from L2 (64 KB at d = 128, 1.3 us at 13
+// bytes a cycle and multiprocessor with all of them reading), which is why calls of more segments keep the three
+// kernels. Versions and times: docs/cuda.md.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,14 +25,16 @@ namespace kv4::cuda {
 template <int D, Rows kSegmentRows, Readers kReaders>
 struct FusedShape {
   static constexpr int kBlocks = blocks_of(kSegmentRows), kRows = kBlocks * kBlockRows;
-  static constexpr int kCount = fused_fit<D>(kReaders, kBlocks).readers, kDepth = fused_fit<D>(kReaders, kBlocks).depth;  // readers, their slots
+  static constexpr int kCount = fused_fit<D>(kReaders, kBlocks).readers,
+                       kDepth = fused_fit<D>(kReaders, kBlocks).depth;  // readers, their slots
   static constexpr bool kDealt = kReaders == Readers::warps;
   static constexpr int kMembers = members_of(kReaders), kWarps = kCount * kMembers, kAllWarps = kWarps + 1;
   static constexpr int kQueueBytes = queue_bytes(kDepth, Shape<D>::kSlotBytes);
   static constexpr int kSteps = D / 16, kTiles = D / 8;  // of a rotation
   // Tiles of a rotation that a warp asks for ahead: as many registers as there are before the reading, and after it.
-  static constexpr int kAheadFirst = D == 64 || D == 256 ? 1 : 2, kAheadLast = kReaders == Readers::fours ? 1 : kAheadFirst;
-  static constexpr int kPitch = fused_pitch(D);          // of rows of floats: no bank conflicts between rows of a product
+  static constexpr int kAheadFirst = D == 64 || D == 256 ? 1 : 2,
+                       kAheadLast = kReaders == Readers::fours ? 1 : kAheadFirst;
+  static constexpr int kPitch = fused_pitch(D);  // of rows of floats: no bank conflicts between rows of a product
   static constexpr int kOperands = kBlocks * operand_words(D), kFragments = kBlocks * kSteps * kLanes;  // uint4
   static constexpr int kM = kRows * kPitch, kL = kM + kRows;  // of a reader's partial state
   static constexpr int kReaderFloats = reader_state_floats(D, kBlocks);
@@ -40,17 +42,27 @@ struct FusedShape {
 
   // Of all warps that read. Teams have the barriers before.
   static constexpr int kBarrier = kMembers > 1 ? kCount + 1 : 1;
-  static __device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kWarps * kLanes) : "memory"); }
+  static __device__ __forceinline__ void meet() {
+    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kWarps * kLanes) : "memory");
+  }
   // The same once the filling warp has called `filled`, which does not wait.
-  static __device__ __forceinline__ void meet_filled() { asm volatile("bar.sync %0, %1;" ::"n"(kBarrier + 1), "n"(kAllWarps * kLanes) : "memory"); }
+  static __device__ __forceinline__ void meet_filled() {
+    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier + 1), "n"(kAllWarps * kLanes) : "memory");
+  }
   // The queues' barriers are made: said by all warps that read, waited for by the filling warp.
-  static __device__ __forceinline__ void made() { asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier + 2), "n"(kAllWarps * kLanes) : "memory"); }
-  static __device__ __forceinline__ void wait_made() { asm volatile("bar.sync %0, %1;" ::"n"(kBarrier + 2), "n"(kAllWarps * kLanes) : "memory"); }
-  static __device__ __forceinline__ void filled() { asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier + 1), "n"(kAllWarps * kLanes) : "memory"); }
+  static __device__ __forceinline__ void made() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier + 2), "n"(kAllWarps * kLanes) : "memory");
+  }
+  static __device__ __forceinline__ void wait_made() {
+    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier + 2), "n"(kAllWarps * kLanes) : "memory");
+  }
+  static __device__ __forceinline__ void filled() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier + 1), "n"(kAllWarps * kLanes) : "memory");
+  }
 };
 
-// Tiles of 8 columns of a rotation's matrix that a warp multiplies by: `first`, `first` + `apart`, ... The first kAhead are
-// asked for before the rows are there.
+// Tiles of 8 columns of a rotation's matrix that a warp multiplies by: `first`, `first` + `apart`, ... The first kAhead
+// are asked for before the rows are there.
 template <int D, int kAheadOf>
 struct Columns {
   static constexpr int kSteps = D / 16, kTiles = D / 8, kAhead = kAheadOf;
@@ -69,9 +81,11 @@ struct Columns {
       for (int i = lane * 8; i < kSteps * kLanes; i += kLanes * 8)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(matrix.words + n * kSteps * kLanes + i));
   }
-  // f(block, n, i, c0, c1): columns 8n + 2t and + 1 of row g of each block, n of load i, in units of the row's and the matrix's scale.
+  // f(block, n, i, c0, c1): columns 8n + 2t and + 1 of row g of each block, n of load i, in units of the row's and the
+  // matrix's scale.
   template <int kBlocks, class F>
-  __device__ __forceinline__ void multiply(const PackedMatrix& matrix, const uint4* fragments, int first, int apart, int lane, F f) {
+  __device__ __forceinline__ void multiply(const PackedMatrix& matrix, const uint4* fragments, int first, int apart,
+                                           int lane, F f) {
     for (int n0 = first; n0 < kTiles; n0 += kAhead * apart) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
@@ -102,14 +116,15 @@ __device__ __forceinline__ void put_halves(uint32_t* words, bool bf16, int row, 
   *reinterpret_cast<uint2*>(to) = {high, pack_halves(bf16, a - back.x, b - back.y)};
 }
 
-// What attend_prepare does, for one segment and into shared memory; by kWarps warps, who meet at a barrier of their own. `y`:
-// [kRows][kPitch]. `scales`: as row_scale.
+// What attend_prepare does, for one segment and into shared memory; by kWarps warps, who meet at a barrier of their
+// own. `y`: [kRows][kPitch]. `scales`: as row_scale.
 //
 // A warp's first row and lambda have been asked for.
 template <int D, Rows kSegmentRows, Readers kReaders>
 __device__ __forceinline__ void turn_queries(const AttendParams& p, int b, int head, int row0, QueryRow<D>& first,
-                                             Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns, uint4* operands,
-                                             float* scales, float* y, uint4* fragments, int warp, int lane) {
+                                             Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns,
+                                             uint4* operands, float* scales, float* y, uint4* fragments, int warp,
+                                             int lane) {
   using F = FusedShape<D, kSegmentRows, kReaders>;
   __shared__ float largest[F::kRows];
   const int g = lane / 4, t = lane % 4;
@@ -144,11 +159,12 @@ __device__ __forceinline__ void turn_queries(const AttendParams& p, int b, int h
   }
   F::meet();
   if (turned) {
-    columns.template multiply<F::kBlocks>(p.dual, fragments, warp, F::kWarps, lane, [&](int block, int n, int, float c0, float c1) {
-      const int r = block * kBlockRows + g;
-      const float scale = largest[r] * p.dual.scale;
-      *reinterpret_cast<float2*>(y + r * F::kPitch + n * 8 + 2 * t) = {c0 * scale, c1 * scale};
-    });
+    columns.template multiply<F::kBlocks>(
+        p.dual, fragments, warp, F::kWarps, lane, [&](int block, int n, int, float c0, float c1) {
+          const int r = block * kBlockRows + g;
+          const float scale = largest[r] * p.dual.scale;
+          *reinterpret_cast<float2*>(y + r * F::kPitch + n * 8 + 2 * t) = {c0 * scale, c1 * scale};
+        });
     F::meet();
   }
 #pragma unroll 1
@@ -179,7 +195,8 @@ __device__ __forceinline__ void turn_queries(const AttendParams& p, int b, int h
         low |= (static_cast<uint32_t>(n) & 255) << 8 * j;
       }
       *reinterpret_cast<uint2*>(bytes + (c / 32 * kLanes + row * 4 + c % 16 / 4) * 4 + c % 32 / 16 * 2) = {high, low};
-      if (p.mean) put_mean<D>(block, row, c, {values[0] * to_one, values[1] * to_one, values[2] * to_one, values[3] * to_one});
+      if (p.mean)
+        put_mean<D>(block, row, c, {values[0] * to_one, values[1] * to_one, values[2] * to_one, values[3] * to_one});
     }
     if (lane == 0) {
       scales[r / kBlockRows * 2 * kBlockRows + row] = top / 32512.0f * p.factor;
@@ -202,7 +219,9 @@ struct Joined {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) o[i] = {};
   }
-  static __device__ __forceinline__ float weight(float its_m, float m) { return m == -INFINITY ? 0.0f : exp2_fast(its_m - m); }
+  static __device__ __forceinline__ float weight(float its_m, float m) {
+    return m == -INFINITY ? 0.0f : exp2_fast(its_m - m);
+  }
   // To a maximum of at least m_new.
   __device__ __forceinline__ void raise(float m_new) {
     m_new = fmaxf(m_new, m);
@@ -214,10 +233,11 @@ struct Joined {
   }
   __device__ __forceinline__ void add(float w, const float4 (&x)[kQuads]) {
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) o[i] = {fmaf(x[i].x, w, o[i].x), fmaf(x[i].y, w, o[i].y), fmaf(x[i].z, w, o[i].z), fmaf(x[i].w, w, o[i].w)};
+    for (int i = 0; i < kQuads; ++i)
+      o[i] = {fmaf(x[i].x, w, o[i].x), fmaf(x[i].y, w, o[i].y), fmaf(x[i].z, w, o[i].z), fmaf(x[i].w, w, o[i].w)};
   }
-  // `row`: [D]; kFresh: of another CTA, so not from L1. Lanes behind the end take the last channels: around a branch no load would
-  // overtake another.
+  // `row`: [D]; kFresh: of another CTA, so not from L1. Lanes behind the end take the last channels: around a branch no
+  // load would overtake another.
   template <bool kFresh>
   static __device__ __forceinline__ void load(const float* row, int lane, float4 (&x)[kQuads]) {
 #pragma unroll
@@ -264,7 +284,8 @@ struct FusedPlace {
 };
 
 template <int D, Rows kSegmentRows, Readers kReaders>
-using SharesOf = FusedShares<FusedShape<D, kSegmentRows, kReaders>::kCount, FusedShape<D, kSegmentRows, kReaders>::kDealt>;
+using SharesOf =
+    FusedShares<FusedShape<D, kSegmentRows, kReaders>::kCount, FusedShape<D, kSegmentRows, kReaders>::kDealt>;
 
 extern __shared__ __align__(128) unsigned char memory[];  // as attend_main declares it
 
@@ -285,18 +306,22 @@ __device__ __forceinline__ void fused_fill(const AttendParams& p, const SharesOf
 
 template <int D, Rows kSegmentRows, Readers kReaders>
 __device__ __forceinline__ void fused_read(const AttendParams& p, const SharesOf<D, kSegmentRows, kReaders>& shares,
-                                           QueryRow<D>& first, Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns,
+                                           QueryRow<D>& first,
+                                           Columns<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns,
                                            int warp, int lane) {
   using S = Shape<D>;
   using F = FusedShape<D, kSegmentRows, kReaders>;
   constexpr bool kTeamed = kReaders != Readers::warps;
   __shared__ float scales[F::kBlocks * 2 * kBlockRows];
   const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
-  turn_queries<D, kSegmentRows, kReaders>(p, at.b, at.head, at.row0, first, columns, at.operands, scales, at.y, at.fragments, warp, lane);
+  turn_queries<D, kSegmentRows, kReaders>(p, at.b, at.head, at.row0, first, columns, at.operands, scales, at.y,
+                                          at.fragments, warp, lane);
   const int reader = warp / F::kMembers, member = warp % F::kMembers;
   const Stretch stretch = shares.of(blockIdx.x, reader);
   unsigned char* const mine = memory + reader * F::kQueueBytes;
-  std::conditional_t<kTeamed, TeamQueue<F::kMembers, F::kDepth, S::kSlotBytes>, Queue<F::kDepth, S::kSlotBytes, S::kExactPitch>> queue(mine, lane);
+  std::conditional_t<kTeamed, TeamQueue<F::kMembers, F::kDepth, S::kSlotBytes>,
+                     Queue<F::kDepth, S::kSlotBytes, S::kExactPitch>>
+      queue(mine, lane);
 #pragma unroll 1
   for (int kind = 0; kind < 2; ++kind) {
     const bool packed = kind != 0;
@@ -304,12 +329,15 @@ __device__ __forceinline__ void fused_read(const AttendParams& p, const SharesOf
     if (run == 0) continue;
     Cursor here;
     here.start_within(p, at.b, at.head, at.part, {stretch.exact, packed ? 0 : run, stretch.page, packed ? run : 0});
-    float* const to = packed || stretch.page_count == 0 ? reinterpret_cast<float*>(mine) : at.carried;  // one reader at most has both kinds
+    float* const to = packed || stretch.page_count == 0 ? reinterpret_cast<float*>(mine)
+                                                        : at.carried;  // one reader at most has both kinds
     if constexpr (kTeamed) {
       TeamState<D, F::kMembers, F::kBlocks> state;
       state.clear();
       auto& exchange = at.exchanges[reader];
-      if (packed) team_pages<D, kSegmentRows, operand_words(D)>(p, queue, state, exchange, at.operands, scales, here, at.head, at.row0, run, reader, member, lane);
+      if (packed)
+        team_pages<D, kSegmentRows, operand_words(D)>(p, queue, state, exchange, at.operands, scales, here, at.head,
+                                                      at.row0, run, reader, member, lane);
       else team_exact<D>(p, queue, state, exchange, at.operands, here, at.head, at.row0, run, reader, member, lane);
       state.template share_sums<kSegmentRows == Rows::four>(exchange, packed, member, lane);
       meet_team<F::kMembers>(reader);  // and nobody reads the queue any more
@@ -368,13 +396,17 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedE
 
   // This CTA's states, of its readers'.
   Joined<D> sum;
-  constexpr int kStateFloats = fused_state_floats(D, F::kBlocks), kM = F::kRows * D;  // o [kRows][D], m and l of each row
+  constexpr int kStateFloats = fused_state_floats(D, F::kBlocks),
+                kM = F::kRows * D;  // o [kRows][D], m and l of each row
   float* const of_segment = p.states + static_cast<std::size_t>(place) * 2 * gridDim.x * kStateFloats;
   for (int unit = warp; unit < 2 * rows; unit += F::kWarps) {
     const int over_pages = unit < rows ? 0 : 1, r = unit - over_pages * rows;
-    const int begin = over_pages != 0 ? end.first_pages : -end.carried, behind = over_pages != 0 ? end.readers : end.first_pages;
+    const int begin = over_pages != 0 ? end.first_pages : -end.carried,
+              behind = over_pages != 0 ? end.readers : end.first_pages;
     if (begin >= behind) continue;
-    const auto state = [&](int i) { return i < 0 ? at.carried : reinterpret_cast<const float*>(memory + i * F::kQueueBytes); };
+    const auto state = [&](int i) {
+      return i < 0 ? at.carried : reinterpret_cast<const float*>(memory + i * F::kQueueBytes);
+    };
     sum.clear();
 #pragma unroll 1
     for (int i = begin; i < behind; ++i) {
@@ -387,7 +419,8 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedE
       sum.l = fmaf(from[F::kL + r], weight, sum.l);
       sum.add(weight, x);
     }
-    float* const mine = of_segment + static_cast<std::size_t>(over_pages != 0 ? end.exact + cta - end.first_paged : cta) * kStateFloats;
+    float* const mine =
+        of_segment + static_cast<std::size_t>(over_pages != 0 ? end.exact + cta - end.first_paged : cta) * kStateFloats;
     sum.write(mine + r * D, mine + kM + 2 * r, lane);
   }
   F::meet();
@@ -400,15 +433,16 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedE
   F::meet();
   if (!last) return;
 
-  // The segment's states joined, into shared memory where the queues were: of each row the part over pages by `parts` warps, that over
-  // exact rows by one. In few instructions: most of them run once, and wait to be fetched.
+  // The segment's states joined, into shared memory where the queues were: of each row the part over pages by `parts`
+  // warps, that over exact rows by one. In few instructions: most of them run once, and wait to be fetched.
   constexpr int kAtOnce = 8 / Joined<D>::kQuads, kPart = D + 4;
   const int parts = max(1, F::kWarps / rows - 1);
   float* const sums = reinterpret_cast<float*>(memory);  // [parts + 1][rows][kPart]: o, m, l
 #pragma unroll 1
   for (int unit = warp; unit < rows * (parts + 1); unit += F::kWarps) {
     const int part = unit / rows, r = unit - part * rows, pages = end.all - end.exact;
-    const int begin = part < parts ? end.exact + pages * part / parts : 0, behind = part < parts ? end.exact + pages * (part + 1) / parts : end.exact;
+    const int begin = part < parts ? end.exact + pages * part / parts : 0,
+              behind = part < parts ? end.exact + pages * (part + 1) / parts : end.exact;
     sum.clear();
     const float* from = of_segment + static_cast<std::size_t>(begin) * kStateFloats + r * D;
 #pragma unroll 1
@@ -416,7 +450,8 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedE
       float4 x[kAtOnce][Joined<D>::kQuads];
       float2 its[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {  // behind the end the last one again, with a weight of 0: what nobody wrote may be NaN
+      for (int j = 0; j < kAtOnce;
+           ++j) {  // behind the end the last one again, with a weight of 0: what nobody wrote may be NaN
         const float* at_j = from + min(j, left - 1) * kStateFloats;
         sum.template load<true>(at_j, lane, x[j]);
         its[j] = __ldcg(reinterpret_cast<const float2*>(at_j + kM + 2 * r - r * D));
@@ -459,7 +494,8 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedE
       const float weight = sum.weight(exact[D], sum.m);
       sum.l = fmaf(exact[D + 1], weight, sum.l);
 #pragma unroll
-      for (int i = 0; i < Joined<D>::kQuads; ++i) rest[i] = {rest[i].x * weight, rest[i].y * weight, rest[i].z * weight, rest[i].w * weight};
+      for (int i = 0; i < Joined<D>::kQuads; ++i)
+        rest[i] = {rest[i].x * weight, rest[i].y * weight, rest[i].z * weight, rest[i].w * weight};
     }
     float top = 0;
 #pragma unroll
@@ -489,13 +525,16 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedE
     if (lane == 0) {
       const int row = row0 + r, q_head = head * p.group + row % p.group;
       constexpr float kLog2e = 1.4426950408889634f;
-      const float more = r < rows && p.out != nullptr && p.sinks != nullptr && sum.l > 0 ? exp2f(p.sinks[q_head] * kLog2e - sum.m) : 0.0f;
+      const float more = r < rows && p.out != nullptr && p.sinks != nullptr && sum.l > 0
+                             ? exp2f(p.sinks[q_head] * kLog2e - sum.m)
+                             : 0.0f;
       largest[r] = top * p.inverse_transpose.scale;
       whole[r] = p.out == nullptr ? (sum.l > 0 ? 1.0f : 0.0f) : sum.l > 0 ? 1.0f / (sum.l + more) : 0.0f;
       if (r < rows) {
         const int query = row / p.group;
-        to[r] = p.out != nullptr ? s.input * p.out_stride[0] + q_head * p.out_stride[1] + (s.input_row + query) * p.out_stride[2]
-                                 : (static_cast<long long>(s.input) * p.kv_heads * p.group + q_head) * p.rows + s.input_row + query;
+        to[r] = p.out != nullptr
+                    ? s.input * p.out_stride[0] + q_head * p.out_stride[1] + (s.input_row + query) * p.out_stride[2]
+                    : (static_cast<long long>(s.input) * p.kv_heads * p.group + q_head) * p.rows + s.input_row + query;
         if (p.out == nullptr) {
           constexpr float kLn2 = 0.6931471805599453f;
           p.partial.m[to[r]] = sum.m * kLn2;
@@ -518,16 +557,19 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedE
     }
   };
   if (turned) {
-    columns.template multiply<F::kBlocks>(p.inverse_transpose, at.fragments, warp, F::kWarps, lane, [&](int block, int n, int i, float c0, float c1) {
-      const int r = block * kBlockRows + g, c = n * 8 + 2 * t;
-      const float2 rest = *reinterpret_cast<const float2*>(at.y + r * F::kPitch + c);
-      float2 of = lambda[i];
-      if (n >= Columns<D, F::kAheadLast>::kAhead * F::kWarps && s.lambda_v != nullptr) of = {s.lambda_v[head * D + c], s.lambda_v[head * D + c + 1]};
-      write(r, c, {c0 * largest[r] / of.x + rest.x, c1 * largest[r] / of.y + rest.y});
-    });
+    columns.template multiply<F::kBlocks>(
+        p.inverse_transpose, at.fragments, warp, F::kWarps, lane, [&](int block, int n, int i, float c0, float c1) {
+          const int r = block * kBlockRows + g, c = n * 8 + 2 * t;
+          const float2 rest = *reinterpret_cast<const float2*>(at.y + r * F::kPitch + c);
+          float2 of = lambda[i];
+          if (n >= Columns<D, F::kAheadLast>::kAhead * F::kWarps && s.lambda_v != nullptr)
+            of = {s.lambda_v[head * D + c], s.lambda_v[head * D + c + 1]};
+          write(r, c, {c0 * largest[r] / of.x + rest.x, c1 * largest[r] / of.y + rest.y});
+        });
   } else {
     for (int r = warp; r < rows; r += F::kWarps)
-      for (int c = 2 * lane; c < D; c += 2 * kLanes) write(r, c, *reinterpret_cast<const float2*>(at.y + r * F::kPitch + c));
+      for (int c = 2 * lane; c < D; c += 2 * kLanes)
+        write(r, c, *reinterpret_cast<const float2*>(at.y + r * F::kPitch + c));
   }
 }
 
@@ -550,7 +592,8 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
     if (warp == F::kWarps) expect_ids(p, s, lane);
     if (lane == 0 && warp < F::kWarps) {
       unsigned char* const queue = memory + warp / F::kMembers * F::kQueueBytes;
-      if constexpr (kReaders != Readers::warps) TeamQueue<F::kMembers, F::kDepth, Shape<D>::kSlotBytes>::prepare(queue, warp % F::kMembers);
+      if constexpr (kReaders != Readers::warps)
+        TeamQueue<F::kMembers, F::kDepth, Shape<D>::kSlotBytes>::prepare(queue, warp % F::kMembers);
       else Queue<F::kDepth, Shape<D>::kSlotBytes, Shape<D>::kExactPitch>::prepare(queue);
     }
     if (warp < F::kWarps) {
@@ -571,7 +614,8 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
 
 // For the large room alone, where another warp fills the queues. Empty in code for devices before 9.0.
 template <int D, Rows kSegmentRows, Readers kReaders>
-__global__ void __launch_bounds__(FusedShape<D, kSegmentRows, kReaders>::kAllWarps * kLanes, 1) attend_fused(const __grid_constant__ AttendParams p) {
+__global__ void __launch_bounds__(FusedShape<D, kSegmentRows, kReaders>::kAllWarps* kLanes, 1)
+    attend_fused(const __grid_constant__ AttendParams p) {
 #ifdef __CUDA_ARCH__
   if constexpr (runs_in(Room::large, __CUDA_ARCH__ / 10)) fused_all<D, kSegmentRows, kReaders>(p);
 #endif

@@ -12,8 +12,8 @@
 namespace kv4::cuda {
 
 template <class Kernel>
-cudaError_t queue_kernel(Kernel kernel, const AttendParams& p, const AttendPlan& plan, dim3 ctas, int threads, int bytes, cudaStream_t stream,
-                         unsigned cluster_y = 1) {
+cudaError_t queue_kernel(Kernel kernel, const AttendParams& p, const AttendPlan& plan, dim3 ctas, int threads,
+                         int bytes, cudaStream_t stream, unsigned cluster_y = 1) {
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;
   if (plan.early) {
@@ -37,7 +37,8 @@ cudaError_t launch_fused(const AttendParams& p, const AttendPlan& plan, cudaStre
   const auto kernel = attend_fused<D, kRows, kReaders>;
   static SharedMost most;
   if (const cudaError_t e = most.allow(kernel, kShared); e != cudaSuccess) return e;
-  const dim3 ctas(static_cast<unsigned>(plan.fused_ctas), static_cast<unsigned>(p.kv_heads * (p.blocks / kBlocks)), static_cast<unsigned>(p.batch));
+  const dim3 ctas(static_cast<unsigned>(plan.fused_ctas), static_cast<unsigned>(p.kv_heads * (p.blocks / kBlocks)),
+                  static_cast<unsigned>(p.batch));
   return queue_kernel(kernel, p, plan, ctas, fused_warps(kReaders, kFit.readers) * kLanes, kShared, stream);
 }
 
@@ -60,15 +61,26 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
     return queue_kernel(kernel, p, plan, ctas, threads, bytes, stream);
   };
   // Few CTAs are chains of latency, which more threads shorten; many share their multiprocessors.
-  const auto threads = [&](unsigned ctas, int of_many) { return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kTurnThreads : of_many; };
+  const auto threads = [&](unsigned ctas, int of_many) {
+    return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kTurnThreads : of_many;
+  };
   const unsigned blocks = static_cast<unsigned>(p.batch * p.kv_heads * p.blocks);
-  // Of a large matrix each CTA reads a part; on half of the multiprocessors at most, so that on the others attend_main begins at once.
+  // Of a large matrix each CTA reads a part; on half of the multiprocessors at most, so that on the others attend_main
+  // begins at once.
   unsigned turn_parts = D >= kLargeDim && kRoom == Room::large ? kMostParts : 1;
   while (turn_parts > 1 && blocks * turn_parts * 2 > static_cast<unsigned>(plan.ctas)) turn_parts /= 2;
-  if (const cudaError_t e = queue_kernel(attend_prepare<D>, p, plan, dim3(blocks, turn_parts), threads(blocks, kTurnThreads / 2), 0, stream, turn_parts); e != cudaSuccess) return e;
-  if (const cudaError_t e = queue(main, dim3(static_cast<unsigned>(plan.ctas)), main_warps<D>(kRoom, kBlocks, kKind) * kLanes, shared); e != cudaSuccess) return e;
-  const unsigned segments = static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks)), rows = static_cast<unsigned>(kBlocks * kBlockRows);
-  const unsigned parts = (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows) * static_cast<unsigned>(merge_columns(D));
+  if (const cudaError_t e = queue_kernel(attend_prepare<D>, p, plan, dim3(blocks, turn_parts),
+                                         threads(blocks, kTurnThreads / 2), 0, stream, turn_parts);
+      e != cudaSuccess)
+    return e;
+  if (const cudaError_t e =
+          queue(main, dim3(static_cast<unsigned>(plan.ctas)), main_warps<D>(kRoom, kBlocks, kKind) * kLanes, shared);
+      e != cudaSuccess)
+    return e;
+  const unsigned segments = static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks)),
+                 rows = static_cast<unsigned>(kBlocks * kBlockRows);
+  const unsigned parts = (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows) *
+                         static_cast<unsigned>(merge_columns(D));
   return queue(merge, dim3(segments, parts), threads(segments * parts, kTurnThreads / 4), kMerge);
 }
 
@@ -76,9 +88,11 @@ template <int D, Rows kRows>
 cudaError_t launch_room(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
   if constexpr (D >= kLargeDim) {
     if (plan.fused_ctas > 0) return launch_fused<D, kRows, Readers::twos>(p, plan, stream);
-    if (main_has_teams(D, plan.room) && plan.teams) return launch<D, kRows, Room::large, Readers::twos>(p, plan, stream);
+    if (main_has_teams(D, plan.room) && plan.teams)
+      return launch<D, kRows, Room::large, Readers::twos>(p, plan, stream);
   } else if (plan.fused_ctas > 0) {
-    return plan.teams ? launch_fused<D, kRows, Readers::fours>(p, plan, stream) : launch_fused<D, kRows, Readers::warps>(p, plan, stream);
+    return plan.teams ? launch_fused<D, kRows, Readers::fours>(p, plan, stream)
+                      : launch_fused<D, kRows, Readers::warps>(p, plan, stream);
   }
   switch (plan.room) {
     case Room::large: return launch<D, kRows, Room::large, Readers::warps>(p, plan, stream);

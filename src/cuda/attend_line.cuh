@@ -1,4 +1,5 @@
-// The line of items that the readers, warps or teams of them, share out among themselves, and the pieces of the cache that an item is read in.
+// The line of items that the readers, warps or teams of them, share out among themselves, and the pieces of the cache
+// that an item is read in.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,7 +30,9 @@ struct Shares {
   }
 };
 
-__device__ __forceinline__ int items_of(const ExactRows& x) { return static_cast<int>((x.count + kExactTokens - 1) / kExactTokens); }
+__device__ __forceinline__ int items_of(const ExactRows& x) {
+  return static_cast<int>((x.count + kExactTokens - 1) / kExactTokens);
+}
 
 // Segments of each KV head of a sequence, which are those of its own query rows.
 __device__ __forceinline__ int segments_per_head(const AttendParams& p, const SequenceView& s) {
@@ -151,8 +154,9 @@ struct ExactItem {
 struct ExactHalf {
   long long from, head_stride, stride, block_stride;
   __device__ __forceinline__ ExactHalf(const ExactRows& x, int half) {
-    static_assert(offsetof(ExactRows, v) == 8 && offsetof(ExactRows, k_head_stride) == 16 && offsetof(ExactRows, k_stride) == 32 &&
-                  offsetof(ExactRows, k_block_stride) == 56 && offsetof(ExactRows, v_block_stride) == 64);
+    static_assert(offsetof(ExactRows, v) == 8 && offsetof(ExactRows, k_head_stride) == 16 &&
+                  offsetof(ExactRows, k_stride) == 32 && offsetof(ExactRows, k_block_stride) == 56 &&
+                  offsetof(ExactRows, v_block_stride) == 64);
     const auto* fields = reinterpret_cast<const long long*>(&x) + half;
     from = fields[0];
     head_stride = fields[2];
@@ -166,7 +170,8 @@ struct ExactHalf {
 };
 __device__ __forceinline__ bool exact_aligned(const ExactRows& x, int half) { return ExactHalf(x, half).aligned(); }
 // Keys or values of an exact item. Its rows are of one block.
-__device__ __forceinline__ Piece exact_piece(const AttendParams& p, int b, int set, int first, int rows, int head, int half) {
+__device__ __forceinline__ Piece exact_piece(const AttendParams& p, int b, int set, int first, int rows, int head,
+                                             int half) {
   const ExactRows& x = p.sequences[b].exact[set];
   const ExactHalf its(x, half);
   const std::int32_t* const blocks = x.blocks;
@@ -181,12 +186,13 @@ __device__ __forceinline__ Piece exact_piece(const AttendParams& p, int b, int s
   return piece;
 }
 
-// The pieces of a stretch in the order in which they are read: the keys of kExact exact items or kPages pages, or as many as are left of
-// their run, then their values. kOne: of one segment.
+// The pieces of a stretch in the order in which they are read: the keys of kExact exact items or kPages pages, or as
+// many as are left of their run, then their values. kOne: of one segment.
 template <int kExact, int kPages, bool kOne = false>
 class PiecesOf {
  public:
-  __device__ __forceinline__ PiecesOf(const AttendParams& p, const Cursor& at, int head = 0) : p_(p), at_(at), head_(head) {}
+  __device__ __forceinline__ PiecesOf(const AttendParams& p, const Cursor& at, int head = 0)
+      : p_(p), at_(at), head_(head) {}
   // Goes on to the next pages or exact items where those before are through. Before the others are asked.
   __device__ __forceinline__ void settle() {
     if (step_ < 2 * pages_ || done()) return;
@@ -244,7 +250,8 @@ class PiecesOf {
   }
   __device__ __forceinline__ const unsigned char* address(const Some& some, int i) const {
     const std::uint32_t within = some.id[i] & ((1u << p_.pages.shift) - 1);
-    return (p_.pages.chunks != nullptr ? some.chunk[i] : p_.pages.data) + static_cast<std::uint64_t>(within) * p_.pages.page_stride;
+    return (p_.pages.chunks != nullptr ? some.chunk[i] : p_.pages.data) +
+           static_cast<std::uint64_t>(within) * p_.pages.page_stride;
   }
   // Numbers are asked for before chunks, chunks before their use, so that nobody waits for them within a run.
   __device__ __forceinline__ void take() {
@@ -275,7 +282,7 @@ class PiecesOf {
 
   const AttendParams& p_;
   Cursor at_;
-  const int head_;  // of the one segment
+  const int head_;            // of the one segment
   int step_ = 0, pages_ = 0;  // pages or exact items together
   int run_ = 0, left_ = 0;    // of those that the cursor stands before
   std::uint32_t slice_ = 0;   // offset of the head's in a page
@@ -296,7 +303,8 @@ __device__ __forceinline__ void expect_ids(const AttendParams& p, const Sequence
   if (lane * kLine < s.page_count) asm volatile("prefetch.global.L2 [%0];" ::"l"(s.pages + lane * kLine));
 }
 
-// By the warp that fills, each lane its own queue: all pieces, as slots become free. `begin` is called when the first are known.
+// By the warp that fills, each lane its own queue: all pieces, as slots become free. `begin` is called when the first
+// are known.
 template <class PiecesT, class FillerT, class Begin>
 __device__ __forceinline__ void fill_all(PiecesT& pieces, FillerT& filler, int lane, Begin begin) {
   for (bool begun = false;; begun = true) {

@@ -63,7 +63,8 @@ struct State : Accumulators<D / 8, kBlocks> {
       const int row = r * kBlockRows + g;
       if (row >= rows) continue;
 #pragma unroll
-      for (int n = 0; n < D / 8; ++n) *reinterpret_cast<float2*>(out + row * kPitch + n * 8 + 2 * t) = {o[r][n][0], o[r][n][1]};
+      for (int n = 0; n < D / 8; ++n)
+        *reinterpret_cast<float2*>(out + row * kPitch + n * 8 + 2 * t) = {o[r][n][0], o[r][n][1]};
       if (t == 0) {
         out[kRows * kPitch + row] = m[r];
         out[kRows * (kPitch + 1) + row] = sum;
@@ -84,10 +85,12 @@ template <int D, Rows kRows, Room kRoom, Readers kKind>
 __device__ __forceinline__ void attend_all(const AttendParams& p) {
   using S = Shape<D>;
   constexpr bool kTeamed = kKind != Readers::warps;
-  constexpr int kBlocks = blocks_of(kRows), kReaders = fit<D>(kRoom, kBlocks, kKind).readers, kDepth = fit<D>(kRoom, kBlocks, kKind).depth;
+  constexpr int kBlocks = blocks_of(kRows), kReaders = fit<D>(kRoom, kBlocks, kKind).readers,
+                kDepth = fit<D>(kRoom, kBlocks, kKind).depth;
   constexpr int kMembers = members_of(kKind), kWarps = kReaders * kMembers;
   constexpr int kQueueBytes = queue_bytes(kDepth, S::kSlotBytes), kStateRows = kBlocks * kBlockRows;
-  using Slots = std::conditional_t<kTeamed, TeamQueue<kMembers, kDepth, S::kSlotBytes>, Queue<kDepth, S::kSlotBytes, S::kExactPitch>>;
+  using Slots = std::conditional_t<kTeamed, TeamQueue<kMembers, kDepth, S::kSlotBytes>,
+                                   Queue<kDepth, S::kSlotBytes, S::kExactPitch>>;
   extern __shared__ __align__(128) unsigned char memory[];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int segments = p.kv_heads * (p.blocks / kBlocks);  // at most, of a sequence
@@ -133,7 +136,9 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
     const uint4* operands = p.operands + static_cast<std::size_t>(block) * operand_words(D);
     const float* scales = p.row_scale + block * 2 * kBlockRows;
     const int slot = w + 2 * (here.b * segments + here.segment) + (packed ? 1 : 0);
-    const auto rows = [&] { return p.group * static_cast<int>(p.sequences[here.b].query_count) - row0; };  // looked up behind the run
+    const auto rows = [&] {
+      return p.group * static_cast<int>(p.sequences[here.b].query_count) - row0;
+    };  // looked up behind the run
     float* const to = p.states + static_cast<std::size_t>(slot) * (kStateRows * (D + 2));
     if constexpr (kTeamed) {
       TeamState<D, kMembers, kBlocks> state;
@@ -145,7 +150,8 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
         for (int i = threadIdx.x % (kMembers * kLanes); i < kBlocks * page_operand_words(D); i += kMembers * kLanes)
           copied[i] = operands[i / page_operand_words(D) * operand_words(D) + i % page_operand_words(D)];
         meet_team<kMembers>(reader);
-        team_pages<D, kRows, page_operand_words(D)>(p, queue, state, exchange, copied, scales, here, head, row0, run, reader, member, lane);
+        team_pages<D, kRows, page_operand_words(D)>(p, queue, state, exchange, copied, scales, here, head, row0, run,
+                                                    reader, member, lane);
       } else {
         team_exact<D>(p, queue, state, exchange, operands, here, head, row0, run, reader, member, lane);
       }
@@ -159,9 +165,13 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
         state.template put<kStateRows, D>(to, rows(), lane);
       };
       if (packed)
-        take(PageState<D, tiles_of(kRows)>(), [&](auto& state) { pages_run<D, kRows>(p, queue, pieces, state, operands, scales, here, head, row0, run, lane); });
+        take(PageState<D, tiles_of(kRows)>(), [&](auto& state) {
+          pages_run<D, kRows>(p, queue, pieces, state, operands, scales, here, head, row0, run, lane);
+        });
       else
-        take(State<D, kBlocks>(), [&](auto& state) { exact_run<D, kBlocks>(p, queue, pieces, state, here, head, operands, row0, run, lane); });
+        take(State<D, kBlocks>(), [&](auto& state) {
+          exact_run<D, kBlocks>(p, queue, pieces, state, here, head, operands, row0, run, lane);
+        });
     }
     here.skip(p, run);
   }
@@ -169,7 +179,8 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
 
 // Empty where no device that runs this code has such room, so that each architecture compiles what it may run.
 template <int D, Rows kRows, Room kRoom, Readers kKind>
-__global__ void __launch_bounds__(main_warps<D>(kRoom, blocks_of(kRows), kKind) * kLanes, 1) attend_main(const __grid_constant__ AttendParams p) {
+__global__ void __launch_bounds__(main_warps<D>(kRoom, blocks_of(kRows), kKind) * kLanes, 1)
+    attend_main(const __grid_constant__ AttendParams p) {
 #ifdef __CUDA_ARCH__
   if constexpr (runs_in(kRoom, __CUDA_ARCH__ / 10)) attend_all<D, kRows, kRoom, kKind>(p);
 #endif

@@ -20,8 +20,8 @@ struct Sight {
   __device__ Sight(const AttendParams& p, int sequence, int kv_head)
       : query_position(p.sequences[sequence].query_position),
         start(p.mask.start != nullptr ? p.mask.offset + p.mask.start[sequence] : -(1ll << 62)),
-        window(p.mask.window != nullptr ? p.mask.window[sequence] : p.window),
-        head0(kv_head * p.group), queries(static_cast<int>(p.sequences[sequence].query_count)), b(sequence) {}
+        window(p.mask.window != nullptr ? p.mask.window[sequence] : p.window), head0(kv_head * p.group),
+        queries(static_cast<int>(p.sequences[sequence].query_count)), b(sequence) {}
 
   // First and last position that every row sees, where there is no general mask.
   __device__ long long first_of_all(const AttendParams& p) const {
@@ -52,14 +52,17 @@ __device__ __forceinline__ int2 plain_pages(const AttendParams& p, int b, int kv
   } else {
     const Sight sight(p, b, kv_head);
     const long long low = sight.first_of_all(p) - s.pages_position, high = sight.last_of_all(p) + 1 - s.pages_position;
-    if (low > 0) plain.x = max(plain.x, static_cast<int>(min((low + kPageTokens - 1) / kPageTokens, static_cast<long long>(s.page_count))));
+    if (low > 0)
+      plain.x = max(plain.x,
+                    static_cast<int>(min((low + kPageTokens - 1) / kPageTokens, static_cast<long long>(s.page_count))));
     plain.y = high <= 0 ? -1 : static_cast<int>(min(high / kPageTokens - 1, static_cast<long long>(plain.y)));
   }
   return plain;
 }
 
 // The general mask on one score: a cold path, kept out of line.
-__device__ __noinline__ inline float general_mask(const AttendParams& p, int b, int head, int query, long long position, float score) {
+__device__ __noinline__ inline float general_mask(const AttendParams& p, int b, int head, int query, long long position,
+                                                  float score) {
   const long long column = position - p.mask.offset;
   if (column < 0 || column >= p.mask.columns) return -INFINITY;
   const auto& stride = p.mask.general_stride;
@@ -75,9 +78,10 @@ __device__ __noinline__ inline float general_mask(const AttendParams& p, int b, 
 
 __device__ __noinline__ inline float soft_cap(float cap, float x) { return cap * tanhf(x); }
 
-// Hides what the row does not see. token(i): offset of score i from `position`; those before `hidden` and from `tokens` on are not there. kRolled: a general
-// mask by one piece of code, which the instructions around it do not have to step over where they are fetched for one use; in the loop of a
-// warp's pages it takes 4 % more time, by the registers that are left, although a general mask is not there.
+// Hides what the row does not see. token(i): offset of score i from `position`; those before `hidden` and from `tokens`
+// on are not there. kRolled: a general mask by one piece of code, which the instructions around it do not have to step
+// over where they are fetched for one use; in the loop of a warp's pages it takes 4 % more time, by the registers that
+// are left, although a general mask is not there.
 template <int kScores, bool kRolled, class Token>
 __device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, int row, long long position, int hidden,
                                      int tokens, float* score, Token token) {
@@ -98,7 +102,8 @@ __device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, 
     for (int i = 0; i < kScores; ++i) {  // each score in turn is the first
       const int j = token(i);
       float x = score[0];
-      if (j >= first && j <= last) x = general_mask(p, sight.b, sight.head0 + row % p.group, row / p.group, position + j, x);
+      if (j >= first && j <= last)
+        x = general_mask(p, sight.b, sight.head0 + row % p.group, row / p.group, position + j, x);
 #pragma unroll
       for (int n = 1; n < kScores; ++n) score[n - 1] = score[n];
       score[kScores - 1] = x;
@@ -108,10 +113,12 @@ __device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, 
 
 // The same of page `page` of the sequence: what depends on it is looked up where it is needed, registers are short.
 template <int kScores, bool kRolled, class Token>
-__device__ __forceinline__ void hide_page(const AttendParams& p, int b, int kv_head, int row, int page, float* score, Token token) {
+__device__ __forceinline__ void hide_page(const AttendParams& p, int b, int kv_head, int row, int page, float* score,
+                                          Token token) {
   const SequenceView& s = p.sequences[b];
-  hide<kScores, kRolled>(p, b, kv_head, row, s.pages_position + static_cast<long long>(page) * kPageTokens, page == 0 ? s.pages_hidden : 0,
-                         page + 1 == s.page_count ? s.last_page_tokens : kPageTokens, score, token);
+  hide<kScores, kRolled>(p, b, kv_head, row, s.pages_position + static_cast<long long>(page) * kPageTokens,
+                         page == 0 ? s.pages_hidden : 0, page + 1 == s.page_count ? s.last_page_tokens : kPageTokens,
+                         score, token);
 }
 
 }  // namespace kv4::cuda

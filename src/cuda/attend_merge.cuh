@@ -1,6 +1,6 @@
 // Joins the partial states of one segment, turns the part over pages back into the model's basis, and writes the
-// output or the call's own partial state. CTA (x, y): sequence, KV head and segment of row blocks x, merge_rows of its rows and one of
-// merge_columns(D) parts of their channels.
+// output or the call's own partial state. CTA (x, y): sequence, KV head and segment of row blocks x, merge_rows of its
+// rows and one of merge_columns(D) parts of their channels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,15 +34,16 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   constexpr int kAtOnce = kQuads > 1 ? 3 : 4;
   constexpr long long kSlot = static_cast<long long>(kRows) * (D + 2);
   constexpr int kUnits = MergeShape<D, kBlocks>::kUnits;
-  extern __shared__ __align__(128) unsigned char memory[];  // as attend_main declares it
-  auto (*sums)[kUnits][kWide] = reinterpret_cast<float4 (*)[kUnits][kWide]>(memory);  // [2]: over exact rows, over pages
+  extern __shared__ __align__(128) unsigned char memory[];                          // as attend_main declares it
+  auto(*sums)[kUnits][kWide] = reinterpret_cast<float4(*)[kUnits][kWide]>(memory);  // [2]: over exact rows, over pages
   uint4* operands = reinterpret_cast<uint4*>(sums + 2);
   float* x = reinterpret_cast<float*>(operands + Turn<D>::kOperands);
   __shared__ float m_all[kRows], l_all[kRows];
   __shared__ float ls[kUnits];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
   const int most_per_head = p.blocks / kBlocks, segments = p.kv_heads * most_per_head;  // at most, of a sequence
-  const int b = blockIdx.x / segments, head = blockIdx.x % segments / most_per_head, its_part = blockIdx.x % most_per_head;
+  const int b = blockIdx.x / segments, head = blockIdx.x % segments / most_per_head,
+            its_part = blockIdx.x % most_per_head;
   // Rows of the segment that this CTA takes, from `first_row` of it on.
   constexpr int kColumns = merge_columns(D), kWidth = D / kColumns;
   const int first_row = blockIdx.y / kColumns * p.merge_rows, first_channel = blockIdx.y % kColumns * kWidth;
@@ -50,7 +51,8 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
 
   Turn<D> turn(first_channel / 8, (first_channel + kWidth) / 8);
   if (p.inverse_transpose.words != nullptr) turn.prefetch(p.inverse_transpose);
-  // Where the states lie is known before they are written: this kernel begins when every CTA of attend_main has seen the line.
+  // Where the states lie is known before they are written: this kernel begins when every CTA of attend_main has seen
+  // the line.
   const SequenceView& s = p.sequences[b];
   const int rows = min(min(p.merge_rows, kRows - first_row), p.group * static_cast<int>(s.query_count) - row0);
   if (rows <= 0) return wait_for_previous();  // what runs behind this kernel runs behind those before it
@@ -75,8 +77,8 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   wait_for_previous();
   let_next_begin();
 
-  // Sums: a warp per row, or several that share a row's slots. Several states are asked for at once, the first before the maximum
-  // is known; behind the last one it again, with a weight of 0.
+  // Sums: a warp per row, or several that share a row's slots. Several states are asked for at once, the first before
+  // the maximum is known; behind the last one it again, with a weight of 0.
   const int share = rows < warps ? warps / rows : 1, all = count[0] + count[1];
   for (int unit = warp; unit < rows * share; unit += warps) {
     const int r = unit / share, part = unit % share;
@@ -165,16 +167,22 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
       turn.apply(p.inverse_transpose, x, operands, x, valid);
     }
     for (int i = threadIdx.x; i < valid * kWidth; i += blockDim.x) {
-      const int r = r0 + i / kWidth, c = first_channel + i % kWidth, row = row0 + r, query = row / p.group, q_head = head * p.group + row % p.group;
-      const float lambda = (r0 == 0 && i == static_cast<int>(threadIdx.x)) || s.lambda_v == nullptr ? first_lambda : s.lambda_v[head * D + c];
+      const int r = r0 + i / kWidth, c = first_channel + i % kWidth, row = row0 + r, query = row / p.group,
+                q_head = head * p.group + row % p.group;
+      const float lambda = (r0 == 0 && i == static_cast<int>(threadIdx.x)) || s.lambda_v == nullptr
+                               ? first_lambda
+                               : s.lambda_v[head * D + c];
       const float o = x[(r - r0) * D + c] / lambda + reinterpret_cast<const float*>(sums[0][r * share])[c];
       const float m = m_all[r], l = l_all[r];
       if (p.out != nullptr) {
         const float denominator = p.sinks != nullptr && l > 0 ? l + exp2f(p.sinks[q_head] * kLog2e - m) : l;
-        store_element(p.out, p.out_dtype, s.input * p.out_stride[0] + q_head * p.out_stride[1] + (s.input_row + query) * p.out_stride[2] + c,
-                      l > 0 ? o / denominator : 0.0f);
+        store_element(
+            p.out, p.out_dtype,
+            s.input * p.out_stride[0] + q_head * p.out_stride[1] + (s.input_row + query) * p.out_stride[2] + c,
+            l > 0 ? o / denominator : 0.0f);
       } else {
-        const long long at = (static_cast<long long>(s.input) * p.kv_heads * p.group + q_head) * p.rows + s.input_row + query;
+        const long long at = (static_cast<long long>(s.input) * p.kv_heads * p.group + q_head) * p.rows + s.input_row +
+                             query;
         p.partial.o[at * D + c] = l > 0 ? o : 0.0f;
         if (c == 0) {
           p.partial.m[at] = m * kLn2;

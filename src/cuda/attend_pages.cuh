@@ -1,8 +1,8 @@
 // A run of pages of one segment, read by one warp, a page at a time: scores, one step of their weights, values.
 //
-// The page is A of the products, 16 tokens or 16 channels of it, and the queries are B: a tile of four query rows is the eight columns,
-// each row's high bytes beside its low ones. So a lane has scores of eight tokens for every tile, and nothing of a product is for nothing
-// but where there are fewer than four rows.
+// The page is A of the products, 16 tokens or 16 channels of it, and the queries are B: a tile of four query rows is
+// the eight columns, each row's high bytes beside its low ones. So a lane has scores of eight tokens for every tile,
+// and nothing of a product is for nothing but where there are fewer than four rows.
 #pragma once
 
 #include "cuda/attend_main.cuh"
@@ -12,7 +12,8 @@ namespace kv4::cuda {
 constexpr int kTileRows = 4;
 constexpr int tiles_of(Rows rows) { return rows == Rows::four ? 1 : 2 * blocks_of(rows); }
 
-// What a warp has of a run: of lane 4g + t rows 4j + t of tiles j, and of those channels 16n + g and 16n + 8 + g; l is of its own tokens.
+// What a warp has of a run: of lane 4g + t rows 4j + t of tiles j, and of those channels 16n + g and 16n + 8 + g; l is
+// of its own tokens.
 template <int D, int kTiles>
 struct PageState {
   float o[kTiles][D / 16][2];
@@ -63,17 +64,19 @@ struct PageState {
   }
 };
 
-// Two fragments of A, of the levels of 16 x 32 codes: `low` holds rows g, `high` rows g + 8 (layout.h). Positive levels and 0, then -1
-// for those and the others less one: added up, all levels less one. So a sum that starts from the sum of B's column is that of levels.
+// Two fragments of A, of the levels of 16 x 32 codes: `low` holds rows g, `high` rows g + 8 (layout.h). Positive levels
+// and 0, then -1 for those and the others less one: added up, all levels less one. So a sum that starts from the sum of
+// B's column is that of levels.
 struct PageTiles {
   uint4 positive, others;
 };
 __device__ __forceinline__ PageTiles page_tiles(uint32_t low, uint32_t high, const Tables& tables) {
   const Levels8 a = levels_of(low, tables), b = levels_of(high, tables);
-  return {{a.positive.x, b.positive.x, a.positive.y, b.positive.y}, {a.negative.x, b.negative.x, a.negative.y, b.negative.y}};
+  return {{a.positive.x, b.positive.x, a.positive.y, b.positive.y},
+          {a.negative.x, b.negative.x, a.negative.y, b.negative.y}};
 }
-// `tables` as page_tiles takes them. From another lane, so that they are kept in registers: what nvcc 13.0 knows to be the same in all lanes
-// it moves there again for every look-up.
+// `tables` as page_tiles takes them. From another lane, so that they are kept in registers: what nvcc 13.0 knows to be
+// the same in all lanes it moves there again for every look-up.
 __device__ __forceinline__ Tables page_tables(const Tables& tables) {
   Tables own;
 #pragma unroll
@@ -84,10 +87,12 @@ __device__ __forceinline__ Tables page_tables(const Tables& tables) {
   return own;
 }
 
-// `operands`, `scales`: of the segment's first block (attend.h), in shared memory or not: those of the means are read again for every page.
+// `operands`, `scales`: of the segment's first block (attend.h), in shared memory or not: those of the means are read
+// again for every page.
 template <int D, Rows kRows, class Slots>
-__device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, Pieces& pieces, PageState<D, tiles_of(kRows)>& state,
-                                          const uint4* operands, const float* scales, const Cursor& here, int head, int row0, int run,
+__device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, Pieces& pieces,
+                                          PageState<D, tiles_of(kRows)>& state, const uint4* operands,
+                                          const float* scales, const Cursor& here, int head, int row0, int run,
                                           int lane) {
   using S = Shape<D>;
   constexpr int kTiles = tiles_of(kRows), kSteps = S::kTiles;  // of rows; of 32 channels
@@ -99,7 +104,9 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
 
   // Column g: row g / 2 of the tile, high bytes or low ones.
   const auto query = [&](int j, int k) {
-    const auto* words = reinterpret_cast<const uint32_t*>(operands + block_of(j) * operand_words(D) + k * kLanes + (row_of(j) + g / 2) * 4 + t) + half;
+    const auto* words = reinterpret_cast<const uint32_t*>(operands + block_of(j) * operand_words(D) + k * kLanes +
+                                                          (row_of(j) + g / 2) * 4 + t) +
+                        half;
     return uint2{words[0], words[2]};
   };
   uint2 kept[kKept ? kTiles : 1][kKept ? kSteps : 1] = {};
@@ -144,7 +151,8 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         uint4 a = {};
-        if (D % 32 == 0 || k * 32 + t * 8 < D) a = *reinterpret_cast<const uint4*>(slot + S::kMeanAt + (k * 32 + t * 8) * 2);
+        if (D % 32 == 0 || k * 32 + t * 8 < D)
+          a = *reinterpret_cast<const uint4*>(slot + S::kMeanAt + (k * 32 + t * 8) * 2);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           const uint4 b = operands[block_of(j) * operand_words(D) + mean_operand<D>(row_of(j) / kTileRows, k) + lane];
@@ -193,7 +201,8 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           score[j][2 * n] = fmaf(static_cast<float>(sums[j][0] * 256 + sums[j][1]), of_token.x * row_scale[j], mean[j]);
-          score[j][2 * n + 1] = fmaf(static_cast<float>(sums[j][2] * 256 + sums[j][3]), of_token.y * row_scale[j], mean[j]);
+          score[j][2 * n + 1] =
+              fmaf(static_cast<float>(sums[j][2] * 256 + sums[j][3]), of_token.y * row_scale[j], mean[j]);
         }
       }
     }
@@ -208,7 +217,8 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
     if (at < plain.x || at > plain.y) {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
-        hide_page<kScores, true>(p, here.b, head, row0 + j * kTileRows + t, at, score[j], [g](int n) { return n * 8 + g; });
+        hide_page<kScores, true>(p, here.b, head, row0 + j * kTileRows + t, at, score[j],
+                                 [g](int n) { return n * 8 + g; });
     }
 
     // Weights, and the next product's operand: p times the value's scale, in 16 bits as two bytes.
@@ -244,8 +254,9 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
         top = octet_max(top);
         step[j] = top * (1.0f / 65535.0f);
         const float inverse = top > 0 ? __fdividef(65535.0f, top) : 0.0f;
-        // A column's 16 tokens of a lane come from two lanes: 8n + 2t and 8n + 2t + 1. Lanes of even g hand over high bytes where those
-        // of odd g hand over low ones, then the other way round, so that each of the two columns of a row gets its own from both.
+        // A column's 16 tokens of a lane come from two lanes: 8n + 2t and 8n + 2t + 1. Lanes of even g hand over high
+        // bytes where those of odd g hand over low ones, then the other way round, so that each of the two columns of a
+        // row gets its own from both.
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
           uint32_t x[4];
@@ -263,7 +274,8 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd) mma_bytes<true, false>(of_weights[j], {kOnes, kOnes, kOnes, kOnes}, weights[j][odd]);
+      for (int odd = 0; odd < 2; ++odd)
+        mma_bytes<true, false>(of_weights[j], {kOnes, kOnes, kOnes, kOnes}, weights[j][odd]);
     const auto* codes = reinterpret_cast<const uint4*>(slot) + lane;
 #pragma unroll
     for (int n = 0; n < D / 16; ++n) {
@@ -282,7 +294,8 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
       for (int j = 0; j < kTiles; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-          state.o[j][n][e] = fmaf(static_cast<float>(sums[j][2 * e] * 256 + sums[j][2 * e + 1]), step[j], state.o[j][n][e]);
+          state.o[j][n][e] =
+              fmaf(static_cast<float>(sums[j][2 * e] * 256 + sums[j][2 * e + 1]), step[j], state.o[j][n][e]);
     }
     queue.release(pieces);
   }

@@ -1,5 +1,5 @@
-// Queries to matrix operands, and the line of items. CTA (x, y): block of kBlockRows query rows of a KV head x, part y of its channels;
-// the parts of a block are a cluster and tell each other their largest values.
+// Queries to matrix operands, and the line of items. CTA (x, y): block of kBlockRows query rows of a KV head x, part y
+// of its channels; the parts of a block are a cluster and tell each other their largest values.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
   __shared__ uint4 operands[Turn<D>::kOperands];
   __shared__ __align__(16) float plain[kBlockRows][kPadded], y[kBlockRows][kPadded], largest[kMostParts][kBlockRows];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4;
-  const int block = blockIdx.x % p.blocks, head = blockIdx.x / p.blocks % p.kv_heads, b = blockIdx.x / p.blocks / p.kv_heads;
+  const int block = blockIdx.x % p.blocks, head = blockIdx.x / p.blocks % p.kv_heads,
+            b = blockIdx.x / p.blocks / p.kv_heads;
   const int parts = gridDim.y, part = blockIdx.y;
   if (parts > 1) cluster_arrive();
   wait_for_previous();
@@ -29,7 +30,8 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
   const SequenceView& s = p.sequences[b];
   const float* of_keys = s.lambda_k;
   const int valid = min(kBlockRows, p.group * static_cast<int>(s.query_count) - block * kBlockRows);
-  constexpr int kTiles = operand_bytes_tiles(D), kMeanSteps = operand_mean_steps(D), kExactSteps = operand_exact_steps(D);
+  constexpr int kTiles = operand_bytes_tiles(D), kMeanSteps = operand_mean_steps(D),
+                kExactSteps = operand_exact_steps(D);
   const int first_tile = kTiles * part / parts, behind_tile = kTiles * (part + 1) / parts;  // of 32 channels
   Turn<D> turn(first_tile * 4, min(behind_tile * 4, D / 8));
   if (p.dual.words != nullptr) turn.prefetch(p.dual);
@@ -81,12 +83,15 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
   // Of 32 channels each: a tile of bytes, two steps for means, two for exact rows.
   for (int i = warp; i < (behind_tile - first_tile) * 5; i += blockDim.x / kLanes) {
     const int tile = first_tile + i / 5, kind = i % 5;
-    const int k = kind == 0 ? tile : kind < 3 ? kTiles + tile * 2 + kind - 1 : kTiles + kMeanSteps + tile * 2 + kind - 3;
+    const int k = kind == 0  ? tile
+                  : kind < 3 ? kTiles + tile * 2 + kind - 1
+                             : kTiles + kMeanSteps + tile * 2 + kind - 3;
     if (k >= kTiles + kMeanSteps + kExactSteps) continue;
     uint4 a;
     if (k >= kTiles && k < kTiles + kMeanSteps) {
       const int s = k - kTiles, c = s / 2 * 32 + t * 8 + s % 2 * 4;
-      put_mean<D>(block_operands, g, c, {y[g][c] * to_one, y[g][c + 1] * to_one, y[g][c + 2] * to_one, y[g][c + 3] * to_one});
+      put_mean<D>(block_operands, g, c,
+                  {y[g][c] * to_one, y[g][c + 1] * to_one, y[g][c + 2] * to_one, y[g][c + 3] * to_one});
       continue;
     }
     if (k < kTiles) {

@@ -1,8 +1,9 @@
-// How a team of two or four warps reads pages and exact rows together: each takes the scores of its part of the tokens and the outputs of its
-// part of the channels, and they hand maxima and weights round in shared memory, two barriers for 128 tokens.
+// How a team of two or four warps reads pages and exact rows together: each takes the scores of its part of the tokens
+// and the outputs of its part of the channels, and they hand maxima and weights round in shared memory, two barriers
+// for 128 tokens.
 //
-// For short calls: a warp by itself (attend_pages.cuh) executes fewer instructions in all, but more of them one after another, each fetched
-// for one use. 4 / 1 / 256, 1 x 4,096: 22 us by teams, 29 by warps; 16 x 32,768: 70 and 63.
+// For short calls: a warp by itself (attend_pages.cuh) executes fewer instructions in all, but more of them one after
+// another, each fetched for one use. 4 / 1 / 256, 1 x 4,096: 22 us by teams, 29 by warps; 16 x 32,768: 70 and 63.
 #pragma once
 
 #include <type_traits>
@@ -41,7 +42,9 @@ class TeamQueue {
     uint32_t done = 0;
     while (done == 0)
       asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                   : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+                   : "=r"(done)
+                   : "r"(barrier), "r"(parity)
+                   : "memory");
     return base_ + i * kSlotBytes;
   }
   // This warp is done with the `count` oldest slots.
@@ -49,7 +52,10 @@ class TeamQueue {
     __syncwarp();
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      if (lane_ == 0) asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(base_ + kDepth * kSlotBytes) + read_ * 16 + 8) : "memory");
+      if (lane_ == 0)
+        asm volatile(
+            "mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(base_ + kDepth * kSlotBytes) + read_ * 16 + 8)
+            : "memory");
       if (++read_ == kDepth) {
         read_ = 0;
         parity_ ^= 1;
@@ -67,15 +73,20 @@ class TeamQueue {
 // What a team hands round.
 template <int kMembers, int kBlocks>
 struct TeamExchange {
-  uint4 weights[4 * kBlocks * kLanes];             // of pages [page][octets even, odd][block], of exact rows [item][block]
-  float2 largest[kMembers][kBlocks * kBlockRows];  // by warp: of the scores, and of them plus log2 of their value's scale
-  float sums[kMembers][kBlocks * kBlockRows];      // by warp: of the weights of a run
+  uint4 weights[4 * kBlocks * kLanes];  // of pages [page][octets even, odd][block], of exact rows [item][block]
+  float2 largest[kMembers]
+                [kBlocks * kBlockRows];        // by warp: of the scores, and of them plus log2 of their value's scale
+  float sums[kMembers][kBlocks * kBlockRows];  // by warp: of the weights of a run
 };
-static_assert(sizeof(TeamExchange<2, 1>) == team_exchange_bytes(2, 1) && sizeof(TeamExchange<4, 2>) == team_exchange_bytes(4, 2));
+static_assert(sizeof(TeamExchange<2, 1>) == team_exchange_bytes(2, 1) &&
+              sizeof(TeamExchange<4, 2>) == team_exchange_bytes(4, 2));
 
-// A warp's part of a team's state: channels 16 (kMembers i + member) ... + 15 of its pair of tiles i; m is the team's, l its own.
+// A warp's part of a team's state: channels 16 (kMembers i + member) ... + 15 of its pair of tiles i; m is the team's,
+// l its own.
 template <int kMembers>
-constexpr int team_pairs(int dim) { return (dim / 16 + kMembers - 1) / kMembers; }
+constexpr int team_pairs(int dim) {
+  return (dim / 16 + kMembers - 1) / kMembers;
+}
 template <int D, int kMembers, int kBlocks>
 struct TeamState : Accumulators<2 * team_pairs<kMembers>(D), kBlocks> {
   static constexpr int kPairs = team_pairs<kMembers>(D);
@@ -84,7 +95,8 @@ struct TeamState : Accumulators<2 * team_pairs<kMembers>(D), kBlocks> {
 
   // At the end of a run, before a barrier of the team and `put`. kTwice: rows of pages are laid twice.
   template <bool kTwice>
-  __device__ __forceinline__ void share_sums(TeamExchange<kMembers, kBlocks>& exchange, bool packed, int member, int lane) const {
+  __device__ __forceinline__ void share_sums(TeamExchange<kMembers, kBlocks>& exchange, bool packed, int member,
+                                             int lane) const {
 #pragma unroll
     for (int r = 0; r < kBlocks; ++r) {
       float sum = quad_sum(l[r]);
@@ -94,7 +106,8 @@ struct TeamState : Accumulators<2 * team_pairs<kMembers>(D), kBlocks> {
   }
   // As State's.
   template <bool kTwice, int kPitch = D>
-  __device__ __forceinline__ void put(float* out, const TeamExchange<kMembers, kBlocks>& exchange, bool packed, int rows, int member, int lane) {
+  __device__ __forceinline__ void put(float* out, const TeamExchange<kMembers, kBlocks>& exchange, bool packed,
+                                      int rows, int member, int lane) {
     constexpr int kRows = kBlocks * kBlockRows;
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -122,18 +135,21 @@ struct TeamState : Accumulators<2 * team_pairs<kMembers>(D), kBlocks> {
   }
 };
 
-// A run of pages of one segment, two at a time. `operands`: of the segment, in shared memory, those of its blocks kPitch apart.
+// A run of pages of one segment, two at a time. `operands`: of the segment, in shared memory, those of its blocks
+// kPitch apart.
 template <int D, Rows kRowsOf, int kPitch, int kMembers, class Slots>
-__device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, TeamState<D, kMembers, blocks_of(kRowsOf)>& state,
-                                           TeamExchange<kMembers, blocks_of(kRowsOf)>& exchange, const uint4* operands, const float* scales,
-                                           const Cursor& here, int head, int row0, int run, int team, int member, int lane) {
+__device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue,
+                                           TeamState<D, kMembers, blocks_of(kRowsOf)>& state,
+                                           TeamExchange<kMembers, blocks_of(kRowsOf)>& exchange, const uint4* operands,
+                                           const float* scales, const Cursor& here, int head, int row0, int run,
+                                           int team, int member, int lane) {
   using S = Shape<D>;
   constexpr int kBlocks = blocks_of(kRowsOf), kTiles = S::kTiles;
   constexpr bool kFour = kRowsOf == Rows::four;
-  constexpr int kSixteens = 4 / kMembers;       // of tokens, whose scores a warp has
-  constexpr int kOctets = kFour ? 1 : 2;        // of each sixteen, whose scores a lane has
+  constexpr int kSixteens = 4 / kMembers;                                    // of tokens, whose scores a warp has
+  constexpr int kOctets = kFour ? 1 : 2;                                     // of each sixteen, whose scores a lane has
   constexpr int kOfSixteen = 2 * kOctets, kScores = kSixteens * kOfSixteen;  // of a page, row and lane
-  constexpr float kUnits = 65280;               // of the largest weight; its logarithm is off by less than the 255 left over
+  constexpr float kUnits = 65280;  // of the largest weight; its logarithm is off by less than the 255 left over
   const int g = lane / 4, t = lane % 4;
   const int row = kFour ? g % 4 : g, odd = kFour ? g / 4 : 0;  // as in pages_run
   // At most 4 rows: rows 4 ... 7 of a product with keys are those again, and a lane takes one of its octets' products.
@@ -142,10 +158,11 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
   constexpr int kMeanTiles = kFolded ? kTiles / 2 : kTiles;
   const uint4* keys = operands + (kFour ? lane % 16 : lane);
   const int mean_row = kFour ? g % 4 : g;
-  const uint4* means = operands + mean_operand<D>(mean_row / 4, kFolded && g >= 4 ? kMeanTiles : 0) + mean_row % 4 * 8 + t;
+  const uint4* means = operands + mean_operand<D>(mean_row / 4, kFolded && g >= 4 ? kMeanTiles : 0) + mean_row % 4 * 8 +
+                       t;
 
-  // Beyond d = 128 they are read as they are needed: with them in registers nvcc 13.0 has too few left to order look-ups and
-  // products well.
+  // Beyond d = 128 they are read as they are needed: with them in registers nvcc 13.0 has too few left to order
+  // look-ups and products well.
   uint4 q[S::kKept ? kBlocks : 1][S::kKept ? kTiles : 1] = {};
   const auto query = [&](int r, int c) {
     if constexpr (S::kKept) return q[r][c];
@@ -184,7 +201,8 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
         // Columns: both pages, and both again.
         const int channel = (k + g / 2 * kMeanTiles) * 32 + t * 8;
         uint4 b = {};
-        if (g < (kFolded ? 4 : 2) && channel < D) b = *reinterpret_cast<const uint4*>((g % 2 == 0 ? slot[0] : slot[1]) + S::kMeanAt + channel * 2);
+        if (g < (kFolded ? 4 : 2) && channel < D)
+          b = *reinterpret_cast<const uint4*>((g % 2 == 0 ? slot[0] : slot[1]) + S::kMeanAt + channel * 2);
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r) {
           const uint4 *a = means + r * kPitch + 2 * k * kLanes, high = a[0], low = a[4];
@@ -226,7 +244,8 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
           }
         } else {
 #pragma unroll
-          for (int f = 0; f < 2 * kTiles; ++f) words[f] = reinterpret_cast<const uint32_t*>(from)[word_index(sixteen * 2 * kTiles + f, lane)];
+          for (int f = 0; f < 2 * kTiles; ++f)
+            words[f] = reinterpret_cast<const uint32_t*>(from)[word_index(sixteen * 2 * kTiles + f, lane)];
         }
         Sums sums[2][kBlocks];
 #pragma unroll
@@ -259,7 +278,8 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
       const int at = first_page + i + page;
       if (at < plain.x || at > plain.y) {
 #pragma unroll
-        for (int r = 0; r < kBlocks; ++r) hide_page<kScores, true>(p, here.b, head, row0 + r * kBlockRows + row, at, now[r], token);
+        for (int r = 0; r < kBlocks; ++r)
+          hide_page<kScores, true>(p, here.b, head, row0 + r * kBlockRows + row, at, now[r], token);
       }
 #pragma unroll
       for (int r = 0; r < kBlocks; ++r)
@@ -280,7 +300,8 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
 #pragma unroll
       for (int n = 0; n < kScores / 2; ++n) {
         const int octet = (member * kSixteens + n / kOctets) * 2 + odd + n % kOctets;
-        const float2 scale = __half22float2(reinterpret_cast<const __half2*>(slot[page] + p.value_scales)[octet * 4 + t]);
+        const float2 scale =
+            __half22float2(reinterpret_cast<const __half2*>(slot[page] + p.value_scales)[octet * 4 + t]);
         value_scale[page][2 * n] = scale.x;
         value_scale[page][2 * n + 1] = scale.y;
       }
@@ -291,7 +312,10 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
       for (int n = 0; n < 2 * kScores; ++n) {
         const float x = score[r][n / kScores][n % kScores];
         top.x = fmaxf(top.x, x);
-        top.y = fmaxf(top.y, x + log2_fast(value_scale[n / kScores][n % kScores]));  // behind the last token NaN, which fmaxf passes over
+        top.y = fmaxf(
+            top.y,
+            x + log2_fast(
+                    value_scale[n / kScores][n % kScores]));  // behind the last token NaN, which fmaxf passes over
       }
       top = {quad_max(top.x), quad_max(top.y)};
       if (kFour) top = {fmaxf(top.x, __shfl_xor_sync(kAll, top.x, 16)), fmaxf(top.y, __shfl_xor_sync(kAll, top.y, 16))};
@@ -328,15 +352,19 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
             }
             pair[j] = __byte_perm(x[0], x[1], 0x4051);
           }
-          auto* to = reinterpret_cast<uint32_t*>(exchange.weights + ((page * kOctets + n) * kBlocks + r) * kLanes + lane) + member * kSixteens;
+          auto* to =
+              reinterpret_cast<uint32_t*>(exchange.weights + ((page * kOctets + n) * kBlocks + r) * kLanes + lane) +
+              member * kSixteens;
           if constexpr (kSixteens == 1) *to = pair[0];
-          else *reinterpret_cast<uint2*>(to) = {__byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[0], pair[1], 0x7632)};
+          else
+            *reinterpret_cast<uint2*>(to) = {__byte_perm(pair[0], pair[1], 0x5410),
+                                             __byte_perm(pair[0], pair[1], 0x7632)};
         }
     }
     meet_team<kMembers>(team);
 
-    // This warp's channels, a page at a time. Sums over both would be fewer, but by the stall counts in the machine code that
-    // nvcc 13.0 makes of them they would take twice the cycles; the two were not timed against each other.
+    // This warp's channels, a page at a time. Sums over both would be fewer, but by the stall counts in the machine
+    // code that nvcc 13.0 makes of them they would take twice the cycles; the two were not timed against each other.
     using StateT = TeamState<D, kMembers, kBlocks>;
     constexpr int kTogether = StateT::kPairs < 4 / kBlocks ? StateT::kPairs : 4 / kBlocks;
 #pragma unroll 1
@@ -367,7 +395,8 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
           const uint4 words = codes[pair * kLanes];
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
-            const Levels8 even = levels_of(n == 0 ? words.x : words.z, p.value), odds = levels_of(n == 0 ? words.y : words.w, p.value);
+            const Levels8 even = levels_of(n == 0 ? words.x : words.z, p.value),
+                          odds = levels_of(n == 0 ? words.y : words.w, p.value);
 #pragma unroll
             for (int r = 0; r < kBlocks; ++r) {
               sums[j][n][r].template add<false>(weights[r][0], even);
@@ -395,7 +424,9 @@ __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue, 
 // A run of exact items of one segment, as many at a time as the team has warps; `operands`: of the segment.
 template <int D, int kMembers, int kBlocks, class Slots>
 __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, TeamState<D, kMembers, kBlocks>& state,
-                                           TeamExchange<kMembers, kBlocks>& exchange, const uint4* operands, const Cursor& here, int head, int row0, int run, int team, int member, int lane) {
+                                           TeamExchange<kMembers, kBlocks>& exchange, const uint4* operands,
+                                           const Cursor& here, int head, int row0, int run, int team, int member,
+                                           int lane) {
   constexpr int kPitch = Shape<D>::kExactPitch;
   const int g = lane / 4, t = lane % 4, matrix = lane / 8, matrix_row = lane % 8;
   operands += (operand_bytes_tiles(D) + operand_mean_steps(D)) * kLanes + lane;
@@ -427,7 +458,8 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
       float c[kBlocks][2][4] = {};
 #pragma unroll 4
       for (int k = 0; k < D / 16; ++k) {
-        const uint4 x = load_matrices<false>(base + (matrix / 2 * 8 + matrix_row) * kPitch + (k * 16 + matrix % 2 * 8) * 2);
+        const uint4 x =
+            load_matrices<false>(base + (matrix / 2 * 8 + matrix_row) * kPitch + (k * 16 + matrix % 2 * 8) * 2);
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r) {
           const uint4 q = operands[r * operand_words(D) + k * kLanes];
@@ -443,7 +475,8 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
           if (p.cap > 0) score[r][n] = soft_cap(p.cap, score[r][n]);
         }
         if (rows < kExactTokens || position < seen.x || position + kExactTokens - 1 > seen.y)
-          hide<4, true>(p, at.b, head, row0 + r * kBlockRows + g, position, 0, rows, score[r], [t](int n) { return n / 2 * 8 + 2 * t + n % 2; });
+          hide<4, true>(p, at.b, head, row0 + r * kBlockRows + g, position, 0, rows, score[r],
+                        [t](int n) { return n / 2 * 8 + 2 * t + n % 2; });
       }
     }
     queue.pop(count);
@@ -465,7 +498,8 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
         weight[n] = exp2_fast(score[r][n] - m);
         state.l[r] += weight[n];
       }
-      exchange.weights[(member * kBlocks + r) * kLanes + lane] = two_halves(p.bf16, weight[0], weight[1], weight[2], weight[3]);
+      exchange.weights[(member * kBlocks + r) * kLanes + lane] =
+          two_halves(p.bf16, weight[0], weight[1], weight[2], weight[3]);
     }
     if (mine) {
       const ExactItem item(p, at);
@@ -490,7 +524,8 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
       for (int j = 0; j < TeamState<D, kMembers, kBlocks>::kPairs; ++j) {
         const int pair = j * kMembers + member;
         if (D / 16 % kMembers != 0 && pair >= D / 16) break;
-        const uint4 x = load_matrices<true>(base + (matrix % 2 * 8 + matrix_row) * kPitch + (pair * 16 + matrix / 2 * 8) * 2);
+        const uint4 x =
+            load_matrices<true>(base + (matrix % 2 * 8 + matrix_row) * kPitch + (pair * 16 + matrix / 2 * 8) * 2);
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r)
 #pragma unroll

@@ -1,10 +1,11 @@
-// Rows times a rotation's matrix, for the few rows of a query block. Bound by the latency of reading the matrix, so every
-// thread asks for its share before the rows are there; a matrix that registers do not hold (d = 256) is shared out by columns.
-// The products are the matrix unit's, both factors in two 16-bit floats (22 bits), which takes a fifth of the instructions that
-// float multiply-adds take.
+// Rows times a rotation's matrix, for the few rows of a query block. Bound by the latency of reading the matrix, so
+// every thread asks for its share before the rows are there; a matrix that registers do not hold (d = 256) is shared
+// out by columns. The products are the matrix unit's, both factors in two 16-bit floats (22 bits), which takes a fifth
+// of the instructions that float multiply-adds take.
 //
-// The packed matrix (pack_matrix) holds for rows 16 k ... 16 k + 15 and columns 8 n ... 8 n + 7 and each lane 4g + t column
-// 8 n + g, rows 16 k + {2t, 2t+1} and + {8 + 2t, 9 + 2t}: high halves, then low halves: word (n * D / 16 + k) * 32 + lane.
+// The packed matrix (pack_matrix) holds for rows 16 k ... 16 k + 15 and columns 8 n ... 8 n + 7 and each lane 4g + t
+// column 8 n + g, rows 16 k + {2t, 2t+1} and + {8 + 2t, 9 + 2t}: high halves, then low halves: word (n * D / 16 + k) *
+// 32 + lane.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,15 +15,19 @@
 
 namespace kv4::cuda {
 
-// Operands of products with means: those of tile `tile` of four rows and 32 channels 32 k ... are B, at operand + lane. Column 2r is row r's
-// high halves, 2r + 1 its low ones; a lane has of its column channels 32 k + 8t + {0, 1}, {4, 5}, {2, 3}, {6, 7}.
+// Operands of products with means: those of tile `tile` of four rows and 32 channels 32 k ... are B, at operand + lane.
+// Column 2r is row r's high halves, 2r + 1 its low ones; a lane has of its column channels 32 k + 8t + {0, 1}, {4, 5},
+// {2, 3}, {6, 7}.
 template <int D>
-__device__ __forceinline__ int mean_operand(int tile, int k) { return (operand_bytes_tiles(D) + 2 * k + tile) * kLanes; }
+__device__ __forceinline__ int mean_operand(int tile, int k) {
+  return (operand_bytes_tiles(D) + 2 * k + tile) * kLanes;
+}
 // Channels c ... c + 3 of a row of a block, c a multiple of 4.
 template <int D>
 __device__ __forceinline__ void put_mean(uint4* block, int row, int c, const float (&x)[4]) {
   const uint4 halves = two_halves(false, x[0], x[1], x[2], x[3]);
-  auto* to = reinterpret_cast<uint32_t*>(block + mean_operand<D>(row / 4, c / 32) + row % 4 * 8 + c % 32 / 8) + c % 8 / 4;
+  auto* to = reinterpret_cast<uint32_t*>(block + mean_operand<D>(row / 4, c / 32) + row % 4 * 8 + c % 32 / 8) +
+             c % 8 / 4;
   to[0] = halves.x;
   to[2] = halves.z;
   to[16] = halves.y;
@@ -49,14 +54,16 @@ struct QueryRow {
 
   __device__ __forceinline__ void load(const AttendParams& p, const SequenceView& s, int head, int row, int lane) {
     const int query = row / p.group;
-    const long long from = s.input * p.q_stride[0] + (head * p.group + row - query * p.group) * p.q_stride[1] + (s.input_row + query) * p.q_stride[2];
+    const long long from = s.input * p.q_stride[0] + (head * p.group + row - query * p.group) * p.q_stride[1] +
+                           (s.input_row + query) * p.q_stride[2];
     const bool there = query < s.query_count;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int c = 2 * (lane + i * kLanes);
       raw[i] = {0, 0};
       if (c >= D || !there) continue;
-      if (p.q_dtype == DType::f32) raw[i] = {static_cast<const uint32_t*>(p.q)[from + c], static_cast<const uint32_t*>(p.q)[from + c + 1]};
+      if (p.q_dtype == DType::f32)
+        raw[i] = {static_cast<const uint32_t*>(p.q)[from + c], static_cast<const uint32_t*>(p.q)[from + c + 1]};
       else raw[i] = {static_cast<const uint16_t*>(p.q)[from + c], static_cast<const uint16_t*>(p.q)[from + c + 1]};
     }
   }
@@ -78,10 +85,12 @@ class Turn {
   __device__ Turn(int first, int behind) : first_(first), behind_(behind) {}
   __device__ __forceinline__ void prefetch(const PackedMatrix& matrix) { load(matrix, first_ + threadIdx.x / kLanes); }
 
-  // x, y: [kBlockRows][D] in shared memory; they may be the same. Rows from `valid` on are 0, other columns of y as they were.
+  // x, y: [kBlockRows][D] in shared memory; they may be the same. Rows from `valid` on are 0, other columns of y as
+  // they were.
   __device__ void apply(const PackedMatrix& matrix, const float* x, uint4* operands, float* y, int valid) {
     __shared__ float largest[kBlockRows];
-    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, g = lane / 4,
+              t = lane % 4;
     for (int r = warp; r < kBlockRows; r += warps) {
       float top = 0;
       if (r < valid)

@@ -24,23 +24,29 @@ namespace kv4::cuda {
 namespace {
 
 Status supports_dim(int dim, const char* name) {
-  return has_dim(dim) ? Status() : error(StatusCode::unsupported, std::string("head_dim_") + name, "64, 80, 96, 128 or 256 on CUDA", std::to_string(dim));
+  return has_dim(dim) ? Status()
+                      : error(StatusCode::unsupported, std::string("head_dim_") + name,
+                              "64, 80, 96, 128 or 256 on CUDA", std::to_string(dim));
 }
 Status supports_dims(int k, int v) {
   KV4_RETURN_IF_ERROR(supports_dim(k, "k"));
   KV4_RETURN_IF_ERROR(supports_dim(v, "v"));
-  return k == v ? Status() : error(StatusCode::unsupported, "head_dim_v", "head_dim_k, " + std::to_string(k) + ", on CUDA", std::to_string(v));
+  return k == v ? Status()
+                : error(StatusCode::unsupported, "head_dim_v", "head_dim_k, " + std::to_string(k) + ", on CUDA",
+                        std::to_string(v));
 }
 Status supports_side(const SideSpec& side, const char* name) {
   if (side.groups == 1) return {};
-  return error(StatusCode::unsupported, std::string("recipe.") + name + ".group", "one scale per vector on CUDA", std::to_string(side.group));
+  return error(StatusCode::unsupported, std::string("recipe.") + name + ".group", "one scale per vector on CUDA",
+               std::to_string(side.group));
 }
 
 constexpr std::size_t kScratchZeros = kMostFused * sizeof(int);  // counts of who has arrived
 
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(int device) : device_(device), name_("cuda:" + std::to_string(device)), memory_(device), rotations_(device) {
+  explicit CudaBackend(int device)
+      : device_(device), name_("cuda:" + std::to_string(device)), memory_(device), rotations_(device) {
     const DeviceGuard guard(device_);
     chip_ = chip_of(device_);
   }
@@ -62,10 +68,14 @@ class CudaBackend final : public Backend {
   // attend_main is compiled for some amounts of shared memory (room_of).
   Status supports_device() const {
     if (room_of(chip_) != Room::none) return {};
-    if (chip_.code == 0) return error(StatusCode::unsupported, "device", "one that this build has CUDA code for", name_);
+    if (chip_.code == 0)
+      return error(StatusCode::unsupported, "device", "one that this build has CUDA code for", name_);
     const int needed = room_bytes(chip_.code >= 90 ? Room::large : Room::small) >> 10;
-    return error(StatusCode::unsupported, "device", std::to_string(needed) + " KiB of shared memory for a block of threads, with code for compute capability " +
-                 std::to_string(chip_.code / 10) + "." + std::to_string(chip_.code % 10), std::to_string(chip_.shared >> 10) + " KiB on " + name_);
+    return error(StatusCode::unsupported, "device",
+                 std::to_string(needed) +
+                     " KiB of shared memory for a block of threads, with code for compute capability " +
+                     std::to_string(chip_.code / 10) + "." + std::to_string(chip_.code % 10),
+                 std::to_string(chip_.shared >> 10) + " KiB on " + name_);
   }
   Status supports(const PageSpec& spec) const override {
     KV4_RETURN_IF_ERROR(supports_device());
@@ -76,7 +86,8 @@ class CudaBackend final : public Backend {
   Status supports_rows(int head_dim_k, int head_dim_v, DType dtype, SealMode /*seal*/) const override {
     KV4_RETURN_IF_ERROR(supports_device());
     KV4_RETURN_IF_ERROR(supports_dims(head_dim_k, head_dim_v));
-    return dtype != DType::f32 ? Status() : error(StatusCode::unsupported, "dtype", "float16 or bfloat16 on CUDA", "float32");
+    return dtype != DType::f32 ? Status()
+                               : error(StatusCode::unsupported, "dtype", "float16 or bfloat16 on CUDA", "float32");
   }
 
   void* alloc(std::size_t bytes) override {
@@ -108,13 +119,16 @@ class CudaBackend final : public Backend {
     KV4_ON_DEVICE(device_);
     return memory_.upload(to, from, bytes);
   }
-  Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
+  Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes,
+                    int lines) override {
     KV4_ON_DEVICE(device_);
     const auto* first = static_cast<const std::byte*>(from);
-    const bool overlap = to < from && static_cast<std::byte*>(to) + bytes > first;
-    KV4_RETURN_IF_CUDA("copy of rows", overlap ? launch_move_lines(to, to_pitch, from, from_pitch, bytes, lines, current_stream())
-                                               : cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, bytes, static_cast<std::size_t>(lines),
-                                                                   cudaMemcpyDeviceToDevice, current_stream()));
+    const bool overlap = to<from&& static_cast<std::byte*>(to) + bytes> first;
+    KV4_RETURN_IF_CUDA("copy of rows",
+                       overlap
+                           ? launch_move_lines(to, to_pitch, from, from_pitch, bytes, lines, current_stream())
+                           : cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, bytes, static_cast<std::size_t>(lines),
+                                               cudaMemcpyDeviceToDevice, current_stream()));
     return {};
   }
   Status alloc_note(LateNote** out) override {
@@ -131,7 +145,8 @@ class CudaBackend final : public Backend {
     *out = std::make_unique<CacheTables>(device_, memory_, scratch_);
     return {};
   }
-  Status foresee(DeviceTables* tables, std::span<const SequenceView> sequences, int /*tokens: each has its own*/) override {
+  Status foresee(DeviceTables* tables, std::span<const SequenceView> sequences,
+                 int /*tokens: each has its own*/) override {
     KV4_ON_DEVICE(device_);
     auto& held = static_cast<CacheTables&>(*tables);
     KV4_RETURN_IF_ERROR(held.sync(sequences));
@@ -158,7 +173,8 @@ class CudaBackend final : public Backend {
     auto* const tables = static_cast<CacheTables*>(job.tables);
     const bool captured = tables != nullptr && capturing();  // what the tables hold counts, whatever the host knows
     p.batch = static_cast<int>(captured ? tables->batch() : job.sequences.views.size());
-    p.most = static_cast<int>((captured || job.sequences.resident) && job.sequences.most_queries == 0 ? p.rows : most_queries(job.sequences));
+    p.most = static_cast<int>(
+        (captured || job.sequences.resident) && job.sequences.most_queries == 0 ? p.rows : most_queries(job.sequences));
     if (tables == nullptr) {
       KV4_RETURN_IF_ERROR(device_views(job.sequences, &views, &p.sequences));
     } else {
@@ -216,7 +232,8 @@ class CudaBackend final : public Backend {
     return {};
   }
 
-  Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs, bool resident) override {
+  Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs,
+              bool resident) override {
     KV4_RETURN_IF_ERROR(supports(spec));
     KV4_ON_DEVICE(device_);
     Temporary memory(memory_);
@@ -226,12 +243,14 @@ class CudaBackend final : public Backend {
     p.pages = pages;
     p.heads = kv_heads;
     p.count = static_cast<int>(jobs.size()) * kv_heads;
-    p.halves = resident || std::all_of(jobs.begin(), jobs.end(), [](const SealJob& job) { return job.page < 0 || job.dtype != DType::f32; });
+    p.halves = resident || std::all_of(jobs.begin(), jobs.end(),
+                                       [](const SealJob& job) { return job.page < 0 || job.dtype != DType::f32; });
     KV4_RETURN_IF_CUDA("seal", launch_seal(p, current_stream()));
     return {};
   }
 
-  Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs, bool resident) const override {
+  Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs,
+                    bool resident) const override {
     if (jobs.empty()) return {};
     KV4_ON_DEVICE(device_);
     Temporary memory(memory_);
@@ -252,7 +271,9 @@ class CudaBackend final : public Backend {
     KV4_RETURN_IF_CUDA("sequences", launch_views(batch, stored, out, chip_.code >= 90, current_stream()));
     return {};
   }
-  Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, SealJob* out) override { return make_jobs_of(batch, dtype, range, out); }
+  Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, SealJob* out) override {
+    return make_jobs_of(batch, dtype, range, out);
+  }
   Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, DequantiseJob* out) override {
     return make_jobs_of(batch, dtype, range, out);
   }
@@ -285,12 +306,16 @@ class CudaBackend final : public Backend {
     }
     const AttendPlan plan = plan_attend(p, chip_, load_of(job.sequences, job.spec != nullptr));
     if (p.batch > plan.most_sequences)
-      return error(StatusCode::unsupported, "q", "at most " + std::to_string(plan.most_sequences) + " sequences of these heads on this device",
+      return error(StatusCode::unsupported, "q",
+                   "at most " + std::to_string(plan.most_sequences) + " sequences of these heads on this device",
                    std::to_string(p.batch));
     if (!job.workspace.empty()) {
-      if (job.workspace.size() < plan.scratch || reinterpret_cast<std::uintptr_t>(job.workspace.data()) % alignof(uint4) != 0)
-        return invalid_argument("workspace", "at least " + std::to_string(plan.scratch) + " bytes, on a multiple of " + std::to_string(alignof(uint4)),
-                                std::to_string(job.workspace.size()));
+      if (job.workspace.size() < plan.scratch ||
+          reinterpret_cast<std::uintptr_t>(job.workspace.data()) % alignof(uint4) != 0)
+        return invalid_argument(
+            "workspace",
+            "at least " + std::to_string(plan.scratch) + " bytes, on a multiple of " + std::to_string(alignof(uint4)),
+            std::to_string(job.workspace.size()));
       KV4_RETURN_IF_CUDA("attend", launch_attend(p, plan, job.workspace.data(), current_stream()));
       return {};
     }
@@ -312,7 +337,8 @@ class CudaBackend final : public Backend {
     const AttendArgs& a = job.args;
     bool any_exact = job.sequences.resident;
     if (!any_exact)
-      for (const SequenceView& s : job.sequences.views) any_exact = any_exact || s.exact[0].count + s.exact[1].count > 0;
+      for (const SequenceView& s : job.sequences.views)
+        any_exact = any_exact || s.exact[0].count + s.exact[1].count > 0;
     if (any_exact && job.dtype == DType::f32)
       return error(StatusCode::unsupported, "dtype", "float16 or bfloat16 on CUDA", "float32");
     KV4_RETURN_IF_ERROR(supports_dims(job.head_dim_k, job.head_dim_v));
@@ -341,7 +367,8 @@ class CudaBackend final : public Backend {
       p->value = cuda::make_tables(job.spec->value.levels.table.data());
       const Matrices* k = rotations_.find(job.spec->key.rotation);
       const Matrices* v = rotations_.find(job.spec->value.rotation);
-      if (k == nullptr || v == nullptr) return error(StatusCode::out_of_memory, "rotation", "free device memory", "none");
+      if (k == nullptr || v == nullptr)
+        return error(StatusCode::out_of_memory, "rotation", "free device memory", "none");
       p->dual = k->inverse_packed;
       p->inverse_transpose = v->inverse_transpose_packed;
     }
@@ -364,18 +391,21 @@ class CudaBackend final : public Backend {
     return {};
   }
 
-  Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k, std::uint8_t* v) const override {
+  Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k,
+                            std::uint8_t* v) const override {
     std::vector<std::uint8_t> host;
     KV4_RETURN_IF_ERROR(download(spec, slice, &host));
     cuda::codes_to_canonical(spec, host.data(), k, v);
     return {};
   }
-  Status codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* slice) const override {
+  Status codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v,
+                              std::uint8_t* slice) const override {
     std::vector<std::uint8_t> host;
     KV4_RETURN_IF_ERROR(download(spec, slice, &host));
     cuda::codes_from_canonical(spec, k, v, host.data());
     KV4_ON_DEVICE(device_);
-    KV4_RETURN_IF_CUDA("codes", cudaMemcpyAsync(slice, host.data(), host.size(), cudaMemcpyHostToDevice, current_stream()));
+    KV4_RETURN_IF_CUDA("codes",
+                       cudaMemcpyAsync(slice, host.data(), host.size(), cudaMemcpyHostToDevice, current_stream()));
     KV4_RETURN_IF_CUDA("codes", cudaStreamSynchronize(current_stream()));
     return {};
   }
@@ -384,7 +414,8 @@ class CudaBackend final : public Backend {
   Status download(const PageSpec& spec, const std::uint8_t* slice, std::vector<std::uint8_t>* host) const {
     KV4_ON_DEVICE(device_);
     host->resize(spec.layout.head_bytes);
-    KV4_RETURN_IF_CUDA("codes", cudaMemcpyAsync(host->data(), slice, host->size(), cudaMemcpyDeviceToHost, current_stream()));
+    KV4_RETURN_IF_CUDA("codes",
+                       cudaMemcpyAsync(host->data(), slice, host->size(), cudaMemcpyDeviceToHost, current_stream()));
     KV4_RETURN_IF_CUDA("codes", cudaStreamSynchronize(current_stream()));
     return {};
   }
@@ -392,7 +423,8 @@ class CudaBackend final : public Backend {
   // Sequences of a call without tables, for as long as it runs. Nobody counts in those of a caller.
   template <class View>
   static Status device_views(const Sequences& sequences, Temporary* memory, View** out) {
-    if (!sequences.resident) KV4_RETURN_IF_ERROR(memory->upload("sequences", sequences.views.data(), sequences.views.size_bytes()));
+    if (!sequences.resident)
+      KV4_RETURN_IF_ERROR(memory->upload("sequences", sequences.views.data(), sequences.views.size_bytes()));
     *out = sequences.resident ? const_cast<SequenceView*>(sequences.views.data()) : memory->as<SequenceView>();
     return {};
   }
@@ -457,7 +489,9 @@ bool usable(int device) {
   return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8;
 }
 
-Status no_device() { return error(StatusCode::unsupported, "device", "a CUDA device of compute capability 8.0 or later", "none"); }
+Status no_device() {
+  return error(StatusCode::unsupported, "device", "a CUDA device of compute capability 8.0 or later", "none");
+}
 
 CudaBackend* the_backend(int device) {
   // Never destroyed: the driver may be gone before a static object is.

@@ -1,5 +1,6 @@
-// One CTA per slice and side, 8 tokens at a time: codes to levels in shared memory, times the inverse rotation's matrix. Bound
-// by reading that matrix from L2 for every 8 tokens; for crops and for models that read keys themselves, not for decoding.
+// One CTA per slice and side, 8 tokens at a time: codes to levels in shared memory, times the inverse rotation's
+// matrix. Bound by reading that matrix from L2 for every 8 tokens; for crops and for models that read keys themselves,
+// not for decoding.
 #include "cuda/dequantise.h"
 
 #include <cstdint>
@@ -19,7 +20,8 @@ __global__ void __launch_bounds__(kThreads) dequantise_jobs(const __grid_constan
   const SideParams& side = values ? p.value : p.key;
   void* out = values ? job.v : job.k;
   if (job.page < 0 || out == nullptr) return;
-  const int dim = side.dim, padded = pad_channels(dim), head = blockIdx.x % p.heads, count = static_cast<int>(job.count);
+  const int dim = side.dim, padded = pad_channels(dim), head = blockIdx.x % p.heads,
+            count = static_cast<int>(job.count);
   const std::uint8_t* slice = slice_at(p.pages, job.page, head);
   const float* lambda = values ? job.lambda_v : job.lambda_k;
   if (lambda != nullptr) lambda += head * dim;
@@ -33,8 +35,11 @@ __global__ void __launch_bounds__(kThreads) dequantise_jobs(const __grid_constan
       float value = 0;
       if (r < rows) {
         const Nibble at = values ? value_nibble(token, c) : key_nibble(token, c, padded);
-        const uint32_t code = from_stored(reinterpret_cast<const uint32_t*>(slice + side.codes)[at.word] >> at.shift & 15);
-        value = from_half(reinterpret_cast<const unsigned short*>(slice + side.scales)[c / side.group * kPageTokens + token]) * side.levels[code];
+        const uint32_t code =
+            from_stored(reinterpret_cast<const uint32_t*>(slice + side.codes)[at.word] >> at.shift & 15);
+        value = from_half(reinterpret_cast<const unsigned short*>(slice +
+                                                                  side.scales)[c / side.group * kPageTokens + token]) *
+                side.levels[code];
         if (side.mean) value += from_half(reinterpret_cast<const unsigned short*>(slice + side.mean_at)[c]);
       }
       x[i] = value;
@@ -65,7 +70,8 @@ __global__ void __launch_bounds__(kThreads) dequantise_jobs(const __grid_constan
 cudaError_t launch_dequantise_jobs(const DequantiseJobs& p, cudaStream_t stream) {
   const int dim = p.key.dim > p.value.dim ? p.key.dim : p.value.dim;
   if (p.count == 0) return cudaSuccess;
-  return queue(dequantise_jobs, dim3(static_cast<unsigned>(p.count), 2), kThreads, static_cast<std::size_t>(kTokensAtOnce) * dim * sizeof(float), stream, p);
+  return queue(dequantise_jobs, dim3(static_cast<unsigned>(p.count), 2), kThreads,
+               static_cast<std::size_t>(kTokensAtOnce) * dim * sizeof(float), stream, p);
 }
 
 }  // namespace kv4::cuda

@@ -34,9 +34,9 @@ __device__ __forceinline__ void let_next_begin() {
 template <bool kSignedA, bool kSignedB>
 __device__ __forceinline__ void mma_bytes(int (&sum)[4], uint4 a, uint2 b, const int (&c)[4]) {
   static_assert(kSignedA || kSignedB);
-#define KV4_MMA_BYTES(types)                                                                                                          \
-  asm("mma.sync.aligned.m16n8k32.row.col.s32." types ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                 \
-      : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])                                                                        \
+#define KV4_MMA_BYTES(types)                                                                                          \
+  asm("mma.sync.aligned.m16n8k32.row.col.s32." types ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};" \
+      : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])                                                        \
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]))
   if constexpr (kSignedA && kSignedB) KV4_MMA_BYTES("s8.s8");
   else if constexpr (kSignedA) KV4_MMA_BYTES("s8.u8");
@@ -44,7 +44,9 @@ __device__ __forceinline__ void mma_bytes(int (&sum)[4], uint4 a, uint2 b, const
 #undef KV4_MMA_BYTES
 }
 template <bool kSignedA, bool kSignedB>
-__device__ __forceinline__ void mma_bytes(int (&c)[4], uint4 a, uint2 b) { mma_bytes<kSignedA, kSignedB>(c, a, b, c); }
+__device__ __forceinline__ void mma_bytes(int (&c)[4], uint4 a, uint2 b) {
+  mma_bytes<kSignedA, kSignedB>(c, a, b, c);
+}
 
 // A (16 x 16) times B (16 x 8) of 16-bit floats, added to C in float. Lane 4g + t holds of A rows g (x, z) and g + 8
 // (y, w), columns 2t, 2t+1 (x, y) and 8 + 2t, 8 + 2t+1 (z, w); of B column g, rows 2t, 2t+1 and 8 + 2t, 8 + 2t+1.
@@ -65,15 +67,19 @@ __device__ __forceinline__ uint4 load_matrices(uint32_t shared) {
   uint4 r;
   if constexpr (kTransposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(shared) : "memory");
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+                 : "r"(shared)
+                 : "memory");
   else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(shared) : "memory");
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+                 : "r"(shared)
+                 : "memory");
   return r;
 }
 
-// Four bytes of {a, b}, each chosen by the low three bits of a nibble of `selector`; where its fourth is set, that byte's sign
-// eight times. (__byte_perm clears the fourth bits.)
+// Four bytes of {a, b}, each chosen by the low three bits of a nibble of `selector`; where its fourth is set, that
+// byte's sign eight times. (__byte_perm clears the fourth bits.)
 __device__ __forceinline__ uint32_t look_up(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t r;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
@@ -91,9 +97,10 @@ __device__ __forceinline__ Levels8 levels_of(uint32_t word, const Tables& t) {
           {look_up(t.negative[0], t.negative[1], flipped), look_up(t.negative[0], t.negative[1], flipped >> 16)}};
 }
 
-// Sums of 16-bit numbers times levels: rows g of the accumulators hold the numbers' high bytes, rows g + 8 the low ones.
-// Accumulators start from a constant that makes their bits floats, the sum (below 2^22 in magnitude) plus 1.5 * 2^23:
-// subtracting those of the negative levels from those of the positive ones takes it away, with no conversion at all.
+// Sums of 16-bit numbers times levels: rows g of the accumulators hold the numbers' high bytes, rows g + 8 the low
+// ones. Accumulators start from a constant that makes their bits floats, the sum (below 2^22 in magnitude) plus 1.5 *
+// 2^23: subtracting those of the negative levels from those of the positive ones takes it away, with no conversion at
+// all.
 struct Sums {
   int positive[4], negative[4];
 
@@ -132,7 +139,9 @@ __device__ __forceinline__ float load_element(const void* data, DType dtype, lon
 }
 
 // Beyond the range of fp16 the largest finite number, as the reference stores it.
-__device__ __forceinline__ __half saturated_half(float x) { return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
+__device__ __forceinline__ __half saturated_half(float x) {
+  return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
+}
 __device__ __forceinline__ unsigned short to_half(float x) { return __half_as_ushort(saturated_half(x)); }
 __device__ __forceinline__ float from_half(unsigned short h) { return __half2float(__ushort_as_half(h)); }
 
@@ -223,19 +232,28 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 // To the same place in the shared memory of the cluster's CTA `rank`, which has begun.
 __device__ __forceinline__ void put_in_cluster(const float* p, int rank, float x) {
   if constexpr (kBulkCopies)
-    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.b32 [there], %2;}" ::"r"(shared_address(p)), "r"(rank),
-                 "r"(__float_as_uint(x)) : "memory");
+    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.b32 [there], %2;}" ::"r"(
+                     shared_address(p)),
+                 "r"(rank), "r"(__float_as_uint(x))
+                 : "memory");
 }
 
-// Into the register that x has been in: a copy, as the compiler would make it at a loop's end, would wait for what was asked for.
+// Into the register that x has been in: a copy, as the compiler would make it at a loop's end, would wait for what was
+// asked for.
 __device__ __forceinline__ void load_into(uint32_t& x, const int32_t* from, bool any) {
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.b32 %0, [%1];}" : "+r"(x) : "l"(from), "r"(static_cast<uint32_t>(any)) : "memory");
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.b32 %0, [%1];}"
+               : "+r"(x)
+               : "l"(from), "r"(static_cast<uint32_t>(any))
+               : "memory");
 }
 
-// From shared memory whenever it is asked for: what does not change in a loop would else be kept in registers that are not there.
+// From shared memory whenever it is asked for: what does not change in a loop would else be kept in registers that are
+// not there.
 __device__ __forceinline__ uint4 load_again(const uint4* p) {
   uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(shared_address(p)));
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(shared_address(p)));
   return x;
 }
 
@@ -264,12 +282,13 @@ class Queue {
   // `memory`: queue_bytes(kDepth, kSlotBytes) of this warp, 128-byte aligned.
   __device__ Queue(unsigned char* memory, int lane) : base_(memory), lane_(lane) {}
 
-  // Once, by one lane of a warp for its queue, before a barrier of the CTA: lanes of one warp would take turns, 60 cycles for
-  // each barrier.
+  // Once, by one lane of a warp for its queue, before a barrier of the CTA: lanes of one warp would take turns, 60
+  // cycles for each barrier.
   static __device__ void prepare(unsigned char* memory) {
     if constexpr (kBulkCopies) {
       const uint32_t barriers = shared_address(memory + kDepth * kSlotBytes);
-      for (int i = 0; i < 2 * kDepth; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
+      for (int i = 0; i < 2 * kDepth; ++i)
+        asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
   }
@@ -278,8 +297,7 @@ class Queue {
   __device__ __forceinline__ unsigned char* wait() {
     if constexpr (kBulkCopies) {
       const uint32_t barrier = shared_address(base_ + kDepth * kSlotBytes) + read_ * 16;
-      while (!passed(barrier, parity_)) {
-      }
+      while (!passed(barrier, parity_)) {}
     } else {
       // Each release begins a group of copies.
       asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 1) : "memory");
@@ -293,8 +311,8 @@ class Queue {
     return slot;
   }
 
-  // Every lane has finished reading the oldest slot that was waited for: it may be filled again, from `pieces` where the
-  // warp does that itself.
+  // Every lane has finished reading the oldest slot that was waited for: it may be filled again, from `pieces` where
+  // the warp does that itself.
   template <class Pieces>
   __device__ __forceinline__ void release(Pieces& pieces) {
     __syncwarp();
@@ -316,7 +334,8 @@ class Queue {
         const uint32_t to = shared_address(base_ + freed_ * kSlotBytes), chunks = piece.bytes / 16;
         for (uint32_t i = lane_; i < piece.rows * chunks; i += kLanes)
           asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i / chunks * kRowPitch + i % chunks * 16),
-                       "l"(piece.from + i / chunks * piece.pitch + i % chunks * 16) : "memory");
+                       "l"(piece.from + i / chunks * piece.pitch + i % chunks * 16)
+                       : "memory");
       }
       pieces.next();
       freed_ = freed_ + 1 == kDepth ? 0 : freed_ + 1;
@@ -327,7 +346,9 @@ class Queue {
   static __device__ __forceinline__ bool passed(uint32_t barrier, uint32_t parity) {
     uint32_t done;
     asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
     return done != 0;
   }
   static __device__ __forceinline__ void arrive(uint32_t barrier) {
@@ -353,7 +374,9 @@ class Filler {
   __device__ __forceinline__ bool ready() const {
     uint32_t done;
     asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done) : "r"(full() + 8), "r"(parity_ ^ 1) : "memory");
+                 : "=r"(done)
+                 : "r"(full() + 8), "r"(parity_ ^ 1)
+                 : "memory");
     return done != 0;
   }
   // One row, aligned, by a lane alone.
@@ -362,13 +385,15 @@ class Filler {
     copy(base_ + slot_ * kSlotBytes, from, bytes, full());
     turn();
   }
-  // Of all lanes together, those with something to put say so: pieces of one row, or of rows that lie as they do in a slot, go out
-  // from their own lanes, other rows from as many lanes. What is not aligned is left to the reader, who gets the slot at once.
+  // Of all lanes together, those with something to put say so: pieces of one row, or of rows that lie as they do in a
+  // slot, go out from their own lanes, other rows from as many lanes. What is not aligned is left to the reader, who
+  // gets the slot at once.
   __device__ __forceinline__ void put(bool mine, const Piece& piece, int lane) {
     const bool many = mine && piece.rows > 1 && piece.pitch != kRowPitch && piece.aligned;
     if (mine) {
       if (piece.aligned) {
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full()), "r"(piece.rows * piece.bytes) : "memory");
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full()), "r"(piece.rows * piece.bytes)
+                     : "memory");
         if (!many) copy(base_ + slot_ * kSlotBytes, piece.from, piece.rows * piece.bytes, full());
       } else {
         asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(full()) : "memory");
@@ -381,7 +406,8 @@ class Filler {
       const int rows = __shfl_sync(kAll, piece.rows, from);
       const uint32_t bytes = __shfl_sync(kAll, piece.bytes, from), barrier = __shfl_sync(kAll, full(), from);
       const uint32_t to = __shfl_sync(kAll, base_ + slot_ * kSlotBytes, from);
-      if (lane < rows) copy(to + lane * kRowPitch, reinterpret_cast<const unsigned char*>(address) + lane * pitch, bytes, barrier);
+      if (lane < rows)
+        copy(to + lane * kRowPitch, reinterpret_cast<const unsigned char*>(address) + lane * pitch, bytes, barrier);
     }
     if (mine) turn();
   }
@@ -393,8 +419,11 @@ class Filler {
     parity_ ^= 1;
   }
   __device__ __forceinline__ void copy(uint32_t to, const unsigned char* from, uint32_t bytes, uint32_t barrier) const {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy_) : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(policy_)
+        : "memory");
   }
   __device__ __forceinline__ uint32_t full() const { return base_ + kDepth * kSlotBytes + slot_ * 16; }
 

@@ -1,4 +1,5 @@
-// Queues kernels. The error is the launch's own: cudaGetLastError after <<<>>> would also give what somebody else's call left behind.
+// Queues kernels. The error is the launch's own: cudaGetLastError after <<<>>> would also give what somebody else's
+// call left behind.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,8 +12,9 @@ namespace kv4::cuda {
 
 // `attributes`: [count], may be null where that is 0.
 template <class... Parameters>
-cudaError_t queue_with(cudaLaunchAttribute* attributes, unsigned count, void (*kernel)(Parameters...), dim3 ctas, int threads, std::size_t shared,
-                       cudaStream_t stream, std::type_identity_t<Parameters>... arguments) {
+cudaError_t queue_with(cudaLaunchAttribute* attributes, unsigned count, void (*kernel)(Parameters...), dim3 ctas,
+                       int threads, std::size_t shared, cudaStream_t stream,
+                       std::type_identity_t<Parameters>... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = ctas;
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -24,24 +26,25 @@ cudaError_t queue_with(cudaLaunchAttribute* attributes, unsigned count, void (*k
 }
 
 template <class... Parameters>
-cudaError_t queue(void (*kernel)(Parameters...), dim3 ctas, int threads, std::size_t shared, cudaStream_t stream, std::type_identity_t<Parameters>... arguments) {
+cudaError_t queue(void (*kernel)(Parameters...), dim3 ctas, int threads, std::size_t shared, cudaStream_t stream,
+                  std::type_identity_t<Parameters>... arguments) {
   return queue_with(nullptr, 0, kernel, ctas, threads, shared, stream, arguments...);
 }
 
-// A kernel that calls wait_for_previous and, after it, let_next_begin. `early`: its code is for 9.0 or later, and may be there before the
-// kernels before it have ended.
+// A kernel that calls wait_for_previous and, after it, let_next_begin. `early`: its code is for 9.0 or later, and may
+// be there before the kernels before it have ended.
 template <class... Parameters>
-cudaError_t queue_early(bool early, void (*kernel)(Parameters...), dim3 ctas, int threads, std::size_t shared, cudaStream_t stream,
-                        std::type_identity_t<Parameters>... arguments) {
+cudaError_t queue_early(bool early, void (*kernel)(Parameters...), dim3 ctas, int threads, std::size_t shared,
+                        cudaStream_t stream, std::type_identity_t<Parameters>... arguments) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   return queue_with(&attribute, early ? 1 : 0, kernel, ctas, threads, shared, stream, arguments...);
 }
 
-// How much dynamic shared memory a kernel's CTAs may have is one number for all that launch it on a device, on any thread and stream, replayed
-// launches included. So it is set once, to the most that any call takes, and never lowered; what a call takes, its launch says. One
-// object for each kernel, static.
+// How much dynamic shared memory a kernel's CTAs may have is one number for all that launch it on a device, on any
+// thread and stream, replayed launches included. So it is set once, to the most that any call takes, and never lowered;
+// what a call takes, its launch says. One object for each kernel, static.
 class SharedMost {
  public:
   // Of the current device.

@@ -60,12 +60,16 @@ KV4_HOST_DEVICE constexpr Nibble key_nibble(int token, int channel, int padded) 
 }
 
 KV4_HOST_DEVICE constexpr Nibble value_nibble(int token, int channel) {
-  return {word_index(channel / 8 * 2 + token / 8 % 2, channel % 8 * 4 + token % 8 / 2), (token / 16 * 2 + token % 2) * 4};
+  return {word_index(channel / 8 * 2 + token / 8 % 2, channel % 8 * 4 + token % 8 / 2),
+          (token / 16 * 2 + token % 2) * 4};
 }
 // The token of nibble n of lane 4g + t: value_nibble's inverse.
-KV4_HOST_DEVICE constexpr int value_token(int fragment, int t, int n) { return n / 2 * 16 + fragment % 2 * 8 + 2 * t + n % 2; }
+KV4_HOST_DEVICE constexpr int value_token(int fragment, int t, int n) {
+  return n / 2 * 16 + fragment % 2 * 8 + 2 * t + n % 2;
+}
 
-// Codes 8 ... 15 are the levels from 0 up, 7 ... 0 those from the one below 0 down (types of Levels in recipe/levels.h).
+// Codes 8 ... 15 are the levels from 0 up, 7 ... 0 those from the one below 0 down (types of Levels in
+// recipe/levels.h).
 KV4_HOST_DEVICE constexpr uint32_t to_stored(uint32_t code) { return code < 8 ? 15 - code : code - 8; }
 KV4_HOST_DEVICE constexpr uint32_t from_stored(uint32_t nibble) { return nibble < 8 ? nibble + 8 : 15 - nibble; }
 

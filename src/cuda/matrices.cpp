@@ -24,7 +24,8 @@ cudaError_t upload(const Rotation& rotation, Matrices* out) {
   const std::vector<float> narrow(forward_transpose.begin(), forward_transpose.end());
   const std::vector<float> narrow_inverse(inverse_transpose.begin(), inverse_transpose.end());
   const std::vector<std::uint32_t> packed = pack_matrix(inverse, rotation.dim(), &out->inverse_packed.scale);
-  const std::vector<std::uint32_t> packed_transpose = pack_matrix(inverse_transpose, rotation.dim(), &out->inverse_transpose_packed.scale);
+  const std::vector<std::uint32_t> packed_transpose =
+      pack_matrix(inverse_transpose, rotation.dim(), &out->inverse_transpose_packed.scale);
   const std::vector<std::uint16_t> digit_matrices = digits_of(forward, rotation.dim(), &out->digit_unit);
   out->memory = std::make_unique<DeviceBuffer>();
   if (const cudaError_t e = out->memory->make(n * 32); e != cudaSuccess) return e;

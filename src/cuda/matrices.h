@@ -10,7 +10,8 @@
 
 namespace kv4::cuda {
 
-// A rotation's matrices in device memory; null for the identity. They go with the rotation, whatever is being captured then.
+// A rotation's matrices in device memory; null for the identity. They go with the rotation, whatever is being captured
+// then.
 struct Matrices final : RotationTable {
   explicit Matrices(int on) : device(on) {}
   ~Matrices() override;

@@ -21,8 +21,8 @@ constexpr std::uint64_t kKeptBytes = 256ull << 20;
 
 Status failed(const char* what, cudaError_t e) {
   cudaGetLastError();  // not left for others to find
-  return error(e == cudaErrorMemoryAllocation ? StatusCode::out_of_memory : StatusCode::failed_precondition, what, "success",
-               cudaGetErrorString(e));
+  return error(e == cudaErrorMemoryAllocation ? StatusCode::out_of_memory : StatusCode::failed_precondition, what,
+               "success", cudaGetErrorString(e));
 }
 
 cudaStream_t current_stream() { return stream_of_thread; }
@@ -62,7 +62,8 @@ cudaError_t Staging::take(std::size_t bytes, Slot** out) {
   }
   auto slot = std::make_unique<Slot>();
   slot->bytes = std::max(bytes, kSlotBytes);
-  if (const cudaError_t e = cudaHostAlloc(&slot->memory, slot->bytes, cudaHostAllocPortable); e != cudaSuccess) return e;
+  if (const cudaError_t e = cudaHostAlloc(&slot->memory, slot->bytes, cudaHostAllocPortable); e != cudaSuccess)
+    return e;
   if (const cudaError_t e = cudaEventCreateWithFlags(&slot->done, cudaEventDisableTiming); e != cudaSuccess) {
     forget(cudaFreeHost(slot->memory));
     return e;
@@ -81,7 +82,8 @@ cudaError_t Staging::upload(void* to, const void* from, std::size_t bytes, cudaS
     if (const cudaError_t e = take(bytes, &slot); e != cudaSuccess) return e;
   }
   std::memcpy(slot->memory, from, bytes);
-  if (const cudaError_t e = cudaMemcpyAsync(to, slot->memory, bytes, cudaMemcpyHostToDevice, stream); e != cudaSuccess) return e;
+  if (const cudaError_t e = cudaMemcpyAsync(to, slot->memory, bytes, cudaMemcpyHostToDevice, stream); e != cudaSuccess)
+    return e;
   return cudaEventRecord(slot->done, stream);
 }
 
@@ -104,9 +106,12 @@ cudaError_t Notes::alloc(LateNote** out) {
   });
   if (unused == free_.end()) {
     void* block = nullptr;
-    if (const cudaError_t e = cudaHostAlloc(&block, kBlockBytes, cudaHostAllocPortable | cudaHostAllocMapped); e != cudaSuccess) return e;
+    if (const cudaError_t e = cudaHostAlloc(&block, kBlockBytes, cudaHostAllocPortable | cudaHostAllocMapped);
+        e != cudaSuccess)
+      return e;
     blocks_.push_back(block);
-    for (std::size_t i = 0; i < kBlockBytes / sizeof(LateNote); ++i) free_.push_back({static_cast<LateNote*>(block) + i, nullptr});
+    for (std::size_t i = 0; i < kBlockBytes / sizeof(LateNote); ++i)
+      free_.push_back({static_cast<LateNote*>(block) + i, nullptr});
     unused = free_.end() - 1;
   }
   if (unused->until != nullptr) events_.push_back(unused->until);
@@ -163,7 +168,8 @@ Status Memory::alloc_on(cudaStream_t stream, const char* what, std::size_t bytes
   cudaMemPool_t from = nullptr;
   KV4_RETURN_IF_ERROR(pool(&from));
   const AsideOfCaptures aside;
-  const cudaError_t e = aside.error() == cudaSuccess ? cudaMallocFromPoolAsync(out, bytes, from, stream) : aside.error();
+  const cudaError_t e = aside.error() == cudaSuccess ? cudaMallocFromPoolAsync(out, bytes, from, stream)
+                                                     : aside.error();
   if (e == cudaSuccess) return {};
   *out = nullptr;
   if (e != cudaErrorMemoryAllocation) return failed(what, e);

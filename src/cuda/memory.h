@@ -14,8 +14,8 @@ namespace kv4::cuda {
 
 Status failed(const char* what, cudaError_t e);
 
-#define KV4_RETURN_IF_CUDA(what, expr) \
-  do {                                 \
+#define KV4_RETURN_IF_CUDA(what, expr)                                                                  \
+  do {                                                                                                  \
     if (const cudaError_t kv4_cuda_ = (expr); kv4_cuda_ != cudaSuccess) return failed(what, kv4_cuda_); \
   } while (false)
 
@@ -23,7 +23,8 @@ Status failed(const char* what, cudaError_t e);
 cudaStream_t current_stream();
 bool is_capturing(cudaStream_t stream);
 
-// What nobody can be told of, in a destructor, is not left for others to find either: a device that failed says so at the next call.
+// What nobody can be told of, in a destructor, is not left for others to find either: a device that failed says so at
+// the next call.
 inline void forget(cudaError_t e) {
   if (e != cudaSuccess) cudaGetLastError();
 }
@@ -55,8 +56,8 @@ class DeviceGuard {
   const DeviceGuard guard(device); \
   KV4_RETURN_IF_CUDA("device", guard.error())
 
-// While it lives, this thread may take memory and ask events although some thread captures a stream, whose capture neither becomes part
-// of nor ends. For streams that are not captured.
+// While it lives, this thread may take memory and ask events although some thread captures a stream, whose capture
+// neither becomes part of nor ends. For streams that are not captured.
 class AsideOfCaptures {
  public:
   AsideOfCaptures() : error_(cudaThreadExchangeStreamCaptureMode(&mode_)) {}
@@ -114,8 +115,8 @@ class Staging {
   std::size_t turn_ = 0;
 };
 
-// Notes of NaN and infinity, in host memory that kernels write. One is given out again once what was queued on the current stream when
-// it was freed has run: it may have been about to write.
+// Notes of NaN and infinity, in host memory that kernels write. One is given out again once what was queued on the
+// current stream when it was freed has run: it may have been about to write.
 class Notes {
  public:
   ~Notes();
@@ -137,8 +138,8 @@ class Memory {
  public:
   explicit Memory(int device) : device_(device) {}
   ~Memory();
-  // In the order of the current stream; or of a stream of its own, aside of captures, which has got it by the time this returns, the first
-  // `zeros` bytes 0. Errors: out_of_memory naming `what`; what the device says.
+  // In the order of the current stream; or of a stream of its own, aside of captures, which has got it by the time this
+  // returns, the first `zeros` bytes 0. Errors: out_of_memory naming `what`; what the device says.
   Status alloc(const char* what, std::size_t bytes, void** out) { return alloc_on(current_stream(), what, bytes, out); }
   Status alloc_aside(const char* what, std::size_t bytes, std::size_t zeros, void** out);
   void free(void* p);  // in the order of the current stream
@@ -168,7 +169,9 @@ class Temporary {
   Status upload(const char* what, const void* from, std::size_t bytes);
   Status make(const char* what, std::size_t bytes, std::size_t zeros);  // of which the first are 0
   template <class T>
-  T* as() const { return static_cast<T*>(data_); }
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
 
  private:
   Memory& memory_;

@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(kThreads) energies_kernel(const __grid_constan
   for (int c = threadIdx.x; c < p.dim; c += kThreads) {
     float sum = 0;
     for (int g = 0; g < p.group; ++g) {
-      const float x = load_element(p.q, p.dtype, job.sequence * p.stride[0] + (head * p.group + g) * p.stride[1] + job.query * p.stride[2] + c);
+      const float x = load_element(
+          p.q, p.dtype, job.sequence * p.stride[0] + (head * p.group + g) * p.stride[1] + job.query * p.stride[2] + c);
       sum += x * x;
     }
     job.energies[head * p.dim + c] = sum;
@@ -37,7 +38,8 @@ __device__ double sum_of_all(double x, double* shared) {
   return shared[0];
 }
 
-// lambda_from_energies: what a channel's energy counts as; 0 where there is none at all. `all`: [dim], a thread's own in x.
+// lambda_from_energies: what a channel's energy counts as; 0 where there is none at all. `all`: [dim], a thread's own
+// in x.
 __device__ double shrunk(double x, const double* all, int dim, int c, double* shared) {
   const double floor = kLambdaFloor * sum_of_all(c < dim ? x : 0.0, shared) / dim;
   if (!(floor > 0)) return 0;
@@ -57,7 +59,8 @@ __global__ void __launch_bounds__(kThreads) lambda_kernel(const __grid_constant_
     for (int b = 0; b < p.blocks; ++b) {
       const std::int64_t first = static_cast<std::int64_t>(b) * kPageTokens;
       const auto row = [&](int j) {
-        return static_cast<double>(load_element(p.k, p.bf16 ? DType::bf16 : DType::f16, head * p.k_head_stride + (first + j) * p.k_stride + c));
+        return static_cast<double>(load_element(p.k, p.bf16 ? DType::bf16 : DType::f16,
+                                                head * p.k_head_stride + (first + j) * p.k_stride + c));
       };
       double mean = 0;
       int used = 0;

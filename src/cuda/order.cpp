@@ -12,7 +12,9 @@ struct Order {
     int shift;
   };
   // A word's nibbles in bytes: devices and their hosts are little-endian.
-  static InByte in_byte(Nibble n) { return {std::size_t{n.word} * 4 + static_cast<std::size_t>(n.shift / 8), n.shift % 8}; }
+  static InByte in_byte(Nibble n) {
+    return {std::size_t{n.word} * 4 + static_cast<std::size_t>(n.shift / 8), n.shift % 8};
+  }
   static InByte key(int token, int channel, int dim) { return in_byte(key_nibble(token, channel, pad_channels(dim))); }
   static InByte value(int token, int channel, int /*dim*/) { return in_byte(value_nibble(token, channel)); }
   static std::uint32_t from(std::uint32_t stored) { return from_stored(stored); }

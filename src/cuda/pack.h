@@ -6,8 +6,8 @@
 
 namespace kv4::cuda {
 
-// matrix [dim, dim] by rows, dim a multiple of 16. Returns 4 words for each of dim * dim / 4 lanes' shares; *scale is the
-// largest magnitude, by which entries are divided.
+// matrix [dim, dim] by rows, dim a multiple of 16. Returns 4 words for each of dim * dim / 4 lanes' shares; *scale is
+// the largest magnitude, by which entries are divided.
 std::vector<std::uint32_t> pack_matrix(const std::vector<double>& matrix, int dim, float* scale);
 
 }  // namespace kv4::cuda

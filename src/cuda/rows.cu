@@ -1,6 +1,7 @@
-// Taking exact rows in, moving and converting them: a few kilobytes a decode step, so what counts is the launch. One token of
-// a sequence is one CTA, a warp for a row of one head and side: 512 bytes a head and token at d = 128, read and written once.
-// H100, 8 KV heads, d = 128, in a graph of 32 such launches (bench/cuda/bench_cache.cpp): 2.1 us a layer at batch 1, 2.4 at 16.
+// Taking exact rows in, moving and converting them: a few kilobytes a decode step, so what counts is the launch. One
+// token of a sequence is one CTA, a warp for a row of one head and side: 512 bytes a head and token at d = 128, read
+// and written once. H100, 8 KV heads, d = 128, in a graph of 32 such launches (bench/cuda/bench_cache.cpp): 2.1 us a
+// layer at batch 1, 2.4 at 16.
 #include "cuda/rows.h"
 
 #include <algorithm>
@@ -16,7 +17,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMaxDim = 256;
 
-// One row of 16-bit floats by one warp; zeros and true where some element is NaN or infinity. Nowhere, where `to` is null.
+// One row of 16-bit floats by one warp; zeros and true where some element is NaN or infinity. Nowhere, where `to` is
+// null.
 template <class Word>
 __device__ __forceinline__ bool copy_row(const void* from, void* to, int dim, uint32_t exponents, int lane) {
   constexpr int kPer = sizeof(Word) / 2, kWords = (kMaxDim / kPer + kLanes - 1) / kLanes;
@@ -48,22 +50,28 @@ __global__ void store_kernel(const __grid_constant__ StoreParams p) {
   const std::int64_t count = sequence.query_count;
   const int lane = threadIdx.x % kLanes, warps = blockDim.x / kLanes;
   const long long items = 2ll * p.heads * count;
-  for (long long i = blockIdx.y * warps + threadIdx.x / kLanes; i < items; i += static_cast<long long>(gridDim.y) * warps) {
+  for (long long i = blockIdx.y * warps + threadIdx.x / kLanes; i < items;
+       i += static_cast<long long>(gridDim.y) * warps) {
     const bool value = i % 2 != 0;
     const int head = static_cast<int>(i / 2 % p.heads);
     const long long token = i / 2 / p.heads;
     const std::int64_t* stride = value ? p.v_stride : p.k_stride;
     const long long row = sequence.input_row + token;
-    const auto* from = static_cast<const unsigned short*>(value ? p.v : p.k) + sequence.input * stride[0] + head * stride[1] + row * stride[2];
+    const auto* from = static_cast<const unsigned short*>(value ? p.v : p.k) + sequence.input * stride[0] +
+                       head * stride[1] + row * stride[2];
     auto* to = p.skip != nullptr ? nullptr
-                                 : static_cast<unsigned short*>(const_cast<void*>(value ? rows.v : rows.k)) + row_offset(rows, !value, head, rows.count + token);
+                                 : static_cast<unsigned short*>(const_cast<void*>(value ? rows.v : rows.k)) +
+                                       row_offset(rows, !value, head, rows.count + token);
     const uint32_t exponents = p.bf16 ? 0x7f80u : 0x7c00u;
-    const bool wide = ((reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) & 7) == 0 && p.dim % 4 == 0;
-    const bool bad = wide ? copy_row<uint2>(from, to, p.dim, exponents, lane) : copy_row<unsigned short>(from, to, p.dim, exponents, lane);
+    const bool wide = ((reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) & 7) == 0 &&
+                      p.dim % 4 == 0;
+    const bool bad = wide ? copy_row<uint2>(from, to, p.dim, exponents, lane)
+                          : copy_row<unsigned short>(from, to, p.dim, exponents, lane);
     if (bad && lane == 0 && p.skip != nullptr) p.skip[sequence.input * p.rows + row] = 1;
     if (bad && lane == 0 && sequence.note != nullptr)
-      atomicMax(reinterpret_cast<long long*>(const_cast<std::int64_t*>(value ? &sequence.note->value : &sequence.note->key)),
-                static_cast<long long>(rows.position + rows.count + token + 1));
+      atomicMax(
+          reinterpret_cast<long long*>(const_cast<std::int64_t*>(value ? &sequence.note->value : &sequence.note->key)),
+          static_cast<long long>(rows.position + rows.count + token + 1));
   }
   if (!p.count) return;
   __syncthreads();  // every warp has read the count
@@ -78,7 +86,8 @@ struct Payload {
 };
 __global__ void put_kernel(unsigned char* to, int bytes, const __grid_constant__ Payload from) {
   if (((reinterpret_cast<uintptr_t>(to) | bytes) & 3) == 0) {
-    for (int i = threadIdx.x * 4; i < bytes; i += blockDim.x * 4) *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(from.bytes + i);
+    for (int i = threadIdx.x * 4; i < bytes; i += blockDim.x * 4)
+      *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(from.bytes + i);
   } else {
     for (int i = threadIdx.x; i < bytes; i += blockDim.x) to[i] = from.bytes[i];
   }
@@ -105,25 +114,31 @@ __device__ void move_line(unsigned char* to, const unsigned char* from, std::siz
     __syncthreads();
   }
 }
-__global__ void __launch_bounds__(kThreads) move_lines_kernel(unsigned char* to, std::size_t to_pitch, const unsigned char* from,
-                                                              std::size_t from_pitch, std::size_t bytes) {
+__global__ void __launch_bounds__(kThreads)
+    move_lines_kernel(unsigned char* to, std::size_t to_pitch, const unsigned char* from, std::size_t from_pitch,
+                      std::size_t bytes) {
   to += blockIdx.x * to_pitch;
   from += blockIdx.x * from_pitch;
-  if (((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) & 15) == 0) move_line<uint4>(to, from, bytes);
+  if (((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) & 15) == 0)
+    move_line<uint4>(to, from, bytes);
   else move_line<unsigned short>(to, from, bytes);
 }
 
 __global__ void convert_kernel(const __grid_constant__ ConvertJob job) {
   const long long all = static_cast<long long>(job.heads) * job.rows * job.dim;
-  for (long long i = blockIdx.x * static_cast<long long>(kThreads) + threadIdx.x; i < all; i += static_cast<long long>(gridDim.x) * kThreads) {
+  for (long long i = blockIdx.x * static_cast<long long>(kThreads) + threadIdx.x; i < all;
+       i += static_cast<long long>(gridDim.x) * kThreads) {
     const long long c = i % job.dim, j = i / job.dim % job.rows, h = i / job.dim / job.rows;
-    const float x = job.from == nullptr ? 0.0f : load_element(job.from, job.from_dtype, h * job.from_head_stride + j * job.from_stride + c);
+    const float x = job.from == nullptr
+                        ? 0.0f
+                        : load_element(job.from, job.from_dtype, h * job.from_head_stride + j * job.from_stride + c);
     put_element(job.to, job.to_dtype, h * job.to_head_stride + j * job.to_stride + c, x);
   }
 }
 
 // A warp for each sequence.
-__global__ void __launch_bounds__(kThreads) views_kernel(const __grid_constant__ PagedBatch batch, bool stored, SequenceView* out) {
+__global__ void __launch_bounds__(kThreads)
+    views_kernel(const __grid_constant__ PagedBatch batch, bool stored, SequenceView* out) {
   wait_for_previous();
   let_next_begin();
   const int lane = threadIdx.x % kLanes, b = (blockIdx.x * kThreads + static_cast<int>(threadIdx.x)) / kLanes;
@@ -133,13 +148,15 @@ __global__ void __launch_bounds__(kThreads) views_kernel(const __grid_constant__
   // What attention looks up first is on its way into L2.
   constexpr int kLine = 128 / static_cast<int>(sizeof(std::int32_t));
   const auto expect = [lane](const std::int32_t* ids, std::int64_t count) {
-    for (std::int64_t i = lane * kLine; i < count; i += kLanes * kLine) asm volatile("prefetch.global.L2 [%0];" ::"l"(ids + i));
+    for (std::int64_t i = lane * kLine; i < count; i += kLanes * kLine)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(ids + i));
   };
   expect(view.pages, view.page_count);
   for (const ExactRows& x : view.exact) expect(x.blocks, (x.count + kPageTokens - 1) / kPageTokens);
 }
 template <class Job>
-__global__ void __launch_bounds__(kThreads) jobs_kernel(const __grid_constant__ PagedBatch batch, DType dtype, const __grid_constant__ PageRange range, Job* out) {
+__global__ void __launch_bounds__(kThreads) jobs_kernel(const __grid_constant__ PagedBatch batch, DType dtype,
+                                                        const __grid_constant__ PageRange range, Job* out) {
   wait_for_previous();
   let_next_begin();
   const int i = blockIdx.x * kThreads + threadIdx.x;
@@ -157,9 +174,11 @@ cudaError_t launch_views(const PagedBatch& batch, bool stored, SequenceView* out
   return queue_early(early, views_kernel, dim3(ctas_for(batch.size * kLanes)), kThreads, 0, stream, batch, stored, out);
 }
 template <class Job>
-cudaError_t launch_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out, bool early, cudaStream_t stream) {
+cudaError_t launch_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out, bool early,
+                        cudaStream_t stream) {
   if (batch.size * range.most <= 0) return cudaSuccess;
-  return queue_early(early, jobs_kernel<Job>, dim3(ctas_for(batch.size * range.most)), kThreads, 0, stream, batch, dtype, range, out);
+  return queue_early(early, jobs_kernel<Job>, dim3(ctas_for(batch.size * range.most)), kThreads, 0, stream, batch,
+                     dtype, range, out);
 }
 template cudaError_t launch_jobs(const PagedBatch&, DType, const PageRange&, SealJob*, bool, cudaStream_t);
 template cudaError_t launch_jobs(const PagedBatch&, DType, const PageRange&, DequantiseJob*, bool, cudaStream_t);
@@ -171,25 +190,28 @@ cudaError_t launch_store(const StoreParams& p, cudaStream_t stream) {
   const int threads = one ? static_cast<int>(std::min(items, 32ll)) * kLanes : kThreads;
   // A warp of a long call takes about 8 rows.
   const long long ctas = one ? 1 : std::clamp(items / (kThreads / kLanes) / 8, 1ll, 4096ll);
-  return queue_early(p.early, store_kernel, dim3(static_cast<unsigned>(p.batch), static_cast<unsigned>(ctas)), threads, 0, stream, p);
+  return queue_early(p.early, store_kernel, dim3(static_cast<unsigned>(p.batch), static_cast<unsigned>(ctas)), threads,
+                     0, stream, p);
 }
 
 cudaError_t launch_put(void* to, const void* from, std::size_t bytes, cudaStream_t stream) {
   Payload payload;
   std::memcpy(payload.bytes, from, bytes);
-  return queue(put_kernel, dim3(1), kThreads, 0, stream, static_cast<unsigned char*>(to), static_cast<int>(bytes), payload);
+  return queue(put_kernel, dim3(1), kThreads, 0, stream, static_cast<unsigned char*>(to), static_cast<int>(bytes),
+               payload);
 }
 
-cudaError_t launch_move_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines,
-                              cudaStream_t stream) {
-  return queue(move_lines_kernel, dim3(static_cast<unsigned>(lines)), kThreads, 0, stream, static_cast<unsigned char*>(to), to_pitch,
-               static_cast<const unsigned char*>(from), from_pitch, bytes);
+cudaError_t launch_move_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch,
+                              std::size_t bytes, int lines, cudaStream_t stream) {
+  return queue(move_lines_kernel, dim3(static_cast<unsigned>(lines)), kThreads, 0, stream,
+               static_cast<unsigned char*>(to), to_pitch, static_cast<const unsigned char*>(from), from_pitch, bytes);
 }
 
 cudaError_t launch_convert(const ConvertJob& job, cudaStream_t stream) {
   const long long all = static_cast<long long>(job.heads) * job.rows * job.dim;
   if (all == 0) return cudaSuccess;
-  return queue(convert_kernel, dim3(static_cast<unsigned>(std::min((all + kThreads - 1) / kThreads, 4096ll))), kThreads, 0, stream, job);
+  return queue(convert_kernel, dim3(static_cast<unsigned>(std::min((all + kThreads - 1) / kThreads, 4096ll))), kThreads,
+               0, stream, job);
 }
 
 }  // namespace kv4::cuda

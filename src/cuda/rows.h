@@ -18,7 +18,7 @@ struct StoreParams {
   const void* v = nullptr;
   std::int64_t k_stride[3] = {}, v_stride[3] = {};  // elements: axis 0, head, row
   int batch = 0, heads = 0, dim = 0;
-  int most = 0;  // rows of one sequence
+  int most = 0;           // rows of one sequence
   std::int64_t rows = 0;  // of axis 2
   bool bf16 = false;
   std::uint8_t* skip = nullptr;  // [inputs, rows]: nothing is stored, but told which rows hold NaN or infinity
@@ -34,14 +34,16 @@ constexpr std::size_t kPutBytes = 3840;
 cudaError_t launch_put(void* to, const void* from, std::size_t bytes, cudaStream_t stream);
 
 // Lines that overlap their own sources, moved downwards.
-cudaError_t launch_move_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines, cudaStream_t stream);
+cudaError_t launch_move_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch,
+                              std::size_t bytes, int lines, cudaStream_t stream);
 
 cudaError_t launch_convert(const ConvertJob& job, cudaStream_t stream);
 
 // A PagedBatch's views and jobs (batch.h).
 cudaError_t launch_views(const PagedBatch& batch, bool stored, SequenceView* out, bool early, cudaStream_t stream);
 template <class Job>  // SealJob, DequantiseJob
-cudaError_t launch_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out, bool early, cudaStream_t stream);
+cudaError_t launch_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out, bool early,
+                        cudaStream_t stream);
 
 struct EnergyParams {
   static constexpr int kJobs = 96;
@@ -58,8 +60,8 @@ struct LambdaParams {
   bool bf16 = false;
   std::int64_t k_head_stride = 0, k_stride = 0;
   int kv_heads = 0, dim = 0, blocks = 0;
-  const std::uint8_t* skip = nullptr;       // device memory, as in LambdaJob
-  const float* const* energies = nullptr;   // [queries], device memory too
+  const std::uint8_t* skip = nullptr;      // device memory, as in LambdaJob
+  const float* const* energies = nullptr;  // [queries], device memory too
   int queries = 0;
   float* lambda = nullptr;
 };

@@ -99,12 +99,15 @@ Status Scratch::capture(std::size_t bytes, Held* out) {
   }
   auto of_graph = std::make_unique<OfGraph>(OfGraph{returned_, block});
   cudaUserObject_t object = nullptr;
-  if (const cudaError_t e = cudaUserObjectCreate(&object, of_graph.get(), graph_is_gone, 1, cudaUserObjectNoDestructorSync); e != cudaSuccess) {
+  if (const cudaError_t e =
+          cudaUserObjectCreate(&object, of_graph.get(), graph_is_gone, 1, cudaUserObjectNoDestructorSync);
+      e != cudaSuccess) {
     graph_is_gone(of_graph.release());
     return failed("scratch", e);
   }
   of_graph.release();  // the object's now
-  if (const cudaError_t e = cudaGraphRetainUserObject(capture.graph, object, 1, cudaGraphUserObjectMove); e != cudaSuccess) {
+  if (const cudaError_t e = cudaGraphRetainUserObject(capture.graph, object, 1, cudaGraphUserObjectMove);
+      e != cudaSuccess) {
     forget(cudaUserObjectRelease(object, 1));
     return failed("scratch", e);
   }
@@ -133,7 +136,8 @@ void Scratch::free_returned() {
 
 Scratch::Held Scratch::take_returned(std::size_t bytes) {
   const std::lock_guard<std::mutex> lock(returned_->mutex);
-  const auto it = std::find_if(returned_->blocks.begin(), returned_->blocks.end(), [bytes](const Held& block) { return block->bytes >= bytes; });
+  const auto it = std::find_if(returned_->blocks.begin(), returned_->blocks.end(),
+                               [bytes](const Held& block) { return block->bytes >= bytes; });
   if (it == returned_->blocks.end()) return nullptr;
   const auto block = std::make_shared<Block>();  // another one: the capture that had it is not this one
   block->data = (*it)->data;

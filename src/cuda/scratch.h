@@ -1,11 +1,14 @@
-// Scratch of attention. The kernels of a call write what those behind them read, and count who has arrived, so that scratch may be
-// shared only by calls that the device runs one after another:
+// Scratch of attention. The kernels of a call write what those behind them read, and count who has arrived, so that
+// scratch may be shared only by calls that the device runs one after another:
 //
-//   eager calls      of one stream share a block. cudaStreamGetId tells streams apart, which handles do not: cudaStreamPerThread is
-//                    one handle for a stream of every thread, and a destroyed stream's handle is given out again. The block
-//                    belongs to the caches that call on that stream and goes with the last of them.
-//   captured calls   of one stream within one capture share a block. It belongs to the graph, whatever stream replays it beside
-//                    whatever else, and goes once the graph and what was instantiated from it are destroyed and have run.
+//   eager calls      of one stream share a block. cudaStreamGetId tells streams apart, which handles do not:
+//   cudaStreamPerThread is
+//                    one handle for a stream of every thread, and a destroyed stream's handle is given out again. The
+//                    block belongs to the caches that call on that stream and goes with the last of them.
+//   captured calls   of one stream within one capture share a block. It belongs to the graph, whatever stream replays
+//   it beside
+//                    whatever else, and goes once the graph and what was instantiated from it are destroyed and have
+//                    run.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -38,7 +41,8 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  // At least `bytes` for a call on the current stream, which is not being captured. *held is left where it is of another stream or too small.
+  // At least `bytes` for a call on the current stream, which is not being captured. *held is left where it is of
+  // another stream or too small.
   Status share(std::size_t bytes, Held* held);
   // What the caller has queued that uses it is ordered before the current stream.
   void leave(Held* held);
@@ -55,7 +59,8 @@ class Scratch {
     std::shared_ptr<Returned> to;
     Held block;
   };
-  // A stream that is being captured does not tell its number; until the capture ends its handle is nobody else's, but for cudaStreamPerThread.
+  // A stream that is being captured does not tell its number; until the capture ends its handle is nobody else's, but
+  // for cudaStreamPerThread.
   using CapturedOn = std::tuple<unsigned long long, cudaStream_t, std::thread::id>;  // the capture's number first
   static void graph_is_gone(void* of_graph);
   void free_returned();

@@ -18,7 +18,9 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / kLanes;
 constexpr int kTokensAtOnce = 8;  // rows that share a read of the matrix
 constexpr int kMostDim = 256;
-constexpr int shared_bytes(int dim) { return kPageTokens * (dim + 1) * 4 + 8 + dim * 12 + kPageTokens * pad_channels(dim); }
+constexpr int shared_bytes(int dim) {
+  return kPageTokens * (dim + 1) * 4 + 8 + dim * 12 + kPageTokens * pad_channels(dim);
+}
 
 // y[r][i] = sum over c of matrix_transpose[c][i] x[r][c] for kTokensAtOnce rows; x and y [.., pitch] in shared memory,
 // they may be the same rows. All threads.
@@ -80,12 +82,13 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
   const int head = blockIdx.x / 2 % p.heads, first = job.first, count = static_cast<int>(job.count);
   const SideParams& side = values ? p.value : p.key;
   const int dim = side.dim, pitch = dim + 1, padded = pad_channels(dim);
-  float* x = reinterpret_cast<float*>(shared);                               // [64][pitch]
-  float* offset = x + kPageTokens * pitch + (kPageTokens * pitch) % 2;      // [dim]: what the stored mean leaves out
-  double* mu = reinterpret_cast<double*>(offset + dim);                      // [dim]: lambda times the mean
-  unsigned char* codes = reinterpret_cast<unsigned char*>(mu + dim);         // [64][padded] stored nibbles
+  float* x = reinterpret_cast<float*>(shared);                          // [64][pitch]
+  float* offset = x + kPageTokens * pitch + (kPageTokens * pitch) % 2;  // [dim]: what the stored mean leaves out
+  double* mu = reinterpret_cast<double*>(offset + dim);                 // [dim]: lambda times the mean
+  unsigned char* codes = reinterpret_cast<unsigned char*>(mu + dim);    // [64][padded] stored nibbles
   const void* rows = values ? job.v : job.k;
-  const long long stride = values ? job.v_stride : job.k_stride, begin = head * (values ? job.v_head_stride : job.k_head_stride);
+  const long long stride = values ? job.v_stride : job.k_stride,
+                  begin = head * (values ? job.v_head_stride : job.k_head_stride);
   const float* lambda = values ? job.lambda_v : job.lambda_k;
   if (lambda != nullptr) lambda += head * dim;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -114,7 +117,8 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
       double turned = mu[i];
       if (side.rotation_transpose_f64 != nullptr) {
         turned = 0;
-        for (int c = 0; c < dim; ++c) turned = fma(side.rotation_transpose_f64[static_cast<std::size_t>(c) * dim + i], mu[c], turned);
+        for (int c = 0; c < dim; ++c)
+          turned = fma(side.rotation_transpose_f64[static_cast<std::size_t>(c) * dim + i], mu[c], turned);
       }
       const unsigned short stored = to_half(static_cast<float>(turned));
       reinterpret_cast<unsigned short*>(slice + side.mean_at)[i] = stored;
@@ -140,7 +144,8 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
         squares.add_product(value, value);
         largest = fmaxf(largest, fabsf(value));
       }
-      const float step = side.abs_max ? warp_max(largest) / side.top : sqrtf(warp_sum(squares) / side.group) / side.gain;
+      const float step = side.abs_max ? warp_max(largest) / side.top
+                                      : sqrtf(warp_sum(squares) / side.group) / side.gain;
       Precise xl, ll;
       for (int c = lane; c < side.group; c += kLanes) {
         const float value = x[j * pitch + first + c], y = step > 0 ? value / step : 0.0f, size = fabsf(y);
@@ -155,7 +160,8 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
       }
       const float top = warp_sum(xl), bottom = warp_sum(ll);
       const float scale = !(step > 0) ? 0.0f : side.abs_max ? step : bottom > 0 ? top / bottom : 0.0f;
-      if (lane == 0) reinterpret_cast<unsigned short*>(slice + side.scales)[g * kPageTokens + first + j] = to_half(scale);
+      if (lane == 0)
+        reinterpret_cast<unsigned short*>(slice + side.scales)[g * kPageTokens + first + j] = to_half(scale);
     }
     for (int c = dim + lane; c < padded; c += kLanes) codes[j * padded + c] = static_cast<unsigned char>(to_stored(0));
   }
@@ -193,13 +199,16 @@ bool has_shared(int device, int bytes) {
 template <int D>
 cudaError_t launch_pages(const SealParams& p, int device, cudaStream_t stream) {
   int multiprocessors = 1;
-  if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
+  if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+      e != cudaSuccess)
+    return e;
   static SharedMost most;
   if (const cudaError_t e = most.allow(seal_pages<D>, SealShape<D>::kShared); e != cudaSuccess) return e;
   // A slice of keys with means takes longer than one of values.
   const int ctas = std::min(multiprocessors, 2 * p.count);
   const int keys = p.key.mean && ctas < 2 * p.count ? std::max(1, ctas * 5 / 8) : ctas / 2;
-  return queue(seal_pages<D>, dim3(static_cast<unsigned>(ctas)), SealShape<D>::kThreads, SealShape<D>::kShared, stream, p, keys);
+  return queue(seal_pages<D>, dim3(static_cast<unsigned>(ctas)), SealShape<D>::kThreads, SealShape<D>::kShared, stream,
+               p, keys);
 }
 
 }  // namespace
@@ -225,7 +234,8 @@ cudaError_t launch_seal(const SealParams& p, cudaStream_t stream) {
   const int dim = larger_dim(p.key, p.value);
   static SharedMost most;
   if (const cudaError_t e = most.allow(seal_kernel, shared_bytes(kMostDim)); e != cudaSuccess) return e;
-  return queue(seal_kernel, dim3(static_cast<unsigned>(p.count) * 2), kThreads, static_cast<std::size_t>(shared_bytes(dim)), stream, p);
+  return queue(seal_kernel, dim3(static_cast<unsigned>(p.count) * 2), kThreads,
+               static_cast<std::size_t>(shared_bytes(dim)), stream, p);
 }
 
 }  // namespace kv4::cuda

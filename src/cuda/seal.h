@@ -14,9 +14,9 @@ namespace kv4::cuda {
 struct SideParams {
   int dim = 0, group = 0, groups = 0;
   bool mean = false, abs_max = false;
-  float gain = 1, top = 1;                // of Levels: rms in steps; the largest magnitude
-  int negative_base = 7;                  // of Levels
-  float thresholds[7] = {};               // between magnitudes i and i + 1, in levels
+  float gain = 1, top = 1;   // of Levels: rms in steps; the largest magnitude
+  int negative_base = 7;     // of Levels
+  float thresholds[7] = {};  // between magnitudes i and i + 1, in levels
   std::int8_t levels[16] = {};
   const float* rotation_transpose = nullptr;       // [dim, dim] R^T by rows; null for the identity
   const double* rotation_transpose_f64 = nullptr;  // the same, for means: a bias may be 10^5 times the spread around it
@@ -29,9 +29,9 @@ struct SealParams {
   SideParams key, value;
   PageMemory pages;
   const SealJob* jobs = nullptr;  // in device memory, every pointer in them too
-  int heads = 1;        // of a job: slice i is head i % heads of job i / heads
-  int count = 0;        // slices
-  bool halves = false;  // every job's rows are 16-bit floats
+  int heads = 1;                  // of a job: slice i is head i % heads of job i / heads
+  int count = 0;                  // slices
+  bool halves = false;            // every job's rows are 16-bit floats
 };
 cudaError_t launch_seal(const SealParams& p, cudaStream_t stream);
 

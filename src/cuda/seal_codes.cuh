@@ -13,16 +13,17 @@ __device__ __forceinline__ uint32_t look_up_16(const uint32_t (&table)[4], uint3
   return look_up(table[0], table[1], selector) | look_up(table[2], table[3], flipped);
 }
 
-// What fits a scale to a row's codes: twice the sum of magnitudes times levels, in units, and the sum of the levels' squares.
+// What fits a scale to a row's codes: twice the sum of magnitudes times levels, in units, and the sum of the levels'
+// squares.
 struct Fit {
   unsigned products = 0, squares = 0;
 };
 
-// Magnitudes to codes. A magnitude times `scale` and cut to an integer below 256 lies in one of 16 cells, of which none holds
-// more than one threshold, itself an integer (Levels in recipe/levels.h). The cell's entry is 16 times the number of thresholds
-// below it plus 16 less what its own lies above its start: adding what the magnitude lies above it carries into the upper
-// nibble where it has reached the threshold. Five bits more are kept for the fit, which no magnitude of a row of 256 takes
-// beyond 16 bits: it is at most 16 times the row's rms, or the largest level.
+// Magnitudes to codes. A magnitude times `scale` and cut to an integer below 256 lies in one of 16 cells, of which none
+// holds more than one threshold, itself an integer (Levels in recipe/levels.h). The cell's entry is 16 times the number
+// of thresholds below it plus 16 less what its own lies above its start: adding what the magnitude lies above it
+// carries into the upper nibble where it has reached the threshold. Five bits more are kept for the fit, which no
+// magnitude of a row of 256 takes beyond 16 bits: it is at most 16 times the row's rms, or the largest level.
 struct Quantiser {
   uint32_t cells[4], sizes[2];
   float units;    // to a level
@@ -31,7 +32,8 @@ struct Quantiser {
 
   Quantiser() = default;
 
-  __device__ explicit Quantiser(const SideParams& side) : cells{}, sizes{}, to_step(1 / (side.abs_max ? side.top : side.gain)), midtread(side.negative_base == 8) {
+  __device__ explicit Quantiser(const SideParams& side)
+      : cells{}, sizes{}, to_step(1 / (side.abs_max ? side.top : side.gain)), midtread(side.negative_base == 8) {
     float scale = 2;
     while (side.thresholds[6] * scale * 2 < 256) scale *= 2;
     units = scale * 32;
@@ -47,7 +49,8 @@ struct Quantiser {
     for (int i = 0; i < 8; ++i) sizes[i / 4] |= static_cast<uint32_t>(side.levels[8 + i]) << i % 4 * 8;
   }
 
-  // Stored nibbles of 8 values in order; `inverse`: units over the row's step. The first kCount values count for the fit.
+  // Stored nibbles of 8 values in order; `inverse`: units over the row's step. The first kCount values count for the
+  // fit.
   template <int kCount>
   __device__ __forceinline__ uint32_t operator()(const float (&x)[8], float inverse, Fit& fit) const {
     uint32_t z[8];
@@ -68,7 +71,8 @@ struct Quantiser {
 #pragma unroll
     for (int e = 0; e < 2; ++e) sum[e] = __byte_perm(low, high, e == 0 ? 0x6420 : 0x7531) + (whole[e] & 0x0f0f0f0f);
     const uint32_t index = (sum[0] >> 4 & 0x0f0f0f0f) | (sum[1] & 0xf0f0f0f0);
-    const uint32_t first = look_up(sizes[0], sizes[1], index), second = kCount > 4 ? look_up(sizes[0], sizes[1], index >> 16) : 0;
+    const uint32_t first = look_up(sizes[0], sizes[1], index),
+                   second = kCount > 4 ? look_up(sizes[0], sizes[1], index >> 16) : 0;
     unsigned products = 0;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -85,9 +89,11 @@ struct Quantiser {
   }
 };
 
-// Words of the codes of row r of a lane's two, whose kColumns channels lie in `y` as mma_halves leaves them; zeros unless there are `any`.
+// Words of the codes of row r of a lane's two, whose kColumns channels lie in `y` as mma_halves leaves them; zeros
+// unless there are `any`.
 template <int kColumns, int kTiles>
-__device__ __forceinline__ Fit codes_of_row(const Quantiser& quantise, const float (&y)[kTiles][4], int r, bool any, float inverse, uint32_t (&words)[kTiles / 4]) {
+__device__ __forceinline__ Fit codes_of_row(const Quantiser& quantise, const float (&y)[kTiles][4], int r, bool any,
+                                            float inverse, uint32_t (&words)[kTiles / 4]) {
   const uint32_t all = any ? ~0u : 0u;
   Fit fit;
 #pragma unroll
@@ -95,7 +101,8 @@ __device__ __forceinline__ Fit codes_of_row(const Quantiser& quantise, const flo
     float values[8];
 #pragma unroll
     for (int k = 0; k < 8; ++k) values[k] = y[4 * b + k / 2][2 * r + k % 2];
-    words[b] = all & (32 * b + 16 < kColumns ? quantise.template operator()<8>(values, inverse, fit) : quantise.template operator()<4>(values, inverse, fit));
+    words[b] = all & (32 * b + 16 < kColumns ? quantise.template operator()<8>(values, inverse, fit)
+                                             : quantise.template operator()<4>(values, inverse, fit));
   }
   return fit;
 }

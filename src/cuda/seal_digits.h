@@ -1,6 +1,6 @@
-// A rotation's matrix for 16-bit float products: each entry in fixed point, three digits of 12 bits, the second and third times
-// 2^-12. A digit's matrix is one operand (wgmma.cuh): blocks of 8 output by 8 input channels. After the three the third again,
-// as the A fragments of mma_halves, 16 bytes a lane.
+// A rotation's matrix for 16-bit float products: each entry in fixed point, three digits of 12 bits, the second and
+// third times 2^-12. A digit's matrix is one operand (wgmma.cuh): blocks of 8 output by 8 input channels. After the
+// three the third again, as the A fragments of mma_halves, 16 bytes a lane.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,9 @@ KV4_HOST_DEVICE constexpr int block_at(int row, int channel, int channels) {
 }
 
 // The output channel of tile n of 8, column q: a lane's columns of four tiles are those of a word of 8 key codes.
-KV4_HOST_DEVICE constexpr int output_channel(int n, int q) { return n / 4 * 32 + n % 4 / 2 * 16 + q / 2 * 4 + n % 2 * 2 + q % 2; }
+KV4_HOST_DEVICE constexpr int output_channel(int n, int q) {
+  return n / 4 * 32 + n % 4 / 2 * 16 + q / 2 * 4 + n % 2 * 2 + q % 2;
+}
 
 // `matrix` [dim, dim] by output channels. `unit`: what the first digit is in units of.
 std::vector<std::uint16_t> digits_of(const std::vector<double>& matrix, int dim, float* unit);

@@ -1,25 +1,26 @@
-// Sealing by matrix products: head dims up to 128, one scale per vector, both sides of one dim, rotations that are not the
-// identity. What is left goes by seal.cu's kernel; on 9.0 rows of 16-bit floats go by seal_wgmma.cu's.
+// Sealing by matrix products: head dims up to 128, one scale per vector, both sides of one dim, rotations that are not
+// the identity. What is left goes by seal.cu's kernel; on 9.0 rows of 16-bit floats go by seal_wgmma.cu's.
 //
-// A persistent CTA holds one side's matrix in shared memory, each entry in fixed point: 12 bits, 12 more, and for means 12
-// more; the first two are factors of 16-bit float products. Three groups of four warps seal a slice each, a warp 16 tokens
-// whole, so that a row's statistics, codes and scale never leave the four lanes that hold it. Rows are multiplied as two
-// 16-bit floats in units of a power of two at their maximum; one is enough where the row's own elements are 16-bit floats.
-// A lane's channels are those that 16-byte loads bring and that a word of 8 codes takes: the matrix is laid out accordingly.
+// A persistent CTA holds one side's matrix in shared memory, each entry in fixed point: 12 bits, 12 more, and for means
+// 12 more; the first two are factors of 16-bit float products. Three groups of four warps seal a slice each, a warp 16
+// tokens whole, so that a row's statistics, codes and scale never leave the four lanes that hold it. Rows are
+// multiplied as two 16-bit floats in units of a power of two at their maximum; one is enough where the row's own
+// elements are 16-bit floats. A lane's channels are those that 16-byte loads bring and that a word of 8 codes takes:
+// the matrix is laid out accordingly.
 //
-// Means: sums of differences from a row of the page, so that a large common bias costs no bits. The mean is turned exactly:
-// seven digits of 6 bits, which are columns of a product with the 36-bit matrix as its rows; no sum of products of a digit
-// reaches 2^24, float accumulators hold them exactly, and float64 joins them.
+// Means: sums of differences from a row of the page, so that a large common bias costs no bits. The mean is turned
+// exactly: seven digits of 6 bits, which are columns of a product with the 36-bit matrix as its rows; no sum of
+// products of a digit reaches 2^24, float accumulators hold them exactly, and float64 joins them.
 //
-// Count for d = 128 and a slice, 64 tokens of one side (16,384 bytes read, 4,224 written; at half a copy's speed, 1.5 TB/s,
-// 3,190 cycles of a multiprocessor at 1.75 GHz):
-//   products    1,024 or, split rows, 1,536 of m16n8k16, 192 more for the mean: about 1,640 to 2,760 cycles at mma.sync's rate
-//   matrix      64 KB for every 16 tokens, 256 KB in all: 2,048 cycles of shared memory
-//   issue       12,200 instructions by ncu, mean of both sides: 3,050 cycles
-// Measured on 9.0 with the codes' look-ups as they were before seal_codes.cuh, 16,384 slices each of keys (fp16, mean, lambda 1)
-// and values: a slice of keys takes 8,300 cycles, of values 5,000.
-// ncu: a scheduler issues in 45 % of the cycles; 168 registers leave it three warps, of whose stalls a quarter are fixed
-// latencies, an eighth each the products' pipe, shared memory and loads.
+// Count for d = 128 and a slice, 64 tokens of one side (16,384 bytes read, 4,224 written; at half a copy's speed, 1.5
+// TB/s, 3,190 cycles of a multiprocessor at 1.75 GHz):
+//   products    1,024 or, split rows, 1,536 of m16n8k16, 192 more for the mean: about 1,640 to 2,760 cycles at
+//   mma.sync's rate matrix      64 KB for every 16 tokens, 256 KB in all: 2,048 cycles of shared memory issue 12,200
+//   instructions by ncu, mean of both sides: 3,050 cycles
+// Measured on 9.0 with the codes' look-ups as they were before seal_codes.cuh, 16,384 slices each of keys (fp16, mean,
+// lambda 1) and values: a slice of keys takes 8,300 cycles, of values 5,000. ncu: a scheduler issues in 45 % of the
+// cycles; 168 registers leave it three warps, of whose stalls a quarter are fixed latencies, an eighth each the
+// products' pipe, shared memory and loads.
 //
 //   version                                                                  ns a vector, 32/8/128, 65,536 tokens
 //   float products, the matrix from L2 (seal.cu; 8,192 tokens)               4.3
@@ -55,15 +56,19 @@ struct SealShape {
 };
 
 // Input channels of a lane: element i < 4 of lane t of a step of 16. Output channels: seal_digits.h.
-__device__ __forceinline__ int input_channel(int step, int t, int i) { return step / 2 * 32 + 8 * t + step % 2 * 4 + i; }
+__device__ __forceinline__ int input_channel(int step, int t, int i) {
+  return step / 2 * 32 + 8 * t + step % 2 * 4 + i;
+}
 
-__device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+__device__ __forceinline__ void group_barrier(int group) {
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
 
-// A lane's channels of `kRows` rows of 16-bit floats, widened; zeros unless there are `any`. All loads are asked for before
-// the first is used.
+// A lane's channels of `kRows` rows of 16-bit floats, widened; zeros unless there are `any`. All loads are asked for
+// before the first is used.
 template <int D, int kRows>
-__device__ __forceinline__ void load_halves(const unsigned short* const (&row)[kRows], bool any, bool bf16, bool aligned, int t,
-                                            float (&x)[kRows][pad_channels(D) / 32][8]) {
+__device__ __forceinline__ void load_halves(const unsigned short* const (&row)[kRows], bool any, bool bf16,
+                                            bool aligned, int t, float (&x)[kRows][pad_channels(D) / 32][8]) {
   constexpr int kBlocks = pad_channels(D) / 32;
   uint4 raw[kRows][kBlocks];
 #pragma unroll
@@ -71,7 +76,8 @@ __device__ __forceinline__ void load_halves(const unsigned short* const (&row)[k
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       raw[r][b] = {};
-      if (aligned && any && 32 * b + 8 * t < D) raw[r][b] = __ldg(reinterpret_cast<const uint4*>(row[r] + 32 * b + 8 * t));
+      if (aligned && any && 32 * b + 8 * t < D)
+        raw[r][b] = __ldg(reinterpret_cast<const uint4*>(row[r] + 32 * b + 8 * t));
     }
   if (!aligned) {
 #pragma unroll
@@ -101,8 +107,8 @@ __device__ __forceinline__ void load_halves(const unsigned short* const (&row)[k
     }
 }
 template <int D, int kRows>
-__device__ __forceinline__ void load_rows(const void* rows, DType dtype, const long long (&at)[kRows], bool any, bool aligned, int t,
-                                          float (&x)[kRows][pad_channels(D) / 32][8]) {
+__device__ __forceinline__ void load_rows(const void* rows, DType dtype, const long long (&at)[kRows], bool any,
+                                          bool aligned, int t, float (&x)[kRows][pad_channels(D) / 32][8]) {
   if (dtype != DType::f32) {
     const unsigned short* row[kRows];
 #pragma unroll
@@ -114,7 +120,8 @@ __device__ __forceinline__ void load_rows(const void* rows, DType dtype, const l
 #pragma unroll
     for (int b = 0; b < pad_channels(D) / 32; ++b)
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[r][b][i] = any && 32 * b + 8 * t < D ? static_cast<const float*>(rows)[at[r] + 32 * b + 8 * t + i] : 0.0f;
+      for (int i = 0; i < 8; ++i)
+        x[r][b][i] = any && 32 * b + 8 * t < D ? static_cast<const float*>(rows)[at[r] + 32 * b + 8 * t + i] : 0.0f;
 }
 
 // Adds what the lane `kStep` away holds; each keeps one half, kHalf sums, the lanes with that bit the upper one.
@@ -169,8 +176,9 @@ __device__ float load_matrix(const SideParams& side, uint4* matrix, uint2* third
 
 // y = rows times the matrix.
 template <int D, bool kSplit>
-__device__ __forceinline__ void multiply(const uint4* matrix, const uint4 (&high)[SealShape<D>::kSteps], const uint4 (&low)[SealShape<D>::kSteps],
-                                         int lane, float (&y)[SealShape<D>::kTiles][4]) {
+__device__ __forceinline__ void multiply(const uint4* matrix, const uint4 (&high)[SealShape<D>::kSteps],
+                                         const uint4 (&low)[SealShape<D>::kSteps], int lane,
+                                         float (&y)[SealShape<D>::kTiles][4]) {
   using S = SealShape<D>;
   constexpr int kTogether = 4;  // tiles: no product waits for the one before it
 #pragma unroll
@@ -208,9 +216,10 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
   auto* matrix = reinterpret_cast<uint4*>(memory);
   auto* third = reinterpret_cast<uint2*>(memory + S::kMatrix * 16);
   const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
-  const int warp = threadIdx.x / kLanes % 4, group = threadIdx.x / S::kGroupThreads, thread = threadIdx.x % S::kGroupThreads;
+  const int warp = threadIdx.x / kLanes % 4, group = threadIdx.x / S::kGroupThreads,
+            thread = threadIdx.x % S::kGroupThreads;
   unsigned char* mine = memory + S::kMatrix * 24 + group * S::kGroupBytes;
-  auto (*part)[S::kPadded] = reinterpret_cast<float (*)[S::kPadded]>(mine);  // [4]
+  auto(*part)[S::kPadded] = reinterpret_cast<float(*)[S::kPadded]>(mine);   // [4]
   auto* pivot = reinterpret_cast<float*>(part + 4);                         // a row of the page
   float* delta = pivot + S::kPadded;                                        // mean less pivot
   float* offset = delta + S::kPadded;                                       // what the stored mean leaves out
@@ -224,8 +233,10 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     if (job.page < 0) continue;
     const int head = index % p.heads;
     const DType dtype = job.dtype;
-    const int first = job.first, count = static_cast<int>(job.count), size = dtype == DType::f32 ? 4 : 2, hidden = job.hidden;
-    const void* rows = static_cast<const unsigned char*>(kValues ? job.v : job.k) + head * (kValues ? job.v_head_stride : job.k_head_stride) * size;
+    const int first = job.first, count = static_cast<int>(job.count), size = dtype == DType::f32 ? 4 : 2,
+              hidden = job.hidden;
+    const void* rows = static_cast<const unsigned char*>(kValues ? job.v : job.k) +
+                       head * (kValues ? job.v_head_stride : job.k_head_stride) * size;
     const long long stride = kValues ? job.v_stride : job.k_stride;
     const float* lambda = kValues ? job.lambda_v : job.lambda_k;
     if (lambda != nullptr) lambda += head * D;
@@ -240,7 +251,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
       used = __popc(a) + __popc(b);
       pivot_row = a != 0 ? __ffs(a) - 1 : b != 0 ? 31 + __ffs(b) : 0;
     }
-    // Rows g and g + 8 of the warp's 16; j counts from the job's first. A row that is masked or not there reads the pivot.
+    // Rows g and g + 8 of the warp's 16; j counts from the job's first. A row that is masked or not there reads the
+    // pivot.
     bool there[2], live[2];
     long long at[2];
 #pragma unroll
@@ -251,7 +263,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
       at[r] = (live[r] ? j : pivot_row) * stride;
     }
     float pivot_here = 0;
-    if (!kValues && side.mean && thread < D && used > 0) pivot_here = load_element(rows, dtype, pivot_row * stride + thread);
+    if (!kValues && side.mean && thread < D && used > 0)
+      pivot_here = load_element(rows, dtype, pivot_row * stride + thread);
     float x[2][S::kBlocks][8];
     load_rows<D, 2>(rows, dtype, at, used > 0, aligned, t, x);
     if (index + S::kGroups * ctas < p.count && dtype != DType::f32) {
@@ -259,7 +272,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
       const int coming = index + S::kGroups * ctas, row = thread / 2;
       const SealJob& next = p.jobs[coming / p.heads];
       if (next.page >= 0 && row < next.count) {
-        const auto* at = static_cast<const unsigned short*>(kValues ? next.v : next.k) + row * (kValues ? next.v_stride : next.k_stride) +
+        const auto* at = static_cast<const unsigned short*>(kValues ? next.v : next.k) +
+                         row * (kValues ? next.v_stride : next.k_stride) +
                          coming % p.heads * (kValues ? next.v_head_stride : next.k_head_stride);
         asm volatile("prefetch.global.L2 [%0];" ::"l"(at + thread % 2 * (D / 2)));
       }
@@ -285,7 +299,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
       halve<kSums / 8, 4>(sum, lane);
 #pragma unroll
       for (int i = 0; i < kSums / 8; ++i) {
-        const int at = (lane >> 4 & 1) * (kSums / 2) + (lane >> 3 & 1) * (kSums / 4) + (lane >> 2 & 1) * (kSums / 8) + i;
+        const int at = (lane >> 4 & 1) * (kSums / 2) + (lane >> 3 & 1) * (kSums / 4) + (lane >> 2 & 1) * (kSums / 8) +
+                       i;
         part[warp][at / 8 * 32 + 8 * t + at % 8] = sum[i];
       }
       group_barrier(group);
@@ -386,7 +401,9 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
           double turned = 0;
 #pragma unroll
           for (int digit = 2; digit >= 0; --digit)
-            turned += (static_cast<double>(sums[digit][2 * half]) + static_cast<double>(sums[digit][2 * half + 1]) * (1.0 / 64)) * (digit == 2 ? 1.0 / 4096 : 1.0);
+            turned += (static_cast<double>(sums[digit][2 * half]) +
+                       static_cast<double>(sums[digit][2 * half + 1]) * (1.0 / 64)) *
+                      (digit == 2 ? 1.0 / 4096 : 1.0);
           turned *= weight;
           turned += __shfl_xor_sync(kAll, turned, 1);
           turned += __shfl_xor_sync(kAll, turned, 2);
@@ -409,7 +426,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
 #pragma unroll
     for (int n = 0; n < S::kTiles; ++n) {
       float2 more = {};
-      if (!kValues && side.mean && S::has(n)) more = *reinterpret_cast<const float2*>(offset + output_channel(n, 2 * t));
+      if (!kValues && side.mean && S::has(n))
+        more = *reinterpret_cast<const float2*>(offset + output_channel(n, 2 * t));
 #pragma unroll
       for (int e = 0; e < 4; ++e) y[n][e] = fmaf(y[n][e], scale[e / 2], e % 2 == 0 ? more.x : more.y);
     }
@@ -435,8 +453,12 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
       const float inverse = any ? quantise.units / step[r] : 0.0f;
       const Fit fit = codes_of_row<D>(quantise, y, r, any, inverse, words[r]);
       const unsigned products = quad_sum(fit.products), squares = quad_sum(fit.squares);
-      const float fitted = side.abs_max ? step[r] : squares > 0 ? static_cast<float>(products) / static_cast<float>(squares) * (step[r] / (2 * quantise.units)) : 0.0f;
-      if (t == 0 && there[r]) reinterpret_cast<unsigned short*>(slice + side.scales)[warp * 16 + g + 8 * r] = to_half(any ? fitted : 0.0f);
+      const float fitted = side.abs_max  ? step[r]
+                           : squares > 0 ? static_cast<float>(products) / static_cast<float>(squares) *
+                                               (step[r] / (2 * quantise.units))
+                                         : 0.0f;
+      if (t == 0 && there[r])
+        reinterpret_cast<unsigned short*>(slice + side.scales)[warp * 16 + g + 8 * r] = to_half(any ? fitted : 0.0f);
     }
 
     // Tokens that the job does not hold keep what the slice holds.
@@ -445,7 +467,9 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
       if (S::kBlocks == 4) {
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          if (there[r]) *reinterpret_cast<uint4*>(codes + word_index((warp * 2 + r) * 4, lane)) = {words[r][0], words[r][1], words[r][2 % S::kBlocks], words[r][3 % S::kBlocks]};
+          if (there[r])
+            *reinterpret_cast<uint4*>(codes + word_index((warp * 2 + r) * 4, lane)) = {
+                words[r][0], words[r][1], words[r][2 % S::kBlocks], words[r][3 % S::kBlocks]};
       } else {
 #pragma unroll
         for (int r = 0; r < 2; ++r)
@@ -471,7 +495,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
       for (int b = 0; b < S::kBlocks; ++b) {
         const uint32_t received = __shfl_xor_sync(kAll, odd ? words[0][b] : words[1][b], 4);
         const uint32_t even_row = odd ? received : words[0][b], odd_row = odd ? words[1][b] : received;
-        const uint32_t pairs[2] = {(even_row & 0x0f0f0f0f) | (odd_row & 0x0f0f0f0f) << 4, (even_row >> 4 & 0x0f0f0f0f) | (odd_row & 0xf0f0f0f0)};
+        const uint32_t pairs[2] = {(even_row & 0x0f0f0f0f) | (odd_row & 0x0f0f0f0f) << 4,
+                                   (even_row >> 4 & 0x0f0f0f0f) | (odd_row & 0xf0f0f0f0)};
 #pragma unroll
         for (int k = 0; k < 8; ++k) {  // channel 32b + 4t + k % 4 + 16 (k / 4)
           unsigned char& to = bytes[(2 * b + k / 4) * 512 + k % 4 * 64];
@@ -480,7 +505,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
         }
       }
       group_barrier(group);
-      for (int i = thread; i < S::kStaged / 4; i += S::kGroupThreads) reinterpret_cast<uint4*>(codes)[i] = reinterpret_cast<const uint4*>(staged)[i];
+      for (int i = thread; i < S::kStaged / 4; i += S::kGroupThreads)
+        reinterpret_cast<uint4*>(codes)[i] = reinterpret_cast<const uint4*>(staged)[i];
     }
   }
 }
@@ -489,7 +515,8 @@ extern __shared__ __align__(16) unsigned char seal_memory[];
 
 // The first `key_ctas` of the grid seal keys, the others values.
 template <int D>
-__global__ void __launch_bounds__(SealShape<D>::kThreads, 1) seal_pages(const __grid_constant__ SealParams p, int key_ctas) {
+__global__ void __launch_bounds__(SealShape<D>::kThreads, 1)
+    seal_pages(const __grid_constant__ SealParams p, int key_ctas) {
   const int cta = blockIdx.x;
   if (cta < key_ctas) seal_side<D, false>(p, seal_memory, cta, key_ctas);
   else seal_side<D, true>(p, seal_memory, cta - key_ctas, static_cast<int>(gridDim.x) - key_ctas);

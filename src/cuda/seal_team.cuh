@@ -1,5 +1,5 @@
-// What seal_wgmma.cu's teams of warps do with a slice: bring its rows, sum and multiply them, tell the other CTA of a cluster,
-// put its values' codes.
+// What seal_wgmma.cu's teams of warps do with a slice: bring its rows, sum and multiply them, tell the other CTA of a
+// cluster, put its values' codes.
 #pragma once
 
 #include <cstdint>
@@ -19,41 +19,56 @@ struct TeamJob {
   __device__ __forceinline__ std::uint8_t* slice(const PageMemory& pages) const volatile {
     const bool chunked = pages.chunks != nullptr;
     const std::int32_t within = chunked ? job.page & ((std::int32_t{1} << pages.chunk_shift) - 1) : job.page;
-    return const_cast<std::uint8_t*>(chunked ? chunk : pages.data) + within * pages.page_stride + head * pages.head_stride;
+    return const_cast<std::uint8_t*>(chunked ? chunk : pages.data) + within * pages.page_stride +
+           head * pages.head_stride;
   }
 };
 static_assert(sizeof(SealJob) % 8 == 0 && sizeof(SealJob) / 8 < kLanes && sizeof(TeamJob) % 8 == 0);
 
-// A team seals a slice at a time: 64 rows, by one group of four warps, or, where the matrix is not a CTA's, by kSplit in each of
-// kCluster CTAs, each group a part of the output channels.
+// A team seals a slice at a time: 64 rows, by one group of four warps, or, where the matrix is not a CTA's, by kSplit
+// in each of kCluster CTAs, each group a part of the output channels.
 template <int D>
 struct TeamShape {
-  static constexpr int kCluster = D > 128 ? 2 : 1, kSplit = D > 128 ? 2 : 1, kTeams = D > 128 ? 2 : D > 96 ? 3 : D > 64 ? 4 : 5;
-  static constexpr int kTeamThreads = kSplit * 128, kTeamWarps = kTeamThreads / kLanes, kThreads = kTeams * kTeamThreads;
+  static constexpr int kCluster = D > 128 ? 2 : 1, kSplit = D > 128 ? 2 : 1,
+                       kTeams = D > 128  ? 2
+                                : D > 96 ? 3
+                                : D > 64 ? 4
+                                         : 5;
+  static constexpr int kTeamThreads = kSplit * 128, kTeamWarps = kTeamThreads / kLanes,
+                       kThreads = kTeams * kTeamThreads;
   static constexpr int kParts = kCluster * kSplit, kColumns = D / kParts, kCtaColumns = D / kCluster;
   static constexpr int kBlocks = pad_channels(kColumns) / 32, kTiles = kBlocks * 4;  // of a part, for codes
-  static constexpr int kSteps = D / 16, kUnrolled = D > 128 ? 2 : kSteps;  // of a mean's products: registers are short at 256
-  static constexpr int kKeyShare = D > 128 ? 72 : D > 96 ? 70 : D > 64 ? 68 : 64;  // of CTAs, percent, measured; 96 as 80
-  static constexpr int kOctets = 8 / kTeamWarps, kPieces = (D / 8 + 3) / 4;  // a lane's share of the rows: of 8, 16 bytes of each
-  static constexpr int kStaged = pad_channels(kCtaColumns) / 8 * 2 * kLanes;  // words of codes
-  static constexpr int kDigits = 7, kDigitPitch = D + 8;  // of a mean
+  static constexpr int kSteps = D / 16,
+                       kUnrolled = D > 128 ? 2 : kSteps;  // of a mean's products: registers are short at 256
+  static constexpr int kKeyShare = D > 128  ? 72
+                                   : D > 96 ? 70
+                                   : D > 64 ? 68
+                                            : 64;  // of CTAs, percent, measured; 96 as 80
+  static constexpr int kOctets = 8 / kTeamWarps,
+                       kPieces = (D / 8 + 3) / 4;  // a lane's share of the rows: of 8, 16 bytes of each
+  static constexpr int kStaged = pad_channels(kCtaColumns) / 8 * 2 * kLanes;       // words of codes
+  static constexpr int kDigits = 7, kDigitPitch = D + 8;                           // of a mean
   static constexpr int kPairs = (kCtaColumns / 16 + kTeamWarps - 1) / kTeamWarps;  // of tiles, that a warp turns it to
   // Shared memory: the matrix's digits, then of each team.
   static constexpr int kDigitBytes = D * kCtaColumns * 2, kDigitsHeld = D > 128 ? 2 : 3;
   static constexpr int kRowBytes = kPageTokens * D * 2;
   // Whether the rows' second halves lie beside the first, or take their place once these are multiplied.
   static constexpr bool kBeside = D <= 128;
-  static constexpr int kRestBytes = kBeside ? kRowBytes : kStaged * 4, kPivotAt = kRowBytes + kRestBytes, kLambdaAt = kPivotAt + D * 4, kOffsetAt = kLambdaAt + D * 4;
+  static constexpr int kRestBytes = kBeside ? kRowBytes : kStaged * 4, kPivotAt = kRowBytes + kRestBytes,
+                       kLambdaAt = kPivotAt + D * 4, kOffsetAt = kLambdaAt + D * 4;
   static constexpr int kMeanDigitsAt = kOffsetAt + D * 4, kScaleAt = kMeanDigitsAt + 8 * kDigitPitch * 2;
   static constexpr int kStatAt = kScaleAt + kPageTokens * 4, kFitAt = kStatAt + kParts * kPageTokens * 4;
-  static constexpr int kJobsAt = kFitAt + kParts * kPageTokens * 8, kBarriersAt = kJobsAt + 3 * static_cast<int>(sizeof(TeamJob));
+  static constexpr int kJobsAt = kFitAt + kParts * kPageTokens * 8,
+                       kBarriersAt = kJobsAt + 3 * static_cast<int>(sizeof(TeamJob));
   static constexpr int kTeamBytes = (kBarriersAt + 16 + 127) / 128 * 128;
   static constexpr int kShared = kDigitsHeld * kDigitBytes + kTeams * kTeamBytes;
   static_assert(kStaged * 4 <= kRestBytes && kShared <= 227 << 10);
 };
 
 template <int D>
-__device__ __forceinline__ void team_barrier(int team) { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TeamShape<D>::kTeamThreads) : "memory"); }
+__device__ __forceinline__ void team_barrier(int team) {
+  asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TeamShape<D>::kTeamThreads) : "memory");
+}
 __device__ __forceinline__ int cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -64,18 +79,25 @@ __device__ __forceinline__ void put_beside(const float* p, uint32_t barrier, int
   uint32_t there, barrier_there;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank ^ 1));
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier_there) : "r"(barrier), "r"(rank ^ 1));
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there), "r"(__float_as_uint(x)), "r"(barrier_there) : "memory");
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
+               "r"(__float_as_uint(x)), "r"(barrier_there)
+               : "memory");
 }
 __device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void wait_for_bytes(uint32_t barrier, uint32_t parity) {
-  asm volatile("{.reg .pred p;\nagain_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@!p bra again_%=;}" ::"r"(barrier), "r"(parity) : "memory");
+  asm volatile(
+      "{.reg .pred p;\nagain_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@!p bra "
+      "again_%=;}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 
 // 16 bytes on their way into shared memory; zeros unless there are `any`.
 __device__ __forceinline__ void copy_16(void* to, const void* from, bool any) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(any ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(any ? 16 : 0)
+               : "memory");
 }
 __device__ __forceinline__ void copy_8(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
@@ -91,12 +113,14 @@ __device__ __forceinline__ float reciprocal(float x) {
 
 // A slice's rows and lambda, and the chunk of its page. A row that is masked or not there is zeros.
 template <int D, bool kValues>
-__device__ __forceinline__ void ask_for_rows(const PageMemory& pages, TeamJob& its, unsigned char* rows, float* lambda, int thread) {
+__device__ __forceinline__ void ask_for_rows(const PageMemory& pages, TeamJob& its, unsigned char* rows, float* lambda,
+                                             int thread) {
   using S = TeamShape<D>;
   const SealJob& job = its.job;
   if (job.page < 0) return;
   const int hidden = job.hidden;
-  const auto* from = static_cast<const unsigned short*>(kValues ? job.v : job.k) + its.head * (kValues ? job.v_head_stride : job.k_head_stride);
+  const auto* from = static_cast<const unsigned short*>(kValues ? job.v : job.k) +
+                     its.head * (kValues ? job.v_head_stride : job.k_head_stride);
   const long long stride = kValues ? job.v_stride : job.k_stride;
   const float* weights = kValues ? job.lambda_v : job.lambda_k;
   if (weights != nullptr) weights += its.head * D;
@@ -131,14 +155,18 @@ __device__ __forceinline__ void ask_for_rows(const PageMemory& pages, TeamJob& i
   }
   if (thread < D) {
     if (weights == nullptr) lambda[thread] = 1;
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(lambda + thread)), "l"(weights + thread) : "memory");
+    else
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(lambda + thread)),
+                   "l"(weights + thread)
+                   : "memory");
   }
 }
 // The job of slice `at`.
 __device__ __forceinline__ void ask_for_job(const SealParams& p, int at, TeamJob* to, int thread) {
   if (thread >= kLanes) return;
   const int index = at / p.heads;
-  if (thread < static_cast<int>(sizeof(SealJob) / 8)) copy_8(reinterpret_cast<uint2*>(&to->job) + thread, reinterpret_cast<const uint2*>(p.jobs + index) + thread);
+  if (thread < static_cast<int>(sizeof(SealJob) / 8))
+    copy_8(reinterpret_cast<uint2*>(&to->job) + thread, reinterpret_cast<const uint2*>(p.jobs + index) + thread);
   if (thread == kLanes - 1) to->head = at - index * p.heads;
 }
 
@@ -160,28 +188,35 @@ __device__ __forceinline__ void sum_rows(const unsigned char* rows, bool bf16, i
 
 // y = rows times the matrix, begun.
 template <int D, bool kInTwo>
-__device__ __forceinline__ void multiply(float (&y)[TeamShape<D>::kTiles][4], uint32_t rows, uint32_t rest, uint32_t columns_0, uint32_t columns_1) {
+__device__ __forceinline__ void multiply(float (&y)[TeamShape<D>::kTiles][4], uint32_t rows, uint32_t rest,
+                                         uint32_t columns_0, uint32_t columns_1) {
   using S = TeamShape<D>;
   products_begin();
 #pragma unroll
-  for (int s = 0; s < S::kSteps; ++s) product<S::kColumns, D>(y, rows + s * kStepBlocks, columns_0 + s * kStepBlocks, s > 0);
+  for (int s = 0; s < S::kSteps; ++s)
+    product<S::kColumns, D>(y, rows + s * kStepBlocks, columns_0 + s * kStepBlocks, s > 0);
 #pragma unroll
-  for (int s = 0; s < S::kSteps; ++s) product<S::kColumns, D>(y, rows + s * kStepBlocks, columns_1 + s * kStepBlocks, true);
+  for (int s = 0; s < S::kSteps; ++s)
+    product<S::kColumns, D>(y, rows + s * kStepBlocks, columns_1 + s * kStepBlocks, true);
 #pragma unroll
   for (int s = 0; s < S::kSteps; ++s)
     if (kInTwo) product<S::kColumns, D>(y, rest + s * kStepBlocks, columns_0 + s * kStepBlocks, true);
   products_commit();
 }
 
-// Codes of values, rows g and g + 8 of each warp, to words of one channel and 8 tokens: byte w of one is of warp w's tokens.
+// Codes of values, rows g and g + 8 of each warp, to words of one channel and 8 tokens: byte w of one is of warp w's
+// tokens.
 template <int D>
-__device__ __forceinline__ void put_values(const uint32_t (&words)[2][TeamShape<D>::kBlocks], unsigned char* staged, uint32_t* codes, int team, int thread,
-                                           int first, int count) {
+__device__ __forceinline__ void put_values(const uint32_t (&words)[2][TeamShape<D>::kBlocks], unsigned char* staged,
+                                           uint32_t* codes, int team, int thread, int first, int count) {
   using S = TeamShape<D>;
   constexpr int kCtaBlocks = pad_channels(S::kCtaColumns) / 32;
   const int lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
-  // [warp][block][row % 2][t % 2][row % 8 / 2][t / 2][row / 8], the second row of a pair where it meets no other in its bank
-  auto* to = reinterpret_cast<uint2*>(staged) + ((warp % 4 * kCtaBlocks + warp / 4 * S::kBlocks) * 64 + g % 2 * 32 + t % 2 * 16 + (g / 2 * 4 ^ g % 2 * 8) + t / 2 * 2) / 2;
+  // [warp][block][row % 2][t % 2][row % 8 / 2][t / 2][row / 8], the second row of a pair where it meets no other in its
+  // bank
+  auto* to = reinterpret_cast<uint2*>(staged) + ((warp % 4 * kCtaBlocks + warp / 4 * S::kBlocks) * 64 + g % 2 * 32 +
+                                                 t % 2 * 16 + (g / 2 * 4 ^ g % 2 * 8) + t / 2 * 2) /
+                                                    2;
 #pragma unroll
   for (int b = 0; b < S::kBlocks; ++b) to[b * 32] = {words[0][b], words[1][b]};
   team_barrier<D>(team);
@@ -194,7 +229,9 @@ __device__ __forceinline__ void put_values(const uint32_t (&words)[2][TeamShape<
       for (int n = 0; n < 2; ++n) {
         uint4 from[4];
 #pragma unroll
-        for (int w = 0; w < 4; ++w) from[w] = reinterpret_cast<const uint4*>(staged)[(w * kCtaBlocks + b) * 16 + n * 8 + half * 4 + (pair ^ n * 2)];
+        for (int w = 0; w < 4; ++w)
+          from[w] =
+              reinterpret_cast<const uint4*>(staged)[(w * kCtaBlocks + b) * 16 + n * 8 + half * 4 + (pair ^ n * 2)];
         const uint32_t select = static_cast<uint32_t>(m) | static_cast<uint32_t>(4 + m) << 4;
         const auto gather = [&](uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3) {
           return __byte_perm(__byte_perm(w0, w1, select), __byte_perm(w2, w3, select), 0x5410);

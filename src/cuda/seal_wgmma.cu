@@ -1,17 +1,20 @@
-// Sealing on compute capability 9.0: seal_pages.cuh's arithmetic with products of four warps (wgmma.cuh), from rows that are
-// copied to shared memory while the slice before them becomes codes. Compiled as sm_90a. What it does otherwise:
+// Sealing on compute capability 9.0: seal_pages.cuh's arithmetic with products of four warps (wgmma.cuh), from rows
+// that are copied to shared memory while the slice before them becomes codes. Compiled as sm_90a. What it does
+// otherwise:
 //
-// Means are the channels' sums by products with ones, exact where a channel's values are of a size. Rows are taken less their
-// mean as a float, the pivot, in the instruction that weighs them; the turned mean is made from the float64 mean by digits, and
-// what the pivot leaves out of it, an eighth digit, from the stored mean's remainder. Values of fp16 without weights are
-// operands as they were copied. Rows' second halves lie beside the first or, at 256, take their place once these are multiplied.
+// Means are the channels' sums by products with ones, exact where a channel's values are of a size. Rows are taken less
+// their mean as a float, the pivot, in the instruction that weighs them; the turned mean is made from the float64 mean
+// by digits, and what the pivot leaves out of it, an eighth digit, from the stored mean's remainder. Values of fp16
+// without weights are operands as they were copied. Rows' second halves lie beside the first or, at 256, take their
+// place once these are multiplied.
 //
-// Count for d = 128 and a slice, 64 tokens of one side (16,384 bytes read, 4,224 written; half a copy's speed: 3,190 cycles):
-//   products    16 or, split rows, 24 of m64n128k16: 1,024 or 1,536 cycles of the matrix unit, and 192 of m16n8k16 for the mean
-//   issue       6,950 instructions by ncu, mean of both sides: 1,740 cycles
-// ncu: a scheduler's three warps are stalled on shared memory in 18 % of the samples, on fixed latencies in 17, on the matrix
-// unit in 16 (the mean's products wait for the others'); in 12 one issues. A quarter of all is from the beginning of the keys'
-// products to the turned mean.
+// Count for d = 128 and a slice, 64 tokens of one side (16,384 bytes read, 4,224 written; half a copy's speed: 3,190
+// cycles):
+//   products    16 or, split rows, 24 of m64n128k16: 1,024 or 1,536 cycles of the matrix unit, and 192 of m16n8k16 for
+//   the mean issue       6,950 instructions by ncu, mean of both sides: 1,740 cycles
+// ncu: a scheduler's three warps are stalled on shared memory in 18 % of the samples, on fixed latencies in 17, on the
+// matrix unit in 16 (the mean's products wait for the others'); in 12 one issues. A quarter of all is from the
+// beginning of the keys' products to the turned mean.
 //
 //   version, 32/8/128, 65,536 tokens                                                         ns a vector
 //   products by mma.sync (seal_pages.cuh)                                                    0.46 to 0.49
@@ -20,8 +23,9 @@
 //   two groups a slice, each half of the channels: 24 warps of 80 registers, which spill     0.57
 //   scales fitted in integers, nothing spilled, a warp's tiles of the mean at once           0.35
 //   four teams of 128 registers, which spill; the third digits from L2; before and after the last   0.39
-// Where shared memory is full what is spilled comes from L2. Means by wgmma of 8 columns: operands' places take the registers,
-// not run. d = 256, one KV head, 131,072 tokens: one team 1.86; two 1.84, with 72 % of the CTAs for keys 1.76; seal.cu 13.3.
+// Where shared memory is full what is spilled comes from L2. Means by wgmma of 8 columns: operands' places take the
+// registers, not run. d = 256, one KV head, 131,072 tokens: one team 1.86; two 1.84, with 72 % of the CTAs for
+// keys 1.76; seal.cu 13.3.
 #include "cuda/seal.h"
 
 #include <algorithm>
@@ -50,7 +54,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
   unsigned char *rows = mine, *rest = mine + S::kRowBytes;  // the rows, then their first halves; their second halves
   auto* pivot = reinterpret_cast<float*>(mine + S::kPivotAt);
   auto* lambda = reinterpret_cast<float*>(mine + S::kLambdaAt);
-  auto* offset = reinterpret_cast<float*>(mine + S::kOffsetAt);  // sums of the channels, then what the stored mean leaves out
+  auto* offset =
+      reinterpret_cast<float*>(mine + S::kOffsetAt);  // sums of the channels, then what the stored mean leaves out
   auto* mean_digits = reinterpret_cast<__half*>(mine + S::kMeanDigitsAt);
   auto* scales = reinterpret_cast<float*>(mine + S::kScaleAt);
   auto* stats = reinterpret_cast<float*>(mine + S::kStatAt);
@@ -79,7 +84,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
   else __syncthreads();
   if (at < p.count) ask_for_rows<D, kValues>(p.pages, jobs[0], rows, lambda, thread);
   const float unit = side.digit_unit;
-  const uint32_t a_here = operand(shared_address(rows)), columns_here = operand(shared_address(memory + block_at(warp / 4 * S::kColumns, 0, D)));
+  const uint32_t a_here = operand(shared_address(rows)),
+                 columns_here = operand(shared_address(memory + block_at(warp / 4 * S::kColumns, 0, D)));
 
   const auto ask_for_next = [&](int slot) {
     if (at + apart >= p.count) return;
@@ -115,22 +121,26 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
 #pragma unroll
       for (int c = lane; c < D; c += kLanes) top = fmaxf(top, fabsf(offset[c] * lambda[c]));
       top = warp_max(top) * static_cast<float>(each);
-      const int exponent = min(max(static_cast<int>(__float_as_uint(top) >> 23), 64), 250) - 126;  // 2^exponent is above top
+      const int exponent = min(max(static_cast<int>(__float_as_uint(top) >> 23), 64), 250) -
+                           126;  // 2^exponent is above top
       turn_scale = static_cast<double>(unit) * __hiloint2double((1023 + exponent - 5) << 20, 0);
       if (thread < D) {
         const double mu = offset[thread] * each * lambda[thread];
         const float near = static_cast<float>(mu);
         pivot[thread] = near;
-        const int place = thread / 16 * 16 + thread % 8 / 2 * 4 + thread % 16 / 8 * 2 + thread % 2;  // a lane's four of a step together
+        const int place = thread / 16 * 16 + thread % 8 / 2 * 4 + thread % 16 / 8 * 2 +
+                          thread % 2;  // a lane's four of a step together
         // Seven digits of 6 bits, from -32 on, and what the pivot leaves out.
         const double to_units = __hiloint2double((1023 + 41 - exponent) << 20, 0);
-        const unsigned long long fixed = static_cast<unsigned long long>(__double2ll_rn(mu * to_units)) + 0x20820820820ull;
+        const unsigned long long fixed = static_cast<unsigned long long>(__double2ll_rn(mu * to_units)) +
+                                         0x20820820820ull;
 #pragma unroll
         for (int digit = 0; digit < S::kDigits; ++digit) {
           const int bits = static_cast<int>(fixed >> 6 * (S::kDigits - 1 - digit)) & (digit == 0 ? 127 : 63);
           mean_digits[digit * S::kDigitPitch + place] = __int2half_rn(bits - 32);
         }
-        mean_digits[S::kDigits * S::kDigitPitch + place] = __float2half_rn(static_cast<float>((mu - near) * to_units) * 0x1p-12f);
+        mean_digits[S::kDigits * S::kDigitPitch + place] =
+            __float2half_rn(static_cast<float>((mu - near) * to_units) * 0x1p-12f);
       }
       team_barrier<D>(team);
     }
@@ -154,7 +164,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
         for (int o = 0; o < S::kOctets; ++o) {
           uint4 word = {};
           const bool any = D % 32 == 0 || c < D;
-          if (any) word = *reinterpret_cast<const uint4*>(rows + block_at((warp * S::kOctets + o) * 8 + lane % 8, c, D));
+          if (any)
+            word = *reinterpret_cast<const uint4*>(rows + block_at((warp * S::kOctets + o) * 8 + lane % 8, c, D));
           const uint32_t words[4] = {word.x, word.y, word.z, word.w};
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
@@ -228,7 +239,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
         const uint2 b = *reinterpret_cast<const uint2*>(mean_digits + g * S::kDigitPitch + s * 16 + t * 4);
 #pragma unroll
         for (int pair = 0; pair < S::kPairs; ++pair) {
-          const uint32_t from = shared_address(memory + block_at(8 * (tile(pair) + i % 2) + lane % 8, i / 2 * 8, D)) + s * 2 * kBlockBytes;
+          const uint32_t from = shared_address(memory + block_at(8 * (tile(pair) + i % 2) + lane % 8, i / 2 * 8, D)) +
+                                s * 2 * kBlockBytes;
 #pragma unroll
           for (int digit = 0; digit < 3; ++digit) {
             uint4 rows_of_it;
@@ -259,7 +271,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
           if (t == 3) {
             const unsigned short stored = to_half(static_cast<float>(turned));
             reinterpret_cast<unsigned short*>(its.slice(p.pages) + side.mean_at)[c] = stored;
-            const double left = static_cast<double>(sums[pair][0][2 * half + 1] + sums[pair][1][2 * half + 1]) * 0x1p-24 * turn_scale;
+            const double left = static_cast<double>(sums[pair][0][2 * half + 1] + sums[pair][1][2 * half + 1]) *
+                                0x1p-24 * turn_scale;
             offset[c] = static_cast<float>(turned - left - static_cast<double>(from_half(stored)));
           }
         }
@@ -273,12 +286,14 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
         for (int o = 0; o < S::kOctets; ++o)
 #pragma unroll
           for (int b = 0; b < S::kPieces; ++b)
-            *reinterpret_cast<uint4*>(rows + block_at((warp * S::kOctets + o) * 8 + lane % 8, 8 * (lane / 8 + 4 * b), D)) = left[o][b];
+            *reinterpret_cast<uint4*>(
+                rows + block_at((warp * S::kOctets + o) * 8 + lane % 8, 8 * (lane / 8 + 4 * b), D)) = left[o][b];
         fence_shared_writes();
         team_barrier<D>(team);
         products_begin();
 #pragma unroll
-        for (int s = 0; s < S::kSteps; ++s) product<S::kColumns, D>(y, a + s * kStepBlocks, columns_0 + s * kStepBlocks, true);
+        for (int s = 0; s < S::kSteps; ++s)
+          product<S::kColumns, D>(y, a + s * kStepBlocks, columns_0 + s * kStepBlocks, true);
         products_commit();
         products_end<S::kColumns>(y);
         team_barrier<D>(team);
@@ -287,7 +302,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     ask_for_next(slot);
 
     // Statistics of the rows, then codes.
-    const int row = warp % 4 * 16 + g, first = job.first, count = static_cast<int>(job.count), hidden = job.hidden;  // and the row 8 further
+    const int row = warp % 4 * 16 + g, first = job.first, count = static_cast<int>(job.count),
+              hidden = job.hidden;  // and the row 8 further
     const std::uint8_t* skip = job.skip;
     unsigned char* slice = its.slice(p.pages);
     bool there[2], live[2];
@@ -385,8 +401,12 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     if (t == 0 && part == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float fit = side.abs_max ? step[r] : fitted[r][1] > 0 ? fitted[r][0] * reciprocal(2 * quantise.units * fitted[r][1]) * step[r] : 0.0f;
-        if (there[r]) reinterpret_cast<unsigned short*>(slice + side.scales)[row + 8 * r] = to_half(step[r] > 0 && live[r] ? fit * scale[r] : 0.0f);
+        const float fit = side.abs_max       ? step[r]
+                          : fitted[r][1] > 0 ? fitted[r][0] * reciprocal(2 * quantise.units * fitted[r][1]) * step[r]
+                                             : 0.0f;
+        if (there[r])
+          reinterpret_cast<unsigned short*>(slice + side.scales)[row + 8 * r] =
+              to_half(step[r] > 0 && live[r] ? fit * scale[r] : 0.0f);
       }
     }
 
@@ -417,7 +437,8 @@ extern __shared__ __align__(128) unsigned char wgmma_memory[];
 
 // The first `key_clusters` of the grid seal keys, the others values.
 template <int D>
-__global__ void __launch_bounds__(TeamShape<D>::kThreads, 1) seal_wgmma(const __grid_constant__ SealParams p, int key_clusters) {
+__global__ void __launch_bounds__(TeamShape<D>::kThreads, 1)
+    seal_wgmma(const __grid_constant__ SealParams p, int key_clusters) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using S = TeamShape<D>;
   const int cluster = static_cast<int>(blockIdx.x) / S::kCluster, clusters = static_cast<int>(gridDim.x) / S::kCluster;
@@ -430,7 +451,9 @@ template <int D>
 cudaError_t launch(const SealParams& p, int device, cudaStream_t stream) {
   using S = TeamShape<D>;
   int multiprocessors = 1;
-  if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
+  if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+      e != cudaSuccess)
+    return e;
   static SharedMost most;
   if (const cudaError_t e = most.allow(seal_wgmma<D>, S::kShared); e != cudaSuccess) return e;
   // A slice of keys with means takes longer than one of values.
@@ -440,7 +463,8 @@ cudaError_t launch(const SealParams& p, int device, cudaStream_t stream) {
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = S::kCluster;
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  return queue_with(&attribute, 1, seal_wgmma<D>, dim3(static_cast<unsigned>(clusters * S::kCluster)), S::kThreads, S::kShared, stream, p, keys);
+  return queue_with(&attribute, 1, seal_wgmma<D>, dim3(static_cast<unsigned>(clusters * S::kCluster)), S::kThreads,
+                    S::kShared, stream, p, keys);
 }
 
 }  // namespace

@@ -7,7 +7,8 @@
 
 namespace kv4::cuda {
 
-static_assert(std::is_trivially_copyable_v<SequenceView> && sizeof(SequenceView) == 256, "compared and copied as bytes, without padding");
+static_assert(std::is_trivially_copyable_v<SequenceView> && sizeof(SequenceView) == 256,
+              "compared and copied as bytes, without padding");
 
 CacheTables::~CacheTables() {
   const DeviceGuard guard(device_);
@@ -77,7 +78,8 @@ Status CacheTables::limits(Limit which, const std::int32_t* host, bool capturing
   std::vector<std::int32_t>& known = known_limits_[which];
   if (!std::equal(known.begin(), known.end(), host, host + known_.size())) {
     if (capturing)
-      return error(StatusCode::failed_precondition, which == kStart ? "start" : "window", "that of a call before the capture", "another");
+      return error(StatusCode::failed_precondition, which == kStart ? "start" : "window",
+                   "that of a call before the capture", "another");
     known.clear();
     KV4_RETURN_IF_ERROR(memory_.upload(limits_[which], host, known_.size() * sizeof(std::int32_t)));
     known.assign(host, host + known_.size());

@@ -1,5 +1,5 @@
-// A cache's sequences in device memory, brought in line where the host's changed: in a decode step nothing did but counts, which the
-// store kernel raises itself.
+// A cache's sequences in device memory, brought in line where the host's changed: in a decode step nothing did but
+// counts, which the store kernel raises itself.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -31,8 +31,8 @@ class CacheTables final : public DeviceTables {
   Scratch::Held* scratch() { return &held_scratch_; }
 
   enum Limit { kStart, kWindow };
-  // The device's copy of a mask's start or window [batch], null for null. Errors: failed_precondition where it would have
-  // to change while a stream is captured.
+  // The device's copy of a mask's start or window [batch], null for null. Errors: failed_precondition where it would
+  // have to change while a stream is captured.
   Status limits(Limit which, const std::int32_t* host, bool capturing, const std::int32_t** out);
 
  private:
@@ -42,8 +42,8 @@ class CacheTables final : public DeviceTables {
   Memory& memory_;
   Scratch& scratch_;
   Scratch::Held held_scratch_;
-  SequenceView* sequences_ = nullptr;         // [batch]
-  std::int32_t* limits_[2] = {};              // [batch] each
+  SequenceView* sequences_ = nullptr;  // [batch]
+  std::int32_t* limits_[2] = {};       // [batch] each
   // What the device holds, or will once what is queued has run.
   std::vector<SequenceView> known_;
   std::vector<std::int32_t> known_limits_[2];

@@ -1,9 +1,9 @@
-// Products of a group of four warps, wgmma.mma_async (PTX ISA 8.x, "Asynchronous warpgroup level matrix instructions"): code
-// for compute capability 9.0 alone, compiled as sm_90a.
+// Products of a group of four warps, wgmma.mma_async (PTX ISA 8.x, "Asynchronous warpgroup level matrix instructions"):
+// code for compute capability 9.0 alone, compiled as sm_90a.
 //
-// Operands lie in shared memory as blocks of 8 rows of 16 bytes, 8 consecutive channels of 8 rows; no swizzle. A block is 128
-// contiguous bytes, blocks of consecutive channels follow each other: any 8 lanes that hold a block's rows write it, and
-// ldmatrix reads it, without bank conflicts.
+// Operands lie in shared memory as blocks of 8 rows of 16 bytes, 8 consecutive channels of 8 rows; no swizzle. A block
+// is 128 contiguous bytes, blocks of consecutive channels follow each other: any 8 lanes that hold a block's rows write
+// it, and ldmatrix reads it, without bank conflicts.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,9 @@
 namespace kv4::cuda {
 
 // An operand's lower half: where it begins, and the distance of blocks of consecutive channels, in 16 bytes.
-__device__ __forceinline__ uint32_t operand(uint32_t shared) { return (shared >> 4 & 0x3fff) | (kBlockBytes / 16) << 16; }
+__device__ __forceinline__ uint32_t operand(uint32_t shared) {
+  return (shared >> 4 & 0x3fff) | (kBlockBytes / 16) << 16;
+}
 constexpr uint32_t kStepBlocks = 2 * kBlockBytes / 16;  // from an operand of 16 channels to that of the next
 
 // Registers and operands in shared memory that were written before are the products' from here on; theirs are complete.
@@ -22,10 +24,14 @@ __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.syn
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 #define KV4_TILE(n) "+f"(y[n][0]), "+f"(y[n][1]), "+f"(y[n][2]), "+f"(y[n][3])
-#define KV4_TILES_8(n) KV4_TILE(n), KV4_TILE(n + 1), KV4_TILE(n + 2), KV4_TILE(n + 3), KV4_TILE(n + 4), KV4_TILE(n + 5), KV4_TILE(n + 6), KV4_TILE(n + 7)
-#define KV4_PRODUCT(n, registers, a, b, add, ...)                                                     \
-  asm volatile("{.reg .pred p; setp.ne.b32 p, " add ", 0; wgmma.mma_async.sync.aligned.m64n" n "k16.f32.f16.f16 {" registers "}, " a ", " b ", p, 1, 1, 0, 0;}" \
-               : __VA_ARGS__ : "l"(rows), "l"(columns), "r"(add_to ? 1 : 0))
+#define KV4_TILES_8(n)                                                                                               \
+  KV4_TILE(n), KV4_TILE(n + 1), KV4_TILE(n + 2), KV4_TILE(n + 3), KV4_TILE(n + 4), KV4_TILE(n + 5), KV4_TILE(n + 6), \
+      KV4_TILE(n + 7)
+#define KV4_PRODUCT(n, registers, a, b, add, ...)                                              \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " add ", 0; wgmma.mma_async.sync.aligned.m64n" n \
+               "k16.f32.f16.f16 {" registers "}, " a ", " b ", p, 1, 1, 0, 0;}"                \
+               : __VA_ARGS__                                                                   \
+               : "l"(rows), "l"(columns), "r"(add_to ? 1 : 0))
 
 // y (64 x kColumns, tiles as mma_halves has them, a warp 16 rows) = or += rows (64 x 16) times columns (16 x kColumns).
 // kChannels: of a row, which gives the distance of blocks of consecutive rows.
@@ -34,18 +40,26 @@ __device__ __forceinline__ void product(float (&y)[kTiles][4], uint32_t rows_at,
   constexpr uint64_t kRest = static_cast<uint64_t>(kChannels / 8 * kBlockBytes / 16) << 32;
   const uint64_t rows = kRest | rows_at, columns = kRest | columns_at;
   if constexpr (kColumns == 64)
-    KV4_PRODUCT("64", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-              "%24,%25,%26,%27,%28,%29,%30,%31", "%32", "%33", "%34", KV4_TILES_8(0));
+    KV4_PRODUCT("64",
+                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+                "%24,%25,%26,%27,%28,%29,%30,%31",
+                "%32", "%33", "%34", KV4_TILES_8(0));
   else if constexpr (kColumns == 80)
-    KV4_PRODUCT("80", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-              "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39", "%40", "%41", "%42", KV4_TILES_8(0), KV4_TILE(8), KV4_TILE(9));
+    KV4_PRODUCT("80",
+                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+                "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39",
+                "%40", "%41", "%42", KV4_TILES_8(0), KV4_TILE(8), KV4_TILE(9));
   else if constexpr (kColumns == 96)
-    KV4_PRODUCT("96", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-              "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47", "%48", "%49", "%50", KV4_TILES_8(0), KV4_TILE(8), KV4_TILE(9), KV4_TILE(10), KV4_TILE(11));
+    KV4_PRODUCT("96",
+                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+                "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47",
+                "%48", "%49", "%50", KV4_TILES_8(0), KV4_TILE(8), KV4_TILE(9), KV4_TILE(10), KV4_TILE(11));
   else if constexpr (kColumns == 128)
-    KV4_PRODUCT("128", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-              "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-              "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63", "%64", "%65", "%66", KV4_TILES_8(0), KV4_TILES_8(8));
+    KV4_PRODUCT("128",
+                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+                "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+                "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63",
+                "%64", "%65", "%66", KV4_TILES_8(0), KV4_TILES_8(8));
 }
 #undef KV4_PRODUCT
 

@@ -34,9 +34,7 @@ inline std::uint16_t f32_to_f16(float x) {
   return static_cast<std::uint16_t>(sign | (rounded - 0x38000000u) >> 13);
 }
 
-inline float bf16_to_f32(std::uint16_t h) {
-  return std::bit_cast<float>(static_cast<std::uint32_t>(h) << 16);
-}
+inline float bf16_to_f32(std::uint16_t h) { return std::bit_cast<float>(static_cast<std::uint32_t>(h) << 16); }
 
 inline std::uint16_t f32_to_bf16(float x) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);

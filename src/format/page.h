@@ -33,19 +33,18 @@ struct kv4_page_layout {
   uint32_t v_code_bytes;  // bytes of value codes in a head slice
   uint32_t k_codes;       // byte offsets within a head slice
   uint32_t k_scales;
-  uint32_t k_mean;        // equals v_codes where there is no mean
+  uint32_t k_mean;  // equals v_codes where there is no mean
   uint32_t v_codes;
   uint32_t v_scales;
-  uint32_t head_bytes;    // bytes of a head slice; a page is kv_heads of them
+  uint32_t head_bytes;  // bytes of a head slice; a page is kv_heads of them
 };
 
 #ifdef __cplusplus
 static_assert(sizeof(kv4_page_layout) == 48, "kv4_page_layout is part of the format");
 
 // code_channels_*: channels the backend stores per token (>= head_dim, a multiple of 2).
-constexpr inline kv4_page_layout kv4_make_page_layout(uint32_t head_dim_k, uint32_t head_dim_v,
-                                                      uint32_t groups_k, uint32_t groups_v,
-                                                      bool mean, uint32_t code_channels_k,
+constexpr inline kv4_page_layout kv4_make_page_layout(uint32_t head_dim_k, uint32_t head_dim_v, uint32_t groups_k,
+                                                      uint32_t groups_v, bool mean, uint32_t code_channels_k,
                                                       uint32_t code_channels_v) {
   kv4_page_layout l = {};
   l.head_dim_k = head_dim_k;

@@ -2,9 +2,9 @@
 //
 //   [ dropped padding: start ][ sinks ][ page 0 ][ page 1 ] ... [ window ]
 //
-// Positions count the sequence's tokens from 0. Page i covers positions body() + 64 i ... + 63, body() = start + S. Until the
-// sequence is anchored (at its first seal or eviction) every token is in the window and start is not known. Exact rows of the
-// newest sealed pages may still be held: page_end() may lie behind the window's first row.
+// Positions count the sequence's tokens from 0. Page i covers positions body() + 64 i ... + 63, body() = start + S.
+// Until the sequence is anchored (at its first seal or eviction) every token is in the window and start is not known.
+// Exact rows of the newest sealed pages may still be held: page_end() may lie behind the window's first row.
 #pragma once
 
 #include <algorithm>
@@ -47,16 +47,16 @@ struct Policy {
 enum class Lambda : std::uint8_t { open, learnt, fixed };
 
 struct Extent {
-  std::int64_t length = 0;           // tokens appended, minus cropped ones
-  std::int64_t start = 0;            // first position that is no dropped padding
+  std::int64_t length = 0;  // tokens appended, minus cropped ones
+  std::int64_t start = 0;   // first position that is no dropped padding
   bool anchored = false;
   Lambda lambda = Lambda::open;
-  std::int64_t sinks = 0;            // exact rows from `start` on that are held
-  std::int64_t first_page = 0;       // index of the first page held: earlier ones are evicted
-  std::int64_t pages = 0;            // pages held
+  std::int64_t sinks = 0;              // exact rows from `start` on that are held
+  std::int64_t first_page = 0;         // index of the first page held: earlier ones are evicted
+  std::int64_t pages = 0;              // pages held
   int last_page_tokens = kPageTokens;  // sealing on arrival fills the last page token by token
-  std::int64_t window_position = 0;  // of the window's first row
-  std::int64_t evicted = 0;          // a sliding window let go of every position below
+  std::int64_t window_position = 0;    // of the window's first row
+  std::int64_t evicted = 0;            // a sliding window let go of every position below
 
   bool operator==(const Extent&) const = default;
 

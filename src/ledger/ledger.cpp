@@ -31,7 +31,8 @@ std::string positions_up_to(std::int64_t n) { return "0 to " + std::to_string(n)
 // The state that a plan leads to, step by step.
 class Planner {
  public:
-  Planner(const Ledger& ledger, Plan* plan) : ledger_(ledger), p_(ledger.policy_), plan_(*plan), x_(ledger.extent_), marks_(ledger.marks_) {
+  Planner(const Ledger& ledger, Plan* plan)
+      : ledger_(ledger), p_(ledger.policy_), plan_(*plan), x_(ledger.extent_), marks_(ledger.marks_) {
     plan_ = Plan();
     plan_.revision = ledger.revision_;
   }
@@ -127,12 +128,15 @@ class Planner {
     };
     if (count == 0) return {};
     if (first < x_.evicted) return refused(x_.evicted, " (older tokens left the sliding window)");
-    if (x_.anchored && first < x_.start + x_.sinks) return refused(x_.start + x_.sinks, " (the first tokens are sinks)");
+    if (x_.anchored && first < x_.start + x_.sinks)
+      return refused(x_.start + x_.sinks, " (the first tokens are sinks)");
     if (first < x_.window_position) return refused(x_.window_position, " (older tokens are sealed)");
     // As after a crop, the queries that follow see tokens that came before those they would have seen.
     const std::int64_t most = x_.length - p_.sliding_window + 1 - x_.evicted;
     if (x_.evicted > 0 && count > most)
-      return error(StatusCode::out_of_range, "count", "at most " + std::to_string(most) + " (older tokens left the sliding window)", std::to_string(count));
+      return error(StatusCode::out_of_range, "count",
+                   "at most " + std::to_string(most) + " (older tokens left the sliding window)",
+                   std::to_string(count));
     plan_.erased = {first, first + count};
     x_.length -= count;
     return {};
@@ -153,16 +157,21 @@ class Planner {
   // Of the rows that are in the window by now; what comes or comes back has none yet.
   std::span<const Seen> window_marks() const {
     const std::int64_t gone = x_.window_position - ledger_.extent_.window_position;
-    return marks_.subspan(static_cast<std::size_t>(std::clamp<std::int64_t>(gone, 0, static_cast<std::int64_t>(marks_.size()))));
+    return marks_.subspan(
+        static_cast<std::size_t>(std::clamp<std::int64_t>(gone, 0, static_cast<std::int64_t>(marks_.size()))));
   }
-  bool masked(std::int64_t position) const { return marks_[static_cast<std::size_t>(position - ledger_.extent_.window_position)] == Seen::masked; }
+  bool masked(std::int64_t position) const {
+    return marks_[static_cast<std::size_t>(position - ledger_.extent_.window_position)] == Seen::masked;
+  }
 
   // Which window rows stay out of means: masked ones, and those that are zeros for NaN or infinity.
   void flag(const Rows& rows, std::vector<std::uint8_t>* out) const {
     out->resize(static_cast<std::size_t>(rows.count()));
-    for (std::int64_t i = rows.begin; i < rows.end; ++i) (*out)[static_cast<std::size_t>(i - rows.begin)] = masked(i) ? 1 : 0;
+    for (std::int64_t i = rows.begin; i < rows.end; ++i)
+      (*out)[static_cast<std::size_t>(i - rows.begin)] = masked(i) ? 1 : 0;
     for (const NonFinite& x : ledger_.non_finite_)
-      if (x.position >= rows.begin && x.position < rows.end) (*out)[static_cast<std::size_t>(x.position - rows.begin)] = 1;
+      if (x.position >= rows.begin && x.position < rows.end)
+        (*out)[static_cast<std::size_t>(x.position - rows.begin)] = 1;
   }
 
   void drop_below(std::int64_t position) {
@@ -179,7 +188,8 @@ class Planner {
     drop_below(x_.start + x_.sinks);
   }
 
-  // From all that one-by-one decoding holds when the first page is due: the keys of that page and of the window behind it.
+  // From all that one-by-one decoding holds when the first page is due: the keys of that page and of the window behind
+  // it.
   void learn() {
     if (!p_.learns || x_.lambda != Lambda::open) return;
     const std::int64_t first = x_.page_position(p_, x_.page_end());
@@ -204,8 +214,8 @@ class Planner {
     if (x_.sinks == 0) x_.evicted = x_.window_position;  // evict sees to those that still have sinks
   }
 
-  // Tokens that no later query can see are dropped: whole pages, and exact rows by pages too so that page boundaries stay where
-  // they are.
+  // Tokens that no later query can see are dropped: whole pages, and exact rows by pages too so that page boundaries
+  // stay where they are.
   void evict() {
     const std::int64_t first = needed(), before = x_.first_held(p_);
     if (first <= before) return;
@@ -284,7 +294,8 @@ Status Ledger::plan_crop(std::int64_t length, Plan* plan) const {
   const std::int64_t needed = std::max<std::int64_t>(0, length - policy_.sliding_window + 1);
   if (length < extent_.length && extent_.evicted > needed)
     return error(StatusCode::out_of_range, "length",
-                 "at least " + std::to_string(extent_.evicted + policy_.sliding_window - 1) + " (older tokens left the sliding window), or 0 by reset",
+                 "at least " + std::to_string(extent_.evicted + policy_.sliding_window - 1) +
+                     " (older tokens left the sliding window), or 0 by reset",
                  std::to_string(length));
   Planner planner(*this, plan);
   if (length < extent_.length) planner.crop(length);
@@ -295,7 +306,8 @@ Status Ledger::plan_crop(std::int64_t length, Plan* plan) const {
 Status Ledger::plan_erase(std::int64_t first, std::int64_t count, bool recording, Plan* plan) const {
   const std::int64_t length = extent_.length;
   if (first < 0 || count < 0 || first > length || count > length - first)
-    return error(StatusCode::out_of_range, "first, count", "positions within " + positions_up_to(length), std::to_string(first) + ", " + std::to_string(count));
+    return error(StatusCode::out_of_range, "first, count", "positions within " + positions_up_to(length),
+                 std::to_string(first) + ", " + std::to_string(count));
   Planner planner(*this, plan);
   planner.settle(recording);
   KV4_RETURN_IF_ERROR(planner.erase(first, count));
@@ -305,11 +317,13 @@ Status Ledger::plan_erase(std::int64_t first, std::int64_t count, bool recording
 
 bool Ledger::idle(bool recording) const {
   const Extent& x = extent_;
-  if (policy_.sliding_window > 0 && !recording && x.length - policy_.sliding_window + 1 > x.first_held(policy_)) return false;
+  if (policy_.sliding_window > 0 && !recording && x.length - policy_.sliding_window + 1 > x.first_held(policy_))
+    return false;
   if (!policy_.seals()) return true;
   const std::int64_t due = pages_due(x.length);
   if (!x.anchored) return due == 0;
-  return due <= x.page_end() && x.page_position(policy_, due) <= x.window_position && (x.lambda != Lambda::learnt || x.released_pages(policy_) == 0);
+  return due <= x.page_end() && x.page_position(policy_, due) <= x.window_position &&
+         (x.lambda != Lambda::learnt || x.released_pages(policy_) == 0);
 }
 
 bool Ledger::only_stores(const Plan& plan) const {
@@ -320,11 +334,13 @@ bool Ledger::only_stores(const Plan& plan) const {
 
 bool Ledger::may_seal(std::int64_t queries) const {
   if (!policy_.seals() || queries > kPageTokens) return false;
-  return due_from(policy_, extent_.anchored ? extent_.start : extent_.window_position, extent_.length - 1) > extent_.page_end();
+  return due_from(policy_, extent_.anchored ? extent_.start : extent_.window_position, extent_.length - 1) >
+         extent_.page_end();
 }
 
 void Ledger::make_room(const Plan& plan) {
-  const auto pages = static_cast<std::size_t>(extent_.pages + plan.new_pages), rows = static_cast<std::size_t>(plan.after.window_rows());
+  const auto pages = static_cast<std::size_t>(extent_.pages + plan.new_pages),
+             rows = static_cast<std::size_t>(plan.after.window_rows());
   if (pages > pages_.capacity()) pages_.reserve(std::max(pages, 2 * pages_.capacity()));
   if (policy_.seals()) marks_.reserve(rows);
 }
@@ -347,11 +363,13 @@ void Ledger::commit(Plan& plan, std::span<const PageId> ids) noexcept {
     if (!plan.marks.empty()) marks_.assign(plan.marks.begin(), plan.marks.end());
     const std::int64_t gone = extent_.window_position - before.window_position;
     if (gone < 0) marks_.clear();  // rows from pages or sinks are all there is
-    marks_.erase(marks_.begin(), marks_.begin() + std::clamp<std::int64_t>(gone, 0, static_cast<std::int64_t>(marks_.size())));
+    marks_.erase(marks_.begin(),
+                 marks_.begin() + std::clamp<std::int64_t>(gone, 0, static_cast<std::int64_t>(marks_.size())));
     const auto erased = marks_.begin() + (plan.erased.empty() ? 0 : plan.erased.begin - extent_.window_position);
     marks_.erase(erased, erased + plan.erased.count());
     marks_.resize(static_cast<std::size_t>(extent_.window_rows()), gone < 0 ? Seen::visible : Seen::unknown);
-    // After a long prefill there was room for far more rows than decoding has. Where there is no memory for less, that stays.
+    // After a long prefill there was room for far more rows than decoding has. Where there is no memory for less, that
+    // stays.
     if (marks_.capacity() > 4 * marks_.size() + 256) marks_.shrink_to_fit();
   }
   if (non_finite_.empty()) return;
@@ -359,7 +377,8 @@ void Ledger::commit(Plan& plan, std::span<const PageId> ids) noexcept {
     if (x.position >= plan.erased.end) x.position -= plan.erased.count();
     else if (x.position >= plan.erased.begin && !plan.erased.empty()) x.position = -1;
   std::erase_if(non_finite_, [this](const NonFinite& x) {
-    return x.position < 0 || x.position >= extent_.length || (!policy_.arrival() && x.position < extent_.window_position);
+    return x.position < 0 || x.position >= extent_.length ||
+           (!policy_.arrival() && x.position < extent_.window_position);
   });
 }
 

@@ -6,9 +6,10 @@
 //   weights  exp2(score - m) times the value's scale, to threadgroup memory.
 //   output   lanes own pairs of channels, all tokens. No sum across lanes.
 //
-// Scores and maxima are in units of log2. Count for d = 128, lane-instructions per key of int4 (docs/metal_model.md has the
-// compiled numbers): 256 multiply-adds a row, 2 * 64 look-ups of a byte in a table of level pairs and as many extracts, a
-// load of four query or weight numbers per 8 and 16 multiply-adds, about 15 a row for the softmax. Bytes: 136.
+// Scores and maxima are in units of log2. Count for d = 128, lane-instructions per key of int4 (docs/metal_model.md has
+// the compiled numbers): 256 multiply-adds a row, 2 * 64 look-ups of a byte in a table of level pairs and as many
+// extracts, a load of four query or weight numbers per 8 and 16 multiply-adds, about 15 a row for the softmax. Bytes:
+// 136.
 #ifndef KV4_METAL_ATTEND_H
 #define KV4_METAL_ATTEND_H
 
@@ -34,11 +35,11 @@ struct Pairs {
 struct AttendArguments {
   device const float* queries;  // prepare_row's output
   device const uchar* pages;
-  device const int* ids;        // of pages and of blocks of exact rows
+  device const int* ids;  // of pages and of blocks of exact rows
   device const uchar* exact_k;
   device const uchar* exact_v;
   device const uchar* mask;
-  device const char* levels;    // [2, 16]: keys, values
+  device const char* levels;  // [2, 16]: keys, values
   device const long* sequences;
   device const long* call;
   device const float* factors;
@@ -46,14 +47,14 @@ struct AttendArguments {
 
 // The query rows of a threadgroup.
 struct Block {
-  uint b, head;        // sequence, KV head
-  uint first_row;      // of the KV head's rows, its sequence's queries times the group
+  uint b, head;    // sequence, KV head
+  uint first_row;  // of the KV head's rows, its sequence's queries times the group
   uint rows;
   uint group;
-  long input;          // the call's tensors: index of axis 0, and of axis 2 of query 0
+  long input;  // the call's tensors: index of axis 0, and of axis 2 of query 0
   long input_row;
-  long query_position; // of query 0
-  long first_query;    // positions of the first and the last query of the block
+  long query_position;  // of query 0
+  long first_query;     // positions of the first and the last query of the block
   long last_query;
   long start;
   long window;
@@ -88,7 +89,8 @@ inline Block block_of(thread const AttendArguments& a, uint b, uint head, uint b
   out.input_row = s[kv4_sequence_input_row];
   out.query_position = s[kv4_sequence_query_position];
   out.first_query = out.query_position + long(out.first_row / out.group);
-  out.last_query = out.query_position + long((min(out.first_row + uint(a.call[kv4_call_block_rows]), out.rows) - 1) / out.group);
+  out.last_query = out.query_position +
+                   long((min(out.first_row + uint(a.call[kv4_call_block_rows]), out.rows) - 1) / out.group);
   out.start = s[kv4_sequence_start];
   out.window = s[kv4_sequence_window];
   out.causal = a.call[kv4_call_causal] != 0;
@@ -96,24 +98,26 @@ inline Block block_of(thread const AttendArguments& a, uint b, uint head, uint b
 }
 
 // What the general mask makes of a score.
-inline float general_mask(thread const AttendArguments& a, thread const Block& block, uint row, long position, float score) {
+inline float general_mask(thread const AttendArguments& a, thread const Block& block, uint row, long position,
+                          float score) {
   device const long* c = a.call;
   const long column = position - c[kv4_call_general_offset];
   if (column < 0 || column >= c[kv4_call_general_columns]) return kHidden;
   const long at = block.input * c[kv4_call_general_stride_batch] +
                   long(block.head * block.group + row % block.group) * c[kv4_call_general_stride_head] +
-                  (block.input_row + long(row / block.group)) * c[kv4_call_general_stride_query] + column * c[kv4_call_general_stride_column];
+                  (block.input_row + long(row / block.group)) * c[kv4_call_general_stride_query] +
+                  column * c[kv4_call_general_stride_column];
   if (c[kv4_call_general_kind] == 1) return a.mask[at] != 0 ? score : kHidden;
   const int dtype = int(c[kv4_call_general_dtype]);
   const float added = load_element(a.mask, dtype, at);
   return added > (dtype == 1 ? -65504.0f : -1e30f) ? score + added * kLog2e : kHidden;
 }
 
-// Hides, in lane's scores of tokens 2 lane and 2 lane + 1 from `position`, what a row does not see: of those that are there,
-// tokens `hidden` ... `tokens` - 1.
+// Hides, in lane's scores of tokens 2 lane and 2 lane + 1 from `position`, what a row does not see: of those that are
+// there, tokens `hidden` ... `tokens` - 1.
 template <int R>
-inline void hide(thread const AttendArguments& a, thread const Block& block, long position, int hidden, int tokens, uint lane,
-                 thread float2* s) {
+inline void hide(thread const AttendArguments& a, thread const Block& block, long position, int hidden, int tokens,
+                 uint lane, thread float2* s) {
   const bool general = a.call[kv4_call_general_kind] != 0;
   for (int r = 0; r < R; ++r) {
     const uint row = block.first_row + uint(r);
@@ -131,7 +135,8 @@ inline void hide(thread const AttendArguments& a, thread const Block& block, lon
 }
 
 // Whether every row sees all 64 positions from `position` on; and whether none sees any of `tokens`.
-inline bool all_seen(thread const AttendArguments& a, thread const Block& block, long position, int hidden, int tokens) {
+inline bool all_seen(thread const AttendArguments& a, thread const Block& block, long position, int hidden,
+                     int tokens) {
   return hidden == 0 && tokens == int(kPageTokens) && a.call[kv4_call_general_kind] == 0 && position >= block.start &&
          (block.window <= 0 || position > block.last_query - block.window) &&
          (!block.causal || position + long(kPageTokens) - 1 <= block.first_query);
@@ -145,8 +150,9 @@ inline bool none_seen(thread const Block& block, long position, int tokens) {
 // Scores of 64 tokens to weights: masks, raises the maxima, adds to l, rescales o, and writes weight times `scale` to
 // p [R][64]. All lanes.
 template <int D, int R>
-inline void weigh(thread const AttendArguments& a, thread const Block& block, thread State<D, R>& state, thread float2* s,
-                  float2 scale, long position, int hidden, int tokens, threadgroup float* p, uint lane) {
+inline void weigh(thread const AttendArguments& a, thread const Block& block, thread State<D, R>& state,
+                  thread float2* s, float2 scale, long position, int hidden, int tokens, threadgroup float* p,
+                  uint lane) {
   const float cap = a.factors[kv4_factor_cap];
   if (cap > 0.0f)
     for (int r = 0; r < R; ++r) s[r] = cap * precise::tanh(s[r]);
@@ -168,8 +174,8 @@ inline void weigh(thread const AttendArguments& a, thread const Block& block, th
 
 // s[r] = sum over channels of q[r] times the levels of tokens 2 lane and 2 lane + 1. `table`: the lane's copies.
 template <int D, int R>
-inline void key_scores(device const uint4* codes, threadgroup const float4* q, threadgroup const half2* table, uint lane,
-                       thread float2* s) {
+inline void key_scores(device const uint4* codes, threadgroup const float4* q, threadgroup const half2* table,
+                       uint lane, thread float2* s) {
   for (int r = 0; r < R; ++r) s[r] = float2(0.0f);
   for (int i = 0; i < D / 16; ++i) {
     const uint4 w = codes[uint(i) * kLanes + lane];
@@ -182,8 +188,10 @@ inline void key_scores(device const uint4* codes, threadgroup const float4* q, t
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         const float4 four = from[r * (D / 4) + n];
-        s[r].x = fma(four.x, float(x0.x), fma(four.y, float(x0.y), fma(four.z, float(x1.x), fma(four.w, float(x1.y), s[r].x))));
-        s[r].y = fma(four.x, float(y0.x), fma(four.y, float(y0.y), fma(four.z, float(y1.x), fma(four.w, float(y1.y), s[r].y))));
+        s[r].x = fma(four.x, float(x0.x),
+                     fma(four.y, float(x0.y), fma(four.z, float(x1.x), fma(four.w, float(x1.y), s[r].x))));
+        s[r].y = fma(four.x, float(y0.x),
+                     fma(four.y, float(y0.y), fma(four.z, float(y1.x), fma(four.w, float(y1.y), s[r].y))));
       }
     }
   }
@@ -191,8 +199,8 @@ inline void key_scores(device const uint4* codes, threadgroup const float4* q, t
 
 // o[r] += sum over the 64 tokens of p[r] times the levels of the lane's channels.
 template <int D, int R>
-inline void add_values(device const uint4* codes, threadgroup const float4* p, threadgroup const half2* table, uint lane,
-                       thread State<D, R>& state) {
+inline void add_values(device const uint4* codes, threadgroup const float4* p, threadgroup const half2* table,
+                       uint lane, thread State<D, R>& state) {
   constexpr int kPairs = (D / 2 + 31) / 32;
   for (int t = 0; t < 4; ++t) {
     threadgroup const float4* from = p + t * 4;
@@ -216,8 +224,11 @@ inline void add_values(device const uint4* codes, threadgroup const float4* p, t
 #pragma unroll
         for (int n = 0; n < kPairs; ++n) {
           const float2 o = state.o[r][n];
-          state.o[r][n] = float2(fma(four.x, float(v[n][0].x), fma(four.y, float(v[n][1].x), fma(four.z, float(v[n][2].x), fma(four.w, float(v[n][3].x), o.x)))),
-                                 fma(four.x, float(v[n][0].y), fma(four.y, float(v[n][1].y), fma(four.z, float(v[n][2].y), fma(four.w, float(v[n][3].y), o.y)))));
+          state.o[r][n] = float2(
+              fma(four.x, float(v[n][0].x),
+                  fma(four.y, float(v[n][1].x), fma(four.z, float(v[n][2].x), fma(four.w, float(v[n][3].x), o.x)))),
+              fma(four.x, float(v[n][0].y),
+                  fma(four.y, float(v[n][1].y), fma(four.z, float(v[n][2].y), fma(four.w, float(v[n][3].y), o.y)))));
         }
       }
     }
@@ -226,8 +237,8 @@ inline void add_values(device const uint4* codes, threadgroup const float4* p, t
 
 // Pages [first + group, last) of the sequence, every kAttendGroups-th. q: rotated queries; p: of this SIMD-group.
 template <int D, int R>
-inline void attend_pages(thread const AttendArguments& a, thread const Block& block, thread State<D, R>& state, uint first,
-                         uint last, threadgroup const float* q, threadgroup const half2* key_table,
+inline void attend_pages(thread const AttendArguments& a, thread const Block& block, thread State<D, R>& state,
+                         uint first, uint last, threadgroup const float* q, threadgroup const half2* key_table,
                          threadgroup const half2* value_table, threadgroup float* p, uint lane, uint group) {
   device const long* s = a.sequences + block.b * kv4_sequence_fields;
   device const long* c = a.call;
@@ -262,16 +273,16 @@ inline void attend_pages(thread const AttendArguments& a, thread const Block& bl
     simdgroup_barrier(mem_flags::mem_threadgroup);  // p of the page before has been read
     weigh<D, R>(a, block, state, score, value_scale, position, hidden, tokens, p, lane);
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    add_values<D, R>((device const uint4*)(slice + c[kv4_call_v_codes]), (threadgroup const float4*)p, value_table + copy, lane,
-                     state);
+    add_values<D, R>((device const uint4*)(slice + c[kv4_call_v_codes]), (threadgroup const float4*)p,
+                     value_table + copy, lane, state);
   }
 }
 
 // Exact rows: items of 64 rows of the sinks, then of the window; items [first + group, ..) every `step`-th.
 // q: queries as they are.
 template <int D, int R>
-inline void attend_exact(thread const AttendArguments& a, thread const Block& block, thread State<D, R>& state, uint first,
-                         uint step, threadgroup const float* q, threadgroup float* p, uint lane) {
+inline void attend_exact(thread const AttendArguments& a, thread const Block& block, thread State<D, R>& state,
+                         uint first, uint step, threadgroup const float* q, threadgroup float* p, uint lane) {
   constexpr int kPairs = (D / 2 + 31) / 32;
   const int dtype = int(a.call[kv4_call_exact_dtype]);
   uint item = 0;
@@ -282,7 +293,8 @@ inline void attend_exact(thread const AttendArguments& a, thread const Block& bl
     const long k_head = x[kv4_exact_k_offset] + long(block.head) * x[kv4_exact_k_stride_head];
     const long v_head = x[kv4_exact_v_offset] + long(block.head) * x[kv4_exact_v_stride_head];
     const long k_block = x[kv4_exact_k_stride_block], v_block = x[kv4_exact_v_stride_block], ids = x[kv4_exact_ids];
-    const bool k_aligned = ((k_stride | k_head | k_block) & 3) == 0, v_aligned = ((v_stride | v_head | v_block) & 1) == 0;
+    const bool k_aligned = ((k_stride | k_head | k_block) & 3) == 0,
+               v_aligned = ((v_stride | v_head | v_block) & 1) == 0;
     for (long row = 0; row < count; row += long(kPageTokens), ++item) {
       if (item % step != first) continue;
       const int tokens = int(min(count - row, long(kPageTokens)));
@@ -299,7 +311,8 @@ inline void attend_exact(thread const AttendArguments& a, thread const Block& bl
       device const uchar* row0 = a.exact_k + k0 * long(element_bytes(dtype));
       device const uchar* row1 = a.exact_k + k1 * long(element_bytes(dtype));
       for (int i = 0; i < D / 4; ++i) {
-        const float4 x = load_four(row0, dtype, uint(4 * i), k_aligned), y = load_four(row1, dtype, uint(4 * i), k_aligned);
+        const float4 x = load_four(row0, dtype, uint(4 * i), k_aligned),
+                     y = load_four(row1, dtype, uint(4 * i), k_aligned);
         threadgroup const float4* from = (threadgroup const float4*)q + i;
 #pragma unroll
         for (int r = 0; r < R; ++r) {
@@ -328,8 +341,9 @@ inline void attend_exact(thread const AttendArguments& a, thread const Block& bl
 #pragma unroll
           for (int n = 0; n < kPairs; ++n) {
             const float2 o = state.o[r][n];
-            state.o[r][n] = float2(fma(four.x, v[n][0].x, fma(four.y, v[n][1].x, fma(four.z, v[n][2].x, fma(four.w, v[n][3].x, o.x)))),
-                                   fma(four.x, v[n][0].y, fma(four.y, v[n][1].y, fma(four.z, v[n][2].y, fma(four.w, v[n][3].y, o.y)))));
+            state.o[r][n] = float2(
+                fma(four.x, v[n][0].x, fma(four.y, v[n][1].x, fma(four.z, v[n][2].x, fma(four.w, v[n][3].x, o.x)))),
+                fma(four.x, v[n][0].y, fma(four.y, v[n][1].y, fma(four.z, v[n][2].y, fma(four.w, v[n][3].y, o.y)))));
           }
         }
       }
@@ -345,14 +359,14 @@ inline void fill_table(device const char* levels, threadgroup half2* table, uint
   }
 }
 
-// One threadgroup's work: split `split` of exact_splits + page_splits, of block `block` of KV head `head` of sequence b. Nothing
-// where the sequence has fewer rows.
-// Writes states[b][head][block][split][R][D + 2]: o, m, l. Threadgroup memory: share [R * D], tables [kTableSize],
-// p [kAttendGroups * R * 64], top and sum [kAttendGroups * R].
+// One threadgroup's work: split `split` of exact_splits + page_splits, of block `block` of KV head `head` of sequence
+// b. Nothing where the sequence has fewer rows. Writes states[b][head][block][split][R][D + 2]: o, m, l. Threadgroup
+// memory: share [R * D], tables [kTableSize], p [kAttendGroups * R * 64], top and sum [kAttendGroups * R].
 template <int D, int R>
 inline void attend(thread const AttendArguments& a, device float* states, uint split, uint head_block, uint b,
                    threadgroup float* share, threadgroup half2* key_table, threadgroup half2* value_table,
-                   threadgroup float* p, threadgroup float* top, threadgroup float* sum, uint tid, uint lane, uint group) {
+                   threadgroup float* p, threadgroup float* top, threadgroup float* sum, uint tid, uint lane,
+                   uint group) {
   device const long* c = a.call;
   const uint blocks = uint(c[kv4_call_blocks]), heads = uint(c[kv4_call_kv_heads]);
   const uint exact_splits = uint(c[kv4_call_exact_splits]), page_splits = uint(c[kv4_call_page_splits]);
@@ -379,8 +393,8 @@ inline void attend(thread const AttendArguments& a, device float* states, uint s
     attend_exact<D, R>(a, block, state, split * kAttendGroups + group, exact_splits * kAttendGroups, share, own, lane);
   } else {
     const uint count = uint(a.sequences[b * kv4_sequence_fields + kv4_sequence_page_count]), k = split - exact_splits;
-    attend_pages<D, R>(a, block, state, count * k / page_splits, count * (k + 1) / page_splits, share, key_table, value_table,
-                       own, lane, group);
+    attend_pages<D, R>(a, block, state, count * k / page_splits, count * (k + 1) / page_splits, share, key_table,
+                       value_table, own, lane, group);
   }
 
   for (int r = 0; r < R; ++r) {
@@ -409,7 +423,8 @@ inline void attend(thread const AttendArguments& a, device float* states, uint s
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  const long slot = (long(b * heads + head) * long(blocks) + long(block_index)) * long(exact_splits + page_splits) + long(split);
+  const long slot = (long(b * heads + head) * long(blocks) + long(block_index)) * long(exact_splits + page_splits) +
+                    long(split);
   device float* out = states + slot * long(R * (D + 2));
   for (uint i = tid; i < uint(R * D); i += KV4_ATTEND_THREADS) out[i / uint(D) * uint(D + 2) + i % uint(D)] = share[i];
   if (tid < uint(R)) {

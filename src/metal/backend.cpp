@@ -1,6 +1,7 @@
-// The backend of Apple GPUs. Their memory is the CPU's: taking rows in, moments and conversions are the CPU backend's; sealing,
-// dequantising and attention are launches, and each call waits for its own. Queries, masks, outputs and rows that are sealed as they
-// arrive may be any memory: they are copied. What a launch is told, and every table, comes from tables.h; gpu.h is all that knows a device.
+// The backend of Apple GPUs. Their memory is the CPU's: taking rows in, moments and conversions are the CPU backend's;
+// sealing, dequantising and attention are launches, and each call waits for its own. Queries, masks, outputs and rows
+// that are sealed as they arrive may be any memory: they are copied. What a launch is told, and every table, comes from
+// tables.h; gpu.h is all that knows a device.
 #include "backend/backend.h"
 
 #include <algorithm>
@@ -61,8 +62,8 @@ class Staging {
   bool failed_ = false;
 };
 
-// Matrices of a rotation where kernels read them; empty ones for the identity. They go with the rotation, and keep the GPU
-// that their memory is of.
+// Matrices of a rotation where kernels read them; empty ones for the identity. They go with the rotation, and keep the
+// GPU that their memory is of.
 struct Matrices final : RotationTable {
   Matrices(std::shared_ptr<Gpu> on, const Rotation& rotation) : gpu(std::move(on)) {
     query = keep(query_matrix(rotation));
@@ -106,7 +107,8 @@ class MetalBackend final : public Backend {
   void free(void* p, std::size_t) override { gpu_->free(p); }
   Status copy(void* to, const void* from, std::size_t bytes) override { return cpu_.copy(to, from, bytes); }
   Status clear(void* p, std::size_t bytes) override { return cpu_.clear(p, bytes); }
-  Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
+  Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes,
+                    int lines) override {
     return cpu_.copy_lines(to, to_pitch, from, from_pitch, bytes, lines);
   }
   Status store(const StoreJob& job) override { return cpu_.store(job); }
@@ -118,18 +120,21 @@ class MetalBackend final : public Backend {
   const RotationTable* table_of(const Rotation& rotation) const override { return rotation.table_on(gpu_.get()); }
 
   // Resident or not: the host reads what kernels read.
-  Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs, bool resident) override;
+  Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs,
+              bool resident) override;
   Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs,
                     bool resident) const override;
   // None: a call stages what its launches need, and a workspace that it is given stays unread.
   std::size_t attend_workspace(const AttendJob& /*job*/) const override { return 0; }
   Status attend(const AttendJob& job) override;
 
-  Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k, std::uint8_t* v) const override {
+  Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k,
+                            std::uint8_t* v) const override {
     apple::codes_to_canonical(spec, slice, k, v);
     return {};
   }
-  Status codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* slice) const override {
+  Status codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v,
+                              std::uint8_t* slice) const override {
     apple::codes_from_canonical(spec, k, v, slice);
     return {};
   }
@@ -162,7 +167,8 @@ class MetalBackend final : public Backend {
     return page_table(pages, chunks);
   }
   Status matrices(const Rotation& rotation, const Matrices** out) const;
-  Status dequantise_side(const PageSpec& spec, const PageMemory& pages, int kv_heads, bool values, std::span<const DequantiseJob> jobs) const;
+  Status dequantise_side(const PageSpec& spec, const PageMemory& pages, int kv_heads, bool values,
+                         std::span<const DequantiseJob> jobs) const;
 
   const std::shared_ptr<Gpu> gpu_;  // tells devices apart, too
   Backend& cpu_;
@@ -183,16 +189,20 @@ Status MetalBackend::matrices(const Rotation& rotation, const Matrices** out) co
 void stage_rows(SealJob* job, bool values, int kv_heads, int dim, std::uint8_t* to) {
   const auto size = static_cast<std::int64_t>(size_of(job->dtype)), row = dim * size;
   const void*& from = values ? job->v : job->k;
-  std::int64_t &head_stride = values ? job->v_head_stride : job->k_head_stride, &stride = values ? job->v_stride : job->k_stride;
+  std::int64_t &head_stride = values ? job->v_head_stride : job->k_head_stride,
+               &stride = values ? job->v_stride : job->k_stride;
   for (std::int64_t h = 0; h < kv_heads; ++h)
     for (std::int64_t j = 0; j < job->count; ++j)
-      std::memcpy(to + (h * job->count + j) * row, static_cast<const std::uint8_t*>(from) + (h * head_stride + j * stride) * size, static_cast<std::size_t>(row));
+      std::memcpy(to + (h * job->count + j) * row,
+                  static_cast<const std::uint8_t*>(from) + (h * head_stride + j * stride) * size,
+                  static_cast<std::size_t>(row));
   from = to;
   head_stride = job->count * dim;
   stride = dim;
 }
 
-Status MetalBackend::seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs, bool /*resident*/) {
+Status MetalBackend::seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs,
+                          bool /*resident*/) {
   std::int32_t most = -1;
   for (const SealJob& j : jobs) most = std::max(most, j.page);
   if (most < 0) return {};
@@ -206,7 +216,9 @@ Status MetalBackend::seal(const PageSpec& spec, const PageMemory& pages, int kv_
     const float* lambda = nullptr;
     std::vector<std::int64_t> table;
     std::vector<std::uint8_t> skip;
-    const auto foreign = [&](const SealJob& j) { return j.page >= 0 && j.count > 0 && !gpu_->holds(values ? j.v : j.k); };
+    const auto foreign = [&](const SealJob& j) {
+      return j.page >= 0 && j.count > 0 && !gpu_->holds(values ? j.v : j.k);
+    };
     std::size_t staged = 0;
     for (const SealJob& j : jobs)
       if (foreign(j)) staged += rounded(static_cast<std::size_t>(kv_heads * j.count * side.dim) * size_of(j.dtype));
@@ -239,16 +251,22 @@ Status MetalBackend::seal(const PageSpec& spec, const PageMemory& pages, int kv_
     launch.threads[1] = static_cast<std::uint32_t>(kv_heads);
     launch.group = KV4_ROW_THREADS;
     launch.dim = side.dim;
-    launch.buffers = {rows, staging.put(skip), staging.or_nothing(lambda), m->sealing, staging.put(table),
-                      staging.put(side_table(spec, values, places)), staging.put(level_table(side)), bound};
+    launch.buffers = {rows,
+                      staging.put(skip),
+                      staging.or_nothing(lambda),
+                      m->sealing,
+                      staging.put(table),
+                      staging.put(side_table(spec, values, places)),
+                      staging.put(level_table(side)),
+                      bound};
     launches.push_back(std::move(launch));
   }
   KV4_RETURN_IF_ERROR(staging.full());
   return gpu_->run(launches);
 }
 
-Status MetalBackend::dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs,
-                                bool /*resident*/) const {
+Status MetalBackend::dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads,
+                                std::span<const DequantiseJob> jobs, bool /*resident*/) const {
   for (const bool values : {false, true}) KV4_RETURN_IF_ERROR(dequantise_side(spec, pages, kv_heads, values, jobs));
   return {};
 }
@@ -257,7 +275,9 @@ Status MetalBackend::dequantise(const PageSpec& spec, const PageMemory& pages, i
 Status MetalBackend::dequantise_side(const PageSpec& spec, const PageMemory& pages, int kv_heads, bool values,
                                      std::span<const DequantiseJob> jobs) const {
   const SideSpec& side = values ? spec.value : spec.key;
-  const auto to_of = [values](const DequantiseJob& j) { return j.page < 0 || j.count == 0 ? nullptr : values ? j.v : j.k; };
+  const auto to_of = [values](const DequantiseJob& j) {
+    return j.page < 0 || j.count == 0 ? nullptr : values ? j.v : j.k;
+  };
   std::vector<std::int64_t> table;
   const float* lambda = nullptr;
   std::int32_t most_page = -1;
@@ -286,15 +306,27 @@ Status MetalBackend::dequantise_side(const PageSpec& spec, const PageMemory& pag
   launch.threads[2] = static_cast<std::uint32_t>(kv_heads);
   launch.group = KV4_ROW_THREADS;
   launch.dim = side.dim;
-  launch.buffers = {bound, staging.or_nothing(lambda), m->output, staging.put(table), staging.put(side_table(spec, values, places)),
-                    staging.put(level_table(side)), out};
+  launch.buffers = {bound,
+                    staging.or_nothing(lambda),
+                    m->output,
+                    staging.put(table),
+                    staging.put(side_table(spec, values, places)),
+                    staging.put(level_table(side)),
+                    out};
   KV4_RETURN_IF_ERROR(staging.full());
   KV4_RETURN_IF_ERROR(gpu_->run({&launch, 1}));
   for (const DequantiseJob& j : jobs) {
     if (to_of(j) == nullptr) continue;
-    KV4_RETURN_IF_ERROR(cpu_.convert({.from = out, .from_head_stride = j.count * side.dim, .from_stride = side.dim, .to = to_of(j), .to_dtype = j.dtype,
-                                      .to_head_stride = values ? j.v_head_stride : j.k_head_stride, .to_stride = values ? j.v_stride : j.k_stride,
-                                      .heads = kv_heads, .dim = side.dim, .rows = j.count}));
+    KV4_RETURN_IF_ERROR(cpu_.convert({.from = out,
+                                      .from_head_stride = j.count * side.dim,
+                                      .from_stride = side.dim,
+                                      .to = to_of(j),
+                                      .to_dtype = j.dtype,
+                                      .to_head_stride = values ? j.v_head_stride : j.k_head_stride,
+                                      .to_stride = values ? j.v_stride : j.k_stride,
+                                      .heads = kv_heads,
+                                      .dim = side.dim,
+                                      .rows = j.count}));
     out += kv_heads * j.count * side.dim;
   }
   return {};
@@ -319,8 +351,10 @@ std::vector<std::uint8_t> mask_in_order(const AttendJob& job, std::array<std::in
     for (std::int64_t h = 0; h < n[1]; ++h)
       for (std::int64_t t = 0; t < n[2]; ++t)
         for (std::int64_t c = 0; c < m.columns; ++c) {
-          const std::int64_t at = b * m.general_stride[0] + h * m.general_stride[1] + t * m.general_stride[2] + c * m.general_stride[3];
-          out.insert(out.end(), from + at * static_cast<std::int64_t>(size), from + (at + 1) * static_cast<std::int64_t>(size));
+          const std::int64_t at = b * m.general_stride[0] + h * m.general_stride[1] + t * m.general_stride[2] +
+                                  c * m.general_stride[3];
+          out.insert(out.end(), from + at * static_cast<std::int64_t>(size),
+                     from + (at + 1) * static_cast<std::int64_t>(size));
         }
   return out;
 }
@@ -374,7 +408,9 @@ Status MetalBackend::attend(const AttendJob& job) {
   const void* pages = nullptr;
   const std::vector<std::int64_t> places = most_page < 0 ? page_table({}) : places_of(job.pages, most_page, &pages);
   const auto base = [this](const void* p) { return on_gpu(static_cast<const std::uint8_t*>(p)); };
-  const AttendTables t = attend_tables(own, {base(bases.exact_k), base(bases.exact_v), on_gpu(bases.lambda_k), on_gpu(bases.lambda_v)}, places, gpu_->cores());
+  const AttendTables t =
+      attend_tables(own, {base(bases.exact_k), base(bases.exact_v), on_gpu(bases.lambda_k), on_gpu(bases.lambda_v)},
+                    places, gpu_->cores());
 
   const Matrices *key = nullptr, *value = nullptr;
   if (job.spec != nullptr) {
@@ -388,14 +424,24 @@ Status MetalBackend::attend(const AttendJob& job) {
   const void* nothing = staging.or_nothing(nullptr);
   const auto or_nothing = [nothing](const void* p) { return p != nullptr ? p : nothing; };
   Launch launches[3];
-  launches[0] = {"kv4_prepare", {q, key == nullptr ? nothing : key->query, or_nothing(bases.lambda_k), sequences, call, factors, prepared},
-                 t.row_grid, KV4_ROW_THREADS, t.dim};
+  launches[0] = {
+      "kv4_prepare",
+      {q, key == nullptr ? nothing : key->query, or_nothing(bases.lambda_k), sequences, call, factors, prepared},
+      t.row_grid,
+      KV4_ROW_THREADS,
+      t.dim};
   launches[1] = {t.kernel,
-                 {prepared, or_nothing(pages), staging.put(t.ids), or_nothing(bases.exact_k), or_nothing(bases.exact_v), staging.put(mask),
-                  staging.put(t.levels), sequences, call, factors, states},
-                 t.attend_grid, KV4_ATTEND_THREADS, t.dim};
-  launches[2] = {"kv4_merge", {states, value == nullptr ? nothing : value->output, or_nothing(bases.lambda_v), nothing, sequences, call, state},
-                 t.row_grid, KV4_ROW_THREADS, t.dim};
+                 {prepared, or_nothing(pages), staging.put(t.ids), or_nothing(bases.exact_k), or_nothing(bases.exact_v),
+                  staging.put(mask), staging.put(t.levels), sequences, call, factors, states},
+                 t.attend_grid,
+                 KV4_ATTEND_THREADS,
+                 t.dim};
+  launches[2] = {
+      "kv4_merge",
+      {states, value == nullptr ? nothing : value->output, or_nothing(bases.lambda_v), nothing, sequences, call, state},
+      t.row_grid,
+      KV4_ROW_THREADS,
+      t.dim};
   KV4_RETURN_IF_ERROR(staging.full());
   KV4_RETURN_IF_ERROR(gpu_->run(launches));
 
@@ -408,8 +454,9 @@ Status MetalBackend::attend(const AttendJob& job) {
     for (std::int64_t h = 0; h < heads; ++h) {
       const std::int64_t first = s.input * states_of + h * rows + s.input_row;
       const bool partial = job.out.data == nullptr;
-      const PartialState to = partial ? PartialState{job.partial.o + first * dim, job.partial.m + first, job.partial.l + first}
-                                      : PartialState{o.data(), m.data(), l.data()};
+      const PartialState to =
+          partial ? PartialState{job.partial.o + first * dim, job.partial.m + first, job.partial.l + first}
+                  : PartialState{o.data(), m.data(), l.data()};
       for (std::int64_t t = 0; t < s.query_count; ++t) {
         const float* from = state + (first + t) * (dim + 2);
         std::copy_n(from, dim, to.o + t * dim);
@@ -427,7 +474,9 @@ Status MetalBackend::attend(const AttendJob& job) {
 
 }  // namespace
 
-std::unique_ptr<Backend> make_backend(std::unique_ptr<Gpu> gpu) { return std::make_unique<MetalBackend>(std::move(gpu)); }
+std::unique_ptr<Backend> make_backend(std::unique_ptr<Gpu> gpu) {
+  return std::make_unique<MetalBackend>(std::move(gpu));
+}
 
 std::string library_text(std::string_view kernels, int dim) {
   const std::string every = "template [[host_name(\"kv4_attend_d", wanted = every + std::to_string(dim) + "_";

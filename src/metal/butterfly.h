@@ -1,10 +1,11 @@
-// The default rotation, an orthonormal real FFT of a sign-flipped row, as a butterfly: by one SIMD-group in threadgroup memory,
-// where the matrix of rotate.h takes all threads and 4 dim^2 bytes. A complex FFT of half the length (Stockham's, which needs no
-// reordering: Swarztrauber 1984), and the split of its spectrum into the real row's (kv4/rotation.h has the formula).
+// The default rotation, an orthonormal real FFT of a sign-flipped row, as a butterfly: by one SIMD-group in threadgroup
+// memory, where the matrix of rotate.h takes all threads and 4 dim^2 bytes. A complex FFT of half the length
+// (Stockham's, which needs no reordering: Swarztrauber 1984), and the split of its spectrum into the real row's
+// (kv4/rotation.h has the formula).
 //
 // Table [3 dim] floats: signs / sqrt(2 dim) [dim], then exp(-2 pi i n / dim) [dim] as pairs.
-// Counted at d = 128 for a row, either way (tests/metal/measure.py): 4,900 lane-instructions and 1,536 bytes of table; the
-// matrix takes 33,500 and 65,536. At d = 64, 80, 96 and 256: 3,200, 3,700, 4,200 and 10,600.
+// Counted at d = 128 for a row, either way (tests/metal/measure.py): 4,900 lane-instructions and 1,536 bytes of table;
+// the matrix takes 33,500 and 65,536. At d = 64, 80, 96 and 256: 3,200, 3,700, 4,200 and 10,600.
 #ifndef KV4_METAL_BUTTERFLY_H
 #define KV4_METAL_BUTTERFLY_H
 
@@ -13,7 +14,9 @@
 namespace kv4 {
 namespace apple {
 
-inline float2 complex_product(float2 a, float2 b) { return float2(fma(a.x, b.x, -(a.y * b.y)), fma(a.x, b.y, a.y * b.x)); }
+inline float2 complex_product(float2 a, float2 b) {
+  return float2(fma(a.x, b.x, -(a.y * b.y)), fma(a.x, b.y, a.y * b.x));
+}
 inline float2 conjugate(float2 a) { return float2(a.x, -a.y); }
 // a - i b and a + i b
 inline float2 minus_i(float2 a, float2 b) { return float2(a.x + b.y, a.y - b.x); }
@@ -52,9 +55,11 @@ struct Dft<4> {
 template <>
 struct Dft<5> {
   static void run(thread float2* a) {
-    constexpr float c1 = 0.30901699437494742f, c2 = -0.80901699437494742f, s1 = 0.95105651629515357f, s2 = 0.58778525229247313f;
+    constexpr float c1 = 0.30901699437494742f, c2 = -0.80901699437494742f, s1 = 0.95105651629515357f,
+                    s2 = 0.58778525229247313f;
     const float2 t1 = a[1] + a[4], t2 = a[2] + a[3], t3 = a[1] - a[4], t4 = a[2] - a[3];
-    const float2 m1 = a[0] + c1 * t1 + c2 * t2, m2 = a[0] + c2 * t1 + c1 * t2, n1 = s1 * t3 + s2 * t4, n2 = s2 * t3 - s1 * t4;
+    const float2 m1 = a[0] + c1 * t1 + c2 * t2, m2 = a[0] + c2 * t1 + c1 * t2, n1 = s1 * t3 + s2 * t4,
+                 n2 = s2 * t3 - s1 * t4;
     a[0] += t1 + t2;
     a[1] = minus_i(m1, n1);
     a[2] = minus_i(m2, n2);
@@ -111,7 +116,8 @@ inline bool fft(device const float2* root, threadgroup float2* x, threadgroup fl
 
 // y = R x of one row, or R^-1 x. Of the threadgroup's threads those of the first SIMD-group, which overwrite x.
 template <uint D>
-inline void srft_row_of(device const float* table, threadgroup float2* x, threadgroup float2* y, bool inverse, uint lane) {
+inline void srft_row_of(device const float* table, threadgroup float2* x, threadgroup float2* y, bool inverse,
+                        uint lane) {
   constexpr uint kHalf = D / 2;
   constexpr float kRoot2 = 1.41421356237309505f;
   device const float2* signs = (device const float2*)table;
@@ -150,7 +156,8 @@ inline void srft_row_of(device const float* table, threadgroup float2* x, thread
 }
 
 // x and y [dim] of threadgroup memory. All threads; x is complete before the call, y is after it.
-inline void srft_row(device const float* table, uint dim, threadgroup float4* x4, threadgroup float4* y4, bool inverse, uint tid) {
+inline void srft_row(device const float* table, uint dim, threadgroup float4* x4, threadgroup float4* y4, bool inverse,
+                     uint tid) {
   threadgroup float2* x = (threadgroup float2*)x4;
   threadgroup float2* y = (threadgroup float2*)y4;
   if (tid < kLanes) {

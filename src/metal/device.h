@@ -34,12 +34,14 @@ inline float load_element(device const uchar* data, int dtype, long i) {
 inline long slice_offset(device const long* pages, long id, uint head) {
   const long shift = pages[kv4_pages_chunk_shift];
   const long within = id & ((long(1) << shift) - 1);
-  return pages[kv4_pages_chunks + (id >> shift)] + within * pages[kv4_pages_page_stride] + long(head) * pages[kv4_pages_head_stride];
+  return pages[kv4_pages_chunks + (id >> shift)] + within * pages[kv4_pages_page_stride] +
+         long(head) * pages[kv4_pages_head_stride];
 }
 
 inline uint element_bytes(int dtype) { return dtype == 0 ? 4u : 2u; }
 
-// Elements i ... of a row; `aligned`: i is a multiple of the number loaded, and so is the row's first element in its buffer.
+// Elements i ... of a row; `aligned`: i is a multiple of the number loaded, and so is the row's first element in its
+// buffer.
 inline float4 load_four(device const uchar* row, int dtype, uint i, bool aligned) {
   if (!aligned)
     return float4(load_element(row, dtype, i), load_element(row, dtype, i + 1), load_element(row, dtype, i + 2),

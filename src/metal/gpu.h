@@ -1,5 +1,5 @@
-// What the Metal backend asks of an Apple GPU, and nothing more: memory that both sides read, and launches. gpu.mm has it
-// from Metal; tests from the emulator.
+// What the Metal backend asks of an Apple GPU, and nothing more: memory that both sides read, and launches. gpu.mm has
+// it from Metal; tests from the emulator.
 #pragma once
 
 #include <array>
@@ -19,8 +19,8 @@ struct Launch {
   std::string kernel;
   std::vector<const void*> buffers;  // in the order of the kernel's declaration; any byte of memory from alloc
   std::array<std::uint32_t, 3> threads{1, 1, 1};  // of the grid
-  std::uint32_t group = 1;               // threads of a threadgroup, along the first axis
-  int dim = 0;                           // head dim whose library has the kernel
+  std::uint32_t group = 1;                        // threads of a threadgroup, along the first axis
+  int dim = 0;                                    // head dim whose library has the kernel
 };
 
 class Gpu {
@@ -34,8 +34,8 @@ class Gpu {
   // Where the GPU has a byte of memory from alloc. A kernel may reach any of that memory by its distance from a buffer.
   virtual std::uint64_t address(const void* p) const = 0;
   virtual int cores() const = 0;
-  // One after another; what they wrote is there when the call returns. Errors: unsupported where the device cannot run a
-  // kernel, failed_precondition with the device's reason where it failed.
+  // One after another; what they wrote is there when the call returns. Errors: unsupported where the device cannot run
+  // a kernel, failed_precondition with the device's reason where it failed.
   virtual Status run(std::span<const Launch> launches) = 0;
 };
 

@@ -6,8 +6,8 @@
 //   Values: lanes own pairs of channels, and sum over tokens. One 16-byte load holds 16 tokens of a pair.
 //     byte(token, channel) = (token / 16 * (dim / 2) + channel / 2) * 16 + token % 16
 //
-// As in the canonical order a byte is two neighbouring channels of one token, the even one in the low nibble: a table of
-// 256 pairs of levels unpacks it with one look-up. No channel is padded; dim is a multiple of 16.
+// As in the canonical order a byte is two neighbouring channels of one token, the even one in the low nibble: a table
+// of 256 pairs of levels unpacks it with one look-up. No channel is padded; dim is a multiple of 16.
 #ifndef KV4_METAL_LAYOUT_H
 #define KV4_METAL_LAYOUT_H
 

@@ -1,5 +1,5 @@
-// Joins the partial states of one query row, turns the part over pages back into the model's basis and writes the output
-// or the row's own partial state. One threadgroup a row; nothing where the sequence has fewer queries.
+// Joins the partial states of one query row, turns the part over pages back into the model's basis and writes the
+// output or the row's own partial state. One threadgroup a row; nothing where the sequence has fewer queries.
 #ifndef KV4_METAL_MERGE_H
 #define KV4_METAL_MERGE_H
 
@@ -12,9 +12,9 @@ namespace apple {
 // matrix: (R^-1)^T of the values' rotation. lambda [kv_heads, dim] of each sequence, sinks [kv_heads * group].
 // Threadgroup memory: x and y [kMaxDim], partial [KV4_ROW_THREADS].
 inline void merge_row(device const float* states, device const float* matrix, device const float* lambda,
-                      device const float* sinks, device const long* sequences, device const long* call, device uchar* out,
-                      uint g, uint t, uint head_of_batch, threadgroup float4* x4, threadgroup float4* y4, threadgroup float4* partial,
-                      uint tid, uint lane) {
+                      device const float* sinks, device const long* sequences, device const long* call,
+                      device uchar* out, uint g, uint t, uint head_of_batch, threadgroup float4* x4,
+                      threadgroup float4* y4, threadgroup float4* partial, uint tid, uint lane) {
   threadgroup float* x = (threadgroup float*)x4;
   threadgroup float* y = (threadgroup float*)y4;
   const uint dim = uint(call[kv4_call_dim]), heads = uint(call[kv4_call_kv_heads]);
@@ -27,7 +27,8 @@ inline void merge_row(device const float* states, device const float* matrix, de
   if (tid - lane < dim) {  // SIMD-groups with channels
     const uint group = uint(call[kv4_call_group]), block_rows = uint(call[kv4_call_block_rows]);
     const uint row = t * group + g, block = row < block_rows ? 0u : row / block_rows, step = block_rows * (dim + 2);
-    device const float* from = states + long(head_of_batch * uint(call[kv4_call_blocks]) + block) * long(splits) * long(step) +
+    device const float* from = states +
+                               long(head_of_batch * uint(call[kv4_call_blocks]) + block) * long(splits) * long(step) +
                                long((row - block * block_rows) * (dim + 2));
     for (uint s = lane; s < splits; s += kLanes) top = max(top, from[s * step + dim]);
     top = simd_max(top);
@@ -56,7 +57,8 @@ inline void merge_row(device const float* states, device const float* matrix, de
   if (lambda_at != KV4_NONE) o /= lambda[lambda_at + long(head * dim + tid)];
   o += exact;
   const int dtype = int(call[kv4_call_out_dtype]);
-  const long at = sequence[kv4_sequence_input] * call[kv4_call_out_stride_batch] + long(q_head) * call[kv4_call_out_stride_head] +
+  const long at = sequence[kv4_sequence_input] * call[kv4_call_out_stride_batch] +
+                  long(q_head) * call[kv4_call_out_stride_head] +
                   (sequence[kv4_sequence_input_row] + long(t)) * call[kv4_call_out_stride_query];
   if (dtype == KV4_OUT_PARTIAL) {
     device float* row_out = (device float*)out + at;

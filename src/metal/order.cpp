@@ -15,7 +15,8 @@ struct Order {
     return {key_byte(static_cast<std::uint32_t>(token), static_cast<std::uint32_t>(channel)), channel % 2 * 4};
   }
   static InByte value(int token, int channel, int dim) {
-    return {value_byte(static_cast<std::uint32_t>(token), static_cast<std::uint32_t>(channel), static_cast<std::uint32_t>(dim)),
+    return {value_byte(static_cast<std::uint32_t>(token), static_cast<std::uint32_t>(channel),
+                       static_cast<std::uint32_t>(dim)),
             channel % 2 * 4};
   }
   static std::uint32_t from(std::uint32_t stored) { return stored; }

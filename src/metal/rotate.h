@@ -1,13 +1,13 @@
-// A row times a rotation's matrix, by one threadgroup; queries and outputs of attention, and dequantised rows, are rotated
-// one by one. Matrices come as data, [dim, dim] floats by rows, so that y[c] = sum over i of matrix[i][c] x[i] and
-// neighbouring threads read neighbouring numbers:
+// A row times a rotation's matrix, by one threadgroup; queries and outputs of attention, and dequantised rows, are
+// rotated one by one. Matrices come as data, [dim, dim] floats by rows, so that y[c] = sum over i of matrix[i][c] x[i]
+// and neighbouring threads read neighbouring numbers:
 //
 //   queries  q' = R^-T x   matrix = R^-1       outputs, dequantised rows   x = R^-1 y   matrix = (R^-1)^T
 //
-// Counted at d = 128 for a row, the rotation alone (tests/metal/measure.py): 33,500 lane-instructions for 16,384 multiply-adds.
-// A thread owns four channels, so that five 16-byte loads serve 16 multiply-adds, and D is a constant; without that 45,200; one
-// channel a thread, with an index per load, 185,700. Rows stay apart: the few of a step then spread over the cores. The default
-// rotation goes by butterfly.h instead.
+// Counted at d = 128 for a row, the rotation alone (tests/metal/measure.py): 33,500 lane-instructions for 16,384
+// multiply-adds. A thread owns four channels, so that five 16-byte loads serve 16 multiply-adds, and D is a constant;
+// without that 45,200; one channel a thread, with an index per load, 185,700. Rows stay apart: the few of a step then
+// spread over the cores. The default rotation goes by butterfly.h instead.
 #ifndef KV4_METAL_ROTATE_H
 #define KV4_METAL_ROTATE_H
 
@@ -47,8 +47,8 @@ inline void multiply_row_of(device const float* matrix, threadgroup const float4
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// y from x, both [dim] of threadgroup memory; partial [KV4_ROW_THREADS]. All KV4_ROW_THREADS threads. x is complete before the
-// call; y is after it.
+// y from x, both [dim] of threadgroup memory; partial [KV4_ROW_THREADS]. All KV4_ROW_THREADS threads. x is complete
+// before the call; y is after it.
 inline void multiply_row(device const float* matrix, uint dim, threadgroup const float4* x, threadgroup float* y,
                          threadgroup float4* partial, uint tid) {
   if (dim == 128) multiply_row_of<128>(matrix, x, y, partial, tid);
@@ -66,12 +66,12 @@ inline void rotate_row(int how, device const float* matrix, uint dim, threadgrou
 }
 
 // One query row: raw times the factor of q.k, and R^-T (q / lambda) times it, to planes 0 and 1 of
-// out [2, batch, kv_heads, T * group, dim]. Row t * group + g is query t of head g of the group; nothing where the sequence has
-// fewer queries.
+// out [2, batch, kv_heads, T * group, dim]. Row t * group + g is query t of head g of the group; nothing where the
+// sequence has fewer queries.
 inline void prepare_row(device const uchar* q, device const float* matrix, device const float* lambda,
                         device const long* sequences, device const long* call, device const float* factors,
-                        device float* out, uint g, uint t, uint head_of_batch, threadgroup float4* x4, threadgroup float4* y4,
-                        threadgroup float4* partial, uint tid) {
+                        device float* out, uint g, uint t, uint head_of_batch, threadgroup float4* x4,
+                        threadgroup float4* y4, threadgroup float4* partial, uint tid) {
   threadgroup float* x = (threadgroup float*)x4;
   threadgroup float* y = (threadgroup float*)y4;
   const uint dim = uint(call[kv4_call_dim]);
@@ -87,7 +87,8 @@ inline void prepare_row(device const uchar* q, device const float* matrix, devic
     plane = call[kv4_call_batch] * long(heads) * long(rows) * long(dim);
     to += (long(head_of_batch) * long(rows) + long(t * group + g)) * long(dim) + long(tid);
     factor = factors[kv4_factor_scale];
-    const long from = s[kv4_sequence_input] * call[kv4_call_q_stride_batch] + long(head * group + g) * call[kv4_call_q_stride_head] +
+    const long from = s[kv4_sequence_input] * call[kv4_call_q_stride_batch] +
+                      long(head * group + g) * call[kv4_call_q_stride_head] +
                       (s[kv4_sequence_input_row] + long(t)) * call[kv4_call_q_stride_query];
     const long lambda_at = s[kv4_sequence_lambda_k];
     const float value = load_element(q, int(call[kv4_call_q_dtype]), from + long(tid));

@@ -1,14 +1,14 @@
-// Sealing: tokens of one side of one head slice are centred, weighted, rotated, quantised and packed by one threadgroup, 16
-// tokens at a time. src/reference/seal.h is the definition.
+// Sealing: tokens of one side of one head slice are centred, weighted, rotated, quantised and packed by one
+// threadgroup, 16 tokens at a time. src/reference/seal.h is the definition.
 //
-// The mean a page stores is R (lambda * mean) in fp16, and rows are relative to it as stored. A bias may be 10^5 times the
-// spread around it, so the mean and its rotation are sums in pairs of floats: the matrix comes as two floats an entry.
-// They need arithmetic as written: compile without fast math.
+// The mean a page stores is R (lambda * mean) in fp16, and rows are relative to it as stored. A bias may be 10^5 times
+// the spread around it, so the mean and its rotation are sums in pairs of floats: the matrix comes as two floats an
+// entry. They need arithmetic as written: compile without fast math.
 //
-// Counted for d = 128 and one vector: 256 bytes read, 68 written; 58,000 lane-instructions for a key and 49,000 for a value, of
-// them 16,384 multiply-adds of the rotation: 41 ns on a GPU of 2.6 TFLOPS. One channel a thread with indices computed took
-// 109,300 and 100,300; constant distances alone 66,600 and 57,600. A prompt's sealing is below 1 % of its matrix products:
-// Qwen2.5-1.5B seals 112 vectors a token, 6.0 million lane-instructions beside 1.5 * 10^9.
+// Counted for d = 128 and one vector: 256 bytes read, 68 written; 58,000 lane-instructions for a key and 49,000 for a
+// value, of them 16,384 multiply-adds of the rotation: 41 ns on a GPU of 2.6 TFLOPS. One channel a thread with indices
+// computed took 109,300 and 100,300; constant distances alone 66,600 and 57,600. A prompt's sealing is below 1 % of its
+// matrix products: Qwen2.5-1.5B seals 112 vectors a token, 6.0 million lane-instructions beside 1.5 * 10^9.
 #ifndef KV4_METAL_SEAL_H
 #define KV4_METAL_SEAL_H
 
@@ -23,7 +23,7 @@ constant constexpr uint kPitch = kMaxDim + 1;  // of a row in threadgroup memory
 
 struct SealArguments {
   device const uchar* rows;
-  device const uchar* skip;    // a byte per token: not 0 where masked
+  device const uchar* skip;  // a byte per token: not 0 where masked
   device const float* lambda;
   device const float* matrix;  // [2, dim, dim]: R^T by rows, then what it lacks to R^T in double precision
   device uchar* pages;
@@ -37,7 +37,7 @@ struct SealPart {
   device uchar* slice;
   long rows, stride;  // element of its first token, elements between tokens
   int dtype;
-  long lambda;        // element of its first channel; KV4_NONE: lambda is 1
+  long lambda;  // element of its first channel; KV4_NONE: lambda is 1
   long skip, hidden;
   uint first, count;
 };
@@ -59,9 +59,9 @@ inline SealPart part_of(thread const SealArguments& a, uint index, uint head) {
   return out;
 }
 
-// x[r][c] for the tile's rows from x R^T, in place. A thread owns four channels of kRows rows, so that a load of the matrix and
-// one of each row serve 4 kRows multiply-adds. D is a constant: with rows at distances that are numbers, indices were half of
-// the instructions.
+// x[r][c] for the tile's rows from x R^T, in place. A thread owns four channels of kRows rows, so that a load of the
+// matrix and one of each row serve 4 kRows multiply-adds. D is a constant: with rows at distances that are numbers,
+// indices were half of the instructions.
 template <uint D, uint kRows>
 inline void multiply_tile(device const float* matrix, threadgroup float* x, uint tid) {
   constexpr uint kQuads = D / 4, kTilePitch = D + 1;
@@ -88,9 +88,9 @@ inline void multiply_tile(device const float* matrix, threadgroup float* x, uint
 
 // The page's mean: writes it to the slice; high and low [dim] become the mean of the rows, offset [dim] what the stored
 // mean lacks. weighted_high and weighted_low [dim]: scratch.
-inline void seal_mean(thread const SealArguments& a, thread const SealPart& part, uint dim, bool rotated, threadgroup float* high,
-                      threadgroup float* low, threadgroup float* weighted_high, threadgroup float* weighted_low,
-                      threadgroup float* offset, uint tid) {
+inline void seal_mean(thread const SealArguments& a, thread const SealPart& part, uint dim, bool rotated,
+                      threadgroup float* high, threadgroup float* low, threadgroup float* weighted_high,
+                      threadgroup float* weighted_low, threadgroup float* offset, uint tid) {
   if (tid < dim) {
     Precise sum = {0.0f, 0.0f};
     float used = 0.0f;
@@ -132,8 +132,9 @@ inline void seal_mean(thread const SealArguments& a, thread const SealPart& part
 }
 
 // Codes and scale of one row of x, by one SIMD-group.
-inline void quantise_row(thread const SealArguments& a, thread const SealPart& part, uint dim, uint row, threadgroup const float* x,
-                         threadgroup const float* offset, bool mean, threadgroup uchar* codes, uint lane) {
+inline void quantise_row(thread const SealArguments& a, thread const SealPart& part, uint dim, uint row,
+                         threadgroup const float* x, threadgroup const float* offset, bool mean,
+                         threadgroup uchar* codes, uint lane) {
   const bool empty = masked(a, part, row);
   float squares = 0.0f, largest = 0.0f;
   for (uint c = lane; c < dim; c += kLanes) {
@@ -158,8 +159,7 @@ inline void quantise_row(thread const SealArguments& a, thread const SealPart& p
   }
   const float top = simd_sum(products), bottom = simd_sum(level_squares);
   const float scale = !(step > 0.0f) ? 0.0f : abs_max ? step : bottom > 0.0f ? top / bottom : 0.0f;
-  if (lane == 0)
-    ((device half*)(part.slice + a.side[kv4_side_scales]))[part.first + row] = half(min(scale, 65504.0f));
+  if (lane == 0) ((device half*)(part.slice + a.side[kv4_side_scales]))[part.first + row] = half(min(scale, 65504.0f));
 }
 
 // Tokens [first, first + count) of codes [kTile][dim] to the slice.
@@ -186,15 +186,17 @@ inline void pack_values(device uchar* to, uint dim, uint first, uint count, thre
     if (r + 4 <= count && (first + r) % 4 == 0) {
       *(device uint*)(to + value_byte(first + r, 2 * pair, dim)) = word;
     } else {
-      for (uint n = 0; n < 4 && r + n < count; ++n) to[value_byte(first + r + n, 2 * pair, dim)] = uchar(word >> (8 * n));
+      for (uint n = 0; n < 4 && r + n < count; ++n)
+        to[value_byte(first + r + n, 2 * pair, dim)] = uchar(word >> (8 * n));
     }
   }
 }
 
 // One head of a job. Threadgroup memory: x [kTile * kPitch], codes [kTile * kMaxDim], the others [kMaxDim].
-inline void seal_job(thread const SealArguments& a, uint index, uint head, threadgroup float* x, threadgroup uchar* codes,
-                     threadgroup float* high, threadgroup float* low, threadgroup float* weighted_high,
-                     threadgroup float* weighted_low, threadgroup float* offset, uint tid, uint lane, uint group) {
+inline void seal_job(thread const SealArguments& a, uint index, uint head, threadgroup float* x,
+                     threadgroup uchar* codes, threadgroup float* high, threadgroup float* low,
+                     threadgroup float* weighted_high, threadgroup float* weighted_low, threadgroup float* offset,
+                     uint tid, uint lane, uint group) {
   const SealPart part = part_of(a, index, head);
   const uint dim = uint(a.side[kv4_side_dim]), pitch = dim + 1, count = part.count;
   const bool mean = a.side[kv4_side_has_mean] != 0, rotated = a.side[kv4_side_rotated] != 0;
@@ -231,9 +233,9 @@ inline void seal_job(thread const SealArguments& a, uint index, uint head, threa
 
 // Token `token` of one head of the job as a float row: R^-1 (scale level + mean) / lambda. matrix: (R^-1)^T by rows.
 inline void dequantise_row(device const uchar* pages, device const float* lambda, device const float* matrix,
-                           device const long* jobs, device const long* side, device const float* levels, device float* out,
-                           uint index, uint token, uint head, threadgroup float4* x4, threadgroup float4* y4, threadgroup float4* partial,
-                           uint tid) {
+                           device const long* jobs, device const long* side, device const float* levels,
+                           device float* out, uint index, uint token, uint head, threadgroup float4* x4,
+                           threadgroup float4* y4, threadgroup float4* partial, uint tid) {
   threadgroup float* x = (threadgroup float*)x4;
   threadgroup float* y = (threadgroup float*)y4;
   device const long* job = jobs + index * kv4_job_fields;
@@ -253,7 +255,8 @@ inline void dequantise_row(device const uchar* pages, device const float* lambda
   if (tid < dim) {
     const long lambda_at = job[kv4_job_lambda];
     const float weight = lambda_at == KV4_NONE ? 1.0f : lambda[lambda_at + long(head * dim + tid)];
-    out[job[kv4_job_rows] + long(head) * job[kv4_job_stride_head] + long(token) * job[kv4_job_stride] + long(tid)] = y[tid] / weight;
+    out[job[kv4_job_rows] + long(head) * job[kv4_job_stride_head] + long(token) * job[kv4_job_stride] + long(tid)] =
+        y[tid] / weight;
   }
 }
 

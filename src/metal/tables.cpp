@@ -24,14 +24,16 @@ std::vector<double> transposed(const std::vector<double>& matrix, std::size_t d)
 
 Status supports_dim(int dim, const char* name) {
   if (std::find(std::begin(kHeadDims), std::end(kHeadDims), dim) == std::end(kHeadDims))
-    return error(StatusCode::unsupported, std::string("head_dim_") + name, "64, 80, 96, 128 or 256 on Metal", std::to_string(dim));
+    return error(StatusCode::unsupported, std::string("head_dim_") + name, "64, 80, 96, 128 or 256 on Metal",
+                 std::to_string(dim));
   return {};
 }
 
 Status supports_side(const SideSpec& side, const char* name) {
   KV4_RETURN_IF_ERROR(supports_dim(side.dim, name));
   if (side.groups != 1)
-    return error(StatusCode::unsupported, std::string("recipe.") + name + ".group", "one scale per vector on Metal", std::to_string(side.group));
+    return error(StatusCode::unsupported, std::string("recipe.") + name + ".group", "one scale per vector on Metal",
+                 std::to_string(side.group));
   return {};
 }
 
@@ -55,7 +57,8 @@ Status supports_dims(int head_dim_k, int head_dim_v) {
   KV4_RETURN_IF_ERROR(supports_dim(head_dim_k, "k"));
   KV4_RETURN_IF_ERROR(supports_dim(head_dim_v, "v"));
   if (head_dim_k != head_dim_v)
-    return error(StatusCode::unsupported, "head_dim_v", "head_dim_k, " + std::to_string(head_dim_k), std::to_string(head_dim_v));
+    return error(StatusCode::unsupported, "head_dim_v", "head_dim_k, " + std::to_string(head_dim_k),
+                 std::to_string(head_dim_v));
   return {};
 }
 
@@ -146,7 +149,8 @@ std::vector<float> level_table(const SideSpec& side) {
   std::vector<float> t(kv4_level_fields);
   t[kv4_level_gain] = side.levels.gain;
   t[kv4_level_top] = side.levels.magnitude[7];
-  for (std::size_t i = 0; i < 7; ++i) t[kv4_level_threshold + i] = static_cast<float>(side.levels.twice_threshold[i]) * 0.5f;
+  for (std::size_t i = 0; i < 7; ++i)
+    t[kv4_level_threshold + i] = static_cast<float>(side.levels.twice_threshold[i]) * 0.5f;
   for (std::size_t i = 0; i < 16; ++i) t[kv4_level_table + i] = side.levels.table[i];
   return t;
 }
@@ -162,7 +166,8 @@ Bases bases_of(std::span<const SequenceView> sequences) {
       out.exact_v = x.v;
     }
   }
-  for (const void** x : {&out.exact_k, &out.exact_v}) *x = reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(*x) / 16 * 16);
+  for (const void** x : {&out.exact_k, &out.exact_v})
+    *x = reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(*x) / 16 * 16);
   return out;
 }
 
@@ -184,11 +189,14 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, std::span<c
   t.blocks = ceil_div(t.rows, t.block_rows);
   const int groups = std::max(1, batch * job.kv_heads * t.blocks);
   const int wanted = std::clamp(ceil_div(cores * kThreadgroupsPerCore, groups), 1, kMaxSplits);
-  const int exact_splits = std::clamp(static_cast<int>((most_exact + kExactRowsPerSplit - 1) / kExactRowsPerSplit), 1, wanted);
+  const int exact_splits =
+      std::clamp(static_cast<int>((most_exact + kExactRowsPerSplit - 1) / kExactRowsPerSplit), 1, wanted);
   const int page_splits = most_pages == 0 ? 0 : std::clamp(ceil_div(most_pages, kPagesPerSplit), 1, wanted);
   t.splits = exact_splits + page_splits;
-  t.prepared_floats = std::size_t{2} * static_cast<std::size_t>(batch * job.kv_heads * t.rows) * static_cast<std::size_t>(t.dim);
-  t.state_floats = static_cast<std::size_t>(groups) * static_cast<std::size_t>(t.splits * t.block_rows) * static_cast<std::size_t>(t.dim + 2);
+  t.prepared_floats = std::size_t{2} * static_cast<std::size_t>(batch * job.kv_heads * t.rows) *
+                      static_cast<std::size_t>(t.dim);
+  t.state_floats = static_cast<std::size_t>(groups) * static_cast<std::size_t>(t.splits * t.block_rows) *
+                   static_cast<std::size_t>(t.dim + 2);
 
   t.call.assign(kv4_call_pages, 0);
   std::vector<std::int64_t>& c = t.call;
@@ -245,7 +253,9 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, std::span<c
   t.factors[kv4_factor_cap] = static_cast<float>(a.softcap * kLog2e);
 
   const auto size = static_cast<std::int64_t>(size_of(job.dtype));
-  const auto rows_from = [size](const void* base, const void* p) { return (static_cast<const std::byte*>(p) - static_cast<const std::byte*>(base)) / size; };
+  const auto rows_from = [size](const void* base, const void* p) {
+    return (static_cast<const std::byte*>(p) - static_cast<const std::byte*>(base)) / size;
+  };
   const auto from = [](const float* base, const float* p) { return p == nullptr ? kNowhere : p - base; };
   const auto ids_of = [&t](const std::int32_t* ids, std::int64_t count) {
     const auto at = static_cast<std::int64_t>(t.ids.size());
@@ -287,10 +297,10 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, std::span<c
     }
   }
   t.kernel = "kv4_attend_d" + std::to_string(t.dim) + "_r" + std::to_string(t.block_rows);
-  t.attend_grid = {static_cast<std::uint32_t>(KV4_ATTEND_THREADS * t.splits), static_cast<std::uint32_t>(job.kv_heads * t.blocks),
-                   static_cast<std::uint32_t>(batch)};
-  t.row_grid = {static_cast<std::uint32_t>(KV4_ROW_THREADS * a.q.shape[1] / job.kv_heads), static_cast<std::uint32_t>(queries),
-                static_cast<std::uint32_t>(batch * job.kv_heads)};
+  t.attend_grid = {static_cast<std::uint32_t>(KV4_ATTEND_THREADS * t.splits),
+                   static_cast<std::uint32_t>(job.kv_heads * t.blocks), static_cast<std::uint32_t>(batch)};
+  t.row_grid = {static_cast<std::uint32_t>(KV4_ROW_THREADS * a.q.shape[1] / job.kv_heads),
+                static_cast<std::uint32_t>(queries), static_cast<std::uint32_t>(batch * job.kv_heads)};
   return t;
 }
 

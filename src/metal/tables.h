@@ -1,5 +1,5 @@
-// The tables of numbers and matrices that the Metal kernels read (arguments.h), from the library's own structs. Host code;
-// nothing here knows a device.
+// The tables of numbers and matrices that the Metal kernels read (arguments.h), from the library's own structs. Host
+// code; nothing here knows a device.
 #pragma once
 
 #include <array>
@@ -24,20 +24,22 @@ kv4_page_layout page_layout(const PageSpec& spec);
 // How kernels rotate rows of queries and outputs: KV4_ROTATED_NONE, _MATRIX or, the default rotation, _BUTTERFLY.
 int rotated(const Rotation& rotation);
 // Matrices as the kernels want them, [dim, dim] floats by rows, or a butterfly's table [3 dim]; empty for the identity.
-std::vector<float> query_matrix(const Rotation& rotation);       // R^-1
-std::vector<float> output_matrix(const Rotation& rotation);      // (R^-1)^T
-std::vector<float> sealing_matrix(const Rotation& rotation);     // [2, dim, dim]: R^T, and what the floats lack to it
+std::vector<float> query_matrix(const Rotation& rotation);    // R^-1
+std::vector<float> output_matrix(const Rotation& rotation);   // (R^-1)^T
+std::vector<float> sealing_matrix(const Rotation& rotation);  // [2, dim, dim]: R^T, and what the floats lack to it
 
 constexpr std::int64_t kNowhere = KV4_NONE;
 
-// How kernels find a page (kv4_pages) from the buffer that a launch binds: one array from there, or chunks by their distances from it.
+// How kernels find a page (kv4_pages) from the buffer that a launch binds: one array from there, or chunks by their
+// distances from it.
 std::vector<std::int64_t> page_table(const PageMemory& pages, std::span<const std::int64_t> chunks = {});
 
 // One side of sealing or dequantising: int64 (kv4_side), with its pages, and float [kv4_level_fields].
 std::vector<std::int64_t> side_table(const PageSpec& spec, bool values, std::span<const std::int64_t> pages);
 std::vector<float> level_table(const SideSpec& side);
 
-// A job's fields (kv4_job) of keys or of values; the places are elements from what a launch binds. Job: SealJob or DequantiseJob.
+// A job's fields (kv4_job) of keys or of values; the places are elements from what a launch binds. Job: SealJob or
+// DequantiseJob.
 struct JobPlace {
   std::int64_t rows = 0, skip = -1, lambda = kNowhere;
 };
@@ -62,14 +64,14 @@ struct AttendTables {
   int dim = 0, block_rows = 0;      // D and R of the kernel
   int rows = 0;                     // T * group of the sequence with the most
   int blocks = 0, splits = 0;
-  std::string kernel;               // of attention itself
+  std::string kernel;                                      // of attention itself
   std::array<std::uint32_t, 3> attend_grid{}, row_grid{};  // threads of it, and of kv4_prepare and kv4_merge
-  std::size_t prepared_floats = 0;  // of kv4_prepare's output
-  std::size_t state_floats = 0;     // of kv4_attend's
+  std::size_t prepared_floats = 0;                         // of kv4_prepare's output
+  std::size_t state_floats = 0;                            // of kv4_attend's
 };
 
-// Offsets of q, mask and out are those of the whole tensors; a partial state's rows are dim + 2 numbers, o, m and l, in place of the
-// job's three arrays. pages: page_table's. Splits are chosen for a device of `cores`.
+// Offsets of q, mask and out are those of the whole tensors; a partial state's rows are dim + 2 numbers, o, m and l, in
+// place of the job's three arrays. pages: page_table's. Splits are chosen for a device of `cores`.
 AttendTables attend_tables(const AttendJob& job, const Bases& bases, std::span<const std::int64_t> pages, int cores);
 
 }  // namespace kv4::apple

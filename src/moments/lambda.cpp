@@ -58,8 +58,8 @@ void lambda_from_energies(std::span<const double> query_energy, std::span<const 
   for (std::size_t c = 0; c < lambda.size(); ++c) lambda[c] = static_cast<float>(std::exp(log_lambda(c) - mean_log));
 }
 
-int centred_energy(const void* rows, DType dtype, std::int64_t stride, const std::uint8_t* skip,
-                   int count, std::span<double> energy) {
+int centred_energy(const void* rows, DType dtype, std::int64_t stride, const std::uint8_t* skip, int count,
+                   std::span<double> energy) {
   const int channels = static_cast<int>(energy.size());
   const auto row = [&](int j) {
     return static_cast<const std::byte*>(rows) + j * stride * static_cast<std::int64_t>(size_of(dtype));

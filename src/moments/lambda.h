@@ -29,8 +29,8 @@ void lambda_from_energies(std::span<const double> query_energy, std::span<const 
 
 // energy[c] = mean over the unmasked rows of (k_c - mean k_c)^2, rows [count, channels] of
 // `dtype` with channel stride 1; skip [count] or null. Returns the number of unmasked rows.
-int centred_energy(const void* rows, DType dtype, std::int64_t stride, const std::uint8_t* skip,
-                   int count, std::span<double> energy);
+int centred_energy(const void* rows, DType dtype, std::int64_t stride, const std::uint8_t* skip, int count,
+                   std::span<double> energy);
 
 // energy[c] += x_c^2 of one row.
 void add_energy(const void* row, DType dtype, std::span<float> energy);

@@ -1,7 +1,7 @@
 // Operations on a host's memory: checks, views and jobs in the workspace, one call of the backend.
 //
-// A workspace begins with what the backend wants for attention, which it keeps from call to call (a device's counters), and ends with
-// the views or jobs of one call.
+// A workspace begins with what the backend wants for attention, which it keeps from call to call (a device's counters),
+// and ends with the views or jobs of one call.
 #include <algorithm>
 #include <string>
 
@@ -40,9 +40,12 @@ class Lent {
 // `count` of T at the workspace's end; the rest of it before them.
 template <class T>
 Status at_end(std::span<std::byte> workspace, std::size_t count, T** out, std::span<std::byte>* rest) {
-  const std::size_t bytes = count * sizeof(T), misplaced = reinterpret_cast<std::uintptr_t>(workspace.data() + workspace.size()) % kAlignment;
+  const std::size_t bytes = count * sizeof(T),
+                    misplaced = reinterpret_cast<std::uintptr_t>(workspace.data() + workspace.size()) % kAlignment;
   if (workspace.size() < misplaced + rounded(bytes))
-    return invalid_argument("workspace", "the bytes of workspace_bytes, " + std::to_string(rounded(bytes) + kAlignment) + " and more", std::to_string(workspace.size()));
+    return invalid_argument(
+        "workspace", "the bytes of workspace_bytes, " + std::to_string(rounded(bytes) + kAlignment) + " and more",
+        std::to_string(workspace.size()));
   const std::size_t begin = workspace.size() - misplaced - rounded(bytes);
   *out = reinterpret_cast<T*>(workspace.data() + begin);
   *rest = workspace.first(begin);
@@ -79,9 +82,10 @@ struct PageFormat::State {
   Status check_queries(const TensorView& q, const char* rows, std::int64_t least) const;
   Status open(const PagedBatch& batch, const Place& place) const;
   template <class Job, class Run>
-  Status on_pages(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace, const Place& place, Run run) const;
-  Status attend(const PagedBatch& given, const AttendArgs& args, const MutableTensorView* out, const PartialState* partial,
-                std::span<std::byte> workspace, const Place& place) const;
+  Status on_pages(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace, const Place& place,
+                  Run run) const;
+  Status attend(const PagedBatch& given, const AttendArgs& args, const MutableTensorView* out,
+                const PartialState* partial, std::span<std::byte> workspace, const Place& place) const;
 };
 
 PageFormat::PageFormat(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -95,7 +99,8 @@ Status PageFormat::State::create(const CacheConfig& config, std::unique_ptr<Page
   auto state = std::make_unique<State>();
   state->config = config;
   if (config.recipe.seal != SealMode::page)
-    return error(StatusCode::unsupported, "recipe.seal", "page: a host's pages are sealed whole", config.recipe.seal == SealMode::arrival ? "arrival" : "never");
+    return error(StatusCode::unsupported, "recipe.seal", "page: a host's pages are sealed whole",
+                 config.recipe.seal == SealMode::arrival ? "arrival" : "never");
   KV4_RETURN_IF_ERROR(make_spec(config, &state->backend, &state->spec));
   out->reset(new PageFormat(std::move(state)));
   return {};
@@ -105,12 +110,15 @@ std::size_t PageFormat::head_bytes() const { return state_->spec.layout.head_byt
 std::size_t PageFormat::page_bytes() const { return head_bytes() * static_cast<std::size_t>(state_->config.kv_heads); }
 std::size_t PageFormat::block_bytes() const {
   const CacheConfig& c = state_->config;
-  return static_cast<std::size_t>(kPageTokens) * static_cast<std::size_t>(c.kv_heads) * static_cast<std::size_t>(c.head_dim_k + c.head_dim_v) * size_of(c.dtype);
+  return static_cast<std::size_t>(kPageTokens) * static_cast<std::size_t>(c.kv_heads) *
+         static_cast<std::size_t>(c.head_dim_k + c.head_dim_v) * size_of(c.dtype);
 }
 
 Status PageFormat::workspace_bytes(const Limits& limits, std::size_t* out, const Place& place) const {
   const auto positive = [](const char* name, std::int64_t value, std::int64_t least) {
-    return value >= least ? Status() : invalid_argument(std::string("limits.") + name, std::to_string(least) + " or more", std::to_string(value));
+    return value >= least ? Status()
+                          : invalid_argument(std::string("limits.") + name, std::to_string(least) + " or more",
+                                             std::to_string(value));
   };
   KV4_RETURN_IF_ERROR(positive("sequences", limits.sequences, 1));
   KV4_RETURN_IF_ERROR(positive("most_pages", limits.most_pages, 0));
@@ -118,29 +126,42 @@ Status PageFormat::workspace_bytes(const Limits& limits, std::size_t* out, const
   KV4_RETURN_IF_ERROR(positive("longest", limits.longest, 0));
   KV4_RETURN_IF_ERROR(positive("all", limits.all, 0));
   if (limits.q_heads < 1 || limits.q_heads % state_->config.kv_heads != 0)
-    return invalid_argument("limits.q_heads", "a multiple of " + std::to_string(state_->config.kv_heads), std::to_string(limits.q_heads));
+    return invalid_argument("limits.q_heads", "a multiple of " + std::to_string(state_->config.kv_heads),
+                            std::to_string(limits.q_heads));
   const Lent lent(place.executor);
   const auto sequences = static_cast<std::size_t>(limits.sequences);
   AttendJob job = state_->sized(limits.q_heads);
-  job.sequences = {.views = {static_cast<const SequenceView*>(nullptr), sequences}, .resident = true, .most_queries = limits.most_queries,
-                   .longest = limits.longest, .all = limits.all};
-  const std::size_t jobs = sequences * static_cast<std::size_t>(limits.most_pages) * std::max(sizeof(SealJob), sizeof(DequantiseJob));
-  *out = rounded(state_->backend->attend_workspace(job)) + std::max(rounded(sequences * sizeof(SequenceView)), rounded(jobs)) + kAlignment;
+  job.sequences = {.views = {static_cast<const SequenceView*>(nullptr), sequences},
+                   .resident = true,
+                   .most_queries = limits.most_queries,
+                   .longest = limits.longest,
+                   .all = limits.all};
+  const std::size_t jobs = sequences * static_cast<std::size_t>(limits.most_pages) *
+                           std::max(sizeof(SealJob), sizeof(DequantiseJob));
+  *out = rounded(state_->backend->attend_workspace(job)) +
+         std::max(rounded(sequences * sizeof(SequenceView)), rounded(jobs)) + kAlignment;
   return {};
 }
 
 Status PageFormat::State::check_rows(const TensorView& x, const char* name, int dim) const {
-  if (x.dtype != config.dtype) return invalid_argument(name, std::string("dtype ") + name_of(config.dtype), name_of(x.dtype));
+  if (x.dtype != config.dtype)
+    return invalid_argument(name, std::string("dtype ") + name_of(config.dtype), name_of(x.dtype));
   if (x.shape[0] != 1 || x.shape[1] != config.kv_heads || x.shape[2] < 0 || x.shape[3] != dim)
-    return invalid_argument(name, "shape [1, " + std::to_string(config.kv_heads) + ", rows, " + std::to_string(dim) + "]", shape_text(x.shape));
+    return invalid_argument(name,
+                            "shape [1, " + std::to_string(config.kv_heads) + ", rows, " + std::to_string(dim) + "]",
+                            shape_text(x.shape));
   if (x.stride[3] != 1 && dim > 1) return invalid_argument(name, "channel stride 1", std::to_string(x.stride[3]));
   return x.data == nullptr && x.shape[2] > 0 ? invalid_argument(name, "data", "a null pointer") : Status();
 }
 
 Status PageFormat::State::check_queries(const TensorView& q, const char* rows, std::int64_t least) const {
   const auto& x = q.shape;
-  if (x[0] == 1 && x[1] >= config.kv_heads && x[1] % config.kv_heads == 0 && x[2] >= least && x[3] == config.head_dim_k) return {};
-  return invalid_argument("q", "shape [1, a multiple of " + std::to_string(config.kv_heads) + ", " + rows + ", " + std::to_string(config.head_dim_k) + "]", shape_text(x));
+  if (x[0] == 1 && x[1] >= config.kv_heads && x[1] % config.kv_heads == 0 && x[2] >= least && x[3] == config.head_dim_k)
+    return {};
+  return invalid_argument("q",
+                          "shape [1, a multiple of " + std::to_string(config.kv_heads) + ", " + rows + ", " +
+                              std::to_string(config.head_dim_k) + "]",
+                          shape_text(x));
 }
 
 Status PageFormat::State::open(const PagedBatch& batch, const Place& place) const {
@@ -154,13 +175,15 @@ Status PageFormat::prepare(std::span<std::byte> workspace, const Place& place) c
   return workspace.empty() ? Status() : state_->backend->clear(workspace.data(), workspace.size());
 }
 
-Status PageFormat::store(const PagedBatch& given, const TensorView& k, const TensorView& v, std::span<std::byte> workspace, const Place& place) const {
+Status PageFormat::store(const PagedBatch& given, const TensorView& k, const TensorView& v,
+                         std::span<std::byte> workspace, const Place& place) const {
   const State& s = *state_;
   PagedBatch batch = given;
   KV4_RETURN_IF_ERROR(s.open(batch, place));
   KV4_RETURN_IF_ERROR(s.check_rows(k, "k", s.config.head_dim_k));
   KV4_RETURN_IF_ERROR(s.check_rows(v, "v", s.config.head_dim_v));
-  if (v.shape[2] != k.shape[2]) return invalid_argument("v", "the rows of k, " + std::to_string(k.shape[2]), std::to_string(v.shape[2]));
+  if (v.shape[2] != k.shape[2])
+    return invalid_argument("v", "the rows of k, " + std::to_string(k.shape[2]), std::to_string(v.shape[2]));
   if (batch.size == 0 || k.shape[2] == 0) return {};
   KV4_RETURN_IF_ERROR(s.check(&batch, Use::store, k.shape[2]));
   SequenceView* views = nullptr;
@@ -170,13 +193,15 @@ Status PageFormat::store(const PagedBatch& given, const TensorView& k, const Ten
   StoreJob job;
   job.k = k;
   job.v = v;
-  job.sequences = {.views = {views, static_cast<std::size_t>(batch.size)}, .resident = true, .most_queries = batch.most_queries};
+  job.sequences = {
+      .views = {views, static_cast<std::size_t>(batch.size)}, .resident = true, .most_queries = batch.most_queries};
   return s.backend->store(job);
 }
 
 // run(jobs): one job for each page of the range.
 template <class Job, class Run>
-Status PageFormat::State::on_pages(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace, const Place& place, Run run) const {
+Status PageFormat::State::on_pages(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace,
+                                   const Place& place, Run run) const {
   KV4_RETURN_IF_ERROR(open(batch, place));
   KV4_RETURN_IF_ERROR(check_range(batch, range, readable()));
   const std::size_t count = static_cast<std::size_t>(batch.size) * static_cast<std::size_t>(range.most);
@@ -189,20 +214,25 @@ Status PageFormat::State::on_pages(const PagedBatch& batch, const PageRange& ran
   return run(std::span<const Job>(jobs, count));
 }
 
-Status PageFormat::seal(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace, const Place& place) const {
+Status PageFormat::seal(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace,
+                        const Place& place) const {
   const State& s = *state_;
-  return s.on_pages<SealJob>(batch, range, workspace, place,
-                             [&](auto jobs) { return s.backend->seal(s.spec, batch.page_memory, s.config.kv_heads, jobs, true); });
+  return s.on_pages<SealJob>(batch, range, workspace, place, [&](auto jobs) {
+    return s.backend->seal(s.spec, batch.page_memory, s.config.kv_heads, jobs, true);
+  });
 }
 
-Status PageFormat::dequantise(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace, const Place& place) const {
+Status PageFormat::dequantise(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace,
+                              const Place& place) const {
   const State& s = *state_;
-  return s.on_pages<DequantiseJob>(batch, range, workspace, place,
-                                   [&](auto jobs) { return s.backend->dequantise(s.spec, batch.page_memory, s.config.kv_heads, jobs, true); });
+  return s.on_pages<DequantiseJob>(batch, range, workspace, place, [&](auto jobs) {
+    return s.backend->dequantise(s.spec, batch.page_memory, s.config.kv_heads, jobs, true);
+  });
 }
 
-Status PageFormat::State::attend(const PagedBatch& given, const AttendArgs& args, const MutableTensorView* out, const PartialState* partial,
-                                 std::span<std::byte> workspace, const Place& place) const {
+Status PageFormat::State::attend(const PagedBatch& given, const AttendArgs& args, const MutableTensorView* out,
+                                 const PartialState* partial, std::span<std::byte> workspace,
+                                 const Place& place) const {
   PagedBatch batch = given;
   KV4_RETURN_IF_ERROR(open(batch, place));
   const auto& shape = args.q.shape;
@@ -215,22 +245,28 @@ Status PageFormat::State::attend(const PagedBatch& given, const AttendArgs& args
   SequenceView* views = nullptr;
   AttendJob job = sized(static_cast<int>(shape[1]));
   KV4_RETURN_IF_ERROR(at_end(workspace, static_cast<std::size_t>(batch.size), &views, &job.workspace));
-  if (job.workspace.empty()) return invalid_argument("workspace", "the bytes of workspace_bytes", std::to_string(workspace.size()));
+  if (job.workspace.empty())
+    return invalid_argument("workspace", "the bytes of workspace_bytes", std::to_string(workspace.size()));
   KV4_RETURN_IF_ERROR(backend->make_views(batch, true, views));
   job.args = args;
   job.pages = batch.page_memory;
   job.window = batch.window;
-  job.sequences = {.views = {views, static_cast<std::size_t>(batch.size)}, .resident = true, .most_queries = batch.most_queries,
-                   .longest = batch.longest, .all = batch.all};
+  job.sequences = {.views = {views, static_cast<std::size_t>(batch.size)},
+                   .resident = true,
+                   .most_queries = batch.most_queries,
+                   .longest = batch.longest,
+                   .all = batch.all};
   if (out != nullptr) job.out = *out;
   if (partial != nullptr) job.partial = *partial;
   return backend->attend(job);
 }
 
-Status PageFormat::attend(const PagedBatch& batch, const AttendArgs& args, const MutableTensorView& out, std::span<std::byte> workspace, const Place& place) const {
+Status PageFormat::attend(const PagedBatch& batch, const AttendArgs& args, const MutableTensorView& out,
+                          std::span<std::byte> workspace, const Place& place) const {
   return state_->attend(batch, args, &out, nullptr, workspace, place);
 }
-Status PageFormat::attend_partial(const PagedBatch& batch, const AttendArgs& args, const PartialState& out, std::span<std::byte> workspace, const Place& place) const {
+Status PageFormat::attend_partial(const PagedBatch& batch, const AttendArgs& args, const PartialState& out,
+                                  std::span<std::byte> workspace, const Place& place) const {
   return state_->attend(batch, args, nullptr, &out, workspace, place);
 }
 
@@ -240,17 +276,20 @@ Status PageFormat::learn_lambda(const TensorView& q, const TensorView& k, float*
   const CacheConfig& c = s.config;
   KV4_RETURN_IF_ERROR(s.check_rows(k, "k", c.head_dim_k));
   if (k.shape[2] == 0 || k.shape[2] % kPageTokens != 0)
-    return invalid_argument("k", "rows of whole pages, a multiple of " + std::to_string(kPageTokens), std::to_string(k.shape[2]));
+    return invalid_argument("k", "rows of whole pages, a multiple of " + std::to_string(kPageTokens),
+                            std::to_string(k.shape[2]));
   KV4_RETURN_IF_ERROR(s.check_queries(q, "1 or more", 1));
   AttendArgs args;
   args.q = q;
   KV4_RETURN_IF_ERROR(check_arguments(args));
   if (lambda == nullptr) return invalid_argument("lambda", "a pointer", "null");
   s.backend->set_stream(place.stream);
-  const std::size_t row = static_cast<std::size_t>(c.kv_heads) * static_cast<std::size_t>(c.head_dim_k), queries = static_cast<std::size_t>(q.shape[2]);
+  const std::size_t row = static_cast<std::size_t>(c.kv_heads) * static_cast<std::size_t>(c.head_dim_k),
+                    queries = static_cast<std::size_t>(q.shape[2]);
   const std::size_t bytes = row * queries * sizeof(float);
   float* const energies = static_cast<float*>(s.backend->alloc(bytes));
-  if (energies == nullptr) return error(StatusCode::out_of_memory, "energies", std::to_string(bytes) + " free bytes", "none");
+  if (energies == nullptr)
+    return error(StatusCode::out_of_memory, "energies", std::to_string(bytes) + " free bytes", "none");
   const auto learn = [&]() -> Status {
     std::vector<EnergyJob> jobs(queries);
     std::vector<const float*> rows(queries);

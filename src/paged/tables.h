@@ -1,4 +1,5 @@
-// Whether the tables of a paged batch lead nowhere but into the memory that the host named, where the host can read them.
+// Whether the tables of a paged batch lead nowhere but into the memory that the host named, where the host can read
+// them.
 #pragma once
 
 #include "backend/backend.h"
@@ -11,7 +12,8 @@ enum class Use { store, attend };
 
 // Pointers, strides and limits. Errors: invalid_argument naming the field.
 Status check_batch(const PagedBatch& batch);
-// Arrays of host memory: counts, lengths and ids of all that the call would touch, of `rows` rows in its tensors; fills in the limits.
+// Arrays of host memory: counts, lengths and ids of all that the call would touch, of `rows` rows in its tensors; fills
+// in the limits.
 // Errors: out_of_range naming the array, the sequence and the value.
 Status check_tables(PagedBatch* batch, Use use, std::int64_t rows);
 Status check_range(const PagedBatch& batch, const PageRange& range, bool readable);

@@ -36,8 +36,8 @@ Status check_side(const SideRecipe& side, const std::string& name, bool key) {
 Status check_dim(const SideRecipe& side, int dim, const std::string& side_name, const char* dim_name) {
   if (dim < kMinHeadDim || dim > kMaxHeadDim || dim % 2 != 0)
     return error(StatusCode::unsupported, dim_name,
-                 "an even number from " + std::to_string(kMinHeadDim) + " to " + std::to_string(kMaxHeadDim) +
-                     " for " + side_name + " to be sealed (an exact recipe serves any)",
+                 "an even number from " + std::to_string(kMinHeadDim) + " to " + std::to_string(kMaxHeadDim) + " for " +
+                     side_name + " to be sealed (an exact recipe serves any)",
                  std::to_string(dim));
   if (side.group != 0 && dim % side.group != 0)
     return invalid_argument(side_name + ".group",

@@ -24,14 +24,14 @@ namespace kv4::reference {
 struct Sealed {
   int tokens = 0;
   int dim = 0;
-  std::vector<std::uint8_t> codes;       // [tokens, dim], one code 0 ... 15 per byte
-  std::vector<std::uint16_t> scales;     // fp16 [groups, tokens]
-  std::vector<std::uint16_t> mean;       // fp16 m' [dim]; empty without a mean
+  std::vector<std::uint8_t> codes;    // [tokens, dim], one code 0 ... 15 per byte
+  std::vector<std::uint16_t> scales;  // fp16 [groups, tokens]
+  std::vector<std::uint16_t> mean;    // fp16 m' [dim]; empty without a mean
 
-  std::vector<double> x;                 // [tokens, dim]: what was quantised; 0 in masked rows
-  std::vector<double> step;              // [groups, tokens]: codes are nearest to x / step; 0 where all are code 8
-  std::vector<double> scale_f64;         // [groups, tokens]: before rounding to fp16
-  std::vector<double> mean_f64;          // [dim]: before rounding to fp16; empty without a mean
+  std::vector<double> x;          // [tokens, dim]: what was quantised; 0 in masked rows
+  std::vector<double> step;       // [groups, tokens]: codes are nearest to x / step; 0 where all are code 8
+  std::vector<double> scale_f64;  // [groups, tokens]: before rounding to fp16
+  std::vector<double> mean_f64;   // [dim]: before rounding to fp16; empty without a mean
   // [tokens, dim]: distance of y to the nearest decision boundary, in steps (gaps between the two
   // levels that meet there); infinity where the code is 8 by rule.
   std::vector<double> margin;

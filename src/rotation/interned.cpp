@@ -10,7 +10,8 @@
 namespace kv4 {
 namespace {
 
-// An entry goes before its rotation does: under the lock the pointer is good, although its last user may be gone already.
+// An entry goes before its rotation does: under the lock the pointer is good, although its last user may be gone
+// already.
 struct Entry {
   const Rotation* rotation;
   std::weak_ptr<const Rotation> held;
@@ -24,7 +25,9 @@ Table& table() {
   return *table;
 }
 
-std::string_view bytes_of(std::span<const float> x) { return {reinterpret_cast<const char*>(x.data()), x.size_bytes()}; }
+std::string_view bytes_of(std::span<const float> x) {
+  return {reinterpret_cast<const char*>(x.data()), x.size_bytes()};
+}
 
 std::size_t hash_of(const Interned::Definition& x) {
   std::size_t hash = std::hash<std::string_view>()(bytes_of(x.matrix));
@@ -35,7 +38,8 @@ std::size_t hash_of(const Interned::Definition& x) {
 }
 
 bool equal(const Interned::Definition& a, const Interned::Definition& b) {
-  return a.kind == b.kind && a.d == b.d && a.reflectors == b.reflectors && a.seed == b.seed && bytes_of(a.matrix) == bytes_of(b.matrix);
+  return a.kind == b.kind && a.d == b.d && a.reflectors == b.reflectors && a.seed == b.seed &&
+         bytes_of(a.matrix) == bytes_of(b.matrix);
 }
 
 // Null, too, for one whose last user is just letting go of it.
@@ -50,7 +54,9 @@ std::shared_ptr<const Rotation> find_locked(const Interned::Definition& definiti
 
 }  // namespace
 
-Interned::Definition Interned::definition_of(const Rotation& r) { return {r.kind_, r.dim_, r.reflectors_, r.seed_, r.matrix_}; }
+Interned::Definition Interned::definition_of(const Rotation& r) {
+  return {r.kind_, r.dim_, r.reflectors_, r.seed_, r.matrix_};
+}
 
 std::shared_ptr<const Rotation> Interned::find(const Definition& definition) {
   const std::size_t hash = hash_of(definition);
@@ -73,7 +79,8 @@ std::shared_ptr<const Rotation> Interned::add(std::unique_ptr<Rotation> made) {
   // Declared before the lock: where another thread was first it is let go of without it.
   std::shared_ptr<const Rotation> fresh(static_cast<const Rotation*>(made.release()), forget);
   const std::lock_guard<std::mutex> lock(table().mutex);
-  if (std::shared_ptr<const Rotation> found = find_locked(definition, hash, &definition_of); found != nullptr) return found;
+  if (std::shared_ptr<const Rotation> found = find_locked(definition, hash, &definition_of); found != nullptr)
+    return found;
   table().entries.emplace(hash, Entry{fresh.get(), fresh});
   return fresh;
 }

@@ -38,8 +38,9 @@ class RotationTable {
   virtual std::size_t bytes() const = 0;  // of the device's memory
 };
 
-// A process has one object for all that define a rotation alike (its kind, d, seed and reflectors, or the bytes of its matrix):
-// the functions below build it or hand out the one that is there, and it goes with its last user. From any thread.
+// A process has one object for all that define a rotation alike (its kind, d, seed and reflectors, or the bytes of its
+// matrix): the functions below build it or hand out the one that is there, and it goes with its last user. From any
+// thread.
 class Rotation {
  public:
   // Errors: invalid_argument for a dimension outside [kMinHeadDim, kMaxHeadDim] or odd,
@@ -47,32 +48,34 @@ class Rotation {
   // (condition number in the 1-norm beyond 2^23, where float32 scores would have no correct digit).
   static Status srft(int d, std::uint64_t seed, std::shared_ptr<const Rotation>* out);
   static Status srht(int d, std::uint64_t seed, std::shared_ptr<const Rotation>* out);
-  static Status householder(int d, int reflectors, std::uint64_t seed,
-                            std::shared_ptr<const Rotation>* out);
+  static Status householder(int d, int reflectors, std::uint64_t seed, std::shared_ptr<const Rotation>* out);
   static Status dense(int d, std::span<const float> matrix, std::shared_ptr<const Rotation>* out);
   static Status identity(int d, std::shared_ptr<const Rotation>* out);
 
   RotationKind kind() const { return kind_; }
   int dim() const { return dim_; }
 
-  const std::vector<float>& signs() const { return signs_; }        // [d], +-1: srft, srht
+  const std::vector<float>& signs() const { return signs_; }  // [d], +-1: srft, srht
   // [d], signs with the kernels' one scale factor: / sqrt(2d) for srft (a pair X_j, X_(h-j) then
   // costs no further factor), / sqrt(2^k) for srht.
   const std::vector<float>& scaled_signs() const { return scaled_signs_; }
-  const FftPlan& fft() const { return fft_; }                       // srft: length d/2
-  int hadamard_order() const { return hadamard_order_; }            // srht: 2^k; the odd part is dim/2^k
-  const std::vector<float>& odd_dft() const { return odd_dft_; }    // srht: F_m, row-major [m, m]
+  const FftPlan& fft() const { return fft_; }                     // srft: length d/2
+  int hadamard_order() const { return hadamard_order_; }          // srht: 2^k; the odd part is dim/2^k
+  const std::vector<float>& odd_dft() const { return odd_dft_; }  // srht: F_m, row-major [m, m]
   int reflectors() const { return reflectors_; }
-  const std::vector<float>& reflector_vectors() const { return vectors_; }  // [reflectors, d], unit norm; the first is applied first
-  const std::vector<float>& matrix() const { return matrix_; }              // dense: R, row-major
-  const std::vector<float>& inverse() const { return inverse_; }            // dense: R^-1, row-major
+  const std::vector<float>& reflector_vectors() const {
+    return vectors_;
+  }  // [reflectors, d], unit norm; the first is applied first
+  const std::vector<float>& matrix() const { return matrix_; }    // dense: R, row-major
+  const std::vector<float>& inverse() const { return inverse_; }  // dense: R^-1, row-major
   const std::vector<float>& inverse_transpose() const { return inverse_transpose_; }
 
   std::size_t bytes() const;  // of this object and its tables, in host memory
 
   // The table that a device keeps of this rotation, for all who use it: made by the first call and destroyed with the
-  // rotation. device: an address that no other device has while the table lives. make() -> std::unique_ptr<RotationTable>
-  // runs while others wait; null, and asked for again by the next call, where it gives null.
+  // rotation. device: an address that no other device has while the table lives. make() ->
+  // std::unique_ptr<RotationTable> runs while others wait; null, and asked for again by the next call, where it gives
+  // null.
   template <class Make>
   const RotationTable* table_on(const void* device, const Make& make) const {
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -45,8 +45,8 @@ std::vector<double> srht_matrix(const Rotation& r) {
   for (int i = 0; i < d; ++i)
     for (int j = 0; j < d; ++j) {
       const bool odd = std::popcount(static_cast<unsigned>(i / m) & static_cast<unsigned>(j / m)) % 2 != 0;
-      matrix[static_cast<std::size_t>(i) * d + j] =
-          (odd ? -unit : unit) * f[static_cast<std::size_t>(i % m) * m + j % m] * r.signs()[j];
+      matrix[static_cast<std::size_t>(i) * d + j] = (odd ? -unit : unit) *
+                                                    f[static_cast<std::size_t>(i % m) * m + j % m] * r.signs()[j];
     }
   return matrix;
 }

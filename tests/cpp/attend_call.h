@@ -69,8 +69,8 @@ struct Call {
     }
   }
   double query(std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t c) const {
-    const std::uint8_t* at =
-        static_cast<const std::uint8_t*>(args.q.at(b, h, t)) + c * static_cast<std::int64_t>(size_of(args.q.dtype));
+    const std::uint8_t* at = static_cast<const std::uint8_t*>(args.q.at(b, h, t)) +
+                             c * static_cast<std::int64_t>(size_of(args.q.dtype));
     if (args.q.dtype == DType::f32) {
       float f;
       std::memcpy(&f, at, 4);

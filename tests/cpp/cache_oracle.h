@@ -47,13 +47,16 @@ class Sequence {
 
   // q [q_heads, dim] of the query at `position`.
   void record(std::int64_t position, const std::vector<double>& q) {
-    if (recipe_.key.lambda != LambdaMode::automatic || position < start_ || position >= body() + recipe_.window + kPageTokens) return;
+    if (recipe_.key.lambda != LambdaMode::automatic || position < start_ ||
+        position >= body() + recipe_.window + kPageTokens)
+      return;
     if ((position - start_) % 8 != 7) return;
     energy_[position] = q;
   }
 
   // Output [q_heads, dim] of the query at `position`; a window of 0 sees everything.
-  std::vector<double> attend(std::int64_t position, const std::vector<double>& q, double scale, std::int64_t window = 0) {
+  std::vector<double> attend(std::int64_t position, const std::vector<double>& q, double scale,
+                             std::int64_t window = 0) {
     const std::int64_t pages = visible_pages(position);
     std::vector<double> out(static_cast<std::size_t>(shape_.q_heads) * shape_.dim, 0.0);
     const int group = shape_.q_heads / shape_.kv_heads;
@@ -81,8 +84,8 @@ class Sequence {
   }
 
   // Takes over the codes [64, dim] and the scales [64] that the cache holds for a page; returns how many codes
-  // differ, or all of them where the scale of equal codes is more than one unit in its last place off. A code next to a decision
-  // boundary may be one level off and a scale one unit (docs/format.md), which test_seal holds.
+  // differ, or all of them where the scale of equal codes is more than one unit in its last place off. A code next to a
+  // decision boundary may be one level off and a scale one unit (docs/format.md), which test_seal holds.
   int adopt(std::int64_t page, bool key, int head, const std::vector<std::uint8_t>& codes,
             const std::vector<std::uint16_t>& scales) {
     for (std::int64_t p = 0; p <= page; ++p) seal(p);
@@ -107,7 +110,8 @@ class Sequence {
 
   // First position behind the pages that have no exact rows.
   std::int64_t first_exact() const { return body() + released_ * kPageTokens; }
-  // Takes over an exact row [dim] of one head that is within a unit of `epsilon` of what it should be; false if it is not.
+  // Takes over an exact row [dim] of one head that is within a unit of `epsilon` of what it should be; false if it is
+  // not.
   bool adopt_row(std::int64_t position, int head, const float* k, const float* v, double epsilon) {
     Token& token = tokens_[static_cast<std::size_t>(position)];
     for (int c = 0; c < shape_.dim; ++c) {
@@ -168,17 +172,17 @@ class Sequence {
     if (recipe_.seal == SealMode::never) return 0;
     return std::max<std::int64_t>(0, n - body() - recipe_.window) / kPageTokens;
   }
-  std::int64_t visible_pages(std::int64_t position) const {
-    return std::max(released_, stepwise_ ? due(position) : 0);
-  }
+  std::int64_t visible_pages(std::int64_t position) const { return std::max(released_, stepwise_ ? due(position) : 0); }
 
   const double* held(std::int64_t j, std::int64_t pages, bool key, int head) {
     const std::int64_t page = j < body() ? -1 : (j - body()) / kPageTokens;
-    if (page < 0 || page >= pages) return (key ? tokens_[j].k : tokens_[j].v).data() + static_cast<std::size_t>(head) * shape_.dim;
+    if (page < 0 || page >= pages)
+      return (key ? tokens_[j].k : tokens_[j].v).data() + static_cast<std::size_t>(head) * shape_.dim;
     for (std::int64_t p = 0; p <= page; ++p) seal(p);
     const std::int64_t row = (j - body()) % kPageTokens;
     const Page& held_page = pages_.at(page);
-    return (key ? held_page.k : held_page.v).rows.data() + (static_cast<std::size_t>(head) * kPageTokens + row) * shape_.dim;
+    return (key ? held_page.k : held_page.v).rows.data() +
+           (static_cast<std::size_t>(head) * kPageTokens + row) * shape_.dim;
   }
 
   const double* lambda(bool key, int head) const {
@@ -190,7 +194,8 @@ class Sequence {
     for (int h = 0; h < shape_.kv_heads; ++h) {
       const reference::Sealed& s = half.sealed[static_cast<std::size_t>(h)];
       const std::vector<double> rows = reference::dequantise(key ? key_ : value_, s.codes.data(), s.scales.data(),
-                                                             s.mean.empty() ? nullptr : s.mean.data(), kPageTokens, lambda(key, h));
+                                                             s.mean.empty() ? nullptr : s.mean.data(), kPageTokens,
+                                                             lambda(key, h));
       half.rows.insert(half.rows.end(), rows.begin(), rows.end());
     }
   }
@@ -229,7 +234,8 @@ class Sequence {
           for (int c = 0; c < dim; ++c) q2[c] += std::pow(q[(static_cast<std::size_t>(h) * group + g) * dim + c], 2);
       for (int block = 0; block <= recipe_.window / kPageTokens; ++block) {
         const auto k = [&](int t, int c) {
-          return tokens_[static_cast<std::size_t>(body() + block * kPageTokens + t)].k[static_cast<std::size_t>(h) * dim + c];
+          return tokens_[static_cast<std::size_t>(body() + block * kPageTokens + t)]
+              .k[static_cast<std::size_t>(h) * dim + c];
         };
         for (int c = 0; c < dim; ++c) {
           double mean = 0;
@@ -241,14 +247,16 @@ class Sequence {
         double mean = 0;
         for (double x : e) mean += x / dim;
         std::vector<double> out(dim);
-        for (int c = 0; c < dim; ++c) out[c] = std::max(1e-6 * mean, 0.8 * e[c] + 0.1 * (e[c] + e[(c + dim / 2) % dim]));
+        for (int c = 0; c < dim; ++c)
+          out[c] = std::max(1e-6 * mean, 0.8 * e[c] + 0.1 * (e[c] + e[(c + dim / 2) % dim]));
         return out;
       };
       const std::vector<double> q = prepared(q2), k = prepared(k2);
       double log_mean = 0;
       for (int c = 0; c < dim; ++c) log_mean += 0.225 * std::log(q[c] / k[c]) / dim;
       for (int c = 0; c < dim; ++c)
-        lambda_[static_cast<std::size_t>(h) * dim + c] = static_cast<float>(std::exp(0.225 * std::log(q[c] / k[c]) - log_mean));
+        lambda_[static_cast<std::size_t>(h) * dim + c] =
+            static_cast<float>(std::exp(0.225 * std::log(q[c] / k[c]) - log_mean));
     }
   }
 

@@ -30,8 +30,8 @@ inline MutableTensorView into(std::vector<float>& x, std::int64_t b, std::int64_
   return {x.data(), DType::f32, {b, h, t, d}, {h * t * d, t * d, d, 1}};
 }
 
-inline std::unique_ptr<Cache> make(const Recipe& recipe, const oracle::Shape& shape = kShape, int sliding_window = 0, DType dtype = DType::f32,
-                                   const std::string& backend = "cpu") {
+inline std::unique_ptr<Cache> make(const Recipe& recipe, const oracle::Shape& shape = kShape, int sliding_window = 0,
+                                   DType dtype = DType::f32, const std::string& backend = "cpu") {
   CacheConfig config;
   config.recipe = recipe;
   config.dtype = dtype;
@@ -71,10 +71,16 @@ class Place {
     return dtype() == DType::f32 ? x : dtype() == DType::f16 ? f16_to_f32(f32_to_f16(x)) : bf16_to_f32(f32_to_bf16(x));
   }
   // Tensors of rows (rounded before) and of queries; they live until the next fetch.
-  virtual TensorView rows(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) { return view(x, b, h, t, d); }
-  virtual TensorView queries(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) { return view(x, b, h, t, d); }
+  virtual TensorView rows(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) {
+    return view(x, b, h, t, d);
+  }
+  virtual TensorView queries(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t,
+                             std::int64_t d) {
+    return view(x, b, h, t, d);
+  }
   // A tensor whose content is in x after fetch.
-  virtual MutableTensorView into(std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) {
+  virtual MutableTensorView into(std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t,
+                                 std::int64_t d) {
     return kv4::sessions::into(x, b, h, t, d);
   }
   virtual void fetch() {}
@@ -83,8 +89,11 @@ class Place {
 // A cache and one oracle per sequence, driven together.
 class Session {
  public:
-  Session(const Recipe& recipe, std::vector<std::int32_t> starts, std::uint64_t seed, int sliding_window = 0, Place* place = nullptr)
-      : place_(place != nullptr ? *place : host_), cache_(make(recipe, kShape, sliding_window, place_.dtype(), place_.backend())), starts_(std::move(starts)), random_(seed), seed_(seed), window_(sliding_window) {
+  Session(const Recipe& recipe, std::vector<std::int32_t> starts, std::uint64_t seed, int sliding_window = 0,
+          Place* place = nullptr)
+      : place_(place != nullptr ? *place : host_),
+        cache_(make(recipe, kShape, sliding_window, place_.dtype(), place_.backend())), starts_(std::move(starts)),
+        random_(seed), seed_(seed), window_(sliding_window) {
     for (std::int32_t start : starts_) oracles_.emplace_back(recipe, kShape, start);
   }
 
@@ -95,7 +104,8 @@ class Session {
     for (std::int64_t b = 0; b < batch; ++b) {
       for (int h = 0; h < kShape.kv_heads; ++h) {
         // The same channel statistics in every call, fresh tokens each time.
-        const std::vector<float> all = cases::key_rows(static_cast<int>(tokens), d, 100 + static_cast<std::uint64_t>(h));
+        const std::vector<float> all =
+            cases::key_rows(static_cast<int>(tokens), d, 100 + static_cast<std::uint64_t>(h));
         const std::vector<float> noise = cases::normal_rows(tokens, d, random_.bits(), 0.5);
         for (std::size_t i = 0; i < all.size(); ++i) k.push_back(all[i] + noise[i]);
         const std::vector<float> values = cases::normal_rows(tokens, d, random_.bits());
@@ -104,7 +114,8 @@ class Session {
     }
     for (std::vector<float>* x : {&k, &v})
       for (float& value : *x) value = place_.round(value);
-    const Status appended = cache_->append(place_.rows(k, batch, kShape.kv_heads, tokens, d), place_.rows(v, batch, kShape.kv_heads, tokens, d));
+    const Status appended = cache_->append(place_.rows(k, batch, kShape.kv_heads, tokens, d),
+                                           place_.rows(v, batch, kShape.kv_heads, tokens, d));
     ASSERT_TRUE(appended.ok()) << appended.message();
     const std::vector<float> q = cases::normal_rows(batch * kShape.q_heads * tokens, d, random_.bits(), 0.3);
     std::vector<float> out(static_cast<std::size_t>(batch) * kShape.q_heads * tokens * d, -77.0f);
@@ -124,8 +135,10 @@ class Session {
       for (std::int64_t t = 0; t < tokens; ++t) {
         for (int h = 0; h < kShape.kv_heads; ++h) {
           const std::size_t at = static_cast<std::size_t>(((b * kShape.kv_heads + h) * tokens + t) * d);
-          rows[static_cast<std::size_t>(t)].k.insert(rows[static_cast<std::size_t>(t)].k.end(), k.begin() + at, k.begin() + at + d);
-          rows[static_cast<std::size_t>(t)].v.insert(rows[static_cast<std::size_t>(t)].v.end(), v.begin() + at, v.begin() + at + d);
+          rows[static_cast<std::size_t>(t)].k.insert(rows[static_cast<std::size_t>(t)].k.end(), k.begin() + at,
+                                                     k.begin() + at + d);
+          rows[static_cast<std::size_t>(t)].v.insert(rows[static_cast<std::size_t>(t)].v.end(), v.begin() + at,
+                                                     v.begin() + at + d);
         }
       }
       o.append(rows);
@@ -147,9 +160,10 @@ class Session {
         for (double x : want) top = std::max(top, std::abs(x));
         for (int h = 0; h < kShape.q_heads; ++h)
           for (int c = 0; c < d; ++c)
-            ASSERT_NEAR(out[static_cast<std::size_t>(((b * kShape.q_heads + h) * tokens + t) * d + c)], want[static_cast<std::size_t>(h) * d + c],
-                        kTolerance * top)
-                << "seed " << seed_ << ", sequence " << b << ", position " << before + t << ", head " << h << ", channel " << c;
+            ASSERT_NEAR(out[static_cast<std::size_t>(((b * kShape.q_heads + h) * tokens + t) * d + c)],
+                        want[static_cast<std::size_t>(h) * d + c], kTolerance * top)
+                << "seed " << seed_ << ", sequence " << b << ", position " << before + t << ", head " << h
+                << ", channel " << c;
       }
     }
   }
@@ -165,7 +179,8 @@ class Session {
         for (const bool key : {true, false}) {
           const auto codes = reference::from_canonical(key ? k.data() : v.data(), kPageTokens, kShape.dim);
           ASSERT_LE(o.adopt(evicted + p, key, h, codes, key ? k_scales : v_scales), kBoundaryCodes)
-              << "seed " << seed_ << ", sequence " << b << ", page " << evicted + p << ", head " << h << (key ? ", keys" : ", values");
+              << "seed " << seed_ << ", sequence " << b << ", page " << evicted + p << ", head " << h
+              << (key ? ", keys" : ", values");
         }
       }
     }
@@ -189,7 +204,8 @@ class Session {
       for (std::int64_t j = o.first_exact(); j < n; ++j)
         for (int h = 0; h < kShape.kv_heads; ++h) {
           const std::size_t at = static_cast<std::size_t>(((b * kShape.kv_heads + h) * n + j) * d);
-          ASSERT_TRUE(o.adopt_row(j, h, k.data() + at, v.data() + at, place_.epsilon())) << "seed " << seed_ << ", sequence " << b << ", position " << j;
+          ASSERT_TRUE(o.adopt_row(j, h, k.data() + at, v.data() + at, place_.epsilon()))
+              << "seed " << seed_ << ", sequence " << b << ", position " << j;
         }
     }
   }
@@ -197,7 +213,8 @@ class Session {
     ASSERT_TRUE(cache_->select(rows).ok());
     std::vector<oracle::Sequence> next;
     std::vector<std::int32_t> starts;
-    for (std::int64_t r : rows) next.push_back(oracles_[static_cast<std::size_t>(r)]), starts.push_back(starts_[static_cast<std::size_t>(r)]);
+    for (std::int64_t r : rows)
+      next.push_back(oracles_[static_cast<std::size_t>(r)]), starts.push_back(starts_[static_cast<std::size_t>(r)]);
     oracles_ = std::move(next);
     starts_ = std::move(starts);
   }
@@ -258,7 +275,8 @@ inline void random_session(int seed, Place* place = nullptr) {
     const std::int64_t length = s.cache().length();
     if (action == 0) s.crop(std::max<std::int64_t>(9, length - s.random().below(90)));
     if (action == 1) s.crop(length - s.random().below(6));
-    if (action == 2) s.select({s.random().below(static_cast<int>(s.batch())), s.random().below(static_cast<int>(s.batch()))});
+    if (action == 2)
+      s.select({s.random().below(static_cast<int>(s.batch())), s.random().below(static_cast<int>(s.batch()))});
     if (action == 3) s.clone();
     if (action == 4) s.reload();
     if (::testing::Test::HasFatalFailure()) return;

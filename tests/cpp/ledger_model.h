@@ -1,4 +1,5 @@
-// A host with memory made of token names, driven by a ledger's plans, and what the sequence really is: a list of tokens.
+// A host with memory made of token names, driven by a ledger's plans, and what the sequence really is: a list of
+// tokens.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -51,7 +52,9 @@ class Pages {
 class Model {
  public:
   Model(const Policy& policy, Pages* pages) : ledger_(policy), pages_(pages) {}
-  Model(const Model& o) : ledger_(o.ledger_), pages_(o.pages_), tokens_(o.tokens_), hidden_(o.hidden_), rows_(o.rows_), recording_(o.recording_) {
+  Model(const Model& o)
+      : ledger_(o.ledger_), pages_(o.pages_), tokens_(o.tokens_), hidden_(o.hidden_), rows_(o.rows_),
+        recording_(o.recording_) {
     for (const PageId id : ledger_.pages()) pages_->retain(id);
   }
   Model& operator=(const Model&) = delete;
@@ -139,7 +142,8 @@ class Model {
       const std::int64_t window = ledger_.policy().sliding_window;
       const std::int64_t oldest = window > 0 ? std::max<std::int64_t>(0, position - window + 1) : 0;
       std::int64_t expected = std::max(oldest, x.anchored ? x.start : x.window_position);
-      for (std::int64_t i = expected; i > oldest;) ASSERT_TRUE(hidden_[static_cast<std::size_t>(--i)]) << "position " << i << " was dropped and is no padding";
+      for (std::int64_t i = expected; i > oldest;)
+        ASSERT_TRUE(hidden_[static_cast<std::size_t>(--i)]) << "position " << i << " was dropped and is no padding";
       const auto read = [&](std::int64_t at, Token token) {
         if (at < expected) return;
         ASSERT_EQ(at, expected) << "a position is missing or is read twice";
@@ -150,7 +154,8 @@ class Model {
       for (std::int64_t i = 0; i < view.pages; ++i) {
         const std::int64_t tokens = i + 1 == view.pages ? view.last_page_tokens : kPageTokens;
         for (std::int64_t j = 0; j < tokens; ++j)
-          read(view.pages_position + i * kPageTokens + j, (*pages_)[ledger_.pages()[static_cast<std::size_t>(i)]][static_cast<std::size_t>(j)]);
+          read(view.pages_position + i * kPageTokens + j,
+               (*pages_)[ledger_.pages()[static_cast<std::size_t>(i)]][static_cast<std::size_t>(j)]);
       }
       for (std::int64_t i = view.window.begin; i < view.window.end; ++i) read(i, row(i));
       ASSERT_EQ(expected, length()) << "what the queries from " << position << " on read ends too early";
@@ -171,7 +176,9 @@ class Model {
     Ledger planned = ledger_, told = ledger_;
     Plan plan = plan_;
     planned.commit(plan, {});
-    told.tell(0, [&](std::int64_t position) { return seen[static_cast<std::size_t>(position - told.extent().window_position)] != 0; });
+    told.tell(0, [&](std::int64_t position) {
+      return seen[static_cast<std::size_t>(position - told.extent().window_position)] != 0;
+    });
     expect_equal(planned, told);
   }
   static void expect_equal(const Ledger& a, const Ledger& b) {
@@ -181,7 +188,8 @@ class Model {
   }
 
   Token row(std::int64_t position) const {
-    const Token token = position < static_cast<std::int64_t>(rows_.size()) ? rows_[static_cast<std::size_t>(position)] : kGone;
+    const Token token = position < static_cast<std::int64_t>(rows_.size()) ? rows_[static_cast<std::size_t>(position)]
+                                                                           : kGone;
     EXPECT_NE(token, kGone) << "no exact row at " << position;
     return token;
   }
@@ -208,7 +216,8 @@ class Model {
       put(i, (*pages_)[id][static_cast<std::size_t>(i - plan_.reopened.begin)]);
     }
     if (!plan_.erased.empty()) rows_.erase(rows_.begin() + plan_.erased.begin, rows_.begin() + plan_.erased.end);
-    for (std::int64_t i = plan_.stored.begin; i < plan_.stored.end; ++i) put(i, tokens_.at(static_cast<std::size_t>(i)));
+    for (std::int64_t i = plan_.stored.begin; i < plan_.stored.end; ++i)
+      put(i, tokens_.at(static_cast<std::size_t>(i)));
     std::vector<PageId> old(ledger_.pages().begin(), ledger_.pages().end());
     const std::vector<PageId> released = plan_.released;
     const Extent after = plan_.after;
@@ -240,7 +249,8 @@ class Model {
   }
 
   void put(std::int64_t position, Token token) {
-    if (position >= static_cast<std::int64_t>(rows_.size())) rows_.resize(static_cast<std::size_t>(position) + 1, kGone);
+    if (position >= static_cast<std::int64_t>(rows_.size()))
+      rows_.resize(static_cast<std::size_t>(position) + 1, kGone);
     rows_[static_cast<std::size_t>(position)] = token;
   }
 

@@ -22,7 +22,9 @@ class ProbeBackend final : public Backend {
   const char* name() const override { return "probe"; }
   int code_channels(int dim) const override { return cpu_.code_channels(dim); }
   Status supports(const PageSpec& spec) const override { return cpu_.supports(spec); }
-  Status supports_rows(int k, int v, DType dtype, SealMode seal) const override { return cpu_.supports_rows(k, v, dtype, seal); }
+  Status supports_rows(int k, int v, DType dtype, SealMode seal) const override {
+    return cpu_.supports_rows(k, v, dtype, seal);
+  }
 
   void* alloc(std::size_t bytes) override {
     if (fails()) return nullptr;
@@ -41,7 +43,8 @@ class ProbeBackend final : public Backend {
     KV4_RETURN_IF_ERROR(fault());
     return cpu_.clear(p, bytes);
   }
-  Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes, int lines) override {
+  Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes,
+                    int lines) override {
     KV4_RETURN_IF_ERROR(fault());
     return cpu_.copy_lines(to, to_pitch, from, from_pitch, bytes, lines);
   }
@@ -61,11 +64,13 @@ class ProbeBackend final : public Backend {
     KV4_RETURN_IF_ERROR(fault());
     return cpu_.fix_lambda(job);
   }
-  Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs, bool resident) override {
+  Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs,
+              bool resident) override {
     KV4_RETURN_IF_ERROR(fault());
     return cpu_.seal(spec, pages, kv_heads, jobs, resident);
   }
-  Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs, bool resident) const override {
+  Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs,
+                    bool resident) const override {
     KV4_RETURN_IF_ERROR(fault());
     return cpu_.dequantise(spec, pages, kv_heads, jobs, resident);
   }
@@ -74,11 +79,13 @@ class ProbeBackend final : public Backend {
     KV4_RETURN_IF_ERROR(fault());
     return cpu_.attend(job);
   }
-  Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k, std::uint8_t* v) const override {
+  Status codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k,
+                            std::uint8_t* v) const override {
     KV4_RETURN_IF_ERROR(fault());
     return cpu_.codes_to_canonical(spec, slice, k, v);
   }
-  Status codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* slice) const override {
+  Status codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v,
+                              std::uint8_t* slice) const override {
     KV4_RETURN_IF_ERROR(fault());
     return cpu_.codes_from_canonical(spec, k, v, slice);
   }

@@ -64,11 +64,12 @@ inline std::unique_ptr<Cache> reloaded(const Cache& cache) {
 struct Case {
   const char* name;
   CacheConfig config;
-  int group = 2;                      // query heads per KV head
+  int group = 2;                           // query heads per KV head
   std::vector<std::int32_t> starts = {0};  // first token of each sequence; what comes before is padding
 };
 
-inline CacheConfig config_of(const Recipe& recipe, int kv_heads, int dim_k, int dim_v, DType dtype = DType::f32, int sliding_window = 0) {
+inline CacheConfig config_of(const Recipe& recipe, int kv_heads, int dim_k, int dim_v, DType dtype = DType::f32,
+                             int sliding_window = 0) {
   CacheConfig c;
   c.recipe = recipe;
   c.dtype = dtype;
@@ -102,8 +103,14 @@ inline std::vector<Case> every_case() {
   list.push_back({"sliding window, exact", config_of(Recipe::exact(), 2, 64, 64, DType::bf16, 100), 2, {0, 7}});
   list.push_back({"sliding window, arrival", config_of(Recipe::paper(), 2, 64, 64, DType::f32, 100), 2, {0}});
   Recipe other;
-  other.key = {.rotation = RotationKind::householder, .reflectors = 5, .seed = 9, .group = 32, .levels = LevelKind::uniform,
-               .scale = ScaleRule::abs_max, .mean = true, .lambda = LambdaMode::given};
+  other.key = {.rotation = RotationKind::householder,
+               .reflectors = 5,
+               .seed = 9,
+               .group = 32,
+               .levels = LevelKind::uniform,
+               .scale = ScaleRule::abs_max,
+               .mean = true,
+               .lambda = LambdaMode::given};
   other.value = {.rotation = RotationKind::dense, .group = 64, .lambda = LambdaMode::given};
   Case given{"given lambda and matrix", config_of(other, 2, 64, 128), 2, {0, 7}};
   for (int i = 0; i < 2 * 64; ++i) given.config.lambda_k.push_back(0.5f + static_cast<float>(i % 7));
@@ -142,7 +149,8 @@ class Twins {
     if (newest_ == 0) return;
     const int heads = case_.config.kv_heads * case_.group;
     const std::int64_t dk = case_.config.head_dim_k, dv = case_.config.head_dim_v;
-    const std::vector<float> q = cases::normal_rows(batch() * heads * newest_, static_cast<int>(dk), random_.bits(), 0.3);
+    const std::vector<float> q =
+        cases::normal_rows(batch() * heads * newest_, static_cast<int>(dk), random_.bits(), 0.3);
     AttendArgs args;
     args.q = {q.data(), DType::f32, {batch(), heads, newest_, dk}, {heads * newest_ * dk, newest_ * dk, dk, 1}};
     if (masked) args.mask.start = starts_.data();
@@ -150,7 +158,9 @@ class Twins {
     Status status[2];
     for (int i = 0; i < 2; ++i) {
       out[i].assign(static_cast<std::size_t>(batch() * heads * newest_ * dv), -77.0f);
-      status[i] = caches_[i]->attend(args, {out[i].data(), DType::f32, {batch(), heads, newest_, dv}, {heads * newest_ * dv, newest_ * dv, dv, 1}});
+      status[i] = caches_[i]->attend(
+          args,
+          {out[i].data(), DType::f32, {batch(), heads, newest_, dv}, {heads * newest_ * dv, newest_ * dv, dv, 1}});
     }
     ASSERT_EQ(status[1].message(), status[0].message());
     if (masked) {
@@ -197,10 +207,13 @@ class Twins {
   }
 
   // Codes and scales of a head slice.
-  static std::pair<std::vector<std::uint8_t>, std::vector<std::uint16_t>> slice(const Cache& c, int row, int page, int head) {
+  static std::pair<std::vector<std::uint8_t>, std::vector<std::uint16_t>> slice(const Cache& c, int row, int page,
+                                                                                int head) {
     const SideRecipe &key = c.config().recipe.key, &value = c.config().recipe.value;
     const int dk = c.config().head_dim_k, dv = c.config().head_dim_v;
-    const auto groups = [](const SideRecipe& side, int dim) { return static_cast<std::size_t>(side.group == 0 ? 1 : dim / side.group); };
+    const auto groups = [](const SideRecipe& side, int dim) {
+      return static_cast<std::size_t>(side.group == 0 ? 1 : dim / side.group);
+    };
     std::vector<std::uint8_t> codes(static_cast<std::size_t>(kPageTokens * (dk + dv) / 2));
     std::vector<std::uint16_t> scales((groups(key, dk) + groups(value, dv)) * kPageTokens);
     const std::size_t k = static_cast<std::size_t>(kPageTokens * dk / 2), ks = groups(key, dk) * kPageTokens;
@@ -233,7 +246,8 @@ class Twins {
     std::vector<std::byte> bytes;
     for (std::int64_t b = 0; b < batch(); ++b) {
       for (int h = 0; h < case_.config.kv_heads; ++h) {
-        const std::vector<float> shape = cases::key_rows(static_cast<int>(tokens), dim, 100 + static_cast<std::uint64_t>(h));
+        const std::vector<float> shape =
+            cases::key_rows(static_cast<int>(tokens), dim, 100 + static_cast<std::uint64_t>(h));
         std::vector<float> x = cases::normal_rows(tokens, dim, random_.bits(), 0.5);
         for (std::size_t i = 0; i < x.size(); ++i) x[i] += shape[i];
         for (std::int64_t t = at; t < std::min<std::int64_t>(at + tokens, starts_[static_cast<std::size_t>(b)]); ++t)
@@ -245,7 +259,8 @@ class Twins {
   }
   void put(float x, std::vector<std::byte>* to) const {
     const std::uint16_t half = case_.config.dtype == DType::f16 ? f32_to_f16(x) : f32_to_bf16(x);
-    const auto* bytes = case_.config.dtype == DType::f32 ? reinterpret_cast<const std::byte*>(&x) : reinterpret_cast<const std::byte*>(&half);
+    const auto* bytes = case_.config.dtype == DType::f32 ? reinterpret_cast<const std::byte*>(&x)
+                                                         : reinterpret_cast<const std::byte*>(&half);
     to->insert(to->end(), bytes, bytes + size_of(case_.config.dtype));
   }
 

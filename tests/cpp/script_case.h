@@ -28,7 +28,8 @@ class Writer {
   void append(std::int64_t tokens) {
     const auto k = std::make_shared<std::vector<std::byte>>(rows(tokens, case_.config.head_dim_k));
     const auto v = std::make_shared<std::vector<std::byte>>(rows(tokens, case_.config.head_dim_v));
-    const std::int64_t b = batch(), h = case_.config.kv_heads, dk = case_.config.head_dim_k, dv = case_.config.head_dim_v;
+    const std::int64_t b = batch(), h = case_.config.kv_heads, dk = case_.config.head_dim_k,
+                       dv = case_.config.head_dim_v;
     const DType dtype = case_.config.dtype;
     add("append " + std::to_string(tokens), [=](Cache& c, Output*) {
       return c.append({k->data(), dtype, {b, h, tokens, dk}, {h * tokens * dk, tokens * dk, dk, 1}},
@@ -38,8 +39,10 @@ class Writer {
   }
   // The newest `tokens` queries; `general`: padding is hidden by a general mask.
   void attend(std::int64_t tokens, bool general = false) {
-    const std::int64_t b = batch(), h = std::int64_t{case_.config.kv_heads} * case_.group, dk = case_.config.head_dim_k, dv = case_.config.head_dim_v;
-    const auto q = std::make_shared<std::vector<float>>(cases::normal_rows(b * h * tokens, static_cast<int>(dk), random_.bits(), 0.3));
+    const std::int64_t b = batch(), h = std::int64_t{case_.config.kv_heads} * case_.group, dk = case_.config.head_dim_k,
+                       dv = case_.config.head_dim_v;
+    const auto q = std::make_shared<std::vector<float>>(
+        cases::normal_rows(b * h * tokens, static_cast<int>(dk), random_.bits(), 0.3));
     const auto start = std::make_shared<std::vector<std::int32_t>>(starts_);
     const std::int64_t length = length_;
     const auto mask = std::make_shared<std::vector<std::uint8_t>>();
@@ -99,7 +102,8 @@ class Writer {
     for (std::int64_t b = 0; b < batch(); ++b) {
       for (int h = 0; h < case_.config.kv_heads; ++h) {
         std::vector<float> x = cases::normal_rows(tokens, dim, random_.bits(), 0.5);
-        for (std::int64_t t = length_; t < std::min<std::int64_t>(length_ + tokens, starts_[static_cast<std::size_t>(b)]); ++t)
+        for (std::int64_t t = length_;
+             t < std::min<std::int64_t>(length_ + tokens, starts_[static_cast<std::size_t>(b)]); ++t)
           x[static_cast<std::size_t>((t - length_) * dim)] = std::numeric_limits<float>::quiet_NaN();
         for (const float value : x) put(value, &bytes);
       }
@@ -108,7 +112,8 @@ class Writer {
   }
   void put(float x, std::vector<std::byte>* to) const {
     const std::uint16_t half = case_.config.dtype == DType::f16 ? f32_to_f16(x) : f32_to_bf16(x);
-    const auto* bytes = case_.config.dtype == DType::f32 ? reinterpret_cast<const std::byte*>(&x) : reinterpret_cast<const std::byte*>(&half);
+    const auto* bytes = case_.config.dtype == DType::f32 ? reinterpret_cast<const std::byte*>(&x)
+                                                         : reinterpret_cast<const std::byte*>(&half);
     to->insert(to->end(), bytes, bytes + size_of(case_.config.dtype));
   }
 
@@ -119,8 +124,8 @@ class Writer {
   std::vector<Call> calls_;
 };
 
-// Short texts, the first page and those after it, one by one, in drafts and in prefills; crops into the last call, into pages and
-// to nothing; forks.
+// Short texts, the first page and those after it, one by one, in drafts and in prefills; crops into the last call, into
+// pages and to nothing; forks.
 inline std::vector<Call> script(const saved::Case& c) {
   Writer w(c, 5);
   const auto step = [&](std::int64_t tokens, bool general = false) {
@@ -158,14 +163,15 @@ inline std::vector<Call> script(const saved::Case& c) {
 inline std::vector<saved::Case> script_cases(const std::string& backend) {
   using saved::config_of;
   using sessions::with;
-  std::vector<saved::Case> list = {{"default", config_of(Recipe(), 2, 64, 64), 2, {0, 7}},
-                                   {"two head dims", config_of(Recipe(), 1, 64, 32, DType::bf16), 2, {0, 7}},
-                                   {"no sinks, no window", config_of(with(0, 0), 2, 32, 32, DType::f16), 1, {0, 7}},
-                                   {"exact", config_of(Recipe::exact(), 2, 32, 32), 2, {0, 7}},
-                                   {"arrival", config_of(Recipe::paper(), 2, 32, 32), 2, {0, 7}},
-                                   {"sliding window", config_of(with(4, 64), 2, 32, 32, DType::f32, 70), 2, {0, 7}},
-                                   {"sliding window, exact", config_of(Recipe::exact(), 2, 32, 32, DType::f32, 40), 2, {0, 7}},
-                                   {"sliding window, arrival", config_of(Recipe::paper(), 2, 32, 32, DType::f32, 40), 2, {0, 7}}};
+  std::vector<saved::Case> list = {
+      {"default", config_of(Recipe(), 2, 64, 64), 2, {0, 7}},
+      {"two head dims", config_of(Recipe(), 1, 64, 32, DType::bf16), 2, {0, 7}},
+      {"no sinks, no window", config_of(with(0, 0), 2, 32, 32, DType::f16), 1, {0, 7}},
+      {"exact", config_of(Recipe::exact(), 2, 32, 32), 2, {0, 7}},
+      {"arrival", config_of(Recipe::paper(), 2, 32, 32), 2, {0, 7}},
+      {"sliding window", config_of(with(4, 64), 2, 32, 32, DType::f32, 70), 2, {0, 7}},
+      {"sliding window, exact", config_of(Recipe::exact(), 2, 32, 32, DType::f32, 40), 2, {0, 7}},
+      {"sliding window, arrival", config_of(Recipe::paper(), 2, 32, 32, DType::f32, 40), 2, {0, 7}}};
   for (saved::Case& c : list) c.config.backend = backend;
   return list;
 }

@@ -1,7 +1,7 @@
-// Inputs of sealing and the rule of equality with the float64 definition (docs/format.md): codes are relative to the mean that
-// the page stores; a code equals the reference unless the reference value lies within 1e-4 of a step from a decision
-// boundary, then it is one level off at most; scales and means lie within one fp16 ulp, a scale being that of the codes the
-// kernel chose.
+// Inputs of sealing and the rule of equality with the float64 definition (docs/format.md): codes are relative to the
+// mean that the page stores; a code equals the reference unless the reference value lies within 1e-4 of a step from a
+// decision boundary, then it is one level off at most; scales and means lie within one fp16 ulp, a scale being that of
+// the codes the kernel chose.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -112,8 +112,9 @@ struct Rows {
         const std::size_t at = j * stride + c;
         f32[at] = v;
         f16[at] = type == DType::bf16 ? f32_to_bf16(v) : f32_to_f16(v);
-        exact[static_cast<std::size_t>(j) * d + c] =
-            type == DType::f32 ? v : type == DType::f16 ? f16_to_f32(f16[at]) : bf16_to_f32(f16[at]);
+        exact[static_cast<std::size_t>(j) * d + c] = type == DType::f32   ? v
+                                                     : type == DType::f16 ? f16_to_f32(f16[at])
+                                                                          : bf16_to_f32(f16[at]);
       }
     }
   }
@@ -134,9 +135,9 @@ inline std::vector<std::uint16_t> read_u16(const std::uint8_t* p, int n) {
 // Ordered like the values they stand for.
 inline int order_of(std::uint16_t half) { return half & 0x8000 ? -(half & 0x7fff) : half; }
 
-inline void check_side(const SideSpec& spec, const Rows& rows, const std::uint8_t* skip, const std::vector<double>& lambda,
-                const std::vector<std::uint8_t>& codes, const std::vector<std::uint16_t>& scales,
-                const std::vector<std::uint16_t>& mean) {
+inline void check_side(const SideSpec& spec, const Rows& rows, const std::uint8_t* skip,
+                       const std::vector<double>& lambda, const std::vector<std::uint8_t>& codes,
+                       const std::vector<std::uint16_t>& scales, const std::vector<std::uint16_t>& mean) {
   const double* weights = lambda.empty() ? nullptr : lambda.data();
   const reference::Sealed r =
       reference::seal(spec, rows.exact.data(), kPageTokens, skip, weights, mean.empty() ? nullptr : mean.data());

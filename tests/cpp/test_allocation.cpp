@@ -24,8 +24,9 @@ void* counted(std::size_t bytes, std::size_t alignment) {
     return nullptr;
   }
   if (bytes == 0) bytes = 1;
-  return alignment <= alignof(std::max_align_t) ? std::malloc(bytes)
-                                                : std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  return alignment <= alignof(std::max_align_t)
+             ? std::malloc(bytes)
+             : std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
 }
 void* or_throw(void* p) {
   if (p == nullptr) throw std::bad_alloc();

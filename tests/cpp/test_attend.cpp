@@ -382,8 +382,7 @@ class Partial : public Attend {
   struct State {
     std::vector<float> o, m, l;
     State(std::int64_t rows, int dim)
-        : o(static_cast<std::size_t>(rows * dim)),
-          m(static_cast<std::size_t>(rows)),
+        : o(static_cast<std::size_t>(rows * dim)), m(static_cast<std::size_t>(rows)),
           l(static_cast<std::size_t>(rows)) {}
     PartialState view() { return {o.data(), m.data(), l.data()}; }
   };

@@ -50,8 +50,8 @@ TEST_F(Rows, EveryFormat) {
     LevelKind levels;
   };
   const Format formats[] = {
-      {34, 46, 0, 0, LevelKind::lloyd_max},   {46, 34, 0, 0, LevelKind::uniform},
-      {128, 96, 32, 32, LevelKind::uniform},  {96, 80, 48, 16, LevelKind::lloyd_max},
+      {34, 46, 0, 0, LevelKind::lloyd_max},    {46, 34, 0, 0, LevelKind::uniform},
+      {128, 96, 32, 32, LevelKind::uniform},   {96, 80, 48, 16, LevelKind::lloyd_max},
       {160, 112, 80, 0, LevelKind::lloyd_max}, {512, 512, 0, 0, LevelKind::lloyd_max},
       {64, 128, 16, 64, LevelKind::lloyd_max}, {256, 192, 128, 96, LevelKind::lloyd_max},
   };

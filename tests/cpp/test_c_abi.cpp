@@ -21,7 +21,8 @@ namespace {
 constexpr int kHeads = 4, kKvHeads = 2, kDim = 64;
 
 kv4_tensor tensor(const std::vector<float>& x, int64_t heads, int64_t tokens) {
-  return {const_cast<float*>(x.data()), KV4_F32, {1, heads, tokens, kDim}, {heads * tokens * kDim, tokens * kDim, kDim, 1}};
+  return {
+      const_cast<float*>(x.data()), KV4_F32, {1, heads, tokens, kDim}, {heads * tokens * kDim, tokens * kDim, kDim, 1}};
 }
 
 kv4_cache_config config() {
@@ -50,7 +51,8 @@ TEST(CAbi, AnswersAsTheCppApi) {
   ASSERT_TRUE(kv4::Cache::create(same, &twin).ok());
 
   const int tokens = 300;
-  const std::vector<float> k = kv4::cases::key_rows(kKvHeads * tokens, kDim, 1), v = kv4::cases::normal_rows(kKvHeads * tokens, kDim, 2);
+  const std::vector<float> k = kv4::cases::key_rows(kKvHeads * tokens, kDim, 1),
+                           v = kv4::cases::normal_rows(kKvHeads * tokens, kDim, 2);
   const std::vector<float> q = kv4::cases::normal_rows(kHeads, kDim, 3);
   const kv4_tensor kt = tensor(k, kKvHeads, tokens), vt = tensor(v, kKvHeads, tokens);
   const kv4::TensorView kv{k.data(), kv4::DType::f32, {1, kKvHeads, tokens, kDim}, {0, tokens * kDim, kDim, 1}};
@@ -128,7 +130,8 @@ TEST(CAbi, SavesAndLoads) {
   ASSERT_EQ(kv4_cache_create(&c, &cache), KV4_OK);
   ASSERT_EQ(kv4_cache_create(&c, &loaded), KV4_OK);
   const int tokens = 200;
-  const std::vector<float> rows = kv4::cases::key_rows(kKvHeads * tokens, kDim, 1), q = kv4::cases::normal_rows(kHeads, kDim, 3);
+  const std::vector<float> rows = kv4::cases::key_rows(kKvHeads * tokens, kDim, 1),
+                           q = kv4::cases::normal_rows(kHeads, kDim, 3);
   const kv4_tensor t = tensor(rows, kKvHeads, tokens);
   const kv4_attend_args args = query(q);
   std::vector<float> want(kHeads * kDim), got(kHeads * kDim);
@@ -223,8 +226,10 @@ TEST(CAbi, SizesAreCheckedBeforeArraysAreRead) {
       {-3, -kDim, kDim, "kv_heads: expected a value from 1 to 65536; got -3", KV4_INVALID_ARGUMENT},
       {0, kDim, kDim, "kv_heads: expected a value from 1 to 65536; got 0", KV4_INVALID_ARGUMENT},
       {1 << 20, kDim, kDim, "kv_heads: expected a value from 1 to 65536; got 1048576", KV4_INVALID_ARGUMENT},
-      {INT32_MAX, INT32_MAX, INT32_MAX, "kv_heads: expected a value from 1 to 65536; got 2147483647", KV4_INVALID_ARGUMENT},
-      {kKvHeads, INT32_MIN, kDim, "head_dim_k: expected a value from 1 to 2147483647; got -2147483648", KV4_INVALID_ARGUMENT},
+      {INT32_MAX, INT32_MAX, INT32_MAX, "kv_heads: expected a value from 1 to 65536; got 2147483647",
+       KV4_INVALID_ARGUMENT},
+      {kKvHeads, INT32_MIN, kDim, "head_dim_k: expected a value from 1 to 2147483647; got -2147483648",
+       KV4_INVALID_ARGUMENT},
       {kKvHeads, kDim, -2, "head_dim_v: expected a value from 1 to 2147483647; got -2", KV4_INVALID_ARGUMENT},
       {kKvHeads, INT32_MAX, kDim, "head_dim_k: expected an even number from 32 to 512", KV4_UNSUPPORTED},
       {kKvHeads, kDim, 1 << 30, "head_dim_v: expected an even number from 32 to 512", KV4_UNSUPPORTED},
@@ -241,13 +246,14 @@ TEST(CAbi, SizesAreCheckedBeforeArraysAreRead) {
     EXPECT_EQ(cache, nullptr);
   }
   // Arrays that the recipe does not want are not read.
-  for (const float* kv4_cache_config::*field : {&kv4_cache_config::lambda_k, &kv4_cache_config::lambda_v, &kv4_cache_config::matrix_k,
-                                                &kv4_cache_config::matrix_v}) {
+  for (const float* kv4_cache_config::* field : {&kv4_cache_config::lambda_k, &kv4_cache_config::lambda_v,
+                                                 &kv4_cache_config::matrix_k, &kv4_cache_config::matrix_v}) {
     kv4_cache_config c = config();
     c.*field = number;
     kv4_cache* cache = nullptr;
     EXPECT_EQ(kv4_cache_create(&c, &cache), KV4_INVALID_ARGUMENT);
-    EXPECT_NE(std::string(kv4_last_error()).find(": expected NULL, since the recipe's "), std::string::npos) << kv4_last_error();
+    EXPECT_NE(std::string(kv4_last_error()).find(": expected NULL, since the recipe's "), std::string::npos)
+        << kv4_last_error();
   }
 }
 
@@ -262,7 +268,8 @@ TEST(CAbi, GivenArraysAreReadWhole) {
   kv4_cache_destroy(cache);
   lambda.back() = -1;
   EXPECT_EQ(kv4_cache_create(&c, &cache), KV4_INVALID_ARGUMENT);
-  EXPECT_NE(std::string(kv4_last_error()).find("lambda_k: expected positive finite values"), std::string::npos) << kv4_last_error();
+  EXPECT_NE(std::string(kv4_last_error()).find("lambda_k: expected positive finite values"), std::string::npos)
+      << kv4_last_error();
 }
 
 // A struct of `size` bytes of a newer header, this library's first; 0 behind it.
@@ -291,7 +298,8 @@ TEST(CAbi, AnOlderProgramsStructsEndEarlier) {
   auto* args = static_cast<kv4_attend_args*>(args_memory.data());
   ASSERT_EQ(kv4_attend_args_init(args, older_args), KV4_OK) << kv4_last_error();
   EXPECT_EQ(args->causal, 1);
-  const std::vector<float> k = kv4::cases::key_rows(kKvHeads * 70, kDim, 1), q = kv4::cases::normal_rows(kHeads, kDim, 3);
+  const std::vector<float> k = kv4::cases::key_rows(kKvHeads * 70, kDim, 1),
+                           q = kv4::cases::normal_rows(kHeads, kDim, 3);
   std::vector<float> out(kHeads * kDim), want(kHeads * kDim);
   const kv4_tensor kt = tensor(k, kKvHeads, 70), ot = tensor(out, kHeads, 1), wt = tensor(want, kHeads, 1);
   args->q = tensor(q, kHeads, 1);
@@ -312,12 +320,14 @@ TEST(CAbi, ANewerProgramsStructsAreTakenWhereTheyAskForNothingNew) {
   reinterpret_cast<unsigned char*>(c.data())[larger - 1] = 1;
   kv4_cache* refused = nullptr;
   EXPECT_EQ(kv4_cache_create(config_of_newer, &refused), KV4_UNSUPPORTED);
-  EXPECT_EQ(std::string(kv4_last_error()), "config: expected zeros behind the " + std::to_string(sizeof(kv4_cache_config)) +
-                                               " bytes that this version knows; got a setting of a newer version at byte " +
-                                               std::to_string(larger - 1));
+  EXPECT_EQ(std::string(kv4_last_error()),
+            "config: expected zeros behind the " + std::to_string(sizeof(kv4_cache_config)) +
+                " bytes that this version knows; got a setting of a newer version at byte " +
+                std::to_string(larger - 1));
   EXPECT_EQ(refused, nullptr);
 
-  const std::vector<float> k = kv4::cases::key_rows(kKvHeads * 70, kDim, 1), q = kv4::cases::normal_rows(kHeads, kDim, 3);
+  const std::vector<float> k = kv4::cases::key_rows(kKvHeads * 70, kDim, 1),
+                           q = kv4::cases::normal_rows(kHeads, kDim, 3);
   std::vector<float> out(kHeads * kDim);
   const kv4_tensor kt = tensor(k, kKvHeads, 70), ot = tensor(out, kHeads, 1);
   ASSERT_EQ(kv4_cache_append(cache, &kt, &kt), KV4_OK);
@@ -338,7 +348,8 @@ TEST(CAbi, ANewerProgramsStructsAreTakenWhereTheyAskForNothingNew) {
 }
 
 TEST(CAbi, SizesOfNoVersionAreRefused) {
-  for (const std::size_t size : {std::size_t{0}, std::size_t{1}, sizeof(kv4_cache_config) - 1, std::size_t{5000}, SIZE_MAX}) {
+  for (const std::size_t size :
+       {std::size_t{0}, std::size_t{1}, sizeof(kv4_cache_config) - 1, std::size_t{5000}, SIZE_MAX}) {
     kv4_cache_config c = config();
     c.size = size;
     kv4_cache* cache = nullptr;
@@ -365,12 +376,16 @@ TEST(CAbi, AnExceptionOfACallbackEndsInIt) {
   const std::vector<float> rows = kv4::cases::key_rows(kKvHeads * 5, kDim, 1);
   const kv4_tensor t = tensor(rows, kKvHeads, 5);
   ASSERT_EQ(kv4_cache_append(cache, &t, &t), KV4_OK);
-  EXPECT_EQ(kv4_cache_save(cache, [](void*, const void*, size_t) -> kv4_status { throw std::runtime_error("disk full"); }, nullptr),
-            KV4_INVALID_ARGUMENT);
+  EXPECT_EQ(
+      kv4_cache_save(
+          cache, [](void*, const void*, size_t) -> kv4_status { throw std::runtime_error("disk full"); }, nullptr),
+      KV4_INVALID_ARGUMENT);
   EXPECT_STREQ(kv4_last_error(), "sink: expected a status; got an exception: disk full");
-  EXPECT_EQ(kv4_cache_save(cache, [](void*, const void*, size_t) -> kv4_status { throw 5; }, nullptr), KV4_INVALID_ARGUMENT);
+  EXPECT_EQ(
+      kv4_cache_save(cache, [](void*, const void*, size_t) -> kv4_status { throw 5; }, nullptr), KV4_INVALID_ARGUMENT);
   EXPECT_STREQ(kv4_last_error(), "sink: expected a status; got an exception");
-  EXPECT_EQ(kv4_cache_load(loaded, [](void*, void*, size_t) -> kv4_status { throw std::runtime_error("unplugged"); }, nullptr),
+  EXPECT_EQ(kv4_cache_load(
+                loaded, [](void*, void*, size_t) -> kv4_status { throw std::runtime_error("unplugged"); }, nullptr),
             KV4_INVALID_ARGUMENT);
   EXPECT_STREQ(kv4_last_error(), "source: expected a status; got an exception: unplugged");
   EXPECT_EQ(kv4_cache_batch(loaded), 0);
@@ -397,7 +412,8 @@ TEST(CAbi, NothingIsThrownThroughIt) {
   kv4_cache* cache = nullptr;
   ASSERT_EQ(kv4_cache_create(&c, &cache), KV4_OK);
   const int tokens = 20000;
-  const std::vector<float> k = kv4::cases::key_rows(kKvHeads * tokens, kDim, 1), q = kv4::cases::normal_rows(kHeads, kDim, 3);
+  const std::vector<float> k = kv4::cases::key_rows(kKvHeads * tokens, kDim, 1),
+                           q = kv4::cases::normal_rows(kHeads, kDim, 3);
   std::vector<float> out(kHeads * kDim);
   const kv4_tensor kt = tensor(k, kKvHeads, tokens), ot = tensor(out, kHeads, 1);
   ASSERT_EQ(kv4_cache_append(cache, &kt, &kt), KV4_OK);
@@ -414,7 +430,8 @@ TEST(CAbi, TensorsThatCannotBeAreRefusedByName) {
   const kv4_cache_config c = config();
   kv4_cache* cache = nullptr;
   ASSERT_EQ(kv4_cache_create(&c, &cache), KV4_OK);
-  const std::vector<float> rows = kv4::cases::key_rows(kKvHeads * 5, kDim, 1), q = kv4::cases::normal_rows(kHeads, kDim, 3);
+  const std::vector<float> rows = kv4::cases::key_rows(kKvHeads * 5, kDim, 1),
+                           q = kv4::cases::normal_rows(kHeads, kDim, 3);
   const kv4_tensor good = tensor(rows, kKvHeads, 5);
   const auto refused = [](kv4_status status, const std::string& begins) {
     EXPECT_EQ(status, KV4_INVALID_ARGUMENT) << begins;
@@ -469,11 +486,13 @@ extern "C" const char* kv4_c_program(void);  // c_abi_program.c
 // A program's threads do the work of a cache's calls; what they may be is checked.
 TEST(CAbi, AProgramLendsItsThreads) {
   static int runs = 0;
-  kv4_executor executor = {2, [](void*, void (*body)(void*, int32_t), void* context) {
+  kv4_executor executor = {2,
+                           [](void*, void (*body)(void*, int32_t), void* context) {
                              ++runs;
                              body(context, 1);
                              body(context, 0);
-                           }, nullptr};
+                           },
+                           nullptr};
   ASSERT_EQ(kv4_set_executor(&executor), KV4_OK) << kv4_last_error();
   EXPECT_EQ(kv4_num_threads(), 2);
   const kv4_cache_config c = config();

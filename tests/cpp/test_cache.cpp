@@ -43,7 +43,10 @@ TEST(Cache, RecordingEvictsNothing) { recording(); }
 // Lambda stays fixed when the pages that it came from have left a sliding window.
 TEST(Cache, LambdaIsFixedByTheFirstSealedPageForGood) {
   Session s(with(4, 64), {0}, 10, 100);
-  EXPECT_FALSE([&] { s.step(60); return s.cache().lambda_fixed(0); }());
+  EXPECT_FALSE([&] {
+    s.step(60);
+    return s.cache().lambda_fixed(0);
+  }());
   bool fixed = false, without_pages = false;
   for (int i = 0; i < 200; ++i) {
     s.step(1);
@@ -85,8 +88,8 @@ TEST(Cache, BytesAreThreeAndAHalfTimesFewer) {
   }
 }
 
-// Short texts, all exact: 1.3 times fp16 keys and values at most in each of a model's layers, which have rotations in common,
-// whether they came one by one or at once.
+// Short texts, all exact: 1.3 times fp16 keys and values at most in each of a model's layers, which have rotations in
+// common, whether they came one by one or at once.
 TEST(Cache, ShortTextsTakeLittleMoreThanFp16) {
   for (const oracle::Shape& shape : {oracle::Shape{4, 1, 256}, oracle::Shape{14, 2, 64}, oracle::Shape{12, 2, 128}}) {
     for (const bool at_once : {false, true}) {
@@ -97,7 +100,8 @@ TEST(Cache, ShortTextsTakeLittleMoreThanFp16) {
       for (const std::int64_t end : {30, 64, 100, 128}) {
         const std::int64_t tokens = at_once ? end - cache->length() : 1;
         while (cache->length() < end) {
-          const TensorView x{rows.data(), DType::bf16, {1, shape.kv_heads, tokens, shape.dim}, {0, tokens * shape.dim, shape.dim, 1}};
+          const TensorView x{
+              rows.data(), DType::bf16, {1, shape.kv_heads, tokens, shape.dim}, {0, tokens * shape.dim, shape.dim, 1}};
           ASSERT_TRUE(cache->append(x, x).ok());
           AttendArgs args;
           args.q = view(q, 1, shape.q_heads, tokens, shape.dim);
@@ -107,7 +111,8 @@ TEST(Cache, ShortTextsTakeLittleMoreThanFp16) {
         double shared = 0;
         for (const SharedMemory& memory : cache->shared()) shared += static_cast<double>(memory.bytes);
         constexpr int kLayers = 18;
-        EXPECT_LE(static_cast<double>(cache->nbytes()) - shared + shared / kLayers, 1.3 * fp16) << "head dim " << shape.dim << ", " << end << " tokens, at once: " << at_once;
+        EXPECT_LE(static_cast<double>(cache->nbytes()) - shared + shared / kLayers, 1.3 * fp16)
+            << "head dim " << shape.dim << ", " << end << " tokens, at once: " << at_once;
       }
     }
   }
@@ -157,13 +162,16 @@ TEST(Cache, ArrivalSealsEveryVectorBeforeItIsSeen) {
       for (std::int64_t j = 0; j < length; ++j) {
         double s = 0;
         for (int c2 = 0; c2 < d; ++c2)
-          s += static_cast<double>(q[static_cast<std::size_t>((h * tokens + t) * d + c2)]) * keys[static_cast<std::size_t>((kv * length + j) * d + c2)];
+          s += static_cast<double>(q[static_cast<std::size_t>((h * tokens + t) * d + c2)]) *
+               keys[static_cast<std::size_t>((kv * length + j) * d + c2)];
         const double w = std::exp(s / std::sqrt(static_cast<double>(d)));
         sum += w;
-        for (int c2 = 0; c2 < d; ++c2) want[static_cast<std::size_t>(c2)] += w * values[static_cast<std::size_t>((kv * length + j) * d + c2)];
+        for (int c2 = 0; c2 < d; ++c2)
+          want[static_cast<std::size_t>(c2)] += w * values[static_cast<std::size_t>((kv * length + j) * d + c2)];
       }
       for (int c2 = 0; c2 < d; ++c2)
-        ASSERT_NEAR(out[static_cast<std::size_t>((h * tokens + t) * d + c2)], want[static_cast<std::size_t>(c2)] / sum, 1e-3);
+        ASSERT_NEAR(out[static_cast<std::size_t>((h * tokens + t) * d + c2)], want[static_cast<std::size_t>(c2)] / sum,
+                    1e-3);
     }
   };
   for (std::int64_t tokens : {1, 1, 61, 1, 1, 1, 70, 3}) step(*cache, tokens);
@@ -224,7 +232,8 @@ TEST(Cache, ErrorsNameTheArgumentAndChangeNothing) {
   bad = view(rows, 1, kShape.kv_heads, 30, d - 1);
   expect(cache->append(bad, good), StatusCode::invalid_argument, "k: ");
   expect(cache->append(good, view(rows, 1, kShape.kv_heads, 29, d)), StatusCode::invalid_argument, "v: ");
-  expect(cache->append(view(rows, 2, kShape.kv_heads, 30, d), view(rows, 2, kShape.kv_heads, 30, d)), StatusCode::invalid_argument, "k: ");
+  expect(cache->append(view(rows, 2, kShape.kv_heads, 30, d), view(rows, 2, kShape.kv_heads, 30, d)),
+         StatusCode::invalid_argument, "k: ");
   bad = good;
   bad.stride[3] = 2;
   expect(cache->append(bad, good), StatusCode::invalid_argument, "k: ");

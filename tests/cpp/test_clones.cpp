@@ -61,7 +61,8 @@ TEST(Clones, GoOnInThreadsOfTheirOwn) {
           }
         });
       for (std::thread& thread : threads) thread.join();
-      for (int i = 0; i < kThreads; ++i) ASSERT_EQ(save(*clones[static_cast<std::size_t>(i)]), want[static_cast<std::size_t>(i)]) << i;
+      for (int i = 0; i < kThreads; ++i)
+        ASSERT_EQ(save(*clones[static_cast<std::size_t>(i)]), want[static_cast<std::size_t>(i)]) << i;
     }
   }
 }

@@ -58,7 +58,8 @@ std::vector<float> session() {
   EXPECT_TRUE(Cache::create(config, &cache).ok());
   std::vector<float> all;
   for (const int tokens : {700, 1, 1, 1}) {
-    std::vector<float> k(static_cast<std::size_t>(kHeads * tokens * kDim)), v(k.size()), q(static_cast<std::size_t>(kQueryHeads * tokens * kDim));
+    std::vector<float> k(static_cast<std::size_t>(kHeads * tokens * kDim)), v(k.size()),
+        q(static_cast<std::size_t>(kQueryHeads * tokens * kDim));
     for (std::vector<float>* x : {&k, &v, &q})
       for (float& e : *x) e = normal(random);
     EXPECT_TRUE(cache->append(view(k, kHeads, tokens), view(v, kHeads, tokens)).ok());

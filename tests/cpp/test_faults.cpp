@@ -1,4 +1,5 @@
-// What a cache says and keeps when its backend fails, or the host's memory runs out, at each of the calls that it makes.
+// What a cache says and keeps when its backend fails, or the host's memory runs out, at each of the calls that it
+// makes.
 #include <gtest/gtest.h>
 
 #include <string>
@@ -46,7 +47,8 @@ TEST(Faults, SaveAndLoadPassOnEveryFaultOfTheBackend) {
       const std::size_t held = probe::held();
       probe::fail_at(n, n % 2 == 0);
       const Status status = load(*fresh, bytes);
-      EXPECT_TRUE(!probe::failed() || status.message() == probe::kFault || status.code() == StatusCode::out_of_memory) << n << ": " << status.message();
+      EXPECT_TRUE(!probe::failed() || status.message() == probe::kFault || status.code() == StatusCode::out_of_memory)
+          << n << ": " << status.message();
       probe::fail_at(0);
       if (status.ok()) continue;
       EXPECT_EQ(fresh->length(), 0);
@@ -57,8 +59,9 @@ TEST(Faults, SaveAndLoadPassOnEveryFaultOfTheBackend) {
   }
 }
 
-// Every call of a script is made again and again, and fails one place later each time, until it succeeds: then, and with what
-// follows, the cache is the one that nothing ever failed for. arm(n): place n fails; disarm() says whether one did.
+// Every call of a script is made again and again, and fails one place later each time, until it succeeds: then, and
+// with what follows, the cache is the one that nothing ever failed for. arm(n): place n fails; disarm() says whether
+// one did.
 template <class Arm, class Disarm>
 void fail_everywhere(const Case& c, Arm arm, Disarm disarm, StatusCode code) {
   SCOPED_TRACE(c.name);
@@ -74,7 +77,8 @@ void fail_everywhere(const Case& c, Arm arm, Disarm disarm, StatusCode code) {
       if (status.ok()) break;
       ++failures;
       ASSERT_TRUE(failed) << call.name << ": " << status.message();
-      ASSERT_TRUE(status.code() == code || status.code() == StatusCode::out_of_memory) << call.name << ", place " << n << ": " << status.message();
+      ASSERT_TRUE(status.code() == code || status.code() == StatusCode::out_of_memory)
+          << call.name << ", place " << n << ": " << status.message();
       ASSERT_EQ(cache->version(), untouched->version()) << call.name << ", place " << n;
       ASSERT_EQ(save(*cache), before) << call.name << ", place " << n;
     }

@@ -11,9 +11,9 @@
 #include <string>
 #include <vector>
 
-#include "cpu/measure.h"
 #include "../cases.h"
 #include "cpu/isa.h"
+#include "cpu/measure.h"
 #include "kv4/cache.h"
 #include "kv4/cpu.h"
 
@@ -43,10 +43,10 @@ TEST_F(Isa, EveryKernelIsItsOwn) {
     const cpu::Kernels* k = cpu::find(name.c_str());
     ASSERT_NE(k, nullptr) << name;
     EXPECT_EQ(k->name, name);
-    for (void* p : {reinterpret_cast<void*>(k->seal), reinterpret_cast<void*>(k->dequantise),
-                    reinterpret_cast<void*>(k->rotate), reinterpret_cast<void*>(k->rotate_dual),
-                    reinterpret_cast<void*>(k->unrotate), reinterpret_cast<void*>(k->attend_pages),
-                    reinterpret_cast<void*>(k->attend_exact)}) {
+    for (void* p :
+         {reinterpret_cast<void*>(k->seal), reinterpret_cast<void*>(k->dequantise), reinterpret_cast<void*>(k->rotate),
+          reinterpret_cast<void*>(k->rotate_dual), reinterpret_cast<void*>(k->unrotate),
+          reinterpret_cast<void*>(k->attend_pages), reinterpret_cast<void*>(k->attend_exact)}) {
       EXPECT_NE(p, nullptr) << name;
       addresses.insert(p);
       ++functions;
@@ -127,12 +127,17 @@ TEST(IsaOfTheEnvironment, IsTheOneInUse) {
   EXPECT_EQ(cpu::active_isa(), asked != nullptr && *asked != '\0' ? asked : best_here());
 }
 
-// The environment is read once, at first use: each case needs a process of its own, which tells on stderr what it found.
+// The environment is read once, at first use: each case needs a process of its own, which tells on stderr what it
+// found.
 void expect_with_environment(const char* value, const std::string& expected) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   setenv("KV4_CPU_ISA", value, 1);
-  EXPECT_EXIT({ std::cerr << "[" << cpu::active_isa() << "]"; std::exit(cpu::check_isa().ok() ? 0 : 1); }, ::testing::ExitedWithCode(0),
-              "\\[" + expected + "\\]")
+  EXPECT_EXIT(
+      {
+        std::cerr << "[" << cpu::active_isa() << "]";
+        std::exit(cpu::check_isa().ok() ? 0 : 1);
+      },
+      ::testing::ExitedWithCode(0), "\\[" + expected + "\\]")
       << value;
   unsetenv("KV4_CPU_ISA");
 }
@@ -163,7 +168,8 @@ void expect_refusal_of_environment(const std::string& name) {
     bool all = cpu::active_isa().empty();
     for (const Status& status : uses_of_kernels()) {
       std::cerr << "{" << status.message() << "}";
-      all &= status.code() == StatusCode::unsupported && status.message().rfind("KV4_CPU_ISA: expected one of ", 0) == 0 &&
+      all &= status.code() == StatusCode::unsupported &&
+             status.message().rfind("KV4_CPU_ISA: expected one of ", 0) == 0 &&
              status.message().find("portable on this machine; got " + name) != std::string::npos;
     }
     // The program may choose for itself.

@@ -13,9 +13,9 @@
 namespace kv4::ledger {
 
 void PrintTo(const Extent& x, std::ostream* out) {
-  *out << "length " << x.length << ", start " << x.start << (x.anchored ? ", anchored" : "") << ", lambda " << static_cast<int>(x.lambda) << ", sinks "
-       << x.sinks << ", pages " << x.first_page << " + " << x.pages << " (" << x.last_page_tokens << "), window from " << x.window_position << ", evicted "
-       << x.evicted;
+  *out << "length " << x.length << ", start " << x.start << (x.anchored ? ", anchored" : "") << ", lambda "
+       << static_cast<int>(x.lambda) << ", sinks " << x.sinks << ", pages " << x.first_page << " + " << x.pages << " ("
+       << x.last_page_tokens << "), window from " << x.window_position << ", evicted " << x.evicted;
 }
 
 namespace {
@@ -30,10 +30,20 @@ Policy policy(int sinks, int window, std::int64_t sliding = 0, SealMode seal = S
 }
 
 const Policy kPolicies[] = {
-    policy(4, 64),      policy(0, 0),      policy(4, 0),        policy(1, 128),      policy(0, 64),
-    policy(4, 64, 100), policy(4, 0, 200), policy(4, 64, 512),  policy(0, 64, 33),   policy(4, 64, 1),
-    policy(0, 0, 0, SealMode::never),      policy(0, 0, 70, SealMode::never),
-    policy(0, 0, 0, SealMode::arrival),    policy(0, 0, 150, SealMode::arrival),
+    policy(4, 64),
+    policy(0, 0),
+    policy(4, 0),
+    policy(1, 128),
+    policy(0, 64),
+    policy(4, 64, 100),
+    policy(4, 0, 200),
+    policy(4, 64, 512),
+    policy(0, 64, 33),
+    policy(4, 64, 1),
+    policy(0, 0, 0, SealMode::never),
+    policy(0, 0, 70, SealMode::never),
+    policy(0, 0, 0, SealMode::arrival),
+    policy(0, 0, 150, SealMode::arrival),
 };
 
 std::uint64_t seed_of_run() {
@@ -51,7 +61,8 @@ void check_settled(const Ledger& ledger) {
   ASSERT_EQ(x.anchored || due == 0, true);
   if (!x.anchored) return;
   ASSERT_GE(x.page_end(), due);  // more after a crop to tokens whose exact rows were gone
-  ASSERT_EQ(x.window_position, std::max(x.page_position(p, x.page_end()), first + p.sinks)) << "exact rows of sealed pages are still held";
+  ASSERT_EQ(x.window_position, std::max(x.page_position(p, x.page_end()), first + p.sinks))
+      << "exact rows of sealed pages are still held";
   if (p.sliding_window == 0) {
     ASSERT_LT(x.window_rows(), p.window + kPageTokens);
     ASSERT_EQ(x.sinks, p.sinks);
@@ -63,13 +74,16 @@ constexpr std::int64_t kSteps = 100000;
 
 class RandomPrograms : public testing::TestWithParam<int> {};
 
-// Steps: appends of one, a few and many tokens, attention (or none), crops, forks, sealing early, the past recorded or not.
+// Steps: appends of one, a few and many tokens, attention (or none), crops, forks, sealing early, the past recorded or
+// not.
 TEST_P(RandomPrograms, EveryQueryReadsEachTokenOnceAndPagesAreGivenBackOnce) {
   const Policy& p = kPolicies[GetParam()];
   const std::uint64_t seed = seed_of_run() + static_cast<std::uint64_t>(GetParam());
   SCOPED_TRACE("KV4_TEST_SEED=" + std::to_string(seed_of_run()));
   std::mt19937_64 random(seed);
-  const auto below = [&](std::int64_t n) { return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(n)); };
+  const auto below = [&](std::int64_t n) {
+    return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(n));
+  };
   Pages pages;
   Token name = 0;
   std::int64_t steps = 0;
@@ -86,7 +100,9 @@ TEST_P(RandomPrograms, EveryQueryReadsEachTokenOnceAndPagesAreGivenBackOnce) {
       switch (below(10)) {
         default: {
           if (m.length() > 1200) m.crop(m.length() - 500);
-          const std::int64_t kind = below(12), count = kind < 9 ? 1 : kind < 11 ? 1 + below(kPageTokens) : 1 + below(200);
+          const std::int64_t kind = below(12), count = kind < 9    ? 1
+                                                       : kind < 11 ? 1 + below(kPageTokens)
+                                                                   : 1 + below(200);
           const bool hole = below(40) == 0;
           m.append(count, name, hole);
           name += count;
@@ -122,8 +138,8 @@ TEST_P(RandomPrograms, EveryQueryReadsEachTokenOnceAndPagesAreGivenBackOnce) {
 
 INSTANTIATE_TEST_SUITE_P(Ledger, RandomPrograms, testing::Range(0, static_cast<int>(std::size(kPolicies))));
 
-// What a sequence holds, for comparisons. Where the sliding window is no longer than the exact one no page is ever read, and whether
-// lambda was learnt for one is nothing to compare.
+// What a sequence holds, for comparisons. Where the sliding window is no longer than the exact one no page is ever
+// read, and whether lambda was learnt for one is nothing to compare.
 Extent held(const Model& model) {
   Extent x = model.ledger().extent();
   const Policy& p = model.ledger().policy();
@@ -161,7 +177,8 @@ TEST(Ledger, SizesOfCallsLeaveNoTrace) {
       }
       one.settle();
       many.settle();
-      ASSERT_EQ(held(one), held(many)) << "sinks " << p.sinks << ", window " << p.window << ", sliding " << p.sliding_window;
+      ASSERT_EQ(held(one), held(many)) << "sinks " << p.sinks << ", window " << p.window << ", sliding "
+                                       << p.sliding_window;
     }
   }
 }
@@ -179,7 +196,8 @@ TEST(Ledger, CropOfTheLastCallLeavesNoTrace) {
       kept.attend(first);
       kept.settle();
       Model cropped(kept);
-      const std::int64_t good = static_cast<std::int64_t>(random() % 64), bad = 1 + static_cast<std::int64_t>(random() % 64);
+      const std::int64_t good = static_cast<std::int64_t>(random() % 64),
+                         bad = 1 + static_cast<std::int64_t>(random() % 64);
       const std::int64_t call = std::min<std::int64_t>(good + bad, kPageTokens);
       cropped.append(call, 10000, false);
       cropped.attend(call);
@@ -188,7 +206,8 @@ TEST(Ledger, CropOfTheLastCallLeavesNoTrace) {
       if (good > 0) kept.attend(std::min(good, call));
       kept.settle();
       cropped.settle();
-      ASSERT_EQ(held(kept), held(cropped)) << "sinks " << p.sinks << ", window " << p.window << ", sliding " << p.sliding_window;
+      ASSERT_EQ(held(kept), held(cropped))
+          << "sinks " << p.sinks << ", window " << p.window << ", sliding " << p.sliding_window;
     }
   }
 }
@@ -225,7 +244,8 @@ TEST(Ledger, CropIsRefusedByWhatIsAskedAndWhatIsHeld) {
   EXPECT_EQ(ledger.plan_crop(2002, &plan).message(), "length: expected 0 to 2001; got 2002");
   const std::int64_t least = ledger.extent().evicted + 511;
   EXPECT_EQ(ledger.plan_crop(900, &plan).message(),
-            "length: expected at least " + std::to_string(least) + " (older tokens left the sliding window), or 0 by reset; got 900");
+            "length: expected at least " + std::to_string(least) +
+                " (older tokens left the sliding window), or 0 by reset; got 900");
   EXPECT_TRUE(ledger.plan_crop(least, &plan).ok());
 }
 
@@ -243,13 +263,16 @@ TEST(Ledger, EraseTakesExactTokensOutAndRefusesTheOthersWithTheReason) {
   };
   refuses(-1, 2, "first, count: expected positions within 0 to 2001; got -1, 2");
   refuses(1990, 12, "first, count: expected positions within 0 to 2001; got 1990, 12");
-  const std::string evicted = std::to_string(ledger.extent().evicted), exact = std::to_string(ledger.extent().window_position);
+  const std::string evicted = std::to_string(ledger.extent().evicted),
+                    exact = std::to_string(ledger.extent().window_position);
   refuses(3, 1, "first: expected at least " + evicted + " (older tokens left the sliding window); got 3");
   refuses(1900, 90, "first: expected at least " + exact + " (older tokens are sealed); got 1900");
   const std::vector<Seen> marks(ledger.marks().begin(), ledger.marks().end());
   const std::int64_t most = 2001 - 511 - ledger.extent().evicted;
   ASSERT_GT(most, 0);
-  refuses(1960, most + 1, "count: expected at most " + std::to_string(most) + " (older tokens left the sliding window); got " + std::to_string(most + 1));
+  refuses(1960, most + 1,
+          "count: expected at most " + std::to_string(most) + " (older tokens left the sliding window); got " +
+              std::to_string(most + 1));
   ASSERT_TRUE(model.erase(1960, most));
   EXPECT_EQ(ledger.extent().length, 2001 - most);
   EXPECT_EQ(ledger.marks().size(), marks.size() - static_cast<std::size_t>(most));
@@ -259,7 +282,8 @@ TEST(Ledger, EraseTakesExactTokensOutAndRefusesTheOthersWithTheReason) {
   sinks.append(200, 0, false);
   sinks.attend(200);
   sinks.settle();
-  EXPECT_EQ(sinks.ledger().plan_erase(2, 1, false, &plan).message(), "first: expected at least 4 (the first tokens are sinks); got 2");
+  EXPECT_EQ(sinks.ledger().plan_erase(2, 1, false, &plan).message(),
+            "first: expected at least 4 (the first tokens are sinks); got 2");
   Ledger noted(policy(4, 64));
   noted.plan_append(20, false, &plan);
   noted.commit(plan, {});
@@ -280,7 +304,8 @@ TEST(Ledger, PagesThatNoQueryWillSeeAreNotSealed) {
   ledger.plan_attend(4096, std::vector<std::uint8_t>(4096, 1), &plan);
   ledger.commit(plan, {});
   ledger.plan_append(1, false, &plan);
-  // 4,096 tokens: 62 pages are due; the next query sees positions from 3,585 on, so that page 55 (4 + 55 * 64 = 3,524) is the first.
+  // 4,096 tokens: 62 pages are due; the next query sees positions from 3,585 on, so that page 55 (4 + 55 * 64 = 3,524)
+  // is the first.
   EXPECT_EQ(plan.first_sealed, 55);
   EXPECT_EQ(plan.new_pages, 7);
   EXPECT_EQ(plan.lambda, (Rows{4, 4 + 128})) << "lambda is that of the first page due, sealed or not";
@@ -300,7 +325,8 @@ TEST(Ledger, MaskedAndNonFiniteRowsStayOutOfPagesAndOfLambda) {
   ledger.plan_append(1, false, &plan);
   EXPECT_EQ(plan.sinks, (Rows{2, 6}));
   ASSERT_EQ(plan.sealed, (Rows{6, 6 + 128}));
-  for (std::int64_t i = 0; i < 128; ++i) EXPECT_EQ(plan.skip[static_cast<std::size_t>(i)], i == 20 - 6 || i == 90 - 6) << i;
+  for (std::int64_t i = 0; i < 128; ++i)
+    EXPECT_EQ(plan.skip[static_cast<std::size_t>(i)], i == 20 - 6 || i == 90 - 6) << i;
   ASSERT_EQ(plan.lambda, (Rows{6, 6 + 128}));
   EXPECT_EQ(plan.lambda_skip, plan.skip);
 }

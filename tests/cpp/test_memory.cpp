@@ -5,10 +5,10 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/measure.h"
 #include "backend/backend.h"
 #include "cases.h"
 #include "cpu/isa.h"
+#include "cpu/measure.h"
 #include "cpu/memory.h"
 #include "cpu/rows.h"
 #include "kv4/cpu.h"
@@ -47,7 +47,8 @@ TEST(Memory, SumReadsEveryNumberOnce) {
       std::vector<float> x(static_cast<std::size_t>(n) + 1, 1.0f);
       x.back() = 1e30f;  // after the end
       std::int64_t expected = 0;
-      for (int i = 0; i < n; ++i) expected += static_cast<std::int64_t>(x[static_cast<std::size_t>(i)] = static_cast<float>(i % 17));
+      for (int i = 0; i < n; ++i)
+        expected += static_cast<std::int64_t>(x[static_cast<std::size_t>(i)] = static_cast<float>(i % 17));
       EXPECT_EQ(rows.sum(x.data(), n), static_cast<float>(expected)) << isa << " " << n;
     }
   }

@@ -1,5 +1,5 @@
-// What a call writes to: outputs whose elements share places, with each other or with what the call reads, are refused by name and
-// left as they were.
+// What a call writes to: outputs whose elements share places, with each other or with what the call reads, are refused
+// by name and left as they were.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -51,15 +51,21 @@ class Output : public ::testing::Test {
 TEST_F(Output, EveryElementHasAPlaceOfItsOwn) {
   std::vector<float> out(kHeads * kQueries * kDim, 7.0f);
   const std::vector<float> before = out;
-  for (const std::array<std::int64_t, 4>& stride : {std::array<std::int64_t, 4>{0, 0, kDim, 1}, {0, kQueries * kDim, 0, 1}, {0, kDim, kDim, 1},
-                                                    {0, kDim, kDim - 1, 1}, {0, 1, kDim, 1}, {0, -kDim, kDim, 1}}) {
-    refused(cache_->attend(args_, view(out.data(), stride)), "out: expected a place of its own for every element; got strides [0, ");
+  for (const std::array<std::int64_t, 4>& stride : {std::array<std::int64_t, 4>{0, 0, kDim, 1},
+                                                    {0, kQueries * kDim, 0, 1},
+                                                    {0, kDim, kDim, 1},
+                                                    {0, kDim, kDim - 1, 1},
+                                                    {0, 1, kDim, 1},
+                                                    {0, -kDim, kDim, 1}}) {
+    refused(cache_->attend(args_, view(out.data(), stride)),
+            "out: expected a place of its own for every element; got strides [0, ");
     refused(cache_->dense_keys(0, kQueries, {out.data(), DType::f32, {1, kKvHeads, kQueries, kDim}, stride}),
             "out: expected a place of its own for every element");
     refused(cache_->dense_values(0, kQueries, {out.data(), DType::f32, {1, kKvHeads, kQueries, kDim}, stride}),
             "out: expected a place of its own for every element");
   }
-  refused(cache_->dense_keys(0, kQueries, {nullptr, DType::f32, {1, kKvHeads, kQueries, kDim}, rows_of(kKvHeads, kQueries)}),
+  refused(cache_->dense_keys(0, kQueries,
+                             {nullptr, DType::f32, {1, kKvHeads, kQueries, kDim}, rows_of(kKvHeads, kQueries)}),
           "out: expected data; got a null pointer");
   EXPECT_EQ(out, before);
 }
@@ -72,21 +78,25 @@ TEST_F(Output, AnyOrderOfAxesAndAnyPaddingIsTaken) {
     ASSERT_TRUE(status.ok()) << status.message();
     for (std::int64_t h = 0; h < kHeads; ++h)
       for (std::int64_t t = 0; t < kQueries; ++t)
-        for (std::int64_t c = 0; c < kDim; ++c) ASSERT_EQ(data[h * head + t * token + c], want[(h * kQueries + t) * kDim + c]);
+        for (std::int64_t c = 0; c < kDim; ++c)
+          ASSERT_EQ(data[h * head + t * token + c], want[(h * kQueries + t) * kDim + c]);
   };
-  same(wide.data(), kDim, kHeads * kDim);              // tokens outside
-  same(wide.data(), kQueries * 100, 100);              // padded rows
+  same(wide.data(), kDim, kHeads * kDim);                          // tokens outside
+  same(wide.data(), kQueries * 100, 100);                          // padded rows
   same(wide.data() + (kQueries - 1) * 100, kQueries * 100, -100);  // backwards
 }
 
 TEST_F(Output, SharesNoMemoryWithTheQueries) {
-  refused(cache_->attend(args_, view(q_.data(), rows_of(kHeads, kQueries))), "out: expected memory of its own; got memory that q shares");
+  refused(cache_->attend(args_, view(q_.data(), rows_of(kHeads, kQueries))),
+          "out: expected memory of its own; got memory that q shares");
   std::vector<float> o(kHeads * kQueries * kDim, 7.0f), m(kHeads * kQueries, 7.0f), l(kHeads * kQueries, 7.0f);
   const auto partial = [&](const PartialState& state) { return cache_->attend_partial(args_, kTokens, state); };
   refused(partial({q_.data(), m.data(), l.data()}), "o: expected memory of its own; got memory that q shares");
   refused(partial({o.data(), q_.data() + 5, l.data()}), "m: expected memory of its own; got memory that q shares");
-  refused(partial({o.data(), m.data(), q_.data() + q_.size() - 1}), "l: expected memory of its own; got memory that q shares");
-  refused(partial({o.data(), o.data() + o.size() - 1, l.data()}), "m: expected memory of its own; got memory that o shares");
+  refused(partial({o.data(), m.data(), q_.data() + q_.size() - 1}),
+          "l: expected memory of its own; got memory that q shares");
+  refused(partial({o.data(), o.data() + o.size() - 1, l.data()}),
+          "m: expected memory of its own; got memory that o shares");
   refused(partial({o.data(), m.data(), m.data()}), "l: expected memory of its own; got memory that m shares");
   EXPECT_EQ(o, std::vector<float>(o.size(), 7.0f));
   EXPECT_EQ(m, std::vector<float>(m.size(), 7.0f));
@@ -105,7 +115,8 @@ TEST_F(Output, LiesBesideTheQueriesInOneBuffer) {
   ASSERT_TRUE(status.ok()) << status.message();
   for (std::int64_t row = 0; row < kHeads * kQueries; ++row)
     for (std::int64_t c = 0; c < kDim; ++c) ASSERT_EQ(fused[(row * 2 + 1) * kDim + c], want[row * kDim + c]);
-  refused(cache_->attend(args, view(fused.data() + kDim - 1, rows_of(kHeads, kQueries, 2 * kDim))), "out: expected memory of its own");
+  refused(cache_->attend(args, view(fused.data() + kDim - 1, rows_of(kHeads, kQueries, 2 * kDim))),
+          "out: expected memory of its own");
 }
 
 }  // namespace

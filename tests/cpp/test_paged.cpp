@@ -68,7 +68,8 @@ TEST(Paged, DequantisedPagesAreTheBackendsRows) {
   job.lambda_k = batch.lambda_k;
   job.lambda_v = batch.lambda_v;
   ASSERT_TRUE(server.backend().dequantise(server.spec, batch.page_memory, 2, {&job, 1}, false).ok());
-  EXPECT_EQ(std::memcmp(want.data(), server.blocks->as<std::byte>() + 60 * server.format->block_bytes(), want.size() * 2), 0);
+  EXPECT_EQ(
+      std::memcmp(want.data(), server.blocks->as<std::byte>() + 60 * server.format->block_bytes(), want.size() * 2), 0);
 }
 
 // Every refusal names what was wrong, and leaves pages, blocks and outputs as they were.
@@ -82,7 +83,8 @@ TEST(Paged, RefusalsNameTheArgumentAndWriteNothing) {
   const std::vector<float> rows(2 * 6 * 64 * 2, 0.5f);
   const std::vector<std::uint16_t> kv(2 * 2 * 64, 0x3c00);
   std::vector<float> out(rows.size(), 7.0f);
-  const TensorView q{rows.data(), DType::f32, {1, 6, 2, 64}, {0, 128, 64, 1}}, k{kv.data(), DType::f16, {1, 2, 2, 64}, {0, 128, 64, 1}};
+  const TensorView q{rows.data(), DType::f32, {1, 6, 2, 64}, {0, 128, 64, 1}},
+      k{kv.data(), DType::f16, {1, 2, 2, 64}, {0, 128, 64, 1}};
   const MutableTensorView to{out.data(), DType::f32, {1, 6, 2, 64}, {0, 128, 64, 1}};
   const std::int32_t sealed = good.sealed[0], first[] = {sealed, 0}, last[] = {sealed + 64, 0};
   struct Call {
@@ -96,7 +98,8 @@ TEST(Paged, RefusalsNameTheArgumentAndWriteNothing) {
   AttendArgs asked;
   asked.q = q;
   const Call fine{good, asked, to, k, k, {first, last, 1}, server.workspace->span()};
-  const std::vector<std::int32_t> queries{0, 2, 1}, many{0, 1, 3}, odd{63, 0}, far{640, 0}, ids(2 * PagedServer::kTable, 1000);
+  const std::vector<std::int32_t> queries{0, 2, 1}, many{0, 1, 3}, odd{63, 0}, far{640, 0},
+      ids(2 * PagedServer::kTable, 1000);
   using Change = std::function<void(Call&)>;
   const std::pair<const char*, Change> any[] = {
       {"batch.size", [](Call& c) { c.batch.size = -1; }},
@@ -145,10 +148,8 @@ TEST(Paged, RefusalsNameTheArgumentAndWriteNothing) {
       {"out", [](Call& c) { c.out.stride[1] = 0; }},
   };
   const std::pair<const char*, Change> store[] = {
-      {"k", [](Call& c) { c.k.dtype = DType::f32; }},
-      {"k", [](Call& c) { c.k.shape[1] = 3; }},
-      {"k", [](Call& c) { c.k.data = nullptr; }},
-      {"v", [](Call& c) { c.v.shape[2] = 1; }},
+      {"k", [](Call& c) { c.k.dtype = DType::f32; }}, {"k", [](Call& c) { c.k.shape[1] = 3; }},
+      {"k", [](Call& c) { c.k.data = nullptr; }},     {"v", [](Call& c) { c.v.shape[2] = 1; }},
       {"v", [](Call& c) { c.v.stride[3] = 2; }},
   };
   const std::pair<const char*, Change> range[] = {
@@ -197,13 +198,15 @@ TEST(Paged, NaNIsStoredAsZerosAndTold) {
   PagedBatch batch = two.batch();
   std::vector<std::int64_t> told(4, 0);
   batch.non_finite = told.data();
-  const auto rows = [](const std::vector<std::uint16_t>& x) { return TensorView{x.data(), DType::f16, {1, 2, 2, 64}, {0, 128, 64, 1}}; };
+  const auto rows = [](const std::vector<std::uint16_t>& x) {
+    return TensorView{x.data(), DType::f16, {1, 2, 2, 64}, {0, 128, 64, 1}};
+  };
   ASSERT_TRUE(server.format->store(batch, rows(k), rows(v), server.workspace->span()).ok());
   EXPECT_EQ(told, (std::vector<std::int64_t>{0, server.sequences[0].length, server.sequences[1].length, 0}));
   const PagedServer::Sequence& s = server.sequences[1];
   const auto* block = server.blocks->as<std::uint16_t>() + s.blocks[0] * 2 * kPageTokens * server.row();
   for (int c = 0; c < 64; ++c) {
-    EXPECT_EQ(block[40 * 64 + c], 0);                      // key, head 0
+    EXPECT_EQ(block[40 * 64 + c], 0);                       // key, head 0
     EXPECT_EQ(block[(kPageTokens + 40) * 64 + c], 0x3c00);  // key, head 1
   }
 }
@@ -218,7 +221,12 @@ TEST(Paged, CallsAllocateNothingAndStayInTheWorkspace) {
   const PagedBatch batch = two.batch();
   for (std::int64_t most : {1, 2}) {
     std::size_t bytes = 0;
-    ASSERT_TRUE(server.format->workspace_bytes({.sequences = 2, .q_heads = 6, .most_pages = 1, .most_queries = most, .longest = 400, .all = 800}, &bytes).ok());
+    ASSERT_TRUE(
+        server.format
+            ->workspace_bytes(
+                {.sequences = 2, .q_heads = 6, .most_pages = 1, .most_queries = most, .longest = 400, .all = 800},
+                &bytes)
+            .ok());
     tests::Guarded memory(bytes);
     const std::span<std::byte> workspace{reinterpret_cast<std::byte*>(memory.data()), bytes};
     ASSERT_TRUE(server.format->prepare(workspace).ok());
@@ -270,8 +278,10 @@ TEST(Paged, AHostLendsItsThreads) {
     out[i].resize(q.size());
     AttendArgs args;
     args.q = {q.data(), DType::f32, {1, 32, 1, 128}, {0, 128, 128, 1}};
-    ASSERT_TRUE(server.format->attend(batch, args,
-                                      {out[i].data(), DType::f32, {1, 32, 1, 128}, {0, 128, 128, 1}}, workspace, place).ok());
+    ASSERT_TRUE(
+        server.format
+            ->attend(batch, args, {out[i].data(), DType::f32, {1, 32, 1, 128}, {0, 128, 128, 1}}, workspace, place)
+            .ok());
   }
   EXPECT_GT(lent.runs, 0);
   for (std::size_t i = 0; i < q.size(); ++i) ASSERT_NEAR(out[0][i], out[1][i], 64 * 0x1p-23 * 5);
@@ -285,23 +295,29 @@ TEST(Paged, LambdaIsThatOfQueriesAndKeys) {
   for (std::size_t i = 0; i < k.size(); ++i) k[i] = f32_to_f16(static_cast<float>(random.normal() * (1 + i % 64) + 5));
   for (std::size_t i = 0; i < q.size(); ++i) q[i] = f32_to_f16(static_cast<float>(random.normal() * (65 - i % 64)));
   std::vector<float> lambda(2 * 64);
-  ASSERT_TRUE(two.server.format->learn_lambda({q.data(), DType::f16, {1, 6, kQueries, 64}, {0, kQueries * 64, 64, 1}},
-                                              {k.data(), DType::f16, {1, 2, kRows, 64}, {0, kRows * 64, 64, 1}}, lambda.data()).ok());
+  ASSERT_TRUE(two.server.format
+                  ->learn_lambda({q.data(), DType::f16, {1, 6, kQueries, 64}, {0, kQueries * 64, 64, 1}},
+                                 {k.data(), DType::f16, {1, 2, kRows, 64}, {0, kRows * 64, 64, 1}}, lambda.data())
+                  .ok());
   for (int h = 0; h < 2; ++h) {
     std::vector<double> query(64, 0.0), key(64, 0.0);
     std::vector<float> want(64);
     for (std::size_t c = 0; c < 64; ++c) {
       for (std::size_t g = 0; g < 3; ++g)
-        for (std::size_t t = 0; t < kQueries; ++t) query[c] += std::pow(f16_to_f32(q[((static_cast<std::size_t>(h) * 3 + g) * kQueries + t) * 64 + c]), 2);
+        for (std::size_t t = 0; t < kQueries; ++t)
+          query[c] += std::pow(f16_to_f32(q[((static_cast<std::size_t>(h) * 3 + g) * kQueries + t) * 64 + c]), 2);
       for (std::size_t b = 0; b < kRows / 64; ++b) {
-        const auto at = [&](std::size_t j) { return static_cast<double>(f16_to_f32(k[(static_cast<std::size_t>(h) * kRows + b * 64 + j) * 64 + c])); };
+        const auto at = [&](std::size_t j) {
+          return static_cast<double>(f16_to_f32(k[(static_cast<std::size_t>(h) * kRows + b * 64 + j) * 64 + c]));
+        };
         double mean = 0;
         for (std::size_t j = 0; j < 64; ++j) mean += at(j) / 64;
         for (std::size_t j = 0; j < 64; ++j) key[c] += std::pow(at(j) - mean, 2);
       }
     }
     lambda_from_energies(query, key, want);
-    for (std::size_t c = 0; c < 64; ++c) EXPECT_NEAR(lambda[static_cast<std::size_t>(h) * 64 + c], want[c], 1e-5 * want[c]);
+    for (std::size_t c = 0; c < 64; ++c)
+      EXPECT_NEAR(lambda[static_cast<std::size_t>(h) * 64 + c], want[c], 1e-5 * want[c]);
   }
 }
 

@@ -42,11 +42,14 @@ struct Rows {
     for (int h = 0; h < heads; ++h)
       for (std::size_t i = 0; i < parts.size(); ++i) {
         const auto row = static_cast<std::size_t>(tokens[i] * dim);
-        joined.insert(joined.end(), parts[i].begin() + static_cast<std::ptrdiff_t>(h * row), parts[i].begin() + static_cast<std::ptrdiff_t>((h + 1) * row));
+        joined.insert(joined.end(), parts[i].begin() + static_cast<std::ptrdiff_t>(h * row),
+                      parts[i].begin() + static_cast<std::ptrdiff_t>((h + 1) * row));
       }
     return view_of(joined.data(), total());
   }
-  TensorView view_of(const float* data, std::int64_t n) const { return {data, DType::f32, {1, heads, n, dim}, {heads * n * dim, n * dim, dim, 1}}; }
+  TensorView view_of(const float* data, std::int64_t n) const {
+    return {data, DType::f32, {1, heads, n, dim}, {heads * n * dim, n * dim, dim, 1}};
+  }
 };
 
 MutableTensorView into(std::vector<float>& out, std::int64_t heads, std::int64_t n, std::int64_t dim) {
@@ -56,7 +59,8 @@ MutableTensorView into(std::vector<float>& out, std::int64_t heads, std::int64_t
 
 // A partial state of one batch, its rows one after another.
 struct State {
-  State(std::int64_t heads, std::int64_t n, std::int64_t dim) : o(static_cast<std::size_t>(heads * n * dim), -7.0f), m(static_cast<std::size_t>(heads * n)), l(m) {}
+  State(std::int64_t heads, std::int64_t n, std::int64_t dim)
+      : o(static_cast<std::size_t>(heads * n * dim), -7.0f), m(static_cast<std::size_t>(heads * n)), l(m) {}
   PartialState view() { return {o.data(), m.data(), l.data()}; }
   std::vector<float> o, m, l;
 };
@@ -93,7 +97,8 @@ class Ragged {
     std::vector<RowCount> rows;
     for (std::int64_t b = 0; b < batch(); ++b)
       if (random_.below(4) > 0) rows.push_back({b, count(b)});
-    for (std::size_t i = rows.size(); i > 1; --i) std::swap(rows[i - 1], rows[static_cast<std::size_t>(random_.below(static_cast<int>(i)))]);
+    for (std::size_t i = rows.size(); i > 1; --i)
+      std::swap(rows[i - 1], rows[static_cast<std::size_t>(random_.below(static_cast<int>(i)))]);
     return rows;
   }
   void append(const std::vector<RowCount>& rows) {
@@ -116,7 +121,8 @@ class Ragged {
     std::int64_t columns = 0;
     for (const RowCount& each : rows) {
       q.add(each.tokens, random_.bits());
-      starts.push_back(static_cast<std::int32_t>(std::min<std::int64_t>(starts_[static_cast<std::size_t>(each.row)], length(each.row) - each.tokens)));
+      starts.push_back(static_cast<std::int32_t>(
+          std::min<std::int64_t>(starts_[static_cast<std::size_t>(each.row)], length(each.row) - each.tokens)));
       columns = std::max(columns, length(each.row));
     }
     std::vector<std::uint8_t> mask(static_cast<std::size_t>(q.total() * columns));
@@ -143,15 +149,18 @@ class Ragged {
       const std::int64_t dim = config_.head_dim_v;
       for (std::int64_t h = 0; h < heads; ++h)
         for (std::int64_t j = 0; j < rows[i].tokens * dim; ++j)
-          ASSERT_EQ(out[static_cast<std::size_t>((h * q.total() + begin) * dim + j)], want[static_cast<std::size_t>(h * rows[i].tokens * dim + j)])
-              << "row " << rows[i].row << ", head " << h << ", query " << j / dim << " of " << rows[i].tokens << ", length " << length(rows[i].row);
+          ASSERT_EQ(out[static_cast<std::size_t>((h * q.total() + begin) * dim + j)],
+                    want[static_cast<std::size_t>(h * rows[i].tokens * dim + j)])
+              << "row " << rows[i].row << ", head " << h << ", query " << j / dim << " of " << rows[i].tokens
+              << ", length " << length(rows[i].row);
       begin += rows[i].tokens;
     }
     attend_partial(rows, args, q, starts, mask, columns);
   }
   // The state over a part of what each holds: below any position that does not cut into sealed tokens.
-  void attend_partial(const std::vector<RowCount>& rows, const AttendArgs& args, Rows& q, const std::vector<std::int32_t>& starts,
-                      const std::vector<std::uint8_t>& mask, std::int64_t columns) {
+  void attend_partial(const std::vector<RowCount>& rows, const AttendArgs& args, Rows& q,
+                      const std::vector<std::int32_t>& starts, const std::vector<std::uint8_t>& mask,
+                      std::int64_t columns) {
     const int heads = config_.kv_heads * kGroup;
     const std::int64_t dim = config_.head_dim_v, total = q.total();
     std::vector<std::int64_t> upto;
@@ -175,10 +184,12 @@ class Ragged {
     for (std::size_t i = 0; i < rows.size(); begin += rows[i++].tokens)
       for (std::int64_t h = 0; h < heads; ++h) {
         const std::int64_t n = rows[i].tokens, at = h * total + begin, own = h * n;
-        SCOPED_TRACE("row " + std::to_string(rows[i].row) + ", head " + std::to_string(h) + ", upto " + std::to_string(upto[i]));
+        SCOPED_TRACE("row " + std::to_string(rows[i].row) + ", head " + std::to_string(h) + ", upto " +
+                     std::to_string(upto[i]));
         ASSERT_TRUE(std::equal(got.m.begin() + at, got.m.begin() + at + n, want[i].m.begin() + own));
         ASSERT_TRUE(std::equal(got.l.begin() + at, got.l.begin() + at + n, want[i].l.begin() + own));
-        ASSERT_TRUE(std::equal(got.o.begin() + at * dim, got.o.begin() + (at + n) * dim, want[i].o.begin() + own * dim));
+        ASSERT_TRUE(
+            std::equal(got.o.begin() + at * dim, got.o.begin() + (at + n) * dim, want[i].o.begin() + own * dim));
       }
   }
   void crop(std::int64_t row, std::int64_t n) {
@@ -187,7 +198,8 @@ class Ragged {
     expect_equal();
   }
   void erase(std::int64_t row, std::int64_t first, std::int64_t count) {
-    const Status own = alone_[static_cast<std::size_t>(row)]->erase(0, first, count), status = cache_->erase(static_cast<int>(row), first, count);
+    const Status own = alone_[static_cast<std::size_t>(row)]->erase(0, first, count),
+                 status = cache_->erase(static_cast<int>(row), first, count);
     ASSERT_EQ(status.message(), own.message());
     expect_equal();
   }
@@ -349,7 +361,8 @@ TEST(Ragged, EqualCallsGoOnWhereLengthsDiffer) {
     for (std::int64_t b = 0; b < 2; ++b)
       for (std::int64_t h = 0; h < heads; ++h)
         std::copy_n(x.data() + (b * heads + h) * tokens * dim, tokens * dim, y.data() + (h * 2 + b) * tokens * dim);
-    const TensorView joined{y.data(), DType::f32, {1, heads, 2 * tokens, dim}, {2 * heads * tokens * dim, 2 * tokens * dim, dim, 1}};
+    const TensorView joined{
+        y.data(), DType::f32, {1, heads, 2 * tokens, dim}, {2 * heads * tokens * dim, 2 * tokens * dim, dim, 1}};
     const std::vector<RowCount> counts{{0, tokens}, {1, tokens}};
     ASSERT_TRUE(equal->append(rows, rows).ok());
     ASSERT_TRUE(ragged->append(counts, joined, joined).ok());
@@ -361,7 +374,8 @@ TEST(Ragged, EqualCallsGoOnWhereLengthsDiffer) {
     ASSERT_TRUE(ragged->attend(counts, args, {two_out.data(), DType::f32, joined.shape, joined.stride}).ok());
     for (std::int64_t b = 0; b < 2; ++b)
       for (std::int64_t h = 0; h < heads; ++h)
-        ASSERT_TRUE(std::equal(one_out.begin() + (b * heads + h) * tokens * dim, one_out.begin() + (b * heads + h + 1) * tokens * dim,
+        ASSERT_TRUE(std::equal(one_out.begin() + (b * heads + h) * tokens * dim,
+                               one_out.begin() + (b * heads + h + 1) * tokens * dim,
                                two_out.begin() + (h * 2 + b) * tokens * dim));
     ASSERT_EQ(save(*equal), save(*ragged));
     for (Cache* each : {equal.get(), ragged.get()}) ASSERT_TRUE(each->crop(0, each->length(0) - 1).ok());
@@ -436,14 +450,19 @@ TEST(Ragged, ARefusedCallLeavesNoTrace) {
     const std::int64_t heads = c.config.kv_heads, dk = c.config.head_dim_k, dv = c.config.head_dim_v;
     const std::vector<float> x = cases::normal_rows(heads * kGroup * 400, 64, 7, 0.5);
     std::vector<float> out(x.size());
-    const auto tensor = [&](std::int64_t h, std::int64_t tokens, std::int64_t dim) { return TensorView{x.data(), DType::f32, {1, h, tokens, dim}, {0, tokens * dim, dim, 1}}; };
-    const auto append = [&](const std::vector<RowCount>& rows, std::int64_t tokens) { return cache->append(rows, tensor(heads, tokens, dk), tensor(heads, tokens, dv)); };
+    const auto tensor = [&](std::int64_t h, std::int64_t tokens, std::int64_t dim) {
+      return TensorView{x.data(), DType::f32, {1, h, tokens, dim}, {0, tokens * dim, dim, 1}};
+    };
+    const auto append = [&](const std::vector<RowCount>& rows, std::int64_t tokens) {
+      return cache->append(rows, tensor(heads, tokens, dk), tensor(heads, tokens, dv));
+    };
     const auto attend = [&](const std::vector<RowCount>& rows, std::int64_t tokens, float softcap = 0) {
       AttendArgs args;
       args.q = tensor(heads * kGroup, tokens, dk);
       args.softcap = softcap;
       const TensorView shape = tensor(heads * kGroup, tokens, dv);
-      return cache->attend(rows, args, {out.data(), DType::f32, shape.shape, {heads * kGroup * tokens * dv, tokens * dv, dv, 1}});
+      return cache->attend(rows, args,
+                           {out.data(), DType::f32, shape.shape, {heads * kGroup * tokens * dv, tokens * dv, dv, 1}});
     };
     const auto partial = [&](const std::vector<RowCount>& rows, const std::vector<std::int64_t>& upto) {
       const auto tokens = static_cast<std::int64_t>(rows.size());
@@ -462,7 +481,10 @@ TEST(Ragged, ARefusedCallLeavesNoTrace) {
       others.emplace_back(create(other), name);
       ASSERT_TRUE(others.back().first->add(1).ok());
     }
-    for (const std::vector<RowCount>& good : {std::vector<RowCount>{{0, 90}, {2, 30}}, {{2, 1}, {1, 5}}, {{0, 64}, {1, 130}, {2, 3}}, {{0, 1}, {1, 1}, {2, 1}}}) {
+    for (const std::vector<RowCount>& good : {std::vector<RowCount>{{0, 90}, {2, 30}},
+                                              {{2, 1}, {1, 5}},
+                                              {{0, 64}, {1, 130}, {2, 3}},
+                                              {{0, 1}, {1, 1}, {2, 1}}}) {
       std::int64_t total = 0;
       for (const RowCount& each : good) total += each.tokens;
       ASSERT_TRUE(append(good, total).ok());
@@ -479,25 +501,34 @@ TEST(Ragged, ARefusedCallLeavesNoTrace) {
       for (const std::int64_t row : {std::int64_t{-1}, std::int64_t{3}, kMost}) {
         expect(append({{0, 1}, {row, 1}}, 2), StatusCode::out_of_range, "rows: expected indices from 0 to 2; got ");
         expect(attend({{0, 1}, {row, 1}}, 2), StatusCode::out_of_range, "rows: expected indices from 0 to 2; got ");
-        expect(cache->remove(std::vector<std::int64_t>{0, row}), StatusCode::out_of_range, "rows: expected indices from 0 to 2; got ");
+        expect(cache->remove(std::vector<std::int64_t>{0, row}), StatusCode::out_of_range,
+               "rows: expected indices from 0 to 2; got ");
       }
       for (const std::int64_t row : {-1, 3}) {
         expect(cache->crop(static_cast<int>(row), 1), StatusCode::out_of_range, "row");
         expect(cache->erase(static_cast<int>(row), 0, 0), StatusCode::out_of_range, "row");
       }
-      expect(append({{1, 1}, {0, 1}, {1, 1}}, 3), StatusCode::invalid_argument, "rows: expected each sequence once; got 1 twice");
-      expect(attend({{1, 1}, {1, 1}}, 2), StatusCode::invalid_argument, "rows: expected each sequence once; got 1 twice");
-      expect(cache->remove(std::vector<std::int64_t>{2, 2}), StatusCode::invalid_argument, "rows: expected each sequence once; got 2 twice");
-      expect(append({{0, 2}, {1, 2}}, 3), StatusCode::invalid_argument, "rows: expected as many tokens in all as k, 3; got 4");
+      expect(append({{1, 1}, {0, 1}, {1, 1}}, 3), StatusCode::invalid_argument,
+             "rows: expected each sequence once; got 1 twice");
+      expect(attend({{1, 1}, {1, 1}}, 2), StatusCode::invalid_argument,
+             "rows: expected each sequence once; got 1 twice");
+      expect(cache->remove(std::vector<std::int64_t>{2, 2}), StatusCode::invalid_argument,
+             "rows: expected each sequence once; got 2 twice");
+      expect(append({{0, 2}, {1, 2}}, 3), StatusCode::invalid_argument,
+             "rows: expected as many tokens in all as k, 3; got 4");
       expect(attend({{0, 1}}, 2), StatusCode::invalid_argument, "rows: expected as many tokens in all as q, 2; got 1");
       expect(append({{0, -1}, {1, 2}}, 1), StatusCode::out_of_range, "rows: ");
       expect(append({{0, kMost}, {1, 2}}, 1), StatusCode::out_of_range, "rows: ");
-      expect(append({{0, (std::int64_t{1} << 36) - 3}}, (std::int64_t{1} << 36) - 3), StatusCode::out_of_range, "rows: ");
+      expect(append({{0, (std::int64_t{1} << 36) - 3}}, (std::int64_t{1} << 36) - 3), StatusCode::out_of_range,
+             "rows: ");
       expect(attend({{0, 0}, {1, 1}}, 1), StatusCode::out_of_range, "rows: ");
-      if (cache->length(2) < 200) expect(attend({{2, cache->length(2) + 1}}, cache->length(2) + 1), StatusCode::out_of_range, "rows: ");
+      if (cache->length(2) < 200)
+        expect(attend({{2, cache->length(2) + 1}}, cache->length(2) + 1), StatusCode::out_of_range, "rows: ");
       expect(attend({{0, 1}}, 1, -1), StatusCode::invalid_argument, "softcap: ");
-      expect(partial({{0, 1}, {2, 1}}, {0}), StatusCode::invalid_argument, "upto: expected 2 positions, one for each of rows; got 1");
-      expect(partial({{0, 1}}, {cache->length(0) + 1}), StatusCode::out_of_range, "upto: expected 0 to " + std::to_string(cache->length(0)) + "; got ");
+      expect(partial({{0, 1}, {2, 1}}, {0}), StatusCode::invalid_argument,
+             "upto: expected 2 positions, one for each of rows; got 1");
+      expect(partial({{0, 1}}, {cache->length(0) + 1}), StatusCode::out_of_range,
+             "upto: expected 0 to " + std::to_string(cache->length(0)) + "; got ");
       expect(partial({{0, 1}}, {-1}), StatusCode::out_of_range, "upto: ");
       expect(partial({{3, 1}}, {0}), StatusCode::out_of_range, "rows: ");
       if (cache->sealed_tokens(0) > 0 && cache->config().recipe.seal == SealMode::page && cache->first() == 0)
@@ -505,8 +536,10 @@ TEST(Ragged, ARefusedCallLeavesNoTrace) {
       for (const auto& [other, name] : others) expect(cache->extend(*other), StatusCode::invalid_argument, name);
       TensorView bad = tensor(heads, 1, dk);
       bad.shape[0] = 2;
-      expect(cache->append(std::vector<RowCount>{{0, 1}}, bad, tensor(heads, 1, dv)), StatusCode::invalid_argument, "k: ");
-      expect(cache->append(std::vector<RowCount>{{0, 1}}, tensor(heads, 1, dk), tensor(heads, 2, dv)), StatusCode::invalid_argument, "v: ");
+      expect(cache->append(std::vector<RowCount>{{0, 1}}, bad, tensor(heads, 1, dv)), StatusCode::invalid_argument,
+             "k: ");
+      expect(cache->append(std::vector<RowCount>{{0, 1}}, tensor(heads, 1, dk), tensor(heads, 2, dv)),
+             StatusCode::invalid_argument, "v: ");
       expect(cache->crop(0, -1), StatusCode::out_of_range, "length: ");
       expect(cache->crop(2, cache->length(2) + 1), StatusCode::out_of_range, "length: ");
       expect(cache->erase(0, -1, 1), StatusCode::out_of_range, "first, count: ");
@@ -519,8 +552,10 @@ TEST(Ragged, ARefusedCallLeavesNoTrace) {
       nan[static_cast<std::size_t>(dk)] = std::numeric_limits<float>::quiet_NaN();
       AttendArgs args;
       args.q = {nan.data(), DType::f32, {1, heads * kGroup, 2, dk}, {0, 2 * dk, dk, 1}};
-      expect(cache->attend(std::vector<RowCount>{{1, 1}, {2, 1}}, args, {out.data(), DType::f32, {1, heads * kGroup, 2, dv}, {0, 2 * dv, dv, 1}}),
-             cache->length(1) > 0 ? StatusCode::non_finite : StatusCode::out_of_range, cache->length(1) > 0 ? "q: " : "rows: ");
+      expect(cache->attend(std::vector<RowCount>{{1, 1}, {2, 1}}, args,
+                           {out.data(), DType::f32, {1, heads * kGroup, 2, dv}, {0, 2 * dv, dv, 1}}),
+             cache->length(1) > 0 ? StatusCode::non_finite : StatusCode::out_of_range,
+             cache->length(1) > 0 ? "q: " : "rows: ");
       if (HasFailure()) return;
     }
   }
@@ -535,7 +570,9 @@ TEST(Ragged, ACallThatTheBackendFailsLeavesNoTrace) {
     const std::unique_ptr<Cache> cache = create(c.config), untouched = create(c.config);
     const std::int64_t heads = c.config.kv_heads, dk = c.config.head_dim_k, dv = c.config.head_dim_v;
     const std::vector<float> x = cases::normal_rows(heads * kGroup * 400, 64, 7, 0.5);
-    const auto tensor = [&](std::int64_t h, std::int64_t tokens, std::int64_t dim) { return TensorView{x.data(), DType::f32, {1, h, tokens, dim}, {0, tokens * dim, dim, 1}}; };
+    const auto tensor = [&](std::int64_t h, std::int64_t tokens, std::int64_t dim) {
+      return TensorView{x.data(), DType::f32, {1, h, tokens, dim}, {0, tokens * dim, dim, 1}};
+    };
     std::vector<std::function<Status(Cache&)>> calls;
     calls.push_back([](Cache& to) { return to.add(3); });
     const auto step = [&](const std::vector<RowCount>& rows) {
@@ -546,7 +583,9 @@ TEST(Ragged, ACallThatTheBackendFailsLeavesNoTrace) {
         std::vector<float> out(static_cast<std::size_t>(heads * kGroup * total * dv));
         AttendArgs args;
         args.q = tensor(heads * kGroup, total, dk);
-        return to.attend(rows, args, {out.data(), DType::f32, {1, heads * kGroup, total, dv}, {heads * kGroup * total * dv, total * dv, dv, 1}});
+        return to.attend(
+            rows, args,
+            {out.data(), DType::f32, {1, heads * kGroup, total, dv}, {heads * kGroup * total * dv, total * dv, dv, 1}});
       });
       calls.push_back([=](Cache& to) {
         State state(heads * kGroup, total, dv);

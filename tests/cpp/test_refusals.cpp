@@ -1,5 +1,5 @@
-// Calls that a cache refuses for what they ask: a cache that was asked everything wrong between any two calls of a script stays the
-// one that never was, in all that is saved of it and in every answer that follows.
+// Calls that a cache refuses for what they ask: a cache that was asked everything wrong between any two calls of a
+// script stays the one that never was, in all that is saved of it and in every answer that follows.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -13,7 +13,8 @@ namespace {
 
 using namespace saved;
 
-constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max(), kLeast = std::numeric_limits<std::int64_t>::min();
+constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max(),
+                       kLeast = std::numeric_limits<std::int64_t>::min();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN(), kInfinity = std::numeric_limits<float>::infinity();
 
 class Refusals {
@@ -51,11 +52,17 @@ class Refusals {
     out_.resize(std::max(out_.size(), static_cast<std::size_t>(4 * std::max<std::int64_t>(1, b * h * t * d))));
     return {out_.data(), dtype, {b, h, t, d}, {h * t * d, t * d, d, 1}};
   }
-  TensorView k(std::int64_t tokens = 2) { return view(case_.config.dtype, batch(), case_.config.kv_heads, tokens, case_.config.head_dim_k); }
-  TensorView v(std::int64_t tokens = 2) { return view(case_.config.dtype, batch(), case_.config.kv_heads, tokens, case_.config.head_dim_v); }
+  TensorView k(std::int64_t tokens = 2) {
+    return view(case_.config.dtype, batch(), case_.config.kv_heads, tokens, case_.config.head_dim_k);
+  }
+  TensorView v(std::int64_t tokens = 2) {
+    return view(case_.config.dtype, batch(), case_.config.kv_heads, tokens, case_.config.head_dim_v);
+  }
 
   void appends() {
-    const auto side = [&](bool key, TensorView bad, StatusCode code) { expect(key ? cache_.append(bad, v()) : cache_.append(k(), bad), code, key ? "k: " : "v: "); };
+    const auto side = [&](bool key, TensorView bad, StatusCode code) {
+      expect(key ? cache_.append(bad, v()) : cache_.append(k(), bad), code, key ? "k: " : "v: ");
+    };
     for (const bool key : {true, false}) {
       const TensorView good = key ? k() : v();
       TensorView bad = good;
@@ -95,26 +102,38 @@ class Refusals {
     return args;
   }
   std::int64_t heads() const { return std::int64_t{case_.config.kv_heads} * case_.group; }
-  MutableTensorView answer(std::int64_t tokens = 1) { return into(DType::f32, batch(), heads(), tokens, case_.config.head_dim_v); }
+  MutableTensorView answer(std::int64_t tokens = 1) {
+    return into(DType::f32, batch(), heads(), tokens, case_.config.head_dim_v);
+  }
 
   void queries() {
     if (cache_.length() == 0) {
-      expect(cache_.attend(asking(), answer()), cache_.batch() == 0 ? StatusCode::failed_precondition : StatusCode::invalid_argument, "q: ");
+      expect(cache_.attend(asking(), answer()),
+             cache_.batch() == 0 ? StatusCode::failed_precondition : StatusCode::invalid_argument, "q: ");
       return;
     }
     const auto ask = [&](const AttendArgs& args, const char* begins, StatusCode code = StatusCode::invalid_argument) {
-      expect(cache_.attend(args, into(DType::f32, args.q.shape[0], args.q.shape[1], args.q.shape[2], case_.config.head_dim_v)), code, begins);
+      expect(cache_.attend(
+                 args, into(DType::f32, args.q.shape[0], args.q.shape[1], args.q.shape[2], case_.config.head_dim_v)),
+             code, begins);
       std::vector<float> o(1 << 16), m(1 << 12), l(1 << 12);
       expect(cache_.attend_partial(args, cache_.length(), {o.data(), m.data(), l.data()}), code, begins);
     };
-    for (const auto& [axis, size] : {std::pair{0, batch() + 1}, {0, std::int64_t{0}}, {1, heads() - 1}, {1, std::int64_t{0}}, {2, std::int64_t{0}}, {2, cache_.length() + 1},
+    for (const auto& [axis, size] : {std::pair{0, batch() + 1},
+                                     {0, std::int64_t{0}},
+                                     {1, heads() - 1},
+                                     {1, std::int64_t{0}},
+                                     {2, std::int64_t{0}},
+                                     {2, cache_.length() + 1},
                                      {3, std::int64_t{case_.config.head_dim_k} + 1}}) {
       if (axis == 1 && size % case_.config.kv_heads == 0 && size > 0) continue;
       AttendArgs bad = asking();
       bad.q.shape[static_cast<std::size_t>(axis)] = size;
       AttendArgs shaped = bad;
       for (std::int64_t& n : shaped.q.shape) n = std::max<std::int64_t>(n, 1);
-      expect(cache_.attend(bad, into(DType::f32, shaped.q.shape[0], shaped.q.shape[1], shaped.q.shape[2], case_.config.head_dim_v)), StatusCode::invalid_argument, "q: ");
+      expect(cache_.attend(bad, into(DType::f32, shaped.q.shape[0], shaped.q.shape[1], shaped.q.shape[2],
+                                     case_.config.head_dim_v)),
+             StatusCode::invalid_argument, "q: ");
     }
     AttendArgs bad = asking();
     bad.q.stride[3] = 2;
@@ -175,7 +194,9 @@ class Refusals {
         AttendArgs args = asking(tokens);
         args.q.data = q.data();
         // Padding stays hidden, or its own NaN is what is refused.
-        const std::vector<std::int32_t> start(static_cast<std::size_t>(batch()), static_cast<std::int32_t>(std::min<std::int64_t>(7, cache_.length() - 1)));
+        const std::vector<std::int32_t> start(
+            static_cast<std::size_t>(batch()),
+            static_cast<std::int32_t>(std::min<std::int64_t>(7, cache_.length() - 1)));
         args.mask.start = start.data();
         expect(cache_.attend(args, answer(tokens)), StatusCode::non_finite, "q: ");
       }
@@ -188,7 +209,9 @@ class Refusals {
 
   void outputs() {
     if (cache_.length() == 0) return;
-    const auto ask = [&](const MutableTensorView& out) { expect(cache_.attend(asking(), out), StatusCode::invalid_argument, "out: "); };
+    const auto ask = [&](const MutableTensorView& out) {
+      expect(cache_.attend(asking(), out), StatusCode::invalid_argument, "out: ");
+    };
     for (std::size_t axis = 0; axis < 4; ++axis) {
       MutableTensorView bad = answer();
       ++bad.shape[axis];
@@ -211,34 +234,43 @@ class Refusals {
     const auto ask = [&](std::int64_t upto, std::int64_t tokens, StatusCode code, const char* begins) {
       expect(cache_.attend_partial(asking(tokens), upto, {o.data(), m.data(), l.data()}), code, begins);
     };
-    for (const std::int64_t upto : {std::int64_t{-1}, cache_.length() + 1, kMost, kLeast}) ask(upto, 1, StatusCode::out_of_range, "upto: ");
-    expect(cache_.attend_partial(asking(), cache_.length(), {nullptr, m.data(), l.data()}), StatusCode::invalid_argument, "state: ");
-    expect(cache_.attend_partial(asking(), cache_.length(), {o.data(), nullptr, l.data()}), StatusCode::invalid_argument, "state: ");
-    expect(cache_.attend_partial(asking(), cache_.length(), {o.data(), m.data(), nullptr}), StatusCode::invalid_argument, "state: ");
+    for (const std::int64_t upto : {std::int64_t{-1}, cache_.length() + 1, kMost, kLeast})
+      ask(upto, 1, StatusCode::out_of_range, "upto: ");
+    expect(cache_.attend_partial(asking(), cache_.length(), {nullptr, m.data(), l.data()}),
+           StatusCode::invalid_argument, "state: ");
+    expect(cache_.attend_partial(asking(), cache_.length(), {o.data(), nullptr, l.data()}),
+           StatusCode::invalid_argument, "state: ");
+    expect(cache_.attend_partial(asking(), cache_.length(), {o.data(), m.data(), nullptr}),
+           StatusCode::invalid_argument, "state: ");
     // Into pages: those that are held, and those that the call itself would seal.
-    const std::vector<std::int32_t> start(static_cast<std::size_t>(batch()), static_cast<std::int32_t>(std::min<std::int64_t>(7, cache_.length() - 1)));
+    const std::vector<std::int32_t> start(static_cast<std::size_t>(batch()),
+                                          static_cast<std::int32_t>(std::min<std::int64_t>(7, cache_.length() - 1)));
     AttendArgs args = asking();
     args.mask.start = start.data();
     if (cache_.page_count(0) > 0) {
       const std::int64_t sealed = cache_.length() - cache_.exact_tokens(0);
       if (sealed - 1 > cache_.first() + 8) {
-        expect(cache_.attend_partial(args, cache_.first() + 8, {o.data(), m.data(), l.data()}), StatusCode::out_of_range, "upto: ");
+        expect(cache_.attend_partial(args, cache_.first() + 8, {o.data(), m.data(), l.data()}),
+               StatusCode::out_of_range, "upto: ");
       }
     }
   }
 
   void edits() {
-    for (const std::int64_t n : {std::int64_t{-1}, cache_.length() + 1, kMost, kLeast}) expect(cache_.crop(n), StatusCode::out_of_range, "length: ");
+    for (const std::int64_t n : {std::int64_t{-1}, cache_.length() + 1, kMost, kLeast})
+      expect(cache_.crop(n), StatusCode::out_of_range, "length: ");
     if (cache_.first() > 0) expect(cache_.crop(1), StatusCode::out_of_range, "length: ");
     for (const std::int64_t row : {std::int64_t{-1}, std::int64_t{cache_.batch()}, kMost, kLeast})
       expect(cache_.select(std::vector<std::int64_t>{0, row}), StatusCode::out_of_range, "rows: ");
-    for (const int times : {0, -1, std::numeric_limits<int>::min()}) expect(cache_.repeat(times), StatusCode::invalid_argument, "times: ");
+    for (const int times : {0, -1, std::numeric_limits<int>::min()})
+      expect(cache_.repeat(times), StatusCode::invalid_argument, "times: ");
     if (cache_.batch() > 1) expect(cache_.repeat(std::numeric_limits<int>::max()), StatusCode::out_of_range, "times: ");
     expect(cache_.reserve(-1), StatusCode::invalid_argument, "tokens: ");
     if (cache_.batch() == 0) {
       expect(cache_.reserve(1), StatusCode::failed_precondition, "tokens: ");
     } else {
-      for (const std::int64_t tokens : {kMost, (std::int64_t{1} << 36) - cache_.length() + 1}) expect(cache_.reserve(tokens), StatusCode::out_of_range, "tokens: ");
+      for (const std::int64_t tokens : {kMost, (std::int64_t{1} << 36) - cache_.length() + 1})
+        expect(cache_.reserve(tokens), StatusCode::out_of_range, "tokens: ");
     }
     const Status status = cache_.advance();
     EXPECT_FALSE(status.ok());
@@ -248,14 +280,22 @@ class Refusals {
   void reads() {
     if (cache_.batch() == 0) return;
     const std::int64_t n = cache_.length(), first = cache_.first();
-    const auto ask = [&](std::int64_t from, std::int64_t count, MutableTensorView out, StatusCode code, const char* begins) {
+    const auto ask = [&](std::int64_t from, std::int64_t count, MutableTensorView out, StatusCode code,
+                         const char* begins) {
       expect(cache_.dense_keys(from, count, out), code, begins);
       out.shape[3] = case_.config.head_dim_v;
       expect(cache_.dense_values(from, count, out), code, begins);
     };
     const MutableTensorView good = into(DType::f32, batch(), case_.config.kv_heads, n - first, case_.config.head_dim_k);
-    for (const auto& [from, count] : {std::pair{std::int64_t{-1}, std::int64_t{1}}, {first, n - first + 1}, {n, std::int64_t{1}}, {n + 1, std::int64_t{0}}, {first, std::int64_t{-1}},
-                                      {std::int64_t{1}, kMost}, {kMost, kMost}, {kMost, std::int64_t{1}}, {kLeast, kLeast}})
+    for (const auto& [from, count] : {std::pair{std::int64_t{-1}, std::int64_t{1}},
+                                      {first, n - first + 1},
+                                      {n, std::int64_t{1}},
+                                      {n + 1, std::int64_t{0}},
+                                      {first, std::int64_t{-1}},
+                                      {std::int64_t{1}, kMost},
+                                      {kMost, kMost},
+                                      {kMost, std::int64_t{1}},
+                                      {kLeast, kLeast}})
       ask(from, count, good, StatusCode::out_of_range, "first, count: ");
     if (first > 0) ask(first - 1, n - first + 1, good, StatusCode::out_of_range, "first: ");
     MutableTensorView bad = good;
@@ -275,7 +315,9 @@ class Refusals {
 
   void files() {
     expect(cache_.save({}), StatusCode::invalid_argument, "sink: ");
-    expect(cache_.save([](std::span<const std::byte>) { return error(StatusCode::data_loss, "disk", "room", "none; got"); }), StatusCode::data_loss, "disk: ");
+    expect(cache_.save(
+               [](std::span<const std::byte>) { return error(StatusCode::data_loss, "disk", "room", "none; got"); }),
+           StatusCode::data_loss, "disk: ");
     expect(cache_.load({}), StatusCode::invalid_argument, "source: ");
     if (cache_.batch() > 0) expect(load(cache_, before_), StatusCode::failed_precondition, "cache: ");
   }
@@ -305,7 +347,8 @@ TEST_P(RefusedCalls, LeaveNoTrace) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, RefusedCalls, ::testing::Range(0, static_cast<int>(scripts::script_cases("cpu").size())));
+INSTANTIATE_TEST_SUITE_P(Cases, RefusedCalls,
+                         ::testing::Range(0, static_cast<int>(scripts::script_cases("cpu").size())));
 
 // 300 tokens one by one, of which a query's first try was NaN: lambda is that of the queries that were answered.
 TEST(Cache, ARefusedQueryTeachesNothing) {
@@ -324,7 +367,8 @@ TEST(Cache, ARefusedQueryTeachesNothing) {
       std::vector<float> answer(q.size());
       AttendArgs args;
       args.q = {q.data(), DType::f32, {1, 4, 1, 64}, {4 * 64, 64, 64, 1}};
-      ASSERT_EQ(cache->attend(args, {answer.data(), DType::f32, args.q.shape, args.q.stride}).code(), StatusCode::non_finite);
+      ASSERT_EQ(cache->attend(args, {answer.data(), DType::f32, args.q.shape, args.q.stride}).code(),
+                StatusCode::non_finite);
     }
     ASSERT_TRUE(calls[i].run(*untouched, &want).ok());
     ASSERT_TRUE(calls[i].run(*cache, &out).ok());

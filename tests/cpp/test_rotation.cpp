@@ -221,7 +221,8 @@ TEST_P(RotationDims, DenseInverseInverts) {
   for (int i = 0; i < d; ++i) {
     row.assign(d, 0);
     for (int c = 0; c < d; ++c)
-      for (int j = 0; j < d; ++j) row[j] += entry(k, Map::inverse, i, c) * k.matrix[static_cast<std::size_t>(c) * d + j];
+      for (int j = 0; j < d; ++j)
+        row[j] += entry(k, Map::inverse, i, c) * k.matrix[static_cast<std::size_t>(c) * d + j];
     for (int j = 0; j < d; ++j) worst = std::max(worst, std::abs(row[j] - (i == j ? 1 : 0)));
   }
   EXPECT_LE(worst, bound);
@@ -269,7 +270,8 @@ class LastFloats {
     const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
     const std::size_t used = (count * sizeof(float) + page - 1) / page * page;
     bytes_ = used + page;
-    memory_ = static_cast<std::byte*>(mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    memory_ =
+        static_cast<std::byte*>(mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     EXPECT_EQ(0, mprotect(memory_ + used, page, PROT_NONE));
     data_ = reinterpret_cast<float*>(memory_ + used - count * sizeof(float));
   }
@@ -356,7 +358,8 @@ TEST(Rotation, EveryEvenDimension) {
     std::shared_ptr<const Rotation> r = srft(d);
     Case k{"srft d=" + std::to_string(d), r, r->matrix_f64(), r->inverse_f64()};
     const std::vector<float> x = cases::normal_rows(1, d, 6);
-    const std::vector<double> forward = product(k, Map::forward, x.data()), inverse = product(k, Map::inverse, x.data());
+    const std::vector<double> forward = product(k, Map::forward, x.data()),
+                              inverse = product(k, Map::inverse, x.data());
     for (const cpu::Kernels* kernels : runnable()) {
       const std::vector<float> a = run(*kernels, *r, Map::forward, x), b = run(*kernels, *r, Map::inverse, x);
       double ea = 0, eb = 0;

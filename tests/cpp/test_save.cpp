@@ -1,5 +1,5 @@
-// Saved caches (save_case.h): what was loaded goes on as what was never saved, bit for bit; other bytes are refused, whatever
-// they say.
+// Saved caches (save_case.h): what was loaded goes on as what was never saved, bit for bit; other bytes are refused,
+// whatever they say.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -82,7 +82,8 @@ TEST(Save, CropsOfTheLastCallStayExact) {
   EXPECT_GT(t.cache(1).sealed_tokens(0), kPageTokens);
 }
 
-// What one instruction set saved another loads: the same codes, scales and lambda; outputs each within the kernels' bound.
+// What one instruction set saved another loads: the same codes, scales and lambda; outputs each within the kernels'
+// bound.
 TEST(Save, InstructionSetsReadEachOther) {
   const std::string before = cpu::active_isa();
   std::vector<std::string> names;
@@ -185,20 +186,28 @@ TEST(Save, AnotherConfigurationIsRefusedByName) {
   refused([](CacheConfig& c) { c.recipe.key.rotation = RotationKind::srft, c.recipe.key.reflectors = 0; },
           "recipe.key.rotation: expected srft; got householder");
   refused([](CacheConfig& c) { c.recipe.key.reflectors = 4; }, "recipe.key.reflectors: expected 4; got 5");
-  refused([](CacheConfig& c) { c.recipe.key.seed = ~std::uint64_t{0}; }, "recipe.key.seed: expected 18446744073709551615; got 9");
+  refused([](CacheConfig& c) { c.recipe.key.seed = ~std::uint64_t{0}; },
+          "recipe.key.seed: expected 18446744073709551615; got 9");
   refused([](CacheConfig& c) { c.recipe.key.group = 64; }, "recipe.key.group: expected 64; got 32");
-  refused([](CacheConfig& c) { c.recipe.key.levels = LevelKind::lloyd_max; }, "recipe.key.levels: expected lloyd_max; got uniform");
-  refused([](CacheConfig& c) { c.recipe.key.scale = ScaleRule::least_squares; }, "recipe.key.scale: expected least_squares; got abs_max");
+  refused([](CacheConfig& c) { c.recipe.key.levels = LevelKind::lloyd_max; },
+          "recipe.key.levels: expected lloyd_max; got uniform");
+  refused([](CacheConfig& c) { c.recipe.key.scale = ScaleRule::least_squares; },
+          "recipe.key.scale: expected least_squares; got abs_max");
   refused([](CacheConfig& c) { c.recipe.key.mean = false; }, "recipe.key.mean: expected false; got true");
-  refused([](CacheConfig& c) { c.recipe.key.lambda = LambdaMode::automatic, c.lambda_k.clear(); }, "recipe.key.lambda: expected automatic; got given");
+  refused([](CacheConfig& c) { c.recipe.key.lambda = LambdaMode::automatic, c.lambda_k.clear(); },
+          "recipe.key.lambda: expected automatic; got given");
   refused([](CacheConfig& c) { c.recipe.value.group = 0; }, "recipe.value.group: expected 0; got 64");
   refused([](CacheConfig& c) { c.lambda_k[3] += 1; }, "lambda_k: expected values of CRC-32C ");
   refused([](CacheConfig& c) { c.lambda_v[3] += 1; }, "lambda_v: expected values of CRC-32C ");
   refused([](CacheConfig& c) { c.matrix_v[3] += 0.1f; }, "matrix_v: expected values of CRC-32C ");
-  refused([](CacheConfig& c) { c.head_dim_v = 96, c.lambda_v.resize(2 * 96), c.recipe.value.group = 32, c.matrix_v.resize(96 * 96);
-            for (int i = 0; i < 96 * 96; ++i) c.matrix_v[static_cast<std::size_t>(i)] = i % 97 == 0; },
-          "head_dim_v: expected 96; got 128");
-  refused([](CacheConfig& c) { c.kv_heads = 1, c.lambda_k.resize(64), c.lambda_v.resize(128); }, "kv_heads: expected 1; got 2");
+  refused(
+      [](CacheConfig& c) {
+        c.head_dim_v = 96, c.lambda_v.resize(2 * 96), c.recipe.value.group = 32, c.matrix_v.resize(96 * 96);
+        for (int i = 0; i < 96 * 96; ++i) c.matrix_v[static_cast<std::size_t>(i)] = i % 97 == 0;
+      },
+      "head_dim_v: expected 96; got 128");
+  refused([](CacheConfig& c) { c.kv_heads = 1, c.lambda_k.resize(64), c.lambda_v.resize(128); },
+          "kv_heads: expected 1; got 2");
 }
 
 TEST(Save, WhatSinkAndSourceSayIsPassedOn) {
@@ -211,7 +220,9 @@ TEST(Save, WhatSinkAndSourceSayIsPassedOn) {
   ASSERT_GT(calls, 5);
   for (int fail = 1; fail <= calls; ++fail) {
     int n = 0;
-    const Status status = t.cache(0).save([&](std::span<const std::byte>) { return ++n == fail ? Status(StatusCode::out_of_memory, "disk: full") : Status(); });
+    const Status status = t.cache(0).save([&](std::span<const std::byte>) {
+      return ++n == fail ? Status(StatusCode::out_of_memory, "disk: full") : Status();
+    });
     EXPECT_EQ(status.message(), "disk: full");
     EXPECT_EQ(status.code(), StatusCode::out_of_memory);
     EXPECT_EQ(n, fail);  // and nothing after it

@@ -1,5 +1,6 @@
 // Bytes that save did not write: each flipped bit and each missing end is told; files that lie under right checksums
-// are refused, or hold what some cache might, and then no later call reads out of bounds (`make asan` runs these tests too).
+// are refused, or hold what some cache might, and then no later call reads out of bounds (`make asan` runs these tests
+// too).
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -144,8 +145,10 @@ void exercise(const Case& c, const Bytes& file, Cache& loaded) {
       static_cast<void>(cache.attend(args, {out.data(), DType::f32, {b, h, n, dv}, {h * n * dv, n * dv, dv, 1}}));
     }
     for (const std::int64_t first : {std::int64_t{0}, cache.length() - tokens}) {
-      static_cast<void>(cache.dense_keys(first, tokens, {out.data(), DType::f32, {b, h, tokens, dk}, {h * tokens * dk, tokens * dk, dk, 1}}));
-      static_cast<void>(cache.dense_values(first, tokens, {out.data(), DType::f32, {b, h, tokens, dv}, {h * tokens * dv, tokens * dv, dv, 1}}));
+      static_cast<void>(cache.dense_keys(
+          first, tokens, {out.data(), DType::f32, {b, h, tokens, dk}, {h * tokens * dk, tokens * dk, dk, 1}}));
+      static_cast<void>(cache.dense_values(
+          first, tokens, {out.data(), DType::f32, {b, h, tokens, dv}, {h * tokens * dv, tokens * dv, dv, 1}}));
     }
     EXPECT_GT(cache.nbytes(), 0u);
   };
@@ -164,7 +167,8 @@ void exercise(const Case& c, const Bytes& file, Cache& loaded) {
     ask(*going_on);
   }
   const std::int64_t length = loaded.length();
-  for (const std::int64_t n : {length - 1, length - 3, length - 64, length - 67, loaded.first() + 1, std::int64_t{66}, std::int64_t{3}, std::int64_t{2}, std::int64_t{1}, std::int64_t{0}}) {
+  for (const std::int64_t n : {length - 1, length - 3, length - 64, length - 67, loaded.first() + 1, std::int64_t{66},
+                               std::int64_t{3}, std::int64_t{2}, std::int64_t{1}, std::int64_t{0}}) {
     auto cropped = sessions::fork_of(loaded);
     if (!cropped->crop(n).ok()) continue;
     ask(*cropped);
@@ -208,9 +212,10 @@ TEST(SaveDamage, LiesUnderRightChecksumsAreBounded) {
       for (std::size_t i = 0; i + 8 <= b.bytes; i += 8) {
         std::int64_t held = 0;
         std::memcpy(&held, &good[b.payload + i], 8);
-        for (const std::int64_t x : {std::int64_t{-1}, std::int64_t{0}, std::int64_t{1}, std::int64_t{2}, std::int64_t{64}, held - 64, held + 64, held - 1, held + 1,
-                                     std::int64_t{1} << 31, std::int64_t{1} << 32, std::int64_t{1} << 36, std::numeric_limits<std::int64_t>::max(),
-                                     std::numeric_limits<std::int64_t>::min()}) {
+        for (const std::int64_t x :
+             {std::int64_t{-1}, std::int64_t{0}, std::int64_t{1}, std::int64_t{2}, std::int64_t{64}, held - 64,
+              held + 64, held - 1, held + 1, std::int64_t{1} << 31, std::int64_t{1} << 32, std::int64_t{1} << 36,
+              std::numeric_limits<std::int64_t>::max(), std::numeric_limits<std::int64_t>::min()}) {
           std::memcpy(&file[b.payload + i], &x, 8);
           seal_block(file, b);
           tell(file);
@@ -226,12 +231,12 @@ TEST(SaveDamage, LiesUnderRightChecksumsAreBounded) {
   EXPECT_GT(refused, accepted);
 }
 
-// Values that no cache has, under right checksums: NaN and infinity in exact rows, energies, lambda, scales and means; energies
-// below 0, lambda of 0.
+// Values that no cache has, under right checksums: NaN and infinity in exact rows, energies, lambda, scales and means;
+// energies below 0, lambda of 0.
 TEST(SaveDamage, ValuesThatAreNotFiniteAreRefused) {
   struct Wrong {
     std::uint32_t kind;
-    std::size_t at;     // byte of the payload
+    std::size_t at;  // byte of the payload
     std::uint32_t bits;
     int bytes;
     const char* name;
@@ -253,10 +258,18 @@ TEST(SaveDamage, ValuesThatAreNotFiniteAreRefused) {
     }
     const Bytes good = save(t.cache(0));
     int refused = 0;
-    for (const Wrong& wrong : {Wrong{kRows, 2, 0x7f80, 2, "saved exact rows: "}, {kRows, 62, 0xffc0, 2, "saved exact rows: "},
-                               {7, 0, 0, 4, "saved lambda: "}, {7, 4, 0x7f800000, 4, "saved lambda: "}, {7, 8, 0xbf800000, 4, "saved lambda: "}, {7, 8, 0x7fc00000, 4, "saved lambda: "},
-                               {kEnergies, 4, 0x7f800000, 4, "saved query energies: "}, {kEnergies, 0, 0x7fc00000, 4, "saved query energies: "}, {kEnergies, 8, 0xbf800000, 4, "saved query energies: "},
-                               {kPage, slice.k_scales + 6, 0x7c00, 2, "saved page: "}, {kPage, slice.k_mean + 2, 0x7e00, 2, "saved page: "}, {kPage, slice.v_scales, 0xfc00, 2, "saved page: "}}) {
+    for (const Wrong& wrong : {Wrong{kRows, 2, 0x7f80, 2, "saved exact rows: "},
+                               {kRows, 62, 0xffc0, 2, "saved exact rows: "},
+                               {7, 0, 0, 4, "saved lambda: "},
+                               {7, 4, 0x7f800000, 4, "saved lambda: "},
+                               {7, 8, 0xbf800000, 4, "saved lambda: "},
+                               {7, 8, 0x7fc00000, 4, "saved lambda: "},
+                               {kEnergies, 4, 0x7f800000, 4, "saved query energies: "},
+                               {kEnergies, 0, 0x7fc00000, 4, "saved query energies: "},
+                               {kEnergies, 8, 0xbf800000, 4, "saved query energies: "},
+                               {kPage, slice.k_scales + 6, 0x7c00, 2, "saved page: "},
+                               {kPage, slice.k_mean + 2, 0x7e00, 2, "saved page: "},
+                               {kPage, slice.v_scales, 0xfc00, 2, "saved page: "}}) {
       Bytes file = good;
       for (const Block& b : blocks_of(good)) {
         if (b.kind != wrong.kind) continue;
@@ -277,7 +290,8 @@ TEST(SaveDamage, ValuesThatAreNotFiniteAreRefused) {
 
 // Files of version 1 have a record of every query before the first page is due. What is read of them is what counts.
 TEST(SaveDamage, FilesOfVersionOneAreRead) {
-  for (const Case& c : {Case{"default", config_of(Recipe(), 2, 64, 64, DType::f16), 2, {0, 7}}, small_cases()[1], small_cases()[2]}) {
+  for (const Case& c :
+       {Case{"default", config_of(Recipe(), 2, 64, 64, DType::f16), 2, {0, 7}}, small_cases()[1], small_cases()[2]}) {
     SCOPED_TRACE(c.name);
     Twins t(c, 8);
     for (int i = 0; i < 40; ++i) {
@@ -301,7 +315,8 @@ TEST(SaveDamage, FilesOfVersionOneAreRead) {
     std::vector<Bytes> rows;  // of the records, as version 1 orders them
     const std::vector<Block> blocks = blocks_of(good);
     for (std::size_t i = 0; i < blocks.size(); ++i) {
-      const Bytes payload(good.begin() + static_cast<std::ptrdiff_t>(blocks[i].payload), good.begin() + static_cast<std::ptrdiff_t>(blocks[i].payload + blocks[i].bytes));
+      const Bytes payload(good.begin() + static_cast<std::ptrdiff_t>(blocks[i].payload),
+                          good.begin() + static_cast<std::ptrdiff_t>(blocks[i].payload + blocks[i].bytes));
       if (blocks[i].kind == kEnergies) continue;
       if (blocks[i].kind != 8) {
         put(blocks[i].kind, payload);
@@ -316,9 +331,10 @@ TEST(SaveDamage, FilesOfVersionOneAreRead) {
         if (filled[n] == std::byte{0}) continue;
         const bool counts = n % 8 == 7;
         const Bytes other(channels, std::byte{0x3f});  // of a query that counts no more
-        put(kEnergies, counts ? Bytes(good.begin() + static_cast<std::ptrdiff_t>(blocks[next].payload),
-                                      good.begin() + static_cast<std::ptrdiff_t>(blocks[next].payload + blocks[next].bytes))
-                              : other);
+        put(kEnergies,
+            counts ? Bytes(good.begin() + static_cast<std::ptrdiff_t>(blocks[next].payload),
+                           good.begin() + static_cast<std::ptrdiff_t>(blocks[next].payload + blocks[next].bytes))
+                   : other);
         if (counts) ++next;
       }
     }
@@ -334,7 +350,8 @@ TEST(SaveDamage, FilesOfVersionOneAreRead) {
 // Counts that agree with each other, of far more than the file holds: its end comes before the memory is asked for.
 TEST(SaveDamage, CountsAloneTakeNoMemory) {
   for (const bool exact : {true, false}) {
-    const Case c = exact ? Case{"exact", config_of(Recipe::exact(), 1, 64, 64)} : Case{"arrival", config_of(Recipe::paper(), 1, 64, 64)};
+    const Case c = exact ? Case{"exact", config_of(Recipe::exact(), 1, 64, 64)}
+                         : Case{"arrival", config_of(Recipe::paper(), 1, 64, 64)};
     Twins t(c, 9);
     t.append(64);
     Bytes file = save(t.cache(0));
@@ -350,11 +367,13 @@ TEST(SaveDamage, CountsAloneTakeNoMemory) {
     const std::size_t before = cache->nbytes();
     EXPECT_EQ(load(*cache, file).code(), StatusCode::data_loss);
     const std::vector<Block> blocks = blocks_of(file);
-    const auto last = std::find_if(blocks.begin(), blocks.end(), [&](const Block& b) { return b.kind == (exact ? kRows : kTable); });
+    const auto last =
+        std::find_if(blocks.begin(), blocks.end(), [&](const Block& b) { return b.kind == (exact ? kRows : kTable); });
     ASSERT_NE(last, blocks.end());
     // Where the file goes on as it began, memory follows what has come.
     const Bytes head(file.begin(), file.begin() + static_cast<std::ptrdiff_t>(last->payload - 12));
-    const Bytes rows(file.begin() + static_cast<std::ptrdiff_t>(last->payload - 12), file.begin() + static_cast<std::ptrdiff_t>(last->payload + last->bytes + 4));
+    const Bytes rows(file.begin() + static_cast<std::ptrdiff_t>(last->payload - 12),
+                     file.begin() + static_cast<std::ptrdiff_t>(last->payload + last->bytes + 4));
     file = head;
     for (int i = 0; i < 20 && exact; ++i) file.insert(file.end(), rows.begin(), rows.end());
     EXPECT_EQ(load(*cache, file).message(), kEnd);

@@ -91,11 +91,20 @@ TEST(Seal, MatchesReference) {
         Case c;
         const int groups[] = {0, 32, 64, 128};
         const auto group = [&](int g) { return d % (g == 0 ? d : g) == 0 ? g : 0; };
-        c.key = {d, rotation, group(groups[repeat]), n % 3 == 0 ? LevelKind::uniform : LevelKind::lloyd_max,
-                 n % 5 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares, repeat != 1, repeat % 2 == 0};
-        c.value = {d == 34 ? 80 : d, rotation, d == 34 ? 0 : group(groups[3 - repeat]),
+        c.key = {d,
+                 rotation,
+                 group(groups[repeat]),
+                 n % 3 == 0 ? LevelKind::uniform : LevelKind::lloyd_max,
+                 n % 5 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares,
+                 repeat != 1,
+                 repeat % 2 == 0};
+        c.value = {d == 34 ? 80 : d,
+                   rotation,
+                   d == 34 ? 0 : group(groups[3 - repeat]),
                    n % 4 == 1 ? LevelKind::uniform : LevelKind::lloyd_max,
-                   n % 7 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares, false, repeat == 3};
+                   n % 7 < 2 ? ScaleRule::abs_max : ScaleRule::least_squares,
+                   false,
+                   repeat == 3};
         c.dtype = kDTypes[(n + n / 4) % 3];
         c.masked = n % 3 == 1;
         c.bias = n % 2 == 0 ? 20 : 350;
@@ -112,8 +121,15 @@ TEST(Seal, LargeKeyBias) {
     for (double sigma : {0.01, 0.1, 1.0, 10.0}) {
       for (DType dtype : kDTypes) {
         Case c;
-        c.key = {d, d == 96 ? RotationKind::householder : d == 80 ? RotationKind::srht : RotationKind::srft, 0,
-                 LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
+        c.key = {d,
+                 d == 96   ? RotationKind::householder
+                 : d == 80 ? RotationKind::srht
+                           : RotationKind::srft,
+                 0,
+                 LevelKind::lloyd_max,
+                 ScaleRule::least_squares,
+                 true,
+                 true};
         c.value.dim = d;
         c.dtype = dtype;
         c.bias = 350;
@@ -187,8 +203,8 @@ TEST(Seal, PiecesMakeTheWholePage) {
       Guarded whole(in.spec.layout.head_bytes);
       std::memset(whole.data(), 0, whole.size());
       run_seal(*kernels, in.spec, in.job(), whole.data());
-      const std::vector<std::vector<int>> splits = {
-          {1, 1, 62}, {63, 1}, {5, 20, 39}, {7, 9, 16, 32}, {33, 3, 28}, std::vector<int>(64, 1)};
+      const std::vector<std::vector<int>> splits = {{1, 1, 62},     {63, 1},     {5, 20, 39},
+                                                    {7, 9, 16, 32}, {33, 3, 28}, std::vector<int>(64, 1)};
       for (const std::vector<int>& split : splits) {
         Guarded pieces(in.spec.layout.head_bytes);
         std::memset(pieces.data(), 0, pieces.size());
@@ -336,8 +352,13 @@ TEST(Dequantise, ErrorsStayWithinTheFormat) {
     for (RotationKind rotation : kRotations) {
       ++n;
       Case c;
-      c.key = {d, rotation, d % 32 == 0 && n % 2 == 0 ? 32 : 0, n % 3 == 0 ? LevelKind::uniform : LevelKind::lloyd_max,
-               n % 4 == 0 ? ScaleRule::abs_max : ScaleRule::least_squares, n % 5 != 0, n % 2 == 1};
+      c.key = {d,
+               rotation,
+               d % 32 == 0 && n % 2 == 0 ? 32 : 0,
+               n % 3 == 0 ? LevelKind::uniform : LevelKind::lloyd_max,
+               n % 4 == 0 ? ScaleRule::abs_max : ScaleRule::least_squares,
+               n % 5 != 0,
+               n % 2 == 1};
       c.value = {d, rotation, 0, LevelKind::lloyd_max, ScaleRule::least_squares, false, n % 3 == 1};
       c.dtype = kDTypes[n % 3];
       const Inputs in(c);
@@ -362,8 +383,8 @@ TEST(Dequantise, ErrorsStayWithinTheFormat) {
         }
         const auto rk = reference::seal(in.spec.key, in.k->exact.data(), kPageTokens, nullptr,
                                         lk.empty() ? nullptr : lk.data(), mean.empty() ? nullptr : mean.data());
-        const auto rv = reference::seal(in.spec.value, in.v->exact.data(), kPageTokens, nullptr,
-                                        lv.empty() ? nullptr : lv.data());
+        const auto rv =
+            reference::seal(in.spec.value, in.v->exact.data(), kPageTokens, nullptr, lv.empty() ? nullptr : lv.data());
         check_error(in.spec.key, rk, codes.key, ks, mean, lk, all.k);
         check_error(in.spec.value, rv, codes.value, vs, {}, lv, all.v);
         if (HasFatalFailure()) return;

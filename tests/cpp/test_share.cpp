@@ -31,8 +31,10 @@ TEST(Share, LeavesNoPieceOnWhichACallHangsWhateverItsItems) {
       const double total = kSharedWork * std::exp2(14 * uniform(random));
       for (double& x : items) x *= total / sum;
       const double most = largest(items, threads), slack = 1 + 1e-6;
-      EXPECT_LE(most, std::max(total / (2 * threads), 2 * kPieceWork) * slack) << items.size() << " items on " << threads << " threads";
-      EXPECT_LE(most, std::max(total / (8 * threads), kLongPieceWork) * slack) << items.size() << " items on " << threads << " threads";
+      EXPECT_LE(most, std::max(total / (2 * threads), 2 * kPieceWork) * slack)
+          << items.size() << " items on " << threads << " threads";
+      EXPECT_LE(most, std::max(total / (8 * threads), kLongPieceWork) * slack)
+          << items.size() << " items on " << threads << " threads";
     }
   }
 }

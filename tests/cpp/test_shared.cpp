@@ -31,14 +31,16 @@ Held make(RotationKind kind, int d, std::uint64_t seed, int reflectors = 7) {
     case RotationKind::householder: EXPECT_TRUE(Rotation::householder(d, reflectors, seed, &r).ok()); break;
     case RotationKind::dense: {
       std::vector<float> matrix(static_cast<std::size_t>(d) * static_cast<std::size_t>(d));
-      for (int i = 0; i < d; ++i) matrix[static_cast<std::size_t>(i) * static_cast<std::size_t>(d + 1)] = 1 + static_cast<float>(seed);
+      for (int i = 0; i < d; ++i)
+        matrix[static_cast<std::size_t>(i) * static_cast<std::size_t>(d + 1)] = 1 + static_cast<float>(seed);
       EXPECT_TRUE(Rotation::dense(d, matrix, &r).ok());
     }
   }
   return r;
 }
 
-constexpr RotationKind kKinds[] = {RotationKind::identity, RotationKind::srft, RotationKind::srht, RotationKind::householder, RotationKind::dense};
+constexpr RotationKind kKinds[] = {RotationKind::identity, RotationKind::srft, RotationKind::srht,
+                                   RotationKind::householder, RotationKind::dense};
 
 TEST(Shared, EqualDefinitionsAreOneRotationAndOthersAreNot) {
   const std::size_t before = Interned::count();
@@ -184,7 +186,8 @@ TEST(Shared, LayersThatAreGivenOneMatrixShareItsRotation) {
   config.matrix_k.assign(64 * 64, 0.0f);
   for (std::size_t i = 0; i < 64; ++i) config.matrix_k[i * 65] = 1.0f + static_cast<float>(i % 3);
   const auto one = created(config), other = created(config);
-  EXPECT_EQ(sessions::fork_of(*one)->config().matrix_k.data(), one->config().matrix_k.data()) << "clones have one configuration";
+  EXPECT_EQ(sessions::fork_of(*one)->config().matrix_k.data(), one->config().matrix_k.data())
+      << "clones have one configuration";
   const auto shared = one->shared();
   ASSERT_EQ(shared.size(), 2u);
   for (std::size_t i = 0; i < 2; ++i) EXPECT_EQ(shared[i].identity, other->shared()[i].identity);
@@ -192,9 +195,10 @@ TEST(Shared, LayersThatAreGivenOneMatrixShareItsRotation) {
   // What a saved cache says of its matrix is still checked.
   std::vector<std::byte> bytes;
   ASSERT_TRUE(one->save([&](std::span<const std::byte> x) {
-    bytes.insert(bytes.end(), x.begin(), x.end());
-    return Status();
-  }).ok());
+                   bytes.insert(bytes.end(), x.begin(), x.end());
+                   return Status();
+                 })
+                  .ok());
   config.matrix_k[0] = 7.0f;
   std::size_t at = 0;
   const Status status = created(config)->load([&](std::span<std::byte> x) {

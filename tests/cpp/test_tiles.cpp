@@ -13,10 +13,10 @@
 #include <vector>
 
 #define KV4_ISA portable
-#include "cpu/standard_headers.h"
-#include "cpu/portable/primitives.h"
-#include "cpu/portable/dot.h"
 #include "cpu/attend_tiles.inl"
+#include "cpu/portable/dot.h"
+#include "cpu/portable/primitives.h"
+#include "cpu/standard_headers.h"
 
 #include "attend_scene.h"
 #include "cases.h"
@@ -144,8 +144,7 @@ void expect_same(const Shape& shape, int page_tokens, const cases::Rows& count, 
   const std::vector<SequenceView> views = s.views(count.queries);
   const int rows = count.queries * count.group, padded = cpu::pad_channels(shape.dim_k);
   std::vector<float> q = cases::normal_rows(rows, padded, shape.seed, 0.2);
-  for (int r = 0; r < rows; ++r)
-    std::fill(q.begin() + r * padded + shape.dim_k, q.begin() + (r + 1) * padded, 0.0f);
+  for (int r = 0; r < rows; ++r) std::fill(q.begin() + r * padded + shape.dim_k, q.begin() + (r + 1) * padded, 0.0f);
   Task vectors(s, views, q, rows, count.group, causal), tiles(s, views, q, rows, count.group, causal);
   Tiles::state = TilesState();
   cpu::portable::attend_pages<cpu::portable::Isa>(vectors.task);

@@ -12,7 +12,8 @@ namespace {
 TEST(Visibility, HiddenIsWhatNoQuerySees) {
   cases::Random random(3);
   for (int round = 0; round < 300; ++round) {
-    const std::int64_t queries = 1 + random.below(9), length = queries + random.below(20), heads = 1 + random.below(3), columns = random.below(static_cast<int>(length) + 3);
+    const std::int64_t queries = 1 + random.below(9), length = queries + random.below(20), heads = 1 + random.below(3),
+                       columns = random.below(static_cast<int>(length) + 3);
     const std::int64_t offset = random.below(5) - 2;
     std::vector<std::uint8_t> mask(static_cast<std::size_t>(heads * queries * std::max<std::int64_t>(columns, 1)));
     for (std::uint8_t& x : mask) x = random.below(6) == 0;
@@ -36,10 +37,12 @@ TEST(Visibility, HiddenIsWhatNoQuerySees) {
       bool seen = false;
       for (std::int64_t t = 0; t < queries; ++t) {
         const std::int64_t query = length - queries + t, column = j - offset;
-        bool here = (!args.mask.causal || j <= query) && (args.mask.start == nullptr || column >= start) && (args.mask.window == nullptr || window == 0 || j > query - window);
+        bool here = (!args.mask.causal || j <= query) && (args.mask.start == nullptr || column >= start) &&
+                    (args.mask.window == nullptr || window == 0 || j > query - window);
         if (general) {
           bool any = false;
-          for (std::int64_t h = 0; h < heads && column >= 0 && column < columns; ++h) any = any || mask[static_cast<std::size_t>((h * queries + t) * columns + column)] != 0;
+          for (std::int64_t h = 0; h < heads && column >= 0 && column < columns; ++h)
+            any = any || mask[static_cast<std::size_t>((h * queries + t) * columns + column)] != 0;
           here = here && any;
         }
         EXPECT_EQ(visibility.visible(t, j), here);

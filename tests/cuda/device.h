@@ -41,11 +41,15 @@ class DeviceBytes {
   ~DeviceBytes() { cudaFree(data_); }
 
   template <class T = void>
-  T* as() const { return static_cast<T*>(data_); }
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
   std::vector<std::uint8_t> read() const {
     std::vector<std::uint8_t> host(bytes_ + kGuardBytes);
     EXPECT_EQ(cudaMemcpy(host.data(), data_, host.size(), cudaMemcpyDeviceToHost), cudaSuccess);
-    EXPECT_TRUE(std::all_of(host.begin() + static_cast<std::ptrdiff_t>(bytes_), host.end(), [](std::uint8_t x) { return x == 0xff; })) << "written behind the end";
+    EXPECT_TRUE(std::all_of(host.begin() + static_cast<std::ptrdiff_t>(bytes_), host.end(), [](std::uint8_t x) {
+      return x == 0xff;
+    })) << "written behind the end";
     host.resize(bytes_);
     return host;
   }
@@ -58,13 +62,15 @@ class DeviceBytes {
 
 inline PageSpec on_device(PageSpec spec) {
   const auto pad = [](int d) { return static_cast<std::uint32_t>(cuda::pad_channels(d)); };
-  spec.layout = kv4_make_page_layout(static_cast<std::uint32_t>(spec.key.dim), static_cast<std::uint32_t>(spec.value.dim),
-                                     static_cast<std::uint32_t>(spec.key.groups), static_cast<std::uint32_t>(spec.value.groups),
-                                     spec.key.mean, pad(spec.key.dim), pad(spec.value.dim));
+  spec.layout =
+      kv4_make_page_layout(static_cast<std::uint32_t>(spec.key.dim), static_cast<std::uint32_t>(spec.value.dim),
+                           static_cast<std::uint32_t>(spec.key.groups), static_cast<std::uint32_t>(spec.value.groups),
+                           spec.key.mean, pad(spec.key.dim), pad(spec.value.dim));
   return spec;
 }
 
-// How a scene lies on the device: pages in one piece or in chunks of 2^chunk_shift, exact rows in one piece or in blocks.
+// How a scene lies on the device: pages in one piece or in chunks of 2^chunk_shift, exact rows in one piece or in
+// blocks.
 struct Layout {
   int chunk_shift = -1;  // below 0: in one piece
   bool blocks = false;
@@ -126,7 +132,8 @@ class DeviceScene {
       std::vector<std::uint8_t> bytes(static_cast<std::size_t>(pages_.page_stride * (behind - first)), 0xff);
       for (std::int32_t id = first; id < behind; ++id)
         for (int h = 0; h < scene_.shape().kv_heads; ++h)
-          convert(slice_at(scene_.pages(), id, h), bytes.data() + (id - first) * pages_.page_stride + h * pages_.head_stride);
+          convert(slice_at(scene_.pages(), id, h),
+                  bytes.data() + (id - first) * pages_.page_stride + h * pages_.head_stride);
       memory_.push_back(DeviceBytes(bytes));
       table.push_back(memory_.back().as());
     }
@@ -158,11 +165,14 @@ class DeviceScene {
       to.view.v_block_stride = to.view.v_head_stride * heads;
       for (const bool keys : {true, false}) {
         const int dim = keys ? scene_.shape().dim_k : scene_.shape().dim_v;
-        std::vector<std::uint8_t> bytes(static_cast<std::size_t>((count + 1) * (keys ? to.view.k_block_stride : to.view.v_block_stride)) * size, 0xff);
+        std::vector<std::uint8_t> bytes(
+            static_cast<std::size_t>((count + 1) * (keys ? to.view.k_block_stride : to.view.v_block_stride)) * size,
+            0xff);
         for (int h = 0; h < heads; ++h)
           for (std::int64_t j = 0; j < from.count; ++j)
             std::memcpy(bytes.data() + static_cast<std::size_t>(row_offset(to.view, keys, h, j)) * size,
-                        static_cast<const std::uint8_t*>(keys ? from.k : from.v) + static_cast<std::size_t>(row_offset(from, keys, h, j)) * size,
+                        static_cast<const std::uint8_t*>(keys ? from.k : from.v) +
+                            static_cast<std::size_t>(row_offset(from, keys, h, j)) * size,
                         static_cast<std::size_t>(dim) * size);
         (keys ? to.k : to.v) = DeviceBytes(bytes);
       }

@@ -31,7 +31,8 @@ class CudaAttend : public ::testing::Test {
   struct Device {
     DeviceBytes q, start, window, sinks, mask;
     AttendArgs args;
-    explicit Device(const Call& c) : q(c.q), start(c.start), window(c.window), sinks(c.sinks), mask(c.mask), args(c.args) {
+    explicit Device(const Call& c)
+        : q(c.q), start(c.start), window(c.window), sinks(c.sinks), mask(c.mask), args(c.args) {
       args.q.data = q.as();
       if (args.mask.start != nullptr) args.mask.start = start.as<std::int32_t>();
       if (args.mask.window != nullptr) args.mask.window = window.as<std::int32_t>();
@@ -40,7 +41,8 @@ class CudaAttend : public ::testing::Test {
     }
   };
 
-  static AttendJob job_of(const Scene& s, const DeviceScene& d, const AttendArgs& args, const std::vector<SequenceView>& views) {
+  static AttendJob job_of(const Scene& s, const DeviceScene& d, const AttendArgs& args,
+                          const std::vector<SequenceView>& views) {
     AttendJob job = s.job(args, views);
     if (job.spec != nullptr) job.spec = &d.spec();
     job.pages = d.pages();
@@ -78,15 +80,16 @@ class CudaAttend : public ::testing::Test {
     return {};
   }
 
-  // How a call is made: where its memory lies, and how many of the newest queries each sequence has, where not all of the call's.
+  // How a call is made: where its memory lies, and how many of the newest queries each sequence has, where not all of
+  // the call's.
   struct How {
     cuda::Load load;
     Layout layout;
     std::vector<int> queries;
   };
 
-  // Output of one call: physically [batch, T, heads, dim_v + 2], the gap guarded, and rows of queries that a sequence does not have, which
-  // come as 0.
+  // Output of one call: physically [batch, T, heads, dim_v + 2], the gap guarded, and rows of queries that a sequence
+  // does not have, which come as 0.
   static std::vector<double> run(const Scene& s, const Call& call, const How& how, Status* status) {
     const DeviceScene scene(s, how.layout);
     const Device device(call);
@@ -94,7 +97,9 @@ class CudaAttend : public ::testing::Test {
     const std::int64_t width = dv + 2, size = static_cast<std::int64_t>(size_of(call.out_dtype));
     const DeviceBytes buffer(static_cast<std::size_t>(s.batch() * queries * heads * width * size));
     std::vector<SequenceView> views = scene.views(queries);
-    const auto first_query = [&](std::int64_t b) { return how.queries.empty() ? 0 : queries - how.queries[static_cast<std::size_t>(b)]; };
+    const auto first_query = [&](std::int64_t b) {
+      return how.queries.empty() ? 0 : queries - how.queries[static_cast<std::size_t>(b)];
+    };
     for (SequenceView& v : views) {
       v.input_row = first_query(v.input);
       v.query_position += v.input_row;
@@ -138,7 +143,9 @@ class CudaAttend : public ::testing::Test {
         std::fill(from, from + (call.args.q.shape[2] - queries[b]) * s.shape().dim_v, 0.0);
       }
     for (const cuda::Load& load : {kTeams, kWarps, kThree}) {
-      SCOPED_TRACE(load.longest == 0 ? "one kernel, teams" : load.all > load.longest ? "one kernel, warps" : "three kernels");
+      SCOPED_TRACE(load.longest == 0         ? "one kernel, teams"
+                   : load.all > load.longest ? "one kernel, warps"
+                                             : "three kernels");
       Status status;
       const std::vector<double> out = run(s, call, {load, layout, queries}, &status);
       ASSERT_TRUE(status.ok()) << status.message();
@@ -157,15 +164,16 @@ TEST_F(CudaAttend, RaggedBatchWithStartsAndWindows) { scene::ragged_batch({1, 7}
 TEST_F(CudaAttend, GeneralMasksAndSoftcap) { scene::general_masks({false, true}, check); }
 TEST_F(CudaAttend, LargeMeans) { scene::large_means(check); }
 
-// Segments enough for one or two CTAs each on a device of 132 multiprocessors, and pages for every reader, as many and one more for some,
-// exact items for some CTAs, for all and for none, and a sequence that is too short.
+// Segments enough for one or two CTAs each on a device of 132 multiprocessors, and pages for every reader, as many and
+// one more for some, exact items for some CTAs, for all and for none, and a sequence that is too short.
 TEST_F(CudaAttend, PagesDealt) {
   struct Dealt {
     int dim, group, kv_heads;
     std::vector<Held> held;
   };
   std::uint64_t seed = 7000;
-  for (const Dealt& c : {Dealt{128, 4, 40, {{4, 17 * 64 - 20, 12, 0}, {0, 640, 0, 0}}}, Dealt{128, 6, 33, {{4, 33 * 64, 40, 0}, {4, 36 * 64 - 1, 0, 0}}},
+  for (const Dealt& c : {Dealt{128, 4, 40, {{4, 17 * 64 - 20, 12, 0}, {0, 640, 0, 0}}},
+                         Dealt{128, 6, 33, {{4, 33 * 64, 40, 0}, {4, 36 * 64 - 1, 0, 0}}},
                          Dealt{64, 1, 70, {{0, 23 * 64, 20, 0}}}, Dealt{80, 12, 24, {{4, 30 * 64, 100, 0}}}}) {
     SCOPED_TRACE(::testing::Message() << "d " << c.dim << ", " << c.kv_heads << " KV heads");
     Shape shape;
@@ -181,13 +189,15 @@ TEST_F(CudaAttend, PagesDealt) {
 
 // Each sequence with queries of its own, none among them; lengths from nothing on; pages in chunks, rows in blocks.
 TEST_F(CudaAttend, SequencesWithQueriesOfTheirOwn) {
-  const std::vector<Held> held = {{4, 640, 70, 0}, {0, 0, 0, 0}, {0, 0, 5, 0}, {4, 128, 127, 20}, {0, 1000, 0, 0}, {2, 64, 130, 0}, {4, 2048, 64, 0}};
+  const std::vector<Held> held = {{4, 640, 70, 0}, {0, 0, 0, 0},    {0, 0, 5, 0},    {4, 128, 127, 20},
+                                  {0, 1000, 0, 0}, {2, 64, 130, 0}, {4, 2048, 64, 0}};
   struct Counts {
     int most;
     std::vector<int> queries;
   };
   std::uint64_t seed = 8000;
-  for (const Counts& c : {Counts{5, {1, 0, 5, 5, 1, 0, 3}}, Counts{1, {1, 1, 0, 1, 1, 1, 0}}, Counts{40, {1, 2, 5, 40, 0, 1, 17}}})
+  for (const Counts& c :
+       {Counts{5, {1, 0, 5, 5, 1, 0, 3}}, Counts{1, {1, 1, 0, 1, 1, 1, 0}}, Counts{40, {1, 2, 5, 40, 0, 1, 17}}})
     for (const int d : {64, 128, 256})
       for (const int group : {1, 4, 12}) {
         SCOPED_TRACE(::testing::Message() << c.most << " queries at most, d " << d << ", group " << group);
@@ -243,7 +253,8 @@ TEST_F(CudaAttend, HiddenTokensAndOneWindowForAll) {
       masked.general(Mask::General::boolean, DType::f32, 710, false, false);
       std::fill(masked.mask.begin(), masked.mask.end(), std::uint8_t{1});
       for (std::size_t b = 0; b < held.size(); ++b)
-        std::fill_n(masked.mask.begin() + static_cast<std::ptrdiff_t>(b) * masked.args.mask.general_stride[0], kHidden[b], std::uint8_t{0});
+        std::fill_n(masked.mask.begin() + static_cast<std::ptrdiff_t>(b) * masked.args.mask.general_stride[0],
+                    kHidden[b], std::uint8_t{0});
       masked.windows({600, 600, 600, 600});
       const DeviceScene scene(s);
       const Device of_masked(masked), of_plain(plain);
@@ -287,7 +298,8 @@ TEST_F(CudaAttend, PartialStatesMergeToTheWhole) {
       if (part == 0) v.exact[0].count = v.exact[1].count = 0;
       else v.page_count = 0;
     }
-    const DeviceBytes od(static_cast<std::size_t>(rows * 128 * 4)), md(static_cast<std::size_t>(rows * 4)), ld(static_cast<std::size_t>(rows * 4));
+    const DeviceBytes od(static_cast<std::size_t>(rows * 128 * 4)), md(static_cast<std::size_t>(rows * 4)),
+        ld(static_cast<std::size_t>(rows * 4));
     AttendJob job = job_of(s, scene, device.args, some);
     job.partial = {od.as<float>(), md.as<float>(), ld.as<float>()};
     ASSERT_TRUE(cuda::backend()->attend(job).ok());
@@ -305,7 +317,8 @@ TEST_F(CudaAttend, PartialStatesMergeToTheWhole) {
   merge(into, {o[1].data(), m[1].data(), l[1].data()}, rows, 128);
   for (std::int64_t r = 0; r < rows; ++r)
     for (int c = 0; c < 128; ++c)
-      ASSERT_NEAR(o[0][static_cast<std::size_t>(r * 128 + c)] / l[0][static_cast<std::size_t>(r)], whole[static_cast<std::size_t>(r * 128 + c)], 1e-4)
+      ASSERT_NEAR(o[0][static_cast<std::size_t>(r * 128 + c)] / l[0][static_cast<std::size_t>(r)],
+                  whole[static_cast<std::size_t>(r * 128 + c)], 1e-4)
           << r << " " << c;
 }
 

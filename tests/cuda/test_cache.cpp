@@ -1,5 +1,5 @@
-// The cache on a CUDA device: the CPU's sessions against the definition, and what only a device has: late news of NaN, steps of
-// a captured graph, streams.
+// The cache on a CUDA device: the CPU's sessions against the definition, and what only a device has: late news of NaN,
+// steps of a captured graph, streams.
 #include <gtest/gtest.h>
 
 #include <chrono>
@@ -28,7 +28,8 @@ class DevicePlace final : public sessions::Place {
   explicit DevicePlace(DType dtype) : dtype_(dtype) {}
   std::string backend() const override { return "cuda"; }
   DType dtype() const override { return dtype_; }
-  TensorView rows(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) override {
+  TensorView rows(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t,
+                  std::int64_t d) override {
     std::vector<std::uint16_t> halves(x.size());
     for (std::size_t i = 0; i < x.size(); ++i) halves[i] = dtype_ == DType::f16 ? f32_to_f16(x[i]) : f32_to_bf16(x[i]);
     TensorView v = view(x, b, h, t, d);
@@ -36,12 +37,14 @@ class DevicePlace final : public sessions::Place {
     v.dtype = dtype_;
     return v;
   }
-  TensorView queries(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) override {
+  TensorView queries(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t,
+                     std::int64_t d) override {
     TensorView v = view(x, b, h, t, d);
     v.data = keep(DeviceBytes(x));
     return v;
   }
-  MutableTensorView into(std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) override {
+  MutableTensorView into(std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t,
+                         std::int64_t d) override {
     MutableTensorView v = sessions::into(x, b, h, t, d);
     v.data = keep(DeviceBytes(x));
     wanted_.push_back({&x, held_.size() - 1});
@@ -166,15 +169,17 @@ TEST_F(CudaCache, CreateRefusesWhatNoKernelServes) {
   expect(bad, StatusCode::unsupported, "head_dim_k");
 }
 
-// Each vector is sealed as it comes, into parts of pages that forks share: the CPU's codes, but for numbers next to a boundary
-// between two, and its answers. A row with NaN is zeros, and refused.
+// Each vector is sealed as it comes, into parts of pages that forks share: the CPU's codes, but for numbers next to a
+// boundary between two, and its answers. A row with NaN is zeros, and refused.
 TEST_F(CudaCache, SealsOnArrivalWhatTheCpuSeals) {
   DevicePlace place(DType::f16);
   const int d = kShape.dim, heads = kShape.q_heads, kv_heads = kShape.kv_heads;
-  std::unique_ptr<Cache> device = make(Recipe::paper(), kShape, 0, DType::f16, "cuda"), host = make(Recipe::paper(), kShape), fork;
+  std::unique_ptr<Cache> device = make(Recipe::paper(), kShape, 0, DType::f16, "cuda"),
+                         host = make(Recipe::paper(), kShape), fork;
   std::uint64_t seed = 31;
   const auto step = [&](int tokens) {
-    std::vector<float> k = cases::normal_rows(kv_heads * tokens, d, ++seed), v = cases::normal_rows(kv_heads * tokens, d, ++seed);
+    std::vector<float> k = cases::normal_rows(kv_heads * tokens, d, ++seed),
+                       v = cases::normal_rows(kv_heads * tokens, d, ++seed);
     std::vector<float> q = cases::normal_rows(heads * tokens, d, ++seed, 0.3), out[2] = {q, q};
     for (std::vector<float>* x : {&k, &v, &q})
       for (float& f : *x) f = place.round(f);
@@ -197,7 +202,8 @@ TEST_F(CudaCache, SealsOnArrivalWhatTheCpuSeals) {
         }
         const std::int64_t arrived = std::min<std::int64_t>(kPageTokens, device->length() - page * kPageTokens);
         for (int side = 0; side < 2; ++side)
-          for (std::size_t n = 0; n < static_cast<std::size_t>(arrived * d / 2); ++n, ++all) differ += codes[0][side][n] != codes[1][side][n];
+          for (std::size_t n = 0; n < static_cast<std::size_t>(arrived * d / 2); ++n, ++all)
+            differ += codes[0][side][n] != codes[1][side][n];
       }
     ASSERT_LE(differ * 1000, all);  // within 1e-4 of a step from a boundary lies less than one in a thousand bytes
     for (std::size_t i = 0; i < out[0].size(); ++i) ASSERT_NEAR(out[0][i], out[1][i], 0.02) << i;
@@ -262,7 +268,8 @@ TEST_F(CudaCache, NonFiniteRowsAreRefusedOnceSeen) {
   ASSERT_TRUE(cache->crop(0).ok());
   args.mask.start = nullptr;
   const std::vector<float> fine = cases::normal_rows(kShape.kv_heads * 4, d, 3);
-  ASSERT_TRUE(cache->append(place.rows(fine, 1, kShape.kv_heads, 4, d), place.rows(fine, 1, kShape.kv_heads, 4, d)).ok());
+  ASSERT_TRUE(
+      cache->append(place.rows(fine, 1, kShape.kv_heads, 4, d), place.rows(fine, 1, kShape.kv_heads, 4, d)).ok());
   EXPECT_TRUE(cache->attend(args, place.into(out, 1, kShape.q_heads, 1, d)).ok());
 }
 
@@ -270,7 +277,8 @@ TEST_F(CudaCache, NonFiniteRowsAreRefusedOnceSeen) {
 TEST_F(CudaCache, HolesOfAGeneralMaskStayOutOfMeans) {
   DevicePlace place(DType::f16);
   const int d = kShape.dim, tokens = 200, hole = 20;
-  std::vector<float> k = cases::normal_rows(kShape.kv_heads * tokens, d, 1), v = cases::normal_rows(kShape.kv_heads * tokens, d, 2);
+  std::vector<float> k = cases::normal_rows(kShape.kv_heads * tokens, d, 1),
+                     v = cases::normal_rows(kShape.kv_heads * tokens, d, 2);
   std::vector<std::uint8_t> mask(tokens * tokens, 0);
   for (int t = 0; t < tokens; ++t)
     for (int j = 0; j <= t; ++j) mask[static_cast<std::size_t>(t * tokens + j)] = j != hole;
@@ -280,7 +288,8 @@ TEST_F(CudaCache, HolesOfAGeneralMaskStayOutOfMeans) {
     for (int h = 0; h < kShape.kv_heads; ++h)
       for (int c = 0; c < d; ++c) k[static_cast<std::size_t>((h * tokens + hole) * d + c)] = at_the_hole;
     auto cache = make(Recipe(), kShape, 0, DType::f16, "cuda");
-    EXPECT_TRUE(cache->append(place.rows(k, 1, kShape.kv_heads, tokens, d), place.rows(v, 1, kShape.kv_heads, tokens, d)).ok());
+    EXPECT_TRUE(
+        cache->append(place.rows(k, 1, kShape.kv_heads, tokens, d), place.rows(v, 1, kShape.kv_heads, tokens, d)).ok());
     AttendArgs args;
     args.q = place.queries(q, 1, kShape.q_heads, tokens, d);
     args.mask.causal = false;
@@ -299,7 +308,8 @@ TEST_F(CudaCache, HolesOfAGeneralMaskStayOutOfMeans) {
     std::vector<std::uint8_t> key(32u * static_cast<unsigned>(d)), value(key.size());
     EXPECT_TRUE(cache->page_codes(0, 0, 0, key, value).ok());
     const std::size_t row = static_cast<std::size_t>((hole - 4) * d / 2);  // the hole's own codes say nothing
-    std::fill(key.begin() + static_cast<std::ptrdiff_t>(row), key.begin() + static_cast<std::ptrdiff_t>(row) + d / 2, 0);
+    std::fill(key.begin() + static_cast<std::ptrdiff_t>(row), key.begin() + static_cast<std::ptrdiff_t>(row) + d / 2,
+              0);
     return key;
   };
   EXPECT_EQ(codes(0, true), codes(500, true));
@@ -314,13 +324,17 @@ TEST_F(CudaCache, CapturedStepsAreTheSame) {
   ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
   for (const int window : {0, 100}) {
     for (const Recipe& recipe : {Recipe(), with(4, 0), Recipe::exact()}) {
-      auto eager = make(recipe, kShape, window, DType::bf16, "cuda"), captured = make(recipe, kShape, window, DType::bf16, "cuda");
+      auto eager = make(recipe, kShape, window, DType::bf16, "cuda"),
+           captured = make(recipe, kShape, window, DType::bf16, "cuda");
       for (Cache* c : {eager.get(), captured.get()}) c->set_stream(stream);
       std::vector<float> out(static_cast<std::size_t>(batch * kShape.q_heads * d)), again(out.size());
       const std::int32_t starts[] = {0, 5};
       const auto step = [&](Cache& c, std::int64_t tokens, std::uint64_t seed, std::vector<float>& to) {
-        std::vector<float> k = cases::key_rows(static_cast<int>(batch * kShape.kv_heads * tokens), d, seed), v = cases::normal_rows(batch * kShape.kv_heads * tokens, d, seed + 1);
-        ASSERT_TRUE(c.append(place.rows(k, batch, kShape.kv_heads, tokens, d), place.rows(v, batch, kShape.kv_heads, tokens, d)).ok());
+        std::vector<float> k = cases::key_rows(static_cast<int>(batch * kShape.kv_heads * tokens), d, seed),
+                           v = cases::normal_rows(batch * kShape.kv_heads * tokens, d, seed + 1);
+        ASSERT_TRUE(
+            c.append(place.rows(k, batch, kShape.kv_heads, tokens, d), place.rows(v, batch, kShape.kv_heads, tokens, d))
+                .ok());
         const std::vector<float> q = cases::normal_rows(batch * kShape.q_heads * tokens, d, seed + 2);
         std::vector<float> all(q.size());
         AttendArgs args;
@@ -360,9 +374,12 @@ TEST_F(CudaCache, CapturedStepsAreTheSame) {
       for (int i = 0; i < steps; ++i) {
         const std::uint64_t seed = 1000 + static_cast<std::uint64_t>(3 * i);
         step(*eager, 1, seed, out);
-        const std::vector<float> kr = cases::key_rows(batch * kShape.kv_heads, d, seed), vr = cases::normal_rows(batch * kShape.kv_heads, d, seed + 1);
+        const std::vector<float> kr = cases::key_rows(batch * kShape.kv_heads, d, seed),
+                                 vr = cases::normal_rows(batch * kShape.kv_heads, d, seed + 1);
         const std::vector<float> qr = cases::normal_rows(batch * kShape.q_heads, d, seed + 2);
-        const auto put = [&](const DeviceBytes& to, const void* from, std::size_t n) { ASSERT_EQ(cudaMemcpy(to.as<void>(), from, n, cudaMemcpyHostToDevice), cudaSuccess); };
+        const auto put = [&](const DeviceBytes& to, const void* from, std::size_t n) {
+          ASSERT_EQ(cudaMemcpy(to.as<void>(), from, n, cudaMemcpyHostToDevice), cudaSuccess);
+        };
         std::vector<std::uint16_t> kh(kr.size()), vh(vr.size());
         for (std::size_t j = 0; j < kr.size(); ++j) kh[j] = f32_to_bf16(kr[j]), vh[j] = f32_to_bf16(vr[j]);
         put(k, kh.data(), bytes);
@@ -404,7 +421,11 @@ TEST_F(CudaCache, LateNewsIsToldToThoseItConcerns) {
     args.q = place.queries(q, 1, kShape.q_heads, 1, d);
     const auto attend = [&](Cache& c) { return c.attend(args, place.into(out, 1, kShape.q_heads, 1, d)).code(); };
     // What follows on the stream waits until the host has gone on.
-    const auto hold = [&] { ASSERT_EQ(cudaLaunchHostFunc(stream, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(50)); }, nullptr), cudaSuccess); };
+    const auto hold = [&] {
+      ASSERT_EQ(cudaLaunchHostFunc(
+                    stream, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(50)); }, nullptr),
+                cudaSuccess);
+    };
     const auto filled = [&] {
       auto cache = make(Recipe(), kShape, 0, DType::f16, "cuda");
       cache->set_stream(stream);
@@ -448,7 +469,8 @@ TEST_F(CudaCache, CapturedStepsOutliveTheirThread) {
   cudaStream_t stream = nullptr;
   ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
   {
-    const std::vector<float> rows = cases::key_rows(heads * prompt, d, 1), row = cases::key_rows(heads, d, 2), q = cases::normal_rows(kShape.q_heads, d, 3);
+    const std::vector<float> rows = cases::key_rows(heads * prompt, d, 1), row = cases::key_rows(heads, d, 2),
+                             q = cases::normal_rows(kShape.q_heads, d, 3);
     auto cache = make(Recipe(), kShape, 0, DType::f16, "cuda");
     cache->set_stream(stream);
     const TensorView many = place.rows(rows, 1, heads, prompt, d), one = place.rows(row, 1, heads, 1, d);
@@ -506,8 +528,10 @@ TEST_F(CudaCache, CaptureSaysWhatItNeeds) {
     auto cache = make(Recipe(), kShape, 0, DType::f16, "cuda");
     cache->set_stream(stream);
     EXPECT_EQ(cache->advance().code(), StatusCode::failed_precondition);
-    const std::vector<float> rows = cases::normal_rows(kShape.kv_heads * 2, d, 1), q = cases::normal_rows(kShape.q_heads, d, 2);
-    const TensorView two = place.rows(rows, 1, kShape.kv_heads, 2, d), one{two.data, two.dtype, {1, kShape.kv_heads, 1, d}, {2 * d, d, d, 1}};
+    const std::vector<float> rows = cases::normal_rows(kShape.kv_heads * 2, d, 1),
+                             q = cases::normal_rows(kShape.q_heads, d, 2);
+    const TensorView two = place.rows(rows, 1, kShape.kv_heads, 2, d),
+                     one{two.data, two.dtype, {1, kShape.kv_heads, 1, d}, {2 * d, d, d, 1}};
     ASSERT_TRUE(cache->append(two, two).ok());
     const auto captured = [&](const TensorView& x) {
       EXPECT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
@@ -555,7 +579,8 @@ TEST_F(CudaCache, ACaptureTakesScratchAndFreesNone) {
       EXPECT_GE(shared->bytes, bytes);
       ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
       cuda::Scratch::Held first, second, third;
-      const Status status = scratch.capture(bytes, &first), again = scratch.capture(bytes / 2, &second), more = scratch.capture(2 * bytes, &third);
+      const Status status = scratch.capture(bytes, &first), again = scratch.capture(bytes / 2, &second),
+                   more = scratch.capture(2 * bytes, &third);
       cudaGraph_t graph = nullptr;
       EXPECT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
       for (const Status& s : {status, again, more}) ASSERT_TRUE(s.ok()) << s.message();

@@ -1,5 +1,6 @@
-// Sequences in a host's tables on a CUDA device: views and jobs that kernels make are those that the host makes of the same tables; what
-// is called with them, also in a captured graph whose tables change, gives the bits of a call from the host.
+// Sequences in a host's tables on a CUDA device: views and jobs that kernels make are those that the host makes of the
+// same tables; what is called with them, also in a captured graph whose tables change, gives the bits of a call from
+// the host.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -41,7 +42,9 @@ struct Tables {
   }
   const std::int32_t* at(int i, bool device) { return device ? on_device[i].as<std::int32_t>() : all(i)->data(); }
   // A pointer into a table of the host's as one into the device's.
-  const std::int32_t* moved(const std::int32_t* p, int i) { return p == nullptr ? nullptr : on_device[i].as<std::int32_t>() + (p - all(i)->data()); }
+  const std::int32_t* moved(const std::int32_t* p, int i) {
+    return p == nullptr ? nullptr : on_device[i].as<std::int32_t>() + (p - all(i)->data());
+  }
 };
 
 class CudaPaged : public ::testing::Test {
@@ -78,7 +81,8 @@ class CudaPaged : public ::testing::Test {
   void TearDown() override { cuda::set_stream(nullptr); }
 
   // Tokens of each sequence, the call's included, those in pages, and the call's. Ids are drawn anew.
-  void fill(const std::vector<std::int32_t>& lengths, const std::vector<std::int32_t>& sealed, const std::vector<std::int32_t>& counts, std::uint64_t seed) {
+  void fill(const std::vector<std::int32_t>& lengths, const std::vector<std::int32_t>& sealed,
+            const std::vector<std::int32_t>& counts, std::uint64_t seed) {
     cases::Random random(seed);
     std::vector<std::int32_t> pages(kPages), blocks(kBlocks);
     for (std::size_t i = 0; i < pages.size(); ++i) pages[i] = static_cast<std::int32_t>(i);
@@ -140,7 +144,8 @@ class CudaPaged : public ::testing::Test {
   std::vector<SealJob> host_jobs() {
     std::vector<SealJob> jobs;
     for (int b = 0; b < kSequences; ++b)
-      for (int n = 0; n < range(false).most; ++n) jobs.push_back(seal_job_of(batch(false), DType::f16, range(false), b, n));
+      for (int n = 0; n < range(false).most; ++n)
+        jobs.push_back(seal_job_of(batch(false), DType::f16, range(false), b, n));
     return jobs;
   }
   AttendJob attend_job(const TensorView& q, const DeviceBytes& out) const {
@@ -155,22 +160,28 @@ class CudaPaged : public ::testing::Test {
     job.out = {out.as(), DType::f32, q.shape, q.stride};
     return job;
   }
-  std::size_t memory_bytes() const { return static_cast<std::size_t>(batch_.page_memory.page_stride) << batch_.page_memory.chunk_shift; }
+  std::size_t memory_bytes() const {
+    return static_cast<std::size_t>(batch_.page_memory.page_stride) << batch_.page_memory.chunk_shift;
+  }
   // All pages.
   std::vector<std::uint8_t> pages_now() const {
     std::vector<std::uint8_t> all;
     constexpr int kChunks = kPages / 4;
     std::vector<std::uint8_t*> chunks(kChunks);
-    EXPECT_EQ(cudaMemcpy(chunks.data(), batch_.page_memory.chunks, sizeof chunks[0] * kChunks, cudaMemcpyDeviceToHost), cudaSuccess);
+    EXPECT_EQ(cudaMemcpy(chunks.data(), batch_.page_memory.chunks, sizeof chunks[0] * kChunks, cudaMemcpyDeviceToHost),
+              cudaSuccess);
     for (const std::uint8_t* chunk : chunks) {
       all.resize(all.size() + memory_bytes());
-      EXPECT_EQ(cudaMemcpy(all.data() + all.size() - memory_bytes(), chunk, memory_bytes(), cudaMemcpyDeviceToHost), cudaSuccess);
+      EXPECT_EQ(cudaMemcpy(all.data() + all.size() - memory_bytes(), chunk, memory_bytes(), cudaMemcpyDeviceToHost),
+                cudaSuccess);
     }
     return all;
   }
   void clear_pages() const {
     std::vector<std::uint8_t*> chunks(kPages / 4);
-    EXPECT_EQ(cudaMemcpy(chunks.data(), batch_.page_memory.chunks, sizeof chunks[0] * chunks.size(), cudaMemcpyDeviceToHost), cudaSuccess);
+    EXPECT_EQ(
+        cudaMemcpy(chunks.data(), batch_.page_memory.chunks, sizeof chunks[0] * chunks.size(), cudaMemcpyDeviceToHost),
+        cudaSuccess);
     for (std::uint8_t* chunk : chunks) EXPECT_EQ(cudaMemset(chunk, 0, memory_bytes()), cudaSuccess);
   }
 
@@ -192,7 +203,8 @@ TEST_F(CudaPaged, ViewsAndJobsAreTheHosts) {
       const std::vector<SequenceView> expected = host_views(stored);
       const std::vector<std::uint8_t> got = views.read();
       for (std::size_t b = 0; b < kSequences; ++b)
-        EXPECT_EQ(std::memcmp(got.data() + b * sizeof(SequenceView), &expected[b], sizeof(SequenceView)), 0) << window << " " << stored << " " << b;
+        EXPECT_EQ(std::memcmp(got.data() + b * sizeof(SequenceView), &expected[b], sizeof(SequenceView)), 0)
+            << window << " " << stored << " " << b;
     }
     const std::vector<SealJob> expected = host_jobs();
     const DeviceBytes jobs(expected.size() * sizeof(SealJob)), rows(expected.size() * sizeof(DequantiseJob));
@@ -229,7 +241,8 @@ TEST_F(CudaPaged, JobsOnTheDeviceSealAndDequantiseAsTheHosts) {
     } else if (how == 1) {
       const DeviceBytes on_device(jobs.size() * sizeof(SealJob));
       ASSERT_TRUE(backend.make_jobs(batch(true), DType::f16, range(true), on_device.as<SealJob>()).ok());
-      ASSERT_TRUE(backend.seal(device_->spec(), batch_.page_memory, kHeads, {on_device.as<SealJob>(), jobs.size()}, true).ok());
+      ASSERT_TRUE(
+          backend.seal(device_->spec(), batch_.page_memory, kHeads, {on_device.as<SealJob>(), jobs.size()}, true).ok());
     } else {  // head by head, hidden rows as masked ones
       std::vector<std::uint8_t> flags(kPageTokens, 0);
       std::fill_n(flags.begin(), kSinks, std::uint8_t{1});
@@ -242,9 +255,11 @@ TEST_F(CudaPaged, JobsOnTheDeviceSealAndDequantiseAsTheHosts) {
           one.lambda_k = job.lambda_k + h * kDim;
           if (job.hidden > 0) one.skip = skip.as<std::uint8_t>();
           one.hidden = 0;
-          PageMemory slices = batch_.page_memory;  // a head's slices as pages of one head: pages are in chunks, slices in each
+          PageMemory slices =
+              batch_.page_memory;  // a head's slices as pages of one head: pages are in chunks, slices in each
           std::vector<std::uint8_t*> chunks(kPages / 4);
-          ASSERT_EQ(cudaMemcpy(chunks.data(), slices.chunks, sizeof chunks[0] * chunks.size(), cudaMemcpyDeviceToHost), cudaSuccess);
+          ASSERT_EQ(cudaMemcpy(chunks.data(), slices.chunks, sizeof chunks[0] * chunks.size(), cudaMemcpyDeviceToHost),
+                    cudaSuccess);
           for (std::uint8_t*& chunk : chunks) chunk += h * slices.head_stride;
           const DeviceBytes table(chunks);
           slices.chunks = table.as<std::uint8_t* const>();
@@ -265,11 +280,15 @@ TEST_F(CudaPaged, JobsOnTheDeviceSealAndDequantiseAsTheHosts) {
   for (const bool resident : {false, true}) {
     std::vector<DequantiseJob> back;
     for (int b = 0; b < kSequences; ++b)
-      for (int n = 0; n < range(false).most; ++n) back.push_back(page_job_of<DequantiseJob>(batch(false), DType::f16, range(false), b, n));
+      for (int n = 0; n < range(false).most; ++n)
+        back.push_back(page_job_of<DequantiseJob>(batch(false), DType::f16, range(false), b, n));
     if (resident) {
       const DeviceBytes on_device(back.size() * sizeof(DequantiseJob));
       ASSERT_TRUE(backend.make_jobs(batch(true), DType::f16, range(true), on_device.as<DequantiseJob>()).ok());
-      ASSERT_TRUE(backend.dequantise(device_->spec(), batch_.page_memory, kHeads, {on_device.as<DequantiseJob>(), back.size()}, true).ok());
+      ASSERT_TRUE(backend
+                      .dequantise(device_->spec(), batch_.page_memory, kHeads,
+                                  {on_device.as<DequantiseJob>(), back.size()}, true)
+                      .ok());
       ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     } else {
       ASSERT_TRUE(backend.dequantise(device_->spec(), batch_.page_memory, kHeads, back, false).ok());
@@ -281,7 +300,8 @@ TEST_F(CudaPaged, JobsOnTheDeviceSealAndDequantiseAsTheHosts) {
   EXPECT_NE(rows[0], before);
 }
 
-// Views, store and attention in one graph, replayed after tables and lengths have changed, against calls with views of the host's.
+// Views, store and attention in one graph, replayed after tables and lengths have changed, against calls with views of
+// the host's.
 TEST_F(CudaPaged, ACapturedCallReadsTheTablesWhenItRuns) {
   Backend& backend = *cuda::backend();
   constexpr std::int64_t kRows = 16, kLongest = 1200, kAll = 2400;
@@ -291,13 +311,15 @@ TEST_F(CudaPaged, ACapturedCallReadsTheTablesWhenItRuns) {
     for (std::uint16_t& h : x) h = f32_to_f16(static_cast<float>(random.normal()));
     return x;
   };
-  const DeviceBytes fresh_k(halves(kHeads * kRows * kDim)), fresh_v(halves(kHeads * kRows * kDim)), queries(halves(kHeads * kGroup * kRows * kDim));
+  const DeviceBytes fresh_k(halves(kHeads * kRows * kDim)), fresh_v(halves(kHeads * kRows * kDim)),
+      queries(halves(kHeads * kGroup * kRows * kDim));
   const TensorView k{fresh_k.as(), DType::f16, {1, kHeads, kRows, kDim}, {0, kRows * kDim, kDim, 1}};
   const TensorView v{fresh_v.as(), DType::f16, {1, kHeads, kRows, kDim}, {0, kRows * kDim, kDim, 1}};
   // Queries by row, then head.
   const TensorView q{queries.as(), DType::f16, {1, kHeads * kGroup, kRows, kDim}, {0, kDim, kHeads * kGroup * kDim, 1}};
   const std::size_t out_bytes = kHeads * kGroup * kRows * kDim * sizeof(float);
-  const DeviceBytes out(out_bytes), other(out_bytes), before(kSequences * sizeof(SequenceView)), after(kSequences * sizeof(SequenceView));
+  const DeviceBytes out(out_bytes), other(out_bytes), before(kSequences * sizeof(SequenceView)),
+      after(kSequences * sizeof(SequenceView));
   for (const std::int64_t most : {1, 9}) {
     fill({130, 1, 70, 64}, {64, 0, 0, 0}, {1, 1, 1, 1}, 1);
     const Sequences limits{{after.as<SequenceView>(), kSequences}, true, most, kLongest, kAll};
@@ -324,8 +346,12 @@ TEST_F(CudaPaged, ACapturedCallReadsTheTablesWhenItRuns) {
     struct Turn {
       std::vector<std::int32_t> lengths, sealed, counts;
     };
-    const Turn ones[] = {{{130, 1, 70, 64}, {64, 0, 0, 0}, {1, 1, 1, 1}}, {{1200, 65, 0, 200}, {1024, 64, 0, 128}, {1, 1, 0, 1}}, {{9, 0, 0, 700}, {0, 0, 0, 640}, {1, 0, 0, 0}}};
-    const Turn more[] = {{{130, 9, 70, 64}, {64, 0, 0, 0}, {1, 9, 5, 1}}, {{1200, 65, 0, 200}, {1024, 0, 0, 128}, {1, 5, 0, 9}}, {{0, 7, 0, 700}, {0, 0, 0, 640}, {0, 7, 0, 9}}};
+    const Turn ones[] = {{{130, 1, 70, 64}, {64, 0, 0, 0}, {1, 1, 1, 1}},
+                         {{1200, 65, 0, 200}, {1024, 64, 0, 128}, {1, 1, 0, 1}},
+                         {{9, 0, 0, 700}, {0, 0, 0, 640}, {1, 0, 0, 0}}};
+    const Turn more[] = {{{130, 9, 70, 64}, {64, 0, 0, 0}, {1, 9, 5, 1}},
+                         {{1200, 65, 0, 200}, {1024, 0, 0, 128}, {1, 5, 0, 9}},
+                         {{0, 7, 0, 700}, {0, 0, 0, 640}, {0, 7, 0, 9}}};
     std::uint64_t seed = 31;
     for (const Turn& turn : most == 1 ? ones : more) {
       SCOPED_TRACE(::testing::Message() << most << " " << seed);
@@ -343,7 +369,8 @@ TEST_F(CudaPaged, ACapturedCallReadsTheTablesWhenItRuns) {
           for (std::int64_t h = 0; h < kHeads; ++h) {
             const std::int32_t position = turn.lengths[b] - turn.counts[b] + t, row = tables_.queries[b] + t;
             const std::int64_t block = tables_.blocks[b * kWidth + static_cast<std::size_t>(position / kPageTokens)];
-            const std::size_t at = static_cast<std::size_t>((block * kHeads + h) * kPageTokens + position % kPageTokens) * kDim * 2;
+            const std::size_t at =
+                static_cast<std::size_t>((block * kHeads + h) * kPageTokens + position % kPageTokens) * kDim * 2;
             const std::size_t from = static_cast<std::size_t>(h * kRows + row) * kDim * 2;
             ASSERT_EQ(std::memcmp(stored_k.data() + at, fresh_k.read().data() + from, kDim * 2), 0) << b << " " << t;
             ASSERT_EQ(std::memcmp(stored_v.data() + at, fresh_v.read().data() + from, kDim * 2), 0) << b << " " << t;
@@ -357,7 +384,8 @@ TEST_F(CudaPaged, ACapturedCallReadsTheTablesWhenItRuns) {
       const std::vector<std::uint8_t> got = out.read(), want = other.read();
       ASSERT_EQ(got, want);
       std::size_t written = 0;
-      for (std::size_t i = 0; i < got.size(); i += 4) written += std::memcmp(got.data() + i, "\xff\xff\xff\xff", 4) != 0;
+      for (std::size_t i = 0; i < got.size(); i += 4)
+        written += std::memcmp(got.data() + i, "\xff\xff\xff\xff", 4) != 0;
       EXPECT_EQ(written, static_cast<std::size_t>(tables_.queries.back()) * kHeads * kGroup * kDim);
     }
     cudaGraphExecDestroy(replay);
@@ -378,7 +406,8 @@ TEST_F(CudaPaged, StoreWithoutALimitOfRowsIsRefused) {
   const TensorView rows = {k_.as(), DType::f16, {1, kHeads, 1, kDim}, {kHeads * kDim, kDim, kDim, 1}};
   const DeviceBytes workspace(std::size_t{1} << 20, 0);
   PagedBatch unbounded = batch_;
-  unbounded.queries = unbounded.lengths = unbounded.sealed = unbounded.pages = unbounded.blocks = unbounded.sinks = workspace.as<std::int32_t>();
+  unbounded.queries = unbounded.lengths = unbounded.sealed = unbounded.pages = unbounded.blocks = unbounded.sinks =
+      workspace.as<std::int32_t>();
   unbounded.most_queries = 0;
   const Status status = format->store(unbounded, rows, rows, {workspace.as<std::byte>(), std::size_t{1} << 20});
   EXPECT_EQ(status.code(), StatusCode::invalid_argument);
@@ -390,9 +419,11 @@ TEST_F(CudaPaged, RowsThatAreNotFiniteAreFoundWithoutBeingStored) {
   Backend& backend = *cuda::backend();
   constexpr std::int64_t kRows = 7;
   std::vector<std::uint16_t> rows(2 * kHeads * kRows * kDim, f32_to_f16(1.0f));
-  const auto at = [](std::int64_t b, std::int64_t h, std::int64_t t) { return static_cast<std::size_t>(((b * kHeads + h) * kRows + t) * kDim); };
+  const auto at = [](std::int64_t b, std::int64_t h, std::int64_t t) {
+    return static_cast<std::size_t>(((b * kHeads + h) * kRows + t) * kDim);
+  };
   std::vector<std::uint16_t> keys = rows, values = rows;
-  keys[at(0, 1, 3) + 5] = 0x7c00;     // infinity
+  keys[at(0, 1, 3) + 5] = 0x7c00;      // infinity
   values[at(1, 0, 6) + 127] = 0x7e00;  // NaN
   const DeviceBytes k(keys), v(values), skip(2 * kRows, 0);
   LateNote* notes[2] = {};

@@ -47,7 +47,7 @@ TEST(CudaPlan, EveryHeadDimAndRowsFitTheDevice) {
           const Fit used = fit<kDim>(plan.room, plan.segment_blocks, kind);
           EXPECT_EQ(used.readers, plan.readers_per_cta);
           EXPECT_GE(used.readers, 4);  // one to a scheduler
-          EXPECT_GE(used.depth, 2);  // the keys and the values of a page
+          EXPECT_GE(used.depth, 2);    // the keys and the values of a page
           const int queues = main_shared<kDim>(kind, used.readers, used.depth, plan.segment_blocks);
           EXPECT_LE(queues + kLineBytes, e.chip.shared);
           EXPECT_GE(plan.most_sequences, 1023);
@@ -64,9 +64,13 @@ TEST(CudaPlan, OneKernelFitsTheDevice) {
       for (const int blocks : {1, 2})
         for (const Readers kind : {Readers::warps, Readers::twos, Readers::fours}) {
           if ((kind == Readers::twos) != (kDim >= kLargeDim)) continue;  // not compiled
-          SCOPED_TRACE(::testing::Message() << "d " << kDim << ", blocks " << blocks << ", members " << members_of(kind));
+          SCOPED_TRACE(::testing::Message()
+                       << "d " << kDim << ", blocks " << blocks << ", members " << members_of(kind));
           const Fit f = fused_fit<kDim>(kind, blocks);
-          EXPECT_EQ(f.readers, kind == Readers::fours ? kFours : kind == Readers::twos ? kTwos : blocks == 1 ? Tuning<kDim>::kFused : Tuning<kDim>::kWarps[1]);
+          EXPECT_EQ(f.readers, kind == Readers::fours  ? kFours
+                               : kind == Readers::twos ? kTwos
+                               : blocks == 1           ? Tuning<kDim>::kFused
+                                                       : Tuning<kDim>::kWarps[1]);
           EXPECT_GE(f.depth, std::max(2, members_of(kind)));
           EXPECT_LE(fused_warps(kind, f.readers) * 32, 1024);
           EXPECT_LE(fused_shared<kDim>(kind, f.readers, f.depth, blocks) + kFusedStaticBytes, kH100.shared);

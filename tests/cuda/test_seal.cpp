@@ -1,4 +1,5 @@
-// Sealing and dequantising on a CUDA device against the float64 definition, by the CPU's rule of equality (seal_case.h).
+// Sealing and dequantising on a CUDA device against the float64 definition, by the CPU's rule of equality
+// (seal_case.h).
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -39,8 +40,8 @@ class CudaSeal : public ::testing::Test {
     SealJob job;
     Device(const Inputs& in, const PageSpec& spec)
         : k(in.k->dtype == DType::f32 ? DeviceBytes(in.k->f32) : DeviceBytes(in.k->f16)),
-          v(in.v->dtype == DType::f32 ? DeviceBytes(in.v->f32) : DeviceBytes(in.v->f16)),
-          skip(in.skip), lambda_k(in.lambda_k), lambda_v(in.lambda_v), slice(spec.layout.head_bytes, 0) {
+          v(in.v->dtype == DType::f32 ? DeviceBytes(in.v->f32) : DeviceBytes(in.v->f16)), skip(in.skip),
+          lambda_k(in.lambda_k), lambda_v(in.lambda_v), slice(spec.layout.head_bytes, 0) {
       pages = pages_at(slice, spec, 1);
       job = in.job();
       place(in, 0, kPageTokens);
@@ -58,9 +59,11 @@ class CudaSeal : public ::testing::Test {
   };
 
   static Codes codes_of(const PageSpec& spec, const std::vector<std::uint8_t>& slice) {
-    std::vector<std::uint8_t> k(32u * static_cast<unsigned>(spec.key.dim)), v(32u * static_cast<unsigned>(spec.value.dim));
+    std::vector<std::uint8_t> k(32u * static_cast<unsigned>(spec.key.dim)),
+        v(32u * static_cast<unsigned>(spec.value.dim));
     cuda::codes_to_canonical(spec, slice.data(), k.data(), v.data());
-    return {reference::from_canonical(k.data(), kPageTokens, spec.key.dim), reference::from_canonical(v.data(), kPageTokens, spec.value.dim)};
+    return {reference::from_canonical(k.data(), kPageTokens, spec.key.dim),
+            reference::from_canonical(v.data(), kPageTokens, spec.value.dim)};
   }
 
   static void check(const Case& c) {
@@ -73,8 +76,10 @@ class CudaSeal : public ::testing::Test {
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     const std::vector<std::uint8_t> slice = device.slice.read();
     const Codes codes = codes_of(spec, slice);
-    check_side(spec.key, *in.k, in.skip.data(), {in.lambda_k.begin(), in.lambda_k.end()}, codes.key,
-               read_u16(slice.data() + spec.layout.k_scales, kPageTokens), in.spec.key.mean ? read_u16(slice.data() + spec.layout.k_mean, spec.key.dim) : std::vector<std::uint16_t>{});
+    check_side(
+        spec.key, *in.k, in.skip.data(), {in.lambda_k.begin(), in.lambda_k.end()}, codes.key,
+        read_u16(slice.data() + spec.layout.k_scales, kPageTokens),
+        in.spec.key.mean ? read_u16(slice.data() + spec.layout.k_mean, spec.key.dim) : std::vector<std::uint16_t>{});
     check_side(spec.value, *in.v, in.skip.data(), {in.lambda_v.begin(), in.lambda_v.end()}, codes.value,
                read_u16(slice.data() + spec.layout.v_scales, kPageTokens), {});
   }
@@ -102,7 +107,8 @@ TEST_F(CudaSeal, PartsOfAPage) {
   EXPECT_EQ(whole.slice.read(), parts.slice.read());
 }
 
-// More pages than the device seals at once hold what each holds that is sealed alone: means, weights and masks included.
+// More pages than the device seals at once hold what each holds that is sealed alone: means, weights and masks
+// included.
 TEST_F(CudaSeal, PagesTogether) {
   for (int d : {80, 128}) {
     Case c;
@@ -127,7 +133,8 @@ TEST_F(CudaSeal, PagesTogether) {
     };
     std::vector<std::uint8_t> skip = in.skip;
     skip.insert(skip.end(), in.skip.begin(), in.skip.end());
-    const DeviceBytes k(twice(*in.k, in.k->stride)), v(twice(*in.v, in.v->stride)), dense_k(twice(*in.k, d)), dense_v(twice(*in.v, d)), mask(skip);
+    const DeviceBytes k(twice(*in.k, in.k->stride)), v(twice(*in.v, in.v->stride)), dense_k(twice(*in.k, d)),
+        dense_v(twice(*in.v, d)), mask(skip);
     const std::size_t bytes = spec.layout.head_bytes;
     const DeviceBytes alone(bytes * kDistinct, 0), together(bytes * kJobs, 0);
     const auto job = [&](std::size_t i, bool dense) {
@@ -150,7 +157,8 @@ TEST_F(CudaSeal, PagesTogether) {
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     const std::vector<std::uint8_t> expected = alone.read(), got = together.read();
     for (std::size_t i = 0; i < kJobs; ++i)
-      ASSERT_EQ(std::memcmp(got.data() + i * bytes, expected.data() + i % kDistinct * bytes, bytes), 0) << "d " << d << " page " << i;
+      ASSERT_EQ(std::memcmp(got.data() + i * bytes, expected.data() + i % kDistinct * bytes, bytes), 0)
+          << "d " << d << " page " << i;
     EXPECT_NE(std::memcmp(expected.data(), expected.data() + bytes, bytes), 0);
   }
 }
@@ -181,21 +189,26 @@ TEST_F(CudaSeal, DequantisesAsDefined) {
     const Codes codes = codes_of(spec, slice);
     for (int side = 0; side < 2; ++side) {
       const SideSpec& s = side == 0 ? spec.key : spec.value;
-      const std::vector<std::uint16_t> scales = read_u16(slice.data() + (side == 0 ? spec.layout.k_scales : spec.layout.v_scales), kPageTokens);
+      const std::vector<std::uint16_t> scales =
+          read_u16(slice.data() + (side == 0 ? spec.layout.k_scales : spec.layout.v_scales), kPageTokens);
       const std::vector<std::uint16_t> mean = read_u16(slice.data() + spec.layout.k_mean, d);
       const std::vector<float>& weights = side == 0 ? in.lambda_k : in.lambda_v;
       const std::vector<double> lambda(weights.begin(), weights.end());
-      const std::vector<double> expected = reference::dequantise(s, side == 0 ? codes.key.data() : codes.value.data(), scales.data(),
-                                                                 side == 0 ? mean.data() : nullptr, kPageTokens, lambda.data());
+      const std::vector<double> expected = reference::dequantise(s, side == 0 ? codes.key.data() : codes.value.data(),
+                                                                 scales.data(), side == 0 ? mean.data() : nullptr,
+                                                                 kPageTokens, lambda.data());
       const std::vector<std::uint8_t> bytes = side == 0 ? k.read() : v.read();
       for (int j = 0; j < count; ++j) {
         double norm = 0;
-        for (int i = 0; i < d; ++i) norm += std::pow(expected[static_cast<std::size_t>((first + j) * d + i)] * lambda[static_cast<std::size_t>(i)], 2);
+        for (int i = 0; i < d; ++i)
+          norm += std::pow(
+              expected[static_cast<std::size_t>((first + j) * d + i)] * lambda[static_cast<std::size_t>(i)], 2);
         for (int i = 0; i < d; ++i) {
           float got;
           std::memcpy(&got, bytes.data() + (static_cast<std::size_t>(j) * d + i) * 4, 4);
           // A sum of d products in float; their magnitudes sum to at most the row's norm, the matrix being orthonormal.
-          ASSERT_NEAR(got, expected[static_cast<std::size_t>((first + j) * d + i)], d * 0x1p-24 * std::sqrt(norm) / lambda[static_cast<std::size_t>(i)])
+          ASSERT_NEAR(got, expected[static_cast<std::size_t>((first + j) * d + i)],
+                      d * 0x1p-24 * std::sqrt(norm) / lambda[static_cast<std::size_t>(i)])
               << "d " << d << " side " << side << " token " << first + j << " channel " << i;
         }
       }
@@ -211,7 +224,8 @@ TEST(CudaOrder, RoundTrips) {
     c.key.mean = true;
     const PageSpec spec = tests::on_device(make_page(c.key, c.value));
     cases::Random random(static_cast<std::uint64_t>(d));
-    std::vector<std::uint8_t> k(32u * static_cast<unsigned>(d)), v(k.size()), k2(k.size()), v2(k.size()), slice(spec.layout.head_bytes);
+    std::vector<std::uint8_t> k(32u * static_cast<unsigned>(d)), v(k.size()), k2(k.size()), v2(k.size()),
+        slice(spec.layout.head_bytes);
     for (auto& x : k) x = static_cast<std::uint8_t>(random.bits());
     for (auto& x : v) x = static_cast<std::uint8_t>(random.bits());
     cuda::codes_from_canonical(spec, k.data(), v.data(), slice.data());

@@ -1,5 +1,5 @@
-// Caches that run beside each other on one device: threads, streams and captured graphs at once give the bits that they give one
-// after another, what they used is given back, and what the device refuses is told.
+// Caches that run beside each other on one device: threads, streams and captured graphs at once give the bits that they
+// give one after another, what they used is given back, and what the device refuses is told.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -28,7 +28,8 @@ namespace {
 using tests::DeviceBytes;
 
 constexpr int kHeads = 2, kQueryHeads = 8, kDim = 128;
-// Segments of a call, a KV head of a sequence each, are more than any device has multiprocessors (three kernels), or few (one).
+// Segments of a call, a KV head of a sequence each, are more than any device has multiprocessors (three kernels), or
+// few (one).
 constexpr int kMany = 400, kSome = 100, kFew = 20;
 
 class CudaStreams : public ::testing::Test {
@@ -109,7 +110,8 @@ class Decoder {
     EXPECT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
     for (int i = 0; i < times; ++i) {
       auto* const to = all.as<std::byte>() + out_bytes() * static_cast<std::size_t>(i);
-      if (!step() || cudaMemcpyAsync(to, out_.as(), out_bytes(), cudaMemcpyDeviceToDevice, stream) != cudaSuccess) return {};
+      if (!step() || cudaMemcpyAsync(to, out_.as(), out_bytes(), cudaMemcpyDeviceToDevice, stream) != cudaSuccess)
+        return {};
     }
     EXPECT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
     return all.read();
@@ -119,7 +121,8 @@ class Decoder {
     const std::vector<std::uint8_t> got = outputs_of(times, stream, call);
     if (got.empty()) return times;
     int wrong = 0;
-    for (int i = 0; i < times; ++i) wrong += std::memcmp(got.data() + out_bytes() * static_cast<std::size_t>(i), want_.data(), out_bytes()) != 0;
+    for (int i = 0; i < times; ++i)
+      wrong += std::memcmp(got.data() + out_bytes() * static_cast<std::size_t>(i), want_.data(), out_bytes()) != 0;
     return wrong;
   }
   TensorView rows(std::int64_t count) const {
@@ -257,11 +260,13 @@ TEST_F(CudaStreams, CapturedGraphsReplayedAtOnceGiveTheirOwnBits) {
     EXPECT_EQ(a.wrong_of(2, s, [&] { return of_a(); }), 0);
     EXPECT_EQ(b.wrong_of(2, t, [&] { return of_b(); }), 0);
     int wrong[2] = {};
-    at_once([&] { wrong[0] = a.wrong_of(kTimes, s, [&] { return of_a(); }); }, [&] { wrong[1] = b.wrong_of(kTimes, t, [&] { return of_b(); }); });
+    at_once([&] { wrong[0] = a.wrong_of(kTimes, s, [&] { return of_a(); }); },
+            [&] { wrong[1] = b.wrong_of(kTimes, t, [&] { return of_b(); }); });
     EXPECT_EQ(wrong[0], 0);
     EXPECT_EQ(wrong[1], 0);
     // A graph beside a call of another cache.
-    at_once([&] { wrong[0] = a.wrong_of(kTimes, s, [&] { return of_a(); }); }, [&] { wrong[1] = b.wrong_of(kTimes, t, [&] { return b.attend(); }); });
+    at_once([&] { wrong[0] = a.wrong_of(kTimes, s, [&] { return of_a(); }); },
+            [&] { wrong[1] = b.wrong_of(kTimes, t, [&] { return b.attend(); }); });
     EXPECT_EQ(wrong[0], 0);
     EXPECT_EQ(wrong[1], 0);
   }
@@ -410,7 +415,8 @@ TEST_F(CudaStreams, ANewCacheIsWholeOnAnyStream) {
   const auto wait = [](void* at) {
     auto& g = *static_cast<Gate*>(at);
     std::unique_lock<std::mutex> lock(g.mutex);
-    g.timed_out = !g.changed.wait_for(lock, std::chrono::seconds(5), [&g] { return g.open; });  // should what follows wait for it
+    g.timed_out =
+        !g.changed.wait_for(lock, std::chrono::seconds(5), [&g] { return g.open; });  // should what follows wait for it
   };
   ASSERT_EQ(cudaLaunchHostFunc(busy, wait, &gate), cudaSuccess);
   last.cache().set_stream(busy);
@@ -481,10 +487,12 @@ TEST_F(CudaStreamsDeathTest, SaveRefusesWithTheErrorOfTheDevice) {
     bool before = decoder->cache().save([](std::span<const std::byte>) { return Status(); }).ok();
     if (cuda::launch_put(reinterpret_cast<void*>(64), &word, sizeof(word), nullptr) != cudaSuccess) before = false;
     const Status status = decoder->cache().save([](std::span<const std::byte>) { return Status(); });
-    std::fprintf(stderr, "before: %s; after: %s\n", before ? "saved" : "failed", status.ok() ? "saved" : status.message().c_str());
+    std::fprintf(stderr, "before: %s; after: %s\n", before ? "saved" : "failed",
+                 status.ok() ? "saved" : status.message().c_str());
     std::_Exit(0);  // nothing of the device can be given back any more
   };
-  EXPECT_EXIT(fault_and_save(), ::testing::ExitedWithCode(0), "before: saved; after: .*expected success; got an illegal memory access was encountered");
+  EXPECT_EXIT(fault_and_save(), ::testing::ExitedWithCode(0),
+              "before: saved; after: .*expected success; got an illegal memory access was encountered");
 }
 
 }  // namespace

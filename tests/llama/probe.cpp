@@ -1,5 +1,5 @@
-// Runs a model through libllama and says what it wrote: a line "name: ..." for each way of arriving at the same cells, for whoever
-// compares runs with one backend and another.
+// Runs a model through libllama and says what it wrote: a line "name: ..." for each way of arriving at the same cells,
+// for whoever compares runs with one backend and another.
 //   probe BACKENDS MODEL OPTIONS GENERATED ways TEXT BYTES       (the first BYTES of the text are the prompt)
 //   probe BACKENDS MODEL OPTIONS GENERATED prompts FILE          (a prompt a line)
 //   probe BACKENDS MODEL OPTIONS GENERATED sessions TEXT BYTES STATE
@@ -39,7 +39,8 @@ llama_token best(int row) {
   const float* logits = llama_get_logits_ith(g_context, row);
   llama_token top = 0;
   const auto* bytes = reinterpret_cast<const unsigned char*>(logits);
-  for (std::size_t i = 0; i < static_cast<std::size_t>(llama_vocab_n_tokens(g_vocab)) * sizeof *logits; ++i) g_logits = (g_logits ^ bytes[i]) * 1099511628211u;
+  for (std::size_t i = 0; i < static_cast<std::size_t>(llama_vocab_n_tokens(g_vocab)) * sizeof *logits; ++i)
+    g_logits = (g_logits ^ bytes[i]) * 1099511628211u;
   for (llama_token i = 1; i < llama_vocab_n_tokens(g_vocab); ++i)
     if (logits[i] > logits[top]) top = i;
   return top;
@@ -68,7 +69,8 @@ void decode(const std::vector<Row>& rows) {
 
 void prompt(const Tokens& tokens, llama_seq_id sequence) {
   std::vector<Row> rows;
-  for (std::size_t i = 0; i < tokens.size(); ++i) rows.push_back({tokens[i], static_cast<llama_pos>(i), sequence, i + 1 == tokens.size()});
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    rows.push_back({tokens[i], static_cast<llama_pos>(i), sequence, i + 1 == tokens.size()});
   decode(rows);
 }
 
@@ -104,7 +106,8 @@ std::string contents(const std::string& path) {
 
 Tokens tokens_of(const std::string& text) {
   Tokens tokens(text.size() + 8);
-  const int n = llama_tokenize(g_vocab, text.data(), static_cast<int>(text.size()), tokens.data(), static_cast<int>(tokens.size()), true, true);
+  const int n = llama_tokenize(g_vocab, text.data(), static_cast<int>(text.size()), tokens.data(),
+                               static_cast<int>(tokens.size()), true, true);
   if (n <= 0) fail("tokenize");
   tokens.resize(static_cast<std::size_t>(n));
   return tokens;
@@ -112,7 +115,8 @@ Tokens tokens_of(const std::string& text) {
 
 ggml_type type_of(const std::string& name) {
   for (int t = 0; t < GGML_TYPE_COUNT; ++t)
-    if (ggml_type_name(static_cast<ggml_type>(t)) != nullptr && name == ggml_type_name(static_cast<ggml_type>(t))) return static_cast<ggml_type>(t);
+    if (ggml_type_name(static_cast<ggml_type>(t)) != nullptr && name == ggml_type_name(static_cast<ggml_type>(t)))
+      return static_cast<ggml_type>(t);
   fail("a cache type");
 }
 
@@ -132,7 +136,8 @@ void open(const char* path, const char* options, bool swa_full) {
     if (option == "-kvu") context.kv_unified = true;
     else if (option == "-nkvo") context.offload_kqv = false;
     else if (!(words >> value)) fail("an option's value");
-    else if (option == "-fa") context.flash_attn_type = value == "off" ? LLAMA_FLASH_ATTN_TYPE_DISABLED : LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    else if (option == "-fa")
+      context.flash_attn_type = value == "off" ? LLAMA_FLASH_ATTN_TYPE_DISABLED : LLAMA_FLASH_ATTN_TYPE_ENABLED;
     else if (option == "-ngl") model.n_gpu_layers = std::atoi(value.c_str());
     else if (option == "-ctk") context.type_k = type_of(value);
     else if (option == "-ctv") context.type_v = type_of(value);
@@ -242,7 +247,8 @@ void sessions(const Tokens& tokens, const std::string& file) {
     return 0;
   };
   int cut = 0, turned = 0;
-  for (const std::size_t size : {whole.size() - 1, whole.size() / 2, whole.size() / 3, std::size_t{100}, std::size_t{8}, std::size_t{1}})
+  for (const std::size_t size :
+       {whole.size() - 1, whole.size() / 2, whole.size() / 3, std::size_t{100}, std::size_t{8}, std::size_t{1}})
     cut += refused({whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(size)});
   for (std::size_t i = 0; i < 40; ++i) {
     std::vector<std::uint8_t> damaged = whole;
@@ -250,13 +256,15 @@ void sessions(const Tokens& tokens, const std::string& file) {
     turned += refused(damaged);
   }
   std::vector<std::uint8_t> infinite = whole;
-  for (std::size_t i = infinite.size() / 2; i + 1 < infinite.size() / 2 + 4096; i += 2) infinite[i] = 0, infinite[i + 1] = 0x7c;
+  for (std::size_t i = infinite.size() / 2; i + 1 < infinite.size() / 2 + 4096; i += 2)
+    infinite[i] = 0, infinite[i + 1] = 0x7c;
   std::printf("refused: %d cut, %d with a bit turned over, %d with infinities\n", cut, turned, refused(infinite));
 
   Tokens read(tokens.size());
   std::size_t count = 0;
   llama_memory_seq_rm(memory, 1, -1, -1);
-  if (llama_state_seq_load_file(g_context, file.c_str(), 1, read.data(), read.size(), &count) == 0 || read != tokens) fail("load");
+  if (llama_state_seq_load_file(g_context, file.c_str(), 1, read.data(), read.size(), &count) == 0 || read != tokens)
+    fail("load");
   print("loaded", go_on(first, n, 1));
 }
 
@@ -264,8 +272,10 @@ void sessions(const Tokens& tokens, const std::string& file) {
 
 int main(int argc, char** argv) {
   const std::string_view what = argc > 5 ? argv[5] : "";
-  const bool fits = (what == "ways" && argc == 8) || (what == "prompts" && argc == 7) || (what == "sessions" && argc == 9);
-  if (!fits) fail("expected BACKENDS MODEL OPTIONS GENERATED and ways TEXT BYTES, prompts FILE or sessions TEXT BYTES STATE");
+  const bool fits = (what == "ways" && argc == 8) || (what == "prompts" && argc == 7) ||
+                    (what == "sessions" && argc == 9);
+  if (!fits)
+    fail("expected BACKENDS MODEL OPTIONS GENERATED and ways TEXT BYTES, prompts FILE or sessions TEXT BYTES STATE");
   ggml_backend_load_all_from_path(argv[1]);
   llama_log_set(speak, nullptr);
   ggml_log_set(speak, nullptr);

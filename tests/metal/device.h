@@ -1,5 +1,5 @@
-// A stand-in for an Apple GPU: each .metal file is a module of the emulator (emulator/host/module.h). Whatever the emulator
-// has to report fails the test.
+// A stand-in for an Apple GPU: each .metal file is a module of the emulator (emulator/host/module.h). Whatever the
+// emulator has to report fails the test.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -35,7 +35,8 @@ class Module {
   explicit Module(const std::string& path) : module_(path) {}
 
   // threads: of the grid.
-  EmuStats run(const std::string& kernel, EmuSize threads, EmuSize group, const std::vector<void*>& buffers, std::uint64_t seed) const {
+  EmuStats run(const std::string& kernel, EmuSize threads, EmuSize group, const std::vector<void*>& buffers,
+               std::uint64_t seed) const {
     const emu::Run run = module_.run(kernel, {threads, group, seed, 0, {}}, buffers);
     EXPECT_TRUE(run.clean()) << kernel << ": result " << run.result << "; " << run.reports;
     return run.stats;

@@ -1,5 +1,5 @@
-// A scene of attention (attend_scene.h) in the memory of the emulated device: the same codes in the device's order, the same
-// rows; and calls on it.
+// A scene of attention (attend_scene.h) in the memory of the emulated device: the same codes in the device's order, the
+// same rows; and calls on it.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -21,8 +21,8 @@ namespace kv4::tests {
 
 // What the kernels of a call did.
 struct Ran {
-  std::vector<double> out;         // [batch, q_heads, T, dim]; 0 in rows that no sequence asks
-  std::vector<float> partial;      // instead, where asked for: rows of dim + 2
+  std::vector<double> out;     // [batch, q_heads, T, dim]; 0 in rows that no sequence asks
+  std::vector<float> partial;  // instead, where asked for: rows of dim + 2
   EmuStats attend = {};
   apple::AttendTables tables;
 };
@@ -32,30 +32,34 @@ struct Options {
   std::uint64_t seed = 0;  // of the order of lanes
   int cores = 8;
   bool partial = false;
-  bool chunks = false;  // pages in chunks of four that lie anywhere
-  bool blocks = false;  // exact rows in blocks that lie anywhere
+  bool chunks = false;                                       // pages in chunks of four that lie anywhere
+  bool blocks = false;                                       // exact rows in blocks that lie anywhere
   std::function<void(SequenceView&, int)> change = nullptr;  // of a sequence's view, before the call
-  const AttendArgs* args = nullptr;                // in place of the call's own
-  std::vector<float> sinks_k = {}, sinks_v = {};   // rows behind all others, those of exact[0]
+  const AttendArgs* args = nullptr;                          // in place of the call's own
+  std::vector<float> sinks_k = {}, sinks_v = {};             // rows behind all others, those of exact[0]
 };
 
 class MetalScene {
  public:
-  explicit MetalScene(const scene::Scene& s) : scene_(s), spec_(s.spec().key.rotation ? on_metal(s.spec()) : PageSpec()) {
+  explicit MetalScene(const scene::Scene& s)
+      : scene_(s), spec_(s.spec().key.rotation ? on_metal(s.spec()) : PageSpec()) {
     const int heads = s.shape().kv_heads;
     const PageMemory from = s.pages();
     memory_.head_stride = spec_.layout.head_bytes;
     memory_.page_stride = memory_.head_stride * heads;
     memory_.chunk_shift = 2;
-    const std::int64_t pages = from.page_stride == 0 ? 0 : static_cast<std::int64_t>(s.pages_bytes()) / from.page_stride;
+    const std::int64_t pages = from.page_stride == 0 ? 0
+                                                     : static_cast<std::int64_t>(s.pages_bytes()) / from.page_stride;
     const std::int64_t chunk = 4 * memory_.page_stride + 64, chunks = (pages + 3) / 4;
     pages_.assign(static_cast<std::size_t>(pages * memory_.page_stride), 0);
     chunked_.assign(static_cast<std::size_t>(chunks * chunk), 0);
     for (std::int64_t i = 0; i < chunks; ++i) chunk_at_.push_back((chunks - 1 - i) * chunk);
     for (std::int64_t id = 0; id < pages; ++id) {
       std::uint8_t* page = pages_.data() + id * memory_.page_stride;
-      for (int h = 0; h < heads; ++h) convert(slice_at(from, static_cast<std::int32_t>(id), h), page + h * memory_.head_stride);
-      std::memcpy(chunked_.data() + chunk_at_[static_cast<std::size_t>(id / 4)] + id % 4 * memory_.page_stride, page, static_cast<std::size_t>(memory_.page_stride));
+      for (int h = 0; h < heads; ++h)
+        convert(slice_at(from, static_cast<std::int32_t>(id), h), page + h * memory_.head_stride);
+      std::memcpy(chunked_.data() + chunk_at_[static_cast<std::size_t>(id / 4)] + id % 4 * memory_.page_stride, page,
+                  static_cast<std::size_t>(memory_.page_stride));
     }
     std::int32_t blocks = 0;
     for (const SequenceView& view : s.views(1))
@@ -85,8 +89,9 @@ class MetalScene {
     const AttendArgs& args = options.args != nullptr ? *options.args : call.args;
     const std::int64_t heads = args.q.shape[1], queries = args.q.shape[2], d = s.shape().dim_v;
     std::vector<std::uint8_t> k_rows = options.blocks ? block_k_ : k_, v_rows = options.blocks ? block_v_ : v_;
-    const std::size_t sinks_at[2] = {append(&k_rows, options.sinks_k.data(), static_cast<std::int64_t>(options.sinks_k.size())),
-                                     append(&v_rows, options.sinks_v.data(), static_cast<std::int64_t>(options.sinks_v.size()))};
+    const std::size_t sinks_at[2] = {
+        append(&k_rows, options.sinks_k.data(), static_cast<std::int64_t>(options.sinks_k.size())),
+        append(&v_rows, options.sinks_v.data(), static_cast<std::int64_t>(options.sinks_v.size()))};
     std::vector<float> lambda_k, lambda_v;
     for (int b = 0; b < s.batch() && s.shape().lambda; ++b) {
       lambda_k.insert(lambda_k.end(), s.lambda_k(0), s.lambda_k(0) + s.shape().kv_heads * d);
@@ -126,8 +131,10 @@ class MetalScene {
       job.out.stride = {queries * heads * width, width, heads * width, 1};
     }
     Ran ran;
-    const std::vector<std::int64_t> places = options.chunks ? apple::page_table(memory_, chunk_at_) : apple::page_table(memory_);
-    ran.tables = apple::attend_tables(job, {k_rows.data(), v_rows.data(), lambda_k.data(), lambda_v.data()}, places, options.cores);
+    const std::vector<std::int64_t> places = options.chunks ? apple::page_table(memory_, chunk_at_)
+                                                            : apple::page_table(memory_);
+    ran.tables = apple::attend_tables(job, {k_rows.data(), v_rows.data(), lambda_k.data(), lambda_v.data()}, places,
+                                      options.cores);
     const apple::AttendTables& t = ran.tables;
 
     std::vector<float> query_matrix, output_matrix;
@@ -140,27 +147,36 @@ class MetalScene {
     const std::uint32_t kv_heads = u32(s.shape().kv_heads), batch = u32(s.batch());
     {
       const Module& m = Module::get("rotate", options.build);
-      const Buffer q(m, "q", call.q), matrix(m, "matrix", query_matrix), lambda(m, "lambda", lambda_k), sequences(m, "sequences", t.sequences);
-      const Buffer table(m, "call", t.call), factors(m, "factors", t.factors), out(m, "out", nullptr, prepared.size() * 4, EMU_OUTPUT);
-      m.run("kv4_prepare", {KV4_ROW_THREADS * u32(heads) / kv_heads, u32(queries), batch * kv_heads}, {KV4_ROW_THREADS, 1, 1},
-            {q.data(), matrix.data(), lambda.data(), sequences.data(), table.data(), factors.data(), out.data()}, options.seed);
+      const Buffer q(m, "q", call.q), matrix(m, "matrix", query_matrix), lambda(m, "lambda", lambda_k),
+          sequences(m, "sequences", t.sequences);
+      const Buffer table(m, "call", t.call), factors(m, "factors", t.factors),
+          out(m, "out", nullptr, prepared.size() * 4, EMU_OUTPUT);
+      m.run("kv4_prepare", {KV4_ROW_THREADS * u32(heads) / kv_heads, u32(queries), batch * kv_heads},
+            {KV4_ROW_THREADS, 1, 1},
+            {q.data(), matrix.data(), lambda.data(), sequences.data(), table.data(), factors.data(), out.data()},
+            options.seed);
       prepared = out.read<float>();
     }
     const Module& m = Module::get("attend", options.build);
     const Buffer sequences(m, "sequences", t.sequences), table(m, "call", t.call);
     const Buffer states_out(m, "states", nullptr, states.size() * 4, EMU_OUTPUT);
     {
-      const Buffer q(m, "queries", prepared), pages(m, "pages", options.chunks ? chunked_ : pages_), ids(m, "ids", t.ids), k(m, "exact_k", k_rows), v(m, "exact_v", v_rows);
+      const Buffer q(m, "queries", prepared), pages(m, "pages", options.chunks ? chunked_ : pages_),
+          ids(m, "ids", t.ids), k(m, "exact_k", k_rows), v(m, "exact_v", v_rows);
       const Buffer mask(m, "mask", call.mask), levels(m, "levels", t.levels), factors(m, "factors", t.factors);
       const std::string kernel = "kv4_attend_d" + std::to_string(t.dim) + "_r" + std::to_string(t.block_rows);
-      ran.attend = m.run(kernel, {KV4_ATTEND_THREADS * u32(t.splits), kv_heads * u32(t.blocks), batch}, {KV4_ATTEND_THREADS, 1, 1},
-                         {q.data(), pages.data(), ids.data(), k.data(), v.data(), mask.data(), levels.data(), sequences.data(),
-                          table.data(), factors.data(), states_out.data()}, options.seed);
+      ran.attend = m.run(kernel, {KV4_ATTEND_THREADS * u32(t.splits), kv_heads * u32(t.blocks), batch},
+                         {KV4_ATTEND_THREADS, 1, 1},
+                         {q.data(), pages.data(), ids.data(), k.data(), v.data(), mask.data(), levels.data(),
+                          sequences.data(), table.data(), factors.data(), states_out.data()},
+                         options.seed);
     }
     const Buffer matrix(m, "matrix", output_matrix), lambda(m, "lambda", lambda_v), sinks(m, "sinks", call.sinks);
     const Buffer out(m, "out", memory, EMU_INOUT), state_in(m, "states", states_out.read());
-    m.run("kv4_merge", {KV4_ROW_THREADS * u32(heads) / kv_heads, u32(queries), batch * kv_heads}, {KV4_ROW_THREADS, 1, 1},
-          {state_in.data(), matrix.data(), lambda.data(), sinks.data(), sequences.data(), table.data(), out.data()}, options.seed);
+    m.run("kv4_merge", {KV4_ROW_THREADS * u32(heads) / kv_heads, u32(queries), batch * kv_heads},
+          {KV4_ROW_THREADS, 1, 1},
+          {state_in.data(), matrix.data(), lambda.data(), sinks.data(), sequences.data(), table.data(), out.data()},
+          options.seed);
     if (options.partial) {
       ran.partial = out.read<float>();
       return ran;
@@ -171,7 +187,8 @@ class MetalScene {
         for (std::int64_t r = 0; r < queries; ++r) {
           const SequenceView& view = views[static_cast<std::size_t>(b)];
           const bool own = r >= view.input_row && r < view.input_row + view.query_count;
-          const std::uint8_t* row = bytes.data() + (view.input * job.out.stride[0] + h * width + r * heads * width) * size;
+          const std::uint8_t* row = bytes.data() +
+                                    (view.input * job.out.stride[0] + h * width + r * heads * width) * size;
           for (std::int64_t c = 0; c < d; ++c) ran.out.push_back(own ? element(row + c * size, call.out_dtype) : 0.0);
           for (std::int64_t i = own ? d * size : 0; i < width * size; ++i) EXPECT_EQ(row[i], kGuard);
         }
@@ -211,11 +228,13 @@ class MetalScene {
   std::size_t block_bytes(std::int64_t stride) const {
     return static_cast<std::size_t>(scene_.shape().kv_heads * kPageTokens * stride) * size_of(scene_.shape().dtype);
   }
-  void put_row(std::vector<std::uint8_t>* to, std::int32_t block, int head, std::int64_t row, const void* from, std::int64_t element, std::int64_t stride) const {
+  void put_row(std::vector<std::uint8_t>* to, std::int32_t block, int head, std::int64_t row, const void* from,
+               std::int64_t element, std::int64_t stride) const {
     const std::size_t size = size_of(scene_.shape().dtype);
     const std::size_t at = static_cast<std::size_t>((head * kPageTokens + row % kPageTokens) * stride) * size;
     std::memcpy(to->data() + static_cast<std::size_t>(block) * block_bytes(stride) + at,
-                static_cast<const std::uint8_t*>(from) + static_cast<std::size_t>(element) * size, static_cast<std::size_t>(stride) * size);
+                static_cast<const std::uint8_t*>(from) + static_cast<std::size_t>(element) * size,
+                static_cast<std::size_t>(stride) * size);
   }
 
   const scene::Scene& scene_;

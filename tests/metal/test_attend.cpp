@@ -1,5 +1,5 @@
-// Attention by the Metal kernels, emulated, against float64 attention over the dequantised cache, on the CPU's cases and
-// within the CPU's bounds: the Metal kernels compute in float and round neither queries nor weights.
+// Attention by the Metal kernels, emulated, against float64 attention over the dequantised cache, on the CPU's cases
+// and within the CPU's bounds: the Metal kernels compute in float and round neither queries nor weights.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -27,7 +27,8 @@ void check(const Scene& s, const Call& call, const Options& options = {}) {
   const std::vector<reference::DenseTokens> dense = s.dense();
   std::vector<std::int64_t> position;
   for (int b = 0; b < s.batch(); ++b) position.push_back(s.length(b) - call.args.q.shape[2]);
-  const reference::Attention expected = reference::attend(call.args, s.shape().kv_heads, s.shape().dim_v, dense, position);
+  const reference::Attention expected =
+      reference::attend(call.args, s.shape().kv_heads, s.shape().dim_v, dense, position);
   const Ran ran = MetalScene(s).run(call, options);
   scene::expect_within(s, call, ran.out, expected, scene::bounds(s, call, dense, expected));
   double worst = 0;
@@ -40,11 +41,15 @@ void check(const Scene& s, const Call& call, const Options& options = {}) {
 
 // One of a scene's checks in a build, with a seed of its own for the order of lanes.
 auto in(Build build) {
-  return [build, seed = std::uint64_t{0}](const Scene& s, const Call& call) mutable { check(s, call, {.build = build, .seed = ++seed}); };
+  return [build, seed = std::uint64_t{0}](const Scene& s, const Call& call) mutable {
+    check(s, call, {.build = build, .seed = ++seed});
+  };
 }
 
 TEST(MetalAttend, EveryHeadDimAndGroup) { scene::every_head_dim_and_group(scene::kEveryDType, 1, in(Build::fast)); }
-TEST(MetalAttend, EveryHeadDimAndGroupChecked) { scene::every_head_dim_and_group(scene::kEveryDType, 7, in(Build::check)); }
+TEST(MetalAttend, EveryHeadDimAndGroupChecked) {
+  scene::every_head_dim_and_group(scene::kEveryDType, 7, in(Build::check));
+}
 TEST(MetalAttend, EveryTokenCount) { scene::every_token_count(in(Build::fast)); }
 TEST(MetalAttend, OnlyPagesAndAPartOfOne) { scene::pages_and_a_part_of_one(in(Build::fast)); }
 TEST(MetalAttend, ManyQueries) { scene::many_queries(scene::kEveryDType, {2, 5, 9, 33}, in(Build::fast)); }
@@ -79,7 +84,8 @@ TEST(MetalAttend, SequencesWithRowsOfTheirOwn) {
     shape.group = 2;
     shape.rotation = RotationKind::srht;
     shape.seed = 4300;
-    const Scene s(shape, {Held{4, 640, 70, 0}, Held{0, 0, 40, 3}, Held{4, 128, 127, 20}, Held{2, 0, 9, 0}, Held{0, 320, 64, 0}});
+    const Scene s(
+        shape, {Held{4, 640, 70, 0}, Held{0, 0, 40, 3}, Held{4, 128, 127, 20}, Held{2, 0, 9, 0}, Held{0, 320, 64, 0}});
     Call call(s, 9);
     call.starts({5, 10, 25, 0, 100});
     call.windows({200, 0, 64, 4, 1000});
@@ -108,7 +114,8 @@ TEST(MetalAttend, SequencesWithRowsOfTheirOwn) {
       const Ran ran = MetalScene(s).run(call, options);
       const std::size_t rows = ran.out.size() / 128, per_sequence = rows / counts.size();
       for (std::size_t row = 0; row < rows; ++row)
-        if (static_cast<std::int64_t>(row % 9) < 9 - counts[row / per_sequence]) std::fill_n(expected.out.begin() + static_cast<std::ptrdiff_t>(row * 128), 128, 0.0);
+        if (static_cast<std::int64_t>(row % 9) < 9 - counts[row / per_sequence])
+          std::fill_n(expected.out.begin() + static_cast<std::ptrdiff_t>(row * 128), 128, 0.0);
       scene::expect_within(s, call, ran.out, expected, scene::bounds(s, call, dense, expected));
     }
   }
@@ -131,7 +138,8 @@ TEST(MetalAttend, HiddenTokensOfTheFirstPageAreReadFromExactRows) {
       std::copy(exact.k[h].begin(), exact.k[h].end(), dense[0].k[h].begin());
       std::copy(exact.v[h].begin(), exact.v[h].end(), dense[0].v[h].begin());
     }
-    const reference::Attention expected = reference::attend(call.args, 2, 128, dense, std::vector<std::int64_t>{s.length(0) - 2});
+    const reference::Attention expected =
+        reference::attend(call.args, 2, 128, dense, std::vector<std::int64_t>{s.length(0) - 2});
     Options options{.build = Build::check};
     options.sinks_k = k;
     options.sinks_v = v;
@@ -246,11 +254,13 @@ TEST(MetalAttend, PartialStatesGiveTheWhole) {
   for (std::size_t r = 0; r < rows.size() / 130; ++r) {
     ASSERT_NEAR(rows[r * 130 + 128], expected.m[r], 1e-4);
     ASSERT_NEAR(rows[r * 130 + 129], expected.l[r], 1e-4 * expected.l[r]);
-    for (std::size_t c = 0; c < 128; ++c) ASSERT_NEAR(rows[r * 130 + c] / rows[r * 130 + 129], whole[r * 128 + c], 1e-5) << r << " " << c;
+    for (std::size_t c = 0; c < 128; ++c)
+      ASSERT_NEAR(rows[r * 130 + c] / rows[r * 130 + 129], whole[r * 128 + c], 1e-5) << r << " " << c;
   }
 }
 
-// 136 bytes a token at d = 128, read once for all query heads of a KV head: what twice the pages add in the same splits.
+// 136 bytes a token at d = 128, read once for all query heads of a KV head: what twice the pages add in the same
+// splits.
 TEST(MetalAttend, ReadsEachByteOnce) {
   std::uint64_t bytes[2];
   for (int twice = 0; twice < 2; ++twice) {

@@ -1,5 +1,6 @@
-// The Metal backend with an emulated GPU behind gpu.h: the CPU's sessions against the definition, through the C++ cache. What
-// is left untested is gpu.mm. On macOS the same file is built with KV4_METAL_ON_DEVICE and runs on the machine's GPU.
+// The Metal backend with an emulated GPU behind gpu.h: the CPU's sessions against the definition, through the C++
+// cache. What is left untested is gpu.mm. On macOS the same file is built with KV4_METAL_ON_DEVICE and runs on the
+// machine's GPU.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -44,7 +45,9 @@ class EmulatedGpu final : public apple::Gpu {
   }
   bool holds(const void* p) const override {
     const auto it = held_.upper_bound(const_cast<void*>(p));
-    return it != held_.begin() && static_cast<const std::byte*>(p) < static_cast<const std::byte*>(std::prev(it)->first) + bytes_.at(std::prev(it)->first);
+    return it != held_.begin() &&
+           static_cast<const std::byte*>(p) <
+               static_cast<const std::byte*>(std::prev(it)->first) + bytes_.at(std::prev(it)->first);
   }
   // A distance from the CPU's places, so that one is not taken for the other.
   std::uint64_t address(const void* p) const override { return reinterpret_cast<std::uint64_t>(p) + kShift; }
@@ -54,7 +57,8 @@ class EmulatedGpu final : public apple::Gpu {
     for (const apple::Launch& l : launches) {
       std::vector<void*> buffers;
       for (const void* p : l.buffers) buffers.push_back(const_cast<void*>(p));
-      const emu::Run done = module().run(l.kernel, {{l.threads[0], l.threads[1], l.threads[2]}, {l.group, 1, 1}, ++seed_, 0, {}}, buffers);
+      const emu::Run done = module().run(
+          l.kernel, {{l.threads[0], l.threads[1], l.threads[2]}, {l.group, 1, 1}, ++seed_, 0, {}}, buffers);
       EXPECT_TRUE(done.clean()) << l.kernel << ": result " << done.result << "; " << done.reports;
       EXPECT_EQ(l.dim, 64);
     }
@@ -69,7 +73,8 @@ class EmulatedGpu final : public apple::Gpu {
   static constexpr std::uint64_t kShift = std::uint64_t{1} << 40;
   const emu::Module& module() {
     std::unique_ptr<emu::Module>& m = modules_[build];
-    if (m == nullptr) m = std::make_unique<emu::Module>(std::string(KV4_METAL_MODULES) + "/kv4." + tests::name_of(build) + ".so");
+    if (m == nullptr)
+      m = std::make_unique<emu::Module>(std::string(KV4_METAL_MODULES) + "/kv4." + tests::name_of(build) + ".so");
     return *m;
   }
   std::map<Build, std::unique_ptr<emu::Module>> modules_;
@@ -106,7 +111,8 @@ class MetalPlace final : public sessions::Place {
   explicit MetalPlace(DType dtype = DType::f32) : dtype_(dtype) {}
   std::string backend() const override { return "metal"; }
   DType dtype() const override { return dtype_; }
-  TensorView rows(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) override {
+  TensorView rows(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t,
+                  std::int64_t d) override {
     TensorView v = view(x, b, h, t, d);
     if (dtype_ == DType::f32) return v;
     std::vector<std::uint16_t>& halves = held_.emplace_back();
@@ -142,11 +148,20 @@ TEST(MetalBackend, RecordingEvictsNothing) {
   recording(&place);
 }
 
-// Memory that a host owns: ragged calls, blocks of exact rows, sinks beside the page that they are sealed in, windows of a call.
+// Memory that a host owns: ragged calls, blocks of exact rows, sinks beside the page that they are sealed in, windows
+// of a call.
 TEST(MetalBackend, AServerReadsWhatPlainViewsRead) {
   tests::run_server({.backend = "metal"}, 21, 25);
-  tests::run_server({.backend = "metal", .kv_heads = 3, .group = 1, .dtype = DType::bf16, .sinks = 64, .window = 100, .lambda = false}, 22, 25);
-  tests::run_server({.backend = "metal", .group = 2, .sinks = 0, .window = 33, .lambda_per_sequence = true, .exact = 0}, 23, 25);
+  tests::run_server({.backend = "metal",
+                     .kv_heads = 3,
+                     .group = 1,
+                     .dtype = DType::bf16,
+                     .sinks = 64,
+                     .window = 100,
+                     .lambda = false},
+                    22, 25);
+  tests::run_server({.backend = "metal", .group = 2, .sinks = 0, .window = 33, .lambda_per_sequence = true, .exact = 0},
+                    23, 25);
 }
 
 #ifndef KV4_METAL_ON_DEVICE
@@ -162,7 +177,8 @@ TEST(MetalBackend, EveryLaunchIsClean) {
     s.step(2);
     const auto arriving = make(Recipe::paper(), kShape, 0, DType::f32, "metal");
     for (const std::int64_t tokens : {70, 1, 5}) {
-      const std::vector<float> k = cases::normal_rows(kShape.kv_heads * tokens, kShape.dim, 3), q = cases::normal_rows(kShape.q_heads * tokens, kShape.dim, 4);
+      const std::vector<float> k = cases::normal_rows(kShape.kv_heads * tokens, kShape.dim, 3),
+                               q = cases::normal_rows(kShape.q_heads * tokens, kShape.dim, 4);
       std::vector<float> out(q.size());
       AttendArgs args;
       args.q = view(q, 1, kShape.q_heads, tokens, kShape.dim);
@@ -183,7 +199,8 @@ TEST(MetalBackend, CallsGiveWhatTheCpuGives) {
   std::int64_t length = 0;
   for (const std::int64_t tokens : {200, 30, 1}) {
     length += tokens;
-    const std::vector<float> k = cases::normal_rows(2 * kShape.kv_heads * tokens, d, ++seed), v = cases::normal_rows(2 * kShape.kv_heads * tokens, d, ++seed);
+    const std::vector<float> k = cases::normal_rows(2 * kShape.kv_heads * tokens, d, ++seed),
+                             v = cases::normal_rows(2 * kShape.kv_heads * tokens, d, ++seed);
     const std::vector<float> q = cases::normal_rows(2 * heads * tokens, d, ++seed, 0.3);
     for (const auto& cache : caches)
       ASSERT_TRUE(cache->append(view(k, 2, kShape.kv_heads, tokens, d), view(v, 2, kShape.kv_heads, tokens, d)).ok());
@@ -192,7 +209,8 @@ TEST(MetalBackend, CallsGiveWhatTheCpuGives) {
     std::vector<float> additive(static_cast<std::size_t>(heads * columns));
     cases::Random random(++seed);
     for (std::uint8_t& x : boolean) x = random.below(3) != 0;
-    for (float& x : additive) x = random.below(4) == 0 ? -std::numeric_limits<float>::infinity() : static_cast<float>(random.below(9)) / 8;
+    for (float& x : additive)
+      x = random.below(4) == 0 ? -std::numeric_limits<float>::infinity() : static_cast<float>(random.below(9)) / 8;
     const std::vector<float> sinks = {0.5f, -1.0f, 2.0f, 0.0f};
     const std::vector<std::int32_t> windows = {90, 0};
     for (int kind = 0; kind < 4; ++kind) {
@@ -252,7 +270,8 @@ TEST(MetalBackend, SealsOnArrivalWhatTheCpuSeals) {
   std::unique_ptr<Cache> caches[4] = {make(Recipe::paper(), kShape, 0, DType::f32, "metal"), make(Recipe::paper())};
   std::uint64_t seed = 31;
   const auto step = [&](std::unique_ptr<Cache>* both, std::int64_t tokens) {
-    const std::vector<float> k = cases::normal_rows(kShape.kv_heads * tokens, d, ++seed), v = cases::normal_rows(kShape.kv_heads * tokens, d, ++seed);
+    const std::vector<float> k = cases::normal_rows(kShape.kv_heads * tokens, d, ++seed),
+                             v = cases::normal_rows(kShape.kv_heads * tokens, d, ++seed);
     const std::vector<float> q = cases::normal_rows(heads * tokens, d, ++seed, 0.3);
     AttendArgs args;
     args.q = view(q, 1, heads, tokens, d);
@@ -405,7 +424,8 @@ TEST(MetalBackend, OneHeadDimsTextHasItsOwnInstances) {
     EXPECT_NE(whole.find(name), std::string::npos);
     EXPECT_EQ(own.find(name), std::string::npos);
   }
-  for (const char* kernel : {"kv4_attend_d128_r8\"", "kernel void kv4_prepare(", "kernel void kv4_merge(", "kernel void kv4_seal(", "kernel void kv4_dequantise("})
+  for (const char* kernel : {"kv4_attend_d128_r8\"", "kernel void kv4_prepare(", "kernel void kv4_merge(",
+                             "kernel void kv4_seal(", "kernel void kv4_dequantise("})
     EXPECT_NE(own.find(kernel), std::string::npos) << kernel;
 }
 

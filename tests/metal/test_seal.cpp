@@ -1,5 +1,5 @@
-// Sealing and dequantising by the Metal kernels, emulated, against the float64 definition, by the CPU's rule of equality
-// (seal_case.h).
+// Sealing and dequantising by the Metal kernels, emulated, against the float64 definition, by the CPU's rule of
+// equality (seal_case.h).
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -42,7 +42,8 @@ struct Pool {
     const std::vector<std::uint8_t> first(from, from + static_cast<std::ptrdiff_t>(head_bytes));
     EXPECT_TRUE(std::equal(first.begin(), first.end(), from + static_cast<std::ptrdiff_t>(head_bytes))) << "heads";
     const auto untouched = [&](std::size_t begin, std::size_t end) {
-      EXPECT_EQ(std::count(bytes.begin() + static_cast<std::ptrdiff_t>(begin), bytes.begin() + static_cast<std::ptrdiff_t>(end), 0xcd),
+      EXPECT_EQ(std::count(bytes.begin() + static_cast<std::ptrdiff_t>(begin),
+                           bytes.begin() + static_cast<std::ptrdiff_t>(end), 0xcd),
                 static_cast<std::ptrdiff_t>(end - begin));
     };
     untouched(0, page);
@@ -56,8 +57,8 @@ struct Pool {
 };
 
 // Seals tokens [first, first + count) of one side into page 1.
-void seal_side(const Module& m, const PageSpec& spec, const Inputs& in, bool values, int first, int count, Pool* pool, std::uint64_t seed,
-               int hidden = 0) {
+void seal_side(const Module& m, const PageSpec& spec, const Inputs& in, bool values, int first, int count, Pool* pool,
+               std::uint64_t seed, int hidden = 0) {
   const SideSpec& side = values ? spec.value : spec.key;
   const Rows& rows = values ? *in.v : *in.k;
   std::vector<float> weights = values ? in.lambda_v : in.lambda_k;
@@ -68,18 +69,24 @@ void seal_side(const Module& m, const PageSpec& spec, const Inputs& in, bool val
   std::vector<std::int64_t> table;
   apple::add_job(&table, job, values, {first * rows.stride, first, weights.empty() ? apple::kNowhere : 0});
   const Buffer data = rows.dtype == DType::f32 ? Buffer(m, "rows", rows.f32) : Buffer(m, "rows", rows.f16);
-  const Buffer skip(m, "skip", in.skip), lambda(m, "lambda", weights), matrix(m, "matrix", apple::sealing_matrix(*side.rotation));
+  const Buffer skip(m, "skip", in.skip), lambda(m, "lambda", weights),
+      matrix(m, "matrix", apple::sealing_matrix(*side.rotation));
   const Buffer pages(m, "pages", pool->bytes, EMU_INOUT), jobs(m, "jobs", table);
-  const Buffer sides(m, "side", apple::side_table(spec, values, pool->places)), levels(m, "levels", apple::level_table(side));
-  m.run("kv4_seal", {kThreads, Pool::kHeads, 1}, {kThreads, 1, 1},
-        {data.data(), skip.data(), lambda.data(), matrix.data(), jobs.data(), sides.data(), levels.data(), pages.data()}, seed);
+  const Buffer sides(m, "side", apple::side_table(spec, values, pool->places)),
+      levels(m, "levels", apple::level_table(side));
+  m.run(
+      "kv4_seal", {kThreads, Pool::kHeads, 1}, {kThreads, 1, 1},
+      {data.data(), skip.data(), lambda.data(), matrix.data(), jobs.data(), sides.data(), levels.data(), pages.data()},
+      seed);
   pool->bytes = pages.read();
 }
 
 Codes codes_of(const PageSpec& spec, const std::vector<std::uint8_t>& slice) {
-  std::vector<std::uint8_t> k(32u * static_cast<unsigned>(spec.key.dim)), v(32u * static_cast<unsigned>(spec.value.dim));
+  std::vector<std::uint8_t> k(32u * static_cast<unsigned>(spec.key.dim)),
+      v(32u * static_cast<unsigned>(spec.value.dim));
   apple::codes_to_canonical(spec, slice.data(), k.data(), v.data());
-  return {reference::from_canonical(k.data(), kPageTokens, spec.key.dim), reference::from_canonical(v.data(), kPageTokens, spec.value.dim)};
+  return {reference::from_canonical(k.data(), kPageTokens, spec.key.dim),
+          reference::from_canonical(v.data(), kPageTokens, spec.value.dim)};
 }
 
 void check(const Case& c, Build build, std::uint64_t seed) {
@@ -176,16 +183,20 @@ TEST(MetalSeal, DequantisesAsDefined) {
         apple::add_job(&jobs_table, job, values, {3, -1, 0});
         std::vector<float> both = weights;
         both.insert(both.end(), weights.begin(), weights.end());
-        const Buffer pages(m, "pages", pool.bytes), weight(m, "lambda", both), matrix(m, "matrix", apple::output_matrix(*s.rotation));
+        const Buffer pages(m, "pages", pool.bytes), weight(m, "lambda", both),
+            matrix(m, "matrix", apple::output_matrix(*s.rotation));
         const Buffer jobs(m, "jobs", jobs_table);
-        const Buffer table(m, "side", apple::side_table(spec, values, pool.places)), levels(m, "levels", apple::level_table(s));
+        const Buffer table(m, "side", apple::side_table(spec, values, pool.places)),
+            levels(m, "levels", apple::level_table(s));
         const Buffer out(m, "out", nullptr, static_cast<std::size_t>(3 + (60 + count) * (d + 2)) * 4, EMU_OUTPUT);
         m.run("kv4_dequantise", {kThreads, kPageTokens, Pool::kHeads}, {kThreads, 1, 1},
               {pages.data(), weight.data(), matrix.data(), jobs.data(), table.data(), levels.data(), out.data()}, 11);
-        const std::vector<std::uint16_t> scales = read_u16(slice.data() + (values ? spec.layout.v_scales : spec.layout.k_scales), kPageTokens);
+        const std::vector<std::uint16_t> scales =
+            read_u16(slice.data() + (values ? spec.layout.v_scales : spec.layout.k_scales), kPageTokens);
         const std::vector<std::uint16_t> mean = read_u16(slice.data() + spec.layout.k_mean, d);
-        const std::vector<double> expected = reference::dequantise(s, values ? codes.value.data() : codes.key.data(), scales.data(),
-                                                                   values ? nullptr : mean.data(), kPageTokens, lambda.data());
+        const std::vector<double> expected = reference::dequantise(s, values ? codes.value.data() : codes.key.data(),
+                                                                   scales.data(), values ? nullptr : mean.data(),
+                                                                   kPageTokens, lambda.data());
         const std::vector<float> got = out.read<float>();
         for (int j = 0; j < count; ++j) {
           double norm = 0;
@@ -211,7 +222,8 @@ TEST(MetalOrder, RoundTrips) {
     c.key.mean = true;
     const PageSpec spec = on_metal(make_page(c.key, c.value));
     cases::Random random(static_cast<std::uint64_t>(d));
-    std::vector<std::uint8_t> k(32u * static_cast<unsigned>(d)), v(k.size()), k2(k.size()), v2(k.size()), slice(spec.layout.head_bytes);
+    std::vector<std::uint8_t> k(32u * static_cast<unsigned>(d)), v(k.size()), k2(k.size()), v2(k.size()),
+        slice(spec.layout.head_bytes);
     for (auto& x : k) x = static_cast<std::uint8_t>(random.bits());
     for (auto& x : v) x = static_cast<std::uint8_t>(random.bits());
     apple::codes_from_canonical(spec, k.data(), v.data(), slice.data());

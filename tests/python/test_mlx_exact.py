@@ -13,7 +13,17 @@ from mlx_lm.models import cache as stock  # noqa: E402
 
 import kv4.mlx  # noqa: E402
 from kv4 import Recipe  # noqa: E402
-from mlx_cases import MODELS, SLIDING, VOCABULARY, WINDOW, greedy, greedy_batch, logits_along, model_of, prompt_of  # noqa: E402
+from mlx_cases import (  # noqa: E402
+    MODELS,
+    SLIDING,
+    VOCABULARY,
+    WINDOW,
+    greedy,
+    greedy_batch,
+    logits_along,
+    model_of,
+    prompt_of,
+)
 
 NEW = 40
 

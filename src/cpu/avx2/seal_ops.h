@@ -18,11 +18,11 @@ struct SealOps {
   // Saturation keeps what is beyond a byte at 255, and the sign of a float's bits.
   static KV4_INLINE I gather_bytes(const I (&v)[4]) {
     return interleave(_mm256_packus_epi16(_mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]),
-                                        _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3])));
+                                          _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3])));
   }
   static KV4_INLINE I gather_signs(const F (&v)[4]) {
     return interleave(_mm256_packs_epi16(_mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]),
-                                       _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3])));
+                                         _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3])));
   }
 
   static KV4_INLINE void widen(F v, D& low, D& high) {

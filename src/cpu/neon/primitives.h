@@ -15,9 +15,7 @@ struct Isa {
   static KV4_INLINE F set1(float x) { return (F)vdupq_n_f32(x); }
   static KV4_INLINE F load(const float* p) { return (F)vld1q_f32(p); }
   static KV4_INLINE void store(float* p, F v) { vst1q_f32(p, (float32x4_t)v); }
-  static KV4_INLINE F load_f16(const std::uint16_t* p) {
-    return (F)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
-  }
+  static KV4_INLINE F load_f16(const std::uint16_t* p) { return (F)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
   static KV4_INLINE F load_bf16(const std::uint16_t* p) { return (F)vshlq_n_u32(vmovl_u16(vld1_u16(p)), 16); }
   // Saturates at +-65504 as f32_to_f16 does.
   static KV4_INLINE void store_f16(std::uint16_t* p, F v) {

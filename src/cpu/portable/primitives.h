@@ -41,7 +41,7 @@ struct Isa {
   static KV4_INLINE I truncate(F a) {  // toward zero; 0 of NaN, which C++ leaves open
     return __builtin_convertvector((F)((I)a & (I)(a == a)), I);
   }
-  static KV4_INLINE I round(F a) {                                                // to nearest
+  static KV4_INLINE I round(F a) {  // to nearest
     return truncate(a + (a < 0 ? set1(-0.5f) : set1(0.5f)));
   }
   static KV4_INLINE F to_float(I a) { return __builtin_convertvector(a, F); }

@@ -31,11 +31,10 @@ struct CacheTensor {
 
 // Keys and values of one layer, f16, the one KV head of 64 channels where nothing else is said.
 struct CacheLayer {
-  explicit CacheLayer(std::int64_t cells = 512, std::int64_t streams = 1, Geometry geometry = {2, 1, 64, 64}, ggml_type type = GGML_TYPE_F16)
-      : g(geometry),
-        k_tensor("cache_k_l0", type, g.kv_heads * g.head_dim_k, cells, streams),
-        v_tensor("cache_v_l0", type, g.kv_heads * g.head_dim_v, cells, streams),
-        k(*k_tensor.tensor),
+  explicit CacheLayer(std::int64_t cells = 512, std::int64_t streams = 1, Geometry geometry = {2, 1, 64, 64},
+                      ggml_type type = GGML_TYPE_F16)
+      : g(geometry), k_tensor("cache_k_l0", type, g.kv_heads * g.head_dim_k, cells, streams),
+        v_tensor("cache_v_l0", type, g.kv_heads * g.head_dim_v, cells, streams), k(*k_tensor.tensor),
         v(*v_tensor.tensor) {
     const Status status = Layer::create(k, v, g, &layer);
     EXPECT_TRUE(status.ok()) << status.message();
@@ -49,7 +48,9 @@ struct CacheLayer {
       std::vector<float> row(static_cast<std::size_t>(side->channels));
       for (std::int64_t i = first; i < first + n; ++i) {
         for (float& x : row) x = normal();
-        ggml_fp32_to_fp16_row(row.data(), reinterpret_cast<ggml_fp16_t*>(side->data + static_cast<std::size_t>(i) * side->row_bytes), side->channels);
+        ggml_fp32_to_fp16_row(
+            row.data(), reinterpret_cast<ggml_fp16_t*>(side->data + static_cast<std::size_t>(i) * side->row_bytes),
+            side->channels);
         side->wrote(i);
       }
     }
@@ -57,14 +58,17 @@ struct CacheLayer {
   void attend(int sequences = 1) {
     std::vector<float> q(static_cast<std::size_t>(g.q_heads * g.head_dim_k));
     for (float& x : q) x = normal();
-    layer->attended({q.data(), DType::f32, {1, g.q_heads, 1, g.head_dim_k}, {0, g.head_dim_k, g.head_dim_k, 1}}, sequences);
+    layer->attended({q.data(), DType::f32, {1, g.q_heads, 1, g.head_dim_k}, {0, g.head_dim_k, g.head_dim_k, 1}},
+                    sequences);
   }
   int packed() const {
     int n = 0;
     for (std::int64_t b = 0; b < k.blocks(); ++b) n += layer->packed()[b];
     return n;
   }
-  static std::vector<std::byte> bytes(const Cells& side, std::int64_t block) { return {side.block(block), side.block(block) + side.block_bytes()}; }
+  static std::vector<std::byte> bytes(const Cells& side, std::int64_t block) {
+    return {side.block(block), side.block(block) + side.block_bytes()};
+  }
   std::vector<std::byte> read(const Cells& side, std::int64_t block) const {
     std::vector<std::byte> out(side.block_bytes());
     const Status status = layer->read(side, block, out.data());

@@ -1,5 +1,5 @@
-// The device as ggml asks it: which tensors and operations it takes, and what comes of them beside the CPU's own. What it refused here,
-// llama.cpp would abort on: a tensor in a backend's memory has no other place to be worked on.
+// The device as ggml asks it: which tensors and operations it takes, and what comes of them beside the CPU's own. What
+// it refused here, llama.cpp would abort on: a tensor in a backend's memory has no other place to be worked on.
 #include "backend.h"
 
 #include <gtest/gtest.h>
@@ -40,7 +40,8 @@ std::vector<std::string>& said() {
 
 // Keys and values in one device's memory, and a scheduler that works on them with that device before the CPU.
 struct Machine {
-  Machine(ggml_backend_dev_t d, const Geometry& geometry, std::int64_t streams_ = 1, ggml_type type = GGML_TYPE_F16) : g(geometry), streams(streams_) {
+  Machine(ggml_backend_dev_t d, const Geometry& geometry, std::int64_t streams_ = 1, ggml_type type = GGML_TYPE_F16)
+      : g(geometry), streams(streams_) {
     if (d != cpu()) backends.emplace_back(ggml_backend_dev_init(d, nullptr));
     backends.emplace_back(ggml_backend_dev_init(cpu(), nullptr));
     cache.reset(ggml_init({ggml_tensor_overhead() * 4, nullptr, true}));
@@ -85,25 +86,32 @@ struct Machine {
   }
 
   // llama.cpp's nodes: rows of all heads into the cells that indices name.
-  void store(ggml_cgraph* graph, const std::vector<float>& k_rows, const std::vector<float>& v_rows, const std::vector<std::int64_t>& ids) {
+  void store(ggml_cgraph* graph, const std::vector<float>& k_rows, const std::vector<float>& v_rows,
+             const std::vector<std::int64_t>& ids) {
     const auto n = static_cast<std::int64_t>(ids.size());
     for (const auto& [side, rows] : {std::pair{k, &k_rows}, std::pair{v, &v_rows}}) {
       ggml_tensor* to = streams > 1 ? ggml_reshape_2d(context.get(), side, side->ne[0], kCells * streams) : side;
-      ggml_build_forward_expand(graph, ggml_set_rows(context.get(), to, input(GGML_TYPE_F32, {side->ne[0], n}, rows->data()), input(GGML_TYPE_I64, {n}, ids.data())));
+      ggml_build_forward_expand(graph,
+                                ggml_set_rows(context.get(), to, input(GGML_TYPE_F32, {side->ne[0], n}, rows->data()),
+                                              input(GGML_TYPE_I64, {n}, ids.data())));
     }
   }
-  ggml_tensor* heads(ggml_tensor* side, int dim, std::int64_t cells, std::int64_t n_streams = 1, std::int64_t first = 0) {
+  ggml_tensor* heads(ggml_tensor* side, int dim, std::int64_t cells, std::int64_t n_streams = 1,
+                     std::int64_t first = 0) {
     const std::size_t row = ggml_row_size(side->type, side->ne[0]);
-    ggml_tensor* view = ggml_view_4d(context.get(), side, dim, g.kv_heads, cells, n_streams, ggml_row_size(side->type, dim), row, row * kCells, row * kCells * static_cast<std::size_t>(first));
+    ggml_tensor* view = ggml_view_4d(context.get(), side, dim, g.kv_heads, cells, n_streams,
+                                     ggml_row_size(side->type, dim), row, row * kCells,
+                                     row * kCells * static_cast<std::size_t>(first));
     return ggml_permute(context.get(), view, 0, 2, 1, 3);
   }
   // q [head_dim, q_heads, rows]; mask [cells, rows] or null.
-  ggml_tensor* attend(const std::vector<float>& q, std::int64_t rows, const std::vector<ggml_fp16_t>* mask, std::int64_t cells, std::int64_t n_streams = 1, float bias = 0,
-                      float cap = 0) {
+  ggml_tensor* attend(const std::vector<float>& q, std::int64_t rows, const std::vector<ggml_fp16_t>* mask,
+                      std::int64_t cells, std::int64_t n_streams = 1, float bias = 0, float cap = 0) {
     ggml_tensor* queries = input(GGML_TYPE_F32, {g.head_dim_k, g.q_heads, rows, n_streams}, q.data());
     ggml_tensor* m = mask == nullptr ? nullptr : input(GGML_TYPE_F16, {cells, rows, 1, n_streams}, mask->data());
-    ggml_tensor* out = ggml_flash_attn_ext(context.get(), ggml_permute(context.get(), queries, 0, 2, 1, 3), heads(k, g.head_dim_k, cells, n_streams),
-                                           heads(v, g.head_dim_v, cells, n_streams), m, 1 / std::sqrt(static_cast<float>(g.head_dim_k)), bias, cap);
+    ggml_tensor* out = ggml_flash_attn_ext(
+        context.get(), ggml_permute(context.get(), queries, 0, 2, 1, 3), heads(k, g.head_dim_k, cells, n_streams),
+        heads(v, g.head_dim_v, cells, n_streams), m, 1 / std::sqrt(static_cast<float>(g.head_dim_k)), bias, cap);
     ggml_prec_set_acc(out, GGML_PREC_F32);
     return out;
   }
@@ -189,18 +197,30 @@ TEST_F(Backend, EveryOperationOnTheCacheIsTaken) {
   ggml_tensor* three = ggml_view_3d(c, m.k, 64, 1, kCells, m.k->nb[1], m.k->nb[1], 0);
   ggml_tensor* shift = ggml_new_tensor_1d(c, GGML_TYPE_I32, kCells);
   ggml_tensor* ops[] = {
-      m.k, view, ggml_reshape_2d(c, m.k, 64, kCells * 2), ggml_permute(c, view, 1, 0, 2, 3), ggml_transpose(c, view),
-      ggml_set_rows(c, view, rows, ggml_new_tensor_1d(c, GGML_TYPE_I64, 10)), ggml_set_rows(c, view, rows, places),
-      ggml_set_rows(c, ggml_reshape_2d(c, m.v, 1, ggml_nelements(m.v)), elements, ggml_new_tensor_1d(c, GGML_TYPE_I64, 640)),
-      ggml_cpy(c, rows, view), ggml_cpy(c, view, rows), ggml_cast(c, view, GGML_TYPE_F32), ggml_cont(c, ggml_transpose(c, view)),
+      m.k,
+      view,
+      ggml_reshape_2d(c, m.k, 64, kCells * 2),
+      ggml_permute(c, view, 1, 0, 2, 3),
+      ggml_transpose(c, view),
+      ggml_set_rows(c, view, rows, ggml_new_tensor_1d(c, GGML_TYPE_I64, 10)),
+      ggml_set_rows(c, view, rows, places),
+      ggml_set_rows(c, ggml_reshape_2d(c, m.v, 1, ggml_nelements(m.v)), elements,
+                    ggml_new_tensor_1d(c, GGML_TYPE_I64, 640)),
+      ggml_cpy(c, rows, view),
+      ggml_cpy(c, view, rows),
+      ggml_cast(c, view, GGML_TYPE_F32),
+      ggml_cont(c, ggml_transpose(c, view)),
       ggml_rope_ext_inplace(c, three, shift, nullptr, 64, GGML_ROPE_TYPE_NEOX, 0, 10000, 1, 0, 1, 0, 0),
       ggml_rope_ext(c, three, shift, nullptr, 64, GGML_ROPE_TYPE_NORMAL, 0, 10000, 1, 0, 1, 0, 0),
-      ggml_get_rows(c, view, places), ggml_mul_mat(c, view, rows), ggml_scale(c, view, 2),
+      ggml_get_rows(c, view, places),
+      ggml_mul_mat(c, view, rows),
+      ggml_scale(c, view, 2),
   };
   for (ggml_tensor* op : ops) EXPECT_TRUE(takes(op)) << ggml_op_desc(op);
   for (const int streams : {1, 2}) {
     ggml_tensor* q = ggml_new_tensor_4d(c, GGML_TYPE_F32, 64, 3, 2, streams);
-    EXPECT_TRUE(takes(ggml_flash_attn_ext(c, q, m.heads(m.k, 64, 256, streams), m.heads(m.v, 64, 256, streams), nullptr, 1, 0, 0)));
+    EXPECT_TRUE(takes(
+        ggml_flash_attn_ext(c, q, m.heads(m.k, 64, 256, streams), m.heads(m.v, 64, 256, streams), nullptr, 1, 0, 0)));
   }
 }
 
@@ -213,8 +233,9 @@ TEST_F(Backend, WeightsAndWhatIsDoneWithThemStayWithTheCpu) {
   ggml_tensor* three = ggml_new_tensor_3d(c, GGML_TYPE_F32, 64, 1, 64);
   ggml_tensor* cached = ggml_new_tensor_2d(c, GGML_TYPE_F16, 64, 64);
   ggml_set_name(cached, "cache_k_l0");  // of another device
-  for (ggml_tensor* op : {ggml_mul_mat(c, a, a), ggml_get_rows(c, a, ids), ggml_add(c, a, row), ggml_mul(c, a, row), ggml_rms_norm(c, a, 1e-6f),
-                          ggml_rope(c, three, ids, 64, 0), ggml_set_rows(c, cached, a, ids), ggml_flash_attn_ext(c, three, three, three, nullptr, 1, 0, 0)})
+  for (ggml_tensor* op : {ggml_mul_mat(c, a, a), ggml_get_rows(c, a, ids), ggml_add(c, a, row), ggml_mul(c, a, row),
+                          ggml_rms_norm(c, a, 1e-6f), ggml_rope(c, three, ids, 64, 0), ggml_set_rows(c, cached, a, ids),
+                          ggml_flash_attn_ext(c, three, three, three, nullptr, 1, 0, 0)})
     EXPECT_FALSE(takes(op)) << ggml_op_desc(op);
 }
 
@@ -224,7 +245,8 @@ TEST_F(Backend, RecurrentStateLiesInTheCpusOwnMemory) {
   ggml_tensor* s = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, 64, 4);
   ggml_set_name(r, "cache_r_l0");
   ggml_set_name(s, "cache_s_l0");
-  const ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(context.get(), ggml_backend_dev_buffer_type(device())));
+  const ggml_backend_buffer_ptr buffer(
+      ggml_backend_alloc_ctx_tensors_from_buft(context.get(), ggml_backend_dev_buffer_type(device())));
   ASSERT_NE(buffer, nullptr);
   EXPECT_TRUE(ggml_backend_buffer_is_host(buffer.get()));
   std::memset(r->data, 1, ggml_nbytes(r));
@@ -233,12 +255,14 @@ TEST_F(Backend, RecurrentStateLiesInTheCpusOwnMemory) {
 // One stream of cells written and read as a prompt and then token by token; the same on the CPU's memory.
 TEST_F(Backend, AttentionIsTheCpusOwnToWhatPackingLeaves) {
   const int before = lines("kv4: not packed");
-  for (const Geometry& g : {Geometry{4, 1, 256, 256}, Geometry{6, 2, 64, 64}, Geometry{4, 4, 80, 80}, Geometry{2, 1, 128, 64}}) {
+  for (const Geometry& g :
+       {Geometry{4, 1, 256, 256}, Geometry{6, 2, 64, 64}, Geometry{4, 4, 80, 80}, Geometry{2, 1, 128, 64}}) {
     Machine own(cpu(), g), ours(device(), g);
     double worst = 0;
     for (std::int64_t begin = 0; begin < 330;) {
       const std::int64_t n = begin == 0 ? 300 : 1;
-      const std::vector<float> k = normals(n * g.kv_heads * g.head_dim_k), v = normals(n * g.kv_heads * g.head_dim_v), q = normals(n * g.q_heads * g.head_dim_k);
+      const std::vector<float> k = normals(n * g.kv_heads * g.head_dim_k), v = normals(n * g.kv_heads * g.head_dim_v),
+                               q = normals(n * g.q_heads * g.head_dim_k);
       const std::vector<std::int64_t> ids = count(begin, n);
       const std::vector<ggml_fp16_t> mask = causal(384, n, begin);
       std::vector<float> results[2];
@@ -285,8 +309,10 @@ TEST_F(Backend, RowsComeBackAsTheyWereSetAndAsAttentionSeesThemOnceTheyArePacked
   // Any range of bytes, over and over.
   std::vector<std::uint16_t> rows(kCells * 64);
   for (int i = 0; i < 200; ++i) {
-    const auto first = static_cast<std::size_t>(rows_.random.bits() % rows.size()), n = static_cast<std::size_t>(rows_.random.bits() % (rows.size() - first));
-    for (std::size_t j = first; j < first + n; ++j) rows[j] = ggml_fp32_to_fp16(static_cast<float>(rows_.random.bits() % 100));
+    const auto first = static_cast<std::size_t>(rows_.random.bits() % rows.size()),
+               n = static_cast<std::size_t>(rows_.random.bits() % (rows.size() - first));
+    for (std::size_t j = first; j < first + n; ++j)
+      rows[j] = ggml_fp32_to_fp16(static_cast<float>(rows_.random.bits() % 100));
     ggml_backend_tensor_set(m.k, rows.data() + first, first * 2, n * 2);
   }
   std::vector<std::uint16_t> back(rows.size());
@@ -307,7 +333,8 @@ TEST_F(Backend, RowsComeBackAsTheyWereSetAndAsAttentionSeesThemOnceTheyArePacked
   EXPECT_NE(std::memcmp(back.data() + 3 * 64 * 64, rows.data() + 3 * 64 * 64, 64 * 64 * 2), 0);
   // In pieces the same as at once, across blocks and within them.
   std::vector<std::uint16_t> pieces(rows.size());
-  for (std::size_t at = 0; at < rows.size(); at += 1111) ggml_backend_tensor_get(m.k, pieces.data() + at, at * 2, std::min<std::size_t>(1111, rows.size() - at) * 2);
+  for (std::size_t at = 0; at < rows.size(); at += 1111)
+    ggml_backend_tensor_get(m.k, pieces.data() + at, at * 2, std::min<std::size_t>(1111, rows.size() - at) * 2);
   EXPECT_EQ(pieces, back);
   // What is written into a packed block is there, and what lies beside it is what it was.
   for (std::size_t i = 0; i < 100; ++i) back[3 * 64 * 64 + 77 + i] = pieces[3 * 64 * 64 + 77 + i] = 0x3c00;
@@ -345,10 +372,12 @@ TEST_F(Backend, AStreamIsCopiedByItsTensors) {
     }
   };
   copy();
-  const std::vector<float> out = m.run([&](Machine& on, ggml_cgraph*) { return on.attend(q, 1, nullptr, 300 - 300 % 64, 2); });
+  const std::vector<float> out =
+      m.run([&](Machine& on, ggml_cgraph*) { return on.attend(q, 1, nullptr, 300 - 300 % 64, 2); });
   std::vector<float> again = q;
   std::copy(q.begin(), q.begin() + 128, again.begin() + 128);
-  const std::vector<float> same = m.run([&](Machine& on, ggml_cgraph*) { return on.attend(again, 1, nullptr, 256, 2); });
+  const std::vector<float> same =
+      m.run([&](Machine& on, ggml_cgraph*) { return on.attend(again, 1, nullptr, 256, 2); });
   ASSERT_EQ(same.size(), 256u);
   for (std::size_t i = 0; i < 128; ++i) EXPECT_EQ(same[i], same[128 + i]);
   for (std::size_t i = 0; i < 128; ++i) EXPECT_EQ(same[i], out[i]);
@@ -371,8 +400,9 @@ TEST_F(Backend, KeysAreTurnedAsTheCpuTurnsThem) {
         });
       m->run([&](Machine& on, ggml_cgraph* graph) {
         ggml_tensor* view = ggml_view_3d(on.context.get(), on.k, 64, 1, kCells, on.k->nb[1], on.k->nb[1], 0);
-        ggml_build_forward_expand(graph, ggml_rope_ext_inplace(on.context.get(), view, on.input(GGML_TYPE_I32, {kCells}, shift.data()), nullptr, 64, GGML_ROPE_TYPE_NEOX, 0,
-                                                               10000, 1, 0, 1, 0, 0));
+        ggml_build_forward_expand(
+            graph, ggml_rope_ext_inplace(on.context.get(), view, on.input(GGML_TYPE_I32, {kCells}, shift.data()),
+                                         nullptr, 64, GGML_ROPE_TYPE_NEOX, 0, 10000, 1, 0, 1, 0, 0));
         return static_cast<ggml_tensor*>(nullptr);
       });
       EXPECT_EQ(m->status, GGML_STATUS_SUCCESS);
@@ -395,12 +425,15 @@ TEST_F(Backend, AttentionWithoutFlashAttentionReadsWhatWasWrittenByElements) {
   for (Machine* m : {&own, &ours})
     results[m == &ours] = m->run([&](Machine& on, ggml_cgraph* graph) {
       ggml_context* c = on.context.get();
-      ggml_build_forward_expand(graph, ggml_set_rows(c, on.k, on.input(GGML_TYPE_F32, {64, 128}, k.data()), on.input(GGML_TYPE_I64, {128}, ids.data())));
-      ggml_build_forward_expand(graph, ggml_set_rows(c, ggml_reshape_2d(c, on.v, 1, ggml_nelements(on.v)), on.input(GGML_TYPE_F32, {1, 128 * 64}, v.data()),
+      ggml_build_forward_expand(graph, ggml_set_rows(c, on.k, on.input(GGML_TYPE_F32, {64, 128}, k.data()),
+                                                     on.input(GGML_TYPE_I64, {128}, ids.data())));
+      ggml_build_forward_expand(graph, ggml_set_rows(c, ggml_reshape_2d(c, on.v, 1, ggml_nelements(on.v)),
+                                                     on.input(GGML_TYPE_F32, {1, 128 * 64}, v.data()),
                                                      on.input(GGML_TYPE_I64, {128 * 64}, elements.data())));
       ggml_tensor* keys = ggml_view_2d(c, on.k, 64, 128, on.k->nb[1], 0);
       ggml_tensor* values = ggml_view_2d(c, on.v, 128, 64, kCells * 2, 0);
-      return ggml_mul_mat(c, values, ggml_soft_max(c, ggml_mul_mat(c, keys, on.input(GGML_TYPE_F32, {64, 2}, q.data()))));
+      return ggml_mul_mat(c, values,
+                          ggml_soft_max(c, ggml_mul_mat(c, keys, on.input(GGML_TYPE_F32, {64, 2}, q.data()))));
     });
   EXPECT_EQ(results[0], results[1]);
   EXPECT_EQ(lines("kv4: flash attention is off: the cache stays exact; -fa on packs it"), 1);
@@ -445,7 +478,8 @@ TEST_F(Backend, ValuesThatAreAPartOfTheKeysAreTheCpusOwn) {
     Machine m(packing ? device() : cpu(), g);
     results[packing] = m.run([&](Machine& on, ggml_cgraph* graph) {
       ggml_context* c = on.context.get();
-      ggml_build_forward_expand(graph, ggml_set_rows(c, on.k, on.input(GGML_TYPE_F32, {96, 200}, k.data()), on.input(GGML_TYPE_I64, {200}, ids.data())));
+      ggml_build_forward_expand(graph, ggml_set_rows(c, on.k, on.input(GGML_TYPE_F32, {96, 200}, k.data()),
+                                                     on.input(GGML_TYPE_I64, {200}, ids.data())));
       ggml_tensor* queries = on.input(GGML_TYPE_F32, {96, 2, 1}, q.data());
       ggml_tensor* keys = on.heads(on.k, 96, 192);
       ggml_tensor* values = ggml_view_4d(c, keys, 64, keys->ne[1], 1, 1, keys->nb[1], keys->nb[2], keys->nb[3], 0);
@@ -486,12 +520,14 @@ TEST_F(Backend, RotaryPairsAreKnownFromWhatIsWritten) {
     ggml_context* c = m.context.get();
     ggml_tensor* positions = ggml_new_tensor_1d(c, GGML_TYPE_I32, 3);
     ggml_tensor* turned = ggml_rope(c, ggml_new_tensor_3d(c, GGML_TYPE_F32, 64, 1, 3), positions, 48, mode);
-    EXPECT_TRUE(takes(ggml_set_rows(c, m.k, ggml_view_2d(c, turned, 64, 3, turned->nb[2], 0), ggml_new_tensor_1d(c, GGML_TYPE_I64, 3))));
+    EXPECT_TRUE(takes(ggml_set_rows(c, m.k, ggml_view_2d(c, turned, 64, 3, turned->nb[2], 0),
+                                    ggml_new_tensor_1d(c, GGML_TYPE_I64, 3))));
     EXPECT_EQ(cells_of(m.k)->neighbours, mode == GGML_ROPE_TYPE_NORMAL ? 48 : 0);
   }
 }
 
-// Layers of some models have no keys of their own: the node before their attention is on the CPU, and the cache another's.
+// Layers of some models have no keys of their own: the node before their attention is on the CPU, and the cache
+// another's.
 TEST_F(Backend, ALayerThatReadsAnothersCacheReadsTheSame) {
   const Geometry g{2, 1, 64, 64};
   Machine m(device(), g);

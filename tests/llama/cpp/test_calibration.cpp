@@ -30,9 +30,12 @@ class CalibrationTest : public SettingsTest {
     const std::uint64_t size = header.size();
     file.write(reinterpret_cast<const char*>(&size), sizeof size);
     file << header;
-    file.write(reinterpret_cast<const char*>(numbers.data()), static_cast<std::streamsize>(numbers.size() * sizeof(float)));
+    file.write(reinterpret_cast<const char*>(numbers.data()),
+               static_cast<std::streamsize>(numbers.size() * sizeof(float)));
   }
-  static std::string with_meta(const std::string& entries) { return R"({"__metadata__":{"format":"kv4-calibration","version":"1","recipe":"{\"a\": 1}"})" + entries + "}"; }
+  static std::string with_meta(const std::string& entries) {
+    return R"({"__metadata__":{"format":"kv4-calibration","version":"1","recipe":"{\"a\": 1}"})" + entries + "}";
+  }
   std::string refusal() const {
     Calibration read;
     const Status status = Calibration::read(path_, &read);
@@ -47,7 +50,10 @@ class CalibrationTest : public SettingsTest {
 constexpr const char* kOne = R"(,"layer.2.key.lambda":{"dtype":"F32","shape":[1,4],"data_offsets":[0,16]})";
 
 TEST_F(CalibrationTest, EachLayerHasItsOwn) {
-  write(with_meta(std::string(kOne) + R"(,"layer.11.value.lambda":{"dtype":"F32","shape":[2,2],"data_offsets":[16,32]},"layer.2.query.moments":{})"), {1, 2, 3, 4, 5, 6, 7, 8});
+  write(
+      with_meta(std::string(kOne) + R"(,"layer.11.value.lambda":{"dtype":"F32","shape":[2,2],"data_offsets":[16,32]},)"
+                                    R"("layer.2.query.moments":{})"),
+      {1, 2, 3, 4, 5, 6, 7, 8});
   Calibration read;
   const Status status = Calibration::read(path_, &read);
   ASSERT_TRUE(status.ok()) << status.message();
@@ -57,8 +63,10 @@ TEST_F(CalibrationTest, EachLayerHasItsOwn) {
   EXPECT_TRUE(read.has_values());
   ASSERT_TRUE(read.values_of(11, 2, 2, &lambda).ok());
   EXPECT_EQ(lambda, (std::vector<float>{5, 6, 7, 8}));
-  EXPECT_EQ(read.keys_of(3, 1, 4, &lambda).message(), "KV4_CALIBRATION: expected this model's lambda of keys, [1, 4] for this layer; got none");
-  EXPECT_EQ(read.keys_of(2, 2, 4, &lambda).message(), "KV4_CALIBRATION: expected this model's lambda of keys, [2, 4] for this layer; got [1, 4]");
+  EXPECT_EQ(read.keys_of(3, 1, 4, &lambda).message(),
+            "KV4_CALIBRATION: expected this model's lambda of keys, [1, 4] for this layer; got none");
+  EXPECT_EQ(read.keys_of(2, 2, 4, &lambda).message(),
+            "KV4_CALIBRATION: expected this model's lambda of keys, [2, 4] for this layer; got [1, 4]");
 }
 
 TEST_F(CalibrationTest, WhatIsNoneIsRefused) {
@@ -66,23 +74,30 @@ TEST_F(CalibrationTest, WhatIsNoneIsRefused) {
   std::ofstream(path_) << "a letter";
   EXPECT_EQ(refusal(), "KV4_CALIBRATION: expected a safetensors file; got " + path_);
   write("{}", {});
-  EXPECT_EQ(refusal(), "KV4_CALIBRATION: expected version 1 of kv4-calibration, as `kv4 calibrate` writes it; got none, version none");
+  EXPECT_EQ(
+      refusal(),
+      "KV4_CALIBRATION: expected version 1 of kv4-calibration, as `kv4 calibrate` writes it; got none, version none");
   write(R"({"__metadata__":{"format":"kv4-calibration","version":"2"}})", {});
   EXPECT_NE(refusal().find("got kv4-calibration, version 2"), std::string::npos);
   write(with_meta(""), {});
   EXPECT_EQ(refusal(), "KV4_CALIBRATION: expected lambda of keys; got none");
-  write(with_meta(R"(,"layer.2.key.matrix":{"dtype":"F32","shape":[4,4],"data_offsets":[0,64]})"), std::vector<float>(16, 1));
-  EXPECT_EQ(refusal(), "KV4_CALIBRATION: expected lambda alone, of `kv4 calibrate --method lambda`; got layer.2.key.matrix");
+  write(with_meta(R"(,"layer.2.key.matrix":{"dtype":"F32","shape":[4,4],"data_offsets":[0,64]})"),
+        std::vector<float>(16, 1));
+  EXPECT_EQ(refusal(),
+            "KV4_CALIBRATION: expected lambda alone, of `kv4 calibrate --method lambda`; got layer.2.key.matrix");
   write(with_meta(kOne), {1, 2, 3});
   EXPECT_EQ(refusal(), "KV4_CALIBRATION: expected a whole file; got one whose layer.2.key.lambda leads out of it");
   for (const float bad : {0.0f, -1.0f, INFINITY, NAN}) {
     write(with_meta(kOne), {1, 2, bad, 4});
     EXPECT_EQ(refusal().rfind("KV4_CALIBRATION: expected positive numbers; got ", 0), 0u);
   }
-  for (const char* entry : {R"({"dtype":"F16","shape":[1,4],"data_offsets":[0,8]})", R"({"dtype":"F32","shape":[4],"data_offsets":[0,16]})", R"({"dtype":"F32","shape":[1,-4],"data_offsets":[0,16]})",
-                            R"({"dtype":"F32","shape":[1,4],"data_offsets":[16]})", R"(7)"}) {
+  for (const char* entry :
+       {R"({"dtype":"F16","shape":[1,4],"data_offsets":[0,8]})", R"({"dtype":"F32","shape":[4],"data_offsets":[0,16]})",
+        R"({"dtype":"F32","shape":[1,-4],"data_offsets":[0,16]})",
+        R"({"dtype":"F32","shape":[1,4],"data_offsets":[16]})", R"(7)"}) {
     write(with_meta(R"(,"layer.2.key.lambda":)" + std::string(entry)), {1, 2, 3, 4});
-    EXPECT_EQ(refusal().rfind("KV4_CALIBRATION: expected float32 [kv_heads, head_dim] as layer.2.key.lambda; got ", 0), 0u);
+    EXPECT_EQ(refusal().rfind("KV4_CALIBRATION: expected float32 [kv_heads, head_dim] as layer.2.key.lambda; got ", 0),
+              0u);
   }
 }
 
@@ -123,7 +138,8 @@ TEST_F(CalibrationTest, PagesAreMadeWithIt) {
   lambda[6] = 20;
   double error[2] = {0, 0};
   for (const bool given : {false, true}) {
-    write(with_meta(R"(,"layer.0.key.lambda":{"dtype":"F32","shape":[1,64],"data_offsets":[0,256]})"), given ? lambda : std::vector<float>(64, 1.0f));
+    write(with_meta(R"(,"layer.0.key.lambda":{"dtype":"F32","shape":[1,64],"data_offsets":[0,256]})"),
+          given ? lambda : std::vector<float>(64, 1.0f));
     auto measured = std::make_shared<Calibration>();
     ASSERT_TRUE(Calibration::read(path_, measured.get()).ok());
     settings().calibration = measured;
@@ -152,7 +168,8 @@ TEST_F(CalibrationTest, OneOfAnotherModelIsRefusedByTheLayer) {
   CacheTensor k("cache_k_l2", GGML_TYPE_F16, 64, 256, 1), v("cache_v_l2", GGML_TYPE_F16, 64, 256, 1);
   Cells keys(*k.tensor), values(*v.tensor);
   std::unique_ptr<Layer> layer;
-  EXPECT_EQ(Layer::create(keys, values, {1, 1, 64, 64}, &layer).message(), "KV4_CALIBRATION: expected this model's lambda of keys, [1, 64] for this layer; got [1, 4]");
+  EXPECT_EQ(Layer::create(keys, values, {1, 1, 64, 64}, &layer).message(),
+            "KV4_CALIBRATION: expected this model's lambda of keys, [1, 64] for this layer; got [1, 4]");
 }
 
 TEST_F(CalibrationTest, NeighboursAreThePairsOfHalves) {

@@ -14,7 +14,8 @@ class LayerTest : public SettingsTest {};
 
 std::vector<float> floats(const std::vector<std::byte>& rows) {
   std::vector<float> out(rows.size() / 2);
-  ggml_fp16_to_fp32_row(reinterpret_cast<const ggml_fp16_t*>(rows.data()), out.data(), static_cast<std::int64_t>(out.size()));
+  ggml_fp16_to_fp32_row(reinterpret_cast<const ggml_fp16_t*>(rows.data()), out.data(),
+                        static_cast<std::int64_t>(out.size()));
   return out;
 }
 
@@ -78,8 +79,8 @@ TEST_F(LayerTest, PackedRowsAreTheRowsToFourBits) {
   for (std::int64_t b = 0; b < 5; ++b) {
     const std::vector<std::byte> k_now = c.read(c.k, b), v_now = c.read(c.v, b);
     const auto at = static_cast<std::size_t>(b);
-    // Lloyd-Max with 16 levels leaves .0095 of a Gaussian's power, in 64 rows to within a twentieth of that; the keys' lambda gives a
-    // little of it away for what queries weigh more.
+    // Lloyd-Max with 16 levels leaves .0095 of a Gaussian's power, in 64 rows to within a twentieth of that; the keys'
+    // lambda gives a little of it away for what queries weigh more.
     EXPECT_LT(error_of(k[at], k_now), 0.0095 * 1.2) << b;
     EXPECT_LT(error_of(v[at], v_now), 0.0095 * 1.1) << b;
     EXPECT_GT(error_of(k[at], k_now), 0.005) << b;
@@ -183,7 +184,8 @@ TEST_F(LayerTest, HeldBytesAreThoseOfPagesAndExactBlocks) {
   c.attend();
   c.write(300, 1);
   c.layer->held(&exact, &packed);
-  // 64 codes of 4 bits and a scale for keys and for values, and the keys' mean: 4.5 bits a value of 64 channels, in pages of 64-byte heads.
+  // 64 codes of 4 bits and a scale for keys and for values, and the keys' mean: 4.5 bits a value of 64 channels, in
+  // pages of 64-byte heads.
   EXPECT_EQ(packed, 3 * c.layer->format().page_bytes());
   EXPECT_NEAR(static_cast<double>(c.layer->format().page_bytes()), 64 * 64 * 2 * 0.5 + 64 * 2 * 2 + 64 * 2, 63);
   EXPECT_EQ(exact, 2 * (64 * 2 * 64 * 2) + 4 * (64 * 2 * 2));  // two blocks of both, and the sinks
@@ -245,7 +247,8 @@ TEST_F(LayerTest, LambdaFollowsQueries) {
     const std::vector<float> was = floats(CacheLayer::bytes(c.k, 1));
     c.write(300, 1);
     const std::vector<float> is = floats(c.read(c.k, 1));
-    for (std::size_t i = 5; i < was.size(); i += 64) error[loud ? 1 : 0] += (static_cast<double>(was[i]) - is[i]) * (static_cast<double>(was[i]) - is[i]);
+    for (std::size_t i = 5; i < was.size(); i += 64)
+      error[loud ? 1 : 0] += (static_cast<double>(was[i]) - is[i]) * (static_cast<double>(was[i]) - is[i]);
   }
   EXPECT_LT(error[1], error[0] / 4);
 }
@@ -260,16 +263,21 @@ TEST_F(LayerTest, SaysWhatItDoesNotServe) {
   };
   CacheTensor k("cache_k_l0", GGML_TYPE_F16, 128, 256, 1), v("cache_v_l0", GGML_TYPE_F16, 128, 256, 1);
   Cells keys(*k.tensor), values(*v.tensor);
-  EXPECT_EQ(refused(keys, keys, {2, 1, 128, 128}), "cache: expected values of their own; got values that are a part of the keys");
-  EXPECT_EQ(refused(keys, values, {2, 1, 64, 64}), "heads: expected rows of 1 KV heads of 64 and 64; got 128 and 128 channels");
+  EXPECT_EQ(refused(keys, keys, {2, 1, 128, 128}),
+            "cache: expected values of their own; got values that are a part of the keys");
+  EXPECT_EQ(refused(keys, values, {2, 1, 64, 64}),
+            "heads: expected rows of 1 KV heads of 64 and 64; got 128 and 128 channels");
   CacheTensor q8("cache_v_l0", GGML_TYPE_Q8_0, 128, 256, 1), wide("cache_v_l0", GGML_TYPE_F32, 128, 256, 1);
   for (const CacheTensor* t : {&q8, &wide}) {
     Cells other(*t->tensor);
-    EXPECT_NE(refused(keys, other, {2, 1, 128, 128}).find("cache type: expected f16 or bf16 for keys and values alike; got f16 and "), std::string::npos);
+    EXPECT_NE(refused(keys, other, {2, 1, 128, 128})
+                  .find("cache type: expected f16 or bf16 for keys and values alike; got f16 and "),
+              std::string::npos);
   }
   CacheTensor odd_k("cache_k_l0", GGML_TYPE_F16, 128, 100, 1), odd_v("cache_v_l0", GGML_TYPE_F16, 128, 100, 1);
   Cells short_k(*odd_k.tensor), short_v(*odd_v.tensor);
-  EXPECT_EQ(refused(short_k, short_v, {2, 1, 128, 128}), "cells: expected keys and values alike, a multiple of 64; got 100 and 100");
+  EXPECT_EQ(refused(short_k, short_v, {2, 1, 128, 128}),
+            "cells: expected keys and values alike, a multiple of 64; got 100 and 100");
   CacheTensor tiny_k("cache_k_l0", GGML_TYPE_F16, 16, 256, 1), tiny_v("cache_v_l0", GGML_TYPE_F16, 16, 256, 1);
   Cells few_k(*tiny_k.tensor), few_v(*tiny_v.tensor);
   EXPECT_EQ(refused(few_k, few_v, {2, 1, 16, 16}).rfind("head_dim", 0), 0u);

@@ -1,4 +1,5 @@
-// What a plan makes of a mask, read back as attention reads it: every row sees the cells that the mask shows it, and no others.
+// What a plan makes of a mask, read back as attention reads it: every row sees the cells that the mask shows it, and no
+// others.
 #include "plan.h"
 
 #include <gtest/gtest.h>
@@ -26,14 +27,23 @@ struct Scene {
     mask.assign(static_cast<std::size_t>(cells * rows * streams), kHidden);
     packed.assign(static_cast<std::size_t>(blocks_of_stream * (streams + first_stream)), 0);
   }
-  std::uint16_t& at(int stream, int row, std::int64_t cell) { return mask[static_cast<std::size_t>((stream * rows + row) * cells + cell)]; }
+  std::uint16_t& at(int stream, int row, std::int64_t cell) {
+    return mask[static_cast<std::size_t>((stream * rows + row) * cells + cell)];
+  }
   void show(int stream, int row, std::int64_t first, std::int64_t last) {
     for (std::int64_t c = first; c <= last; ++c) at(stream, row, c) = 0;
   }
-  void pack(int stream, std::int64_t block) { packed[static_cast<std::size_t>((first_stream + stream) * blocks_of_stream + block)] = 1; }
+  void pack(int stream, std::int64_t block) {
+    packed[static_cast<std::size_t>((first_stream + stream) * blocks_of_stream + block)] = 1;
+  }
   MaskRows rows_of() const {
     const std::size_t row = static_cast<std::size_t>(cells) * 2;
-    return {reinterpret_cast<const std::byte*>(mask.data()), row, row * static_cast<std::size_t>(rows), cells, rows, streams};
+    return {reinterpret_cast<const std::byte*>(mask.data()),
+            row,
+            row * static_cast<std::size_t>(rows),
+            cells,
+            rows,
+            streams};
   }
   Plan plan() const {
     Plan plan;
@@ -192,8 +202,8 @@ TEST(Plan, WithoutAMaskAllIsSeen) {
 
 TEST(Plan, SinksAreReadWhereAStreamsFirstBlockIsPackedAndSeen) {
   Scene scene(64 * 6, 2);
-  scene.show(0, 0, 0, 64 * 2 + 10);         // from the first block on
-  scene.show(0, 1, 64 * 3, 64 * 4 + 10);    // another sequence, of later blocks
+  scene.show(0, 0, 0, 64 * 2 + 10);       // from the first block on
+  scene.show(0, 1, 64 * 3, 64 * 4 + 10);  // another sequence, of later blocks
   for (const std::int64_t b : {0, 1, 3}) scene.pack(0, b);
   const Plan plan = scene.plan();
   ASSERT_EQ(plan.parts().size(), 2u);
@@ -206,7 +216,8 @@ TEST(Plan, SinksAreReadWhereAStreamsFirstBlockIsPackedAndSeen) {
   EXPECT_EQ(scene.read(plan), scene.wanted());
 }
 
-// Sequences that took runs of cells in turn, some with a window, some blocks packed: whatever comes of it is what the masks say.
+// Sequences that took runs of cells in turn, some with a window, some blocks packed: whatever comes of it is what the
+// masks say.
 TEST(Plan, RandomMasksComeBackAsTheyWere) {
   for (std::uint64_t seed = 0; seed < 300; ++seed) {
     cases::Random random(seed);
@@ -216,9 +227,11 @@ TEST(Plan, RandomMasksComeBackAsTheyWere) {
     const std::int64_t sequences = 1 + below(4), run = 1 + below(100), window = below(3) == 0 ? 1 + below(150) : 0;
     for (int s = 0; s < streams; ++s) {
       for (int t = 0; t < rows; ++t) {
-        const std::int64_t own = below(static_cast<std::uint64_t>(sequences)), last = below(static_cast<std::uint64_t>(scene.cells));
+        const std::int64_t own = below(static_cast<std::uint64_t>(sequences)),
+                           last = below(static_cast<std::uint64_t>(scene.cells));
         for (std::int64_t c = 0; c <= last; ++c)
-          if (c / run % sequences == own && (window == 0 || c > last - window)) scene.at(s, t, c) = below(200) == 0 ? kHalf : 0;
+          if (c / run % sequences == own && (window == 0 || c > last - window))
+            scene.at(s, t, c) = below(200) == 0 ? kHalf : 0;
       }
       for (std::int64_t b = 0; b < scene.blocks_of_stream - 1; ++b)
         if (below(2) == 0) scene.pack(s, b);
@@ -248,7 +261,10 @@ TEST(Plan, HoldsForTheSameMaskAndTheSamePackedBlocks) {
   for (int t = 0; t < 2; ++t) scene.show(0, t, 0, 150 + t);
   scene.pack(0, 0);
   const Plan plan = scene.plan();
-  const auto holds = [&] { return plan.holds(scene.rows_of(), scene.rows_of().digest(), scene.packed.data(), scene.blocks_of_stream, scene.first_stream); };
+  const auto holds = [&] {
+    return plan.holds(scene.rows_of(), scene.rows_of().digest(), scene.packed.data(), scene.blocks_of_stream,
+                      scene.first_stream);
+  };
   EXPECT_TRUE(holds());
   scene.pack(0, 1);
   EXPECT_FALSE(holds());

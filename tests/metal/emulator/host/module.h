@@ -96,7 +96,8 @@ class Module {
     return b;
   }
   template <class T>
-  Buffer<T> copy(std::span<const T> from, const char* name, EmuBuffer kind = EMU_INPUT, std::uint32_t offset = 0) const {
+  Buffer<T> copy(std::span<const T> from, const char* name, EmuBuffer kind = EMU_INPUT,
+                 std::uint32_t offset = 0) const {
     Buffer<T> b = buffer<T>(from.size(), name, kind, offset);
     if (!from.empty()) std::memcpy(static_cast<void*>(b.data()), from.data(), from.size_bytes());
     return b;

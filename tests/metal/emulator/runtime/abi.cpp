@@ -15,8 +15,12 @@ Kernel* kernels;
 Constant* constants;
 }  // namespace
 
-Kernel::Kernel(const char* n, int b, void (*f)(void* const*)) : name(n), buffers(b), body(f), next(kernels) { kernels = this; }
-Constant::Constant(const char* n, void* v, size_t b) : name(n), value(v), bytes(b), next(constants) { constants = this; }
+Kernel::Kernel(const char* n, int b, void (*f)(void* const*)) : name(n), buffers(b), body(f), next(kernels) {
+  kernels = this;
+}
+Constant::Constant(const char* n, void* v, size_t b) : name(n), value(v), bytes(b), next(constants) {
+  constants = this;
+}
 }  // namespace emu
 
 int emu_run(const char* name, const EmuLaunch* launch, void* const* arguments, uint32_t count, EmuStats* stats) {
@@ -34,7 +38,8 @@ int emu_run(const char* name, const EmuLaunch* launch, void* const* arguments, u
   const EmuSize g = launch->group, n = launch->grid;
   const uint64_t threads = static_cast<uint64_t>(g.x) * g.y * g.z;
   if (threads < 1 || threads > EMU_MAX_THREADS || !n.x || !n.y || !n.z) {
-    emu::report("launch", "threadgroup: expected 1 to %d threads in a grid that is not empty; got %u x %u x %u of %u x %u x %u",
+    emu::report("launch",
+                "threadgroup: expected 1 to %d threads in a grid that is not empty; got %u x %u x %u of %u x %u x %u",
                 EMU_MAX_THREADS, g.x, g.y, g.z, n.x, n.y, n.z);
     return EMU_BAD_LAUNCH;
   }

@@ -31,12 +31,12 @@ struct EmuLaunch {
 // Sums over the launch. Bytes are counted by modules built with "check" only.
 struct EmuStats {
   uint64_t threads, groups;
-  uint64_t simd_operations;    // simd_* and simdgroup matrix operations, each once per SIMD-group
-  uint64_t group_barriers;     // threadgroup_barrier, once per threadgroup
-  uint64_t device_read, device_written;                // bytes that lanes asked for, device and constant buffers
+  uint64_t simd_operations;              // simd_* and simdgroup matrix operations, each once per SIMD-group
+  uint64_t group_barriers;               // threadgroup_barrier, once per threadgroup
+  uint64_t device_read, device_written;  // bytes that lanes asked for, device and constant buffers
   uint64_t device_read_unique, device_written_unique;  // each byte once per threadgroup
   uint64_t group_read, group_written;                  // bytes of threadgroup memory
-  uint64_t group_bytes;        // threadgroup memory of one threadgroup
+  uint64_t group_bytes;                                // threadgroup memory of one threadgroup
 };
 
 enum EmuBuffer {

@@ -103,8 +103,7 @@ void check_byte(Shadow& s, Access access, const Place& at, void* pc) {
   }
   if (s.read == stamp && s.reader != me)
     s.reader = s.reader != kSeveral && s.reader != kAtomic && s.reader / kLanes == t.simdgroup ? me : kSeveral;
-  else
-    s.reader = me;
+  else s.reader = me;
   s.read = stamp;
   s.read_simd = simd_stamp;
 }

@@ -13,12 +13,12 @@ void see(const void* address, size_t bytes, emu::Access access, bool aligned, vo
 }  // namespace
 
 #define HERE __builtin_return_address(0)
-#define EMU_HOOKS(n)                                                                                     \
-  void __tsan_read##n(void* a) { see(a, n, emu::kRead, true, HERE); }                                    \
-  void __tsan_write##n(void* a) { see(a, n, emu::kWrite, true, HERE); }                                  \
-  void __tsan_unaligned_read##n(void* a) { see(a, n, emu::kRead, false, HERE); }                         \
-  void __tsan_unaligned_write##n(void* a) { see(a, n, emu::kWrite, false, HERE); }                       \
-  void __tsan_read_write##n(void* a) { __tsan_read##n(a), __tsan_write##n(a); }                          \
+#define EMU_HOOKS(n)                                                               \
+  void __tsan_read##n(void* a) { see(a, n, emu::kRead, true, HERE); }              \
+  void __tsan_write##n(void* a) { see(a, n, emu::kWrite, true, HERE); }            \
+  void __tsan_unaligned_read##n(void* a) { see(a, n, emu::kRead, false, HERE); }   \
+  void __tsan_unaligned_write##n(void* a) { see(a, n, emu::kWrite, false, HERE); } \
+  void __tsan_read_write##n(void* a) { __tsan_read##n(a), __tsan_write##n(a); }    \
   void __tsan_unaligned_read_write##n(void* a) { __tsan_unaligned_read##n(a), __tsan_unaligned_write##n(a); }
 
 extern "C" {

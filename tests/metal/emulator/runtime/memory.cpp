@@ -148,10 +148,8 @@ void* emu_alloc(size_t bytes, const char* name, uint32_t kind, uint32_t offset) 
   if (kind == EMU_OUTPUT) std::memset(data, 0xff, bytes);
   b.begin = reinterpret_cast<uintptr_t>(data);
   if (emu::checking) {
-    if (kind == EMU_INPUT)
-      b.seen = static_cast<uint32_t*>(map(bytes * sizeof(uint32_t) + 1));
-    else
-      b.shadow = static_cast<emu::Shadow*>(map(bytes * sizeof(emu::Shadow) + 1));
+    if (kind == EMU_INPUT) b.seen = static_cast<uint32_t*>(map(bytes * sizeof(uint32_t) + 1));
+    else b.shadow = static_cast<emu::Shadow*>(map(bytes * sizeof(emu::Shadow) + 1));
   }
   emu::buffers.push_back(b);
   return data;

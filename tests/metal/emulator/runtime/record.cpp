@@ -1,5 +1,5 @@
-// Writes launches to files, for the mutation suite to run again on changed kernels: with KV4_METAL_RECORD=<folder> in the
-// environment, what each launch is about to be given, as <folder>/<kernel>.<n>.launch. replay.py reads it.
+// Writes launches to files, for the mutation suite to run again on changed kernels: with KV4_METAL_RECORD=<folder> in
+// the environment, what each launch is about to be given, as <folder>/<kernel>.<n>.launch. replay.py reads it.
 #include <unistd.h>
 
 #include <cerrno>
@@ -29,7 +29,8 @@ void record(const char* kernel, const EmuLaunch& launch, void* const* arguments,
   // Each module of a process counts for itself: a number that another one has is left to it.
   FILE* file = nullptr;
   while (!file && n < kMost) {
-    const std::string path = std::string(folder) + "/" + kernel + "." + std::to_string(getpid()) + "-" + std::to_string(n++) + ".launch";
+    const std::string path = std::string(folder) + "/" + kernel + "." + std::to_string(getpid()) + "-" +
+                             std::to_string(n++) + ".launch";
     file = std::fopen(path.c_str(), "wbx");
     if (!file && errno != EEXIST) return;
   }

@@ -24,9 +24,9 @@ struct Clock {
 };
 extern Clock clock_;
 
-bool running();                                // inside a kernel
-[[noreturn]] void stop_launch();               // after a finding that leaves nothing to go on with
-bool on_a_stack(uintptr_t address);            // private memory of a lane
+bool running();                      // inside a kernel
+[[noreturn]] void stop_launch();     // after a finding that leaves nothing to go on with
+bool on_a_stack(uintptr_t address);  // private memory of a lane
 
 // threadgroup memory
 void group_memory_start(const EmuLaunch& launch);  // once per launch

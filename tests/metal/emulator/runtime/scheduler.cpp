@@ -1,14 +1,14 @@
 // Runs a kernel: every thread of a threadgroup is a fiber, threadgroups come one after another. A fiber runs until it
 // needs others: a simd operation waits for its SIMD-group, a threadgroup_barrier for all. Which fiber goes on then is
 // decided by the seed.
+#include <sys/mman.h>
+#include <xmmintrin.h>
 #include <csetjmp>
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
-#include <sys/mman.h>
 #include <utility>
 #include <vector>
-#include <xmmintrin.h>
 
 #include "runtime.h"
 
@@ -127,9 +127,7 @@ const char* base_name(const char* path) {
   return slash ? slash + 1 : path ? path : "?";
 }
 
-bool waits_for_simdgroup(const Fiber& f) {
-  return f.state == State::kWaiting && f.wait != Wait::kGroupBarrier;
-}
+bool waits_for_simdgroup(const Fiber& f) { return f.state == State::kWaiting && f.wait != Wait::kGroupBarrier; }
 
 // Runs the operation that a SIMD-group waits for, once every lane that has not returned is there.
 void release_simdgroup(unsigned index) {
@@ -144,8 +142,8 @@ void release_simdgroup(unsigned index) {
     if (!first) first = &f;
     if (!same(*first, f)) {
       report("divergence", "SIMD-group %u: lane %u is at %s (%s:%d), lane %u at %s (%s:%d)", index, first->thread.lane,
-             first->operation, base_name(first->site.file), first->site.line, lane, f.operation,
-             base_name(f.site.file), f.site.line);
+             first->operation, base_name(first->site.file), first->site.line, lane, f.operation, base_name(f.site.file),
+             f.site.line);
       stop_launch();
     }
     arguments[f.thread.lane] = f.argument;
@@ -222,14 +220,17 @@ void report_stuck(EmuSize group) {
     else if (f.wait == Wait::kGroupBarrier) ++barrier, at_barrier = &f;
     else ++simd, at_simd = &f;
   }
-  report("deadlock", "threadgroup %u,%u,%u: %u threads wait at threadgroup_barrier (line %d), %u at %s (line %d), %u returned",
+  report("deadlock",
+         "threadgroup %u,%u,%u: %u threads wait at threadgroup_barrier (line %d), %u at %s (line %d), %u returned",
          group.x, group.y, group.z, barrier, at_barrier ? at_barrier->site.line : 0, simd,
          at_simd ? at_simd->operation : "nothing", at_simd ? at_simd->site.line : 0, done);
 }
 
 bool run_group(EmuSize group, EmuSize groups, const EmuLaunch& launch) {
   const EmuSize origin{group.x * launch.group.x, group.y * launch.group.y, group.z * launch.group.z};
-  const auto within = [](uint32_t size, uint32_t grid, uint32_t from) { return grid - from < size ? grid - from : size; };
+  const auto within = [](uint32_t size, uint32_t grid, uint32_t from) {
+    return grid - from < size ? grid - from : size;
+  };
   const EmuSize size{within(launch.group.x, launch.grid.x, origin.x), within(launch.group.y, launch.grid.y, origin.y),
                      within(launch.group.z, launch.grid.z, origin.z)};
   fiber_count = live = size.x * size.y * size.z;
@@ -270,9 +271,9 @@ bool run_group(EmuSize group, EmuSize groups, const EmuLaunch& launch) {
 }
 
 void crashed(int signal) {
-  report("crash", "%s in thread %u of threadgroup %u,%u,%u", signal == SIGFPE ? "integer division by zero" : "invalid address",
-         current < 0 ? 0 : self().index, current < 0 ? 0 : self().group.x, current < 0 ? 0 : self().group.y,
-         current < 0 ? 0 : self().group.z);
+  report("crash", "%s in thread %u of threadgroup %u,%u,%u",
+         signal == SIGFPE ? "integer division by zero" : "invalid address", current < 0 ? 0 : self().index,
+         current < 0 ? 0 : self().group.x, current < 0 ? 0 : self().group.y, current < 0 ? 0 : self().group.z);
   siglongjmp(crash, 1);
 }
 
@@ -367,15 +368,13 @@ bool run_launch(const EmuLaunch& launch, void (*body)(void* const*), void* const
   alternate.ss_sp = signal_stack;
   alternate.ss_size = sizeof signal_stack;
   sigaltstack(&alternate, &previous_stack);
-  struct sigaction action {}, previous[3];
+  struct sigaction action{}, previous[3];
   action.sa_handler = crashed;
   action.sa_flags = SA_ONSTACK | SA_NODEFER;
   const int signals[3] = {SIGSEGV, SIGBUS, SIGFPE};
   for (int i = 0; i < 3; ++i) sigaction(signals[i], &action, &previous[i]);
-  if (sigsetjmp(crash, 1) == 0)
-    run_groups(launch);
-  else
-    current = -1, stopped = true;
+  if (sigsetjmp(crash, 1) == 0) run_groups(launch);
+  else current = -1, stopped = true;
   for (int i = 0; i < 3; ++i) sigaction(signals[i], &previous[i], nullptr);
   sigaltstack(&previous_stack, nullptr);
 #endif
