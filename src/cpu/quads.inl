@@ -8,7 +8,9 @@
 
 #define KV4_TEXT_(x) #x
 #define KV4_TEXT(x) KV4_TEXT_(x)
-#include KV4_TEXT(cpu / KV4_ISA / seal_ops.h)
+// clang-format off: a path, not a division
+#include KV4_TEXT(cpu/KV4_ISA/seal_ops.h)
+// clang-format on
 #undef KV4_TEXT
 #undef KV4_TEXT_
 
