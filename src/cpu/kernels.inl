@@ -3,12 +3,12 @@
 // namespace, so no two instruction sets share a symbol.
 #include "cpu/attend.h"
 
+#include "cpu/rotate.inl"
+#include "cpu/seal.inl"
+#include "cpu/dequantise.inl"
 #include "cpu/attend_exact.inl"
 #include "cpu/attend_pages.inl"
 #include "cpu/attend_tiles.inl"
-#include "cpu/dequantise.inl"
-#include "cpu/rotate.inl"
-#include "cpu/seal.inl"
 
 #define KV4_STRING_(x) #x
 #define KV4_STRING(x) KV4_STRING_(x)

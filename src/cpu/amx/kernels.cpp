@@ -35,8 +35,8 @@ static bool isa_supported() {
 }  // namespace kv4::cpu::amx
 
 KV4_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
-#include "cpu/amx/dot.h"
 #include "cpu/amx/primitives.h"
+#include "cpu/amx/dot.h"
 #include "cpu/kernels.inl"
 KV4_TARGET_END
 #endif

@@ -12,8 +12,8 @@ static bool isa_supported() {
 }  // namespace kv4::cpu::avx2
 
 KV4_TARGET_BEGIN("avx2,fma,f16c")
-#include "cpu/avx2/dot.h"
 #include "cpu/avx2/primitives.h"
+#include "cpu/avx2/dot.h"
 #include "cpu/kernels.inl"
 KV4_TARGET_END
 #endif

@@ -20,8 +20,8 @@ static bool isa_supported() {
 }  // namespace kv4::cpu::avx512
 
 KV4_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
-#include "cpu/avx512/dot.h"
 #include "cpu/avx512/primitives.h"
+#include "cpu/avx512/dot.h"
 #include "cpu/kernels.inl"
 KV4_TARGET_END
 #endif

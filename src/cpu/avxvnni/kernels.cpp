@@ -12,8 +12,8 @@ static bool isa_supported() {
 }  // namespace kv4::cpu::avxvnni
 
 KV4_TARGET_BEGIN("avxvnni,avx2,fma,f16c")
-#include "cpu/avxvnni/dot.h"
 #include "cpu/avxvnni/primitives.h"
+#include "cpu/avxvnni/dot.h"
 #include "cpu/kernels.inl"
 KV4_TARGET_END
 #endif

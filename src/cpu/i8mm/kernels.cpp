@@ -29,8 +29,8 @@ static bool isa_supported() {
 #if defined(KV4_I8MM_REGION)
 KV4_TARGET_BEGIN("arch=armv8.2-a+dotprod+i8mm")
 #endif
-#include "cpu/i8mm/dot.h"
 #include "cpu/i8mm/primitives.h"
+#include "cpu/i8mm/dot.h"
 #include "cpu/kernels.inl"
 #if defined(KV4_I8MM_REGION)
 KV4_TARGET_END

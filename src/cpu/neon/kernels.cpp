@@ -30,9 +30,9 @@ static bool isa_supported() {
 #if defined(KV4_NEON_REGION)
 KV4_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 #endif
-#include "cpu/kernels.inl"
-#include "cpu/neon/dot.h"
 #include "cpu/neon/primitives.h"
+#include "cpu/neon/dot.h"
+#include "cpu/kernels.inl"
 #if defined(KV4_NEON_REGION)
 KV4_TARGET_END
 #endif
