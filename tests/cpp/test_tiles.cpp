@@ -13,10 +13,13 @@
 #include <vector>
 
 #define KV4_ISA portable
-#include "cpu/attend_tiles.inl"
-#include "cpu/portable/dot.h"
-#include "cpu/portable/primitives.h"
 #include "cpu/standard_headers.h"
+
+#include "cpu/portable/primitives.h"
+
+#include "cpu/portable/dot.h"
+
+#include "cpu/attend_tiles.inl"
 
 #include "attend_scene.h"
 #include "cases.h"
