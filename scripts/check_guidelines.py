@@ -52,10 +52,10 @@ PYTHON: dict[str, tuple[set[str], str]] = {
         "gradient mask prefill attention graph calls attach",
     ),
     "kv4.mlx": ({"kv4", "kv4.metal"}, "arrays prefill gpu core handle cache attention speculation attach"),
-    "kv4.vllm": ({"kv4", "kv4.models"}, "settings steps lambdas backend v0_32 choice"),
+    "kv4.vllm": ({"kv4", "kv4.models"}, "settings steps lambdas flash backend rows layers v0_26 v0_32 choice"),
     "kv4.bench": (
         {"kv4", "kv4.hf", "kv4.mlx"},
-        "text timing memory neighbours llama plot shapes attention seal cuda generate mlx",
+        "text timing memory neighbours llama plot shapes attention seal cuda generate mlx vllm",
     ),
     "kv4.evaluate": (
         {"kv4", "kv4.hf", "kv4.bench"},
@@ -64,7 +64,7 @@ PYTHON: dict[str, tuple[set[str], str]] = {
     ),
     "kv4.cli": (
         {"kv4", "kv4.models", "kv4.hf", "kv4.bench", "kv4.evaluate"},
-        "openmp output usage options laboratory bench_cuda bench demo evaluate ablate generate info models app",
+        "openmp output usage options laboratory bench_cuda bench_vllm bench demo evaluate ablate generate info models app",
     ),
 }
 # Instruction sets that add to another and may use its folder.

@@ -45,15 +45,22 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 SHAPES = tuple(_SHAPES)
 
 
-def random_model(shape: str, dtype: torch.dtype, device: torch.device, positions: int = 1 << 18) -> Any:
-    """A model of SHAPES with random weights, in eval mode under torch's own attention. Errors: ValueError for another
-    shape."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def config_of(shape: str, positions: int = 1 << 18) -> Any:
+    """transformers' configuration of a shape of SHAPES. Errors: ValueError for another shape."""
+    from transformers import AutoConfig
 
     if shape not in _SHAPES:
         raise ValueError(f"shape: expected one of {', '.join(SHAPES)}; got {shape!r}")
     kind, settings = _SHAPES[shape]
-    config = AutoConfig.for_model(kind, max_position_embeddings=positions, **settings)
+    return AutoConfig.for_model(kind, max_position_embeddings=positions, **settings)
+
+
+def random_model(shape: str, dtype: torch.dtype, device: torch.device, positions: int = 1 << 18) -> Any:
+    """A model of SHAPES with random weights, in eval mode under torch's own attention. Errors: ValueError for another
+    shape."""
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(shape, positions)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")

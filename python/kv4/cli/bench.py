@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from kv4.cli import bench_cuda, options
+from kv4.cli import bench_cuda, bench_vllm, options
 from kv4.cli.openmp import VARIABLES
 from kv4.cli.output import out, plain_errors, progress, table, write_json
 from kv4.cli.usage import new_file
@@ -390,3 +390,37 @@ def mlx(
     out.print(shown)
     if json_:
         write_json({"model": model, "tokens": tokens, "rows": [row.to_dict() for row in rows]}, json_)
+
+
+@app.command("vllm")
+@plain_errors
+def vllm(
+    model: Annotated[Path | None, typer.Option(help="A model's folder.", show_default=False)] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="In place of a model: random weights of llama-3-8b's or another shape.")
+    ] = None,
+    kinds: Annotated[
+        str, typer.Option(help="Caches out of own, fp8, int4_per_token_head, kv4, kv4-exact.")
+    ] = "own,fp8,int4_per_token_head,kv4",
+    cases: Annotated[str, typer.Option(help="Sequences x tokens of each.")] = "1x4k,16x4k,16x8k",
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, one token a sequence each.")] = 64,
+    batched_tokens: Annotated[
+        int | None, typer.Option(min=64, help="Tokens of a step at most; vLLM's own number if not given.")
+    ] = None,
+    memory: Annotated[float, typer.Option(min=0.01, max=1.0, help="Part of the memory that vLLM takes.")] = 0.9,
+    tp: Annotated[int, typer.Option("--tp", min=1, help="GPUs that share each layer's heads.")] = 1,
+    dtype: Annotated[options.DType, typer.Option(help="Of the model.")] = options.DType.auto,
+    eager: Annotated[bool, typer.Option("--eager", help="Without torch.compile and CUDA graphs.")] = False,
+    json_: options.JsonFile = None,
+) -> None:
+    """Milliseconds a step of vLLM, with kv4's cache and with its own ones. In vLLM's environment."""
+    settings: dict[str, object] = {
+        "tensor_parallel_size": tp,
+        "enforce_eager": eager,
+        "gpu_memory_utilization": memory,
+    }
+    if batched_tokens is not None:
+        settings["max_num_batched_tokens"] = batched_tokens
+    if dtype is not options.DType.auto:
+        settings["dtype"] = dtype.value
+    bench_vllm.steps(model, shape, kinds, cases, steps, settings, json_)

@@ -8,7 +8,7 @@ from typing import Any
 from kv4.messages import mismatch
 
 # What a version of vLLM needs of its own, by major and minor version.
-VERSIONS = {"0.32": "kv4.vllm.v0_32"}
+VERSIONS = {"0.26": "kv4.vllm.v0_26", "0.32": "kv4.vllm.v0_32"}
 
 
 def supported_module(version: str) -> str:

@@ -9,10 +9,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
 from kv4._core import PAGE_TOKENS as PAGE
+
+# Rows of a chunk for which unpacking what they see is less work than reading it packed.
+LONG = 256
+
+
+@dataclass
+class Span:
+    """Pieces whose rows follow one another."""
+
+    pieces: slice
+    rows: slice
+    queries: np.ndarray  # [pieces + 1] rows, cumulative, from 0
+
+    @property
+    def most_queries(self) -> int:
+        return int(np.diff(self.queries).max(initial=0))
 
 
 @dataclass
@@ -24,9 +41,12 @@ class Step:
     begin: np.ndarray  # [n] positions: pages from here ...
     end: np.ndarray  # [n] ... to here become full in this step
     source: np.ndarray  # [p] the sequence of a piece
-    piece_queries: np.ndarray  # [p + 1]
     piece_lengths: np.ndarray  # [p]
     piece_sealed: np.ndarray  # [p] tokens that the piece reads from pages
+    spans: list[Span]
+    left: np.ndarray  # [n] whether it is the host's to attend to: it has no pieces
+    sealing: bool
+    single: bool = False  # one row at most of each sequence: pieces are sequences
     rows: int = 0
     most_pages: int = 0
     kept: dict = field(default_factory=dict)  # what a host makes of it for its layers
@@ -39,29 +59,40 @@ class Step:
     def limits(self) -> dict[str, int]:
         """Of a workspace that serves the step: the same for all layers. By powers of two, so that a sequence which
         grows by a token does not ask again and again."""
-        rows = max(np.diff(self.piece_queries).max(initial=1), np.diff(self.queries).max(initial=1))
+        rows = max((span.most_queries for span in self.spans), default=1)
         needed = {
             "sequences": max(self.pieces, len(self.lengths)),
             "most_pages": max(self.most_pages, 1),
-            "most_queries": rows,
+            "most_queries": max(rows, 1),
             "longest": self.lengths.max(initial=1),
             "all": self.piece_lengths.sum(dtype=np.int64),
         }
         return {name: 1 << max(int(x) - 1, 0).bit_length() for name, x in needed.items()}
 
+    @cached_property
+    def most_queries(self) -> int:
+        """Rows of one sequence."""
+        return int(np.diff(self.queries).max(initial=0))
 
-def plan(queries: np.ndarray, lengths: np.ndarray, sealing: bool) -> Step:
-    """Of cumulative rows [n + 1] and lengths [n], a sequence's rows being its newest. Not sealing: all stays exact."""
+
+def plan(queries: np.ndarray, lengths: np.ndarray, sealing: bool, leave: bool = False) -> Step:
+    """Of cumulative rows [n + 1] and lengths [n], a sequence's rows being its newest. Not sealing: all stays exact.
+    leave: prompts that begin in this step, and long chunks of others, are attended to by the host."""
     queries, lengths = queries.astype(np.int64), lengths.astype(np.int64)
     counts = np.diff(queries)
     # A row of padding, in a batch of a fixed size, has a length and no query.
     computed = np.where(counts > 0, lengths - counts, lengths)
     begin, end = computed // PAGE * PAGE, lengths // PAGE * PAGE
+    single = counts.max(initial=0) <= 1
     if not sealing:
         begin = end = np.zeros_like(lengths)
         pieces = (counts > 0).astype(np.int64)
     else:
         pieces = np.where(counts > 0, (lengths - 1) // PAGE - computed // PAGE + 1, 0)
+    if single:
+        pieces = np.ones_like(counts)  # rows of padding too: tables and arrays are those of the sequences
+    left = (counts > 1) & ((computed == 0) | (counts >= LONG)) & leave
+    pieces = np.where(left, 0, pieces)
     source = np.repeat(np.arange(len(lengths)), pieces)
     if sealing:
         index = np.arange(len(source)) - np.repeat(np.cumsum(pieces) - pieces, pieces) + computed[source] // PAGE
@@ -70,9 +101,25 @@ def plan(queries: np.ndarray, lengths: np.ndarray, sealing: bool) -> Step:
         sealed = np.maximum(index - 1, 0) * PAGE
     else:
         first, piece_lengths, sealed = computed[source], lengths[source], np.zeros_like(source)
-    piece_queries = np.concatenate([[0], np.cumsum(piece_lengths - first)])
+    starts = queries[:-1][source] + first - computed[source]
+    arrays = (queries, lengths, begin, end, source, piece_lengths, sealed)
     return Step(
-        *(x.astype(np.int32) for x in (queries, lengths, begin, end, source, piece_queries, piece_lengths, sealed)),
+        *(x.astype(np.int32) for x in arrays),
+        spans=_spans(starts, starts + piece_lengths - first),
+        left=left,
+        sealing=sealing,
+        single=bool(single),
         rows=int(queries[-1]),
         most_pages=int(((end - begin) // PAGE).max(initial=0)),
     )
+
+
+def _spans(starts: np.ndarray, ends: np.ndarray) -> list[Span]:
+    """Of pieces that have rows [starts, ends): apart where rows between them are the host's."""
+    if not len(starts):
+        return []
+    edges = [0, *(np.flatnonzero(starts[1:] != ends[:-1]) + 1), len(starts)]
+    return [
+        Span(slice(a, b), slice(int(starts[a]), int(ends[b - 1])), np.append(starts[a:b], ends[b - 1]) - starts[a])
+        for a, b in pairwise(edges)
+    ]
