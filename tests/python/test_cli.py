@@ -130,6 +130,8 @@ BAD_INPUT = [
     (["bench", "attention", "--device", "tpu"], "--device: expected cpu, cuda or cuda:N"),
     (["bench", "generate", "--shape", "gpt-5"], "shape: expected one of llama-3-8b"),
     (["bench", "seal", "--dims", "33"], "--dims: "),
+    # Where these tests run there is no vLLM.
+    (["bench", "vllm", "--shape", "llama-tiny"], "kv4 bench vllm: expected vLLM in this environment"),
     (["eval", "{model}", "--text", "{bad}/none.txt"], "--text: expected a file"),
     (["eval", "{model}", "--text", "{bad}/short.txt"], "text: expected at least"),
     (["eval", "{model}", "--recipe", "{bad}/none.json"], "--recipe: expected a file"),
