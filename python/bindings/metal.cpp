@@ -9,34 +9,18 @@
 #include <algorithm>
 #include <tuple>
 
+#include "attention/visibility.h"
 #include "backend/backend.h"
 #include "backend/spec.h"
 #include "metal/layout.h"
 #include "metal/order.h"
 #include "metal/tables.h"
-#include "moments/lambda.h"
-#include "tensor.h"
+#include "values.h"
 
 namespace kv4::python {
 namespace {
 
 using namespace nb::literals;
-
-template <class T>
-nb::object array(std::vector<T> values) {
-  auto* kept = new std::vector<T>(std::move(values));
-  const nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
-  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(kept->data(), {kept->size()}, owner));
-}
-
-// Both sides' settings and the layout of a page, for a head dim.
-struct Metal {
-  PageSpec spec;
-  DType dtype = DType::f32;
-  int kv_heads = 0;
-  int dim = 0;
-  bool seals = true;
-};
 
 void create(Metal* self, nb::handle recipe, const std::string& dtype, int kv_heads, int head_dim_k, int head_dim_v,
             nb::handle matrix_k, nb::handle matrix_v) {
@@ -209,6 +193,35 @@ nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_sha
   return out;
 }
 
+using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+
+nb::object learn_lambda(const Floats& keys, const nb::bytes& skip, const std::vector<Floats>& energies) {
+  if (keys.ndim() != 3 || keys.shape(1) != skip.size() || skip.size() % kPageTokens != 0)
+    raise_if_error(invalid_argument("keys", "[kv_heads, rows, dim], whole pages and a byte of skip for each row",
+                                    std::to_string(skip.size()) + " bytes"));
+  const std::size_t heads = keys.shape(0), dim = keys.shape(2);
+  std::vector<const float*> rows;
+  for (const Floats& each : energies) {
+    if (each.size() != heads * dim)
+      raise_if_error(
+          invalid_argument("energies", std::to_string(heads * dim) + " values", std::to_string(each.size())));
+    rows.push_back(each.data());
+  }
+  std::vector<float> lambda(heads * dim);
+  LambdaJob job;
+  job.k = keys.data();
+  job.k_head_stride = static_cast<std::int64_t>(skip.size() * dim);
+  job.k_stride = static_cast<std::int64_t>(dim);
+  job.kv_heads = static_cast<int>(heads);
+  job.dim = static_cast<int>(dim);
+  job.blocks = static_cast<int>(skip.size() / kPageTokens);
+  job.skip = {static_cast<const std::uint8_t*>(skip.data()), skip.size()};
+  job.energies = rows;
+  job.lambda = lambda.data();
+  raise_if_error(find_backend("cpu")->fix_lambda(job));
+  return array(std::move(lambda), {heads, dim});
+}
+
 }  // namespace
 
 void bind_metal(nb::module_& m) {
@@ -292,16 +305,12 @@ void bind_metal(nb::module_& m) {
           "slice"_a, "Codes of a head slice in canonical order: (keys, values) as bytes.");
 
   m.def(
-      "lambda_from_energies",
-      [](const std::vector<double>& query, const std::vector<double>& key) {
-        if (query.size() != key.size())
-          raise_if_error(invalid_argument("key", std::to_string(query.size()) + " energies, as query has",
-                                          std::to_string(key.size())));
-        std::vector<float> lambda(query.size());
-        lambda_from_energies(query, key, lambda);
-        return array(std::move(lambda));
-      },
-      "query"_a, "key"_a, "Lambda of one KV head, float32 [dim], from energies of its channels.");
+      "learn_lambda", &learn_lambda, "keys"_a, "skip"_a, "energies"_a,
+      "Lambda, float32 [kv_heads, dim], from keys float32 [kv_heads, rows, dim], whole pages of them, a byte for each "
+      "row, nonzero where it\nstays out, and energies [kv_heads, dim] of queries.");
+  m.def(
+      "hidden_by", [](const std::string& dtype) { return hidden_by(read_dtype(dtype)); }, "dtype"_a,
+      "An additive mask of this dtype hides what is not above this.");
 }
 
 }  // namespace kv4::python

@@ -3,8 +3,8 @@
 #include <string>
 
 #include "attention/arguments.h"
+#include "attention/visibility.h"
 #include "cache/state.h"
-#include "cache/visibility.h"
 
 namespace kv4 {
 namespace {
@@ -115,29 +115,24 @@ class Attend {
   }
 
   Status learn_energies() {
-    const std::int64_t limit = setup_.policy.sinks + setup_.policy.window + kPageTokens;
     std::vector<EnergyJob> jobs;
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
       const Sequence& s = sequence(i);
-      if (s.lambda_fixed()) continue;
       const Part& part = c_.parts[i];
       const Visibility sees = visibility(i);
+      const std::int64_t first_query = s.length() - part.tokens;
       QueryEnergy at = s.body.energy;
       const std::size_t before = jobs.size();
-      for (std::int64_t t = 0; t < part.tokens; ++t) {
-        const std::int64_t position = s.length() - part.tokens + t;
-        if (at.any() && position - at.first >= limit) break;
-        if ((at.any() && at.row(position) < 0) || !sees.visible(t, position)) continue;
-        if (!at.any()) {
-          at.first = position;
-          continue;
-        }
-        const auto row = static_cast<std::size_t>(at.row(position));
-        if (row >= at.rows.size()) at.rows.resize(row + 1);
-        KV4_RETURN_IF_ERROR(
-            Block::make(*setup_.backend, "query energies", setup_.channels() * sizeof(float), &at.rows[row]));
-        jobs.push_back({part.input, part.input_row + t, at.rows[row]->as<float>()});
-      }
+      KV4_RETURN_IF_ERROR(at.record(
+          s.ledger, part.tokens, [&](std::int64_t position) { return sees.visible(position - first_query, position); },
+          [&](std::int64_t position, std::int64_t at_row) -> Status {
+            const auto row = static_cast<std::size_t>(at_row);
+            if (row >= at.rows.size()) at.rows.resize(row + 1);
+            KV4_RETURN_IF_ERROR(
+                Block::make(*setup_.backend, "query energies", setup_.channels() * sizeof(float), &at.rows[row]));
+            jobs.push_back({part.input, part.input_row + position - first_query, at.rows[row]->as<float>()});
+            return {};
+          }));
       if (jobs.size() > before || at.first != s.body.energy.first) energies_.emplace_back(i, std::move(at));
     }
     return jobs.empty() ? Status() : setup_.backend->query_energies(args_.q, setup_.heads(), jobs);

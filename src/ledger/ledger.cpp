@@ -351,9 +351,10 @@ void Ledger::make_room_for_rows(std::int64_t rows) {
   if (need > marks_.capacity()) marks_.reserve(need + need / 8 + 8);
 }
 
-void Ledger::commit(Plan& plan, std::span<const PageId> ids) noexcept {
+void Ledger::commit(Plan& plan, std::span<const PageId> ids, bool taught) noexcept {
   const Extent before = extent_;
   extent_ = plan.after;
+  if (extent_.lambda == Lambda::learnt && !taught) extent_.lambda = Lambda::fixed;
   ++revision_;
   pages_.erase(pages_.begin() + plan.kept.end, pages_.end());
   pages_.erase(pages_.begin(), pages_.begin() + plan.kept.begin);

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cache/checksum.h"
+#include "blob/checksum.h"
 #include "kv4/cpu.h"
 #include "probe.h"
 #include "save_case.h"

@@ -20,11 +20,11 @@ from kv4._core import PAGE_TOKENS as PAGE
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
+from . import saved
 from .host import DTYPES, Host, shared_constants
 from .launch import attend
 from .sealing import Sealing
 from .sequence import Energies, Made, Pages, Sequence, Span
-from .visibility import Visibility
 
 
 class Cache(Sealing):
@@ -54,8 +54,10 @@ class Cache(Sealing):
         shape = {"dtype": dtype, "kv_heads": kv_heads, "head_dim_k": head_dim_k, "head_dim_v": head_dim_v}
         matrices = {"matrix_k": matrix_k, "matrix_v": matrix_v}
         # The core's own checks of every argument.
-        _core.Cache(recipe, **shape, **matrices, sliding_window=sliding_window, lambda_k=lambda_k, lambda_v=lambda_v)
+        given = {"sliding_window": sliding_window, "lambda_k": lambda_k, "lambda_v": lambda_v}
+        core = _core.Cache(recipe, **shape, **matrices, **given)
         self.constants = shared_constants(host, recipe, **shape, **matrices)
+        self.format = _core.SavedFormat(core, self.constants.tables)
         self.host = host
         self.recipe = recipe
         self.dtype = dtype
@@ -147,7 +149,7 @@ class Cache(Sealing):
         plans, energies = [None] * len(self.sequences), [s.energies for s in self.sequences]
         for row, x in zip(rows, seen, strict=True):
             if x.queries:
-                plans[row] = self._plan(self.sequences[row], x)
+                plans[row] = self.sequences[row].ledger.attend(x)
                 energies[row] = self._with_energies(q, self.sequences[row], x)
         made = self._made(self.sequences, plans, energies)
         held = self.rows
@@ -197,25 +199,20 @@ class Cache(Sealing):
         start: Any,
         window: Any,
         mask: Any,
-    ) -> list[Visibility]:
+    ) -> list[_core.Sight]:
         batch = len(rows)
         limits = [self.window if causal else 0] * batch if window is None else _integers("window", window, batch)
-        starts = [0] * batch if start is None else [offset + x for x in _integers("start", start, batch)]
+        starts = [None] * batch if start is None else _integers("start", start, batch)
         general = None
         if mask is not None:
             general = self.host.seen(mask)
-            general = np.broadcast_to(general, (batch, tokens, general.shape[-1]))
+            general = np.ascontiguousarray(np.broadcast_to(general, (batch, tokens, general.shape[-1])))
         found = []
         for i, row in enumerate(rows):
             own = None if general is None else general[i]
             length = self.sequences[row].extent.length
-            found.append(Visibility(length, i, spans[i], causal, starts[i], limits[i], own, offset))
+            found.append(_core.Sight(length, i, spans[i], causal, starts[i], limits[i], own, offset))
         return found
-
-    def _plan(self, s: Sequence, seen: Visibility) -> Any:
-        x = s.extent
-        rows = seen.seen(x.window_position, x.window_rows).tobytes() if self.seals else b""
-        return s.ledger.attend(seen.queries, rows)
 
     @staticmethod
     def _next(s: Sequence, plan: Any, energies: Energies, made: Made) -> Sequence:
@@ -226,7 +223,7 @@ class Cache(Sealing):
             after.commit(plan, made)
         return after
 
-    def _views(self, b: int, s: Sequence, seen: Visibility, upto: int, lambda_row: int) -> Iterator[tuple]:
+    def _views(self, b: int, s: Sequence, seen: _core.Sight, upto: int, lambda_row: int) -> Iterator[tuple]:
         """Runs of the sequence's queries that read the same pages, as MetalTables.attend has them; offsets are elements
         of self.rows[0] and self.rows[1]."""
         head = self.rows[0].shape[2] * self.dim
@@ -256,22 +253,16 @@ class Cache(Sealing):
             )
             position = next_
 
-    def _with_energies(self, q: Any, s: Sequence, seen: Visibility) -> Energies:
+    def _with_energies(self, q: Any, s: Sequence, seen: _core.Sight) -> Energies:
         """The energies held of the first queries that see themselves, the call's included."""
         energies = s.energies
-        if not self.seals or self.recipe.key.lambda_ != "auto" or s.extent.lambda_ == "fixed":
-            return energies
-        limit = self.recipe.sinks + self.recipe.window + PAGE
-        if energies.first >= 0 and seen.first_query - energies.first >= limit:
-            return energies
-        own = [seen.first_query + int(t) for t in np.flatnonzero(seen.see_themselves())]
-        first, positions = energies.wanted(own, limit)
+        first, positions = s.ledger.record(energies.first, seen)
+        if not positions:
+            return energies if first == energies.first else dataclasses.replace(energies, first=first)
         # A call may be repeated, with another mask: its queries' rows are the new ones.
         kept = energies.before(self.host, seen.first_query).parts if energies.first < seen.first_query else []
-        if positions:
-            rows = self.host.energies(q, seen.input, [seen.row + x - seen.first_query for x in positions], self.heads)
-            kept = [*kept, (positions, rows)]
-        return Energies(first, kept)
+        rows = self.host.energies(q, seen.input, [seen.row + x - seen.first_query for x in positions], self.heads)
+        return Energies(first, [*kept, (positions, rows)])
 
     def _check_call(self, q: Any, batch: int, dtype: str, scale: float, softcap: float, sinks: Any, mask: Any) -> None:
         """What can be refused of a call before any of it is recorded."""
@@ -301,7 +292,7 @@ class Cache(Sealing):
                 raise ValueError(mismatch("mask", f"shape {[*full]} or 1 each, columns", list(mask.shape)))
 
     @staticmethod
-    def _check_upto(s: Sequence, seen: Visibility, upto: int) -> None:
+    def _check_upto(s: Sequence, seen: _core.Sight, upto: int) -> None:
         """The last query reads the most tokens packed."""
         view = s.ledger.view(s.extent.length - 1, seen.queries <= PAGE, upto)
         sealed = view.pages_position + (view.pages - 1) * PAGE + view.last_page_tokens
@@ -385,6 +376,14 @@ class Cache(Sealing):
         twin.sequences = [s.fork() for s in self.sequences]
         twin.rows = [self.host.copy(x) for x in self.rows]
         return twin
+
+    def save(self, write: Any) -> None:
+        """Passes the cache, block by block, to write(memoryview), as the core's (docs/format.md)."""
+        saved.save(self, write)
+
+    def load(self, readinto: Any) -> None:
+        """Takes a saved cache of the same configuration, this one's or the core's, into this empty one."""
+        saved.load(self, readinto)
 
     def record_past(self, on: bool) -> None:
         self.recording = bool(on)

@@ -85,6 +85,14 @@ class Host(ABC):
         """The same numbers on the CPU, bfloat16 as float32. Waits for the device."""
 
     @abstractmethod
+    def bits(self, x: Any) -> np.ndarray:
+        """The bytes of `x` on the CPU, uint8 [..., bytes of the last axis]. Waits for the device."""
+
+    @abstractmethod
+    def of_bits(self, bits: np.ndarray, dtype: str) -> Any:
+        """The array whose bits() these are."""
+
+    @abstractmethod
     def copy(self, x: Any) -> Any:
         """An array that goes its own way."""
 
@@ -117,10 +125,11 @@ class Host(ABC):
         """float32 [len(queries), kv_heads, head_dim]: squares of q [batch, q_heads, T, head_dim], summed over the query
         heads of each KV head."""
 
-    @abstractmethod
     def seen(self, mask: Any) -> np.ndarray:
         """bool [batch or 1, T or 1, columns] on the CPU: what any head sees by mask [batch, q_heads, T, columns] or 1
         each. Waits for the device."""
+        dtype = self.dtype(mask)
+        return self.numpy((mask if dtype == "bool" else mask > _core.hidden_by(dtype)).any(1))
 
 
 class Matrices:

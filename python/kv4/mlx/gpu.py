@@ -76,7 +76,7 @@ class MlxHost(Host):
         return None
 
     def dtype(self, x: mx.array) -> str:
-        return str(x.dtype).rsplit(".", 1)[-1]
+        return str(x.dtype).rsplit(".", 1)[-1].rstrip("_")
 
     def strides(self, x: mx.array) -> list[int]:
         return [int(np.prod(x.shape[i + 1 :])) for i in range(x.ndim)]
@@ -93,6 +93,12 @@ class MlxHost(Host):
 
     def numpy(self, x: mx.array) -> np.ndarray:
         return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
+
+    def bits(self, x: mx.array) -> np.ndarray:
+        return np.array(mx.contiguous(x).view(mx.uint8))
+
+    def of_bits(self, bits: np.ndarray, dtype: str) -> mx.array:
+        return mx.array(bits).view(getattr(mx, dtype))
 
     def copy(self, x: mx.array) -> mx.array:
         return mx.array(x)
@@ -123,12 +129,6 @@ class MlxHost(Host):
     def energies(self, q: mx.array, b: int, queries: Sequence[int], kv_heads: int) -> mx.array:
         x = self.take(q[b], queries, 1).astype(mx.float32).square()
         return x.reshape(kv_heads, -1, len(queries), q.shape[3]).sum(1).transpose(1, 0, 2)
-
-    def seen(self, mask: mx.array) -> np.ndarray:
-        if mask.dtype != mx.bool_:
-            # Additive masks hide by -infinity or by the lowest number of their dtype.
-            mask = mask > (-65504.0 if mask.dtype == mx.float16 else -1e30)
-        return np.array(mask.any(1))
 
 
 def _bytes(x: mx.array) -> mx.array:
