@@ -1,6 +1,5 @@
 #include "ledger.h"
 
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -12,8 +11,6 @@
 #include <utility>
 #include <vector>
 
-#include "attention/visibility.h"
-#include "ledger/ledger.h"
 #include "ledger/queries.h"
 #include "values.h"
 
@@ -25,7 +22,6 @@ using ledger::Extent;
 using ledger::Ledger;
 using ledger::Plan;
 using ledger::Rows;
-using ledger::View;
 
 using Pair = std::pair<std::int64_t, std::int64_t>;
 Pair pair(const Rows& rows) { return {rows.begin, rows.end}; }
@@ -50,21 +46,9 @@ Plan append(const Ledger& self, std::int64_t tokens, bool recording) {
   return plan;
 }
 
-using Seen = nb::ndarray<const bool, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-// What a sequence's queries see in a call, with all that says so.
-struct Sight {
-  AttendArgs args;
-  std::int64_t input, row, queries, length;
-  std::int32_t start = 0, window = 0;
-  std::optional<Seen> general;
-  std::optional<Visibility> visibility;
-
-  std::int64_t first_query() const { return length - queries; }
-};
-
 void see(Sight* self, std::int64_t length, std::int64_t input, const Pair& span, bool causal,
-         std::optional<std::int32_t> start, std::int32_t window, std::optional<Seen> general, std::int64_t offset) {
+         std::optional<std::int32_t> start, std::int32_t window, std::optional<Sight::Seen> general,
+         std::int64_t offset) {
   const std::int64_t queries = span.second - span.first;
   if (span.first < 0 || queries < 0 || queries > length)
     raise_if_error(invalid_argument("span", "rows of at most " + std::to_string(length) + " queries",
@@ -142,14 +126,6 @@ void commit(Ledger& self, Plan& plan, const std::vector<ledger::PageId>& ids, bo
   self.commit(plan, ids, taught);
 }
 
-View view(const Ledger& self, std::int64_t position, bool stepwise, std::int64_t upto) {
-  const std::int64_t length = self.extent().length;
-  for (const auto& [name, value] : {std::pair{"position", position}, std::pair{"upto", upto}})
-    if (value < 0 || value > length)
-      raise_if_error(error(StatusCode::out_of_range, name, "0 to " + std::to_string(length), std::to_string(value)));
-  return self.view(position, stepwise, upto);
-}
-
 const char* lambda_name(const Extent& x) {
   return x.lambda == ledger::Lambda::open ? "open" : x.lambda == ledger::Lambda::learnt ? "learnt" : "fixed";
 }
@@ -189,12 +165,6 @@ void bind_ledger(nb::module_& m) {
       .def_prop_ro("stored", [](const Plan& p) { return pair(p.stored); })
       .def_ro("released", &Plan::released)
       .def_ro("after", &Plan::after);
-  nb::class_<View>(m, "View", "Which of what is held a query reads (src/ledger/ledger.h).")
-      .def_prop_ro("sinks", [](const View& v) { return pair(v.sinks); })
-      .def_ro("pages", &View::pages)
-      .def_ro("pages_position", &View::pages_position)
-      .def_ro("last_page_tokens", &View::last_page_tokens)
-      .def_prop_ro("window", [](const View& v) { return pair(v.window); });
   nb::class_<Sight>(m, "Sight",
                     "Which tokens a sequence's queries of a call see. input, span: its rows of the call. start: a "
                     "column, window: a number of tokens (0 = all), general: bool [rows, columns], what a general mask "
@@ -204,11 +174,7 @@ void bind_ledger(nb::module_& m) {
       .def_ro("input", &Sight::input)
       .def_ro("row", &Sight::row)
       .def_ro("queries", &Sight::queries)
-      .def_prop_ro("first_query", &Sight::first_query, "Its position.")
-      .def_prop_ro(
-          "start", [](const Sight& s) { return s.args.mask.start == nullptr ? 0 : s.args.mask.offset + s.start; },
-          "The first position that is seen.")
-      .def_ro("window", &Sight::window);
+      .def_prop_ro("first_query", &Sight::first_query, "Position of the first query.");
   nb::class_<Ledger>(m, "Ledger",
                      "The policy of one sequence: which of its tokens are exact, sealed, due or evicted. Calls are "
                      "planned, carried out by whoever "
@@ -235,9 +201,6 @@ void bind_ledger(nb::module_& m) {
       .def("crop", &crop, "length"_a)
       .def("commit", &commit, "plan"_a, "ids"_a = std::vector<ledger::PageId>(), "taught"_a = true,
            "taught: whether queries are recorded, which lambda was learnt from.")
-      .def("view", &view, "position"_a, "stepwise"_a, "upto"_a)
-      .def("view_end", &Ledger::view_end, "position"_a, "stepwise"_a,
-           "The first query position behind `position` that reads other pages.")
       .def("replace_last", &Ledger::replace_last, "id"_a,
            "The last page becomes a copy that nobody else has. Returns the id it had.")
       .def(

@@ -40,7 +40,8 @@ class Attend {
       KV4_RETURN_IF_ERROR(learn());
       KV4_RETURN_IF_ERROR(seal());
     }
-    if (partial != nullptr) KV4_RETURN_IF_ERROR(check_upto());
+    for (std::size_t i = 0; partial != nullptr && i < c_.parts.size(); ++i)
+      KV4_RETURN_IF_ERROR(ledger::check_upto(setup_.policy, now(i).extent, c_.parts[i].tokens, c_.parts[i].upto));
     return answer(out, partial);
   }
 
@@ -164,20 +165,6 @@ class Attend {
     const Change* const change = draft_.find(i);
     return change != nullptr ? Now{change->plan.after, change->next}
                              : Now{sequence(i).ledger.extent(), sequence(i).body};
-  }
-
-  // The last query's pages are the most.
-  Status check_upto() {
-    for (std::size_t i = 0; i < c_.parts.size(); ++i) {
-      const ledger::Extent& x = now(i).extent;
-      const std::int64_t upto = c_.parts[i].upto;
-      const ledger::View v = ledger::view(setup_.policy, x, x.length - 1, stepwise(c_.parts[i]), upto);
-      const std::int64_t sealed = v.pages_position + (v.pages - 1) * kPageTokens + v.last_page_tokens;
-      if (v.pages > 0 && upto < sealed)
-        return error(StatusCode::out_of_range, "upto",
-                     "at least " + std::to_string(sealed) + ", the end of the sealed tokens", std::to_string(upto));
-    }
-    return {};
   }
 
   // Each job takes of every sequence the longest run of queries that see the same pages.

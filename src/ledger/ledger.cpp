@@ -423,4 +423,13 @@ View view(const Policy& p, const Extent& x, std::int64_t position, bool stepwise
   return view;
 }
 
+Status check_upto(const Policy& p, const Extent& x, std::int64_t queries, std::int64_t upto) {
+  const View v = view(p, x, x.length - 1, queries <= kPageTokens, upto);
+  const std::int64_t sealed = v.pages_position + (v.pages - 1) * kPageTokens + v.last_page_tokens;
+  return v.pages == 0 || upto >= sealed
+             ? Status()
+             : error(StatusCode::out_of_range, "upto",
+                     "at least " + std::to_string(sealed) + ", the end of the sealed tokens", std::to_string(upto));
+}
+
 }  // namespace kv4::ledger

@@ -81,6 +81,10 @@ View view(const Policy& policy, const Extent& x, std::int64_t position, bool ste
 // The first query position behind `position` whose view has other pages.
 std::int64_t view_end(const Policy& policy, const Extent& x, std::int64_t position, bool stepwise);
 
+// A call of the newest `queries` tokens below a position. Errors: out_of_range naming upto where that cuts into sealed
+// tokens, of which the last query reads the most.
+Status check_upto(const Policy& policy, const Extent& x, std::int64_t queries, std::int64_t upto);
+
 class Ledger {
  public:
   explicit Ledger(const Policy& policy) : policy_(policy) { extent_.anchored = policy.arrival(); }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from typing import Any
 
@@ -134,7 +133,8 @@ class Cache(Sealing):
         if not self.sequences:
             raise RuntimeError(mismatch("q", "a cache that holds tokens", "an empty cache"))
         rows = list(range(len(self.sequences)) if rows is None else rows)
-        self._check_call(q, len(rows), dtype, scale, softcap, sinks, mask)
+        self._check_call(q, len(rows), dtype, sinks, mask)
+        _core.check_attention(scale, softcap, offset, start is not None, None if mask is None else mask.shape[3])
         tokens, lengths = q.shape[2], [self._sequence(row).extent.length for row in rows]
         spans = _spans(spans, len(rows), tokens)
         below = lengths if upto is None else [upto] * len(rows) if isinstance(upto, int) else list(upto)
@@ -158,15 +158,11 @@ class Cache(Sealing):
         try:
             nexts = [self._next(*x) for x in zip(self.sequences, plans, energies, made, strict=True)]
             table, lambda_rows = self.lambda_table([s.lambda_ for s in nexts])
-            views = []
-            for row, x, end in zip(rows, seen, below, strict=True):
-                if upto is not None:
-                    self._check_upto(nexts[row], x, end)
-                views += self._views(row, nexts[row], x, end, lambda_rows[row])
+            asked = zip(rows, seen, below, strict=True)
             done = attend(
                 self,
                 q,
-                views,
+                [(nexts[row].ledger, x, end, lambda_rows[row], row) for row, x, end in asked if x.queries],
                 lambda_k=table,
                 out=out,
                 dtype=None if upto is not None else dtype,
@@ -223,36 +219,6 @@ class Cache(Sealing):
             after.commit(plan, made)
         return after
 
-    def _views(self, b: int, s: Sequence, seen: _core.Sight, upto: int, lambda_row: int) -> Iterator[tuple]:
-        """Runs of the sequence's queries that read the same pages, as MetalTables.attend has them; offsets are elements
-        of self.rows[0] and self.rows[1]."""
-        head = self.rows[0].shape[2] * self.dim
-        base = b * self.heads * head
-
-        def exact(first: int, rows: Span) -> tuple[int, ...]:
-            at = base + first * self.dim
-            return (rows[0], rows[1] - rows[0], at, head, self.dim, at, head, self.dim)
-
-        position, end, stepwise = seen.first_query, seen.first_query + seen.queries, seen.queries <= PAGE
-        while position < end:
-            view = s.ledger.view(position, stepwise, upto)
-            next_ = min(end, s.ledger.view_end(position, stepwise))
-            yield (
-                s.ledger.pages[: view.pages],
-                view.pages_position if view.pages else 0,
-                view.last_page_tokens,
-                seen.input,
-                seen.row + position - seen.first_query,
-                next_ - position,
-                position,
-                seen.start,
-                seen.window,
-                lambda_row,
-                -1 if self.given_v is None else 0,
-                [exact(0, view.sinks), exact(self._row(view.window[0], s.extent), view.window)],
-            )
-            position = next_
-
     def _with_energies(self, q: Any, s: Sequence, seen: _core.Sight) -> Energies:
         """The energies held of the first queries that see themselves, the call's included."""
         energies = s.energies
@@ -264,7 +230,7 @@ class Cache(Sealing):
         rows = self.host.energies(q, seen.input, [seen.row + x - seen.first_query for x in positions], self.heads)
         return Energies(first, [*kept, (positions, rows)])
 
-    def _check_call(self, q: Any, batch: int, dtype: str, scale: float, softcap: float, sinks: Any, mask: Any) -> None:
+    def _check_call(self, q: Any, batch: int, dtype: str, sinks: Any, mask: Any) -> None:
         """What can be refused of a call before any of it is recorded."""
         host = self.host
         fits = len(q.shape) == 4 and q.shape[0] == batch and q.shape[1] >= self.heads and q.shape[1] % self.heads == 0
@@ -280,24 +246,12 @@ class Cache(Sealing):
                 raise ValueError(mismatch(name, "dtype " + " or ".join(kinds), host.dtype(x)))
         if dtype not in DTYPES:
             raise ValueError(mismatch("dtype", " or ".join(DTYPES), dtype))
-        if math.isnan(scale):
-            raise ValueError(mismatch("scale", "a number", scale))
-        if not softcap >= 0:
-            raise ValueError(mismatch("softcap", "0 (none) or a positive number", softcap))
         if sinks is not None and math.prod(sinks.shape) != q.shape[1]:
             raise ValueError(mismatch("sinks", f"{q.shape[1]} values", f"shape {list(sinks.shape)}"))
         if mask is not None:
             full = (batch, q.shape[1], q.shape[2])
             if len(mask.shape) != 4 or any(have not in (1, want) for have, want in zip(mask.shape, full, strict=False)):
                 raise ValueError(mismatch("mask", f"shape {[*full]} or 1 each, columns", list(mask.shape)))
-
-    @staticmethod
-    def _check_upto(s: Sequence, seen: _core.Sight, upto: int) -> None:
-        """The last query reads the most tokens packed."""
-        view = s.ledger.view(s.extent.length - 1, seen.queries <= PAGE, upto)
-        sealed = view.pages_position + (view.pages - 1) * PAGE + view.last_page_tokens
-        if view.pages and upto < sealed:
-            raise IndexError(mismatch("upto", f"at least {sealed}, the end of the sealed tokens", upto))
 
     # Crop, forks and what is held.
 

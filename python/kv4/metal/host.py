@@ -97,10 +97,8 @@ class Host(ABC):
         """An array that goes its own way."""
 
     @abstractmethod
-    def cast(self, x: Any, dtype: str) -> Any: ...
-
-    @abstractmethod
-    def stack(self, arrays: Sequence[Any]) -> Any: ...
+    def cast(self, x: Any, dtype: str) -> Any:
+        """`x` on the device in `dtype`, no gradient behind it."""
 
     @abstractmethod
     def concatenate(self, arrays: Sequence[Any], axis: int) -> Any: ...
@@ -120,10 +118,11 @@ class Host(ABC):
     def finite(self, x: Any) -> Any:
         """`x` with zeros for every row of the last axis that holds NaN or infinity."""
 
-    @abstractmethod
     def energies(self, q: Any, b: int, queries: Sequence[int], kv_heads: int) -> Any:
         """float32 [len(queries), kv_heads, head_dim]: squares of q [batch, q_heads, T, head_dim], summed over the query
         heads of each KV head."""
+        x = self.cast(self.take(q[b], queries, 1), "float32")
+        return (x * x).reshape(kv_heads, -1, len(queries), q.shape[3]).sum(1).swapaxes(0, 1)
 
     def seen(self, mask: Any) -> np.ndarray:
         """bool [batch or 1, T or 1, columns] on the CPU: what any head sees by mask [batch, q_heads, T, columns] or 1

@@ -103,10 +103,7 @@ class TorchHost(Host):
         return x.clone()
 
     def cast(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
-        return x.to(self.device, _DTYPES[dtype])
-
-    def stack(self, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(list(arrays))
+        return x.detach().to(self.device, _DTYPES[dtype])
 
     def concatenate(self, arrays: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
         return torch.cat(list(arrays), axis)
@@ -126,10 +123,6 @@ class TorchHost(Host):
     def finite(self, x: torch.Tensor) -> torch.Tensor:
         x = x.detach()
         return torch.where(torch.isfinite(x).all(-1, keepdim=True), x, torch.zeros((), dtype=x.dtype, device=x.device))
-
-    def energies(self, q: torch.Tensor, b: int, queries: Sequence[int], kv_heads: int) -> torch.Tensor:
-        x = q[b, :, self._indices(queries)].detach().float().square()
-        return x.reshape(kv_heads, -1, len(queries), q.shape[3]).sum(1).transpose(0, 1)
 
 
 class MetalCache(Cache):

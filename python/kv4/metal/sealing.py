@@ -23,9 +23,8 @@ class Sealing(Holding):
             return self.given_k, [0] * len(lambdas)
         held = [x for x in lambdas if x is not None]
         rows = np.cumsum([x is not None for x in lambdas]) - 1
-        return (self.host.stack(held) if held else None), [
-            -1 if x is None else int(row) for x, row in zip(lambdas, rows, strict=True)
-        ]
+        stacked = self.host.concatenate([x.reshape(1, *x.shape) for x in held], 0) if held else None
+        return stacked, [-1 if x is None else int(row) for x, row in zip(lambdas, rows, strict=True)]
 
     def carry_out(
         self,

@@ -106,9 +106,6 @@ class MlxHost(Host):
     def cast(self, x: mx.array, dtype: str) -> mx.array:
         return x.astype(getattr(mx, dtype))
 
-    def stack(self, arrays: Sequence[mx.array]) -> mx.array:
-        return mx.stack(list(arrays))
-
     def concatenate(self, arrays: Sequence[mx.array], axis: int) -> mx.array:
         return mx.concatenate(list(arrays), axis=axis)
 
@@ -125,10 +122,6 @@ class MlxHost(Host):
 
     def finite(self, x: mx.array) -> mx.array:
         return mx.where(mx.isfinite(x).all(-1, keepdims=True), x, mx.zeros((), x.dtype))
-
-    def energies(self, q: mx.array, b: int, queries: Sequence[int], kv_heads: int) -> mx.array:
-        x = self.take(q[b], queries, 1).astype(mx.float32).square()
-        return x.reshape(kv_heads, -1, len(queries), q.shape[3]).sum(1).transpose(1, 0, 2)
 
 
 def _bytes(x: mx.array) -> mx.array:
