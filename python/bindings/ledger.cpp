@@ -56,7 +56,10 @@ void see(Sight* self, std::int64_t length, std::int64_t input, const Pair& span,
   if (general && static_cast<std::int64_t>(general->shape(0)) < span.second)
     raise_if_error(
         invalid_argument("general", std::to_string(span.second) + " rows or more", std::to_string(general->shape(0))));
-  new (self) Sight{{}, input, span.first, queries, length, start.value_or(0), window, std::move(general), {}};
+  new (self) Sight(length, input, span.first, queries);
+  self->start = start.value_or(0);
+  self->window = window;
+  self->general = std::move(general);
   Mask& mask = self->args.mask;
   mask.causal = causal;
   mask.offset = offset;

@@ -16,6 +16,10 @@ namespace kv4::python {
 struct Sight {
   using Seen = nanobind::ndarray<const bool, nanobind::ndim<2>, nanobind::c_contig, nanobind::device::cpu>;
 
+  Sight(std::int64_t tokens, std::int64_t at, std::int64_t first, std::int64_t count)
+      : input(at), row(first), queries(count), length(tokens) {}
+  Sight(const Sight&) = delete;  // its parts point to each other
+
   AttendArgs args;
   std::int64_t input, row, queries, length;
   std::int32_t start = 0, window = 0;

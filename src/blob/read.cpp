@@ -227,7 +227,6 @@ class Reading {
 }  // namespace
 
 Status read(const Format& format, const Source& source, Taker& to, Contents* out) {
-  if (!source) return invalid_argument("source", "a function", "none");
   *out = Contents();
   return Reading(format, source, to, *out).run();
 }

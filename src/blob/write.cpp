@@ -134,7 +134,6 @@ class Writing {
 }  // namespace
 
 Status write(const Format& format, std::size_t batch, bool recording, const Holder& from, const Sink& sink) {
-  if (!sink) return invalid_argument("sink", "a function", "none");
   return Writing(format, from, sink).run(batch, recording);
 }
 

@@ -90,6 +90,7 @@ class Taking final : public blob::Taker {
 }  // namespace
 
 Status load(CacheState& c, const Source& source) {
+  if (!source) return invalid_argument("source", "a function", "none");
   if (!c.sequences.empty())
     return error(StatusCode::failed_precondition, "cache", "an empty cache (reset empties it)",
                  std::to_string(c.sequences.size()) + " sequences");

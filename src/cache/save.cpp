@@ -60,6 +60,7 @@ class Held final : public blob::Holder {
 }  // namespace
 
 Status save(const CacheState& c, const Sink& sink) {
+  if (!sink) return invalid_argument("sink", "a function", "none");
   if (c.backend().capturing())
     return error(StatusCode::failed_precondition, "cache", "a stream that is not being captured", "one that is");
   const blob::Format format = blob::Format::of(c.setup->config, c.setup->spec);
