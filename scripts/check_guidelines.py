@@ -24,6 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "src/recipe": {"kv4", "rotation"},
     "src/moments": {"kv4", "format"},
     "src/ledger": {"kv4", "format"},
+    "src/blob": {"kv4", "format", "rotation", "backend", "ledger"},
     "src/attention": {"kv4", "format"},
     "src/paged": {"kv4", "format", "backend", "attention"},
     "src/backend": {"kv4", "format", "rotation", "recipe"},
@@ -31,10 +32,10 @@ LAYERS: dict[str, set[str]] = {
     "src/cpu": {"kv4", "format", "rotation", "recipe", "moments", "backend"},
     "src/cuda": {"kv4", "format", "rotation", "recipe", "moments", "backend"},
     "src/metal": {"kv4", "format", "rotation", "recipe", "backend"},
-    "src/cache": {"kv4", "format", "rotation", "recipe", "backend", "attention", "ledger"},
+    "src/cache": {"kv4", "format", "rotation", "recipe", "backend", "attention", "ledger", "blob"},
     "src/capi": {"kv4"},
     # The bindings stand on all of it: hosts in Python ask for the policy, tables and figures that hosts in C++ ask for.
-    "python/bindings": {"kv4", "ledger", "moments", "backend", "cpu", "metal"},
+    "python/bindings": {"kv4", "ledger", "blob", "attention", "backend", "cpu", "metal"},
     # llama.cpp's backend knows kv4's public headers alone.
     "hosts/llama.cpp": {"kv4"},
 }
@@ -44,7 +45,7 @@ LAYERS: dict[str, set[str]] = {
 PYTHON: dict[str, tuple[set[str], str]] = {
     "kv4": (set(), "_core messages whole recipe per_layer shared calibration"),
     "kv4.models": ({"kv4"}, "errors progress catalogue tensors parts convert store"),
-    "kv4.metal": ({"kv4"}, "host source visibility sequence launch sealing cache mps"),
+    "kv4.metal": ({"kv4"}, "host source sequence launch sealing saved cache mps"),
     "kv4.hf": (
         {"kv4", "kv4.metal"},
         # Handles know nothing of layers, layers nothing of attention.

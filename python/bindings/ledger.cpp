@@ -1,16 +1,18 @@
 #include "ledger.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "ledger/ledger.h"
-#include "metal.h"
-#include "tensor.h"
+#include "ledger/queries.h"
+#include "values.h"
 
 namespace kv4::python {
 namespace {
@@ -20,7 +22,6 @@ using ledger::Extent;
 using ledger::Ledger;
 using ledger::Plan;
 using ledger::Rows;
-using ledger::View;
 
 using Pair = std::pair<std::int64_t, std::int64_t>;
 Pair pair(const Rows& rows) { return {rows.begin, rows.end}; }
@@ -45,18 +46,71 @@ Plan append(const Ledger& self, std::int64_t tokens, bool recording) {
   return plan;
 }
 
-Plan attend(const Ledger& self, std::int64_t queries, nb::bytes seen) {
+void see(Sight* self, std::int64_t length, std::int64_t input, const Pair& span, bool causal,
+         std::optional<std::int32_t> start, std::int32_t window, std::optional<Sight::Seen> general,
+         std::int64_t offset) {
+  const std::int64_t queries = span.second - span.first;
+  if (span.first < 0 || queries < 0 || queries > length)
+    raise_if_error(invalid_argument("span", "rows of at most " + std::to_string(length) + " queries",
+                                    std::to_string(span.first) + " to " + std::to_string(span.second)));
+  if (general && static_cast<std::int64_t>(general->shape(0)) < span.second)
+    raise_if_error(
+        invalid_argument("general", std::to_string(span.second) + " rows or more", std::to_string(general->shape(0))));
+  new (self) Sight(length, input, span.first, queries);
+  self->start = start.value_or(0);
+  self->window = window;
+  self->general = std::move(general);
+  Mask& mask = self->args.mask;
+  mask.causal = causal;
+  mask.offset = offset;
+  if (start) mask.start = &self->start;
+  mask.window = &self->window;
+  self->args.q.shape = {1, 1, queries, 1};
+  if (self->general) {
+    mask.kind = Mask::General::boolean;
+    mask.general = self->general->data();
+    mask.columns = static_cast<std::int64_t>(self->general->shape(1));
+    mask.general_stride = {0, 0, mask.columns, 1};
+  }
+  self->visibility.emplace(self->args, Visibility::Queries{.input_row = span.first, .count = queries}, length);
+}
+
+void check_sight(const Ledger& self, const Sight& sight) {
+  const std::int64_t length = self.extent().length;
+  if (sight.length != length || sight.queries < 1)
+    raise_if_error(invalid_argument("sight", "one of queries of " + std::to_string(length) + " tokens",
+                                    std::to_string(sight.queries) + " of " + std::to_string(sight.length)));
+}
+
+Plan attend(const Ledger& self, const Sight& sight) {
+  check_sight(self, sight);
   const Extent& x = self.extent();
-  if (queries < 1 || queries > x.length)
-    raise_if_error(
-        error(StatusCode::out_of_range, "queries", "1 to " + std::to_string(x.length), std::to_string(queries)));
-  const auto rows = self.marks().size();
-  if (seen.size() != 0 && seen.size() != rows)
-    raise_if_error(
-        invalid_argument("seen", "no bytes, or " + std::to_string(rows), std::to_string(seen.size()) + " bytes"));
+  std::vector<std::uint8_t> seen;
+  if (self.policy().seals()) {
+    std::vector<std::int64_t> hidden;
+    for (std::int64_t p = x.window_position; p < x.length; ++p)
+      if (!sight.visibility->simple() || !sight.visibility->seen(p)) hidden.push_back(p);
+    if (!sight.visibility->simple()) sight.visibility->leave_hidden(&hidden);
+    seen.assign(static_cast<std::size_t>(x.window_rows()), 1);
+    for (const std::int64_t p : hidden) seen[static_cast<std::size_t>(p - x.window_position)] = 0;
+  }
   Plan plan;
-  self.plan_attend(queries, {static_cast<const std::uint8_t*>(seen.data()), seen.size()}, &plan);
+  self.plan_attend(sight.queries, seen, &plan);
   return plan;
+}
+
+std::pair<std::int64_t, std::vector<std::int64_t>> record(const Ledger& self, std::int64_t first, const Sight& sight) {
+  check_sight(self, sight);
+  ledger::Queries queries{first};
+  std::vector<std::int64_t> positions;
+  const std::int64_t first_query = sight.first_query();
+  raise_if_error(queries.record(
+      self, sight.queries, [&](std::int64_t p) { return sight.visibility->visible(p - first_query, p); },
+      [&](std::int64_t p, std::int64_t) {
+        positions.push_back(p);
+        return Status();
+      }));
+  return {queries.first, std::move(positions)};
 }
 
 Plan crop(const Ledger& self, std::int64_t length) {
@@ -65,22 +119,14 @@ Plan crop(const Ledger& self, std::int64_t length) {
   return plan;
 }
 
-void commit(Ledger& self, Plan& plan, const std::vector<ledger::PageId>& ids) {
+void commit(Ledger& self, Plan& plan, const std::vector<ledger::PageId>& ids, bool taught) {
   if (!self.current(plan))
     raise_if_error(error(StatusCode::failed_precondition, "plan", "one of the ledger as it is",
                          "one that is committed or outdated"));
   if (static_cast<std::int64_t>(ids.size()) != plan.new_pages)
     raise_if_error(invalid_argument("ids", std::to_string(plan.new_pages) + " new pages", std::to_string(ids.size())));
   self.make_room(plan);
-  self.commit(plan, ids);
-}
-
-View view(const Ledger& self, std::int64_t position, bool stepwise, std::int64_t upto) {
-  const std::int64_t length = self.extent().length;
-  for (const auto& [name, value] : {std::pair{"position", position}, std::pair{"upto", upto}})
-    if (value < 0 || value > length)
-      raise_if_error(error(StatusCode::out_of_range, name, "0 to " + std::to_string(length), std::to_string(value)));
-  return self.view(position, stepwise, upto);
+  self.commit(plan, ids, taught);
 }
 
 const char* lambda_name(const Extent& x) {
@@ -122,12 +168,16 @@ void bind_ledger(nb::module_& m) {
       .def_prop_ro("stored", [](const Plan& p) { return pair(p.stored); })
       .def_ro("released", &Plan::released)
       .def_ro("after", &Plan::after);
-  nb::class_<View>(m, "View", "Which of what is held a query reads (src/ledger/ledger.h).")
-      .def_prop_ro("sinks", [](const View& v) { return pair(v.sinks); })
-      .def_ro("pages", &View::pages)
-      .def_ro("pages_position", &View::pages_position)
-      .def_ro("last_page_tokens", &View::last_page_tokens)
-      .def_prop_ro("window", [](const View& v) { return pair(v.window); });
+  nb::class_<Sight>(m, "Sight",
+                    "Which tokens a sequence's queries of a call see. input, span: its rows of the call. start: a "
+                    "column, window: a number of tokens (0 = all), general: bool [rows, columns], what a general mask "
+                    "lets any head see; column j is position j + offset.")
+      .def("__init__", &see, "length"_a, "input"_a, "span"_a, "causal"_a, "start"_a.none(), "window"_a,
+           "general"_a.none(), "offset"_a)
+      .def_ro("input", &Sight::input)
+      .def_ro("row", &Sight::row)
+      .def_ro("queries", &Sight::queries)
+      .def_prop_ro("first_query", &Sight::first_query, "Position of the first query.");
   nb::class_<Ledger>(m, "Ledger",
                      "The policy of one sequence: which of its tokens are exact, sealed, due or evicted. Calls are "
                      "planned, carried out by whoever "
@@ -147,14 +197,13 @@ void bind_ledger(nb::module_& m) {
             return p;
           },
           "recording"_a = false)
-      .def("attend", &attend, "queries"_a, "seen"_a = nb::bytes("", 0),
-           "seen: a byte for each of extent.window_rows rows, nonzero where some query sees it; none where that is not "
-           "known.")
+      .def("attend", &attend, "sight"_a)
+      .def("record", &record, "first"_a, "sight"_a,
+           "Queries whose energies teach lambda: first, the position of the first that counts (-1: none so far), with "
+           "the call's,\nand the positions among the call's.")
       .def("crop", &crop, "length"_a)
-      .def("commit", &commit, "plan"_a, "ids"_a = std::vector<ledger::PageId>())
-      .def("view", &view, "position"_a, "stepwise"_a, "upto"_a)
-      .def("view_end", &Ledger::view_end, "position"_a, "stepwise"_a,
-           "The first query position behind `position` that reads other pages.")
+      .def("commit", &commit, "plan"_a, "ids"_a = std::vector<ledger::PageId>(), "taught"_a = true,
+           "taught: whether queries are recorded, which lambda was learnt from.")
       .def("replace_last", &Ledger::replace_last, "id"_a,
            "The last page becomes a copy that nobody else has. Returns the id it had.")
       .def(

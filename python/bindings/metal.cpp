@@ -9,34 +9,20 @@
 #include <algorithm>
 #include <tuple>
 
+#include "attention/arguments.h"
+#include "attention/visibility.h"
 #include "backend/backend.h"
 #include "backend/spec.h"
+#include "ledger.h"
 #include "metal/layout.h"
 #include "metal/order.h"
 #include "metal/tables.h"
-#include "moments/lambda.h"
-#include "tensor.h"
+#include "values.h"
 
 namespace kv4::python {
 namespace {
 
 using namespace nb::literals;
-
-template <class T>
-nb::object array(std::vector<T> values) {
-  auto* kept = new std::vector<T>(std::move(values));
-  const nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
-  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(kept->data(), {kept->size()}, owner));
-}
-
-// Both sides' settings and the layout of a page, for a head dim.
-struct Metal {
-  PageSpec spec;
-  DType dtype = DType::f32;
-  int kv_heads = 0;
-  int dim = 0;
-  bool seals = true;
-};
 
 void create(Metal* self, nb::handle recipe, const std::string& dtype, int kv_heads, int head_dim_k, int head_dim_v,
             nb::handle matrix_k, nb::handle matrix_v) {
@@ -93,14 +79,8 @@ nb::object jobs_of(const Metal& self, const std::vector<JobTuple>& jobs, const s
   return array(std::move(table));
 }
 
-// (pages, pages_position, last_page_tokens, input, first row of it, rows, position of the first, start, window, row of
-// the keys' and of the values' lambda or -1, exact rows); exact rows of both sets are (position, count, k_offset,
-// k_stride_head, k_stride, v_offset, v_stride_head, v_stride) in elements.
-using ExactTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
-                              std::int64_t, std::int64_t>;
-using SequenceTuple =
-    std::tuple<std::vector<std::int32_t>, std::int64_t, std::int32_t, std::int32_t, std::int64_t, std::int64_t,
-               std::int64_t, std::int64_t, std::int32_t, std::int64_t, std::int64_t, std::vector<ExactTuple>>;
+// (ledger, sight, position below which it sees, rows of the keys' lambda or -1, index among the cache's rows) of each.
+using SequenceTuple = std::tuple<const ledger::Ledger*, const Sight*, std::int64_t, std::int64_t, std::int64_t>;
 
 // Pages in one array, whole or one side of each alone.
 std::vector<std::int64_t> places_of(const Metal& self, std::int64_t head_stride = 0) {
@@ -113,8 +93,8 @@ std::vector<std::int64_t> places_of(const Metal& self, std::int64_t head_stride 
 nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_shape,
                        const std::vector<std::int64_t>& q_stride, const std::string& q_dtype,
                        const std::optional<std::string>& out_dtype, const std::vector<std::int64_t>& out_stride,
-                       const std::vector<SequenceTuple>& sequences, double scale, double softcap, bool sinks,
-                       bool causal, int general, const std::string& general_dtype,
+                       const std::vector<SequenceTuple>& sequences, std::int64_t rows, bool lambda_v, double scale,
+                       double softcap, bool sinks, bool causal, int general, const std::string& general_dtype,
                        const std::vector<std::int64_t>& general_stride, std::int64_t columns, std::int64_t offset,
                        int cores) {
   AttendJob job;
@@ -160,34 +140,45 @@ nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_sha
                    : reinterpret_cast<const float*>(
                          kBase + static_cast<std::uintptr_t>(row * self.kv_heads * self.dim) * sizeof(float));
   };
-  std::vector<SequenceView> views(sequences.size());
-  std::vector<std::int32_t> starts(sequences.size()), windows(sequences.size());
-  for (std::size_t b = 0; b < sequences.size(); ++b) {
-    const auto& [pages, pages_position, last, input, input_row, queries, query_position, start, window, lambda_k,
-                 lambda_v, exact] = sequences[b];
-    SequenceView& v = views[b];
-    v.pages = pages.data();
-    v.page_count = static_cast<std::int32_t>(pages.size());
-    v.pages_position = pages_position;
-    v.last_page_tokens = last;
-    v.input = input;
-    v.input_row = input_row;
-    v.query_count = queries;
-    v.query_position = query_position;
-    v.lambda_k = lambda_at(lambda_k);
-    v.lambda_v = lambda_at(lambda_v);
-    windows[b] = window;
-    starts[b] = static_cast<std::int32_t>(std::max<std::int64_t>(start - offset, INT32_MIN));
-    for (std::size_t i = 0; i < 2 && i < exact.size(); ++i) {
-      const auto& [position, count, k_offset, k_head, k_row, v_offset, v_head, v_row] = exact[i];
-      v.exact[i] = {.k = at(kBase + static_cast<std::uintptr_t>(k_offset) * size),
-                    .v = at(kBase + static_cast<std::uintptr_t>(v_offset) * size),
-                    .k_head_stride = k_head,
-                    .v_head_stride = v_head,
-                    .k_stride = k_row,
-                    .v_stride = v_row,
-                    .position = position,
-                    .count = count};
+  const std::int64_t head = rows * self.dim;
+  const auto exact_at = [&](std::int64_t cache_row, std::int64_t first, const ledger::Rows& held) {
+    const std::int64_t offset = cache_row * self.kv_heads * head + first * self.dim;
+    std::uint8_t* const from = at(kBase + static_cast<std::uintptr_t>(offset) * size);
+    return ExactRows{.k = from,
+                     .v = from,
+                     .k_head_stride = head,
+                     .v_head_stride = head,
+                     .k_stride = self.dim,
+                     .v_stride = self.dim,
+                     .position = held.begin,
+                     .count = held.count()};
+  };
+  std::vector<SequenceView> views;
+  std::vector<std::int32_t> starts, windows;
+  for (const auto& [ledger, sight, upto, lambda_row, cache_row] : sequences) {
+    const ledger::Extent& x = ledger->extent();
+    const bool stepwise = sight->queries <= kPageTokens;
+    if (!out_dtype) raise_if_error(ledger::check_upto(ledger->policy(), x, sight->queries, upto));
+    // Runs of queries that read the same pages.
+    std::int64_t end = 0;
+    for (std::int64_t position = sight->first_query(); position < x.length; position = end) {
+      end = std::min(x.length, ledger->view_end(position, stepwise));
+      const ledger::View held = ledger->view(position, stepwise, upto);
+      SequenceView& v = views.emplace_back();
+      v.pages = ledger->pages().data();
+      v.page_count = static_cast<std::int32_t>(held.pages);
+      v.pages_position = held.pages > 0 ? held.pages_position : 0;
+      v.last_page_tokens = held.last_page_tokens;
+      v.input = static_cast<std::int32_t>(sight->input);
+      v.input_row = sight->row + position - sight->first_query();
+      v.query_count = end - position;
+      v.query_position = position;
+      v.lambda_k = lambda_at(lambda_row);
+      v.lambda_v = lambda_at(lambda_v ? 0 : -1);
+      v.exact[0] = exact_at(cache_row, 0, held.sinks);
+      v.exact[1] = exact_at(cache_row, ledger->policy().sinks + held.window.begin - x.window_position, held.window);
+      windows.push_back(sight->window);
+      starts.push_back(static_cast<std::int32_t>(std::max<std::int64_t>(sight->first_seen() - offset, INT32_MIN)));
     }
   }
   a.mask.start = starts.data();
@@ -207,6 +198,53 @@ nb::dict attend_tables(const Metal& self, const std::vector<std::int64_t>& q_sha
   out["ids"] = array(std::move(t.ids));
   out["levels"] = array(std::move(t.levels));
   return out;
+}
+
+using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+
+nb::object learn_lambda(const Floats& keys, const nb::bytes& skip, const std::vector<Floats>& energies) {
+  if (keys.ndim() != 3 || keys.shape(1) != skip.size() || skip.size() % kPageTokens != 0)
+    raise_if_error(invalid_argument("keys", "[kv_heads, rows, dim], whole pages and a byte of skip for each row",
+                                    std::to_string(skip.size()) + " bytes"));
+  const std::size_t heads = keys.shape(0), dim = keys.shape(2);
+  std::vector<const float*> rows;
+  for (const Floats& each : energies) {
+    if (each.size() != heads * dim)
+      raise_if_error(
+          invalid_argument("energies", std::to_string(heads * dim) + " values", std::to_string(each.size())));
+    rows.push_back(each.data());
+  }
+  std::vector<float> lambda(heads * dim);
+  LambdaJob job;
+  job.k = keys.data();
+  job.k_head_stride = static_cast<std::int64_t>(skip.size() * dim);
+  job.k_stride = static_cast<std::int64_t>(dim);
+  job.kv_heads = static_cast<int>(heads);
+  job.dim = static_cast<int>(dim);
+  job.blocks = static_cast<int>(skip.size() / kPageTokens);
+  job.skip = {static_cast<const std::uint8_t*>(skip.data()), skip.size()};
+  job.energies = rows;
+  job.lambda = lambda.data();
+  raise_if_error(find_backend("cpu")->fix_lambda(job));
+  return array(std::move(lambda), {heads, dim});
+}
+
+void check_attention(double scale, double softcap, std::int64_t offset, bool start,
+                     std::optional<std::int64_t> columns) {
+  static const std::int32_t first = 0;  // stands for what is not read
+  AttendArgs args;
+  args.q.data = &first;
+  args.q.stride[3] = 1;
+  args.scale = static_cast<float>(scale);
+  args.softcap = static_cast<float>(softcap);
+  args.mask.offset = offset;
+  if (start) args.mask.start = &first;
+  if (columns) {
+    args.mask.kind = Mask::General::boolean;
+    args.mask.general = &first;
+    args.mask.columns = *columns;
+  }
+  raise_if_error(check_arguments(args));
 }
 
 }  // namespace
@@ -275,8 +313,11 @@ void bind_metal(nb::module_& m) {
           [](const Metal& s, bool values) { return array(apple::level_table(values ? s.spec.value : s.spec.key)); },
           "values"_a)
       .def("attend", &attend_tables, nb::kw_only(), "q_shape"_a, "q_stride"_a, "q_dtype"_a, "out_dtype"_a,
-           "out_stride"_a, "sequences"_a, "scale"_a, "softcap"_a, "sinks"_a, "causal"_a, "general"_a, "general_dtype"_a,
-           "general_stride"_a, "columns"_a, "offset"_a, "cores"_a, "Tables and launch sizes of one call.")
+           "out_stride"_a, "sequences"_a, "rows"_a, "lambda_v"_a, "scale"_a, "softcap"_a, "sinks"_a, "causal"_a,
+           "general"_a, "general_dtype"_a, "general_stride"_a, "columns"_a, "offset"_a, "cores"_a,
+           "Tables and launch sizes of one call. rows: exact ones that a head of the cache's arrays has, first the "
+           "sinks, "
+           "then the window's.")
       .def(
           "canonical",
           [](const Metal& s, const nb::bytes& slice) {
@@ -292,16 +333,14 @@ void bind_metal(nb::module_& m) {
           "slice"_a, "Codes of a head slice in canonical order: (keys, values) as bytes.");
 
   m.def(
-      "lambda_from_energies",
-      [](const std::vector<double>& query, const std::vector<double>& key) {
-        if (query.size() != key.size())
-          raise_if_error(invalid_argument("key", std::to_string(query.size()) + " energies, as query has",
-                                          std::to_string(key.size())));
-        std::vector<float> lambda(query.size());
-        lambda_from_energies(query, key, lambda);
-        return array(std::move(lambda));
-      },
-      "query"_a, "key"_a, "Lambda of one KV head, float32 [dim], from energies of its channels.");
+      "learn_lambda", &learn_lambda, "keys"_a, "skip"_a, "energies"_a,
+      "Lambda, float32 [kv_heads, dim], from keys float32 [kv_heads, rows, dim], whole pages of them, a byte for each "
+      "row, nonzero where it\nstays out, and energies [kv_heads, dim] of queries.");
+  m.def("check_attention", &check_attention, "scale"_a, "softcap"_a, "offset"_a, "start"_a, "columns"_a,
+        "Raises for what no call of attention may say. start: whether the mask has one; columns: of a general one.");
+  m.def(
+      "hidden_by", [](const std::string& dtype) { return hidden_by(read_dtype(dtype)); }, "dtype"_a,
+      "An additive mask of this dtype hides what is not above this.");
 }
 
 }  // namespace kv4::python

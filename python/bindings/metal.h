@@ -1,21 +1,22 @@
-// What the Metal host in Python (kv4.metal) asks of the library: tables of numbers for the kernels, and lambda.
+// What the Metal host in Python (kv4.metal) asks of the library: tables of numbers for the kernels, lambda, and files.
 #pragma once
 
 #include <nanobind/nanobind.h>
 
-#include <string>
-#include <vector>
-
-#include "kv4/recipe.h"
-#include "kv4/types.h"
+#include "backend/backend.h"
 
 namespace kv4::python {
 
-void bind_metal(nanobind::module_& m);
+// Both sides' settings and the layout of a page, for a head dim.
+struct Metal {
+  PageSpec spec;
+  DType dtype = DType::f32;
+  int kv_heads = 0;
+  int dim = 0;
+  bool seals = true;
+};
 
-// Conversions of module.cpp; they raise ValueError naming the field.
-Recipe read_recipe(nanobind::handle recipe);
-DType read_dtype(const std::string& name);
-std::vector<float> read_floats(nanobind::handle x, const char* name);
+void bind_metal(nanobind::module_& m);
+void bind_saved(nanobind::module_& m);
 
 }  // namespace kv4::python

@@ -7,7 +7,6 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
-#include <exception>
 #include <span>
 #include <tuple>
 #include <variant>
@@ -21,6 +20,7 @@
 #include "metal.h"
 #include "paged.h"
 #include "tensor.h"
+#include "values.h"
 
 namespace kv4::python {
 namespace {
@@ -184,19 +184,6 @@ void read_call(Call* call, nb::handle q, double scale, double softcap, nb::handl
   if (!mask.is_none()) read_mask(call, mask, host_mask, batch, heads, a.q.shape[2], device);
 }
 
-// A Cache with Python's view of it.
-struct PyCache {
-  std::unique_ptr<Cache> cache;
-  int device = kHost;  // where its tensors are
-
-  int row(int r) const {
-    if (r < 0 || r >= cache->batch())
-      raise_if_error(
-          error(StatusCode::out_of_range, "row", "0 to " + std::to_string(cache->batch() - 1), std::to_string(r)));
-    return r;
-  }
-};
-
 void create(PyCache* self, nb::handle recipe, const std::string& dtype, int kv_heads, int head_dim_k, int head_dim_v,
             int sliding_window, nb::handle lambda_k, nb::handle lambda_v, nb::handle matrix_k, nb::handle matrix_v,
             const std::string& backend) {
@@ -277,55 +264,6 @@ void dense(const PyCache& self, std::int64_t first, std::int64_t count, nb::hand
   const Tensor t = writable_tensor(out, "out", self.device);
   const MutableTensorView view = mutable_float_view(t, "out");
   raise_if_error(kKeys ? self.cache->dense_keys(first, count, view) : self.cache->dense_values(first, count, view));
-}
-
-// Calls f with a view of memory that does not outlive the call. What it raises is kept until the core has returned.
-Status pass(const nb::callable& f, const void* data, std::size_t bytes, int access, std::exception_ptr* raised,
-            nb::object* result) {
-  nb::object view;
-  try {
-    auto* memory = static_cast<char*>(const_cast<void*>(data));
-    view = nb::steal(PyMemoryView_FromMemory(memory, static_cast<Py_ssize_t>(bytes), access));
-    if (!view.is_valid()) throw nb::python_error();
-    *result = f(view);
-    view.attr("release")();
-    return {};
-  } catch (...) {
-    *raised = std::current_exception();
-    // A traceback holds on to the view: it must not lead to memory that is gone.
-    if (view.is_valid()) {
-      const nb::object released = nb::steal(PyObject_CallMethod(view.ptr(), "release", nullptr));
-      if (!released.is_valid()) PyErr_Clear();
-    }
-    return error(StatusCode::failed_precondition, "callback", "no exception", "one");
-  }
-}
-
-void save(const PyCache& self, const nb::callable& write) {
-  std::exception_ptr raised;
-  nb::object ignored;
-  const Status status = self.cache->save(
-      [&](std::span<const std::byte> x) { return pass(write, x.data(), x.size(), PyBUF_READ, &raised, &ignored); });
-  if (raised) std::rethrow_exception(raised);
-  raise_if_error(status);
-}
-
-void load(const PyCache& self, const nb::callable& readinto) {
-  std::exception_ptr raised;
-  const Status status = self.cache->load([&](std::span<std::byte> x) -> Status {
-    while (!x.empty()) {
-      nb::object count;
-      KV4_RETURN_IF_ERROR(pass(readinto, x.data(), x.size(), PyBUF_WRITE, &raised, &count));
-      std::size_t got = 0;
-      if (!nb::try_cast(count, got) || got == 0 || got > x.size())
-        return error(StatusCode::data_loss, "readinto", std::to_string(x.size()) + " bytes more",
-                     got == 0 ? "the end of the file" : std::to_string(got));
-      x = x.subspan(got);
-    }
-    return {};
-  });
-  if (raised) std::rethrow_exception(raised);
-  raise_if_error(status);
 }
 
 }  // namespace
@@ -423,13 +361,22 @@ NB_MODULE(_core, m) {
              raise_if_error(c.cache->clone(&fork.cache));
              return fork;
            })
-      .def("save", &save, "write"_a,
-           "Passes the cache, block by block, to write(memoryview), which has to take all of it.")
-      .def("load", &load, "readinto"_a,
-           "Takes a saved cache of the same configuration from readinto(memoryview) -> bytes read, as files have it, "
-           "into this empty\n"
-           "one. ValueError: another configuration, by its field, or bytes that are no intact saved cache; the cache "
-           "then is empty.")
+      .def(
+          "save",
+          [](const PyCache& c, const nb::callable& write) {
+            write_to(write, [&](const kv4::Sink& sink) { return c.cache->save(sink); });
+          },
+          "write"_a, "Passes the cache, block by block, to write(memoryview), which has to take all of it.")
+      .def(
+          "load",
+          [](const PyCache& c, const nb::callable& readinto) {
+            read_from(readinto, [&](const kv4::Source& source) { return c.cache->load(source); });
+          },
+          "readinto"_a,
+          "Takes a saved cache of the same configuration from readinto(memoryview) -> bytes read, as files have it, "
+          "into this empty\n"
+          "one. ValueError: another configuration, by its field, or bytes that are no intact saved cache; the cache "
+          "then is empty.")
       .def(
           "record_past", [](PyCache& c, bool on) { c.cache->record_past(on); }, "on"_a)
       .def("dense_keys", &dense<true>, "first"_a, "count"_a, "out"_a)
@@ -491,6 +438,7 @@ NB_MODULE(_core, m) {
 
   bind_ledger(m);
   bind_metal(m);
+  bind_saved(m);
   bind_paged(m);
 
   m.def("validate", [](nb::handle recipe) { raise_if_error(kv4::validate(read_recipe(recipe))); }, "recipe"_a);

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "kv4/paged.h"
-#include "metal.h"
 #include "tensor.h"
+#include "values.h"
 
 namespace kv4::python {
 namespace {

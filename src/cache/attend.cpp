@@ -3,8 +3,8 @@
 #include <string>
 
 #include "attention/arguments.h"
+#include "attention/visibility.h"
 #include "cache/state.h"
-#include "cache/visibility.h"
 
 namespace kv4 {
 namespace {
@@ -40,7 +40,8 @@ class Attend {
       KV4_RETURN_IF_ERROR(learn());
       KV4_RETURN_IF_ERROR(seal());
     }
-    if (partial != nullptr) KV4_RETURN_IF_ERROR(check_upto());
+    for (std::size_t i = 0; partial != nullptr && i < c_.parts.size(); ++i)
+      KV4_RETURN_IF_ERROR(ledger::check_upto(setup_.policy, now(i).extent, c_.parts[i].tokens, c_.parts[i].upto));
     return answer(out, partial);
   }
 
@@ -115,29 +116,24 @@ class Attend {
   }
 
   Status learn_energies() {
-    const std::int64_t limit = setup_.policy.sinks + setup_.policy.window + kPageTokens;
     std::vector<EnergyJob> jobs;
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
       const Sequence& s = sequence(i);
-      if (s.lambda_fixed()) continue;
       const Part& part = c_.parts[i];
       const Visibility sees = visibility(i);
+      const std::int64_t first_query = s.length() - part.tokens;
       QueryEnergy at = s.body.energy;
       const std::size_t before = jobs.size();
-      for (std::int64_t t = 0; t < part.tokens; ++t) {
-        const std::int64_t position = s.length() - part.tokens + t;
-        if (at.any() && position - at.first >= limit) break;
-        if ((at.any() && at.row(position) < 0) || !sees.visible(t, position)) continue;
-        if (!at.any()) {
-          at.first = position;
-          continue;
-        }
-        const auto row = static_cast<std::size_t>(at.row(position));
-        if (row >= at.rows.size()) at.rows.resize(row + 1);
-        KV4_RETURN_IF_ERROR(
-            Block::make(*setup_.backend, "query energies", setup_.channels() * sizeof(float), &at.rows[row]));
-        jobs.push_back({part.input, part.input_row + t, at.rows[row]->as<float>()});
-      }
+      KV4_RETURN_IF_ERROR(at.record(
+          s.ledger, part.tokens, [&](std::int64_t position) { return sees.visible(position - first_query, position); },
+          [&](std::int64_t position, std::int64_t at_row) -> Status {
+            const auto row = static_cast<std::size_t>(at_row);
+            if (row >= at.rows.size()) at.rows.resize(row + 1);
+            KV4_RETURN_IF_ERROR(
+                Block::make(*setup_.backend, "query energies", setup_.channels() * sizeof(float), &at.rows[row]));
+            jobs.push_back({part.input, part.input_row + position - first_query, at.rows[row]->as<float>()});
+            return {};
+          }));
       if (jobs.size() > before || at.first != s.body.energy.first) energies_.emplace_back(i, std::move(at));
     }
     return jobs.empty() ? Status() : setup_.backend->query_energies(args_.q, setup_.heads(), jobs);
@@ -169,20 +165,6 @@ class Attend {
     const Change* const change = draft_.find(i);
     return change != nullptr ? Now{change->plan.after, change->next}
                              : Now{sequence(i).ledger.extent(), sequence(i).body};
-  }
-
-  // The last query's pages are the most.
-  Status check_upto() {
-    for (std::size_t i = 0; i < c_.parts.size(); ++i) {
-      const ledger::Extent& x = now(i).extent;
-      const std::int64_t upto = c_.parts[i].upto;
-      const ledger::View v = ledger::view(setup_.policy, x, x.length - 1, stepwise(c_.parts[i]), upto);
-      const std::int64_t sealed = v.pages_position + (v.pages - 1) * kPageTokens + v.last_page_tokens;
-      if (v.pages > 0 && upto < sealed)
-        return error(StatusCode::out_of_range, "upto",
-                     "at least " + std::to_string(sealed) + ", the end of the sealed tokens", std::to_string(upto));
-    }
-    return {};
   }
 
   // Each job takes of every sequence the longest run of queries that see the same pages.

@@ -229,7 +229,7 @@ void Draft::commit() noexcept {
     Sequence& s = *c.sequence;
     const bool copied = c.replaced >= 0;
     const PageId shared = copied ? s.ledger.replace_last(c.replaced) : -1;
-    s.ledger.commit(c.plan, c.fresh.ids().first(static_cast<std::size_t>(c.plan.new_pages)));
+    s.ledger.commit(c.plan, c.fresh.ids().first(static_cast<std::size_t>(c.plan.new_pages)), c.next.energy.any());
     c.fresh.hand_over();
     if (copied) s.pool->release({&shared, 1});
     if (!c.plan.released.empty()) s.pool->release(c.plan.released);

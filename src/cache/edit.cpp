@@ -4,7 +4,7 @@
 #include <string>
 #include <unordered_map>
 
-#include "cache/blob.h"
+#include "blob/blob.h"
 #include "cache/state.h"
 
 namespace kv4 {

@@ -19,6 +19,9 @@ struct RowShape {
   std::size_t row_bytes() const {  // one token, keys and values, all heads
     return static_cast<std::size_t>(kv_heads) * (head_dim_k + head_dim_v) * size_of(dtype);
   }
+  std::size_t head_bytes(bool key, std::int64_t tokens) const {  // one head's keys, or values
+    return static_cast<std::size_t>(tokens * (key ? head_dim_k : head_dim_v)) * size_of(dtype);
+  }
 };
 
 // Where a job's rows are: those of a view.

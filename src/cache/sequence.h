@@ -10,30 +10,17 @@
 #include "cache/page_table.h"
 #include "cache/rows.h"
 #include "cache/setup.h"
+#include "ledger/queries.h"
 
 namespace kv4 {
 
-// Energies of queries that come before the first page is due, kept by position until lambda is fixed, so that a crop or
-// a repeated call leaves no trace and the size of calls does not matter. A sum alone could give nothing back to a crop,
-// and energies of every query are as many bytes as fp16 keys and values: so one query in kEvery counts, from the first
-// unmasked one on, the last of each kEvery: not that of a text's first token, which is like no other. Lambda goes with
-// the fourth root of their mean, nearly, and near its best an error of it counts by its square. Blocks are written once
-// and then shared by forks.
-struct QueryEnergy {
-  static constexpr std::int64_t kEvery = ledger::kQueryStride;
-  std::int64_t first = -1;                   // position of the first unmasked query; none so far
-  std::vector<std::shared_ptr<Block>> rows;  // float [kv_heads * head_dim_k], of the query at first + kEvery * i +
-                                             // kEvery - 1; null: masked or not asked
+// Energies of the queries that teach lambda. Blocks are written once and then shared by forks.
+struct QueryEnergy : ledger::Queries {
+  std::vector<std::shared_ptr<Block>> rows;  // float [kv_heads * head_dim_k], by row(); null: masked or not asked
 
-  bool any() const { return first >= 0; }
-  // Row of the query at `position`; -1 where it has none.
-  std::int64_t row(std::int64_t position) const {
-    const std::int64_t n = position - first + 1;
-    return n > 0 && n % kEvery == 0 ? n / kEvery - 1 : -1;
-  }
   void crop(std::int64_t length) {
+    const auto kept = static_cast<std::size_t>(rows_below(length));
     if (length <= first) *this = QueryEnergy();
-    const auto kept = static_cast<std::size_t>(any() ? (length - first) / kEvery : 0);
     if (rows.size() > kept) rows.resize(kept);
   }
 };
@@ -92,10 +79,8 @@ class Sequence {
   std::int64_t length() const { return ledger.extent().length; }
   // Lambda changes no more.
   bool lambda_fixed() const { return !ledger.policy().learns || ledger.extent().lambda == ledger::Lambda::fixed; }
-  // What commit leaves to do about lambda: one that is fixed needs no energies, one that is open again has no values,
-  // and one that no query taught anything cannot be learnt anew.
+  // What commit leaves to do about lambda: one that is fixed needs no energies, one that is open again has no values.
   void settle_lambda() noexcept {
-    if (ledger.extent().lambda == ledger::Lambda::learnt && !body.energy.any()) ledger.fix_lambda();
     if (ledger.extent().lambda == ledger::Lambda::fixed) body.energy = QueryEnergy();
     if (ledger.extent().lambda == ledger::Lambda::open) body.lambda.reset();
   }

@@ -15,7 +15,7 @@
 
 namespace kv4::ledger {
 
-constexpr int kQueryStride = 8;  // a lambda that is learnt counts one query in so many (cache/sequence.h says which)
+constexpr int kQueryStride = 8;  // a lambda that is learnt counts one query in so many (queries.h says which)
 
 // Positions [begin, end).
 struct Rows {

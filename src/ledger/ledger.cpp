@@ -351,9 +351,10 @@ void Ledger::make_room_for_rows(std::int64_t rows) {
   if (need > marks_.capacity()) marks_.reserve(need + need / 8 + 8);
 }
 
-void Ledger::commit(Plan& plan, std::span<const PageId> ids) noexcept {
+void Ledger::commit(Plan& plan, std::span<const PageId> ids, bool taught) noexcept {
   const Extent before = extent_;
   extent_ = plan.after;
+  if (extent_.lambda == Lambda::learnt && !taught) extent_.lambda = Lambda::fixed;
   ++revision_;
   pages_.erase(pages_.begin() + plan.kept.end, pages_.end());
   pages_.erase(pages_.begin(), pages_.begin() + plan.kept.begin);
@@ -420,6 +421,15 @@ View view(const Policy& p, const Extent& x, std::int64_t position, bool stepwise
   view.window = {first, std::max(first, std::min(upto, x.length))};
   if (p.arrival()) view.window = {x.length, x.length};
   return view;
+}
+
+Status check_upto(const Policy& p, const Extent& x, std::int64_t queries, std::int64_t upto) {
+  const View v = view(p, x, x.length - 1, queries <= kPageTokens, upto);
+  const std::int64_t sealed = v.pages_position + (v.pages - 1) * kPageTokens + v.last_page_tokens;
+  return v.pages == 0 || upto >= sealed
+             ? Status()
+             : error(StatusCode::out_of_range, "upto",
+                     "at least " + std::to_string(sealed) + ", the end of the sealed tokens", std::to_string(upto));
 }
 
 }  // namespace kv4::ledger

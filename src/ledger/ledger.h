@@ -81,6 +81,10 @@ View view(const Policy& policy, const Extent& x, std::int64_t position, bool ste
 // The first query position behind `position` whose view has other pages.
 std::int64_t view_end(const Policy& policy, const Extent& x, std::int64_t position, bool stepwise);
 
+// A call of the newest `queries` tokens below a position. Errors: out_of_range naming upto where that cuts into sealed
+// tokens, of which the last query reads the most.
+Status check_upto(const Policy& policy, const Extent& x, std::int64_t queries, std::int64_t upto);
+
 class Ledger {
  public:
   explicit Ledger(const Policy& policy) : policy_(policy) { extent_.anchored = policy.arrival(); }
@@ -133,7 +137,9 @@ class Ledger {
   void make_room_for_rows(std::int64_t rows);
   void make_room_for_notes(std::size_t count) { non_finite_.reserve(non_finite_.size() + count); }
   // A current plan. ids [plan.new_pages]: one reference each is the ledger's from here on. plan.marks is used up.
-  void commit(Plan& plan, std::span<const PageId> ids) noexcept;
+  // taught: whether queries have been recorded for lambda; one that no query taught stays, since nothing could teach it
+  // anew.
+  void commit(Plan& plan, std::span<const PageId> ids, bool taught = true) noexcept;
   void extend(std::int64_t tokens) noexcept;
   // What attention saw of the exact rows from position `from` on: visible(position), asked in order of those that no
   // query saw yet.
@@ -148,8 +154,6 @@ class Ledger {
   }
   // The last page becomes a copy that nobody else has, before more is sealed into it on arrival. Returns the id it had.
   PageId replace_last(PageId id) noexcept;
-  // Lambda that was learnt stays: there is nothing that it could be learnt from anew.
-  void fix_lambda() noexcept { extent_.lambda = Lambda::fixed; }
 
   // Notes tokens that held NaN or infinity, in order of position.
   void note(const NonFinite& x) { non_finite_.push_back(x); }

@@ -7,7 +7,7 @@
 #include <limits>
 #include <string>
 
-#include "cache/checksum.h"
+#include "blob/checksum.h"
 #include "kv4/cpu.h"
 #include "save_case.h"
 

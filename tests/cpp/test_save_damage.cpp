@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <string>
 
-#include "cache/checksum.h"
+#include "blob/checksum.h"
 #include "save_case.h"
 
 namespace kv4 {

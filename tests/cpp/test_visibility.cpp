@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "cache/visibility.h"
+#include "attention/visibility.h"
 #include "cases.h"
 
 namespace kv4 {

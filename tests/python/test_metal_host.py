@@ -267,6 +267,13 @@ REFUSALS = {
     "window: expected 2 int32 values": lambda c, q: c.attend(q, q.clone(), window=torch.tensor([1.0, 2.0])),
     "scale: expected a number": lambda c, q: c.attend(q, q.clone(), scale=float("nan")),
     "softcap: expected": lambda c, q: c.attend(q, q.clone(), softcap=float("nan")),
+    "scale: expected a number; got inf": lambda c, q: c.attend(q, q.clone(), scale=float("inf")),
+    "softcap: expected 0 .none. or a positive number; got inf": lambda c, q: c.attend(
+        q, q.clone(), softcap=float("inf")
+    ),
+    "mask.offset: expected a position": lambda c, q: c.attend(
+        q, q.clone(), start=torch.zeros(2, dtype=torch.int32), offset=1 << 40
+    ),
     "dtype: expected float32": lambda c, q: c.attended(q, dtype="float64"),
     "q: expected shape": lambda c, q: c.attended(q[0]),
     "q: expected dtype float32": lambda c, q: c.attended(q.double()),

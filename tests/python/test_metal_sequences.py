@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import kv4.metal.sealing
 from kv4 import Recipe
@@ -113,3 +114,21 @@ def test_sequences_of_their_own_lengths_are_what_each_is_alone(name, monkeypatch
     for spans, match in (([(0, 1)] * 2, "3 ranges within 0 to 1"), ([(0, 2)] * 3, "3 ranges"), ([(0, 0)] * 3, "a row")):
         with pytest.raises(ValueError, match=f"^spans: expected {match}"):
             together.attended(q, spans=spans)
+
+
+@needs_emulator
+def test_lambda_that_no_query_taught_stays():
+    """Queries that do not see their own token teach nothing: a crop that undoes the page leaves what was learnt of its
+    keys, since nothing could teach it anew."""
+    pair = Pair(Recipe())
+    for tokens in (120, 60):
+        length = pair.core.length + tokens
+        mask = torch.ones((1, 1, tokens, length), dtype=torch.bool).tril(length - tokens - 1)
+        pair.step(tokens, mask=mask)
+    kept = pair.core.lambda_(0)
+    assert kept and pair.core.page_count(0) == 1
+    pair.both("crop", 100)
+    assert pair.core.page_count(0) == 0
+    pair.step(150)
+    pair.step(1)
+    assert pair.core.lambda_(0) == kept

@@ -4,6 +4,7 @@ has Metal. So far nothing here ran on an Apple GPU."""
 from __future__ import annotations
 
 import copy
+import io
 
 import numpy as np
 import pytest
@@ -99,6 +100,39 @@ def test_policy_codes_and_attention_are_the_cores(recipe, dim, dtype):
     pair = Pair(recipe, dim, dtype=dtype)
     for tokens in (100, 1, 40, 64, 1, 130, 1):
         pair.step(tokens)
+
+
+def saved(cache) -> bytes:
+    file = io.BytesIO()
+    cache.save(file.write)
+    return file.getvalue()
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("recipe", "dim", "dtype"),
+    [
+        (Recipe(), 64, mx.float32),
+        (Recipe(), 80, mx.bfloat16),
+        (Recipe.exact(), 96, mx.float16),
+        (Recipe.paper(), 64, mx.float32),
+    ],
+    ids=str,
+)
+def test_a_file_of_either_is_read_by_the_other(recipe, dim, dtype):
+    pair = Pair(recipe, dim, batch=2, dtype=dtype)
+    for tokens in (130, 1):
+        pair.step(tokens)
+    files = [saved(cache) for cache in pair.caches]
+    twin = Pair(recipe, dim, batch=2, dtype=dtype)
+    for cache, file in zip(twin.caches, reversed(files), strict=True):
+        cache.load(io.BytesIO(file).readinto)
+        assert saved(cache) == file
+    twin.seed = pair.seed
+    for tokens in (70, 1):
+        twin.step(tokens)
+    twin.both("crop", 150)
+    twin.step(1)
 
 
 @needs_gpu

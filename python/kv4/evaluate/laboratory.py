@@ -195,8 +195,8 @@ def _lambda(
     else:
         heads, tokens, d = key.shape
         if side.lambda_ == "auto":
-            # Known when the first page is due: the last of every QUERY_STRIDE queries before (QueryEnergy in the
-            # core), and the keys of the pages held by then.
+            # Known when the first page is due: the last of every QUERY_STRIDE queries before (src/ledger/queries.h),
+            # and the keys of the pages held by then.
             queries = query[:, QUERY_STRIDE - 1 : body + variant.window + variant.page : QUERY_STRIDE]
             keys = key[:, body : body + variant.page * (1 + variant.window // variant.page)]
             shrink, damping = side.shrink, side.damping

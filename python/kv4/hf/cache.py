@@ -88,8 +88,8 @@ class KV4Cache(DynamicCache):
             crop into the tokens of the last call then no longer restores them exactly. False writes all as it is.
 
         Layers of transformers' own are written by their tensors. An interrupted save leaves the file that was at
-        `path` before. Errors: OSError; NotImplementedError for a layer on an Apple GPU, or one of transformers' own
-        that holds more than tensors and numbers."""
+        `path` before. Errors: OSError; NotImplementedError for a layer of transformers' own that holds more than
+        tensors and numbers."""
         saved.save(self.layers, self.recipe, path, seal)
 
     @classmethod

@@ -354,17 +354,10 @@ class KV4Layer(CacheLayerMixin):
         twin._newest = twin.appended = None
         return twin
 
-    def check_saves(self, where: str) -> None:
-        """Errors: NotImplementedError, by the name `where`, for a layer on an Apple GPU."""
-        if self.core is not None and not hasattr(self.core, "save"):
-            raise NotImplementedError(mismatch(where, "a layer on the CPU or a CUDA device", place(self.device)))
-
     def load(self, device: torch.device, dtype: torch.dtype, dims: tuple[int, int, int], source: Source) -> None:
         """An empty layer takes what a core of these dims (kv_heads, head_dim_k, head_dim_v) saved. Errors: ValueError
-        for other bytes; NotImplementedError for an Apple GPU."""
+        for other bytes."""
         self._make_core(device, dtype, dims)
-        if not hasattr(self.core, "load"):
-            raise NotImplementedError(mismatch("device", "the CPU or a CUDA device", place(device)))
         on_stream(self.core, device)
         self.core.load(source.readinto)
         self.core.record_past(self._record_past)
@@ -372,10 +365,9 @@ class KV4Layer(CacheLayerMixin):
         self.version += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        """Its attributes, and the core by what it saves. Errors: see check_saves."""
+        """Its attributes, and the core by what it saves."""
         state = {name: value for name, value in vars(self).items() if name not in _OF_PROCESS}
         if self.core is not None:
-            self.check_saves("layer")
             on_stream(self.core, self.device)
             data = io.BytesIO()
             self.core.save(data.write)

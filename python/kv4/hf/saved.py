@@ -45,7 +45,6 @@ def _entry(layer: Any, where: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
     if isinstance(layer, KV4Layer):
         entry = {"type": layer.layer_type, "sliding_window": layer.sliding_window, "record_past": layer.record_past}
         if layer.is_initialized:
-            layer.check_saves(where)
             entry["dtype"] = DTYPES[layer.dtype]
             entry["dims"] = [layer.kv_heads, layer.head_dim_k, layer.head_dim_v]
     own = vars(part) if (part := own_part(layer)) is not None else {}

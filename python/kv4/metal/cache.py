@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from typing import Any
 
@@ -20,11 +19,11 @@ from kv4._core import PAGE_TOKENS as PAGE
 from kv4.messages import mismatch
 from kv4.recipe import Recipe
 
+from . import saved
 from .host import DTYPES, Host, shared_constants
 from .launch import attend
 from .sealing import Sealing
 from .sequence import Energies, Made, Pages, Sequence, Span
-from .visibility import Visibility
 
 
 class Cache(Sealing):
@@ -54,8 +53,10 @@ class Cache(Sealing):
         shape = {"dtype": dtype, "kv_heads": kv_heads, "head_dim_k": head_dim_k, "head_dim_v": head_dim_v}
         matrices = {"matrix_k": matrix_k, "matrix_v": matrix_v}
         # The core's own checks of every argument.
-        _core.Cache(recipe, **shape, **matrices, sliding_window=sliding_window, lambda_k=lambda_k, lambda_v=lambda_v)
+        given = {"sliding_window": sliding_window, "lambda_k": lambda_k, "lambda_v": lambda_v}
+        core = _core.Cache(recipe, **shape, **matrices, **given)
         self.constants = shared_constants(host, recipe, **shape, **matrices)
+        self.format = _core.SavedFormat(core, self.constants.tables)
         self.host = host
         self.recipe = recipe
         self.dtype = dtype
@@ -132,7 +133,8 @@ class Cache(Sealing):
         if not self.sequences:
             raise RuntimeError(mismatch("q", "a cache that holds tokens", "an empty cache"))
         rows = list(range(len(self.sequences)) if rows is None else rows)
-        self._check_call(q, len(rows), dtype, scale, softcap, sinks, mask)
+        self._check_call(q, len(rows), dtype, sinks, mask)
+        _core.check_attention(scale, softcap, offset, start is not None, None if mask is None else mask.shape[3])
         tokens, lengths = q.shape[2], [self._sequence(row).extent.length for row in rows]
         spans = _spans(spans, len(rows), tokens)
         below = lengths if upto is None else [upto] * len(rows) if isinstance(upto, int) else list(upto)
@@ -147,7 +149,7 @@ class Cache(Sealing):
         plans, energies = [None] * len(self.sequences), [s.energies for s in self.sequences]
         for row, x in zip(rows, seen, strict=True):
             if x.queries:
-                plans[row] = self._plan(self.sequences[row], x)
+                plans[row] = self.sequences[row].ledger.attend(x)
                 energies[row] = self._with_energies(q, self.sequences[row], x)
         made = self._made(self.sequences, plans, energies)
         held = self.rows
@@ -156,15 +158,11 @@ class Cache(Sealing):
         try:
             nexts = [self._next(*x) for x in zip(self.sequences, plans, energies, made, strict=True)]
             table, lambda_rows = self.lambda_table([s.lambda_ for s in nexts])
-            views = []
-            for row, x, end in zip(rows, seen, below, strict=True):
-                if upto is not None:
-                    self._check_upto(nexts[row], x, end)
-                views += self._views(row, nexts[row], x, end, lambda_rows[row])
+            asked = zip(rows, seen, below, strict=True)
             done = attend(
                 self,
                 q,
-                views,
+                [(nexts[row].ledger, x, end, lambda_rows[row], row) for row, x, end in asked if x.queries],
                 lambda_k=table,
                 out=out,
                 dtype=None if upto is not None else dtype,
@@ -197,25 +195,20 @@ class Cache(Sealing):
         start: Any,
         window: Any,
         mask: Any,
-    ) -> list[Visibility]:
+    ) -> list[_core.Sight]:
         batch = len(rows)
         limits = [self.window if causal else 0] * batch if window is None else _integers("window", window, batch)
-        starts = [0] * batch if start is None else [offset + x for x in _integers("start", start, batch)]
+        starts = [None] * batch if start is None else _integers("start", start, batch)
         general = None
         if mask is not None:
             general = self.host.seen(mask)
-            general = np.broadcast_to(general, (batch, tokens, general.shape[-1]))
+            general = np.ascontiguousarray(np.broadcast_to(general, (batch, tokens, general.shape[-1])))
         found = []
         for i, row in enumerate(rows):
             own = None if general is None else general[i]
             length = self.sequences[row].extent.length
-            found.append(Visibility(length, i, spans[i], causal, starts[i], limits[i], own, offset))
+            found.append(_core.Sight(length, i, spans[i], causal, starts[i], limits[i], own, offset))
         return found
-
-    def _plan(self, s: Sequence, seen: Visibility) -> Any:
-        x = s.extent
-        rows = seen.seen(x.window_position, x.window_rows).tobytes() if self.seals else b""
-        return s.ledger.attend(seen.queries, rows)
 
     @staticmethod
     def _next(s: Sequence, plan: Any, energies: Energies, made: Made) -> Sequence:
@@ -226,54 +219,18 @@ class Cache(Sealing):
             after.commit(plan, made)
         return after
 
-    def _views(self, b: int, s: Sequence, seen: Visibility, upto: int, lambda_row: int) -> Iterator[tuple]:
-        """Runs of the sequence's queries that read the same pages, as MetalTables.attend has them; offsets are elements
-        of self.rows[0] and self.rows[1]."""
-        head = self.rows[0].shape[2] * self.dim
-        base = b * self.heads * head
-
-        def exact(first: int, rows: Span) -> tuple[int, ...]:
-            at = base + first * self.dim
-            return (rows[0], rows[1] - rows[0], at, head, self.dim, at, head, self.dim)
-
-        position, end, stepwise = seen.first_query, seen.first_query + seen.queries, seen.queries <= PAGE
-        while position < end:
-            view = s.ledger.view(position, stepwise, upto)
-            next_ = min(end, s.ledger.view_end(position, stepwise))
-            yield (
-                s.ledger.pages[: view.pages],
-                view.pages_position if view.pages else 0,
-                view.last_page_tokens,
-                seen.input,
-                seen.row + position - seen.first_query,
-                next_ - position,
-                position,
-                seen.start,
-                seen.window,
-                lambda_row,
-                -1 if self.given_v is None else 0,
-                [exact(0, view.sinks), exact(self._row(view.window[0], s.extent), view.window)],
-            )
-            position = next_
-
-    def _with_energies(self, q: Any, s: Sequence, seen: Visibility) -> Energies:
+    def _with_energies(self, q: Any, s: Sequence, seen: _core.Sight) -> Energies:
         """The energies held of the first queries that see themselves, the call's included."""
         energies = s.energies
-        if not self.seals or self.recipe.key.lambda_ != "auto" or s.extent.lambda_ == "fixed":
-            return energies
-        limit = self.recipe.sinks + self.recipe.window + PAGE
-        if energies.first >= 0 and seen.first_query - energies.first >= limit:
-            return energies
-        own = [seen.first_query + int(t) for t in np.flatnonzero(seen.see_themselves())]
-        first, positions = energies.wanted(own, limit)
+        first, positions = s.ledger.record(energies.first, seen)
+        if not positions:
+            return energies if first == energies.first else dataclasses.replace(energies, first=first)
         # A call may be repeated, with another mask: its queries' rows are the new ones.
         kept = energies.before(self.host, seen.first_query).parts if energies.first < seen.first_query else []
-        if positions:
-            rows = self.host.energies(q, seen.input, [seen.row + x - seen.first_query for x in positions], self.heads)
-            kept = [*kept, (positions, rows)]
-        return Energies(first, kept)
+        rows = self.host.energies(q, seen.input, [seen.row + x - seen.first_query for x in positions], self.heads)
+        return Energies(first, [*kept, (positions, rows)])
 
-    def _check_call(self, q: Any, batch: int, dtype: str, scale: float, softcap: float, sinks: Any, mask: Any) -> None:
+    def _check_call(self, q: Any, batch: int, dtype: str, sinks: Any, mask: Any) -> None:
         """What can be refused of a call before any of it is recorded."""
         host = self.host
         fits = len(q.shape) == 4 and q.shape[0] == batch and q.shape[1] >= self.heads and q.shape[1] % self.heads == 0
@@ -289,24 +246,12 @@ class Cache(Sealing):
                 raise ValueError(mismatch(name, "dtype " + " or ".join(kinds), host.dtype(x)))
         if dtype not in DTYPES:
             raise ValueError(mismatch("dtype", " or ".join(DTYPES), dtype))
-        if math.isnan(scale):
-            raise ValueError(mismatch("scale", "a number", scale))
-        if not softcap >= 0:
-            raise ValueError(mismatch("softcap", "0 (none) or a positive number", softcap))
         if sinks is not None and math.prod(sinks.shape) != q.shape[1]:
             raise ValueError(mismatch("sinks", f"{q.shape[1]} values", f"shape {list(sinks.shape)}"))
         if mask is not None:
             full = (batch, q.shape[1], q.shape[2])
             if len(mask.shape) != 4 or any(have not in (1, want) for have, want in zip(mask.shape, full, strict=False)):
                 raise ValueError(mismatch("mask", f"shape {[*full]} or 1 each, columns", list(mask.shape)))
-
-    @staticmethod
-    def _check_upto(s: Sequence, seen: Visibility, upto: int) -> None:
-        """The last query reads the most tokens packed."""
-        view = s.ledger.view(s.extent.length - 1, seen.queries <= PAGE, upto)
-        sealed = view.pages_position + (view.pages - 1) * PAGE + view.last_page_tokens
-        if view.pages and upto < sealed:
-            raise IndexError(mismatch("upto", f"at least {sealed}, the end of the sealed tokens", upto))
 
     # Crop, forks and what is held.
 
@@ -385,6 +330,14 @@ class Cache(Sealing):
         twin.sequences = [s.fork() for s in self.sequences]
         twin.rows = [self.host.copy(x) for x in self.rows]
         return twin
+
+    def save(self, write: Any) -> None:
+        """Passes the cache, block by block, to write(memoryview), as the core's (docs/format.md)."""
+        saved.save(self, write)
+
+    def load(self, readinto: Any) -> None:
+        """Takes a saved cache of the same configuration, this one's or the core's, into this empty one."""
+        saved.load(self, readinto)
 
     def record_past(self, on: bool) -> None:
         self.recording = bool(on)

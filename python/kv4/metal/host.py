@@ -85,14 +85,20 @@ class Host(ABC):
         """The same numbers on the CPU, bfloat16 as float32. Waits for the device."""
 
     @abstractmethod
+    def bits(self, x: Any) -> np.ndarray:
+        """The bytes of `x` on the CPU, uint8 [..., bytes of the last axis]. Waits for the device."""
+
+    @abstractmethod
+    def of_bits(self, bits: np.ndarray, dtype: str) -> Any:
+        """The array whose bits() these are."""
+
+    @abstractmethod
     def copy(self, x: Any) -> Any:
         """An array that goes its own way."""
 
     @abstractmethod
-    def cast(self, x: Any, dtype: str) -> Any: ...
-
-    @abstractmethod
-    def stack(self, arrays: Sequence[Any]) -> Any: ...
+    def cast(self, x: Any, dtype: str) -> Any:
+        """`x` on the device in `dtype`, no gradient behind it."""
 
     @abstractmethod
     def concatenate(self, arrays: Sequence[Any], axis: int) -> Any: ...
@@ -112,15 +118,17 @@ class Host(ABC):
     def finite(self, x: Any) -> Any:
         """`x` with zeros for every row of the last axis that holds NaN or infinity."""
 
-    @abstractmethod
     def energies(self, q: Any, b: int, queries: Sequence[int], kv_heads: int) -> Any:
         """float32 [len(queries), kv_heads, head_dim]: squares of q [batch, q_heads, T, head_dim], summed over the query
         heads of each KV head."""
+        x = self.cast(self.take(q[b], queries, 1), "float32")
+        return (x * x).reshape(kv_heads, -1, len(queries), q.shape[3]).sum(1).swapaxes(0, 1)
 
-    @abstractmethod
     def seen(self, mask: Any) -> np.ndarray:
         """bool [batch or 1, T or 1, columns] on the CPU: what any head sees by mask [batch, q_heads, T, columns] or 1
         each. Waits for the device."""
+        dtype = self.dtype(mask)
+        return self.numpy((mask if dtype == "bool" else mask > _core.hidden_by(dtype)).any(1))
 
 
 class Matrices:

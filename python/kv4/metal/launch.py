@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kv4 import _core
 from kv4._core import PAGE_TOKENS as PAGE
 
 from .host import ATTEND_THREADS, ROW_THREADS
@@ -19,7 +20,7 @@ Job = tuple[int, int, int, int, int, int, int]
 def attend(
     cache: Holding,
     q: Any,
-    views: list[tuple],
+    sequences: list[tuple[_core.Ledger, _core.Sight, int, int, int]],
     *,
     lambda_k: Any,
     out: Any,
@@ -31,9 +32,10 @@ def attend(
     mask: Any,
     offset: int,
 ) -> Any:
-    """One call over all views: kv4_prepare, kv4_attend and kv4_merge. Returns out [inputs, q_heads, T, d], or one made
-    in `dtype`; or with None for both partial states [inputs, q_heads, T, d + 2] float32: o, m, l. Rows that no view has
-    are not written. lambda_k: [rows, kv_heads, d] or None."""
+    """One call over all sequences, as MetalTables.attend has them: kv4_prepare, kv4_attend and kv4_merge. Returns out
+    [inputs, q_heads, T, d], or one made in `dtype`; or with None for both partial states [inputs, q_heads, T, d + 2]
+    float32: o, m, l. Rows that no sequence has are not written. lambda_k: [rows, kv_heads, d] or None. Errors:
+    IndexError where a sequence's position cuts into its sealed tokens."""
     host, constants = cache.host, cache.constants
     inputs, heads, tokens, dim = q.shape
     general, general_dtype, stride = 0, "float32", [0] * 4
@@ -54,7 +56,9 @@ def attend(
         q_dtype=host.dtype(q),
         out_dtype=out_dtype,
         out_stride=out_stride,
-        sequences=views,
+        sequences=sequences,
+        rows=cache.rows[0].shape[2],
+        lambda_v=cache.given_v is not None,
         scale=scale,
         softcap=softcap,
         sinks=sinks is not None,

@@ -93,14 +93,17 @@ class TorchHost(Host):
         x = x.detach()
         return (x.float() if x.dtype is torch.bfloat16 else x).cpu().numpy()
 
+    def bits(self, x: torch.Tensor) -> np.ndarray:
+        return x.detach().cpu().contiguous().view(torch.uint8).numpy()
+
+    def of_bits(self, bits: np.ndarray, dtype: str) -> torch.Tensor:
+        return torch.from_numpy(bits).view(_DTYPES[dtype]).to(self.device)
+
     def copy(self, x: torch.Tensor) -> torch.Tensor:
         return x.clone()
 
     def cast(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
-        return x.to(self.device, _DTYPES[dtype])
-
-    def stack(self, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(list(arrays))
+        return x.detach().to(self.device, _DTYPES[dtype])
 
     def concatenate(self, arrays: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
         return torch.cat(list(arrays), axis)
@@ -120,16 +123,6 @@ class TorchHost(Host):
     def finite(self, x: torch.Tensor) -> torch.Tensor:
         x = x.detach()
         return torch.where(torch.isfinite(x).all(-1, keepdim=True), x, torch.zeros((), dtype=x.dtype, device=x.device))
-
-    def energies(self, q: torch.Tensor, b: int, queries: Sequence[int], kv_heads: int) -> torch.Tensor:
-        x = q[b, :, self._indices(queries)].detach().float().square()
-        return x.reshape(kv_heads, -1, len(queries), q.shape[3]).sum(1).transpose(0, 1)
-
-    def seen(self, mask: torch.Tensor) -> np.ndarray:
-        if mask.dtype is not torch.bool:
-            # Additive masks hide by -infinity or by the lowest number of their dtype.
-            mask = mask > (-65504.0 if mask.dtype is torch.float16 else -1e30)
-        return mask.any(1).cpu().numpy()
 
 
 class MetalCache(Cache):

@@ -23,9 +23,8 @@ class Sealing(Holding):
             return self.given_k, [0] * len(lambdas)
         held = [x for x in lambdas if x is not None]
         rows = np.cumsum([x is not None for x in lambdas]) - 1
-        return (self.host.stack(held) if held else None), [
-            -1 if x is None else int(row) for x, row in zip(lambdas, rows, strict=True)
-        ]
+        stacked = self.host.concatenate([x.reshape(1, *x.shape) for x in held], 0) if held else None
+        return stacked, [-1 if x is None else int(row) for x, row in zip(lambdas, rows, strict=True)]
 
     def carry_out(
         self,
@@ -86,21 +85,13 @@ class Sealing(Holding):
         return all_made
 
     def _learn(self, b: int, first: int, skip: bytes, energies: Energies) -> Any:
-        """Once per sequence, in float64 on the host, as src/moments does; waits for the device."""
+        """Once per sequence, on the CPU; waits for the device."""
         keys = self.rows[0][b, :, self.sink_limit + first : self.sink_limit + first + len(skip)]
-        keys = self.host.numpy(keys).astype(np.float64)
-        used = np.frombuffer(skip, np.uint8) == 0
-        energy = np.zeros((self.heads, self.dim))
-        for block in range(0, len(skip), PAGE):
-            part = keys[:, block : block + PAGE][:, used[block : block + PAGE]]
-            energy += ((part - part.mean(1, keepdims=True)) ** 2).sum(1) if part.shape[1] else 0.0
-        query = np.zeros((self.heads, self.dim))
-        for _, rows in energies.parts:
-            query += self.host.numpy(rows).astype(np.float64).sum(0)
-        values = np.stack([_core.lambda_from_energies(query[h], energy[h]) for h in range(self.heads)])
-        return self.host.table(values)
+        keys = np.ascontiguousarray(self.host.numpy(keys), np.float32)
+        queries = [row for _, rows in energies.parts for row in np.ascontiguousarray(self.host.numpy(rows))]
+        return self.host.table(_core.learn_lambda(keys, skip, queries))
 
-    def _room(self, rows: int) -> int:
+    def room(self, rows: int) -> int:
         """Window rows to have room for, where `rows` are held: more while decoding grows, no more than it needs."""
         have = self.rows[0].shape[2] - self.sink_limit if self.rows else 0
         most = self.recipe.window + PAGE + self.sink_limit if self.recipe.seal == "page" else 0
@@ -124,7 +115,7 @@ class Sealing(Holding):
         room, unless `anew`, once all that is put there has been made. No plan: a sequence's rows stay."""
         befores = [s.extent for s in sequences]
         afters = [x if plan is None else plan.after for x, plan in zip(befores, plans, strict=True)]
-        room = self._room(max((x.window_rows for x in afters), default=0))
+        room = self.room(max((x.window_rows for x in afters), default=0))
         anew = anew or not self.rows or room != self.rows[0].shape[2] - self.sink_limit
         puts: list[tuple[int, int, int, list[Any]]] = []  # sequence, first row, rows, keys and values
         for b, (s, plan, before, after) in enumerate(zip(sequences, plans, befores, afters, strict=True)):

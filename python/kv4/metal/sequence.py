@@ -61,17 +61,11 @@ class Page:
 
 @dataclasses.dataclass
 class Energies:
-    """Energies of queries before the first page is due, until lambda is fixed, as the core keeps them (QueryEnergy in
-    src/cache/sequence.h): of the last of every eight positions from the first query that sees its own token on. Never
-    written in place, so that forks may share them."""
+    """Energies of the queries that teach lambda (src/ledger/queries.h says which), until it is fixed. Never written in
+    place, so that forks may share them."""
 
     first: int = -1  # position of that first query; none so far
     parts: list[tuple[list[int], Any]] = dataclasses.field(default_factory=list)  # positions, [n, kv_heads, head_dim]
-
-    def wanted(self, positions: list[int], limit: int) -> tuple[int, list[int]]:
-        """Of the positions of a call's queries that see themselves: the first, and those whose energies count."""
-        first = self.first if self.first >= 0 or not positions else positions[0]
-        return first, [x for x in positions if 0 <= x - first < limit and (x - first + 1) % _core.QUERY_STRIDE == 0]
 
     def before(self, host: Host, length: int) -> Energies:
         """Those of positions below `length`."""
@@ -122,18 +116,18 @@ class Sequence:
 
     def commit(self, plan: _core.Plan, made: Made) -> None:
         """The plan has been carried out."""
-        after = plan.after
         if made.filled is not None:
             self.alone = self.page_end - 1
             self.pages.pop(self.ledger.replace_last(made.filled.place))
             self.pages[made.filled.place] = made.filled
-        self.ledger.commit(plan, [page.place for page in made.pages])
+        self.ledger.commit(plan, [page.place for page in made.pages], self.energies.first >= 0)
         self.alone = min(self.alone, self.page_end - plan.new_pages)
         for place in plan.released:
             self.pages.pop(place)
         self.pages.update((page.place, page) for page in made.pages)
-        self.lambda_ = None if after.lambda_ == "open" else made.lambda_
-        if after.lambda_ == "fixed":
+        state = self.extent.lambda_
+        self.lambda_ = None if state == "open" else made.lambda_
+        if state == "fixed":
             self.energies = Energies()
 
     def moved(self, source: Pages, to: Pages) -> Sequence:
@@ -159,6 +153,8 @@ class Holding:
     sink_limit: int
     given_k: Any
     given_v: Any
+    recording: bool
+    format: _core.SavedFormat
 
     def lambda_k(self, s: Sequence) -> Any:
         return self.given_k if self.recipe.key.lambda_ == "given" else s.lambda_

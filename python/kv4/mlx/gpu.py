@@ -76,7 +76,7 @@ class MlxHost(Host):
         return None
 
     def dtype(self, x: mx.array) -> str:
-        return str(x.dtype).rsplit(".", 1)[-1]
+        return str(x.dtype).rsplit(".", 1)[-1].rstrip("_")
 
     def strides(self, x: mx.array) -> list[int]:
         return [int(np.prod(x.shape[i + 1 :])) for i in range(x.ndim)]
@@ -94,14 +94,17 @@ class MlxHost(Host):
     def numpy(self, x: mx.array) -> np.ndarray:
         return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
+    def bits(self, x: mx.array) -> np.ndarray:
+        return np.array(mx.contiguous(x).view(mx.uint8))
+
+    def of_bits(self, bits: np.ndarray, dtype: str) -> mx.array:
+        return mx.array(bits).view(getattr(mx, dtype))
+
     def copy(self, x: mx.array) -> mx.array:
         return mx.array(x)
 
     def cast(self, x: mx.array, dtype: str) -> mx.array:
         return x.astype(getattr(mx, dtype))
-
-    def stack(self, arrays: Sequence[mx.array]) -> mx.array:
-        return mx.stack(list(arrays))
 
     def concatenate(self, arrays: Sequence[mx.array], axis: int) -> mx.array:
         return mx.concatenate(list(arrays), axis=axis)
@@ -119,16 +122,6 @@ class MlxHost(Host):
 
     def finite(self, x: mx.array) -> mx.array:
         return mx.where(mx.isfinite(x).all(-1, keepdims=True), x, mx.zeros((), x.dtype))
-
-    def energies(self, q: mx.array, b: int, queries: Sequence[int], kv_heads: int) -> mx.array:
-        x = self.take(q[b], queries, 1).astype(mx.float32).square()
-        return x.reshape(kv_heads, -1, len(queries), q.shape[3]).sum(1).transpose(1, 0, 2)
-
-    def seen(self, mask: mx.array) -> np.ndarray:
-        if mask.dtype != mx.bool_:
-            # Additive masks hide by -infinity or by the lowest number of their dtype.
-            mask = mask > (-65504.0 if mask.dtype == mx.float16 else -1e30)
-        return np.array(mask.any(1))
 
 
 def _bytes(x: mx.array) -> mx.array:

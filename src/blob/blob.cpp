@@ -1,8 +1,8 @@
-#include "cache/blob.h"
+#include "blob/blob.h"
 
 #include <array>
 
-#include "cache/sequence.h"
+#include "blob/contents.h"
 
 namespace kv4::blob {
 namespace {
@@ -104,9 +104,17 @@ Status expect_same(std::span<const Field> mine, std::span<const std::uint64_t> t
   return {};
 }
 
-std::size_t recorded_queries(const CacheConfig& config, std::uint32_t version) {
-  const auto queries = static_cast<std::size_t>(config.recipe.sinks + config.recipe.window + kPageTokens);
-  return version == 1 ? queries : queries / QueryEnergy::kEvery;
+Format Format::of(const CacheConfig& config, const PageSpec& spec) {
+  Format format;
+  format.fields = blob::fields(config, spec);
+  format.policy = ledger::Policy::of(config.recipe, config.sliding_window);
+  format.dtype = config.dtype;
+  format.kv_heads = config.kv_heads;
+  format.head_dim_k = config.head_dim_k;
+  format.head_dim_v = config.head_dim_v;
+  format.slice = slice_layout(spec.layout);
+  format.queries = static_cast<std::size_t>(config.recipe.sinks + config.recipe.window + kPageTokens);
+  return format;
 }
 
 Status Writer::begin(std::uint32_t version) {

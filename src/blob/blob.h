@@ -1,4 +1,4 @@
-// The bytes of a saved cache, as save writes them and load reads them (docs/format.md): a magic, a version, then blocks
+// The bytes of a saved cache, as write.cpp and read.cpp have them (docs/format.md): a magic, a version, then blocks
 //
 //   u32 kind, u64 bytes, payload, u32 CRC-32C of all that
 //
@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "cache/checksum.h"
+#include "blob/checksum.h"
 #include "format/page.h"
 #include "kv4/cache.h"
 
@@ -40,7 +40,7 @@ enum class Kind : std::uint32_t {
   rows = 5,         // up to kPageTokens exact tokens: keys [kv_heads][tokens][head_dim_k], then values alike
   seen = 6,         // u8 per row of the window
   lambda = 7,       // float [kv_heads][head_dim_k]
-  filled = 8,       // u8 per query that recorded_queries counts
+  filled = 8,       // u8 per query of Format::queries that counts
   energies = 9,     // one filled row: float [kv_heads][head_dim_k]
   page = 10,        // [kv_heads] head slices in slice_layout()
   told = 11,        // u64 per sequence: how many rows held NaN or infinity
@@ -77,9 +77,6 @@ inline std::size_t key_scale_bytes(const kv4_page_layout& l) {  // and the mean,
   return l.groups_k * KV4_PAGE_TOKENS * 2 + (l.k_mean != l.v_codes ? l.head_dim_k * 2 : 0);
 }
 inline std::size_t value_scale_bytes(const kv4_page_layout& l) { return l.groups_v * KV4_PAGE_TOKENS * 2; }
-
-// Queries of a sequence, from the first unmasked one on, that may have a record of their energies.
-std::size_t recorded_queries(const CacheConfig& config, std::uint32_t version);
 
 template <class T>
 std::span<const std::byte> bytes_of(const T& x) {

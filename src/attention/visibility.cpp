@@ -1,4 +1,4 @@
-#include "cache/visibility.h"
+#include "attention/visibility.h"
 
 #include <algorithm>
 
@@ -7,11 +7,10 @@
 namespace kv4 {
 namespace {
 
-// Additive masks hide a column by -infinity or by the lowest number of their dtype.
 bool hides(const void* mask, DType dtype, std::int64_t index) {
-  if (dtype == DType::f32) return !(static_cast<const float*>(mask)[index] > -1e30f);
+  if (dtype == DType::f32) return !(static_cast<const float*>(mask)[index] > hidden_by(dtype));
   const std::uint16_t h = static_cast<const std::uint16_t*>(mask)[index];
-  return dtype == DType::f16 ? !(f16_to_f32(h) > -65504.0f) : !(bf16_to_f32(h) > -1e30f);
+  return !((dtype == DType::f16 ? f16_to_f32(h) : bf16_to_f32(h)) > hidden_by(dtype));
 }
 
 }  // namespace

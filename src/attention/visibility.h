@@ -1,5 +1,5 @@
-// Which tokens a call's queries see, for one sequence of the batch: what the cache remembers of
-// masks, and what it refuses. The kernels apply masks themselves.
+// Which tokens a call's queries see, for one sequence of the batch: what caches remember of masks, and what they
+// refuse. The kernels apply masks themselves.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +9,9 @@
 #include "kv4/attention.h"
 
 namespace kv4 {
+
+// An additive mask hides a column by -infinity or by the lowest number of its dtype: by what is not above this.
+constexpr float hidden_by(DType dtype) { return dtype == DType::f16 ? -65504.0f : -1e30f; }
 
 class Visibility {
  public:

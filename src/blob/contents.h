@@ -1,0 +1,97 @@
+// A cache as files have it, apart from the memory that it lies in. Who holds that memory (a Cache, or a host of its
+// own) tells what is there by a Holder and takes what comes by a Taker; what stands in which block, and what a file may
+// say, is known here alone.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "blob/blob.h"
+#include "format/finite.h"
+#include "ledger/ledger.h"
+#include "ledger/queries.h"
+
+namespace kv4::blob {
+
+// Of one layer's caches: the numbers that a file begins with, and what follows from them for what comes then.
+struct Format {
+  std::vector<Field> fields;
+  ledger::Policy policy;
+  DType dtype = DType::f32;
+  int kv_heads = 0, head_dim_k = 0, head_dim_v = 0;
+  kv4_page_layout slice{};  // of a head of a page: no channel padded, codes in canonical order
+  std::size_t queries = 0;  // before the first page is due, from the first unmasked one on
+
+  // spec: any where nothing is sealed.
+  static Format of(const CacheConfig& config, const PageSpec& spec);
+
+  std::size_t channels() const { return static_cast<std::size_t>(kv_heads) * static_cast<std::size_t>(head_dim_k); }
+  // One exact row of one head.
+  std::size_t row_bytes(bool key) const {
+    return static_cast<std::size_t>(key ? head_dim_k : head_dim_v) * size_of(dtype);
+  }
+  // Exact rows of `tokens`: keys [kv_heads][tokens], then values alike.
+  std::size_t rows_bytes(std::int64_t tokens) const {
+    return static_cast<std::size_t>(kv_heads * tokens) * (row_bytes(true) + row_bytes(false));
+  }
+  std::size_t page_bytes() const { return static_cast<std::size_t>(kv_heads) * slice.head_bytes; }
+};
+
+// Copies a head slice between a layout and the file's, all but its codes: copy(to, from, bytes) -> Status.
+template <class Copy>
+Status copy_scales(std::uint8_t* to, const kv4_page_layout& there, const std::uint8_t* from,
+                   const kv4_page_layout& here, Copy copy) {
+  KV4_RETURN_IF_ERROR(copy(to + there.k_scales, from + here.k_scales, key_scale_bytes(here)));
+  return copy(to + there.v_scales, from + here.v_scales, value_scale_bytes(here));
+}
+
+// What a sequence has learnt of its queries.
+struct Learnt {
+  std::vector<float> lambda;  // [kv_heads * head_dim_k], where there is one
+  ledger::Queries queries;
+  std::vector<std::vector<float>> energies;  // alike, of queries.row; empty: masked or not asked
+};
+
+class Holder {
+ public:
+  virtual ~Holder() = default;
+  virtual const ledger::Ledger& ledger(std::size_t sequence) const = 0;
+  virtual Status learnt(std::size_t sequence, Learnt* out) const = 0;
+  // Rows [first, first + tokens) of the sinks or of the window, as rows_bytes has them.
+  virtual Status rows(std::size_t sequence, bool sinks, std::int64_t first, std::int64_t tokens,
+                      std::span<std::byte> out) const = 0;
+  virtual Status page(ledger::PageId id, std::span<std::byte> out) const = 0;
+  // News that the ledger has not heard yet. Asked last, since a device tells late: what was queued has run by the time
+  // that rows and pages are here.
+  virtual void listen(std::size_t /*sequence*/, std::vector<NonFinite>* /*found*/) const {}
+};
+
+class Taker {
+ public:
+  virtual ~Taker() = default;
+  // The next `tokens` of the `total` sinks or window rows of a sequence, which comes behind those before it.
+  virtual Status rows(std::size_t sequence, bool sinks, std::int64_t first, std::int64_t tokens, std::int64_t total,
+                      std::span<const std::byte> block) = 0;
+  // Pages come in order, `count` in all.
+  virtual Status page(std::int64_t number, std::int64_t count, std::span<const std::byte> block) = 0;
+};
+
+struct Contents {
+  struct Sequence {
+    ledger::Ledger ledger;  // its pages by their numbers in the file
+    Learnt learnt;
+  };
+  std::vector<Sequence> sequences;
+  bool recording = false;
+};
+
+// Pages that several sequences have are written once.
+Status write(const Format& format, std::size_t batch, bool recording, const Holder& from, const Sink& sink);
+// A file may say anything: what it says is held against what append, seal, crop and eviction can leave behind, so that
+// no later call indexes outside of what is there. Errors: what source and taker say; invalid_argument naming the field
+// of another configuration; data_loss.
+Status read(const Format& format, const Source& source, Taker& to, Contents* out);
+
+}  // namespace kv4::blob
