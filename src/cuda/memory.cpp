@@ -203,9 +203,10 @@ void Memory::free(void* p) {
 }
 
 Status Memory::upload(void* to, const void* from, std::size_t bytes) {
-  // A few kilobytes travel with kernel launches, which need no memory that lasts.
+  // A few kilobytes travel with kernel launches, which need no memory that lasts; so does all that is captured: a graph
+  // would read the staging memory at every replay, long after others have written to it.
   constexpr std::size_t kByLaunches = 2 * kPutBytes;
-  if (bytes > kByLaunches) {
+  if (bytes > kByLaunches && !is_capturing(current_stream())) {
     KV4_RETURN_IF_CUDA("upload", staging_.upload(to, from, bytes, current_stream()));
     return {};
   }
