@@ -54,7 +54,7 @@ cudaError_t Staging::take(std::size_t bytes, Slot** out) {
   }
   if (held >= kStagedBytes) {
     for (std::size_t i = 0; i < slots_.size(); ++i) {
-      Slot* slot = slots_[turn_++ % slots_.size()].get();
+      Slot* slot = slots_[next_++ % slots_.size()].get();
       if (slot->bytes < bytes) continue;
       *out = slot;
       return cudaEventSynchronize(slot->done);
