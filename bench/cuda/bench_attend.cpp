@@ -329,11 +329,13 @@ void seal(benchmark::State& state, const Case& c, bool lambda) {
   const DeviceBytes resident(jobs);
   Timer timer;
   cuda::set_stream(timer.stream);
+  const std::span<const SealJob> all(resident.as<SealJob>(), jobs.size());
+  Status status = cuda::backend()->seal(spec, pages, heads, all, true);  // which makes the rotation's tables
+  if (!status.ok()) return state.SkipWithError(status.message().c_str());
   cudaGraph_t graph;
   cudaGraphExec_t captured;
   cudaStreamBeginCapture(timer.stream, cudaStreamCaptureModeRelaxed);
-  const Status status =
-      cuda::backend()->seal(spec, pages, heads, std::span<const SealJob>(resident.as<SealJob>(), jobs.size()), true);
+  status = cuda::backend()->seal(spec, pages, heads, all, true);
   cudaStreamEndCapture(timer.stream, &graph);
   cuda::set_stream(nullptr);
   if (!status.ok()) return state.SkipWithError(status.message().c_str());
