@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, on a machine that has one: the tests, the same under compute-sanitizer, the
 # benchmarks; and the Python package's, where KV4_PYTHON names an interpreter that has it with torch and pytest.
-# racecheck's reports on attend_fused: docs/cuda.md.
+# racecheck's reports on attend_fused: docs/notes/cuda.md.
 # Usage: check_gpu.sh BUILD_DIR [TESTS BENCH]; builds BUILD_DIR unless the two programs are given.
 set -euo pipefail
 build=${1:?usage: check_gpu.sh BUILD_DIR [TESTS BENCH]}

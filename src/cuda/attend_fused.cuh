@@ -6,7 +6,7 @@
 // Against prepare, main and merge this leaves out two launches, the waits between them and most of the partial states
 // in device memory. Every CTA reads both rotations' matrices, 4 D^2 bytes each from L2 (64 KB at d = 128, 1.3 us at 13
 // bytes a cycle and multiprocessor with all of them reading), which is why calls of more segments keep the three
-// kernels. Versions and times: docs/cuda.md.
+// kernels. Versions and times: docs/notes/cuda.md.
 #pragma once
 
 #include <cuda_runtime.h>
