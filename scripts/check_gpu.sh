@@ -17,11 +17,11 @@ failed=0  # what fails does not keep the rest from being run
 "$tests" --gtest_brief=1 || failed=1
 if command -v compute-sanitizer >/dev/null; then
   # The largest scenes left out: the tools run hundreds of times slower.
-  for tool in memcheck racecheck initcheck; do
+  for tool in memcheck racecheck initcheck synccheck; do
     echo "== $tool"
     filter='*PartOfOne*:*PartsOf*:*PagesTogether*:*Ragged*:*Partial*:*General*:*LargeMeans*'
     # Under a tool a new cache waits for every stream, which that test is about.
-    [ "$tool" != memcheck ] || filter+=':CudaShared.*:CudaStreams.*-CudaStreams.ANewCacheIsWholeOnAnyStream'
+    [ "$tool" != memcheck ] || filter+=':CudaExtend.*:CudaShared.*:CudaStreams.*-CudaStreams.ANewCacheIsWholeOnAnyStream'
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$tests" --gtest_brief=1 --gtest_filter="$filter" | tail -n 4 || failed=1
   done
 fi
