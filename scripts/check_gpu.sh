@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, on a machine that has one: the tests, the same under compute-sanitizer, the
 # benchmarks; and the Python package's, where KV4_PYTHON names an interpreter that has it with torch and pytest.
-# racecheck's reports on attend_fused: docs/cuda.md.
+# racecheck's reports on attend_fused: docs/notes/cuda.md.
 # Usage: check_gpu.sh BUILD_DIR [TESTS BENCH]; builds BUILD_DIR unless the two programs are given.
 set -euo pipefail
 build=${1:?usage: check_gpu.sh BUILD_DIR [TESTS BENCH]}
@@ -17,11 +17,11 @@ failed=0  # what fails does not keep the rest from being run
 "$tests" --gtest_brief=1 || failed=1
 if command -v compute-sanitizer >/dev/null; then
   # The largest scenes left out: the tools run hundreds of times slower.
-  for tool in memcheck racecheck initcheck; do
+  for tool in memcheck racecheck initcheck synccheck; do
     echo "== $tool"
     filter='*PartOfOne*:*PartsOf*:*PagesTogether*:*Ragged*:*Partial*:*General*:*LargeMeans*'
     # Under a tool a new cache waits for every stream, which that test is about.
-    [ "$tool" != memcheck ] || filter+=':CudaShared.*:CudaStreams.*-CudaStreams.ANewCacheIsWholeOnAnyStream'
+    [ "$tool" != memcheck ] || filter+=':CudaExtend.*:CudaShared.*:CudaStreams.*-CudaStreams.ANewCacheIsWholeOnAnyStream'
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$tests" --gtest_brief=1 --gtest_filter="$filter" | tail -n 4 || failed=1
   done
 fi

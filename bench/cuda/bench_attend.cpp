@@ -2,10 +2,9 @@
 //   decode  one query token over a cache of the default recipe: 4 sinks, pages, 64 to 127 exact tokens; a captured
 //   graph. 16x100-32768:
 //           lengths from 100 to 32,768 in one batch, beside as many sequences of one length with as many tokens in all
-//   paged   the same tokens in a host's tables, exact rows in blocks; what makes views of the tables included
-//   seal    all pages of a prefill, keys and values, from fp16 rows; seal_lambda with channel weights for keys.
-//   kernel_us and
-//           kernel_of_copy are without the upload of the jobs
+//   queries so many queries of one sequence: verification of a draft, a chunk of a prefill, with all its own tokens
+//   cached paged   the same tokens in a host's tables, exact rows in blocks; what makes views of the tables included
+//   seal    all pages of a prefill, keys and values, from fp16 rows; seal_lambda with channel weights for keys
 // of_copy: bytes of the cache, read once (seal: rows read and pages written), over time, as a fraction of the speed of
 // a 1 GiB copy measured first, whose bytes count twice. Where the cache would stay in the L2 cache it is flushed before
 // each repeat.
@@ -15,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -81,6 +81,7 @@ struct Case {
   cases::Geometry geometry;
   std::vector<int> tokens;  // of each sequence
   bool paged = false;
+  int queries = 1;  // the newest tokens of every sequence ask, causally
 };
 
 Shape shape_of(const cases::Geometry& g) {
@@ -91,11 +92,20 @@ Shape shape_of(const cases::Geometry& g) {
   return shape;
 }
 
+// So many 16-bit floats, `rows` over and over: converted once, since a benchmark makes its scene several times.
+std::vector<std::uint16_t> repeated(std::size_t count, const std::vector<float>& rows) {
+  std::vector<std::uint16_t> x(std::min(count, rows.size()));
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = f32_to_f16(rows[i]);
+  x.reserve(count);
+  while (x.size() < count) {
+    const auto more = static_cast<std::ptrdiff_t>(std::min(x.size(), count - x.size()));
+    x.insert(x.end(), x.begin(), x.begin() + more);
+  }
+  return x;
+}
+
 DeviceBytes halves(std::size_t count, int dim, std::uint64_t seed) {
-  const std::vector<float> row = cases::normal_rows(257, dim, seed);
-  std::vector<std::uint16_t> x(count);
-  for (std::size_t i = 0; i < count; ++i) x[i] = f32_to_f16(row[i % row.size()]);
-  return DeviceBytes(x);
+  return DeviceBytes(repeated(count, cases::normal_rows(257, dim, seed)));
 }
 
 // Pages of all sequences, copies of a few, in chunks as a cache has them, and their ids in any order.
@@ -144,7 +154,8 @@ void cached(const Case& c, const SequenceView& like, const Pool& pool, Sequenced
     const Held held = Held::of(tokens);
     SequenceView view = like;
     view.input = static_cast<std::int32_t>(out->views.size());
-    view.query_position = tokens - 1;
+    view.query_position = tokens - c.queries;
+    view.query_count = c.queries;
     view.pages = out->ids.as<std::int32_t>() + page;
     view.page_count = held.page_tokens / kPageTokens;
     view.pages_position = held.sinks;
@@ -230,11 +241,11 @@ void decode(benchmark::State& state, const Case& c) {
   const Pool pool(scene, shape.kv_heads, count);
   const double pool_bytes = static_cast<double>(count) * few.shape().kv_heads * scene.spec().layout.head_bytes;
   const auto batch = static_cast<std::int64_t>(c.tokens.size());
-  const std::int64_t heads = c.geometry.q_heads, d = c.geometry.head_dim;
-  const DeviceBytes q = halves(static_cast<std::size_t>(heads * batch * d), c.geometry.head_dim, 3),
-                    out(static_cast<std::size_t>(heads * batch * d) * 2);
+  const std::int64_t heads = c.geometry.q_heads, d = c.geometry.head_dim, queries = c.queries;
+  const auto of_q = static_cast<std::size_t>(heads * batch * queries * d);
+  const DeviceBytes q = halves(of_q, c.geometry.head_dim, 3), out(of_q * 2);
   AttendArgs args;
-  args.q = {q.as(), DType::f16, {batch, heads, 1, d}, {heads * d, d, d, 1}};
+  args.q = {q.as(), DType::f16, {batch, heads, queries, d}, {heads * queries * d, queries * d, d, 1}};
   if (c.paged) {
     args.q.shape = {1, heads, batch, d};
     args.q.stride = {0, d, heads * d, 1};
@@ -286,25 +297,6 @@ void decode(benchmark::State& state, const Case& c) {
   state.SetBytesProcessed(static_cast<std::int64_t>(bytes) * state.iterations());
 }
 
-// Median seconds of a captured call without its copies: of its kernels alone, on what the last whole call uploaded.
-double kernels_alone(cudaGraph_t graph, Timer& timer) {
-  std::size_t count = 0;
-  cudaGraphGetNodes(graph, nullptr, &count);
-  std::vector<cudaGraphNode_t> nodes(count);
-  cudaGraphGetNodes(graph, nodes.data(), &count);
-  for (cudaGraphNode_t node : nodes) {
-    cudaGraphNodeType type;
-    if (cudaGraphNodeGetType(node, &type) == cudaSuccess && type == cudaGraphNodeTypeMemcpy) cudaGraphDestroyNode(node);
-  }
-  cudaGraphExec_t kernels;
-  if (cudaGraphInstantiate(&kernels, graph, 0) != cudaSuccess) return 0;
-  std::vector<double> all;
-  for (int i = 0; i < 31; ++i) all.push_back(timer.seconds([&] { cudaGraphLaunch(kernels, timer.stream); }));
-  cudaGraphExecDestroy(kernels);
-  std::nth_element(all.begin(), all.begin() + 15, all.end());
-  return all[15];
-}
-
 void seal(benchmark::State& state, const Case& c, bool lambda) {
   if (cuda::backend() == nullptr) return state.SkipWithError("no CUDA device of compute capability 8.0 or later");
   const Shape shape = shape_of(c.geometry);
@@ -313,10 +305,8 @@ void seal(benchmark::State& state, const Case& c, bool lambda) {
   const int heads = shape.kv_heads, d = c.geometry.head_dim;
   const std::size_t count = static_cast<std::size_t>(c.tokens[0] / kPageTokens),
                     slices = count * static_cast<std::size_t>(heads);
-  const std::vector<float> rows = cases::key_rows(1024, d, 3);
-  std::vector<std::uint16_t> rows16;
-  for (std::size_t i = 0; i < slices * kPageTokens * static_cast<std::size_t>(d); ++i)
-    rows16.push_back(f32_to_f16(rows[i % rows.size()]));
+  const std::vector<std::uint16_t> rows16 =
+      repeated(slices * kPageTokens * static_cast<std::size_t>(d), cases::key_rows(1024, d, 3));
   const DeviceBytes k(rows16), v(rows16), memory(slices * spec.layout.head_bytes);
   PageMemory pages;
   pages.data = memory.as<std::uint8_t>();
@@ -335,28 +325,27 @@ void seal(benchmark::State& state, const Case& c, bool lambda) {
     if (lambda) jobs[i].lambda_k = weights.as<float>();
     jobs[i].page = static_cast<std::int32_t>(i);
   }
+  // As a host with tables on the device has them, and as a graph: the kernel alone.
+  const DeviceBytes resident(jobs);
   Timer timer;
   cuda::set_stream(timer.stream);
-  Status status = cuda::backend()->seal(spec, pages, heads, jobs, false);
+  const std::span<const SealJob> all(resident.as<SealJob>(), jobs.size());
+  Status status = cuda::backend()->seal(spec, pages, heads, all, true);  // which makes the rotation's tables
   if (!status.ok()) return state.SkipWithError(status.message().c_str());
-  // As a graph: the kernel and the upload of its jobs, without the host.
   cudaGraph_t graph;
   cudaGraphExec_t captured;
   cudaStreamBeginCapture(timer.stream, cudaStreamCaptureModeRelaxed);
-  status = cuda::backend()->seal(spec, pages, heads, jobs, false);
+  status = cuda::backend()->seal(spec, pages, heads, all, true);
   cudaStreamEndCapture(timer.stream, &graph);
+  cuda::set_stream(nullptr);
   if (!status.ok()) return state.SkipWithError(status.message().c_str());
   if (cudaGraphInstantiate(&captured, graph, 0) != cudaSuccess)
     return state.SkipWithError(cudaGetErrorString(cudaGetLastError()));
   for (auto _ : state) state.SetIterationTime(timer.seconds([&] { cudaGraphLaunch(captured, timer.stream); }));
   cudaGraphExecDestroy(captured);
-  const double kernel = kernels_alone(graph, timer);
   cudaGraphDestroy(graph);
-  cuda::set_stream(nullptr);
   const double bytes = static_cast<double>(rows16.size()) * 4 + static_cast<double>(slices * spec.layout.head_bytes);
   state.counters["of_copy"] = benchmark::Counter(bytes / copy_speed(), benchmark::Counter::kIsIterationInvariantRate);
-  state.counters["kernel_us"] = kernel * 1e6;
-  state.counters["kernel_of_copy"] = bytes / kernel / copy_speed();
   state.counters["per_vector"] =
       benchmark::Counter(static_cast<double>(slices) * 2 * kPageTokens,
                          benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
@@ -369,6 +358,16 @@ std::vector<int> ragged_lengths(int batch) {
   for (int b = 0; b < batch; ++b) tokens.push_back(static_cast<int>(100 * std::pow(327.68, b / (batch - 1.0))));
   return tokens;
 }
+
+// Models that are served in batches.
+constexpr cases::Geometry kServed[] = {{"qwen2.5-14b", 40, 8, 128},
+                                       {"llama-3-70b", 64, 8, 128},
+                                       {"qwen2.5-7b", 28, 4, 128},
+                                       {"gpt-oss-120b", 64, 8, 64},
+                                       {"olmo-1b", 16, 16, 128}};
+// Head dims as the 8 KV heads of one model have them.
+constexpr cases::Geometry kSealed[] = {
+    {"8x64", 32, 8, 64}, {"8x80", 32, 8, 80}, {"8x96", 32, 8, 96}, {"8x256", 16, 8, 256}};
 
 const bool registered = [] {
   for (const cases::Geometry& g : cases::kGeometries) {
@@ -392,10 +391,24 @@ const bool registered = [] {
                                    Case{g, std::vector<int>(16, mean)})
           ->UseManualTime();
     }
+    if (g.kv_heads <= 16) {
+      // Verification of a draft, chunks of a prefill.
+      for (const int queries : {2, 4, 8, 64, 512, 2048})
+        benchmark::RegisterBenchmark(name("queries", std::to_string(queries) + "x32768").c_str(), decode,
+                                     Case{g, {32768}, false, queries})
+            ->UseManualTime();
+    }
     const Case prefill{g, {g.kv_heads > 16 ? 16384 : g.kv_heads < 4 ? 131072 : 65536}};
     benchmark::RegisterBenchmark((std::string("seal/") + g.name).c_str(), seal, prefill, false)->UseManualTime();
     benchmark::RegisterBenchmark((std::string("seal_lambda/") + g.name).c_str(), seal, prefill, true)->UseManualTime();
   }
+  for (const cases::Geometry& g : kServed)
+    benchmark::RegisterBenchmark((std::string("decode/") + g.name + "/32x16384").c_str(), decode,
+                                 Case{g, std::vector<int>(32, 16384)})
+        ->UseManualTime();
+  for (const cases::Geometry& g : kSealed)
+    benchmark::RegisterBenchmark((std::string("seal/") + g.name).c_str(), seal, Case{g, {65536}}, false)
+        ->UseManualTime();
   return true;
 }();
 

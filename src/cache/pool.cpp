@@ -18,9 +18,10 @@ constexpr std::size_t kGrowthDivisor = 64;
 constexpr std::size_t kSlabBytes = 256 << 10;
 constexpr std::size_t kHugeSlabBytes = 2 << 20;
 constexpr std::size_t kHugeFrom = 4 * kHugeSlabBytes;
-// Entries of the first table. A captured step reads one table until it is captured again: where steps are captured it
-// has room for a gigabyte of slabs from the start.
+// Entries of the first table. A captured step reads one table until it is captured again: where steps are captured,
+// slabs grow with the pool, up to a size of which the first table holds more than a device has.
 constexpr std::size_t kFirstChunks = 8, kFirstDeviceChunks = 4096;
+constexpr std::size_t kDeviceSlabBytes = 64 << 20;
 
 std::size_t in_huge(std::size_t page_bytes) {
   const std::size_t pages = kHugeSlabBytes / page_bytes;
@@ -32,7 +33,9 @@ std::size_t in_slab(std::size_t page_bytes) { return std::max<std::size_t>(1, kS
 
 PagePool::PagePool(Backend& backend, std::size_t head_bytes, int heads)
     : backend_(backend), head_bytes_(head_bytes), page_bytes_(head_bytes * static_cast<std::size_t>(heads)) {
-  while (std::size_t{1} << shift_ < std::max(in_slab(page_bytes_), in_huge(page_bytes_))) ++shift_;
+  most_in_slab_ = std::max(in_slab(page_bytes_), in_huge(page_bytes_));
+  if (!backend_.host_memory()) most_in_slab_ = std::max(most_in_slab_, kDeviceSlabBytes / page_bytes_);
+  while (std::size_t{1} << shift_ < most_in_slab_) ++shift_;
 }
 
 PagePool::~PagePool() {
@@ -44,7 +47,9 @@ Status PagePool::grow(std::size_t count) {
   while (free_ < count) {
     const std::size_t wanted = std::max(count - free_, pages_ / kGrowthDivisor), huge = in_huge(page_bytes_);
     const bool whole = huge > 0 && wanted >= huge && (pages_ + wanted) * page_bytes_ >= kHugeFrom;
-    if (Status added = add_slab(whole ? huge : std::min(in_slab(page_bytes_), wanted)); !added.ok()) {
+    std::size_t size = whole ? huge : std::min(in_slab(page_bytes_), wanted);
+    if (!backend_.host_memory()) size = std::max(size, std::min({wanted, pages_ / kGrowthDivisor, most_in_slab_}));
+    if (Status added = add_slab(size); !added.ok()) {
       std::vector<std::shared_ptr<Block>> gone;
       forget_tables(&gone);
       return added;

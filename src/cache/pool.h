@@ -80,6 +80,7 @@ class PagePool {
   Backend& backend_;
   const std::size_t head_bytes_, page_bytes_;
   int shift_ = 0;
+  std::size_t most_in_slab_ = 0;  // pages
   mutable std::mutex mutex_;
   // Slabs with a free page, those in use before fresh ones, and slabs without.
   Slabs open_, full_;

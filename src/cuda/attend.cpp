@@ -16,7 +16,7 @@ int blocks_of_rows(const AttendParams& p, int segment_blocks) {
 std::size_t round_up(std::size_t n) { return (n + 255) / 256 * 256; }
 
 struct Scratch {
-  std::size_t arrived, line, operands, row_scale, states, bytes;
+  std::size_t arrived, item_offsets, operands, row_scale, states, bytes;
 };
 
 Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
@@ -26,14 +26,14 @@ Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
                             2 * (blocks / plan.segment_blocks);
   Scratch s{};
   s.arrived = 0;
-  s.line = kMostFused * sizeof(int);
+  s.item_offsets = kMostFused * sizeof(int);
   if (plan.fused_ctas > 0) {
-    s.states = s.line;
+    s.states = s.item_offsets;
     s.bytes = s.states + blocks / plan.segment_blocks * 2 * plan.fused_ctas *
                              fused_state_floats(p.dim, plan.segment_blocks) * sizeof(float);
     return s;
   }
-  s.operands = s.line + round_up((static_cast<std::size_t>(p.batch) + 1) * sizeof(int));
+  s.operands = s.item_offsets + round_up((static_cast<std::size_t>(p.batch) + 1) * sizeof(int));
   s.row_scale = s.operands + round_up(blocks * operand_words(p.dim) * sizeof(uint4));
   s.states = s.row_scale + round_up(blocks * 2 * kBlockRows * sizeof(float));
   s.bytes = s.states + round_up(slots * rows * (static_cast<std::size_t>(p.dim) + 2) * sizeof(float));
@@ -151,7 +151,7 @@ cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch
   const Scratch s = lay_out(p, plan);
   auto* memory = static_cast<unsigned char*>(scratch);
   p.arrived = reinterpret_cast<int*>(memory + s.arrived);
-  p.line = reinterpret_cast<int*>(memory + s.line);
+  p.item_offsets = reinterpret_cast<int*>(memory + s.item_offsets);
   p.operands = reinterpret_cast<uint4*>(memory + s.operands);
   p.row_scale = reinterpret_cast<float*>(memory + s.row_scale);
   p.states = reinterpret_cast<float*>(memory + s.states);

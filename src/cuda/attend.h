@@ -1,16 +1,15 @@
 // One call of attention on a CUDA device, queued on a stream: one kernel where its segments are few (attend_fused.cuh),
 // else three.
 //
-//   prepare  turns the queries into the matrix operands that the others read: rotated, divided by lambda and
+//   prepare  rotates the queries into the matrix operands that the others read: rotated, divided by lambda and
 //            quantised for pages; as they are for exact rows,
-//   main     reads the cache once. Its work is one line of items, a page or 16 exact rows each; every warp takes an
-//   equal
-//            stretch of it and leaves one partial state for each (sequence, KV head, row block) that it touched,
-//   merge    joins the partial states, turns those over pages back into the model's basis and writes the output.
+//   main     reads the cache once. Its work items are a page or 16 exact rows each, all in one order; every warp takes
+//            an equal range of them and leaves one partial state for each (sequence, KV head, row block) of its range,
+//   merge    joins the partial states, rotates those over pages back into the model's basis and writes the output.
 //
 // Everything that changes from step to step (page tables, counts, positions) is read from device memory, nothing
-// is allocated and nothing waits: a captured call replays on a cache that has grown. A sequence has segments, places on
-// the line and outputs for its own query rows alone; launches and scratch are for the most that one has.
+// is allocated and nothing waits: a captured call replays on a cache that has grown. A sequence has segments, places in
+// that order and outputs for its own query rows alone; launches and scratch are for the most that one has.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -29,7 +28,7 @@ namespace kv4::cuda {
 constexpr int kBlockRows = 8;
 constexpr int kExactTokens = 16;  // exact rows of an item
 
-// A rotation's matrix as attend_turn.cuh multiplies by it, entries divided by `scale`, the largest magnitude. Null
+// A rotation's matrix as attend_rotate.cuh multiplies by it, entries divided by `scale`, the largest magnitude. Null
 // words: none.
 struct PackedMatrix {
   const uint4* words = nullptr;
@@ -73,22 +72,22 @@ struct AttendParams {
   const float* sinks = nullptr;
 
   PackedMatrix dual;               // keys: R^-1, so that rows q / lambda times it are q' = (R^-1)^T (q / lambda)
-  PackedMatrix inverse_transpose;  // values: (R^-1)^T, which turns rows of outputs back
+  PackedMatrix inverse_transpose;  // values: (R^-1)^T, which rotates rows of outputs back
 
   // Scratch.
-  int* arrived = nullptr;      // [kMostFused] of each segment's CTAs, where one kernel does all: 0 between calls
-  int* line = nullptr;         // [batch + 1] items before each sequence
-  uint4* operands = nullptr;   // per block: bytes, halves of q', halves of q (see operand_* below)
-  float* row_scale = nullptr;  // per block: [kBlockRows] of bytes times factor, then of the halves of q'
+  int* arrived = nullptr;       // [kMostFused] of each segment's CTAs, where one kernel does all: 0 between calls
+  int* item_offsets = nullptr;  // [batch + 1] items before each sequence
+  uint4* operands = nullptr;    // per block: bytes, halves of q', halves of q (see operand_* below)
+  float* row_scale = nullptr;   // per block: [kBlockRows] of bytes times factor, then of the halves of q'
   float* states =
       nullptr;      // per slot: o [rows][dim], m [rows], l [rows]; per CTA of a segment: twice fused_state_floats
-  int readers = 0;  // warps that share the line
+  int readers = 0;  // warps that share the items
   int segment_blocks = 0;  // blocks of a segment: 1 or 2
   int merge_rows = 0;      // rows of a segment that one CTA merges
 };
 
 // uint4 per block of operands: [k-tile of 32][lane] bytes, [k-tile of 32][tile of 4 rows][lane] of q'
-// (attend_turn.cuh), [k-step of 16][lane] of q.
+// (attend_rotate.cuh), [k-step of 16][lane] of q.
 constexpr int operand_bytes_tiles(int dim) { return pad_channels(dim) / 32; }
 constexpr int operand_mean_steps(int dim) { return pad_channels(dim) / 16; }
 constexpr int operand_exact_steps(int dim) { return (dim + 15) / 16; }
@@ -123,7 +122,7 @@ constexpr int kMostFused = 1024;  // segments of a call that one kernel does
 // first call that uses it.
 struct AttendPlan {
   Room room = Room::none;
-  int most_sequences = 0;  // whose line fits beside the queues
+  int most_sequences = 0;  // whose item counts fit beside the queues
   int segment_blocks = 1;
   int ctas = 0, readers_per_cta = 0;
   int fused_ctas = 0;  // of each segment, where one kernel does all (attend_fused.cuh); 0: three kernels

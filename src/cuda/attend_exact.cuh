@@ -1,7 +1,9 @@
 // 16 exact rows: scores and weights by 16-bit matrix products, queries and weights in two halves of their precision.
 #pragma once
 
-#include "cuda/attend_main.cuh"
+#include "cuda/attend_items.cuh"
+#include "cuda/attend_mask.cuh"
+#include "cuda/attend_state.cuh"
 
 namespace kv4::cuda {
 

@@ -48,7 +48,7 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
   constexpr Fit kFit = fit<D>(kRoom, kBlocks, kKind);
   static_assert(kFit.readers > 0 && kFit.depth >= 2, "no queues fit");
   constexpr int kQueues = main_shared<D>(kKind, kFit.readers, kFit.depth, kBlocks);
-  static_assert(kQueues + kLineBytes <= room_bytes(kRoom), "more shared memory than the room has");
+  static_assert(kQueues + kOffsetsBytes <= room_bytes(kRoom), "more shared memory than the room has");
   constexpr int kMerge = MergeShape<D, kBlocks>::kShared;
   static_assert(kMerge + 4096 <= room_bytes(kRoom), "attend_merge: more shared memory than the room has");
   const int shared = kQueues + (p.batch + 1) * static_cast<int>(sizeof(int));
@@ -62,15 +62,15 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
   };
   // Few CTAs are chains of latency, which more threads shorten; many share their multiprocessors.
   const auto threads = [&](unsigned ctas, int of_many) {
-    return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kTurnThreads : of_many;
+    return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kRotateThreads : of_many;
   };
   const unsigned blocks = static_cast<unsigned>(p.batch * p.kv_heads * p.blocks);
   // Of a large matrix each CTA reads a part; on half of the multiprocessors at most, so that on the others attend_main
   // begins at once.
-  unsigned turn_parts = D >= kLargeDim && kRoom == Room::large ? kMostParts : 1;
-  while (turn_parts > 1 && blocks * turn_parts * 2 > static_cast<unsigned>(plan.ctas)) turn_parts /= 2;
-  if (const cudaError_t e = queue_kernel(attend_prepare<D>, p, plan, dim3(blocks, turn_parts),
-                                         threads(blocks, kTurnThreads / 2), 0, stream, turn_parts);
+  unsigned rotation_parts = D >= kLargeDim && kRoom == Room::large ? kMostParts : 1;
+  while (rotation_parts > 1 && blocks * rotation_parts * 2 > static_cast<unsigned>(plan.ctas)) rotation_parts /= 2;
+  if (const cudaError_t e = queue_kernel(attend_prepare<D>, p, plan, dim3(blocks, rotation_parts),
+                                         threads(blocks, kRotateThreads / 2), 0, stream, rotation_parts);
       e != cudaSuccess)
     return e;
   if (const cudaError_t e =
@@ -81,7 +81,7 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
                  rows = static_cast<unsigned>(kBlocks * kBlockRows);
   const unsigned parts = (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows) *
                          static_cast<unsigned>(merge_columns(D));
-  return queue(merge, dim3(segments, parts), threads(segments * parts, kTurnThreads / 4), kMerge);
+  return queue(merge, dim3(segments, parts), threads(segments * parts, kRotateThreads / 4), kMerge);
 }
 
 template <int D, Rows kRows>

@@ -3,81 +3,14 @@
 
 #include <cuda_runtime.h>
 
-#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/attend.h"
-#include "cuda/attend_line.cuh"
-#include "cuda/attend_mask.cuh"
-#include "cuda/attend_tuning.h"
-#include "cuda/attend_turn.cuh"
-#include "cuda/device.cuh"
-
-namespace kv4::cuda {
-
-// Sums of weighted values over kTiles tiles of 8 channels of each block's rows, their weights' maximum and sum.
-template <int kTiles, int kBlocks>
-struct Accumulators {
-  float o[kBlocks][kTiles][2];
-  float m[kBlocks], l[kBlocks];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int r = 0; r < kBlocks; ++r) {
-      m[r] = -INFINITY;
-      l[r] = 0;
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) o[r][i][0] = o[r][i][1] = 0;
-    }
-  }
-  // Raises the maximum of block r to at least `largest`, which all lanes of a row share; returns what to subtract.
-  __device__ __forceinline__ float raise(int r, float largest) {
-    const float m_new = fmaxf(m[r], largest);
-    if (__any_sync(kAll, m_new > m[r])) {
-      const float shrink = m_new == -INFINITY ? 1.0f : exp2_fast(m[r] - m_new);
-      l[r] *= shrink;
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        o[r][i][0] *= shrink;
-        o[r][i][1] *= shrink;
-      }
-      m[r] = m_new;
-    }
-    return m_new == -INFINITY ? 0.0f : m_new;
-  }
-};
-
-template <int D, int kBlocks>
-struct State : Accumulators<D / 8, kBlocks> {
-  using Base = Accumulators<D / 8, kBlocks>;
-  using Base::o, Base::m, Base::l;
-
-  // As a partial state: o [kRows][kPitch], m [kRows], l [kRows], of the first `rows` rows.
-  template <int kRows, int kPitch>
-  __device__ __forceinline__ void put(float* out, int rows, int lane) const {
-    const int g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int r = 0; r < kBlocks; ++r) {
-      const float sum = quad_sum(l[r]);
-      const int row = r * kBlockRows + g;
-      if (row >= rows) continue;
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n)
-        *reinterpret_cast<float2*>(out + row * kPitch + n * 8 + 2 * t) = {o[r][n][0], o[r][n][1]};
-      if (t == 0) {
-        out[kRows * kPitch + row] = m[r];
-        out[kRows * (kPitch + 1) + row] = sum;
-      }
-    }
-  }
-};
-
-}  // namespace kv4::cuda
-
 #include "cuda/attend_exact.cuh"
+#include "cuda/attend_items.cuh"
 #include "cuda/attend_pages.cuh"
-#include "cuda/attend_team.cuh"
+#include "cuda/attend_team_exact.cuh"
+#include "cuda/attend_team_pages.cuh"
 
 namespace kv4::cuda {
 
@@ -99,17 +32,17 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
     if constexpr (kTeamed) Slots::prepare(memory + reader * kQueueBytes, member);
     else Slots::prepare(memory + reader * kQueueBytes);
   }
-  int* line = reinterpret_cast<int*>(memory + main_shared<D>(kKind, kReaders, kDepth, kBlocks));
+  int* item_offsets = reinterpret_cast<int*>(memory + main_shared<D>(kKind, kReaders, kDepth, kBlocks));
   if (threadIdx.x == kWarps * kLanes) expect_pages(p);
-  if (warp == kWarps) lay_line(p, lane, line);  // not from the kernel before: fetching begins without it
+  if (warp == kWarps) sum_items(p, lane, item_offsets);  // not from the kernel before: fetching begins without it
   __syncthreads();
-  const Shares shares(line[p.batch], p.readers);
+  const Shares shares(item_offsets[p.batch], p.readers);
 
   if (warp == kWarps) {
     if constexpr (kBulkCopies) {
       const int w = blockIdx.x * kReaders + lane;
       Cursor at;
-      if (lane < kReaders && w < shares.readers) at.start(p, line, shares.first(w), shares.first(w + 1));
+      if (lane < kReaders && w < shares.readers) at.start(p, item_offsets, shares.first(w), shares.first(w + 1));
       PiecesOf<kMembers, kTeamed ? 2 : 1> pieces(p, at);
       Filler<kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, kReaders - 1) * kQueueBytes);
       fill_all(pieces, filler, lane, [] {});
@@ -120,7 +53,7 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
   const int w = blockIdx.x * kReaders + reader;
   if (w >= shares.readers) return wait_for_previous();  // what runs behind this kernel runs behind that before it
   Cursor here;
-  here.start(p, line, shares.first(w), shares.first(w + 1));
+  here.start(p, item_offsets, shares.first(w), shares.first(w + 1));
   Slots queue(memory + reader * kQueueBytes, lane);
   Pieces pieces(p, here);  // used, and then not kept up, only where warps fill their own queues
   if constexpr (!kBulkCopies)

@@ -1,4 +1,4 @@
-// Joins the partial states of one segment, turns the part over pages back into the model's basis, and writes the
+// Joins the partial states of one segment, rotates the part over pages back into the model's basis, and writes the
 // output or the call's own partial state. CTA (x, y): sequence, KV head and segment of row blocks x, merge_rows of its
 // rows and one of merge_columns(D) parts of their channels.
 #pragma once
@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/attend_line.cuh"
+#include "cuda/attend_items.cuh"
 #include "cuda/attend_prepare.cuh"
 #include "cuda/attend_tuning.h"
 
@@ -22,13 +22,13 @@ __device__ __forceinline__ void store_element(void* data, DType dtype, long long
 
 template <int D, int kBlocks>
 struct MergeShape {
-  static constexpr int kWarps = kTurnThreads / kLanes, kRows = kBlocks * kBlockRows;
+  static constexpr int kWarps = kRotateThreads / kLanes, kRows = kBlocks * kBlockRows;
   static constexpr int kUnits = kWarps > kRows ? kWarps : kRows;
-  static constexpr int kShared = (2 * kUnits * D + Turn<D>::kOperands * 4 + kBlockRows * D) * 4;
+  static constexpr int kShared = (2 * kUnits * D + RowRotation<D>::kOperands * 4 + kBlockRows * D) * 4;
 };
 
 template <int D, int kBlocks>
-__global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_constant__ AttendParams p) {
+__global__ void __launch_bounds__(kRotateThreads) attend_merge(const __grid_constant__ AttendParams p) {
   constexpr int kRows = kBlocks * kBlockRows;
   constexpr int kWide = D / 4, kQuads = (kWide + kLanes - 1) / kLanes;  // float4 of a row, of each lane
   constexpr int kAtOnce = kQuads > 1 ? 3 : 4;
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   extern __shared__ __align__(128) unsigned char memory[];                          // as attend_main declares it
   auto(*sums)[kUnits][kWide] = reinterpret_cast<float4(*)[kUnits][kWide]>(memory);  // [2]: over exact rows, over pages
   uint4* operands = reinterpret_cast<uint4*>(sums + 2);
-  float* x = reinterpret_cast<float*>(operands + Turn<D>::kOperands);
+  float* x = reinterpret_cast<float*>(operands + RowRotation<D>::kOperands);
   __shared__ float m_all[kRows], l_all[kRows];
   __shared__ float ls[kUnits];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
@@ -49,19 +49,19 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
   const int first_row = blockIdx.y / kColumns * p.merge_rows, first_channel = blockIdx.y % kColumns * kWidth;
   const int row0 = its_part * kRows + first_row;
 
-  Turn<D> turn(first_channel / 8, (first_channel + kWidth) / 8);
-  if (p.inverse_transpose.words != nullptr) turn.prefetch(p.inverse_transpose);
+  RowRotation<D> rotation(first_channel / 8, (first_channel + kWidth) / 8);
+  if (p.inverse_transpose.words != nullptr) rotation.prefetch(p.inverse_transpose);
   // Where the states lie is known before they are written: this kernel begins when every CTA of attend_main has seen
-  // the line.
+  // the item counts.
   const SequenceView& s = p.sequences[b];
   const int rows = min(min(p.merge_rows, kRows - first_row), p.group * static_cast<int>(s.query_count) - row0);
   if (rows <= 0) return wait_for_previous();  // what runs behind this kernel runs behind those before it
   const int segment = head * segments_per_head(p, s) + its_part;
   // Of this thread's first element, asked for early.
   const float first_lambda = s.lambda_v != nullptr ? s.lambda_v[head * D + first_channel + threadIdx.x % kWidth] : 1.0f;
-  const Shares shares(__ldcg(p.line + p.batch), p.readers);
+  const Shares shares(__ldcg(p.item_offsets + p.batch), p.readers);
   const int exact_items = items_of(s.exact[0]) + items_of(s.exact[1]);
-  const int base = __ldcg(p.line + b) + segment * (exact_items + s.page_count);
+  const int base = __ldcg(p.item_offsets + b) + segment * (exact_items + s.page_count);
   int first[2] = {0, 0}, count[2] = {0, 0};  // slots of each kind: first, and how many
   if (exact_items > 0) {
     const int w0 = shares.owner(base), w1 = shares.owner(base + exact_items - 1);
@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(kTurnThreads) attend_merge(const __grid_consta
       x[i] = s.page_count > 0 ? reinterpret_cast<const float*>(sums[1][(r0 + i / D) * share])[i % D] : 0.0f;
     __syncthreads();
     if (rotated) {
-      if (r0 > 0) turn.prefetch(p.inverse_transpose);
-      turn.apply(p.inverse_transpose, x, operands, x, valid);
+      if (r0 > 0) rotation.prefetch(p.inverse_transpose);
+      rotation.apply(p.inverse_transpose, x, operands, x, valid);
     }
     for (int i = threadIdx.x; i < valid * kWidth; i += blockDim.x) {
       const int r = r0 + i / kWidth, c = first_channel + i % kWidth, row = row0 + r, query = row / p.group,

@@ -5,7 +5,10 @@
 // and nothing of a product is for nothing but where there are fewer than four rows.
 #pragma once
 
-#include "cuda/attend_main.cuh"
+#include "cuda/attend_items.cuh"
+#include "cuda/attend_mask.cuh"
+#include "cuda/attend_rotate.cuh"
+#include "cuda/attend_state.cuh"
 
 namespace kv4::cuda {
 
@@ -87,189 +90,188 @@ __device__ __forceinline__ Tables page_tables(const Tables& tables) {
   return own;
 }
 
-// `operands`, `scales`: of the segment's first block (attend.h), in shared memory or not: those of the means are read
-// again for every page.
-template <int D, Rows kRows, class Slots>
-__device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, Pieces& pieces,
-                                          PageState<D, tiles_of(kRows)>& state, const uint4* operands,
-                                          const float* scales, const Cursor& here, int head, int row0, int run,
-                                          int lane) {
+// What a warp keeps of the queries, and what it does with a page: means, scores, weights, values.
+template <int D, Rows kRows>
+struct PageReader {
   using S = Shape<D>;
-  constexpr int kTiles = tiles_of(kRows), kSteps = S::kTiles;  // of rows; of 32 channels
-  constexpr int kScores = kPageTokens / 8;                     // of a tile and lane: of tokens 8n + g
-  constexpr bool kKept = kTiles * kSteps <= 16;
-  const int g = lane / 4, t = lane % 4, half = g % 2;
-  const auto block_of = [](int j) { return j / (kBlockRows / kTileRows); };
-  const auto row_of = [](int j) { return j % (kBlockRows / kTileRows) * kTileRows; };  // the tile's first of its block
+  using State = PageState<D, tiles_of(kRows)>;
+  static constexpr int kTiles = tiles_of(kRows), kSteps = S::kTiles;  // of rows; of 32 channels
+  static constexpr int kScores = kPageTokens / 8;                     // of a tile and lane: of tokens 8n + g
+  static constexpr bool kKept = kTiles * kSteps <= 16;
+  static constexpr uint32_t kOnes = 0x01010101;
+  using Scores = float[kTiles][kScores];
+  using Weights =
+      uint2[kTiles][2];  // p times the value's scale as the next product's operand: even, odd groups of 8 tokens
+
+  const AttendParams& p;
+  const uint4* operands;
+  const int lane, g, t, half;
+  uint2 kept[kKept ? kTiles : 1][kKept ? kSteps : 1] = {};
+  int start[kTiles][4];  // the sums of columns, as a product's
+  float row_scale[kTiles], mean_scale[kTiles];
+  const Tables keys, values;
+  // Scales of tokens 8n + g: as two of each matrix, whose rows are octets of tokens.
+  const uint32_t scale_row;
+
+  static constexpr __device__ int block_of(int j) { return j / (kBlockRows / kTileRows); }
+  static constexpr __device__ int row_of(int j) {  // the tile's first of its block
+    return j % (kBlockRows / kTileRows) * kTileRows;
+  }
+
+  // `operands`, `scales`: of the segment's first block (attend.h), in shared memory or not: those of the means are read
+  // again for every page.
+  __device__ __forceinline__ PageReader(const AttendParams& params, const uint4* its_operands, const float* scales,
+                                        int its_lane)
+      : p(params), operands(its_operands), lane(its_lane), g(its_lane / 4), t(its_lane % 4), half(its_lane / 4 % 2),
+        keys(page_tables(params.key)), values(page_tables(params.value)),
+        scale_row(static_cast<uint32_t>(its_lane / 8 * 2 + its_lane % 2) * 16) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const float* its = scales + block_of(j) * 2 * kBlockRows + row_of(j) + t;
+      row_scale[j] = its[0];
+      mean_scale[j] = its[kBlockRows];
+      start[j][0] = start[j][1] = start[j][2] = start[j][3] = 0;
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        const uint2 b = query(j, k);
+        if constexpr (kKept) kept[j][k] = b;
+        mma_bytes<true, true>(start[j], {kOnes, kOnes, kOnes, kOnes}, b);
+      }
+    }
+  }
 
   // Column g: row g / 2 of the tile, high bytes or low ones.
-  const auto query = [&](int j, int k) {
+  __device__ __forceinline__ uint2 query(int j, int k) const {
     const auto* words = reinterpret_cast<const uint32_t*>(operands + block_of(j) * operand_words(D) + k * kLanes +
                                                           (row_of(j) + g / 2) * 4 + t) +
                         half;
-    return uint2{words[0], words[2]};
-  };
-  uint2 kept[kKept ? kTiles : 1][kKept ? kSteps : 1] = {};
-  const auto b_of = [&](int j, int k) {
-    if constexpr (kKept) return kept[j][k];
-    return query(j, k);
-  };
-  int start[kTiles][4];  // the sums of columns, as a product's
-  float row_scale[kTiles], mean_scale[kTiles];
-  constexpr uint32_t kOnes = 0x01010101;
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-    const float* its = scales + block_of(j) * 2 * kBlockRows + row_of(j) + t;
-    row_scale[j] = its[0];
-    mean_scale[j] = its[kBlockRows];
-    start[j][0] = start[j][1] = start[j][2] = start[j][3] = 0;
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      const uint2 b = query(j, k);
-      if constexpr (kKept) kept[j][k] = b;
-      mma_bytes<true, true>(start[j], {kOnes, kOnes, kOnes, kOnes}, b);
-    }
+    return {words[0], words[2]};
   }
-  const Tables keys = page_tables(p.key), values = page_tables(p.value);
-  // Scales of tokens 8n + g: as two of each matrix, whose rows are octets of tokens.
-  const uint32_t scale_row = static_cast<uint32_t>(lane / 8 * 2 + lane % 2) * 16;
-  const uint32_t order[2] = {half == 0 ? 0x5140u : 0x1504u, half == 0 ? 0x7362u : 0x3726u};
-  const int from_lane = (2 * t + half) * 4 + g / 2;
+  __device__ __forceinline__ uint2 key_operand(int j, int k) const {
+    if constexpr (kKept) return kept[j][k];
+    else return query(j, k);
+  }
 
-  const int first_page = here.item - here.exact_items;
-  const int broken = broken_page(p, here.b);
-  const int2 plain = plain_pages(p, here.b, head);
-
-#pragma unroll 1
-  for (int i = 0; i < run; ++i) {
-    unsigned char* slot = queue.wait();
-    float mean[kTiles];  // q'.mu', by products whose rows g of A are one half of the page's mean, g + 8 the other
+  // q'.mu', by products whose rows g of A are one half of the page's mean, g + 8 the other.
+  __device__ __forceinline__ void means(const unsigned char* slot, float (&mean)[kTiles]) const {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) mean[j] = 0;
-    if (p.mean) {
-      float c[kTiles][2][4] = {};
+    if (!p.mean) return;
+    float c[kTiles][2][4] = {};
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        uint4 a = {};
-        if (D % 32 == 0 || k * 32 + t * 8 < D)
-          a = *reinterpret_cast<const uint4*>(slot + S::kMeanAt + (k * 32 + t * 8) * 2);
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          const uint4 b = operands[block_of(j) * operand_words(D) + mean_operand<D>(row_of(j) / kTileRows, k) + lane];
-          mma_halves(false, c[j][0], a, b.x, b.y);
-          mma_halves(false, c[j][1], a, b.z, b.w);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) mean[j] = (c[j][0][0] + c[j][0][1] + (c[j][1][2] + c[j][1][3])) * mean_scale[j];
-    }
-
-    float score[kTiles][kScores];
-    {
-      const uint4 pairs = load_matrices<true>(shared_address(slot + S::kKeyCodeBytes) + scale_row);
-      const uint32_t scale[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-      const auto* codes = reinterpret_cast<const uint4*>(slot) + lane;
-      uint4 words[2] = {};
-#pragma unroll
-      for (int n = 0; n < kPageTokens / 16; ++n) {
-        int sums[kTiles][4];
-#pragma unroll
-        for (int k = 0; k < kSteps; ++k) {
-          uint32_t of[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int f = (2 * n + e) * kSteps + k;
-            if constexpr (kSteps % 4 == 0) {
-              if (k % 4 == 0) words[e] = codes[f / 4 * kLanes];
-              of[e] = word_of(words[e], f % 4);
-            } else if constexpr (kSteps == 2) {
-              if (k == 0 && e == 0) words[0] = codes[f / 4 * kLanes];
-              of[e] = word_of(words[0], f % 4);
-            } else {
-              of[e] = reinterpret_cast<const uint32_t*>(slot)[word_index(f, lane)];
-            }
-          }
-          const PageTiles a = page_tiles(of[0], of[1], keys);
-#pragma unroll
-          for (int j = 0; j < kTiles; ++j) {
-            const uint2 b = b_of(j, k);
-            mma_bytes<true, true>(sums[j], a.positive, b, k == 0 ? start[j] : sums[j]);
-            mma_bytes<true, true>(sums[j], a.others, b);
-          }
-        }
-        const float2 of_token = unpack_halves(false, scale[n]);
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          score[j][2 * n] = fmaf(static_cast<float>(sums[j][0] * 256 + sums[j][1]), of_token.x * row_scale[j], mean[j]);
-          score[j][2 * n + 1] =
-              fmaf(static_cast<float>(sums[j][2] * 256 + sums[j][3]), of_token.y * row_scale[j], mean[j]);
-        }
-      }
-    }
-    queue.release(pieces);
-    if (p.cap > 0) {
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-        for (int n = 0; n < kScores; ++n) score[j][n] = soft_cap(p.cap, score[j][n]);
-    }
-    const int at = first_page + i;
-    if (at < plain.x || at > plain.y) {
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j)
-        hide_page<kScores, true>(p, here.b, head, row0 + j * kTileRows + t, at, score[j],
-                                 [g](int n) { return n * 8 + g; });
-    }
-
-    // Weights, and the next product's operand: p times the value's scale, in 16 bits as two bytes.
-    slot = queue.wait();
-    if (at == broken) {
-      // Scales behind the last token are anything; its weight is 0, and 0 times NaN is NaN.
-      auto* behind = reinterpret_cast<unsigned short*>(slot + p.value_scales);
-      for (int j = p.sequences[here.b].last_page_tokens + lane; j < kPageTokens; j += kLanes) behind[j] = 0;
-      fence_shared_writes();
-      __syncwarp();
-    }
-    uint2 weights[kTiles][2];  // of even and odd groups of 8 tokens
-    float step[kTiles];
-    {
-      const uint4 pairs = load_matrices<true>(shared_address(slot + p.value_scales) + scale_row);
-      const uint32_t scale[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+    for (int k = 0; k < kSteps; ++k) {
+      uint4 a = {};
+      if (D % 32 == 0 || k * 32 + t * 8 < D)
+        a = *reinterpret_cast<const uint4*>(slot + S::kMeanAt + (k * 32 + t * 8) * 2);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        float largest = score[j][0];
-#pragma unroll
-        for (int n = 1; n < kScores; ++n) largest = fmaxf(largest, score[j][n]);
-        const float m = state.raise(j, octet_max(largest));
-        float sum = 0, top = 0;
-#pragma unroll
-        for (int n = 0; n < kScores; ++n) {
-          const float2 of_token = unpack_halves(false, scale[n / 2]);
-          const float w = exp2_fast(score[j][n] - m);
-          sum += w;
-          score[j][n] = w * (n % 2 == 0 ? of_token.x : of_token.y);
-          top = fmaxf(top, score[j][n]);
-        }
-        state.l[j] += sum;
-        top = octet_max(top);
-        step[j] = top * (1.0f / 65535.0f);
-        const float inverse = top > 0 ? __fdividef(65535.0f, top) : 0.0f;
-        // A column's 16 tokens of a lane come from two lanes: 8n + 2t and 8n + 2t + 1. Lanes of even g hand over high
-        // bytes where those of odd g hand over low ones, then the other way round, so that each of the two columns of a
-        // row gets its own from both.
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          uint32_t x[4];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) x[e] = __float_as_uint(fmaf(score[j][2 * e + odd], inverse, 8388608.0f));
-          const uint32_t ab = __byte_perm(x[0], x[1], 0x5410), cd = __byte_perm(x[2], x[3], 0x5410);
-          const uint32_t low = __byte_perm(ab, cd, 0x6420), high = __byte_perm(ab, cd, 0x7531);
-          const uint32_t first = __shfl_sync(kAll, half == 0 ? high : low, from_lane);
-          const uint32_t then = __shfl_sync(kAll, half == 0 ? low : high, from_lane ^ 4);
-          weights[j][odd] = {look_up(first, then, order[0]), look_up(first, then, order[1])};
-        }
+        const uint4 b = operands[block_of(j) * operand_words(D) + mean_operand<D>(row_of(j) / kTileRows, k) + lane];
+        mma_halves(false, c[j][0], a, b.x, b.y);
+        mma_halves(false, c[j][1], a, b.z, b.w);
       }
     }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) mean[j] = (c[j][0][0] + c[j][0][1] + (c[j][1][2] + c[j][1][3])) * mean_scale[j];
+  }
+
+  // Codes of fragments 2n and 2n + 1 of 32 channels k, of all lanes' words four to a load.
+  static __device__ __forceinline__ void key_codes(const unsigned char* slot, int n, int k, int lane, uint4 (&words)[2],
+                                                   uint32_t (&of)[2]) {
+    const auto* codes = reinterpret_cast<const uint4*>(slot) + lane;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int f = (2 * n + e) * kSteps + k;
+      if constexpr (kSteps % 4 == 0) {
+        if (k % 4 == 0) words[e] = codes[f / 4 * kLanes];
+        of[e] = word_of(words[e], f % 4);
+      } else if constexpr (kSteps == 2) {
+        if (k == 0 && e == 0) words[0] = codes[f / 4 * kLanes];
+        of[e] = word_of(words[0], f % 4);
+      } else {
+        of[e] = reinterpret_cast<const uint32_t*>(slot)[word_index(f, lane)];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void scores(const unsigned char* slot, const float (&mean)[kTiles], Scores& score) const {
+    const uint4 pairs = load_matrices<true>(shared_address(slot + S::kKeyCodeBytes) + scale_row);
+    const uint32_t scale[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+    uint4 words[2] = {};
+#pragma unroll
+    for (int n = 0; n < kPageTokens / 16; ++n) {
+      int sums[kTiles][4];
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        uint32_t of[2];
+        key_codes(slot, n, k, lane, words, of);
+        const PageTiles a = page_tiles(of[0], of[1], keys);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          const uint2 b = key_operand(j, k);
+          if (k == 0) mma_bytes<true, true>(sums[j], a.positive, b, start[j]);
+          else mma_bytes<true, true>(sums[j], a.positive, b);
+          mma_bytes<true, true>(sums[j], a.others, b);
+        }
+      }
+      const float2 of_token = unpack_halves(false, scale[n]);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        score[j][2 * n] = fmaf(static_cast<float>(sums[j][0] * 256 + sums[j][1]), of_token.x * row_scale[j], mean[j]);
+        score[j][2 * n + 1] =
+            fmaf(static_cast<float>(sums[j][2] * 256 + sums[j][3]), of_token.y * row_scale[j], mean[j]);
+      }
+    }
+  }
+
+  // A column's 16 tokens of a lane come from two lanes: 8n + 2t and 8n + 2t + 1. Lanes of even g hand over high bytes
+  // where those of odd g hand over low ones, then the other way round, so that each of the two columns of a row gets
+  // its own from both. x: whole numbers of 16 bits as floats from 2^23 up, of groups n = odd, odd + 2, ...
+  __device__ __forceinline__ uint2 exchange(const uint32_t (&x)[4]) const {
+    const uint32_t order[2] = {half == 0 ? 0x5140u : 0x1504u, half == 0 ? 0x7362u : 0x3726u};
+    const int from_lane = (2 * t + half) * 4 + g / 2;
+    const uint32_t ab = __byte_perm(x[0], x[1], 0x5410), cd = __byte_perm(x[2], x[3], 0x5410);
+    const uint32_t low = __byte_perm(ab, cd, 0x6420), high = __byte_perm(ab, cd, 0x7531);
+    const uint32_t first = __shfl_sync(kAll, half == 0 ? high : low, from_lane);
+    const uint32_t then = __shfl_sync(kAll, half == 0 ? low : high, from_lane ^ 4);
+    return {look_up(first, then, order[0]), look_up(first, then, order[1])};
+  }
+
+  // Scores to weights, in units of `step` of each tile; the softmax state's maximum and sum follow.
+  __device__ __forceinline__ void weigh(const unsigned char* slot, Scores& score, State& state, Weights& weights,
+                                        float (&step)[kTiles]) const {
+    const uint4 pairs = load_matrices<true>(shared_address(slot + p.value_scales) + scale_row);
+    const uint32_t scale[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      float largest = score[j][0];
+#pragma unroll
+      for (int n = 1; n < kScores; ++n) largest = fmaxf(largest, score[j][n]);
+      const float m = state.raise(j, octet_max(largest));
+      float sum = 0, top = 0;
+#pragma unroll
+      for (int n = 0; n < kScores; ++n) {
+        const float2 of_token = unpack_halves(false, scale[n / 2]);
+        const float w = exp2_fast(score[j][n] - m);
+        sum += w;
+        score[j][n] = w * (n % 2 == 0 ? of_token.x : of_token.y);
+        top = fmaxf(top, score[j][n]);
+      }
+      state.l[j] += sum;
+      top = octet_max(top);
+      step[j] = top * (1.0f / 65535.0f);
+      const float inverse = top > 0 ? __fdividef(65535.0f, top) : 0.0f;
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        uint32_t x[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[e] = __float_as_uint(fmaf(score[j][2 * e + odd], inverse, 8388608.0f));
+        weights[j][odd] = exchange(x);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_values(const unsigned char* slot, const Weights& weights,
+                                             const float (&step)[kTiles], State& state) const {
     int of_weights[kTiles][4] = {};
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
@@ -297,6 +299,56 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
           state.o[j][n][e] =
               fmaf(static_cast<float>(sums[j][2 * e] * 256 + sums[j][2 * e + 1]), step[j], state.o[j][n][e]);
     }
+  }
+};
+
+template <int D, Rows kRows, class Slots>
+__device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, Pieces& pieces,
+                                          PageState<D, tiles_of(kRows)>& state, const uint4* operands,
+                                          const float* scales, const Cursor& here, int head, int row0, int run,
+                                          int lane) {
+  using Reader = PageReader<D, kRows>;
+  constexpr int kTiles = Reader::kTiles, kScores = Reader::kScores;
+  const Reader reader(p, operands, scales, lane);
+  const int g = lane / 4, t = lane % 4;
+  const int first_page = here.item - here.exact_items;
+  const int broken = broken_page(p, here.b);
+  const int2 plain = plain_pages(p, here.b, head);
+
+#pragma unroll 1
+  for (int i = 0; i < run; ++i) {
+    unsigned char* slot = queue.wait();
+    float mean[kTiles];
+    reader.means(slot, mean);
+    typename Reader::Scores score;
+    reader.scores(slot, mean, score);
+    queue.release(pieces);
+    if (p.cap > 0) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int n = 0; n < kScores; ++n) score[j][n] = soft_cap(p.cap, score[j][n]);
+    }
+    const int at = first_page + i;
+    if (at < plain.x || at > plain.y) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+        hide_page<kScores, true>(p, here.b, head, row0 + j * kTileRows + t, at, score[j],
+                                 [g](int n) { return n * 8 + g; });
+    }
+
+    slot = queue.wait();
+    if (at == broken) {
+      // Scales behind the last token are anything; its weight is 0, and 0 times NaN is NaN.
+      auto* behind = reinterpret_cast<unsigned short*>(slot + p.value_scales);
+      for (int j = p.sequences[here.b].last_page_tokens + lane; j < kPageTokens; j += kLanes) behind[j] = 0;
+      fence_shared_writes();
+      __syncwarp();
+    }
+    typename Reader::Weights weights;
+    float step[kTiles];
+    reader.weigh(slot, score, state, weights, step);
+    reader.add_values(slot, weights, step, state);
     queue.release(pieces);
   }
 }

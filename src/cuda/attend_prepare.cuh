@@ -1,5 +1,5 @@
-// Queries to matrix operands, and the line of items. CTA (x, y): block of kBlockRows query rows of a KV head x, part y
-// of its channels; the parts of a block are a cluster and tell each other their largest values.
+// Queries to matrix operands, and the items before each sequence. CTA (x, y): block of kBlockRows query rows of a KV
+// head x, part y of its channels; the parts of a block are a cluster and tell each other their largest values.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "cuda/attend.h"
-#include "cuda/attend_turn.cuh"
+#include "cuda/attend_rotate.cuh"
 #include "cuda/device.cuh"
 
 namespace kv4::cuda {
@@ -15,10 +15,10 @@ namespace kv4::cuda {
 constexpr int kMostParts = 8;
 
 template <int D>
-__global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_constant__ AttendParams p) {
+__global__ void __launch_bounds__(kRotateThreads) attend_prepare(const __grid_constant__ AttendParams p) {
   constexpr int kPadded = pad_channels(D);
   __shared__ __align__(16) float x[kBlockRows * D];
-  __shared__ uint4 operands[Turn<D>::kOperands];
+  __shared__ uint4 operands[RowRotation<D>::kOperands];
   __shared__ __align__(16) float plain[kBlockRows][kPadded], y[kBlockRows][kPadded], largest[kMostParts][kBlockRows];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4;
   const int block = blockIdx.x % p.blocks, head = blockIdx.x / p.blocks % p.kv_heads,
@@ -33,9 +33,10 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
   constexpr int kTiles = operand_bytes_tiles(D), kMeanSteps = operand_mean_steps(D),
                 kExactSteps = operand_exact_steps(D);
   const int first_tile = kTiles * part / parts, behind_tile = kTiles * (part + 1) / parts;  // of 32 channels
-  Turn<D> turn(first_tile * 4, min(behind_tile * 4, D / 8));
-  if (p.dual.words != nullptr) turn.prefetch(p.dual);
-  if (blockIdx.x == 0 && part == 0 && warp == static_cast<int>(blockDim.x) / kLanes - 1) lay_line(p, lane, p.line);
+  RowRotation<D> rotation(first_tile * 4, min(behind_tile * 4, D / 8));
+  if (p.dual.words != nullptr) rotation.prefetch(p.dual);
+  if (blockIdx.x == 0 && part == 0 && warp == static_cast<int>(blockDim.x) / kLanes - 1)
+    sum_items(p, lane, p.item_offsets);
   if (valid <= 0) {  // a sequence with fewer rows; the same for all parts
     if (parts > 1) cluster_wait();
     return;
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kTurnThreads) attend_prepare(const __grid_cons
     }
   }
   __syncthreads();
-  if (p.dual.words != nullptr) turn.apply(p.dual, x, operands, x, valid);
+  if (p.dual.words != nullptr) rotation.apply(p.dual, x, operands, x, valid);
   for (int i = threadIdx.x; i < kBlockRows * D; i += blockDim.x) y[i / D][i % D] = x[i];
   if (parts > 1) cluster_wait();
   __syncthreads();

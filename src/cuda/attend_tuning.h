@@ -67,14 +67,14 @@ constexpr int team_exchange_bytes(int members, int blocks) {
 
 // Shared memory of one reader's queue: its slots, then two barriers for each.
 constexpr int queue_bytes(int depth, int slot_bytes) { return (depth * slot_bytes + depth * 16 + 127) / 128 * 128; }
-// Of a CTA of attend_main but for the line: queues, then each team's operands of pages and what it hands round.
+// Of a CTA of attend_main but for the item counts: queues, then each team's operands of pages and what it hands round.
 template <int D>
 constexpr int main_shared(Readers kind, int readers, int depth, int blocks) {
   const int of_team =
       kind == Readers::warps ? 0 : blocks * page_operand_words(D) * 16 + team_exchange_bytes(members_of(kind), blocks);
   return readers * (queue_bytes(depth, Shape<D>::kSlotBytes) + of_team);
 }
-constexpr int kLineBytes = 4096;  // left for the line at least: 1,023 sequences
+constexpr int kOffsetsBytes = 4096;  // left for the item counts at least: 1,023 sequences
 
 // Bytes that a CTA may ask for: on 9.0 and 10.0; on 8.0 and 8.7; on 8.6 and 8.9.
 constexpr int room_bytes(Room room) {
@@ -101,7 +101,7 @@ constexpr int kLargeDim = 256;
 constexpr int kTwos = 4;  // 9 warps leave a thread 168 registers, as 12 would
 constexpr bool main_has_teams(int dim, Room room) { return dim >= kLargeDim && room == Room::large; }
 
-// Parts of the channels that attend_merge turns back, each by a CTA of its own, whose warps ask for one tile of the
+// Parts of the channels that attend_merge rotates back, each by a CTA of its own, whose warps ask for one tile of the
 // matrix each.
 constexpr int merge_columns(int dim) { return dim >= kLargeDim ? 2 : 1; }
 
@@ -111,7 +111,7 @@ struct Fit {
 template <int D>
 constexpr Fit fit(Room room, int segment_blocks, Readers kind = Readers::warps) {
   using T = Tuning<D>;
-  const int most = room_bytes(room) - kLineBytes, i = segment_blocks - 1;
+  const int most = room_bytes(room) - kOffsetsBytes, i = segment_blocks - 1;
   const bool teams = kind != Readers::warps;
   for (int readers = teams ? kTwos : T::kWarps[i]; readers > 0; --readers)
     for (int depth = teams ? 6 : T::kDepth[i]; depth >= 2; --depth)

@@ -282,7 +282,7 @@ class Queue {
   // `memory`: queue_bytes(kDepth, kSlotBytes) of this warp, 128-byte aligned.
   __device__ Queue(unsigned char* memory, int lane) : base_(memory), lane_(lane) {}
 
-  // Once, by one lane of a warp for its queue, before a barrier of the CTA: lanes of one warp would take turns, 60
+  // Once, by one lane of a warp for its queue, before a barrier of the CTA: lanes of one warp would take rotates, 60
   // cycles for each barrier.
   static __device__ void prepare(unsigned char* memory) {
     if constexpr (kBulkCopies) {
@@ -383,7 +383,7 @@ class Filler {
   __device__ __forceinline__ void put(const unsigned char* from, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full()), "r"(bytes) : "memory");
     copy(base_ + slot_ * kSlotBytes, from, bytes, full());
-    turn();
+    advance();
   }
   // Of all lanes together, those with something to put say so: pieces of one row, or of rows that lie as they do in a
   // slot, go out from their own lanes, other rows from as many lanes. What is not aligned is left to the reader, who
@@ -409,11 +409,11 @@ class Filler {
       if (lane < rows)
         copy(to + lane * kRowPitch, reinterpret_cast<const unsigned char*>(address) + lane * pitch, bytes, barrier);
     }
-    if (mine) turn();
+    if (mine) advance();
   }
 
  private:
-  __device__ __forceinline__ void turn() {
+  __device__ __forceinline__ void advance() {
     if (++slot_ < kDepth) return;
     slot_ = 0;
     parity_ ^= 1;

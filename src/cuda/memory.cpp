@@ -54,7 +54,7 @@ cudaError_t Staging::take(std::size_t bytes, Slot** out) {
   }
   if (held >= kStagedBytes) {
     for (std::size_t i = 0; i < slots_.size(); ++i) {
-      Slot* slot = slots_[turn_++ % slots_.size()].get();
+      Slot* slot = slots_[next_++ % slots_.size()].get();
       if (slot->bytes < bytes) continue;
       *out = slot;
       return cudaEventSynchronize(slot->done);
@@ -203,9 +203,10 @@ void Memory::free(void* p) {
 }
 
 Status Memory::upload(void* to, const void* from, std::size_t bytes) {
-  // A few kilobytes travel with kernel launches, which need no memory that lasts.
+  // A few kilobytes travel with kernel launches, which need no memory that lasts; so does all that is captured: a graph
+  // would read the staging memory at every replay, long after others have written to it.
   constexpr std::size_t kByLaunches = 2 * kPutBytes;
-  if (bytes > kByLaunches) {
+  if (bytes > kByLaunches && !is_capturing(current_stream())) {
     KV4_RETURN_IF_CUDA("upload", staging_.upload(to, from, bytes, current_stream()));
     return {};
   }

@@ -112,7 +112,7 @@ class Staging {
 
   std::mutex mutex_;
   std::vector<std::unique_ptr<Slot>> slots_;
-  std::size_t turn_ = 0;
+  std::size_t next_ = 0;
 };
 
 // Notes of NaN and infinity, in host memory that kernels write. One is given out again once what was queued on the

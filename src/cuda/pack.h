@@ -1,4 +1,4 @@
-// A rotation's matrix in the order in which attend_turn.cuh multiplies by it. Host code.
+// A rotation's matrix in the order in which attend_rotate.cuh multiplies by it. Host code.
 #pragma once
 
 #include <cstdint>

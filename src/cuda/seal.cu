@@ -114,15 +114,15 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
     }
     __syncthreads();
     for (int i = threadIdx.x; i < dim; i += kThreads) {
-      double turned = mu[i];
+      double rotated = mu[i];
       if (side.rotation_transpose_f64 != nullptr) {
-        turned = 0;
+        rotated = 0;
         for (int c = 0; c < dim; ++c)
-          turned = fma(side.rotation_transpose_f64[static_cast<std::size_t>(c) * dim + i], mu[c], turned);
+          rotated = fma(side.rotation_transpose_f64[static_cast<std::size_t>(c) * dim + i], mu[c], rotated);
       }
-      const unsigned short stored = to_half(static_cast<float>(turned));
+      const unsigned short stored = to_half(static_cast<float>(rotated));
       reinterpret_cast<unsigned short*>(slice + side.mean_at)[i] = stored;
-      offset[i] = static_cast<float>(turned - static_cast<double>(from_half(stored)));
+      offset[i] = static_cast<float>(rotated - static_cast<double>(from_half(stored)));
     }
   }
   if (lambda != nullptr)

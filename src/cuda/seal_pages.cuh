@@ -8,7 +8,7 @@
 // elements are 16-bit floats. A lane's channels are those that 16-byte loads bring and that a word of 8 codes takes:
 // the matrix is laid out accordingly.
 //
-// Means: sums of differences from a row of the page, so that a large common bias costs no bits. The mean is turned
+// Means: sums of differences from a row of the page, so that a large common bias costs no bits. The mean is rotated
 // exactly: seven digits of 6 bits, which are columns of a product with the 36-bit matrix as its rows; no sum of
 // products of a digit reaches 2^24, float accumulators hold them exactly, and float64 joins them.
 //
@@ -47,7 +47,7 @@ struct SealShape {
   static constexpr int kMatrix = kTiles * kSteps * kLanes;  // fragments of two n8k16 halves
   static constexpr int kDigits = 7, kDigitPitch = kPadded + 8;
   static constexpr int kStaged = kPadded / 8 * 2 * kLanes;  // words of codes of a slice
-  // Of a group: partial sums, the pivot, the mean less it, its turned remainder, digits; or, values, words.
+  // Of a group: partial sums, the pivot, the mean less it, its rotated remainder, digits; or, values, words.
   static constexpr int kMeanBytes = (4 + 3) * kPadded * 4 + 8 * kDigitPitch * 2 + 16;
   static constexpr int kGroupBytes = ((kMeanBytes > kStaged * 4 ? kMeanBytes : kStaged * 4) + 15) / 16 * 16;
   static constexpr int kShared = kMatrix * 24 + kGroups * kGroupBytes;
@@ -279,7 +279,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
       }
     }
 
-    double turn_scale = 0;  // of the digits
+    double rotation_scale = 0;  // of the digits
     if (!kValues && side.mean) {
       if (thread < S::kPadded) pivot[thread] = pivot_here;
       group_barrier(group);
@@ -318,7 +318,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
       group_barrier(group);
       int exponent = 0;
       frexpf(fmaxf(fmaxf(group_max[0], group_max[1]), fmaxf(group_max[2], group_max[3])), &exponent);
-      turn_scale = ldexp(static_cast<double>(unit), exponent - 5);
+      rotation_scale = ldexp(static_cast<double>(unit), exponent - 5);
       if (thread < S::kPadded) {
         double rest = ldexp(mu, 5 - exponent);
 #pragma unroll
@@ -398,21 +398,21 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
         const double weight = __hiloint2double((1023 - 12 * t) << 20, 0);  // 2^-12t: of digits 2t, 64 of 2t + 1
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          double turned = 0;
+          double rotated = 0;
 #pragma unroll
           for (int digit = 2; digit >= 0; --digit)
-            turned += (static_cast<double>(sums[digit][2 * half]) +
-                       static_cast<double>(sums[digit][2 * half + 1]) * (1.0 / 64)) *
-                      (digit == 2 ? 1.0 / 4096 : 1.0);
-          turned *= weight;
-          turned += __shfl_xor_sync(kAll, turned, 1);
-          turned += __shfl_xor_sync(kAll, turned, 2);
-          turned *= turn_scale;
+            rotated += (static_cast<double>(sums[digit][2 * half]) +
+                        static_cast<double>(sums[digit][2 * half + 1]) * (1.0 / 64)) *
+                       (digit == 2 ? 1.0 / 4096 : 1.0);
+          rotated *= weight;
+          rotated += __shfl_xor_sync(kAll, rotated, 1);
+          rotated += __shfl_xor_sync(kAll, rotated, 2);
+          rotated *= rotation_scale;
           const int c = output_channel(n + half, g);
           if (t == 0 && c < D) {
-            const unsigned short stored = to_half(static_cast<float>(turned));
+            const unsigned short stored = to_half(static_cast<float>(rotated));
             reinterpret_cast<unsigned short*>(slice + side.mean_at)[c] = stored;
-            offset[c] = static_cast<float>(turned - static_cast<double>(from_half(stored)));
+            offset[c] = static_cast<float>(rotated - static_cast<double>(from_half(stored)));
           }
         }
       }

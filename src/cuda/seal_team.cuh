@@ -46,9 +46,10 @@ struct TeamShape {
                                             : 64;  // of CTAs, percent, measured; 96 as 80
   static constexpr int kOctets = 8 / kTeamWarps,
                        kPieces = (D / 8 + 3) / 4;  // a lane's share of the rows: of 8, 16 bytes of each
-  static constexpr int kStaged = pad_channels(kCtaColumns) / 8 * 2 * kLanes;       // words of codes
-  static constexpr int kDigits = 7, kDigitPitch = D + 8;                           // of a mean
-  static constexpr int kPairs = (kCtaColumns / 16 + kTeamWarps - 1) / kTeamWarps;  // of tiles, that a warp turns it to
+  static constexpr int kStaged = pad_channels(kCtaColumns) / 8 * 2 * kLanes;  // words of codes
+  static constexpr int kDigits = 7, kDigitPitch = D + 8;                      // of a mean
+  static constexpr int kPairs = (kCtaColumns / 16 + kTeamWarps - 1) /
+                                kTeamWarps;  // of tiles, that a warp rotates it to
   // Shared memory: the matrix's digits, then of each team.
   static constexpr int kDigitBytes = D * kCtaColumns * 2, kDigitsHeld = D > 128 ? 2 : 3;
   static constexpr int kRowBytes = kPageTokens * D * 2;

@@ -3,7 +3,7 @@
 // otherwise:
 //
 // Means are the channels' sums by products with ones, exact where a channel's values are of a size. Rows are taken less
-// their mean as a float, the pivot, in the instruction that weighs them; the turned mean is made from the float64 mean
+// their mean as a float, the pivot, in the instruction that weighs them; the rotated mean is made from the float64 mean
 // by digits, and what the pivot leaves out of it, an eighth digit, from the stored mean's remainder. Values of fp16
 // without weights are operands as they were copied. Rows' second halves lie beside the first or, at 256, take their
 // place once these are multiplied.
@@ -14,7 +14,7 @@
 //   the mean issue       6,950 instructions by ncu, mean of both sides: 1,740 cycles
 // ncu: a scheduler's three warps are stalled on shared memory in 18 % of the samples, on fixed latencies in 17, on the
 // matrix unit in 16 (the mean's products wait for the others'); in 12 one issues. A quarter of all is from the
-// beginning of the keys' products to the turned mean.
+// beginning of the keys' products to the rotated mean.
 //
 //   version, 32/8/128, 65,536 tokens                                                         ns a vector
 //   products by mma.sync (seal_pages.cuh)                                                    0.46 to 0.49
@@ -105,7 +105,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     }
     const bool bf16 = job.dtype == DType::bf16, weighted = (kValues ? job.lambda_v : job.lambda_k) != nullptr;
 
-    double turn_scale = 0;  // of the mean's digits
+    double rotation_scale = 0;  // of the mean's digits
     if (!kValues && side.mean) {
       sum_rows<D>(rows, bf16, warp, lane, offset);
       const std::uint8_t* skip = job.skip;
@@ -123,7 +123,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
       top = warp_max(top) * static_cast<float>(each);
       const int exponent = min(max(static_cast<int>(__float_as_uint(top) >> 23), 64), 250) -
                            126;  // 2^exponent is above top
-      turn_scale = static_cast<double>(unit) * __hiloint2double((1023 + exponent - 5) << 20, 0);
+      rotation_scale = static_cast<double>(unit) * __hiloint2double((1023 + exponent - 5) << 20, 0);
       if (thread < D) {
         const double mu = offset[thread] * each * lambda[thread];
         const float near = static_cast<float>(mu);
@@ -257,23 +257,23 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
         const double weight = __hiloint2double((1023 - 12 * t) << 20, 0);  // 2^-12t: of digits 2t, 64 of 2t + 1
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          double turned = 0;
+          double rotated = 0;
 #pragma unroll
           for (int digit = 2; digit >= 0; --digit) {
             const double odd = t == 3 ? 0.0 : static_cast<double>(sums[pair][digit][2 * half + 1]) * (1.0 / 64);
-            turned += (static_cast<double>(sums[pair][digit][2 * half]) + odd) * (digit == 2 ? 1.0 / 4096 : 1.0);
+            rotated += (static_cast<double>(sums[pair][digit][2 * half]) + odd) * (digit == 2 ? 1.0 / 4096 : 1.0);
           }
-          turned *= weight;
-          turned += __shfl_xor_sync(kAll, turned, 1);
-          turned += __shfl_xor_sync(kAll, turned, 2);
-          turned *= turn_scale;
+          rotated *= weight;
+          rotated += __shfl_xor_sync(kAll, rotated, 1);
+          rotated += __shfl_xor_sync(kAll, rotated, 2);
+          rotated *= rotation_scale;
           const int c = rank * S::kCtaColumns + output_channel(n + half, g);
           if (t == 3) {
-            const unsigned short stored = to_half(static_cast<float>(turned));
+            const unsigned short stored = to_half(static_cast<float>(rotated));
             reinterpret_cast<unsigned short*>(its.slice(p.pages) + side.mean_at)[c] = stored;
             const double left = static_cast<double>(sums[pair][0][2 * half + 1] + sums[pair][1][2 * half + 1]) *
-                                0x1p-24 * turn_scale;
-            offset[c] = static_cast<float>(turned - left - static_cast<double>(from_half(stored)));
+                                0x1p-24 * rotation_scale;
+            offset[c] = static_cast<float>(rotated - left - static_cast<double>(from_half(stored)));
           }
         }
       }

@@ -18,7 +18,8 @@
 
 namespace kv4::tests {
 
-// Bytes on the device, with guards behind them.
+// Bytes on the device, with guards behind them. They are there when the constructor returns: streams that do not block
+// know nothing of the default one, on which they are filled.
 class DeviceBytes {
  public:
   DeviceBytes() = default;
@@ -26,9 +27,11 @@ class DeviceBytes {
     EXPECT_EQ(cudaMalloc(&data_, bytes + kGuardBytes), cudaSuccess);
     EXPECT_EQ(cudaMemset(data_, fill, bytes), cudaSuccess);
     EXPECT_EQ(cudaMemset(static_cast<std::byte*>(data_) + bytes, 0xff, kGuardBytes), cudaSuccess);
+    EXPECT_EQ(cudaStreamSynchronize(nullptr), cudaSuccess);
   }
   DeviceBytes(const void* from, std::size_t bytes) : DeviceBytes(bytes) {
     EXPECT_EQ(cudaMemcpy(data_, from, bytes, cudaMemcpyHostToDevice), cudaSuccess);
+    EXPECT_EQ(cudaStreamSynchronize(nullptr), cudaSuccess);
   }
   template <class T>
   explicit DeviceBytes(const std::vector<T>& from) : DeviceBytes(from.data(), from.size() * sizeof(T)) {}

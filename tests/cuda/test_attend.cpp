@@ -166,7 +166,7 @@ TEST_F(CudaAttend, LargeMeans) { scene::large_means(check); }
 
 // Segments enough for one or two CTAs each on a device of 132 multiprocessors, and pages for every reader, as many and
 // one more for some, exact items for some CTAs, for all and for none, and a sequence that is too short.
-TEST_F(CudaAttend, PagesDealt) {
+TEST_F(CudaAttend, PagesApart) {
   struct Dealt {
     int dim, group, kv_heads;
     std::vector<Held> held;

@@ -13,8 +13,7 @@
 #include "cache_session.h"
 #include "cuda/memory.h"
 #include "cuda/rows.h"
-#include "cuda/scratch.h"
-#include "device.h"
+#include "place.h"
 #include "save_case.h"
 
 namespace kv4 {
@@ -22,52 +21,7 @@ namespace {
 
 using namespace sessions;
 using tests::DeviceBytes;
-
-class DevicePlace final : public sessions::Place {
- public:
-  explicit DevicePlace(DType dtype) : dtype_(dtype) {}
-  std::string backend() const override { return "cuda"; }
-  DType dtype() const override { return dtype_; }
-  TensorView rows(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t,
-                  std::int64_t d) override {
-    std::vector<std::uint16_t> halves(x.size());
-    for (std::size_t i = 0; i < x.size(); ++i) halves[i] = dtype_ == DType::f16 ? f32_to_f16(x[i]) : f32_to_bf16(x[i]);
-    TensorView v = view(x, b, h, t, d);
-    v.data = keep(DeviceBytes(halves));
-    v.dtype = dtype_;
-    return v;
-  }
-  TensorView queries(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t,
-                     std::int64_t d) override {
-    TensorView v = view(x, b, h, t, d);
-    v.data = keep(DeviceBytes(x));
-    return v;
-  }
-  MutableTensorView into(std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t,
-                         std::int64_t d) override {
-    MutableTensorView v = sessions::into(x, b, h, t, d);
-    v.data = keep(DeviceBytes(x));
-    wanted_.push_back({&x, held_.size() - 1});
-    return v;
-  }
-  void fetch() override {
-    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-    for (const auto& [to, at] : wanted_) {
-      const std::vector<std::uint8_t> bytes = held_[at].read();
-      std::memcpy(to->data(), bytes.data(), bytes.size());
-    }
-    wanted_.clear();
-  }
-
- private:
-  void* keep(DeviceBytes bytes) {
-    held_.push_back(std::move(bytes));
-    return held_.back().as<void>();
-  }
-  DType dtype_;
-  std::vector<DeviceBytes> held_;  // queries are used again after a fetch
-  std::vector<std::pair<std::vector<float>*, std::size_t>> wanted_;
-};
+using tests::DevicePlace;
 
 class CudaCache : public ::testing::Test {
  protected:
@@ -548,49 +502,6 @@ TEST_F(CudaCache, CaptureSaysWhatItNeeds) {
     EXPECT_EQ(status.code(), StatusCode::failed_precondition);
     EXPECT_NE(status.message().find("lambda"), std::string::npos) << status.message();
     EXPECT_EQ(cache->length(), 2);
-  }
-  EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
-}
-
-TEST_F(CudaCache, WhatOthersFailedAtIsNotALaunchsError) {
-  const tests::DeviceBytes to(16, 0);
-  void* much = nullptr;
-  ASSERT_EQ(cudaMalloc(&much, std::size_t{1} << 60), cudaErrorMemoryAllocation);
-  ASSERT_EQ(cudaPeekAtLastError(), cudaErrorMemoryAllocation);
-  const std::uint32_t word = 0x12345678;
-  EXPECT_EQ(cuda::launch_put(to.as(), &word, sizeof(word), nullptr), cudaSuccess);
-  cudaGetLastError();
-  std::uint32_t there = 0;
-  ASSERT_EQ(cudaMemcpy(&there, to.as(), sizeof(there), cudaMemcpyDeviceToHost), cudaSuccess);
-  EXPECT_EQ(there, word);
-}
-
-// To free or to wait would end a capture.
-TEST_F(CudaCache, ACaptureTakesScratchAndFreesNone) {
-  cudaStream_t stream = nullptr;
-  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
-  cuda::set_stream(stream);
-  {
-    cuda::Memory memory(0);
-    cuda::Scratch scratch(memory, 16);
-    cuda::Scratch::Held shared;
-    for (const std::size_t bytes : {std::size_t{1} << 12, std::size_t{1} << 24, std::size_t{1} << 20}) {
-      ASSERT_TRUE(scratch.share(bytes, &shared).ok());
-      EXPECT_GE(shared->bytes, bytes);
-      ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
-      cuda::Scratch::Held first, second, third;
-      const Status status = scratch.capture(bytes, &first), again = scratch.capture(bytes / 2, &second),
-                   more = scratch.capture(2 * bytes, &third);
-      cudaGraph_t graph = nullptr;
-      EXPECT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
-      for (const Status& s : {status, again, more}) ASSERT_TRUE(s.ok()) << s.message();
-      EXPECT_EQ(first, second);  // one call after another
-      EXPECT_NE(first, third);
-      EXPECT_GE(third->bytes, 2 * bytes);
-      EXPECT_NE(first->data, shared->data);
-      if (graph != nullptr) cudaGraphDestroy(graph);
-    }
-    scratch.leave(&shared);
   }
   EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
 }

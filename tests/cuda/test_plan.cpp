@@ -49,7 +49,7 @@ TEST(CudaPlan, EveryHeadDimAndRowsFitTheDevice) {
           EXPECT_GE(used.readers, 4);  // one to a scheduler
           EXPECT_GE(used.depth, 2);    // the keys and the values of a page
           const int queues = main_shared<kDim>(kind, used.readers, used.depth, plan.segment_blocks);
-          EXPECT_LE(queues + kLineBytes, e.chip.shared);
+          EXPECT_LE(queues + kOffsetsBytes, e.chip.shared);
           EXPECT_GE(plan.most_sequences, 1023);
           EXPECT_LE(queues + 4 * (plan.most_sequences + 1), e.chip.shared);
           return true;
@@ -121,7 +121,7 @@ TEST(CudaPlan, NoMoreIsLeftOutThanMust) {
         EXPECT_EQ(large.depth, depth);
         for (const Room room : {Room::small, Room::middle}) {
           const Fit f = fit<kDim>(room, blocks);
-          const int most = room_bytes(room) - kLineBytes;
+          const int most = room_bytes(room) - kOffsetsBytes;
           if (f.depth < depth) {
             EXPECT_GT(main_shared<kDim>(Readers::warps, f.readers, f.depth + 1, blocks), most);
           }

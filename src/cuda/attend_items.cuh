@@ -1,4 +1,4 @@
-// The line of items that the readers, warps or teams of them, share out among themselves, and the pieces of the cache
+// The work items that the readers, warps or teams of them, share out among themselves, and the pieces of the cache
 // that an item is read in.
 #pragma once
 
@@ -21,9 +21,9 @@ struct Shares {
     each = items / readers;
     more = items - each * readers;
   }
-  // First item of reader w's stretch.
+  // First item of reader w's range.
   __device__ __forceinline__ int first(int w) const { return w * each + min(w, more); }
-  // The reader whose stretch holds `item`.
+  // The reader whose range holds `item`.
   __device__ __forceinline__ int owner(int item) const {
     const int longer = more * (each + 1);
     return item < longer ? item / (each + 1) : more + (item - longer) / each;
@@ -46,8 +46,8 @@ __device__ __forceinline__ int items_of(const AttendParams& p, int b) {
   return (items_of(s.exact[0]) + items_of(s.exact[1]) + s.page_count) * p.kv_heads * segments_per_head(p, s);
 }
 
-// line[b] = items of the sequences before b. One warp.
-__device__ inline void lay_line(const AttendParams& p, int lane, int* line) {
+// item_offsets[b] = items of the sequences before b. One warp.
+__device__ inline void sum_items(const AttendParams& p, int lane, int* item_offsets) {
   int before = 0;
   for (int first = 0; first < p.batch; first += kLanes) {
     const int b = first + lane;
@@ -57,18 +57,18 @@ __device__ inline void lay_line(const AttendParams& p, int lane, int* line) {
       const int other = __shfl_up_sync(kAll, sum, step);
       if (lane >= step) sum += other;
     }
-    if (b < p.batch) line[b] = before + sum - mine;
+    if (b < p.batch) item_offsets[b] = before + sum - mine;
     before += __shfl_sync(kAll, sum, kLanes - 1);
   }
-  if (lane == 0) line[p.batch] = before;
+  if (lane == 0) item_offsets[p.batch] = before;
 }
 
 // Items of one segment that a reader takes: exact ones, then pages, each kind counted from the segment's first of it.
-struct Stretch {
+struct ItemRange {
   int exact = 0, exact_count = 0, page = 0, page_count = 0;
 };
 
-// Where a warp stands on the line of items: sequence, head and segment of row blocks, and the item among theirs.
+// Where a warp stands among the work items: sequence, head and segment of row blocks, and the item among theirs.
 // A sequence's items are 16 sinks each, 16 window rows each, then its pages.
 struct Cursor {
   int flat = 0, end = 0;
@@ -84,34 +84,34 @@ struct Cursor {
     items = exact_items + s.page_count;
     per_head = segments_per_head(p, s);
   }
-  __device__ void start(const AttendParams& p, const int* line, int first, int last) {
+  __device__ void start(const AttendParams& p, const int* item_offsets, int first, int last) {
     flat = first;
     end = last;
     if (flat >= end) return;
     int low = 0, high = p.batch - 1;  // the last sequence that begins at or before `first`
     while (low < high) {
       const int middle = (low + high + 1) / 2;
-      if (line[middle] <= first) low = middle;
+      if (item_offsets[middle] <= first) low = middle;
       else high = middle - 1;
     }
     b = low;
     enter(p);
-    const int at = first - line[b];
+    const int at = first - item_offsets[b];
     segment = at / items;
     item = at - segment * items;
   }
-  // A stretch of segment `part` of a head's, whose items follow each other as if they were all there are.
-  __device__ void start_within(const AttendParams& p, int sequence, int its_head, int part, const Stretch& stretch) {
+  // A range of segment `part` of a head's, whose items follow each other as if they were all there are.
+  __device__ void start_within(const AttendParams& p, int sequence, int its_head, int part, const ItemRange& range) {
     flat = 0;
-    end = stretch.exact_count + stretch.page_count;
+    end = range.exact_count + range.page_count;
     b = sequence;
     enter(p);
     segment = its_head * per_head + part;
-    behind = stretch.exact + stretch.exact_count;
-    resume = exact_items + stretch.page;
-    item = stretch.exact_count > 0 ? stretch.exact : resume;
+    behind = range.exact + range.exact_count;
+    resume = exact_items + range.page;
+    item = range.exact_count > 0 ? range.exact : resume;
   }
-  // By `count` items of a stretch of one segment (start_within).
+  // By `count` items of a range of one segment (start_within).
   __device__ __forceinline__ void skip_within(int count) {
     flat += count;
     item += count;
@@ -186,7 +186,7 @@ __device__ __forceinline__ Piece exact_piece(const AttendParams& p, int b, int s
   return piece;
 }
 
-// The pieces of a stretch in the order in which they are read: the keys of kExact exact items or kPages pages, or as
+// The pieces of a range in the order in which they are read: the keys of kExact exact items or kPages pages, or as
 // many as are left of their run, then their values. kOne: of one segment.
 template <int kExact, int kPages, bool kOne = false>
 class PiecesOf {

@@ -34,7 +34,7 @@ __device__ __forceinline__ void put_mean(uint4* block, int row, int c, const flo
   to[18] = halves.w;
 }
 
-constexpr int kTurnThreads = 512;  // at most; fewer where many CTAs take part
+constexpr int kRotateThreads = 512;  // at most; fewer where many CTAs take part
 
 // A row of queries and what lambda divides it by, as they come: pairs of channels 2 (lane + 32 i).
 template <int D>
@@ -76,13 +76,13 @@ struct QueryRow {
 
 // y[r][i] = sum over c of x[r][c] matrix[c][i], for kBlockRows rows; all threads of a CTA.
 template <int D>
-class Turn {
+class RowRotation {
  public:
   static constexpr int kSteps = D / 16, kTiles = D / 8;
   static constexpr int kOperands = kSteps * kLanes;  // uint4 of shared memory that apply works in
 
   // Of the columns the tiles from `first` on, before `behind`.
-  __device__ Turn(int first, int behind) : first_(first), behind_(behind) {}
+  __device__ RowRotation(int first, int behind) : first_(first), behind_(behind) {}
   __device__ __forceinline__ void prefetch(const PackedMatrix& matrix) { load(matrix, first_ + threadIdx.x / kLanes); }
 
   // x, y: [kBlockRows][D] in shared memory; they may be the same. Rows from `valid` on are 0, other columns of y as

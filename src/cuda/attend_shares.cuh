@@ -3,35 +3,35 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda/attend_line.cuh"
+#include "cuda/attend_items.cuh"
 
 namespace kv4::cuda {
 
 // How a segment's items are shared out among its CTAs' readers, kCount each.
 //
-// Where every reader has pages, they may be dealt (kDealt) apart from the exact items, which, where they are few, go to
+// Where every reader has pages, they may be apart (kApart) apart from the exact items, which, where they are few, go to
 // the first reader of each CTA: every warp that reads some waits for code that nobody has fetched, 6 us where all eight
 // did at once.
-template <int kCount, bool kDealt>
+template <int kCount, bool kApart>
 struct FusedShares : Shares {
   int exact_items, items, ctas;
-  bool dealt;
-  int holders = 0;  // of exact items that are dealt, each in a CTA of its own
+  bool apart;
+  int holders = 0;  // of exact items that are apart, each in a CTA of its own
 
   __device__ __forceinline__ FusedShares(int exact, int pages)
       : Shares(exact + pages, static_cast<int>(gridDim.x) * kCount), exact_items(exact), items(exact + pages),
         ctas(max(1, (readers + kCount - 1) / kCount)) {
     const int all = static_cast<int>(gridDim.x) * kCount;
-    dealt = kDealt && pages >= all && exact <= 2 * static_cast<int>(gridDim.x);
-    if (!dealt) return;
+    apart = kApart && pages >= all && exact <= 2 * static_cast<int>(gridDim.x);
+    if (!apart) return;
     holders = min(exact, ctas);
     each = pages / all;
     more = pages - each * all;
   }
-  __device__ __forceinline__ Stretch of(int cta, int reader) const {
+  __device__ __forceinline__ ItemRange of(int cta, int reader) const {
     const int w = cta * kCount + reader;
     if (w >= readers) return {};
-    if (!dealt) {
+    if (!apart) {
       const int begin = first(w), behind = first(w + 1), pages = max(begin, exact_items);
       return {begin, max(0, min(behind, exact_items) - begin), pages - exact_items, max(0, behind - pages)};
     }
@@ -52,9 +52,9 @@ struct FusedEnd {
                              // with one over exact rows
   int carried;               // 1: one that ends with a state over pages has left one over exact rows too
 };
-template <int kCount, bool kDealt>
-__device__ __forceinline__ FusedEnd fused_end(const FusedShares<kCount, kDealt>& shares, int cta) {
-  if (shares.dealt)
+template <int kCount, bool kApart>
+__device__ __forceinline__ FusedEnd fused_end(const FusedShares<kCount, kApart>& shares, int cta) {
+  if (shares.apart)
     return {shares.ctas, shares.holders, shares.holders + shares.ctas, 0, 0, kCount, cta < shares.holders ? 1 : 0};
   const bool any_pages = shares.exact_items < shares.items;
   const int paged_reader = any_pages ? shares.owner(shares.exact_items) : shares.readers;
