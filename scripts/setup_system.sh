@@ -5,10 +5,11 @@
 #   setup_system.sh build    a C++ compiler and Python's venv; GTest. Fails where they cannot be had.
 #   setup_system.sh bench    google-benchmark. Fails where it cannot be had.
 #   setup_system.sh cross    the Arm cross compiler and emulator. Never fails: those tests are then left out.
+#   setup_system.sh fuzz     clang 19 with libFuzzer; nlohmann's JSON. Fails where they cannot be had.
 #   setup_system.sh metal    clang 19, which compiles the Metal kernels for their emulator. Never fails, likewise.
 set -euo pipefail
 
-step=${1:?step: expected build, bench, cross or metal; got nothing}
+step=${1:?step: expected build, bench, cross, fuzz or metal; got nothing}
 python=${PYTHON:-python3}
 missing=()
 
@@ -36,6 +37,10 @@ metal() {
   return 1
 }
 
+fuzzer() {
+  echo 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' |
+    clang++-19 -fsanitize=fuzzer,address -x c++ - -o /dev/null
+}
 header() {
   echo "#include <$1>" | "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only -
 }
@@ -61,11 +66,16 @@ case $step in
     need clang-19 metal
     need libclang-rt-19-dev metal
     ;;
+  fuzz)
+    need clang-19 command -v clang++-19
+    need libclang-rt-19-dev fuzzer
+    need nlohmann-json3-dev header nlohmann/json.hpp
+    ;;
   bench)
     need libbenchmark-dev benchmark
     ;;
   *)
-    echo "step: expected build, bench, cross or metal; got $step" >&2
+    echo "step: expected build, bench, cross, fuzz or metal; got $step" >&2
     exit 2
     ;;
 esac
