@@ -19,7 +19,7 @@ namespace kv4::fuzz {
 namespace {
 
 constexpr int kGroup = 2, kMostRows = 4, kPage = 64;
-constexpr std::int64_t kMostTokens = 320;
+constexpr std::int64_t kMostTokens = 224;
 // Relative to the largest output: the bound of the attention kernels.
 constexpr double kTolerance = 1e-3;
 
@@ -107,7 +107,7 @@ class Program {
 
   void run() {
     add();
-    for (int calls = 0; calls < 40 && !in_.empty(); ++calls) {
+    for (int calls = 0; calls < 24 && !in_.empty(); ++calls) {
       const int call = in_.below(20);
       if (call < 7) step(call < 4);
       else if (call == 7) add();

@@ -256,6 +256,8 @@ class Calls {
     Memory blocks(kPages * format().block_bytes());
     PagedBatch batch = batch_of();
     batch.size = 1;
+    batch.window = batch.sink_tokens = 0;
+    batch.sinks = nullptr;
     batch.pages = batch.blocks = ids.data();
     batch.pages_stride = batch.blocks_stride = kPages;
     batch.page_count = batch.block_count = kPages;
@@ -288,7 +290,7 @@ class Calls {
       KV4_EXPECT(says_why(status), status.message().c_str());
       return;
     }
-    if (n == 0) return;
+    if (n == 0 || size_ == 0) return;
     const std::vector<float> pages_as_rows = opened();
     for (int b = 0; b < size_; ++b) {
       const std::int64_t first = queries_[static_cast<std::size_t>(b)],

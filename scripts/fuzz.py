@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "fuzz" / "corpus"
 # Longest input; memory that one allocation, and all, may take: what asks for more on an input's word is a finding.
-LIMITS = {"saved_cache": 65536, "c_program": 512, "paged": 1024, "calibration": 4096}
+LIMITS = {"saved_cache": 65536, "c_program": 200, "paged": 1024, "calibration": 4096}
 MEMORY = ("-malloc_limit_mb=256", "-rss_limit_mb=2048")
 COUNT = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
 COVERAGE = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)")

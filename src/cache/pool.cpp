@@ -41,14 +41,18 @@ PagePool::~PagePool() {
 }
 
 Status PagePool::grow(std::size_t count) {
+  // What was prepared for a slab that did not come goes again, also where the host's memory ran out.
+  struct Forget {
+    PagePool& pool;
+    ~Forget() {
+      std::vector<std::shared_ptr<Block>> gone;
+      pool.forget_tables(&gone);
+    }
+  } const forget{*this};
   while (free_ < count) {
     const std::size_t wanted = std::max(count - free_, pages_ / kGrowthDivisor), huge = in_huge(page_bytes_);
     const bool whole = huge > 0 && wanted >= huge && (pages_ + wanted) * page_bytes_ >= kHugeFrom;
-    if (Status added = add_slab(whole ? huge : std::min(in_slab(page_bytes_), wanted)); !added.ok()) {
-      std::vector<std::shared_ptr<Block>> gone;
-      forget_tables(&gone);
-      return added;
-    }
+    KV4_RETURN_IF_ERROR(add_slab(whole ? huge : std::min(in_slab(page_bytes_), wanted)));
   }
   return {};
 }
