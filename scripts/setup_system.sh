@@ -24,6 +24,10 @@ compiles() {
   printf '#if !(__GNUC__ >= 12 || __clang_major__ >= 14)\n#error\n#endif\nint main() {}\n' |
     "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only -
 }
+# Only clang has it as a package of its own.
+openmp() {
+  echo 'int main() {}' | "${CXX:-c++}" -fopenmp -x c++ - -o /dev/null
+}
 gtest() {
   echo '#include <gtest/gtest.h>' | "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only - || test -d /usr/src/googletest
 }
@@ -51,6 +55,7 @@ benchmark() {
 case $step in
   build)
     need g++ compiles
+    need "libomp-$("${CXX:-c++}" -dumpversion | cut -d. -f1)-dev" openmp
     need make command -v make
     need python3-venv "$python" -c 'import ensurepip, venv'
     need python3-dev "$python" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")'

@@ -9,9 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from kv4.extras import require
 from kv4.recipe import Recipe
+
+require("kv4.calibration", "hf", "torch", "safetensors")
+
+import torch
 
 Tensor = torch.Tensor
 FORMAT, FORMAT_VERSION = "kv4-calibration", 1
