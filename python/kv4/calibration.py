@@ -21,7 +21,7 @@ FORMAT, FORMAT_VERSION = "kv4-calibration", 1
 
 
 def identity_of(folder: str | Path) -> dict[str, Any]:
-    """What tells one model from another: its name, and a digest of its configuration and of the weights' index."""
+    """Identifies a model: its name, and a digest of its configuration and of the weights' index."""
     folder = Path(folder)
     digest = hashlib.sha256()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -96,7 +96,7 @@ Status Draft::flag(Change& c, const Arriving* arriving) const {
                                : Block::copy_of(backend, "masked", c.skip.data(), c.skip.size(), &c.skip_on_device);
 }
 
-// Nothing of them is flagged yet. A device tells of its rows when it gets there.
+// Nothing of them is flagged yet. A device flags its rows when its queue gets there.
 Status Draft::flag_arriving(Change& c, const Arriving& arriving) const {
   Backend& backend = *setup_.backend;
   const Part& part = arriving.parts[c.at];
@@ -236,7 +236,7 @@ void Draft::commit() noexcept {
     s.body = std::move(c.next);
     s.body.window.settle();
     if (c.plan.stored.count() > 0) s.body.window.set_count(s.ledger.extent().window_rows());
-    if (c.renoted) s.turn_note(std::move(c.note));
+    if (c.renoted) s.replace_note(std::move(c.note));
     s.settle_lambda();
   }
   changes_.clear();
