@@ -53,7 +53,7 @@ Status part_notes(const CacheState& c, Sequence& s) {
   if (!s.note_forked || s.notes.empty()) return {};
   std::shared_ptr<LateNote> note;
   KV4_RETURN_IF_ERROR(make_note(c, s, &note));
-  s.replace_note(std::move(note));
+  s.turn_note(std::move(note));
   return {};
 }
 

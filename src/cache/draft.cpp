@@ -236,7 +236,7 @@ void Draft::commit() noexcept {
     s.body = std::move(c.next);
     s.body.window.settle();
     if (c.plan.stored.count() > 0) s.body.window.set_count(s.ledger.extent().window_rows());
-    if (c.renoted) s.replace_note(std::move(c.note));
+    if (c.renoted) s.turn_note(std::move(c.note));
     s.settle_lambda();
   }
   changes_.clear();

@@ -158,7 +158,7 @@ Status load_sequence(const CacheState& c, std::int64_t tokens, blob::Reader& in,
   s.body = std::move(body);
   std::shared_ptr<LateNote> note;
   KV4_RETURN_IF_ERROR(make_note(c, s, &note));
-  s.replace_note(std::move(note));
+  s.turn_note(std::move(note));
   return {};
 }
 
@@ -209,7 +209,7 @@ Status load_lengths(const blob::State& saved, blob::Reader& in, std::vector<std:
       static_cast<std::int64_t>(saved.length));
 }
 
-// Hands the pages and the non-finite rows to the ledgers.
+// The ledgers take the pages over, and hear of non-finite rows.
 Status finish(const CacheState& c, const std::vector<std::vector<std::uint64_t>>& tables, FreshPages& pages,
               blob::Reader& in, std::vector<Sequence>* sequences) {
   std::vector<std::uint64_t> told, rows;

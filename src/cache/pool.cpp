@@ -41,18 +41,14 @@ PagePool::~PagePool() {
 }
 
 Status PagePool::grow(std::size_t count) {
-  // What was prepared for a slab that did not come goes again, also where the host's memory ran out.
-  struct Forget {
-    PagePool& pool;
-    ~Forget() {
-      std::vector<std::shared_ptr<Block>> gone;
-      pool.forget_tables(&gone);
-    }
-  } const forget{*this};
   while (free_ < count) {
     const std::size_t wanted = std::max(count - free_, pages_ / kGrowthDivisor), huge = in_huge(page_bytes_);
     const bool whole = huge > 0 && wanted >= huge && (pages_ + wanted) * page_bytes_ >= kHugeFrom;
-    KV4_RETURN_IF_ERROR(add_slab(whole ? huge : std::min(in_slab(page_bytes_), wanted)));
+    if (Status added = add_slab(whole ? huge : std::min(in_slab(page_bytes_), wanted)); !added.ok()) {
+      std::vector<std::shared_ptr<Block>> gone;
+      forget_tables(&gone);
+      return added;
+    }
   }
   return {};
 }
@@ -66,6 +62,14 @@ void PagePool::forget_tables(std::vector<std::shared_ptr<Block>>* gone) noexcept
 }
 
 Status PagePool::add_slab(std::size_t count) {
+  // Where the host's memory runs out on the way, by an exception, what was prepared goes again as well.
+  struct Forget {
+    PagePool& pool;
+    ~Forget() {
+      std::vector<std::shared_ptr<Block>> gone;
+      pool.forget_tables(&gone);
+    }
+  } const forget{*this};
   const bool reused = !free_chunks_.empty();
   const auto chunk = reused ? static_cast<std::size_t>(free_chunks_.back()) : slabs_.size();
   if (chunk >= static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()) >> shift_)

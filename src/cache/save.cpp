@@ -83,13 +83,13 @@ Status write_page(const CacheState& c, PageId page, blob::Writer& out) {
   return out.write(blob::Kind::page, block);
 }
 
-// Last, since a device reports late: what was queued has run once rows and pages are copied.
+// Last, since a device tells late: what was queued has run by the time that rows and pages are here.
 Status write_notes(const CacheState& c, blob::Writer& out) {
   std::vector<std::vector<std::uint64_t>> rows;
   std::vector<std::uint64_t> told;
   for (const Sequence& s : c.sequences) {
     std::vector<NonFinite> found(s.ledger.non_finite().begin(), s.ledger.non_finite().end());
-    s.peek_notes(&found);
+    s.listen(&found);
     told.push_back(found.size());
     rows.emplace_back();
     for (const NonFinite& x : found)
