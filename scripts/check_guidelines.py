@@ -64,8 +64,8 @@ PYTHON: dict[str, tuple[set[str], str]] = {
     ),
     "kv4.cli": (
         {"kv4", "kv4.models", "kv4.hf", "kv4.bench", "kv4.evaluate"},
-        "openmp output usage options laboratory bench_cuda bench_vllm bench demo evaluate ablate chat generate info models "
-        "commands",
+        "openmp output usage options laboratory bench_cuda bench_vllm bench demo evaluate ablate chat generate info "
+        "models commands",
     ),
 }
 # Instruction sets that add to another and may use its folder.
