@@ -107,7 +107,7 @@ class Program {
 
   void run() {
     add();
-    for (int calls = 0; calls < 24 && !in_.empty(); ++calls) {
+    for (int calls = 0; calls < 16 && !in_.empty(); ++calls) {
       const int call = in_.below(20);
       if (call < 7) step(call < 4);
       else if (call == 7) add();

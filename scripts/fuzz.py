@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "fuzz" / "corpus"
 # Longest input; memory that one allocation, and all, may take: what asks for more on an input's word is a finding.
-LIMITS = {"saved_cache": 65536, "c_program": 200, "paged": 1024, "calibration": 4096}
+LIMITS = {"saved_cache": 65536, "c_program": 128, "paged": 1024, "calibration": 4096}
 MEMORY = ("-malloc_limit_mb=256", "-rss_limit_mb=2048")
 COUNT = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
 COVERAGE = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)")
@@ -53,7 +53,7 @@ def run(build: Path, target: str, seconds: int, seed: int) -> Run:
     done = subprocess.run(
         [
             program(build, target), f"-max_total_time={seconds}", f"-max_len={LIMITS[target]}", f"-seed={seed}",
-            "-timeout=20", "-print_final_stats=1", "-len_control=0", *MEMORY, f"-artifact_prefix={crashes}/",
+            "-timeout=120", "-print_final_stats=1", "-len_control=0", *MEMORY, f"-artifact_prefix={crashes}/",
             grown, CORPUS / target,
         ],
         capture_output=True, text=True, errors="replace", check=False,
