@@ -21,7 +21,7 @@ CORE := CMakeLists.txt pyproject.toml $(shell find cmake include src python/bind
 CORE += $(shell find include src python/bindings -type d 2>/dev/null)
 FORMATTED := '*.h' '*.cpp' '*.inl' '*.c' '*.cu' '*.cuh'
 
-.PHONY: help setup system demo test test-cpp test-python test-slow test-neon test-metal test-tools setup-vllm test-vllm metal-tools llama test-llama check lint format asan tsan bench wheel clean
+.PHONY: help setup system demo test test-cpp test-python test-slow fuzz soak test-isas test-oldest site test-neon test-metal test-tools setup-vllm test-vllm metal-tools llama test-llama check lint format asan tsan bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,7 +33,10 @@ help:
 	@echo "make setup-vllm     vLLM for CPUs with kv4 as its plug-in, in .venv-vllm;  make test-vllm: its tests"
 	@echo "make llama    libggml-kv4.so, for a llama.cpp that is built once beside it, in build/llama;  make test-llama: its tests"
 	@echo "make asan | tsan      the C++ tests under AddressSanitizer with UndefinedBehaviorSanitizer, or ThreadSanitizer"
-	@echo "make bench    the C++ benchmarks, built"
+	@echo "make fuzz     the fuzz targets, FUZZ_SECONDS each (30);  make soak: SOAK_OPERATIONS random calls (two millions)"
+	@echo "make test-isas      the C++ tests on each instruction set that this machine runs"
+	@echo "make test-oldest    the tests of kv4.hf with the oldest transformers that it takes"
+	@echo "make bench    the C++ benchmarks, built;  make site: the documentation as a site, in build/site"
 	@echo "make lint     check, and clang-tidy where it is installed;  make format    clang-format and ruff"
 	@echo "make wheel    a wheel in dist/;  make clean    removes build/"
 
@@ -56,7 +59,7 @@ $(VENV)/.tests: requirements-dev.txt $(VENV)/.python
 	@touch $@
 
 $(VENV)/.kv4: $(VENV)/.python $(CORE)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[tools]'
 	@touch $@
 
 demo: setup
@@ -88,6 +91,15 @@ test-python: metal-tools
 # Not part of `make test`.
 test-slow: setup test-tools
 	$(BIN)/python -m pytest --numprocesses $(JOBS) -m slow tests/python
+
+# The oldest transformers that the extra hf takes, in an environment of its own.
+OLDEST := build/venv-oldest
+test-oldest: setup
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -r requirements-dev.txt
+	$(OLDEST)/bin/python -m pip install --quiet transformers==5.17.0
+	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m pip install --quiet --no-build-isolation -C build-dir=build/oldest --editable '.[tools]'
+	$(OLDEST)/bin/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist loadfile tests/python -k "hf"
 
 # vLLM wants an older transformers: an environment of its own, with kv4 in place too.
 VLLM := .venv-vllm
@@ -146,13 +158,41 @@ asan tsan: setup
 	cmake --build --preset $@
 	ctest --preset $@
 
+FUZZ_SECONDS ?= 30
+fuzz: setup
+	@bash scripts/setup_system.sh fuzz
+	cmake --preset fuzz
+	cmake --build --preset fuzz
+	$(BIN)/python scripts/fuzz.py --seconds $(FUZZ_SECONDS) --jobs $(JOBS)
+
+SOAK_OPERATIONS ?= 2000000
+soak: setup
+	cmake --preset release
+	cmake --build --preset release --target kv4_soak
+	build/release/tests/kv4_soak --operations $(SOAK_OPERATIONS)
+
+# Each process then runs on that one; the tests of all of them are in test-cpp too.
+test-isas: setup
+	cmake --preset release
+	cmake --build --preset release --target kv4_tests
+	@set -e; for isa in $$($(BIN)/python -c 'from kv4 import _core; print(*_core.isas())'); do \
+	  echo "== $$isa"; KV4_CPU_ISA=$$isa build/release/tests/kv4_tests --gtest_brief=1; done
+
+# Its packages are no part of the other steps.
+site: setup
+	$(BIN)/python -m pip install --quiet mkdocs-material
+	$(BIN)/python scripts/site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 bench: setup
 	@bash scripts/setup_system.sh bench
 	cmake --preset bench
 	cmake --build --preset bench
 
-wheel: setup
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+# WHEEL_OPTIONS: of the build, such as -C cmake.define.KV4_CUDA=ON
+wheel: setup test-tools
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist $(WHEEL_OPTIONS) .
+	$(BIN)/python -m pytest -q tests/python/test_package.py
 
 clean:
 	rm -rf build dist

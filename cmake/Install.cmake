@@ -1,4 +1,4 @@
-# `cmake --install` and find_package(kv4).
+# `cmake --install`, find_package(kv4) and pkg-config.
 
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
@@ -16,4 +16,26 @@ configure_package_config_file(cmake/kv4Config.cmake.in ${PROJECT_BINARY_DIR}/kv4
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/kv4ConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${PROJECT_BINARY_DIR}/kv4Config.cmake ${PROJECT_BINARY_DIR}/kv4ConfigVersion.cmake
         DESTINATION ${KV4_CMAKE_DIR})
+# What the library itself links: a static one leaves it to every program, a shared one to nobody.
+set(KV4_PC_PRIVATE_LIBS "-lstdc++ -lm")
+if(APPLE)
+  set(KV4_PC_PRIVATE_LIBS "-lc++ -framework Metal -framework Foundation")
+endif()
+if(KV4_OPENMP)
+  string(REPLACE ";" " " KV4_OPENMP_LIBRARIES "${OpenMP_CXX_LIBRARIES}")
+  string(APPEND KV4_PC_PRIVATE_LIBS " ${KV4_OPENMP_LIBRARIES}")
+else()
+  string(APPEND KV4_PC_PRIVATE_LIBS " -pthread")
+endif()
+if(KV4_HAS_CUDA)
+  string(APPEND KV4_PC_PRIVATE_LIBS " -L${CUDAToolkit_LIBRARY_DIR} -lcudart_static -ldl -lrt -lpthread")
+endif()
+if(NOT BUILD_SHARED_LIBS)
+  set(KV4_PC_LIBS "${KV4_PC_PRIVATE_LIBS}")
+  set(KV4_PC_PRIVATE_LIBS "")
+endif()
+# From where it lies, so that the installed tree may be moved.
+file(RELATIVE_PATH KV4_PC_TO_PREFIX /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
+configure_file(cmake/kv4.pc.in ${PROJECT_BINARY_DIR}/kv4.pc @ONLY)
+install(FILES ${PROJECT_BINARY_DIR}/kv4.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
 install(FILES LICENSE DESTINATION ${CMAKE_INSTALL_DATADIR}/doc/kv4)

@@ -1,6 +1,6 @@
 # kv4._core: the bindings, as one module beside the package's Python files.
 
-find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
+find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module OPTIONAL_COMPONENTS ${SKBUILD_SABI_COMPONENT})
 find_package(nanobind CONFIG QUIET)
 if(NOT nanobind_FOUND)
   execute_process(COMMAND ${Python_EXECUTABLE} -m nanobind --cmake_dir
@@ -9,7 +9,11 @@ if(NOT nanobind_FOUND)
 endif()
 
 file(GLOB KV4_BINDINGS CONFIGURE_DEPENDS python/bindings/*.cpp)
-nanobind_add_module(_core NB_STATIC NOMINSIZE ${KV4_BINDINGS})
+# The stable ABI where the wheel is for it: CPython 3.12 and later.
+if(SKBUILD_SABI_COMPONENT)
+  set(KV4_STABLE_ABI STABLE_ABI)
+endif()
+nanobind_add_module(_core ${KV4_STABLE_ABI} NB_STATIC NOMINSIZE ${KV4_BINDINGS})
 target_compile_options(_core PRIVATE ${KV4_WARNINGS})
 target_include_directories(_core PRIVATE python/bindings src)
 # libgomp by its name: whichever copy torch has loaded, or later loads, serves both.

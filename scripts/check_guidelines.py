@@ -43,7 +43,7 @@ LAYERS: dict[str, set[str]] = {
 # bottom up: a module imports what stands before it, at the top of the file or inside a function, for types or for use.
 # The package itself (__init__) is the last of its modules.
 PYTHON: dict[str, tuple[set[str], str]] = {
-    "kv4": (set(), "_core messages whole recipe per_layer shared calibration"),
+    "kv4": (set(), "_core messages extras whole recipe per_layer shared calibration"),
     "kv4.models": ({"kv4"}, "errors progress catalogue tensors parts convert store"),
     "kv4.metal": ({"kv4"}, "host source sequence launch sealing saved cache mps"),
     "kv4.hf": (
@@ -65,7 +65,8 @@ PYTHON: dict[str, tuple[set[str], str]] = {
     ),
     "kv4.cli": (
         {"kv4", "kv4.models", "kv4.hf", "kv4.bench", "kv4.evaluate"},
-        "openmp output usage options laboratory bench_cuda bench_vllm bench demo evaluate ablate generate info models app",
+        "openmp output usage options laboratory bench_cuda bench_vllm bench demo evaluate ablate chat generate info "
+        "models commands",
     ),
 }
 # Instruction sets that add to another and may use its folder.

@@ -5,10 +5,11 @@
 #   setup_system.sh build    a C++ compiler and Python's venv; GTest. Fails where they cannot be had.
 #   setup_system.sh bench    google-benchmark. Fails where it cannot be had.
 #   setup_system.sh cross    the Arm cross compiler and emulator. Never fails: those tests are then left out.
+#   setup_system.sh fuzz     clang 19 with libFuzzer; nlohmann's JSON. Fails where they cannot be had.
 #   setup_system.sh metal    clang 19, which compiles the Metal kernels for their emulator. Never fails, likewise.
 set -euo pipefail
 
-step=${1:?step: expected build, bench, cross or metal; got nothing}
+step=${1:?step: expected build, bench, cross, fuzz or metal; got nothing}
 python=${PYTHON:-python3}
 missing=()
 
@@ -23,6 +24,10 @@ compiles() {
   printf '#if !(__GNUC__ >= 12 || __clang_major__ >= 14)\n#error\n#endif\nint main() {}\n' |
     "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only -
 }
+# Only clang has it as a package of its own.
+openmp() {
+  echo 'int main() {}' | "${CXX:-c++}" -fopenmp -x c++ - -o /dev/null
+}
 gtest() {
   echo '#include <gtest/gtest.h>' | "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only - || test -d /usr/src/googletest
 }
@@ -36,6 +41,10 @@ metal() {
   return 1
 }
 
+fuzzer() {
+  echo 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' |
+    clang++-19 -fsanitize=fuzzer,address -x c++ - -o /dev/null
+}
 header() {
   echo "#include <$1>" | "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only -
 }
@@ -46,6 +55,7 @@ benchmark() {
 case $step in
   build)
     need g++ compiles
+    need "libomp-$("${CXX:-c++}" -dumpversion | cut -d. -f1)-dev" openmp
     need make command -v make
     need python3-venv "$python" -c 'import ensurepip, venv'
     need python3-dev "$python" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")'
@@ -61,11 +71,16 @@ case $step in
     need clang-19 metal
     need libclang-rt-19-dev metal
     ;;
+  fuzz)
+    need clang-19 command -v clang++-19
+    need libclang-rt-19-dev fuzzer
+    need nlohmann-json3-dev header nlohmann/json.hpp
+    ;;
   bench)
     need libbenchmark-dev benchmark
     ;;
   *)
-    echo "step: expected build, bench, cross or metal; got $step" >&2
+    echo "step: expected build, bench, cross, fuzz or metal; got $step" >&2
     exit 2
     ;;
 esac

@@ -79,6 +79,10 @@ Status Calibration::read(const std::string& path, Calibration* out) {
   std::ifstream file(path, std::ios::binary);
   const std::string bytes{std::istreambuf_iterator<char>(file), {}};
   if (!file || bytes.empty()) return refused("a file that can be read", path);
+  return parse(bytes, path, out);
+}
+
+Status Calibration::parse(std::string_view bytes, const std::string& path, Calibration* out) {
   std::uint64_t size = 0;
   if (bytes.size() >= sizeof size) std::memcpy(&size, bytes.data(), sizeof size);
   const Json header = size == 0 || size > bytes.size() - sizeof size
@@ -89,7 +93,7 @@ Status Calibration::read(const std::string& path, Calibration* out) {
   if (!meta.is_object() || text_of(meta, "format") != "kv4-calibration" || text_of(meta, "version") != "1")
     return refused("version 1 of kv4-calibration, as `kv4 calibrate` writes it",
                    meta.is_object() ? text_of(meta, "format") + ", version " + text_of(meta, "version") : path);
-  const std::string_view data = std::string_view(bytes).substr(sizeof size + size);
+  const std::string_view data = bytes.substr(sizeof size + size);
   Calibration read;
   for (const auto& [name, entry] : header.items()) {
     if (name == "__metadata__" || name.ends_with(".moments")) continue;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -21,6 +22,8 @@ class Calibration {
  public:
   // Errors: invalid_argument naming KV4_CALIBRATION: no such file, none of this kind, damaged, or of more than lambda.
   static Status read(const std::string& path, Calibration* out);
+  // Of a file's bytes; `path` is what a message calls it.
+  static Status parse(std::string_view bytes, const std::string& path, Calibration* out);
 
   bool has_values() const { return !values_.empty(); }
   // Of the model's layer `layer`; invalid_argument where there is none of this shape.

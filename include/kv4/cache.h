@@ -14,8 +14,8 @@
 // each query exactly as if the tokens had come one by one. Longer calls (prefill) see their own
 // tokens exactly.
 //
-// A failed call leaves the cache as it was: no later call can tell that it was made. Out of the host's memory is
-// out_of_memory like the device's. A device that queues its work tells of what went wrong there later. Objects are not
+// A failed call leaves the cache as it was. Running out of host memory is out_of_memory, like running out of the
+// device's. A device that queues its work reports what went wrong there with a later call. Objects are not
 // thread-safe; clones may be used from different threads (they share pages).
 #pragma once
 
@@ -66,7 +66,7 @@ struct RowCount {
 };
 
 // Memory that caches of one process have in common: tables of a rotation, one for all that define it alike, on the host
-// and on each device that has used it. `identity` tells such memory apart while any cache that has it lives.
+// and on each device that has used it. `identity` is unique while any cache that has it lives.
 struct SharedMemory {
   const void* identity = nullptr;
   std::size_t bytes = 0;
@@ -115,8 +115,8 @@ class Cache {
   // stream, all that create() put there being done; a clone on the stream of what it is a clone of. A cache that moves
   // to another stream has the other wait for the work of the one before; cudaStreamPerThread is another stream on
   // another thread. Clones that share pages need one order of their streams' work; other caches may run beside each
-  // other, captured or not. Non-finite rows are told of by the device: an attend that sees them refuses as soon as it
-  // knows.
+  // other, captured or not. The device flags non-finite rows: an attend that sees them fails once the
+  // flag has arrived.
   void set_stream(void* stream);
   // Room for `tokens` more of each sequence, so that steps of one token allocate nothing until then.
   Status reserve(std::int64_t tokens);

@@ -1,5 +1,5 @@
 // kv4 on memory that a host owns: the operations of a cache without the cache. A server keeps its own pool of blocks,
-// its own tables and its own sequences, which come and go; kv4 is told where they lie and quantises, packs and attends.
+// its own tables and its own sequences, which come and go; kv4 gets pointers to them and quantises, packs and attends.
 // No call but create and learn_lambda allocates (a CPU thread keeps some kilobytes of scratch from its first call on),
 // none remembers anything; on a device none waits. All of it is checked before anything is written.
 //

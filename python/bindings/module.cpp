@@ -29,7 +29,7 @@ using namespace nb::literals;
 
 template <std::size_t N>
 int choice(nb::handle object, const char* attribute, const char* field, const char* const (&names)[N]) {
-  const std::string value = nb::str(nb::object(object.attr(attribute))).c_str();
+  const std::string value = text(object.attr(attribute));
   std::string all;
   for (std::size_t i = 0; i < N; ++i) {
     if (value == names[i]) return static_cast<int>(i);
@@ -45,7 +45,7 @@ T number(nb::handle object, const char* attribute, const char* field) {
     return nb::cast<T>(object.attr(attribute));
   } catch (const nb::cast_error&) {
     raise_if_error(invalid_argument(std::string("recipe.") + field, "an integer in range",
-                                    nb::repr(object.attr(attribute)).c_str()));
+                                    text(nb::repr(object.attr(attribute)))));
     return T{};
   }
 }

@@ -23,12 +23,6 @@ const Names& names() {
   throw std::bad_alloc();  // not reached
 }
 
-std::string text(nb::handle x) {
-  const nb::object name = nb::steal(PyObject_Str(x.ptr()));
-  if (!name.is_valid()) throw nb::python_error();
-  return PyUnicode_AsUTF8(name.ptr());
-}
-
 Element element_of_torch(nb::handle dtype, std::string* other) {
   // torch's dtype objects are singletons.
   static PyObject* seen[5] = {};
@@ -51,7 +45,7 @@ Element element_of_torch(nb::handle dtype, std::string* other) {
 
 void read_tuple(nb::handle tuple, int rank, std::array<std::int64_t, 4>* out) {
   for (int i = 0; i < rank; ++i) {
-    (*out)[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
+    (*out)[i] = PyLong_AsLongLong(PyTuple_GetItem(tuple.ptr(), i));
     if ((*out)[i] == -1 && PyErr_Occurred()) throw nb::python_error();
   }
 }
@@ -64,7 +58,7 @@ bool is_on(nb::handle x, int device) {
   const Names& n = names();
   if (device == kHost) return !nb::getattr(x, n.is_cpu, nb::none()).is(nb::bool_(false));
   if (!nb::getattr(x, n.is_cuda, nb::bool_(false)).is(nb::bool_(true))) return false;
-  const nb::object index = nb::steal(PyObject_CallMethodNoArgs(x.ptr(), n.get_device.ptr()));
+  const nb::object index = nb::steal(PyObject_CallMethodObjArgs(x.ptr(), n.get_device.ptr(), nullptr));
   if (!index.is_valid()) throw nb::python_error();
   return PyLong_AsLong(index.ptr()) == device;
 }
@@ -80,10 +74,10 @@ Tensor from_torch(nb::handle x, const char* name, int device, bool written) {
   if (t.rank < 0) throw nb::python_error();
   if (t.rank > 4) bad(name, "at most 4 axes", std::to_string(t.rank));
   read_tuple(shape, t.rank, &t.shape);
-  const nb::object stride = nb::steal(PyObject_CallMethodNoArgs(x.ptr(), n.stride.ptr()));
+  const nb::object stride = nb::steal(PyObject_CallMethodObjArgs(x.ptr(), n.stride.ptr(), nullptr));
   if (!stride.is_valid()) throw nb::python_error();
   read_tuple(stride, t.rank, &t.stride);
-  const nb::object pointer = nb::steal(PyObject_CallMethodNoArgs(x.ptr(), n.data_ptr.ptr()));
+  const nb::object pointer = nb::steal(PyObject_CallMethodObjArgs(x.ptr(), n.data_ptr.ptr(), nullptr));
   if (!pointer.is_valid()) throw nb::python_error();
   t.data = PyLong_AsVoidPtr(pointer.ptr());
   if (PyErr_Occurred()) throw nb::python_error();
@@ -182,6 +176,20 @@ View view(const Tensor& t, const char* name) {
 }
 
 }  // namespace
+
+std::string text(nb::handle x) {
+  nb::object string = nb::steal(PyObject_Str(x.ptr()));
+  if (!string.is_valid()) throw nb::python_error();
+  Py_ssize_t bytes = 0;
+  const char* utf8 = PyUnicode_AsUTF8AndSize(string.ptr(), &bytes);
+  if (utf8 == nullptr) {
+    PyErr_Clear();
+    string = nb::steal(PyObject_ASCII(string.ptr()));
+    utf8 = string.is_valid() ? PyUnicode_AsUTF8AndSize(string.ptr(), &bytes) : nullptr;
+    if (utf8 == nullptr) throw nb::python_error();
+  }
+  return {utf8, static_cast<std::size_t>(bytes)};
+}
 
 const char* name_of(Element e) {
   static constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "bool",

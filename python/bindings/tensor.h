@@ -46,6 +46,8 @@ MutableTensorView mutable_float_view(const Tensor& t, const char* name);
 void check_vector(const Tensor& t, const char* name, Element element, const char* element_name, std::int64_t count);
 
 const char* name_of(Element e);
+// str(x). A surrogate by itself, which UTF-8 cannot hold, is escaped.
+std::string text(nb::handle x);
 std::string shape_text(const Tensor& t);
 
 // Raises the Python exception that fits a failed status.

@@ -1,6 +1,7 @@
 """kv4: an int4 key/value cache for transformer inference.
 
-`kv4.hf` puts it behind HuggingFace transformers; the `kv4` command generates, measures and explains.
+`Cache` is the cache of one attention layer, on numpy arrays or torch tensors; `kv4.hf` puts it behind HuggingFace
+transformers; the `kv4` command generates, measures and explains.
 
 The compiled module is loaded when something of it is first used: with it comes the OpenMP runtime, which reads its
 environment at that moment and never again (docs/huggingface.md, "On a loaded machine").
@@ -12,16 +13,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kv4._core import Cache
     from kv4.recipe import Recipe, Side
 
     __version__: str
 
-__all__ = ["Recipe", "Side", "num_threads", "set_num_threads"]
+__all__ = ["Cache", "Recipe", "Side", "num_threads", "set_num_threads"]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("Recipe", "Side"):
         found = getattr(import_module("kv4.recipe"), name)
+    elif name == "Cache":
+        found = import_module("kv4._core").Cache
     elif name == "__version__":
         found = import_module("kv4._core").version()
     elif name == "_core":

@@ -9,16 +9,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from kv4.extras import require
 from kv4.recipe import Recipe
+
+require("kv4.calibration", "hf", "torch", "safetensors")
+
+import torch
 
 Tensor = torch.Tensor
 FORMAT, FORMAT_VERSION = "kv4-calibration", 1
 
 
 def identity_of(folder: str | Path) -> dict[str, Any]:
-    """What tells one model from another: its name, and a digest of its configuration and of the weights' index."""
+    """Identifies a model: its name, and a digest of its configuration and of the weights' index."""
     folder = Path(folder)
     digest = hashlib.sha256()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

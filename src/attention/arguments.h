@@ -1,4 +1,4 @@
-// What every call of attention has to say rightly, whoever holds the cache.
+// Argument checks that every attention call shares.
 #pragma once
 
 #include <array>

@@ -47,7 +47,7 @@ struct PageSpec {
   kv4_page_layout layout{};
 };
 
-// Page `id`, and its slice of one head, for whoever reads them: kernels, or the host where their memory is the host's.
+// Page `id`, and its slice of one head, as their reader sees them: kernels, or the host where it is host memory.
 KV4_DEVICE inline std::uint8_t* page_at(const PageMemory& memory, std::int32_t id) {
   if (memory.chunks == nullptr) return memory.data + id * memory.page_stride;
   const std::int32_t within = id & ((std::int32_t{1} << memory.chunk_shift) - 1);
@@ -75,7 +75,7 @@ struct SealJob {
   std::int64_t count = kPageTokens;
 };
 
-// What a backend that queues its work tells later, in host memory: 1 + the newest position whose key (value) held NaN
+// What a backend that queues its work reports later, in host memory: 1 + the newest position whose key (value) held NaN
 // or infinity in some head, 0 while none did.
 struct LateNote {
   volatile std::int64_t key = 0, value = 0;
@@ -114,7 +114,7 @@ struct SequenceView {
   std::int64_t query_position = 0;              // of the first of them
   const float* lambda_k = nullptr;              // [kv_heads, head_dim_k] or null for 1
   const float* lambda_v = nullptr;              // [kv_heads, head_dim_v] or null for 1
-  LateNote* note = nullptr;                     // where a backend with alloc_note tells of NaN and infinity
+  LateNote* note = nullptr;                     // where a backend with alloc_note reports NaN and infinity
   ExactRows exact[2];                           // sinks and window; disjoint; count 0 where absent
 };
 
@@ -143,7 +143,7 @@ struct StoreJob {
   TensorView k, v;
   Sequences sequences;  // as before the call; query_position: that of the last row but query_count
   std::vector<NonFinite>* const* found =
-      nullptr;  // [batch] or null: told at once where the backend works at once, ascending
+      nullptr;  // [batch] or null: filled within the call where the backend is synchronous, ascending
   std::uint8_t* skip =
       nullptr;  // [inputs, rows], zeros, where kernels write it: 1 where a row holds NaN or infinity in some head
   DeviceTables* tables = nullptr;
@@ -244,17 +244,16 @@ class Backend {
   // Memory that the kernels read, 64-byte aligned; null when there is none left.
   virtual void* alloc(std::size_t bytes) = 0;
   virtual void free(void* p, std::size_t bytes) = 0;
-  // To, from or within the backend's memory. What comes from the host may be reused, what goes there is there. Whoever
-  // asks passes a failure on: after a fault of the device its memory holds anything.
+  // To, from or within the backend's memory. On return a host source may be reused and a host destination is complete.
+  // Callers return a failure to theirs: after a fault of the device its memory is undefined.
   virtual Status copy(void* to, const void* from, std::size_t bytes) = 0;
   virtual Status clear(void* p, std::size_t bytes) = 0;  // zero bytes
-  // The same from host memory that may be reused, without a wait for the device.
+  // The same from host memory, without waiting for the device: the source may be reused on return.
   virtual Status upload(void* to, const void* from, std::size_t bytes) { return copy(to, from, bytes); }
-  // `lines` times `bytes`, their beginnings a pitch of bytes apart. A line may overlap its own source where it lies
-  // below it.
+  // A 2-D copy: `lines` rows of `bytes`, a pitch apart. A row may overlap its own source where it lies below it.
   virtual Status copy_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t bytes,
                             int lines) = 0;
-  // A note for store to write to, or null where it tells at once.
+  // A note for store to write to, or null where store reports within the call.
   virtual Status alloc_note(LateNote** out) {
     *out = nullptr;
     return {};

@@ -1,6 +1,6 @@
 // CRC-32C: polynomial 0x1EDC6F41 (Castagnoli, Braeuer and Herrmann, IEEE Transactions on Communications 41(6), 1993),
 // reflected, begun with all ones and inverted at the end, as iSCSI has it (RFC 3720; test vectors in its appendix B.4).
-// It tells every error within 32 bits in a row. Eight bytes at a time by tables: Kounavis and Berry, "A systematic
+// It detects every burst error of up to 32 bits. Eight bytes at a time by tables: Kounavis and Berry, "A systematic
 // approach to building high performance software-based CRC generators", ISCC 2005.
 #pragma once
 

@@ -67,7 +67,7 @@ class Append {
     KV4_RETURN_IF_ERROR(plan(k, v));
     KV4_RETURN_IF_ERROR(place());
     make_room_for_news();
-    // Sealing on arrival writes into open pages, storing may be told of late: nothing of a call fails after them.
+    // Sealing on arrival writes into open pages, storing may be reported late: nothing of a call fails after them.
     KV4_RETURN_IF_ERROR(draft_.seal());
     if (setup_.policy.arrival() || k.shape[2] == 0) return {};
     StoreJob job;
@@ -245,7 +245,7 @@ Status advance(CacheState& c) {
   Append call(c, c.sequences);
   KV4_RETURN_IF_ERROR(call.foresee());
   call.commit();
-  for (Sequence& s : c.sequences) s.ledger.tell(s.length() - 1, [](std::int64_t) { return true; });
+  for (Sequence& s : c.sequences) s.ledger.mark_seen(s.length() - 1, [](std::int64_t) { return true; });
   ++c.version;
   return {};
 }

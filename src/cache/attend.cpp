@@ -46,8 +46,8 @@ class Attend {
   }
 
   void commit() noexcept {
-    for (std::size_t i = 0; i < c_.parts.size() && told(); ++i)
-      if (draft_.find(i) == nullptr && !sequence(i).ledger.marks().empty()) sequence(i).ledger.tell(0, sight(i));
+    for (std::size_t i = 0; i < c_.parts.size() && mask_readable(); ++i)
+      if (draft_.find(i) == nullptr && !sequence(i).ledger.marks().empty()) sequence(i).ledger.mark_seen(0, sight(i));
     for (auto& [part, energy] : energies_)
       if (draft_.find(part) == nullptr) std::swap(sequence(part).body.energy, energy);
     draft_.commit();
@@ -74,14 +74,14 @@ class Attend {
   }
   Sight sight(std::size_t i) const { return {visibility(i), hidden_.empty() ? nullptr : &hidden_[i]}; }
   // Whether the host knows what queries see.
-  bool told() const { return readable_.mask.kind == Mask::General::none || readable_.mask.general != nullptr; }
+  bool mask_readable() const { return readable_.mask.kind == Mask::General::none || readable_.mask.general != nullptr; }
   static bool stepwise(const Part& part) { return part.tokens <= kPageTokens; }
 
   // Non-finite tokens that some query sees.
   Status check_seen() {
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
       Sequence& s = sequence(i);
-      s.hear();
+      s.poll_notes();
       if (s.ledger.non_finite().empty()) continue;
       Sight seen{visibility(i), nullptr};
       std::vector<std::int64_t> hidden;
@@ -99,7 +99,7 @@ class Attend {
     return {};
   }
 
-  // What the call tells of exact tokens, where that does not follow for each alone, and the energies of the first
+  // Which exact tokens the call sees, where that does not follow for each alone, and the energies of the first
   // queries that count. Nothing of it is known before commit.
   Status learn() {
     if (readable_.mask.kind != Mask::General::none && readable_.mask.general != nullptr && !visibility(0).simple()) {
@@ -139,14 +139,14 @@ class Attend {
     return jobs.empty() ? Status() : setup_.backend->query_energies(args_.q, setup_.heads(), jobs);
   }
 
-  // Sealing uses what the call tells, and the call sees what is sealed.
+  // Sealing uses what the call sees of each token, and the call sees what is sealed.
   Status seal() {
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
       Sequence& s = sequence(i);
       if (!s.ledger.may_seal(c_.parts[i].tokens)) continue;
       Change& change = draft_.add(i, s);
       std::vector<std::uint8_t> seen;
-      if (told()) {
+      if (mask_readable()) {
         Sight sees = sight(i);
         for (std::int64_t p = s.ledger.extent().window_position; p < s.length(); ++p) seen.push_back(sees(p) ? 1 : 0);
       }

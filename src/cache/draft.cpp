@@ -96,7 +96,7 @@ Status Draft::flag(Change& c, const Arriving* arriving) const {
                                : Block::copy_of(backend, "masked", c.skip.data(), c.skip.size(), &c.skip_on_device);
 }
 
-// Nothing of them is flagged yet. A device tells of its rows when it gets there.
+// Nothing of them is flagged yet. A device flags its rows when its queue gets there.
 Status Draft::flag_arriving(Change& c, const Arriving& arriving) const {
   Backend& backend = *setup_.backend;
   const Part& part = arriving.parts[c.at];

@@ -1,5 +1,5 @@
 // A call, planned: what it makes of each sequence for which it does more than store rows. All of it lies in memory that
-// nobody reads, until commit, which cannot fail.
+// is not read yet, until commit, which cannot fail.
 #pragma once
 
 #include <cstddef>
@@ -42,7 +42,7 @@ struct Change {
   FreshPages fresh;      // plan.new_pages, then a copy of the last page where it is filled on and others have it too
   PageId replaced = -1;  // that copy
   Body next;
-  std::shared_ptr<LateNote> note;  // that the next rows are told of to, where `renoted`
+  std::shared_ptr<LateNote> note;  // for the next rows, where `renoted`
   bool renoted = false;
   std::vector<std::uint8_t> skip;         // flags of sealed rows, and
   std::shared_ptr<Block> skip_on_device;  // those that kernels read

@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::int64_t kMostRows = std::numeric_limits<int>::max();
 
-// A change of what is held already: what notes told of it is known, and what old ones tell later is no news.
+// A change of tokens that are held already: their notes are polled first, and old notes report nothing after it.
 Status carry_out(CacheState& c, Draft& draft) {
   for (Change& change : draft.changes()) {
     if (change.sequence->notes.empty()) continue;
@@ -29,7 +29,7 @@ Status plan_crop(Sequence& s, std::size_t row, std::int64_t length, Draft& draft
   ledger::Plan plan;
   KV4_RETURN_IF_ERROR(s.ledger.plan_crop(length, &plan));
   if (length == s.length()) return {};
-  s.hear();
+  s.poll_notes();
   Change& change = draft.add(row, s);
   change.plan = std::move(plan);
   change.next.energy.crop(length);
@@ -87,7 +87,7 @@ Status erase(CacheState& c, int row, std::int64_t first, std::int64_t count) {
   KV4_RETURN_IF_ERROR(s.ledger.plan_erase(first, count, c.recording, &plan));
   if (count == 0) return {};
   if (!s.notes.empty()) KV4_RETURN_IF_ERROR(c.backend().wait());  // positions in what comes later would be old ones
-  s.hear();
+  s.poll_notes();
   Draft draft(*c.setup, c.pool.get());
   Change& change = draft.add(0, s);
   change.plan = std::move(plan);

@@ -1,4 +1,4 @@
-// The ids of a sequence's pages in memory that kernels read. Entries behind the last one are nobody's: who plans a
+// The ids of a sequence's pages in memory that kernels read. Entries behind the last one are undefined: who plans a
 // longer table writes there, and nothing shows of it until the table that says so takes this one's place.
 #pragma once
 
@@ -19,7 +19,7 @@ class PageTable {
   const Block* block() const { return block_.get(); }
 
   // What a copy of this one becomes: of its ids, which the host has too, the range `kept`, its last one replaced where
-  // `last` is an id, then `fresh`. Whoever has this one finds it as it was.
+  // `last` is an id, then `fresh`. Other holders of this one find it unchanged.
   Status change(Backend& backend, std::span<const PageId> ids, const ledger::Rows& kept, PageId last,
                 std::span<const PageId> fresh) {
     const std::int64_t end = begin_ + kept.end;

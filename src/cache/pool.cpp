@@ -67,6 +67,14 @@ void PagePool::forget_tables(std::vector<std::shared_ptr<Block>>* gone) noexcept
 }
 
 Status PagePool::add_slab(std::size_t count) {
+  // Where the host's memory runs out on the way, by an exception, what was prepared goes again as well.
+  struct Forget {
+    PagePool& pool;
+    ~Forget() {
+      std::vector<std::shared_ptr<Block>> gone;
+      pool.forget_tables(&gone);
+    }
+  } const forget{*this};
   const bool reused = !free_chunks_.empty();
   const auto chunk = reused ? static_cast<std::size_t>(free_chunks_.back()) : slabs_.size();
   if (chunk >= static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()) >> shift_)

@@ -161,8 +161,8 @@ std::size_t nbytes(const CacheState& c) {
     count_block(body.lambda.get());
     count_block(body.table.block());
     for (const std::shared_ptr<Block>& row : body.energy.rows) count_block(row.get());
-    for (const Told& told : s.notes)
-      sum += sizeof(Told) + (counted.insert(told.note.get()).second ? sizeof(LateNote) : 0);
+    for (const PolledNote& polled : s.notes)
+      sum += sizeof(PolledNote) + (counted.insert(polled.note.get()).second ? sizeof(LateNote) : 0);
     sum += s.ledger.bytes() + body.energy.rows.capacity() * sizeof(body.energy.rows[0]);
   }
   const auto held = [](const auto& x) { return x.capacity() * sizeof(x[0]); };

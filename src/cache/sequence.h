@@ -25,9 +25,9 @@ struct QueryEnergy : ledger::Queries {
   }
 };
 
-// A note that a backend writes to when it gets there, and what of it the ledger has been told already. `end`: news of
-// positions from there on are not this sequence's, but of a fork or of what a crop took away.
-struct Told {
+// A note that a backend writes when its queue gets there, and how much of it has been polled into the ledger. `end`:
+// positions from there on belong to a fork, or to tokens that a crop removed.
+struct PolledNote {
   std::shared_ptr<LateNote> note;
   std::int64_t key = 0, value = 0;
   std::int64_t end = std::numeric_limits<std::int64_t>::max();
@@ -84,21 +84,23 @@ class Sequence {
     if (ledger.extent().lambda == ledger::Lambda::fixed) body.energy = QueryEnergy();
     if (ledger.extent().lambda == ledger::Lambda::open) body.lambda.reset();
   }
-  // What late notes say, to the ledger. Errors: none; std::bad_alloc changes nothing.
-  void hear();
-  // What they say beyond that.
+  // Moves what late notes report into the ledger. Errors: none; std::bad_alloc changes nothing.
+  void poll_notes();
+  // What they report that was not polled.
   void listen(std::vector<NonFinite>* found) const;
-  // Those that there are tell no more of positions from the length on; news of the next rows go to `fresh`, or at once
-  // where it is null. Room for one note is there.
+  // Existing notes count for positions below the length only; the next rows are reported in `fresh`, or by the call
+  // itself where it is null. `notes` has the capacity for one more.
   void turn_note(std::shared_ptr<LateNote> fresh) noexcept;
-  // Where news of the next rows go; null where the backend tells at once.
-  LateNote* note() const { return notes.empty() || notes.back().end != Told().end ? nullptr : notes.back().note.get(); }
+  // The note that the next rows are reported in; null where the backend reports within the call.
+  LateNote* note() const {
+    return notes.empty() || notes.back().end != PolledNote().end ? nullptr : notes.back().note.get();
+  }
 
   ledger::Ledger ledger;
   Body body;
-  std::vector<Told> notes;   // the last is written to; none where the backend tells at once
-  bool note_forked = false;  // a fork has the last one too: the next rows need a note of their own
-  PagePool* pool;            // null where nothing is sealed
+  std::vector<PolledNote> notes;  // the last is being written; none where the backend reports within the call
+  bool note_forked = false;       // a fork has the last one too: the next rows need a note of their own
+  PagePool* pool;                 // null where nothing is sealed
 
  private:
   Sequence(const Sequence& o)

@@ -1,4 +1,4 @@
-// What a Cache holds, and its verbs: each checks, plans, carries out in memory that nobody reads, and commits.
+// What a Cache holds, and its operations: each checks, plans, works in memory that is not read yet, and commits.
 #pragma once
 
 #include <memory>
@@ -87,7 +87,7 @@ Status load(CacheState& c, const Source& source);
 // device.cpp
 Status reserve(CacheState& c, std::int64_t tokens);
 Status make_tables(CacheState& c);
-// A note for the next rows; null where the backend tells at once. Room for it is there.
+// A note for the next rows; null where the backend reports within the call. Its capacity is reserved.
 Status make_note(const CacheState& c, Sequence& s, std::shared_ptr<LateNote>* out);
 
 }  // namespace kv4

@@ -1,6 +1,6 @@
 // How a call becomes tasks. An item is a run of queries of one sequence and KV head: all query heads
 // of the group share its pages. An item that is more than a piece of the work (share.h) is split along
-// its tokens, and whoever is free takes the next split; whichever ends last joins the partial states, so
+// its tokens, and free threads take the next split; the last to finish merges the partial states, so
 // that a call needs one parallel region and no barrier inside.
 #include <algorithm>
 #include <atomic>

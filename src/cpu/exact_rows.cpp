@@ -30,10 +30,10 @@ void store_row(std::byte* to, DType dtype, const float* from, int channels) {
   for (int c = 0; c < channels; ++c) half[c] = dtype == DType::f16 ? f32_to_f16(from[c]) : f32_to_bf16(from[c]);
 }
 
-// One side of one sequence, its rows being x's from `input_row` on, stored or looked at alone; told(t) hears of every
-// row with NaN or infinity.
-template <class Told>
-void store_side(const TensorView& x, const SequenceView& s, bool keys, bool stored, Told told) {
+// One side of one sequence, its rows being x's from `input_row` on, stored, or only scanned; on_non_finite(t) is called
+// for every row with NaN or infinity.
+template <class OnNonFinite>
+void store_side(const TensorView& x, const SequenceView& s, bool keys, bool stored, OnNonFinite on_non_finite) {
   const ExactRows& rows = s.exact[1];
   const std::int64_t size = static_cast<std::int64_t>(size_of(x.dtype));
   const int channels = static_cast<int>(x.shape[3]);
@@ -49,7 +49,7 @@ void store_side(const TensorView& x, const SequenceView& s, bool keys, bool stor
       }
       if (finite(from, x.dtype, channels)) continue;
       if (stored) std::memset(to, 0, bytes);
-      told(t);
+      on_non_finite(t);
     }
   }
 }
@@ -61,23 +61,23 @@ void store(const StoreJob& job) {
   for (std::size_t b = 0; b < job.sequences.views.size(); ++b) {
     const SequenceView& s = job.sequences.views[b];
     bad.clear();
-    const auto told = [&](std::uint8_t side) {
+    const auto flag = [&](std::uint8_t side) {
       return [&bad, &s, side](std::int64_t t) {
         bad.resize(static_cast<std::size_t>(s.query_count));
         bad[static_cast<std::size_t>(t)] |= side;
       };
     };
-    store_side(job.k, s, true, job.skip == nullptr, told(1));
-    store_side(job.v, s, false, job.skip == nullptr, told(2));
+    store_side(job.k, s, true, job.skip == nullptr, flag(1));
+    store_side(job.v, s, false, job.skip == nullptr, flag(2));
     for (std::size_t t = 0; t < bad.size(); ++t) {
       if (bad[t] == 0) continue;
       if (job.skip != nullptr) job.skip[s.input * job.k.shape[2] + s.input_row + static_cast<std::int64_t>(t)] = 1;
-      const NonFinite told{s.exact[1].position + s.exact[1].count + static_cast<std::int64_t>(t), (bad[t] & 1) != 0,
-                           (bad[t] & 2) != 0};
-      if (job.found != nullptr) job.found[b]->push_back(told);
+      const NonFinite row{s.exact[1].position + s.exact[1].count + static_cast<std::int64_t>(t), (bad[t] & 1) != 0,
+                          (bad[t] & 2) != 0};
+      if (job.found != nullptr) job.found[b]->push_back(row);
       if (s.note == nullptr) continue;
-      if (told.key) s.note->key = std::max(std::int64_t{s.note->key}, told.position + 1);
-      if (told.value) s.note->value = std::max(std::int64_t{s.note->value}, told.position + 1);
+      if (row.key) s.note->key = std::max(std::int64_t{s.note->key}, row.position + 1);
+      if (row.value) s.note->value = std::max(std::int64_t{s.note->value}, row.position + 1);
     }
   }
 }

@@ -9,7 +9,9 @@
 #include "backend/backend.h"
 
 // Best first. X(name, compiled where)
-#if defined(__x86_64__) || defined(_M_X64)
+#if (defined(__x86_64__) || defined(_M_X64)) && defined(KV4_CPU_FEW_ISAS)
+#define KV4_CPU_ISAS_ARCH(X) X(avx2)
+#elif defined(__x86_64__) || defined(_M_X64)
 #define KV4_CPU_ISAS_ARCH(X) X(amx) X(avx512) X(avxvnni) X(avx2)
 #elif defined(__aarch64__)
 // Clang's arm_neon.h may hide what the command line does not ask for.

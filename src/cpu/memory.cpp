@@ -26,8 +26,8 @@ void* map_aligned(std::size_t bytes) {
                              kHugePageBytes;
   if (before > 0) munmap(first, before);
   munmap(first + before + size, kHugePageBytes - before);
-  // Only a wish: without huge pages the block works all the same. The last, partly used page is left out of it,
-  // so that the block takes no more memory than was asked for.
+  // A hint: its failure changes speed only. The last, partly used huge page is left out, so that the block takes no
+  // more memory than was asked for.
   madvise(first + before, bytes / kHugePageBytes * kHugePageBytes, MADV_HUGEPAGE);
   return first + before;
 }

@@ -1,6 +1,6 @@
-// How large the pieces are in which a call's work is dealt to threads. On a machine that other programs use, any thread
-// may be put aside for milliseconds, and its piece with it; the others take what is left, so that what a call waits for
-// is a piece.
+// How large the pieces are in which a call's work is split among threads. On a machine that other programs use, any
+// thread may be put aside for milliseconds, and its piece with it; the others take what is left, so that what a call
+// waits for is a piece.
 #pragma once
 
 #include <algorithm>

@@ -65,7 +65,7 @@ class Planner {
   void see(std::span<const std::uint8_t> seen) {
     if (seen.empty()) return;
     plan_.marks.assign(marks_.begin(), marks_.end());
-    tell(plan_.marks, 0, [seen](std::int64_t row) { return seen[static_cast<std::size_t>(row)] != 0; });
+    mark_seen(plan_.marks, 0, [seen](std::int64_t row) { return seen[static_cast<std::size_t>(row)] != 0; });
     marks_ = plan_.marks;
   }
 

@@ -1,9 +1,9 @@
 // Policy, once: what of one sequence is exact, sealed, due or evicted, and what a call has to do about it. It holds
 // positions and page ids, and knows no memory, tensor or device.
 //
-// A call is planned, carried out by whoever owns the memory, then committed. Planning changes nothing, so that whatever
+// A call is planned, carried out by the owner of the memory, then committed. Planning changes nothing, so that whatever
 // fails before commit leaves the sequence as it was; commit allocates nothing and cannot fail. To be carried out
-// without a trace, a plan is done in this order, everything up to commit in memory that nobody reads yet:
+// without a trace, a plan is done in this order, everything up to commit in memory that is not read yet:
 //
 //   lambda     learn it from the keys at plan.lambda, where that is not empty
 //   seal       pages plan.sealed from the exact rows they cover, into pages with new ids
@@ -31,13 +31,13 @@ namespace kv4::ledger {
 
 using PageId = std::int32_t;
 
-// What attention has told about an exact token.
+// Whether a query has seen an exact token.
 enum class Seen : std::uint8_t { unknown = 0, visible = 1, masked = 2 };
 
-// Tells marks, of rows from `position` on in order, what a call saw: visible(position) of each that no query has seen
-// so far.
+// Updates the marks of rows from `position` on, in order, by what a call saw: visible(position) of each that no query
+// has seen so far.
 template <class Visible>
-void tell(std::span<Seen> marks, std::int64_t position, Visible visible) {
+void mark_seen(std::span<Seen> marks, std::int64_t position, Visible visible) {
   for (std::size_t j = 0; j < marks.size(); ++j)
     if (marks[j] != Seen::visible)
       marks[j] = visible(position + static_cast<std::int64_t>(j)) ? Seen::visible : Seen::masked;
@@ -59,7 +59,7 @@ struct Plan {
   Rows kept;                        // entries of the page table that stay, in front of the new ones
   std::vector<PageId> released;     // references that commit gives up
   Extent after;
-  std::vector<Seen> marks;     // of the window's rows as they are, where the call tells of them
+  std::vector<Seen> marks;     // of the window's rows as they are, where the call sees them
   std::uint64_t revision = 0;  // of the ledger that made it
 
   // Whether some of `sealed` goes into the last page that is held already, behind what is there.
@@ -126,7 +126,7 @@ class Ledger {
   bool idle(bool recording) const;
   // Whether `plan` does nothing but store new rows, or nothing at all: then extend does what commit would.
   bool only_stores(const Plan& plan) const;
-  // Whether attention of so many queries may seal something; where not, tell does all that plan_attend would.
+  // Whether attention of so many queries may seal something; where not, mark_seen does all that plan_attend would.
   bool may_seal(std::int64_t queries) const;
 
   // Whether `plan` is of the ledger as it is now: nothing was committed since, and the plan was not.
@@ -144,15 +144,17 @@ class Ledger {
   // What attention saw of the exact rows from position `from` on: visible(position), asked in order of those that no
   // query saw yet.
   template <class Visible>
-  void tell(std::int64_t from, Visible visible) noexcept {
+  void mark_seen(std::int64_t from, Visible visible) noexcept {
     const std::int64_t first =
         std::clamp<std::int64_t>(from - extent_.window_position, visible_, static_cast<std::int64_t>(marks_.size()));
-    ledger::tell(std::span(marks_).subspan(static_cast<std::size_t>(first)), extent_.window_position + first, visible);
+    ledger::mark_seen(std::span(marks_).subspan(static_cast<std::size_t>(first)), extent_.window_position + first,
+                      visible);
     while (visible_ < static_cast<std::int64_t>(marks_.size()) &&
            marks_[static_cast<std::size_t>(visible_)] == Seen::visible)
       ++visible_;
   }
-  // The last page becomes a copy that nobody else has, before more is sealed into it on arrival. Returns the id it had.
+  // The last page becomes a copy that no other sequence has, before more is sealed into it on arrival. Returns the id
+  // it had.
   PageId replace_last(PageId id) noexcept;
 
   // Notes tokens that held NaN or infinity, in order of position.

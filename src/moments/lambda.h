@@ -4,7 +4,7 @@
 // With quantisation noise spread evenly by the rotation, the error of q.k is proportional to
 // (sum_c q_c^2 / lambda_c^2) (sum_c lambda_c^2 (k_c - mu_c)^2); Cauchy-Schwarz gives the minimum.
 //
-// The energies are estimates from a sequence's first tokens. Rotary position embedding turns channels
+// The energies are estimates from a sequence's first tokens. Rotary position embedding rotates channels
 // c and c + channels/2 into each other as positions grow, in the slow pairs over hundreds of tokens, so
 // each energy is first drawn a fifth of the way to its pair's mean, and lambda is taken to the power 0.9, a tenth of
 // the way to none at all. docs/quality.md has the measurements.

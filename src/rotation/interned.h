@@ -19,7 +19,7 @@ class Interned {
     std::uint64_t seed = 0;
     std::span<const float> matrix;  // by its bytes
   };
-  // Null where nobody holds such a rotation.
+  // Null where no holder of such a rotation is left.
   static std::shared_ptr<const Rotation> find(const Definition& definition);
   // `made`, from now on what find gives for its definition, or what another thread has made of the same meanwhile.
   static std::shared_ptr<const Rotation> add(std::unique_ptr<Rotation> made);

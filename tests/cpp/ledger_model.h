@@ -176,7 +176,7 @@ class Model {
     Ledger planned = ledger_, told = ledger_;
     Plan plan = plan_;
     planned.commit(plan, {});
-    told.tell(0, [&](std::int64_t position) {
+    told.mark_seen(0, [&](std::int64_t position) {
       return seen[static_cast<std::size_t>(position - told.extent().window_position)] != 0;
     });
     expect_equal(planned, told);

@@ -16,6 +16,7 @@
 #include "cache_session.h"
 #include "metal/gpu.h"
 #include "paged_server.h"
+#include "script_case.h"
 #ifndef KV4_METAL_ON_DEVICE
 #include "device.h"
 #endif
@@ -32,7 +33,7 @@ using tests::Build;
 class EmulatedGpu final : public apple::Gpu {
  public:
   void* alloc(std::size_t bytes) override {
-    if (bytes > most) return nullptr;
+    if (bytes > most || (until_failure > 0 && --until_failure == 0)) return nullptr;
     emu::Buffer<std::uint8_t> buffer = module().buffer<std::uint8_t>(bytes, "memory", EMU_INOUT);
     void* p = buffer.data();
     held_[p] = std::move(buffer);
@@ -67,6 +68,7 @@ class EmulatedGpu final : public apple::Gpu {
 
   Build build = Build::fast;
   std::size_t most = std::numeric_limits<std::size_t>::max();
+  long until_failure = 0;  // allocation number n from now on fails; 0: none does
   Status failure;
 
  private:
@@ -382,6 +384,43 @@ TEST(MetalBackend, AFailedCallLeavesTheCacheAsItWas) {
   EXPECT_EQ(cache->sealed_tokens(0), 128);
   EXPECT_TRUE(cache->seal().ok());
   EXPECT_EQ(cache->sealed_tokens(0), 192);
+}
+
+// Every allocation of the GPU's memory in turn: the cache is as it was, and the call then succeeds.
+TEST(MetalBackend, ACallThatFindsNoMemoryLeavesNoTrace) {
+  saved::Case c{"default", saved::config_of(Recipe(), 2, 64, 64), 2, {0, 7}};
+  c.config.backend = "metal";
+  const auto cache = saved::create(c.config), untouched = saved::create(c.config);
+  scripts::Writer w(c, 5);
+  for (const std::int64_t tokens : {20, 1, 130, 1}) {
+    w.append(tokens);
+    w.attend(std::min<std::int64_t>(tokens, 3));
+  }
+  w.select({1, 0, 1});
+  w.append(2);
+  w.attend(2, true);
+  w.crop(75);
+  w.append(60);
+  w.seal();
+  long failures = 0;
+  for (const scripts::Call& call : w.take()) {
+    const saved::Bytes before = saved::save(*untouched);
+    scripts::Output out(call.outputs), want(call.outputs);
+    for (long n = 1;; ++n) {
+      device().gpu->until_failure = n;
+      const Status status = call.run(*cache, &out);
+      const bool failed = device().gpu->until_failure == 0;
+      device().gpu->until_failure = 0;
+      if (status.ok()) break;
+      ++failures;
+      ASSERT_TRUE(failed) << call.name << ": " << status.message();
+      ASSERT_EQ(status.code(), StatusCode::out_of_memory) << call.name << ", allocation " << n;
+      ASSERT_EQ(saved::save(*cache), before) << call.name << ", allocation " << n;
+    }
+    ASSERT_TRUE(call.run(*untouched, &want).ok()) << call.name;
+    ASSERT_EQ(out, want) << call.name;
+  }
+  EXPECT_GT(failures, 10);
 }
 
 TEST(MetalBackend, CachesOfOneRecipeShareARotationsMatricesUntilTheLastIsGone) {

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from kv4.hf import KV4Cache, KV4Layer
 from kv4.hf.kinds import layer_kinds
 
 
@@ -41,3 +44,36 @@ def fp16_bytes(config: Any, tokens: int, batch: int = 1) -> int:
         held = tokens if window is None else min(tokens, window - 1)
         total += 2 * 2 * head_dim * heads * held * batch
     return total
+
+
+MEASURED_TOKENS = 16384
+
+
+def kv4_bytes(config: Any, recipe: Any, tokens: int, dtype: Any) -> int:
+    """Bytes of a KV4Cache once one sequence of it has seen `tokens` tokens: measured on a layer of each kind, which is
+    filled with random rows of `dtype`; what is beyond MEASURED_TOKENS takes as much for each as their second half
+    did. Layers of transformers' own are not counted."""
+    text = config.get_text_config(decoder=True)
+    heads, head_dim = kv_shape(text)
+    measured: dict[tuple[str, Any], int] = {}
+    total = 0
+    for layer, (kind, arguments) in zip(KV4Cache(config, recipe).layers, layer_kinds(text), strict=True):
+        if not isinstance(layer, KV4Layer):
+            continue
+        key = kind, arguments.get("sliding_window")
+        if key not in measured:
+            measured[key] = _layer_bytes(layer, heads, head_dim, tokens, dtype)
+        total += measured[key]
+    return total
+
+
+def _layer_bytes(layer: KV4Layer, heads: int, head_dim: int, tokens: int, dtype: Any) -> int:
+    filled = min(tokens, MEASURED_TOKENS)
+    rows = torch.randn(1, heads, 1024, head_dim).to(dtype)
+    counts = []
+    for upto in (filled // 2, filled):
+        while (left := upto - layer.get_seq_length()) > 0:
+            layer.update(rows[:, :, :left], rows[:, :, :left])
+        layer.seal()
+        counts.append(int(layer.nbytes()))
+    return counts[1] + (tokens - filled) * (counts[1] - counts[0]) // max(1, filled - filled // 2)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.markup import escape
 from rich.text import Text
 
@@ -16,7 +17,6 @@ from kv4.cli.output import mebibytes, out, plain_errors, progress, table, write_
 from kv4.cli.usage import new_folder
 
 PROMPT_TOKENS = 1024
-TOKENS_PER_LINE = 6
 
 
 @plain_errors
@@ -64,7 +64,9 @@ def demo(
             progress=lambda what, n: advance(n, what),
         )
     own, kv4 = next(pair for pair in measurement.best_rows(rows) if pair[0].context == prompt)
-    out.print(_side_by_side(tokenizer, own.generated, kv4.generated))
+    out.print(
+        side_by_side([[_shown(tokenizer, t) for t in made] for made in (own.generated, kv4.generated)], out.width)
+    )
     out.print(_figures(own, kv4))
     show_generate(model, rows)
     picture = folder / "demo.png"
@@ -90,18 +92,32 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
 
 
-def _side_by_side(tokenizer: Any, own: Sequence[int], kv4: Sequence[int]) -> Any:
+def _shown(tokenizer: Any, token: int) -> str:
+    return tokenizer.decode(token).replace("\n", "\u23ce").replace("\t", "\u21e5")
+
+
+def side_by_side(words: Sequence[Sequence[str]], width: int) -> Any:
+    """A table of two texts, [own, kv4] by tokens, as many to a row as fit a terminal of that width without wrapping."""
     shown = table("tokens side by side", "#", "own cache", "kv4", left=("own cache", "kv4"))
-    for begin in range(0, len(own), TOKENS_PER_LINE):
+    count = len(words[0])
+    # Beside the cells: edges, and a place to the right of each column, and between them.
+    room = (width - len(str(count)) - 7) // 2
+    for column in shown.columns[1:]:
+        column.no_wrap, column.max_width = True, room
+    begin = 0
+    while begin < count:
+        end = begin + 1
+        while end < count and all(cell_len("|".join(text[begin : end + 1])) < room for text in words):
+            end += 1
         cells = []
-        for mine, other in ((own, kv4), (kv4, own)):
-            cell = Text()
-            for at in range(begin, min(begin + TOKENS_PER_LINE, len(mine))):
-                word = tokenizer.decode(mine[at]).replace("\n", "\u23ce").replace("\t", "\u21e5")
-                cell.append(word, style="green" if mine[at] == other[at] else "bold red")
+        for mine, other in (words, words[::-1]):
+            cell = Text(overflow="ellipsis")
+            for at in range(begin, min(end, len(mine))):
+                cell.append(mine[at], style="green" if mine[at] == other[at] else "bold red")
                 cell.append("\u2502", style="dim")
             cells.append(cell)
         shown.add_row(str(begin + 1), *cells)
+        begin = end
     return shown
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated, Any
 
 import typer
 
 from kv4.cli import options
+from kv4.cli.chat import talk, words
 from kv4.cli.output import mebibytes, out, plain_errors, write_json
 
 
@@ -43,11 +43,16 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="With --sample; 0: all tokens.")] = 0,
     seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", "-i", help="A chat: a line is a message, an empty one ends it.")
+    ] = False,
     threads: options.Threads = None,
     json_: options.JsonFile = None,
 ) -> None:
     """Generate text, printed as it comes; the last line says what it cost."""
-    text = read_prompt(prompt, file)
+    if interactive and json_:
+        raise ValueError("--json: expected without --interactive; got both")
+    text = (prompt or "") if interactive and file is None else read_prompt(prompt, file)
     own = cache is CacheName.fp16
     if own and recipe is not None:
         raise ValueError("--recipe: expected with --cache kv4 only; got --cache fp16")
@@ -62,6 +67,11 @@ def generate(
     from kv4.bench.memory import cache_bytes, fp16_bytes
     from kv4.bench.text import encode
 
+    settings = _settings(max_new_tokens, not greedy and temperature > 0, temperature, top_p, top_k)
+    torch.manual_seed(seed)
+    if interactive:
+        talk(loaded, tokenizer, OWN if own else KV4, used, text, settings)
+        return
     if chat:
         message = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(
@@ -72,21 +82,15 @@ def generate(
     ids = ids.to(where)
     if ids.shape[1] == 0:
         raise ValueError("prompt: expected at least one token; got an empty text")
-    drawn = not greedy and temperature > 0
-    torch.manual_seed(seed)
     held = new_cache(loaded, OWN if own else KV4, used)
-    stream = _stream(tokenizer)
+    stream = words(tokenizer)
     with attention(loaded, OWN if own else KV4, used):
         made = loaded.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=held,
-            max_new_tokens=max_new_tokens,
-            do_sample=drawn,
-            temperature=temperature if drawn else None,
-            top_p=top_p if drawn else None,
-            top_k=top_k if drawn else None,
             streamer=stream,
+            **settings,
         )
     tokens = made.shape[1] - ids.shape[1]
     begin, first, last = stream.times[0], stream.times[1], stream.times[-1]
@@ -109,6 +113,17 @@ def generate(
     out.print(summary(figures), style="dim", soft_wrap=True)
     if json_:
         write_json({**figures, "token_ids": made[0, ids.shape[1] :].tolist()}, json_)
+
+
+def _settings(tokens: int, drawn: bool, temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
+    """Of generate()."""
+    return {
+        "max_new_tokens": tokens,
+        "do_sample": drawn,
+        "temperature": temperature if drawn else None,
+        "top_p": top_p if drawn else None,
+        "top_k": top_k if drawn else None,
+    }
 
 
 def summary(f: dict[str, Any]) -> str:
@@ -135,24 +150,3 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if not prompt:
         raise ValueError(f"{source}: expected some text; got an empty one")
     return prompt
-
-
-def _stream(tokenizer: Any) -> Any:
-    from transformers import TextStreamer
-
-    class Stream(TextStreamer):
-        """Prints whole words as they come and keeps the time of every token; the prompt's comes first."""
-
-        def __init__(self) -> None:
-            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            self.times: list[float] = []
-
-        def put(self, value: Any) -> None:
-            self.times.append(perf_counter())
-            super().put(value)
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            sys.stdout.write(text + ("\n" if stream_end else ""))
-            sys.stdout.flush()
-
-    return Stream()

@@ -9,6 +9,10 @@ Importing this module registers attn_implementation="kv4".
 or, by hand, model.set_attn_implementation("kv4") and past_key_values=kv4.hf.KV4Cache(model.config).
 """
 
+from kv4.extras import require
+
+require("kv4.hf", "hf", "torch", "transformers")
+
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attach import attach, detach, why_not

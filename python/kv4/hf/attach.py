@@ -120,7 +120,7 @@ def _decoder(model: PreTrainedModel) -> torch.nn.Module:
 
 def _reads_otherwise(module: torch.nn.Module) -> str | None:
     """Why the kv4 attention cannot stand in for an attention module of a model that takes another attention, whether or
-    not this module does; None where it can. Read off the source, as transformers tells of the model as a whole."""
+    not this module does; None where it can. Read from the source: transformers' own flag is for a whole model."""
     try:
         source = inspect.getsource(inspect.unwrap(type(module).forward))
     except (OSError, TypeError):

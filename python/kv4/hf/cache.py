@@ -42,7 +42,7 @@ class KV4Cache(DynamicCache):
     transformers' DynamicCache; a warning names those of them that hold keys and values uncompressed. copy.deepcopy
     shares sealed pages; a pickle holds what `save(seal=False)` writes.
 
-    It is a DynamicCache to whoever asks (isinstance, peft): it grows.
+    It is a subclass of DynamicCache, which libraries check for (peft), and grows like one.
 
     Errors: ValueError for an argument that does not fit; the first update raises NotImplementedError or ValueError,
     with the core's reason, where the recipe does not serve the model's head dims.

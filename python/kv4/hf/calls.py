@@ -23,7 +23,7 @@ _SETTINGS = "_kv4_settings"
 
 @dataclasses.dataclass
 class Settings:
-    """What attach(model, ...) was told, kept on the model and on the modules between it and its decoder.
+    """The arguments of attach(model, ...), kept on the model and on the modules between it and its decoder.
 
     before: (config, its attention) of the model and its submodels. cache_implementation: of the model's own generation
     config, which stands for what generate() does where its caller asks for no cache in particular.
@@ -40,7 +40,7 @@ def settings_of(model: Any) -> Settings | None:
 
 
 def new_cache(model: PreTrainedModel, recipe: Recipe | None = None) -> KV4Cache:
-    """An empty KV4Cache for `model`: with `recipe`, or else as attach(model, ...) was told, or else with Recipe()."""
+    """An empty KV4Cache for `model`: with `recipe`, or else the one given to attach(model, ...), or else Recipe()."""
     settings = settings_of(model)
     if settings is None:
         return KV4Cache(model.config, recipe)

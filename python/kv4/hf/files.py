@@ -130,27 +130,27 @@ def described(value: Any, where: str, tensors: list[torch.Tensor]) -> Any:
     raise NotImplementedError(mismatch(where, "tensors, numbers, strings or containers of them", type(value).__name__))
 
 
-def restored(told: Any, where: str, source: Source, device: torch.device) -> Any:
-    """The value that `described` told of, its tensors read from `source` in the same order and put on `device`.
-    Errors: ValueError for what no value is told as; for a cut or damaged file."""
-    if told is None or isinstance(told, (bool, int, float, str)):
-        return told
-    if isinstance(told, dict):
-        if told.keys() == {"tensor", "dtype"}:
-            return read_tensor(told["tensor"], told["dtype"], where, source).to(device)
-        if told.keys() == {"type"} and (dtype := _dtype(told["type"])) is not None:
+def restored(description: Any, where: str, source: Source, device: torch.device) -> Any:
+    """The value that `described` describes, its tensors read from `source` in the same order and put on `device`.
+    Errors: ValueError for what describes no value; for a cut or damaged file."""
+    if description is None or isinstance(description, (bool, int, float, str)):
+        return description
+    if isinstance(description, dict):
+        if description.keys() == {"tensor", "dtype"}:
+            return read_tensor(description["tensor"], description["dtype"], where, source).to(device)
+        if description.keys() == {"type"} and (dtype := _dtype(description["type"])) is not None:
             return dtype
-        if told == {"device": None}:
+        if description == {"device": None}:
             return device
-        kind, items = next(iter(told.items()), (None, None))
-        if len(told) == 1 and isinstance(items, list):
+        kind, items = next(iter(description.items()), (None, None))
+        if len(description) == 1 and isinstance(items, list):
             if kind in ("list", "tuple"):
                 values = [restored(item, f"{where}[{at}]", source, device) for at, item in enumerate(items)]
                 return values if kind == "list" else tuple(values)
             pairs = all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], (int, str)) for pair in items)
             if kind == "dict" and pairs:
                 return {key: restored(item, f"{where}[{key!r}]", source, device) for key, item in items}
-    raise ValueError(mismatch(where, "a tensor's shape and dtype, a number, a string or a container", told))
+    raise ValueError(mismatch(where, "a tensor's shape and dtype, a number, a string or a container", description))
 
 
 def _dtype(name: Any) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""No gradient passes through a KV4Cache: what asks for one is told, not given a wrong one."""
+"""No gradient passes through a KV4Cache: a backward pass raises instead of returning a wrong one."""
 
 from __future__ import annotations
 

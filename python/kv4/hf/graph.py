@@ -30,7 +30,7 @@ class DecodeGraph:
 
     Errors: ValueError for a model that is not on one CUDA device under the kv4 attention, a cache with other layers
     than packed ones or one that is empty, padding elsewhere than on the left. `attention_mask` [batch, cached tokens],
-    nonzero = a real token, tells of padding; rows keep it for as long as the graph is used.
+    nonzero = a real token, marks padding; rows keep it for as long as the graph is used.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class DecodeGraph:
 def _starts(
     cache: KV4Cache, attention_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """First real position of each row, int64 [batch], and the mask that tells it; None where no row is padded."""
+    """First real position of each row, int64 [batch], and the mask that marks them; None where no row is padded."""
     if attention_mask is None:
         return None, None
     batch, tokens = cache.packed_layers()[0].batch, cache.get_seq_length()

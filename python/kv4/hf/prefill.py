@@ -63,8 +63,8 @@ def prefill(
     offset: int,
 ) -> bool:
     """Writes causal attention of query [batch, q_heads, T, d] to out [batch, T, q_heads, d]. False, with nothing
-    written, where a visible value is not finite (the core refuses those by name); on a CUDA device nobody waits to
-    find out: such a value makes the outputs that see it NaN, and a later call raises. own_k, own_v are
+    written, where a visible value is not finite (the core refuses those by name); on a CUDA device the call does not
+    wait to find out: such a value makes the outputs that see it NaN, and a later call raises. own_k, own_v are
     [batch, kv_heads, T, d]; start, window, offset are those of core.attend: int32 [batch] in CPU memory or None,
     columns counted from position `offset`."""
     batch, heads, tokens, dim = query.shape
@@ -161,7 +161,7 @@ def _cuda_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: 
 
 
 def _plain_blocks(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float, begin: int, width: int):
-    """_cpu_blocks by matrix products in float32, for devices whose kernels tell no log-sum-exp."""
+    """_cpu_blocks by matrix products in float32, for devices whose kernels return no log-sum-exp."""
     batch, heads, tokens, dim = query.shape
     kv_heads = k.shape[1]
     for lo in range(begin, tokens, _PLAIN_BLOCK):

@@ -23,10 +23,10 @@ from .states import own_part
 
 def save(layers: Sequence[Any], recipe: Recipe, path: str | os.PathLike[str], seal: bool) -> None:
     """See KV4Cache.save."""
-    told = [_entry(layer, f"layers[{index}]") for index, layer in enumerate(layers)]
-    header = {"recipe": recipe.to_dict(), "layers": [entry for entry, _ in told]}
+    entries = [_entry(layer, f"layers[{index}]") for index, layer in enumerate(layers)]
+    header = {"recipe": recipe.to_dict(), "layers": [entry for entry, _ in entries]}
     with writing(path, header) as write:
-        for layer, (entry, tensors) in zip(layers, told, strict=True):
+        for layer, (entry, tensors) in zip(layers, entries, strict=True):
             if "dtype" in entry:
                 on_stream(layer.core, layer.device)
                 core = layer.core
@@ -48,8 +48,8 @@ def _entry(layer: Any, where: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
             entry["dtype"] = DTYPES[layer.dtype]
             entry["dims"] = [layer.kv_heads, layer.head_dim_k, layer.head_dim_v]
     own = vars(part) if (part := own_part(layer)) is not None else {}
-    if told := {name: described(value, f"{where}.{name}", tensors) for name, value in own.items()}:
-        entry["own"] = told
+    if described_own := {name: described(value, f"{where}.{name}", tensors) for name, value in own.items()}:
+        entry["own"] = described_own
     return entry, tensors
 
 
@@ -89,15 +89,15 @@ def _fill_core(layer: KV4Layer, where: str, entry: dict[str, Any], source: Sourc
 _SETTINGS = ("number_of_states", "sliding_window")
 
 
-def _fill_own(layer: Any, where: str, told: Any, source: Source, device: torch.device) -> None:
+def _fill_own(layer: Any, where: str, described_own: Any, source: Source, device: torch.device) -> None:
     """The attributes of a layer of transformers' own, or of the half of one."""
-    if layer is None or not isinstance(told, dict):
-        raise ValueError(mismatch(f"{where}.own", "none" if layer is None else "attributes by name", told))
+    if layer is None or not isinstance(described_own, dict):
+        raise ValueError(mismatch(f"{where}.own", "none" if layer is None else "attributes by name", described_own))
     fresh = vars(layer)
     settings = {name: fresh[name] for name in _SETTINGS if name in fresh}
-    if (message := first_difference(settings, told, where)) is not None:
+    if (message := first_difference(settings, described_own, where)) is not None:
         raise ValueError(message)
-    for name, value in told.items():
+    for name, value in described_own.items():
         if name not in fresh and (not name.isidentifier() or hasattr(type(layer), name)):
             raise ValueError(mismatch(f"{where}.own", f"attributes of a {type(layer).__name__}", name))
         setattr(layer, name, restored(value, f"{where}.{name}", source, device))

@@ -10,6 +10,10 @@
 or, for one call, prompt_cache=kv4.mlx.make_prompt_cache(model). On MLX's CPU device attention runs in kv4's C++ core.
 """
 
+from kv4.extras import require
+
+require("kv4.mlx", "mlx", "mlx", "mlx_lm")
+
 from .attach import attach, detach, make_prompt_cache, why_not
 from .attention import scaled_dot_product_attention
 from .cache import BatchKV4Cache, KV4Cache, nbytes

@@ -1,0 +1,44 @@
+// Configurations of the saved caches that are fuzzed: small ones, with every kind of block between them. Inputs name
+// one by its number, so new ones go to the end.
+#pragma once
+
+#include <vector>
+
+#include "kv4/cache.h"
+
+namespace kv4::fuzz {
+
+inline std::vector<CacheConfig> saved_configs() {
+  std::vector<CacheConfig> list;
+  const auto add = [&](const Recipe& recipe, int dim_k, int dim_v, DType dtype = DType::f32, int sliding_window = 0) {
+    CacheConfig& c = list.emplace_back();
+    c.recipe = recipe;
+    c.dtype = dtype;
+    c.kv_heads = 1;
+    c.head_dim_k = dim_k;
+    c.head_dim_v = dim_v;
+    c.sliding_window = sliding_window;
+  };
+  Recipe pages = Recipe::kv4();
+  pages.sinks = 1;
+  pages.window = 0;
+  add(pages, 32, 32, DType::bf16);
+  add(Recipe::exact(), 2, 3);
+  add(Recipe::paper(), 32, 32);
+  add(pages, 32, 32, DType::bf16, 70);
+  add(Recipe::paper(), 32, 32, DType::bf16, 70);
+  add(Recipe::exact(), 2, 3, DType::f32, 40);
+  Recipe given = pages;
+  given.key.lambda = given.value.lambda = LambdaMode::given;
+  given.key.group = 32;
+  given.value.rotation = RotationKind::dense;
+  add(given, 64, 32, DType::f16);
+  list.back().lambda_k.assign(64, 0.5f);
+  list.back().lambda_v.assign(32, 2.0f);
+  list.back().matrix_v.assign(32 * 32, 0.0f);
+  for (int i = 0; i < 32; ++i) list.back().matrix_v[static_cast<std::size_t>(33 * i)] = 1.0f;
+  add(Recipe::kv4(), 32, 32);
+  return list;
+}
+
+}  // namespace kv4::fuzz

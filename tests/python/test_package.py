@@ -1,0 +1,116 @@
+"""The package as a user gets it: a wheel in an environment of its own, with numpy alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("scikit_build_core")
+    folder = tmp_path_factory.mktemp("dist")
+    # In a build folder that is kept, so that only the first time compiles.
+    tag = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+    subprocess.run(
+        [
+            sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps",
+            "-C", f"build-dir={ROOT}/build/wheel-{tag}", "-C", "cmake.define.KV4_CUDA=OFF",
+            "--wheel-dir", folder, ROOT,
+        ],
+        check=True,
+    )  # fmt: skip
+    (found,) = folder.glob("kv4-*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment that holds the wheel and numpy, this one's."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    site = Path(
+        subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            check=True, capture_output=True, text=True,
+        ).stdout.strip()
+    )  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", site, wheel],
+        check=True,
+    )
+    import numpy
+
+    for source in Path(numpy.__file__).parents[1].glob("numpy*"):
+        (site / source.name).symlink_to(source)
+    return python
+
+
+def run(python: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Away from the checkout, with nothing of this environment's."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    return subprocess.run(
+        [python, *arguments], capture_output=True, text=True, cwd=python.parent, env=environment, check=False
+    )
+
+
+def test_ten_lines_run_with_numpy_alone(bare: Path):
+    done = run(bare, ROOT / "tests" / "package" / "ten_lines.py")
+    assert done.returncode == 0, done.stderr
+    assert "bytes for 300 tokens" in done.stdout
+    assert "torch" not in run(bare, "-c", "import kv4, sys; kv4.Recipe(); print(*sys.modules)").stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (
+            "import kv4.hf",
+            "kv4.hf: expected torch and transformers, which pip install 'kv4[hf]' brings; got no module torch",
+        ),
+        ("import kv4.mlx", "kv4.mlx: expected mlx and mlx_lm, which pip install 'kv4[mlx]' brings; got no module mlx"),
+        ("import kv4.evaluate", "kv4.evaluate: expected torch and transformers and matplotlib, which pip install"),
+        ("import kv4.calibration", "kv4.calibration: expected torch and safetensors, which pip install 'kv4[hf]'"),
+    ],
+)
+def test_what_needs_more_names_the_extra(bare: Path, code: str, says: str):
+    done = run(bare, "-c", code)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith(f"ImportError: {says}"), done.stderr
+
+
+def test_the_command_names_its_extra_in_one_line(bare: Path):
+    done = run(bare, "-c", "import sys; sys.argv = ['kv4', 'info']; from kv4.cli import main; main()")
+    assert done.returncode == 1
+    assert done.stderr == "kv4: expected typer and rich, which pip install 'kv4[tools]' brings; got no module typer\n"
+
+
+def test_the_wheel_asks_for_numpy_alone(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        wanted = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist")
+    assert [each for each in wanted if "extra ==" not in each] == ["numpy>=1.26"]
+    assert {name.split("/")[0] for name in names} == {"kv4", metadata.split("/")[0]}
+    assert [name for name in names if name.endswith("_core.so") or "_core." in name and name.endswith(".so")]
+    assert not [name for name in names if name.endswith((".cpp", ".pyc"))]
+
+
+def test_a_module_that_is_there_but_broken_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from kv4.extras import require
+
+    (tmp_path / "broken_module.py").write_text("import nothing_of_this_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
+        require("part", "extra", "broken_module")

@@ -1,0 +1,4 @@
+// The bytes that this program holds by operator new.
+#pragma once
+
+long held_bytes();
