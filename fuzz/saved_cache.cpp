@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cache/checksum.h"
+#include "blob/checksum.h"
 #include "input.h"
 #include "kv4/cache.h"
 #include "kv4/cpu.h"

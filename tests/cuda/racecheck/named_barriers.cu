@@ -12,8 +12,8 @@ __device__ void meet(int id) {
   else asm volatile("bar.sync 4, %0;" ::"n"(kWarps * 32) : "memory");
 }
 
-// kWarps of the CTA's kWarps + 1 read; kTeams: they have met in fours before, at barriers 1 to 3. kArrives: the last warp
-// has them wait for it once.
+// kWarps of the CTA's kWarps + 1 read; kTeams: they have met in fours before, at barriers 1 to 3. kArrives: the last
+// warp has them wait for it once.
 template <int kWarps, int kId, Teams kTeams, bool kArrives>
 __global__ void meets(int* out) {
   __shared__ int words[16], team_words[16];
@@ -59,8 +59,9 @@ int run(int* out) {
 int main() {
   int* out = nullptr;
   if (cudaMalloc(&out, 1024 * sizeof(int)) != cudaSuccess) return 1;
-  return run<8, 1, Teams::none, false>(out) + run<12, 1, Teams::none, false>(out) + run<12, 4, Teams::none, false>(out) +
-         run<8, 4, Teams::by_constant, false>(out) + run<12, 4, Teams::by_constant, false>(out) +
-         run<8, 4, Teams::by_register, false>(out) + run<12, 4, Teams::by_register, false>(out) +
-         run<12, 4, Teams::none, true>(out) + run<12, 4, Teams::by_register, true>(out);
+  return run<8, 1, Teams::none, false>(out) + run<12, 1, Teams::none, false>(out) +
+         run<12, 4, Teams::none, false>(out) + run<8, 4, Teams::by_constant, false>(out) +
+         run<12, 4, Teams::by_constant, false>(out) + run<8, 4, Teams::by_register, false>(out) +
+         run<12, 4, Teams::by_register, false>(out) + run<12, 4, Teams::none, true>(out) +
+         run<12, 4, Teams::by_register, true>(out);
 }
