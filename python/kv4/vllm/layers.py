@@ -10,12 +10,12 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
 from kv4 import Recipe
 from kv4.messages import mismatch
 from kv4.vllm import flash
-from kv4.vllm.backend import Impl
+from kv4.vllm.backend import Builder, Impl
 from kv4.vllm.lambdas import Kept, check_fit, digest_of, own_heads
 from kv4.vllm.rows import RowsLayer
 from kv4.vllm.settings import calibration_of, recipe_of
@@ -28,6 +28,41 @@ _check_fit, _digest_of = cache(check_fit), cache(digest_of)
 
 def serves_head_size(size: int) -> bool:
     return size % 2 == 0 and 32 <= size <= 512
+
+
+class CommonBackend(AttentionBackend):
+    """What kv4 says of itself to any version of vLLM."""
+
+    forward_includes_kv_cache_update = True
+    supported_dtypes = DTYPES
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_builder_cls() -> type[Builder]:
+        return Builder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
+        return [PAGE]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return serves_head_size(head_size)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
 
 
 class LayerImpl(Impl):

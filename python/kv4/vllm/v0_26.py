@@ -12,38 +12,22 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
-from kv4.vllm.backend import Builder, format_of
-from kv4.vllm.layers import DTYPES, LayerImpl, serves_head_size
+from kv4.vllm.backend import format_of
+from kv4.vllm.layers import CommonBackend, LayerImpl
 from kv4.vllm.rows import RowsLayer
 from kv4.vllm.steps import PAGE
 
 
-class Backend(AttentionBackend):
+class Backend(CommonBackend):
     """Layers of exact rows."""
-
-    forward_includes_kv_cache_update = True
-    supported_dtypes = DTYPES
-
-    @staticmethod
-    def get_name() -> str:
-        return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type[LayerImpl]:
         return Layer
-
-    @staticmethod
-    def get_builder_cls() -> type[Builder]:
-        return Builder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes() -> list[int]:
-        return [PAGE]
 
     @staticmethod
     def get_kv_cache_shape(
@@ -54,22 +38,6 @@ class Backend(AttentionBackend):
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
         return (1, 0, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)
-
-    @classmethod
-    def supports_head_size(cls, head_size: int) -> bool:
-        return serves_head_size(head_size)
-
-    @classmethod
-    def supports_sink(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False
 
 
 @cache

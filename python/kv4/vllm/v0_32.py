@@ -8,56 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
-from typing import Any
 
 import torch
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kv4 import Recipe
-from kv4.vllm.backend import Builder, format_of
-from kv4.vllm.layers import DTYPES, LayerImpl, serves_head_size
+from kv4.vllm.backend import format_of
+from kv4.vllm.layers import CommonBackend, LayerImpl
 from kv4.vllm.rows import RowsLayer
 from kv4.vllm.steps import PAGE
 
 
-class Backend(AttentionBackend):
-    forward_includes_kv_cache_update = True
-    supported_dtypes = DTYPES
-
-    @staticmethod
-    def get_name() -> str:
-        return "CUSTOM"
+class Backend(CommonBackend):
+    """Layers of exact rows."""
 
     @staticmethod
     def get_impl_cls() -> type[LayerImpl]:
         return Layer
-
-    @staticmethod
-    def get_builder_cls() -> type[Builder]:
-        return Builder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
-        return [PAGE]
-
-    @classmethod
-    def supports_head_size(cls, head_size: int) -> bool:
-        return serves_head_size(head_size)
-
-    @classmethod
-    def supports_sink(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
