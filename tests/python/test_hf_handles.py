@@ -227,15 +227,16 @@ def drafting_model(monkeypatch: pytest.MonkeyPatch) -> transformers.PreTrainedMo
 def test_models_with_shared_keys_and_values_are_those_on_their_own_cache(name, attention):
     model = sharing_model(name)
     logits = []
+    # transformers' own functions give different roundings of the same model: each is held to itself.
     for own in (True, False):
-        model.set_attn_implementation("eager" if own else attention)
+        model.set_attn_implementation("eager" if own and attention == "kv4" else attention)
         cache = DynamicCache(config=model.config) if own else kv4.hf.KV4Cache(model.config, Recipe.exact())
         parts = []
         for ids in hf_cases.tokens_of(2, 120).split([70, 20, 1, 1, 28], 1):
             parts.append(model(ids, past_key_values=cache).logits)
             parts.append(model(ids, past_key_values=cache, logits_to_keep=1).logits)
         logits.append(torch.cat(parts, 1))
-    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4 if attention == "kv4" else 0)
 
 
 @torch.no_grad()
@@ -248,7 +249,7 @@ def test_a_drafting_model_reads_keys_and_values_of_the_forward_before_a_crop(len
     results = []
     for own in (True, False):
         for part in (model, assistant):
-            part.set_attn_implementation("eager" if own else attention)
+            part.set_attn_implementation("eager" if own and attention == "kv4" else attention)
         cache = DynamicCache(config=model.config) if own else kv4.hf.KV4Cache(model.config, Recipe.exact())
         results.append(
             hf_cases.generate(model, cache, {"input_ids": ids}, 24, assistant_model=assistant, output_scores=True)

@@ -20,8 +20,9 @@ def walk(cuts: list[int]) -> tuple[dict[int, int], list[tuple[int, int]]]:
         step = plan(np.array([0, end - at]), np.array([end]), True)
         if step.end[0] > step.begin[0]:
             ranges.append((int(step.begin[0]), int(step.end[0])))
-        rows = np.diff(step.piece_queries)
-        assert rows.sum() == end - at and rows.max() <= PAGE
+        (span,) = step.spans
+        rows = np.diff(span.queries)
+        assert span.rows == slice(0, end - at) and rows.sum() == end - at and rows.max() <= PAGE
         for count, length, done in zip(rows, step.piece_lengths, step.piece_sealed, strict=True):
             for position in range(length - count, length):
                 sealed[position] = int(done)
@@ -43,10 +44,10 @@ def test_every_page_is_sealed_once_in_the_step_that_fills_it(cuts: list[int]) ->
 
 
 def test_sequences_of_a_batch_have_pieces_of_their_own_and_padding_has_none() -> None:
-    # A prompt of 130 tokens, a single token behind 70, a row of padding.
+    # A prompt of 130 tokens, a single token behind 70, a row of padding: beside a prompt it has no piece.
     step = plan(np.array([0, 130, 131, 131]), np.array([130, 71, 1]), True)
     assert step.source.tolist() == [0, 0, 0, 1]
-    assert step.piece_queries.tolist() == [0, 64, 128, 130, 131]
+    assert [span.queries.tolist() for span in step.spans] == [[0, 64, 128, 130, 131]] and not step.single
     assert step.piece_lengths.tolist() == [64, 128, 130, 71]
     assert step.piece_sealed.tolist() == [0, 0, 64, 0]
     assert step.begin.tolist() == [0, 64, 0] and step.end.tolist() == [128, 64, 0]
@@ -58,7 +59,7 @@ def test_a_workspace_is_asked_for_by_powers_of_two_that_hold_the_step() -> None:
     needed = {
         "sequences": step.pieces,
         "most_pages": 3,
-        "most_queries": 200,
+        "most_queries": PAGE,  # of a piece: no call but attention's depends on them
         "longest": 1000,
         "all": step.piece_lengths.sum(),
     }
@@ -110,6 +111,6 @@ def test_a_recipe_that_no_server_can_keep_to_is_refused(recipe: Recipe, tmp_path
 
 @pytest.mark.parametrize("version", ["0.31.0", "0.33.1", "1.0"])
 def test_another_version_of_vllm_is_refused_with_those_that_work(version: str) -> None:
-    assert supported_module("0.32.5") == "kv4.vllm.v0_32"
-    with pytest.raises(NotImplementedError, match=rf"vllm: expected version 0\.32\.x; got {version}"):
+    assert supported_module("0.32.5") == "kv4.vllm.v0_32" and supported_module("0.26.0") == "kv4.vllm.v0_26"
+    with pytest.raises(NotImplementedError, match=rf"vllm: expected version 0\.26\.x, 0\.32\.x; got {version}"):
         supported_module(version)
