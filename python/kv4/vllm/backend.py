@@ -97,7 +97,10 @@ class Arrays:
         return self._last[1:]
 
     def parts(self, step: Step) -> list[flash.Run | flash.Chunk]:
-        return flash.parts_of(step, self._device) if step.left.any() else []
+        """Made once a step, as its arrays are."""
+        if "parts" not in step.kept:
+            step.kept["parts"] = flash.parts_of(step, self._device) if step.left.any() else []
+        return step.kept["parts"]
 
     def _copy(self, step: Step) -> dict[str, torch.Tensor]:
         names = (*self.NAMES, "source", "piece_lengths")
