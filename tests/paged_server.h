@@ -124,10 +124,13 @@ class PagedServer {
     sequences.erase(sequences.begin() + static_cast<std::ptrdiff_t>(i));
   }
 
-  // New tokens of each of `chosen` (counts may be 0), stored, attended to and sealed as far as due. extra: rows behind
-  // those of the sequences, which stay as they are.
+  // How a step calls the operations: one by one, attention's state as it is; or all of them at once.
+  enum class Calls { separate, partial, together };
+
+  // New tokens of each of `chosen` (counts may be 0), stored, attended to and sealed as far as due. The call's rows
+  // behind those of the sequences stay as they are.
   void step(const std::vector<std::size_t>& chosen, const std::vector<int>& counts, float softcap = 0,
-            bool partial = false) {
+            Calls calls = Calls::separate) {
     int rows = 0;
     std::vector<std::int32_t> queries{0};
     for (std::size_t i = 0; i < chosen.size(); ++i) {
@@ -145,11 +148,18 @@ class PagedServer {
     Held k(backend_, bytes_of(shape_.kv_heads, all)), v(backend_, bytes_of(shape_.kv_heads, all)),
         q(backend_, bytes_of(heads, all));
     for (Held* x : {&k, &v, &q}) x->put(halves(x->span().size() / 2));
-    PagedBatch batch = batch_of(chosen, queries);
-    ASSERT_TRUE(
-        ok(format->store(batch, view(k, shape_.kv_heads, all), view(v, shape_.kv_heads, all), workspace->span())));
-    attend(batch, chosen, queries, q, all, softcap, partial);
-    if (!::testing::Test::HasFatalFailure()) seal(chosen);
+    const TensorView keys = view(k, shape_.kv_heads, all), values = view(v, shape_.kv_heads, all);
+    const Due due = due_of(chosen);
+    const PagedBatch batch = batch_of(chosen, queries);
+    const bool partial = calls == Calls::partial, together = calls == Calls::together && !chosen.empty();
+    if (!together) ASSERT_TRUE(ok(format->store(batch, keys, values, workspace->span())));
+    attend(batch, chosen, queries, q, all, softcap, partial, [&](const AttendArgs& args, const MutableTensorView& out) {
+      return together ? format->step(batch, keys, values, due.range, args, out, workspace->span())
+                      : format->attend(batch, args, out, workspace->span());
+    });
+    if (::testing::Test::HasFatalFailure()) return;
+    if (!together) ASSERT_TRUE(ok(format->seal(batch, due.range, workspace->span())));
+    sealed(batch, chosen, due);
   }
 
   PagedBatch batch_of(const std::vector<std::size_t>& chosen, const std::vector<std::int32_t>& queries) {
@@ -203,38 +213,45 @@ class PagedServer {
     return batch;
   }
 
-  // What is due of each: seals, and gives blocks back but the one with the sinks.
-  void seal(const std::vector<std::size_t>& chosen) {
-    std::vector<std::int32_t> begin, end, queries(chosen.size() + 1, 0);
+  // Pages of each that are to be sealed after its new rows, their ids in its table.
+  struct Due {
+    std::vector<std::int32_t> begin, end;
+    std::unique_ptr<Held> numbers;
+    PageRange range;
+  };
+  Due due_of(const std::vector<std::size_t>& chosen) {
+    Due due;
     for (std::size_t i : chosen) {
       Sequence& s = sequences[i];
-      const std::int64_t due =
+      const std::int64_t end =
           std::min(std::max<std::int64_t>(s.sealed, (s.length - shape_.exact) / kPageTokens * kPageTokens),
                    s.sealed + 4 * kPageTokens);
-      begin.push_back(static_cast<std::int32_t>(s.sealed));
-      end.push_back(static_cast<std::int32_t>(std::max(s.sealed, due)));
-      for (std::int64_t p = s.sealed / kPageTokens; p < due / kPageTokens; ++p)
+      due.begin.push_back(static_cast<std::int32_t>(s.sealed));
+      due.end.push_back(static_cast<std::int32_t>(end));
+      for (std::int64_t p = s.sealed / kPageTokens; p < end / kPageTokens; ++p)
         s.pages[static_cast<std::size_t>(p)] = take(free_pages_);
     }
-    const PagedBatch batch = batch_of(chosen, queries);
-    Held ranges(backend_, (begin.size() + end.size() + 1) * sizeof(std::int32_t));
-    std::vector<std::int32_t> numbers = begin;
-    numbers.insert(numbers.end(), end.begin(), end.end());
-    ranges.put(numbers);
-    PageRange range{ranges.as<std::int32_t>(), ranges.as<std::int32_t>() + begin.size(), 4};
-    ASSERT_TRUE(ok(format->seal(batch, range, workspace->span())));
-    if (chosen.empty()) return;
+    due.numbers = std::make_unique<Held>(backend_, (2 * chosen.size() + 1) * sizeof(std::int32_t));
+    std::vector<std::int32_t> numbers = due.begin;
+    numbers.insert(numbers.end(), due.end.begin(), due.end.end());
+    due.numbers->put(numbers);
+    const auto* at = due.numbers->as<std::int32_t>();
+    due.range = {at, at + chosen.size(), 4};
+    return due;
+  }
+  // They are sealed: gives their blocks back but the one with the sinks.
+  void sealed(const PagedBatch& batch, const std::vector<std::size_t>& chosen, const Due& due) {
     for (std::size_t n = 0; n < chosen.size(); ++n)
-      check_sealed(batch, static_cast<int>(n), sequences[chosen[n]], begin[n], end[n]);
+      check_sealed(batch, static_cast<int>(n), sequences[chosen[n]], due.begin[n], due.end[n]);
     for (std::size_t n = 0; n < chosen.size(); ++n) {
       Sequence& s = sequences[chosen[n]];
-      for (std::int64_t p = begin[n] / kPageTokens; p < end[n] / kPageTokens; ++p) {
+      for (std::int64_t p = due.begin[n] / kPageTokens; p < due.end[n] / kPageTokens; ++p) {
         std::int32_t& block = s.blocks[static_cast<std::size_t>(p)];
         if (p == 0 && shape_.sinks > 0) s.sinks = block;
         else free_blocks_.push_back(block);
         block = -9;
       }
-      s.sealed = end[n];
+      s.sealed = due.end[n];
     }
   }
 
@@ -306,8 +323,10 @@ class PagedServer {
     return r;
   }
 
+  // whole(args, out): the call that is tested, unless it is attend_partial.
+  template <class Whole>
   void attend(const PagedBatch& batch, const std::vector<std::size_t>& chosen, const std::vector<std::int32_t>& queries,
-              const Held& q, int all, float softcap, bool partial) {
+              const Held& q, int all, float softcap, bool partial, Whole whole) {
     const int heads = shape_.kv_heads * shape_.group;
     const std::size_t count = static_cast<std::size_t>(heads) * static_cast<std::size_t>(all) *
                               static_cast<std::size_t>(shape_.dim),
@@ -328,8 +347,8 @@ class PagedServer {
     const auto parts = [&](const Held& x) {
       return PartialState{x.as<float>(), x.as<float>() + count, x.as<float>() + count + state};
     };
-    ASSERT_TRUE(ok(partial ? format->attend_partial(batch, args, parts(out), workspace->span())
-                           : format->attend(batch, args, place(out), workspace->span())));
+    ASSERT_TRUE(
+        ok(partial ? format->attend_partial(batch, args, parts(out), workspace->span()) : whole(args, place(out))));
 
     std::vector<SequenceView> views;
     std::vector<std::unique_ptr<Held>> held;
@@ -440,7 +459,10 @@ inline void run_server(const ServerShape& shape, std::uint64_t seed, int steps) 
       const int kind = random.below(4);
       counts.push_back(kind == 0 ? random.below(80) : kind == 1 ? random.below(6) : 1);
     }
-    server.step(chosen, counts, i % 5 == 0 ? 20.0f : 0.0f, i % 7 == 0);
+    const auto calls = i % 7 == 0   ? PagedServer::Calls::partial
+                       : i % 3 == 0 ? PagedServer::Calls::separate
+                                    : PagedServer::Calls::together;
+    server.step(chosen, counts, i % 5 == 0 ? 20.0f : 0.0f, calls);
   }
 }
 

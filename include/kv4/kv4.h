@@ -281,6 +281,10 @@ KV4_API kv4_status kv4_paged_dequantise(const kv4_page_format* format, const kv4
                                         const kv4_page_range* range, const kv4_place* place);
 KV4_API kv4_status kv4_paged_attend(const kv4_page_format* format, const kv4_paged_batch* batch,
                                     const kv4_attend_args* args, const kv4_tensor* out, const kv4_place* place);
+/* range NULL: nothing is sealed. */
+KV4_API kv4_status kv4_paged_step(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_tensor* k,
+                                  const kv4_tensor* v, const kv4_page_range* range, const kv4_attend_args* args,
+                                  const kv4_tensor* out, const kv4_place* place);
 KV4_API kv4_status kv4_paged_attend_partial(const kv4_page_format* format, const kv4_paged_batch* batch,
                                             const kv4_attend_args* args, float* o, float* m, float* l,
                                             const kv4_place* place);

@@ -8,6 +8,7 @@
 //   attend               queries over pages and exact rows, of any number of sequences at once
 //   seal                 exact rows into pages
 //   dequantise           pages into exact rows
+//   step                 store, attend and seal in one call, in fewer launches on a device
 //   learn_lambda         what keys are scaled by before they are quantised, once for a model's layer or for a sequence
 //
 // Tokens of a sequence lie in pages (packed, kPageTokens each) and in blocks of exact rows (kPageTokens each, in the
@@ -154,6 +155,13 @@ class PageFormat {
                 std::span<std::byte> workspace, const Place& place = {}) const;
   Status attend_partial(const PagedBatch& batch, const AttendArgs& args, const PartialState& out,
                         std::span<std::byte> workspace, const Place& place = {}) const;
+
+  // A step of a layer: stores k and v, attends, then seals the range, of whose pages no query of the call reads any:
+  // sealed[b] <= range.begin[b] where there are such pages. range.most = 0: nothing is sealed, its arrays may be null.
+  // Errors: those of store, attend and seal, before anything is written.
+  Status step(const PagedBatch& batch, const TensorView& k, const TensorView& v, const PageRange& range,
+              const AttendArgs& args, const MutableTensorView& out, std::span<std::byte> workspace,
+              const Place& place = {}) const;
 
   // lambda [kv_heads, head_dim_k], in memory that kernels read, of queries q [1, q_heads, any, head_dim_k] and keys k
   // [1, kv_heads, n * kPageTokens, head_dim_k]: (E q^2 / E (k - mean of its page)^2)^(0.9/4), of geometric mean 1, each

@@ -210,15 +210,20 @@ void store(const PyFormat& self, const PyTables& tables, const PyMemory& memory,
   unlocked([&] { return self.format->store(batch, kv, vv, work, place(stream)); });
 }
 
+PageRange range_of(nb::handle begin, nb::handle end, int most, int sequences, const PyFormat& self) {
+  PageRange range;
+  range.begin = integers(begin, "begin", sequences, self);
+  range.end = integers(end, "end", sequences, self);
+  range.most = most;
+  return range;
+}
+
 // kSeal: exact rows into pages; else pages into exact rows.
 template <bool kSeal>
 void convert(const PyFormat& self, const PyTables& tables, const PyMemory& memory, nb::handle begin, nb::handle end,
              int most, nb::handle workspace, std::uintptr_t stream) {
   const PagedBatch batch = join(self, tables, memory);
-  PageRange range;
-  range.begin = integers(begin, "begin", batch.size, self);
-  range.end = integers(end, "end", batch.size, self);
-  range.most = most;
+  const PageRange range = range_of(begin, end, most, batch.size, self);
   const std::span<std::byte> work = space(workspace, self);
   unlocked([&] {
     return kSeal ? self.format->seal(batch, range, work, place(stream))
@@ -247,6 +252,20 @@ void attend(const PyFormat& self, const PyTables& tables, const PyMemory& memory
   const MutableTensorView view = mutable_float_view(result, "out");
   const std::span<std::byte> work = space(workspace, self);
   unlocked([&] { return self.format->attend(batch, args, view, work, place(stream)); });
+}
+
+void step(const PyFormat& self, const PyTables& tables, const PyMemory& memory, nb::handle k, nb::handle v,
+          nb::handle begin, nb::handle end, int most, nb::handle q, nb::handle out, nb::handle workspace, double scale,
+          double softcap, nb::handle sink_logits, std::uintptr_t stream) {
+  const PagedBatch batch = join(self, tables, memory);
+  const PageRange range = range_of(begin, end, most, batch.size, self);
+  const Tensor keys = tensor(k, "k", self.device), values = tensor(v, "v", self.device),
+               queries = tensor(q, "q", self.device), result = writable_tensor(out, "out", self.device);
+  const TensorView kv = float_view(keys, "k"), vv = float_view(values, "v");
+  const AttendArgs args = arguments(self, queries, sink_logits, scale, softcap);
+  const MutableTensorView view = mutable_float_view(result, "out");
+  const std::span<std::byte> work = space(workspace, self);
+  unlocked([&] { return self.format->step(batch, kv, vv, range, args, view, work, place(stream)); });
 }
 
 void attend_partial(const PyFormat& self, const PyTables& tables, const PyMemory& memory, nb::handle q, nb::handle o,
@@ -331,6 +350,11 @@ void bind_paged(nb::module_& m) {
            "softcap"_a = 0.0, "sink_logits"_a = nb::none(), "stream"_a = 0,
            "Causal. q [1, q_heads, rows, head_dim_k], out [1, q_heads, rows, head_dim_v]; sink_logits float32 "
            "[q_heads].")
+      .def("step", &step, "tables"_a, "memory"_a, "k"_a, "v"_a, "begin"_a, "end"_a, "most"_a, "q"_a, "out"_a,
+           "workspace"_a, nb::kw_only(), "scale"_a = 0.0, "softcap"_a = 0.0, "sink_logits"_a = nb::none(),
+           "stream"_a = 0,
+           "store, attend, then seal, in one call; no query reads the pages that it seals: sealed[b] <= begin[b] where "
+           "there are any.")
       .def("attend_partial", &attend_partial, "tables"_a, "memory"_a, "q"_a, "o"_a, "m"_a, "l"_a, "workspace"_a,
            nb::kw_only(), "scale"_a = 0.0, "softcap"_a = 0.0, "stream"_a = 0,
            "As attend: o float32 [1, q_heads, rows, head_dim_v], m and l [1, q_heads, rows], contiguous.")

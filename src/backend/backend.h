@@ -289,6 +289,21 @@ class Backend {
   virtual Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, SealJob* out);
   virtual Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, DequantiseJob* out);
 
+  // The beginning of a step: the call's rows k and v stored, then the views that attention takes and the jobs of a
+  // range, none where range.most is 0.
+  struct Step {
+    TensorView k, v;
+    DType dtype = DType::f32;
+    PageRange range;
+    SequenceView* views = nullptr;  // [batch.size]
+    SealJob* jobs = nullptr;        // [batch.size, range.most]
+  };
+  virtual Status begin_step(const PagedBatch& batch, const Step& step);
+  // Its end: seals the jobs that begin_step made. Attention was queued between the two, and reads none of these pages.
+  virtual Status end_step(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs) {
+    return seal(spec, pages, kv_heads, jobs, true);
+  }
+
   // non_finite where a query that sees some column holds NaN or infinity, if the backend works at once; else NaN comes
   // out.
   virtual Status attend(const AttendJob& job) = 0;

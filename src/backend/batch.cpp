@@ -20,4 +20,17 @@ Status Backend::make_jobs(const PagedBatch& batch, DType dtype, const PageRange&
   return {};
 }
 
+Status Backend::begin_step(const PagedBatch& batch, const Step& step) {
+  KV4_RETURN_IF_ERROR(make_views(batch, false, step.views));
+  StoreJob job;
+  job.k = step.k;
+  job.v = step.v;
+  job.sequences = {.views = {step.views, static_cast<std::size_t>(batch.size)},
+                   .resident = true,
+                   .most_queries = batch.most_queries};
+  KV4_RETURN_IF_ERROR(store(job));
+  KV4_RETURN_IF_ERROR(make_views(batch, true, step.views));
+  return step.range.most > 0 ? make_jobs(batch, step.dtype, step.range, step.jobs) : Status();
+}
+
 }  // namespace kv4

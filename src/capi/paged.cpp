@@ -193,6 +193,22 @@ kv4_status kv4_paged_attend(const kv4_page_format* format, const kv4_paged_batch
                     return f.attend(b, call, view, here.workspace, here.place);
                   });
 }
+kv4_status kv4_paged_step(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_tensor* k,
+                          const kv4_tensor* v, const kv4_page_range* range, const kv4_attend_args* args,
+                          const kv4_tensor* out, const kv4_place* place) {
+  return on_batch(format, batch, place, {{"k", k}, {"v", v}, {"args", args}, {"out", out}},
+                  [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) -> kv4::Status {
+                    kv4::TensorView keys, values;
+                    kv4::AttendArgs call;
+                    kv4::MutableTensorView view;
+                    KV4_RETURN_IF_ERROR(view_of("k", *k, &keys));
+                    KV4_RETURN_IF_ERROR(view_of("v", *v, &values));
+                    KV4_RETURN_IF_ERROR(args_of(args, &call));
+                    KV4_RETURN_IF_ERROR(view_of("out", *out, &view));
+                    const kv4::PageRange pages = range != nullptr ? range_of(*range) : kv4::PageRange();
+                    return f.step(b, keys, values, pages, call, view, here.workspace, here.place);
+                  });
+}
 kv4_status kv4_paged_attend_partial(const kv4_page_format* format, const kv4_paged_batch* batch,
                                     const kv4_attend_args* args, float* o, float* m, float* l, const kv4_place* place) {
   return on_batch(format, batch, place, {{"args", args}},

@@ -99,15 +99,7 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
   {
     RotationTiles<D, F::kAheadFirst> columns;
     QueryRow<D> first;
-    wait_for_previous();
-    let_next_begin();
-    // What everything else waits for is asked for first.
-    const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
-    const SequenceView& s = p.sequences[at.b];
-    const auto sinks = s.exact[0].count, window = s.exact[1].count;
-    const int pages = s.page_count;
-    const float* const lambda = s.lambda_k;
-    if (warp == F::kWarps) expect_ids(p, s, lane);
+    // What no kernel before writes: the queues, and the rotation's first tiles on their way.
     if (lane == 0 && warp < F::kWarps) {
       unsigned char* const queue = memory + warp / F::kMembers * F::kQueueBytes;
       if constexpr (kReaders != Readers::warps)
@@ -118,6 +110,17 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
       __syncwarp();
       F::made();
       if (p.dual.words != nullptr) columns.prefetch(p.dual, warp, F::kWarps, lane);
+    }
+    wait_for_previous();
+    let_next_begin();
+    // What everything else waits for is asked for first.
+    const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
+    const SequenceView& s = p.sequences[at.b];
+    const auto sinks = s.exact[0].count, window = s.exact[1].count;
+    const int pages = s.page_count;
+    const float* const lambda = s.lambda_k;
+    if (warp == F::kWarps) expect_ids(p, s, lane);
+    if (warp < F::kWarps) {
       first.load(p, s, at.head, at.row0 + warp, lane);
       first.load_lambda(lambda, at.head, lane);
     }

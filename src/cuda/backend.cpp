@@ -156,19 +156,8 @@ class CudaBackend final : public Backend {
 
   Status store(const StoreJob& job) override {
     KV4_ON_DEVICE(device_);
-    StoreParams p;
-    p.heads = static_cast<int>(job.k.shape[1]);
-    p.rows = job.k.shape[2];
-    p.dim = static_cast<int>(job.k.shape[3]);
-    p.bf16 = job.k.dtype == DType::bf16;
-    p.k = job.k.data;
-    p.v = job.v.data;
-    for (std::size_t i = 0; i < 3; ++i) {
-      p.k_stride[i] = job.k.stride[i];
-      p.v_stride[i] = job.v.stride[i];
-    }
+    StoreParams p = store_params(job.k, job.v);
     p.skip = job.skip;
-    p.early = chip_.code >= 90;
     Temporary views(memory_);
     auto* const tables = static_cast<CacheTables*>(job.tables);
     const bool captured = tables != nullptr && capturing();  // what the tables hold counts, whatever the host knows
@@ -186,6 +175,24 @@ class CudaBackend final : public Backend {
     KV4_RETURN_IF_CUDA("store", launch_store(p, current_stream()));
     if (p.count && !captured) tables->expect();
     return {};
+  }
+
+  Status begin_step(const PagedBatch& batch, const Step& step) override {
+    KV4_ON_DEVICE(device_);
+    StepParams p;
+    p.store = store_params(step.k, step.v);
+    p.store.batch = batch.size;
+    p.store.most = static_cast<int>(batch.most_queries);
+    p.batch = batch;
+    p.range = step.range;
+    p.dtype = step.dtype;
+    p.views = step.views;
+    p.jobs = step.jobs;
+    KV4_RETURN_IF_CUDA("step", launch_step(p, current_stream()));
+    return {};
+  }
+  Status end_step(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs) override {
+    return seal(spec, pages, kv_heads, jobs, true, chip_.code >= 90);
   }
 
   Status convert(const ConvertJob& job) override {
@@ -234,6 +241,10 @@ class CudaBackend final : public Backend {
 
   Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs,
               bool resident) override {
+    return seal(spec, pages, kv_heads, jobs, resident, false);
+  }
+  Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs, bool resident,
+              bool beside) {
     KV4_RETURN_IF_ERROR(supports(spec));
     KV4_ON_DEVICE(device_);
     Temporary memory(memory_);
@@ -243,6 +254,7 @@ class CudaBackend final : public Backend {
     p.pages = pages;
     p.heads = kv_heads;
     p.count = static_cast<int>(jobs.size()) * kv_heads;
+    p.beside = beside;
     p.halves = resident || std::all_of(jobs.begin(), jobs.end(),
                                        [](const SealJob& job) { return job.page < 0 || job.dtype != DType::f32; });
     KV4_RETURN_IF_CUDA("seal", launch_seal(p, current_stream()));
@@ -411,6 +423,21 @@ class CudaBackend final : public Backend {
   }
 
  private:
+  StoreParams store_params(const TensorView& k, const TensorView& v) const {
+    StoreParams p;
+    p.heads = static_cast<int>(k.shape[1]);
+    p.rows = k.shape[2];
+    p.dim = static_cast<int>(k.shape[3]);
+    p.bf16 = k.dtype == DType::bf16;
+    p.k = k.data;
+    p.v = v.data;
+    for (std::size_t i = 0; i < 3; ++i) {
+      p.k_stride[i] = k.stride[i];
+      p.v_stride[i] = v.stride[i];
+    }
+    p.early = chip_.code >= 90;
+    return p;
+  }
   Status download(const PageSpec& spec, const std::uint8_t* slice, std::vector<std::uint8_t>* host) const {
     KV4_ON_DEVICE(device_);
     host->resize(spec.layout.head_bytes);

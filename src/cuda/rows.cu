@@ -42,14 +42,12 @@ __device__ __forceinline__ bool copy_row(const void* from, void* to, int dim, ui
   return bad;
 }
 
-__global__ void store_kernel(const __grid_constant__ StoreParams p) {
-  wait_for_previous();
-  let_next_begin();
-  SequenceView& sequence = p.sequences[blockIdx.x];
-  const ExactRows rows = sequence.exact[1];
-  const std::int64_t count = sequence.query_count;
+// The rows of one sequence, of which this CTA takes every gridDim.y-th. first: where the first of them goes, behind row
+// 0 of exact[1].
+__device__ __forceinline__ void store_rows(const StoreParams& p, const SequenceView& sequence, std::int64_t first) {
+  const ExactRows& rows = sequence.exact[1];
   const int lane = threadIdx.x % kLanes, warps = blockDim.x / kLanes;
-  const long long items = 2ll * p.heads * count;
+  const long long items = 2ll * p.heads * sequence.query_count;
   for (long long i = blockIdx.y * warps + threadIdx.x / kLanes; i < items;
        i += static_cast<long long>(gridDim.y) * warps) {
     const bool value = i % 2 != 0;
@@ -61,7 +59,7 @@ __global__ void store_kernel(const __grid_constant__ StoreParams p) {
                        head * stride[1] + row * stride[2];
     auto* to = p.skip != nullptr ? nullptr
                                  : static_cast<unsigned short*>(const_cast<void*>(value ? rows.v : rows.k)) +
-                                       row_offset(rows, !value, head, rows.count + token);
+                                       row_offset(rows, !value, head, first + token);
     const uint32_t exponents = p.bf16 ? 0x7f80u : 0x7c00u;
     const bool wide = ((reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) & 7) == 0 &&
                       p.dim % 4 == 0;
@@ -71,14 +69,47 @@ __global__ void store_kernel(const __grid_constant__ StoreParams p) {
     if (bad && lane == 0 && sequence.note != nullptr)
       atomicMax(
           reinterpret_cast<long long*>(const_cast<std::int64_t*>(value ? &sequence.note->value : &sequence.note->key)),
-          static_cast<long long>(rows.position + rows.count + token + 1));
+          static_cast<long long>(rows.position + first + token + 1));
   }
+}
+
+__global__ void store_kernel(const __grid_constant__ StoreParams p) {
+  wait_for_previous();
+  let_next_begin();
+  SequenceView& sequence = p.sequences[blockIdx.x];
+  const std::int64_t held = sequence.exact[1].count, count = sequence.query_count;
+  store_rows(p, sequence, held);
   if (!p.count) return;
   __syncthreads();  // every warp has read the count
   if (threadIdx.x == 0) {
-    sequence.exact[1].count = rows.count + count;
+    sequence.exact[1].count = held + count;
     sequence.query_position += count;
   }
+}
+
+// What attention looks up first is on its way into L2.
+__device__ __forceinline__ void expect_ids(const std::int32_t* ids, std::int64_t count, int lane) {
+  constexpr int kLine = 128 / static_cast<int>(sizeof(std::int32_t));
+  for (std::int64_t i = lane * kLine; i < count; i += kLanes * kLine)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(ids + i));
+}
+__device__ __forceinline__ void expect_tables(const SequenceView& view, int lane) {
+  expect_ids(view.pages, view.page_count, lane);
+  for (const ExactRows& x : view.exact) expect_ids(x.blocks, (x.count + kPageTokens - 1) / kPageTokens, lane);
+}
+
+__global__ void step_kernel(const __grid_constant__ StepParams p) {
+  wait_for_previous();
+  let_next_begin();
+  const int b = blockIdx.x;
+  const SequenceView view = view_of(p.batch, b, true);
+  if (blockIdx.y == 0) {
+    if (threadIdx.x == 0) p.views[b] = view;
+    if (threadIdx.x < kLanes) expect_tables(view, threadIdx.x);
+    for (int n = threadIdx.x; n < p.range.most; n += blockDim.x)
+      p.jobs[b * p.range.most + n] = seal_job_of(p.batch, p.dtype, p.range, b, n);
+  }
+  store_rows(p.store, view, view.query_position - view.exact[1].position);
 }
 
 struct Payload {
@@ -145,14 +176,7 @@ __global__ void __launch_bounds__(kThreads)
   if (b >= batch.size) return;
   const SequenceView view = view_of(batch, b, stored);
   if (lane == 0) out[b] = view;
-  // What attention looks up first is on its way into L2.
-  constexpr int kLine = 128 / static_cast<int>(sizeof(std::int32_t));
-  const auto expect = [lane](const std::int32_t* ids, std::int64_t count) {
-    for (std::int64_t i = lane * kLine; i < count; i += kLanes * kLine)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(ids + i));
-  };
-  expect(view.pages, view.page_count);
-  for (const ExactRows& x : view.exact) expect(x.blocks, (x.count + kPageTokens - 1) / kPageTokens);
+  expect_tables(view, lane);
 }
 template <class Job>
 __global__ void __launch_bounds__(kThreads) jobs_kernel(const __grid_constant__ PagedBatch batch, DType dtype,
@@ -183,15 +207,33 @@ cudaError_t launch_jobs(const PagedBatch& batch, DType dtype, const PageRange& r
 template cudaError_t launch_jobs(const PagedBatch&, DType, const PageRange&, SealJob*, bool, cudaStream_t);
 template cudaError_t launch_jobs(const PagedBatch&, DType, const PageRange&, DequantiseJob*, bool, cudaStream_t);
 
+namespace {
+
+// A sequence's share of a grid. One token: one CTA with a warp for a row of a head and side; a warp of a longer call
+// takes about 8 rows.
+struct StoreGrid {
+  dim3 ctas;
+  int threads;
+  explicit StoreGrid(const StoreParams& p) {
+    const long long items = 2ll * p.heads * p.most;
+    const bool one = p.most == 1;
+    threads = one ? static_cast<int>(std::min(items, 32ll)) * kLanes : kThreads;
+    const long long of_each = one ? 1 : std::clamp(items / (kThreads / kLanes) / 8, 1ll, 4096ll);
+    ctas = dim3(static_cast<unsigned>(p.batch), static_cast<unsigned>(of_each));
+  }
+};
+
+}  // namespace
+
 cudaError_t launch_store(const StoreParams& p, cudaStream_t stream) {
-  const long long items = 2ll * p.heads * p.most;
-  if (p.batch == 0 || items == 0) return cudaSuccess;
-  const bool one = p.most == 1;
-  const int threads = one ? static_cast<int>(std::min(items, 32ll)) * kLanes : kThreads;
-  // A warp of a long call takes about 8 rows.
-  const long long ctas = one ? 1 : std::clamp(items / (kThreads / kLanes) / 8, 1ll, 4096ll);
-  return queue_early(p.early, store_kernel, dim3(static_cast<unsigned>(p.batch), static_cast<unsigned>(ctas)), threads,
-                     0, stream, p);
+  if (p.batch == 0 || p.heads == 0 || p.most == 0) return cudaSuccess;
+  const StoreGrid grid(p);
+  return queue_early(p.early, store_kernel, grid.ctas, grid.threads, 0, stream, p);
+}
+cudaError_t launch_step(const StepParams& p, cudaStream_t stream) {
+  if (p.store.batch == 0) return cudaSuccess;
+  const StoreGrid grid(p.store);
+  return queue_early(p.store.early, step_kernel, grid.ctas, grid.threads, 0, stream, p);
 }
 
 cudaError_t launch_put(void* to, const void* from, std::size_t bytes, cudaStream_t stream) {

@@ -29,6 +29,18 @@ struct StoreParams {
 // A call that counts takes one CTA per sequence: meant for few tokens.
 cudaError_t launch_store(const StoreParams& p, cudaStream_t stream);
 
+// The beginning of a step of a host's batch (Backend::begin_step): a CTA stores rows of a sequence, and one of them
+// writes its view and its jobs.
+struct StepParams {
+  StoreParams store;  // `sequences`, `skip` and `count` apart
+  PagedBatch batch;
+  PageRange range;
+  DType dtype = DType::f16;
+  SequenceView* views = nullptr;  // [batch]
+  SealJob* jobs = nullptr;        // [batch, range.most]
+};
+cudaError_t launch_step(const StepParams& p, cudaStream_t stream);
+
 // `bytes` <= kPutBytes of host memory to `to`, as arguments of a launch.
 constexpr std::size_t kPutBytes = 3840;
 cudaError_t launch_put(void* to, const void* from, std::size_t bytes, cudaStream_t stream);

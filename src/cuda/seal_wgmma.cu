@@ -433,6 +433,13 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
   if constexpr (S::kCluster > 1) cluster_barrier();  // before this CTA's memory is gone
 }
 
+// Most decode steps fill no page: the matrix is then not fetched.
+__device__ __forceinline__ bool nothing_to_seal(const SealParams& p) {
+  bool any = false;
+  for (int i = threadIdx.x; i < p.count / p.heads; i += blockDim.x) any = any || p.jobs[i].page >= 0;
+  return __syncthreads_or(any) == 0;
+}
+
 extern __shared__ __align__(128) unsigned char wgmma_memory[];
 
 // The first `key_clusters` of the grid seal keys, the others values.
@@ -441,9 +448,11 @@ __global__ void __launch_bounds__(TeamShape<D>::kThreads, 1)
     seal_wgmma(const __grid_constant__ SealParams p, int key_clusters) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using S = TeamShape<D>;
+  if (p.beside && nothing_to_seal(p)) return wait_for_previous();
   const int cluster = static_cast<int>(blockIdx.x) / S::kCluster, clusters = static_cast<int>(gridDim.x) / S::kCluster;
   if (cluster < key_clusters) seal_side<D, false>(p, wgmma_memory, cluster * S::kTeams, key_clusters * S::kTeams);
   else seal_side<D, true>(p, wgmma_memory, (cluster - key_clusters) * S::kTeams, (clusters - key_clusters) * S::kTeams);
+  if (p.beside) wait_for_previous();  // what runs behind this kernel runs behind attention too
 #endif
 }
 
@@ -459,12 +468,14 @@ cudaError_t launch(const SealParams& p, int device, cudaStream_t stream) {
   // A slice of keys with means takes longer than one of values.
   const int clusters = std::min(multiprocessors / S::kCluster, 2 * p.count);
   const int keys = p.key.mean && clusters < 2 * p.count ? std::max(1, clusters * S::kKeyShare / 100) : clusters / 2;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = S::kCluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  return queue_with(&attribute, 1, seal_wgmma<D>, dim3(static_cast<unsigned>(clusters * S::kCluster)), S::kThreads,
-                    S::kShared, stream, p, keys);
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = S::kCluster;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  return queue_with(attributes, p.beside ? 2 : 1, seal_wgmma<D>, dim3(static_cast<unsigned>(clusters * S::kCluster)),
+                    S::kThreads, S::kShared, stream, p, keys);
 }
 
 }  // namespace

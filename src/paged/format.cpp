@@ -1,7 +1,7 @@
 // Operations on a host's memory: checks, views and jobs in the workspace, one call of the backend.
 //
 // A workspace begins with what the backend wants for attention, which it keeps from call to call (a device's counters),
-// and ends with the views or jobs of one call.
+// and ends with the views and jobs of one call.
 #include <algorithm>
 #include <string>
 
@@ -52,6 +52,10 @@ Status at_end(std::span<std::byte> workspace, std::size_t count, T** out, std::s
   return {};
 }
 
+Status no_room(std::span<std::byte> workspace) {
+  return invalid_argument("workspace", "the bytes of workspace_bytes", std::to_string(workspace.size()));
+}
+
 }  // namespace
 
 struct PageFormat::State {
@@ -84,8 +88,15 @@ struct PageFormat::State {
   template <class Job, class Run>
   Status on_pages(const PagedBatch& batch, const PageRange& range, std::span<std::byte> workspace, const Place& place,
                   Run run) const;
+  Status check_new_rows(const TensorView& k, const TensorView& v) const;
+  Status check_call(const AttendArgs& args, const MutableTensorView* out, const PartialState* partial) const;
   Status attend(const PagedBatch& given, const AttendArgs& args, const MutableTensorView* out,
                 const PartialState* partial, std::span<std::byte> workspace, const Place& place) const;
+  // views: of the batch, with the call's rows stored.
+  AttendJob job_of(const PagedBatch& batch, const AttendArgs& args, const MutableTensorView* out,
+                   const PartialState* partial, const SequenceView* views, std::span<std::byte> workspace) const;
+  Status step(const PagedBatch& given, const Backend::Step& rows, const AttendArgs& args, const MutableTensorView& out,
+              std::span<std::byte> workspace, const Place& place) const;
 };
 
 PageFormat::PageFormat(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -138,8 +149,8 @@ Status PageFormat::workspace_bytes(const Limits& limits, std::size_t* out, const
                    .all = limits.all};
   const std::size_t jobs = sequences * static_cast<std::size_t>(limits.most_pages) *
                            std::max(sizeof(SealJob), sizeof(DequantiseJob));
-  *out = rounded(state_->backend->attend_workspace(job)) +
-         std::max(rounded(sequences * sizeof(SequenceView)), rounded(jobs)) + kAlignment;
+  *out = rounded(state_->backend->attend_workspace(job)) + rounded(sequences * sizeof(SequenceView)) + rounded(jobs) +
+         kAlignment;
   return {};
 }
 
@@ -164,6 +175,20 @@ Status PageFormat::State::check_queries(const TensorView& q, const char* rows, s
                           shape_text(x));
 }
 
+Status PageFormat::State::check_new_rows(const TensorView& k, const TensorView& v) const {
+  KV4_RETURN_IF_ERROR(check_rows(k, "k", config.head_dim_k));
+  KV4_RETURN_IF_ERROR(check_rows(v, "v", config.head_dim_v));
+  return v.shape[2] == k.shape[2]
+             ? Status()
+             : invalid_argument("v", "the rows of k, " + std::to_string(k.shape[2]), std::to_string(v.shape[2]));
+}
+
+Status PageFormat::State::check_call(const AttendArgs& args, const MutableTensorView* out,
+                                     const PartialState* partial) const {
+  KV4_RETURN_IF_ERROR(check_arguments(args));
+  return check_output(args, config.head_dim_v, out, partial);
+}
+
 Status PageFormat::State::open(const PagedBatch& batch, const Place& place) const {
   KV4_RETURN_IF_ERROR(check_batch(batch));
   backend->set_stream(place.stream);
@@ -180,10 +205,7 @@ Status PageFormat::store(const PagedBatch& given, const TensorView& k, const Ten
   const State& s = *state_;
   PagedBatch batch = given;
   KV4_RETURN_IF_ERROR(s.open(batch, place));
-  KV4_RETURN_IF_ERROR(s.check_rows(k, "k", s.config.head_dim_k));
-  KV4_RETURN_IF_ERROR(s.check_rows(v, "v", s.config.head_dim_v));
-  if (v.shape[2] != k.shape[2])
-    return invalid_argument("v", "the rows of k, " + std::to_string(k.shape[2]), std::to_string(v.shape[2]));
+  KV4_RETURN_IF_ERROR(s.check_new_rows(k, v));
   if (batch.size == 0 || k.shape[2] == 0) return {};
   KV4_RETURN_IF_ERROR(s.check(&batch, Use::store, k.shape[2]));
   SequenceView* views = nullptr;
@@ -238,16 +260,22 @@ Status PageFormat::State::attend(const PagedBatch& given, const AttendArgs& args
   const auto& shape = args.q.shape;
   KV4_RETURN_IF_ERROR(check_queries(args.q, "rows", 0));
   if (batch.size == 0 || shape[2] == 0) return {};
-  KV4_RETURN_IF_ERROR(check_arguments(args));
-  KV4_RETURN_IF_ERROR(check_output(args, config.head_dim_v, out, partial));
+  KV4_RETURN_IF_ERROR(check_call(args, out, partial));
   KV4_RETURN_IF_ERROR(check(&batch, Use::attend, shape[2]));
   const Lent lent(place.executor);
   SequenceView* views = nullptr;
-  AttendJob job = sized(static_cast<int>(shape[1]));
-  KV4_RETURN_IF_ERROR(at_end(workspace, static_cast<std::size_t>(batch.size), &views, &job.workspace));
-  if (job.workspace.empty())
-    return invalid_argument("workspace", "the bytes of workspace_bytes", std::to_string(workspace.size()));
+  std::span<std::byte> rest;
+  KV4_RETURN_IF_ERROR(at_end(workspace, static_cast<std::size_t>(batch.size), &views, &rest));
+  if (rest.empty()) return no_room(workspace);
   KV4_RETURN_IF_ERROR(backend->make_views(batch, true, views));
+  return backend->attend(job_of(batch, args, out, partial, views, rest));
+}
+
+AttendJob PageFormat::State::job_of(const PagedBatch& batch, const AttendArgs& args, const MutableTensorView* out,
+                                    const PartialState* partial, const SequenceView* views,
+                                    std::span<std::byte> workspace) const {
+  AttendJob job = sized(static_cast<int>(args.q.shape[1]));
+  job.workspace = workspace;
   job.args = args;
   job.pages = batch.page_memory;
   job.window = batch.window;
@@ -258,7 +286,48 @@ Status PageFormat::State::attend(const PagedBatch& given, const AttendArgs& args
                    .all = batch.all};
   if (out != nullptr) job.out = *out;
   if (partial != nullptr) job.partial = *partial;
-  return backend->attend(job);
+  return job;
+}
+
+Status PageFormat::State::step(const PagedBatch& given, const Backend::Step& rows, const AttendArgs& args,
+                               const MutableTensorView& out, std::span<std::byte> workspace, const Place& place) const {
+  PagedBatch batch = given;
+  Backend::Step step = rows;
+  KV4_RETURN_IF_ERROR(open(batch, place));
+  KV4_RETURN_IF_ERROR(check_new_rows(step.k, step.v));
+  KV4_RETURN_IF_ERROR(check_queries(args.q, std::to_string(step.k.shape[2]).c_str(), step.k.shape[2]));
+  if (args.q.shape[2] != step.k.shape[2])
+    return invalid_argument("q", "the rows of k, " + std::to_string(step.k.shape[2]), std::to_string(args.q.shape[2]));
+  KV4_RETURN_IF_ERROR(check_call(args, &out, nullptr));
+  if (batch.size == 0) return {};
+  KV4_RETURN_IF_ERROR(check(&batch, Use::store, step.k.shape[2]));
+  KV4_RETURN_IF_ERROR(check(&batch, Use::attend, step.k.shape[2]));
+  if (step.range.most != 0) {
+    KV4_RETURN_IF_ERROR(check_range(batch, step.range, readable()));
+    if (readable()) KV4_RETURN_IF_ERROR(check_unread(batch, step.range));
+  }
+  const Lent lent(place.executor);
+  const auto sequences = static_cast<std::size_t>(batch.size);
+  const std::size_t jobs = sequences * static_cast<std::size_t>(step.range.most);
+  std::span<std::byte> rest;
+  KV4_RETURN_IF_ERROR(at_end(workspace, jobs, &step.jobs, &rest));
+  KV4_RETURN_IF_ERROR(at_end(rest, sequences, &step.views, &rest));
+  if (rest.empty()) return no_room(workspace);
+  step.dtype = config.dtype;
+  KV4_RETURN_IF_ERROR(backend->begin_step(batch, step));
+  KV4_RETURN_IF_ERROR(backend->attend(job_of(batch, args, &out, nullptr, step.views, rest)));
+  if (jobs == 0) return {};
+  return backend->end_step(spec, batch.page_memory, config.kv_heads, {step.jobs, jobs});
+}
+
+Status PageFormat::step(const PagedBatch& batch, const TensorView& k, const TensorView& v, const PageRange& range,
+                        const AttendArgs& args, const MutableTensorView& out, std::span<std::byte> workspace,
+                        const Place& place) const {
+  Backend::Step rows;
+  rows.k = k;
+  rows.v = v;
+  rows.range = range;
+  return state_->step(batch, rows, args, out, workspace, place);
 }
 
 Status PageFormat::attend(const PagedBatch& batch, const AttendArgs& args, const MutableTensorView& out,

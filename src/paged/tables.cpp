@@ -139,4 +139,11 @@ Status check_range(const PagedBatch& batch, const PageRange& range, bool readabl
   return {};
 }
 
+Status check_unread(const PagedBatch& batch, const PageRange& range) {
+  for (int b = 0; b < batch.size; ++b)
+    if (range.end[b] > range.begin[b] && range.begin[b] < batch.sealed[b])
+      return beyond(at("range.begin", b), "at least sealed[b], " + std::to_string(batch.sealed[b]), range.begin[b]);
+  return {};
+}
+
 }  // namespace kv4

@@ -17,5 +17,7 @@ Status check_batch(const PagedBatch& batch);
 // Errors: out_of_range naming the array, the sequence and the value.
 Status check_tables(PagedBatch* batch, Use use, std::int64_t rows);
 Status check_range(const PagedBatch& batch, const PageRange& range, bool readable);
+// Of arrays of host memory: that no page of the range counts as sealed.
+Status check_unread(const PagedBatch& batch, const PageRange& range);
 
 }  // namespace kv4

@@ -199,6 +199,10 @@ const char* kv4_c_paged_program(void) {
     return "kv4_finish and kv4_merge";
   for (int c = 0; c < DIM; ++c)
     if (twice[c] - out[c] > 1e-3f || out[c] - twice[c] > 1e-3f) return "a state that is finished is the answer";
+  /* The step in one call: the row stored again, nothing sealed. */
+  memset(rows, 0, sizeof rows);
+  if (kv4_paged_step(format, &batch, &keys, &values, NULL, &args, &same, &place) != KV4_OK) return kv4_last_error();
+  if (memcmp(twice, out, sizeof out) != 0) return "a step's answer";
   lengths[0] = 63;
   if (kv4_paged_attend(format, &batch, &args, &answer, &place) != KV4_OUT_OF_RANGE ||
       strstr(kv4_last_error(), "sealed[0]: expected") == NULL)

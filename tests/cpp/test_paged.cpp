@@ -162,10 +162,23 @@ TEST(Paged, RefusalsNameTheArgumentAndWriteNothing) {
       {"pages[0, ", [&](Call& c) { c.batch.pages = ids.data(); }},
       {"blocks[0, ", [&](Call& c) { c.batch.blocks = ids.data(); }},
   };
+  const std::int32_t read[] = {sealed - 64, 0}, one[] = {sealed, 0};
+  const std::vector<std::int32_t> same(2 * PagedServer::kTable, 0);
+  const std::pair<const char*, Change> step[] = {
+      {"q", [](Call& c) { c.args.q.shape[2] = c.out.shape[2] = 1; }},
+      {"range.begin[0]",
+       [&](Call& c) {
+         c.range = {read, one, 1};
+         c.batch.blocks = same.data();
+       }},
+  };
   const PageFormat& format = *server.format;
   const auto run_attend = [&](const Call& c) { return format.attend(c.batch, c.args, c.out, c.workspace); };
   const auto run_store = [&](const Call& c) { return format.store(c.batch, c.k, c.v, c.workspace); };
   const auto run_seal = [&](const Call& c) { return format.seal(c.batch, c.range, c.workspace); };
+  const auto run_step = [&](const Call& c) {
+    return format.step(c.batch, c.k, c.v, c.range, c.args, c.out, c.workspace);
+  };
   const auto run_dequantise = [&](const Call& c) { return format.dequantise(c.batch, c.range, c.workspace); };
   const std::vector<std::uint8_t> pages = server.pages->read(), blocks = server.blocks->read();
   const auto refuse = [&](auto run, std::span<const std::pair<const char*, Change>> changes) {
@@ -184,7 +197,9 @@ TEST(Paged, RefusalsNameTheArgumentAndWriteNothing) {
   refuse(run_store, any), refuse(run_store, tables), refuse(run_store, store);
   refuse(run_seal, any), refuse(run_seal, range);
   refuse(run_dequantise, any), refuse(run_dequantise, range);
-  EXPECT_TRUE(run_store(fine).ok() && run_attend(fine).ok());
+  refuse(run_step, any), refuse(run_step, tables), refuse(run_step, attend);
+  refuse(run_step, store), refuse(run_step, range), refuse(run_step, step);
+  EXPECT_TRUE(run_store(fine).ok() && run_attend(fine).ok() && run_step(fine).ok());
 }
 
 TEST(Paged, NaNIsStoredAsZerosAndTold) {
@@ -235,11 +250,15 @@ TEST(Paged, CallsAllocateNothingAndStayInTheWorkspace) {
     AttendArgs args;
     args.q = {q.data(), DType::f32, {1, 6, 2, 64}, {0, 128, 64, 1}};
     const MutableTensorView to{out.data(), DType::f32, {1, 6, 2, 64}, {0, 128, 64, 1}};
+    const std::vector<std::uint16_t> kv(2 * 2 * 64, 0x3c00);
+    const TensorView rows{kv.data(), DType::f16, {1, 2, 2, 64}, {0, 128, 64, 1}};
+    const std::int32_t nothing[] = {1024, 1024};
     server.sequences[0].blocks[0] = 61;  // a block that nobody has
     const PagedBatch again = two.batch();
     const std::int32_t begin[] = {0, 0}, end[] = {64, 0};
     const auto call = [&] {
       ASSERT_TRUE(server.format->attend(batch, args, to, workspace).ok());
+      ASSERT_TRUE(server.format->step(batch, rows, rows, {nothing, nothing, 1}, args, to, workspace).ok());
       ASSERT_TRUE(server.format->dequantise(again, {begin, end, 1}, workspace).ok());
       ASSERT_TRUE(server.format->seal(again, {begin, end, 1}, workspace).ok());
     };

@@ -13,6 +13,7 @@
 
 #include "backend/batch.h"
 #include "device.h"
+#include "paged_server.h"
 
 namespace kv4 {
 namespace {
@@ -115,6 +116,27 @@ class CudaPaged : public ::testing::Test {
       tables_.end.push_back(std::min(sealed[b], 2 * kPageTokens));
     }
     ASSERT_GT(pages.size() + blocks.size(), 0u);
+    tables_.upload();
+  }
+  // Whole blocks that no query reads as pages are to be sealed, into pages that nobody has, at most three of a
+  // sequence.
+  void range_behind_sealed() {
+    std::vector<bool> taken(kPages, false);
+    for (std::size_t b = 0; b < kSequences; ++b)
+      for (std::int32_t i = 0; i < tables_.sealed[b] / kPageTokens; ++i)
+        taken[static_cast<std::size_t>(tables_.pages[b * kWidth + static_cast<std::size_t>(i)])] = true;
+    for (std::size_t b = 0; b < kSequences; ++b) {
+      const std::int32_t first = tables_.sealed[b] / kPageTokens, last = tables_.lengths[b] / kPageTokens;
+      ASSERT_LE(last - first, 3);
+      for (std::int32_t i = first; i < last; ++i) {
+        const auto free = std::find(taken.begin(), taken.end(), false);
+        ASSERT_NE(free, taken.end());
+        tables_.pages[b * kWidth + static_cast<std::size_t>(i)] = static_cast<std::int32_t>(free - taken.begin());
+        *free = true;
+      }
+      tables_.begin[b] = first * kPageTokens;
+      tables_.end[b] = last * kPageTokens;
+    }
     tables_.upload();
   }
   PagedBatch batch(bool device) {
@@ -393,6 +415,103 @@ TEST_F(CudaPaged, ACapturedCallReadsTheTablesWhenItRuns) {
     cuda::set_stream(nullptr);
     cudaStreamDestroy(stream);
   }
+}
+
+// A server's calls one by one and in one, against plain views.
+TEST_F(CudaPaged, AServerReadsWhatPlainViewsRead) {
+  tests::run_server({.backend = "cuda"}, 41, 40);
+  tests::run_server({.backend = "cuda", .kv_heads = 1, .group = 8, .dim = 128, .dtype = DType::bf16, .sinks = 0}, 42,
+                    40);
+  tests::run_server({.backend = "cuda", .kv_heads = 3, .group = 1, .dim = 256, .sinks = 64, .window = 100}, 43, 30);
+}
+
+// A whole step in a graph: what it stores, answers and seals is that of calls one by one, also where a replay has
+// nothing to seal.
+TEST_F(CudaPaged, AStepInAGraphIsItsCallsOneByOne) {
+  Backend& backend = *cuda::backend();
+  constexpr std::int64_t kRows = kSequences, kLongest = 1200, kAll = 2400;
+  cases::Random random(29);
+  const auto halves = [&random](std::size_t n) {
+    std::vector<std::uint16_t> x(n);
+    for (std::uint16_t& h : x) h = f32_to_f16(static_cast<float>(random.normal()));
+    return x;
+  };
+  const DeviceBytes fresh_k(halves(kHeads * kRows * kDim)), fresh_v(halves(kHeads * kRows * kDim)),
+      queries(halves(kHeads * kGroup * kRows * kDim));
+  const auto rows = [](const DeviceBytes& x, int heads) {
+    return TensorView{x.as(), DType::f16, {1, heads, kRows, kDim}, {0, kDim, heads * kDim, 1}};
+  };
+  const TensorView q = rows(queries, kHeads * kGroup);
+  const std::size_t out_bytes = kHeads * kGroup * kRows * kDim * sizeof(float);
+  const DeviceBytes out(out_bytes), other(out_bytes), views(kSequences * sizeof(SequenceView)),
+      jobs(kSequences * 3 * sizeof(SealJob));
+  fill({130, 1, 70, 64}, {64, 0, 0, 0}, {1, 1, 1, 1}, 1);
+  AttendJob job = attend_job(q, out);
+  job.sequences = {{views.as<SequenceView>(), kSequences}, true, 1, kLongest, kAll};
+  const DeviceBytes workspace(backend.attend_workspace(job), 0);
+  job.workspace = {workspace.as<std::byte>(), backend.attend_workspace(job)};
+  Backend::Step step;
+  step.k = rows(fresh_k, kHeads);
+  step.v = rows(fresh_v, kHeads);
+  step.dtype = DType::f16;
+  step.range = range(true);
+  step.views = views.as<SequenceView>();
+  step.jobs = jobs.as<SealJob>();
+  PagedBatch limited = batch(true);
+  limited.most_queries = 1;
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t replay = nullptr;
+  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  cuda::set_stream(stream);
+  ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+  const Status calls[] = {
+      backend.begin_step(limited, step), backend.attend(job),
+      backend.end_step(device_->spec(), batch_.page_memory, kHeads, {step.jobs, kSequences * std::size_t{3}})};
+  ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+  for (const Status& s : calls) ASSERT_TRUE(s.ok()) << s.message();
+  ASSERT_EQ(cudaGraphInstantiate(&replay, graph, 0), cudaSuccess);
+  struct Replayed {
+    std::vector<std::int32_t> lengths, sealed, counts;
+    bool seals;
+  };
+  const Replayed all[] = {{{130, 1, 70, 64}, {64, 0, 0, 0}, {1, 1, 1, 1}, true},
+                          {{1199, 63, 0, 200}, {1152, 0, 0, 192}, {1, 1, 0, 1}, false},
+                          {{1152, 128, 9, 192}, {1024, 64, 0, 0}, {1, 1, 0, 1}, true}};
+  std::uint64_t seed = 31;
+  for (const Replayed& now : all) {
+    SCOPED_TRACE(seed);
+    fill(now.lengths, now.sealed, now.counts, seed++);
+    range_behind_sealed();
+    const std::vector<std::uint8_t> before = pages_now();
+    ASSERT_EQ(cudaMemset(out.as(), 0xff, out_bytes), cudaSuccess);
+    ASSERT_EQ(cudaMemset(other.as(), 0xff, out_bytes), cudaSuccess);
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    ASSERT_EQ(cudaGraphLaunch(replay, stream), cudaSuccess);
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    const std::vector<std::uint8_t> sealed = pages_now(), stored_k = k_.read(), stored_v = v_.read();
+    EXPECT_EQ(sealed != before, now.seals);
+    const std::vector<SequenceView> after = host_views(true);
+    EXPECT_EQ(std::memcmp(views.read().data(), after.data(), after.size() * sizeof after[0]), 0);
+    StoreJob store;
+    store.k = step.k;
+    store.v = step.v;
+    const std::vector<SequenceView> unstored = host_views(false);
+    store.sequences = {unstored, false, 1};
+    ASSERT_TRUE(backend.store(store).ok());
+    EXPECT_TRUE(k_.read() == stored_k && v_.read() == stored_v);
+    AttendJob eager = attend_job(q, other);
+    eager.sequences = {after, false, 1, kLongest, kAll};
+    ASSERT_TRUE(backend.attend(eager).ok());
+    ASSERT_TRUE(backend.seal(device_->spec(), batch_.page_memory, kHeads, host_jobs(), false).ok());
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    EXPECT_EQ(out.read(), other.read());
+    EXPECT_EQ(pages_now(), sealed);
+  }
+  cudaGraphExecDestroy(replay);
+  cudaGraphDestroy(graph);
+  cuda::set_stream(nullptr);
+  cudaStreamDestroy(stream);
 }
 
 TEST_F(CudaPaged, StoreWithoutALimitOfRowsIsRefused) {

@@ -270,8 +270,16 @@ class Impl(AttentionImpl[Metadata]):
         memory = self._memory_for(pages, kv_cache)
         whole, pieces = self._tables(pages, meta, rows_meta)
         work = _workspaces.of(pages, meta, self.num_heads, device, stream)
+        how = {"scale": self.scale, "softcap": self.softcap}
+        learns = self.unmeasured and not meta.captured
+        if step.single and not learns:
+            (tables, span), keys = pieces[0], [_rows(x, slice(rows)) for x in (key, value)]
+            sealed = on["begin"], on["end"], meta.most_pages
+            more = {"sink_logits": self.sinks, "stream": stream, **how}
+            pages.step(tables, memory, *keys, *sealed, _rows(query, span), _rows(output, span), work, **more)
+            return output
         pages.store(whole, memory, _rows(key, slice(rows)), _rows(value, slice(rows)), work, stream=stream)
-        if self.unmeasured and not meta.captured:
+        if learns:
             self._keep_queries(query, step)
             if step.most_pages:
                 b = int(np.argmax(step.end - step.begin))
@@ -279,7 +287,6 @@ class Impl(AttentionImpl[Metadata]):
                 self.measure(rows_meta.table[0][b, first:last].long())
         if meta.most_pages:
             pages.seal(whole, memory, on["begin"], on["end"], meta.most_pages, work, stream=stream)
-        how = {"scale": self.scale, "softcap": self.softcap}
         for tables, span in pieces:
             q, out = _rows(query, span), _rows(output, span)
             pages.attend(tables, memory, q, out, work, sink_logits=self.sinks, stream=stream, **how)
