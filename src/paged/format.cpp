@@ -315,7 +315,9 @@ Status PageFormat::State::step(const PagedBatch& given, const Backend::Step& row
   if (rest.empty()) return no_room(workspace);
   step.dtype = config.dtype;
   KV4_RETURN_IF_ERROR(backend->begin_step(batch, step));
-  KV4_RETURN_IF_ERROR(backend->attend(job_of(batch, args, &out, nullptr, step.views, rest)));
+  AttendJob job = job_of(batch, args, &out, nullptr, step.views, rest);
+  job.made_of = &batch;
+  KV4_RETURN_IF_ERROR(backend->attend(job));
   if (jobs == 0) return {};
   return backend->end_step(spec, batch.page_memory, config.kv_heads, {step.jobs, jobs});
 }
