@@ -22,6 +22,8 @@ import numpy as np
 MARK = "kv4-bench: "
 # Tokens that the first answers may have when the last prompt has its first one.
 _AHEAD = 1024
+# Tokens of the prompts that warm an engine up for a case.
+_WARM = 1024
 # What engines are told, for each kind of cache. vLLM's fp8 wants a bfloat16 model.
 KINDS: dict[str, dict[str, Any]] = {
     "own": {},
@@ -119,8 +121,8 @@ def _rows(plan: Plan) -> Iterator[Row]:
     fit = getattr(engine.vllm_config.cache_config, "kv_cache_size_tokens", None)
     vocabulary = engine.vllm_config.model_config.get_vocab_size()
     for batch, tokens in plan.cases:
-        for steps in (2, plan.steps):  # the first time to warm up
-            prefill, step = _steps(engine, SamplingParams, prompts(batch, tokens, vocabulary), steps)
+        _steps(engine, SamplingParams, prompts(batch, min(tokens, _WARM), vocabulary), 2)
+        prefill, step = _steps(engine, SamplingParams, prompts(batch, tokens, vocabulary), plan.steps)
         yield Row(plan.kind, fit, start, batch, tokens, prefill, step)
 
 
