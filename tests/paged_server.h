@@ -62,8 +62,7 @@ struct ServerShape {
   DType dtype = DType::f16;
   int sinks = 4, window = 0;
   bool lambda = true, lambda_per_sequence = false;
-  int exact = 64;                           // newest tokens that stay exact at least
-  std::int64_t longest = 40 * kPageTokens;  // what calls are told of a sequence's tokens
+  int exact = 64;  // newest tokens that stay exact at least
 };
 
 class PagedServer {
@@ -85,8 +84,8 @@ class PagedServer {
                               .q_heads = shape.kv_heads * shape.group,
                               .most_pages = 4,
                               .most_queries = 80,
-                              .longest = shape.longest,
-                              .all = kMost * shape.longest};
+                              .longest = kTable * kPageTokens,
+                              .all = kMost * kTable * kPageTokens};
     std::size_t bytes = 0;
     EXPECT_TRUE(format->workspace_bytes(limits, &bytes).ok());
     workspace = std::make_unique<Held>(backend_, bytes);
@@ -209,8 +208,8 @@ class PagedServer {
       batch.lambda_k_stride = batch.lambda_v_stride = shape_.lambda_per_sequence ? stride : 0;
     }
     batch.most_queries = 80;
-    batch.longest = shape_.longest;
-    batch.all = kMost * shape_.longest;
+    batch.longest = kTable * kPageTokens;
+    batch.all = kMost * kTable * kPageTokens;
     return batch;
   }
 

@@ -208,8 +208,6 @@ struct AttendJob {
   // With tables, the mask's start and window are host memory; without, memory that the kernels read.
   Sequences sequences;
   DeviceTables* tables = nullptr;
-  // What the sequences' views, resident ones, are made of by begin_step, which was queued just before.
-  const PagedBatch* made_of = nullptr;
   std::int32_t window = 0;  // as mask.window, of every sequence, where that is null
   // What the kernels need besides, as workspace() says; empty: the backend's own.
   std::span<std::byte> workspace;

@@ -65,16 +65,11 @@ void plan_readers(const AttendParams& p, int segments, const Load& load, AttendP
   }
   if (!one_kernel) return;
   const long long warps = readers(Readers::warps);
-  const long long team_items = kTeamRounds * ctas * readers(Readers::fours);
-  plan->teams = load.longest <= team_items;
+  plan->teams = rounds(load.longest, ctas * readers(Readers::fours)) <= kTeamRounds;
   // Two launches and the waits between them cost about as much as four rounds of warps.
   constexpr long long kSaved = 4;
   if (plan->teams || rounds(load.longest, ctas * warps) <= rounds(all, plan->ctas * warps) + kSaved)
     plan->fused_ctas = ctas;
-  // Where both may come: of a few thousand tokens, by what kernels of 128 registers hold without spilling much.
-  constexpr long long kLeastTeamItems = 16;
-  const bool both = load.limits && !plan->teams && team_items >= kLeastTeamItems && plan->segment_blocks == 1;
-  if (plan->fused_ctas > 0 && both) plan->team_items = static_cast<int>(team_items);
 }
 
 }  // namespace
@@ -149,7 +144,6 @@ cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch
   p.segment_blocks = plan.segment_blocks;
   p.blocks = blocks_of_rows(p, plan.segment_blocks);
   p.readers = plan.ctas * plan.readers_per_cta;
-  p.team_items = plan.team_items;
   // Few segments: their rows are spread, so that the states of each are read by many. Every CTA reads its part of the
   // rotation's matrix.
   const int parts = p.batch * p.kv_heads * (p.blocks / plan.segment_blocks) * merge_columns(p.dim);

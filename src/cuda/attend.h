@@ -44,12 +44,8 @@ struct PagesAt {
 
 struct AttendParams {
   const SequenceView* sequences = nullptr;  // [batch] in device memory, every pointer in it too
-  // Where the kernel before is begin_step's, which stores rows and makes views: one kernel makes those that it reads,
-  // the same bytes, and only the readers of exact rows wait for it. Else null.
-  SequenceView* makes_views = nullptr;  // [batch]: sequences
-  PagedBatch made_of;
-  int batch = 0, kv_heads = 0, group = 0;  // group: query heads per KV head
-  int queries = 0;                         // of the sequence with the most
+  int batch = 0, kv_heads = 0, group = 0;   // group: query heads per KV head
+  int queries = 0;                          // of the sequence with the most
   int dim = 0;
   int blocks = 0;     // blocks of kBlockRows of so many rows per KV head, rounded up to whole segments
   bool bf16 = false;  // exact rows: bfloat16, else float16
@@ -88,7 +84,6 @@ struct AttendParams {
   int readers = 0;  // warps that share the items
   int segment_blocks = 0;  // blocks of a segment: 1 or 2
   int merge_rows = 0;      // rows of a segment that one CTA merges
-  int team_items = 0;      // of AttendPlan
 };
 
 // uint4 per block of operands: [k-tile of 32][lane] bytes, [k-tile of 32][tile of 4 rows][lane] of q'
@@ -115,7 +110,6 @@ enum class Room { none, small, middle, large };
 // of them.
 struct Load {
   long long longest = 0, all = 0;  // of one sequence; of all: of one KV head
-  bool limits = false;             // of a call that is replayed: they are what sequences may grow to
 };
 // From the views, or, where the host does not see them, from the tokens that they have at most, in pages but for a page
 // or where none is `sealed`.
@@ -133,7 +127,6 @@ struct AttendPlan {
   int ctas = 0, readers_per_cta = 0;
   int fused_ctas = 0;  // of each segment, where one kernel does all (attend_fused.cuh); 0: three kernels
   bool teams = false;  // of warps read together (attend_team.cuh)
-  int team_items = 0;  // above 0: that is found on the device; teams read segments of at most so many items
   bool early = false;  // the kernels may begin before those before them have ended (sm_90)
   std::size_t scratch = 0;
 };

@@ -14,7 +14,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "backend/batch.h"
 #include "cuda/attend_fused_join.cuh"
 #include "cuda/attend_fused_queries.cuh"
 #include "cuda/attend_main.cuh"
@@ -28,9 +27,7 @@ __device__ __forceinline__ void fused_fill(const AttendParams& p, const SharesOf
   using F = FusedShape<D, kSegmentRows, kReaders>;
   const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
   Cursor from;
-  const ItemRange range = lane < F::kCount ? shares.of(blockIdx.x, lane) : ItemRange{};
-  if (lane < F::kCount) from.start_within(p, at.b, at.head, at.part, range);
-  if (p.makes_views != nullptr && __any_sync(kAll, range.exact_count > 0)) wait_for_previous();  // for the newest row
+  if (lane < F::kCount) from.start_within(p, at.b, at.head, at.part, shares.of(blockIdx.x, lane));
   PiecesOf<F::kMembers, kReaders == Readers::warps ? 1 : 2, true> pieces(p, from, at.head);
   Filler<F::kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, F::kCount - 1) * F::kQueueBytes);
   fill_all(pieces, filler, lane, [] { F::wait_made(); });
@@ -60,7 +57,6 @@ __device__ __forceinline__ void fused_read(
     const bool packed = kind != 0;
     const int run = packed ? range.page_count : range.exact_count;
     if (run == 0) continue;
-    if (!packed && p.makes_views != nullptr) wait_for_previous();
     Cursor here;
     here.start_within(p, at.b, at.head, at.part, {range.exact, packed ? 0 : run, range.page, packed ? run : 0});
     float* const to = packed || range.page_count == 0 ? reinterpret_cast<float*>(mine)
@@ -115,10 +111,8 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
       F::made();
       if (p.dual.words != nullptr) columns.prefetch(p.dual, warp, F::kWarps, lane);
     }
-    if (p.makes_views == nullptr) {
-      wait_for_previous();
-      let_next_begin();
-    }
+    wait_for_previous();
+    let_next_begin();
     // What everything else waits for is asked for first.
     const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
     const SequenceView& s = p.sequences[at.b];
@@ -132,23 +126,11 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
     }
     const auto items = [](long long rows) { return static_cast<int>((rows + kExactTokens - 1) / kExactTokens); };
     const SharesOf<D, kSegmentRows, kReaders> shares(items(sinks) + items(window), pages);
-    if (blockIdx.x >= shares.ctas || at.rows(p) <= 0)
-      return wait_for_previous();  // what runs behind this kernel runs behind that before it
+    if (blockIdx.x >= shares.ctas || at.rows(p) <= 0) return;
     if (warp == F::kWarps) return fused_fill<D, kSegmentRows, kReaders>(p, shares, &end, lane);
     fused_read<D, kSegmentRows, kReaders>(p, shares, first, columns, warp, lane);
   }
-  if (p.makes_views != nullptr) {
-    wait_for_previous();
-    let_next_begin();
-  }
   fused_finish<D, kSegmentRows, kReaders>(p, &end);
-}
-
-// The view of this CTA's sequence, which the kernel before may not have written yet.
-__device__ __forceinline__ void make_view(const AttendParams& p) {
-  if (p.makes_views == nullptr) return;
-  if (threadIdx.x == 0) p.makes_views[blockIdx.z] = view_of(p.made_of, blockIdx.z, true);
-  __syncthreads();
 }
 
 // For the large room alone, where another warp fills the queues. Empty in code for devices before 9.0.
@@ -156,39 +138,7 @@ template <int D, Rows kSegmentRows, Readers kReaders>
 __global__ void __launch_bounds__(FusedShape<D, kSegmentRows, kReaders>::kAllWarps* kLanes, 1)
     attend_fused(const __grid_constant__ AttendParams p) {
 #ifdef __CUDA_ARCH__
-  if constexpr (runs_in(Room::large, __CUDA_ARCH__ / 10)) {
-    make_view(p);
-    fused_all<D, kSegmentRows, kReaders>(p);
-  }
-#endif
-}
-
-// Of a matrix that every CTA reads, this CTA's part of the way from device memory into L2.
-__device__ __forceinline__ void expect_matrix(const PackedMatrix& matrix, int words) {
-  constexpr int kLine = 128 / static_cast<int>(sizeof(uint4));
-  if (matrix.words == nullptr) return;
-  const int ctas = gridDim.x * gridDim.y * gridDim.z,
-            cta = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-  for (int i = (threadIdx.x * ctas + cta) * kLine; i < words; i += blockDim.x * ctas * kLine)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(matrix.words + i));
-}
-
-// For calls of which the host knows no lengths: each segment is read by teams or by warps, as its items are few or
-// many.
-template <int D, Rows kSegmentRows>
-__global__ void __launch_bounds__(either_warps<D>(blocks_of(kSegmentRows)) * kLanes, 1)
-    attend_either(const __grid_constant__ AttendParams p) {
-#ifdef __CUDA_ARCH__
-  if constexpr (runs_in(Room::large, __CUDA_ARCH__ / 10)) {
-    expect_matrix(p.dual, D / 8 * (D / 16) * kLanes);
-    if (p.makes_views == nullptr) wait_for_previous();
-    make_view(p);
-    const SequenceView& s = p.sequences[blockIdx.z];
-    if (items_of(s.exact[0]) + items_of(s.exact[1]) + s.page_count <= p.team_items)
-      fused_all<D, kSegmentRows, Readers::fours>(p);
-    else if (threadIdx.x < FusedShape<D, kSegmentRows, Readers::warps>::kAllWarps * kLanes)
-      fused_all<D, kSegmentRows, Readers::warps>(p);
-  }
+  if constexpr (runs_in(Room::large, __CUDA_ARCH__ / 10)) fused_all<D, kSegmentRows, kReaders>(p);
 #endif
 }
 

@@ -1,8 +1,6 @@
 // Queues the kernels of one head dim. Each is compiled in a file of its own, attend_<head dim>.cu.
 #pragma once
 
-#include <algorithm>
-
 #include "cuda/attend.h"
 #include "cuda/attend_fused.cuh"
 #include "cuda/attend_main.cuh"
@@ -42,22 +40,6 @@ cudaError_t launch_fused(const AttendParams& p, const AttendPlan& plan, cudaStre
   const dim3 ctas(static_cast<unsigned>(plan.fused_ctas), static_cast<unsigned>(p.kv_heads * (p.blocks / kBlocks)),
                   static_cast<unsigned>(p.batch));
   return queue_kernel(kernel, p, plan, ctas, fused_warps(kReaders, kFit.readers) * kLanes, kShared, stream);
-}
-
-template <int D, Rows kRows>
-cudaError_t launch_either(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
-  constexpr int kBlocks = blocks_of(kRows);
-  constexpr auto shared_of = [](Readers kind) {
-    constexpr auto fits = [](Readers k) { return fused_fit<D>(k, kBlocks); };
-    return fused_shared<D>(kind, fits(kind).readers, fits(kind).depth, kBlocks);
-  };
-  constexpr int kShared = std::max(shared_of(Readers::fours), shared_of(Readers::warps));
-  const auto kernel = attend_either<D, kRows>;
-  static SharedMost most;
-  if (const cudaError_t e = most.allow(kernel, kShared); e != cudaSuccess) return e;
-  const dim3 ctas(static_cast<unsigned>(plan.fused_ctas), static_cast<unsigned>(p.kv_heads * (p.blocks / kBlocks)),
-                  static_cast<unsigned>(p.batch));
-  return queue_kernel(kernel, p, plan, ctas, either_warps<D>(kBlocks) * kLanes, kShared, stream);
 }
 
 template <int D, Rows kRows, Room kRoom, Readers kKind>
@@ -109,8 +91,6 @@ cudaError_t launch_room(const AttendParams& p, const AttendPlan& plan, cudaStrea
     if (main_has_teams(D, plan.room) && plan.teams)
       return launch<D, kRows, Room::large, Readers::twos>(p, plan, stream);
   } else if (plan.fused_ctas > 0) {
-    if constexpr (kRows != Rows::sixteen)
-      if (plan.team_items > 0) return launch_either<D, kRows>(p, plan, stream);
     return plan.teams ? launch_fused<D, kRows, Readers::fours>(p, plan, stream)
                       : launch_fused<D, kRows, Readers::warps>(p, plan, stream);
   }

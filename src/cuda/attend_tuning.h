@@ -154,13 +154,6 @@ constexpr Fit fused_fit(Readers kind, int segment_blocks) {
   return {0, 0};
 }
 constexpr int fused_warps(Readers kind, int readers) { return readers * members_of(kind) + 1; }
-// Of attend_either's CTAs, whose segments are read by teams of four or by warps.
-template <int D>
-constexpr int either_warps(int blocks) {
-  const int teams = fused_warps(Readers::fours, fused_fit<D>(Readers::fours, blocks).readers),
-            warps = fused_warps(Readers::warps, fused_fit<D>(Readers::warps, blocks).readers);
-  return teams > warps ? teams : warps;
-}
 // Floats of a partial state in device memory. A segment's CTAs leave one each over exact rows or over pages, or both.
 constexpr int fused_state_floats(int dim, int blocks) { return blocks * kBlockRows * (dim + 2); }
 

@@ -315,14 +315,8 @@ class CudaBackend final : public Backend {
       KV4_RETURN_IF_ERROR(tables.limits(CacheTables::kWindow, job.args.mask.window, captured, &p.mask.window));
     } else {
       KV4_RETURN_IF_ERROR(device_views(job.sequences, &views, &p.sequences));
-      if (job.made_of != nullptr) {
-        p.makes_views = const_cast<SequenceView*>(p.sequences);
-        p.made_of = *job.made_of;
-      }
     }
-    Load load = load_of(job.sequences, job.spec != nullptr);
-    load.limits = captured && job.sequences.resident;
-    const AttendPlan plan = plan_attend(p, chip_, load);
+    const AttendPlan plan = plan_attend(p, chip_, load_of(job.sequences, job.spec != nullptr));
     if (p.batch > plan.most_sequences)
       return error(StatusCode::unsupported, "q",
                    "at most " + std::to_string(plan.most_sequences) + " sequences of these heads on this device",

@@ -315,9 +315,7 @@ Status PageFormat::State::step(const PagedBatch& given, const Backend::Step& row
   if (rest.empty()) return no_room(workspace);
   step.dtype = config.dtype;
   KV4_RETURN_IF_ERROR(backend->begin_step(batch, step));
-  AttendJob job = job_of(batch, args, &out, nullptr, step.views, rest);
-  job.made_of = &batch;
-  KV4_RETURN_IF_ERROR(backend->attend(job));
+  KV4_RETURN_IF_ERROR(backend->attend(job_of(batch, args, &out, nullptr, step.views, rest)));
   if (jobs == 0) return {};
   return backend->end_step(spec, batch.page_memory, config.kv_heads, {step.jobs, jobs});
 }

@@ -62,8 +62,6 @@ class CudaAttend : public ::testing::Test {
 
   // One kernel wherever a call's segments are few enough, read by teams or by warps; three.
   static constexpr cuda::Load kTeams = {0, 0}, kWarps = {1ll << 30, 1ll << 40}, kThree = {1ll << 30, 0};
-  // As the device finds it, and, where that is possible, with segments of more than 3 items read by warps.
-  static constexpr cuda::Load kEither = {1ll << 30, 1ll << 40, true};
 
   // The job's kernels as if its sequences were as long as `load` says.
   static Status launch(const AttendJob& job, const cuda::Load& load) {
@@ -71,8 +69,7 @@ class CudaAttend : public ::testing::Test {
     KV4_RETURN_IF_ERROR(cuda::attend_params(job, &p));
     const DeviceBytes device_views(job.sequences.views.data(), job.sequences.views.size_bytes());
     p.sequences = device_views.as<SequenceView>();
-    cuda::AttendPlan plan = cuda::plan_attend(p, cuda::chip_of(0), load);
-    plan.team_items = std::min(plan.team_items, 3);
+    const cuda::AttendPlan plan = cuda::plan_attend(p, cuda::chip_of(0), load);
     EXPECT_LE(plan.scratch, cuda::backend()->attend_workspace(job));
     const DeviceBytes scratch(plan.scratch, 0xff);
     EXPECT_EQ(cudaMemset(scratch.as(), 0, cuda::kMostFused * sizeof(int)), cudaSuccess);
@@ -145,9 +142,8 @@ class CudaAttend : public ::testing::Test {
         const auto from = expected.out.begin() + row * s.shape().dim_v;
         std::fill(from, from + (call.args.q.shape[2] - queries[b]) * s.shape().dim_v, 0.0);
       }
-    for (const cuda::Load& load : {kTeams, kWarps, kThree, kEither}) {
+    for (const cuda::Load& load : {kTeams, kWarps, kThree}) {
       SCOPED_TRACE(load.longest == 0         ? "one kernel, teams"
-                   : load.limits             ? "one kernel, teams or warps"
                    : load.all > load.longest ? "one kernel, warps"
                                              : "three kernels");
       Status status;

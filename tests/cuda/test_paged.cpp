@@ -423,14 +423,13 @@ TEST_F(CudaPaged, AServerReadsWhatPlainViewsRead) {
   tests::run_server({.backend = "cuda", .kv_heads = 1, .group = 8, .dim = 128, .dtype = DType::bf16, .sinks = 0}, 42,
                     40);
   tests::run_server({.backend = "cuda", .kv_heads = 3, .group = 1, .dim = 256, .sinks = 64, .window = 100}, 43, 30);
-  tests::run_server({.backend = "cuda", .dim = 128, .longest = 1 << 20}, 44, 40);  // read by warps
 }
 
 // A whole step in a graph: what it stores, answers and seals is that of calls one by one, also where a replay has
 // nothing to seal.
 TEST_F(CudaPaged, AStepInAGraphIsItsCallsOneByOne) {
   Backend& backend = *cuda::backend();
-  constexpr std::int64_t kRows = kSequences;
+  constexpr std::int64_t kRows = kSequences, kLongest = 1200, kAll = 2400;
   cases::Random random(29);
   const auto halves = [&random](std::size_t n) {
     std::vector<std::uint16_t> x(n);
@@ -446,76 +445,73 @@ TEST_F(CudaPaged, AStepInAGraphIsItsCallsOneByOne) {
   const std::size_t out_bytes = kHeads * kGroup * kRows * kDim * sizeof(float);
   const DeviceBytes out(out_bytes), other(out_bytes), views(kSequences * sizeof(SequenceView)),
       jobs(kSequences * 3 * sizeof(SealJob));
-  for (const std::int64_t longest : {1200, 1 << 20}) {  // read by teams; by teams or warps, as the device finds it
-    fill({130, 1, 70, 64}, {64, 0, 0, 0}, {1, 1, 1, 1}, 1);
-    AttendJob job = attend_job(q, out);
-    job.sequences = {{views.as<SequenceView>(), kSequences}, true, 1, longest, 2 * longest};
-    const DeviceBytes workspace(backend.attend_workspace(job), 0);
-    job.workspace = {workspace.as<std::byte>(), backend.attend_workspace(job)};
-    Backend::Step step;
-    step.k = rows(fresh_k, kHeads);
-    step.v = rows(fresh_v, kHeads);
-    step.dtype = DType::f16;
-    step.range = range(true);
-    step.views = views.as<SequenceView>();
-    step.jobs = jobs.as<SealJob>();
-    PagedBatch limited = batch(true);
-    limited.most_queries = 1;
-    job.made_of = &limited;
-    cudaStream_t stream = nullptr;
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t replay = nullptr;
-    ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
-    cuda::set_stream(stream);
-    ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
-    const Status calls[] = {
-        backend.begin_step(limited, step), backend.attend(job),
-        backend.end_step(device_->spec(), batch_.page_memory, kHeads, {step.jobs, kSequences * std::size_t{3}})};
-    ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
-    for (const Status& s : calls) ASSERT_TRUE(s.ok()) << s.message();
-    ASSERT_EQ(cudaGraphInstantiate(&replay, graph, 0), cudaSuccess);
-    struct Replayed {
-      std::vector<std::int32_t> lengths, sealed, counts;
-      bool seals;
-    };
-    const Replayed all[] = {{{130, 1, 70, 64}, {64, 0, 0, 0}, {1, 1, 1, 1}, true},
-                            {{1199, 63, 0, 200}, {1152, 0, 0, 192}, {1, 1, 0, 1}, false},
-                            {{1152, 128, 9, 192}, {1024, 64, 0, 0}, {1, 1, 0, 1}, true}};
-    std::uint64_t seed = 31;
-    for (const Replayed& now : all) {
-      SCOPED_TRACE(seed);
-      fill(now.lengths, now.sealed, now.counts, seed++);
-      range_behind_sealed();
-      const std::vector<std::uint8_t> before = pages_now();
-      ASSERT_EQ(cudaMemset(out.as(), 0xff, out_bytes), cudaSuccess);
-      ASSERT_EQ(cudaMemset(other.as(), 0xff, out_bytes), cudaSuccess);
-      ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-      ASSERT_EQ(cudaGraphLaunch(replay, stream), cudaSuccess);
-      ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
-      const std::vector<std::uint8_t> sealed = pages_now(), stored_k = k_.read(), stored_v = v_.read();
-      EXPECT_EQ(sealed != before, now.seals);
-      const std::vector<SequenceView> after = host_views(true);
-      EXPECT_EQ(std::memcmp(views.read().data(), after.data(), after.size() * sizeof after[0]), 0);
-      StoreJob store;
-      store.k = step.k;
-      store.v = step.v;
-      const std::vector<SequenceView> unstored = host_views(false);
-      store.sequences = {unstored, false, 1};
-      ASSERT_TRUE(backend.store(store).ok());
-      EXPECT_TRUE(k_.read() == stored_k && v_.read() == stored_v);
-      AttendJob eager = attend_job(q, other);
-      eager.sequences = {after, false, 1, 1200, 2400};
-      ASSERT_TRUE(backend.attend(eager).ok());
-      ASSERT_TRUE(backend.seal(device_->spec(), batch_.page_memory, kHeads, host_jobs(), false).ok());
-      ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
-      EXPECT_EQ(out.read(), other.read());
-      EXPECT_EQ(pages_now(), sealed);
-    }
-    cudaGraphExecDestroy(replay);
-    cudaGraphDestroy(graph);
-    cuda::set_stream(nullptr);
-    cudaStreamDestroy(stream);
+  fill({130, 1, 70, 64}, {64, 0, 0, 0}, {1, 1, 1, 1}, 1);
+  AttendJob job = attend_job(q, out);
+  job.sequences = {{views.as<SequenceView>(), kSequences}, true, 1, kLongest, kAll};
+  const DeviceBytes workspace(backend.attend_workspace(job), 0);
+  job.workspace = {workspace.as<std::byte>(), backend.attend_workspace(job)};
+  Backend::Step step;
+  step.k = rows(fresh_k, kHeads);
+  step.v = rows(fresh_v, kHeads);
+  step.dtype = DType::f16;
+  step.range = range(true);
+  step.views = views.as<SequenceView>();
+  step.jobs = jobs.as<SealJob>();
+  PagedBatch limited = batch(true);
+  limited.most_queries = 1;
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t replay = nullptr;
+  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  cuda::set_stream(stream);
+  ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+  const Status calls[] = {
+      backend.begin_step(limited, step), backend.attend(job),
+      backend.end_step(device_->spec(), batch_.page_memory, kHeads, {step.jobs, kSequences * std::size_t{3}})};
+  ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+  for (const Status& s : calls) ASSERT_TRUE(s.ok()) << s.message();
+  ASSERT_EQ(cudaGraphInstantiate(&replay, graph, 0), cudaSuccess);
+  struct Replayed {
+    std::vector<std::int32_t> lengths, sealed, counts;
+    bool seals;
+  };
+  const Replayed all[] = {{{130, 1, 70, 64}, {64, 0, 0, 0}, {1, 1, 1, 1}, true},
+                          {{1199, 63, 0, 200}, {1152, 0, 0, 192}, {1, 1, 0, 1}, false},
+                          {{1152, 128, 9, 192}, {1024, 64, 0, 0}, {1, 1, 0, 1}, true}};
+  std::uint64_t seed = 31;
+  for (const Replayed& now : all) {
+    SCOPED_TRACE(seed);
+    fill(now.lengths, now.sealed, now.counts, seed++);
+    range_behind_sealed();
+    const std::vector<std::uint8_t> before = pages_now();
+    ASSERT_EQ(cudaMemset(out.as(), 0xff, out_bytes), cudaSuccess);
+    ASSERT_EQ(cudaMemset(other.as(), 0xff, out_bytes), cudaSuccess);
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    ASSERT_EQ(cudaGraphLaunch(replay, stream), cudaSuccess);
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    const std::vector<std::uint8_t> sealed = pages_now(), stored_k = k_.read(), stored_v = v_.read();
+    EXPECT_EQ(sealed != before, now.seals);
+    const std::vector<SequenceView> after = host_views(true);
+    EXPECT_EQ(std::memcmp(views.read().data(), after.data(), after.size() * sizeof after[0]), 0);
+    StoreJob store;
+    store.k = step.k;
+    store.v = step.v;
+    const std::vector<SequenceView> unstored = host_views(false);
+    store.sequences = {unstored, false, 1};
+    ASSERT_TRUE(backend.store(store).ok());
+    EXPECT_TRUE(k_.read() == stored_k && v_.read() == stored_v);
+    AttendJob eager = attend_job(q, other);
+    eager.sequences = {after, false, 1, kLongest, kAll};
+    ASSERT_TRUE(backend.attend(eager).ok());
+    ASSERT_TRUE(backend.seal(device_->spec(), batch_.page_memory, kHeads, host_jobs(), false).ok());
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    EXPECT_EQ(out.read(), other.read());
+    EXPECT_EQ(pages_now(), sealed);
   }
+  cudaGraphExecDestroy(replay);
+  cudaGraphDestroy(graph);
+  cuda::set_stream(nullptr);
+  cudaStreamDestroy(stream);
 }
 
 TEST_F(CudaPaged, StoreWithoutALimitOfRowsIsRefused) {

@@ -91,13 +91,6 @@ TEST(CudaPlan, OneKernelWhereSegmentsAreFewAndEven) {
   EXPECT_TRUE(plan_of(kH100, 128, 4, 1, {132, 3 * 132}).teams);
   EXPECT_FALSE(plan_of(kH100, 128, 4, 1, {133, 3 * 133}).teams);
   EXPECT_EQ(plan_of(kH100, 128, 4, 1, {133, 3 * 133}).fused_ctas, 22);
-  // A call that is replayed, within limits of which teams would read some and warps the most: found on the device.
-  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {2420, 3 * 2420, true}).team_items, 132);
-  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {2420, 3 * 2420}).team_items, 0);
-  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {132, 3 * 132, true}).team_items, 0);
-  EXPECT_EQ(plan_of(kH100, 128, 12, 1, {2420, 3 * 2420, true}).team_items, 0);  // segments of 16 rows
-  EXPECT_EQ(plan_of(kH100, 128, 4, 1, {2420, 2420 + 2, true}).team_items, 0);   // three kernels
-  EXPECT_EQ(plan_of(kH100, 256, 4, 1, {2420, 3 * 2420, true}).team_items, 0);
   // At d = 256 only one segment that keeps the whole device busy: plan_of's call never.
   EXPECT_EQ(plan_of(kH100, 256, 4, 1, {1540, 3 * 1540}).fused_ctas, 0);
   AttendParams p;
