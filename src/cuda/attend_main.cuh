@@ -34,7 +34,7 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
   }
   int* item_offsets = reinterpret_cast<int*>(memory + main_shared<D>(kKind, kReaders, kDepth, kBlocks));
   if (threadIdx.x == kWarps * kLanes) expect_pages(p);
-  if (warp == kWarps) sum_items(p, lane, item_offsets);  // not from the kernel before: fetching begins without it
+  if (warp == kWarps) sum_items(p, lane, item_offsets);  // not from the kernel before: known without it
   __syncthreads();
   const Shares shares(item_offsets[p.batch], p.readers);
 
@@ -45,7 +45,8 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
       if (lane < kReaders && w < shares.readers) at.start(p, item_offsets, shares.first(w), shares.first(w + 1));
       PiecesOf<kMembers, kTeamed ? 2 : 1> pieces(p, at);
       Filler<kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, kReaders - 1) * kQueueBytes);
-      fill_all(pieces, filler, lane, [] {});
+      // First pages are looked up ahead, but none is copied (wait_for_previous).
+      fill_all(pieces, filler, lane, [] { wait_for_previous(); });
     }
     return;
   }

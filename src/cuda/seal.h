@@ -32,8 +32,7 @@ struct SealParams {
   int heads = 1;                  // of a job: slice i is head i % heads of job i / heads
   int count = 0;                  // slices
   bool halves = false;            // every job's rows are 16-bit floats
-  // The kernel before is attention, which reads none of these pages, and the jobs were there before it: sealing may
-  // begin beside it.
+  // The kernel before is attention, and the jobs were there before it: whether there are any is found beside it.
   bool beside = false;
 };
 cudaError_t launch_seal(const SealParams& p, cudaStream_t stream);

@@ -448,11 +448,14 @@ __global__ void __launch_bounds__(TeamShape<D>::kThreads, 1)
     seal_wgmma(const __grid_constant__ SealParams p, int key_clusters) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using S = TeamShape<D>;
-  if (p.beside && nothing_to_seal(p)) return wait_for_previous();
+  if (p.beside) {
+    const bool nothing = nothing_to_seal(p);
+    wait_for_previous();  // what runs behind this kernel runs behind attention too
+    if (nothing) return;
+  }
   const int cluster = static_cast<int>(blockIdx.x) / S::kCluster, clusters = static_cast<int>(gridDim.x) / S::kCluster;
   if (cluster < key_clusters) seal_side<D, false>(p, wgmma_memory, cluster * S::kTeams, key_clusters * S::kTeams);
   else seal_side<D, true>(p, wgmma_memory, (cluster - key_clusters) * S::kTeams, (clusters - key_clusters) * S::kTeams);
-  if (p.beside) wait_for_previous();  // what runs behind this kernel runs behind attention too
 #endif
 }
 
