@@ -18,6 +18,17 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_key_value_heads": 8,
         },
     ),
+    "llama-3-70b": (
+        "llama",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+        },
+    ),
     "qwen2.5-1.5b": (
         "qwen2",
         {
@@ -45,13 +56,16 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 SHAPES = tuple(_SHAPES)
 
 
-def config_of(shape: str, positions: int = 1 << 18) -> Any:
-    """transformers' configuration of a shape of SHAPES. Errors: ValueError for another shape."""
+def config_of(shape: str, positions: int = 1 << 18, layers: int | None = None) -> Any:
+    """transformers' configuration of a shape of SHAPES, of its first `layers` alone. Errors: ValueError for another
+    shape."""
     from transformers import AutoConfig
 
     if shape not in _SHAPES:
         raise ValueError(f"shape: expected one of {', '.join(SHAPES)}; got {shape!r}")
     kind, settings = _SHAPES[shape]
+    if layers is not None:
+        settings = {**settings, "num_hidden_layers": layers}
     return AutoConfig.for_model(kind, max_position_embeddings=positions, **settings)
 
 

@@ -81,13 +81,13 @@ def run(plan: Plan, progress: Callable[[str], None] = lambda what: None) -> list
     return rows
 
 
-def shape_folder(shape: str, root: Path) -> Path:
-    """A model's folder without weights, for random ones."""
+def shape_folder(shape: str, root: Path, layers: int | None = None) -> Path:
+    """A model's folder without weights, for random ones; layers: so many of the shape's."""
     from kv4.bench.shapes import config_of
 
     folder = root / shape
     folder.mkdir(parents=True, exist_ok=True)
-    config = config_of(shape)
+    config = config_of(shape, layers=layers)
     config.architectures = [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.model_type]]
     config.save_pretrained(folder)
     return folder
@@ -167,11 +167,12 @@ def measure(
     steps: int,
     settings: dict[str, Any],
     progress: Callable[[str], None] = lambda what: None,
+    layers: int | None = None,
 ) -> list[Row]:
-    """model: a folder; or shape: random weights of it."""
+    """model: a folder; or shape: random weights of it, of so many layers."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as root:
-        folder = model if shape is None else str(shape_folder(shape, Path(root)))
+        folder = model if shape is None else str(shape_folder(shape, Path(root), layers))
         for kind in kinds:
             rows += run(Plan(str(folder), kind, cases, steps, shape is not None, settings), progress)
     return rows

@@ -399,6 +399,7 @@ def vllm(
     shape: Annotated[
         str | None, typer.Option(help="In place of a model: random weights of llama-3-8b's or another shape.")
     ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of --shape, so many of its layers.")] = None,
     kinds: Annotated[
         str, typer.Option(help="Caches out of own, fp8, int4_per_token_head, kv4, kv4-exact.")
     ] = "own,fp8,int4_per_token_head,kv4",
@@ -423,4 +424,4 @@ def vllm(
         settings["max_num_batched_tokens"] = batched_tokens
     if dtype is not options.DType.auto:
         settings["dtype"] = dtype.value
-    bench_vllm.steps(model, shape, kinds, cases, steps, settings, json_)
+    bench_vllm.steps(model, shape, kinds, cases, steps, settings, json_, layers)

@@ -20,6 +20,7 @@ def steps(
     count: int,
     settings: dict[str, Any],
     json_: str | None,
+    layers: int | None = None,
 ) -> None:
     try:
         import vllm
@@ -31,11 +32,20 @@ def steps(
     wanted = cases_of(cases)
     if (model is None) == (shape is None):
         raise ValueError("kv4 bench vllm: expected --model or --shape; got " + ("neither" if model is None else "both"))
+    if layers is not None and shape is None:
+        raise ValueError(f"--layers: expected --shape beside it, a model has its own; got {layers}")
     if model is not None and not (model / "config.json").is_file():
         raise ValueError(f"--model: expected a model's folder, with config.json; got {model}")
     with progress("", len(chosen) * len(wanted)) as advance:
         rows = measurement.measure(
-            None if model is None else str(model), shape, chosen, wanted, count, settings, lambda what: advance(1, what)
+            None if model is None else str(model),
+            shape,
+            chosen,
+            wanted,
+            count,
+            settings,
+            lambda what: advance(1, what),
+            layers,
         )
     title = f"{shape or model} in vLLM {vllm.__version__}"
     show(title, rows)
