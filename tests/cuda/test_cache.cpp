@@ -333,6 +333,8 @@ TEST_F(CudaCache, CapturedStepsAreTheSame) {
         const std::vector<float> qr = cases::normal_rows(batch * kShape.q_heads, d, seed + 2);
         const auto put = [&](const DeviceBytes& to, const void* from, std::size_t n) {
           ASSERT_EQ(cudaMemcpy(to.as<void>(), from, n, cudaMemcpyHostToDevice), cudaSuccess);
+          // From memory that is not pinned it returns before the device has it, and the graph's stream does not wait.
+          ASSERT_EQ(cudaStreamSynchronize(nullptr), cudaSuccess);
         };
         std::vector<std::uint16_t> kh(kr.size()), vh(vr.size());
         for (std::size_t j = 0; j < kr.size(); ++j) kh[j] = f32_to_bf16(kr[j]), vh[j] = f32_to_bf16(vr[j]);

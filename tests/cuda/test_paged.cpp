@@ -40,6 +40,7 @@ struct Tables {
       if (on_device[i].as() == nullptr) on_device[i] = DeviceBytes(bytes);
       ASSERT_EQ(cudaMemcpy(on_device[i].as(), all(i)->data(), bytes, cudaMemcpyHostToDevice), cudaSuccess);
     }
+    ASSERT_EQ(cudaStreamSynchronize(nullptr), cudaSuccess);  // as DeviceBytes has it
   }
   const std::int32_t* at(int i, bool device) { return device ? on_device[i].as<std::int32_t>() : all(i)->data(); }
   // A pointer into a table of the host's as one into the device's.

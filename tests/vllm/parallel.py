@@ -1,5 +1,5 @@
-"""A process that answers prompts with so many ranks: python parallel.py FOLDER RANKS RECIPE. Tokens and
-log-probabilities as JSON in the last line."""
+"""A process that answers prompts with so many ranks: python parallel.py FOLDER RANKS. Tokens and log-probabilities as
+JSON in a line of its output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def main() -> None:
-    folder, ranks, recipe = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    folder, ranks = sys.argv[1], int(sys.argv[2])
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -23,7 +23,7 @@ def main() -> None:
         max_num_batched_tokens=256,
         skip_tokenizer_init=True,
         attention_backend="CUSTOM",
-        additional_config={"kv4": {"recipe": recipe}},
+        additional_config={"kv4": {"recipe": "kv4"}},
     )
     drawn = np.random.default_rng(3)
     prompts = [{"prompt_token_ids": drawn.integers(3, 500, n).tolist()} for n in (5, 63, 200, 320, 700)]
