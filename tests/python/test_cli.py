@@ -283,6 +283,17 @@ def test_bench_generate(model: Path, tmp_path: Path) -> None:
     assert [row["cache_bytes"] for row in filled["rows"]] == pytest.approx(prompt, rel=0.1)
 
 
+def test_bench_attention_says_when_the_machine_was_not_idle() -> None:
+    from kv4.bench.attention import ONE_THREAD, Row, disturbed
+
+    def row(tokens: int, candidate: str, seconds: float) -> Row:
+        return Row("llama-3-8b", 32, 8, 128, tokens, 1, candidate, seconds, 1, 1.0)
+
+    rows = [row(4096, "kv4 int4", 1.0), row(4096, ONE_THREAD, 1.8), row(8192, "kv4 int4", 2.0)]
+    assert disturbed(rows) == []
+    assert disturbed([*rows, row(8192, ONE_THREAD, 2.4)]) == ["llama-3-8b, 8,192 tokens"]
+
+
 def test_bench_attention(tmp_path: Path) -> None:
     data = tmp_path / "rows.json"
     options = ("--geometries", "qwen2.5-0.5b", "--tokens", "256", "--seconds", 0.001, "--repeats", 1, "--threads", 2)

@@ -29,8 +29,13 @@ GEOMETRIES: dict[str, tuple[int, int, int]] = {
     "qwen3-0.6b": (16, 8, 128),
     "llama-2-7b": (32, 32, 128),
 }
+# What is measured unless more is asked for: many rows a KV head and few, large heads; a context in the thousands, a long
+# one.
+QUICK_GEOMETRIES, QUICK_TOKENS = ("qwen2.5-1.5b", "llama-3-8b", "gemma-3-270m"), (4096, 32768)
+ALL_TOKENS = (1024, 4096, 16384, 32768)
 WORKING_SET = 64 << 20  # bytes of int4 layers to go round, at most MAX_LAYERS of them
 MAX_LAYERS = 28
+HARDLY = 1.25  # two idle cores take 1.5 to 1.9 times less than one
 READ_BYTES = 256 << 20  # of the memory that is read to learn its speed: well beyond any last-level cache
 ONE_THREAD = "kv4 int4, 1 thread"
 SDPA_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,6 +75,26 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         derived = ("ns_per_token_head", "bytes_per_token_head", "gb_per_s", "roofline")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One case in a line."""
+    times = {row.candidate: row.ns_per_token_head for row in rows}
+    sdpa = min(times[f"sdpa {name}"] for name in SDPA_DTYPES)
+    return (
+        f"{rows[0].geometry}, {rows[0].tokens:,} tokens: int4 {times['kv4 int4']:.1f} ns, "
+        f"exact fp16 {times['kv4 exact fp16']:.1f}, SDPA {sdpa:.1f}"
+    )
+
+
+def disturbed(rows: Sequence[Row]) -> list[str]:
+    """Cases in which all threads took hardly less time than one: something else had a core."""
+    times = {(row.geometry, row.tokens, row.candidate): row.seconds for row in rows}
+    return [
+        f"{geometry}, {tokens:,} tokens"
+        for (geometry, tokens, candidate), seconds in times.items()
+        if candidate == ONE_THREAD and seconds <= HARDLY * times[geometry, tokens, "kv4 int4"]
+    ]
 
 
 def page_bytes(head_dim: int) -> int:

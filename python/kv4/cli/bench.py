@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from kv4.cli import bench_cuda, bench_vllm, options
 from kv4.cli.openmp import VARIABLES
-from kv4.cli.output import out, plain_errors, progress, table, write_json
+from kv4.cli.output import err, out, plain_errors, progress, table, write_json
 from kv4.cli.usage import new_file
 
 _DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
@@ -180,14 +180,29 @@ def show_loaded(neighbours: int, rows: list) -> None:
 @app.command("attention")
 @plain_errors
 def attention(
-    geometries: Annotated[str, typer.Option(help="Models by name, or all.")] = "all",
-    tokens: Annotated[str, typer.Option(help="Tokens in the cache; 1k means 1024.")] = "1k,4k,16k,32k",
+    geometries: Annotated[
+        str | None, typer.Option(help="Models by name, or all; some of them if not given.", show_default=False)
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens in the cache; 1k means 1024. 4k,32k if not given.", show_default=False),
+    ] = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Every geometry at 1k,4k,16k,32k, each timed longer: minutes.")
+    ] = False,
     device: options.Device = "cpu",
     cases: Annotated[str, typer.Option(help="On CUDA, in place of --tokens: batch x tokens.")] = (
         "16x32k,64x8k,1x128k,1x4k"
     ),
-    repeats: Annotated[int, typer.Option(min=1)] = 7,
-    seconds: Annotated[float, typer.Option(min=0.001, help="Time of one candidate in one repeat.")] = 0.2,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="3; on CUDA and with --all 7, if not given.", show_default=False)
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Time of one candidate in one repeat; .05, with --all .2, if not given.", show_default=False
+        ),
+    ] = None,
     llama: Annotated[
         str | None, typer.Option(help="Also llama.cpp on this model: a name of `kv4 models` or a GGUF file.")
     ] = None,
@@ -202,15 +217,22 @@ def attention(
     if (where := options.torch_device(device)).type == "cuda":
         if llama or plot:
             raise ValueError("--llama, --plot: expected with --device cpu only; got --device cuda")
-        bench_cuda.attention(geometries, cases, where, repeats, json_)
+        bench_cuda.attention(geometries or "all", cases, where, repeats or 7, json_)
         return
     from kv4 import _core
     from kv4.bench import attention as measurement
     from kv4.bench import llama as llama_cpp
 
     known = list(measurement.GEOMETRIES)
-    chosen = known if geometries == "all" else options.names(geometries, "--geometries", known)
-    lengths = options.numbers(tokens, "--tokens")
+    chosen = list(measurement.QUICK_GEOMETRIES)
+    if geometries is not None:
+        chosen = known if geometries == "all" else options.names(geometries, "--geometries", known)
+    elif all_:
+        chosen = known
+    lengths = list(measurement.ALL_TOKENS if all_ else measurement.QUICK_TOKENS)
+    if tokens is not None:
+        lengths = options.numbers(tokens, "--tokens")
+    each, times = seconds or (0.2 if all_ else 0.05), repeats or (7 if all_ else 3)
     depths = options.numbers(llama_contexts, "--llama-contexts")
     file = None
     if llama:  # what it lacks is said before anything is measured
@@ -223,8 +245,10 @@ def attention(
         for geometry in chosen:
             for length in lengths:
                 advance(0, f"{geometry}, {length:,} tokens")
-                rows += measurement.measure(geometry, length, seconds=seconds, repeats=repeats)
+                found = measurement.measure(geometry, length, seconds=each, repeats=times)
+                rows += found
                 advance(1)
+                err.print(measurement.summary(found), soft_wrap=True)
     others = []
     if file:
         with progress("", None) as advance:
@@ -235,6 +259,11 @@ def attention(
         show_attention(geometry, [row for row in rows if row.geometry == geometry], others)
     if others:
         show_llama(others)
+    if busy := measurement.disturbed(rows):
+        out.print(
+            f"The machine was not idle: {_core.num_threads()} threads took hardly less time than one at {'; '.join(busy)}. "
+            "These figures are not to be compared."
+        )
     if plot:
         from kv4.bench.plot import attention as draw
 
