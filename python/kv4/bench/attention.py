@@ -29,8 +29,7 @@ GEOMETRIES: dict[str, tuple[int, int, int]] = {
     "qwen3-0.6b": (16, 8, 128),
     "llama-2-7b": (32, 32, 128),
 }
-# What is measured unless more is asked for: many rows a KV head and few, large heads; a context in the thousands, a long
-# one.
+# What is measured unless more is asked for: many rows a KV head, few, a large head; some thousand tokens, and many.
 QUICK_GEOMETRIES, QUICK_TOKENS = ("qwen2.5-1.5b", "llama-3-8b", "gemma-3-270m"), (4096, 32768)
 ALL_TOKENS = (1024, 4096, 16384, 32768)
 WORKING_SET = 64 << 20  # bytes of int4 layers to go round, at most MAX_LAYERS of them

@@ -261,8 +261,8 @@ def attention(
         show_llama(others)
     if busy := measurement.disturbed(rows):
         out.print(
-            f"The machine was not idle: {_core.num_threads()} threads took hardly less time than one at {'; '.join(busy)}. "
-            "These figures are not to be compared."
+            f"The machine was not idle: {_core.num_threads()} threads took hardly less time than one at "
+            f"{'; '.join(busy)}. These figures are not to be compared."
         )
     if plot:
         from kv4.bench.plot import attention as draw
