@@ -158,7 +158,7 @@ class PageFormat {
 
   // A step of a layer: stores k and v, attends, then seals the range, of whose pages no query of the call reads any:
   // sealed[b] <= range.begin[b] where there are such pages. range.most = 0: nothing is sealed, its arrays may be null.
-  // Errors: those of store, attend and seal, before anything is written.
+  // Errors: those of store, attend and seal, before anything is written but for a query that is not finite.
   Status step(const PagedBatch& batch, const TensorView& k, const TensorView& v, const PageRange& range,
               const AttendArgs& args, const MutableTensorView& out, std::span<std::byte> workspace,
               const Place& place = {}) const;

@@ -312,10 +312,11 @@ Status PageFormat::State::step(const PagedBatch& given, const Backend::Step& row
   std::span<std::byte> rest;
   KV4_RETURN_IF_ERROR(at_end(workspace, jobs, &step.jobs, &rest));
   KV4_RETURN_IF_ERROR(at_end(rest, sequences, &step.views, &rest));
-  if (rest.empty()) return no_room(workspace);
+  const AttendJob job = job_of(batch, args, &out, nullptr, step.views, rest);
+  if (rest.empty() || rest.size() < backend->attend_workspace(job)) return no_room(workspace);
   step.dtype = config.dtype;
   KV4_RETURN_IF_ERROR(backend->begin_step(batch, step));
-  KV4_RETURN_IF_ERROR(backend->attend(job_of(batch, args, &out, nullptr, step.views, rest)));
+  KV4_RETURN_IF_ERROR(backend->attend(job));
   if (jobs == 0) return {};
   return backend->end_step(spec, batch.page_memory, config.kv_heads, {step.jobs, jobs});
 }

@@ -197,6 +197,11 @@ TEST(Paged, RefusalsNameTheArgumentAndWriteNothing) {
   refuse(run_store, any), refuse(run_store, tables), refuse(run_store, store);
   refuse(run_seal, any), refuse(run_seal, range);
   refuse(run_dequantise, any), refuse(run_dequantise, range);
+  std::size_t needed = 0;
+  ASSERT_TRUE(format.workspace_bytes({.sequences = 2, .q_heads = 6, .longest = 400, .all = 800}, &needed).ok());
+  const std::pair<const char*, Change> scratch[] = {
+      {"workspace", [&](Call& c) { c.workspace = c.workspace.first(needed / 2); }}};
+  refuse(run_step, scratch);
   refuse(run_step, any), refuse(run_step, tables), refuse(run_step, attend);
   refuse(run_step, store), refuse(run_step, range), refuse(run_step, step);
   EXPECT_TRUE(run_store(fine).ok() && run_attend(fine).ok() && run_step(fine).ok());
