@@ -152,13 +152,17 @@ class PagedServer {
     const Due due = due_of(chosen);
     const PagedBatch batch = batch_of(chosen, queries);
     const bool partial = calls == Calls::partial, together = calls == Calls::together && !chosen.empty();
-    if (!together) ASSERT_TRUE(ok(format->store(batch, keys, values, workspace->span())));
+    if (!together) {
+      ASSERT_TRUE(ok(format->store(batch, keys, values, workspace->span())));
+    }
     attend(batch, chosen, queries, q, all, softcap, partial, [&](const AttendArgs& args, const MutableTensorView& out) {
       return together ? format->step(batch, keys, values, due.range, args, out, workspace->span())
                       : format->attend(batch, args, out, workspace->span());
     });
     if (::testing::Test::HasFatalFailure()) return;
-    if (!together) ASSERT_TRUE(ok(format->seal(batch, due.range, workspace->span())));
+    if (!together) {
+      ASSERT_TRUE(ok(format->seal(batch, due.range, workspace->span())));
+    }
     sealed(batch, chosen, due);
   }
 
