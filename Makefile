@@ -21,7 +21,7 @@ CORE := CMakeLists.txt pyproject.toml $(shell find cmake include src python/bind
 CORE += $(shell find include src python/bindings -type d 2>/dev/null)
 FORMATTED := '*.h' '*.cpp' '*.inl' '*.c' '*.cu' '*.cuh'
 
-.PHONY: help setup system demo test test-cpp test-python test-slow fuzz soak test-isas test-oldest site test-neon test-metal test-tools setup-vllm test-vllm metal-tools llama test-llama check lint format asan tsan bench wheel clean
+.PHONY: help setup system demo test test-cpp test-python test-slow fuzz soak test-isas test-oldest site test-neon test-metal test-tools setup-vllm test-vllm metal-tools llama test-llama test-llama-slow check lint format asan tsan bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,12 +32,13 @@ help:
 	@echo "make test-slow      every causal model class of transformers, tiny, against its own cache"
 	@echo "make setup-vllm     vLLM for CPUs with kv4 as its plug-in, in .venv-vllm;  make test-vllm: its tests"
 	@echo "make llama    libggml-kv4.so, for a llama.cpp that is built once beside it, in build/llama;  make test-llama: its tests"
+	@echo "make test-llama-slow   those of larger models, 1.5 billion weights the largest"
 	@echo "make asan | tsan      the C++ tests under AddressSanitizer with UndefinedBehaviorSanitizer, or ThreadSanitizer"
 	@echo "make fuzz     the fuzz targets, FUZZ_SECONDS each (30);  make soak: SOAK_OPERATIONS random calls (two millions)"
 	@echo "make test-isas      the C++ tests on each instruction set that this machine runs"
 	@echo "make test-oldest    the tests of kv4.hf with the oldest transformers that it takes"
 	@echo "make bench    the C++ benchmarks, built;  make site: the documentation as a site, in build/site"
-	@echo "make lint     check, and clang-tidy where it is installed;  make format    clang-format and ruff"
+	@echo "make lint     check, and clang-tidy over src/;  make format    clang-format and ruff"
 	@echo "make wheel    a wheel in dist/;  make clean    removes build/"
 
 setup: $(VENV)/.kv4
@@ -77,11 +78,15 @@ metal-tools: setup test-tools
 test-metal: metal-tools
 	cmake --preset release
 	cmake --build --preset release
-	ctest --preset release -R '^Metal'
+	ctest --preset release -R '^Metal' -E SeededBugs
+	$(BIN)/python tests/metal/mutate.py --tests build/release/tests/metal/kv4_metal_tests
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile tests/metal
 
+# Where no GPU runs it, CUDA code is compiled as far as PTX.
+CUDA_CODE = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -DCMAKE_CUDA_ARCHITECTURES=90-virtual)
+
 test-cpp: metal-tools
-	cmake --preset release
+	cmake --preset release $(CUDA_CODE)
 	cmake --build --preset release
 	ctest --preset release
 
@@ -128,7 +133,11 @@ llama: $(VENV)/.llama
 test-llama: llama setup test-tools
 	cmake --build --preset llama --target ggml-kv4-for-another kv4_llama_probe kv4_llama_tests kv4-load-backends
 	build/llama/hosts/llama.cpp/kv4_llama_tests --gtest_brief=1
-	KV4_LLAMA="$$(cat $(VENV)/.llama)" $(BIN)/python -m pytest tests/llama
+	KV4_LLAMA="$$(cat $(VENV)/.llama)" $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(LLAMA_TESTS) tests/llama
+
+# What repeats those on larger models.
+test-llama-slow:
+	$(MAKE) test-llama LLAMA_TESTS="-m slow"
 
 test-neon: setup
 	@bash scripts/setup_system.sh cross
@@ -143,11 +152,12 @@ check: setup test-tools
 	$(BIN)/ruff check --quiet --output-format concise .
 	@git ls-files $(FORMATTED) | xargs -P $(JOBS) -n 40 $(BIN)/clang-format --dry-run -Werror
 
+# LINT_FILES: those of src/ that clang-tidy reads. Its version decides what it finds; clang has no OpenMP header.
+LINT_FILES ?= src/*.cpp
 lint: check
-	@if command -v clang-tidy >/dev/null; then \
-	  set -ex; cmake --preset debug; \
-	  git ls-files -co --exclude-standard 'src/*.cpp' | xargs -P $(JOBS) -n 1 clang-tidy --quiet -p build/debug; \
-	else echo "clang-tidy left out: it is not installed"; fi
+	$(BIN)/python -m pip install --quiet clang-tidy==19.1.0.1
+	cmake --preset debug -B build/lint -DKV4_OPENMP=OFF -DKV4_CUDA=OFF -DKV4_BUILD_TESTS=OFF
+	git ls-files -co --exclude-standard '$(LINT_FILES)' ':!src/cuda' ':!src/reference' | xargs -P $(JOBS) -n 1 $(BIN)/clang-tidy --quiet -p build/lint
 
 format: test-tools
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
@@ -166,10 +176,12 @@ fuzz: setup
 	$(BIN)/python scripts/fuzz.py --seconds $(FUZZ_SECONDS) --jobs $(JOBS)
 
 SOAK_OPERATIONS ?= 2000000
+# Or tsan, or asan.
+SOAK_PRESET ?= release
 soak: setup
-	cmake --preset release
-	cmake --build --preset release --target kv4_soak
-	build/release/tests/kv4_soak --operations $(SOAK_OPERATIONS)
+	cmake --preset $(SOAK_PRESET)
+	cmake --build --preset $(SOAK_PRESET) --target kv4_soak
+	TSAN_OPTIONS=halt_on_error=1 build/$(SOAK_PRESET)/tests/kv4_soak --operations $(SOAK_OPERATIONS)
 
 # Each process then runs on that one; the tests of all of them are in test-cpp too.
 test-isas: setup

@@ -74,6 +74,8 @@ def main() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     # Folders of the repository have no page.
     readme = re.sub(r"\[(\w+/)\]\(\w+\)", r"`\1`", readme)
+    # The badges lie beside the repository.
+    readme = re.sub(r"^\[!\[.*\n", "", readme, flags=re.MULTILINE)
     (TARGET / "index.md").write_text(readme, encoding="utf-8")
     (TARGET / "api").mkdir()
     (TARGET / "api" / "python.md").write_text(python_page(), encoding="utf-8")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,22 +15,48 @@ from typing import BinaryIO
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A new file at `path`, to write to. It is another file until the block has ended without an exception, and has
-    reached the disk by then: what was at `path` before is there until the new one is whole. Errors: OSError."""
+    reached the disk by then: what was at `path` before is there until the new one is whole. A process that is killed
+    leaves its other file behind; the next write of `path` removes it. Errors: OSError."""
     path = Path(path)
-    other = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    _remove_abandoned(path)
+    file, other = _locked(path)
     try:
-        with open(other, "xb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(other, path)
+            os.replace(other, path)  # before the file is closed, and its lock gone
     except BaseException:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             other.unlink()
         raise
-    if os.name == "posix":  # the new name, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)
+
+
+def _locked(path: Path) -> tuple[BinaryIO, Path]:
+    """A new file beside `path`, locked for as long as it is open by a living process."""
+    while True:
+        other = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        file = open(other, "xb")  # noqa: SIM115
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if other.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return file, other
+        file.close()  # removed as abandoned before it was locked
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes what writers of `path` left that are no more: files whose lock can be taken."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.tmp")
+    with contextlib.suppress(OSError), os.scandir(path.parent) as found:
+        for entry in found:
+            if not name.fullmatch(entry.name):
+                continue
+            with contextlib.suppress(OSError), open(entry, "rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(entry)

@@ -128,7 +128,7 @@ TEST(Save, InstructionSetsReadEachOther) {
 
 TEST(Save, SharedPagesAreSavedAndHeldOnce) {
   Twins t({"shared", config_of(Recipe(), 2, 128, 128, DType::f16)}, 4);
-  t.append(2000);
+  t.append(800);
   t.attend();
   t.seal();
   const std::size_t one = save(t.cache(1)).size(), held = t.cache(1).nbytes();

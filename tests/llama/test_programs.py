@@ -8,7 +8,7 @@ import pytest
 
 from conftest import BUILT, CPU, EXACT, PACKED, Model, read, run
 
-CONTEXT = ["-c", "512", "-ub", "128", "--chunks", "2", "-t", "2", "-fa", "on"]
+CONTEXT = ["-c", "512", "-ub", "128", "--chunks", "1", "-t", "2", "-fa", "on"]
 
 
 def architectures(programs: Path, more: dict[str, str], device: str) -> tuple[int, str]:

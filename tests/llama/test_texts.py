@@ -58,7 +58,14 @@ def test_the_exact_recipe_gives_llama_cpps_own_logits_to_the_bit(
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [(REAL[0], ""), (REAL[0], "-kvu"), (REAL[1], ""), (REAL[1], "-kvu"), (REAL[2], "-kvu")]
+    ("name", "options"),
+    [
+        (REAL[0], ""),
+        (REAL[1], "-kvu"),
+        pytest.param(REAL[0], "-kvu", marks=pytest.mark.slow),
+        pytest.param(REAL[1], "", marks=pytest.mark.slow),
+        pytest.param(REAL[2], "-kvu", marks=pytest.mark.slow),
+    ],
 )
 def test_the_exact_recipe_answers_twenty_prompts_as_llama_cpps_own_cache(
     probe: Probe, prompts: Path, name: str, options: str
@@ -116,7 +123,7 @@ def test_what_is_packed_takes_the_formats_bytes(probe: Probe, text: Path) -> Non
 def test_saved_sequences_are_restored_or_refused_as_llama_cpps_own(
     probe: Probe, text: Path, tmp_path: Path, name: str, more: dict[str, str]
 ) -> None:
-    """Whole from a file; cut, with bits turned over and with infinities in their rows from memory."""
+    """Whole from a file; truncated, with flipped bits and with infinities in their rows from memory."""
     ours, _ = probe(more, name, "sessions", text, "900", tmp_path / "state")
     own, _ = probe(CPU, name, "sessions", text, "900", tmp_path / "state")
     assert ours["refused"] == own["refused"] and " 6 cut" in own["refused"]

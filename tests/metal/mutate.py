@@ -1,6 +1,7 @@
 """Seeds each bug of mutations.py in the kernels and says which layer of checks finds it; fails if one is missed.
 
     python tests/metal/mutate.py --tests build/release/tests/metal/kv4_metal_tests     records launches, then all bugs
+    python tests/metal/mutate.py --tests ... --sample       one bug for each kernel and layer that has to find one in it
     python tests/metal/mutate.py --launches FOLDER --only "nibble"                      bugs by name, recorded launches
 
 The launches are those of the kernels' own tests. A result is kept beside the modules under a hash of the changed text
@@ -198,6 +199,7 @@ def main() -> int:
     parser.add_argument("--tests", type=Path, help="kv4_metal_tests, to record launches")
     parser.add_argument("--launches", type=Path, help="folder of recorded launches")
     parser.add_argument("--only", default="", help="bugs whose name holds this")
+    parser.add_argument("--sample", action="store_true", help="one bug for each kernel and layer")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--mode", default="check", help=argparse.SUPPRESS)
@@ -211,6 +213,8 @@ def main() -> int:
         if arguments.tests:
             record(arguments.tests, folder)
         wanted = [m for m in MUTATIONS if arguments.only in m.name]
+        if arguments.sample:
+            wanted = list({(m.kernel, m.found_by): m for m in reversed(wanted)}.values())
         for prefix in sorted({m.kernel for m in wanted}):
             write_baseline(prefix, folder)
         with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -55,8 +55,10 @@ def test_the_default_recipe_is_near_the_exact_one_and_hits_of_the_prefix_cache_c
     engine: Any, prompts: Any, kept: dict
 ) -> None:
     with engine("kv4") as llm:
+        assert llm.llm_engine.vllm_config.cache_config.num_gpu_blocks > 2000
         kept["packed"] = got = generate(llm, prompts)
         again = generate(llm, prompts)
+        kept["few"] = generate(llm, few(prompts))
         # Two of the same prompt in one batch, and two answers to one.
         likeliest = SamplingParams(max_tokens=TOKENS, temperature=1, top_k=1, ignore_eos=True, logprobs=5, n=2)
         pair = llm.generate([prompts[4]] * 2, likeliest, use_tqdm=False)
@@ -81,8 +83,14 @@ def test_the_default_recipe_is_near_the_exact_one_and_hits_of_the_prefix_cache_c
     assert sum(divergences) / len(divergences) < 0.05, divergences
 
 
+def few(prompts: list[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
+    """Prompts that all need a third block of each kind while they are answered, and share none."""
+    long = prompts[1]["prompt_token_ids"]
+    return [{"prompt_token_ids": long[:1] + long[100 * i + 1 : 100 * i + 120]} for i in range(20)]
+
+
 def test_preempted_requests_are_resumed_with_the_same_text(
-    engine: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
+    engine: Any, prompts: Any, kept: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preempt, preempted = Scheduler._preempt_request, []
 
@@ -91,18 +99,11 @@ def test_preempted_requests_are_resumed_with_the_same_text(
         preempt(self, request, *more, **named)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", counted)
-    long = prompts[1]["prompt_token_ids"]
-    # All of them need a third block of each kind while they are answered.
-    few = [{"prompt_token_ids": long[:1] + long[100 * i + 1 : 100 * i + 120]} for i in range(20)]
-    with engine("kv4", enable_prefix_caching=False) as llm:
-        expected = generate(llm, few)
-        blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    assert blocks > 2000
     # Room for all that may begin, and not for what they come to: some are preempted and begin again.
     with engine("kv4", enable_prefix_caching=False, num_gpu_blocks_override=700, max_model_len=2048) as llm:
-        got = generate(llm, few)
+        got = generate(llm, few(prompts))
     assert preempted
-    found = [parted(a, b) for a, b in zip(expected, got, strict=True)]
+    found = [parted(a, b) for a, b in zip(kept["few"], got, strict=True)]
     assert all(at is None or at[1] <= NEAR for at in found), found
 
 
