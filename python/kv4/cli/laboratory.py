@@ -65,6 +65,20 @@ def whole(text: str, option: str, least: int = 1) -> int:
     return int(digits) * unit
 
 
+def budgets(text: str, option: str = "--bits") -> tuple[float, ...]:
+    """Bits a value, with commas between. Errors: ValueError."""
+    found = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            value = 0.0
+        if not 1 <= value <= 9:
+            raise ValueError(f"{option}: expected numbers from 1 to 9 with commas between; got {text!r}")
+        found.append(value)
+    return tuple(found)
+
+
 def recipe(name: str, simulate: bool = False) -> Any:
     """A kv4.Recipe (kv4, paper, exact, or a file) or, where only that is to be had or asked for, a Variant."""
     from kv4.evaluate import variant

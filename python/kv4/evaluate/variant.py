@@ -71,6 +71,8 @@ class Variant:
     seal: "page", "arrival" or "never" as in kv4.Recipe; "after": as "arrival", but a query sees its own token exact.
         With "arrival" and "after" a mean is that of the finished page, which no cache could know: only for seeing one
         step of the recipe without the next.
+    mixed: bits a value, all-in, of a Calibration with mixed widths: both sides are sealed in its basis; 0: as the sides
+        say. escapes: tokens of a page, those of the least |v|, that are held in 8 bits (kv4.evaluate.mixed).
     page: tokens of a page. sinks: exact tokens; chosen "first", or "mass": those that drew most attention when their
         page was sealed, as many per page as `sinks` a sequence (in place of the first ones).
     """
@@ -82,6 +84,8 @@ class Variant:
     sinks: int = 4
     window: int = 64
     chosen: Literal["first", "mass"] = "first"
+    mixed: float = 0.0
+    escapes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -99,10 +103,13 @@ class Variant:
         """Mean over keys and values of a sealed token, as its context grows without end."""
         if self.seal == "never":
             return 16.0
+        if self.mixed:
+            return self.mixed
         both = self.key.bits_per_value(d_k, self.page) * d_k + self.value.bits_per_value(d_v, self.page) * d_v
         extra = 0.0
         if self.chosen == "mass" and self.sinks:  # exact copies beside the page, and their places
             extra = self.sinks * (16 * (d_k + d_v) + 8) / self.page
+        extra += self.escapes * (8 * (d_k + d_v) + 2 * 16 + 8) / self.page
         return (both + extra) / (d_k + d_v)
 
     def replace(self, **changes: Any) -> Variant:
