@@ -15,7 +15,7 @@ import tiny_model
 from kv4 import Recipe
 from kv4.bench.text import python_reference
 from kv4.calibration import Calibration, identity_of, load
-from kv4.evaluate import Candidate, measure_all
+from kv4.evaluate import Candidate, measure_all, oscar
 from kv4.evaluate.ablate import Calibrations, ablate, predict
 from kv4.evaluate.design import Design, bits_per_value, design, design_from, share_of_lightest
 from kv4.evaluate.fake import seal
@@ -334,3 +334,29 @@ def test_rows_are_predicted_and_measured(tiny: tuple) -> None:
     assert all(r.quality.kl > 0 for r in measured)
     with pytest.raises(ValueError, match="^--predict: expected rows that seal what kv4 seals; got sinks-16"):
         predict(model, windows[:1], select("sinks-16", 64), needed)
+
+
+def test_oscar_s_rotation_and_codes(tiny: tuple) -> None:
+    moments = _spd(2, 64, 12)
+    turn = oscar.turned(moments)
+    torch.testing.assert_close(turn @ turn.mT, torch.eye(64, dtype=torch.float64).expand(2, 64, 64))
+    stored = turn @ moments @ turn.mT
+    diagonal = stored.diagonal(dim1=1, dim2=2)
+    # The Hadamard matrix leaves every channel the mean of the eigenvalues.
+    torch.testing.assert_close(diagonal, diagonal.mean(-1, keepdim=True).expand_as(diagonal))
+    with pytest.raises(ValueError, match="^head_dim: expected a power of two for OSCAR's Hadamard matrix; got 48"):
+        oscar.turned(_spd(1, 48, 1))
+    rows = torch.randn(2, 100, 128, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    eye = torch.eye(128, dtype=torch.float64)
+    side = oscar.variant(128).key
+    read = seal(rows, side, eye, eye)
+    assert set(read.codes.unique().tolist()) == {0, 1, 2, 3}
+    assert all(len(read.rows[0, t].unique()) <= 4 for t in range(100))
+    # Max 1960, table II: four even levels of a Gaussian at their best step lose .1188; a fit to 128 values, less.
+    assert float((read.rows - rows).square().mean()) == pytest.approx(0.1188, rel=0.15)
+    assert oscar.variant(128).bits_per_value(128, 128) == 2.25
+
+    model, windows, folder = tiny
+    made = oscar.calibrate(model, windows[:1], identity=identity_of(folder))
+    found = measure_all(model, windows[1:], [Candidate("oscar", oscar.variant(64), made)])
+    assert found["oscar"].kl > 0

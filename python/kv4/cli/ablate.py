@@ -160,7 +160,7 @@ def calibrate(
         str,
         typer.Option(
             help="lambda: a weight per channel. transform: the full matrix of least error of q.k. mixed: a basis, and "
-            "widths of its channels, which `kv4 eval --bits` simulates."
+            "widths of its channels, which `kv4 eval --bits` simulates. oscar: that peer's rotations."
         ),
     ] = "lambda",
     bits: Annotated[
@@ -176,16 +176,17 @@ def calibrate(
         raise ValueError(f"--recipe: expected kv4, paper or a recipe file; got {recipe}")
     used = lab.recipe(recipe)
 
+    from kv4.evaluate import oscar
     from kv4.evaluate.calibrate import METHODS
     from kv4.evaluate.calibrate import calibrate as run
     from kv4.evaluate.design import BUDGETS, design
     from kv4.evaluate.windows import cut
 
-    known = (*METHODS, "mixed")
+    known = (*METHODS, "mixed", "oscar")
     if method not in known:
         raise ValueError(f"--method: expected one of {', '.join(known)}; got {method!r}")
-    if method == "mixed" and recipe != "kv4":
-        raise ValueError(f"--recipe: expected kv4 with --method mixed; got {recipe}")
+    if method not in METHODS and recipe != "kv4":
+        raise ValueError(f"--recipe: expected kv4 with --method {method}; got {recipe}")
     if bits is not None and method != "mixed":
         raise ValueError(f"--bits: expected with --method mixed only; got --method {method}")
     budgets = lab.budgets(bits) if bits is not None else BUDGETS
@@ -194,11 +195,12 @@ def calibrate(
 
     parts = cut(b.tokenizer, content, windows, tokens, first)
     with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens) as advance:
+        about = {"identity": b.identity, "text": source, "progress": advance}
         if method == "mixed":
-            made = design(b.model, parts, bits=budgets, identity=b.identity, text=source, progress=advance)
+            made = design(b.model, parts, bits=budgets, **about)
+        elif method == "oscar":
+            made = oscar.calibrate(b.model, parts, **about)
         else:
-            made = run(
-            b.model, parts, method=method, recipe=used, identity=b.identity, text=source, progress=advance
-        )  # fmt: skip
+            made = run(b.model, parts, method=method, recipe=used, **about)
     made.save(output)
     err.print(f"calibration: {escape(str(output))}", soft_wrap=True)

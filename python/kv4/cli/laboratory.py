@@ -32,7 +32,7 @@ Markdown = Annotated[
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", callback=new_file, help="A picture.")]
 
 PACKED = ("kv4", "paper", "exact")
-SIMULATED = ("q8_0", "q4_0")
+SIMULATED = ("q8_0", "q4_0", "int4-token")
 
 
 @dataclass
@@ -84,7 +84,7 @@ def recipe(name: str, simulate: bool = False) -> Any:
     from kv4.evaluate import variant
 
     if name in SIMULATED:
-        return {"q8_0": variant.q8_0, "q4_0": variant.q4_0}[name]()
+        return {"q8_0": variant.q8_0, "q4_0": variant.q4_0, "int4-token": variant.int4_token}[name]()
     used = options.load_recipe(name if name in PACKED else "kv4", None if name in PACKED else Path(name))
     return variant.from_recipe(used) if simulate else used
 
