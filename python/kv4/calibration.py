@@ -92,9 +92,10 @@ class Calibration:
 
     def arguments(self) -> dict[str, Any]:
         """What kv4.hf.attach and KV4Cache take: recipe and lambda_k, and lambda_v and matrices where there are any.
-        Errors: ValueError for mixed widths."""
-        if self.budgets:
-            raise ValueError("calibration: expected lambda or matrices, for the packed cache; got mixed widths")
+        Errors: ValueError for what only the laboratory runs."""
+        if self.budgets or self.method == "oscar":
+            got = "mixed widths" if self.budgets else "rotations of OSCAR's recipe"
+            raise ValueError(f"calibration: expected lambda or matrices, for the packed cache; got {got}")
         found: dict[str, Any] = {"recipe": self.recipe}
         for argument, side, what in (
             ("lambda_k", "key", "lambda"), ("lambda_v", "value", "lambda"),

@@ -358,5 +358,7 @@ def test_oscar_s_rotation_and_codes(tiny: tuple) -> None:
 
     model, windows, folder = tiny
     made = oscar.calibrate(model, windows[:1], identity=identity_of(folder))
+    with pytest.raises(ValueError, match="^calibration: expected lambda or matrices, .*; got rotations of OSCAR's"):
+        made.arguments()
     found = measure_all(model, windows[1:], [Candidate("oscar", oscar.variant(64), made)])
     assert found["oscar"].kl > 0
