@@ -17,7 +17,9 @@ require("kv4.calibration", "hf", "torch", "safetensors")
 import torch
 
 Tensor = torch.Tensor
-FORMAT, FORMAT_VERSION = "kv4-calibration", 1
+FORMAT, FORMAT_VERSION = "kv4-calibration", 2
+_MIXED_VERSION = 2  # files without mixed widths are written as version 1, which older readers take
+_WIDTHS = (0, 2, 3, 4, 6, 8)
 
 
 def identity_of(folder: str | Path) -> dict[str, Any]:
@@ -42,6 +44,10 @@ class Calibration:
     """Per layer: lambda float32 [kv_heads, d], matrices [d, d] or [kv_heads, d, d], second moments of queries
     [kv_heads, d, d]. Keys of `tensors` are "layer.3.key.lambda", "layer.3.key.matrix", "layer.3.query.moments"...
 
+    With mixed widths also, for either side, "layer.3.key.basis" [kv_heads, d, d], ".sigma" and ".weight" [kv_heads,
+    groups] and ".widths" [budgets, kv_heads, groups] (kv4.evaluate.mixed), with `budgets` in bits a value, all-in, and
+    `escapes` tokens of a page in 8 bits. The packed cache does not know them.
+
     recipe: what it was made for. model: of identity_of. text, tokens: what it was measured on. method: how."""
 
     tensors: dict[str, Tensor]
@@ -51,6 +57,8 @@ class Calibration:
     tokens: int = 0
     method: str = "moments"
     versions: dict[str, str] = field(default_factory=dict)
+    budgets: tuple[float, ...] = ()
+    escapes: int = 0
 
     def lambda_of(self, side: str, layer: int) -> Tensor:
         return self._get(f"layer.{layer}.{side}.lambda")
@@ -60,6 +68,18 @@ class Calibration:
 
     def query_moments(self, layer: int) -> Tensor:
         return self._get(f"layer.{layer}.query.moments")
+
+    def mixed_of(self, side: str, layer: int, budget: float) -> tuple[Tensor, Tensor]:
+        """(basis, widths int64 [kv_heads, groups] of `budget`). Errors: ValueError for a budget that it has not."""
+        if budget not in self.budgets:
+            known = ", ".join(f"{b:g}" for b in self.budgets) or "none (kv4 calibrate --method mixed makes them)"
+            raise ValueError(f"bits: expected a budget of the calibration, {known}; got {budget:g}")
+        widths = self._get(f"layer.{layer}.{side}.widths")[self.budgets.index(budget)]
+        return self._get(f"layer.{layer}.{side}.basis"), widths.long()
+
+    def groups_of(self, side: str, layer: int) -> tuple[Tensor, Tensor]:
+        """(sigma, weight) of a side's groups."""
+        return self._get(f"layer.{layer}.{side}.sigma"), self._get(f"layer.{layer}.{side}.weight")
 
     def _get(self, name: str) -> Tensor:
         if name not in self.tensors:
@@ -71,7 +91,11 @@ class Calibration:
         return 1 + max((int(name.split(".")[1]) for name in self.tensors), default=-1)
 
     def arguments(self) -> dict[str, Any]:
-        """What kv4.hf.attach and KV4Cache take: recipe and lambda_k, and lambda_v and matrices where there are any."""
+        """What kv4.hf.attach and KV4Cache take: recipe and lambda_k, and lambda_v and matrices where there are any.
+        Errors: ValueError for what only the laboratory runs."""
+        if self.budgets or self.method == "oscar":
+            got = "mixed widths" if self.budgets else "rotations of OSCAR's recipe"
+            raise ValueError(f"calibration: expected lambda or matrices, for the packed cache; got {got}")
         found: dict[str, Any] = {"recipe": self.recipe}
         for argument, side, what in (
             ("lambda_k", "key", "lambda"), ("lambda_v", "value", "lambda"),
@@ -98,7 +122,7 @@ class Calibration:
 
         meta = {
             "format": FORMAT,
-            "version": str(FORMAT_VERSION),
+            "version": str(_MIXED_VERSION if self.budgets else 1),
             "recipe": json.dumps(self.recipe.to_dict()),
             "model": json.dumps(self.model),
             "text": self.text,
@@ -106,6 +130,8 @@ class Calibration:
             "method": self.method,
             "versions": json.dumps(self.versions or versions()),
         }
+        if self.budgets:
+            meta |= {"budgets": json.dumps(self.budgets), "escapes": str(self.escapes)}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file({name: x.float().contiguous() for name, x in self.tensors.items()}, str(path), meta)
 
@@ -136,8 +162,8 @@ def load(path: str | Path, model: str | Path | None = None) -> Calibration:
         raise ValueError(f"calibration: expected a safetensors file; got {path} ({error})") from None
     if meta.get("format") != FORMAT:
         raise ValueError(f"calibration: expected format '{FORMAT}'; got {meta.get('format')!r} in {path}")
-    if meta.get("version") != str(FORMAT_VERSION):
-        raise ValueError(f"calibration: expected version {FORMAT_VERSION}; got {meta.get('version')!r}")
+    if meta.get("version") not in ("1", str(FORMAT_VERSION)):
+        raise ValueError(f"calibration: expected version 1 or {FORMAT_VERSION}; got {meta.get('version')!r}")
     try:
         found = Calibration(
             tensors=tensors,
@@ -147,6 +173,8 @@ def load(path: str | Path, model: str | Path | None = None) -> Calibration:
             tokens=int(meta.get("tokens", 0)),
             method=meta.get("method", ""),
             versions=json.loads(meta.get("versions", "{}")),
+            budgets=tuple(float(b) for b in json.loads(meta.get("budgets", "[]"))),
+            escapes=int(meta.get("escapes", 0)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"calibration: expected what it was made for and from; got {path} ({error})") from None
@@ -155,6 +183,37 @@ def load(path: str | Path, model: str | Path | None = None) -> Calibration:
             raise ValueError(f"calibration: expected finite numbers; got NaN or infinity in {name}")
         if name.endswith(".lambda") and not bool((x > 0).all()):
             raise ValueError(f"calibration: expected positive lambda; got {float(x.min())} in {name}")
+    _check_mixed(found)
     if model is not None:
         found.check_model(model)
     return found
+
+
+def _check_mixed(found: Calibration) -> None:
+    """ValueError unless every side has a basis, positive sigma and weight, and widths for every budget."""
+    for name in [name for name in found.tensors if name.endswith((".basis", ".sigma", ".weight", ".widths"))]:
+        if not found.budgets:
+            raise ValueError(f"calibration: expected budgets beside {name}; got none")
+    if not found.budgets:
+        return
+    if not 0 <= found.escapes <= 4:
+        raise ValueError(f"calibration: expected 0 to 4 escapes; got {found.escapes}")
+    for layer in range(found.layers):
+        for side in ("key", "value"):
+            basis = found._get(f"layer.{layer}.{side}.basis")
+            sigma, weight = found.groups_of(side, layer)
+            widths = found._get(f"layer.{layer}.{side}.widths")
+            where = f"layer.{layer}.{side}"
+            if basis.dim() != 3 or basis.shape[1] != basis.shape[2]:
+                raise ValueError(f"calibration: expected {where}.basis [heads, d, d]; got {list(basis.shape)}")
+            if sigma.dim() != 2 or sigma.shape[0] != basis.shape[0] or basis.shape[1] % max(sigma.shape[1], 1):
+                raise ValueError(f"calibration: expected {where}.sigma [heads, groups]; got {list(sigma.shape)}")
+            if weight.shape != sigma.shape or not bool((sigma > 0).all() and (weight > 0).all()):
+                raise ValueError(f"calibration: expected positive {where}.sigma and weight of one shape; got others")
+            if widths.shape != (len(found.budgets), *sigma.shape):
+                raise ValueError(
+                    f"calibration: expected {where}.widths [{len(found.budgets)}, {', '.join(map(str, sigma.shape))}]; "
+                    f"got {list(widths.shape)}"
+                )
+            if not bool(torch.isin(widths, torch.tensor(_WIDTHS, dtype=widths.dtype)).all()):
+                raise ValueError(f"calibration: expected widths of {_WIDTHS}; got others in {where}.widths")

@@ -30,6 +30,10 @@ def ablate(
         Path | None,
         typer.Option(help="What lambda and matrices are measured or trained on; the end of --text if not given."),
     ] = None,
+    predict: Annotated[
+        bool,
+        typer.Option("--predict", help="KL to second order, from gradients: one pass a window for all rows."),
+    ] = False,
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
     threads: options.Threads = None,
     state: lab.StateFile = None,
@@ -57,6 +61,7 @@ def ablate(
     from kv4.evaluate import report
     from kv4.evaluate.ablate import Calibrations
     from kv4.evaluate.ablate import ablate as run
+    from kv4.evaluate.ablate import predict as run_prediction
     from kv4.evaluate.windows import cut
 
     config = b.model.config.get_text_config(decoder=True)
@@ -68,6 +73,11 @@ def ablate(
         scratch = b.scratch or Path(temporary)
         needed = Calibrations(b.model, calibration, b.identity, scratch, calibration_source)
         with progress(f"{len(chosen)} rows", windows * tokens * len(chosen)) as advance:
+            if predict:
+                found = run_prediction(b.model, parts, chosen, needed, progress=advance)
+                _show_predictions(found, f"{model}: {windows} windows of {tokens:,} tokens of {source}; calibration on "
+                                  f"{calibration_source}", json_, markdown)  # fmt: skip
+                return
             results = run(
                 b.model, parts, chosen, needed, state=b.state, identity=b.identity, scratch=b.scratch, progress=advance
             )
@@ -94,6 +104,22 @@ def ablate(
         bars = [(r.row.group, r.row.label, r.quality.kl, r.quality.kl_se) for r in results]
         plots.table(bars, plot, title)
         lab.say_plot(plot)
+
+
+def _show_predictions(found: list[Any], title: str, json_: Path | None, markdown: Path | None) -> None:
+    from kv4.evaluate import report
+
+    shown = table(title, *report.PREDICTION, left=("row",))
+    for prediction in found:
+        shown.add_row(*report.prediction_cells(prediction))
+    shown.caption = "Nats per token, to second order in the errors."
+    shown.caption_justify = "left"
+    out.print(shown)
+    if json_:
+        write_json({"title": title, "predictions": [p.to_dict() for p in found]}, json_)
+    if markdown:
+        lines = report.markdown(report.PREDICTION, [report.prediction_cells(p) for p in found])
+        lab.write_markdown([f"{title}.", "", *lines], markdown)
 
 
 def _calibration_windows(
@@ -131,8 +157,15 @@ def calibrate(
     length: Annotated[str, typer.Option(help="Tokens in a window.")] = "2048",
     first: Annotated[int, typer.Option(min=0, help="Windows of the text to skip.")] = 0,
     method: Annotated[
-        str, typer.Option(help="lambda: a weight per channel. transform: the full matrix of least error of q.k.")
+        str,
+        typer.Option(
+            help="lambda: a weight per channel. transform: the full matrix of least error of q.k. mixed: a basis, and "
+            "widths of its channels, which `kv4 eval --bits` simulates. oscar: that peer's rotations."
+        ),
     ] = "lambda",
+    bits: Annotated[
+        str | None, typer.Option(help="mixed: budgets in bits a value, all-in; 2.5,3.25,4.25 if not given.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="kv4, paper or a recipe file: what else the cache does.")] = "kv4",
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
     threads: options.Threads = None,
@@ -143,19 +176,31 @@ def calibrate(
         raise ValueError(f"--recipe: expected kv4, paper or a recipe file; got {recipe}")
     used = lab.recipe(recipe)
 
+    from kv4.evaluate import oscar
     from kv4.evaluate.calibrate import METHODS
     from kv4.evaluate.calibrate import calibrate as run
+    from kv4.evaluate.design import BUDGETS, design
     from kv4.evaluate.windows import cut
 
-    if method not in METHODS:
-        raise ValueError(f"--method: expected one of {', '.join(METHODS)}; got {method!r}")
+    known = (*METHODS, "mixed", "oscar")
+    if method not in known:
+        raise ValueError(f"--method: expected one of {', '.join(known)}; got {method!r}")
+    if method not in METHODS and recipe != "kv4":
+        raise ValueError(f"--recipe: expected kv4 with --method {method}; got {recipe}")
+    if bits is not None and method != "mixed":
+        raise ValueError(f"--bits: expected with --method mixed only; got --method {method}")
+    budgets = lab.budgets(bits) if bits is not None else BUDGETS
     content, source = lab.read_text(text)
     b = lab.bench(model, dtype, threads, None, True)
 
     parts = cut(b.tokenizer, content, windows, tokens, first)
     with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens) as advance:
-        made = run(
-            b.model, parts, method=method, recipe=used, identity=b.identity, text=source, progress=advance
-        )  # fmt: skip
+        about = {"identity": b.identity, "text": source, "progress": advance}
+        if method == "mixed":
+            made = design(b.model, parts, bits=budgets, **about)
+        elif method == "oscar":
+            made = oscar.calibrate(b.model, parts, **about)
+        else:
+            made = run(b.model, parts, method=method, recipe=used, **about)
     made.save(output)
     err.print(f"calibration: {escape(str(output))}", soft_wrap=True)

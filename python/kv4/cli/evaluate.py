@@ -40,11 +40,18 @@ def quality(
     length: lab.Length = "2048",
     recipe: Annotated[
         list[str] | None,
-        typer.Option(help="kv4 (default), paper, exact, a recipe file; q8_0, q4_0: simulated. Repeatable."),
+        typer.Option(help="kv4 (default), paper, exact, a recipe file; q8_0, q4_0, int4-token: simulated. Repeatable."),
     ] = None,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="A file of `kv4 calibrate`, with its own recipe. Repeatable."),
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            help="Budgets of a calibration with mixed widths, all-in bits a value, beside kv4, q8_0, q4_0, int4-token "
+            "and paper, all simulated; --plot then draws KL against bits.",
+        ),
     ] = None,
     peer: Annotated[
         list[str] | None,
@@ -66,6 +73,10 @@ def quality(
     plot: lab.Plot = None,
 ) -> None:
     """KL divergence, top-1 agreement and perplexity against the model's own cache."""
+    budgets = lab.budgets(bits) if bits is not None else None
+    if budgets is not None:
+        simulate = True
+        recipe = recipe or ["kv4", "q8_0", "q4_0", "int4-token", "paper"]
     named = {name: lab.recipe(name, simulate) for name in recipe or ([] if calibration or peer else ["kv4"])}
     tokens = lab.whole(length, "--length", 4)
     for name in peer or []:
@@ -84,6 +95,8 @@ def quality(
     from kv4.evaluate.windows import cut
 
     calibrations = {file: load(file) for file in calibration or []}
+    if budgets is not None and not any(loaded.budgets for loaded in calibrations.values()):
+        raise ValueError("--bits: expected --calibration with a file of kv4 calibrate --method mixed; got none")
     kind = dtype or (options.DType.float32 if device == "cpu" else options.DType.auto)
     b = lab.bench(model, kind, threads, state, fresh, device)
 
@@ -91,7 +104,7 @@ def quality(
     candidates = [Candidate(name, used) for name, used in named.items()]
     for file, loaded in calibrations.items():
         loaded.check_model(b.folder)
-        candidates.append(Candidate(file.name, loaded.recipe, loaded))
+        candidates += _calibrated(file.name, loaded, budgets, b)
     found: dict[str, Any] = {}
     with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens * len(candidates) or None) as advance:
         if candidates:
@@ -120,8 +133,43 @@ def quality(
     if plot:
         from kv4.evaluate import plots
 
-        plots.divergence(found, plot, title)
+        if budgets is None:
+            plots.divergence(found, plot, title)
+        else:
+            points = [(c.name, _bits_of(c, b), found[c.name].kl, found[c.name].kl_se) for c in candidates]
+            plots.by_bits(points, plot, title)
         lab.say_plot(plot)
+
+
+def _calibrated(name: str, loaded: Any, budgets: tuple[float, ...] | None, b: lab.Bench) -> list[Any]:
+    """The candidates of one file."""
+    from kv4.evaluate import Candidate, Variant, oscar
+
+    if loaded.method == "oscar":
+        return [Candidate("OSCAR's recipe", oscar.variant(_head_dim(b)), loaded)]
+    if not loaded.budgets:
+        return [Candidate(name, loaded.recipe, loaded)]
+    found = []
+    for budget in budgets or loaded.budgets:
+        loaded.mixed_of("key", 0, budget)  # said before anything is measured
+        found.append(Candidate(f"mixed {budget:g}", Variant(mixed=budget, escapes=loaded.escapes), loaded))
+    return found
+
+
+def _head_dim(b: lab.Bench) -> int:
+    config = b.model.config.get_text_config(decoder=True)
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _bits_of(candidate: Any, b: lab.Bench) -> float:
+    from kv4 import Recipe
+    from kv4.evaluate.design import bits_per_value
+    from kv4.evaluate.variant import from_recipe
+
+    used = from_recipe(candidate.recipe) if isinstance(candidate.recipe, Recipe) else candidate.recipe
+    if used.mixed:
+        return bits_per_value(candidate.calibration, used.mixed)
+    return used.bits_per_value(_head_dim(b), _head_dim(b))
 
 
 def _show(found: dict[str, Any], title: str) -> None:

@@ -32,7 +32,7 @@ Markdown = Annotated[
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", callback=new_file, help="A picture.")]
 
 PACKED = ("kv4", "paper", "exact")
-SIMULATED = ("q8_0", "q4_0")
+SIMULATED = ("q8_0", "q4_0", "int4-token")
 
 
 @dataclass
@@ -65,12 +65,26 @@ def whole(text: str, option: str, least: int = 1) -> int:
     return int(digits) * unit
 
 
+def budgets(text: str, option: str = "--bits") -> tuple[float, ...]:
+    """Bits a value, with commas between. Errors: ValueError."""
+    found = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            value = 0.0
+        if not 1 <= value <= 9:
+            raise ValueError(f"{option}: expected numbers from 1 to 9 with commas between; got {text!r}")
+        found.append(value)
+    return tuple(found)
+
+
 def recipe(name: str, simulate: bool = False) -> Any:
     """A kv4.Recipe (kv4, paper, exact, or a file) or, where only that is to be had or asked for, a Variant."""
     from kv4.evaluate import variant
 
     if name in SIMULATED:
-        return {"q8_0": variant.q8_0, "q4_0": variant.q4_0}[name]()
+        return {"q8_0": variant.q8_0, "q4_0": variant.q4_0, "int4-token": variant.int4_token}[name]()
     used = options.load_recipe(name if name in PACKED else "kv4", None if name in PACKED else Path(name))
     return variant.from_recipe(used) if simulate else used
 

@@ -20,6 +20,8 @@ _GAINS = {
     "search_fine": tuple(0.7 + 0.05 * i for i in range(15)),
 }
 
+_CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+
 
 @dataclass
 class Sealed:
@@ -63,6 +65,11 @@ def seal(
     if d % width:
         raise ValueError(f"group: expected 0 or a divisor of the head dim {d}; got {side.group}")
     groups = x.view(heads, tokens, d // width, width)
+    if side.scale == "affine":
+        codes, held, scale = _affine(groups, 2**side.bits - 1)
+        y = held.view_as(x) if shift is None else held.view_as(x) - shift
+        read = y @ back.mT / weight
+        return Sealed(read if mean is None else read + mean, codes.view_as(x), scale.mT, stored)
     step = _step(groups, side, table)
     if side.scale in _GAINS:
         step = _searched(groups, step, table, _GAINS[side.scale])
@@ -114,6 +121,25 @@ def _step(groups: Tensor, side: SideVariant, table: object) -> Tensor:
     else:
         step = groups.square().mean(-1, keepdim=True).sqrt() / table.gain
     return torch.where(step > 0, step, 1.0)
+
+
+def _affine(groups: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes 0 ... top, what they stand for, steps [heads, T, groups]) of the clipping that fits best."""
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    middle, reach = (low + high) / 2, (high - low) / 2
+    best: tuple[Tensor, ...] | None = None
+    for share in _CLIPS:
+        step, zero = fp16(2 * share * reach / top), fp16(middle - share * reach)
+        codes = ((groups - zero) / torch.where(step > 0, step, 1.0)).round().clamp(0, top)
+        held = codes * step + zero
+        found = ((held - groups).square().sum(-1, keepdim=True), codes, held, step)
+        if best is None:
+            best = found
+        else:
+            better = found[0] < best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))
+    assert best is not None
+    return best[1].to(torch.int8), best[2], best[3][..., 0]
 
 
 def _searched(groups: Tensor, step: Tensor, table: object, gains: tuple[float, ...]) -> Tensor:

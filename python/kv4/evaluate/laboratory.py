@@ -19,6 +19,7 @@ from kv4._core import QUERY_STRIDE
 from kv4.calibration import Calibration
 from kv4.evaluate.calibration import lambda_from_energies
 from kv4.evaluate.fake import seal
+from kv4.evaluate.mixed import Basis, lightest, put_back, seal_mixed, set_aside
 from kv4.evaluate.rotations import rotation
 from kv4.evaluate.variant import SideVariant, Variant
 from kv4.hf.attention import eager
@@ -37,6 +38,7 @@ class _Session:
     calibration: Calibration | None
     observer: Observer | None
     matrices: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    bases: dict[Any, tuple[Basis, Tensor]] = field(default_factory=dict)
 
 
 _session: _Session | None = None
@@ -56,6 +58,8 @@ def laboratory(
         for name, side in (("key", variant.key), ("value", variant.value)):
             if side.lambda_ == "given" or side.rotation == "given" or side.rounding == "moment":
                 raise ValueError(f"calibration: expected one for the variant's {name}s; got none")
+        if variant.mixed:
+            raise ValueError("calibration: expected one for the variant's mixed widths; got none")
     before, outer = model.config._attn_implementation, _session
     model.set_attn_implementation(NAME)
     _session = _Session(variant, calibration, observer)
@@ -164,11 +168,31 @@ def seal_layer(session: _Session, layer: int, query: Tensor, key: Tensor, value:
     variant = session.variant
     assert variant is not None
     body = variant.sinks if variant.chosen == "first" else 0
+    places = lightest(value[:, body:], variant.escapes, variant.page) if variant.escapes else None
+    own = key
+    if places is not None and places.shape[1]:
+        key = torch.cat([key[:, :body], set_aside(key[:, body:], places, variant.page)], 1)
+    sides = _sealed_sides(session, layer, query, key, value, body)
+    if places is not None and places.shape[1]:
+        sides[0] = put_back(sides[0], own[:, body:], key[:, body:], places, variant.page)
+        sides[1] = put_back(sides[1], value[:, body:], None, places, variant.page)
+    if variant.chosen == "mass" and variant.sinks:
+        _spare_heavy(variant, query, own, sides, value)
+    return sides[0], sides[1]
+
+
+def _sealed_sides(session: _Session, layer: int, query: Tensor, key: Tensor, value: Tensor, body: int) -> list[Tensor]:
+    variant = session.variant
+    assert variant is not None
     sides = []
     for which, side, rows in (("key", variant.key, key), ("value", variant.value, value)):
         rows = rows[:, body:]
         if side.bits == 16 or rows.shape[1] == 0:
             sides.append(rows)
+            continue
+        if variant.mixed:
+            basis, widths = _basis(session, layer, which)
+            sides.append(seal_mixed(rows, basis, widths, mean=which == "key", page=variant.page))
             continue
         lam = _lambda(session, layer, side, which, query, key, body)
         matrix, inverse = _matrices(session, layer, side, which, rows.shape[-1])
@@ -177,9 +201,18 @@ def seal_layer(session: _Session, layer: int, query: Tensor, key: Tensor, value:
             hessian = _hessian(session.calibration, layer, lam, inverse)
         done = seal(rows, side, matrix, inverse, lambda_=lam, page=variant.page, hessian=hessian)
         sides.append(done.rows)
-    if variant.chosen == "mass" and variant.sinks:
-        _spare_heavy(variant, query, key, sides, value)
-    return sides[0], sides[1]
+    return sides
+
+
+def _basis(session: _Session, layer: int, which: str) -> tuple[Basis, Tensor]:
+    """The calibration's, its inverse computed once."""
+    if (which, layer) not in session.bases:
+        assert session.variant is not None and session.calibration is not None
+        matrix, widths = session.calibration.mixed_of(which, layer, session.variant.mixed)
+        sigma, weight = (x.double() for x in session.calibration.groups_of(which, layer))
+        basis = Basis(matrix.double(), torch.linalg.inv(matrix.double()), sigma, weight)
+        session.bases[which, layer] = basis, widths
+    return session.bases[which, layer]
 
 
 def _lambda(

@@ -44,6 +44,24 @@ def divergence(results: Mapping[str, Any], path: Path, title: str) -> None:
     _save(figure, path)
 
 
+def by_bits(points: Sequence[tuple[str, float, float, float]], path: Path, title: str) -> None:
+    """(label, bits a value, KL, its standard error) of each cache: mixed widths as a line, others as points."""
+    figure = _figure(7, 4.2)
+    axes = figure.subplots()
+    mixed = sorted((bits, kl) for label, bits, kl, _ in points if label.startswith("mixed"))
+    axes.plot([bits for bits, _ in mixed], [kl for _, kl in mixed], color=_COLOURS[0], linewidth=1)
+    for label, bits, kl, error in points:
+        colour = _COLOURS[0] if label.startswith("mixed") else _COLOURS[1] if label == "kv4" else _COLOURS[2]
+        axes.errorbar(bits, kl, yerr=0 if error != error else error, fmt="o", color=colour, markersize=5)
+        axes.annotate(label, (bits, kl), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits a value, scales, means and escaped tokens included")
+    axes.set_ylabel("KL divergence, nats per token")
+    axes.set_title(title, loc="left", fontsize=10)
+    _plain(axes)
+    _save(figure, path)
+
+
 def table(rows: Sequence[tuple[str, str, float, float]], path: Path, title: str) -> None:
     """Bars of KL divergence: (group, label, KL, standard error) from top to bottom."""
     figure = _figure(8, 1 + 0.22 * len(rows))

@@ -9,6 +9,13 @@ from typing import Any
 HEADER = ("recipe", "KL", "median", "99 %", "99.9 %", "top-1", "dPPL", "bytes, fp16 / it")
 ABLATION = ("row", "bits", "KL", "less kv4's", "top-1", "dPPL", "MSE K", "MSE V", "MSE q.k")
 
+PREDICTION = ("row", "bits", "KL of keys", "KL of values", "both")
+
+
+def prediction_cells(p: Any) -> tuple[str, ...]:
+    """One line of PREDICTION."""
+    return (p.row.label, f"{p.bits_per_value:.3f}", f"{p.key:.5f}", f"{p.value:.5f}", f"{p.key + p.value:.5f}")
+
 
 def with_error(value: float, error: float, form: str) -> str:
     """A figure and its standard error in brackets, none where there is none."""

@@ -10,13 +10,48 @@ from kv4.recipe import Recipe
 
 @dataclass(frozen=True)
 class Row:
-    """needs: what must be measured or trained first: "moments", "transform", "learned", "learned_srft" or ""."""
+    """needs: what must be measured or trained first: "moments", "transform", "learned", "learned_srft", "mixed" or "".
+    design: for "mixed", what differs from Design()."""
 
     name: str
     group: str
     label: str
     variant: Variant
     needs: str = ""
+    design: tuple[tuple[str, object], ...] = ()
+
+
+def mixed() -> list[Row]:
+    """Mixed widths in a calibrated basis, and what their design was chosen from."""
+    rows = [
+        Row("escape-1", "mixed", "one token a page in 8 bits", Variant(escapes=1)),
+        Row("escape-2", "mixed", "two tokens a page in 8 bits", Variant(escapes=2)),
+        Row("bits-3", "mixed", "3 bits, window 64", Variant().replace(both__bits=3)),
+        Row("bits-2", "mixed", "2 bits, window 64", Variant().replace(both__bits=2)),
+    ]
+
+    def add(name: str, label: str, budget: float, **design: object) -> None:
+        rows.append(Row(name, "mixed", label, Variant(mixed=budget), "mixed", tuple(sorted(design.items()))))
+
+    for budget in (4.25, 3.25, 2.5):
+        add(f"mixed-{budget:g}", f"mixed widths, {budget:g} bits", budget)
+    for budget in (4.25, 3.25):
+        short = f"{budget:g} bits"
+        add(f"mixed-{budget:g}-g8", f"{short}, groups of 8", budget, group=8)
+        add(f"mixed-{budget:g}-g32", f"{short}, groups of 32", budget, group=32)
+        add(f"mixed-{budget:g}-fisher", f"{short}, gradients unweighted", budget, cost="fisher")
+        add(f"mixed-{budget:g}-query", f"{short}, queries' moments, no gradients", budget, cost="query", share="layer")
+        add(f"mixed-{budget:g}-layer", f"{short}, a budget a layer", budget, share="layer")
+        add(f"mixed-{budget:g}-side", f"{short}, a budget a side", budget, share="side")
+        add(f"mixed-{budget:g}-pooled", f"{short}, one basis a layer", budget, heads="pooled")
+        add(f"mixed-{budget:g}-damping-0.02", f"{short}, damping 0.02", budget, damping=0.02)
+        add(f"mixed-{budget:g}-damping-0.5", f"{short}, damping 0.5", budget, damping=0.5)
+        add(f"mixed-{budget:g}-escape-0", f"{short}, no token escapes", budget, escapes=0)
+        add(f"mixed-{budget:g}-escape-1", f"{short}, one token a page escapes", budget, escapes=1)
+        add(f"mixed-{budget:g}-no-0", f"{short}, no channel without bits", budget, widths=(2, 3, 4, 6, 8))
+        add(f"mixed-{budget:g}-even", f"{short}, widths 2, 4, 8", budget, widths=(0, 2, 4, 8))
+    add("mixed-4.25-one-width", "4.25 bits, every channel 4", 4.25, widths=(4,))
+    return rows
 
 
 def steps() -> list[Row]:
@@ -126,7 +161,7 @@ def trials() -> list[Row]:
 
 
 def all_rows(head_dim: int) -> list[Row]:
-    return [*steps(), *ablations(head_dim), *trials()]
+    return [*steps(), *ablations(head_dim), *trials(), *mixed()]
 
 
 def select(wanted: str, head_dim: int) -> list[Row]:

@@ -19,7 +19,8 @@ class SideVariant:
     rotation: those of kv4.evaluate.rotations, or "given": the matrix of a Calibration, invertible, per KV head.
     bits: 2 to 8, or 16 for a side that is never quantised. group: channels per scale, 0 for the whole vector.
     scale: "search" tries 5 gains around the table's own and keeps the codes whose least-squares fit is best,
-        "search_fine" 15.
+        "search_fine" 15. "affine": levels evenly between a group's minimum and maximum, both shrunk towards their
+        middle by what fits best of six shares; fp16 scale and zero.
     mean: "page"; "group": one number for `mean_group` neighbouring channels of a page; "none".
     lambda_: "auto" is the core's estimate from a sequence's first tokens; "window" that of all its tokens (an oracle);
         "given" a Calibration's. shrink: share of the way that "auto" draws energies to their rotary pair's mean.
@@ -34,7 +35,7 @@ class SideVariant:
     bits: int = 4
     group: int = 0
     levels: str = "lloyd_max"
-    scale: Literal["least_squares", "abs_max", "search", "search_fine"] = "least_squares"
+    scale: Literal["least_squares", "abs_max", "search", "search_fine", "affine"] = "least_squares"
     mean: Literal["none", "page", "group"] = "none"
     mean_group: int = 16
     lambda_: Literal["none", "auto", "window", "given"] = "none"
@@ -49,7 +50,7 @@ class SideVariant:
 
         expect("rotation", (*rotations.KINDS, "given"))
         expect("levels", level_tables.KINDS)
-        expect("scale", ("least_squares", "abs_max", "search", "search_fine"))
+        expect("scale", ("least_squares", "abs_max", "search", "search_fine", "affine"))
         expect("mean", ("none", "page", "group"))
         expect("lambda_", ("none", "auto", "window", "given"))
         expect("rounding", ("nearest", "moment"))
@@ -61,7 +62,8 @@ class SideVariant:
         if self.bits == 16:
             return 16.0
         mean = {"none": 0.0, "page": 16 / page, "group": 16 / page / self.mean_group}[self.mean]
-        return self.bits + 16 / (self.group or d) + mean
+        scale = 32 if self.scale == "affine" else 16
+        return self.bits + scale / (self.group or d) + mean
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Variant:
     seal: "page", "arrival" or "never" as in kv4.Recipe; "after": as "arrival", but a query sees its own token exact.
         With "arrival" and "after" a mean is that of the finished page, which no cache could know: only for seeing one
         step of the recipe without the next.
+    mixed: bits a value, all-in, of a Calibration with mixed widths: both sides are sealed in its basis; 0: as the sides
+        say. escapes: tokens of a page, those of the least |v|, that are held in 8 bits (kv4.evaluate.mixed).
     page: tokens of a page. sinks: exact tokens; chosen "first", or "mass": those that drew most attention when their
         page was sealed, as many per page as `sinks` a sequence (in place of the first ones).
     """
@@ -82,6 +86,8 @@ class Variant:
     sinks: int = 4
     window: int = 64
     chosen: Literal["first", "mass"] = "first"
+    mixed: float = 0.0
+    escapes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -99,10 +105,13 @@ class Variant:
         """Mean over keys and values of a sealed token, as its context grows without end."""
         if self.seal == "never":
             return 16.0
+        if self.mixed:
+            return self.mixed
         both = self.key.bits_per_value(d_k, self.page) * d_k + self.value.bits_per_value(d_v, self.page) * d_v
         extra = 0.0
         if self.chosen == "mass" and self.sinks:  # exact copies beside the page, and their places
             extra = self.sinks * (16 * (d_k + d_v) + 8) / self.page
+        extra += self.escapes * (8 * (d_k + d_v) + 2 * 16 + 8) / self.page
         return (both + extra) / (d_k + d_v)
 
     def replace(self, **changes: Any) -> Variant:
@@ -131,6 +140,12 @@ def from_recipe(recipe: Recipe) -> Variant:
 def q8_0() -> Variant:
     """8 bits, groups of 32 channels with an fp16 abs-max scale, everything as it arrives: like llama.cpp's q8_0."""
     side = SideVariant(rotation="identity", bits=8, group=32, levels="uniform", scale="abs_max")
+    return Variant(side, side, seal="arrival", sinks=0, window=0)
+
+
+def int4_token() -> Variant:
+    """4 bits, one abs-max scale a vector, everything as it arrives: what is simplest."""
+    side = SideVariant(rotation="identity", bits=4, levels="uniform", scale="abs_max")
     return Variant(side, side, seal="arrival", sinks=0, window=0)
 
 
