@@ -44,7 +44,7 @@ void every_dim_and_rotation(int step, F&& check) {
   }
 }
 
-// A bias of keys up to 35,000 times what tells them apart.
+// A bias of keys up to 35,000 times their differences.
 template <class F>
 void large_key_bias(F&& check) {
   for (int d : cases::kHeadDims) {

@@ -201,7 +201,7 @@ bool reads_cache(const ggml_tensor* op) {
   return false;
 }
 
-// Which way the keys that are written were turned.
+// Which kind of RoPE was applied to the keys that are written.
 void note_rotary_pairs(const ggml_tensor* op) {
   Cells* cells = cells_of(op);
   const ggml_tensor* t = op->src[0];

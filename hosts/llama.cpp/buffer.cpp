@@ -36,7 +36,7 @@ struct Buffer {
       if (c->layer != nullptr) continue;
       for (std::int64_t b = 0; b < c->blocks(); ++b) exact += c->used(b) ? c->block_bytes() : 0;
     }
-    // llama.cpp's programs leave out what libraries tell for information.
+    // llama.cpp's programs drop log messages of level INFO.
     say(settings().verbose ? GGML_LOG_LEVEL_WARN : GGML_LOG_LEVEL_INFO,
         std::string(when) + ": the cache holds " + mebibytes(exact + packed) + " (exact " + mebibytes(exact) +
             ", packed " + mebibytes(packed) + ") of " + mebibytes(nominal) + " address space");
@@ -140,7 +140,7 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* t) {
   of(buffer).cells.push_back(std::make_unique<Cells>(*t));
   Cells* const cells = of(buffer).cells.back().get();
   t->extra = cells;
-  // Rows of f32 are turned into f16 before attention, which so never sees the cache.
+  // Rows of f32 are converted to f16 before attention, so that attention never gets the cache itself.
   DType dtype;
   if (!settings().exact && !dtype_of(t->type, &dtype)) {
     cells->stays_exact = true;

@@ -57,7 +57,7 @@ class Layer {
   Status copy_stream(std::int64_t from, std::int64_t to);
   void forget();
 
-  // The tables of a call are filled in by whoever knows the sequences.
+  // The caller, which knows the sequences, fills in the tables.
   PagedBatch batch() const;
   const PageFormat& format() const { return *format_; }
   // Memory of `bytes` for a call, kept from one to the next by the thread.

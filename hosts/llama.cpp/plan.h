@@ -1,4 +1,4 @@
-// What a mask says, as sequences over blocks of cells. llama.cpp tells attention neither sequences nor positions, only
+// What a mask says, as sequences over blocks of cells. llama.cpp passes attention neither sequences nor positions, only
 // who sees which cell: rows of queries that see much the same blocks become one sequence, which reads these blocks
 // alone, packed ones first. Where every row of a call sees a run of cells that ends with its own, the mask is no more
 // than a beginning and a window, and is not read again.

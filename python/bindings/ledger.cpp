@@ -152,9 +152,7 @@ void bind_ledger(nb::module_& m) {
       .def_prop_ro(
           "lambda_", [](const Extent& x) { return lambda_name(x); },
           "'open', 'learnt' (a crop may undo it) or 'fixed'.");
-  nb::class_<Plan>(
-      m, "Plan",
-      "What a call has to do, in positions (begin, end), before the ledger is told with commit (src/ledger/ledger.h).")
+  nb::class_<Plan>(m, "Plan", "What a call has to do, in positions (begin, end), before commit (src/ledger/ledger.h).")
       .def_prop_ro("sinks", [](const Plan& p) { return pair(p.sinks); })
       .def_prop_ro("lambda_", [](const Plan& p) { return pair(p.lambda); })
       .def_prop_ro("lambda_skip", [](const Plan& p) { return bytes(p.lambda_skip); })
@@ -180,8 +178,8 @@ void bind_ledger(nb::module_& m) {
       .def_prop_ro("first_query", &Sight::first_query, "Position of the first query.");
   nb::class_<Ledger>(m, "Ledger",
                      "The policy of one sequence: which of its tokens are exact, sealed, due or evicted. Calls are "
-                     "planned, carried out by whoever "
-                     "holds the arrays, then committed; planning changes nothing. Errors: ValueError, IndexError, "
+                     "planned, carried out by the owner of "
+                     "the arrays, then committed; planning changes nothing. Errors: ValueError, IndexError, "
                      "RuntimeError naming the argument.")
       .def("__init__", &create, "recipe"_a, "sliding_window"_a = 0)
       .def_prop_ro("extent", [](const Ledger& l) { return l.extent(); })

@@ -41,7 +41,7 @@ void create(Metal* self, nb::handle recipe, const std::string& dtype, int kv_hea
   new (self) Metal(std::move(made));
 }
 
-// Bytes of one side of a page's slice, from its codes on, told apart by the token they hold; -1: none's.
+// Bytes of one side of a page's slice, from its codes on, labelled by the token they hold; -1: by none.
 std::vector<std::int8_t> tokens_of(const Metal& self, bool values) {
   const kv4_page_layout& l = self.spec.layout;
   const std::uint32_t dim = static_cast<std::uint32_t>(self.dim), from = values ? l.v_codes : 0,
@@ -254,7 +254,7 @@ void bind_metal(nb::module_& m) {
   m.attr("METAL_ATTEND_THREADS") = static_cast<int>(KV4_ATTEND_THREADS);
   m.attr("METAL_ROW_THREADS") = static_cast<int>(KV4_ROW_THREADS);
   nb::class_<Metal>(m, "MetalTables",
-                    "What the Metal kernels are told about a recipe and a head dim; see src/metal/arguments.h.")
+                    "Arguments of the Metal kernels for a recipe and a head dim; see src/metal/arguments.h.")
       .def("__init__", &create, "recipe"_a, nb::kw_only(), "dtype"_a, "kv_heads"_a, "head_dim_k"_a, "head_dim_v"_a,
            "matrix_k"_a = nb::none(), "matrix_v"_a = nb::none(),
            "Raises NotImplementedError with the reason where no Metal kernel serves it.")

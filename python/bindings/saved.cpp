@@ -70,10 +70,10 @@ std::vector<float> channels(const blob::Format& format, const Floats& x, const c
   return {x.data(), x.data() + x.size()};
 }
 
-class Holder final : public blob::Holder {
+class ArraySource final : public blob::SaveSource {
  public:
-  Holder(const FileFormat& f, const std::vector<Held>& sequences, const std::vector<ledger::PageId>& ids,
-         const Bytes& pages)
+  ArraySource(const FileFormat& f, const std::vector<Held>& sequences, const std::vector<ledger::PageId>& ids,
+              const Bytes& pages)
       : f_(f), pages_(pages.data()) {
     if (pages.size() != ids.size() * page_bytes())
       raise_if_error(invalid_argument("pages", std::to_string(ids.size() * page_bytes()) + " bytes",
@@ -153,13 +153,13 @@ class Holder final : public blob::Holder {
 
 void write(const FileFormat& self, const nb::callable& file, bool recording, const std::vector<Held>& sequences,
            const std::vector<ledger::PageId>& ids, const Bytes& pages) {
-  const Holder holder(self, sequences, ids, pages);
-  write_to(file, [&](const Sink& sink) { return blob::write(self.format, sequences.size(), recording, holder, sink); });
+  const ArraySource source(self, sequences, ids, pages);
+  write_to(file, [&](const Sink& sink) { return blob::write(self.format, sequences.size(), recording, source, sink); });
 }
 
-class Taker final : public blob::Taker {
+class ArrayTarget final : public blob::LoadTarget {
  public:
-  explicit Taker(const FileFormat& f) : f_(f) {}
+  explicit ArrayTarget(const FileFormat& f) : f_(f) {}
 
   Status rows(std::size_t b, bool sinks, std::int64_t /*first*/, std::int64_t tokens, std::int64_t /*total*/,
               std::span<const std::byte> block) override {
@@ -180,7 +180,7 @@ class Taker final : public blob::Taker {
     const auto* got = reinterpret_cast<const std::uint8_t*>(block.data());
     for (int h = 0; h < f_.format.kv_heads; ++h, put += here.head_bytes, got += there.head_bytes) {
       apple::codes_from_canonical(f_.spec, got + there.k_codes, got + there.v_codes, put);
-      KV4_RETURN_IF_ERROR(blob::copy_scales(put, here, got, there, Holder::copy));
+      KV4_RETURN_IF_ERROR(blob::copy_scales(put, here, got, there, ArraySource::copy));
     }
     return {};
   }
@@ -227,9 +227,9 @@ class Taker final : public blob::Taker {
 };
 
 nb::tuple read(const FileFormat& self, const nb::callable& file) {
-  Taker taker(self);
+  ArrayTarget target(self);
   blob::Contents contents;
-  read_from(file, [&](const Source& source) { return blob::read(self.format, source, taker, &contents); });
+  read_from(file, [&](const Source& source) { return blob::read(self.format, source, target, &contents); });
   const std::size_t heads = static_cast<std::size_t>(self.format.kv_heads);
   const std::vector<std::size_t> shape = {heads, self.format.channels() / heads};
   nb::list sequences;
@@ -242,9 +242,9 @@ nb::tuple read(const FileFormat& self, const nb::callable& file) {
                                        array(std::move(learnt.energies[i]), shape)));
     nb::object lambda = nb::none();
     if (!learnt.lambda.empty()) lambda = array(std::move(learnt.lambda), shape);
-    sequences.append(nb::make_tuple(std::move(ledger), lambda, learnt.queries.first, recorded, taker.rows_of(b)));
+    sequences.append(nb::make_tuple(std::move(ledger), lambda, learnt.queries.first, recorded, target.rows_of(b)));
   }
-  return nb::make_tuple(contents.recording, sequences, taker.pages());
+  return nb::make_tuple(contents.recording, sequences, target.pages());
 }
 
 }  // namespace

@@ -33,19 +33,19 @@ inline constexpr std::uint32_t kRagged = 3;           // written where lengths d
 inline constexpr std::size_t kArrayBytes = 64 << 10;  // of one block of an array
 
 enum class Kind : std::uint32_t {
-  config = 1,       // u64 per field of fields()
-  state = 2,        // State
-  sequence = 3,     // Sequence; then its table, sinks, window, seen, lambda, filled and energies
-  table = 4,        // u64 per page: its number
-  rows = 5,         // up to kPageTokens exact tokens: keys [kv_heads][tokens][head_dim_k], then values alike
-  seen = 6,         // u8 per row of the window
-  lambda = 7,       // float [kv_heads][head_dim_k]
-  filled = 8,       // u8 per query of Format::queries that counts
-  energies = 9,     // one filled row: float [kv_heads][head_dim_k]
-  page = 10,        // [kv_heads] head slices in slice_layout()
-  told = 11,        // u64 per sequence: how many rows held NaN or infinity
-  non_finite = 12,  // u64 per such row: 4 * position + 2 * (in its value) + (in its key)
-  lengths = 13      // u64 per sequence, where they differ
+  config = 1,              // u64 per field of fields()
+  state = 2,               // State
+  sequence = 3,            // Sequence; then its table, sinks, window, seen, lambda, filled and energies
+  table = 4,               // u64 per page: its number
+  rows = 5,                // up to kPageTokens exact tokens: keys [kv_heads][tokens][head_dim_k], then values alike
+  seen = 6,                // u8 per row of the window
+  lambda = 7,              // float [kv_heads][head_dim_k]
+  filled = 8,              // u8 per query of Format::queries that counts
+  energies = 9,            // one filled row: float [kv_heads][head_dim_k]
+  page = 10,               // [kv_heads] head slices in slice_layout()
+  non_finite_counts = 11,  // u64 per sequence: how many rows held NaN or infinity
+  non_finite = 12,         // u64 per such row: 4 * position + 2 * (in its value) + (in its key)
+  lengths = 13             // u64 per sequence, where they differ
 };
 const char* name_of(Kind kind);
 

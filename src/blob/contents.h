@@ -1,6 +1,6 @@
-// A cache as files have it, apart from the memory that it lies in. Who holds that memory (a Cache, or a host of its
-// own) tells what is there by a Holder and takes what comes by a Taker; what stands in which block, and what a file may
-// say, is known here alone.
+// The contents of a saved cache, independent of the memory that holds it. The owner of the memory (a Cache, or a host
+// with memory of its own) is read through a SaveSource and filled through a LoadTarget; which block holds what, and
+// what a file may say, is decided here alone.
 #pragma once
 
 #include <cstddef>
@@ -54,23 +54,23 @@ struct Learnt {
   std::vector<std::vector<float>> energies;  // alike, of queries.row; empty: masked or not asked
 };
 
-class Holder {
+class SaveSource {
  public:
-  virtual ~Holder() = default;
+  virtual ~SaveSource() = default;
   virtual const ledger::Ledger& ledger(std::size_t sequence) const = 0;
   virtual Status learnt(std::size_t sequence, Learnt* out) const = 0;
   // Rows [first, first + tokens) of the sinks or of the window, as rows_bytes has them.
   virtual Status rows(std::size_t sequence, bool sinks, std::int64_t first, std::int64_t tokens,
                       std::span<std::byte> out) const = 0;
   virtual Status page(ledger::PageId id, std::span<std::byte> out) const = 0;
-  // News that the ledger has not heard yet. Asked last, since a device tells late: what was queued has run by the time
-  // that rows and pages are here.
-  virtual void listen(std::size_t /*sequence*/, std::vector<NonFinite>* /*found*/) const {}
+  // Rows with NaN or infinity that the ledger does not have yet. Called last: a device reports them late, and its
+  // queued work has run once rows and pages have been copied.
+  virtual void pending_non_finite(std::size_t /*sequence*/, std::vector<NonFinite>* /*found*/) const {}
 };
 
-class Taker {
+class LoadTarget {
  public:
-  virtual ~Taker() = default;
+  virtual ~LoadTarget() = default;
   // The next `tokens` of the `total` sinks or window rows of a sequence, which comes behind those before it.
   virtual Status rows(std::size_t sequence, bool sinks, std::int64_t first, std::int64_t tokens, std::int64_t total,
                       std::span<const std::byte> block) = 0;
@@ -88,10 +88,10 @@ struct Contents {
 };
 
 // Pages that several sequences have are written once.
-Status write(const Format& format, std::size_t batch, bool recording, const Holder& from, const Sink& sink);
+Status write(const Format& format, std::size_t batch, bool recording, const SaveSource& from, const Sink& sink);
 // A file may say anything: what it says is held against what append, seal, crop and eviction can leave behind, so that
 // no later call indexes outside of what is there. Errors: what source and taker say; invalid_argument naming the field
 // of another configuration; data_loss.
-Status read(const Format& format, const Source& source, Taker& to, Contents* out);
+Status read(const Format& format, const Source& source, LoadTarget& to, Contents* out);
 
 }  // namespace kv4::blob

@@ -62,7 +62,7 @@ Status check(const ledger::Policy& policy, const Sequence& s, std::int64_t token
 
 class Reading {
  public:
-  Reading(const Format& format, const Source& source, Taker& to, Contents& out)
+  Reading(const Format& format, const Source& source, LoadTarget& to, Contents& out)
       : format_(format), in_(source), to_(to), out_(out) {}
 
   Status run() {
@@ -202,11 +202,11 @@ class Reading {
   }
 
   Status notes() {
-    std::vector<std::uint64_t> told, found;
-    KV4_RETURN_IF_ERROR(in_.read_array(Kind::told, out_.sequences.size(), &told));
-    for (std::size_t b = 0; b < told.size(); ++b) {
+    std::vector<std::uint64_t> counts, found;
+    KV4_RETURN_IF_ERROR(in_.read_array(Kind::non_finite_counts, out_.sequences.size(), &counts));
+    for (std::size_t b = 0; b < counts.size(); ++b) {
       ledger::Ledger& held = out_.sequences[b].ledger;
-      KV4_RETURN_IF_ERROR(in_.read_array(Kind::non_finite, told[b], &found));
+      KV4_RETURN_IF_ERROR(in_.read_array(Kind::non_finite, counts[b], &found));
       for (const std::uint64_t x : found) {
         KV4_RETURN_IF_ERROR(
             expect_within("non-finite row", static_cast<std::int64_t>(x >> 2), 0, held.extent().length - 1));
@@ -218,7 +218,7 @@ class Reading {
 
   const Format& format_;
   Reader in_;
-  Taker& to_;
+  LoadTarget& to_;
   Contents& out_;
   std::vector<std::uint64_t> lengths_;  // where they differ
   std::int64_t named_ = 0;              // pages
@@ -226,7 +226,7 @@ class Reading {
 
 }  // namespace
 
-Status read(const Format& format, const Source& source, Taker& to, Contents* out) {
+Status read(const Format& format, const Source& source, LoadTarget& to, Contents* out) {
   *out = Contents();
   return Reading(format, source, to, *out).run();
 }

@@ -11,7 +11,7 @@ namespace {
 
 class Writing {
  public:
-  Writing(const Format& format, const Holder& from, const Sink& sink) : format_(format), from_(from), out_(sink) {}
+  Writing(const Format& format, const SaveSource& from, const Sink& sink) : format_(format), from_(from), out_(sink) {}
 
   Status run(std::size_t batch, bool recording) {
     std::int64_t longest = 0;
@@ -106,25 +106,24 @@ class Writing {
   }
 
   Status notes(std::size_t batch) {
-    std::vector<std::vector<std::uint64_t>> told_rows;
-    std::vector<std::uint64_t> told;
+    std::vector<std::vector<std::uint64_t>> rows;
+    std::vector<std::uint64_t> counts;
     for (std::size_t b = 0; b < batch; ++b) {
-      const std::span<const NonFinite> heard = from_.ledger(b).non_finite();
-      std::vector<NonFinite> found(heard.begin(), heard.end());
-      from_.listen(b, &found);
-      told.push_back(found.size());
-      told_rows.emplace_back();
+      const std::span<const NonFinite> known = from_.ledger(b).non_finite();
+      std::vector<NonFinite> found(known.begin(), known.end());
+      from_.pending_non_finite(b, &found);
+      counts.push_back(found.size());
+      rows.emplace_back();
       for (const NonFinite& x : found)
-        told_rows.back().push_back(static_cast<std::uint64_t>(x.position) << 2 | (x.value ? 2u : 0u) |
-                                   (x.key ? 1u : 0u));
+        rows.back().push_back(static_cast<std::uint64_t>(x.position) << 2 | (x.value ? 2u : 0u) | (x.key ? 1u : 0u));
     }
-    KV4_RETURN_IF_ERROR(array(Kind::told, told));
-    for (const std::vector<std::uint64_t>& each : told_rows) KV4_RETURN_IF_ERROR(array(Kind::non_finite, each));
+    KV4_RETURN_IF_ERROR(array(Kind::non_finite_counts, counts));
+    for (const std::vector<std::uint64_t>& each : rows) KV4_RETURN_IF_ERROR(array(Kind::non_finite, each));
     return {};
   }
 
   const Format& format_;
-  const Holder& from_;
+  const SaveSource& from_;
   Writer out_;
   std::unordered_map<ledger::PageId, std::uint64_t> known_;
   std::vector<ledger::PageId> pages_;
@@ -133,7 +132,7 @@ class Writing {
 
 }  // namespace
 
-Status write(const Format& format, std::size_t batch, bool recording, const Holder& from, const Sink& sink) {
+Status write(const Format& format, std::size_t batch, bool recording, const SaveSource& from, const Sink& sink) {
   return Writing(format, from, sink).run(batch, recording);
 }
 

@@ -48,12 +48,12 @@ Status make_room(const Setup& setup, const ledger::Extent& x, RowBuffer& window,
   return window.make_room(*setup.backend, setup.shape, tokens, room);
 }
 
-// A fork's next rows are no news for the other.
+// Non-finite rows that one fork appends next are not reported to the other.
 Status part_notes(const CacheState& c, Sequence& s) {
   if (!s.note_forked || s.notes.empty()) return {};
   std::shared_ptr<LateNote> note;
   KV4_RETURN_IF_ERROR(make_note(c, s, &note));
-  s.turn_note(std::move(note));
+  s.begin_note(std::move(note));
   return {};
 }
 
@@ -99,24 +99,24 @@ class Append {
     }
     draft_.commit();
     for (std::size_t i = 0; i < c_.parts.size(); ++i)
-      for (const NonFinite& x : c_.news[i]) sequence(i).ledger.note(x);
+      for (const NonFinite& x : c_.non_finite[i]) sequence(i).ledger.note(x);
   }
 
  private:
   Sequence& sequence(std::size_t i) { return all_[c_.parts[i].row]; }
   Status plan(const TensorView& k, const TensorView& v) {
-    c_.news.resize(c_.parts.size());
+    c_.non_finite.resize(c_.parts.size());
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
-      c_.news[i].clear();
+      c_.non_finite[i].clear();
       KV4_RETURN_IF_ERROR(part_notes(c_, sequence(i)));
       draft_.add_append(i, sequence(i), c_.parts[i].tokens, c_.recording);
     }
-    const Arriving arriving{k, v, c_.parts, c_.news};
+    const Arriving arriving{k, v, c_.parts, c_.non_finite};
     return draft_.prepare(&arriving);
   }
   void make_room_for_news() {
     for (std::size_t i = 0; i < c_.parts.size(); ++i)
-      if (!c_.news[i].empty()) sequence(i).ledger.make_room_for_notes(c_.news[i].size());
+      if (!c_.non_finite[i].empty()) sequence(i).ledger.make_room_for_notes(c_.non_finite[i].size());
   }
 
   // New rows come behind those of the windows, which have or get room for them.
@@ -138,7 +138,7 @@ class Append {
       view.input_row = part.input_row;
       view.query_count = tokens;
       view.query_position = length - tokens;
-      c_.found.push_back(&c_.news[i]);
+      c_.found.push_back(&c_.non_finite[i]);
     }
     return make_tables(c_);
   }

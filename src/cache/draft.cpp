@@ -107,7 +107,7 @@ Status Draft::flag_arriving(Change& c, const Arriving& arriving) const {
   view.query_count = part.tokens;
   view.note = c.sequence->note();
   view.exact[1].position = c.sequence->length();
-  std::vector<NonFinite>* const found = &arriving.news[c.at];
+  std::vector<NonFinite>* const found = &arriving.non_finite[c.at];
   StoreJob job;
   job.k = rows_of(arriving.k);
   job.v = rows_of(arriving.v);
@@ -236,7 +236,7 @@ void Draft::commit() noexcept {
     s.body = std::move(c.next);
     s.body.window.settle();
     if (c.plan.stored.count() > 0) s.body.window.set_count(s.ledger.extent().window_rows());
-    if (c.renoted) s.turn_note(std::move(c.note));
+    if (c.renoted) s.begin_note(std::move(c.note));
     s.settle_lambda();
   }
   changes_.clear();

@@ -22,13 +22,13 @@ struct Part {
   std::int64_t upto = kMostTokens;  // ... and the position below which it sees
 };
 
-// What a call appends: parts in the order of the draft's sequences, and where non-finite rows of those that are sealed
-// as they come are told of.
+// What a call appends: parts in the order of the draft's sequences, and where non-finite rows are reported if
+// rows are sealed on arrival.
 struct Arriving {
   const TensorView& k;
   const TensorView& v;
   std::span<const Part> parts;
-  std::span<std::vector<NonFinite>> news;
+  std::span<std::vector<NonFinite>> non_finite;
 };
 
 struct Change {

@@ -101,7 +101,7 @@ Status make_sequences(const CacheState& c, std::size_t count, std::vector<Sequen
     Sequence& s = out->emplace_back(ledger::Ledger(c.setup->policy), c.pool.get());
     std::shared_ptr<LateNote> note;
     KV4_RETURN_IF_ERROR(make_note(c, s, &note));
-    s.turn_note(std::move(note));
+    s.begin_note(std::move(note));
   }
   return {};
 }

@@ -8,9 +8,9 @@
 namespace kv4 {
 namespace {
 
-class Taking final : public blob::Taker {
+class CacheTarget final : public blob::LoadTarget {
  public:
-  Taking(const CacheState& c, const kv4_page_layout& slice) : c_(c), slice_(slice), pages_(c.pool.get()) {}
+  CacheTarget(const CacheState& c, const kv4_page_layout& slice) : c_(c), slice_(slice), pages_(c.pool.get()) {}
 
   Status rows(std::size_t b, bool sinks, std::int64_t first, std::int64_t tokens, std::int64_t total,
               std::span<const std::byte> block) override {
@@ -71,7 +71,7 @@ class Taking final : public blob::Taker {
       }
       std::shared_ptr<LateNote> note;
       KV4_RETURN_IF_ERROR(make_note(c_, s, &note));
-      s.turn_note(std::move(note));
+      s.begin_note(std::move(note));
     }
     return {};
   }
@@ -97,12 +97,12 @@ Status load(CacheState& c, const Source& source) {
   if (c.backend().capturing())
     return error(StatusCode::failed_precondition, "cache", "a stream that is not being captured", "one that is");
   const blob::Format format = blob::Format::of(c.setup->config, c.setup->spec);
-  Taking taking(c, format.slice);
+  CacheTarget target(c, format.slice);
   blob::Contents contents;
-  KV4_RETURN_IF_ERROR(blob::read(format, source, taking, &contents));
+  KV4_RETURN_IF_ERROR(blob::read(format, source, target, &contents));
   std::vector<Sequence> next;
   next.reserve(contents.sequences.size());
-  KV4_RETURN_IF_ERROR(taking.finish(contents, &next));
+  KV4_RETURN_IF_ERROR(target.finish(contents, &next));
   c.sequences = std::move(next);
   c.recording = contents.recording;
   c.tables.reset();

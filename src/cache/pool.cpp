@@ -92,10 +92,10 @@ Status PagePool::add_slab(std::size_t count) {
   slab.memory = static_cast<std::uint8_t*>(backend_.alloc(slab.bytes));
   if (slab.memory == nullptr)
     return error(StatusCode::out_of_memory, "pages", std::to_string(slab.bytes) + " free bytes", "none");
-  if (Status told = backend_.upload(tables_.back()->as<std::uint8_t*>() + chunk, &slab.memory, sizeof slab.memory);
-      !told.ok()) {
+  if (Status uploaded = backend_.upload(tables_.back()->as<std::uint8_t*>() + chunk, &slab.memory, sizeof slab.memory);
+      !uploaded.ok()) {
     backend_.free(slab.memory, slab.bytes);
-    return told;
+    return uploaded;
   }
   for (std::int32_t i = slab.count; i-- > 0;)
     slab.pages[static_cast<std::size_t>(i)].next = std::exchange(slab.free, i);

@@ -166,8 +166,8 @@ std::size_t nbytes(const CacheState& c) {
     sum += s.ledger.bytes() + body.energy.rows.capacity() * sizeof(body.energy.rows[0]);
   }
   const auto held = [](const auto& x) { return x.capacity() * sizeof(x[0]); };
-  sum += held(c.sequences) + held(c.parts) + held(c.views) + held(c.found) + held(c.news) + held(config.lambda_k) +
-         held(config.lambda_v) + held(config.matrix_k) + held(config.matrix_v);
+  sum += held(c.sequences) + held(c.parts) + held(c.views) + held(c.found) + held(c.non_finite) +
+         held(config.lambda_k) + held(config.lambda_v) + held(config.matrix_k) + held(config.matrix_v);
   count_block(c.setup->given_k.get());
   count_block(c.setup->given_v.get());
   if (c.tables) sum += c.tables->bytes();

@@ -5,9 +5,9 @@
 namespace kv4 {
 namespace {
 
-class Held final : public blob::Holder {
+class CacheSource final : public blob::SaveSource {
  public:
-  explicit Held(const CacheState& c, const kv4_page_layout& slice) : c_(c), slice_(slice) {}
+  explicit CacheSource(const CacheState& c, const kv4_page_layout& slice) : c_(c), slice_(slice) {}
 
   const ledger::Ledger& ledger(std::size_t b) const override { return c_.sequences[b].ledger; }
 
@@ -45,7 +45,9 @@ class Held final : public blob::Holder {
     return {};
   }
 
-  void listen(std::size_t b, std::vector<NonFinite>* found) const override { c_.sequences[b].listen(found); }
+  void pending_non_finite(std::size_t b, std::vector<NonFinite>* found) const override {
+    c_.sequences[b].pending_non_finite(found);
+  }
 
  private:
   Status floats(const Block& from, std::vector<float>* to) const {
@@ -64,7 +66,7 @@ Status save(const CacheState& c, const Sink& sink) {
   if (c.backend().capturing())
     return error(StatusCode::failed_precondition, "cache", "a stream that is not being captured", "one that is");
   const blob::Format format = blob::Format::of(c.setup->config, c.setup->spec);
-  return blob::write(format, c.sequences.size(), c.recording, Held(c, format.slice), sink);
+  return blob::write(format, c.sequences.size(), c.recording, CacheSource(c, format.slice), sink);
 }
 
 }  // namespace kv4

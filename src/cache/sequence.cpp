@@ -14,7 +14,7 @@ void add_new(const PolledNote& polled, std::int64_t key, std::int64_t value, std
 
 }  // namespace
 
-void Sequence::listen(std::vector<NonFinite>* found) const {
+void Sequence::pending_non_finite(std::vector<NonFinite>* found) const {
   for (const PolledNote& polled : notes) add_new(polled, polled.note->key, polled.note->value, found);
 }
 
@@ -31,7 +31,7 @@ void Sequence::poll_notes() {
   }
 }
 
-void Sequence::turn_note(std::shared_ptr<LateNote> fresh) noexcept {
+void Sequence::begin_note(std::shared_ptr<LateNote> fresh) noexcept {
   for (PolledNote& polled : notes) polled.end = std::min(polled.end, length());
   // Rows that left the window have left no trace in the ledger either.
   const std::int64_t first = ledger.policy().arrival() ? 0 : ledger.extent().window_position;

@@ -86,11 +86,11 @@ class Sequence {
   }
   // Moves what late notes report into the ledger. Errors: none; std::bad_alloc changes nothing.
   void poll_notes();
-  // What they report that was not polled.
-  void listen(std::vector<NonFinite>* found) const;
+  // What the notes report that was not polled yet.
+  void pending_non_finite(std::vector<NonFinite>* found) const;
   // Existing notes count for positions below the length only; the next rows are reported in `fresh`, or by the call
   // itself where it is null. `notes` has the capacity for one more.
-  void turn_note(std::shared_ptr<LateNote> fresh) noexcept;
+  void begin_note(std::shared_ptr<LateNote> fresh) noexcept;
   // The note that the next rows are reported in; null where the backend reports within the call.
   LateNote* note() const {
     return notes.empty() || notes.back().end != PolledNote().end ? nullptr : notes.back().note.get();

@@ -26,7 +26,7 @@ struct CacheState {
   // Reused from call to call, so that decoding allocates nothing (work lists of sealing excepted).
   std::vector<Part> parts;
   std::vector<SequenceView> views;
-  std::vector<std::vector<NonFinite>> news;  // of the rows of this call
+  std::vector<std::vector<NonFinite>> non_finite;  // of the rows of this call
   std::vector<std::vector<NonFinite>*> found;
 
   Backend& backend() const { return *setup->backend; }

@@ -248,7 +248,7 @@ KV4_INLINE typename Isa::I quantise_quad(const float* x, typename Isa::F inverse
   I whole[4];
   KV4_UNROLL
   for (int k = 0; k < 4; ++k) {
-    // Adding 0 turns -0 into 0, whose code is 8.
+    // Adding 0 makes -0 0, whose code is 8.
     y[k] = Isa::fma(Isa::load(x + k * L), inverse, F{});
     size[k] = Isa::abs(y[k]);
     whole[k] = Isa::truncate(Isa::min(size[k], Isa::set1(255.0f)));

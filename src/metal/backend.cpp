@@ -1,7 +1,7 @@
 // The backend of Apple GPUs. Their memory is the CPU's: taking rows in, moments and conversions are the CPU backend's;
 // sealing, dequantising and attention are launches, and each call waits for its own. Queries, masks, outputs and rows
-// that are sealed as they arrive may be any memory: they are copied. What a launch is told, and every table, comes from
-// tables.h; gpu.h is all that knows a device.
+// that are sealed as they arrive may be any memory: they are copied. The arguments of a launch, and every table, come
+// from tables.h; gpu.h is all that knows a device.
 #include "backend/backend.h"
 
 #include <algorithm>
@@ -170,7 +170,7 @@ class MetalBackend final : public Backend {
   Status dequantise_side(const PageSpec& spec, const PageMemory& pages, int kv_heads, bool values,
                          std::span<const DequantiseJob> jobs) const;
 
-  const std::shared_ptr<Gpu> gpu_;  // tells devices apart, too
+  const std::shared_ptr<Gpu> gpu_;  // also identifies the device
   Backend& cpu_;
 };
 

@@ -46,7 +46,7 @@ struct JobPlace {
 template <class Job>
 void add_job(std::vector<std::int64_t>* jobs, const Job& job, bool values, const JobPlace& place);
 
-// What a call of attention binds: rows and lambda are told by their distances from there.
+// What a call of attention binds: rows and lambda are given as distances from there.
 struct Bases {
   const void* exact_k = nullptr;  // a multiple of 16 bytes
   const void* exact_v = nullptr;

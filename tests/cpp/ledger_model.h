@@ -173,13 +173,13 @@ class Model {
     expect_equal(planned, extended);
   }
   void check_tell(const std::vector<std::uint8_t>& seen) const {
-    Ledger planned = ledger_, told = ledger_;
+    Ledger planned = ledger_, marked = ledger_;
     Plan plan = plan_;
     planned.commit(plan, {});
-    told.mark_seen(0, [&](std::int64_t position) {
-      return seen[static_cast<std::size_t>(position - told.extent().window_position)] != 0;
+    marked.mark_seen(0, [&](std::int64_t position) {
+      return seen[static_cast<std::size_t>(position - marked.extent().window_position)] != 0;
     });
-    expect_equal(planned, told);
+    expect_equal(planned, marked);
   }
   static void expect_equal(const Ledger& a, const Ledger& b) {
     ASSERT_EQ(a.extent(), b.extent());

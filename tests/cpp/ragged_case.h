@@ -1,4 +1,4 @@
-// One cache of many sequences beside caches of one sequence each, which are told the same.
+// One cache of many sequences beside caches of one sequence each, which get the same calls.
 #pragma once
 
 #include <gtest/gtest.h>

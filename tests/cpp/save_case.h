@@ -188,7 +188,7 @@ class Twins {
   }
   void reload() { caches_[1] = reloaded(*caches_[1]); }
 
-  // All that the public interface tells.
+  // All that the public interface returns.
   void compare() const {
     const Cache &a = *caches_[0], &b = *caches_[1];
     ASSERT_EQ(a.batch(), b.batch());

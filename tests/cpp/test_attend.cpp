@@ -330,7 +330,7 @@ TEST_F(Attend, NonFiniteQueries) {
   }
 }
 
-// Finite queries whose scores overflow are told apart from answers.
+// Finite queries whose scores overflow are reported, not answered.
 TEST_F(Attend, OverflowingScoresAreRefused) {
   Shape shape;
   shape.seed = 11500;

@@ -127,7 +127,7 @@ TEST(IsaOfTheEnvironment, IsTheOneInUse) {
   EXPECT_EQ(cpu::active_isa(), asked != nullptr && *asked != '\0' ? asked : best_here());
 }
 
-// The environment is read once, at first use: each case needs a process of its own, which tells on stderr what it
+// The environment is read once, at first use: each case needs a process of its own, which prints on stderr what it
 // found.
 void expect_with_environment(const char* value, const std::string& expected) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");

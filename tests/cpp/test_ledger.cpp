@@ -144,7 +144,7 @@ Extent held(const Model& model) {
   Extent x = model.ledger().extent();
   const Policy& p = model.ledger().policy();
   if (p.sliding_window > 0 && p.sliding_window <= p.window) x.lambda = Lambda::open;
-  // Without a page it does not matter whether the sinks have been told apart.
+  // Without a page it does not matter whether the sinks are a region of their own.
   if (p.seals() && x.anchored && x.page_end() == 0 && x.sinks == std::min<std::int64_t>(p.sinks, x.length - x.start)) {
     x.window_position = x.start;
     x.start = x.sinks = 0;

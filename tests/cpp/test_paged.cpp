@@ -207,7 +207,7 @@ TEST(Paged, RefusalsNameTheArgumentAndWriteNothing) {
   EXPECT_TRUE(run_store(fine).ok() && run_attend(fine).ok() && run_step(fine).ok());
 }
 
-TEST(Paged, NaNIsStoredAsZerosAndTold) {
+TEST(Paged, NaNIsStoredAsZerosAndReported) {
   Two two;
   PagedServer& server = two.server;
   server.sequences[0].length += 1;
@@ -216,13 +216,13 @@ TEST(Paged, NaNIsStoredAsZerosAndTold) {
   k[64] = 0x7e00;   // row 1, head 0
   v[128] = 0x7c00;  // row 0, head 1
   PagedBatch batch = two.batch();
-  std::vector<std::int64_t> told(4, 0);
-  batch.non_finite = told.data();
+  std::vector<std::int64_t> reported(4, 0);
+  batch.non_finite = reported.data();
   const auto rows = [](const std::vector<std::uint16_t>& x) {
     return TensorView{x.data(), DType::f16, {1, 2, 2, 64}, {0, 128, 64, 1}};
   };
   ASSERT_TRUE(server.format->store(batch, rows(k), rows(v), server.workspace->span()).ok());
-  EXPECT_EQ(told, (std::vector<std::int64_t>{0, server.sequences[0].length, server.sequences[1].length, 0}));
+  EXPECT_EQ(reported, (std::vector<std::int64_t>{0, server.sequences[0].length, server.sequences[1].length, 0}));
   const PagedServer::Sequence& s = server.sequences[1];
   const auto* block = server.blocks->as<std::uint16_t>() + s.blocks[0] * 2 * kPageTokens * server.row();
   for (int c = 0; c < 64; ++c) {

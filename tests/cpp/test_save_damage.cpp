@@ -1,6 +1,6 @@
-// Bytes that save did not write: each flipped bit and each missing end is told; files that lie under right checksums
-// are refused, or hold what some cache might, and then no later call reads out of bounds (`make asan` runs these tests
-// too).
+// Bytes that save did not write: each flipped bit and each missing end is reported; files that lie under right
+// checksums are refused, or hold what some cache might, and then no later call reads out of bounds (`make asan` runs
+// these tests too).
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -56,7 +56,7 @@ void expect_refused(Cache& cache, std::span<const std::byte> bytes, StatusCode c
   ASSERT_EQ(cache.version(), 0u);
 }
 
-TEST(SaveDamage, EveryFlippedByteIsTold) {
+TEST(SaveDamage, EveryFlippedByteIsReported) {
   for (const Case& c : small_cases()) {
     SCOPED_TRACE(c.name);
     const Bytes good = saved_small(c);
@@ -75,7 +75,7 @@ TEST(SaveDamage, EveryFlippedByteIsTold) {
   }
 }
 
-TEST(SaveDamage, EveryMissingEndIsTold) {
+TEST(SaveDamage, EveryMissingEndIsReported) {
   for (const Case& c : small_cases()) {
     SCOPED_TRACE(c.name);
     const Bytes good = saved_small(c);
@@ -183,7 +183,7 @@ TEST(SaveDamage, LiesUnderRightChecksumsAreBounded) {
   for (const Case& c : small_cases()) {
     SCOPED_TRACE(c.name);
     const Bytes good = saved_small(c);
-    const auto tell = [&](const Bytes& file) {
+    const auto load_and_use = [&](const Bytes& file) {
       auto cache = create(c.config);
       if (load(*cache, file).ok()) {
         ++accepted;
@@ -200,7 +200,7 @@ TEST(SaveDamage, LiesUnderRightChecksumsAreBounded) {
         for (const int flip : {1, 0x80, 0xff}) {
           file[b.payload + i] ^= static_cast<std::byte>(flip);
           seal_block(file, b);
-          tell(file);
+          load_and_use(file);
           if (HasFatalFailure()) FAIL() << "block of kind " << b.kind << ", byte " << i << ", flip " << flip;
           file[b.payload + i] = good[b.payload + i];
         }
@@ -218,7 +218,7 @@ TEST(SaveDamage, LiesUnderRightChecksumsAreBounded) {
               std::numeric_limits<std::int64_t>::max(), std::numeric_limits<std::int64_t>::min()}) {
           std::memcpy(&file[b.payload + i], &x, 8);
           seal_block(file, b);
-          tell(file);
+          load_and_use(file);
           if (HasFatalFailure()) FAIL() << "block of kind " << b.kind << ", number " << i / 8 << ", value " << x;
         }
         std::memcpy(&file[b.payload + i], &good[b.payload + i], 8);

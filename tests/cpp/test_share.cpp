@@ -1,4 +1,4 @@
-// The pieces in which a call's work is dealt: none so large that the call hangs on one thread, none too small to pay.
+// The pieces that a call's work is split into: none so large that the call hangs on one thread, none too small to pay.
 #include "cpu/share.h"
 
 #include <gtest/gtest.h>

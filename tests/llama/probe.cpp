@@ -1,5 +1,5 @@
 // Runs a model through libllama and says what it wrote: a line "name: ..." for each way of arriving at the same cells,
-// for whoever compares runs with one backend and another.
+// to be compared between runs with one backend and another.
 //   probe BACKENDS MODEL OPTIONS GENERATED ways TEXT BYTES       (the first BYTES of the text are the prompt)
 //   probe BACKENDS MODEL OPTIONS GENERATED prompts FILE          (a prompt a line)
 //   probe BACKENDS MODEL OPTIONS GENERATED sessions TEXT BYTES STATE
@@ -230,7 +230,7 @@ void prompts(const std::string& file) {
   }
 }
 
-// A sequence saved, in a file and in memory; cut, and with bits turned over: what is refused, and what goes on.
+// A sequence saved, in a file and in memory; truncated, and with flipped bits: what is refused, and what goes on.
 void sessions(const Tokens& tokens, const std::string& file) {
   llama_memory_t memory = llama_get_memory(g_context);
   const auto n = static_cast<llama_pos>(tokens.size());
@@ -246,19 +246,19 @@ void sessions(const Tokens& tokens, const std::string& file) {
     decode({{first, n, 1, true}});
     return 0;
   };
-  int cut = 0, turned = 0;
+  int cut = 0, flipped = 0;
   for (const std::size_t size :
        {whole.size() - 1, whole.size() / 2, whole.size() / 3, std::size_t{100}, std::size_t{8}, std::size_t{1}})
     cut += refused({whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(size)});
   for (std::size_t i = 0; i < 40; ++i) {
     std::vector<std::uint8_t> damaged = whole;
     damaged[whole.size() - 1 - i * (whole.size() / 41)] ^= static_cast<std::uint8_t>(1 << (i % 8));
-    turned += refused(damaged);
+    flipped += refused(damaged);
   }
   std::vector<std::uint8_t> infinite = whole;
   for (std::size_t i = infinite.size() / 2; i + 1 < infinite.size() / 2 + 4096; i += 2)
     infinite[i] = 0, infinite[i + 1] = 0x7c;
-  std::printf("refused: %d cut, %d with a bit turned over, %d with infinities\n", cut, turned, refused(infinite));
+  std::printf("refused: %d cut, %d with a flipped bit, %d with infinities\n", cut, flipped, refused(infinite));
 
   Tokens read(tokens.size());
   std::size_t count = 0;

@@ -134,7 +134,7 @@ MUTATIONS = [
         "numbers",
         file="attend.metal",
     ),
-    # arithmetic: only numbers can tell
+    # arithmetic: only numbers differ
     seal("nibbles in reverse", "<< (4 * n)", "<< (4 * (7 - n))", "numbers"),
     seal(
         "six thresholds of seven", "for (int i = 0; i < 7; ++i) index", "for (int i = 0; i < 6; ++i) index", "numbers"

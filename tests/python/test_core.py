@@ -120,7 +120,7 @@ def test_meta_tensors_are_refused():
 
 
 class Frozen:
-    """An immutable array of another library: DLPack's read-only mark is all that tells."""
+    """An immutable array of another library: only DLPack's read-only flag shows it."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array.copy()

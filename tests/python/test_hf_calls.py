@@ -158,10 +158,10 @@ model, cache = pickle.load(open({str(tmp_path / "both")!r}, "rb"))
 ids = torch.tensor({ids[:, :1].tolist()})
 with torch.no_grad():
     step = model(ids, past_key_values=cache).logits
-    torch.save((step, type(model(ids).past_key_values).__name__), {str(tmp_path / "told")!r})
+    torch.save((step, type(model(ids).past_key_values).__name__), {str(tmp_path / "step")!r})
 """
     subprocess.run([sys.executable, "-c", script], check=True)
-    step, kind = torch.load(tmp_path / "told")
+    step, kind = torch.load(tmp_path / "step")
     assert torch.equal(step, expected) and kind == "KV4Cache"
 
 
@@ -177,8 +177,8 @@ def test_a_pickled_cache_goes_on_bit_for_bit(name: str, recipe: Recipe):
             mask = torch.nn.functional.pad(mask, (0, tokens), value=1)
             twin = pickle.loads(pickle.dumps(cache))
             assert [layer.record_past for layer in twin.layers] == [True, True]
-            told = [model(ids[:, :tokens], attention_mask=mask, past_key_values=x).logits for x in (twin, cache)]
-            assert torch.equal(*told)
+            logits = [model(ids[:, :tokens], attention_mask=mask, past_key_values=x).logits for x in (twin, cache)]
+            assert torch.equal(*logits)
         for either in (twin, cache):
             either.crop(-20)
         assert torch.equal(twin.layers[0].keys, cache.layers[0].keys)

@@ -109,13 +109,13 @@ NAMED = {
 
 
 @dataclasses.dataclass
-class Told:
+class Outputs:
     tokens: list[torch.Tensor]
     logits: list[torch.Tensor]
     cache: Cache
 
 
-def told(model: PreTrainedModel, by_hand: bool) -> Told:
+def outputs_of(model: PreTrainedModel, by_hand: bool) -> Outputs:
     """Two turns of a padded batch on one cache, the second past the sliding windows; then beams."""
     length, new = 30, 6
     first = left_padded(2, length)
@@ -136,7 +136,7 @@ def told(model: PreTrainedModel, by_hand: bool) -> Told:
     mask = torch.nn.functional.pad(first["attention_mask"], (0, ids.shape[1] - length), value=1)
     two = run({"input_ids": ids, "attention_mask": mask}, one.past_key_values)
     beams = run(first, None, num_beams=2)
-    return Told(
+    return Outputs(
         [one.sequences, two.sequences, beams.sequences],
         [*one.logits, *two.logits, *beams.logits],
         two.past_key_values,
@@ -149,14 +149,14 @@ def outcome(name: str) -> str:
     except Exception as error:
         return f"not built: {type(error).__name__}: {error}"
     try:
-        own = told(model, by_hand=False)
+        own = outputs_of(model, by_hand=False)
     except Exception as error:
         return f"fails on its own cache: {type(error).__name__}: {error}"
     reason = kv4.hf.why_not(model, Recipe.exact())
     try:
         if reason is None:
             kv4.hf.attach(model, Recipe.exact())
-        got = told(model, by_hand=reason is not None)
+        got = outputs_of(model, by_hand=reason is not None)
     except Exception as error:
         return f"fails{'' if reason is None else ' by hand'}: {type(error).__name__}: {error}"
     if not isinstance(got.cache, kv4.hf.KV4Cache):
@@ -166,12 +166,12 @@ def outcome(name: str) -> str:
     kv4.hf.detach(model)
     if reason is None and model.config._attn_implementation == "eager" and type(model)._supports_sdpa:
         model.set_attn_implementation("sdpa")
-        if difference_of(got, told(model, by_hand=False)) is None:
+        if difference_of(got, outputs_of(model, by_hand=False)) is None:
             return "as under sdpa"
     return difference
 
 
-def difference_of(got: Told, own: Told) -> str | None:
+def difference_of(got: Outputs, own: Outputs) -> str | None:
     for run, (a, b) in enumerate(zip(got.tokens, own.tokens, strict=True)):
         if not torch.equal(a, b):
             return f"other tokens in run {run}"

@@ -57,9 +57,9 @@ def test_a_handle_outlives_changes_of_its_cache(recipe, window, change, tokens):
     _, key, value = stepped(recipe, window, tokens, record)
     expected = kv4.hf.kv4_attention(causal_module(), q, key, value, None)[0], key.dense(), value.dense()
     layer, key, value = stepped(recipe, window, tokens, record)
-    told = key.shape, key.offset, key.dtype, key.device
+    before = key.shape, key.offset, key.dtype, key.device
     CHANGES[change](layer)
-    assert (key.shape, key.offset, key.dtype, key.device) == told
+    assert (key.shape, key.offset, key.dtype, key.device) == before
     assert torch.equal(kv4.hf.kv4_attention(causal_module(), q, key, value, None)[0], expected[0])
     assert torch.equal(key.dense(), expected[1]) and torch.equal(value + 0, expected[2])
 

@@ -67,11 +67,11 @@ def test_loaded_goes_on_bit_for_bit(tmp_path: Path, name: str, recipe: Recipe, s
     step(model, cache, inputs["input_ids"], mask)
     twin, path = copy.deepcopy(cache), tmp_path / "session.kv4"
     for tokens in (1, 30, 1, 100, 1):
-        before = told_of(twin)
+        before = state_of(twin)
         twin.save(path, seal=seal)
-        assert told_of(twin) == before
+        assert state_of(twin) == before
         twin = KV4Cache.load(path, model.config, **given(recipe))
-        assert told_of(twin) == told_of(settled(cache) if seal else cache)
+        assert state_of(twin) == state_of(settled(cache) if seal else cache)
         assert twin.get_seq_length() == cache.get_seq_length() == mask.shape[1]
         mask = torch.cat([mask, torch.ones(3, tokens, dtype=mask.dtype)], 1)
         ids = tokens_of(3, tokens, seed=tokens)
@@ -79,7 +79,7 @@ def test_loaded_goes_on_bit_for_bit(tmp_path: Path, name: str, recipe: Recipe, s
     assert list(tmp_path.iterdir()) == [path]
 
 
-def told_of(cache: KV4Cache) -> list[dict]:
+def state_of(cache: KV4Cache) -> list[dict]:
     return [entry | {"nbytes": None} for entry in cache.describe()]
 
 
@@ -104,13 +104,13 @@ import torch
 import test_hf_saved as t
 torch.set_num_threads(1)
 model = t.attached("qwen3")
-torch.save(t.told(model, t.KV4Cache.load({str(tmp_path / "session")!r}, model.config)), {str(tmp_path / "told")!r})
+torch.save(t.logits_of(model, t.KV4Cache.load({str(tmp_path / "session")!r}, model.config)), {str(tmp_path / "out")!r})
 """
     subprocess.run([sys.executable, "-c", script], check=True)
-    assert torch.equal(torch.load(tmp_path / "told"), told(model, cache))
+    assert torch.equal(torch.load(tmp_path / "out"), logits_of(model, cache))
 
 
-def told(model: PreTrainedModel, cache: KV4Cache) -> torch.Tensor:
+def logits_of(model: PreTrainedModel, cache: KV4Cache) -> torch.Tensor:
     logits, mask = [], torch.ones(1, 200, dtype=torch.long)
     ids = tokens_of(1, 1, seed=9)
     for _ in range(20):

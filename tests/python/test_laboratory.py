@@ -283,7 +283,7 @@ def test_rows_run_and_have_names_of_their_own() -> None:
         if row.needs:
             continue
         found = errors(layers, row.variant)
-        # Without its mean the bias of these keys drowns what tells them apart.
+        # Without its mean the bias of these keys drowns their differences.
         limit = 0.2 if row.variant.key.mean == "page" else 100
         assert 0 <= found.key < limit and 0 <= found.value < 0.2, row.name
         assert 2 < row.variant.bits_per_value(64, 64) < 17

@@ -421,7 +421,7 @@ def test_deepcopy_of_a_cache(emulated):
 # The host itself.
 
 
-def test_a_machine_without_metal_is_told_so():
+def test_a_machine_without_metal_gets_an_error_that_says_so():
     if torch.backends.mps.is_available():
         pytest.skip("this machine has a Metal device")
     with pytest.raises(RuntimeError, match=r"^device: expected .*; got"):

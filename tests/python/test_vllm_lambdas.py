@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_nothing_else(
     assert "lambda is not kept for the next start" in caplog.text
 
 
-def test_models_are_told_apart_by_weights_and_by_name(folder: Path) -> None:
+def test_models_differ_by_weights_and_by_name(folder: Path) -> None:
     named = [("a/name", None, "{}"), ("b/name", None, "{}"), ("a/name", "v2", "{}"), ("a/name", None, '{"hidden": 1}')]
     digests = {digest_of(*model) for model in named}
     gguf = folder / "model.gguf"

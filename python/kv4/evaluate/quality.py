@@ -46,7 +46,7 @@ class Candidate:
         return "packed" if isinstance(self.recipe, Recipe) else "simulated"
 
     def key(self) -> dict[str, Any]:
-        """What tells its results from another's."""
+        """The key of its results."""
         found = self.to_dict()
         if isinstance(self.recipe, Variant):
             found["recipe"] = self.recipe.differences()

@@ -62,7 +62,7 @@ class KV4Layer(CacheLayerMixin):
         self.seen = 0
         self.batch = 0
         self.converts = False  # keys or values have come in another dtype than the layer's
-        # What the newest update's handles speak for, where the layer has not changed since.
+        # The state that the newest update's handles refer to, while the layer is unchanged.
         self._newest: weakref.ref[Held] | None = None
         # What a compiled graph knows of the layer: see ops.py.
         self.number = 0
@@ -184,7 +184,7 @@ class KV4Layer(CacheLayerMixin):
         self.version += 1
 
     def disown(self) -> None:
-        """After a step was captured, which no core has counted: its handles speak for nothing."""
+        """After a step was captured, which no core has counted: its handles are stale."""
         held = None if self._newest is None else self._newest()
         if held is not None:
             held.core = NEVER

@@ -101,7 +101,7 @@ class Cache(Sealing):
         self.sequences = sequences
 
     def seal(self) -> None:
-        """Seals what is due and lets go of the exact rows that were kept for a crop of the last call."""
+        """Seals what is due and releases the exact rows that were kept for a crop of the last call."""
         if self.sequences:
             self.carry_out(self.sequences, [s.ledger.settle(self.recording) for s in self.sequences])
 
@@ -278,7 +278,7 @@ class Cache(Sealing):
             if not 0 <= row < len(self.sequences):
                 raise IndexError(mismatch("rows", f"indices from 0 to {len(self.sequences) - 1}", f"{row} at {i}"))
         taken = [self.host.take(x, rows, 0) for x in self.rows]
-        # Who goes on alone shares nothing.
+        # A single continuation shares nothing.
         self.sequences = [
             self.sequences[row].fork() if row in rows[:i] or row in rows[i + 1 :] else self.sequences[row]
             for i, row in enumerate(rows)
@@ -286,7 +286,7 @@ class Cache(Sealing):
         self.rows = taken
 
     def extend(self, other: Cache) -> None:
-        """Takes in a copy of the sequences of another cache of the same layer and window. Pages are shared where both
+        """Appends a copy of the sequences of another cache of the same layer and window. Pages are shared where both
         have one pool, else copied."""
         if (self.constants, self.window) != (other.constants, other.window):
             raise ValueError(mismatch("other", "a cache of the same recipe, shapes and window", "another"))
@@ -300,7 +300,7 @@ class Cache(Sealing):
         self.sequences = [*self.sequences, *taken]
 
     def add(self, count: int = 1) -> None:
-        """So many sequences more, which hold nothing."""
+        """Adds `count` empty sequences."""
         if self.rows:
             empty = self.host.zeros((count, *self.rows[0].shape[1:]), self.dtype)
             self.rows = [self.host.concatenate([x, empty], 0) for x in self.rows]
@@ -325,7 +325,7 @@ class Cache(Sealing):
             self.sequences[row] = self._empty()
 
     def clone(self) -> Cache:
-        """A cache of its own, which shares the pages."""
+        """An independent copy; pages are shared."""
         twin = copy.copy(self)
         twin.sequences = [s.fork() for s in self.sequences]
         twin.rows = [self.host.copy(x) for x in self.rows]
@@ -388,7 +388,7 @@ class Cache(Sealing):
         return sum(x.nbytes for x in self.arrays()) + sum(nbytes for _, nbytes, _ in self.shared())
 
     def shared(self) -> list[tuple[int, int, bool]]:
-        """(identity, bytes, on_device) of the part of nbytes() that other caches may hold as well: who adds up caches
+        """(identity, bytes, on_device) of the part of nbytes() that other caches may hold as well: a sum over caches
         counts an identity once."""
         return self.constants.shared()
 

@@ -94,7 +94,7 @@ class Host(ABC):
 
     @abstractmethod
     def copy(self, x: Any) -> Any:
-        """An array that goes its own way."""
+        """An independent copy."""
 
     @abstractmethod
     def cast(self, x: Any, dtype: str) -> Any:
@@ -108,7 +108,7 @@ class Host(ABC):
 
     @abstractmethod
     def where(self, chosen: np.ndarray, x: Any, y: Any) -> Any:
-        """Of two arrays, the first where `chosen` says so; the three broadcast, and y may be a number."""
+        """Elementwise x where `chosen`, else y; the three broadcast, and y may be a number."""
 
     @abstractmethod
     def put(self, x: Any, indices: Sequence[int], rows: Any) -> Any:
@@ -135,7 +135,7 @@ class Matrices:
     """A rotation's matrices as the kernels read them: one set for all caches that use the rotation on one host."""
 
     def __init__(self, host: Host, tables: Any, values: bool) -> None:
-        self.tables = tables  # holds the rotation, whose address tells it apart
+        self.tables = tables  # keeps the rotation, which its address identifies
         self.query = host.table(tables.query_matrix(values))
         self.output = host.table(tables.output_matrix(values))
         self.sealing = host.table(tables.sealing_matrix(values))

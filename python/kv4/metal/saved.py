@@ -40,15 +40,15 @@ def load(cache: Sealing, readinto: Any) -> None:
         got = f"{len(cache.sequences)} sequences"
         raise RuntimeError(mismatch("cache", "an empty cache (reset empties it)", got))
     host, sinks = cache.host, cache.sink_limit
-    recording, told, pages = cache.format.read(readinto)
+    recording, sequences, pages = cache.format.read(readinto)
     taken = cache.pool.take(len(pages))
     if taken:
         cache.pool.slab = host.put(cache.pool.slab, [page.place for page in taken], host.table(pages))
-    room = sinks + cache.room(max((ledger.extent.window_rows for ledger, *_ in told), default=0))
+    room = sinks + cache.room(max((ledger.extent.window_rows for ledger, *_ in sequences), default=0))
     row_bytes = np.dtype(np.uint16 if cache.dtype != "float32" else np.float32).itemsize * cache.dim
-    held = [np.zeros((len(told), cache.heads, room, row_bytes), np.uint8) for _ in range(2)]
+    held = [np.zeros((len(sequences), cache.heads, room, row_bytes), np.uint8) for _ in range(2)]
     sequences = []
-    for b, (ledger, lambda_, first, recorded, exact) in enumerate(told):
+    for b, (ledger, lambda_, first, recorded, exact) in enumerate(sequences):
         for i, part in enumerate(exact):
             begin = 0 if i < 2 else sinks
             held[i % 2][b, :, begin : begin + part.shape[1]] = part
@@ -66,7 +66,7 @@ def load(cache: Sealing, readinto: Any) -> None:
         s.alone = s.page_end
         sequences.append(s)
     if not room:  # all is sealed as it arrives
-        cache.rows = [host.zeros((len(told), cache.heads, 0, cache.dim), cache.dtype) for _ in range(2)]
+        cache.rows = [host.zeros((len(sequences), cache.heads, 0, cache.dim), cache.dtype) for _ in range(2)]
     else:
-        cache.rows = [host.of_bits(x, cache.dtype) for x in held] if told else []
+        cache.rows = [host.of_bits(x, cache.dtype) for x in held] if sequences else []
     cache.sequences, cache.recording = sequences, recording

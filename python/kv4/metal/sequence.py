@@ -24,7 +24,7 @@ class Pages:
         self.free: list[int] = []
 
     def take(self, n: int, clear: bool = False) -> list[Page]:
-        """n pages that nobody else has, of any bytes or of zeros."""
+        """n unused pages, uninitialised or zeroed."""
         places = [self.free.pop() for _ in range(min(n, len(self.free)))]
         pages = [Page(self, place) for place in places]
         have, need = self.slab.shape[0], self.count + n - len(pages)
@@ -110,7 +110,7 @@ class Sequence:
         return x.first_page + x.pages
 
     def fork(self) -> Sequence:
-        """A copy that goes its own way and shares the pages."""
+        """An independent copy that shares the pages."""
         self.alone = self.page_end
         return dataclasses.replace(self, ledger=self.ledger.fork(), pages=dict(self.pages))
 

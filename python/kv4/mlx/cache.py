@@ -19,7 +19,7 @@ from .arrays import DTYPES
 from .core import Row, new_core
 from .handle import KVHandle
 
-# Steps of one token after which a window moves on, whoever took them: a longer draft cannot be undone.
+# Steps of one token after which a window moves on, whichever caller took them: a longer draft cannot be undone.
 DRAFT_TOKENS = 64
 
 
@@ -113,7 +113,7 @@ class KV4Cache:
         )
 
     def append(self, keys: mx.array, values: mx.array) -> None:
-        """Takes in keys [batch, kv_heads, T >= 0, head_dim] and values like them. Errors: ValueError naming the
+        """Appends keys [batch, kv_heads, T >= 0, head_dim] and values like them. Errors: ValueError naming the
         argument for another shape or dtype than the cache's; NotImplementedError or ValueError, with the core's
         reason, where the recipe does not serve the head dims, or no kernel of MLX's device does; RuntimeError for a
         device that is none of kv4's. The cache then is as it was."""
@@ -134,7 +134,7 @@ class KV4Cache:
         return self.record_past or (tokens <= 1 and 0 < self._drafted <= DRAFT_TOKENS)
 
     def count(self, tokens: int, keys: mx.array, values: mx.array) -> None:
-        """Counts tokens of arrays like these, which the core has taken in."""
+        """Counts the tokens of such arrays, which the core has appended."""
         self._drafted = self._drafted + 1 if tokens == 1 else 0 if tokens else self._drafted
         self.dtype = keys.dtype
         self._dims = (self.core.batch, keys.shape[1], keys.shape[3], values.shape[3])
@@ -271,7 +271,7 @@ class KV4Cache:
         return BatchKV4Cache([copy.deepcopy(cache) for cache in caches])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KV4Cache:
-        """A cache that goes its own way; sealed pages are shared."""
+        """An independent copy; sealed pages are shared."""
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__)
@@ -339,7 +339,7 @@ class BatchKV4Cache:
             self._settle()
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVHandle, KVHandle]:
-        """Takes in each row's real tokens of keys [batch, kv_heads, T, head_dim] and values like them."""
+        """Appends each row's real tokens of keys [batch, kv_heads, T, head_dim] and values like them."""
         if keys.ndim != 4 or keys.shape[0] != len(self.rows):
             raise ValueError(mismatch("keys", f"[{len(self.rows)}, kv_heads, tokens, head_dim]", keys))
         tokens = keys.shape[2]
@@ -368,7 +368,7 @@ class BatchKV4Cache:
 
     @staticmethod
     def _join(core: Any, batch: BatchKV4Cache) -> None:
-        """Takes the sequences of a batch's rows into `core`."""
+        """Appends the sequences of a batch's rows to `core`."""
         if batch.core is not None:
             core.extend(batch.core)
             return
@@ -385,7 +385,7 @@ class BatchKV4Cache:
                 row.core = Row(core, i)
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
-        """Refuses what a row would, before any row takes something in."""
+        """Refuses what a row would, before any row is appended to."""
         for row in self.rows:
             if row.core is None:
                 continue
@@ -490,7 +490,7 @@ class BatchKV4Cache:
         self.version += 1
 
     def extend(self, other: BatchKV4Cache) -> None:
-        """Takes in the rows of `other`, which is not to be used any more."""
+        """Appends the rows of `other`, which must not be used afterwards."""
         if self._remaining is not None or other._remaining is not None:
             raise ValueError(mismatch("other", "caches without right padding under way", "one that is being filled"))
         joined = BatchKV4Cache([*self.rows, *other.rows])

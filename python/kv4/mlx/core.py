@@ -66,7 +66,7 @@ class Part:
         return mx.take(x.swapaxes(0, 1).reshape(1, x.shape[1], -1, x.shape[3]), mx.array(self.at), axis=2)
 
     def placed(self, x: np.ndarray) -> mx.array:
-        """What was `taken` in its place again, 0 outside of the spans."""
+        """The rows that were `taken`, back in their places; 0 outside the spans."""
         if self.at is None:
             return mx.array(x)
         whole = np.zeros((x.shape[1], self.batch * self.tokens, x.shape[3]), np.float32)
@@ -177,11 +177,11 @@ class HostCore:
         return twin
 
     def evicted(self, row: int) -> int:
-        """The position below which a window let go of a sequence's tokens."""
+        """The position below which a window evicted a sequence's tokens."""
         return self._alone([row]).first
 
     def extend(self, other: HostCore) -> None:
-        """Takes in the sequences of another."""
+        """Appends the sequences of another."""
         self._core.extend(other._core)
 
     def reset(self, row: int | None = None) -> None:

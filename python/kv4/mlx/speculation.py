@@ -1,4 +1,4 @@
-"""Rolling kv4's caches back by what a draft got wrong.
+"""Dropping the rejected tokens of a draft from kv4's caches.
 
 mlx-lm trims a cache for two reasons through one pair of functions. Its store of prompts may drop any number of tokens:
 `is_trimmable` says whether a cache still holds what that needs, which past a sliding window it does not. Speculative
@@ -20,7 +20,7 @@ from .cache import KV4Cache
 
 
 def can_trim_prompt_cache(cache: list[Any]) -> bool:
-    """Whether the tokens of a draft can be dropped from `cache` once they have been taken in."""
+    """Whether the tokens of a draft can be dropped from `cache` once they have been appended."""
     if not _holds_kv4(cache):
         return stock.can_trim_prompt_cache(cache)
     return all(isinstance(c, KV4Cache) or c.is_trimmable() for c in cache)

@@ -87,7 +87,7 @@ struct CacheLayer {
   cases::Random random{7};
 };
 
-// What the process was told, put back at the test's end.
+// The environment of the process, restored at the test's end.
 class SettingsTest : public ::testing::Test {
  protected:
   void SetUp() override { before_ = settings(); }

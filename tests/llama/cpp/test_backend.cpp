@@ -512,15 +512,15 @@ TEST_F(Backend, AQueryThatIsNotANumberGivesNoneAndHarmsNothing) {
   EXPECT_EQ(ask(good, false), first);
 }
 
-// Keys that were turned by neighbours say so to whoever has lambda in the other order.
+// Keys whose RoPE pairs neighbouring channels do not match a lambda in the other order.
 TEST_F(Backend, RotaryPairsAreKnownFromWhatIsWritten) {
   for (const int mode : {GGML_ROPE_TYPE_NORMAL, GGML_ROPE_TYPE_NEOX}) {
     Machine m(device(), {2, 1, 64, 64});
     m.context.reset(ggml_init({ggml_tensor_overhead() * 16, nullptr, true}));
     ggml_context* c = m.context.get();
     ggml_tensor* positions = ggml_new_tensor_1d(c, GGML_TYPE_I32, 3);
-    ggml_tensor* turned = ggml_rope(c, ggml_new_tensor_3d(c, GGML_TYPE_F32, 64, 1, 3), positions, 48, mode);
-    EXPECT_TRUE(takes(ggml_set_rows(c, m.k, ggml_view_2d(c, turned, 64, 3, turned->nb[2], 0),
+    ggml_tensor* rotated = ggml_rope(c, ggml_new_tensor_3d(c, GGML_TYPE_F32, 64, 1, 3), positions, 48, mode);
+    EXPECT_TRUE(takes(ggml_set_rows(c, m.k, ggml_view_2d(c, rotated, 64, 3, rotated->nb[2], 0),
                                     ggml_new_tensor_1d(c, GGML_TYPE_I64, 3))));
     EXPECT_EQ(cells_of(m.k)->neighbours, mode == GGML_ROPE_TYPE_NORMAL ? 48 : 0);
   }
