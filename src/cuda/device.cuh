@@ -16,8 +16,8 @@ namespace kv4::cuda {
 constexpr unsigned kAll = 0xffffffffu;  // every lane of a warp
 
 // Programmatic dependent launch (sm_90): a kernel may begin while the one before it in the stream still runs. What that
-// one wrote is there after wait_for_previous; let_next_begin says that the next kernel may begin. Nothing is copied into
-// shared memory before wait_for_previous, not even what no kernel writes: where several processes took turns on a
+// one wrote is there after wait_for_previous; let_next_begin says that the next kernel may begin. Nothing is copied
+// into shared memory before wait_for_previous, not even what no kernel writes: where several processes took turns on a
 // device, bulk copies from before it came out wrong in one call of some thousands (docs/cuda.md).
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
