@@ -25,6 +25,12 @@ using tests::DeviceBytes;
 
 constexpr int kHeads = 2, kGroup = 4, kDim = 128, kPages = 40, kBlocks = 48, kSequences = 4, kWidth = 24, kSinks = 4;
 
+std::vector<std::uint16_t> halves(cases::Random& random, std::size_t count) {
+  std::vector<std::uint16_t> x(count);
+  for (std::uint16_t& h : x) h = f32_to_f16(static_cast<float>(random.normal()));
+  return x;
+}
+
 // What stands in tables on the device, and the same on the host.
 struct Tables {
   std::vector<std::int32_t> queries, lengths, sealed, pages, blocks, sinks, begin, end;
@@ -59,9 +65,8 @@ class CudaPaged : public ::testing::Test {
     shape.dim_k = shape.dim_v = kDim;
     scene_ = std::make_unique<Scene>(shape, std::vector<Held>{{0, kPages * kPageTokens, 0, 0}}, false);
     device_ = std::make_unique<tests::DeviceScene>(*scene_, tests::Layout{2, false});
-    std::vector<std::uint16_t> rows(static_cast<std::size_t>(kBlocks) * kHeads * kPageTokens * kDim);
     cases::Random random(17);
-    for (std::uint16_t& x : rows) x = f32_to_f16(static_cast<float>(random.normal()));
+    std::vector<std::uint16_t> rows = halves(random, static_cast<std::size_t>(kBlocks) * kHeads * kPageTokens * kDim);
     k_ = DeviceBytes(rows);
     std::reverse(rows.begin(), rows.end());
     v_ = DeviceBytes(rows);
@@ -329,13 +334,8 @@ TEST_F(CudaPaged, ACapturedCallReadsTheTablesWhenItRuns) {
   Backend& backend = *cuda::backend();
   constexpr std::int64_t kRows = 16, kLongest = 1200, kAll = 2400;
   cases::Random random(23);
-  const auto halves = [&random](std::size_t n) {
-    std::vector<std::uint16_t> x(n);
-    for (std::uint16_t& h : x) h = f32_to_f16(static_cast<float>(random.normal()));
-    return x;
-  };
-  const DeviceBytes fresh_k(halves(kHeads * kRows * kDim)), fresh_v(halves(kHeads * kRows * kDim)),
-      queries(halves(kHeads * kGroup * kRows * kDim));
+  const DeviceBytes fresh_k(halves(random, kHeads * kRows * kDim)), fresh_v(halves(random, kHeads * kRows * kDim)),
+      queries(halves(random, kHeads * kGroup * kRows * kDim));
   const TensorView k{fresh_k.as(), DType::f16, {1, kHeads, kRows, kDim}, {0, kRows * kDim, kDim, 1}};
   const TensorView v{fresh_v.as(), DType::f16, {1, kHeads, kRows, kDim}, {0, kRows * kDim, kDim, 1}};
   // Queries by row, then head.
@@ -432,13 +432,8 @@ TEST_F(CudaPaged, AStepInAGraphIsItsCallsOneByOne) {
   Backend& backend = *cuda::backend();
   constexpr std::int64_t kRows = kSequences, kLongest = 1200, kAll = 2400;
   cases::Random random(29);
-  const auto halves = [&random](std::size_t n) {
-    std::vector<std::uint16_t> x(n);
-    for (std::uint16_t& h : x) h = f32_to_f16(static_cast<float>(random.normal()));
-    return x;
-  };
-  const DeviceBytes fresh_k(halves(kHeads * kRows * kDim)), fresh_v(halves(kHeads * kRows * kDim)),
-      queries(halves(kHeads * kGroup * kRows * kDim));
+  const DeviceBytes fresh_k(halves(random, kHeads * kRows * kDim)), fresh_v(halves(random, kHeads * kRows * kDim)),
+      queries(halves(random, kHeads * kGroup * kRows * kDim));
   const auto rows = [](const DeviceBytes& x, int heads) {
     return TensorView{x.as(), DType::f16, {1, heads, kRows, kDim}, {0, kDim, heads * kDim, 1}};
   };

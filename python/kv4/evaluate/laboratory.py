@@ -145,21 +145,38 @@ def _attend(
         first = max(0, lo - sliding + 1) if sliding else 0
         row = torch.arange(lo, hi)[:, None]
         column = torch.arange(first, hi)[None]
-        mask = column <= row
-        if sliding:
-            mask &= column > row - sliding
+        mask = causal(row, column, sliding)
         q, k, v = query[:, :, lo:hi], key[:, :, first:hi], value[:, :, first:hi]
         if own is not None:
             mask = torch.cat([mask & (column < row), torch.arange(lo, hi)[None] == row], 1)
             k, v = (torch.cat([x, y[:, :, lo:hi]], 2) for x, y in zip((k, v), own, strict=True))
-        if softcap or s_aux is not None:
-            parts.append(eager(module, q, k, v, mask[None, None], scaling, softcap, s_aux, 0.0))
-            continue
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask[None, None], scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        parts.append(out.transpose(1, 2))
+        parts.append(attend_run(module, q, k, v, mask, (scaling, softcap, s_aux)))
     return torch.cat(parts, 1)
+
+
+def causal(row: Tensor, column: Tensor, sliding: int | None) -> Tensor:
+    """Whether the query at position row [n, 1] sees the token at column [1, m]."""
+    mask = column <= row
+    return mask & (column > row - sliding) if sliding else mask
+
+
+def attend_run(
+    module: torch.nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    options: tuple[float | None, float | None, Tensor | None],
+) -> Tensor:
+    """Exact attention [1, n, q_heads, d] of q [1, q_heads, n, d] over k and v [1, kv_heads, m, d]; options: scaling,
+    softcap, sinks."""
+    scaling, softcap, s_aux = options
+    if softcap or s_aux is not None:
+        return eager(module, q, k, v, mask[None, None], scaling, softcap, s_aux, 0.0)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask[None, None], scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)
 
 
 def seal_layer(session: _Session, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

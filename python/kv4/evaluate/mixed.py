@@ -100,18 +100,20 @@ def put_back(read: Tensor, rows: Tensor, about: Tensor | None, places: Tensor, p
     at = (places + page * torch.arange(pages)[None, :, None]).flatten(1)[..., None].expand(-1, -1, rows.shape[-1])
     base = 0.0 if about is None else about.gather(1, at)
     apart = rows.gather(1, at) - base
-    step = fp16(apart.abs().amax(-1, keepdim=True) / 127)
-    code = torch.where(step > 0, (apart / step.clamp(min=1e-30)).round().clamp(-127, 127), 0.0)
-    return read.scatter(1, at, base + code * step)
+    return read.scatter(1, at, base + _in_bytes(apart))
+
+
+def _in_bytes(x: Tensor) -> Tensor:
+    """x [..., n] as 8 bits an element and an fp16 step hold it."""
+    step = fp16(x.abs().amax(-1, keepdim=True) / 127)
+    return torch.where(step > 0, (x / step.clamp(min=1e-30)).round().clamp(-127, 127), 0.0) * step
 
 
 def _page_means(x: Tensor, group: int, page: int) -> Tensor:
     """Means of pages of x [heads, T, d] as stored, for every token."""
     means = torch.stack([x[:, a : a + page].mean(1) for a in range(0, x.shape[1], page)], 1)
-    grouped = means.unflatten(-1, (-1, group))
-    step = fp16(grouped.abs().amax(-1, keepdim=True) / 127)
-    code = torch.where(step > 0, (grouped / step.clamp(min=1e-30)).round().clamp(-127, 127), 0.0)
-    return (code * step).flatten(-2).repeat_interleave(page, 1)[:, : x.shape[1]]
+    stored = _in_bytes(means.unflatten(-1, (-1, group)))
+    return stored.flatten(-2).repeat_interleave(page, 1)[:, : x.shape[1]]
 
 
 def _log_rounded(scale: Tensor) -> Tensor:

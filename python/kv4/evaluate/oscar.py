@@ -17,7 +17,7 @@ import torch
 
 from kv4.calibration import Calibration
 from kv4.evaluate.calibrate import capture
-from kv4.evaluate.rotations import rotation
+from kv4.evaluate.rotations import hadamard
 from kv4.evaluate.variant import SideVariant, Variant
 from kv4.recipe import Recipe
 
@@ -39,11 +39,9 @@ def turned(moments: Tensor) -> Tensor:
     if d & (d - 1):
         raise ValueError(f"head_dim: expected a power of two for OSCAR's Hadamard matrix; got {d}")
     vectors = torch.linalg.eigh(moments.double())[1].flip(-1)
-    hadamard = torch.from_numpy(rotation("srht", d, 0)).abs()
-    signs = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(d)] for i in range(d)], dtype=torch.float64)
     bits = d.bit_length() - 1
     order = [int(f"{i:0{bits}b}"[::-1], 2) for i in range(d)]
-    return (hadamard * signs)[order] @ vectors.mT
+    return torch.from_numpy(hadamard(d))[order] @ vectors.mT
 
 
 def calibrate(

@@ -35,7 +35,7 @@ def rotation(kind: str, d: int, seed: int, reflectors: int = 0) -> np.ndarray:
         odd = d
         while odd % 2 == 0:
             odd //= 2
-        return np.kron(_hadamard(d // odd), _odd_dft(odd)) * _signs(d, seed)
+        return np.kron(hadamard(d // odd), _odd_dft(odd)) * _signs(d, seed)
     if kind == "householder":
         return _householder(d, reflectors or d // 2, seed)
     if kind == "haar":
@@ -58,7 +58,8 @@ def _real_dft(d: int) -> np.ndarray:
     return np.array(rows) / np.sqrt(d)
 
 
-def _hadamard(order: int) -> np.ndarray:
+def hadamard(order: int) -> np.ndarray:
+    """Sylvester's, orthonormal; order: a power of two."""
     h = np.ones((1, 1))
     while len(h) < order:
         h = np.block([[h, h], [h, -h]])

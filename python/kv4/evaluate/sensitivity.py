@@ -18,9 +18,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kv4._core import PAGE_TOKENS
-from kv4.evaluate.laboratory import _no_mask, page_runs
+from kv4.evaluate.laboratory import _no_mask, attend_run, causal, page_runs
 from kv4.evaluate.scores import Head
-from kv4.hf.attention import eager
 
 Tensor = torch.Tensor
 NAME = "kv4_sensitivity"
@@ -78,19 +77,9 @@ def attention(
     parts = []
     for lo, hi, sealed in page_runs(query.shape[2], SINKS, WINDOW, PAGE_TOKENS):
         first = max(0, lo - sliding_window + 1) if sliding_window else 0
-        row, column = torch.arange(lo, hi)[:, None], torch.arange(first, hi)[None]
-        mask = column <= row
-        if sliding_window:
-            mask &= column > row - sliding_window
+        mask = causal(torch.arange(lo, hi)[:, None], torch.arange(first, hi)[None], sliding_window)
         k, v = (_seen(x, e, first, sealed, hi) for x, e in zip((key, value), errors, strict=True))
-        q = query[:, :, lo:hi]
-        if softcap or s_aux is not None:
-            parts.append(eager(module, q, k, v, mask[None, None], scaling, softcap, s_aux, 0.0))
-            continue
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask[None, None], scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        parts.append(out.transpose(1, 2))
+        parts.append(attend_run(module, query[:, :, lo:hi], k, v, mask, (scaling, softcap, s_aux)))
     return torch.cat(parts, 1), None
 
 
