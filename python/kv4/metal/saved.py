@@ -40,15 +40,15 @@ def load(cache: Sealing, readinto: Any) -> None:
         got = f"{len(cache.sequences)} sequences"
         raise RuntimeError(mismatch("cache", "an empty cache (reset empties it)", got))
     host, sinks = cache.host, cache.sink_limit
-    recording, sequences, pages = cache.format.read(readinto)
+    recording, contents, pages = cache.format.read(readinto)
     taken = cache.pool.take(len(pages))
     if taken:
         cache.pool.slab = host.put(cache.pool.slab, [page.place for page in taken], host.table(pages))
-    room = sinks + cache.room(max((ledger.extent.window_rows for ledger, *_ in sequences), default=0))
+    room = sinks + cache.room(max((ledger.extent.window_rows for ledger, *_ in contents), default=0))
     row_bytes = np.dtype(np.uint16 if cache.dtype != "float32" else np.float32).itemsize * cache.dim
-    held = [np.zeros((len(sequences), cache.heads, room, row_bytes), np.uint8) for _ in range(2)]
+    held = [np.zeros((len(contents), cache.heads, room, row_bytes), np.uint8) for _ in range(2)]
     sequences = []
-    for b, (ledger, lambda_, first, recorded, exact) in enumerate(sequences):
+    for b, (ledger, lambda_, first, recorded, exact) in enumerate(contents):
         for i, part in enumerate(exact):
             begin = 0 if i < 2 else sinks
             held[i % 2][b, :, begin : begin + part.shape[1]] = part
