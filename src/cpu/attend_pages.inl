@@ -12,7 +12,8 @@
 //
 // Measured on Zen 3 at 3.2 GHz, in L1: products and unpacking 22, 29, 46, 65 cycles at R = 1, 2, 4, 6, the whole
 // 32, 43, 69, 94. At 11 GB/s a core 136 bytes take 40 cycles: memory binds up to R = 2, then the vector pipes.
-// Half of the memory's speed at R = 6 would leave 80 cycles. Zen 4 and Sapphire Rapids are counts, not runs.
+// Half of the memory's speed at R = 6 would leave 80 cycles. Zen 4 is a count, not a run. Emerald Rapids at 2.9 GHz, from
+// L2: 19, 25, 39, 51 cycles.
 //
 // Versions tried (Zen 3, R = 6, ns per token and head on one core):
 //   34    operands of vpmaddwd broadcast by an instruction each; softmax row after row
@@ -34,8 +35,8 @@
 //   NEON sdot, 4 pipes     72 + 42                                 7                                            6 %
 //   NEON smmla, 4 pipes    44 + 42                                 10.5                                        12 %
 //
-// The second term is what surrounds the products. None reaches 15 %, so it is not done; AMX multiplies so fast that it
-// must be (attend_tiles.inl).
+// The second term is what surrounds the products. None reaches 15 %, so it is not done; a matrix unit needs it
+// (attend_tiles.inl).
 //
 // Rounding: q_c is off by half a unit in 32512 of the row's largest q', w_j by half a unit in 32512
 // of the page's largest weight: 1.5e-5 of the largest term either way. Overflow: 64 tokens of |w| <= 32512
@@ -326,11 +327,9 @@ inline void prepare_queries(const PagesTask& t, int tiles) {
   }
 }
 
-// Page p, its scales and mean widened.
-template <class V>
-inline PageAt open_page(const PagesTask& t, int p) {
+// Page p. Scales and mean of the page after it are prefetched.
+inline PageAt page_at(const PagesTask& t, int p) {
   const kv4_page_layout& layout = t.spec->layout;
-  const SideSpec &key = t.spec->key, &value = t.spec->value;
   PageAt page;
   page.slice = slice_at(t.memory, t.pages[p], t.head);
   page.next = slice_at(t.memory, t.pages[p + 1 < t.last ? p + 1 : p], t.head);
@@ -339,16 +338,27 @@ inline PageAt open_page(const PagesTask& t, int p) {
   // Into L2, as the codes: L1 has too few line buffers to hold what a page of memory latency takes.
   for (std::uint32_t i = layout.k_scales; i < layout.v_codes; i += 64) __builtin_prefetch(page.next + i, 0, 2);
   for (std::uint32_t i = layout.v_scales; i < layout.head_bytes; i += 64) __builtin_prefetch(page.next + i, 0, 2);
-  widen_f16<V>(page.slice + layout.k_scales, key.groups * kPageTokens, 0, t.k_scale);
-  widen_f16<V>(page.slice + layout.v_scales, value.groups * kPageTokens, 0, t.v_scale);
-  if (key.mean) widen_f16<V>(page.slice + layout.k_mean, key.dim, static_cast<int>(t.q_stride), t.mean);
-  if (page.tokens < kPageTokens) {  // what follows the sealed tokens is undefined
-    for (int g = 0; g < key.groups; ++g)
-      for (int j = page.tokens; j < kPageTokens; ++j) t.k_scale[g * kPageTokens + j] = 0.0f;
-    for (int g = 0; g < value.groups; ++g)
-      for (int j = page.tokens; j < kPageTokens; ++j) t.v_scale[g * kPageTokens + j] = 0.0f;
-  }
   return page;
+}
+
+// [groups, 64] scales of a page. What follows its sealed tokens is undefined there, and 0 here.
+template <class V>
+inline void widen_scales(const std::uint8_t* from, int groups, int tokens, float* to) {
+  widen_f16<V>(from, groups * kPageTokens, 0, to);
+  for (int g = 0; g < groups; ++g)
+    for (int j = tokens; j < kPageTokens; ++j) to[g * kPageTokens + j] = 0.0f;
+}
+
+// Scales and means of keys, and scales of values.
+template <class V>
+inline void widen_keys(const PagesTask& t, const PageAt& page) {
+  const SideSpec& key = t.spec->key;
+  widen_scales<V>(page.slice + t.spec->layout.k_scales, key.groups, page.tokens, t.k_scale);
+  if (key.mean) widen_f16<V>(page.slice + t.spec->layout.k_mean, key.dim, static_cast<int>(t.q_stride), t.mean);
+}
+template <class V>
+inline void widen_values(const PagesTask& t, const PageAt& page) {
+  widen_scales<V>(page.slice + t.spec->layout.v_scales, t.spec->value.groups, page.tokens, t.v_scale);
 }
 
 template <class V>
@@ -357,7 +367,9 @@ void attend_pages(const PagesTask& t) {
   const int tiles = (t.rows + kTileRows - 1) / kTileRows;
   prepare_queries<V>(t, tiles);
   for (int p = t.first; p < t.last; ++p) {
-    PageAt page = open_page<V>(t, p);
+    PageAt page = page_at(t, p);
+    widen_keys<V>(t, page);
+    widen_values<V>(t, page);
     for (int i = 0; i < tiles; ++i) {
       const TileAt tile = tile_at(t, i, tiles);
       attend_few<V>(t, page, k_table, v_table, tile.row, tile.rows);

@@ -1,10 +1,12 @@
-// Attention of many query rows over sealed pages with a matrix unit: 16 rows of 64 int8 positions by 64 positions of
-// 16 lanes. An instruction set that has one offers it as Isa::Tiles (amx/tiles.h); elsewhere nothing here is compiled.
+// Attention over sealed pages with a matrix unit: 16 rows of 64 int8 positions by 64 positions of 16 lanes. An
+// instruction set that has one offers it as Isa::Tiles (amx/tiles.h); elsewhere nothing here is compiled.
 //
 // The sums are those of attend_pages.inl, in the same integers: q_c = 256 h + l, h and l in int8, against the levels
-// as they are, which are int8 too. A page is unpacked once for all rows of a task: 64 bytes of codes (layout.h) are,
-// nibble by nibble, two rows of the multiplier's second operand, 4 positions of 16 lanes each, so that unpacking
-// permutes nothing. Soft cap, mask and softmax are the code of the other path.
+// as they are, which are int8 too. The first operand holds the h of up to kTileRows query rows, and under them their l.
+// 64 bytes of codes (layout.h) are, nibble by nibble, two rows of the second operand, 4 positions of 16 lanes each, so
+// that unpacking permutes nothing. Soft cap, mask and softmax are the code of the other path. The levels of one piece,
+// 4 KiB, are unpacked before it is multiplied: a tile load waits for stores to reach L1, and the little that a page needs
+// stays there. Several tiles keep a page's levels, unpacked once for all.
 //
 // Overflow: |sum of h L|, |sum of l L| <= 512 * 128 * 127 < 2^23, 256 h + l < 2^31 (portable/dot.h).
 #pragma once
@@ -16,110 +18,147 @@
 
 namespace kv4::cpu::KV4_ISA {
 
-constexpr int kTileBytes = 1024;      // 16 rows of 64
-constexpr int kMatrixRows = 16;       // query rows of one product
+constexpr int kOperandBytes = 1024;   // 16 rows of 64
 constexpr int kMatrixPositions = 64;  // positions that one product sums over
+constexpr int kMatrixBlocks = 4;      // blocks of 16 lanes whose sums the unit holds at once
+constexpr int kPieceBytes = kMatrixBlocks * kOperandBytes;
 
-// Scratch of a task; with a null block only its size.
+// Codes of `blocks` blocks of 16 lanes, `octets` <= 8 times 64 bytes each: what is multiplied with one first operand.
+struct Piece {
+  std::size_t codes;   // bytes from the slice's first
+  std::size_t stride;  // bytes between blocks
+  int blocks, octets;
+};
+
+// A page's pieces: those of the keys, [groups, steps], then those of the values, [groups, rounds].
+struct Pieces {
+  int key_octets, steps, keys;     // of a group; of a group; of all
+  int value_blocks, rounds, values;
+  std::size_t key_codes, key_stride, value_codes;
+
+  explicit Pieces(const PageSpec& spec) {
+    const SideSpec &key = spec.key, &value = spec.value;
+    key_octets = (key.groups == 1 ? pad_channels(key.dim) : key.group) / 8;
+    steps = (key_octets + 7) / 8;
+    keys = key.groups * steps;
+    value_blocks = (value.groups == 1 ? pad_channels(value.dim) : value.group) / 16;
+    rounds = (value_blocks + kMatrixBlocks - 1) / kMatrixBlocks;
+    values = value.groups * rounds;
+    key_codes = spec.layout.k_codes;
+    key_stride = static_cast<std::size_t>(pad_channels(key.dim)) * 8;
+    value_codes = spec.layout.v_codes;
+  }
+  Piece key(int i) const {
+    const int first = i % steps * 8;
+    return {key_codes + static_cast<std::size_t>(i / steps * key_octets + first) * 64, key_stride, kPageTokens / 16,
+            std::min(8, key_octets - first)};
+  }
+  Piece value(int i) const {
+    constexpr std::size_t kBlockBytes = kPageTokens / 2 * 16;
+    const int first = i % rounds * kMatrixBlocks;
+    return {value_codes + static_cast<std::size_t>(i / rounds * value_blocks + first) * kBlockBytes, kBlockBytes,
+            std::min(kMatrixBlocks, value_blocks - first), kPageTokens / 8};
+  }
+};
+
+// Scratch of a task; with a null block only its size. `height` below: rows of h in a first operand.
 struct TilesScratch {
-  std::int8_t* queries;  // [tiles, groups_k, steps, 2 (h, l), 16 rows, 64 positions]
-  std::int8_t* weights;  // [2, 16, 64]
-  // [64 / 16, padded channels / 4, 16 tokens, 4 channels]; the last product of a group may read, times 0, beyond it
-  std::uint8_t* keys;
-  std::uint8_t* values;  // [padded channels / 16, 64 / 4, 16 channels, 4 tokens]
+  std::int8_t* queries;  // [tiles, key pieces] first operands
+  std::int8_t* weights;  // a first operand
+  std::uint8_t* levels;  // [pieces] second operands of kPieceBytes
   std::size_t bytes;
 
-  TilesScratch(void* block, const PageSpec& spec, std::int64_t rows) {
+  TilesScratch(void* block, const Pieces& pieces, std::int64_t rows) {
     Parts parts(block);
-    const std::size_t tiles = static_cast<std::size_t>((rows + kMatrixRows - 1) / kMatrixRows);
-    queries = parts.take<std::int8_t>(query_bytes(spec, tiles));
-    weights = parts.take<std::int8_t>(2 * kTileBytes);
-    keys = parts.take<std::uint8_t>(static_cast<std::size_t>(kPageTokens * pad_channels(spec.key.dim)) + kTileBytes);
-    values = parts.take<std::uint8_t>(static_cast<std::size_t>(kPageTokens * pad_channels(spec.value.dim)));
+    const std::int64_t tiles = tiles_of(rows);
+    queries = parts.take<std::int8_t>(static_cast<std::size_t>(tiles * pieces.keys) * kOperandBytes);
+    weights = parts.take<std::int8_t>(kOperandBytes);
+    const int kept = tiles == 1 ? 1 : pieces.keys + pieces.values;
+    levels = parts.take<std::uint8_t>(static_cast<std::size_t>(kept) * kPieceBytes);
     bytes = parts.used();
   }
-  static int positions(const SideSpec& key) { return key.groups == 1 ? pad_channels(key.dim) : key.group; }
-  static int steps(const SideSpec& key) { return (positions(key) + kMatrixPositions - 1) / kMatrixPositions; }
-  static std::size_t query_bytes(const PageSpec& spec, std::size_t tiles) {
-    return tiles * static_cast<std::size_t>(spec.key.groups * steps(spec.key)) * 2 * kTileBytes;
-  }
-  std::int8_t* query(const SideSpec& key, int tile, int group) const {
-    return queries + static_cast<std::size_t>((tile * key.groups + group) * steps(key)) * 2 * kTileBytes;
-  }
+  static std::int64_t tiles_of(std::int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 };
 
-// Takes integers as one row of the multiplier's first operand.
+// n numbers (a multiple of 16) times `inverse`, to the nearest integers, as a row of first operands: h at `high`, l at
+// `low`, each next 64 positions kOperandBytes later. Positions from n to the next multiple of 64 become 0.
 template <class V>
-struct MatrixOperand {
-  std::int8_t* row;  // of h; that of l follows kTileBytes later, the next 64 positions 2 * kTileBytes later
-  KV4_INLINE void operator()(int i, const std::int32_t* v) const {
-    using I = typename V::I;
-    typedef std::int8_t Half __attribute__((vector_size(V::kLanes)));
-    std::int8_t* to = row + static_cast<std::size_t>(i / kMatrixPositions) * 2 * kTileBytes + i % kMatrixPositions;
-    KV4_UNROLL
-    for (int lane = 0; lane < 16; lane += V::kLanes) {
-      const I x = load_as<I>(v + lane);
-      const Half high = __builtin_convertvector((x + 128) >> 8, Half), low = __builtin_convertvector(x, Half);
-      std::memcpy(to + lane, &high, sizeof high);
-      std::memcpy(to + kTileBytes + lane, &low, sizeof low);
-    }
-  }
-};
-
-// `bytes` of codes, a multiple of 64, to levels; as many bytes at `next` are prefetched.
-template <class V>
-inline void unpack_levels(const std::uint8_t* codes, std::size_t bytes, const Levels& levels, const std::uint8_t* next,
-                          std::uint8_t* to) {
+KV4_INLINE void quantise_row(const float* x, int n, typename V::F inverse, std::int8_t* high, std::int8_t* low) {
   using I = typename V::I;
-  const I table = load_table16<V>(levels.table.data());
-  for (std::size_t i = 0; i < bytes; i += 64, to += 128) {
-    __builtin_prefetch(next + i, 0, 2);
+  constexpr int kVectors = kMatrixPositions / V::kLanes;
+  for (int i = 0; i < n; i += kMatrixPositions, high += kOperandBytes, low += kOperandBytes) {
+    I v[kVectors];
     KV4_UNROLL
-    for (std::size_t lane = 0; lane < 64; lane += sizeof(I)) {
-      const I word = load_as<I>(codes + i + lane);
-      store_as(to + lane, SealOps::lookup16(table, word & 0x0f0f0f0f));
-      store_as(to + 64 + lane, SealOps::lookup16(table, word >> 4 & 0x0f0f0f0f));
+    for (int k = 0; k < kVectors; ++k) {
+      const int at = i + k * V::kLanes;
+      const typename V::F scaled = at < n ? V::load(x + at) * inverse : typename V::F{};
+      v[k] = V::round(scaled) & (I)(scaled == scaled);  // what is NaN, or 0 times infinity, has no integer
+    }
+    V::Tiles::split(v, high, low);
+  }
+}
+
+// Levels of octets and blocks that a piece lacks stay what they were: they meet zeros, or their sums are not read.
+template <class Tiles>
+KV4_INLINE void unpack(const Piece& piece, const PageAt& page, typename Tiles::Table table, std::uint8_t* levels) {
+  for (int b = 0; b < piece.blocks; ++b) {
+    const std::size_t at = piece.codes + static_cast<std::size_t>(b) * piece.stride;
+    const std::uint8_t *const codes = page.slice + at, *const next = page.next + at;
+    std::uint8_t* const to = levels + b * kOperandBytes;
+    const auto octet = [&](int o) {
+      __builtin_prefetch(next + o * 64, 0, 2);
+      Tiles::unpack(codes + o * 64, table, to + o * 128);
+    };
+    if (piece.octets == 8) {
+      KV4_UNROLL
+      for (int o = 0; o < 8; ++o) octet(o);
+    } else {
+      for (int o = 0; o < piece.octets; ++o) octet(o);
     }
   }
 }
 
-// sums[half][block][row][lane] of 16 rows and kBlocks blocks of 16 lanes: `operand` holds a task's 16 rows, `steps`
-// times 64 positions; the levels of block b are at levels + b * block_stride. Registers 0 to 3 hold sums, 4 and 5 rows,
-// 6 and 7 levels.
-template <class Tiles, int kBlocks>
-KV4_INLINE void multiply(const std::int8_t* operand, int steps, const std::uint8_t* levels, std::size_t block_stride,
-                         std::int32_t (&sums)[2][2][kMatrixRows][16]) {
+// Registers 0 to 3 hold the sums of four blocks, 4 the rows, 5 to 7 levels.
+template <class Tiles>
+KV4_INLINE void clear_sums() {
   Tiles::template zero<0>();
+  Tiles::template zero<1>();
   Tiles::template zero<2>();
-  if constexpr (kBlocks == 2) {
-    Tiles::template zero<1>();
-    Tiles::template zero<3>();
-  }
-  for (int s = 0; s < steps; ++s, operand += 2 * kTileBytes, levels += kTileBytes) {
-    Tiles::template load<4>(operand);
-    Tiles::template load<6>(levels);
-    Tiles::template multiply<0, 4, 6>();
-    Tiles::template load<5>(operand + kTileBytes);
-    Tiles::template multiply<2, 5, 6>();
-    if constexpr (kBlocks == 2) {
-      Tiles::template load<7>(levels + block_stride);
-      Tiles::template multiply<1, 4, 7>();
-      Tiles::template multiply<3, 5, 7>();
-    }
-  }
-  Tiles::template store<0>(sums[0][0]);
-  Tiles::template store<2>(sums[1][0]);
-  if constexpr (kBlocks == 2) {
-    Tiles::template store<1>(sums[0][1]);
-    Tiles::template store<3>(sums[1][1]);
-  }
+  Tiles::template zero<3>();
+}
+template <class Tiles>
+KV4_INLINE void multiply(const std::int8_t* operand, const std::uint8_t* levels) {
+  Tiles::template load<4>(operand);
+  Tiles::template load<5>(levels);
+  Tiles::template multiply<0, 4, 5>();
+  Tiles::template load<6>(levels + kOperandBytes);
+  Tiles::template multiply<1, 4, 6>();
+  Tiles::template load<7>(levels + 2 * kOperandBytes);
+  Tiles::template multiply<2, 4, 7>();
+  Tiles::template load<5>(levels + 3 * kOperandBytes);
+  Tiles::template multiply<3, 4, 5>();
 }
 
-template <class V>
-KV4_INLINE typename V::F joined_sums(const std::int32_t (&sums)[2][2][kMatrixRows][16], int block, int row, int lane) {
-  using I = typename V::I;
-  return V::to_float((load_as<I>(sums[0][block][row] + lane) << 8) + load_as<I>(sums[1][block][row] + lane));
-}
+// Sums of one piece's blocks: [block, 2 height, 16], the rows of l under those of h.
+struct alignas(64) MatrixSums {
+  std::int32_t sums[kMatrixBlocks * 2 * kTileRows * 16];
+
+  template <class Tiles>
+  KV4_INLINE void take(int height) {
+    const std::ptrdiff_t block = 2 * height * 16;
+    Tiles::template store<0>(sums);
+    Tiles::template store<1>(sums + block);
+    Tiles::template store<2>(sums + 2 * block);
+    Tiles::template store<3>(sums + 3 * block);
+  }
+  // 256 h + l of lanes [lane, lane + kLanes) of row r.
+  template <class V>
+  KV4_INLINE typename V::F joined(int height, int block, int r, int lane) const {
+    using I = typename V::I;
+    const std::int32_t* const high = sums + (block * 2 * height + r) * 16 + lane;
+    return V::to_float((load_as<I>(high) << 8) + load_as<I>(high + height * 16));
+  }
+};
 
 // f(std::integral_constant<int, rows>), 1 <= rows <= kTileRows.
 template <int R = kTileRows, class F>
@@ -129,159 +168,186 @@ KV4_INLINE void with_rows(int rows, F f) {
   f(std::integral_constant<int, R>{});
 }
 
+// What a task's kernels share.
 template <class V>
-inline void prepare_matrix_queries(const PagesTask& t, const TilesScratch& scratch) {
-  using F = typename V::F;
-  const SideSpec& key = t.spec->key;
-  const int positions = TilesScratch::positions(key), tiles = (t.rows + kMatrixRows - 1) / kMatrixRows;
-  // Rows and positions that no query fills count as 0.
-  std::memset(scratch.queries, 0, TilesScratch::query_bytes(*t.spec, static_cast<std::size_t>(tiles)));
-  for (int row = 0; row < t.rows; ++row) {
-    for (int g = 0; g < key.groups; ++g) {
-      const float* q = t.q + row * t.q_stride + g * positions;
-      F unit, inverse;
-      units_of_query<V>(q, positions, &unit, &inverse);
-      quantise<V>(q, positions, inverse,
-                  MatrixOperand<V>{scratch.query(key, row / kMatrixRows, g) + row % kMatrixRows * kMatrixPositions});
-      t.q_scale[row * key.groups + g] = unit[0];
-    }
-  }
-}
+struct MatrixTask {
+  using Table = typename V::Tiles::Table;
+  const PagesTask& t;
+  const Pieces pieces{*t.spec};
+  const TilesScratch scratch{t.tiles, pieces, t.rows};
+  const int tiles = static_cast<int>(TilesScratch::tiles_of(t.rows));
+  const int height = (t.rows + tiles - 1) / tiles;
+  const Table key_table = V::Tiles::table(t.spec->key.levels), value_table = V::Tiles::table(t.spec->value.levels);
 
-// Scores of rows [row0, row0 + rows), one product's.
+  // Levels of piece i of a page.
+  std::uint8_t* levels(int i) const { return scratch.levels + (tiles == 1 ? 0 : i) * kPieceBytes; }
+};
+
 template <class V>
-inline void score_matrix(const PagesTask& t, const TilesScratch& scratch, int row0, int rows,
-                         float (&scores)[kMatrixRows][kPageTokens]) {
-  using F = typename V::F;
+inline void prepare_matrix_queries(const MatrixTask<V>& task) {
+  const PagesTask& t = task.t;
   const SideSpec& key = t.spec->key;
-  const int steps = TilesScratch::steps(key);
-  const std::size_t block_bytes = static_cast<std::size_t>(t.q_stride) * 16;
-  const F overflow = overflow_factor<V>(t.cap);
-  const float* const q_scale = t.q_scale + row0 * key.groups;
-  alignas(64) float from_mean[kMatrixRows + kRowLanes] = {};
-  if (key.mean)
-    for (int r = 0; r < rows; r += kTileRows)
-      with_rows(std::min(rows - r, kTileRows), [&](auto n) { dot_mean<V, n>(t, row0 + r, from_mean + r); });
-  alignas(64) std::int32_t sums[2][2][kMatrixRows][16];
-  for (int j = 0; j < kPageTokens; j += 32) {
-    for (int g = 0; g < key.groups; ++g) {
-      const std::size_t at = static_cast<std::size_t>(g * TilesScratch::positions(key)) * 16;
-      multiply<typename V::Tiles, 2>(scratch.query(key, row0 / kMatrixRows, g), steps,
-                                     scratch.keys + static_cast<std::size_t>(j / 16) * block_bytes + at, block_bytes,
-                                     sums);
-      for (int r = 0; r < rows; ++r) {
-        const F unit = V::set1(q_scale[r * key.groups + g]), mean = V::set1(from_mean[r]);
-        KV4_UNROLL
-        for (int lane = 0; lane < 32; lane += V::kLanes) {
-          const F scale = unit * V::load(t.k_scale + g * kPageTokens + j + lane);
-          const F before = g == 0 ? mean : V::load(scores[r] + j + lane);
-          const F s = V::fma(joined_sums<V>(sums, lane / 16, r, lane % 16), scale, before);
-          V::store(scores[r] + j + lane, V::fma(s, overflow, s));
-        }
+  const int positions = task.pieces.key_octets * 8;
+  for (int i = 0; i < task.tiles; ++i) {
+    const TileAt tile = tile_at(t, i, task.tiles);
+    for (int r = 0; r < tile.rows; ++r) {
+      for (int g = 0; g < key.groups; ++g) {
+        const float* q = t.q + (tile.row + r) * t.q_stride + g * positions;
+        typename V::F unit, inverse;
+        units_of_query<V>(q, positions, &unit, &inverse);
+        const std::ptrdiff_t operand = i * task.pieces.keys + g * task.pieces.steps;
+        std::int8_t* const high = task.scratch.queries + operand * kOperandBytes + r * kMatrixPositions;
+        quantise_row<V>(q, positions, inverse, high, high + task.height * kMatrixPositions);
+        t.q_scale[(tile.row + r) * key.groups + g] = unit[0];
       }
     }
   }
 }
 
-// Weights times the value scales of group g as the multiplier's first operand. units[r]: what a sum counts.
-template <class V>
-inline void prepare_weights(const PagesTask& t, int g, const float (&weights)[kMatrixRows][kPageTokens], int rows,
-                            std::int8_t* operand, float* units) {
+// Scores of the R rows of a tile. unpacked: the task has the page's keys already.
+template <class V, int R>
+KV4_INLINE void score_matrix(const MatrixTask<V>& task, const PageAt& page, int tile, int row0, bool unpacked,
+                             float (&scores)[R][kPageTokens]) {
   using F = typename V::F;
-  alignas(64) float scaled[kMatrixRows][kPageTokens], top[kMatrixRows] = {}, inverse[kMatrixRows];
-  for (int r = 0; r < rows; ++r) {
-    F largest = F{};
+  using Tiles = typename V::Tiles;
+  const PagesTask& t = task.t;
+  const Pieces& pieces = task.pieces;
+  const int groups = t.spec->key.groups, height = task.height;
+  const F overflow = overflow_factor<V>(t.cap);
+  const float* const q_scale = t.q_scale + row0 * groups;
+  const float* const k_scale = t.k_scale;
+  alignas(64) float from_mean[kRowLanes] = {};
+  MatrixSums sums;
+  for (int i = 0; i < pieces.keys; ++i) {
+    if (!unpacked) unpack<Tiles>(pieces.key(i), page, task.key_table, task.levels(i));
+    if (i % pieces.steps == 0) clear_sums<Tiles>();
+    multiply<Tiles>(task.scratch.queries + (tile * pieces.keys + i) * kOperandBytes, task.levels(i));
+    if (i % pieces.steps < pieces.steps - 1) continue;
+    sums.template take<Tiles>(height);
+    const int g = i / pieces.steps;
+    if (g == 0 && t.spec->key.mean) dot_mean<V, R>(t, row0, from_mean);
+    KV4_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const F unit = V::set1(q_scale[r * groups + g]), mean = V::set1(from_mean[r]);
+      KV4_UNROLL
+      for (int j = 0; j < kPageTokens; j += V::kLanes) {
+        const F scale = unit * V::load(k_scale + g * kPageTokens + j);
+        const F before = g == 0 ? mean : V::load(scores[r] + j);
+        const F s = V::fma(sums.template joined<V>(height, j / 16, r, j % 16), scale, before);
+        V::store(scores[r] + j, V::fma(s, overflow, s));
+      }
+    }
+  }
+}
+
+// Weights times the value scales of group g as a first operand. units[r]: what a sum counts.
+template <class V, int R>
+KV4_INLINE void prepare_weights(const MatrixTask<V>& task, int g, const float (&weights)[R][kPageTokens],
+                                float* units) {
+  using F = typename V::F;
+  const float* const v_scale = task.t.v_scale + g * kPageTokens;
+  alignas(64) float scaled[R][kPageTokens], inverse[kRowLanes];
+  F largest[R], top[kRowLanes / V::kLanes];
+  KV4_UNROLL
+  for (int r = 0; r < R; ++r) {
+    largest[r] = F{};
     KV4_UNROLL
     for (int j = 0; j < kPageTokens; j += V::kLanes) {
-      const F w = V::load(weights[r] + j) * V::load(t.v_scale + g * kPageTokens + j);
+      const F w = V::load(weights[r] + j) * V::load(v_scale + j);
       V::store(scaled[r] + j, w);
-      largest = V::max(largest, w);
+      largest[r] = V::max(largest[r], w);
     }
-    top[r] = V::reduce_max(largest);
   }
-  for (int r = 0; r < kMatrixRows; r += V::kLanes) {
+  fold_lanes<V, MaxLanes<V>>(largest, top);
+  KV4_UNROLL
+  for (int i = 0; i * V::kLanes < R; ++i) {
     F unit, other;
-    units_of<V>(V::load(top + r), &unit, &other);
-    V::store(units + r, unit);
-    V::store(inverse + r, other);
+    units_of<V>(top[i], &unit, &other);
+    V::store(units + i * V::kLanes, unit);
+    V::store(inverse + i * V::kLanes, other);
   }
-  for (int r = 0; r < rows; ++r)
-    quantise<V>(scaled[r], kPageTokens, V::set1(inverse[r]), MatrixOperand<V>{operand + r * kMatrixPositions});
+  KV4_UNROLL
+  for (int r = 0; r < R; ++r) {
+    std::int8_t* const high = task.scratch.weights + r * kMatrixPositions;
+    quantise_row<V>(scaled[r], kPageTokens, V::set1(inverse[r]), high, high + task.height * kMatrixPositions);
+  }
 }
 
 // As add_values of attend_pages.inl.
-template <class V>
-inline void add_matrix_values(const PagesTask& t, const TilesScratch& scratch, int row0, int rows,
-                              const float (&weights)[kMatrixRows][kPageTokens], const float* rescale) {
+template <class V, int R>
+KV4_INLINE void add_matrix_values(const MatrixTask<V>& task, const PageAt& page, int row0, bool unpacked,
+                                  const float (&weights)[R][kPageTokens], const float* rescale) {
   using F = typename V::F;
-  const SideSpec& value = t.spec->value;
-  const std::int64_t o_stride = t.states.o_stride;
-  const int channels = value.groups == 1 ? static_cast<int>(o_stride) : value.group;
-  alignas(64) float units[kMatrixRows];
-  alignas(64) std::int32_t sums[2][2][kMatrixRows][16];
-  for (int g = 0; g < value.groups; ++g) {
-    prepare_weights<V>(t, g, weights, rows, scratch.weights, units);
-    for (int c = g * channels; c < (g + 1) * channels; c += 32) {
-      const int lanes = std::min(32, (g + 1) * channels - c);
-      const std::uint8_t* levels = scratch.values + static_cast<std::size_t>(c / 16) * kTileBytes;
-      if (lanes == 32) multiply<typename V::Tiles, 2>(scratch.weights, 1, levels, kTileBytes, sums);
-      else multiply<typename V::Tiles, 1>(scratch.weights, 1, levels, kTileBytes, sums);
-      for (int r = 0; r < rows; ++r) {
-        float* const to = t.states.o + (row0 + r) * o_stride + c;
-        const F unit = V::set1(units[r]), factor = V::set1(rescale[r]);
-        for (int lane = 0; lane < lanes; lane += V::kLanes)
-          V::store(to + lane, V::fma(joined_sums<V>(sums, lane / 16, r, lane % 16), unit, V::load(to + lane) * factor));
+  using Tiles = typename V::Tiles;
+  const Pieces& pieces = task.pieces;
+  const int height = task.height;
+  const std::int64_t o_stride = task.t.states.o_stride;
+  alignas(64) float units[kRowLanes];
+  MatrixSums sums;
+  for (int i = 0; i < pieces.values; ++i) {
+    const int g = i / pieces.rounds, first = g * pieces.value_blocks + i % pieces.rounds * kMatrixBlocks;
+    const Piece piece = pieces.value(i);
+    if (i % pieces.rounds == 0) prepare_weights<V, R>(task, g, weights, units);
+    if (!unpacked) unpack<Tiles>(piece, page, task.value_table, task.levels(pieces.keys + i));
+    clear_sums<Tiles>();
+    multiply<Tiles>(task.scratch.weights, task.levels(pieces.keys + i));
+    sums.template take<Tiles>(height);
+    float* const o = task.t.states.o + row0 * o_stride + first * 16;
+    KV4_UNROLL
+    for (int r = 0; r < R; ++r) {
+      float* to = o + r * o_stride;
+      const F unit = V::set1(units[r]), factor = V::set1(rescale[r]);
+      for (int b = 0; b < piece.blocks; ++b, to += 16) {
+        KV4_UNROLL
+        for (int lane = 0; lane < 16; lane += V::kLanes)
+          V::store(to + lane, V::fma(sums.template joined<V>(height, b, r, lane), unit, V::load(to + lane) * factor));
       }
     }
   }
+}
+
+// Which of a page's levels the task has.
+struct Unpacked {
+  bool keys = false, values = false;
+};
+
+template <class V, int R>
+void attend_matrix(const MatrixTask<V>& task, const PageAt& page, int tile, int row0, Unpacked& unpacked) {
+  const PagesTask& t = task.t;
+  Span spans[R];
+  bool any = false;
+  for (int r = 0; r < R; ++r) {
+    spans[r] = visible_span(t.mask, row0 + r, page.position, page.tokens);
+    any = any || spans[r].end > spans[r].begin;
+  }
+  if (!any) return;
+  alignas(64) float scores[R][kPageTokens], rescale[kRowLanes];
+  score_matrix<V, R>(task, page, tile, row0, unpacked.keys, scores);
+  unpacked.keys = true;
+  if (!weigh_page<V, R>(t, page, row0, spans, scores, rescale)) return;
+  add_matrix_values<V, R>(task, page, row0, unpacked.values, scores, rescale);
+  unpacked.values = true;
 }
 
 template <class V>
 void attend_tiles(const PagesTask& t) {
-  using Tiles = typename V::Tiles;
-  const SideSpec &key = t.spec->key, &value = t.spec->value;
-  const kv4_page_layout& layout = t.spec->layout;
-  const TilesScratch scratch(t.tiles, *t.spec, t.rows);
-  const std::size_t key_bytes = static_cast<std::size_t>(t.q_stride) * (kPageTokens / 2);
-  const std::size_t value_bytes = static_cast<std::size_t>(t.states.o_stride) * (kPageTokens / 2);
-  prepare_matrix_queries<V>(t, scratch);
-  std::memset(scratch.weights, 0, 2 * kTileBytes);
-  Tiles::configure();
+  const MatrixTask<V> task{t};
+  prepare_matrix_queries<V>(task);
+  V::Tiles::configure(2 * task.height);
   for (int p = t.first; p < t.last; ++p) {
-    const PageAt page = open_page<V>(t, p);
-    bool keys = false, values = false;  // unpacked
-    for (int row0 = 0; row0 < t.rows; row0 += kMatrixRows) {
-      const int rows = std::min(t.rows - row0, kMatrixRows);
-      Span spans[kMatrixRows];
-      bool any = false;
-      for (int r = 0; r < rows; ++r) {
-        spans[r] = visible_span(t.mask, row0 + r, page.position, page.tokens);
-        any = any || spans[r].end > spans[r].begin;
-      }
-      if (!any) continue;
-      if (!keys)
-        unpack_levels<V>(page.slice + layout.k_codes, key_bytes, key.levels, page.next + layout.k_codes, scratch.keys);
-      keys = true;
-      alignas(64) float scores[kMatrixRows][kPageTokens], rescale[kMatrixRows + kRowLanes];
-      score_matrix<V>(t, scratch, row0, rows, scores);
-      bool gains = false;
-      for (int r = 0; r < rows; r += kTileRows)
-        with_rows(std::min(rows - r, kTileRows), [&](auto n) {
-          float(&part)[n][kPageTokens] = *reinterpret_cast<float(*)[n][kPageTokens]>(scores[r]);
-          gains = weigh_page<V, n>(t, page, row0 + r, spans + r, part, rescale + r) || gains;
-        });
-      if (!gains) continue;
-      if (!values)
-        unpack_levels<V>(page.slice + layout.v_codes, value_bytes, value.levels, page.next + layout.v_codes,
-                         scratch.values);
-      values = true;
-      add_matrix_values<V>(t, scratch, row0, rows, scores, rescale);
+    const PageAt page = page_at(t, p);
+    widen_keys<V>(t, page);
+    widen_values<V>(t, page);
+    Unpacked unpacked;
+    for (int i = 0; i < task.tiles; ++i) {
+      const TileAt tile = tile_at(t, i, task.tiles);
+      with_rows(tile.rows, [&](auto n) { attend_matrix<V, n>(task, page, i, tile.row, unpacked); });
     }
   }
-  Tiles::release();
+  V::Tiles::release();
 }
 
-// Few rows are best served by the vector unit, which wastes no part of a tile.
+// One or two rows are best served by the vector unit: what the matrix unit takes for a page hardly depends on rows.
 template <class V>
 void attend_any_rows(const PagesTask& t) {
   if constexpr (requires { typename V::Tiles; })
@@ -291,7 +357,7 @@ void attend_any_rows(const PagesTask& t) {
 
 template <class V>
 std::size_t tiles_scratch(const PageSpec& spec, std::int64_t rows) {
-  if constexpr (requires { typename V::Tiles; }) return TilesScratch(nullptr, spec, rows).bytes;
+  if constexpr (requires { typename V::Tiles; }) return TilesScratch(nullptr, Pieces(spec), rows).bytes;
   return 0;
 }
 

@@ -116,24 +116,72 @@ struct MaxLanes {
   static KV4_INLINE typename V::F apply(typename V::F a, typename V::F b) { return V::max(a, b); }
 };
 
+// lane(j) for every lane j: an index into x and, behind it, y.
+template <class X, class Lane, int... J>
+KV4_INLINE X shuffle(X x, X y, Lane lane, std::integer_sequence<int, J...>) {
+  return __builtin_shufflevector(x, y, decltype(lane)::of(J)...);
+}
+
+// Of registers whose rows have kWidth lanes each: of two the lower or upper halves of their rows, in turn.
+template <int kLanes, int kWidth, int kHalf>
+struct HalvesOf {
+  static constexpr int of(int j) {
+    const int row = j / (kWidth / 2);
+    return row / 2 * kWidth + kHalf * (kWidth / 2) + j % (kWidth / 2) + row % 2 * kLanes;
+  }
+};
+// A row's lanes, half its width further on.
+template <int kWidth>
+struct OtherHalf {
+  static constexpr int of(int j) { return j ^ (kWidth / 2); }
+};
+// The first lane of every row.
+template <int kLanes, int kWidth>
+struct FirstOf {
+  static constexpr int of(int j) { return j * kWidth % kLanes; }
+};
+
+// Joins the lanes of every row of a register; lane r of the result is row r's.
+template <class V, class Op, int kRow, int kWidth, class X>
+KV4_INLINE X fold_rows(X x) {
+  constexpr auto lanes = std::make_integer_sequence<int, V::kLanes>{};
+  if constexpr (kWidth > 1)
+    return fold_rows<V, Op, kRow, kWidth / 2>(Op::apply(x, shuffle(x, x, OtherHalf<kWidth>{}, lanes)));
+  else return shuffle(x, x, FirstOf<V::kLanes, kRow>{}, lanes);
+}
+
+// Joins the lanes of N registers, a power of two, by Op: lane r of the result is register r's. Rows of kWidth lanes
+// were joined before. Two registers become one of half as wide rows; at last the rows of one register are folded.
+template <class V, class Op, int kWidth = V::kLanes, class X, int N>
+KV4_INLINE X fold_registers(const X (&x)[N]) {
+  constexpr int L = V::kLanes;
+  constexpr auto lanes = std::make_integer_sequence<int, L>{};
+  if constexpr (N > 1) {
+    X half[N / 2];
+    KV4_UNROLL
+    for (int i = 0; i < N / 2; ++i)
+      half[i] = Op::apply(shuffle(x[i], x[i + N / 2], HalvesOf<L, kWidth, 0>{}, lanes),
+                          shuffle(x[i], x[i + N / 2], HalvesOf<L, kWidth, 1>{}, lanes));
+    return fold_registers<V, Op, kWidth / 2>(half);
+  } else if constexpr (kWidth > 1) {
+    return fold_rows<V, Op, kWidth, kWidth>(x[0]);
+  } else {
+    return x[0];
+  }
+}
+
 // Lane r of out, taken as one array, is the lanes of x[r] joined by Op; X is F or I. The last vector of out is
-// written whole. All rows share transposes: one row after another would wait for each other's shuffles.
+// written whole. All rows share shuffles: one row after another would wait for each other's.
 template <class V, class Op, class X, int R>
 KV4_INLINE void fold_lanes(const X (&x)[R], X* out) {
   static_assert(sizeof(X) == sizeof(typename V::F));
-  using F = typename V::F;
   KV4_UNROLL
   for (int first = 0; first < R; first += V::kLanes) {
-    F part[V::kLanes];
+    constexpr int kRegisters = std::min(V::kLanes, static_cast<int>(std::bit_ceil(static_cast<unsigned>(R))));
+    X part[kRegisters];
     KV4_UNROLL
-    for (int i = 0; i < V::kLanes; ++i) part[i] = first + i < R ? (F)x[first + i < R ? first + i : 0] : F{};
-    V::transpose(part);
-    KV4_UNROLL
-    for (int step = V::kLanes / 2; step > 0; step /= 2) {
-      KV4_UNROLL
-      for (int i = 0; i < step; ++i) part[i] = (F)Op::apply((X)part[i], (X)part[i + step]);
-    }
-    out[first / V::kLanes] = (X)part[0];
+    for (int i = 0; i < kRegisters; ++i) part[i] = first + i < R ? x[first + i < R ? first + i : 0] : X{};
+    out[first / V::kLanes] = fold_registers<V, Op>(part);
   }
 }
 

@@ -36,23 +36,47 @@ using scene::Shape;
 // configured, or configured twice.
 struct TilesState {
   bool configured = false, set[8] = {};
+  int rows[8] = {};
   std::uint8_t bytes[8][1024];
   int products = 0, misuses = 0;
 };
 struct Tiles {
-  static constexpr int kFewestRows = cpu::kTileRows + 1;
+  static constexpr int kFewestRows = 3;
   static inline TilesState state;
 
   static void check(bool ok) { state.misuses += ok ? 0 : 1; }
-  static void configure() {
-    check(!state.configured);
+  static void configure(int rows) {
+    check(!state.configured && rows > 0 && rows <= 16);
     state.configured = true;
     std::fill_n(state.set, 8, false);
+    for (int i = 0; i < 8; ++i) state.rows[i] = i < 5 ? rows : 16;
   }
   static void release() {
     check(state.configured);
     state.configured = false;
   }
+
+  using I = cpu::portable::Isa::I;
+  static constexpr int kVectors = 64 / cpu::portable::Isa::kLanes;
+  static void split(const I (&v)[kVectors], std::int8_t* high, std::int8_t* low) {
+    std::int32_t x[64];
+    std::memcpy(x, v, sizeof x);
+    for (int i = 0; i < 64; ++i) {
+      high[i] = static_cast<std::int8_t>((x[i] + 128) >> 8);
+      low[i] = static_cast<std::int8_t>(x[i]);
+      check(x[i] == 256 * high[i] + low[i]);
+    }
+  }
+  using Table = const Levels*;
+  static Table table(const Levels& levels) { return &levels; }
+  static void unpack(const std::uint8_t* codes, Table table, std::uint8_t* to) {
+    for (int i = 0; i < 64; ++i) {
+      to[i] = static_cast<std::uint8_t>(table->table[codes[i] & 15]);
+      to[64 + i] = static_cast<std::uint8_t>(table->table[codes[i] >> 4]);
+    }
+  }
+
+  // Rows that a register is not configured to have stay what they are in memory, and are 0 in the register.
   template <int kTile>
   static void zero() {
     check(state.configured);
@@ -61,18 +85,18 @@ struct Tiles {
   }
   template <int kTile>
   static void load(const void* p) {
-    check(state.configured);
-    std::memcpy(state.bytes[kTile], p, 1024);
-    state.set[kTile] = true;
+    zero<kTile>();
+    std::memcpy(state.bytes[kTile], p, static_cast<std::size_t>(state.rows[kTile]) * 64);
   }
   template <int kTile>
   static void store(void* p) {
     check(state.configured && state.set[kTile]);
-    std::memcpy(p, state.bytes[kTile], 1024);
+    std::memcpy(p, state.bytes[kTile], static_cast<std::size_t>(state.rows[kTile]) * 64);
   }
   template <int kSums, int kRows, int kLevels>
   static void multiply() {
     check(state.configured && state.set[kSums] && state.set[kRows] && state.set[kLevels]);
+    check(state.rows[kSums] == state.rows[kRows] && state.rows[kLevels] == 16);
     ++state.products;
     std::int32_t sums[16][16];
     std::int8_t rows[16][64], levels[16][64];
@@ -207,7 +231,7 @@ TEST(TilesPath, ScaleGroups) {
 TEST(TilesPath, FewRowsTakeTheOtherPath) {
   Shape shape;
   shape.kv_heads = 1;
-  for (int rows : {1, 7, 8, 9}) expect_same(shape, 64, {rows, 1}, true);
+  for (int rows : {1, 2, 3, 8, 9}) expect_same(shape, 64, {rows, 1}, true);
 }
 
 // All products at their largest: nothing overflows at the largest head dim.

@@ -28,13 +28,14 @@ static bool ask_for_tiles() {
 }
 
 static bool isa_supported() {
-  static const bool supported = avx512::kernels.supported() && supports_amx_int8() && ask_for_tiles();
+  static const bool supported = avx512::kernels.supported() && __builtin_cpu_supports("avx512vbmi") &&
+                                supports_amx_int8() && ask_for_tiles();
   return supported;
 }
 
 }  // namespace kv4::cpu::amx
 
-KV4_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+KV4_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")
 #include "cpu/amx/primitives.h"
 #include "cpu/amx/dot.h"
 #include "cpu/kernels.inl"

@@ -1,43 +1,81 @@
 // The matrix unit of AMX-INT8: eight tile registers of 16 rows of 64 bytes. Included in a target region.
 //
-// Cycles of a Sapphire Rapids core per page (64 tokens) and 16 query rows at d = 128, counted, not measured:
+// Measured on Emerald Rapids (2.9 GHz), cycles: an 8-row tdpbssd 10, a 16-row one 16; a levels' tileloadd with its
+// tdpbssd 16, whatever the rows; tilestored 14 to 16, whatever the rows, and not beside loads; what is stored reaches a
+// tileloadd after some 75, through L1 only, and what a tileloadd's address merely resembles (its low 12 bits) delays it
+// too. A page of 64 tokens at d = 128, up to 8 query rows:
 //
-//                keys                             values                           unit
-//   tdpbssd      4 blocks x 2 halves x 2 = 16     8 blocks x 2 halves x 1 = 16     TMUL, 16 cycles each: 512
-//   tileloadd    2 pairs x 2 x 4 = 16             4 pairs x 4 = 16                 2 loads a cycle, 8 each: 256
-//   tilestored   2 pairs x 4 = 8                  4 pairs x 4 = 16                 1 store a cycle, 16 each: 384
-//   vectors      16 x 36 instructions             16 x 206: softmax, weights, o    about 2 a cycle: 1,900
+//                  keys           values         cycles
+//   unpacking      64 x 2 stores  64 x 2 stores  326: a store a cycle, a shuffle each
+//   load, multiply 8              8              257
+//   store sums     4              8              168
+//   all three                                    642
+//   vectors        36 instructions a row, 206 for softmax, weights, o: about 100 cycles a row
 //
-// The three units work side by side, so what surrounds the products binds: about 1.9 cycles per token and row. Vectors
-// (avx512/dot.h) take 4 for the products and 4 / 8 for unpacking besides, 6.4 together. Unpacking a page to its 16 KiB
-// of levels takes some 400 cycles once per task, 0.1 per token and row at 64 rows. TMUL takes 16 cycles whichever part
-// of a tile is filled: 9 rows cost it what 16 do, 0.9 cycles per token and row, still less than 4.5. Up to 8 rows one
-// unpacking serves the vectors too, and decoding waits for memory either way (8.5 KiB a page at 12 GB/s a core: 2,100
-// cycles).
+// The parts hardly overlap. Whole, from L2, ns per token at 1, 2, 3, 4, 6, 8 rows: 7.5, 8.3, 8.9, 9.4, 10.9, 12.1, and
+// 83 at 64; the vectors of avx512/dot.h 6.6, 8.5, 11, 13.4, 17.5, 22. So from 3 rows on the matrix unit is faster.
+//
+// Versions tried (6 rows, ns): h and l in products of their own, levels of the whole page first 11.1, at 8 rows 16.6,
+// where its buffers lay 4 KiB apart; 4 KiB of levels at a time 10.9. Products of the next page before this page's
+// softmax 16.6 to 17.4: their stores keep the next loads waiting. Unpacking right before each load 15.7.
 //
 // The instructions are written as assembly: GCC's intrinsics do not say that they touch memory.
 #pragma once
 
+#include <immintrin.h>
+
 #include "cpu/attend.h"
 #include "cpu/target.h"
+#include "cpu/vec.h"
+#include "recipe/levels.h"
 
 namespace kv4::cpu::amx {
 
 struct Tiles {
-  static constexpr int kFewestRows = kTileRows + 1;
+  static constexpr int kFewestRows = 3;
 
-  // All eight registers as 16 rows of 64 bytes, for this thread, until release().
-  static KV4_INLINE void configure() {
+  // Registers 0 to 4 as `rows` <= 16 rows of 64 bytes, 5 to 7 as 16, for this thread, until release().
+  static KV4_INLINE void configure(int rows) {
     struct alignas(64) Config {
       std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
       std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     };
     static_assert(sizeof(Config) == 64);
-    const Config config;
+    Config config;
+    for (int i = 0; i < 5; ++i) config.rows[i] = static_cast<std::uint8_t>(rows);
     asm volatile("ldtilecfg %0" : : "m"(config));
   }
   static KV4_INLINE void release() { asm volatile("tilerelease" : : : "memory"); }
+
+  using I = VecTypes<16>::I;
+
+  // 64 integers of at most 32512 as 256 h + l: 64 bytes of h and 64 of l, each stored at once, for tile loads to
+  // take them from the store buffer.
+  static KV4_INLINE void split(const I (&v)[4], std::int8_t* high, std::int8_t* low) {
+    const __m512i a = _mm512_packs_epi32((__m512i)v[0], (__m512i)v[1]);
+    const __m512i b = _mm512_packs_epi32((__m512i)v[2], (__m512i)v[3]);
+    // Packing went by quarters of a register: word 4 q + i holds bytes of quarter q of v[i].
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i half = _mm512_set1_epi16(128), byte = _mm512_set1_epi16(255);
+    const __m512i h = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8),
+                                         _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
+    const __m512i l = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
+    _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, h));
+    _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, l));
+  }
+
+  // Levels by their codes, four times over: vpermb takes the low six bits of an index, whatever is above the code.
+  using Table = __m512i;
+  static KV4_INLINE Table table(const Levels& levels) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels.table.data())));
+  }
+  // 64 bytes of codes to the levels of the low nibbles, and then those of the high ones.
+  static KV4_INLINE void unpack(const std::uint8_t* codes, Table table, std::uint8_t* to) {
+    const __m512i w = _mm512_loadu_si512(codes);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi8(w, table));
+    _mm512_storeu_si512(to + 64, _mm512_permutexvar_epi8(_mm512_srli_epi16(w, 4), table));
+  }
 
   template <int kTile>
   static KV4_INLINE void zero() {
