@@ -12,8 +12,8 @@
 //
 // Measured on Zen 3 at 3.2 GHz, in L1: products and unpacking 22, 29, 46, 65 cycles at R = 1, 2, 4, 6, the whole
 // 32, 43, 69, 94. At 11 GB/s a core 136 bytes take 40 cycles: memory binds up to R = 2, then the vector pipes.
-// Half of the memory's speed at R = 6 would leave 80 cycles. Zen 4 is a count, not a run. Emerald Rapids at 2.9 GHz, from
-// L2: 19, 25, 39, 51 cycles.
+// Half of the memory's speed at R = 6 would leave 80 cycles. Zen 4 is a count, not a run. Emerald Rapids at 2.9 GHz,
+// from L2: 19, 25, 39, 51 cycles.
 //
 // Versions tried (Zen 3, R = 6, ns per token and head on one core):
 //   34    operands of vpmaddwd broadcast by an instruction each; softmax row after row

@@ -5,8 +5,8 @@
 // as they are, which are int8 too. The first operand holds the h of up to kTileRows query rows, and under them their l.
 // 64 bytes of codes (layout.h) are, nibble by nibble, two rows of the second operand, 4 positions of 16 lanes each, so
 // that unpacking permutes nothing. Soft cap, mask and softmax are the code of the other path. The levels of one piece,
-// 4 KiB, are unpacked before it is multiplied: a tile load waits for stores to reach L1, and the little that a page needs
-// stays there. Several tiles keep a page's levels, unpacked once for all.
+// 4 KiB, are unpacked before it is multiplied: a tile load waits for stores to reach L1, and the little that a page
+// needs stays there. Several tiles keep a page's levels, unpacked once for all.
 //
 // Overflow: |sum of h L|, |sum of l L| <= 512 * 128 * 127 < 2^23, 256 h + l < 2^31 (portable/dot.h).
 #pragma once
@@ -32,7 +32,7 @@ struct Piece {
 
 // A page's pieces: those of the keys, [groups, steps], then those of the values, [groups, rounds].
 struct Pieces {
-  int key_octets, steps, keys;     // of a group; of a group; of all
+  int key_octets, steps, keys;  // of a group; of a group; of all
   int value_blocks, rounds, values;
   std::size_t key_codes, key_stride, value_codes;
 
