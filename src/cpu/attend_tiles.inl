@@ -98,22 +98,35 @@ KV4_INLINE void quantise_row(const float* x, int n, typename V::F inverse, std::
   }
 }
 
+// The slice of the next page, fetched into L2 a few lines at a time wherever a page's work has got to: more at once
+// than a core has buffers for would keep its own loads waiting.
+class NextPage {
+ public:
+  NextPage(const std::uint8_t* slice, std::uint32_t bytes, int calls)
+      : at_(slice), end_(slice + bytes), step_((bytes / 64 + calls) / calls * 64) {}
+  KV4_INLINE void fetch() {
+    const std::uint8_t* const to = std::min(at_ + step_, end_);
+    for (; at_ < to; at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const std::uint8_t *at_, *end_;
+  std::ptrdiff_t step_;
+};
+
 // Levels of octets and blocks that a piece lacks stay what they were: they meet zeros, or their sums are not read.
 template <class Tiles>
-KV4_INLINE void unpack(const Piece& piece, const PageAt& page, typename Tiles::Table table, std::uint8_t* levels) {
+KV4_INLINE void unpack(const Piece& piece, const std::uint8_t* slice, typename Tiles::Table table, std::uint8_t* levels,
+                       NextPage& next) {
   for (int b = 0; b < piece.blocks; ++b) {
-    const std::size_t at = piece.codes + static_cast<std::size_t>(b) * piece.stride;
-    const std::uint8_t *const codes = page.slice + at, *const next = page.next + at;
+    next.fetch();
+    const std::uint8_t* const codes = slice + piece.codes + static_cast<std::size_t>(b) * piece.stride;
     std::uint8_t* const to = levels + b * kOperandBytes;
-    const auto octet = [&](int o) {
-      __builtin_prefetch(next + o * 64, 0, 2);
-      Tiles::unpack(codes + o * 64, table, to + o * 128);
-    };
     if (piece.octets == 8) {
       KV4_UNROLL
-      for (int o = 0; o < 8; ++o) octet(o);
+      for (int o = 0; o < 8; ++o) Tiles::unpack(codes + o * 64, table, to + o * 128);
     } else {
-      for (int o = 0; o < piece.octets; ++o) octet(o);
+      for (int o = 0; o < piece.octets; ++o) Tiles::unpack(codes + o * 64, table, to + o * 128);
     }
   }
 }
@@ -179,6 +192,11 @@ struct MatrixTask {
   const int height = (t.rows + tiles - 1) / tiles;
   const Table key_table = V::Tiles::table(t.spec->key.levels), value_table = V::Tiles::table(t.spec->value.levels);
 
+  // Calls of NextPage::fetch in a page that all rows see.
+  int fetches() const {
+    const int blocks = pieces.keys * (kPageTokens / 16) + t.spec->value.groups * pieces.value_blocks;
+    return blocks + t.rows * (t.spec->key.groups + pieces.values);
+  }
   // Levels of piece i of a page.
   std::uint8_t* levels(int i) const { return scratch.levels + (tiles == 1 ? 0 : i) * kPieceBytes; }
 };
@@ -207,7 +225,7 @@ inline void prepare_matrix_queries(const MatrixTask<V>& task) {
 // Scores of the R rows of a tile. unpacked: the task has the page's keys already.
 template <class V, int R>
 KV4_INLINE void score_matrix(const MatrixTask<V>& task, const PageAt& page, int tile, int row0, bool unpacked,
-                             float (&scores)[R][kPageTokens]) {
+                             NextPage& next, float (&scores)[R][kPageTokens]) {
   using F = typename V::F;
   using Tiles = typename V::Tiles;
   const PagesTask& t = task.t;
@@ -219,7 +237,7 @@ KV4_INLINE void score_matrix(const MatrixTask<V>& task, const PageAt& page, int 
   alignas(64) float from_mean[kRowLanes] = {};
   MatrixSums sums;
   for (int i = 0; i < pieces.keys; ++i) {
-    if (!unpacked) unpack<Tiles>(pieces.key(i), page, task.key_table, task.levels(i));
+    if (!unpacked) unpack<Tiles>(pieces.key(i), page.slice, task.key_table, task.levels(i), next);
     if (i % pieces.steps == 0) clear_sums<Tiles>();
     multiply<Tiles>(task.scratch.queries + (tile * pieces.keys + i) * kOperandBytes, task.levels(i));
     if (i % pieces.steps < pieces.steps - 1) continue;
@@ -228,6 +246,7 @@ KV4_INLINE void score_matrix(const MatrixTask<V>& task, const PageAt& page, int 
     if (g == 0 && t.spec->key.mean) dot_mean<V, R>(t, row0, from_mean);
     KV4_UNROLL
     for (int r = 0; r < R; ++r) {
+      next.fetch();
       const F unit = V::set1(q_scale[r * groups + g]), mean = V::set1(from_mean[r]);
       KV4_UNROLL
       for (int j = 0; j < kPageTokens; j += V::kLanes) {
@@ -276,7 +295,7 @@ KV4_INLINE void prepare_weights(const MatrixTask<V>& task, int g, const float (&
 // As add_values of attend_pages.inl.
 template <class V, int R>
 KV4_INLINE void add_matrix_values(const MatrixTask<V>& task, const PageAt& page, int row0, bool unpacked,
-                                  const float (&weights)[R][kPageTokens], const float* rescale) {
+                                  NextPage& next, const float (&weights)[R][kPageTokens], const float* rescale) {
   using F = typename V::F;
   using Tiles = typename V::Tiles;
   const Pieces& pieces = task.pieces;
@@ -288,13 +307,14 @@ KV4_INLINE void add_matrix_values(const MatrixTask<V>& task, const PageAt& page,
     const int g = i / pieces.rounds, first = g * pieces.value_blocks + i % pieces.rounds * kMatrixBlocks;
     const Piece piece = pieces.value(i);
     if (i % pieces.rounds == 0) prepare_weights<V, R>(task, g, weights, units);
-    if (!unpacked) unpack<Tiles>(piece, page, task.value_table, task.levels(pieces.keys + i));
+    if (!unpacked) unpack<Tiles>(piece, page.slice, task.value_table, task.levels(pieces.keys + i), next);
     clear_sums<Tiles>();
     multiply<Tiles>(task.scratch.weights, task.levels(pieces.keys + i));
     sums.template take<Tiles>(height);
     float* const o = task.t.states.o + row0 * o_stride + first * 16;
     KV4_UNROLL
     for (int r = 0; r < R; ++r) {
+      next.fetch();
       float* to = o + r * o_stride;
       const F unit = V::set1(units[r]), factor = V::set1(rescale[r]);
       for (int b = 0; b < piece.blocks; ++b, to += 16) {
@@ -312,7 +332,8 @@ struct Unpacked {
 };
 
 template <class V, int R>
-void attend_matrix(const MatrixTask<V>& task, const PageAt& page, int tile, int row0, Unpacked& unpacked) {
+void attend_matrix(const MatrixTask<V>& task, const PageAt& page, int tile, int row0, Unpacked& unpacked,
+                   NextPage& next) {
   const PagesTask& t = task.t;
   Span spans[R];
   bool any = false;
@@ -322,10 +343,10 @@ void attend_matrix(const MatrixTask<V>& task, const PageAt& page, int tile, int 
   }
   if (!any) return;
   alignas(64) float scores[R][kPageTokens], rescale[kRowLanes];
-  score_matrix<V, R>(task, page, tile, row0, unpacked.keys, scores);
+  score_matrix<V, R>(task, page, tile, row0, unpacked.keys, next, scores);
   unpacked.keys = true;
   if (!weigh_page<V, R>(t, page, row0, spans, scores, rescale)) return;
-  add_matrix_values<V, R>(task, page, row0, unpacked.values, scores, rescale);
+  add_matrix_values<V, R>(task, page, row0, unpacked.values, next, scores, rescale);
   unpacked.values = true;
 }
 
@@ -339,9 +360,10 @@ void attend_tiles(const PagesTask& t) {
     widen_keys<V>(t, page);
     widen_values<V>(t, page);
     Unpacked unpacked;
+    NextPage next(page.next, t.spec->layout.head_bytes, task.fetches());
     for (int i = 0; i < task.tiles; ++i) {
       const TileAt tile = tile_at(t, i, task.tiles);
-      with_rows(tile.rows, [&](auto n) { attend_matrix<V, n>(task, page, i, tile.row, unpacked); });
+      with_rows(tile.rows, [&](auto n) { attend_matrix<V, n>(task, page, i, tile.row, unpacked, next); });
     }
   }
   V::Tiles::release();
