@@ -14,7 +14,7 @@ namespace kv4::cpu {
 // piece takes at least about 6 us and a call of less than about 10 us wakes no other thread. Measured at 64 to 1,024
 // tokens with one and six rows: half of either lost to the joining of splits, twice to the waiting thread.
 constexpr double kPieceWork = 1 << 18;
-constexpr double kSharedWork = 1.5 * kPieceWork;
+constexpr double kSharedWork = 1.25 * kPieceWork;
 // Pieces per thread: at least two, and up to eight of a long call. Each rotates its queries anew and is joined, some 5
 // us: four per thread lost 10 to 20 % at 512 to 2,048 tokens of d = 256, and pieces of kLongPieceWork / 4 16 % at
 // 8,192.
