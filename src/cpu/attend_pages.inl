@@ -258,19 +258,19 @@ KV4_INLINE void add_values(const PagesTask& t, const PageAt& page, const Dot::Ta
   }
 }
 
-// Scores of R rows to weights (softmax.inl), after soft cap and mask; spans[r] is what row row0 + r may see.
-template <class V, int R>
-KV4_INLINE bool weigh_page(const PagesTask& t, const PageAt& page, int row0, const Span* spans,
-                           float (&scores)[R][kPageTokens], float* rescale) {
+// Scores of R rows over the N tokens from `position` on to weights (softmax.inl), after soft cap and mask; spans[r] is
+// what row row0 + r may see.
+template <class V, int R, int N>
+KV4_INLINE bool weigh_scores(const PagesTask& t, std::int64_t position, int row0, const Span* spans,
+                             float (&scores)[R][N], float* rescale) {
   using F = typename V::F;
   for (int r = 0; r < R; ++r) {
     if (t.cap != 0) {
       const F cap = V::set1(t.cap);
-      for (int j = 0; j < kPageTokens; j += V::kLanes)
-        V::store(scores[r] + j, cap * tanh_of<V>(V::load(scores[r] + j)));
+      for (int j = 0; j < N; j += V::kLanes) V::store(scores[r] + j, cap * tanh_of<V>(V::load(scores[r] + j)));
     }
-    if (t.mask.kind != Mask::General::none || spans[r].begin > 0 || spans[r].end < kPageTokens)
-      apply_mask(t.mask, row0 + r, page.position, spans[r], kPageTokens, scores[r]);
+    if (t.mask.kind != Mask::General::none || spans[r].begin > 0 || spans[r].end < N)
+      apply_mask(t.mask, row0 + r, position, spans[r], N, scores[r]);
   }
   return weigh<V>(scores, t.states.m + row0, t.states.l + row0, kNegligible, rescale);
 }
@@ -288,7 +288,8 @@ void attend_tile(const PagesTask& t, const PageAt& page, const Dot::Table& k_tab
   alignas(64) float scores[R][kPageTokens];
   score_tile<V>(t, page, k_table, row0, scores);
   alignas(64) float rescale[kRowLanes];
-  if (weigh_page<V>(t, page, row0, spans, scores, rescale)) add_values<V>(t, page, v_table, row0, scores, rescale);
+  if (weigh_scores<V>(t, page.position, row0, spans, scores, rescale))
+    add_values<V>(t, page, v_table, row0, scores, rescale);
 }
 
 template <class V, int R = kTileRows>
@@ -327,18 +328,21 @@ inline void prepare_queries(const PagesTask& t, int tiles) {
   }
 }
 
-// Page p. Scales and mean of the page after it are prefetched.
 inline PageAt page_at(const PagesTask& t, int p) {
-  const kv4_page_layout& layout = t.spec->layout;
   PageAt page;
   page.slice = slice_at(t.memory, t.pages[p], t.head);
   page.next = slice_at(t.memory, t.pages[p + 1 < t.last ? p + 1 : p], t.head);
   page.position = t.position + static_cast<std::int64_t>(p) * kPageTokens;
   page.tokens = p + 1 == t.page_count ? t.last_page_tokens : kPageTokens;
+  return page;
+}
+
+// Scales and mean of the page after `page`.
+inline void prefetch_scales(const PagesTask& t, const PageAt& page) {
+  const kv4_page_layout& layout = t.spec->layout;
   // Into L2, as the codes: L1 has too few line buffers to hold what a page of memory latency takes.
   for (std::uint32_t i = layout.k_scales; i < layout.v_codes; i += 64) __builtin_prefetch(page.next + i, 0, 2);
   for (std::uint32_t i = layout.v_scales; i < layout.head_bytes; i += 64) __builtin_prefetch(page.next + i, 0, 2);
-  return page;
 }
 
 // [groups, 64] scales of a page. What follows its sealed tokens is undefined there, and 0 here.
@@ -368,6 +372,7 @@ void attend_pages(const PagesTask& t) {
   prepare_queries<V>(t, tiles);
   for (int p = t.first; p < t.last; ++p) {
     PageAt page = page_at(t, p);
+    prefetch_scales(t, page);
     widen_keys<V>(t, page);
     widen_values<V>(t, page);
     for (int i = 0; i < tiles; ++i) {

@@ -22,6 +22,8 @@ constexpr int kOperandBytes = 1024;   // 16 rows of 64
 constexpr int kMatrixPositions = 64;  // positions that one product sums over
 constexpr int kMatrixBlocks = 4;      // blocks of 16 lanes whose sums the unit holds at once
 constexpr int kPieceBytes = kMatrixBlocks * kOperandBytes;
+constexpr int kMostPages = 2;  // that one softmax serves
+constexpr int kPairRows = 4;   // most rows with which it serves two
 
 // Codes of `blocks` blocks of 16 lanes, `octets` <= 8 times 64 bytes each: what is multiplied with one first operand.
 struct Piece {
@@ -64,26 +66,27 @@ struct Pieces {
 // Scratch of a task; with a null block only its size. `height` below: rows of h in a first operand.
 struct TilesScratch {
   std::int8_t* queries;  // [tiles, key pieces] first operands
-  std::int8_t* weights;  // a first operand
-  std::uint8_t* levels;  // [pieces] second operands of kPieceBytes
+  std::int8_t* weights;  // [kMostPages] first operands
+  std::uint8_t* levels;  // [kMostPages, pieces] second operands of kPieceBytes; of a single tile those of one piece
   std::size_t bytes;
 
   TilesScratch(void* block, const Pieces& pieces, std::int64_t rows) {
     Parts parts(block);
     const std::int64_t tiles = tiles_of(rows);
     queries = parts.take<std::int8_t>(static_cast<std::size_t>(tiles * pieces.keys) * kOperandBytes);
-    weights = parts.take<std::int8_t>(kOperandBytes);
-    const int kept = tiles == 1 ? 1 : pieces.keys + pieces.values;
+    weights = parts.take<std::int8_t>(kMostPages * kOperandBytes);
+    const int kept = tiles == 1 ? 1 : kMostPages * (pieces.keys + pieces.values);
     levels = parts.take<std::uint8_t>(static_cast<std::size_t>(kept) * kPieceBytes);
     bytes = parts.used();
   }
   static std::int64_t tiles_of(std::int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 };
 
-// n numbers (a multiple of 16) times `inverse`, to the nearest integers, as a row of first operands: h at `high`, l at
-// `low`, each next 64 positions kOperandBytes later. Positions from n to the next multiple of 64 become 0.
-template <class V>
-KV4_INLINE void quantise_row(const float* x, int n, typename V::F inverse, std::int8_t* high, std::int8_t* low) {
+// n numbers (a multiple of 16), x(i) those from i on, times `inverse`, to the nearest integers, as a row of first
+// operands: h at `high`, l at `low`, each next 64 positions kOperandBytes later. Positions from n to the next multiple
+// of 64 become 0.
+template <class V, class X>
+KV4_INLINE void quantise_row(X x, int n, typename V::F inverse, std::int8_t* high, std::int8_t* low) {
   using I = typename V::I;
   constexpr int kVectors = kMatrixPositions / V::kLanes;
   for (int i = 0; i < n; i += kMatrixPositions, high += kOperandBytes, low += kOperandBytes) {
@@ -91,33 +94,68 @@ KV4_INLINE void quantise_row(const float* x, int n, typename V::F inverse, std::
     KV4_UNROLL
     for (int k = 0; k < kVectors; ++k) {
       const int at = i + k * V::kLanes;
-      const typename V::F scaled = at < n ? V::load(x + at) * inverse : typename V::F{};
+      const typename V::F scaled = at < n ? x(at) * inverse : typename V::F{};
       v[k] = V::round(scaled) & (I)(scaled == scaled);  // what is NaN, or 0 times infinity, has no integer
     }
     V::Tiles::split(v, high, low);
   }
 }
 
-// The slice of the next page, fetched into L2 a few lines at a time wherever a page's work has got to: more at once
-// than a core has buffers for would keep its own loads waiting.
-class NextPage {
+// One or two pages, which one softmax serves: with few rows what stands between two products takes as long for 128
+// tokens as for 64.
+struct Pages {
+  PageAt page[kMostPages];
+  int count, tokens;
+};
+
+// Of pages with room for N tokens.
+template <int N>
+KV4_INLINE int count_of(const Pages& pages) {
+  return N == kPageTokens ? 1 : pages.count;
+}
+
+inline Pages pages_at(const PagesTask& t, int p, int most) {
+  Pages pages;
+  pages.count = std::min(most, t.last - p);
+  pages.tokens = 0;
+  for (int i = 0; i < pages.count; ++i) {
+    pages.page[i] = page_at(t, p + i);
+    pages.tokens += pages.page[i].tokens;
+  }
+  return pages;
+}
+
+// The slices of the pages after those at work, fetched into L2 a few lines at a time wherever that work has got to:
+// more at once than a core has buffers for would keep its own loads waiting.
+class NextPages {
  public:
-  NextPage(const std::uint8_t* slice, std::uint32_t bytes, int calls)
-      : at_(slice), end_(slice + bytes), step_((bytes / 64 + calls) / calls * 64) {}
+  // Pages [p, p + most), as many as the task has, by `calls` of fetch.
+  NextPages(const PagesTask& t, int p, int most, int calls) {
+    const std::int64_t bytes = t.spec->layout.head_bytes;
+    for (; left_ < std::min(most, t.last - p); ++left_) slices_[left_] = slice_at(t.memory, t.pages[p + left_], t.head);
+    step_ = (most * bytes / 64 + calls) / calls * 64;
+    bytes_ = bytes;
+  }
   KV4_INLINE void fetch() {
-    const std::uint8_t* const to = std::min(at_ + step_, end_);
-    for (; at_ < to; at_ += 64) __builtin_prefetch(at_, 0, 2);
+    if (left_ == 0) return;
+    const std::int64_t to = std::min(at_ + step_, bytes_);
+    for (; at_ < to; at_ += 64) __builtin_prefetch(slices_[left_ - 1] + at_, 0, 2);
+    if (at_ >= bytes_) {
+      --left_;
+      at_ = 0;
+    }
   }
 
  private:
-  const std::uint8_t *at_, *end_;
-  std::ptrdiff_t step_;
+  const std::uint8_t* slices_[kMostPages];
+  int left_ = 0;  // slices, the last of which is being fetched
+  std::int64_t at_ = 0, bytes_, step_;
 };
 
 // Levels of octets and blocks that a piece lacks stay what they were: they meet zeros, or their sums are not read.
 template <class Tiles>
 KV4_INLINE void unpack(const Piece& piece, const std::uint8_t* slice, typename Tiles::Table table, std::uint8_t* levels,
-                       NextPage& next) {
+                       NextPages& next) {
   for (int b = 0; b < piece.blocks; ++b) {
     next.fetch();
     const std::uint8_t* const codes = slice + piece.codes + static_cast<std::size_t>(b) * piece.stride;
@@ -192,13 +230,17 @@ struct MatrixTask {
   const int height = (t.rows + tiles - 1) / tiles;
   const Table key_table = V::Tiles::table(t.spec->key.levels), value_table = V::Tiles::table(t.spec->value.levels);
 
-  // Calls of NextPage::fetch in a page that all rows see.
+  // That one softmax serves.
+  int pages() const { return height <= kPairRows ? kMostPages : 1; }
+  // Calls of NextPages::fetch while all rows see the pages at work.
   int fetches() const {
     const int blocks = pieces.keys * (kPageTokens / 16) + t.spec->value.groups * pieces.value_blocks;
-    return blocks + t.rows * (t.spec->key.groups + pieces.values);
+    return pages() * (blocks + t.rows * t.spec->key.groups) + t.rows * pieces.values;
   }
-  // Levels of piece i of a page.
-  std::uint8_t* levels(int i) const { return scratch.levels + (tiles == 1 ? 0 : i) * kPieceBytes; }
+  // Levels of piece i, keys first, of a page at work.
+  std::uint8_t* levels(int page, int i) const {
+    return scratch.levels + (tiles == 1 ? 0 : page * (pieces.keys + pieces.values) + i) * kPieceBytes;
+  }
 };
 
 template <class V>
@@ -215,67 +257,75 @@ inline void prepare_matrix_queries(const MatrixTask<V>& task) {
         units_of_query<V>(q, positions, &unit, &inverse);
         const std::ptrdiff_t operand = i * task.pieces.keys + g * task.pieces.steps;
         std::int8_t* const high = task.scratch.queries + operand * kOperandBytes + r * kMatrixPositions;
-        quantise_row<V>(q, positions, inverse, high, high + task.height * kMatrixPositions);
+        quantise_row<V>([q](int c) { return V::load(q + c); }, positions, inverse, high,
+                        high + task.height * kMatrixPositions);
         t.q_scale[(tile.row + r) * key.groups + g] = unit[0];
       }
     }
   }
 }
 
-// Scores of the R rows of a tile. unpacked: the task has the page's keys already.
-template <class V, int R>
-KV4_INLINE void score_matrix(const MatrixTask<V>& task, const PageAt& page, int tile, int row0, bool unpacked,
-                             NextPage& next, float (&scores)[R][kPageTokens]) {
+// Scores of the R rows of a tile. unpacked: the task has the pages' keys already.
+template <class V, int R, int N>
+KV4_INLINE void score_matrix(const MatrixTask<V>& task, const Pages& pages, int tile, int row0, bool unpacked,
+                             NextPages& next, float (&scores)[R][N]) {
   using F = typename V::F;
   using Tiles = typename V::Tiles;
   const PagesTask& t = task.t;
   const Pieces& pieces = task.pieces;
   const int groups = t.spec->key.groups, height = task.height;
+  const int count = count_of<N>(pages);
   const F overflow = overflow_factor<V>(t.cap);
   const float* const q_scale = t.q_scale + row0 * groups;
-  const float* const k_scale = t.k_scale;
   alignas(64) float from_mean[kRowLanes] = {};
   MatrixSums sums;
-  for (int i = 0; i < pieces.keys; ++i) {
-    if (!unpacked) unpack<Tiles>(pieces.key(i), page.slice, task.key_table, task.levels(i), next);
-    if (i % pieces.steps == 0) clear_sums<Tiles>();
-    multiply<Tiles>(task.scratch.queries + (tile * pieces.keys + i) * kOperandBytes, task.levels(i));
-    if (i % pieces.steps < pieces.steps - 1) continue;
-    sums.template take<Tiles>(height);
-    const int g = i / pieces.steps;
-    if (g == 0 && t.spec->key.mean) dot_mean<V, R>(t, row0, from_mean);
-    KV4_UNROLL
-    for (int r = 0; r < R; ++r) {
-      next.fetch();
-      const F unit = V::set1(q_scale[r * groups + g]), mean = V::set1(from_mean[r]);
+  for (int page = 0; page < count; ++page) {
+    widen_keys<V>(t, pages.page[page]);
+    for (int i = 0; i < pieces.keys; ++i) {
+      std::uint8_t* const levels = task.levels(page, i);
+      if (!unpacked) unpack<Tiles>(pieces.key(i), pages.page[page].slice, task.key_table, levels, next);
+      if (i % pieces.steps == 0) clear_sums<Tiles>();
+      multiply<Tiles>(task.scratch.queries + (tile * pieces.keys + i) * kOperandBytes, levels);
+      if (i % pieces.steps < pieces.steps - 1) continue;
+      sums.template take<Tiles>(height);
+      const int g = i / pieces.steps;
+      if (g == 0 && t.spec->key.mean) dot_mean<V, R>(t, row0, from_mean);
+      const float* const k_scale = t.k_scale + g * kPageTokens;
       KV4_UNROLL
-      for (int j = 0; j < kPageTokens; j += V::kLanes) {
-        const F scale = unit * V::load(k_scale + g * kPageTokens + j);
-        const F before = g == 0 ? mean : V::load(scores[r] + j);
-        const F s = V::fma(sums.template joined<V>(height, j / 16, r, j % 16), scale, before);
-        V::store(scores[r] + j, V::fma(s, overflow, s));
+      for (int r = 0; r < R; ++r) {
+        next.fetch();
+        float* const to = scores[r] + page * kPageTokens;
+        const F unit = V::set1(q_scale[r * groups + g]), mean = V::set1(from_mean[r]);
+        KV4_UNROLL
+        for (int j = 0; j < kPageTokens; j += V::kLanes) {
+          const F before = g == 0 ? mean : V::load(to + j);
+          const F s = V::fma(sums.template joined<V>(height, j / 16, r, j % 16), unit * V::load(k_scale + j), before);
+          V::store(to + j, V::fma(s, overflow, s));
+        }
       }
     }
   }
+  const int scored = count * kPageTokens;
+  for (int r = 0; r < R; ++r) std::fill_n(scores[r] + scored, N - scored, 0.0f);
 }
 
-// Weights times the value scales of group g as a first operand. units[r]: what a sum counts.
-template <class V, int R>
-KV4_INLINE void prepare_weights(const MatrixTask<V>& task, int g, const float (&weights)[R][kPageTokens],
+// Weights times the value scales of group g as first operands, one a page. units[r]: what a sum counts.
+template <class V, int R, int N>
+KV4_INLINE void prepare_weights(const MatrixTask<V>& task, const Pages& pages, int g, const float (&weights)[R][N],
                                 float* units) {
   using F = typename V::F;
-  const float* const v_scale = task.t.v_scale + g * kPageTokens;
-  alignas(64) float scaled[R][kPageTokens], inverse[kRowLanes];
+  alignas(64) float inverse[kRowLanes], v_scale[N] = {};
+  const int count = count_of<N>(pages);
+  for (int page = 0; page < count; ++page)
+    widen_scales<V>(pages.page[page].slice + task.t.spec->layout.v_scales + 2 * g * kPageTokens, 1,
+                    pages.page[page].tokens, v_scale + page * kPageTokens);
   F largest[R], top[kRowLanes / V::kLanes];
   KV4_UNROLL
   for (int r = 0; r < R; ++r) {
     largest[r] = F{};
     KV4_UNROLL
-    for (int j = 0; j < kPageTokens; j += V::kLanes) {
-      const F w = V::load(weights[r] + j) * V::load(v_scale + j);
-      V::store(scaled[r] + j, w);
-      largest[r] = V::max(largest[r], w);
-    }
+    for (int j = 0; j < N; j += V::kLanes)
+      largest[r] = V::max(largest[r], V::load(weights[r] + j) * V::load(v_scale + j));
   }
   fold_lanes<V, MaxLanes<V>>(largest, top);
   KV4_UNROLL
@@ -288,28 +338,32 @@ KV4_INLINE void prepare_weights(const MatrixTask<V>& task, int g, const float (&
   KV4_UNROLL
   for (int r = 0; r < R; ++r) {
     std::int8_t* const high = task.scratch.weights + r * kMatrixPositions;
-    quantise_row<V>(scaled[r], kPageTokens, V::set1(inverse[r]), high, high + task.height * kMatrixPositions);
+    const auto scaled = [&](int j) { return V::load(weights[r] + j) * V::load(v_scale + j); };
+    quantise_row<V>(scaled, N, V::set1(inverse[r]), high, high + task.height * kMatrixPositions);
   }
 }
 
 // As add_values of attend_pages.inl.
-template <class V, int R>
-KV4_INLINE void add_matrix_values(const MatrixTask<V>& task, const PageAt& page, int row0, bool unpacked,
-                                  NextPage& next, const float (&weights)[R][kPageTokens], const float* rescale) {
+template <class V, int R, int N>
+KV4_INLINE void add_matrix_values(const MatrixTask<V>& task, const Pages& pages, int row0, bool unpacked,
+                                  NextPages& next, const float (&weights)[R][N], const float* rescale) {
   using F = typename V::F;
   using Tiles = typename V::Tiles;
   const Pieces& pieces = task.pieces;
-  const int height = task.height;
+  const int height = task.height, count = count_of<N>(pages);
   const std::int64_t o_stride = task.t.states.o_stride;
   alignas(64) float units[kRowLanes];
   MatrixSums sums;
   for (int i = 0; i < pieces.values; ++i) {
     const int g = i / pieces.rounds, first = g * pieces.value_blocks + i % pieces.rounds * kMatrixBlocks;
     const Piece piece = pieces.value(i);
-    if (i % pieces.rounds == 0) prepare_weights<V, R>(task, g, weights, units);
-    if (!unpacked) unpack<Tiles>(piece, page.slice, task.value_table, task.levels(pieces.keys + i), next);
-    clear_sums<Tiles>();
-    multiply<Tiles>(task.scratch.weights, task.levels(pieces.keys + i));
+    if (i % pieces.rounds == 0) prepare_weights<V>(task, pages, g, weights, units);
+    for (int page = 0; page < count; ++page) {
+      std::uint8_t* const levels = task.levels(page, pieces.keys + i);
+      if (!unpacked) unpack<Tiles>(piece, pages.page[page].slice, task.value_table, levels, next);
+      if (page == 0) clear_sums<Tiles>();
+      multiply<Tiles>(task.scratch.weights + page * kOperandBytes, levels);
+    }
     sums.template take<Tiles>(height);
     float* const o = task.t.states.o + row0 * o_stride + first * 16;
     KV4_UNROLL
@@ -326,28 +380,29 @@ KV4_INLINE void add_matrix_values(const MatrixTask<V>& task, const PageAt& page,
   }
 }
 
-// Which of a page's levels the task has.
+// Which levels of the pages at work the task has.
 struct Unpacked {
   bool keys = false, values = false;
 };
 
-template <class V, int R>
-void attend_matrix(const MatrixTask<V>& task, const PageAt& page, int tile, int row0, Unpacked& unpacked,
-                   NextPage& next) {
+template <class V, int R, int N>
+void attend_matrix(const MatrixTask<V>& task, const Pages& pages, int tile, int row0, Unpacked& unpacked,
+                   NextPages& next) {
   const PagesTask& t = task.t;
+  const std::int64_t position = pages.page[0].position;
   Span spans[R];
   bool any = false;
   for (int r = 0; r < R; ++r) {
-    spans[r] = visible_span(t.mask, row0 + r, page.position, page.tokens);
+    spans[r] = visible_span(t.mask, row0 + r, position, pages.tokens);
     any = any || spans[r].end > spans[r].begin;
   }
   if (!any) return;
-  alignas(64) float scores[R][kPageTokens], rescale[kRowLanes];
-  score_matrix<V, R>(task, page, tile, row0, unpacked.keys, next, scores);
-  unpacked.keys = true;
-  if (!weigh_page<V, R>(t, page, row0, spans, scores, rescale)) return;
-  add_matrix_values<V, R>(task, page, row0, unpacked.values, next, scores, rescale);
-  unpacked.values = true;
+  alignas(64) float scores[R][N], rescale[kRowLanes];
+  score_matrix<V>(task, pages, tile, row0, unpacked.keys, next, scores);
+  unpacked.keys = task.tiles > 1;
+  if (!weigh_scores<V>(t, position, row0, spans, scores, rescale)) return;
+  add_matrix_values<V>(task, pages, row0, unpacked.values, next, scores, rescale);
+  unpacked.values = task.tiles > 1;
 }
 
 template <class V>
@@ -355,15 +410,19 @@ void attend_tiles(const PagesTask& t) {
   const MatrixTask<V> task{t};
   prepare_matrix_queries<V>(task);
   V::Tiles::configure(2 * task.height);
-  for (int p = t.first; p < t.last; ++p) {
-    const PageAt page = page_at(t, p);
-    widen_keys<V>(t, page);
-    widen_values<V>(t, page);
+  const int most = task.pages();
+  for (int p = t.first; p < t.last; p += most) {
+    const Pages pages = pages_at(t, p, most);
+    NextPages next(t, p + most, most, task.fetches());
     Unpacked unpacked;
-    NextPage next(page.next, t.spec->layout.head_bytes, task.fetches());
     for (int i = 0; i < task.tiles; ++i) {
       const TileAt tile = tile_at(t, i, task.tiles);
-      with_rows(tile.rows, [&](auto n) { attend_matrix<V, n>(task, page, i, tile.row, unpacked, next); });
+      with_rows(tile.rows, [&](auto n) {
+        constexpr int kTokens = kMostPages * kPageTokens;
+        if constexpr (n <= kPairRows)
+          if (most == kMostPages) return attend_matrix<V, n, kTokens>(task, pages, i, tile.row, unpacked, next);
+        attend_matrix<V, n, kPageTokens>(task, pages, i, tile.row, unpacked, next);
+      });
     }
   }
   V::Tiles::release();

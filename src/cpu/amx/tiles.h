@@ -12,12 +12,14 @@
 //   all three                                    642
 //   vectors        36 instructions a row, 206 for softmax, weights, o: about 100 cycles a row
 //
-// The parts hardly overlap. Whole, from L2, ns per token at 1, 2, 3, 4, 6, 8 rows: 7.5, 8.3, 8.9, 9.4, 10.9, 12.1, and
-// 83 at 64; the vectors of avx512/dot.h 6.6, 8.5, 11, 13.4, 17.5, 22. So from 3 rows on the matrix unit is faster.
+// The parts hardly overlap. Whole, from L2, ns per token at 1, 2, 3, 4, 6, 8, 16, 64
+// rows: 7.5, 8.3, 7.5, 8.1, 10.4, 12.1, 22, 84 (the first two before pages were taken in pairs); the vectors of
+// avx512/dot.h 6.6, 8.5, 11, 13.4, 17.5, 22, 36, 122. So from 3 rows on the matrix unit is faster.
 //
 // Versions tried (6 rows, ns): h and l in products of their own, levels of the whole page first 11.1, at 8 rows 16.6,
 // where its buffers lay 4 KiB apart; 4 KiB of levels at a time 10.9. Products of the next page before this page's
-// softmax 16.6 to 17.4: their stores keep the next loads waiting. Unpacking right before each load 15.7.
+// softmax 16.6 to 17.4: their stores keep the next loads waiting. Unpacking right before each load 15.7. Two pages to a
+// softmax at 6 rows 11.1, at 16 to 64 10 to 25 % slower: more than L1 holds beside the rest.
 //
 // The instructions are written as assembly: GCC's intrinsics do not say that they touch memory.
 #pragma once
