@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written atomically."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A new file at `path`, to write to. It is another file until the block has ended without an exception, and has
-    reached the disk by then: what was at `path` before is there until the new one is whole. A process that is killed
-    leaves its other file behind; the next write of `path` removes it. Errors: OSError."""
+    """A temporary file to write to, which replaces `path` once the block has ended without an exception and its content
+    has reached the disk; until then the old file stays. A process that is killed leaves its temporary file behind; the
+    next write of `path` removes it. Errors: OSError."""
     path = Path(path)
     _remove_abandoned(path)
     file, other = _locked(path)
@@ -38,7 +38,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _locked(path: Path) -> tuple[BinaryIO, Path]:
-    """A new file beside `path`, locked for as long as it is open by a living process."""
+    """A new file beside `path`, locked while a living process has it open."""
     while True:
         other = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         file = open(other, "xb")  # noqa: SIM115
@@ -51,7 +51,7 @@ def _locked(path: Path) -> tuple[BinaryIO, Path]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes what writers of `path` left that are no more: files whose lock can be taken."""
+    """Removes the temporary files of `path` whose writers are gone: those whose lock can be taken."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.tmp")
     with contextlib.suppress(OSError), os.scandir(path.parent) as found:
         for entry in found:

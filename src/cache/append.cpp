@@ -1,4 +1,5 @@
-// Taking tokens in: checks, what is due before them, room in the window; where recipes say so they are sealed at once.
+// Appending tokens: checks, sealing of due pages first, room in the window; with arrival sealing, tokens are sealed at
+// once.
 #include <algorithm>
 #include <limits>
 #include <string>
@@ -36,8 +37,9 @@ Status check_room(const char* name, std::int64_t held, std::int64_t tokens) {
                                 std::to_string(tokens));
 }
 
-// A window grows by steps, small ones while it is small, since short texts are all window; a long prefill's takes just
-// what comes. One that never seals grows by an eighth, so that appending costs O(1). x: the extent before.
+// A window's capacity grows in steps, small ones while it is small, since short texts consist of window only; a long
+// prefill gets exactly what it needs. A cache that never seals grows by an eighth, so that appending costs O(1)
+// amortised. x: the extent before.
 Status make_room(const Setup& setup, const ledger::Extent& x, RowBuffer& window, std::int64_t tokens) {
   const std::int64_t need = window.count() + tokens;
   std::int64_t room = window.capacity();
@@ -57,7 +59,7 @@ Status part_notes(const CacheState& c, Sequence& s) {
   return {};
 }
 
-// What a call does to sequences: `all` are those of the cache, or those that its first call makes.
+// What a call does to sequences. `all`: the cache's sequences, or those that the first call creates.
 class Append {
  public:
   Append(CacheState& c, std::vector<Sequence>& all)
@@ -67,7 +69,8 @@ class Append {
     KV4_RETURN_IF_ERROR(plan(k, v));
     KV4_RETURN_IF_ERROR(place());
     make_room_for_news();
-    // Sealing on arrival writes into open pages, storing may be reported late: nothing of a call fails after them.
+    // Arrival sealing writes into open pages, and errors of storing may be reported late: no step of a call after these
+    // may fail.
     KV4_RETURN_IF_ERROR(draft_.seal());
     if (setup_.policy.arrival() || k.shape[2] == 0) return {};
     StoreJob job;
@@ -80,7 +83,7 @@ class Append {
     make_room_for_news();
     return {};
   }
-  // The rows come when a captured step is replayed.
+  // The rows are stored when the captured step is replayed.
   Status foresee() {
     KV4_RETURN_IF_ERROR(plan({}, {}));
     KV4_RETURN_IF_ERROR(place());
@@ -119,7 +122,7 @@ class Append {
       if (!c_.non_finite[i].empty()) sequence(i).ledger.make_room_for_notes(c_.non_finite[i].size());
   }
 
-  // New rows come behind those of the windows, which have or get room for them.
+  // New rows follow those of the windows, which are grown if they have no room.
   Status place() {
     c_.views.resize(c_.parts.size());
     c_.found.clear();
@@ -170,7 +173,7 @@ Status make_parts(CacheState& c, const RowCounts& rows, std::int64_t total, cons
   if (sum != total)
     return invalid_argument("rows", "as many tokens in all as " + std::string(of) + ", " + std::to_string(total),
                             std::to_string(sum));
-  // Ascending rows, as they mostly are, name none twice.
+  // The common case: ascending rows contain no duplicates.
   const auto less = [](const Part& a, const Part& b) { return a.row < b.row; };
   if (std::is_sorted(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.row <= b.row; }))
     return {};

@@ -1,4 +1,4 @@
-// One call of attention: what it teaches the cache, which pages each query sees, and the jobs that the backend runs.
+// One call of attention: lambda's statistics, which pages each query sees, and the jobs that the backend runs.
 #include <algorithm>
 #include <string>
 
@@ -54,10 +54,10 @@ class Attend {
   }
 
  private:
-  // Which of the exact rows some query of the call sees, asked in order of position.
+  // Which exact rows are seen by some query of the call; queried in order of position.
   struct Sight {
     Visibility visibility;
-    const std::vector<std::int64_t>* hidden;  // null where that follows for each position alone
+    const std::vector<std::int64_t>* hidden;  // null where visibility depends on the position alone
     std::size_t at = 0;
     bool operator()(std::int64_t position) {
       if (hidden == nullptr) return visibility.seen(position);
@@ -73,7 +73,7 @@ class Attend {
     return {readable_, {i, part.input, part.input_row, part.tokens, window()}, sequence(i).length()};
   }
   Sight sight(std::size_t i) const { return {visibility(i), hidden_.empty() ? nullptr : &hidden_[i]}; }
-  // Whether the host knows what queries see.
+  // Whether the host can compute what queries see.
   bool mask_readable() const { return readable_.mask.kind == Mask::General::none || readable_.mask.general != nullptr; }
   static bool stepwise(const Part& part) { return part.tokens <= kPageTokens; }
 
@@ -99,8 +99,8 @@ class Attend {
     return {};
   }
 
-  // Which exact tokens the call sees, where that does not follow for each alone, and the energies of the first
-  // queries that count. Nothing of it is known before commit.
+  // Which exact tokens the call sees, where that does not depend on the position alone, and the energies of the first
+  // queries that lambda is learnt from. Not visible to others before commit.
   Status learn() {
     if (readable_.mask.kind != Mask::General::none && readable_.mask.general != nullptr && !visibility(0).simple()) {
       for (std::size_t i = 0; i < c_.parts.size(); ++i) {
@@ -139,7 +139,7 @@ class Attend {
     return jobs.empty() ? Status() : setup_.backend->query_energies(args_.q, setup_.heads(), jobs);
   }
 
-  // Sealing uses what the call sees of each token, and the call sees what is sealed.
+  // Sealing depends on which tokens the call sees, and the call sees sealed pages.
   Status seal() {
     for (std::size_t i = 0; i < c_.parts.size(); ++i) {
       Sequence& s = sequence(i);
@@ -167,7 +167,7 @@ class Attend {
                              : Now{sequence(i).ledger.extent(), sequence(i).body};
   }
 
-  // Each job takes of every sequence the longest run of queries that see the same pages.
+  // Each job takes from every sequence the longest run of queries that see the same pages.
   Status answer(const MutableTensorView* out, const PartialState* partial) {
     c_.views.resize(c_.parts.size());
     for (bool more = true; more;) {
@@ -202,14 +202,14 @@ class Attend {
   const AttendArgs& args_;
   AttendArgs readable_;  // masks as the host can read them
   Draft draft_;
-  std::vector<std::pair<std::size_t, QueryEnergy>> energies_;  // of parts, as they are with the call's
+  std::vector<std::pair<std::size_t, QueryEnergy>> energies_;  // of parts, including this call's queries
   std::vector<std::vector<std::int64_t>>
-      hidden_;  // of each part, rows that neither a query of the call sees nor one before it did
+      hidden_;  // of each part: rows that no query of this or an earlier call has seen
 };
 
 }  // namespace
 
-// All but the output.
+// Checks all arguments but the output.
 AttendJob attend_job(CacheState& c, const AttendArgs& args) {
   const Setup& setup = *c.setup;
   AttendJob job;

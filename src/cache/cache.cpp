@@ -10,7 +10,7 @@
 namespace kv4 {
 namespace {
 
-// One of the verbs, on the cache's stream. Memory runs out before a call changes what is held.
+// Runs an operation on the cache's stream. It may throw bad_alloc only before it changes the cache.
 template <class Verb, class... Args>
 Status call(CacheState& c, Verb verb, const Args&... args) {
   return guarded("cache", [&] { return verb(c.on_stream(), args...); });
@@ -36,7 +36,7 @@ std::int64_t CacheState::shortest() const {
 
 Cache::Cache(std::unique_ptr<CacheState> state) : state_(std::move(state)) {}
 Cache::~Cache() {
-  if (state_) state_->on_stream();  // what it frees
+  if (state_) state_->on_stream();  // memory is freed in stream order
 }
 
 Status Cache::create(const CacheConfig& config, std::unique_ptr<Cache>* out) {

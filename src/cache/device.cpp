@@ -1,4 +1,5 @@
-// What only backends with memory of their own need: tables on the device, notes that come late, room ahead of steps.
+// For backends with memory of their own: tables on the device, errors that are reported late, capacity for captured
+// steps.
 #include <algorithm>
 #include <string>
 

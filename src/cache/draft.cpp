@@ -59,7 +59,7 @@ Status Draft::prepare(Change& c, const Arriving* arriving) {
   return {};
 }
 
-// From the queries so far that count, and the keys that the plan names, each 64 about their own mean, as pages are.
+// Learns lambda from the energies collected so far and the plan's keys, 64 at a time about their own mean, as in pages.
 Status Draft::learn(Change& c) const {
   std::shared_ptr<Block> values;
   KV4_RETURN_IF_ERROR(Block::make(*setup_.backend, "lambda", setup_.channels() * sizeof(float), &values));
@@ -85,8 +85,7 @@ Status Draft::learn(Change& c) const {
   return {};
 }
 
-// Rows that stay out of means: those that the plan flags and, of rows that are sealed as they come, those with NaN or
-// infinity.
+// Rows excluded from means: those that the plan flags and, with arrival sealing, those with NaN or infinity.
 Status Draft::flag(Change& c, const Arriving* arriving) const {
   Backend& backend = *setup_.backend;
   c.skip = std::move(c.plan.skip);
@@ -96,7 +95,7 @@ Status Draft::flag(Change& c, const Arriving* arriving) const {
                                : Block::copy_of(backend, "masked", c.skip.data(), c.skip.size(), &c.skip_on_device);
 }
 
-// Nothing of them is flagged yet. A device flags its rows when its queue gets there.
+// Starts with no row flagged. A device sets its flags asynchronously.
 Status Draft::flag_arriving(Change& c, const Arriving& arriving) const {
   Backend& backend = *setup_.backend;
   const Part& part = arriving.parts[c.at];
@@ -124,7 +123,7 @@ Status Draft::flag_arriving(Change& c, const Arriving& arriving) const {
   return {};
 }
 
-// Jobs for the pages of plan.sealed, whole ones or, on arrival, what comes to the page that is being filled.
+// Jobs for the pages of plan.sealed: whole ones or, with arrival sealing, the part that is added to the open page.
 Status Draft::plan_pages(Change& c, const Arriving* arriving) {
   const Plan& plan = c.plan;
   const ledger::Ledger& ledger = c.sequence->ledger;

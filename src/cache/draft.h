@@ -1,5 +1,5 @@
-// A call, planned: what it makes of each sequence for which it does more than store rows. All of it lies in memory that
-// is not read yet, until commit, which cannot fail.
+// A planned call: the new state of each sequence for which it does more than store rows. It is prepared in memory that
+// nothing reads until commit, which cannot fail.
 #pragma once
 
 #include <cstddef>
@@ -39,10 +39,10 @@ struct Change {
   std::size_t at;  // of the call's parts
   Sequence* sequence;
   ledger::Plan plan;
-  FreshPages fresh;      // plan.new_pages, then a copy of the last page where it is filled on and others have it too
+  FreshPages fresh;      // plan.new_pages, then a copy of the last page where it is extended and shared
   PageId replaced = -1;  // that copy
   Body next;
-  std::shared_ptr<LateNote> note;  // for the next rows, where `renoted`
+  std::shared_ptr<LateNote> note;  // for the next rows, if `renoted`
   bool renoted = false;
   std::vector<std::uint8_t> skip;         // flags of sealed rows, and
   std::shared_ptr<Block> skip_on_device;  // those that kernels read
@@ -56,13 +56,13 @@ class Draft {
   std::span<Change> changes() { return changes_; }
   // In ascending order of `at`.
   Change& add(std::size_t at, Sequence& s) { return changes_.emplace_back(at, s); }
-  // Null where nothing happens to it.
+  // Null where the sequence does not change.
   Change* find(std::size_t at);
-  // Adds what settling and `tokens` new rows (at least 0) do to `s`, where that is more than to store the rows.
+  // Adds the effect of settling and of `tokens` >= 0 new rows on `s`, if it is more than storing the rows.
   void add_append(std::size_t at, Sequence& s, std::int64_t tokens, bool recording);
 
-  // Does what the plans say: all but sealing, then that, of all sequences' pages in one call of the backend. Rows that
-  // arrive are sealed from the call's tensors, or left to be stored.
+  // Executes the plans: everything but sealing first, then sealing of all sequences' pages in one call of the backend.
+  // New rows are sealed from the call's tensors or left for the caller to store.
   Status prepare(const Arriving* arriving);
   Status seal();
   Status carry_out() {

@@ -1,4 +1,4 @@
-// Crops, and which sequences there are.
+// Crops, and changes of the set of sequences.
 #include <algorithm>
 #include <limits>
 #include <string>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::int64_t kMostRows = std::numeric_limits<int>::max();
 
-// A change of tokens that are held already: their notes are polled first, and old notes report nothing after it.
+// A change of tokens that are already held. Polls their notes first; old notes are ignored afterwards.
 Status carry_out(CacheState& c, Draft& draft) {
   for (Change& change : draft.changes()) {
     if (change.sequence->notes.empty()) continue;
@@ -86,12 +86,12 @@ Status erase(CacheState& c, int row, std::int64_t first, std::int64_t count) {
   ledger::Plan plan;
   KV4_RETURN_IF_ERROR(s.ledger.plan_erase(first, count, c.recording, &plan));
   if (count == 0) return {};
-  if (!s.notes.empty()) KV4_RETURN_IF_ERROR(c.backend().wait());  // positions in what comes later would be old ones
+  if (!s.notes.empty()) KV4_RETURN_IF_ERROR(c.backend().wait());  // a later report would use the old positions
   s.poll_notes();
   Draft draft(*c.setup, c.pool.get());
   Change& change = draft.add(0, s);
   change.plan = std::move(plan);
-  change.next.energy.crop(first);  // queries from there on stood at other positions
+  change.next.energy.crop(first);  // later queries were at positions that have moved
   return carry_out(c, draft);
 }
 
@@ -147,7 +147,7 @@ Status extend(CacheState& c, CacheState& other) {
   if (other.batch() > kMostRows - c.batch())
     return error(StatusCode::out_of_range, "other", "at most " + std::to_string(kMostRows - c.batch()) + " sequences",
                  std::to_string(other.batch()));
-  if (other.stream != c.stream) {  // pages may still be on their way
+  if (other.stream != c.stream) {  // its pages may still be being written
     KV4_RETURN_IF_ERROR(other.on_stream().backend().wait());
     c.on_stream();
   }

@@ -1,4 +1,4 @@
-// Reading a cache back: blob/read.cpp holds against what a cache can be what a file says.
+// Loading a cache; blob/read.cpp validates what the file says.
 #include <algorithm>
 #include <string>
 
@@ -31,7 +31,7 @@ class CacheTarget final : public blob::LoadTarget {
   }
 
   Status page(std::int64_t number, std::int64_t count, std::span<const std::byte> block) override {
-    // No more at once than have come: a table alone is no reason to take memory.
+    // Allocates no more than has been read: a table's claim alone must not take memory.
     if (number == static_cast<std::int64_t>(pages_.ids().size()))
       KV4_RETURN_IF_ERROR(pages_.allocate(std::min(count - number, std::max<std::int64_t>(kPageTokens, number))));
     const PageSpec& spec = c_.setup->spec;
@@ -48,7 +48,7 @@ class CacheTarget final : public blob::LoadTarget {
     return {};
   }
 
-  // The sequences, with what has come for them.
+  // The sequences, with what has been read for them.
   Status finish(blob::Contents& contents, std::vector<Sequence>* out) {
     bodies_.resize(contents.sequences.size());
     for (std::size_t b = 0; b < bodies_.size(); ++b) {

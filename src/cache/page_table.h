@@ -1,5 +1,5 @@
-// The ids of a sequence's pages in memory that kernels read. Entries behind the last one are undefined: who plans a
-// longer table writes there, and nothing shows of it until the table that says so takes this one's place.
+// The ids of a sequence's pages in memory that kernels read. Entries past the last one are undefined: a planned longer
+// table is written there and becomes visible once it replaces this one.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,12 @@ namespace kv4 {
 class PageTable {
  public:
   const PageId* data() const { return block_ == nullptr ? nullptr : block_->as<PageId>() + begin_; }
-  // A copy of it goes on as well: neither writes to the memory that they share.
+  // After a copy both are used independently: neither writes to the memory that they share.
   void fork() { own_ = false; }
   const Block* block() const { return block_.get(); }
 
-  // What a copy of this one becomes: of its ids, which the host has too, the range `kept`, its last one replaced where
-  // `last` is an id, then `fresh`. Other holders of this one find it unchanged.
+  // The successor of this table: the range `kept` of its ids (which the host has too), the last of them replaced if
+  // `last` is an id, then `fresh`. Other holders of this table find it unchanged.
   Status change(Backend& backend, std::span<const PageId> ids, const ledger::Rows& kept, PageId last,
                 std::span<const PageId> fresh) {
     const std::int64_t end = begin_ + kept.end;

@@ -18,8 +18,8 @@ constexpr std::size_t kGrowthDivisor = 64;
 constexpr std::size_t kSlabBytes = 256 << 10;
 constexpr std::size_t kHugeSlabBytes = 2 << 20;
 constexpr std::size_t kHugeFrom = 4 * kHugeSlabBytes;
-// Entries of the first table. A captured step reads one table until it is captured again: where steps are captured,
-// slabs grow with the pool, up to a size of which the first table holds more than a device has.
+// Entries of the first table. A captured step keeps reading the table it was captured with. Where steps are captured,
+// slabs therefore grow with the pool, up to a size at which the first table covers more than a device's memory.
 constexpr std::size_t kFirstChunks = 8, kFirstDeviceChunks = 4096;
 constexpr std::size_t kDeviceSlabBytes = 64 << 20;
 
@@ -58,7 +58,7 @@ Status PagePool::grow(std::size_t count) {
   return {};
 }
 
-// Without slabs nobody reads where they are, but what was captured.
+// Without slabs only captured steps read the table.
 void PagePool::forget_tables(std::vector<std::shared_ptr<Block>>* gone) noexcept {
   if (pages_ > 0 || !backend_.host_memory()) return;
   gone->swap(tables_);
@@ -67,7 +67,7 @@ void PagePool::forget_tables(std::vector<std::shared_ptr<Block>>* gone) noexcept
 }
 
 Status PagePool::add_slab(std::size_t count) {
-  // Where the host's memory runs out on the way, by an exception, what was prepared goes again as well.
+  // If host memory runs out (an exception), what was prepared is undone.
   struct Forget {
     PagePool& pool;
     ~Forget() {
@@ -79,7 +79,7 @@ Status PagePool::add_slab(std::size_t count) {
   const auto chunk = reused ? static_cast<std::size_t>(free_chunks_.back()) : slabs_.size();
   if (chunk >= static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()) >> shift_)
     return error(StatusCode::out_of_memory, "pages", "fewer than 2^31", "more");
-  // All that may find no memory comes before the slab's own, which nobody else would give back.
+  // Everything that may run out of memory comes before the slab's own allocation, which nothing else would free.
   if (slabs_.capacity() <= chunk) slabs_.reserve(2 * chunk + 1);
   free_chunks_.reserve(slabs_.capacity());
   Slabs fresh(1);
@@ -170,7 +170,7 @@ void PagePool::release(std::span<const PageId> ids) noexcept {
       page.next = std::exchange(slab.free, id & ((std::int32_t{1} << shift_) - 1));
       ++free_;
       if (--slab.used > 0) continue;
-      // The slab's last page came back: its memory goes too, so that a cropped cache really shrinks.
+      // The slab's last page was returned: its memory is freed, so that a cropped cache really shrinks.
       gone.splice(gone.begin(), open_, slab.place);
       pages_ -= static_cast<std::size_t>(slab.count);
       free_ -= static_cast<std::size_t>(slab.count);

@@ -1,8 +1,8 @@
 // Pages of one layer: fixed-size, from slabs, counted by id so that forks share them.
 //
-// Each slab has a range of 1 << chunk_shift ids, of which it may use the first few alone; where its memory is stands in
-// a table that kernels read. A table that has become too small is kept beside the one that follows it: what was queued
-// or captured, and clones in other threads, may still read it, and all that they hold stands there.
+// Each slab has a range of 1 << chunk_shift ids, of which it may use only the first few; its address is in a table that
+// kernels read. A table that has become too small is kept beside its successor: queued and captured work and clones in
+// other threads may still read it, and it covers all pages that they hold.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,7 @@ using ledger::PageId;
 
 struct Page {
   std::int32_t references = 0;
-  std::int32_t next = -1;  // while it is free: the slab's free page behind it
+  std::int32_t next = -1;  // while it is free: the next free page of the slab
 };
 
 struct Slab;
@@ -41,7 +41,7 @@ struct Slab {
   std::size_t held_bytes() const { return bytes + sizeof(Slab) + static_cast<std::size_t>(count) * sizeof(Page); }
 };
 
-// Taking or giving back a page costs the same however many there are; thread-safe.
+// Allocating and freeing a page take constant time; thread-safe.
 class PagePool {
  public:
   PagePool(Backend& backend, std::size_t head_bytes, int heads);
@@ -58,7 +58,7 @@ class PagePool {
   void release(std::span<const PageId> ids) noexcept;
   bool shared(PageId id) const;
 
-  // As kernels find the pages that are allocated by now.
+  // How kernels find the pages that are allocated so far.
   PageMemory memory() const;
   std::uint8_t* page(PageId id) const;
   std::size_t page_bytes() const { return page_bytes_; }
@@ -92,7 +92,7 @@ class PagePool {
   std::uint64_t visits_ = 0;
 };
 
-// Pages that go back to their pool unless somebody takes them over.
+// Pages that are returned to their pool unless ownership is taken over.
 class FreshPages {
  public:
   explicit FreshPages(PagePool* pool) : pool_(pool) {}

@@ -1,4 +1,4 @@
-// What is held, for who asks: dequantised tokens, lambda, slices, bytes.
+// Accessors: dequantised tokens, lambda, slices, bytes.
 #include <algorithm>
 #include <set>
 #include <string>
@@ -106,7 +106,7 @@ Status dense(const CacheState& c, bool keys, std::int64_t first, std::int64_t co
   for (std::size_t b = 0; b < c.sequences.size(); ++b) {
     const Sequence& s = c.sequences[b];
     const ledger::Extent& x = s.ledger.extent();
-    // Padding that was dropped reads as 0.
+    // Dropped padding is read as 0.
     KV4_RETURN_IF_ERROR(range.put(b, nullptr, 0, x.anchored ? x.start : x.window_position));
     KV4_RETURN_IF_ERROR(range.put(b, &s.body.sinks, x.start, x.sinks));
     KV4_RETURN_IF_ERROR(range.put_pages(b));

@@ -69,12 +69,12 @@ Status RowBuffer::reserve(Backend& backend, const RowShape& shape, std::int64_t 
 Status RowBuffer::make_room(Backend& backend, const RowShape& shape, std::int64_t rows, std::int64_t capacity) {
   if (has_room(rows)) return {};
   const bool within = block_ != nullptr && !shared() && !draft_ && count_ + rows <= block_->capacity;
-  // Keys and values as lines of one copy, which is made or not; of different lengths they take two.
+  // Keys and values as rows of one strided copy; two copies if their lengths differ.
   if (within && shape.head_dim_k == shape.head_dim_v) return compact();
   return reserve(backend, shape, capacity);
 }
 
-// The rows to the front of their block.
+// Moves the rows to the front of their block.
 Status RowBuffer::compact() {
   const RowShape& s = block_->shape;
   const std::size_t row = static_cast<std::size_t>(s.head_dim_k) * size_of(s.dtype),

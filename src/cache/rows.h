@@ -35,8 +35,8 @@ void set_rows(Job& job, const ExactRows& rows) {
   job.v_stride = rows.v_stride;
 }
 
-// Rows [begin, begin + count) of a block of memory, which its buffers own together and only a single owner writes to.
-// Dropping rows in front moves none; what is written lies behind every row that is counted.
+// Rows [begin, begin + count) of a block of memory, shared by buffers and written only by a sole owner. Dropping rows
+// at the front moves none; new rows are written after all existing ones.
 class RowBuffer {
  public:
   RowBuffer() = default;
@@ -55,14 +55,14 @@ class RowBuffer {
   }
   ~RowBuffer() { clear(); }
 
-  // A copy of which either it or this one lives on: it writes behind the rows of the other as if they were its own, but
-  // moves none of them.
+  // A draft of this buffer; only one of the two will be used further. It writes after the rows of the other as if it
+  // owned them, but moves none.
   RowBuffer draft() const {
     RowBuffer copy = *this;
     copy.draft_ = true;
     return copy;
   }
-  // The other one is gone.
+  // The other buffer of the pair is gone.
   void settle() { draft_ = false; }
 
   std::int64_t count() const { return count_; }
@@ -75,16 +75,16 @@ class RowBuffer {
   // Makes the rows private and gives them exactly `capacity` (>= count) rows of room; the
   // content stays. A failure leaves the buffer as it was.
   Status reserve(Backend& backend, const RowShape& shape, std::int64_t capacity);
-  // The rows are private, and `rows` more fit behind them.
+  // Whether the rows are private and there is room for `rows` more.
   bool has_room(std::int64_t rows) const { return !shared() && begin_ + count_ + rows <= capacity(); }
-  // Sees to that, within the memory at hand or with `capacity` (>= count + rows) rows.
+  // Makes that so, in the present memory or in a block of `capacity` (>= count + rows) rows.
   Status make_room(Backend& backend, const RowShape& shape, std::int64_t rows, std::int64_t capacity);
   void set_count(std::int64_t count) { count_ = count; }
   void drop_front(std::int64_t rows) {
     begin_ += rows;
     count_ -= rows;
   }
-  // Copies `rows` rows of `from` behind the last; room must be there and the buffer private.
+  // Appends a copy of `rows` rows of `from`; the buffer must be private and have room.
   Status push_rows(const RowBuffer& from, std::int64_t first, std::int64_t rows);
   void clear();
 
@@ -103,8 +103,8 @@ class RowBuffer {
       if (memory != nullptr) backend->free(memory, bytes);
     }
   };
-  // Others own the block too. Forks may live in several threads: who finds itself alone sees all that the last other
-  // one did.
+  // Whether others own the block too. Forks may live in several threads: a buffer that finds itself the sole owner sees
+  // everything that the previous owners wrote.
   bool shared() const { return block_ != nullptr && block_->owners.load(std::memory_order_acquire) > (draft_ ? 2 : 1); }
   Status compact();
 

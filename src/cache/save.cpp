@@ -1,4 +1,4 @@
-// Writing a cache: blob/write.cpp says what of it goes where.
+// Saving a cache; blob/write.cpp defines the layout of the file.
 #include "blob/contents.h"
 #include "cache/state.h"
 

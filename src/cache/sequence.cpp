@@ -6,7 +6,7 @@
 namespace kv4 {
 namespace {
 
-// What a note's key and value report that was not polled before.
+// What a note's key and value report that has not been polled yet.
 void add_new(const PolledNote& polled, std::int64_t key, std::int64_t value, std::vector<NonFinite>* found) {
   if (key > polled.key && key <= polled.end) found->push_back({key - 1, true, false});
   if (value > polled.value && value <= polled.end) found->push_back({value - 1, false, true});
@@ -33,7 +33,7 @@ void Sequence::poll_notes() {
 
 void Sequence::begin_note(std::shared_ptr<LateNote> fresh) noexcept {
   for (PolledNote& polled : notes) polled.end = std::min(polled.end, length());
-  // Rows that left the window have left no trace in the ledger either.
+  // The ledger does not record rows that have left the window.
   const std::int64_t first = ledger.policy().arrival() ? 0 : ledger.extent().window_position;
   std::erase_if(notes, [first](const PolledNote& polled) { return polled.end <= first; });
   if (fresh) notes.push_back({std::move(fresh)});

@@ -1,5 +1,4 @@
-// One sequence of a layer's cache: its ledger, which says what is exact, sealed and due, and what of that lies in
-// memory.
+// One sequence of a layer's cache: its ledger, which tracks what is exact, sealed and due, and its memory.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +13,7 @@
 
 namespace kv4 {
 
-// Energies of the queries that teach lambda. Blocks are written once and then shared by forks.
+// Energies of the queries that lambda is learnt from. Blocks are written once and then shared by forks.
 struct QueryEnergy : ledger::Queries {
   std::vector<std::shared_ptr<Block>> rows;  // float [kv_heads * head_dim_k], by row(); null: masked or not asked
 
@@ -25,15 +24,15 @@ struct QueryEnergy : ledger::Queries {
   }
 };
 
-// A note that a backend writes when its queue gets there, and how much of it has been polled into the ledger. `end`:
-// positions from there on belong to a fork, or to tokens that a crop removed.
+// A note that a backend writes asynchronously, and how much of it has been polled into the ledger. `end`: positions
+// from there on belong to a fork, or to tokens that a crop removed.
 struct PolledNote {
   std::shared_ptr<LateNote> note;
   std::int64_t key = 0, value = 0;
   std::int64_t end = std::numeric_limits<std::int64_t>::max();
 };
 
-// What of a sequence lies in memory. The window's first row is at the extent's window_position.
+// A sequence's memory. The window's first row is at the extent's window_position.
 struct Body {
   RowBuffer sinks, window;
   PageTable table;
@@ -57,8 +56,7 @@ class Sequence {
     if (!ledger.pages().empty()) pool->release(ledger.pages());
   }
 
-  // Another one that goes on from here by itself. Which of the two goes on first does not matter: neither writes to
-  // what they share.
+  // An independent copy. Neither of the two writes to memory that they share.
   Sequence fork() {
     Sequence copy(*this);
     for (Sequence* each : {this, &copy}) {
@@ -68,7 +66,7 @@ class Sequence {
     return copy;
   }
 
-  // Its pages are copies in another pool from here on; a reference to each of the ids is its own.
+  // Replaces its pages by copies in another pool; takes over one reference to each id.
   void move_to(PagePool* to, std::vector<PageId> ids, PageTable table) noexcept {
     if (!ledger.pages().empty()) pool->release(ledger.pages());
     ledger.take_pages(std::move(ids));
@@ -77,16 +75,16 @@ class Sequence {
   }
 
   std::int64_t length() const { return ledger.extent().length; }
-  // Lambda changes no more.
+  // Whether lambda is final.
   bool lambda_fixed() const { return !ledger.policy().learns || ledger.extent().lambda == ledger::Lambda::fixed; }
-  // What commit leaves to do about lambda: one that is fixed needs no energies, one that is open again has no values.
+  // After commit: frees the energies once lambda is fixed, or its values once it is open again.
   void settle_lambda() noexcept {
     if (ledger.extent().lambda == ledger::Lambda::fixed) body.energy = QueryEnergy();
     if (ledger.extent().lambda == ledger::Lambda::open) body.lambda.reset();
   }
   // Moves what late notes report into the ledger. Errors: none; std::bad_alloc changes nothing.
   void poll_notes();
-  // What the notes report that was not polled yet.
+  // What the notes report that has not been polled yet.
   void pending_non_finite(std::vector<NonFinite>* found) const;
   // Existing notes count for positions below the length only; the next rows are reported in `fresh`, or by the call
   // itself where it is null. `notes` has the capacity for one more.
@@ -109,7 +107,7 @@ class Sequence {
   }
 };
 
-// What kernels read of a sequence, as the ledger's view says.
+// The view of a sequence that kernels read, from the ledger's.
 SequenceView view_of(const Setup& setup, const ledger::Extent& x, const Body& body, const ledger::View& view,
                      LateNote* note);
 

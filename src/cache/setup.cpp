@@ -38,12 +38,12 @@ Status Setup::make(const CacheConfig& config, std::shared_ptr<const Setup>* out)
   KV4_RETURN_IF_ERROR(check_lambda("lambda_v", setup->seals() && value.lambda == LambdaMode::given, config.lambda_v,
                                    config.kv_heads, config.head_dim_v));
   Backend* const backend = setup->backend;
-  backend->set_stream(nullptr);  // not that of this thread's last call, which may be gone
+  backend->set_stream(nullptr);  // the stream of this thread's last call may no longer exist
   for (const auto& [name, values, block] :
        {std::tuple{"lambda_k", &config.lambda_k, &setup->given_k}, {"lambda_v", &config.lambda_v, &setup->given_v}})
     KV4_RETURN_IF_ERROR(Block::copy_of(*backend, name, values->data(), values->size() * sizeof(float), block));
   if (setup->given_k || setup->given_v)
-    KV4_RETURN_IF_ERROR(backend->wait());  // read on streams that know nothing of this one
+    KV4_RETURN_IF_ERROR(backend->wait());  // other streams, not ordered after this one, will read it
   *out = std::move(setup);
   return {};
 }

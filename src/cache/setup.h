@@ -1,4 +1,4 @@
-// What one layer's caches are made from and never change: clones have it in common.
+// The immutable configuration of one layer's caches, shared by clones.
 #pragma once
 
 #include <limits>
@@ -31,8 +31,8 @@ struct Setup {
     const std::shared_ptr<Block>& values = given_k ? given_k : learnt;
     return values == nullptr ? nullptr : values->as<float>();
   }
-  // Exact rows that decoding one by one holds at most, and one more: the token whose call lets go of a page's rows lies
-  // behind them. Without end where nothing is sealed or evicted.
+  // The most exact rows that token-by-token decoding holds, plus one: the token whose call releases a page's rows is
+  // stored after them. Unbounded where nothing is sealed or evicted.
   std::int64_t most_rows(const ledger::Extent& x) const {
     if (policy.seals()) return policy.window + kPageTokens + (x.anchored ? 0 : policy.sinks) + 1;
     return policy.sliding_window > 0 ? policy.sliding_window + kPageTokens : std::numeric_limits<std::int64_t>::max();

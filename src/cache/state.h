@@ -1,6 +1,8 @@
-// What a Cache holds, and its operations: each checks, plans, works in memory that is not read yet, and commits.
+// A Cache's state and operations: each checks its arguments, plans, prepares memory that nothing reads yet, and
+// commits.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <vector>
@@ -16,9 +18,9 @@ namespace kv4 {
 struct CacheState {
   std::shared_ptr<const Setup> setup;
   std::shared_ptr<PagePool> pool;        // null where the recipe never seals
-  std::unique_ptr<DeviceTables> tables;  // that the backend keeps; a copy of the cache gets its own
+  std::unique_ptr<DeviceTables> tables;  // the backend's; a copy of the cache gets its own
   void* stream = nullptr;
-  const void* captured = nullptr;  // the pool's table that a captured step reads
+  std::uint8_t* const* captured = nullptr;  // the pool's table that a captured step reads
   std::vector<Sequence> sequences;
   std::uint64_t version = 0;
   bool recording = false;
@@ -30,7 +32,7 @@ struct CacheState {
   std::vector<std::vector<NonFinite>*> found;
 
   Backend& backend() const { return *setup->backend; }
-  // Before anything is asked of the backend.
+  // Call before any use of the backend.
   CacheState& on_stream() {
     backend().set_stream(stream);
     return *this;
@@ -46,7 +48,8 @@ Status append(CacheState& c, const RowCounts* rows, const TensorView& k, const T
 Status append_captured(CacheState& c, const TensorView& k, const TensorView& v);
 Status advance(CacheState& c);
 Status seal(CacheState& c);
-// The parts of a call: of every sequence `tokens`, or those that rows names. A sequence at most once, `total` in all.
+// The parts of a call: `tokens` of every sequence, or those that `rows` names, each sequence at most once; `total` in
+// all.
 // Errors: out_of_range and invalid_argument naming rows.
 Status make_parts(CacheState& c, const RowCounts& rows, std::int64_t total, const char* of);
 void make_parts(std::size_t batch, std::int64_t tokens, std::vector<Part>* parts);

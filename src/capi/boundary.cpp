@@ -5,11 +5,11 @@
 namespace kv4::capi {
 namespace {
 
-// Of the calling thread: `said` is `last`, or a literal where there was no memory for more.
+// Per thread: `said` points to `last`, or to a literal if there was no memory for the text.
 thread_local std::string last;
 thread_local const char* said = "";
 
-// A size beyond is no newer version's but a number that nobody set.
+// A larger size is not that of a newer version but an uninitialised number.
 constexpr std::size_t kLargestSize = 4096;
 
 }  // namespace

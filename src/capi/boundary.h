@@ -1,4 +1,4 @@
-// The boundary between C and C++: nothing passes it but statuses, and what was wrong stays with the thread that asked.
+// The boundary between C and C++: only status codes cross it, and the error text is kept per thread.
 #pragma once
 
 #include <algorithm>
@@ -15,14 +15,14 @@
 
 namespace kv4::capi {
 
-// Notes a status for kv4_last_error, and what it is in C.
+// Stores a status for kv4_last_error; returns its C code.
 kv4_status answer(const Status& status);
 void say_exception(const char* what) noexcept;
 void say_no_memory() noexcept;
 const char* last_error() noexcept;
 Status null_pointer(const char* name);
 
-// f()'s result: the one way into the library. An exception ends here.
+// Returns f()'s result. Every call goes through here, and no exception leaves it.
 template <class R, class F>
 R guard(R out_of_memory, R internal, F&& f) noexcept {
   try {
@@ -38,7 +38,7 @@ R guard(R out_of_memory, R internal, F&& f) noexcept {
   return internal;
 }
 
-// Runs f, which returns a Status, where every pointer is there.
+// Runs f, which returns a Status, if no pointer is null.
 template <class F>
 kv4_status guarded(std::initializer_list<std::pair<const char*, const void*>> pointers, F&& f) noexcept {
   return guard(KV4_OUT_OF_MEMORY, KV4_INTERNAL, [&] {
@@ -51,7 +51,7 @@ kv4_status guarded(std::initializer_list<std::pair<const char*, const void*>> po
 // Structs with a size. known: where the struct ended in each version, the newest last.
 Status check_size(const char* name, std::size_t size, std::span<const std::size_t> known);
 
-// The part of `given` that its size says is there, over the defaults that *out holds.
+// Copies as much of `given` as its size states over the defaults in *out.
 template <class T>
 Status read_struct(const char* name, const T* given, std::span<const std::size_t> known, T* out) {
   const auto* bytes = reinterpret_cast<const unsigned char*>(given);

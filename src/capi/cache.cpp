@@ -13,14 +13,14 @@ struct kv4_cache {
 namespace kv4::capi {
 namespace {
 
-// What a cache says of itself; 0 of none.
+// A property of a cache; 0 for a null handle.
 template <class F>
 auto value_of(const kv4_cache* cache, F&& f) noexcept {
   using R = decltype(f(*cache->cache));
   return guard(R{}, R{}, [&] { return cache == nullptr ? R{} : f(*cache->cache); });
 }
 
-// What a callback returned. One of another language may raise all the same.
+// A callback's result. One written in another language may throw nevertheless.
 template <class F>
 Status answer_of(const char* name, F&& call) {
   kv4_status status = KV4_OK;
@@ -43,7 +43,7 @@ Status dense(const kv4_cache* cache, bool keys, int64_t first, int64_t count, co
   return keys ? cache->cache->dense_keys(first, count, view) : cache->cache->dense_values(first, count, view);
 }
 
-// Sequences by number: as many as a cache may have.
+// Sequence indices: no more than a cache may have sequences.
 Status check_count(size_t count) {
   constexpr auto kMost = static_cast<size_t>(std::numeric_limits<int32_t>::max());
   return count <= kMost

@@ -1,4 +1,4 @@
-// A C program's threads as the CPU backend takes them.
+// Adapts a C program's threads to the CPU backend's executor.
 #pragma once
 
 #include "kv4/cpu.h"

@@ -1,4 +1,4 @@
-// What is of no one cache: versions, defaults, backends, threads, partial states.
+// Functions that belong to no cache: versions, defaults, backends, threads, partial states.
 #include <memory>
 #include <string>
 

@@ -61,7 +61,7 @@ Status batch_of(const kv4_paged_batch* given, PagedBatch* out) {
   return {};
 }
 
-// Where a call runs, for as long as it does.
+// Where a call runs; valid for its duration.
 struct Here {
   std::optional<Lent> lent;
   Place place;
@@ -82,7 +82,7 @@ struct Here {
   }
 };
 
-// f(format, batch, here), where all of them can be read.
+// Runs f(format, batch, here) if all of them can be read.
 template <class F>
 kv4_status on_batch(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_place* place,
                     std::initializer_list<std::pair<const char*, const void*>> others, F&& f) noexcept {

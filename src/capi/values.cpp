@@ -84,7 +84,7 @@ kv4_side_recipe side_from(const SideRecipe& s) {
           static_cast<int32_t>(s.lambda)};
 }
 
-// The caller's [rows, columns] floats, whose sizes are known to be such; nothing is read where the recipe wants none.
+// The caller's [rows, columns] floats, sizes already checked; not read where the recipe needs none.
 Status take(const char* name, const float* from, bool wanted, const char* otherwise, int32_t rows, int32_t columns,
             std::vector<float>* to) {
   if (from == nullptr) return {};

@@ -1,4 +1,4 @@
-// What C says, as C++ has it. Every number is checked before an array is read by it.
+// C arguments as C++ objects. Every size is checked before an array is read by it.
 #pragma once
 
 #include "capi/boundary.h"

@@ -42,12 +42,12 @@ Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
 
 int items_of(const ExactRows& x) { return static_cast<int>((x.count + kExactTokens - 1) / kExactTokens); }
 
-// Sets plan.fused_ctas, where one kernel that takes segments whole is done before three that share all items evenly,
-// and who reads: plan.teams.
+// Sets plan.fused_ctas, where one kernel that takes whole segments is estimated to finish before three that divide all
+// items evenly, and plan.teams: whether warps read alone or in teams.
 template <int D>
 void plan_readers(const AttendParams& p, int segments, const Load& load, AttendPlan* plan) {
   const auto rounds = [](long long items, long long readers) { return (items + readers - 1) / readers; };
-  // A team is quicker with its first items, by as much as it is slower with those that follow.
+  // A team is faster than a warp on its first items and slower, by as much, on those that follow.
   constexpr long long kTeamRounds = 2;
   const long long all = load.all * (segments / p.batch);
   const bool one_kernel = plan->room == Room::large && segments <= plan->ctas && segments <= kMostFused;
@@ -56,7 +56,8 @@ void plan_readers(const AttendParams& p, int segments, const Load& load, AttendP
     return static_cast<long long>(fused_fit<D>(kind, plan->segment_blocks).readers);
   };
   if (D >= kLargeDim) {
-    // Its matrices, 256 KB each for every CTA, cost more than launches but where one segment has the device for itself.
+    // The fused kernel's matrices, 256 KB each for every CTA, cost more than launches unless one segment has the whole
+    // device.
     if (one_kernel && segments == 1 && rounds(load.longest, ctas * readers(Readers::twos)) > 1) plan->fused_ctas = ctas;
     else
       plan->teams = main_has_teams(D, plan->room) &&
@@ -84,7 +85,7 @@ long long most_queries(const Sequences& sequences) {
 Load load_of(const Sequences& sequences, bool sealed) {
   Load load;
   if (sequences.resident || sequences.longest > 0) {
-    // Beside pages at most two pages' exact rows, and sinks.
+    // A sequence with pages has at most two pages' worth of exact rows, and sinks.
     constexpr long long kExactItems = 2 * kPageTokens / kExactTokens + 1;
     const long long each = sealed ? kPageTokens : kExactTokens, more = sealed ? kExactItems : 1;
     load.longest = sequences.longest / each + more;
@@ -124,12 +125,12 @@ AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load
 
 std::size_t most_scratch(const AttendParams& p, const Chip& chip) {
   std::size_t most = 0;
-  // A segment has one block or two, in one kernel or three; each takes the more the more segments there are.
+  // A segment has one block or two, in one kernel or three; what each of these needs grows with the number of segments.
   for (int rows = 1; rows <= 2; ++rows) {
     AttendParams sized = p;
     if (rows == 1) sized.queries = std::min(p.queries, std::max(1, kBlockRows / p.group));
     AttendPlan plan =
-        plan_attend(sized, chip, {1ll << 30, 1ll << 40});  // by warps, of which more leave states than of teams
+        plan_attend(sized, chip, {1ll << 30, 1ll << 40});  // read by warps, which leave more states than teams
     sized.blocks = blocks_of_rows(sized, plan.segment_blocks);
     plan.fused_ctas = 0;
     most = std::max(most, lay_out(sized, plan).bytes);
@@ -144,8 +145,7 @@ cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch
   p.segment_blocks = plan.segment_blocks;
   p.blocks = blocks_of_rows(p, plan.segment_blocks);
   p.readers = plan.ctas * plan.readers_per_cta;
-  // Few segments: their rows are spread, so that the states of each are read by many. Every CTA reads its part of the
-  // rotation's matrix.
+  // Few segments: their rows are spread over more CTAs, each of which reads its part of the rotation's matrix.
   const int parts = p.batch * p.kv_heads * (p.blocks / plan.segment_blocks) * merge_columns(p.dim);
   p.merge_rows = parts * 2 >= plan.ctas ? kBlockRows * plan.segment_blocks : parts * 4 >= plan.ctas ? 2 : 1;
   const Scratch s = lay_out(p, plan);

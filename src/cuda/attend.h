@@ -1,15 +1,15 @@
 // One call of attention on a CUDA device, queued on a stream: one kernel where its segments are few (attend_fused.cuh),
 // else three.
 //
-//   prepare  rotates the queries into the matrix operands that the others read: rotated, divided by lambda and
-//            quantised for pages; as they are for exact rows,
-//   main     reads the cache once. Its work items are a page or 16 exact rows each, all in one order; every warp takes
-//            an equal range of them and leaves one partial state for each (sequence, KV head, row block) of its range,
-//   merge    joins the partial states, rotates those over pages back into the model's basis and writes the output.
+//   prepare  writes the queries as matrix operands for the other kernels: divided by lambda, rotated and quantised for
+//            pages; unchanged for exact rows.
+//   main     reads the cache once. A work item is a page or 16 exact rows, in one global order; every warp takes an
+//            equal range and writes one partial state per (sequence, KV head, row block) of its range.
+//   merge    merges the partial states, rotates those over pages back into the model's basis and writes the output.
 //
-// Everything that changes from step to step (page tables, counts, positions) is read from device memory, nothing
-// is allocated and nothing waits: a captured call replays on a cache that has grown. A sequence has segments, places in
-// that order and outputs for its own query rows alone; launches and scratch are for the most that one has.
+// Everything that changes from step to step (page tables, counts, positions) is read from device memory, nothing is
+// allocated and nothing waits, so that a captured call can be replayed on a cache that has grown. Each sequence has
+// segments, items and outputs for its own query rows only; launches and scratch are sized for the longest.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -45,7 +45,7 @@ struct PagesAt {
 struct AttendParams {
   const SequenceView* sequences = nullptr;  // [batch] in device memory, every pointer in it too
   int batch = 0, kv_heads = 0, group = 0;   // group: query heads per KV head
-  int queries = 0;                          // of the sequence with the most
+  int queries = 0;                          // largest number of queries of a sequence
   int dim = 0;
   int blocks = 0;     // blocks of kBlockRows of so many rows per KV head, rounded up to whole segments
   bool bf16 = false;  // exact rows: bfloat16, else float16
@@ -75,13 +75,13 @@ struct AttendParams {
   PackedMatrix inverse_transpose;  // values: (R^-1)^T, which rotates rows of outputs back
 
   // Scratch.
-  int* arrived = nullptr;       // [kMostFused] of each segment's CTAs, where one kernel does all: 0 between calls
+  int* arrived = nullptr;       // [kMostFused], fused kernel: CTAs of each segment that are done; 0 between calls
   int* item_offsets = nullptr;  // [batch + 1] items before each sequence
   uint4* operands = nullptr;    // per block: bytes, halves of q', halves of q (see operand_* below)
   float* row_scale = nullptr;   // per block: [kBlockRows] of bytes times factor, then of the halves of q'
   float* states =
       nullptr;      // per slot: o [rows][dim], m [rows], l [rows]; per CTA of a segment: twice fused_state_floats
-  int readers = 0;  // warps that share the items
+  int readers = 0;  // warps that the items are divided among
   int segment_blocks = 0;  // blocks of a segment: 1 or 2
   int merge_rows = 0;      // rows of a segment that one CTA merges
 };
@@ -94,7 +94,7 @@ constexpr int operand_exact_steps(int dim) { return (dim + 15) / 16; }
 constexpr int page_operand_words(int dim) { return (operand_bytes_tiles(dim) + operand_mean_steps(dim)) * kLanes; }
 constexpr int operand_words(int dim) { return page_operand_words(dim) + operand_exact_steps(dim) * kLanes; }
 
-// What a call's plan depends on of the device.
+// The properties of a device that a call's plan depends on.
 struct Chip {
   int multiprocessors = 1;
   int shared = 0;  // bytes of shared memory that a CTA may ask for
@@ -111,8 +111,8 @@ enum class Room { none, small, middle, large };
 struct Load {
   long long longest = 0, all = 0;  // of one sequence; of all: of one KV head
 };
-// From the views, or, where the host does not see them, from the tokens that they have at most, in pages but for a page
-// or where none is `sealed`.
+// From the views or, where the host cannot read them, from their upper bounds of tokens: all but one page's worth are
+// taken to be in pages, or none if not `sealed`.
 Load load_of(const Sequences& sequences, bool sealed);
 long long most_queries(const Sequences& sequences);
 
@@ -122,16 +122,16 @@ constexpr int kMostFused = 1024;  // segments of a call that one kernel does
 // first call that uses it.
 struct AttendPlan {
   Room room = Room::none;
-  int most_sequences = 0;  // whose item counts fit beside the queues
+  int most_sequences = 0;  // for which item counts fit in shared memory beside the queues
   int segment_blocks = 1;
   int ctas = 0, readers_per_cta = 0;
   int fused_ctas = 0;  // of each segment, where one kernel does all (attend_fused.cuh); 0: three kernels
-  bool teams = false;  // of warps read together (attend_team.cuh)
-  bool early = false;  // the kernels may begin before those before them have ended (sm_90)
+  bool teams = false;  // teams of warps read together (attend_team.cuh)
+  bool early = false;  // kernels may begin before the previous one has ended (sm_90)
   std::size_t scratch = 0;
 };
 AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load);
-// Scratch that is enough for every call of at most as many sequences, queries of one and tokens.
+// Scratch that suffices for every call with at most as many sequences, queries per sequence and tokens.
 std::size_t most_scratch(const AttendParams& p, const Chip& chip);
 // Fills in the scratch pointers from `scratch` and queues the kernels. cudaErrorNoKernelImageForDevice: the plan has no
 // room.

@@ -74,12 +74,12 @@ __device__ __forceinline__ void exact_item(const AttendParams& p, Slots& queue, 
     }
     weights[r] = two_halves(p.bf16, weight[0], weight[1], weight[2], weight[3]);
   }
-  const ExactItem item(p, at);  // again: registers are short
+  const ExactItem item(p, at);  // recomputed, to save registers
   const bool aligned = exact_aligned(p.sequences[at.b].exact[item.set], 1);
   unsigned char* slot = queue.wait();
   if (!aligned) copy_unaligned(p, at.b, item.set, item.first, rows, head, 1, slot, kPitch, lane);
   const uint32_t base = shared_address(slot);
-  if (rows < kExactTokens) {  // what lies behind the rows is anything; its weight is 0, and 0 times NaN is NaN
+  if (rows < kExactTokens) {  // memory past the rows may hold NaN; its weight is 0, but 0 times NaN is NaN
     for (int i = lane; i < (kExactTokens - rows) * (D / 8); i += kLanes)
       *reinterpret_cast<uint4*>(slot + (rows + i / (D / 8)) * kPitch + i % (D / 8) * 16) = {};
     fence_shared_writes();
@@ -115,7 +115,7 @@ __device__ __forceinline__ void exact_run(const AttendParams& p, Slots& queue, P
   for (int r = 0; r < kBlocks; ++r)
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) q[r][k] = operands[r * operand_words(D) + k * kLanes];
-  // What every row sees of the sequence: nothing for certain under a general mask.
+  // Positions that every row is known to see: none under a general mask.
   longlong2 seen = {0, -1};
   if (p.mask.kind == Mask::General::none) {
     const Sight sight(p, here.b, head);

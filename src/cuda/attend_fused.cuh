@@ -1,9 +1,9 @@
-// Attention in one kernel, where a call has no more segments than the device has multiprocessors (attend.cpp decides):
-// each segment, the row blocks of one sequence and KV head, gets as many CTAs, and they share its items out. A CTA
-// rotates the segment's queries itself while the first pages are on their way, joins its readers' partial states in
-// shared memory, and the last of a segment's CTAs joins theirs, rotates the part over pages back and writes.
+// Attention in one kernel, for calls with no more segments than the device has multiprocessors (attend.cpp decides).
+// Each segment, the row blocks of one sequence and KV head, gets the same number of CTAs, which divide its items. A CTA
+// rotates the segment's queries while the first pages are being copied and merges its readers' partial states in shared
+// memory. The last CTA of a segment to finish merges those of all, rotates the part over pages back and writes.
 //
-// Against prepare, main and merge this leaves out two launches, the waits between them and most of the partial states
+// Compared with prepare, main and merge this saves two launches, the waits between them and most of the partial states
 // in device memory. Every CTA reads both rotations' matrices, 4 D^2 bytes each from L2 (64 KB at d = 128, 1.3 us at 13
 // bytes a cycle and multiprocessor with all of them reading), which is why calls of more segments keep the three
 // kernels. Versions and times: docs/notes/cuda.md.
@@ -60,7 +60,7 @@ __device__ __forceinline__ void fused_read(
     Cursor here;
     here.start_within(p, at.b, at.head, at.part, {range.exact, packed ? 0 : run, range.page, packed ? run : 0});
     float* const to = packed || range.page_count == 0 ? reinterpret_cast<float*>(mine)
-                                                      : at.carried;  // one reader at most has both kinds
+                                                      : at.carried;  // at most one reader has both kinds
     if constexpr (kTeamed) {
       TeamState<D, F::kMembers, F::kBlocks> state;
       state.clear();
@@ -70,7 +70,7 @@ __device__ __forceinline__ void fused_read(
                                                       at.row0, run, reader, member, lane);
       else team_exact<D>(p, queue, state, exchange, at.operands, here, at.head, at.row0, run, reader, member, lane);
       state.template share_sums<kSegmentRows == Rows::four>(exchange, packed, member, lane);
-      meet_team<F::kMembers>(reader);  // and nobody reads the queue any more
+      meet_team<F::kMembers>(reader);  // no warp reads the queue any more
       state.template put<kSegmentRows == Rows::four, F::kPitch>(to, exchange, packed, at.rows(p), member, lane);
     } else {
       Pieces none(p, Cursor());
@@ -99,7 +99,7 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
   {
     RotationTiles<D, F::kAheadFirst> columns;
     QueryRow<D> first;
-    // What no kernel before writes: the queues, and the rotation's first tiles on their way.
+    // What needs no earlier kernel's result: initialise the queues, prefetch the rotation's first tiles.
     if (lane == 0 && warp < F::kWarps) {
       unsigned char* const queue = memory + warp / F::kMembers * F::kQueueBytes;
       if constexpr (kReaders != Readers::warps)
@@ -113,13 +113,13 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
     }
     wait_for_previous();
     let_next_begin();
-    // What everything else waits for is asked for first.
+    // Loads that everything else waits for come first.
     const FusedPlace<D, kSegmentRows, kReaders> at(p, memory, blockIdx.y, blockIdx.z);
     const SequenceView& s = p.sequences[at.b];
     const auto sinks = s.exact[0].count, window = s.exact[1].count;
     const int pages = s.page_count;
     const float* const lambda = s.lambda_k;
-    if (warp == F::kWarps) expect_ids(p, s, lane);
+    if (warp == F::kWarps) prefetch_tables(p, s, lane);
     if (warp < F::kWarps) {
       first.load(p, s, at.head, at.row0 + warp, lane);
       first.load_lambda(lambda, at.head, lane);
@@ -133,7 +133,7 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
   fused_finish<D, kSegmentRows, kReaders>(p, &end);
 }
 
-// For the large room alone, where another warp fills the queues. Empty in code for devices before 9.0.
+// For the large shared memory only, where a separate warp fills the queues. Empty in code for devices before 9.0.
 template <int D, Rows kSegmentRows, Readers kReaders>
 __global__ void __launch_bounds__(FusedShape<D, kSegmentRows, kReaders>::kAllWarps* kLanes, 1)
     attend_fused(const __grid_constant__ AttendParams p) {

@@ -1,5 +1,5 @@
-// What follows the reading in attend_fused: the readers' partial states of a CTA joined, then, by the CTA of a segment
-// that ends last, those of its CTAs; the part over pages rotated back, and the rows written.
+// The second half of attend_fused, after the cache has been read: each CTA merges its readers' partial states, the last
+// CTA of a segment to finish merges those of all its CTAs, rotates the part over pages back and writes the rows.
 #pragma once
 
 #include <cmath>
@@ -25,7 +25,7 @@ struct JoinedRow {
   static __device__ __forceinline__ float weight(float its_m, float m) {
     return m == -INFINITY ? 0.0f : exp2_fast(its_m - m);
   }
-  // To a maximum of at least m_new.
+  // Rescales to a maximum of at least m_new.
   __device__ __forceinline__ void raise(float m_new) {
     m_new = fmaxf(m_new, m);
     const float shrink = weight(m, m_new);
@@ -39,8 +39,8 @@ struct JoinedRow {
     for (int i = 0; i < kQuads; ++i)
       o[i] = {fmaf(x[i].x, w, o[i].x), fmaf(x[i].y, w, o[i].y), fmaf(x[i].z, w, o[i].z), fmaf(x[i].w, w, o[i].w)};
   }
-  // `row`: [D]; kFresh: of another CTA, so not from L1. Lanes behind the end take the last channels: around a branch no
-  // load would overtake another.
+  // `row`: [D]; kFresh: written by another CTA, so not read through L1. Lanes past the end load the last channels: a
+  // branch would keep the loads from overlapping.
   template <bool kFresh>
   static __device__ __forceinline__ void load(const float* row, int lane, float4 (&x)[kQuads]) {
 #pragma unroll
@@ -58,7 +58,7 @@ struct JoinedRow {
   }
 };
 
-// What the warps of a CTA tell each other about its rows behind the reading.
+// Values per row that the warps of a CTA share after reading.
 template <int kRows>
 struct FusedRows {
   float largest[kRows];  // of the part over pages, in units of the rotation's matrix
@@ -75,7 +75,7 @@ struct SegmentStates {
   __device__ __forceinline__ float* state(int i) const { return first + static_cast<std::size_t>(i) * kFloats; }
 };
 
-// The states of this CTA's readers, joined, become two of the segment's: over exact rows and over pages.
+// Merges the states of this CTA's readers into two states of the segment: over exact rows and over pages.
 template <int D, Rows kSegmentRows, Readers kReaders>
 __device__ __forceinline__ void join_readers(const FusedPlace<D, kSegmentRows, kReaders>& at, const FusedEnd& end,
                                              const SegmentStates<D, blocks_of(kSegmentRows)>& states, int cta, int rows,
@@ -104,7 +104,7 @@ __device__ __forceinline__ void join_readers(const FusedPlace<D, kSegmentRows, k
   }
 }
 
-// Whether all other CTAs of the segment have left their states. All reading warps.
+// Whether all other CTAs of the segment have written their states. Called by all reading warps.
 template <class Shape>
 __device__ __forceinline__ bool arrive(int* arrived, int ctas, int* last, int thread) {
   Shape::meet();
@@ -112,14 +112,14 @@ __device__ __forceinline__ bool arrive(int* arrived, int ctas, int* last, int th
     int before;
     asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
     *last = before == ctas - 1;
-    if (*last) *arrived = 0;  // as the next call wants it
+    if (*last) *arrived = 0;  // ready for the next call
   }
   Shape::meet();
   return *last != 0;
 }
 
-// The segment's states joined, into shared memory where the queues were: of each row the part over pages by `parts`
-// warps, that over exact rows by one. In few instructions: most of them run once, and wait to be fetched.
+// Merges the segment's states into shared memory, over the queues. For each row `parts` warps merge the states over
+// pages and one warp those over exact rows. Written for few instructions: most run once, so fetching them is the cost.
 template <int D>
 constexpr int kJoinedFloats = D + 4;  // of a row: o, m, l
 template <int D, Rows kSegmentRows, Readers kReaders>
@@ -140,7 +140,7 @@ __device__ __forceinline__ void join_ctas(const FusedEnd& end, const SegmentStat
     for (int left = behind - begin; left > 0; left -= kAtOnce, from += kAtOnce * kStateFloats) {
       float4 x[kAtOnce][Row::kQuads];
       float2 its[kAtOnce];
-      // Behind the end the last one again, with a weight of 0: what nobody wrote may be NaN.
+      // Past the end, the last state again with a weight of 0: memory that was never written may hold NaN.
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         const float* at_j = from + min(j, left - 1) * kStateFloats;
@@ -163,7 +163,8 @@ __device__ __forceinline__ void join_ctas(const FusedEnd& end, const SegmentStat
   }
 }
 
-// Row r of the sums: `pages` becomes the part over pages, `exact` that over exact rows, both to the row's maximum.
+// Row r of the sums: `pages` becomes the part over pages, `exact` that over exact rows, both relative to the row's
+// maximum.
 template <int D>
 __device__ __forceinline__ void join_parts(const float* sums, int parts, int rows, int r, int lane, JoinedRow<D>& pages,
                                            float4 (&exact)[JoinedRow<D>::kQuads]) {
@@ -187,7 +188,7 @@ __device__ __forceinline__ void join_parts(const float* sums, int parts, int row
     exact[i] = {exact[i].x * weight, exact[i].y * weight, exact[i].z * weight, exact[i].w * weight};
 }
 
-// Where row r goes and what its sums are multiplied by; of a call that wants a partial state its m and l.
+// Computes where row r is written and its normalisation; writes m and l for a call that wants a partial state.
 template <int D, int kRows>
 __device__ __forceinline__ void address_row(const AttendParams& p, const SequenceView& s, int head, int row, bool there,
                                             const JoinedRow<D>& sum, int r, FusedRows<kRows>& shared) {
@@ -252,7 +253,7 @@ __device__ __forceinline__ void finish_rows(const AttendParams& p, const FusedPl
   }
 }
 
-// Channels c and c + 1 of row r, before they are multiplied by what makes them whole.
+// Writes channels c and c + 1 of row r; `x` is not normalised yet.
 template <int D, int kRows>
 __device__ __forceinline__ void write_pair(const AttendParams& p, const FusedRows<kRows>& shared, int r, int c,
                                            float2 x) {
@@ -267,15 +268,15 @@ __device__ __forceinline__ void write_pair(const AttendParams& p, const FusedRow
   }
 }
 
-// The same number, which the compiler takes for another: what is made of it is made anew and takes no registers before.
+// An opaque copy: the compiler cannot hoist what is computed from it, which would occupy registers earlier.
 __device__ __forceinline__ int anew(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// What follows the reading; by all reading warps. `worked_out`: by the filling warp.
+// Merging and output, by all reading warps. `prepared` was written by the filling warp.
 template <int D, Rows kSegmentRows, Readers kReaders>
-__device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedEnd* worked_out) {
+__device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedEnd* prepared) {
   using F = FusedShape<D, kSegmentRows, kReaders>;
   using Tiles = RotationTiles<D, F::kAheadLast>;
   __shared__ FusedRows<F::kRows> shared;
@@ -287,7 +288,7 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedE
   const bool rotated = p.inverse_transpose.words != nullptr && s.page_count > 0;
   Tiles columns;
   if (rotated) columns.prefetch(p.inverse_transpose, warp, F::kWarps, lane);
-  // Of rows g: what lambda of the values divides by, asked for early.
+  // The values' lambda for rows g, loaded early.
   float2 lambda[Tiles::kAhead];
 #pragma unroll
   for (int i = 0; i < Tiles::kAhead; ++i) {
@@ -296,7 +297,7 @@ __device__ __forceinline__ void fused_finish(const AttendParams& p, const FusedE
     if (s.lambda_v != nullptr && c < D) lambda[i] = {s.lambda_v[head * D + c], s.lambda_v[head * D + c + 1]};
   }
   F::meet_filled();
-  const FusedEnd& end = *worked_out;
+  const FusedEnd& end = *prepared;
   const SegmentStates<D, F::kBlocks> states{p.states + static_cast<std::size_t>(place) * 2 * gridDim.x *
                                                            SegmentStates<D, F::kBlocks>::kFloats};
   join_readers(at, end, states, cta, rows, warp, lane);

@@ -7,7 +7,7 @@
 namespace kv4::cuda {
 
 // Tiles of 8 columns of a rotation's matrix that a warp multiplies by: `first`, `first` + `apart`, ... The first kAhead
-// are asked for before the rows are there.
+// are loaded before the rows have arrived.
 template <int D, int kAheadOf>
 struct RotationTiles {
   static constexpr int kSteps = D / 16, kTiles = D / 8, kAhead = kAheadOf;
@@ -21,10 +21,9 @@ struct RotationTiles {
   __device__ __forceinline__ void prefetch(const PackedMatrix& matrix, int first, int apart, int lane) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) load(matrix, i, first + i * apart, lane);
-    // The others at least into L2.
+    // The others are prefetched into L2.
     for (int n = first + kAhead * apart; n < kTiles; n += apart)
-      for (int i = lane * 8; i < kSteps * kLanes; i += kLanes * 8)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(matrix.words + n * kSteps * kLanes + i));
+      for (int i = lane * 8; i < kSteps * kLanes; i += kLanes * 8) prefetch_l2(matrix.words + n * kSteps * kLanes + i);
   }
   // f(block, n, i, c0, c1): columns 8n + 2t and + 1 of row g of each block, n of load i, in units of the row's and the
   // matrix's scale.
@@ -39,7 +38,7 @@ struct RotationTiles {
         if (n0 != first) load(matrix, i, n, lane);
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r) {
-          float high[4] = {}, low[4] = {};  // apart: half as long a chain
+          float high[4] = {}, low[4] = {};  // separate sums: a dependency chain half as long
 #pragma unroll
           for (int k = 0; k < kSteps; ++k) {
             const uint4 a = fragments[(r * kSteps + k) * kLanes + lane];
@@ -61,10 +60,8 @@ __device__ __forceinline__ void put_halves(uint32_t* words, bool bf16, int row, 
   *reinterpret_cast<uint2*>(to) = {high, pack_halves(bf16, a - back.x, b - back.y)};
 }
 
-// What attend_prepare does, for one segment and into shared memory; by kWarps warps, who meet at a barrier of their
-// own. `y`: [kRows][kPitch]. `scales`: as row_scale.
-//
-// A warp's first row and lambda have been asked for.
+// attend_prepare's work for one segment, into shared memory, by kWarps warps with a barrier of their own. `y`:
+// [kRows][kPitch]. `scales`: as row_scale. Each warp's first row and lambda are already being loaded.
 template <int D, Rows kSegmentRows, Readers kReaders>
 __device__ __forceinline__ void rotate_queries(
     const AttendParams& p, int b, int head, int row0, QueryRow<D>& first,

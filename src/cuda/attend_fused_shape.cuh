@@ -1,4 +1,4 @@
-// What a CTA of attend_fused consists of: its warps, their barriers, and what lies where in its shared memory.
+// The configuration of an attend_fused CTA: its warps, their barriers, and its shared memory layout.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,7 +19,7 @@ struct FusedShape {
   static constexpr int kMembers = members_of(kReaders), kWarps = kCount * kMembers, kAllWarps = kWarps + 1;
   static constexpr int kQueueBytes = queue_bytes(kDepth, Shape<D>::kSlotBytes);
   static constexpr int kSteps = D / 16, kTiles = D / 8;  // of a rotation
-  // Tiles of a rotation that a warp asks for ahead: as many registers as there are before the reading, and after it.
+  // Tiles of a rotation that a warp loads ahead: as many as free registers allow before reading, and after it.
   static constexpr int kAheadFirst = D == 64 || D == 256 ? 1 : 2,
                        kAheadLast = kReaders == Readers::fours ? 1 : kAheadFirst;
   static constexpr int kPitch = fused_pitch(D);  // of rows of floats: no bank conflicts between rows of a product
@@ -28,16 +28,16 @@ struct FusedShape {
   static constexpr int kReaderFloats = reader_state_floats(D, kBlocks);
   static_assert(kQueueBytes >= kReaderFloats * 4, "a reader's state goes where its queue was");
 
-  // Of all warps that read. Teams have the barriers before.
+  // Barrier of all reading warps. Teams use those with lower numbers.
   static constexpr int kBarrier = kMembers > 1 ? kCount + 1 : 1;
   static __device__ __forceinline__ void meet() {
     asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kWarps * kLanes) : "memory");
   }
-  // The same once the filling warp has called `filled`, which does not wait.
+  // The same, and waits for the filling warp to have called `filled`, which itself does not wait.
   static __device__ __forceinline__ void meet_filled() {
     asm volatile("bar.sync %0, %1;" ::"n"(kBarrier + 1), "n"(kAllWarps * kLanes) : "memory");
   }
-  // The queues' barriers are made: said by all warps that read, waited for by the filling warp.
+  // Signals that the queues' barriers are initialised: all reading warps arrive, the filling warp waits.
   static __device__ __forceinline__ void made() {
     asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier + 2), "n"(kAllWarps * kLanes) : "memory");
   }
@@ -49,7 +49,7 @@ struct FusedShape {
   }
 };
 
-// Where a CTA stands, and what its shared memory holds behind the queues.
+// A CTA's place in the grid, and its shared memory after the queues.
 template <int D, Rows kSegmentRows, Readers kReaders>
 struct FusedPlace {
   using F = FusedShape<D, kSegmentRows, kReaders>;
@@ -71,7 +71,7 @@ struct FusedPlace {
     part = its_segment - head * most_per_head;
     row0 = part * F::kRows;
   }
-  // Looked up where it is needed: registers are short.
+  // Loaded where it is needed, to save registers.
   __device__ __forceinline__ int rows(const AttendParams& p) const {
     return min(F::kRows, p.group * static_cast<int>(p.sequences[b].query_count) - row0);
   }

@@ -1,5 +1,5 @@
-// The work items that the readers, warps or teams of them, share out among themselves, and the pieces of the cache
-// that an item is read in.
+// Work items, which are divided among the readers (warps or teams of warps), and the pieces in which an item is copied
+// from the cache.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@
 
 namespace kv4::cuda {
 
-// How the items are shared out: every reader takes as many, the first ones one more. No more readers than items.
+// How the items are divided: every reader takes the same number, the first ones one more. No more readers than items.
 struct Shares {
   int readers, each, more;  // readers [0, more) take each + 1
 
@@ -68,14 +68,14 @@ struct ItemRange {
   int exact = 0, exact_count = 0, page = 0, page_count = 0;
 };
 
-// Where a warp stands among the work items: sequence, head and segment of row blocks, and the item among theirs.
+// A warp's position among the work items: sequence, head and segment of row blocks, and the item within these.
 // A sequence's items are 16 sinks each, 16 window rows each, then its pages.
 struct Cursor {
   int flat = 0, end = 0;
   int b = 0, segment = 0, per_head = 1;  // segment: KV head * segments per head + its row blocks, of this sequence's
   int item = 0, items = 0;
   int sink_items = 0, exact_items = 0;
-  int behind = 0, resume = 0;  // behind its last exact item of this segment it goes on with item `resume`
+  int behind = 0, resume = 0;  // after its last exact item of this segment the warp continues with item `resume`
 
   __device__ __forceinline__ void enter(const AttendParams& p) {
     const SequenceView& s = p.sequences[b];
@@ -100,7 +100,7 @@ struct Cursor {
     segment = at / items;
     item = at - segment * items;
   }
-  // A range of segment `part` of a head's, whose items follow each other as if they were all there are.
+  // Starts in a range of segment `part` of a head, whose items are numbered as if there were no others.
   __device__ void start_within(const AttendParams& p, int sequence, int its_head, int part, const ItemRange& range) {
     flat = 0;
     end = range.exact_count + range.page_count;
@@ -111,13 +111,13 @@ struct Cursor {
     resume = exact_items + range.page;
     item = range.exact_count > 0 ? range.exact : resume;
   }
-  // By `count` items of a range of one segment (start_within).
+  // Advances by `count` items in a range of one segment (start_within).
   __device__ __forceinline__ void skip_within(int count) {
     flat += count;
     item += count;
     if (item == behind) item = resume;
   }
-  // By `count` items, within those of a kind or to their end.
+  // Advances by `count` items, at most to the end of those of the same kind.
   __device__ __forceinline__ void skip(const AttendParams& p, int count) {
     flat += count;
     item += count;
@@ -193,7 +193,7 @@ class PiecesOf {
  public:
   __device__ __forceinline__ PiecesOf(const AttendParams& p, const Cursor& at, int head = 0)
       : p_(p), at_(at), head_(head) {}
-  // Goes on to the next pages or exact items where those before are through. Before the others are asked.
+  // Moves to the next pages or exact items where the current ones are done. Call it before the other functions.
   __device__ __forceinline__ void settle() {
     if (step_ < 2 * pages_ || done()) return;
     left_ -= pages_;
@@ -231,7 +231,7 @@ class PiecesOf {
 
  private:
   __device__ __forceinline__ int head() const { return kOne ? head_ : at_.head(); }
-  // Pages as they come: their numbers, then the chunks that they lie in.
+  // Looks up coming pages: their ids, then the chunks that hold them.
   struct Some {
     std::uint32_t id[kPages];
     const std::uint8_t* chunk[kPages];
@@ -253,7 +253,7 @@ class PiecesOf {
     return (p_.pages.chunks != nullptr ? some.chunk[i] : p_.pages.data) +
            static_cast<std::uint64_t>(within) * p_.pages.page_stride;
   }
-  // Numbers are asked for before chunks, chunks before their use, so that nobody waits for them within a run.
+  // Ids are loaded before chunks, chunks before their use, so that neither is waited for within a run.
   __device__ __forceinline__ void take() {
     step_ = 0;
     if (!at_.packed()) {
@@ -292,19 +292,18 @@ class PiecesOf {
 };
 using Pieces = PiecesOf<1, 1>;
 
-// What every run of pages looks up first, asked for before anybody knows where it begins.
-__device__ __forceinline__ void expect_pages(const AttendParams& p) {
-  if (p.pages.chunks != nullptr) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.pages.chunks));
+// Prefetches the table of chunks, which every run of pages looks up first.
+__device__ __forceinline__ void prefetch_chunks(const AttendParams& p) {
+  if (p.pages.chunks != nullptr) prefetch_l2(p.pages.chunks);
 }
-// The same of one sequence, its first pages' numbers too. One warp.
-__device__ __forceinline__ void expect_ids(const AttendParams& p, const SequenceView& s, int lane) {
-  constexpr int kLine = 128 / static_cast<int>(sizeof(std::int32_t));
-  if (lane == 0) expect_pages(p);
-  if (lane * kLine < s.page_count) asm volatile("prefetch.global.L2 [%0];" ::"l"(s.pages + lane * kLine));
+// The same, and the ids of a sequence's first pages, a line of L2 for each lane. One warp.
+__device__ __forceinline__ void prefetch_tables(const AttendParams& p, const SequenceView& s, int lane) {
+  if (lane == 0) prefetch_chunks(p);
+  if (lane * kIdsPerLine < s.page_count) prefetch_l2(s.pages + lane * kIdsPerLine);
 }
 
-// By the warp that fills, each lane its own queue: all pieces, as slots become free. `begin` is called when the first
-// are known.
+// Copies all pieces as slots become free; by the filling warp, each lane for its own queue. `begin` is called when the
+// first pieces are known.
 template <class PiecesT, class FillerT, class Begin>
 __device__ __forceinline__ void fill_all(PiecesT& pieces, FillerT& filler, int lane, Begin begin) {
   for (bool begun = false;; begun = true) {
@@ -312,7 +311,7 @@ __device__ __forceinline__ void fill_all(PiecesT& pieces, FillerT& filler, int l
     if (!begun) begin();
     if (!__any_sync(kAll, !pieces.done())) return;
     const bool mine = !pieces.done() && filler.ready(), page = mine && pieces.packed();
-    // Pages, which are most of what there is, go out with nothing else to ask.
+    // Pages, the common case, need no further checks.
     if (page) {
       uint32_t bytes;
       const unsigned char* const from = pieces.of_page(&bytes);

@@ -60,13 +60,13 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
   const auto queue = [&](auto kernel, dim3 ctas, int threads, int bytes) {
     return queue_kernel(kernel, p, plan, ctas, threads, bytes, stream);
   };
-  // Few CTAs are chains of latency, which more threads shorten; many share their multiprocessors.
+  // A few CTAs are bound by latency, which more threads shorten; many share the multiprocessors.
   const auto threads = [&](unsigned ctas, int of_many) {
     return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kRotateThreads : of_many;
   };
   const unsigned blocks = static_cast<unsigned>(p.batch * p.kv_heads * p.blocks);
-  // Of a large matrix each CTA reads a part; on half of the multiprocessors at most, so that on the others attend_main
-  // begins at once.
+  // Each CTA reads a part of a large matrix. They occupy at most half of the multiprocessors, so that attend_main can
+  // begin at once on the others.
   unsigned rotation_parts = D >= kLargeDim && kRoom == Room::large ? kMostParts : 1;
   while (rotation_parts > 1 && blocks * rotation_parts * 2 > static_cast<unsigned>(plan.ctas)) rotation_parts /= 2;
   if (const cudaError_t e = queue_kernel(attend_prepare<D>, p, plan, dim3(blocks, rotation_parts),

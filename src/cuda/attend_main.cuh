@@ -33,8 +33,8 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
     else Slots::prepare(memory + reader * kQueueBytes);
   }
   int* item_offsets = reinterpret_cast<int*>(memory + main_shared<D>(kKind, kReaders, kDepth, kBlocks));
-  if (threadIdx.x == kWarps * kLanes) expect_pages(p);
-  if (warp == kWarps) sum_items(p, lane, item_offsets);  // not from the kernel before: known without it
+  if (threadIdx.x == kWarps * kLanes) prefetch_chunks(p);
+  if (warp == kWarps) sum_items(p, lane, item_offsets);  // computed here, so as not to wait for the previous kernel
   __syncthreads();
   const Shares shares(item_offsets[p.batch], p.readers);
 
@@ -45,18 +45,18 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
       if (lane < kReaders && w < shares.readers) at.start(p, item_offsets, shares.first(w), shares.first(w + 1));
       PiecesOf<kMembers, kTeamed ? 2 : 1> pieces(p, at);
       Filler<kDepth, S::kSlotBytes, S::kExactPitch> filler(memory + min(lane, kReaders - 1) * kQueueBytes);
-      // First pages are looked up ahead, but none is copied (wait_for_previous).
+      // The first pages are looked up early, but not copied before wait_for_previous.
       fill_all(pieces, filler, lane, [] { wait_for_previous(); });
     }
     return;
   }
 
   const int w = blockIdx.x * kReaders + reader;
-  if (w >= shares.readers) return wait_for_previous();  // what runs behind this kernel runs behind that before it
+  if (w >= shares.readers) return wait_for_previous();  // keeps the next kernel behind the previous one
   Cursor here;
   here.start(p, item_offsets, shares.first(w), shares.first(w + 1));
   Slots queue(memory + reader * kQueueBytes, lane);
-  Pieces pieces(p, here);  // used, and then not kept up, only where warps fill their own queues
+  Pieces pieces(p, here);  // used only where warps fill their own queues
   if constexpr (!kBulkCopies)
     for (int i = 0; i < kDepth; ++i) queue.fill(pieces);
 
@@ -72,7 +72,7 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
     const int slot = w + 2 * (here.b * segments + here.segment) + (packed ? 1 : 0);
     const auto rows = [&] {
       return p.group * static_cast<int>(p.sequences[here.b].query_count) - row0;
-    };  // looked up behind the run
+    };  // loaded after the run
     float* const to = p.states + static_cast<std::size_t>(slot) * (kStateRows * (D + 2));
     if constexpr (kTeamed) {
       TeamState<D, kMembers, kBlocks> state;
@@ -111,7 +111,7 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
   }
 }
 
-// Empty where no device that runs this code has such room, so that each architecture compiles what it may run.
+// Empty where no device that runs this code has as much shared memory: each architecture compiles only what it can run.
 template <int D, Rows kRows, Room kRoom, Readers kKind>
 __global__ void __launch_bounds__(main_warps<D>(kRoom, blocks_of(kRows), kKind) * kLanes, 1)
     attend_main(const __grid_constant__ AttendParams p) {

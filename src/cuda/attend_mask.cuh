@@ -1,4 +1,4 @@
-// Which positions a query row sees, and what its scores become.
+// Which positions a query row sees, and the masking of its scores.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -78,10 +78,10 @@ __device__ __noinline__ inline float general_mask(const AttendParams& p, int b, 
 
 __device__ __noinline__ inline float soft_cap(float cap, float x) { return cap * tanhf(x); }
 
-// Hides what the row does not see. token(i): offset of score i from `position`; those before `hidden` and from `tokens`
-// on are not there. kRolled: a general mask by one piece of code, which the instructions around it do not have to step
-// over where they are fetched for one use; in the loop of a warp's pages it takes 4 % more time, by the registers that
-// are left, although a general mask is not there.
+// Masks the scores that the row does not see. token(i): offset of score i from `position`; offsets before `hidden` and
+// from `tokens` on do not exist. kRolled: the general mask as a loop, for code that runs once, where fetching unrolled
+// instructions costs more. In the loop over a warp's pages a rolled mask costs 4 % through register pressure, even
+// where there is no general mask.
 template <int kScores, bool kRolled, class Token>
 __device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, int row, long long position, int hidden,
                                      int tokens, float* score, Token token) {
@@ -99,7 +99,7 @@ __device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, 
   if constexpr (kRolled) {
     if (p.mask.kind == Mask::General::none) return;
 #pragma unroll 1
-    for (int i = 0; i < kScores; ++i) {  // each score in turn is the first
+    for (int i = 0; i < kScores; ++i) {  // rotates the scores, so that each is the first once
       const int j = token(i);
       float x = score[0];
       if (j >= first && j <= last)
@@ -111,7 +111,7 @@ __device__ __forceinline__ void hide(const AttendParams& p, int b, int kv_head, 
   }
 }
 
-// The same of page `page` of the sequence: what depends on it is looked up where it is needed, registers are short.
+// The same for page `page` of the sequence. What depends on the page is computed where it is needed, to save registers.
 template <int kScores, bool kRolled, class Token>
 __device__ __forceinline__ void hide_page(const AttendParams& p, int b, int kv_head, int row, int page, float* score,
                                           Token token) {

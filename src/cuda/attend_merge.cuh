@@ -1,4 +1,4 @@
-// Joins the partial states of one segment, rotates the part over pages back into the model's basis, and writes the
+// Merges the partial states of one segment, rotates the part over pages back into the model's basis, and writes the
 // output or the call's own partial state. CTA (x, y): sequence, KV head and segment of row blocks x, merge_rows of its
 // rows and one of merge_columns(D) parts of their channels.
 #pragma once
@@ -51,13 +51,13 @@ __global__ void __launch_bounds__(kRotateThreads) attend_merge(const __grid_cons
 
   RowRotation<D> rotation(first_channel / 8, (first_channel + kWidth) / 8);
   if (p.inverse_transpose.words != nullptr) rotation.prefetch(p.inverse_transpose);
-  // Where the states lie is known before they are written: this kernel begins when every CTA of attend_main has seen
-  // the item counts.
+  // The addresses of the states are known before they are written: this kernel begins once every CTA of attend_main has
+  // read the item counts.
   const SequenceView& s = p.sequences[b];
   const int rows = min(min(p.merge_rows, kRows - first_row), p.group * static_cast<int>(s.query_count) - row0);
-  if (rows <= 0) return wait_for_previous();  // what runs behind this kernel runs behind those before it
+  if (rows <= 0) return wait_for_previous();  // keeps the next kernel behind the previous ones
   const int segment = head * segments_per_head(p, s) + its_part;
-  // Of this thread's first element, asked for early.
+  // lambda of this thread's first element, loaded early.
   const float first_lambda = s.lambda_v != nullptr ? s.lambda_v[head * D + first_channel + threadIdx.x % kWidth] : 1.0f;
   const Shares shares(__ldcg(p.item_offsets + p.batch), p.readers);
   const int exact_items = items_of(s.exact[0]) + items_of(s.exact[1]);
@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(kRotateThreads) attend_merge(const __grid_cons
   wait_for_previous();
   let_next_begin();
 
-  // Sums: a warp per row, or several that share a row's slots. Several states are asked for at once, the first before
-  // the maximum is known; behind the last one it again, with a weight of 0.
+  // Sums: a warp per row, or several that divide a row's slots. Several states are loaded at once, the first before the
+  // maximum is known; past the end, the last state again with a weight of 0.
   const int share = rows < warps ? warps / rows : 1, all = count[0] + count[1];
   for (int unit = warp; unit < rows * share; unit += warps) {
     const int r = unit / share, part = unit % share;

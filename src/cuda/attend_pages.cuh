@@ -1,8 +1,8 @@
 // A run of pages of one segment, read by one warp, a page at a time: scores, one step of their weights, values.
 //
-// The page is A of the products, 16 tokens or 16 channels of it, and the queries are B: a tile of four query rows is
-// the eight columns, each row's high bytes beside its low ones. So a lane has scores of eight tokens for every tile,
-// and nothing of a product is for nothing but where there are fewer than four rows.
+// The page is A of the products, 16 tokens or 16 channels of it, and the queries are B: a tile of four query rows fills
+// the eight columns, each row's high bytes beside its low ones. A lane then has scores of eight tokens for every tile,
+// and the products are fully used from four rows on.
 #pragma once
 
 #include "cuda/attend_items.cuh"
@@ -15,8 +15,8 @@ namespace kv4::cuda {
 constexpr int kTileRows = 4;
 constexpr int tiles_of(Rows rows) { return rows == Rows::four ? 1 : 2 * blocks_of(rows); }
 
-// What a warp has of a run: of lane 4g + t rows 4j + t of tiles j, and of those channels 16n + g and 16n + 8 + g; l is
-// of its own tokens.
+// A warp's softmax state of a run: lane 4g + t holds rows 4j + t of tiles j, and of those channels 16n + g and
+// 16n + 8 + g; l covers the lane's own tokens.
 template <int D, int kTiles>
 struct PageState {
   float o[kTiles][D / 16][2];
@@ -78,8 +78,8 @@ __device__ __forceinline__ PageTiles page_tiles(uint32_t low, uint32_t high, con
   return {{a.positive.x, b.positive.x, a.positive.y, b.positive.y},
           {a.negative.x, b.negative.x, a.negative.y, b.negative.y}};
 }
-// `tables` as page_tiles takes them. From another lane, so that they are kept in registers: what nvcc 13.0 knows to be
-// the same in all lanes it moves there again for every look-up.
+// `tables` as page_tiles takes them. Shuffled from lane 0 so that they stay in registers: nvcc 13.0 moves values that
+// it knows to be uniform from uniform registers again for every look-up.
 __device__ __forceinline__ Tables page_tables(const Tables& tables) {
   Tables own;
 #pragma unroll
@@ -90,7 +90,7 @@ __device__ __forceinline__ Tables page_tables(const Tables& tables) {
   return own;
 }
 
-// What a warp keeps of the queries, and what it does with a page: means, scores, weights, values.
+// A warp's query operands, and its work on a page: means, scores, weights, values.
 template <int D, Rows kRows>
 struct PageReader {
   using S = Shape<D>;
@@ -339,7 +339,7 @@ __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, P
 
     slot = queue.wait();
     if (at == broken) {
-      // Scales behind the last token are anything; its weight is 0, and 0 times NaN is NaN.
+      // Scales past the last token may be NaN; the weight is 0, but 0 times NaN is NaN.
       auto* behind = reinterpret_cast<unsigned short*>(slot + p.value_scales);
       for (int j = p.sequences[here.b].last_page_tokens + lane; j < kPageTokens; j += kLanes) behind[j] = 0;
       fence_shared_writes();

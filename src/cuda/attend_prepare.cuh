@@ -1,5 +1,5 @@
 // Queries to matrix operands, and the items before each sequence. CTA (x, y): block of kBlockRows query rows of a KV
-// head x, part y of its channels; the parts of a block are a cluster and tell each other their largest values.
+// head x, part y of its channels; the parts of a block form a cluster and exchange their largest values.
 #pragma once
 
 #include <cuda_runtime.h>

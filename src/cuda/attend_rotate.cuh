@@ -1,7 +1,7 @@
 // Rows times a rotation's matrix, for the few rows of a query block. Bound by the latency of reading the matrix, so
-// every thread asks for its share before the rows are there; a matrix that registers do not hold (d = 256) is shared
-// out by columns. The products are the matrix unit's, both factors in two 16-bit floats (22 bits), which takes a fifth
-// of the instructions that float multiply-adds take.
+// every thread loads its part before the rows arrive; a matrix that does not fit in registers (d = 256) is divided by
+// columns. The products use the matrix unit, both factors as two 16-bit floats (22 bits), which takes a fifth of the
+// instructions of float multiply-adds.
 //
 // The packed matrix (pack_matrix) holds for rows 16 k ... 16 k + 15 and columns 8 n ... 8 n + 7 and each lane 4g + t
 // column 8 n + g, rows 16 k + {2t, 2t+1} and + {8 + 2t, 9 + 2t}: high halves, then low halves: word (n * D / 16 + k) *
@@ -36,11 +36,11 @@ __device__ __forceinline__ void put_mean(uint4* block, int row, int c, const flo
 
 constexpr int kRotateThreads = 512;  // at most; fewer where many CTAs take part
 
-// A row of queries and what lambda divides it by, as they come: pairs of channels 2 (lane + 32 i).
+// A row of queries and its lambda, as loaded: pairs of channels 2 (lane + 32 i).
 template <int D>
 struct QueryRow {
   static constexpr int kPairs = (D / 2 + kLanes - 1) / kLanes;
-  uint2 raw[kPairs];  // widened when they are used, so that nobody waits here
+  uint2 raw[kPairs];  // widened at their use, so that the load is not waited for here
   float2 lambda[kPairs];
 
   __device__ __forceinline__ void load_lambda(const float* of_keys, int head, int lane) {
@@ -111,7 +111,7 @@ class RowRotation {
     __syncthreads();
     for (int n = first_ + warp; n < behind_; n += warps) {
       if (n != first_ + warp) load(matrix, n);
-      float high[4] = {}, low[4] = {};  // apart: half as long a chain
+      float high[4] = {}, low[4] = {};  // separate sums: a dependency chain half as long
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         const uint4 a = operands[k * kLanes + lane];

@@ -1,4 +1,4 @@
-// Whose items are whose in attend_fused, and what follows from it for the joining.
+// How attend_fused assigns items to readers, and which partial states that leaves to merge.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,16 +7,16 @@
 
 namespace kv4::cuda {
 
-// How a segment's items are shared out among its CTAs' readers, kCount each.
+// How a segment's items are divided among the readers of its CTAs, kCount each.
 //
-// Where every reader has pages, they may be apart (kApart) apart from the exact items, which, where they are few, go to
-// the first reader of each CTA: every warp that reads some waits for code that nobody has fetched, 6 us where all eight
-// did at once.
+// Where there are pages for every reader and few exact items, the two are divided separately (kApart), and the first
+// reader of each CTA takes the exact items: every warp that reads exact rows waits for instructions that are not in the
+// cache yet, 6 us when all eight did so at once.
 template <int kCount, bool kApart>
 struct FusedShares : Shares {
   int exact_items, items, ctas;
   bool apart;
-  int holders = 0;  // of exact items that are apart, each in a CTA of its own
+  int holders = 0;  // readers with exact items where these are apart, each in a CTA of its own
 
   __device__ __forceinline__ FusedShares(int exact, int pages)
       : Shares(exact + pages, static_cast<int>(gridDim.x) * kCount), exact_items(exact), items(exact + pages),
@@ -43,14 +43,14 @@ struct FusedShares : Shares {
   }
 };
 
-// What follows the reading has to know, worked out by the filling warp, which has time for divisions. A segment's
-// partial states in device memory, of its CTAs in order: [0, exact) over exact rows, from CTAs 0 on; [exact, all) over
-// pages, from CTAs first_paged on.
+// What merging needs to know, computed by the filling warp, which has time for divisions. A segment's partial states in
+// device memory are in the order of its CTAs: [0, exact) over exact rows, from CTA 0 on; [exact, all) over pages, from
+// CTA first_paged on.
 struct FusedEnd {
   int ctas, exact, all, first_paged;
-  int first_pages, readers;  // of this CTA's readers [first_pages, readers) end with a state over pages, those before
+  int first_pages, readers;  // readers [first_pages, readers) of this CTA end with a state over pages, those before
                              // with one over exact rows
-  int carried;               // 1: one that ends with a state over pages has left one over exact rows too
+  int carried;               // 1: one reader that ends with a state over pages has one over exact rows too
 };
 template <int kCount, bool kApart>
 __device__ __forceinline__ FusedEnd fused_end(const FusedShares<kCount, kApart>& shares, int cta) {

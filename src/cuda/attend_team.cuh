@@ -1,9 +1,9 @@
-// How a team of two or four warps reads pages and exact rows together: each takes the scores of its part of the tokens
-// and the outputs of its part of the channels, and they hand maxima and weights round in shared memory, two barriers
-// for 128 tokens.
+// How a team of two or four warps reads pages and exact rows together: each computes the scores of its part of the
+// tokens and the outputs of its part of the channels, and they exchange maxima and weights in shared memory, with two
+// barriers for 128 tokens.
 //
-// For short calls: a warp by itself (attend_pages.cuh) executes fewer instructions in all, but more of them one after
-// another, each fetched for one use. 4 / 1 / 256, 1 x 4,096: 22 us by teams, 29 by warps; 16 x 32,768: 70 and 63.
+// For short calls: single warps (attend_pages.cuh) execute fewer instructions in all, but in a longer sequence, each
+// fetched for one use. 4 / 1 / 256, 1 x 4,096: 22 us by teams, 29 by warps; 16 x 32,768: 70 and 63.
 #pragma once
 
 #include <type_traits>
@@ -17,7 +17,7 @@ __device__ __forceinline__ void meet_team(int team) {
   asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kMembers * kLanes) : "memory");
 }
 
-// A team's queue of copies, as Queue (device.cuh) is a warp's: a slot is free when every warp has let go of it.
+// A team's queue of copies, like a warp's Queue (device.cuh): a slot is free once every warp has released it.
 template <int kMembers, int kDepth, int kSlotBytes>
 class TeamQueue {
  public:
@@ -69,7 +69,7 @@ class TeamQueue {
   uint32_t parity_ = 0;
 };
 
-// What a team hands round.
+// What the warps of a team exchange.
 template <int kMembers, int kBlocks>
 struct TeamExchange {
   uint4 weights[4 * kBlocks * kLanes];  // of pages [page][octets even, odd][block], of exact rows [item][block]

@@ -1,5 +1,5 @@
-// A run of exact items read by a team: the scores of an item are one warp's, weights are handed round, values are those
-// of each warp's channels.
+// A run of exact items read by a team: one warp computes the scores of an item, weights are exchanged, and each warp
+// sums the values of its channels.
 #pragma once
 
 #include "cuda/attend_exact.cuh"
@@ -130,7 +130,7 @@ __device__ __forceinline__ void team_exact(const AttendParams& p, Slots& queue, 
       if (!aligned || rows < kExactTokens) {
         unsigned char* slot = queue.wait(member);
         if (!aligned) copy_unaligned(p, at.b, item.set, item.first, rows, head, 1, slot, kPitch, lane);
-        // What lies behind the rows is anything; its weight is 0, and 0 times NaN is NaN.
+        // Memory past the rows may hold NaN; its weight is 0, but 0 times NaN is NaN.
         for (int n = lane; n < (kExactTokens - rows) * (D / 8); n += kLanes)
           *reinterpret_cast<uint4*>(slot + (rows + n / (D / 8)) * kPitch + n % (D / 8) * 16) = {};
         fence_shared_writes();

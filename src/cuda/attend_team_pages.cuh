@@ -1,4 +1,5 @@
-// A run of pages read by a team: scores of each warp's tokens, their weights handed round, values of its channels.
+// A run of pages read by a team: each warp computes the scores of its tokens, weights are exchanged, and each sums the
+// values of its channels.
 #pragma once
 
 #include "cuda/attend_items.cuh"
@@ -8,8 +9,8 @@
 
 namespace kv4::cuda {
 
-// What a warp of a team keeps of the queries, and its part of two pages: means, scores, weights, values. kPitch:
-// between the operands of the segment's blocks.
+// The query operands of a warp of a team, and its work on two pages: means, scores, weights, values. kPitch: distance
+// of the operands of the segment's blocks.
 template <int D, Rows kRowsOf, int kPitch, int kMembers>
 struct TeamReader {
   using S = Shape<D>;
@@ -30,7 +31,7 @@ struct TeamReader {
   const AttendParams& p;
   const int member, lane, g, t, row, odd;
   const uint4 *keys, *means_of;
-  // Beyond d = 128 they are read as they are needed: with them in registers nvcc 13.0 has too few left to order
+  // Beyond d = 128 operands are loaded where they are used: kept in registers, they leave nvcc 13.0 too few to schedule
   // look-ups and products well.
   uint4 q[S::kKept ? kBlocks : 1][S::kKept ? kTiles : 1] = {};
   float row_scale[kBlocks], mean_scale[kBlocks];
@@ -65,7 +66,7 @@ struct TeamReader {
 #pragma unroll
     for (int r = 0; r < kBlocks; ++r) mean[r][0] = mean[r][1] = 0;
     if (!p.mean) return;
-    float c[kBlocks][4] = {}, c1[kBlocks][4] = {};  // apart: half as long a chain
+    float c[kBlocks][4] = {}, c1[kBlocks][4] = {};  // separate sums: a dependency chain half as long
 #pragma unroll 4
     for (int k = 0; k < kMeanTiles; ++k) {
       const int channel = (k + g / 2 * kMeanTiles) * 32 + t * 8;
@@ -164,7 +165,7 @@ struct TeamReader {
       for (int n = 0; n < 2 * kScores; ++n) {
         const float x = score[r][n / kScores][n % kScores];
         top.x = fmaxf(top.x, x);
-        // Behind the last token NaN, which fmaxf passes over.
+        // Past the last token NaN, which fmaxf ignores.
         top.y = fmaxf(top.y, x + log2_fast(value_scale[n / kScores][n % kScores]));
       }
       top = {quad_max(top.x), quad_max(top.y)};
@@ -201,7 +202,7 @@ struct TeamReader {
               const int i = j * kOfSixteen + 2 * n + e;
               const float weight = exp2_fast(score[r][page][i] - m);
               state.l[r] += weight;
-              // Scales behind the last token are anything.
+              // Scales past the last token are undefined.
               x[e] = __float_as_uint(fmaf(weight > 0 ? weight * value_scale[page][i] : 0.0f, inverse, 8388608.0f));
             }
             pair[j] = __byte_perm(x[0], x[1], 0x4051);

@@ -52,9 +52,9 @@ struct Shape {
   static constexpr int kSlotBytes = ((kPackedBytes > kExactBytes ? kPackedBytes : kExactBytes) + 127) / 128 * 128;
 };
 
-// How the query rows of a segment lie in the products' 8 rows. At most 4 rows are laid twice, so that no lane's work on
-// scores is for nothing: rows 0 ... 3 take the even groups of 8 tokens, rows 4 ... 7 are the same queries and take the
-// odd ones, and the two partial states are added at the end.
+// How the query rows of a segment fill the products' 8 rows. Up to 4 rows are stored twice, so that no lane is idle:
+// rows 0 ... 3 take the even groups of 8 tokens, rows 4 ... 7 are the same queries and take the odd ones, and the two
+// partial states are added at the end.
 enum class Rows { four, eight, sixteen };
 constexpr int blocks_of(Rows rows) { return rows == Rows::sixteen ? 2 : 1; }
 
@@ -95,8 +95,8 @@ constexpr bool runs_in(Room room, int code) {
   return room == Room::small || (room == Room::middle && code != 86 && code != 89);
 }
 
-// Whose rotations' matrices are 256 KB, and whose pages take one warp so long that teams read short calls of
-// attend_main too, in the large room.
+// From this head dim on a rotation's matrix is 256 KB, and a page takes one warp so long that teams also read short
+// calls of attend_main (with the large shared memory).
 constexpr int kLargeDim = 256;
 constexpr int kTwos = 4;  // 9 warps leave a thread 168 registers, as 12 would
 constexpr bool main_has_teams(int dim, Room room) { return dim >= kLargeDim && room == Room::large; }

@@ -41,7 +41,7 @@ Status supports_side(const SideSpec& side, const char* name) {
                std::to_string(side.group));
 }
 
-constexpr std::size_t kScratchZeros = kMostFused * sizeof(int);  // counts of who has arrived
+constexpr std::size_t kScratchZeros = kMostFused * sizeof(int);  // arrival counters
 
 class CudaBackend final : public Backend {
  public:
@@ -170,7 +170,7 @@ class CudaBackend final : public Backend {
       if (!captured) KV4_RETURN_IF_ERROR(tables->sync(job.sequences.views));
       p.sequences = tables->sequences();
     }
-    // One CTA a sequence counts: more rows than it should take are told of by the next sync.
+    // One CTA per sequence updates the counts. If it stores more rows than there is room for, the next sync reports it.
     p.count = tables != nullptr && p.most == 1 && p.skip == nullptr;
     KV4_RETURN_IF_CUDA("store", launch_store(p, current_stream()));
     if (p.count && !captured) tables->expect();

@@ -15,10 +15,10 @@ namespace kv4::cuda {
 
 constexpr unsigned kAll = 0xffffffffu;  // every lane of a warp
 
-// Programmatic dependent launch (sm_90): a kernel may begin while the one before it in the stream still runs. What that
-// one wrote is there after wait_for_previous; let_next_begin says that the next kernel may begin. Nothing is copied
-// into shared memory before wait_for_previous, not even what no kernel writes: where several processes took turns on a
-// device, bulk copies from before it came out wrong in one call of some thousands (docs/cuda.md).
+// Programmatic dependent launch (sm_90): a kernel may begin while the previous one in the stream still runs. The
+// previous kernel's writes are visible after wait_for_previous; let_next_begin allows the next kernel to begin. Nothing
+// is copied into shared memory before wait_for_previous, not even data that no kernel writes: with several processes
+// time-slicing a device, bulk copies issued before it gave wrong data in one call of some thousands (docs/cuda.md).
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -240,8 +240,12 @@ __device__ __forceinline__ void put_in_cluster(const float* p, int rank, float x
                  : "memory");
 }
 
-// Into the register that x has been in: a copy, as the compiler would make it at a loop's end, would wait for what was
-// asked for.
+// Brings the line of L2 that holds *p there.
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+constexpr int kIdsPerLine = 128 / static_cast<int>(sizeof(std::int32_t));
+
+// Loads into x's own register: a register copy at the end of a loop, as the compiler would make it, would wait for the
+// load.
 __device__ __forceinline__ void load_into(uint32_t& x, const int32_t* from, bool any) {
   asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.b32 %0, [%1];}"
                : "+r"(x)
@@ -249,8 +253,7 @@ __device__ __forceinline__ void load_into(uint32_t& x, const int32_t* from, bool
                : "memory");
 }
 
-// From shared memory whenever it is asked for: what does not change in a loop would else be kept in registers that are
-// not there.
+// Reloads from shared memory at every use: the compiler would hoist the load out of the loop and run out of registers.
 __device__ __forceinline__ uint4 load_again(const uint4* p) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
@@ -266,7 +269,7 @@ __device__ __forceinline__ void fence_shared_writes() {
 #endif
 }
 
-// A piece of the cache on its way into shared memory: rows of `bytes`, `pitch` apart in device memory.
+// A part of the cache to copy into shared memory: rows of `bytes`, `pitch` apart in device memory.
 struct Piece {
   const unsigned char* from = nullptr;
   int rows = 1;
@@ -275,16 +278,16 @@ struct Piece {
   bool aligned = true;  // whether it can be copied 16 bytes at a time
 };
 
-// One warp's queue of copies from device into shared memory: kDepth slots of kSlotBytes, filled and read in turn, rows
-// kRowPitch apart. From sm_90 on a slot has two barriers, and one lane of another warp fills it by the bulk copy engine
-// (Filler); before, the warp fills it itself, 16 bytes per lane and instruction.
+// One warp's ring buffer of copies from device into shared memory: kDepth slots of kSlotBytes, rows kRowPitch apart.
+// From sm_90 on a slot has two barriers, and one lane of another warp fills it by the bulk copy engine (Filler);
+// before, the warp fills it itself, 16 bytes per lane and instruction.
 template <int kDepth, int kSlotBytes, int kRowPitch>
 class Queue {
  public:
   // `memory`: queue_bytes(kDepth, kSlotBytes) of this warp, 128-byte aligned.
   __device__ Queue(unsigned char* memory, int lane) : base_(memory), lane_(lane) {}
 
-  // Once, by one lane of a warp for its queue, before a barrier of the CTA: lanes of one warp would take rotates, 60
+  // Once, by one lane of a warp for its queue, before a barrier of the CTA. Lanes of one warp would be serialised, 60
   // cycles for each barrier.
   static __device__ void prepare(unsigned char* memory) {
     if constexpr (kBulkCopies) {
@@ -295,7 +298,7 @@ class Queue {
     }
   }
 
-  // The next slot in turn, complete; the one before has been released.
+  // Waits for the next slot; the previous one has been released.
   __device__ __forceinline__ unsigned char* wait() {
     if constexpr (kBulkCopies) {
       const uint32_t barrier = shared_address(base_ + kDepth * kSlotBytes) + read_ * 16;

@@ -1,4 +1,4 @@
-// Memory of one device: a pool in stream order, and ways to bring small and large tables over without waiting.
+// Memory of one device: a stream-ordered pool, and asynchronous uploads of small and large tables.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -23,13 +23,13 @@ Status failed(const char* what, cudaError_t e);
 cudaStream_t current_stream();
 bool is_capturing(cudaStream_t stream);
 
-// What nobody can be told of, in a destructor, is not left for others to find either: a device that failed says so at
-// the next call.
+// For errors that cannot be returned, as in a destructor: clears CUDA's last error, so that an unrelated later check
+// does not pick it up. A device that has failed reports that again at the next call.
 inline void forget(cudaError_t e) {
   if (e != cudaSuccess) cudaGetLastError();
 }
 
-// Makes a device current and gives the calling thread its own back.
+// Makes a device current for a scope and restores the calling thread's own.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -43,7 +43,7 @@ class DeviceGuard {
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
-  cudaError_t error() const { return error_; }  // the device is current where there is none
+  cudaError_t error() const { return error_; }  // cudaSuccess: the device is current
 
  private:
   int before_ = 0;

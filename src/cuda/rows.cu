@@ -1,4 +1,4 @@
-// Taking exact rows in, moving and converting them: a few kilobytes a decode step, so what counts is the launch. One
+// Storing, moving and converting exact rows: a few kilobytes a decode step, so what counts is the launch. One
 // token of a sequence is one CTA, a warp for a row of one head and side: 512 bytes a head and token at d = 128, read
 // and written once. H100, 8 KV heads, d = 128, in a graph of 32 such launches (bench/cuda/bench_cache.cpp): 2.1 us a
 // layer at batch 1, 2.4 at 16.
@@ -17,8 +17,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMaxDim = 256;
 
-// One row of 16-bit floats by one warp; zeros and true where some element is NaN or infinity. Nowhere, where `to` is
-// null.
+// Copies one row of 16-bit floats by one warp; writes zeros and returns true where some element is NaN or infinity.
+// Writes nothing where `to` is null.
 template <class Word>
 __device__ __forceinline__ bool copy_row(const void* from, void* to, int dim, uint32_t exponents, int lane) {
   constexpr int kPer = sizeof(Word) / 2, kWords = (kMaxDim / kPer + kLanes - 1) / kLanes;
@@ -87,15 +87,13 @@ __global__ void store_kernel(const __grid_constant__ StoreParams p) {
   }
 }
 
-// What attention looks up first is on its way into L2.
-__device__ __forceinline__ void expect_ids(const std::int32_t* ids, std::int64_t count, int lane) {
-  constexpr int kLine = 128 / static_cast<int>(sizeof(std::int32_t));
-  for (std::int64_t i = lane * kLine; i < count; i += kLanes * kLine)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(ids + i));
+// Prefetches all that attention looks up first, ids of pages and of blocks. One warp.
+__device__ __forceinline__ void prefetch_ids(const std::int32_t* ids, std::int64_t count, int lane) {
+  for (std::int64_t i = lane * kIdsPerLine; i < count; i += kLanes * kIdsPerLine) prefetch_l2(ids + i);
 }
-__device__ __forceinline__ void expect_tables(const SequenceView& view, int lane) {
-  expect_ids(view.pages, view.page_count, lane);
-  for (const ExactRows& x : view.exact) expect_ids(x.blocks, (x.count + kPageTokens - 1) / kPageTokens, lane);
+__device__ __forceinline__ void prefetch_tables(const SequenceView& view, int lane) {
+  prefetch_ids(view.pages, view.page_count, lane);
+  for (const ExactRows& x : view.exact) prefetch_ids(x.blocks, (x.count + kPageTokens - 1) / kPageTokens, lane);
 }
 
 __global__ void step_kernel(const __grid_constant__ StepParams p) {
@@ -105,7 +103,7 @@ __global__ void step_kernel(const __grid_constant__ StepParams p) {
   const SequenceView view = view_of(p.batch, b, true);
   if (blockIdx.y == 0) {
     if (threadIdx.x == 0) p.views[b] = view;
-    if (threadIdx.x < kLanes) expect_tables(view, threadIdx.x);
+    if (threadIdx.x < kLanes) prefetch_tables(view, threadIdx.x);
     for (int n = threadIdx.x; n < p.range.most; n += blockDim.x)
       p.jobs[b * p.range.most + n] = seal_job_of(p.batch, p.dtype, p.range, b, n);
   }
@@ -124,7 +122,8 @@ __global__ void put_kernel(unsigned char* to, int bytes, const __grid_constant__
   }
 }
 
-// A CTA per line. A chunk is read by all before any of it is written: chunks behind it lie above what it overwrites.
+// One CTA per move. Each chunk is read by all threads before any of it is written; later chunks lie above what it
+// overwrites.
 template <class Word>
 __device__ void move_line(unsigned char* to, const unsigned char* from, std::size_t bytes) {
   constexpr int kEach = 4;
@@ -176,7 +175,7 @@ __global__ void __launch_bounds__(kThreads)
   if (b >= batch.size) return;
   const SequenceView view = view_of(batch, b, stored);
   if (lane == 0) out[b] = view;
-  expect_tables(view, lane);
+  prefetch_tables(view, lane);
 }
 template <class Job>
 __global__ void __launch_bounds__(kThreads) jobs_kernel(const __grid_constant__ PagedBatch batch, DType dtype,

@@ -1,5 +1,5 @@
-// Exact rows on a CUDA device: taking them in, moving and converting them, and the moments that lambda is made of.
-// Rows are 16-bit floats where nothing else is said.
+// Exact rows on a CUDA device: storing, moving and converting them, and the moments from which lambda is computed.
+// Rows are 16-bit floats unless stated otherwise.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -21,18 +21,18 @@ struct StoreParams {
   int most = 0;           // rows of one sequence
   std::int64_t rows = 0;  // of axis 2
   bool bf16 = false;
-  std::uint8_t* skip = nullptr;  // [inputs, rows]: nothing is stored, but told which rows hold NaN or infinity
-  // Counts and query positions of the sequences go up by their rows: a replayed launch finds what the one before left.
+  std::uint8_t* skip = nullptr;  // [inputs, rows], or null. If set, nothing is stored: 1 for rows with NaN or infinity
+  // Adds the new rows to the sequences' counts and query positions, so that a replayed launch continues from the last.
   bool count = false;
-  bool early = false;  // as queue_early has it
+  bool early = false;  // queue_early's argument
 };
-// A call that counts takes one CTA per sequence: meant for few tokens.
+// With `count`, one CTA per sequence: meant for few tokens.
 cudaError_t launch_store(const StoreParams& p, cudaStream_t stream);
 
-// The beginning of a step of a host's batch (Backend::begin_step): a CTA stores rows of a sequence, and one of them
-// writes its view and its jobs.
+// First launch of a step of a host's batch (Backend::begin_step): CTAs store the rows of a sequence, and one of them
+// writes its view and jobs.
 struct StepParams {
-  StoreParams store;  // `sequences`, `skip` and `count` apart
+  StoreParams store;  // all but `sequences`, `skip` and `count`
   PagedBatch batch;
   PageRange range;
   DType dtype = DType::f16;
@@ -41,11 +41,11 @@ struct StepParams {
 };
 cudaError_t launch_step(const StepParams& p, cudaStream_t stream);
 
-// `bytes` <= kPutBytes of host memory to `to`, as arguments of a launch.
+// Copies `bytes` <= kPutBytes of host memory to `to`, as arguments of a launch.
 constexpr std::size_t kPutBytes = 3840;
 cudaError_t launch_put(void* to, const void* from, std::size_t bytes, cudaStream_t stream);
 
-// Lines that overlap their own sources, moved downwards.
+// Moves blocks of bytes downwards; source and destination may overlap.
 cudaError_t launch_move_lines(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch,
                               std::size_t bytes, int lines, cudaStream_t stream);
 

@@ -1,14 +1,11 @@
-// Scratch of attention. The kernels of a call write what those behind them read, and count who has arrived, so that
-// scratch may be shared only by calls that the device runs one after another:
+// Scratch memory of attention. Each kernel of a call reads what the previous one wrote, and counters in it record which
+// CTAs have finished. Only calls that the device runs one after another may therefore share scratch:
 //
-//   eager calls      of one stream share a block. cudaStreamGetId tells streams apart, which handles do not:
-//   cudaStreamPerThread is
-//                    one handle for a stream of every thread, and a destroyed stream's handle is given out again. The
-//                    block belongs to the caches that call on that stream and goes with the last of them.
-//   captured calls   of one stream within one capture share a block. It belongs to the graph, whatever stream replays
-//   it beside
-//                    whatever else, and goes once the graph and what was instantiated from it are destroyed and have
-//                    run.
+// - Eager calls on one stream share a block. Streams are identified by cudaStreamGetId, since a handle is ambiguous:
+//   cudaStreamPerThread is one handle for a different stream in every thread, and the handle of a destroyed stream is
+//   reused. The block is owned by the caches that call on that stream and freed with the last of them.
+// - Captured calls of one stream within one capture share a block. The graph owns it, whichever stream replays the
+//   graph, and it is freed once the graph and its instances are destroyed and have finished.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -30,21 +27,21 @@ class Scratch {
   struct Block {
     void* data = nullptr;
     std::size_t bytes = 0;
-    cudaEvent_t left = nullptr;  // behind all that those who left had queued
-    std::mutex queueing;         // threads may share a stream: a call's kernels are queued with no other's between them
+    cudaEvent_t left = nullptr;  // recorded after all work of the users that have left
+    std::mutex queueing;         // threads may share a stream: held while a call queues its kernels
   };
   using Held = std::shared_ptr<Block>;
 
-  // The first `zeros` bytes of a block are 0 to begin with; calls leave them so.
+  // The first `zeros` bytes of a new block are 0, and every call leaves them 0.
   Scratch(Memory& memory, std::size_t zeros) : memory_(memory), zeros_(zeros) {}
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  // At least `bytes` for a call on the current stream, which is not being captured. *held is left where it is of
-  // another stream or too small.
+  // At least `bytes` for a call on the current stream, which is not being captured. A *held of another stream, or one
+  // that is too small, is released (leave).
   Status share(std::size_t bytes, Held* held);
-  // What the caller has queued that uses it is ordered before the current stream.
+  // The caller's work that uses the block is already ordered before the current stream.
   void leave(Held* held);
   // The same for a call that the current stream captures.
   Status capture(std::size_t bytes, Held* out);
@@ -59,9 +56,9 @@ class Scratch {
     std::shared_ptr<Returned> to;
     Held block;
   };
-  // A stream that is being captured does not tell its number; until the capture ends its handle is nobody else's, but
-  // for cudaStreamPerThread.
-  using CapturedOn = std::tuple<unsigned long long, cudaStream_t, std::thread::id>;  // the capture's number first
+  // cudaStreamGetId fails while a stream is being captured. Its handle is unique until the capture ends, except for
+  // cudaStreamPerThread, hence the thread.
+  using CapturedOn = std::tuple<unsigned long long, cudaStream_t, std::thread::id>;  // capture id, stream, thread
   static void graph_is_gone(void* of_graph);
   void free_returned();
   Held take_returned(std::size_t bytes);
@@ -70,7 +67,7 @@ class Scratch {
   Memory& memory_;
   const std::size_t zeros_;
   std::mutex mutex_;
-  std::map<unsigned long long, std::weak_ptr<Block>> shared_;  // by stream
+  std::map<unsigned long long, std::weak_ptr<Block>> shared_;  // by stream id
   std::map<CapturedOn, std::weak_ptr<Block>> captured_;
   const std::shared_ptr<Returned> returned_ = std::make_shared<Returned>();
 };

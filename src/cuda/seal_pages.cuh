@@ -1,5 +1,5 @@
 // Sealing by matrix products: head dims up to 128, one scale per vector, both sides of one dim, rotations that are not
-// the identity. What is left goes by seal.cu's kernel; on 9.0 rows of 16-bit floats go by seal_wgmma.cu's.
+// the identity. seal.cu's kernel takes everything else; on 9.0 seal_wgmma.cu's takes rows of 16-bit floats.
 //
 // A persistent CTA holds one side's matrix in shared memory, each entry in fixed point: 12 bits, 12 more, and for means
 // 12 more; the first two are factors of 16-bit float products. Three groups of four warps seal a slice each, a warp 16
@@ -14,20 +14,22 @@
 //
 // Count for d = 128 and a slice, 64 tokens of one side (16,384 bytes read, 4,224 written; at half a copy's speed, 1.5
 // TB/s, 3,190 cycles of a multiprocessor at 1.75 GHz):
-//   products    1,024 or, split rows, 1,536 of m16n8k16, 192 more for the mean: about 1,640 to 2,760 cycles at
-//   mma.sync's rate matrix      64 KB for every 16 tokens, 256 KB in all: 2,048 cycles of shared memory issue 12,200
-//   instructions by ncu, mean of both sides: 3,050 cycles
-// Measured on 9.0 with the codes' look-ups as they were before seal_codes.cuh, 16,384 slices each of keys (fp16, mean,
-// lambda 1) and values: a slice of keys takes 8,300 cycles, of values 5,000. ncu: a scheduler issues in 45 % of the
-// cycles; 168 registers leave it three warps, of whose stalls a quarter are fixed latencies, an eighth each the
-// products' pipe, shared memory and loads.
+//   products    1,024 or, with split rows, 1,536 of m16n8k16, and 192 for the mean: about 1,640 to 2,760 cycles
+//               at mma.sync's rate
+//   matrix      64 KB for every 16 tokens, 256 KB in all: 2,048 cycles of shared memory
+//   issue       12,200 instructions by ncu, mean of both sides: 3,050 cycles
+//
+// Measured on 9.0 with the code look-ups that preceded seal_codes.cuh, 16,384 slices each of keys (fp16, mean, lambda
+// 1) and values: a slice of keys takes 8,300 cycles, of values 5,000. ncu: a scheduler issues in 45 % of the cycles;
+// 168 registers leave it three warps. A quarter of their stalls are fixed latencies; the matrix unit, shared memory and
+// loads cause an eighth each.
 //
 //   version                                                                  ns a vector, 32/8/128, 65,536 tokens
 //   float products, the matrix from L2 (seal.cu; 8,192 tokens)               4.3
 //   products by the matrix unit; a chain of seven compares a code            0.84
-//   all loads asked for at once, codes of 8 values by byte look-ups          0.50
+//   all loads issued at once, codes of 8 values by byte look-ups             0.50
 //   five eighths of the CTAs for keys                                        0.46 to 0.47
-//   four tiles' products in turn instead of one's                            no change
+//   products of four tiles interleaved                                       no change
 #pragma once
 
 #include <cuda_runtime.h>
@@ -64,8 +66,8 @@ __device__ __forceinline__ void group_barrier(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
 
-// A lane's channels of `kRows` rows of 16-bit floats, widened; zeros unless there are `any`. All loads are asked for
-// before the first is used.
+// A lane's channels of `kRows` rows of 16-bit floats, widened; zeros unless `any`. All loads are issued before the
+// first is used.
 template <int D, int kRows>
 __device__ __forceinline__ void load_halves(const unsigned short* const (&row)[kRows], bool any, bool bf16,
                                             bool aligned, int t, float (&x)[kRows][pad_channels(D) / 32][8]) {
@@ -135,7 +137,7 @@ __device__ __forceinline__ void halve(float* sum, int lane) {
   }
 }
 
-// The matrix in fixed point. Returns what products with it are in units of.
+// Converts the matrix to fixed point. Returns the unit of products with it.
 template <int D>
 __device__ float load_matrix(const SideParams& side, uint4* matrix, uint2* third) {
   using S = SealShape<D>;
@@ -208,7 +210,7 @@ __device__ __forceinline__ void multiply(const uint4* matrix, const uint4 (&high
   }
 }
 
-// One side's share of the slices: those from `cta` on, `ctas` apart, each CTA's groups in turn.
+// One side's slices: `cta`, `cta` + `ctas`, ..., distributed over the groups of the CTA.
 template <int D, bool kValues>
 __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* memory, int cta, int ctas) {
   using S = SealShape<D>;
@@ -268,14 +270,14 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     float x[2][S::kBlocks][8];
     load_rows<D, 2>(rows, dtype, at, used > 0, aligned, t, x);
     if (index + S::kGroups * ctas < p.count && dtype != DType::f32) {
-      // The next slice's rows, on their way into L2 while this one's are worked on.
+      // Prefetch the next slice's rows into L2.
       const int coming = index + S::kGroups * ctas, row = thread / 2;
       const SealJob& next = p.jobs[coming / p.heads];
       if (next.page >= 0 && row < next.count) {
         const auto* at = static_cast<const unsigned short*>(kValues ? next.v : next.k) +
                          row * (kValues ? next.v_stride : next.k_stride) +
                          coming % p.heads * (kValues ? next.v_head_stride : next.k_head_stride);
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(at + thread % 2 * (D / 2)));
+        prefetch_l2(at + thread % 2 * (D / 2));
       }
     }
 
@@ -461,7 +463,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
         reinterpret_cast<unsigned short*>(slice + side.scales)[warp * 16 + g + 8 * r] = to_half(any ? fitted : 0.0f);
     }
 
-    // Tokens that the job does not hold keep what the slice holds.
+    // Tokens outside the job keep their codes in the slice.
     auto* codes = reinterpret_cast<uint32_t*>(slice + side.codes);
     if constexpr (!kValues) {  // a word is of one token and block
       if (S::kBlocks == 4) {

@@ -1,5 +1,5 @@
-// What seal_wgmma.cu's teams of warps do with a slice: bring its rows, sum and multiply them, tell the other CTA of a
-// cluster, put its values' codes.
+// The steps by which seal_wgmma.cu's teams of warps seal a slice: load its rows, sum and multiply them, send results to
+// the other CTA of a cluster, store the codes of values.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace kv4::cuda {
 
-// A slice on its way: its job, the chunk that its page lies in, its head.
+// A slice that is being loaded: its job, the chunk of its page, its head.
 struct TeamJob {
   SealJob job;
   const std::uint8_t* chunk;
@@ -75,7 +75,7 @@ __device__ __forceinline__ int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return static_cast<int>(rank);
 }
-// To the same place in the other CTA of a cluster, whose barrier at `barrier` counts the bytes.
+// Writes to the same address in the other CTA of a cluster, whose barrier at `barrier` counts the bytes.
 __device__ __forceinline__ void put_beside(const float* p, uint32_t barrier, int rank, float x) {
   uint32_t there, barrier_there;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank ^ 1));
@@ -95,7 +95,7 @@ __device__ __forceinline__ void wait_for_bytes(uint32_t barrier, uint32_t parity
       : "memory");
 }
 
-// 16 bytes on their way into shared memory; zeros unless there are `any`.
+// Asynchronous copy of 16 bytes into shared memory; zeros unless `any`.
 __device__ __forceinline__ void copy_16(void* to, const void* from, bool any) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(any ? 16 : 0)
                : "memory");
@@ -112,7 +112,7 @@ __device__ __forceinline__ float reciprocal(float x) {
   return fmaf(fmaf(-x, r, 1.0f), r, r);
 }
 
-// A slice's rows and lambda, and the chunk of its page. A row that is masked or not there is zeros.
+// Loads a slice's rows and lambda, and the address of its page's chunk. Masked and absent rows are zeros.
 template <int D, bool kValues>
 __device__ __forceinline__ void ask_for_rows(const PageMemory& pages, TeamJob& its, unsigned char* rows, float* lambda,
                                              int thread) {
@@ -171,7 +171,7 @@ __device__ __forceinline__ void ask_for_job(const SealParams& p, int at, TeamJob
   if (thread == kLanes - 1) to->head = at - index * p.heads;
 }
 
-// Sums over the tokens, exact where a channel's values are of a size; by products with ones.
+// Sums over the tokens by products with ones; exact where a channel's values are of similar magnitude.
 template <int D>
 __device__ __forceinline__ void sum_rows(const unsigned char* rows, bool bf16, int warp, int lane, float* sums) {
   for (int k = warp; k < D / 8; k += TeamShape<D>::kTeamWarps) {
@@ -187,7 +187,7 @@ __device__ __forceinline__ void sum_rows(const unsigned char* rows, bool bf16, i
   }
 }
 
-// y = rows times the matrix, begun.
+// Starts y = rows times the matrix.
 template <int D, bool kInTwo>
 __device__ __forceinline__ void multiply(float (&y)[TeamShape<D>::kTiles][4], uint32_t rows, uint32_t rest,
                                          uint32_t columns_0, uint32_t columns_1) {
@@ -205,8 +205,8 @@ __device__ __forceinline__ void multiply(float (&y)[TeamShape<D>::kTiles][4], ui
   products_commit();
 }
 
-// Codes of values, rows g and g + 8 of each warp, to words of one channel and 8 tokens: byte w of one is of warp w's
-// tokens.
+// Packs the codes of values, rows g and g + 8 of each warp, into words of one channel and 8 tokens; byte w holds warp
+// w's tokens.
 template <int D>
 __device__ __forceinline__ void put_values(const uint32_t (&words)[2][TeamShape<D>::kBlocks], unsigned char* staged,
                                            uint32_t* codes, int team, int thread, int first, int count) {
@@ -249,7 +249,7 @@ __device__ __forceinline__ void put_values(const uint32_t (&words)[2][TeamShape<
       }
     }
     uint32_t* at = codes + (2 * b + m / 2) * 128 + (half * 4 + m % 2 * 2) * 16 + pair * 4;
-    if (first != 0 || count != kPageTokens) {  // tokens that the job does not hold keep what the slice holds
+    if (first != 0 || count != kPageTokens) {  // tokens outside the job keep their codes in the slice
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         uint32_t keep = 0;

@@ -1,31 +1,33 @@
-// Sealing on compute capability 9.0: seal_pages.cuh's arithmetic with products of four warps (wgmma.cuh), from rows
-// that are copied to shared memory while the slice before them becomes codes. Compiled as sm_90a. What it does
-// otherwise:
+// Sealing on compute capability 9.0: seal_pages.cuh's arithmetic with products of four warps (wgmma.cuh). Rows are
+// copied to shared memory while the previous slice is quantised. Compiled as sm_90a. Differences from seal_pages.cuh:
 //
-// Means are the channels' sums by products with ones, exact where a channel's values are of a size. Rows are taken less
-// their mean as a float, the pivot, in the instruction that weighs them; the rotated mean is made from the float64 mean
-// by digits, and what the pivot leaves out of it, an eighth digit, from the stored mean's remainder. Values of fp16
-// without weights are operands as they were copied. Rows' second halves lie beside the first or, at 256, take their
-// place once these are multiplied.
+// - Means are channel sums by products with ones, exact where a channel's values are of similar magnitude. The pivot,
+//   the mean rounded to float, is subtracted from the rows in the instruction that weighs them. The rotated mean is
+//   computed from digits of the float64 mean; an eighth digit holds the difference between mean and pivot.
+// - fp16 values without weights are operands as they were copied.
+// - The second halves of split rows are stored beside the first halves or, at d = 256, over them once those have been
+//   multiplied.
 //
 // Count for d = 128 and a slice, 64 tokens of one side (16,384 bytes read, 4,224 written; half a copy's speed: 3,190
 // cycles):
-//   products    16 or, split rows, 24 of m64n128k16: 1,024 or 1,536 cycles of the matrix unit, and 192 of m16n8k16 for
-//   the mean issue       6,950 instructions by ncu, mean of both sides: 1,740 cycles
+//   products    16 or, with split rows, 24 of m64n128k16: 1,024 or 1,536 cycles of the matrix unit; 192 of m16n8k16 for
+//               the mean
+//   issue       6,950 instructions by ncu, mean of both sides: 1,740 cycles
+//
 // ncu: a scheduler's three warps are stalled on shared memory in 18 % of the samples, on fixed latencies in 17, on the
-// matrix unit in 16 (the mean's products wait for the others'); in 12 one issues. A quarter of all is from the
-// beginning of the keys' products to the rotated mean.
+// matrix unit in 16 (the mean's products wait for the others'); in 12 one issues. A quarter of all samples lie between
+// the start of the keys' products and the rotated mean.
 //
 //   version, 32/8/128, 65,536 tokens                                                         ns a vector
 //   products by mma.sync (seal_pages.cuh)                                                    0.46 to 0.49
 //   wgmma, operands in shared memory, rows copied ahead                                      0.42
-//   operands' places once for a warp, values' words of four warps by 8-byte stores, 70 % of the CTAs for keys  0.37
+//   operand addresses once per warp, values' words of four warps by 8-byte stores, 70 % of CTAs for keys  0.37
 //   two groups a slice, each half of the channels: 24 warps of 80 registers, which spill     0.57
 //   scales fitted in integers, nothing spilled, a warp's tiles of the mean at once           0.35
-//   four teams of 128 registers, which spill; the third digits from L2; before and after the last   0.39
-// Where shared memory is full what is spilled comes from L2. Means by wgmma of 8 columns: operands' places take the
-// registers, not run. d = 256, one KV head, 131,072 tokens: one team 1.86; two 1.84, with 72 % of the CTAs for
-// keys 1.76; seal.cu 13.3.
+//   four teams of 128 registers, which spill, the third digits from L2 (before, and with, the previous row)  0.39
+// Where shared memory is full, spilled registers come from L2. Means by wgmma of 8 columns were not run: the operand
+// addresses take too many registers. d = 256, one KV head, 131,072 tokens: one team 1.86; two 1.84, with 72 % of the
+// CTAs for keys 1.76; seal.cu 13.3.
 #include "cuda/seal.h"
 
 #include <algorithm>
@@ -38,14 +40,14 @@
 namespace kv4::cuda {
 namespace {
 
-// One side's share of the slices: those from `at` on, `apart`.
+// One side's slices: `at`, `at` + `apart`, ...
 template <int D, bool kValues>
 __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* memory, int at, int apart) {
   using S = TeamShape<D>;
   const SideParams& side = kValues ? p.value : p.key;
   const int rank = S::kCluster > 1 ? cluster_rank() : 0;
   const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
-  // One number of all lanes: what depends on it is then kept once for a warp.
+  // Uniform over the warp, so that what depends on it is kept in uniform registers.
   const int cta_warp = __shfl_sync(kAll, static_cast<int>(threadIdx.x) / kLanes, 0);
   const int team = cta_warp / S::kTeamWarps, warp = cta_warp % S::kTeamWarps, thread = warp * kLanes + lane;
   const int part = rank * S::kSplit + warp / 4;  // of the output channels
@@ -96,7 +98,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     copies_end();
     fence_shared_writes();
     team_barrier<D>(team);
-    // Read again wherever it is used: registers are short.
+    // Reloaded wherever it is used, to save registers.
     const volatile TeamJob& its = jobs[slot];
     const volatile SealJob& job = its.job;
     if (job.page < 0) {
@@ -211,7 +213,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
       team_barrier<D>(team);
     }
 
-    // Made anew for every slice: kept, the operands of all steps would take registers that are not there.
+    // Recomputed for every slice: the operand addresses of all steps do not fit in registers.
     const uint32_t a = __shfl_sync(kAll, a_here, 0), a_rest = a + S::kRowBytes / 16;
     const uint32_t columns_0 = __shfl_sync(kAll, columns_here, 0), columns_1 = columns_0 + S::kDigitBytes / 16;
     float y[S::kTiles][4];
@@ -219,7 +221,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     for (int n = S::kColumns / 8; n < S::kTiles; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) y[n][e] = 0;
-    // A branch between products of one group would have the compiler run them one by one.
+    // A branch between products of one group makes the compiler serialise them.
     if constexpr (!kValues) {
       multiply<D, S::kBeside>(y, a, a_rest, columns_0, columns_1);
     } else if (S::kBeside && in_two) {
@@ -433,7 +435,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
   if constexpr (S::kCluster > 1) cluster_barrier();  // before this CTA's memory is gone
 }
 
-// Most decode steps fill no page: the matrix is then not fetched.
+// Most decode steps fill no page; the matrix is then not loaded.
 __device__ __forceinline__ bool nothing_to_seal(const SealParams& p) {
   bool any = false;
   for (int i = threadIdx.x; i < p.count / p.heads; i += blockDim.x) any = any || p.jobs[i].page >= 0;

@@ -1,4 +1,4 @@
-// The library's surface throws nothing: what runs out of the host's memory says so.
+// The library's surface throws nothing: running out of host memory becomes a Status.
 #pragma once
 
 #include <new>
@@ -8,15 +8,17 @@
 
 namespace kv4 {
 
-// What call() answers; out_of_memory naming `what` where the host has no memory left.
+// Returns call()'s result, or out_of_memory naming `what` if the host has no memory left.
 template <class Call>
 Status guarded(const char* what, Call call) {
+  const auto none = [what] { return error(StatusCode::out_of_memory, what, "free memory of the host", "none"); };
   try {
     return call();
   } catch (const std::bad_alloc&) {
+    return none();
   } catch (const std::length_error&) {  // of a vector
+    return none();
   }
-  return error(StatusCode::out_of_memory, what, "free memory of the host", "none");
 }
 
 }  // namespace kv4

@@ -19,10 +19,10 @@ namespace kv4 {
 namespace apple {
 
 constant constexpr uint kAttendGroups = KV4_ATTEND_THREADS / 32;
-// Copies of each table entry side by side, for lanes l, l + 4, ...: random look-ups then meet less often in a bank.
+// Copies of each table entry side by side, for lanes l, l + 4, ...: random look-ups then have fewer bank conflicts.
 constant constexpr uint kTableCopies = 4;
 constant constexpr uint kTableSize = 256 * kTableCopies;
-constant constexpr float kHidden = -1e38f;       // a score that counts for nothing; finite, for fast math
+constant constexpr float kHidden = -1e38f;       // a masked score; finite, for fast math
 constant constexpr float kHiddenBelow = -1e37f;  // scores at or below are hidden
 constant constexpr float kLog2e = 1.44269504088896341f;
 
@@ -97,7 +97,7 @@ inline Block block_of(thread const AttendArguments& a, uint b, uint head, uint b
   return out;
 }
 
-// What the general mask makes of a score.
+// Applies the general mask to a score.
 inline float general_mask(thread const AttendArguments& a, thread const Block& block, uint row, long position,
                           float score) {
   device const long* c = a.call;
@@ -113,8 +113,8 @@ inline float general_mask(thread const AttendArguments& a, thread const Block& b
   return added > (dtype == 1 ? -65504.0f : -1e30f) ? score + added * kLog2e : kHidden;
 }
 
-// Hides, in lane's scores of tokens 2 lane and 2 lane + 1 from `position`, what a row does not see: of those that are
-// there, tokens `hidden` ... `tokens` - 1.
+// Masks the lane's scores of tokens 2 lane and 2 lane + 1 from `position` that a row does not see, or that do not
+// exist: tokens `hidden` ... `tokens` - 1 do.
 template <int R>
 inline void hide(thread const AttendArguments& a, thread const Block& block, long position, int hidden, int tokens,
                  uint lane, thread float2* s) {
@@ -255,7 +255,7 @@ inline void attend_pages(thread const AttendArguments& a, thread const Block& bl
     const half2 stored = ((device const half2*)(slice + c[kv4_call_k_scales]))[lane];
     const float2 scale = float2(stored);
     float2 value_scale = float2(((device const half2*)(slice + c[kv4_call_v_scales]))[lane]);
-    // Scales of tokens that are not there may be any bytes.
+    // Scales of absent tokens are undefined.
     const int j = int(2 * lane);
     if (j < hidden || j >= tokens) value_scale.x = 0.0f;
     if (j + 1 < hidden || j + 1 >= tokens) value_scale.y = 0.0f;
@@ -270,7 +270,7 @@ inline void attend_pages(thread const AttendArguments& a, thread const Block& bl
       }
       for (int r = 0; r < R; ++r) score[r] += simd_sum(part[r]);
     }
-    simdgroup_barrier(mem_flags::mem_threadgroup);  // p of the page before has been read
+    simdgroup_barrier(mem_flags::mem_threadgroup);  // p of the previous page has been read
     weigh<D, R>(a, block, state, score, value_scale, position, hidden, tokens, p, lane);
     simdgroup_barrier(mem_flags::mem_threadgroup);
     add_values<D, R>((device const uint4*)(slice + c[kv4_call_v_codes]), (threadgroup const float4*)p,
@@ -305,7 +305,7 @@ inline void attend_exact(thread const AttendArguments& a, thread const Block& bl
       const long v_first = v_head + (ids < 0 ? row * v_stride : id * v_block);
       float2 score[R];
       for (int r = 0; r < R; ++r) score[r] = float2(0.0f);
-      // Lanes without a token, and the last four's missing ones, repeat the last token: their weights are 0.
+      // Lanes past the last token repeat it with a weight of 0.
       const long k0 = k_first + long(min(int(2 * lane), tokens - 1)) * k_stride;
       const long k1 = k_first + long(min(int(2 * lane) + 1, tokens - 1)) * k_stride;
       device const uchar* row0 = a.exact_k + k0 * long(element_bytes(dtype));

@@ -1,7 +1,7 @@
-// The backend of Apple GPUs. Their memory is the CPU's: taking rows in, moments and conversions are the CPU backend's;
-// sealing, dequantising and attention are launches, and each call waits for its own. Queries, masks, outputs and rows
-// that are sealed as they arrive may be any memory: they are copied. The arguments of a launch, and every table, come
-// from tables.h; gpu.h is all that knows a device.
+// The backend of Apple GPUs. Memory is shared with the CPU, so the CPU backend stores rows, computes moments and
+// converts; sealing, dequantising and attention are launches, which each call waits for. Queries, masks, outputs and
+// rows for arrival sealing may be in any memory: they are copied. tables.h makes the arguments and tables of launches;
+// only gpu.h deals with the device.
 #include "backend/backend.h"
 
 #include <algorithm>
@@ -26,7 +26,7 @@ constexpr std::size_t kSmallest = 64;  // bytes of a buffer
 
 std::size_t rounded(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
 
-// Memory of one call, given back with it.
+// Memory of one call, freed at its end.
 class Staging {
  public:
   explicit Staging(Gpu& gpu) : gpu_(gpu) {}
@@ -36,7 +36,7 @@ class Staging {
   Staging(const Staging&) = delete;
   Staging& operator=(const Staging&) = delete;
 
-  // Null where there is no memory: full() then says so, and the call may go on with others.
+  // Null if there is no memory; full() then returns the error; the call may go on taking others.
   template <class T>
   T* room(std::size_t count) {
     void* p = gpu_.alloc(std::max(count * sizeof(T), kSmallest));
@@ -50,7 +50,7 @@ class Staging {
     if (p != nullptr && !values.empty()) std::memcpy(p, values.data(), values.size() * sizeof(T));
     return p;
   }
-  // What a launch binds where it reads nothing.
+  // A buffer to bind where a launch reads nothing.
   const void* or_nothing(const void* p) { return p != nullptr ? p : room<float>(1); }
   Status full() const {
     return failed_ ? error(StatusCode::out_of_memory, "workspace", "free memory of the GPU", "none") : Status();
@@ -62,8 +62,8 @@ class Staging {
   bool failed_ = false;
 };
 
-// Matrices of a rotation where kernels read them; empty ones for the identity. They go with the rotation, and keep the
-// GPU that their memory is of.
+// A rotation's matrices in GPU memory; empty for the identity. They live as long as the rotation and keep their GPU
+// alive.
 struct Matrices final : RotationTable {
   Matrices(std::shared_ptr<Gpu> on, const Rotation& rotation) : gpu(std::move(on)) {
     query = keep(query_matrix(rotation));
@@ -119,12 +119,12 @@ class MetalBackend final : public Backend {
   Status fix_lambda(const LambdaJob& job) override { return cpu_.fix_lambda(job); }
   const RotationTable* table_of(const Rotation& rotation) const override { return rotation.table_on(gpu_.get()); }
 
-  // Resident or not: the host reads what kernels read.
+  // The same whether resident or not: the host can read everything that kernels read.
   Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs,
               bool resident) override;
   Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs,
                     bool resident) const override;
-  // None: a call stages what its launches need, and a workspace that it is given stays unread.
+  // None: a call allocates what its launches need and ignores the given workspace.
   std::size_t attend_workspace(const AttendJob& /*job*/) const override { return 0; }
   Status attend(const AttendJob& job) override;
 
@@ -144,19 +144,19 @@ class MetalBackend final : public Backend {
   std::int64_t distance(const void* from, const void* to, std::size_t size) const {
     return static_cast<std::int64_t>(gpu_->address(to) - gpu_->address(from)) / static_cast<std::int64_t>(size);
   }
-  // A place that tables.h may take distances of; nothing is read through it.
+  // An address from which tables.h computes distances; never dereferenced.
   template <class T>
   const T* on_gpu(const T* p) const {
     return p == nullptr ? nullptr : reinterpret_cast<const T*>(gpu_->address(p));
   }
 
-  // Where a job's lambda is from the first one's, which is bound.
+  // Distance of a job's lambda from the first job's, which is bound.
   std::int64_t lambda_at(const float** first, const float* given) const {
     if (given == nullptr) return kNowhere;
     if (*first == nullptr) *first = given;
     return distance(*first, given, sizeof(float));
   }
-  // How kernels find pages up to `most`, and from where.
+  // How kernels find pages up to `most`, and the base that they are found from.
   std::vector<std::int64_t> places_of(const PageMemory& pages, std::int32_t most, const void** bound) const {
     *bound = pages.data;
     if (pages.chunks == nullptr) return page_table(pages);
@@ -185,7 +185,7 @@ Status MetalBackend::matrices(const Rotation& rotation, const Matrices** out) co
   return {};
 }
 
-// A job's rows of one side, which are a caller's own, copied to where kernels read them.
+// Copies a job's rows of one side from the caller's memory to GPU memory.
 void stage_rows(SealJob* job, bool values, int kv_heads, int dim, std::uint8_t* to) {
   const auto size = static_cast<std::int64_t>(size_of(job->dtype)), row = dim * size;
   const void*& from = values ? job->v : job->k;
@@ -271,7 +271,7 @@ Status MetalBackend::dequantise(const PageSpec& spec, const PageMemory& pages, i
   return {};
 }
 
-// To float rows of its own, which are then converted to where they belong.
+// Dequantises to temporary float rows, which are then converted to the destination.
 Status MetalBackend::dequantise_side(const PageSpec& spec, const PageMemory& pages, int kv_heads, bool values,
                                      std::span<const DequantiseJob> jobs) const {
   const SideSpec& side = values ? spec.value : spec.key;
@@ -365,7 +365,7 @@ Status MetalBackend::attend(const AttendJob& job) {
   const std::size_t row_bytes = static_cast<std::size_t>(dim) * size_of(a.q.dtype);
   Staging staging(*gpu_);
 
-  // Views as the GPU has them.
+  // Views with GPU addresses.
   std::vector<SequenceView> views(job.sequences.views.begin(), job.sequences.views.end());
   const Bases bases = bases_of(views);
   std::int32_t most_page = -1;
@@ -383,7 +383,7 @@ Status MetalBackend::attend(const AttendJob& job) {
   }
   if (queries == 0) return {};
 
-  // Rows with NaN or infinity are asked as zeros, and refused where they see a token.
+  // Query rows with NaN or infinity are replaced by zeros, and refused where they see a token.
   auto* q = staging.room<std::uint8_t>(static_cast<std::size_t>(a.q.shape[0] * states_of) * row_bytes);
   if (q == nullptr) return staging.full();
   std::vector<std::int64_t> refused;

@@ -1,4 +1,4 @@
-// What the Metal kernels share: elements of any type, and sums in pairs of floats.
+// Shared by the Metal kernels: elements of any type, and sums in pairs of floats.
 #ifndef KV4_METAL_DEVICE_H
 #define KV4_METAL_DEVICE_H
 
@@ -16,7 +16,7 @@ constant constexpr uint kLanes = 32;
 constant constexpr uint kPageTokens = KV4_PAGE_TOKENS;
 constant constexpr uint kMaxDim = 256;
 
-// bfloat16 by hand: the type itself needs Metal 3.1.
+// bfloat16 conversion written out: the built-in type needs Metal 3.1.
 inline float from_bfloat(ushort x) { return as_type<float>(uint(x) << 16); }
 inline ushort to_bfloat(float x) {
   const uint bits = as_type<uint>(x);
@@ -66,7 +66,7 @@ inline void store_element(device uchar* data, int dtype, long i, float x) {
 }
 
 // A sum as a pair of floats (Knuth's two-sum, and the exact product's remainder by fma): means of keys with a bias 10^5
-// times their spread keep their last digits. Needs arithmetic as written: no fast math.
+// times their spread keep their last digits. Needs exact floating-point semantics: no fast math.
 struct Precise {
   float high;
   float low;

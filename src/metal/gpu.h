@@ -1,5 +1,5 @@
-// What the Metal backend asks of an Apple GPU, and nothing more: memory that both sides read, and launches. gpu.mm has
-// it from Metal; tests from the emulator.
+// The interface to an Apple GPU that the Metal backend needs: shared memory and launches. Implemented by gpu.mm with
+// Metal and, in tests, by the emulator.
 #pragma once
 
 #include <array>
@@ -26,25 +26,25 @@ struct Launch {
 class Gpu {
  public:
   virtual ~Gpu() = default;
-  // Memory at the same place for the CPU, 64-byte aligned for both; null when there is none left.
+  // Memory that the CPU and the GPU share, 64-byte aligned for both; null when there is none left.
   virtual void* alloc(std::size_t bytes) = 0;
   virtual void free(void* p) = 0;
-  // Whether a byte is of memory from alloc.
+  // Whether a byte belongs to memory from alloc.
   virtual bool holds(const void* p) const = 0;
-  // Where the GPU has a byte of memory from alloc. A kernel may reach any of that memory by its distance from a buffer.
+  // The GPU address of a byte of memory from alloc. A kernel may reach any such memory by its distance from a buffer.
   virtual std::uint64_t address(const void* p) const = 0;
   virtual int cores() const = 0;
-  // One after another; what they wrote is there when the call returns. Errors: unsupported where the device cannot run
+  // Runs the launches in order and waits for them. Errors: unsupported where the device cannot run
   // a kernel, failed_precondition with the device's reason where it failed.
   virtual Status run(std::span<const Launch> launches) = 0;
 };
 
 std::unique_ptr<Backend> make_backend(std::unique_ptr<Gpu> gpu);
 
-// Of the text of all kernels, what one head dim needs.
+// The part of the kernels' source that one head dim needs.
 std::string library_text(std::string_view kernels, int dim);
 
-// The device of this machine, built on macOS alone: null where there is none that the kernels run on, and the reason.
+// This machine's device; null, with the reason, where no device can run the kernels. Built on macOS only.
 Backend* backend(int device = 0);
 std::string why_not();
 

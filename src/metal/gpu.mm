@@ -1,5 +1,5 @@
-// Apple's Metal behind gpu.h. Untested: no Apple machine was at hand, and Apple's compilers have not seen this file. All that
-// can be told without a device is in backend.cpp and tables.cpp, which run in the emulator.
+// gpu.h implemented with Apple's Metal. Untested: no Apple machine was at hand, and Apple's compilers have not seen this file.
+// Everything that needs no device is in backend.cpp and tables.cpp, which run in the emulator.
 #import <Metal/Metal.h>
 
 #include <algorithm>
@@ -17,7 +17,7 @@ constexpr const char* kKernels =
 #include "kv4_metal_kernels.inl"
     ;
 constexpr NSUInteger kThreadgroupBytes = 32768;
-constexpr int kCores = 16;  // Metal does not tell
+constexpr int kCores = 16;  // an assumption: Metal has no query for it
 
 std::string text_of(NSError* error) { return error == nil ? "no reason given" : error.localizedDescription.UTF8String; }
 

@@ -1,4 +1,4 @@
-// Joins the partial states of one query row, turns the part over pages back into the model's basis and writes the
+// Merges the partial states of one query row, rotates the part over pages back into the model's basis and writes the
 // output or the row's own partial state. One threadgroup a row; nothing where the sequence has fewer queries.
 #ifndef KV4_METAL_MERGE_H
 #define KV4_METAL_MERGE_H
@@ -22,7 +22,7 @@ inline void merge_row(device const float* states, device const float* matrix, de
   device const long* sequence = sequences + b * kv4_sequence_fields;
   if (long(t) >= sequence[kv4_sequence_queries]) return;  // the whole threadgroup
   const uint exact_splits = uint(call[kv4_call_exact_splits]), splits = exact_splits + uint(call[kv4_call_page_splits]);
-  // Exact rows and pages apart: they lie in different bases.
+  // Exact rows and pages are merged separately: they are in different bases.
   float top = kHidden, exact = 0.0f, l = 0.0f;
   if (tid - lane < dim) {  // SIMD-groups with channels
     const uint group = uint(call[kv4_call_group]), block_rows = uint(call[kv4_call_block_rows]);

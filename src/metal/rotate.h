@@ -1,13 +1,13 @@
 // A row times a rotation's matrix, by one threadgroup; queries and outputs of attention, and dequantised rows, are
-// rotated one by one. Matrices come as data, [dim, dim] floats by rows, so that y[c] = sum over i of matrix[i][c] x[i]
-// and neighbouring threads read neighbouring numbers:
+// rotated one by one. Matrices are [dim, dim] floats by rows, so that y[c] = sum over i of matrix[i][c] x[i] and
+// neighbouring threads read neighbouring numbers:
 //
 //   queries  q' = R^-T x   matrix = R^-1       outputs, dequantised rows   x = R^-1 y   matrix = (R^-1)^T
 //
 // Counted at d = 128 for a row, the rotation alone (tests/metal/measure.py): 33,500 lane-instructions for 16,384
 // multiply-adds. A thread owns four channels, so that five 16-byte loads serve 16 multiply-adds, and D is a constant;
-// without that 45,200; one channel a thread, with an index per load, 185,700. Rows stay apart: the few of a step then
-// spread over the cores. The default rotation goes by butterfly.h instead.
+// without that 45,200; one channel a thread, with an index per load, 185,700. Each row has its own threadgroup, so that
+// the few rows of a step spread over the cores. The default rotation uses butterfly.h instead.
 #ifndef KV4_METAL_ROTATE_H
 #define KV4_METAL_ROTATE_H
 

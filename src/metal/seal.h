@@ -2,8 +2,8 @@
 // threadgroup, 16 tokens at a time. src/reference/seal.h is the definition.
 //
 // The mean a page stores is R (lambda * mean) in fp16, and rows are relative to it as stored. A bias may be 10^5 times
-// the spread around it, so the mean and its rotation are sums in pairs of floats: the matrix comes as two floats an
-// entry. They need arithmetic as written: compile without fast math.
+// the spread around it, so the mean and its rotation are sums in pairs of floats, and the matrix has two floats per
+// entry. This needs exact floating-point semantics: compile without fast math.
 //
 // Counted for d = 128 and one vector: 256 bytes read, 68 written; 58,000 lane-instructions for a key and 49,000 for a
 // value, of them 16,384 multiply-adds of the rotation: 41 ns on a GPU of 2.6 TFLOPS. One channel a thread with indices
@@ -60,8 +60,8 @@ inline SealPart part_of(thread const SealArguments& a, uint index, uint head) {
 }
 
 // x[r][c] for the tile's rows from x R^T, in place. A thread owns four channels of kRows rows, so that a load of the
-// matrix and one of each row serve 4 kRows multiply-adds. D is a constant: with rows at distances that are numbers,
-// indices were half of the instructions.
+// matrix and one of each row serve 4 kRows multiply-adds. D is a compile-time constant: with run-time strides, index
+// arithmetic was half of the instructions.
 template <uint D, uint kRows>
 inline void multiply_tile(device const float* matrix, threadgroup float* x, uint tid) {
   constexpr uint kQuads = D / 4, kTilePitch = D + 1;

@@ -1,5 +1,5 @@
 // The tables of numbers and matrices that the Metal kernels read (arguments.h), from the library's own structs. Host
-// code; nothing here knows a device.
+// code, independent of any device.
 #pragma once
 
 #include <array>
@@ -23,10 +23,10 @@ kv4_page_layout page_layout(const PageSpec& spec);
 
 // How kernels rotate rows of queries and outputs: KV4_ROTATED_NONE, _MATRIX or, the default rotation, _BUTTERFLY.
 int rotated(const Rotation& rotation);
-// Matrices as the kernels want them, [dim, dim] floats by rows, or a butterfly's table [3 dim]; empty for the identity.
+// Matrices for the kernels, [dim, dim] floats by rows, or a butterfly's table [3 dim]; empty for the identity.
 std::vector<float> query_matrix(const Rotation& rotation);    // R^-1
 std::vector<float> output_matrix(const Rotation& rotation);   // (R^-1)^T
-std::vector<float> sealing_matrix(const Rotation& rotation);  // [2, dim, dim]: R^T, and what the floats lack to it
+std::vector<float> sealing_matrix(const Rotation& rotation);  // [2, dim, dim]: R^T, and its rounding errors
 
 constexpr std::int64_t kNowhere = KV4_NONE;
 

@@ -1,7 +1,7 @@
 // Operations on a host's memory: checks, views and jobs in the workspace, one call of the backend.
 //
-// A workspace begins with what the backend wants for attention, which it keeps from call to call (a device's counters),
-// and ends with the views and jobs of one call.
+// A workspace starts with the backend's scratch for attention, which persists between calls (a device's counters), and
+// ends with the views and jobs of one call.
 #include <algorithm>
 #include <string>
 
@@ -20,7 +20,7 @@ namespace {
 constexpr std::size_t kAlignment = 256;
 std::size_t rounded(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// The host's threads for as long as a call runs.
+// Lends the host's threads to the library for the duration of a call.
 class Lent {
  public:
   explicit Lent(cpu::Executor* executor) : lent_(executor != nullptr) {
@@ -37,7 +37,7 @@ class Lent {
   cpu::Executor* before_ = nullptr;
 };
 
-// `count` of T at the workspace's end; the rest of it before them.
+// Carves `count` objects of T from the workspace's end; `rest` is what lies before them.
 template <class T>
 Status at_end(std::span<std::byte> workspace, std::size_t count, T** out, std::span<std::byte>* rest) {
   const std::size_t bytes = count * sizeof(T),
@@ -65,12 +65,12 @@ struct PageFormat::State {
 
   static Status create(const CacheConfig& config, std::unique_ptr<PageFormat>* out);
   bool readable() const { return backend->host_memory(); }
-  // The tables of a call of `rows` rows, where the host reads them; else the limit that stands for them.
+  // Checks the tables of a call of `rows` rows where the host can read them, else the limits that replace them.
   Status check(PagedBatch* batch, Use use, std::int64_t rows) const {
     if (readable()) return check_tables(batch, use, rows);
     return batch->most_queries > 0 ? Status() : invalid_argument("batch.most_queries", "1 or more on a device", "0");
   }
-  // A call whose limits alone are known.
+  // A call of which only the limits are known.
   AttendJob sized(int q_heads) const {
     AttendJob job;
     job.args.q.shape = {1, q_heads, 0, config.head_dim_k};
@@ -82,7 +82,7 @@ struct PageFormat::State {
     return job;
   }
   Status check_rows(const TensorView& x, const char* name, int dim) const;
-  // q [1, a multiple of kv_heads, rows, head_dim_k], rows being what `rows` says and at least `least`.
+  // q [1, a multiple of kv_heads, rows, head_dim_k] with at least `least` rows; `rows` describes them in the error.
   Status check_queries(const TensorView& q, const char* rows, std::int64_t least) const;
   Status open(const PagedBatch& batch, const Place& place) const;
   template <class Job, class Run>
@@ -340,7 +340,7 @@ Status PageFormat::attend_partial(const PagedBatch& batch, const AttendArgs& arg
   return state_->attend(batch, args, nullptr, &out, workspace, place);
 }
 
-// The energies of all queries as one, and the keys' about the mean of each page.
+// Uses the energy of all queries together, and that of the keys about the mean of each page.
 Status PageFormat::learn_lambda(const TensorView& q, const TensorView& k, float* lambda, const Place& place) const {
   const State& s = *state_;
   const CacheConfig& c = s.config;

@@ -1,5 +1,4 @@
-// Whether the tables of a paged batch lead nowhere but into the memory that the host named, where the host can read
-// them.
+// Checks that the tables of a paged batch, where the host can read them, only refer to memory that the host named.
 #pragma once
 
 #include "backend/backend.h"
@@ -7,7 +6,7 @@
 
 namespace kv4 {
 
-// What a call does with the tables of a batch.
+// What a call uses the tables of a batch for.
 enum class Use { store, attend };
 
 // Pointers, strides and limits. Errors: invalid_argument naming the field.

@@ -164,17 +164,17 @@ TEST_F(CudaAttend, RaggedBatchWithStartsAndWindows) { scene::ragged_batch({1, 7}
 TEST_F(CudaAttend, GeneralMasksAndSoftcap) { scene::general_masks({false, true}, check); }
 TEST_F(CudaAttend, LargeMeans) { scene::large_means(check); }
 
-// Segments enough for one or two CTAs each on a device of 132 multiprocessors, and pages for every reader, as many and
-// one more for some, exact items for some CTAs, for all and for none, and a sequence that is too short.
+// Enough segments for one or two CTAs each on a device of 132 multiprocessors. Every reader has pages, the same number
+// or some one more; exact items for some CTAs, for all and for none; and a sequence too short to divide the two apart.
 TEST_F(CudaAttend, PagesApart) {
-  struct Dealt {
+  struct Split {
     int dim, group, kv_heads;
     std::vector<Held> held;
   };
   std::uint64_t seed = 7000;
-  for (const Dealt& c : {Dealt{128, 4, 40, {{4, 17 * 64 - 20, 12, 0}, {0, 640, 0, 0}}},
-                         Dealt{128, 6, 33, {{4, 33 * 64, 40, 0}, {4, 36 * 64 - 1, 0, 0}}},
-                         Dealt{64, 1, 70, {{0, 23 * 64, 20, 0}}}, Dealt{80, 12, 24, {{4, 30 * 64, 100, 0}}}}) {
+  for (const Split& c : {Split{128, 4, 40, {{4, 17 * 64 - 20, 12, 0}, {0, 640, 0, 0}}},
+                         Split{128, 6, 33, {{4, 33 * 64, 40, 0}, {4, 36 * 64 - 1, 0, 0}}},
+                         Split{64, 1, 70, {{0, 23 * 64, 20, 0}}}, Split{80, 12, 24, {{4, 30 * 64, 100, 0}}}}) {
     SCOPED_TRACE(::testing::Message() << "d " << c.dim << ", " << c.kv_heads << " KV heads");
     Shape shape;
     shape.dim_k = shape.dim_v = c.dim;

@@ -1,5 +1,5 @@
-// The cache on a CUDA device: the CPU's sessions against the definition, and what only a device has: late news of NaN,
-// steps of a captured graph, streams.
+// The cache on a CUDA device: the CPU's sessions against the definition, and what only a device has: non-finite rows
+// that are reported late, steps of a captured graph, streams.
 #include <gtest/gtest.h>
 
 #include <chrono>
@@ -185,7 +185,7 @@ TEST_F(CudaCache, SealsOnArrivalWhatTheCpuSeals) {
   for (const float x : out) EXPECT_TRUE(std::isfinite(x));
 }
 
-// Without waiting a query first sees zeros; the news arrives with the device's work.
+// A query that does not wait first sees zeros; the error is reported once the device has run the append.
 TEST_F(CudaCache, NonFiniteRowsAreRefusedOnceSeen) {
   DevicePlace place(DType::f16);
   const int d = kShape.dim;
@@ -361,8 +361,8 @@ TEST_F(CudaCache, CapturedStepsAreTheSame) {
   EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
 }
 
-// News of NaN that comes only after a fork or a crop: each sequence hears of its own rows and of those it shares.
-TEST_F(CudaCache, LateNewsIsToldToThoseItConcerns) {
+// NaN that is reported only after a fork or a crop: each sequence reports its own rows and those it shares.
+TEST_F(CudaCache, LateErrorsReachTheSequencesThatHoldTheRows) {
   const int d = kShape.dim, heads = kShape.kv_heads;
   DevicePlace place(DType::f16);
   cudaStream_t stream = nullptr;

@@ -366,19 +366,19 @@ TEST_F(CudaPaged, ACapturedCallReadsTheTablesWhenItRuns) {
     ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
     for (const Status& s : calls) ASSERT_TRUE(s.ok()) << s.message();
     ASSERT_EQ(cudaGraphInstantiate(&replay, graph, 0), cudaSuccess);
-    struct Turn {
+    struct Replay {
       std::vector<std::int32_t> lengths, sealed, counts;
     };
-    const Turn ones[] = {{{130, 1, 70, 64}, {64, 0, 0, 0}, {1, 1, 1, 1}},
-                         {{1200, 65, 0, 200}, {1024, 64, 0, 128}, {1, 1, 0, 1}},
-                         {{9, 0, 0, 700}, {0, 0, 0, 640}, {1, 0, 0, 0}}};
-    const Turn more[] = {{{130, 9, 70, 64}, {64, 0, 0, 0}, {1, 9, 5, 1}},
-                         {{1200, 65, 0, 200}, {1024, 0, 0, 128}, {1, 5, 0, 9}},
-                         {{0, 7, 0, 700}, {0, 0, 0, 640}, {0, 7, 0, 9}}};
+    const Replay ones[] = {{{130, 1, 70, 64}, {64, 0, 0, 0}, {1, 1, 1, 1}},
+                           {{1200, 65, 0, 200}, {1024, 64, 0, 128}, {1, 1, 0, 1}},
+                           {{9, 0, 0, 700}, {0, 0, 0, 640}, {1, 0, 0, 0}}};
+    const Replay more[] = {{{130, 9, 70, 64}, {64, 0, 0, 0}, {1, 9, 5, 1}},
+                           {{1200, 65, 0, 200}, {1024, 0, 0, 128}, {1, 5, 0, 9}},
+                           {{0, 7, 0, 700}, {0, 0, 0, 640}, {0, 7, 0, 9}}};
     std::uint64_t seed = 31;
-    for (const Turn& turn : most == 1 ? ones : more) {
+    for (const Replay& state : most == 1 ? ones : more) {
       SCOPED_TRACE(::testing::Message() << most << " " << seed);
-      fill(turn.lengths, turn.sealed, turn.counts, seed++);
+      fill(state.lengths, state.sealed, state.counts, seed++);
       if (HasFatalFailure()) return;
       ASSERT_EQ(cudaMemset(out.as(), 0xff, out_bytes), cudaSuccess);
       ASSERT_EQ(cudaMemset(other.as(), 0xff, out_bytes), cudaSuccess);
@@ -388,9 +388,9 @@ TEST_F(CudaPaged, ACapturedCallReadsTheTablesWhenItRuns) {
       const std::vector<std::uint8_t> stored_k = k_.read(), stored_v = v_.read();
       // Rows lie where the tables say.
       for (std::size_t b = 0; b < kSequences; ++b)
-        for (std::int32_t t = 0; t < turn.counts[b]; ++t)
+        for (std::int32_t t = 0; t < state.counts[b]; ++t)
           for (std::int64_t h = 0; h < kHeads; ++h) {
-            const std::int32_t position = turn.lengths[b] - turn.counts[b] + t, row = tables_.queries[b] + t;
+            const std::int32_t position = state.lengths[b] - state.counts[b] + t, row = tables_.queries[b] + t;
             const std::int64_t block = tables_.blocks[b * kWidth + static_cast<std::size_t>(position / kPageTokens)];
             const std::size_t at =
                 static_cast<std::size_t>((block * kHeads + h) * kPageTokens + position % kPageTokens) * kDim * 2;
@@ -529,7 +529,7 @@ TEST_F(CudaPaged, StoreWithoutALimitOfRowsIsRefused) {
   EXPECT_NE(status.message().find("batch.most_queries"), std::string::npos) << status.message();
 }
 
-// Rows that are sealed as they arrive: what is not finite is told and masked, nothing is stored.
+// Rows that are sealed as they arrive: what is not finite is reported and masked, nothing is stored.
 TEST_F(CudaPaged, RowsThatAreNotFiniteAreFoundWithoutBeingStored) {
   Backend& backend = *cuda::backend();
   constexpr std::int64_t kRows = 7;

@@ -1,5 +1,5 @@
-// Caches that run beside each other on one device: threads, streams and captured graphs at once give the bits that they
-// give one after another, what they used is given back, and what the device refuses is told.
+// Caches that run concurrently on one device: threads, streams and captured graphs at once give the same bits as one
+// after another, their memory is freed, and what the device refuses is reported.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -322,7 +322,7 @@ std::size_t in_use() {
   EXPECT_TRUE(status.ok()) << status.message();
   return bytes;
 }
-// What graphs held is freed by who calls after CUDA has told that they are gone, on a thread of its own.
+// CUDA reports destroyed graphs on a thread of its own; the next call then frees their memory.
 std::size_t in_use_later(std::size_t wanted) {
   for (int i = 0; i < 500 && in_use() > wanted; ++i) {
     std::this_thread::sleep_for(std::chrono::milliseconds(10));

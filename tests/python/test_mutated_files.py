@@ -4,6 +4,7 @@ them."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -92,7 +93,7 @@ def test_recipes_of_any_values(tmp_path: Path):
         data = Recipe().to_dict()
         for _ in range(rng.randint(1, 3)):
             where = rng.choice([data, *(data[name] for name in ("key", "value") if isinstance(data.get(name), dict))])
-            where[rng.choice([*where, "another"])] = rng.choice(odd)
+            where[rng.choice([*where, "another"])] = copy.deepcopy(rng.choice(odd))
         path.write_text(json.dumps(data))
         try:
             Recipe.from_file(path)

@@ -140,9 +140,9 @@ class KV4Cache(DynamicCache):
         return report.nbytes(self.layers)
 
     def seal(self) -> None:
-        """Seals now, in every packed layer, what the next update would: for a cache that is kept aside, such as a
-        stored prompt, which then takes the memory that it will take in use. What is generated from here on is the
-        same. Given up is one thing: a crop into the tokens of the last call no longer restores them exactly."""
+        """Seals now, in every packed layer, what the next update would: for a cache that is set aside, such as a stored
+        prompt, which then takes no more memory than in use. Generation continues unchanged. The only loss: a crop into
+        the tokens of the last call no longer restores them exactly."""
         for layer in self.packed_layers():
             layer.seal()
 

@@ -1,4 +1,4 @@
-"""How the calls of an attached model come by their caches: generate()'s, and those of the model and its decoder."""
+"""Creates the caches of an attached model's calls: those of generate(), of the model and of its decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a kv4 cache layer hands to attention instead of dense keys and values."""
+"""Handles, which a kv4 cache layer passes to attention instead of dense keys and values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Form:
 
 
 class _Never:
-    """The core of a state that never came to be."""
+    """The core of a step that was only captured: every use raises."""
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError("handle: expected one of a step that ran; got one of a step captured for a CUDA graph")
@@ -93,10 +93,10 @@ class KVHandle:
 
     The kv4 attention reads the packed cache behind it. Any other use (a torch function, a tensor method, indexing,
     arithmetic, pickling) dequantises to a dense tensor [batch, kv_heads, columns, head_dim] of the layer's dtype, so
-    models that know nothing of kv4 get right answers. Column j is the token at position `offset` + j.
+    models without kv4 support get correct results. Column j is the token at position `offset` + j.
 
-    A handle keeps its values whatever becomes of the cache: where the cache goes on (another update, crop, reorder,
-    reset, ...) while a handle is alive, the handle takes a clone of it along.
+    A handle keeps its values when the cache changes: if the cache is updated, cropped, reordered or reset while a
+    handle is alive, the handle keeps a clone of it.
     """
 
     __slots__ = ("_dense", "held", "own", "which")

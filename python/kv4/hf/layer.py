@@ -191,14 +191,14 @@ class KV4Layer(CacheLayerMixin):
         self._newest = self.appended = None
 
     def seal(self) -> None:
-        """Seals now what the next update would, and returns its memory: for a layer that is kept aside, a stored prompt
-        say, or not updated again. What the layer answers from here on is what it would answer after that update. Given
-        up is one thing: a crop into the tokens of the last call no longer restores them exactly."""
+        """Seals now what the next update would, and frees its memory: for a layer that is set aside, such as a stored
+        prompt's, or not updated again. From then on the layer behaves as after that update. The only loss: a crop into
+        the tokens of the last call no longer restores them exactly."""
         if self.core is not None:
             self._change(self.core.seal)
 
     def reserve(self, tokens: int) -> None:
-        """Takes the room of `tokens` more tokens now, so that steps allocate nothing."""
+        """Reserves memory for `tokens` more tokens, so that steps allocate nothing."""
         if self.core is not None:
             on_stream(self.core, self.form.device)
             self.core.reserve(tokens)
@@ -275,7 +275,7 @@ class KV4Layer(CacheLayerMixin):
             self.core.record_past(self._record_past)
 
     def activate_past_recording(self) -> None:
-        """From now on the tokens of the last call can be cropped and leave no trace, sliding window or not."""
+        """From now on the tokens of the last call can be cropped without loss, even in a sliding window."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -2,9 +2,9 @@
 
 kv4::append and kv4::attend (attention.py) name a layer by a number; what they do with it is what KV4Layer.update and
 the kv4 attention do in eager mode, at the time the graph runs. Lengths, page tables and versions therefore never enter
-a graph, and it serves a cache that grows. `state` is an empty tensor that stands for the layer's contents: append
-changes it and attend reads it, which gives the compiler their order. Host code runs in both, so they are marked as
-unfit to be replayed inside a CUDA graph, and torch.compile(mode="reduce-overhead") captures what lies between them.
+a graph, and it serves a growing cache. `state` is an empty tensor that represents the layer's contents: append mutates
+it and attend reads it, which gives the compiler their order. Both run host code, so they are marked as unsafe for CUDA
+graphs, and torch.compile(mode="reduce-overhead") captures the parts between them.
 """
 
 from __future__ import annotations

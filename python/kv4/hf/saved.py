@@ -1,5 +1,5 @@
-"""A KV4Cache as bytes: a file's header with an entry for every layer, and behind it (files.py) what the core of each
-has saved, and the tensors of layers, or halves of layers, that are transformers' own; in the layers' order.
+"""Saves and loads a KV4Cache: a header with an entry for every layer, then (files.py) each core's saved bytes and the
+tensors of layers, or parts of layers, that are transformers' own, in the order of the layers.
 
 What a core saves has its own checksums (docs/format.md).
 """

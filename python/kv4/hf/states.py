@@ -1,4 +1,4 @@
-"""A state of linear attention or of a convolution that lies in one cache layer with keys and values."""
+"""Layers that hold a state of linear attention or of a convolution beside keys and values."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The calls of the C++ core's Cache, its arrays on a Metal device.
 
-Policy (what is sealed, dropped and visible when) is the library's own ledger (kv4._core.Ledger), one for each sequence;
-numbers are the kernels'. Here are arrays and launches.
+Policy (what is sealed, dropped and visible when) is in the library's ledger (kv4._core.Ledger), one per sequence;
+arithmetic is in the kernels. This module has the arrays and launches.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class Cache(Sealing):
 
     @staticmethod
     def _next(s: Sequence, plan: Any, energies: Energies, made: Made) -> Sequence:
-        """The sequence that the call reads; one that seals nothing waits for commit."""
+        """The sequence that the call reads, committed already if the call seals pages."""
         after = s.fork() if made.pages else dataclasses.replace(s)
         after.energies, after.lambda_ = energies, made.lambda_
         if made.pages:
@@ -231,7 +231,7 @@ class Cache(Sealing):
         return Energies(first, [*kept, (positions, rows)])
 
     def _check_call(self, q: Any, batch: int, dtype: str, sinks: Any, mask: Any) -> None:
-        """What can be refused of a call before any of it is recorded."""
+        """Checks a call before anything of it is recorded."""
         host = self.host
         fits = len(q.shape) == 4 and q.shape[0] == batch and q.shape[1] >= self.heads and q.shape[1] % self.heads == 0
         fits = fits and q.shape[3] == self.dim and q.shape[2] >= 1 and host.strides(q)[-1] == 1
@@ -307,7 +307,7 @@ class Cache(Sealing):
         self.sequences = [*self.sequences, *(self._empty() for _ in range(count))]
 
     def _with_room(self, room: int) -> list[Any]:
-        """The rows of all sequences, with room for so many."""
+        """The rows of all sequences, with this capacity."""
         have = self.rows[0].shape[2] if self.rows else 0
         empty = self.host.zeros((self.batch, self.heads, room - have, self.dim), self.dtype)
         return [self.host.concatenate([x, empty], 2) for x in self.rows] if self.rows else [empty, empty]
@@ -372,7 +372,7 @@ class Cache(Sealing):
             wanted = s.ledger.pages[max(low, 0) : max(high, 0)]
             if wanted:
                 put(begin + max(low, 0) * PAGE, self.dequantised(s, wanted, values))
-            # Rows still exact win over pages sealed during the last call.
+            # Rows that are still exact take precedence over pages sealed during the last call.
             put(x.window_position, exact[:, self.sink_limit : self.sink_limit + x.window_rows])
         return out
 

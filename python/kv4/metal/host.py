@@ -1,4 +1,4 @@
-"""What the cache asks of the library that holds its arrays and launches its kernels: PyTorch (mps.py) or MLX
+"""The interface to the library that holds the cache's arrays and launches its kernels: PyTorch (mps.py) or MLX
 (kv4.mlx.gpu). Nothing here imports either."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def why_not_head_dim(head_dim: int) -> str | None:
 
 
 def why_not_macos() -> str | None:
-    """None on macOS new enough for the kernels' language, and where the system says nothing; else the reason."""
+    """None where macOS is new enough for the kernels' language or its version is unknown; else the reason."""
     version = platform.mac_ver()[0]
     if not version or tuple(int(x) for x in version.split(".")[:2]) >= MACOS:
         return None
@@ -60,7 +60,7 @@ class Host(ABC):
 
     @abstractmethod
     def why_not_here(self, x: Any) -> str | None:
-        """None where the kernels read `x` in its place, else where it is."""
+        """None where the kernels can read `x` in place, else the device that it is on."""
 
     @abstractmethod
     def dtype(self, x: Any) -> str:
@@ -68,7 +68,7 @@ class Host(ABC):
 
     @abstractmethod
     def strides(self, x: Any) -> list[int]:
-        """In elements, as the kernels are handed `x`."""
+        """The strides, in elements, of `x` as it is passed to the kernels."""
 
     @abstractmethod
     def zeros(self, shape: Sequence[int], dtype: str) -> Any: ...
@@ -98,7 +98,7 @@ class Host(ABC):
 
     @abstractmethod
     def cast(self, x: Any, dtype: str) -> Any:
-        """`x` on the device in `dtype`, no gradient behind it."""
+        """`x` on the device in `dtype`, detached from gradients."""
 
     @abstractmethod
     def concatenate(self, arrays: Sequence[Any], axis: int) -> Any: ...
@@ -132,7 +132,7 @@ class Host(ABC):
 
 
 class Matrices:
-    """A rotation's matrices as the kernels read them: one set for all caches that use the rotation on one host."""
+    """A rotation's matrices in the kernels' form, shared by all caches that use the rotation on one host."""
 
     def __init__(self, host: Host, tables: Any, values: bool) -> None:
         self.tables = tables  # keeps the rotation, which its address identifies
@@ -143,7 +143,7 @@ class Matrices:
 
 
 class Constants:
-    """What the kernels read of one recipe: matrices, level tables, layout. Layers of one shape share it."""
+    """A recipe's constants for the kernels: matrices, level tables, layout. Shared by layers of one shape."""
 
     def __init__(self, host: Host, tables: Any, matrices: Sequence[Matrices]) -> None:
         self.tables = tables
@@ -168,7 +168,7 @@ class Constants:
 
 
 _lock = threading.Lock()
-# What caches of this process share on a host: gone with the last of them.
+# Shared by the caches of this process on a host; freed with the last of them.
 _matrices: weakref.WeakValueDictionary[tuple, Matrices] = weakref.WeakValueDictionary()
 _constants: weakref.WeakValueDictionary[tuple, Constants] = weakref.WeakValueDictionary()
 

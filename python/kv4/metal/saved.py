@@ -1,4 +1,4 @@
-"""Files of a Cache: those that kv4._core.Cache writes and reads, the other way round too."""
+"""Saves and loads a Cache in the file format of kv4._core.Cache; each reads the other's files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Carrying out what ledgers plan: learning lambda, sealing pages, moving exact rows to where they are next."""
+"""Executes the ledgers' plans: learns lambda, seals pages, moves exact rows."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Sealing(Holding):
         stored: list[Any] | None = None,
         spans: list[Span] | None = None,
     ) -> None:
-        """All plans, or none where something fails. stored: keys and values [batch, kv_heads, T, head_dim] whose rows
-        `spans` are each sequence's new ones."""
+        """Executes all plans, or none if something fails. stored: keys and values [batch, kv_heads, T, head_dim] whose
+        rows `spans` are each sequence's new ones."""
         made = self._made(sequences, plans, [s.energies for s in sequences], stored, spans)
         self.rows = self._moved(sequences, plans, stored, spans)
         for s, plan, new in zip(sequences, plans, made, strict=True):
@@ -69,7 +69,7 @@ class Sealing(Holding):
                 if plan.first_sealed < s.alone:
                     (made.filled,) = self.pool.copies(self.pool, places[:1])
                     places[0] = made.filled.place
-            # Where the first row lies: behind those that wait in the window, or in the call's arrays.
+            # Where the first row is: in the window, or in the call's arrays.
             row = spans[b][0] if arrival and spans else self._row(begin, x)
             page = plan.after.start + self.sink_limit + plan.first_sealed * PAGE  # position of its first token
             for i, place in enumerate(places):

@@ -1,4 +1,4 @@
-"""One sequence: its ledger (kv4._core.Ledger, the policy), and what of it lies in arrays."""
+"""One sequence: its ledger (kv4._core.Ledger, the policy) and its arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Span = tuple[int, int]  # a sequence's rows [first, last) of a call's arrays
 
 
 class Pages:
-    """Page bytes [pages, page_bytes] of a cache and its clones. A Page that nothing refers to gives its place back."""
+    """Page bytes [pages, page_bytes] of a cache and its clones. A Page returns its place once nothing refers to it."""
 
     def __init__(self, host: Host, page_bytes: int) -> None:
         self.host = host
@@ -61,8 +61,8 @@ class Page:
 
 @dataclasses.dataclass
 class Energies:
-    """Energies of the queries that teach lambda (src/ledger/queries.h says which), until it is fixed. Never written in
-    place, so that forks may share them."""
+    """Energies of the queries that lambda is learnt from (src/ledger/queries.h defines them), until it is fixed. Never
+    written in place, so that forks may share them."""
 
     first: int = -1  # position of that first query; none so far
     parts: list[tuple[list[int], Any]] = dataclasses.field(default_factory=list)  # positions, [n, kv_heads, head_dim]
@@ -81,7 +81,7 @@ class Energies:
 
 @dataclasses.dataclass
 class Made:
-    """What a plan needs before it can be committed."""
+    """The memory that a plan needs before it can be committed."""
 
     pages: list[Page] = dataclasses.field(default_factory=list)  # new ones
     filled: Page | None = None  # a copy of the last page held, where it is filled on and may be another's too
@@ -115,7 +115,7 @@ class Sequence:
         return dataclasses.replace(self, ledger=self.ledger.fork(), pages=dict(self.pages))
 
     def commit(self, plan: _core.Plan, made: Made) -> None:
-        """The plan has been carried out."""
+        """Commits an executed plan."""
         if made.filled is not None:
             self.alone = self.page_end - 1
             self.pages.pop(self.ledger.replace_last(made.filled.place))
@@ -138,7 +138,7 @@ class Sequence:
 
 
 class Holding:
-    """What a Cache holds, as launches and sealing read it."""
+    """A Cache's state, for launches and sealing."""
 
     host: Host
     recipe: Recipe

@@ -1,4 +1,4 @@
-"""MLX arrays as the core reads them, and errors in their one form."""
+"""Converts MLX arrays for the core, and errors to their common form."""
 
 from __future__ import annotations
 

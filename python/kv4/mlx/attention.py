@@ -1,4 +1,4 @@
-"""Attention over kv4's caches: what stands in for mlx-lm's scaled_dot_product_attention in an attached model."""
+"""Attention over kv4's caches: replaces mlx-lm's scaled_dot_product_attention in an attached model."""
 
 from __future__ import annotations
 

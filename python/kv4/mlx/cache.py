@@ -35,7 +35,7 @@ def nbytes(caches: Iterable[Any]) -> int:
 
 
 class Unsaveable:
-    """Stands in `state` for pages: mx.eval passes over it, mlx-lm's save_prompt_cache refuses it with this text."""
+    """A placeholder in `state` for pages: mx.eval ignores it, mlx-lm's save_prompt_cache refuses it with this text."""
 
     def __repr__(self) -> str:
         return (
@@ -224,8 +224,8 @@ class KV4Cache:
         return self.core is None
 
     def seal(self) -> None:
-        """Seals now what the next update would, and returns its memory: for a prompt that is kept aside. Given up is
-        one thing: a trim into the last call's tokens no longer restores them exactly."""
+        """Seals now what the next update would, and frees its memory: for a stored prompt. The only loss: a trim into
+        the last call's tokens no longer restores them exactly."""
         if self.core is not None:
             self.core.seal()
             self.version += 1

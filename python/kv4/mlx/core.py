@@ -1,4 +1,4 @@
-"""What holds a layer's keys and values: the C++ core on MLX's CPU, kernels on its GPU. Both have the same calls."""
+"""The cores behind a layer: the C++ core on MLX's CPU device, Metal kernels on its GPU. Both have the same calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .arrays import readable, unit_stride
 
 
 def on_gpu() -> bool:
-    """Whether MLX computes on a GPU where nothing else is said."""
+    """Whether MLX's default device is a GPU."""
     return mx.default_device() == mx.gpu
 
 

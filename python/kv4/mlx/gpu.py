@@ -1,10 +1,10 @@
 """The cache on MLX's GPU: MLX's arrays, the kernels of src/metal through `mlx.fast.metal_kernel`.
 
-MLX compiles a body into a kernel whose signature it writes from the arrays of a call. What it fixes, and what is
-done about it: inputs of fewer than 8 elements come in the constant address space, so they are padded; every
-combination of dtypes is a kernel of its own, so inputs are passed as bytes; inputs are read-only and outputs fresh,
-so a sealed page is an output that is then put into the pool; inputs arrive in row order. It compiles without fast
-math, as sealing needs. Nothing is waited for but what `kv4.metal` waits for.
+MLX compiles a kernel's body and generates its signature from the arrays of a call. Its restrictions, and how they are
+met: inputs of fewer than 8 elements are put in the constant address space, so they are padded; every combination of
+dtypes compiles another kernel, so inputs are passed as bytes; inputs are read-only and outputs are new arrays, so a
+sealed page is an output that is then copied into the pool; inputs are made contiguous. It compiles without fast math,
+as sealing needs. Only what `kv4.metal` waits for is waited for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a kv4 cache hands to attention in place of dense keys and values."""
+"""Handles, which a kv4 cache passes to attention in place of dense keys and values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mlx.core as mx
 
 
 class Holds(Protocol):
-    """What a handle asks of the cache it is of (KV4Cache, BatchKV4Cache)."""
+    """The interface of a handle's cache (KV4Cache, BatchKV4Cache)."""
 
     version: int
     dtype: mx.Dtype
@@ -25,7 +25,7 @@ class KVHandle:
     mx.array(handle) dequantise to a dense array [batch, kv_heads, columns, head_dim] of the model's dtype. MLX's
     functions take no foreign objects: they raise TypeError, never compute with something else.
 
-    A handle speaks for the cache's state at its `version`; once the cache has moved on every use raises RuntimeError.
+    A handle refers to the cache's state at its `version`; once the cache has changed, every use raises RuntimeError.
     """
 
     __slots__ = ("cache", "own", "version", "which")

@@ -1,7 +1,7 @@
-"""Whether transformers makes the model of a GGUF file out of all of its tensors, and says so of none by a riddle.
+"""Checks that transformers can load every tensor of a GGUF file, with a clear error where it cannot.
 
-Its loader leaves out what it has no name for, fills what is missing with random numbers, and answers shapes that do not
-fit with a report of the names that it has given them. So names and shapes are compared before anything is read.
+Its loader skips tensors that it has no name for, initialises missing ones randomly, and reports mismatched shapes under
+its own names. So names and shapes are compared before anything is read.
 """
 
 from __future__ import annotations

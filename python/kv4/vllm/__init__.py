@@ -1,7 +1,7 @@
 """kv4 as an attention backend of vLLM: `--attention-backend CUSTOM` (docs/vllm.md).
 
-`register` is the entry point that vLLM calls in each of its processes. Nothing of vLLM is changed, and a server that
-does not ask for kv4 runs as without it.
+`register` is the entry point that vLLM calls in each of its processes. It changes nothing in vLLM, and a server that
+does not select kv4 is unaffected.
 """
 
 from __future__ import annotations
@@ -14,5 +14,5 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CUSTOM, "kv4.vllm.choice.Backend")
-    # The platform for CPUs takes this entry whatever was asked for; the choice is made where it is loaded.
+    # The CPU platform loads this entry whichever backend was selected; choice.py decides when it is loaded.
     register_backend(AttentionBackendEnum.CPU_ATTN, "kv4.vllm.choice.CpuBackend")

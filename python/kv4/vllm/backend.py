@@ -1,8 +1,9 @@
 """Attention of a layer through kv4, and a step's metadata, for any version of vLLM's v1 engine.
 
-A step of a layer: new rows into their blocks, pages that became full sealed, all queries attended to. Prompts and
-single tokens are served by the same calls. Lambda is that of a calibration or of an earlier start, else measured on the
-first queries and fixed before the first page is sealed; from then on a page's bytes follow from its tokens.
+A layer's step stores the new rows in their blocks, seals pages that have become full and attends to all queries.
+Prompts and single tokens go through the same calls. Lambda comes from a calibration or an earlier start; otherwise it
+is measured on the first queries and fixed before the first page is sealed. After that a page's bytes depend only on its
+tokens.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ from kv4.vllm.lambdas import Kept
 from kv4.vllm.settings import recipe_of
 from kv4.vllm.steps import PAGE, Step, plan
 
-# Queries that lambda is measured on, at most, and how long a text has to be for its queries to count.
+# The most queries that lambda is measured on, and the shortest text whose queries are used.
 MOST_MEASURED, LEAST_MEASURED = 512, 16
 
 
 @cache
 def format_of(recipe: Recipe, dtype: torch.dtype, kv_heads: int, dim_k: int, dim_v: int, backend: str) -> Any:
-    """The page format of layers alike. Exact rows alone need one too: it attends."""
+    """The page format of layers with the same shapes. Layers with exact rows only need one too, for attention."""
     sealing = recipe if recipe.seal == "page" else Recipe()
     name = str(dtype).removeprefix("torch.")
     return _core.PageFormat(sealing, dtype=name, kv_heads=kv_heads, head_dim_k=dim_k, head_dim_v=dim_v, backend=backend)
 
 
 class Workspaces:
-    """One workspace a device, of the largest call so far: layers run one after another. Captured graphs have one of
-    their own, which stays where it is."""
+    """One workspace per device, as large as the largest call so far, since layers run one after another. Captured
+    graphs have one of their own, at a fixed address."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[torch.device, bool], torch.Tensor] = {}
@@ -62,7 +63,7 @@ _workspaces = Workspaces()
 
 @dataclass
 class Metadata:
-    """A step as the layers of one group of blocks see it."""
+    """A step's metadata for the layers of one group of blocks."""
 
     step: Step
     table: Sequence[torch.Tensor]  # [n, entries] int32 block ids, vLLM's own; and [n], a sequence's first
@@ -77,9 +78,9 @@ class Metadata:
 
 
 class Arrays:
-    """A step's arrays on the device, one for all groups of blocks, which ask one after another for the same step.
+    """A step's arrays on the device, shared by all groups of blocks, which ask for the same step one after another.
 
-    Those of steps with one token a sequence stay where they are, as captured graphs need it."""
+    Arrays of steps with one token per sequence keep their addresses, as captured graphs need."""
 
     NAMES = ("lengths", "begin", "end", "piece_sealed", "queries")
     ZEROS = len(NAMES)
@@ -97,7 +98,7 @@ class Arrays:
         return self._last[1:]
 
     def parts(self, step: Step) -> list[flash.Run | flash.Chunk]:
-        """Made once a step, as its arrays are."""
+        """Computed once per step, like its arrays."""
         if "parts" not in step.kept:
             step.kept["parts"] = flash.parts_of(step, self._device) if step.left.any() else []
         return step.kept["parts"]
@@ -151,17 +152,17 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         self._longest = vllm_config.model_config.max_model_len
         self._most = vllm_config.scheduler_config.max_num_seqs
         self._arrays = _arrays_of(vllm_config, device)
-        # Where captured graphs read the first block of a sequence, which holds the sinks.
+        # A fixed address, for captured graphs, of each sequence's first block, which holds the sinks.
         self._first = torch.zeros(self._most, dtype=torch.int32, device=device)
         layers = vllm_config.compilation_config.static_forward_context
-        # The layers whose lambda may be yet to be measured: those of exact rows know theirs.
+        # Layers whose lambda may still have to be measured, which those of exact rows record.
         self._owners = [x.owner for x in map(layers.get, layer_names) if hasattr(x, "owner")]
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Metadata:
         common = common_attn_metadata
-        # An upper bound counts tokens that a draft model may yet lose; pages and exact rows follow from true lengths.
+        # The host's upper bound includes draft tokens that may be rejected; pages and exact rows need true lengths.
         bound = None if self._drafts else common.seq_lens_cpu_upper_bound
         lengths = (common.seq_lens.cpu() if bound is None else bound).numpy()
         step, tensors = self._arrays.of(common.query_start_loc_cpu.numpy(), lengths, self._sealing)
@@ -175,10 +176,10 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         return self._metadata(common, step, tensors, step.most_pages, limits, workspace)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Metadata:
-        """For a graph of steps of one token a sequence, whatever their lengths: any of them may fill a page."""
+        """Metadata for capturing a step of one token per sequence at any lengths; every sequence may fill a page."""
         common = common_attn_metadata
         queries = common.query_start_loc_cpu.numpy()
-        # Nothing is stored or read while a graph is made: no row, no length.
+        # During capture nothing is stored or read: rows and lengths are empty.
         nothing = np.zeros(len(queries) - 1, np.int32)
         step, tensors = self._arrays.of(np.zeros_like(queries), nothing, self._sealing)
         each, n = {"most_pages": 1, "most_queries": 1, "longest": self._longest}, len(nothing)
@@ -204,8 +205,8 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         return Metadata(step, (table, first), pieces, tensors, parts, count, most_pages, *rest, captured)
 
     def _measure_before(self, step: Step, table: torch.Tensor) -> None:
-        """Before a step that fills pages by tokens of answers: a graph may run it, which cannot measure. The page's
-        last key is not there yet; the one before it stands for it."""
+        """Measures lambda before a decode step that fills pages, since a captured graph cannot. The page's last key
+        does not exist yet; the previous one is used in its place."""
         owners = [owner for owner in self._owners if owner.unmeasured]
         if owners:
             b = int(np.argmax(step.end - step.begin))
@@ -260,7 +261,7 @@ class Impl(AttentionImpl[Metadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if attn_metadata is None or kv_cache.numel() == 0:  # the model is being measured, without a cache
+        if attn_metadata is None or kv_cache.numel() == 0:  # vLLM's profiling run, without a cache
             return output.zero_()
         meta, step, on = attn_metadata, attn_metadata.step, attn_metadata.tensors
         rows_meta = self._metadata_of_rows(meta)
@@ -330,7 +331,7 @@ class Impl(AttentionImpl[Metadata]):
         return packed, self.rows_cache()
 
     def _memory_for(self, pages: Any, kv_cache: torch.Tensor) -> Any:
-        """What kv4 calls a layer's memory: made again only where it moved."""
+        """The layer's memory as kv4 takes it; rebuilt only when it has moved."""
         packed, held = self._blocks(kv_cache)
         identity = (kv_cache.data_ptr(), held.data_ptr())
         if self._memory_of != identity:
@@ -340,8 +341,8 @@ class Impl(AttentionImpl[Metadata]):
         return self._memory
 
     def _tables(self, pages: Any, meta: Metadata, rows: Metadata) -> tuple[Any, list[tuple[Any, slice]]]:
-        """Of whole sequences, to store and seal, and of the pieces to attend to, with their rows: one for layers of the
-        same blocks."""
+        """Two batches: whole sequences, to store and seal, and the pieces to attend to, with their rows. Shared by
+        layers of the same blocks."""
         key = (id(meta), id(rows), self.window)
         found = meta.step.kept.get(key)
         if found is None:
@@ -368,7 +369,7 @@ class Impl(AttentionImpl[Metadata]):
         return found[:2]
 
     def _keep_queries(self, query: torch.Tensor, step: Step) -> None:
-        """Those of longer texts: a server warms up with prompts of two tokens, which say nothing of a model."""
+        """Keeps queries of longer texts: those of the two-token prompts that a server warms up with are not typical."""
         rows = np.repeat(step.lengths >= LEAST_MEASURED, np.diff(step.queries))
         if rows.any():
             chosen = query[: step.rows][torch.from_numpy(rows).to(query.device)]

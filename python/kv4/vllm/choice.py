@@ -1,4 +1,4 @@
-"""Which backend class vLLM gets: kv4's of the running version where it was asked for, else vLLM's own."""
+"""Chooses the backend class: kv4's for the running version of vLLM where it was selected, else vLLM's own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from kv4.messages import mismatch
 
-# What a version of vLLM needs of its own, by major and minor version.
+# Modules for particular versions of vLLM, by major and minor version.
 VERSIONS = {"0.26": "kv4.vllm.v0_26", "0.32": "kv4.vllm.v0_32"}
 
 

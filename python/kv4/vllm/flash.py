@@ -1,8 +1,8 @@
 """vLLM's own FlashAttention for the prompts of a step, over rows in the model's dtype.
 
-A prompt that begins in the step has all that it sees at hand. A later chunk of one has its pages unpacked for it, once
-a layer, into rows that the next layer overwrites: reading them packed for hundreds of queries would decode each page
-again and again. Its queries see packed what the first of them would, and the tokens behind that exactly.
+A prompt that begins in the step sees only rows of the step. For a later chunk the pages before it are unpacked, once
+per layer, into rows that the next layer overwrites: attending to packed pages with hundreds of queries would decode
+each page many times. All queries of the chunk see as pages what its first query would, and later tokens exactly.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Chunk:
 
 
 def parts_of(step: Step, device: torch.device) -> list[Run | Chunk]:
-    """What of a step is FlashAttention's."""
+    """The parts of a step that FlashAttention attends to."""
     counts = np.diff(step.queries)
     fresh = step.left & (counts == step.lengths)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], fresh.astype(np.int8), [0]])))
@@ -105,7 +105,7 @@ _unpacked = Unpacked()
 def unpack(
     chunk: Chunk, pages: Any, packed: torch.Tensor | None, held: torch.Tensor, tables: Any, layer: Any, **place: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the chunk's queries see before it, behind it room for its own rows: [tokens, kv_heads, dim] twice.
+    """Keys and values before the chunk, followed by room for its own rows: [tokens, kv_heads, dim] twice.
 
     packed: the layer's pages, as PageFormat.memory takes them. held: its exact rows [blocks, kv_heads, 64, keys then
     values]. tables: block ids of pages and of exact rows, [entries] int32 each. layer: kv_heads, dim, sinks, lambda_k.

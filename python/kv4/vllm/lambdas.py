@@ -1,7 +1,7 @@
-"""Lambda of a server's layers: of a calibration file, or measured on the first requests and kept for the next start.
+"""Lambda of a server's layers: from a calibration file, or measured on the first requests and kept for the next start.
 
-What was measured is kept in the user's cache folder, a file a layer, under the model, the recipe and the rank: a server
-that starts again seals its pages as before.
+Measured values are kept in the user's cache folder, one file per layer, under the model, the recipe and the rank, so
+that a restarted server seals its pages as before.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def check_fit(calibration: Calibration, layers: int, kv_heads: int, head_dim: in
 
 
 def own_heads(heads: int, rank: int, ranks: int) -> slice:
-    """The KV heads of a rank: a share of them, or one that several ranks hold."""
+    """The KV heads of a rank: a part of them, or one that several ranks hold."""
     if heads >= ranks:
         return slice(rank * (heads // ranks), (rank + 1) * (heads // ranks))
     head = rank * heads // ranks
@@ -46,7 +46,7 @@ def own_heads(heads: int, rank: int, ranks: int) -> slice:
 
 
 def digest_of(model: str, revision: str | None, config: str) -> str:
-    """Tells models apart: by configuration and weights where `model` is a folder, else by name and configuration."""
+    """Identifies a model: by configuration and weights where `model` is a folder, else by name and configuration."""
     folder = Path(model)
     if (folder / "config.json").is_file():
         return str(identity_of(folder)["digest"])
@@ -67,7 +67,7 @@ class Kept:
         self.path = cache_dir() / "vllm" / f"{digest}-{which}" / f"{name}.npy"
 
     def load(self, kv_heads: int, head_dim: int) -> np.ndarray | None:
-        """None where there is none yet, or none that fits, which is said and then measured anew."""
+        """None where there is none yet, or one that does not fit, which is logged; it is then measured again."""
         try:
             found = np.load(self.path, allow_pickle=False)
         except FileNotFoundError:
@@ -84,7 +84,7 @@ class Kept:
         _log.warning("kv4: %s is set aside, and lambda measured again: %s", self.path, why)
 
     def save(self, found: np.ndarray) -> None:
-        """Whole or not at all; a folder that cannot be written is said once a layer, and nothing is kept."""
+        """Written atomically. A folder that cannot be written to is logged once per layer, and nothing is kept."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with written_whole(self.path) as stream:

@@ -1,4 +1,4 @@
-"""An attention layer of vLLM served by kv4: its arguments, its lambda, and what is refused before weights are read."""
+"""An attention layer of vLLM served by kv4: its arguments, its lambda, and refusals before weights are read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kv4.vllm.settings import calibration_of, recipe_of
 from kv4.vllm.steps import PAGE
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-# Read once a server, not by every layer: each goes through the model's files.
+# Read once per server, not per layer: every read goes through the model's files.
 _check_fit, _digest_of = cache(check_fit), cache(digest_of)
 
 
@@ -31,7 +31,7 @@ def serves_head_size(size: int) -> bool:
 
 
 class CommonBackend(AttentionBackend):
-    """What kv4 says of itself to any version of vLLM."""
+    """The properties that kv4 reports to every version of vLLM."""
 
     forward_includes_kv_cache_update = True
     supported_dtypes = DTYPES
@@ -66,7 +66,7 @@ class CommonBackend(AttentionBackend):
 
 
 class LayerImpl(Impl):
-    """One attention layer. The rows' layer joins vLLM's list of layers as soon as the model is there."""
+    """One attention layer. The layer of its exact rows joins vLLM's list of layers once the model is built."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class LayerImpl(Impl):
         self._layers[self.rows_name] = rows
 
     def declare(self, layer: Attention) -> RowsLayer:
-        """Makes vLLM's layer one of packed pages, and the layer of exact rows beside it."""
+        """Turns vLLM's layer into one of packed pages, and adds a layer of exact rows."""
         raise NotImplementedError
 
     def rows_cache(self) -> torch.Tensor:
@@ -127,8 +127,8 @@ class LayerImpl(Impl):
 def lambda_of(
     config: Any, recipe: Recipe, kv_heads: int, head_dim: int, layer: str
 ) -> tuple[torch.Tensor | None, Kept | None]:
-    """Of a layer by vLLM's name, this rank's heads: the calibration's, else what an earlier start kept; and, where it
-    is yet to be measured, where it goes."""
+    """Lambda of a layer (by vLLM's name) for this rank's heads, from the calibration, else from an earlier start; and,
+    where it still has to be measured, the file to keep it in."""
     if recipe.key.lambda_ == "none":
         return None, None
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
@@ -159,8 +159,8 @@ def refuse_layer(alibi: Any, cache_dtype: str, kind: str, shared: str | None, di
 
 
 def refuse_server(config: Any) -> None:
-    """Raises NotImplementedError for what the server was asked to do beside, as above; ValueError for a calibration of
-    another model."""
+    """Raises NotImplementedError for features of the server that kv4 does not support, and ValueError for a calibration
+    of another model, before any weight is read."""
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
     decode, prefill = parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
     method = getattr(config.speculative_config, "method", None)

@@ -1,7 +1,7 @@
 """The exact rows of attention layers as cache layers of their own, in vLLM's block allocator.
 
-Sliding windows of 129 tokens that keep their first block too, for the sinks. vLLM gives blocks back as the window moves
-on and caches them by prefix.
+They are sliding windows of 129 tokens that also keep their first block, for the sinks. vLLM frees blocks as the window
+advances, and caches them by prefix.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 
 from kv4.vllm.steps import PAGE
 
-# A query reads at most 127 tokens behind it from exact rows; blocks go back whole.
+# A query reads at most the 127 tokens before it from exact rows; blocks are freed whole.
 ROWS_WINDOW = 2 * PAGE + 1
 
 
 class RowsManager(SlidingWindowManager):
-    """A sliding window whose first block stays: the sinks."""
+    """A sliding window that keeps its first block, which holds the sinks."""
 
     @classmethod
     def find_longest_cache_hit(
@@ -95,7 +95,7 @@ class RowsManager(SlidingWindowManager):
         super()._remove_blocks_in_range(request_id, max(first_block, 1), last_block)
 
 
-# vLLM registers its own kinds of layers when it is first asked for one and there is none yet: they go before this one.
+# vLLM registers its own kinds of layers at the first query, unless some are there already: query before adding one.
 KVCacheSpecRegistry.check_kv_cache_spec_registry({})
 
 

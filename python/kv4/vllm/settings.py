@@ -1,4 +1,4 @@
-"""What the user of a server sets, by `--additional-config` or the environment: the recipe, or a calibration."""
+"""Settings of a server, from `--additional-config` or the environment: the recipe, or a calibration."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _load = lru_cache(load)
 
 
 def recipe_of(additional: Any) -> Recipe:
-    """The calibration's, else that of vLLM's additional config, the environment, kv4's own. Raises ValueError naming
-    the setting."""
+    """The recipe: the calibration's, else that of vLLM's additional config, of the environment, or the default. Raises
+    ValueError naming the setting."""
     where, given = _setting(additional, "recipe")
     calibration = calibration_of(additional)
     if calibration is not None:
@@ -40,7 +40,8 @@ def recipe_of(additional: Any) -> Recipe:
 
 
 def calibration_of(additional: Any) -> Calibration | None:
-    """That of vLLM's additional config, else of KV4_VLLM_CALIBRATION, if any. Raises ValueError naming the setting."""
+    """The calibration of vLLM's additional config, else of KV4_VLLM_CALIBRATION, if any. Raises ValueError naming the
+    setting."""
     where, given = _setting(additional, "calibration")
     if given is None:
         return None
@@ -67,7 +68,7 @@ def _setting(additional: Any, name: str) -> tuple[str, str | None]:
 
 
 def checked(recipe: Recipe, where: str, calibrated: bool = False) -> Recipe:
-    """The recipe if a server can keep to it: what a token sees follows from its position, in pages of 64."""
+    """The recipe, if a server can implement it: what a token sees depends on its position alone, in pages of 64."""
     if recipe.seal == "arrival":
         raise ValueError(mismatch(f"{where}: seal", "page or never", recipe.seal))
     if recipe.seal == "page" and (recipe.window != PAGE or recipe.sinks > PAGE):

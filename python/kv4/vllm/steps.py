@@ -1,8 +1,8 @@
-"""What a step of a server asks of kv4: rows per sequence, pages that become full, and pieces for attention.
+"""Plans a server's step for kv4: rows per sequence, pages that become full, and pieces for attention.
 
-A query reads its newest 64 to 127 tokens from exact rows and older ones from pages, by its position alone: what a token
-becomes does not depend on how a prompt was cut into steps, on prefix-cache hits or on preemption, and a page's bytes
-follow from its tokens. So the rows of a prompt are attended to in pieces that end where pages end.
+A query reads its newest 64 to 127 tokens from exact rows and older ones from pages, by its position alone. Results
+therefore do not depend on how a prompt was split into steps, on prefix-cache hits or on preemption, and a page's bytes
+depend only on its tokens. Hence the rows of a prompt are attended to in pieces that end at page boundaries.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 
 from kv4._core import PAGE_TOKENS as PAGE
 
-# Rows of a chunk for which unpacking what they see is less work than reading it packed.
+# From so many rows of a chunk on, unpacking the pages that they see is less work than reading them packed.
 LONG = 256
 
 
 @dataclass
 class Span:
-    """Pieces whose rows follow one another."""
+    """Pieces with contiguous rows."""
 
     pieces: slice
     rows: slice
@@ -57,8 +57,8 @@ class Step:
 
     @cached_property
     def limits(self) -> dict[str, int]:
-        """Of a workspace that serves the step: the same for all layers. By powers of two, so that a sequence which
-        grows by a token does not ask again and again."""
+        """Limits of a workspace for the step, the same for all layers. Rounded up to powers of two, so that a growing
+        sequence does not need a new workspace at every token."""
         rows = max((span.most_queries for span in self.spans), default=1)
         needed = {
             "sequences": max(self.pieces, len(self.lengths)),
@@ -76,11 +76,11 @@ class Step:
 
 
 def plan(queries: np.ndarray, lengths: np.ndarray, sealing: bool, leave: bool = False) -> Step:
-    """Of cumulative rows [n + 1] and lengths [n], a sequence's rows being its newest. Not sealing: all stays exact.
-    leave: prompts that begin in this step, and long chunks of others, are attended to by the host."""
+    """The step with these cumulative rows [n + 1] and lengths [n]; a sequence's rows are its newest. Without sealing
+    all rows stay exact. leave: the host attends to prompts that begin in this step and to long chunks of others."""
     queries, lengths = queries.astype(np.int64), lengths.astype(np.int64)
     counts = np.diff(queries)
-    # A row of padding, in a batch of a fixed size, has a length and no query.
+    # A padding row in a batch of fixed size has a length but no query.
     computed = np.where(counts > 0, lengths - counts, lengths)
     begin, end = computed // PAGE * PAGE, lengths // PAGE * PAGE
     single = counts.max(initial=0) <= 1
@@ -115,7 +115,7 @@ def plan(queries: np.ndarray, lengths: np.ndarray, sealing: bool, leave: bool = 
 
 
 def _spans(starts: np.ndarray, ends: np.ndarray) -> list[Span]:
-    """Of pieces that have rows [starts, ends): apart where rows between them are the host's."""
+    """Runs of pieces with rows [starts, ends), split where rows between them are the host's."""
     if not len(starts):
         return []
     edges = [0, *(np.flatnonzero(starts[1:] != ends[:-1]) + 1), len(starts)]

@@ -1,7 +1,8 @@
 """vLLM 0.26: how a page is declared to its block allocator.
 
-All layers' blocks have one size here. A block of exact rows is padded to a whole number of pages, and a block of pages
-holds as many: 4 of them, 256 tokens, for a model in 16 bits. Kernels see single pages, as vLLM splits blocks for them.
+All layers' blocks have the same size in this version. A block of exact rows is padded to a whole number of pages, and a
+block of pages holds that many: 4 pages, 256 tokens, for a 16-bit model. Kernels see single pages, since vLLM splits
+blocks for them.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def packed_backend(head_bytes: int) -> type[Backend]:
 
 
 class _Pages:
-    """A block's bytes, of pages in place of rows."""
+    """A block's bytes, which are pages instead of rows."""
 
     @property
     def real_page_size_bytes(self) -> int:
@@ -99,5 +100,5 @@ class Layer(LayerImpl):
         spec = pages_spec(layer, pages.head_bytes)
         layer.attn_backend = packed_backend(pages.head_bytes)
         layer.get_kv_cache_spec = lambda config: spec
-        # Blocks of rows as many times a page's bytes as they need.
+        # Blocks of rows are padded to a multiple of a page's bytes.
         return RowsLayer(layer, self, Backend, padded=-(-pages.block_bytes // spec.page_bytes) * spec.page_bytes)
