@@ -93,6 +93,16 @@ def seal(
     return Sealed(back_rows, codes, scale.mT, stored)
 
 
+def lightest(value: Tensor, count: int, page: int = PAGE_TOKENS) -> Tensor:
+    """Places [heads, pages, count] of the tokens with the least |v| in every whole page of value [heads, T, d]. Tokens
+    on which attention rests where nothing is to be read have small values and keys that most queries see (Xiao et al.,
+    Efficient streaming language models with attention sinks, 2024); they stand for most of the loss where there are
+    any, and this finds them from the page alone."""
+    pages = value.shape[1] // page
+    norms = value[:, : pages * page].double().norm(dim=-1).unflatten(-1, (pages, page))
+    return norms.topk(count, -1, largest=False).indices.sort(-1).values
+
+
 def _means(
     rows: Tensor, side: SideVariant, matrix: Tensor, weight: Tensor, page: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

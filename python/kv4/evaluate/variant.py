@@ -11,6 +11,8 @@ from kv4.evaluate import levels as level_tables
 from kv4.evaluate import rotations
 from kv4.recipe import Recipe, Side
 
+REFINED_BITS = 4  # of a channel of a second row of codes
+
 
 @dataclass(frozen=True)
 class SideVariant:
@@ -73,8 +75,9 @@ class Variant:
     seal: "page", "arrival" or "never" as in kv4.Recipe; "after": as "arrival", but a query sees its own token exact.
         With "arrival" and "after" a mean is that of the finished page, which no cache could know: only for seeing one
         step of the recipe without the next.
-    mixed: bits a value, all-in, of a Calibration with mixed widths: both sides are sealed in its basis; 0: as the sides
-        say. escapes: tokens of a page, those of the least |v|, that are held in 8 bits (kv4.evaluate.mixed).
+    widths: (bits of keys, bits of values) of every layer, in place of the sides' own; none: theirs in all layers.
+    refined: tokens of a page, those of the least |v|, whose keys have a second row of 4-bit codes, for what the first
+        left (kv4.evaluate.laboratory).
     page: tokens of a page. sinks: exact tokens; chosen "first", or "mass": those that drew most attention when their
         page was sealed, as many per page as `sinks` a sequence (in place of the first ones).
     """
@@ -86,8 +89,8 @@ class Variant:
     sinks: int = 4
     window: int = 64
     chosen: Literal["first", "mass"] = "first"
-    mixed: float = 0.0
-    escapes: int = 0
+    widths: tuple[tuple[int, int], ...] = ()
+    refined: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -105,14 +108,22 @@ class Variant:
         """Mean over keys and values of a sealed token, as its context grows without end."""
         if self.seal == "never":
             return 16.0
-        if self.mixed:
-            return self.mixed
-        both = self.key.bits_per_value(d_k, self.page) * d_k + self.value.bits_per_value(d_v, self.page) * d_v
-        extra = 0.0
+        layers = [self.sides_of(layer) for layer in range(len(self.widths) or 1)]
+        both = sum(
+            key.bits_per_value(d_k, self.page) * d_k + value.bits_per_value(d_v, self.page) * d_v
+            for key, value in layers
+        ) / len(layers)  # fmt: skip
+        extra = self.refined * (REFINED_BITS * d_k + 16 + 8) / self.page
         if self.chosen == "mass" and self.sinks:  # exact copies beside the page, and their places
             extra = self.sinks * (16 * (d_k + d_v) + 8) / self.page
-        extra += self.escapes * (8 * (d_k + d_v) + 2 * 16 + 8) / self.page
         return (both + extra) / (d_k + d_v)
+
+    def sides_of(self, layer: int) -> tuple[SideVariant, SideVariant]:
+        """Keys and values of a layer."""
+        if not self.widths:
+            return self.key, self.value
+        key, value = self.widths[layer]
+        return dataclasses.replace(self.key, bits=key), dataclasses.replace(self.value, bits=value)
 
     def replace(self, **changes: Any) -> Variant:
         """A copy; `key__bits=3` changes a field of a side, `both__bits=3` of both."""
