@@ -61,7 +61,7 @@ PYTHON: dict[str, tuple[set[str], str]] = {
     "kv4.evaluate": (
         {"kv4", "kv4.hf", "kv4.bench"},
         "levels rotations variant fake calibration scores state windows widths rows report plots laboratory "
-        "sensitivity layers calibrate oscar learn energy quality ablate peers passkey",
+        "sensitivity calibrate layers oscar learn energy quality ablate peers passkey",
     ),
     "kv4.cli": (
         {"kv4", "kv4.models", "kv4.hf", "kv4.bench", "kv4.evaluate"},

@@ -401,14 +401,14 @@ def test_calibrate_then_eval(model: Path, tmp_path: Path) -> None:
 def test_widths_of_layers_from_the_command_line(model: Path, tmp_path: Path) -> None:
     layers, peer = tmp_path / "layers.safetensors", tmp_path / "oscar.safetensors"
     size = ("--windows", 1, "--length", 512)
-    succeeded("calibrate", model, layers, *size, "--first", 1, "--method", "layers", "--bits", "2.75,4.25")
+    succeeded("calibrate", model, layers, *size, "--first", 1, "--method", "layers", "--bits", "2.5,4.25")
     succeeded("calibrate", model, peer, *size, "--first", 1, "--method", "oscar")
     data, plot = tmp_path / "bits.json", tmp_path / "bits.png"
-    options = ("--calibration", layers, "--calibration", peer, "--bits", "2.75,4.25", "--fresh")
+    options = ("--calibration", layers, "--calibration", peer, "--bits", "2.5,4.25", "--fresh")
     succeeded("eval", model, *size, *options, "--json", data, "--plot", plot)
     quality = json.loads(data.read_text())["quality"]
-    assert {"layers 2.75", "layers 4.25", "kv4", "q8_0", "int4-token", "paper", "OSCAR's recipe"} <= set(quality)
-    assert quality["layers 2.75"]["kl"] > quality["layers 4.25"]["kl"] > 0
+    assert {"layers 2.5", "layers 4.25", "kv4", "q8_0", "int4-token", "paper", "OSCAR's recipe"} <= set(quality)
+    assert quality["layers 2.5"]["kl"] > quality["layers 4.25"]["kl"] > 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     table = tmp_path / "predicted.md"
     rows = ("--rows", "kv4,layers-4.25", "--predict", "--markdown", table)

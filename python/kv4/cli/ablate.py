@@ -178,7 +178,6 @@ def calibrate(
     from kv4.evaluate import layers, oscar
     from kv4.evaluate.calibrate import METHODS
     from kv4.evaluate.calibrate import calibrate as run
-    from kv4.evaluate.variant import Variant
     from kv4.evaluate.windows import cut
 
     known = (*METHODS, "layers", "oscar")
@@ -196,7 +195,7 @@ def calibrate(
     with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens) as advance:
         about = {"identity": b.identity, "text": source, "progress": advance}
         if method == "layers":
-            made = layers.calibrate(b.model, parts, bits=budgets, variant=Variant(refined=1), **about)
+            made = layers.calibrate(b.model, parts, bits=budgets, **about)
         elif method == "oscar":
             made = oscar.calibrate(b.model, parts, **about)
         else:

@@ -143,8 +143,9 @@ def quality(
 
 def _calibrated(name: str, loaded: Any, budgets: tuple[float, ...] | None, b: lab.Bench) -> list[Any]:
     """The candidates of one file."""
-    from kv4.evaluate import Candidate, Variant, oscar
+    from kv4.evaluate import Candidate, oscar
     from kv4.evaluate.layers import head_dim
+    from kv4.evaluate.variant import by_layers
 
     if loaded.method == "oscar":
         return [Candidate("OSCAR's recipe", oscar.variant(head_dim(b.model)), loaded)]
@@ -152,8 +153,8 @@ def _calibrated(name: str, loaded: Any, budgets: tuple[float, ...] | None, b: la
         return [Candidate(name, loaded.recipe, loaded)]
     found = []
     for budget in budgets or loaded.budgets:
-        variant = Variant(widths=loaded.widths_of(budget), refined=loaded.refined)
-        found.append(Candidate(f"layers {budget:g}", variant))
+        variant = by_layers().replace(widths=loaded.widths_of(budget), refined=loaded.refined)
+        found.append(Candidate(f"layers {budget:g}", variant, loaded))
     return found
 
 

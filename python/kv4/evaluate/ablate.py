@@ -12,7 +12,7 @@ import torch
 from kv4.calibration import Calibration, load
 from kv4.evaluate.calibrate import Errors, Layer, calibrate, capture, errors
 from kv4.evaluate.laboratory import _Session, seal_layer
-from kv4.evaluate.layers import from_losses, head_dim, losses
+from kv4.evaluate.layers import from_rows, head_dim
 from kv4.evaluate.learn import learn
 from kv4.evaluate.quality import Candidate, Quality, measure_all
 from kv4.evaluate.rows import Row
@@ -20,7 +20,6 @@ from kv4.evaluate.scores import paired
 from kv4.evaluate.sensitivity import Rows, predicted, sensitivities
 from kv4.evaluate.state import State, digest
 from kv4.evaluate.variant import Variant
-from kv4.evaluate.widths import WIDTHS
 from kv4.recipe import Recipe
 
 Tensor = torch.Tensor
@@ -54,7 +53,6 @@ class Calibrations:
         self.model, self.windows, self.identity, self.scratch, self.text = model, windows, identity, scratch, text
         self._layers: list[Layer] | None = None
         self._gradients: list[list[Rows]] | None = None
-        self._losses: dict[str, Tensor] = {}
         self._made: dict[str, Calibration] = {}
 
     @property
@@ -96,11 +94,7 @@ class Calibrations:
         needs = row.needs
         about = {"identity": self.identity, "text": self.text}
         if needs == "layers":
-            key = digest(row.variant.differences())
-            if key not in self._losses:  # at every width there is: rows choose among them
-                self._losses[key] = losses(self.gradients, row.variant)
-            table = self._losses[key][:, :, [WIDTHS.index(w) for w in row.widths]]
-            return from_losses(table, (row.budget,), row.variant, head_dim(self.model), row.widths, **about)
+            return from_rows(self.gradients, (row.budget,), row.variant, head_dim(self.model), row.widths, **about)
         if needs == "moments":
             return calibrate(self.model, self.windows, method="lambda", **about)
         if needs == "transform":

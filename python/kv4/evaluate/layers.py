@@ -2,8 +2,8 @@
 
 Layers differ by a hundredfold in what an error of theirs costs, and keys differ from values. What a recipe loses at
 every width of every layer and side is foretold from gradients (kv4.evaluate.sensitivity) on a calibration text, as a
-table; widths are then bought where a bit saves most (kv4.evaluate.widths). The recipe stays what it is: rotation,
-lambda, means and scales need no calibration.
+table; widths are then bought where a bit saves most (kv4.evaluate.widths). Rotation, means and scales stay as they are;
+lambda comes from the same text.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from kv4.calibration import Calibration
+from kv4.evaluate.calibrate import Layer
+from kv4.evaluate.calibration import lambda_from_energies
 from kv4.evaluate.laboratory import _Session, seal_layer
 from kv4.evaluate.sensitivity import Rows, sensitivities
-from kv4.evaluate.variant import Variant
+from kv4.evaluate.variant import Variant, by_layers
 from kv4.evaluate.widths import WIDTHS, allocate
 from kv4.recipe import Recipe
 
@@ -30,16 +32,32 @@ def head_dim(model: Any) -> int:
 
 
 @torch.inference_mode()
-def losses(windows: Sequence[Sequence[Rows]], variant: Variant, widths: Sequence[int] = WIDTHS) -> Tensor:
+def losses(
+    windows: Sequence[Sequence[Rows]],
+    variant: Variant,
+    calibration: Calibration | None = None,
+    widths: Sequence[int] = WIDTHS,
+) -> Tensor:
     """Expected KL divergence, nats per token, float64 [2, layers, widths]: of keys (0) and of values (1) of each layer
-    sealed as `variant` says but in so many bits, all else exact; mean over windows of Rows of every layer."""
+    sealed as `variant` says but in so many bits, all else exact; mean over windows of Rows of every layer. calibration:
+    what the variant needs, or None."""
     found = torch.zeros(2, len(windows[0]), len(widths), dtype=torch.float64)
     for at, bits in enumerate(widths):
-        session = _Session(variant.replace(both__bits=bits, widths=()), None, None)
+        session = _Session(variant.replace(both__bits=bits, widths=()), calibration, None)
         for layers in windows:
             for layer, rows in enumerate(layers):
                 parts = rows.divergence(*seal_layer(session, layer, rows.query, rows.key, rows.value))
                 found[:, layer, at] += torch.tensor(parts, dtype=torch.float64) / len(windows)
+    return found
+
+
+def lambdas(windows: Sequence[Sequence[Rows]]) -> dict[str, Tensor]:
+    """Lambda of every layer's keys, by its name in a Calibration."""
+    found = {}
+    for index in range(len(windows[0])):
+        moments = [Layer(x.query, x.key, x.value).second_moments() for x in (layers[index] for layers in windows)]
+        energies = (torch.stack(some).mean(0).diagonal(dim1=-2, dim2=-1) for some in zip(*moments, strict=True))
+        found[f"layer.{index}.key.lambda"] = lambda_from_energies(*energies).float()
     return found
 
 
@@ -76,30 +94,25 @@ def calibrate(
     *,
     bits: Sequence[float] = BUDGETS,
     variant: Variant | None = None,
-    widths: Sequence[int] = WIDTHS,
     identity: dict[str, Any] | None = None,
     text: str = "",
     progress: Callable[[int], None] | None = None,
 ) -> Calibration:
-    """Widths of every layer for each of `bits`, all-in per value, from windows of ids [1, T]. Errors: ValueError."""
+    """Lambda, and widths of every layer for each of `bits`, all-in per value, from windows of ids [1, T]. variant: what
+    they are for, kv4.evaluate.variant.by_layers() if not given. Errors: ValueError."""
     if not windows:
         raise ValueError("windows: expected at least 1; got 0")
-    table = None
+    taken = []
     for seed, ids in enumerate(windows):
-        with torch.inference_mode(False):
-            found = losses([sensitivities(model, ids, seed)], variant or Variant(), widths)
-        table = found if table is None else table + found
+        taken.append(sensitivities(model, ids, seed))
         if progress:
             progress(ids.shape[1])
-    assert table is not None
-    return from_losses(
-        table / len(windows), bits, variant or Variant(), head_dim(model), widths,
-        identity=identity, text=text, tokens=sum(ids.shape[1] for ids in windows),
-    )  # fmt: skip
+    tokens = sum(ids.shape[1] for ids in windows)
+    return from_rows(taken, bits, variant or by_layers(), head_dim(model), identity=identity, text=text, tokens=tokens)
 
 
-def from_losses(
-    table: Tensor,
+def from_rows(
+    windows: Sequence[Sequence[Rows]],
     bits: Sequence[float],
     variant: Variant,
     head_dim: int,
@@ -109,12 +122,13 @@ def from_losses(
     text: str = "",
     tokens: int = 0,
 ) -> Calibration:
-    """`calibrate` from what is already measured."""
-    chosen = [layer_widths(table, budget, variant, (head_dim, head_dim), widths) for budget in bits]
-    tensors = {
-        f"layer.{layer}.widths": torch.tensor([found[layer] for found in chosen], dtype=torch.float32)
-        for layer in range(table.shape[1])
-    }
-    return Calibration(
+    """`calibrate` from what is already measured; widths: those there are."""
+    tensors = lambdas(windows)
+    made = Calibration(
         tensors, Recipe(), identity or {}, text, tokens, method="layers", budgets=tuple(bits), refined=variant.refined
     )
+    table = losses(windows, variant, made, widths)
+    chosen = [layer_widths(table, budget, variant, (head_dim, head_dim), widths) for budget in bits]
+    for layer in range(table.shape[1]):
+        tensors[f"layer.{layer}.widths"] = torch.tensor([found[layer] for found in chosen], dtype=torch.float32)
+    return made

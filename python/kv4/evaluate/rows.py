@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kv4.evaluate.variant import SideVariant, Variant, from_recipe, q4_0, q8_0
+from kv4.evaluate.variant import SideVariant, Variant, by_layers, from_recipe, q4_0, q8_0
 from kv4.evaluate.widths import WIDTHS
 from kv4.recipe import Recipe
 
@@ -28,16 +28,18 @@ def layers() -> list[Row]:
     rows = [
         Row(f"refined-{n}", "layers", f"keys of {n} a page refined", Variant(refined=n)) for n in (1, 2)
     ]  # fmt: skip
+    whole = by_layers()
     for budget in (4.25, 3.25, 2.5):
-        for name, label, refined, widths in (
-            ("", "", 0, WIDTHS),
-            ("-refined", ", keys of 1 a page refined", 1, WIDTHS),
-            ("-no-5", ", the same, no 5 bits", 1, (2, 3, 4, 6, 8)),
-            ("-even", ", the same, of 2, 4 and 8", 1, (2, 4, 8)),
+        for name, label, variant, widths in (
+            ("", "", Variant(), WIDTHS),
+            ("-refined", ", one key a page refined", Variant(refined=1), WIDTHS),
+            ("-bytes", ", the same, lambda calibrated, best of 15 gains, scales and means in bytes", whole, WIDTHS),
+            ("-no-5", ", as -bytes, no 5 bits", whole, (2, 3, 4, 6, 8)),
+            ("-even", ", as -bytes, of 2, 4 and 8", whole, (2, 4, 8)),
         ):
             rows.append(
-                Row(f"layers-{budget:g}{name}", "layers", f"widths of layers, {budget:g} bits{label}",
-                    Variant(refined=refined), "layers", budget, widths)
+                Row(f"layers-{budget:g}{name}", "layers", f"widths of layers, {budget:g} bits{label}", variant,
+                    "layers", budget, widths)
             )  # fmt: skip
     return rows
 

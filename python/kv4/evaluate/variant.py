@@ -12,6 +12,7 @@ from kv4.evaluate import rotations
 from kv4.recipe import Recipe, Side
 
 REFINED_BITS = 4  # of a channel of a second row of codes
+BYTES_GROUP = 16  # channels of a mean that share a step where it is stored in bytes
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class SideVariant:
     scale: "search" tries 5 gains around the table's own and keeps the codes whose least-squares fit is best,
         "search_fine" 15. "affine": levels evenly between a group's minimum and maximum, both shrunk towards their
         middle by what fits best of six shares; fp16 scale and zero.
+    stored: "fp16" scales and means; "bytes": scales in sixteenths of an octave below the page's largest, which is fp16,
+        and means in 8 bits with an fp16 step for 16 channels; codes are those nearest under the scale as stored.
     mean: "page"; "group": one number for `mean_group` neighbouring channels of a page; "none".
     lambda_: "auto" is the core's estimate from a sequence's first tokens; "window" that of all its tokens (an oracle);
         "given" a Calibration's. shrink: share of the way that "auto" draws energies to their rotary pair's mean.
@@ -38,6 +41,7 @@ class SideVariant:
     group: int = 0
     levels: str = "lloyd_max"
     scale: Literal["least_squares", "abs_max", "search", "search_fine", "affine"] = "least_squares"
+    stored: Literal["fp16", "bytes"] = "fp16"
     mean: Literal["none", "page", "group"] = "none"
     mean_group: int = 16
     lambda_: Literal["none", "auto", "window", "given"] = "none"
@@ -53,6 +57,7 @@ class SideVariant:
         expect("rotation", (*rotations.KINDS, "given"))
         expect("levels", level_tables.KINDS)
         expect("scale", ("least_squares", "abs_max", "search", "search_fine", "affine"))
+        expect("stored", ("fp16", "bytes"))
         expect("mean", ("none", "page", "group"))
         expect("lambda_", ("none", "auto", "window", "given"))
         expect("rounding", ("nearest", "moment"))
@@ -64,8 +69,11 @@ class SideVariant:
         if self.bits == 16:
             return 16.0
         mean = {"none": 0.0, "page": 16 / page, "group": 16 / page / self.mean_group}[self.mean]
-        scale = 32 if self.scale == "affine" else 16
-        return self.bits + scale / (self.group or d) + mean
+        scale = (32 if self.scale == "affine" else 16) / (self.group or d)
+        if self.stored == "bytes":
+            mean *= (8 + 16 / BYTES_GROUP) / 16
+            scale = 8 / (self.group or d) + 16 / page / d
+        return self.bits + scale + mean
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,12 @@ def from_recipe(recipe: Recipe) -> Variant:
         return SideVariant(**{**fields, "mean": "page" if given.mean else "none"})
 
     return Variant(side(recipe.key), side(recipe.value), recipe.seal, PAGE_TOKENS, recipe.sinks, recipe.window)
+
+
+def by_layers() -> Variant:
+    """What widths of layers are chosen for (kv4.evaluate.layers): one key a page refined, lambda of the calibration,
+    the best gain of each scale, scales and means in bytes."""
+    return Variant(refined=1).replace(key__lambda_="given", both__scale="search_fine", both__stored="bytes")
 
 
 def q8_0() -> Variant:
