@@ -60,8 +60,8 @@ PYTHON: dict[str, tuple[set[str], str]] = {
     ),
     "kv4.evaluate": (
         {"kv4", "kv4.hf", "kv4.bench"},
-        "levels rotations variant fake calibration scores state windows rows report plots widths mixed laboratory "
-        "sensitivity design calibrate oscar learn energy quality ablate peers passkey",
+        "levels rotations variant fake calibration scores state windows widths rows report plots laboratory "
+        "sensitivity calibrate layers oscar learn energy quality ablate peers passkey",
     ),
     "kv4.cli": (
         {"kv4", "kv4.models", "kv4.hf", "kv4.bench", "kv4.evaluate"},

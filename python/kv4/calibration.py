@@ -18,8 +18,7 @@ import torch
 
 Tensor = torch.Tensor
 FORMAT, FORMAT_VERSION = "kv4-calibration", 2
-_MIXED_VERSION = 2  # files without mixed widths are written as version 1, which older readers take
-_WIDTHS = (0, 2, 3, 4, 6, 8)
+_WIDTHS_VERSION = 2  # files without widths of layers are written as version 1, which older readers take
 
 
 def identity_of(folder: str | Path) -> dict[str, Any]:
@@ -44,9 +43,9 @@ class Calibration:
     """Per layer: lambda float32 [kv_heads, d], matrices [d, d] or [kv_heads, d, d], second moments of queries
     [kv_heads, d, d]. Keys of `tensors` are "layer.3.key.lambda", "layer.3.key.matrix", "layer.3.query.moments"...
 
-    With mixed widths also, for either side, "layer.3.key.basis" [kv_heads, d, d], ".sigma" and ".weight" [kv_heads,
-    groups] and ".widths" [budgets, kv_heads, groups] (kv4.evaluate.mixed), with `budgets` in bits a value, all-in, and
-    `escapes` tokens of a page in 8 bits. The packed cache does not know them.
+    With widths of layers, "layer.3.widths" [budgets, 2]: bits of a key's code and of a value's (kv4.evaluate.layers)
+    for each of `budgets`, bits a value, all-in, beside `refined` tokens a page whose keys have a second row of codes.
+    The packed cache does not know them.
 
     recipe: what it was made for. model: of identity_of. text, tokens: what it was measured on. method: how."""
 
@@ -58,7 +57,7 @@ class Calibration:
     method: str = "moments"
     versions: dict[str, str] = field(default_factory=dict)
     budgets: tuple[float, ...] = ()
-    escapes: int = 0
+    refined: int = 0
 
     def lambda_of(self, side: str, layer: int) -> Tensor:
         return self._get(f"layer.{layer}.{side}.lambda")
@@ -69,17 +68,13 @@ class Calibration:
     def query_moments(self, layer: int) -> Tensor:
         return self._get(f"layer.{layer}.query.moments")
 
-    def mixed_of(self, side: str, layer: int, budget: float) -> tuple[Tensor, Tensor]:
-        """(basis, widths int64 [kv_heads, groups] of `budget`). Errors: ValueError for a budget that it has not."""
+    def widths_of(self, budget: float) -> tuple[tuple[int, int], ...]:
+        """(bits of keys, bits of values) of every layer. Errors: ValueError for a budget that it has not."""
         if budget not in self.budgets:
-            known = ", ".join(f"{b:g}" for b in self.budgets) or "none (kv4 calibrate --method mixed makes them)"
+            known = ", ".join(f"{b:g}" for b in self.budgets) or "none (kv4 calibrate --method layers makes them)"
             raise ValueError(f"bits: expected a budget of the calibration, {known}; got {budget:g}")
-        widths = self._get(f"layer.{layer}.{side}.widths")[self.budgets.index(budget)]
-        return self._get(f"layer.{layer}.{side}.basis"), widths.long()
-
-    def groups_of(self, side: str, layer: int) -> tuple[Tensor, Tensor]:
-        """(sigma, weight) of a side's groups."""
-        return self._get(f"layer.{layer}.{side}.sigma"), self._get(f"layer.{layer}.{side}.weight")
+        rows = (self._get(f"layer.{layer}.widths")[self.budgets.index(budget)] for layer in range(self.layers))
+        return tuple((int(key), int(value)) for key, value in rows)
 
     def _get(self, name: str) -> Tensor:
         if name not in self.tensors:
@@ -94,7 +89,7 @@ class Calibration:
         """What kv4.hf.attach and KV4Cache take: recipe and lambda_k, and lambda_v and matrices where there are any.
         Errors: ValueError for what only the laboratory runs."""
         if self.budgets or self.method == "oscar":
-            got = "mixed widths" if self.budgets else "rotations of OSCAR's recipe"
+            got = "widths of layers" if self.budgets else "rotations of OSCAR's recipe"
             raise ValueError(f"calibration: expected lambda or matrices, for the packed cache; got {got}")
         found: dict[str, Any] = {"recipe": self.recipe}
         for argument, side, what in (
@@ -122,7 +117,7 @@ class Calibration:
 
         meta = {
             "format": FORMAT,
-            "version": str(_MIXED_VERSION if self.budgets else 1),
+            "version": str(_WIDTHS_VERSION if self.budgets else 1),
             "recipe": json.dumps(self.recipe.to_dict()),
             "model": json.dumps(self.model),
             "text": self.text,
@@ -131,7 +126,7 @@ class Calibration:
             "versions": json.dumps(self.versions or versions()),
         }
         if self.budgets:
-            meta |= {"budgets": json.dumps(self.budgets), "escapes": str(self.escapes)}
+            meta |= {"budgets": json.dumps(self.budgets), "refined": str(self.refined)}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file({name: x.float().contiguous() for name, x in self.tensors.items()}, str(path), meta)
 
@@ -174,7 +169,7 @@ def load(path: str | Path, model: str | Path | None = None) -> Calibration:
             method=meta.get("method", ""),
             versions=json.loads(meta.get("versions", "{}")),
             budgets=tuple(float(b) for b in json.loads(meta.get("budgets", "[]"))),
-            escapes=int(meta.get("escapes", 0)),
+            refined=int(meta.get("refined", 0)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"calibration: expected what it was made for and from; got {path} ({error})") from None
@@ -183,37 +178,26 @@ def load(path: str | Path, model: str | Path | None = None) -> Calibration:
             raise ValueError(f"calibration: expected finite numbers; got NaN or infinity in {name}")
         if name.endswith(".lambda") and not bool((x > 0).all()):
             raise ValueError(f"calibration: expected positive lambda; got {float(x.min())} in {name}")
-    _check_mixed(found)
+    _check_widths(found)
     if model is not None:
         found.check_model(model)
     return found
 
 
-def _check_mixed(found: Calibration) -> None:
-    """ValueError unless every side has a basis, positive sigma and weight, and widths for every budget."""
-    for name in [name for name in found.tensors if name.endswith((".basis", ".sigma", ".weight", ".widths"))]:
-        if not found.budgets:
-            raise ValueError(f"calibration: expected budgets beside {name}; got none")
+def _check_widths(found: Calibration) -> None:
+    """ValueError unless every layer has widths of 2 to 8 bits for every budget, and no file without budgets has any."""
+    named = [name for name in found.tensors if name.endswith(".widths")]
     if not found.budgets:
+        if named:
+            raise ValueError(f"calibration: expected budgets beside {named[0]}; got none")
         return
-    if not 0 <= found.escapes <= 4:
-        raise ValueError(f"calibration: expected 0 to 4 escapes; got {found.escapes}")
+    if not 0 <= found.refined <= 4:
+        raise ValueError(f"calibration: expected 0 to 4 refined tokens; got {found.refined}")
     for layer in range(found.layers):
-        for side in ("key", "value"):
-            basis = found._get(f"layer.{layer}.{side}.basis")
-            sigma, weight = found.groups_of(side, layer)
-            widths = found._get(f"layer.{layer}.{side}.widths")
-            where = f"layer.{layer}.{side}"
-            if basis.dim() != 3 or basis.shape[1] != basis.shape[2]:
-                raise ValueError(f"calibration: expected {where}.basis [heads, d, d]; got {list(basis.shape)}")
-            if sigma.dim() != 2 or sigma.shape[0] != basis.shape[0] or basis.shape[1] % max(sigma.shape[1], 1):
-                raise ValueError(f"calibration: expected {where}.sigma [heads, groups]; got {list(sigma.shape)}")
-            if weight.shape != sigma.shape or not bool((sigma > 0).all() and (weight > 0).all()):
-                raise ValueError(f"calibration: expected positive {where}.sigma and weight of one shape; got others")
-            if widths.shape != (len(found.budgets), *sigma.shape):
-                raise ValueError(
-                    f"calibration: expected {where}.widths [{len(found.budgets)}, {', '.join(map(str, sigma.shape))}]; "
-                    f"got {list(widths.shape)}"
-                )
-            if not bool(torch.isin(widths, torch.tensor(_WIDTHS, dtype=widths.dtype)).all()):
-                raise ValueError(f"calibration: expected widths of {_WIDTHS}; got others in {where}.widths")
+        widths = found._get(f"layer.{layer}.widths")
+        if widths.shape != (len(found.budgets), 2):
+            raise ValueError(
+                f"calibration: expected layer.{layer}.widths [{len(found.budgets)}, 2]; got {list(widths.shape)}"
+            )
+        if not bool(((widths == widths.round()) & (widths >= 2) & (widths <= 8)).all()):
+            raise ValueError(f"calibration: expected widths of 2 to 8 bits; got others in layer.{layer}.widths")

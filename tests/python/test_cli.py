@@ -144,13 +144,13 @@ BAD_INPUT = [
     (["ablate", "{model}", "--rows", "none"], "--rows: expected all, groups"),
     (
         ["calibrate", "{model}", "{bad}/out", "--bits", "4"],
-        "--bits: expected with --method mixed only; got --method la",
+        "--bits: expected with --method layers only; got --method l",
     ),
     (
-        ["calibrate", "{model}", "{bad}/out", "--method", "mixed", "--bits", "4,x"],
+        ["calibrate", "{model}", "{bad}/out", "--method", "layers", "--bits", "4,x"],
         "--bits: expected numbers from 1 to 9",
     ),
-    (["eval", "{model}", "--bits", "3.25"], "--bits: expected --calibration with a file of kv4 calibrate --method mix"),
+    (["eval", "{model}", "--bits", "3.25"], "--bits: expected --calibration with a file of kv4 calibrate --method lay"),
     (["calibrate", "{model}", "{bad}/out", "--method", "best"], "method: expected one of lambda, transform"),
     (["pull", "no-such-model"], "expected one of gemma-3-270m"),
     (["demo", "--model", "no-such-model"], "model: expected"),
@@ -398,22 +398,22 @@ def test_calibrate_then_eval(model: Path, tmp_path: Path) -> None:
     assert quality["kl"] > 0 and quality["cache_bytes"] > 0
 
 
-def test_mixed_widths_from_the_command_line(model: Path, tmp_path: Path) -> None:
-    mixed, peer = tmp_path / "mixed.safetensors", tmp_path / "oscar.safetensors"
+def test_widths_of_layers_from_the_command_line(model: Path, tmp_path: Path) -> None:
+    layers, peer = tmp_path / "layers.safetensors", tmp_path / "oscar.safetensors"
     size = ("--windows", 1, "--length", 512)
-    succeeded("calibrate", model, mixed, *size, "--first", 1, "--method", "mixed", "--bits", "2.5,4.25")
+    succeeded("calibrate", model, layers, *size, "--first", 1, "--method", "layers", "--bits", "2.5,4.25")
     succeeded("calibrate", model, peer, *size, "--first", 1, "--method", "oscar")
     data, plot = tmp_path / "bits.json", tmp_path / "bits.png"
-    options = ("--calibration", mixed, "--calibration", peer, "--bits", "2.5,4.25", "--fresh")
+    options = ("--calibration", layers, "--calibration", peer, "--bits", "2.5,4.25", "--fresh")
     succeeded("eval", model, *size, *options, "--json", data, "--plot", plot)
     quality = json.loads(data.read_text())["quality"]
-    assert {"mixed 2.5", "mixed 4.25", "kv4", "q8_0", "int4-token", "paper", "OSCAR's recipe"} <= set(quality)
-    assert quality["mixed 2.5"]["kl"] > quality["mixed 4.25"]["kl"] > 0
+    assert {"layers 2.5", "layers 4.25", "kv4", "q8_0", "int4-token", "paper", "OSCAR's recipe"} <= set(quality)
+    assert quality["layers 2.5"]["kl"] > quality["layers 4.25"]["kl"] > 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     table = tmp_path / "predicted.md"
-    rows = ("--rows", "kv4,mixed-4.25", "--predict", "--markdown", table)
+    rows = ("--rows", "kv4,layers-4.25", "--predict", "--markdown", table)
     succeeded("ablate", model, *size, *rows, "--state", tmp_path / "state")
-    assert "| mixed widths, 4.25 bits | 4.2" in table.read_text()
+    assert "| widths of layers, 4.25 bits | 4." in table.read_text()
 
 
 def test_ablate(model: Path, tmp_path: Path) -> None:

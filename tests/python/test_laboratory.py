@@ -112,6 +112,12 @@ def test_levels() -> None:
     for bits, published in ((2, 0.1175), (3, 0.03454), (4, 0.009497)):
         table = levels("lloyd_max", bits)
         assert _distortion(np.array(table.magnitude), table.gain) == pytest.approx(published, rel=3e-3)
+    # His 32 levels; 64 and 256 have no row there, and a bit more can take no more than its 6 dB.
+    for bits, most in ((5, 1.02 * 0.002499), (6, 0.0025 / 3.5), (8, 0.0025 / 20)):
+        table = levels("lloyd_max", bits)
+        assert most / 2 < _distortion(np.array(table.magnitude), table.gain) < most
+        assert all(m == int(m) and 0 <= m <= 127 for m in table.magnitude)
+        assert len(set(table.magnitude)) == 2 ** (bits - 1)
     assert 1 / levels("uniform", 4).gain == pytest.approx(0.35341, rel=1e-4)
     uniform, cubic, best = (
         _distortion(np.array(levels(kind, 4).magnitude), levels(kind, 4).gain)

@@ -62,11 +62,10 @@ def ablate(
     from kv4.evaluate.ablate import Calibrations
     from kv4.evaluate.ablate import ablate as run
     from kv4.evaluate.ablate import predict as run_prediction
+    from kv4.evaluate.layers import head_dim
     from kv4.evaluate.windows import cut
 
-    config = b.model.config.get_text_config(decoder=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    chosen = select(rows, head_dim)
+    chosen = select(rows, head_dim(b.model))
     parts = cut(b.tokenizer, content, windows, tokens)
     calibration, calibration_source = _calibration_windows(b, content, source, calibration_text, parts, tokens)
     with tempfile.TemporaryDirectory() as temporary:
@@ -159,12 +158,12 @@ def calibrate(
     method: Annotated[
         str,
         typer.Option(
-            help="lambda: a weight per channel. transform: the full matrix of least error of q.k. mixed: a basis, and "
-            "widths of its channels, which `kv4 eval --bits` simulates. oscar: that peer's rotations."
+            help="lambda: a weight per channel. transform: the full matrix of least error of q.k. layers: bits of the "
+            "keys and values of each layer, which `kv4 eval --bits` simulates. oscar: that peer's rotations."
         ),
     ] = "lambda",
     bits: Annotated[
-        str | None, typer.Option(help="mixed: budgets in bits a value, all-in; 2.5,3.25,4.25 if not given.")
+        str | None, typer.Option(help="layers: budgets in bits a value, all-in; 2.5,3.25,4.25 if not given.")
     ] = None,
     recipe: Annotated[str, typer.Option(help="kv4, paper or a recipe file: what else the cache does.")] = "kv4",
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
@@ -176,28 +175,27 @@ def calibrate(
         raise ValueError(f"--recipe: expected kv4, paper or a recipe file; got {recipe}")
     used = lab.recipe(recipe)
 
-    from kv4.evaluate import oscar
+    from kv4.evaluate import layers, oscar
     from kv4.evaluate.calibrate import METHODS
     from kv4.evaluate.calibrate import calibrate as run
-    from kv4.evaluate.design import BUDGETS, design
     from kv4.evaluate.windows import cut
 
-    known = (*METHODS, "mixed", "oscar")
+    known = (*METHODS, "layers", "oscar")
     if method not in known:
         raise ValueError(f"--method: expected one of {', '.join(known)}; got {method!r}")
     if method not in METHODS and recipe != "kv4":
         raise ValueError(f"--recipe: expected kv4 with --method {method}; got {recipe}")
-    if bits is not None and method != "mixed":
-        raise ValueError(f"--bits: expected with --method mixed only; got --method {method}")
-    budgets = lab.budgets(bits) if bits is not None else BUDGETS
+    if bits is not None and method != "layers":
+        raise ValueError(f"--bits: expected with --method layers only; got --method {method}")
+    budgets = lab.budgets(bits) if bits is not None else layers.BUDGETS
     content, source = lab.read_text(text)
     b = lab.bench(model, dtype, threads, None, True)
 
     parts = cut(b.tokenizer, content, windows, tokens, first)
     with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens) as advance:
         about = {"identity": b.identity, "text": source, "progress": advance}
-        if method == "mixed":
-            made = design(b.model, parts, bits=budgets, **about)
+        if method == "layers":
+            made = layers.calibrate(b.model, parts, bits=budgets, **about)
         elif method == "oscar":
             made = oscar.calibrate(b.model, parts, **about)
         else:

@@ -49,8 +49,8 @@ def quality(
     bits: Annotated[
         str | None,
         typer.Option(
-            help="Budgets of a calibration with mixed widths, all-in bits a value, beside kv4, q8_0, q4_0, int4-token "
-            "and paper, all simulated; --plot then draws KL against bits.",
+            help="Budgets of a calibration with widths of layers, all-in bits a value, beside kv4, q8_0, q4_0, "
+            "int4-token and paper, all simulated; --plot then draws KL against bits.",
         ),
     ] = None,
     peer: Annotated[
@@ -96,7 +96,7 @@ def quality(
 
     calibrations = {file: load(file) for file in calibration or []}
     if budgets is not None and not any(loaded.budgets for loaded in calibrations.values()):
-        raise ValueError("--bits: expected --calibration with a file of kv4 calibrate --method mixed; got none")
+        raise ValueError("--bits: expected --calibration with a file of kv4 calibrate --method layers; got none")
     kind = dtype or (options.DType.float32 if device == "cpu" else options.DType.auto)
     b = lab.bench(model, kind, threads, state, fresh, device)
 
@@ -143,33 +143,29 @@ def quality(
 
 def _calibrated(name: str, loaded: Any, budgets: tuple[float, ...] | None, b: lab.Bench) -> list[Any]:
     """The candidates of one file."""
-    from kv4.evaluate import Candidate, Variant, oscar
+    from kv4.evaluate import Candidate, oscar
+    from kv4.evaluate.layers import head_dim
+    from kv4.evaluate.variant import by_layers
 
     if loaded.method == "oscar":
-        return [Candidate("OSCAR's recipe", oscar.variant(_head_dim(b)), loaded)]
+        return [Candidate("OSCAR's recipe", oscar.variant(head_dim(b.model)), loaded)]
     if not loaded.budgets:
         return [Candidate(name, loaded.recipe, loaded)]
     found = []
     for budget in budgets or loaded.budgets:
-        loaded.mixed_of("key", 0, budget)  # said before anything is measured
-        found.append(Candidate(f"mixed {budget:g}", Variant(mixed=budget, escapes=loaded.escapes), loaded))
+        variant = by_layers().replace(widths=loaded.widths_of(budget), refined=loaded.refined)
+        found.append(Candidate(f"layers {budget:g}", variant, loaded))
     return found
-
-
-def _head_dim(b: lab.Bench) -> int:
-    config = b.model.config.get_text_config(decoder=True)
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _bits_of(candidate: Any, b: lab.Bench) -> float:
     from kv4 import Recipe
-    from kv4.evaluate.design import bits_per_value
+    from kv4.evaluate.layers import head_dim
     from kv4.evaluate.variant import from_recipe
 
     used = from_recipe(candidate.recipe) if isinstance(candidate.recipe, Recipe) else candidate.recipe
-    if used.mixed:
-        return bits_per_value(candidate.calibration, used.mixed)
-    return used.bits_per_value(_head_dim(b), _head_dim(b))
+    d = head_dim(b.model)
+    return used.bits_per_value(d, d)
 
 
 def _show(found: dict[str, Any], title: str) -> None:

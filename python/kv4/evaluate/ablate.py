@@ -11,8 +11,8 @@ import torch
 
 from kv4.calibration import Calibration, load
 from kv4.evaluate.calibrate import Errors, Layer, calibrate, capture, errors
-from kv4.evaluate.design import Design, bits_per_value, design_from
 from kv4.evaluate.laboratory import _Session, seal_layer
+from kv4.evaluate.layers import from_rows, head_dim
 from kv4.evaluate.learn import learn
 from kv4.evaluate.quality import Candidate, Quality, measure_all
 from kv4.evaluate.rows import Row
@@ -73,7 +73,7 @@ class Calibrations:
         needs = row.needs
         if not needs:
             return None
-        wanted = [needs, row.design, row.variant.mixed] if row.variant.mixed else needs
+        wanted = [needs, row.budget, row.widths, row.variant.differences()] if needs == "layers" else needs
         key = digest([self.identity.get("digest"), wanted, [digest(ids) for ids in self.windows]])
         if key not in self._made:
             file = self.scratch / f"{key}.safetensors"
@@ -82,11 +82,19 @@ class Calibrations:
             self._made[key] = load(file)
         return self._made[key]
 
+    def variant(self, row: Row) -> Variant:
+        """The row's, with the widths of layers that its calibration has for it."""
+        if row.needs != "layers":
+            return row.variant
+        found = self.get(row)
+        assert found is not None
+        return row.variant.replace(widths=found.widths_of(row.budget))
+
     def _make(self, row: Row) -> Calibration:
         needs = row.needs
         about = {"identity": self.identity, "text": self.text}
-        if needs == "mixed":
-            return design_from(self.gradients, bits=(row.variant.mixed,), options=Design(**dict(row.design)), **about)
+        if needs == "layers":
+            return from_rows(self.gradients, (row.budget,), row.variant, head_dim(self.model), row.widths, **about)
         if needs == "moments":
             return calibrate(self.model, self.windows, method="lambda", **about)
         if needs == "transform":
@@ -116,34 +124,27 @@ def ablate(
     not allow."""
     if not rows:
         raise ValueError("rows: expected at least 1; got 0")
-    candidates = [Candidate(row.name, row.variant, calibrations.get(row)) for row in rows]
+    candidates = [Candidate(row.name, calibrations.variant(row), calibrations.get(row)) for row in rows]
     qualities = measure_all(
         model, windows, candidates, state=state, identity=identity, scratch=scratch, progress=progress, found=found
     )
-    config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    d = head_dim(model)
     results = []
     for row, candidate in zip(rows, candidates, strict=True):
         key = State.key(
             kind="errors", model=identity.get("digest"), window=digest(calibrations.windows[0]), **candidate.key()
         )
         if (kept := state.get(key)) is None:
-            measured = errors(calibrations.layers, row.variant, candidate.calibration)
+            measured = errors(calibrations.layers, candidate.recipe, candidate.calibration)
             state.put(key, name=row.name, errors=vars(measured))
         else:
             measured = Errors(**kept["errors"])
-        bits = _bits(row, candidate.calibration, head_dim)
+        bits = candidate.recipe.bits_per_value(d, d)
         quality = qualities[row.name]
         base = qualities.get("kv4")
         difference = None if base is None or row.name == "kv4" else paired(quality.scores, base.scores)
         results.append(Result(row, quality, measured, bits, difference))
     return results
-
-
-def _bits(row: Row, calibration: Calibration | None, head_dim: int) -> float:
-    if row.variant.mixed and calibration is not None:
-        return bits_per_value(calibration, row.variant.mixed)
-    return row.variant.bits_per_value(head_dim, head_dim)
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,9 @@ def predict(
         ):  # fmt: skip
             raise ValueError(f"--predict: expected rows that seal what kv4 seals; got {row.name}")
     with torch.inference_mode(False):
-        made = [calibrations.get(row) for row in rows]
+        variants = [calibrations.variant(row) for row in rows]
+        sessions = [_Session(v, calibrations.get(row), None) for row, v in zip(rows, variants, strict=True)]
     sums = [[0.0, 0.0] for _ in rows]
-    sessions = [_Session(row.variant, calibration, None) for row, calibration in zip(rows, made, strict=True)]
     for seed, ids in enumerate(windows):
         with torch.inference_mode(False):
             layers = sensitivities(model, ids, seed)
@@ -194,9 +195,8 @@ def predict(
                 sum_[side] += part / len(windows)
             if progress:
                 progress(ids.shape[1])
-    config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    d = head_dim(model)
     return [
-        Prediction(row, _bits(row, calibration, head_dim), *sum_)
-        for row, calibration, sum_ in zip(rows, made, sums, strict=True)
+        Prediction(row, variant.bits_per_value(d, d), *sum_)
+        for row, variant, sum_ in zip(rows, variants, sums, strict=True)
     ]

@@ -11,7 +11,7 @@ import torch
 
 from kv4._core import PAGE_TOKENS
 from kv4.evaluate.levels import levels
-from kv4.evaluate.variant import SideVariant
+from kv4.evaluate.variant import BYTES_GROUP, SideVariant
 
 Tensor = torch.Tensor
 _FP16_MAX = 65504.0
@@ -83,7 +83,12 @@ def seal(
         scale = (groups * fitted).sum(-1) / fitted.square().sum(-1).clamp(min=1e-30)
     else:
         scale = step[..., 0].expand(groups.shape[:3])
-    scale = fp16(torch.where(groups.abs().amax(-1) > 0, scale, 0.0))
+    scale = torch.where(groups.abs().amax(-1) > 0, scale, 0.0)
+    if side.stored == "bytes":
+        scale = _in_octaves(scale, page)
+        codes = _nearest(groups / torch.where(scale > 0, scale, 1.0)[..., None], table)
+        fitted, codes = _level(codes, table, x.dtype), codes.view_as(x)
+    scale = fp16(scale) if side.stored == "fp16" else scale
     y = (fitted * scale[..., None]).view_as(x)
     if shift is not None:
         y = y - shift
@@ -91,6 +96,16 @@ def seal(
     if mean is not None:
         back_rows = back_rows + mean
     return Sealed(back_rows, codes, scale.mT, stored)
+
+
+def lightest(value: Tensor, count: int, page: int = PAGE_TOKENS) -> Tensor:
+    """Places [heads, pages, count] of the tokens with the least |v| in every whole page of value [heads, T, d]. Tokens
+    on which attention rests where nothing is to be read have small values and keys that most queries see (Xiao et al.,
+    Efficient streaming language models with attention sinks, 2024); they stand for most of the loss where there are
+    any, and this finds them from the page alone."""
+    pages = value.shape[1] // page
+    norms = value[:, : pages * page].double().norm(dim=-1).unflatten(-1, (pages, page))
+    return norms.topk(count, -1, largest=False).indices.sort(-1).values
 
 
 def _means(
@@ -108,10 +123,26 @@ def _means(
         return mu.repeat_interleave(page, 1)[:, :tokens].to(rows.dtype), mu, None
     mu = mu.to(rows.dtype)
     full = (mu.double() * weight.double()) @ matrix.double().mT
-    stored = fp16(full)
+    stored = fp16(full) if side.stored == "fp16" else _in_bytes(full.unflatten(-1, (-1, BYTES_GROUP))).flatten(-2)
     shift = (full - stored).to(rows.dtype)
     spread = [x.repeat_interleave(page, 1)[:, :tokens] for x in (mu, shift)]
     return spread[0], stored, spread[1]
+
+
+def _in_bytes(x: Tensor) -> Tensor:
+    """x [..., n] as 8 bits an element and an fp16 step hold it."""
+    step = fp16(x.abs().amax(-1, keepdim=True) / 127)
+    return torch.where(step > 0, (x / step.clamp(min=1e-30)).round().clamp(-127, 127), 0.0) * step
+
+
+def _in_octaves(scale: Tensor, page: int) -> Tensor:
+    """Scales [heads, T, groups], each the nearest 2^(-i/16), i = 0 ... 254, of the largest of its page; 0 stays 0."""
+    parts = []
+    for some in scale.split(page, 1):
+        top = fp16(some.amax((1, 2), keepdim=True))
+        place = (16 * (top.clamp(min=1e-30) / some.clamp(min=1e-30)).log2()).round().clamp(0, 254)
+        parts.append(torch.where(some > 0, top * torch.exp2(-place / 16), 0.0))
+    return torch.cat(parts, 1)
 
 
 def _step(groups: Tensor, side: SideVariant, table: object) -> Tensor:

@@ -7,6 +7,7 @@ earlier tokens are those of the same cache, since every layer's keys and values 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from kv4._core import QUERY_STRIDE
 from kv4.calibration import Calibration
 from kv4.evaluate.calibration import lambda_from_energies
-from kv4.evaluate.fake import seal
-from kv4.evaluate.mixed import Basis, lightest, put_back, seal_mixed, set_aside
+from kv4.evaluate.fake import lightest, seal
 from kv4.evaluate.rotations import rotation
-from kv4.evaluate.variant import SideVariant, Variant
+from kv4.evaluate.variant import REFINED_BITS, SideVariant, Variant
 from kv4.hf.attention import eager
 from kv4.messages import mismatch
 
@@ -38,7 +38,6 @@ class _Session:
     calibration: Calibration | None
     observer: Observer | None
     matrices: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    bases: dict[Any, tuple[Basis, Tensor]] = field(default_factory=dict)
 
 
 _session: _Session | None = None
@@ -58,8 +57,6 @@ def laboratory(
         for name, side in (("key", variant.key), ("value", variant.value)):
             if side.lambda_ == "given" or side.rotation == "given" or side.rounding == "moment":
                 raise ValueError(f"calibration: expected one for the variant's {name}s; got none")
-        if variant.mixed:
-            raise ValueError("calibration: expected one for the variant's mixed widths; got none")
     before, outer = model.config._attn_implementation, _session
     model.set_attn_implementation(NAME)
     _session = _Session(variant, calibration, observer)
@@ -185,16 +182,9 @@ def seal_layer(session: _Session, layer: int, query: Tensor, key: Tensor, value:
     variant = session.variant
     assert variant is not None
     body = variant.sinks if variant.chosen == "first" else 0
-    places = lightest(value[:, body:], variant.escapes, variant.page) if variant.escapes else None
-    own = key
-    if places is not None and places.shape[1]:
-        key = torch.cat([key[:, :body], set_aside(key[:, body:], places, variant.page)], 1)
     sides = _sealed_sides(session, layer, query, key, value, body)
-    if places is not None and places.shape[1]:
-        sides[0] = put_back(sides[0], own[:, body:], key[:, body:], places, variant.page)
-        sides[1] = put_back(sides[1], value[:, body:], None, places, variant.page)
     if variant.chosen == "mass" and variant.sinks:
-        _spare_heavy(variant, query, own, sides, value)
+        _spare_heavy(variant, query, key, sides, value)
     return sides[0], sides[1]
 
 
@@ -202,14 +192,11 @@ def _sealed_sides(session: _Session, layer: int, query: Tensor, key: Tensor, val
     variant = session.variant
     assert variant is not None
     sides = []
-    for which, side, rows in (("key", variant.key, key), ("value", variant.value, value)):
+    own = variant.sides_of(layer)
+    for which, side, rows in (("key", own[0], key), ("value", own[1], value)):
         rows = rows[:, body:]
         if side.bits == 16 or rows.shape[1] == 0:
             sides.append(rows)
-            continue
-        if variant.mixed:
-            basis, widths = _basis(session, layer, which)
-            sides.append(seal_mixed(rows, basis, widths, mean=which == "key", page=variant.page))
             continue
         lam = _lambda(session, layer, side, which, query, key, body)
         matrix, inverse = _matrices(session, layer, side, which, rows.shape[-1])
@@ -217,19 +204,30 @@ def _sealed_sides(session: _Session, layer: int, query: Tensor, key: Tensor, val
         if side.rounding == "moment" and which == "key":
             hessian = _hessian(session.calibration, layer, lam, inverse)
         done = seal(rows, side, matrix, inverse, lambda_=lam, page=variant.page, hessian=hessian)
+        if variant.refined and which == "key":
+            places = lightest(value[:, body:], variant.refined, variant.page)
+            done.rows = _refined(done.rows, rows, places, side, (matrix, inverse, lam), variant.page)
         sides.append(done.rows)
     return sides
 
 
-def _basis(session: _Session, layer: int, which: str) -> tuple[Basis, Tensor]:
-    """The calibration's, its inverse computed once."""
-    if (which, layer) not in session.bases:
-        assert session.variant is not None and session.calibration is not None
-        matrix, widths = session.calibration.mixed_of(which, layer, session.variant.mixed)
-        sigma, weight = (x.double() for x in session.calibration.groups_of(which, layer))
-        basis = Basis(matrix.double(), torch.linalg.inv(matrix.double()), sigma, weight)
-        session.bases[which, layer] = basis, widths
-    return session.bases[which, layer]
+def _refined(
+    read: Tensor,
+    rows: Tensor,
+    places: Tensor,
+    side: SideVariant,
+    basis: tuple[Tensor, Tensor, Tensor | None],
+    page: int,
+) -> Tensor:
+    """`read` [heads, T, d], with what it leaves of `rows` at `places` sealed once more, in 4 bits, and added."""
+    if not places.numel():
+        return read
+    at = (places + page * torch.arange(places.shape[1])[None, :, None]).flatten(1)
+    at = at[..., None].expand(-1, -1, rows.shape[-1])
+    matrix, inverse, lam = basis
+    second = dataclasses.replace(side, bits=REFINED_BITS, mean="none", rounding="nearest")
+    left = seal(rows.gather(1, at) - read.gather(1, at), second, matrix, inverse, lambda_=lam, page=page)
+    return read.scatter_add(1, at, left.rows.to(read.dtype))
 
 
 def _lambda(

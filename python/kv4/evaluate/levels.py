@@ -33,8 +33,9 @@ class Levels:
 
 @lru_cache
 def levels(kind: str, bits: int) -> Levels:
-    """The table of 2^bits levels, or 2^bits - 1 for `uniform`. `cubic`: a u + b u^3 at evenly spaced u, the a : b and
-    gain of least squared error on a Gaussian, so that a kernel needs no table. Errors: ValueError."""
+    """The table of 2^bits levels, or 2^bits - 1 for `uniform` and for more than 6 bits; those of `lloyd_max` are
+    integers that fit int8, as kernels hold them. `cubic`: a u + b u^3 at evenly spaced u, the a : b and gain of least
+    squared error on a Gaussian, so that a kernel needs no table. Errors: ValueError."""
     if not 2 <= bits <= 8:
         raise ValueError(f"bits: expected 2 to 8; got {bits}")
     if kind == "uniform":
@@ -44,7 +45,12 @@ def levels(kind: str, bits: int) -> Levels:
     if kind == "lloyd_max":
         if bits == 4:
             return Levels((6.0, 18.0, 31.0, 44.0, 58.0, 75.0, 96.0, 127.0), 46.48)
-        return Levels(tuple(_lloyd_max(2 ** (bits - 1))), 1.0)
+        if bits > 6:  # as integers some of the best levels would fall together: even ones, to 4.5 deviations
+            top = 2 ** (bits - 1) - 1
+            return Levels(tuple(float(i) for i in range(top + 1)), top / 4.5)
+        best = np.array(_lloyd_max(2 ** (bits - 1)))
+        whole = np.round(127 / best[-1] * best)
+        return Levels(tuple(float(x) for x in whole), _best_gain(whole))
     if kind == "cubic":
         return _cubic(bits)
     raise ValueError(f"levels: expected one of {', '.join(KINDS)}; got {kind!r}")

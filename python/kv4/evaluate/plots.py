@@ -45,17 +45,17 @@ def divergence(results: Mapping[str, Any], path: Path, title: str) -> None:
 
 
 def by_bits(points: Sequence[tuple[str, float, float, float]], path: Path, title: str) -> None:
-    """(label, bits a value, KL, its standard error) of each cache: mixed widths as a line, others as points."""
+    """(label, bits a value, KL, its standard error) of each cache: widths of layers as a line, others as points."""
     figure = _figure(7, 4.2)
     axes = figure.subplots()
-    mixed = sorted((bits, kl) for label, bits, kl, _ in points if label.startswith("mixed"))
-    axes.plot([bits for bits, _ in mixed], [kl for _, kl in mixed], color=_COLOURS[0], linewidth=1)
+    line = sorted((bits, kl) for label, bits, kl, _ in points if label.startswith("layers"))
+    axes.plot([bits for bits, _ in line], [kl for _, kl in line], color=_COLOURS[0], linewidth=1)
     for label, bits, kl, error in points:
-        colour = _COLOURS[0] if label.startswith("mixed") else _COLOURS[1] if label == "kv4" else _COLOURS[2]
+        colour = _COLOURS[0] if label.startswith("layers") else _COLOURS[1] if label == "kv4" else _COLOURS[2]
         axes.errorbar(bits, kl, yerr=0 if error != error else error, fmt="o", color=colour, markersize=5)
         axes.annotate(label, (bits, kl), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set_yscale("log")
-    axes.set_xlabel("bits a value, scales, means and escaped tokens included")
+    axes.set_xlabel("bits a value, scales, means and refined keys included")
     axes.set_ylabel("KL divergence, nats per token")
     axes.set_title(title, loc="left", fontsize=10)
     _plain(axes)

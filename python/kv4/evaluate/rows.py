@@ -4,53 +4,43 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kv4.evaluate.variant import SideVariant, Variant, from_recipe, q4_0, q8_0
+from kv4.evaluate.variant import SideVariant, Variant, by_layers, from_recipe, q4_0, q8_0
+from kv4.evaluate.widths import WIDTHS
 from kv4.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Row:
-    """needs: what must be measured or trained first: "moments", "transform", "learned", "learned_srft", "mixed" or "".
-    design: for "mixed", what differs from Design()."""
+    """needs: what must be measured or trained first: "moments", "transform", "learned", "learned_srft", "layers" or "".
+    For "layers", what widths of layers are chosen by: budget, bits a value, all-in; widths, those there are."""
 
     name: str
     group: str
     label: str
     variant: Variant
     needs: str = ""
-    design: tuple[tuple[str, object], ...] = ()
+    budget: float = 0.0
+    widths: tuple[int, ...] = WIDTHS
 
 
-def mixed() -> list[Row]:
-    """Mixed widths in a calibrated basis, and what their design was chosen from."""
+def layers() -> list[Row]:
+    """Keys refined, and widths of their own for the keys and the values of every layer."""
     rows = [
-        Row("escape-1", "mixed", "one token a page in 8 bits", Variant(escapes=1)),
-        Row("escape-2", "mixed", "two tokens a page in 8 bits", Variant(escapes=2)),
-        Row("bits-3", "mixed", "3 bits, window 64", Variant().replace(both__bits=3)),
-        Row("bits-2", "mixed", "2 bits, window 64", Variant().replace(both__bits=2)),
-    ]
-
-    def add(name: str, label: str, budget: float, **design: object) -> None:
-        rows.append(Row(name, "mixed", label, Variant(mixed=budget), "mixed", tuple(sorted(design.items()))))
-
+        Row(f"refined-{n}", "layers", f"keys of {n} a page refined", Variant(refined=n)) for n in (1, 2)
+    ]  # fmt: skip
+    whole = by_layers()
     for budget in (4.25, 3.25, 2.5):
-        add(f"mixed-{budget:g}", f"mixed widths, {budget:g} bits", budget)
-    for budget in (4.25, 3.25):
-        short = f"{budget:g} bits"
-        add(f"mixed-{budget:g}-g8", f"{short}, groups of 8", budget, group=8)
-        add(f"mixed-{budget:g}-g32", f"{short}, groups of 32", budget, group=32)
-        add(f"mixed-{budget:g}-fisher", f"{short}, gradients unweighted", budget, cost="fisher")
-        add(f"mixed-{budget:g}-query", f"{short}, queries' moments, no gradients", budget, cost="query", share="layer")
-        add(f"mixed-{budget:g}-layer", f"{short}, a budget a layer", budget, share="layer")
-        add(f"mixed-{budget:g}-side", f"{short}, a budget a side", budget, share="side")
-        add(f"mixed-{budget:g}-pooled", f"{short}, one basis a layer", budget, heads="pooled")
-        add(f"mixed-{budget:g}-damping-0.02", f"{short}, damping 0.02", budget, damping=0.02)
-        add(f"mixed-{budget:g}-damping-0.5", f"{short}, damping 0.5", budget, damping=0.5)
-        add(f"mixed-{budget:g}-escape-0", f"{short}, no token escapes", budget, escapes=0)
-        add(f"mixed-{budget:g}-escape-1", f"{short}, one token a page escapes", budget, escapes=1)
-        add(f"mixed-{budget:g}-no-0", f"{short}, no channel without bits", budget, widths=(2, 3, 4, 6, 8))
-        add(f"mixed-{budget:g}-even", f"{short}, widths 2, 4, 8", budget, widths=(0, 2, 4, 8))
-    add("mixed-4.25-one-width", "4.25 bits, every channel 4", 4.25, widths=(4,))
+        for name, label, variant, widths in (
+            ("", "", Variant(), WIDTHS),
+            ("-refined", ", one key a page refined", Variant(refined=1), WIDTHS),
+            ("-bytes", ", the same, lambda calibrated, best of 15 gains, scales and means in bytes", whole, WIDTHS),
+            ("-no-5", ", as -bytes, no 5 bits", whole, (2, 3, 4, 6, 8)),
+            ("-even", ", as -bytes, of 2, 4 and 8", whole, (2, 4, 8)),
+        ):
+            rows.append(
+                Row(f"layers-{budget:g}{name}", "layers", f"widths of layers, {budget:g} bits{label}", variant,
+                    "layers", budget, widths)
+            )  # fmt: skip
     return rows
 
 
@@ -161,7 +151,7 @@ def trials() -> list[Row]:
 
 
 def all_rows(head_dim: int) -> list[Row]:
-    return [*steps(), *ablations(head_dim), *trials(), *mixed()]
+    return [*steps(), *ablations(head_dim), *trials(), *layers()]
 
 
 def select(wanted: str, head_dim: int) -> list[Row]:

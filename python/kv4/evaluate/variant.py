@@ -11,6 +11,9 @@ from kv4.evaluate import levels as level_tables
 from kv4.evaluate import rotations
 from kv4.recipe import Recipe, Side
 
+REFINED_BITS = 4  # of a channel of a second row of codes
+BYTES_GROUP = 16  # channels of a mean that share a step where it is stored in bytes
+
 
 @dataclass(frozen=True)
 class SideVariant:
@@ -21,6 +24,8 @@ class SideVariant:
     scale: "search" tries 5 gains around the table's own and keeps the codes whose least-squares fit is best,
         "search_fine" 15. "affine": levels evenly between a group's minimum and maximum, both shrunk towards their
         middle by what fits best of six shares; fp16 scale and zero.
+    stored: "fp16" scales and means; "bytes": scales in sixteenths of an octave below the page's largest, which is fp16,
+        and means in 8 bits with an fp16 step for 16 channels; codes are those nearest under the scale as stored.
     mean: "page"; "group": one number for `mean_group` neighbouring channels of a page; "none".
     lambda_: "auto" is the core's estimate from a sequence's first tokens; "window" that of all its tokens (an oracle);
         "given" a Calibration's. shrink: share of the way that "auto" draws energies to their rotary pair's mean.
@@ -36,6 +41,7 @@ class SideVariant:
     group: int = 0
     levels: str = "lloyd_max"
     scale: Literal["least_squares", "abs_max", "search", "search_fine", "affine"] = "least_squares"
+    stored: Literal["fp16", "bytes"] = "fp16"
     mean: Literal["none", "page", "group"] = "none"
     mean_group: int = 16
     lambda_: Literal["none", "auto", "window", "given"] = "none"
@@ -51,6 +57,7 @@ class SideVariant:
         expect("rotation", (*rotations.KINDS, "given"))
         expect("levels", level_tables.KINDS)
         expect("scale", ("least_squares", "abs_max", "search", "search_fine", "affine"))
+        expect("stored", ("fp16", "bytes"))
         expect("mean", ("none", "page", "group"))
         expect("lambda_", ("none", "auto", "window", "given"))
         expect("rounding", ("nearest", "moment"))
@@ -62,8 +69,11 @@ class SideVariant:
         if self.bits == 16:
             return 16.0
         mean = {"none": 0.0, "page": 16 / page, "group": 16 / page / self.mean_group}[self.mean]
-        scale = 32 if self.scale == "affine" else 16
-        return self.bits + scale / (self.group or d) + mean
+        scale = (32 if self.scale == "affine" else 16) / (self.group or d)
+        if self.stored == "bytes":
+            mean *= (8 + 16 / BYTES_GROUP) / 16
+            scale = 8 / (self.group or d) + 16 / page / d
+        return self.bits + scale + mean
 
 
 @dataclass(frozen=True)
@@ -73,8 +83,9 @@ class Variant:
     seal: "page", "arrival" or "never" as in kv4.Recipe; "after": as "arrival", but a query sees its own token exact.
         With "arrival" and "after" a mean is that of the finished page, which no cache could know: only for seeing one
         step of the recipe without the next.
-    mixed: bits a value, all-in, of a Calibration with mixed widths: both sides are sealed in its basis; 0: as the sides
-        say. escapes: tokens of a page, those of the least |v|, that are held in 8 bits (kv4.evaluate.mixed).
+    widths: (bits of keys, bits of values) of every layer, in place of the sides' own; none: theirs in all layers.
+    refined: tokens of a page, those of the least |v|, whose keys have a second row of 4-bit codes, for what the first
+        left (kv4.evaluate.laboratory).
     page: tokens of a page. sinks: exact tokens; chosen "first", or "mass": those that drew most attention when their
         page was sealed, as many per page as `sinks` a sequence (in place of the first ones).
     """
@@ -86,8 +97,8 @@ class Variant:
     sinks: int = 4
     window: int = 64
     chosen: Literal["first", "mass"] = "first"
-    mixed: float = 0.0
-    escapes: int = 0
+    widths: tuple[tuple[int, int], ...] = ()
+    refined: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -105,14 +116,22 @@ class Variant:
         """Mean over keys and values of a sealed token, as its context grows without end."""
         if self.seal == "never":
             return 16.0
-        if self.mixed:
-            return self.mixed
-        both = self.key.bits_per_value(d_k, self.page) * d_k + self.value.bits_per_value(d_v, self.page) * d_v
-        extra = 0.0
+        layers = [self.sides_of(layer) for layer in range(len(self.widths) or 1)]
+        both = sum(
+            key.bits_per_value(d_k, self.page) * d_k + value.bits_per_value(d_v, self.page) * d_v
+            for key, value in layers
+        ) / len(layers)  # fmt: skip
+        extra = self.refined * (REFINED_BITS * d_k + 16 + 8) / self.page
         if self.chosen == "mass" and self.sinks:  # exact copies beside the page, and their places
             extra = self.sinks * (16 * (d_k + d_v) + 8) / self.page
-        extra += self.escapes * (8 * (d_k + d_v) + 2 * 16 + 8) / self.page
         return (both + extra) / (d_k + d_v)
+
+    def sides_of(self, layer: int) -> tuple[SideVariant, SideVariant]:
+        """Keys and values of a layer."""
+        if not self.widths:
+            return self.key, self.value
+        key, value = self.widths[layer]
+        return dataclasses.replace(self.key, bits=key), dataclasses.replace(self.value, bits=value)
 
     def replace(self, **changes: Any) -> Variant:
         """A copy; `key__bits=3` changes a field of a side, `both__bits=3` of both."""
@@ -135,6 +154,12 @@ def from_recipe(recipe: Recipe) -> Variant:
         return SideVariant(**{**fields, "mean": "page" if given.mean else "none"})
 
     return Variant(side(recipe.key), side(recipe.value), recipe.seal, PAGE_TOKENS, recipe.sinks, recipe.window)
+
+
+def by_layers() -> Variant:
+    """What widths of layers are chosen for (kv4.evaluate.layers): one key a page refined, lambda of the calibration,
+    the best gain of each scale, scales and means in bytes."""
+    return Variant(refined=1).replace(key__lambda_="given", both__scale="search_fine", both__stored="bytes")
 
 
 def q8_0() -> Variant:
