@@ -130,26 +130,25 @@ inline Pages pages_at(const PagesTask& t, int p, int most) {
 class NextPages {
  public:
   // Pages [p, p + most), as many as the task has, by `calls` of fetch.
-  NextPages(const PagesTask& t, int p, int most, int calls) {
-    const std::int64_t bytes = t.spec->layout.head_bytes;
-    for (; left_ < std::min(most, t.last - p); ++left_) slices_[left_] = slice_at(t.memory, t.pages[p + left_], t.head);
-    step_ = (most * bytes / 64 + calls) / calls * 64;
-    bytes_ = bytes;
+  NextPages(const PagesTask& t, int p, int most, int calls)
+      : bytes_(t.spec->layout.head_bytes), step_((most * bytes_ / 64 + calls) / calls * 64) {
+    for (; count_ < std::min(most, t.last - p); ++count_)
+      slices_[count_] = slice_at(t.memory, t.pages[p + count_], t.head);
   }
   KV4_INLINE void fetch() {
-    if (left_ == 0) return;
+    if (slice_ == count_) return;
     const std::int64_t to = std::min(at_ + step_, bytes_);
-    for (; at_ < to; at_ += 64) __builtin_prefetch(slices_[left_ - 1] + at_, 0, 2);
-    if (at_ >= bytes_) {
-      --left_;
-      at_ = 0;
-    }
+    for (; at_ < to; at_ += 64) __builtin_prefetch(slices_[slice_] + at_, 0, 2);
+    if (at_ < bytes_) return;
+    ++slice_;
+    at_ = 0;
   }
 
  private:
   const std::uint8_t* slices_[kMostPages];
-  int left_ = 0;  // slices, the last of which is being fetched
-  std::int64_t at_ = 0, bytes_, step_;
+  const std::int64_t bytes_, step_;
+  int count_ = 0, slice_ = 0;  // slices, and that which is being fetched
+  std::int64_t at_ = 0;
 };
 
 // Levels of octets and blocks that a piece lacks stay what they were: they meet zeros, or their sums are not read.
