@@ -34,7 +34,7 @@ help:
 	@echo "make llama    libggml-kv4.so, for a llama.cpp that is built once beside it, in build/llama;  make test-llama: its tests"
 	@echo "make test-llama-slow   those of larger models, 1.5 billion weights the largest"
 	@echo "make asan | tsan      the C++ tests under AddressSanitizer with UndefinedBehaviorSanitizer, or ThreadSanitizer"
-	@echo "make fuzz     the fuzz targets, FUZZ_SECONDS each (30);  make soak: SOAK_OPERATIONS random calls (two millions)"
+	@echo "make fuzz     the fuzz targets, FUZZ_SECONDS each (30), and mutated files;  make soak: SOAK_OPERATIONS random calls (two millions)"
 	@echo "make test-isas      the C++ tests on each instruction set that this machine runs"
 	@echo "make test-oldest    the tests of kv4.hf with the oldest transformers that it takes"
 	@echo "make bench    the C++ benchmarks, built;  make site: the documentation as a site, in build/site"
@@ -169,11 +169,12 @@ asan tsan: setup
 	ctest --preset $@
 
 FUZZ_SECONDS ?= 30
-fuzz: setup
+fuzz: setup test-tools
 	@bash scripts/setup_system.sh fuzz
 	cmake --preset fuzz
 	cmake --build --preset fuzz
 	$(BIN)/python scripts/fuzz.py --seconds $(FUZZ_SECONDS) --jobs $(JOBS)
+	KV4_FUZZ_SEED=$$(date +%s) KV4_FUZZ_TIMES=5 $(BIN)/python -m pytest -q tests/python/test_mutated_files.py
 
 SOAK_OPERATIONS ?= 2000000
 # Or tsan, or asan.

@@ -108,7 +108,8 @@ class KV4Cache(DynamicCache):
             had them. recipe: None takes the one in the file; any other has to be it.
         device: of the layers, or a list with one for each; it may be another than the saved cache was on.
 
-        Errors: OSError; ValueError naming what differs from the saved cache, or for a damaged file."""
+        Errors: OSError; ValueError naming what differs from the saved cache, or for a damaged file; NotImplementedError
+        where a device other than the CPU does not serve the saved recipe or head dims."""
         with files.reading(path) as (header, source):
             recorded = Recipe.from_dict(header["recipe"])
             cache = cls(config, recorded if recipe is None else recipe, **given)

@@ -82,7 +82,13 @@ def _fill_core(layer: KV4Layer, where: str, entry: dict[str, Any], source: Sourc
     if not all(type(n) is int and 0 < n < 1 << 31 for n in dims):
         raise ValueError(mismatch(f"{where}.dims", "kv_heads and two head dims", dims))
     layer.record_past = record_past
-    layer.load(device, dtype, tuple(dims), source)
+    try:
+        layer.load(device, dtype, tuple(dims), source)
+    except NotImplementedError as refusal:
+        # A CPU serves all that was ever saved, other devices less.
+        if device.type != "cpu":
+            raise
+        raise ValueError(f"{where}: {refusal}") from None
 
 
 # What a config says of a layer of transformers' own.
