@@ -1,6 +1,6 @@
 """Files of any bytes: recipes, calibrations, sessions, GGUF models. Random mutations of whole ones are read, or refused
-with one line; nothing else comes out. KV4_FUZZ_SEED makes other mutations, KV4_FUZZ_TIMES more of them: every night takes
-new ones. The seed is in the failure."""
+with one line; nothing else comes out. KV4_FUZZ_SEED makes other mutations, KV4_FUZZ_TIMES more of them: every night
+takes new ones. The seed is in the failure."""
 
 from __future__ import annotations
 
