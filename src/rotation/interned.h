@@ -17,7 +17,7 @@ class Interned {
     int d;
     int reflectors = 0;
     std::uint64_t seed = 0;
-    std::span<const float> matrix;  // by its bytes
+    std::span<const float> matrix = {};  // by its bytes
   };
   // Null where no holder of such a rotation is left.
   static std::shared_ptr<const Rotation> find(const Definition& definition);

@@ -53,7 +53,9 @@ TEST(Share, PiecesPayForTheirJoining) {
       for (const double part : {1.0, 0.5, 1.0 / 3, 0.49}) {
         const double work = total * part;
         const int count = pieces(work, share(total, threads), kNoLimit);
-        if (count > 1) EXPECT_GE(work / count, kPieceWork);
+        if (count > 1) {
+          EXPECT_GE(work / count, kPieceWork);
+        }
       }
     }
   }
