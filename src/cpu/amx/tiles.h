@@ -52,8 +52,7 @@ struct Tiles {
 
   using I = VecTypes<16>::I;
 
-  // 64 integers of at most 32512 as 256 h + l: 64 bytes of h and 64 of l, each stored at once, for tile loads to
-  // take them from the store buffer.
+  // 64 integers of at most 32512 as 256 h + l: 64 bytes of h and 64 of l, a store each.
   static KV4_INLINE void split(const I (&v)[4], std::int8_t* high, std::int8_t* low) {
     const __m512i a = _mm512_packs_epi32((__m512i)v[0], (__m512i)v[1]);
     const __m512i b = _mm512_packs_epi32((__m512i)v[2], (__m512i)v[3]);
