@@ -389,6 +389,9 @@ class PagedServer {
     job.kv_heads = shape_.kv_heads;
     job.head_dim_k = job.head_dim_v = shape_.dim;
     job.sequences.views = views;
+    job.sequences.most_queries = batch.most_queries;
+    job.sequences.longest = batch.longest;  // so that both calls share out the work alike
+    job.sequences.all = batch.all;
     job.window = shape_.window;
     if (partial) job.partial = parts(want);
     else job.out = place(want);

@@ -393,9 +393,14 @@ const bool registered = [] {
     }
     if (g.kv_heads <= 16) {
       // Verification of a draft, chunks of a prefill.
-      for (const int queries : {2, 4, 8, 64, 512, 2048})
+      for (const int queries : {2, 4, 8, 16, 64, 512, 2048})
         benchmark::RegisterBenchmark(name("queries", std::to_string(queries) + "x32768").c_str(), decode,
                                      Case{g, {32768}, false, queries})
+            ->UseManualTime();
+      // Drafts of a batch.
+      for (const int queries : {2, 4, 8})
+        benchmark::RegisterBenchmark(name("queries", std::to_string(queries) + "x16x8192").c_str(), decode,
+                                     Case{g, std::vector<int>(16, 8192), false, queries})
             ->UseManualTime();
     }
     const Case prefill{g, {g.kv_heads > 16 ? 16384 : g.kv_heads < 4 ? 131072 : 65536}};

@@ -13,6 +13,13 @@ int blocks_of_rows(const AttendParams& p, int segment_blocks) {
   return (p.group * p.queries + segment_rows - 1) / segment_rows * segment_blocks;
 }
 
+// Two blocks of a segment share a page that was read. One is faster where it leaves enough multiprocessors for every
+// segment, since more warps read, with more registers for each row; times in docs/notes/cuda.md.
+int segment_blocks(const AttendParams& p, const Chip& chip) {
+  if (most_segment_blocks(p.dim) == 1 || p.group * p.queries <= kBlockRows) return 1;
+  return 4 * p.batch * p.kv_heads * blocks_of_rows(p, 1) <= 3 * chip.multiprocessors ? 1 : 2;
+}
+
 std::size_t round_up(std::size_t n) { return (n + 255) / 256 * 256; }
 
 struct Scratch {
@@ -100,11 +107,13 @@ Load load_of(const Sequences& sequences, bool sealed) {
   return load;
 }
 
-AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load) {
+namespace {
+
+AttendPlan plan_segments(const AttendParams& p, const Chip& chip, const Load& load, int segment_blocks) {
   AttendPlan plan;
   plan.room = room_of(chip);
   plan.early = chip.code >= 90;
-  plan.segment_blocks = p.group * p.queries > kBlockRows ? 2 : 1;
+  plan.segment_blocks = segment_blocks;
   plan.ctas = chip.multiprocessors;
   AttendParams sized = p;
   sized.blocks = blocks_of_rows(p, plan.segment_blocks);
@@ -123,19 +132,24 @@ AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load
   return plan;
 }
 
+}  // namespace
+
+AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load) {
+  return plan_segments(p, chip, load, segment_blocks(p, chip));
+}
+
 std::size_t most_scratch(const AttendParams& p, const Chip& chip) {
   std::size_t most = 0;
-  // A segment has one block or two, in one kernel or three; what each of these needs grows with the number of segments.
-  for (int rows = 1; rows <= 2; ++rows) {
-    AttendParams sized = p;
-    if (rows == 1) sized.queries = std::min(p.queries, std::max(1, kBlockRows / p.group));
+  // In one kernel or three; what each of these needs grows with the number of segments.
+  for (int blocks = 1; blocks <= most_segment_blocks(p.dim); ++blocks) {
     AttendPlan plan =
-        plan_attend(sized, chip, {1ll << 30, 1ll << 40});  // read by warps, which leave more states than teams
-    sized.blocks = blocks_of_rows(sized, plan.segment_blocks);
+        plan_segments(p, chip, {1ll << 30, 1ll << 40}, blocks);  // by warps, which leave more states than teams
+    AttendParams sized = p;
+    sized.blocks = blocks_of_rows(p, blocks);
     plan.fused_ctas = 0;
     most = std::max(most, lay_out(sized, plan).bytes);
-    const std::size_t states = 2 * static_cast<std::size_t>(plan.ctas) *
-                               fused_state_floats(p.dim, plan.segment_blocks) * sizeof(float);
+    const std::size_t states = 2 * static_cast<std::size_t>(plan.ctas) * fused_state_floats(p.dim, blocks) *
+                               sizeof(float);
     most = std::max(most, kMostFused * sizeof(int) + states);
   }
   return most;

@@ -105,7 +105,8 @@ cudaError_t launch_room(const AttendParams& p, const AttendPlan& plan, cudaStrea
 
 template <int D>
 cudaError_t launch_rows(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
-  if (p.segment_blocks == 2) return launch_room<D, Rows::sixteen>(p, plan, stream);
+  if constexpr (most_segment_blocks(D) == 2)
+    if (p.segment_blocks == 2) return launch_room<D, Rows::sixteen>(p, plan, stream);
   if (p.group * p.queries <= 4) return launch_room<D, Rows::four>(p, plan, stream);
   return launch_room<D, Rows::eight>(p, plan, stream);
 }

@@ -100,8 +100,16 @@ struct PageReader {
   static constexpr bool kKept = kTiles * kSteps <= 16;
   static constexpr uint32_t kOnes = 0x01010101;
   using Scores = float[kTiles][kScores];
-  using Weights =
-      uint2[kTiles][2];  // p times the value's scale as the next product's operand: even, odd groups of 8 tokens
+  // Weights have 16 bits where one tile's two bytes fill a product's columns, else 8: then two tiles share them, which
+  // halves the products with values and their sums (docs/cuda.md has what the rounding costs).
+  static constexpr bool kBytes = kTiles > 1;
+  static constexpr int kPacked = kBytes ? kTiles / 2 : 1;  // operands of weights
+  static constexpr float kUnits = kBytes ? 255 : 65535;    // of a page's largest weight
+  // Added to sums of 8-bit weights, which stay below 2^21: such an int is the float 1.5 * 2^23 + sum.
+  static constexpr int kFloatBits = 0x4b400000;
+  static constexpr float kFloatZero = 12582912;
+  // p times the value's scale as the next product's operand: even, odd groups of 8 tokens
+  using Weights = uint2[kPacked][2];
 
   const AttendParams& p;
   const uint4* operands;
@@ -223,17 +231,24 @@ struct PageReader {
     }
   }
 
-  // A column's 16 tokens of a lane come from two lanes: 8n + 2t and 8n + 2t + 1. Lanes of even g hand over high bytes
-  // where those of odd g hand over low ones, then the other way round, so that each of the two columns of a row gets
-  // its own from both. x: whole numbers of 16 bits as floats from 2^23 up, of groups n = odd, odd + 2, ...
-  __device__ __forceinline__ uint2 exchange(const uint32_t (&x)[4]) const {
+  // A column's 16 tokens of a lane come from two lanes: 8n + 2t and 8n + 2t + 1. Lanes of even g hand over `high` where
+  // those of odd g hand over `low`, then the other way round, so that each of the two columns of a row gets its own
+  // from both. Bytes are of groups n = odd, odd + 2, ...
+  __device__ __forceinline__ uint2 exchange(uint32_t high, uint32_t low) const {
     const uint32_t order[2] = {half == 0 ? 0x5140u : 0x1504u, half == 0 ? 0x7362u : 0x3726u};
     const int from_lane = (2 * t + half) * 4 + g / 2;
-    const uint32_t ab = __byte_perm(x[0], x[1], 0x5410), cd = __byte_perm(x[2], x[3], 0x5410);
-    const uint32_t low = __byte_perm(ab, cd, 0x6420), high = __byte_perm(ab, cd, 0x7531);
     const uint32_t first = __shfl_sync(kAll, half == 0 ? high : low, from_lane);
     const uint32_t then = __shfl_sync(kAll, half == 0 ? low : high, from_lane ^ 4);
     return {look_up(first, then, order[0]), look_up(first, then, order[1])};
+  }
+  // Weights of groups n = odd, odd + 2, ... as whole numbers of kUnits, in the low bits of each word.
+  static __device__ __forceinline__ void whole(const float (&score)[kScores], float inverse, int odd,
+                                               uint32_t (&x)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] = __float_as_uint(fmaf(score[2 * e + odd], inverse, 8388608.0f));
+  }
+  static __device__ __forceinline__ uint32_t low_bytes(const uint32_t (&x)[4]) {
+    return __byte_perm(__byte_perm(x[0], x[1], 0x0040), __byte_perm(x[2], x[3], 0x0040), 0x5410);
   }
 
   // Scores to weights, in units of `step` of each tile; the softmax state's maximum and sum follow.
@@ -241,6 +256,7 @@ struct PageReader {
                                         float (&step)[kTiles]) const {
     const uint4 pairs = load_matrices<true>(shared_address(slot + p.value_scales) + scale_row);
     const uint32_t scale[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+    float inverse[kTiles];
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       float largest = score[j][0];
@@ -258,46 +274,64 @@ struct PageReader {
       }
       state.l[j] += sum;
       top = octet_max(top);
-      step[j] = top * (1.0f / 65535.0f);
-      const float inverse = top > 0 ? __fdividef(65535.0f, top) : 0.0f;
+      step[j] = top * (1.0f / kUnits);
+      inverse[j] = top > 0 ? __fdividef(kUnits, top) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kPacked; ++i)
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         uint32_t x[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] = __float_as_uint(fmaf(score[j][2 * e + odd], inverse, 8388608.0f));
-        weights[j][odd] = exchange(x);
+        if constexpr (kBytes) {
+          whole(score[2 * i], inverse[2 * i], odd, x);
+          const uint32_t first = low_bytes(x);
+          whole(score[2 * i + 1], inverse[2 * i + 1], odd, x);
+          weights[i][odd] = exchange(first, low_bytes(x));
+        } else {
+          whole(score[i], inverse[i], odd, x);
+          const uint32_t ab = __byte_perm(x[0], x[1], 0x5410), cd = __byte_perm(x[2], x[3], 0x5410);
+          weights[i][odd] = exchange(__byte_perm(ab, cd, 0x7531), __byte_perm(ab, cd, 0x6420));
+        }
       }
-    }
   }
 
   __device__ __forceinline__ void add_values(const unsigned char* slot, const Weights& weights,
                                              const float (&step)[kTiles], State& state) const {
-    int of_weights[kTiles][4] = {};
+    int of_weights[kPacked][4] = {};
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j)
+    for (int i = 0; i < kPacked; ++i)
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd)
-        mma_bytes<true, false>(of_weights[j], {kOnes, kOnes, kOnes, kOnes}, weights[j][odd]);
+        mma_bytes<true, false>(of_weights[i], {kOnes, kOnes, kOnes, kOnes}, weights[i][odd]);
+    if constexpr (kBytes) {
+#pragma unroll
+      for (int i = 0; i < kPacked; ++i)
+#pragma unroll
+        for (int& x : of_weights[i]) x += kFloatBits;
+    }
     const auto* codes = reinterpret_cast<const uint4*>(slot) + lane;
 #pragma unroll
     for (int n = 0; n < D / 16; ++n) {
       const uint4 words = codes[n * kLanes];
-      int sums[kTiles][4];
+      int sums[kPacked][4];
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         const PageTiles a = odd == 0 ? page_tiles(words.x, words.z, values) : page_tiles(words.y, words.w, values);
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          mma_bytes<true, false>(sums[j], a.positive, weights[j][odd], odd == 0 ? of_weights[j] : sums[j]);
-          mma_bytes<true, false>(sums[j], a.others, weights[j][odd]);
+        for (int i = 0; i < kPacked; ++i) {
+          mma_bytes<true, false>(sums[i], a.positive, weights[i][odd], odd == 0 ? of_weights[i] : sums[i]);
+          mma_bytes<true, false>(sums[i], a.others, weights[i][odd]);
         }
       }
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-          state.o[j][n][e] =
-              fmaf(static_cast<float>(sums[j][2 * e] * 256 + sums[j][2 * e + 1]), step[j], state.o[j][n][e]);
+        for (int e = 0; e < 2; ++e) {
+          float sum;
+          if constexpr (kBytes) sum = __int_as_float(sums[j / 2][2 * e + j % 2]) - kFloatZero;
+          else sum = static_cast<float>(sums[j][2 * e] * 256 + sums[j][2 * e + 1]);
+          state.o[j][n][e] = fmaf(sum, step[j], state.o[j][n][e]);
+        }
     }
   }
 };

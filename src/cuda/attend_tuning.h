@@ -34,7 +34,7 @@ struct Tuning<128> {
 };
 template <>
 struct Tuning<256> {
-  static constexpr int kWarps[2] = {11, 7}, kDepth[2] = {2, 3}, kFused = 10;
+  static constexpr int kWarps[1] = {11}, kDepth[1] = {2}, kFused = 10;
 };
 
 template <int D>
@@ -57,6 +57,9 @@ struct Shape {
 // partial states are added at the end.
 enum class Rows { four, eight, sixteen };
 constexpr int blocks_of(Rows rows) { return rows == Rows::sixteen ? 2 : 1; }
+// From kLargeDim on registers do not hold the operands of one block, and two were slower for any number of queries.
+constexpr int kLargeDim = 256;
+constexpr int most_segment_blocks(int dim) { return dim >= kLargeDim ? 1 : 2; }
 
 // Who reads: warps, each for itself; two warps or four, a team, who share tokens and channels (attend_team.cuh).
 enum class Readers { warps, twos, fours };
@@ -95,9 +98,8 @@ constexpr bool runs_in(Room room, int code) {
   return room == Room::small || (room == Room::middle && code != 86 && code != 89);
 }
 
-// From this head dim on a rotation's matrix is 256 KB, and a page takes one warp so long that teams also read short
-// calls of attend_main (with the large shared memory).
-constexpr int kLargeDim = 256;
+// From kLargeDim on a rotation's matrix is 256 KB, and a page takes one warp so long that teams also read short calls
+// of attend_main (with the large shared memory).
 constexpr int kTwos = 4;  // 9 warps leave a thread 168 registers, as 12 would
 constexpr bool main_has_teams(int dim, Room room) { return dim >= kLargeDim && room == Room::large; }
 
@@ -147,7 +149,7 @@ constexpr Fit fused_fit(Readers kind, int segment_blocks) {
   const int readers = kind == Readers::fours  ? kFours
                       : kind == Readers::twos ? kTwos
                       : segment_blocks == 1   ? Tuning<D>::kFused
-                                              : Tuning<D>::kWarps[1];
+                                              : Tuning<D>::kWarps[segment_blocks - 1];
   for (int depth = teams ? 12 : Tuning<D>::kDepth[segment_blocks - 1]; depth >= (teams ? members_of(kind) : 2); --depth)
     if (fused_shared<D>(kind, readers, depth, segment_blocks) <= room_bytes(Room::large) - kFusedStaticBytes)
       return {readers, depth};

@@ -123,14 +123,16 @@ struct Call {
   double scale() const { return args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<double>(args.q.shape[3])); }
 };
 
-// What a device rounds beyond that at exact rows, relative to the number: queries and weights.
-struct ExactRounding {
+// What a device rounds: at exact rows, relative to the number, queries and weights; and the whole numbers that the
+// largest weight of a page, its value's scale in it, is divided into.
+struct Rounding {
   double query = 0, weight = 0;
+  double page_weights = 32512;
 };
 
 // Bounds of |error| of every output, [batch, q_heads, T, head_dim_v].
 inline std::vector<double> bounds(const Scene& s, const Call& call, const std::vector<reference::DenseTokens>& dense,
-                                  const reference::Attention& expected, ExactRounding exact = {}) {
+                                  const reference::Attention& expected, const Rounding& rounds = {}) {
   const int heads = s.shape().kv_heads * s.shape().group, dk = s.shape().dim_k, dv = s.shape().dim_v;
   const std::int64_t queries = call.args.q.shape[2];
   std::vector<double> inverse;
@@ -183,7 +185,7 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
           }
           ulps[j] = 8 * kUlp * (1 + call.scale() * q_norm * std::sqrt(norm));
           if (j < paged || j >= paged + page_tokens) {
-            sigma[j] = call.scale() * exact.query * q_norm * std::sqrt(norm);
+            sigma[j] = call.scale() * rounds.query * q_norm * std::sqrt(norm);
             continue;
           }
           double variance = 0;
@@ -207,7 +209,7 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
                       s.steps(b).value_scale[static_cast<std::size_t>(
                           kv)][j * static_cast<std::size_t>(s.spec().value.groups) + static_cast<std::size_t>(g)]);
           }
-          const double step = largest / 32512 * top_level;
+          const double step = largest / rounds.page_weights * top_level;
           rounded_weights += step * step / 12 * used;
         }
         for (int c = 0; c < dv; ++c) {
@@ -220,7 +222,7 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
             variance += move * move * sigma[j] * sigma[j];
             rounding += move * ulps[j];
             magnitude += p[j] * std::abs(value);
-            if (j < paged || j >= paged + page_tokens) variance += std::pow(p[j] * exact.weight * value, 2);
+            if (j < paged || j >= paged + page_tokens) variance += std::pow(p[j] * rounds.weight * value, 2);
           }
           all.push_back(6 * std::sqrt(variance) + rounding + 4 * kUlp * magnitude);
         }

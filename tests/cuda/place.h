@@ -17,6 +17,7 @@ class DevicePlace final : public sessions::Place {
   explicit DevicePlace(DType dtype) : dtype_(dtype) {}
   std::string backend() const override { return "cuda"; }
   DType dtype() const override { return dtype_; }
+  double page_weights() const override { return 255; }
   TensorView rows(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t,
                   std::int64_t d) override {
     std::vector<std::uint16_t> halves(x.size());

@@ -37,7 +37,7 @@ TEST(CudaPlan, EveryHeadDimAndRowsFitTheDevice) {
         const AttendPlan plan = plan_of(e.chip, dim, group, 1);
         EXPECT_EQ(plan.room, e.room);
         EXPECT_TRUE(runs_in(plan.room, e.chip.code));
-        EXPECT_EQ(plan.segment_blocks, group > kBlockRows ? 2 : 1);
+        EXPECT_EQ(plan.segment_blocks, 1);  // 12 at most: every segment has multiprocessors of its own
         EXPECT_EQ(plan.ctas, e.chip.multiprocessors);
         EXPECT_EQ(plan.early, e.chip.code >= 90);
         EXPECT_GT(plan.scratch, 0u);
@@ -61,7 +61,7 @@ TEST(CudaPlan, OneKernelFitsTheDevice) {
   for (const int dim : kv4::cases::kHeadDims)
     with_dim(dim, [](auto d) {
       constexpr int kDim = decltype(d)::value;
-      for (const int blocks : {1, 2})
+      for (int blocks = 1; blocks <= most_segment_blocks(kDim); ++blocks)
         for (const Readers kind : {Readers::warps, Readers::twos, Readers::fours}) {
           if ((kind == Readers::twos) != (kDim >= kLargeDim)) continue;  // not compiled
           SCOPED_TRACE(::testing::Message()
@@ -70,7 +70,7 @@ TEST(CudaPlan, OneKernelFitsTheDevice) {
           EXPECT_EQ(f.readers, kind == Readers::fours  ? kFours
                                : kind == Readers::twos ? kTwos
                                : blocks == 1           ? Tuning<kDim>::kFused
-                                                       : Tuning<kDim>::kWarps[1]);
+                                                       : Tuning<kDim>::kWarps[blocks - 1]);
           EXPECT_GE(f.depth, std::max(2, members_of(kind)));
           EXPECT_LE(fused_warps(kind, f.readers) * 32, 1024);
           EXPECT_LE(fused_shared<kDim>(kind, f.readers, f.depth, blocks) + kFusedStaticBytes, kH100.shared);
@@ -103,9 +103,17 @@ TEST(CudaPlan, OneKernelWhereSegmentsAreFewAndEven) {
   EXPECT_TRUE(plan_of(kH100, 256, 4, 1, {352, 3 * 352}).teams);
   EXPECT_FALSE(plan_of(kH100, 256, 4, 1, {353, 3 * 353}).teams);
   EXPECT_FALSE(plan_of(kA100, 256, 4, 1, {70, 3 * 70}).teams);
-  // 4 segments of 16 rows for each of 64 queries of 1 head: 24 in all; of 8 heads 192, more than multiprocessors.
-  EXPECT_EQ(plan_of(kH100, 128, 1, 64).fused_ctas, 5);
+  // 64 queries of 1 head are 8 segments of 8 rows, 48 in all; of 8 heads 32 of 16 rows, more than multiprocessors.
+  EXPECT_EQ(plan_of(kH100, 128, 1, 64).fused_ctas, 2);
   EXPECT_EQ(plan_of(kH100, 128, 8, 64).fused_ctas, 0);
+}
+
+TEST(CudaPlan, TwoBlocksOfRowsShareAPageWhereSegmentsAreMany) {
+  EXPECT_EQ(plan_of(kH100, 128, 4, 32).segment_blocks, 1);  // 16 blocks, 96 in all, of 132 multiprocessors
+  EXPECT_EQ(plan_of(kH100, 128, 4, 33).segment_blocks, 2);  // 17, 102
+  EXPECT_EQ(plan_of(kA100, 128, 4, 26).segment_blocks, 1);  // 13, 78 of 108
+  EXPECT_EQ(plan_of(kA100, 128, 4, 28).segment_blocks, 2);  // 14, 84
+  EXPECT_EQ(plan_of(kH100, 256, 16, 2048).segment_blocks, 1);
 }
 
 TEST(CudaPlan, NoMoreIsLeftOutThanMust) {
@@ -113,7 +121,7 @@ TEST(CudaPlan, NoMoreIsLeftOutThanMust) {
     with_dim(dim, [](auto d) {
       constexpr int kDim = decltype(d)::value;
       using T = Tuning<kDim>;
-      for (const int blocks : {1, 2}) {
+      for (int blocks = 1; blocks <= most_segment_blocks(kDim); ++blocks) {
         SCOPED_TRACE(::testing::Message() << "d " << kDim << ", blocks " << blocks);
         const int warps = T::kWarps[blocks - 1], depth = T::kDepth[blocks - 1];
         const Fit large = fit<kDim>(Room::large, blocks);
