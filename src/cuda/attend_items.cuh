@@ -46,21 +46,30 @@ __device__ __forceinline__ int items_of(const AttendParams& p, int b) {
   return (items_of(s.exact[0]) + items_of(s.exact[1]) + s.page_count) * p.kv_heads * segments_per_head(p, s);
 }
 
-// item_offsets[b] = items of the sequences before b. One warp.
+// item_offsets[b] = items of the sequences before b. One warp, a lane so many sequences after each other, which it loads
+// a few at a time: a batch of hundreds would otherwise wait for one load after another.
 __device__ inline void sum_items(const AttendParams& p, int lane, int* item_offsets) {
-  int before = 0;
-  for (int first = 0; first < p.batch; first += kLanes) {
-    const int b = first + lane;
-    const int mine = b < p.batch ? items_of(p, b) : 0;
-    int sum = mine;
-    for (int step = 1; step < kLanes; step *= 2) {
-      const int other = __shfl_up_sync(kAll, sum, step);
-      if (lane >= step) sum += other;
+  constexpr int kAtOnce = 4;
+  const int each = (p.batch + kLanes - 1) / kLanes, begin = lane * each, behind = min(begin + each, p.batch);
+  int mine = 0;
+  for (int first = begin; first < behind; first += kAtOnce) {
+    int items[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) items[i] = items_of(p, min(first + i, behind - 1));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i >= behind) continue;
+      item_offsets[first + i] = mine;
+      mine += items[i];
     }
-    if (b < p.batch) item_offsets[b] = before + sum - mine;
-    before += __shfl_sync(kAll, sum, kLanes - 1);
   }
-  if (lane == 0) item_offsets[p.batch] = before;
+  int sum = mine;
+  for (int step = 1; step < kLanes; step *= 2) {
+    const int other = __shfl_up_sync(kAll, sum, step);
+    if (lane >= step) sum += other;
+  }
+  for (int b = begin; b < behind; ++b) item_offsets[b] += sum - mine;
+  if (lane == kLanes - 1) item_offsets[p.batch] = sum;
 }
 
 // Items of one segment that a reader takes: exact ones, then pages, each kind counted from the segment's first of it.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kv4.bench import vllm as bench
+from kv4.bench import vllm_serve as serve
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +39,37 @@ def test_a_cache_that_does_not_start_is_a_row_with_the_reason(tmp_path: Path) ->
     plan = bench.Plan(str(tmp_path / "nowhere"), "kv4", [(1, 64)], 2)
     (row,) = bench.run(plan)
     assert row.kind == "kv4" and row.step_seconds == 0 and "nowhere" in (row.refused or ""), row
+
+
+def test_the_command_serves_chats(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    command = "bench vllm --shape llama-tiny --kinds kv4 --requests 6 --longest 200 --dtype float32 --eager"
+    limits = f"--batched-tokens 256 --memory 0.2 --json {file}"
+    python = Path(sys.executable).parent / "kv4"
+    environment = {**os.environ, "KV4_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([python, *command.split(), *limits.split()], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "6 chats at once" in done.stdout
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["refused"] is None, row
+    assert (row["kind"], row["completed"], row["failed"]) == ("kv4", 6, 0)
+    assert row["tokens_a_second"] > row["requests_a_second"] > 0 and row["first_token_ms"] > 0 and row["token_ms"] > 0
+
+
+def test_chats_are_uneven_and_the_same_every_time() -> None:
+    load = serve.Load(400)
+    drawn = serve.lengths(load)
+    assert drawn == serve.lengths(load) != serve.lengths(serve.Load(400, seed=1))
+    prompts, answers = sorted(p for p, _ in drawn), sorted(a for _, a in drawn)
+    assert prompts[0] >= 10 and prompts[-1] <= 8192 and 200 < prompts[200] < 450 and prompts[380] > 4 * prompts[200]
+    assert answers[0] >= 8 and answers[-1] <= 1024 and 100 < answers[200] < 220
+
+
+def test_settings_become_options() -> None:
+    given = {"enforce_eager": True, "max_model_len": 64, "dtype": None, "x": False, "additional_config": {"a": [1]}}
+    assert serve.flags(given) == ["--enforce-eager", "--max-model-len", "64", "--additional-config", '{"a": [1]}']
+
+
+def test_a_server_that_does_not_start_is_a_row_with_the_reason(tmp_path: Path) -> None:
+    (row,) = serve.measure(str(tmp_path / "nowhere"), None, ["kv4"], serve.Load(2), {})
+    assert row.completed == 0 and "nowhere" in (row.refused or ""), row

@@ -41,7 +41,9 @@ class Scene:
         self.k, self.v = (torch.randn(tokens, KV_HEADS, DIM, generator=random) for _ in "kv")
         self.q = torch.randn(tokens, HEADS, DIM, generator=random)
         self.lambda_k = torch.rand(KV_HEADS, DIM, generator=random) + 0.5
-        self.layer = SimpleNamespace(num_kv_heads=KV_HEADS, head_size=DIM, recipe=recipe, lambda_k=self.lambda_k)
+        self.layer = SimpleNamespace(
+            num_kv_heads=KV_HEADS, head_size=DIM, recipe=recipe, lambda_k=self.lambda_k, unpacked=None
+        )
         self.pages = _core.PageFormat(
             recipe, dtype="float32", kv_heads=KV_HEADS, head_dim_k=DIM, head_dim_v=DIM, backend="cpu"
         )

@@ -441,9 +441,19 @@ def vllm(
     tp: Annotated[int, typer.Option("--tp", min=1, help="GPUs that share each layer's heads.")] = 1,
     dtype: Annotated[options.DType, typer.Option(help="Of the model.")] = options.DType.auto,
     eager: Annotated[bool, typer.Option("--eager", help="Without torch.compile and CUDA graphs.")] = False,
+    requests: Annotated[
+        int | None,
+        typer.Option(min=1, help="In place of steps: a server under so many chats, by vLLM's `bench serve`."),
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Of --requests, a second; at once if not given.")
+    ] = None,
+    longest: Annotated[int, typer.Option(min=10, help="Of --requests, words of a prompt at most.")] = 8192,
     json_: options.JsonFile = None,
 ) -> None:
-    """Milliseconds a step of vLLM, with kv4's cache and with its own ones. In vLLM's environment."""
+    """Milliseconds a step of vLLM, or how a server answers many chats, with kv4's cache and with its own ones.
+
+    In vLLM's environment."""
     settings: dict[str, object] = {
         "tensor_parallel_size": tp,
         "enforce_eager": eager,
@@ -453,4 +463,8 @@ def vllm(
         settings["max_num_batched_tokens"] = batched_tokens
     if dtype is not options.DType.auto:
         settings["dtype"] = dtype.value
-    bench_vllm.steps(model, shape, kinds, cases, steps, settings, json_, layers)
+    chosen = bench_vllm.Chosen(model, shape, kinds, layers)
+    if requests is None:
+        bench_vllm.steps(chosen, cases, steps, settings, json_)
+    else:
+        bench_vllm.served(chosen, requests, rate, longest, settings, json_)

@@ -104,11 +104,11 @@ class Arrays:
         return step.kept["parts"]
 
     def _copy(self, step: Step) -> dict[str, torch.Tensor]:
-        names = (*self.NAMES, "source", "piece_lengths")
-        tensors = {name: torch.from_numpy(getattr(step, name)).to(self._device) for name in names}
-        for i, span in enumerate(step.spans):
-            tensors[f"span{i}"] = torch.from_numpy(span.queries.astype(np.int32)).to(self._device)
-        return {**tensors, "zeros": torch.zeros_like(tensors["lengths"])}
+        arrays = {name: getattr(step, name) for name in (*self.NAMES, "source", "piece_lengths")}
+        arrays |= {f"span{i}": span.queries for i, span in enumerate(step.spans)}
+        arrays["zeros"] = np.zeros_like(step.lengths)
+        whole = flash.moved(np.concatenate(list(arrays.values())), self._device)  # one copy
+        return dict(zip(arrays, whole.split([len(x) for x in arrays.values()]), strict=True))
 
     def _fill(self, step: Step) -> dict[str, torch.Tensor]:
         n = len(step.lengths)
@@ -147,6 +147,8 @@ class Builder(AttentionMetadataBuilder[Metadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Sequences that decode come first, then chunks of prompts, then prompts that begin: each kind is one call.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._sealing = recipe_of(vllm_config.additional_config).seal == "page"
         self._drafts = vllm_config.speculative_config is not None
         self._longest = vllm_config.model_config.max_model_len
@@ -244,6 +246,9 @@ class Impl(AttentionImpl[Metadata]):
         self._queries: list[torch.Tensor] = []
         self._memory: Any = None
         self._memory_of: tuple[int, ...] = ()
+        self.unpacked: tuple[tuple[int, int], Any] | None = (
+            None  # the layer's pages beside what flash.py unpacks them to
+        )
 
     def rows_cache(self) -> torch.Tensor:
         """[blocks, kv_heads, 64, keys then values] of the layer of exact rows."""

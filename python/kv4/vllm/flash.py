@@ -7,7 +7,8 @@ each page many times. All queries of the chunk see as pages what its first query
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,12 +55,24 @@ class Chunk:
     sealed: int  # of them, that it reads from pages
     starts: torch.Tensor  # int32 [2], of its rows
     zeros: torch.Tensor  # int32 [2]
-    length: torch.Tensor  # int32 [1]
+    key_starts: torch.Tensor  # int32 [2], of all tokens
     blocks: torch.Tensor  # int32 [1, n]: 0, 1, ...
+    kept: dict = field(default_factory=dict)  # what layers of the same blocks share
 
     @property
     def tokens(self) -> int:
         return self.computed + self.rows.stop - self.rows.start
+
+    @property
+    def length(self) -> torch.Tensor:
+        return self.key_starts[1:]
+
+    def once(self, name: str, table: torch.Tensor, make: Callable[[], Any]) -> Any:
+        """make()'s answer to the first layer with this table of block ids."""
+        key = name, table.data_ptr()
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
 
 
 def parts_of(step: Step, device: torch.device) -> list[Run | Chunk]:
@@ -75,10 +88,10 @@ def parts_of(step: Step, device: torch.device) -> list[Run | Chunk]:
     for b in np.flatnonzero(step.left & ~fresh):
         count, length = int(counts[b]), int(step.lengths[b])
         rows = slice(int(step.queries[b]), int(step.queries[b + 1]))
-        small = moved(np.array([0, count, 0, 0, length]), device)
+        small = moved(np.array([0, count, 0, 0, 0, length]), device)
         blocks = torch.arange(-(-length // PAGE), dtype=torch.int32, device=device)[None]
         sealed = max((length - count) // PAGE - 1, 0) * PAGE if step.sealing else 0
-        found.append(Chunk(int(b), rows, length - count, sealed, small[:2], small[2:4], small[4:], blocks))
+        found.append(Chunk(int(b), rows, length - count, sealed, *small.split(2), blocks))
     return found
 
 
@@ -89,14 +102,14 @@ class Unpacked:
         self._held: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def of(self, tokens: int, heads: int, dim: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whole blocks of them."""
-        size = -(-tokens // PAGE) * PAGE
+        """In whole blocks: [blocks, 64, kv_heads, dim]."""
+        blocks = -(-tokens // PAGE)
         key = (like.device, like.dtype, heads, dim)
         held = self._held.get(key)
-        if held is None or held.shape[1] < size:
-            size_up = 1 << (size - 1).bit_length()
-            held = self._held[key] = torch.empty(2, size_up, heads, dim, dtype=like.dtype, device=like.device)
-        return held[0, :size], held[1, :size]
+        if held is None or held.shape[1] < blocks:
+            size_up = 1 << (blocks - 1).bit_length()
+            held = self._held[key] = torch.empty(2, size_up, PAGE, heads, dim, dtype=like.dtype, device=like.device)
+        return held[0], held[1]
 
 
 _unpacked = Unpacked()
@@ -108,44 +121,45 @@ def unpack(
     """Keys and values before the chunk, followed by room for its own rows: [tokens, kv_heads, dim] twice.
 
     packed: the layer's pages, as PageFormat.memory takes them. held: its exact rows [blocks, kv_heads, 64, keys then
-    values]. tables: block ids of pages and of exact rows, [entries] int32 each. layer: kv_heads, dim, sinks, lambda_k.
-    place: workspace, stream."""
-    heads, dim = layer.num_kv_heads, layer.head_size
+    values]. tables: block ids of pages and of exact rows, [entries] int32 each. layer: an Impl. place: workspace and
+    stream."""
+    heads, dim, sinks = layer.num_kv_heads, layer.head_size, layer.recipe.sinks
     k, v = _unpacked.of(chunk.tokens, heads, dim, held)
     page_table, row_table = tables
-    first = chunk.sealed // PAGE
+    first, last = chunk.sealed // PAGE, -(-chunk.computed // PAGE)
     if first:
-        views = [x.view(-1, PAGE, heads, dim).transpose(1, 2) for x in (k, v)]
-        memory = pages.memory(packed, *views, lambda_k=layer.lambda_k)
-        sinks = layer.recipe.sinks
-        one = pages.tables(
-            chunk.zeros,
-            chunk.length,
-            chunk.zeros[:1],
-            page_table[None],
-            chunk.blocks,
-            sinks=chunk.zeros[:1] if sinks else None,
-            sink_tokens=sinks,
-            most_queries=1,
-            longest=chunk.tokens,
-            all=chunk.tokens,
-        )
-        end = chunk.blocks.new_full((1,), chunk.sealed)
+        one, end = chunk.once(f"tables, {sinks} sinks", page_table, lambda: _pages_of(chunk, pages, page_table, sinks))
+        where = packed.data_ptr(), k.data_ptr()
+        if layer.unpacked is None or layer.unpacked[0] != where:
+            views = [x.transpose(1, 2) for x in (k, v)]
+            layer.unpacked = where, pages.memory(packed, *views, lambda_k=layer.lambda_k)
+        memory = layer.unpacked[1]
         pages.dequantise(one, memory, chunk.zeros[:1], end, first, place["workspace"], stream=place["stream"])
-        if sinks:
-            k[:sinks], v[:sinks] = _rows_of(held, row_table[:1], dim, sinks)
-    last = -(-chunk.computed // PAGE)
-    exact = slice(chunk.sealed, chunk.computed)
-    count = exact.stop - exact.start
-    if count:
-        k[exact], v[exact] = _rows_of(held, row_table[first:last], dim, count)
-    return k[: chunk.tokens], v[: chunk.tokens]
+    # Whole blocks of exact rows, the sinks' before them; the chunk's own rows overwrite what follows the last one.
+    blocks = chunk.once("rows", row_table, lambda: torch.cat([row_table[:1], row_table[first:last]]).long())
+    exact = held.index_select(0, blocks).transpose(1, 2)
+    for to, rows in ((k, exact[..., :dim]), (v, exact[..., dim:])):
+        to[first:last] = rows[1:]
+        if first and sinks:
+            to[0, :sinks] = rows[0, :sinks]
+    return k.flatten(0, 1)[: chunk.tokens], v.flatten(0, 1)[: chunk.tokens]
 
 
-def _rows_of(held: torch.Tensor, blocks: torch.Tensor, dim: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `count` rows of blocks, as [count, kv_heads, dim] of keys and of values."""
-    rows = held.index_select(0, blocks.long()).transpose(1, 2).flatten(0, 1)[:count]
-    return rows[..., :dim], rows[..., dim:]
+def _pages_of(chunk: Chunk, pages: Any, table: torch.Tensor, sinks: int) -> tuple[Any, torch.Tensor]:
+    """The chunk's sequence as one of kv4's tables whose exact rows are what is unpacked, and the end of its pages."""
+    one = pages.tables(
+        chunk.zeros,
+        chunk.length,
+        chunk.zeros[:1],
+        table[None],
+        chunk.blocks,
+        sinks=chunk.zeros[:1] if sinks else None,
+        sink_tokens=sinks,
+        most_queries=1,
+        longest=chunk.tokens,
+        all=chunk.tokens,
+    )
+    return one, chunk.blocks.new_full((1,), chunk.sealed)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, part: Run | Chunk, **how: Any) -> None:
@@ -156,7 +170,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
         key_starts = starts
     else:
         starts, longest, keys = part.starts, len(q), len(k)
-        key_starts = torch.cat([part.zeros[:1], part.length])
+        key_starts = part.key_starts
     flash_attn_varlen(
         q=q,
         k=k,
