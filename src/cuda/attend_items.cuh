@@ -46,8 +46,8 @@ __device__ __forceinline__ int items_of(const AttendParams& p, int b) {
   return (items_of(s.exact[0]) + items_of(s.exact[1]) + s.page_count) * p.kv_heads * segments_per_head(p, s);
 }
 
-// item_offsets[b] = items of the sequences before b. One warp, a lane so many sequences after each other, which it loads
-// a few at a time: a batch of hundreds would otherwise wait for one load after another.
+// item_offsets[b] = items of the sequences before b. One warp, a lane so many sequences after each other, which it
+// loads a few at a time: a batch of hundreds would otherwise wait for one load after another.
 __device__ inline void sum_items(const AttendParams& p, int lane, int* item_offsets) {
   constexpr int kAtOnce = 4;
   const int each = (p.batch + kLanes - 1) / kLanes, begin = lane * each, behind = min(begin + each, p.batch);

@@ -194,6 +194,24 @@ TEST_F(CudaAttend, PagesApart) {
   }
 }
 
+// More sequences than a warp has lanes, and no multiple of them.
+TEST_F(CudaAttend, HundredsOfSequences) {
+  for (const int batch : {33, 131}) {
+    SCOPED_TRACE(batch);
+    Shape shape;
+    shape.dim_k = shape.dim_v = 64;
+    shape.group = 3;
+    shape.kv_heads = 2;
+    shape.seed = 6000 + static_cast<std::uint64_t>(batch);
+    std::vector<Held> held;
+    for (int b = 0; b < batch; ++b)
+      held.push_back(b % 7 == 3 ? Held{0, 0, 1, 0} : Held{b % 5, b % 3 * 64, 1 + b * 13 % 127, 0});
+    const Scene s(shape, held);
+    check(s, Call(s, 1));
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
 // Each sequence with queries of its own, none among them; lengths from nothing on; pages in chunks, rows in blocks.
 TEST_F(CudaAttend, SequencesWithQueriesOfTheirOwn) {
   const std::vector<Held> held = {{4, 640, 70, 0}, {0, 0, 0, 0},    {0, 0, 5, 0},    {4, 128, 127, 20},

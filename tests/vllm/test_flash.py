@@ -49,7 +49,7 @@ class Scene:
         )
         count = -(-tokens // PAGE)
         self.table = torch.randperm(count + 3, generator=random)[:count].int()
-        self.rows = torch.full((count + 3, KV_HEADS, PAGE, 2 * DIM), torch.nan)
+        self.rows = torch.full((count + 3, KV_HEADS, 2, PAGE, DIM), torch.nan)
         # A slice's bytes begin on a multiple of 64, as vLLM's blocks do.
         raw = torch.zeros((count + 3) * KV_HEADS * self.pages.head_bytes + 64, dtype=torch.int8)
         raw = raw[-raw.data_ptr() % 64 :][:-64] if raw.data_ptr() % 64 else raw[:-64]
@@ -68,7 +68,7 @@ class Scene:
         self.pages.seal(whole, memory, begin, end, count, self.work)
 
     def memory(self) -> Any:
-        return self.pages.memory(self.packed, self.rows[..., :DIM], self.rows[..., DIM:], lambda_k=self.lambda_k)
+        return self.pages.memory(self.packed, *self.rows.unbind(2), lambda_k=self.lambda_k)
 
     def tables(self, rows: int, length: int, sealed: int) -> Any:
         one = lambda *x: torch.tensor(x, dtype=torch.int32)  # noqa: E731

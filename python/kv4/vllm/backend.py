@@ -251,7 +251,7 @@ class Impl(AttentionImpl[Metadata]):
         )
 
     def rows_cache(self) -> torch.Tensor:
-        """[blocks, kv_heads, 64, keys then values] of the layer of exact rows."""
+        """[blocks, kv_heads, 64, 2 dim] of the layer of exact rows."""
         raise NotImplementedError
 
     def forward(
@@ -328,20 +328,19 @@ class Impl(AttentionImpl[Metadata]):
         return k, v
 
     def _blocks(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Pages [blocks, kv_heads, bytes], none where all rows are exact; exact rows [blocks, kv_heads, 64, ...]."""
+        """Pages [blocks, kv_heads, bytes], none where all rows are exact; exact rows as _halves has them."""
         if self.rows_name is None:
-            return None, kv_cache
+            return None, _halves(kv_cache)
         blocks, heads, tokens, content = kv_cache.shape
         packed = kv_cache.as_strided((blocks, heads, tokens * content), (*kv_cache.stride()[:2], 1))
-        return packed, self.rows_cache()
+        return packed, _halves(self.rows_cache())
 
     def _memory_for(self, pages: Any, kv_cache: torch.Tensor) -> Any:
         """The layer's memory as kv4 takes it; rebuilt only when it has moved."""
         packed, held = self._blocks(kv_cache)
         identity = (kv_cache.data_ptr(), held.data_ptr())
         if self._memory_of != identity:
-            k, v = held[..., : self.head_size], held[..., self.head_size :]
-            self._memory = pages.memory(packed, k, v, lambda_k=self.lambda_k)
+            self._memory = pages.memory(packed, *held.unbind(2), lambda_k=self.lambda_k)
             self._memory_of = identity
         return self._memory
 
@@ -383,7 +382,7 @@ class Impl(AttentionImpl[Metadata]):
     def measure(self, blocks: torch.Tensor, missing: int = 0) -> None:
         """Lambda of the queries so far and of keys in blocks of exact rows, int64 [n]; of the last `missing` of them
         there is none yet. Without any query, keys stand for them."""
-        keys = self.rows_cache().index_select(0, blocks)[..., : self.head_size]  # [n, kv_heads, 64, dim]
+        keys = _halves(self.rows_cache()).index_select(0, blocks)[:, :, 0]  # [n, kv_heads, 64, dim]
         if missing:
             keys[:, :, PAGE - missing :] = keys[:, :, PAGE - missing - 1, None]
         keys = keys.transpose(0, 1).reshape(1, self.num_kv_heads, -1, self.head_size)
@@ -397,6 +396,14 @@ class Impl(AttentionImpl[Metadata]):
         self.unmeasured, self._queries = False, []
         if self.kept is not None:
             self.kept.save(found.cpu().numpy())
+
+
+def _halves(blocks: torch.Tensor) -> torch.Tensor:
+    """Blocks of exact rows [blocks, kv_heads, 64, 2 dim] as [blocks, kv_heads, 2, 64, dim]: a head's keys, then its
+    values, so that kernels copy as many rows of either as they like at once."""
+    count, heads, tokens, content = blocks.shape
+    dim = content // 2
+    return blocks.as_strided((count, heads, 2, tokens, dim), (*blocks.stride()[:2], tokens * dim, dim, 1))
 
 
 def _rows(x: torch.Tensor, which: slice) -> torch.Tensor:

@@ -120,9 +120,9 @@ def unpack(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values before the chunk, followed by room for its own rows: [tokens, kv_heads, dim] twice.
 
-    packed: the layer's pages, as PageFormat.memory takes them. held: its exact rows [blocks, kv_heads, 64, keys then
-    values]. tables: block ids of pages and of exact rows, [entries] int32 each. layer: an Impl. place: workspace and
-    stream."""
+    packed: the layer's pages, as PageFormat.memory takes them. held: its exact rows [blocks, kv_heads, 2, 64, dim],
+    keys and values. tables: block ids of pages and of exact rows, [entries] int32 each. layer: an Impl. place:
+    workspace and stream."""
     heads, dim, sinks = layer.num_kv_heads, layer.head_size, layer.recipe.sinks
     k, v = _unpacked.of(chunk.tokens, heads, dim, held)
     page_table, row_table = tables
@@ -137,8 +137,9 @@ def unpack(
         pages.dequantise(one, memory, chunk.zeros[:1], end, first, place["workspace"], stream=place["stream"])
     # Whole blocks of exact rows, the sinks' before them; the chunk's own rows overwrite what follows the last one.
     blocks = chunk.once("rows", row_table, lambda: torch.cat([row_table[:1], row_table[first:last]]).long())
-    exact = held.index_select(0, blocks).transpose(1, 2)
-    for to, rows in ((k, exact[..., :dim]), (v, exact[..., dim:])):
+    exact = held.index_select(0, blocks)
+    for to, half in zip((k, v), exact.unbind(2), strict=True):
+        rows = half.transpose(1, 2)
         to[first:last] = rows[1:]
         if first and sinks:
             to[0, :sinks] = rows[0, :sinks]

@@ -102,7 +102,7 @@ KVCacheSpecRegistry.check_kv_cache_spec_registry({})
 @register_kv_cache_spec(manager_class=RowsManager)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowsSpec(SlidingWindowSpec):
-    """Blocks of exact rows [kv_heads, 64, keys then values]."""
+    """Blocks of exact rows: of each KV head 64 keys, then 64 values."""
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         return super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len) + 1
