@@ -16,20 +16,24 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import pytest
 
+# Of `kv4 models`; and how many prompts are read at once.
+MODEL = os.environ.get("KV4_VLLM_MODEL", "gemma-3-270m")
+PROMPTS = int(os.environ.get("KV4_VLLM_PROMPTS", "12"))
+
 
 @pytest.fixture(scope="session")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from kv4.models import list_models
 
-    model = next(model for model in list_models() if model.name == "gemma-3-270m")
-    assert model.pulled, "gemma-3-270m is not in the cache: kv4 pull gemma-3-270m"
+    found = next(model for model in list_models() if model.name == MODEL)
+    assert found.pulled, f"{MODEL} is not in the cache: kv4 pull {MODEL}"
     # What servers keep is the tests' own.
     os.environ["KV4_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    return model.folder
+    return found.folder
 
 
 @pytest.fixture(scope="session")
-def prompts(gemma: Path) -> list[dict[str, list[int]]]:
+def prompts(model: Path) -> list[dict[str, list[int]]]:
     """1 to 3,000 tokens of the project's own documents, longer and shorter ones beside each other."""
     from transformers import AutoTokenizer
 
@@ -37,13 +41,14 @@ def prompts(gemma: Path) -> list[dict[str, list[int]]]:
     text = "\n".join(
         (root / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "docs/format.md")
     )
-    ids = AutoTokenizer.from_pretrained(gemma).encode(text, add_special_tokens=False)
+    ids = AutoTokenizer.from_pretrained(model).encode(text, add_special_tokens=False)
     lengths = [1, 3000, 5, 63, 700, 64, 65, 127, 1500, 128, 129, 200]
+    lengths += [7 + 37 * i * i % 2900 for i in range(len(lengths), PROMPTS)]
     return [{"prompt_token_ids": [2] + ids[150 * i : 150 * i + n - 1]} for i, n in enumerate(lengths)]
 
 
 @pytest.fixture
-def engine(gemma: Path) -> Callable[..., Any]:
+def engine(model: Path) -> Callable[..., Any]:
     @contextmanager
     def start(recipe: str | None, **settings: Any) -> Iterator[Any]:
         """recipe None: vLLM's own backend."""
@@ -53,7 +58,7 @@ def engine(gemma: Path) -> Callable[..., Any]:
             {} if recipe is None else {"attention_backend": "CUSTOM", "additional_config": {"kv4": {"recipe": recipe}}}
         )
         defaults = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 4096, "max_num_batched_tokens": 1024}
-        llm = LLM(str(gemma), **{**defaults, **own, **settings})
+        llm = LLM(str(model), **{**defaults, **own, **settings})
         try:
             # An engine that goes takes the process groups of the next one with it, so the test must not hold it.
             yield weakref.proxy(llm)

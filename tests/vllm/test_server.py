@@ -102,8 +102,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("server")
 
 
-def test_chats_at_once_get_answers_and_a_killed_server_gives_the_same_after(gemma: Path, folder: Path) -> None:
-    with server(gemma, folder) as (address, process):
+def test_chats_at_once_get_answers_and_a_killed_server_gives_the_same_after(model: Path, folder: Path) -> None:
+    with server(model, folder) as (address, process):
         with ThreadPoolExecutor(CHATS) as pool:
             together = list(pool.map(lambda i: ask(address, i), range(CHATS)))
         assert all(together)
@@ -120,7 +120,7 @@ def test_chats_at_once_get_answers_and_a_killed_server_gives_the_same_after(gemm
         failed: list[Any] = [x.exception() for x in lost]
         assert any(failed)
         assert all(error is not None or x.result() in together[:8] for x, error in zip(lost, failed, strict=True))
-    with server(gemma, folder) as (address, _):
+    with server(model, folder) as (address, _):
         after = [ask(address, i) for i in range(8)]
         assert sum(a == b for a, b in zip(after, again, strict=True)) >= 7, list(zip(after, again, strict=True))
         assert usage(address) == 0

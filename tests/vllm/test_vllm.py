@@ -118,10 +118,10 @@ def refusals() -> list[Any]:
 
 @pytest.mark.parametrize(("settings", "message"), refusals())
 def test_what_kv4_does_not_serve_is_refused_before_the_model_is_loaded(
-    engine: Any, gemma: Any, settings: dict, message: str, caplog: Any
+    engine: Any, model: Any, settings: dict, message: str, caplog: Any
 ) -> None:
     if "speculative_config" in settings:
-        settings["speculative_config"]["model"] = str(gemma)
+        settings["speculative_config"]["model"] = str(model)
     with pytest.raises((ValueError, NotImplementedError), match=message), engine("kv4", **settings):
         pass
 
