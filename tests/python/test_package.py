@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -105,6 +106,22 @@ def test_the_wheel_asks_for_numpy_alone(wheel: Path):
     assert {name.split("/")[0] for name in names} == {"kv4", metadata.split("/")[0]}
     assert [name for name in names if name.endswith("_core.so") or "_core." in name and name.endswith(".so")]
     assert not [name for name in names if name.endswith((".cpp", ".pyc"))]
+
+
+def test_the_module_exports_nothing_of_the_library(wheel: Path, tmp_path: Path):
+    """Two modules of one process that hold the library would otherwise call each other's."""
+    nm = shutil.which("nm")
+    if nm is None or sys.platform == "darwin":
+        pytest.skip("no nm that lists dynamic symbols")
+    with zipfile.ZipFile(wheel) as archive:
+        (module,) = (name for name in archive.namelist() if "_core." in name and name.endswith(".so"))
+        archive.extract(module, tmp_path)
+    listed = subprocess.run(
+        [nm, "-D", "-C", "--defined-only", tmp_path / module], check=True, capture_output=True, text=True
+    ).stdout
+    names = [line.split(maxsplit=2)[2] for line in listed.splitlines()]
+    assert "PyInit__core" in names
+    assert [name for name in names if "kv4" in name] == []
 
 
 def test_a_module_that_is_there_but_broken_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
