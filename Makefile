@@ -37,7 +37,7 @@ help:
 	@echo "make shared   libkv4.so, programs in C and C++ against the installed one, and what it exports"
 	@echo "make fuzz     the fuzz targets, FUZZ_SECONDS each (30), and mutated files;  make soak: SOAK_OPERATIONS random calls (two millions)"
 	@echo "make test-isas      the C++ tests on each instruction set that this machine runs"
-	@echo "make test-oldest    the tests of kv4.hf with the oldest transformers that it takes"
+	@echo "make test-oldest    the tests of kv4.hf and the command with the oldest versions that they take"
 	@echo "make bench    the C++ benchmarks, built;  make site: the documentation as a site, in build/site"
 	@echo "make lint     check, and clang-tidy over src/;  make format    clang-format and ruff"
 	@echo "make wheel    a wheel in dist/;  make clean    removes build/"
@@ -98,14 +98,14 @@ test-python: metal-tools
 test-slow: setup test-tools
 	$(BIN)/python -m pytest --numprocesses $(JOBS) -m slow tests/python
 
-# The oldest transformers that the extra hf takes, in an environment of its own.
+# The oldest versions that kv4.hf and the command take, in an environment of its own.
 OLDEST := build/venv-oldest
-test-oldest: setup
+OLDEST_TESTS ?= $(wildcard tests/python/test_hf_*.py tests/python/test_core*.py) tests/python/test_cli.py
+test-oldest: | $(VENV)/.system
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet -r requirements-dev.txt
-	$(OLDEST)/bin/python -m pip install --quiet transformers==5.17.0
+	$(OLDEST)/bin/python -m pip install --quiet -r requirements-oldest.txt
 	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m pip install --quiet --no-build-isolation -C build-dir=build/oldest --editable '.[tools]'
-	$(OLDEST)/bin/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist loadfile tests/python -k "hf"
+	$(OLDEST)/bin/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist loadfile $(OLDEST_TESTS)
 
 # vLLM wants an older transformers: an environment of its own, with kv4 in place too.
 VLLM := .venv-vllm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,22 @@ def test_the_module_exports_nothing_of_the_library(wheel: Path, tmp_path: Path):
     names = [line.split(maxsplit=2)[2] for line in listed.splitlines()]
     assert "PyInit__core" in names
     assert [name for name in names if "kv4" in name] == []
+
+
+def test_the_oldest_versions_are_those_that_the_package_takes():
+    """`make test-oldest` has the lower bounds of pyproject.toml, each of them."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pinned = dict(
+        re.findall(r"^([\w-]+)==([\d.]+?)(?:\.\*)?$", (ROOT / "requirements-oldest.txt").read_text(), re.MULTILINE)
+    )
+    wanted = {}
+    for part in ("requires", "dependencies", "hf", "tools", "test"):
+        (listed,) = re.findall(rf"^{part} = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
+        wanted |= dict(re.findall(r'"([\w-]+)>=([\d.]+)"', listed))
+    del wanted["safetensors"]  # the oldest transformers asks for a later one
+    assert {name: pinned.get(name, "").removesuffix(".0") for name in wanted} == {
+        name: version.removesuffix(".0") for name, version in wanted.items()
+    }
 
 
 def test_a_module_that_is_there_but_broken_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
