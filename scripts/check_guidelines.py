@@ -56,7 +56,7 @@ PYTHON: dict[str, tuple[set[str], str]] = {
     "kv4.vllm": ({"kv4", "kv4.models"}, "settings steps lambdas flash backend rows layers v0_26 v0_32 choice"),
     "kv4.bench": (
         {"kv4", "kv4.hf", "kv4.mlx"},
-        "text timing memory neighbours llama plot shapes attention seal cuda generate mlx vllm",
+        "text timing memory neighbours llama plot shapes attention seal cuda generate mlx vllm vllm_serve",
     ),
     "kv4.evaluate": (
         {"kv4", "kv4.hf", "kv4.bench"},
