@@ -21,7 +21,7 @@ CORE := CMakeLists.txt pyproject.toml $(shell find cmake include src python/bind
 CORE += $(shell find include src python/bindings -type d 2>/dev/null)
 FORMATTED := '*.h' '*.cpp' '*.inl' '*.c' '*.cu' '*.cuh'
 
-.PHONY: help setup system demo test test-cpp test-python test-slow fuzz soak test-isas test-oldest site test-neon test-metal test-tools setup-vllm test-vllm metal-tools llama test-llama test-llama-slow check lint format asan tsan bench wheel clean
+.PHONY: help setup system demo test test-cpp test-python test-slow fuzz soak test-isas test-oldest site test-neon test-metal test-tools setup-vllm test-vllm metal-tools llama test-llama test-llama-slow check lint format asan tsan shared bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,9 +34,10 @@ help:
 	@echo "make llama    libggml-kv4.so, for a llama.cpp that is built once beside it, in build/llama;  make test-llama: its tests"
 	@echo "make test-llama-slow   those of larger models, 1.5 billion weights the largest"
 	@echo "make asan | tsan      the C++ tests under AddressSanitizer with UndefinedBehaviorSanitizer, or ThreadSanitizer"
+	@echo "make shared   libkv4.so, programs in C and C++ against the installed one, and what it exports"
 	@echo "make fuzz     the fuzz targets, FUZZ_SECONDS each (30), and mutated files;  make soak: SOAK_OPERATIONS random calls (two millions)"
 	@echo "make test-isas      the C++ tests on each instruction set that this machine runs"
-	@echo "make test-oldest    the tests of kv4.hf with the oldest transformers that it takes"
+	@echo "make test-oldest    the tests of kv4.hf and the command with the oldest versions that they take"
 	@echo "make bench    the C++ benchmarks, built;  make site: the documentation as a site, in build/site"
 	@echo "make lint     check, and clang-tidy over src/;  make format    clang-format and ruff"
 	@echo "make wheel    a wheel in dist/;  make clean    removes build/"
@@ -97,14 +98,14 @@ test-python: metal-tools
 test-slow: setup test-tools
 	$(BIN)/python -m pytest --numprocesses $(JOBS) -m slow tests/python
 
-# The oldest transformers that the extra hf takes, in an environment of its own.
+# The oldest versions that kv4.hf and the command take, in an environment of its own.
 OLDEST := build/venv-oldest
-test-oldest: setup
+OLDEST_TESTS ?= $(wildcard tests/python/test_hf_*.py tests/python/test_core*.py) tests/python/test_cli.py
+test-oldest: | $(VENV)/.system
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet -r requirements-dev.txt
-	$(OLDEST)/bin/python -m pip install --quiet transformers==5.17.0
+	$(OLDEST)/bin/python -m pip install --quiet -r requirements-oldest.txt
 	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m pip install --quiet --no-build-isolation -C build-dir=build/oldest --editable '.[tools]'
-	$(OLDEST)/bin/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist loadfile tests/python -k "hf"
+	$(OLDEST)/bin/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist loadfile $(OLDEST_TESTS)
 
 # vLLM wants an older transformers: an environment of its own, with kv4 in place too.
 VLLM := .venv-vllm
@@ -163,7 +164,7 @@ format: test-tools
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
 	git ls-files -co --exclude-standard $(FORMATTED) | xargs $(BIN)/clang-format -i
 
-asan tsan: setup
+asan tsan shared: $(VENV)/.python
 	cmake --preset $@
 	cmake --build --preset $@
 	ctest --preset $@
@@ -179,7 +180,7 @@ fuzz: setup test-tools
 SOAK_OPERATIONS ?= 2000000
 # Or tsan, or asan.
 SOAK_PRESET ?= release
-soak: setup
+soak: $(VENV)/.python
 	cmake --preset $(SOAK_PRESET)
 	cmake --build --preset $(SOAK_PRESET) --target kv4_soak
 	TSAN_OPTIONS=halt_on_error=1 build/$(SOAK_PRESET)/tests/kv4_soak --operations $(SOAK_OPERATIONS)
@@ -197,7 +198,7 @@ site: setup
 	$(BIN)/python scripts/site.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-bench: setup
+bench: $(VENV)/.python
 	@bash scripts/setup_system.sh bench
 	cmake --preset bench
 	cmake --build --preset bench

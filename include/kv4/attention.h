@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 
+#include "kv4/export.h"
 #include "kv4/status.h"
 #include "kv4/types.h"
 
@@ -53,10 +54,10 @@ struct PartialState {
 };
 
 // into <- into (+) from, for `rows` rows of `dim` channels.
-void merge(const PartialState& into, const PartialState& from, std::int64_t rows, int dim);
+KV4_API void merge(const PartialState& into, const PartialState& from, std::int64_t rows, int dim);
 
 // out = o / (l + exp(sink - m)); a row over no tokens is 0. State rows are [batch, q_heads, T];
 // sinks [q_heads] or null; out is [batch, q_heads, T, dim] by its strides.
-void finish(const PartialState& state, const float* sinks, const MutableTensorView& out);
+KV4_API void finish(const PartialState& state, const float* sinks, const MutableTensorView& out);
 
 }  // namespace kv4

@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "kv4/attention.h"
+#include "kv4/export.h"
 #include "kv4/recipe.h"
 #include "kv4/status.h"
 #include "kv4/types.h"
@@ -51,9 +52,9 @@ struct CacheConfig {
 };
 
 // The backends that are built in and find a device.
-std::vector<std::string> backends();
+KV4_API std::vector<std::string> backends();
 // Why "cuda" (or another name) is not among them: "built without it", "no device that it serves"; "" where it is.
-std::string why_not(const std::string& backend);
+KV4_API std::string why_not(const std::string& backend);
 
 // Where saved bytes go, and where they come from.
 using Sink = std::function<Status(std::span<const std::byte>)>;  // takes all the bytes, or says why not
@@ -75,7 +76,7 @@ struct SharedMemory {
 
 struct CacheState;
 
-class Cache {
+class KV4_API Cache {
  public:
   // Errors: invalid_argument naming the field; unsupported with the reason where no kernel
   // serves the head dims (Recipe::exact() serves any).

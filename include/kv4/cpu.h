@@ -4,36 +4,37 @@
 #include <string>
 #include <vector>
 
+#include "kv4/export.h"
 #include "kv4/status.h"
 
 namespace kv4::cpu {
 
 // Names of the instruction sets compiled in, best first ("avx512", "avxvnni", "avx2", "neon", "portable").
-std::vector<std::string> compiled_isas();
+KV4_API std::vector<std::string> compiled_isas();
 // True where this machine can run it.
-bool supported(const std::string& isa);
+KV4_API bool supported(const std::string& isa);
 // The one in use: the best supported, unless force_isa or the environment variable KV4_CPU_ISA chooses another. The
 // variable is read once, at first use; empty, it chooses nothing. "" where it names what this build or machine lacks:
 // then nothing runs on the CPU backend, Cache::create included, until force_isa chooses, and every call answers as
 // check_isa does.
-std::string active_isa();
+KV4_API std::string active_isa();
 // ok where there is one in use; else unsupported, naming KV4_CPU_ISA, those that this build and machine have, and what
 // came.
-Status check_isa();
+KV4_API Status check_isa();
 // Chooses an instruction set for the process, whatever KV4_CPU_ISA says; "" chooses the best.
 // Errors: unsupported, with the list of those that this build and machine have; the one in use then stays.
-Status force_isa(const std::string& isa);
+KV4_API Status force_isa(const std::string& isa);
 
 // Threads that a call may use; the default is the OpenMP runtime's own number. On a thread that has an executor: its
 // own. How long OpenMP's threads spin while they wait is the program's to say, before it starts: GNU's default, some
 // milliseconds, makes calls many times as long where other programs want the CPUs (docs/huggingface.md, "On a loaded
 // machine").
-int num_threads();
+KV4_API int num_threads();
 // Errors: invalid_argument where n < 1.
-Status set_num_threads(int n);
+KV4_API Status set_num_threads(int n);
 
 // Threads that a program lends: its own pool's, where a second pool would fight for the same cores.
-class Executor {
+class KV4_API Executor {
  public:
   virtual ~Executor() = default;
   virtual int threads() const = 0;  // at least 1
@@ -45,6 +46,6 @@ class Executor {
 };
 // Calls that the calling thread makes from here on share their work through `executor`, which must outlive them; null:
 // through the process's own threads again. Returns the one before.
-Executor* set_executor(Executor* executor);
+KV4_API Executor* set_executor(Executor* executor);
 
 }  // namespace kv4::cpu

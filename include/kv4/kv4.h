@@ -12,14 +12,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kv4/export.h"
+
 #ifdef __cplusplus
 extern "C" {
-#endif
-
-#if defined(_WIN32)
-#define KV4_API
-#else
-#define KV4_API __attribute__((visibility("default")))
 #endif
 
 typedef enum kv4_status {

@@ -33,6 +33,7 @@
 
 #include "kv4/attention.h"
 #include "kv4/cache.h"
+#include "kv4/export.h"
 #include "kv4/status.h"
 #include "kv4/types.h"
 
@@ -108,7 +109,7 @@ struct Place {
   cpu::Executor* executor = nullptr;  // CPU: the host's threads (kv4/cpu.h); null: those of the process
 };
 
-class PageFormat {
+class KV4_API PageFormat {
  public:
   // Of a layer: config.recipe (sealing whole pages; its sinks and window are the host's to keep; lambda is
   // PagedBatch's, whatever the recipe's mode), dtype (of exact rows), kv_heads, head dims, matrices and backend count.
@@ -169,7 +170,7 @@ class PageFormat {
   Status learn_lambda(const TensorView& q, const TensorView& k, float* lambda, const Place& place = {}) const;
 
  private:
-  struct State;
+  struct KV4_LOCAL State;
   explicit PageFormat(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;
 };

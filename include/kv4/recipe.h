@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kv4/export.h"
 #include "kv4/rotation.h"
 #include "kv4/status.h"
 
@@ -48,14 +49,14 @@ struct Recipe {
   int window = 64;  // newest tokens kept exact: window ... window + kPageTokens - 1 between seals
 
   static Recipe kv4() { return {}; }
-  static Recipe exact();
-  static Recipe paper();
+  KV4_API static Recipe exact();
+  KV4_API static Recipe paper();
 };
 
 // invalid_argument naming the field for anything out of range or contradictory
 // (arrival sealing with a mean, sinks, a window or automatic lambda; a value mean; ...).
-Status validate(const Recipe& recipe);
+KV4_API Status validate(const Recipe& recipe);
 // Also against the head dims: group must divide them, the rotation must exist there.
-Status validate(const Recipe& recipe, int head_dim_k, int head_dim_v);
+KV4_API Status validate(const Recipe& recipe, int head_dim_k, int head_dim_v);
 
 }  // namespace kv4

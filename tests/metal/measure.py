@@ -144,6 +144,14 @@ def cost(dim: int, rows: int, exact: bool = False) -> Cost:
     )
 
 
+@cache
+def _counting(file: str, dim: int) -> Module:
+    with tempfile.TemporaryDirectory() as folder:
+        path = SOURCES / file if file == "rotate.metal" else source(dim, 1, Path(folder))
+        return Module(build(path, "count", include=[SOURCES.parent]))
+
+
+@cache
 def _row(kernel: str, file: str, dim: int, splits: int, rotated: int) -> float:
     """Lane-instructions of one query row of float16 with lambda."""
     e = enums()
@@ -162,11 +170,8 @@ def _row(kernel: str, file: str, dim: int, splits: int, rotated: int) -> float:
     else:
         states = np.ones((splits, dim + 2), np.float32)
         arguments = [states, matrix, ones, ones, sequence, call, Output(np.zeros(dim, np.float16))]
-    with tempfile.TemporaryDirectory() as folder:
-        path = SOURCES / file if file == "rotate.metal" else source(dim, 1, Path(folder))
-        module = Module(build(path, "count", include=[SOURCES.parent]))
-        threads = e["KV4_ROW_THREADS"]
-        done, counted = count_run(module, kernel, threads=threads, group=threads, arguments=arguments)
+    threads = e["KV4_ROW_THREADS"]
+    done, counted = count_run(_counting(file, dim), kernel, threads=threads, group=threads, arguments=arguments)
     if done.result != "ran":
         raise RuntimeError(f"{kernel}: {done.reports}")
     return counted.total

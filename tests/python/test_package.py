@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -105,6 +107,38 @@ def test_the_wheel_asks_for_numpy_alone(wheel: Path):
     assert {name.split("/")[0] for name in names} == {"kv4", metadata.split("/")[0]}
     assert [name for name in names if name.endswith("_core.so") or "_core." in name and name.endswith(".so")]
     assert not [name for name in names if name.endswith((".cpp", ".pyc"))]
+
+
+def test_the_module_exports_nothing_of_the_library(wheel: Path, tmp_path: Path):
+    """Two modules of one process that hold the library would otherwise call each other's."""
+    nm = shutil.which("nm")
+    if nm is None or sys.platform == "darwin":
+        pytest.skip("no nm that lists dynamic symbols")
+    with zipfile.ZipFile(wheel) as archive:
+        (module,) = (name for name in archive.namelist() if "_core." in name and name.endswith(".so"))
+        archive.extract(module, tmp_path)
+    listed = subprocess.run(
+        [nm, "-D", "-C", "--defined-only", tmp_path / module], check=True, capture_output=True, text=True
+    ).stdout
+    names = [line.split(maxsplit=2)[2] for line in listed.splitlines()]
+    assert "PyInit__core" in names
+    assert [name for name in names if "kv4" in name] == []
+
+
+def test_the_oldest_versions_are_those_that_the_package_takes():
+    """`make test-oldest` has the lower bounds of pyproject.toml, each of them."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pinned = dict(
+        re.findall(r"^([\w-]+)==([\d.]+?)(?:\.\*)?$", (ROOT / "requirements-oldest.txt").read_text(), re.MULTILINE)
+    )
+    wanted = {}
+    for part in ("requires", "dependencies", "hf", "tools", "test"):
+        (listed,) = re.findall(rf"^{part} = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
+        wanted |= dict(re.findall(r'"([\w-]+)>=([\d.]+)"', listed))
+    del wanted["safetensors"]  # the oldest transformers asks for a later one
+    assert {name: pinned.get(name, "").removesuffix(".0") for name in wanted} == {
+        name: version.removesuffix(".0") for name, version in wanted.items()
+    }
 
 
 def test_a_module_that_is_there_but_broken_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

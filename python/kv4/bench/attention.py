@@ -1,9 +1,9 @@
 """Decode attention alone: one query per query head over a cache of T tokens.
 
 Candidates, in one process and interleaved: kv4 on int4 pages (on all threads and on one), kv4's kernels on
-exact rows, and torch's scaled_dot_product_attention on dense tensors; beside them the speed at which this
-machine reads memory, from a loop that does nothing else. Each works through several layers in turn,
-so that a layer's keys and values come from where a model finds them, and not from the nearest cache.
+exact rows, and torch's scaled_dot_product_attention on dense tensors; also the memory read bandwidth of this
+machine, from a loop that only reads. Each iterates over several layers, so that a layer's keys and values are
+read from memory, as in a model, and not from the L1 or L2 cache.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ GEOMETRIES: dict[str, tuple[int, int, int]] = {
     "qwen3-0.6b": (16, 8, 128),
     "llama-2-7b": (32, 32, 128),
 }
-# What is measured unless more is asked for: many rows a KV head, few, a large head; some thousand tokens, and many.
+# The default cases: many query rows per KV head, few, a large head dim; short and long contexts.
 QUICK_GEOMETRIES, QUICK_TOKENS = ("qwen2.5-1.5b", "llama-3-8b", "gemma-3-270m"), (4096, 32768)
 ALL_TOKENS = (1024, 4096, 16384, 32768)
-WORKING_SET = 64 << 20  # bytes of int4 layers to go round, at most MAX_LAYERS of them
+WORKING_SET = 64 << 20  # bytes of int4 layers to iterate over, at most MAX_LAYERS of them
 MAX_LAYERS = 28
 HARDLY = 1.25  # two idle cores take 1.5 to 1.9 times less than one
-READ_BYTES = 256 << 20  # of the memory that is read to learn its speed: well beyond any last-level cache
+READ_BYTES = 256 << 20  # read to measure the bandwidth: well beyond any last-level cache
 ONE_THREAD = "kv4 int4, 1 thread"
 SDPA_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -77,7 +77,7 @@ class Row:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One case in a line."""
+    """One case on one line."""
     times = {row.candidate: row.ns_per_token_head for row in rows}
     sdpa = min(times[f"sdpa {name}"] for name in SDPA_DTYPES)
     return (
@@ -87,7 +87,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def disturbed(rows: Sequence[Row]) -> list[str]:
-    """Cases in which all threads took hardly less time than one: something else had a core."""
+    """Cases in which all threads took hardly less time than one: another process used a core."""
     times = {(row.geometry, row.tokens, row.candidate): row.seconds for row in rows}
     return [
         f"{geometry}, {tokens:,} tokens"
@@ -136,8 +136,8 @@ def _sdpa_call(
     layers: Sequence[tuple[torch.Tensor, torch.Tensor]], q: torch.Tensor, grouped: bool
 ) -> Callable[[], None]:
     kv_heads = layers[0][0].shape[1]
-    # One query per head and no mask: the heads of a group may stand as that many queries of one
-    # KV head, which spares SDPA the repetition of keys and values.
+    # One query per head and no mask: the heads of a group can be passed as that many queries of one
+    # KV head, so that SDPA does not repeat keys and values.
     q = q.view(1, kv_heads, -1, q.shape[3]) if grouped else q
 
     def call() -> None:

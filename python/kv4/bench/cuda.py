@@ -1,9 +1,9 @@
 """Decode attention alone on a CUDA device: one query per query head over a batch of T tokens each.
 
 Candidates, in one process and interleaved: kv4 on int4 pages, torch's scaled_dot_product_attention on fp16 tensors (its
-flash and its cuDNN kernels), FlashInfer on fp16 pages where it is installed; beside them the speed at which the device
-copies. Device time by events, with the L2 cache overwritten before every call, which also gives the host the time to
-queue all of a call's kernels; host time of a call by the clock, over calls in a row.
+flash and its cuDNN kernels), FlashInfer on fp16 pages where it is installed; also the device's copy bandwidth. Device
+time is measured with events, with the L2 cache overwritten before every call, which also gives the host time to enqueue
+all kernels of a call; host time of a call by the clock, over consecutive calls.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Row:
     tokens: int
     candidate: str
     seconds: float  # on the device, launches of a call included
-    host_seconds: float  # that queueing a call takes
+    host_seconds: float  # to enqueue a call
     bytes_read: int
     copy_bandwidth: float  # bytes read and written per second, measured beside the candidates
 
@@ -62,13 +62,13 @@ class Row:
 @dataclass
 class Candidate:
     call: Callable[[], object]
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered round its calls
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered around its calls
 
 
 def interleaved(
     candidates: Mapping[str, Candidate], device: torch.device, *, repeats: int = 7
 ) -> dict[str, tuple[float, float]]:
-    """Medians per call: (seconds on the device, seconds of the host to queue it). Every repeat runs every candidate."""
+    """Medians per call: (seconds on the device, host seconds to enqueue it). Every repeat runs every candidate."""
     flushed = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
     on_device: dict[str, list[float]] = {name: [] for name in candidates}
     on_host: dict[str, list[float]] = {name: [] for name in candidates}
@@ -194,6 +194,6 @@ def _flashinfer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, 
 
 
 def quotients(rows: Sequence[Row]) -> dict[str, float]:
-    """Of rows of one case: seconds of each candidate over kv4's."""
+    """Seconds of each candidate over kv4's, for the rows of one case."""
     own = next(row.seconds for row in rows if row.candidate == INT4)
     return {row.candidate: row.seconds / own for row in rows}

@@ -1,10 +1,9 @@
 """Milliseconds per generated token: the model's own cache against kv4, on one machine, in one run.
 
-The own cache is transformers' DynamicCache under scaled_dot_product_attention; kv4's exact cache holds the
-model's own dtype under kv4's attention, so that nobody need take torch's for the baseline. All decode
-greedily through the model's forward, each from a copy of its own prefilled state, so every repeat
-does the same work; the copy and the prefill are not counted. With neighbours each repeat is done twice: on the machine
-as it is, and beside busy processes.
+The own cache is transformers' DynamicCache under scaled_dot_product_attention; kv4's exact cache has rows of the
+model's dtype under kv4's attention, as a second baseline. All decode greedily through the model's forward pass, each
+from a copy of its own prefilled cache, so every repeat does the same work; the copy and the prefill are not timed. With
+neighbours each repeat is run twice, without and with busy processes beside it.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ OWN, KV4, EXACT, GRAPH = "own", "kv4", "kv4 exact", "kv4 graph"
 PREFILL_CHUNK = 512
 FILL_CHUNK = {"cpu": 512, "cuda": 4096}
 # Untimed tokens at the start of a repeat: the first finds the copied cache outside the CPU's
-# caches, and the second is the first after kv4 has sealed what the prefill left.
+# caches, and the second is the first after kv4 has sealed the prefill's pages.
 WARM_UP = 2
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-# A dtype this much slower than the other after one repeat is measured no further.
+# A dtype this much slower than the other after one repeat is dropped.
 DROP = 1.5
 
 
@@ -47,17 +46,17 @@ class Decoded:
 
     @property
     def ms_per_token(self) -> float:
-        """The mean, so that a page's sealing counts with the 64 tokens it belongs to."""
+        """The mean, so that the time to seal a page is spread over its 64 tokens."""
         return 1e3 * sum(self.seconds) / len(self.seconds)
 
 
 @dataclass
 class Row:
-    """What one cache did at one context length, in one dtype.
+    """Measurements of one cache at one context length, in one dtype.
 
     generated: the prefill's token, those of the warm-up and the timed ones, of the batch's first sequence. Bytes are
-    those at the end. loaded_ms: the repeats beside busy neighbours. fits: False where memory ran out; then there are no
-    figures.
+    those at the end. loaded_ms: the repeats beside busy neighbours. fits: False where memory ran out; the row then has
+    no figures.
     """
 
     context: int
@@ -100,9 +99,9 @@ class Row:
 
 @contextmanager
 def attention(model: Any, cache: str, recipe: Any = None) -> Iterator[None]:
-    """Runs a model under the attention that belongs to a cache, and puts back what it had.
+    """Runs a model with the attention that belongs to a cache, and restores the previous one.
 
-    Errors: ValueError with kv4.hf.attach's reason where kv4 cannot serve the model with this recipe.
+    Errors: ValueError with kv4.hf.attach's reason where kv4 does not support the model with this recipe.
     """
     before = model.config._attn_implementation
     if cache != OWN:
@@ -154,7 +153,7 @@ def fill(model: Any, cache: Any, ids: torch.Tensor, *, seed: int = 0) -> torch.T
     heads, dim = kv_shape(config)
     generator = torch.Generator(ids.device).manual_seed(seed)
     options = {"generator": generator, "dtype": model.dtype, "device": ids.device}
-    # A cache's layers exist, and kv4's have seen queries, only after a first token.
+    # A cache's layers exist, and kv4's have recorded queries, only after a first token.
     model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
     for part in ids[:, 1:-1].split(FILL_CHUNK[ids.device.type], dim=1):
         for layer in range(config.num_hidden_layers):
@@ -185,7 +184,7 @@ def decode(
     for _ in range(tokens):
         begin = perf_counter()
         token = step(token)[:, -1].argmax(-1, keepdim=True)
-        produced.append(int(token[0]))  # waits for a CUDA device
+        produced.append(int(token[0]))  # synchronises with a CUDA device
         seconds.append(perf_counter() - begin)
         if progress is not None:
             progress(1)
@@ -208,11 +207,11 @@ def run(
 ) -> list[Row]:
     """Measures every cache in every dtype at every context length; `exact` adds kv4's exact cache, a CUDA device
     kv4's steps as a captured graph, `random_fill` replaces prompts by `fill`. neighbours: busy processes beside which
-    all is measured once more (kv4.bench.neighbours, whose `pin` it is); 0: not.
+    every repeat is measured again (`pin`: see kv4.bench.neighbours); 0: none.
 
     models: the same model per dtype. ids: [batch, >= max(contexts)], on the models' device. A repeat decodes `tokens`
-    tokens of every sequence; candidates take turns within it. Calls progress(what, tokens done) after every step.
-    A candidate for which memory runs out is measured no further.
+    tokens of every sequence and runs all candidates. Calls progress(what, tokens done) after every step.
+    A candidate that runs out of memory is dropped.
     """
     contexts = sorted(set(contexts))
     if not contexts or contexts[0] < 1:
@@ -254,7 +253,7 @@ def run(
                         token = fill(model, held[key], part)
                     else:
                         token = prefill(model, held[key], part, progress=step(what))
-                    int(token[0])  # waits for a CUDA device
+                    int(token[0])  # synchronises with a CUDA device
             except OUT_OF_MEMORY:
                 row.fits = False
             if not row.fits:  # not in the handler, whose traceback holds the failed call's tensors
@@ -301,7 +300,7 @@ def _repeat(
     loaded: bool,
     progress: Callable[[int], None] | None,
 ) -> None:
-    """One repeat of one candidate, from a copy of its prefilled cache, entered in its row."""
+    """One repeat of one candidate, from a copy of its prefilled cache; the result is added to its row."""
     cache = deepcopy(held)
     with attention(model, row.cache, recipe):
         graph = DecodeGraph(model, cache) if row.cache == GRAPH else None
@@ -318,7 +317,7 @@ def _dropped(here: Mapping[tuple[str, str], tuple[Row, torch.Tensor]], key: tupl
 
 
 def _return_memory(device: torch.device) -> None:
-    """Gives what a failed candidate held to the next one."""
+    """Frees the memory of a failed candidate for the next one."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -330,7 +329,7 @@ def best_of(rows: Sequence[Row], cache: str) -> dict[int, Row]:
 
 
 def best_rows(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """(own, kv4) per context length, each in its best dtype; one that did not fit stands without figures."""
+    """(own, kv4) per context length, each in its best dtype; one that did not fit has no figures."""
     best = {(row.context, row.cache): row for row in sorted(rows, key=lambda row: row.best)}
     lacking = [c for c in sorted({row.context for row in rows}) if (c, OWN) not in best or (c, KV4) not in best]
     for context in lacking:  # dropped at a shorter context: it would not fit here either

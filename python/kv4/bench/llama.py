@@ -1,7 +1,7 @@
 """llama.cpp's attention through llama-cpp-python, as the slope of time per token over context.
 
-What grows with context in a decode step is attention, so that the slope is its cost per cached token. Models
-are loaded once per cache type, in this process, and take turns at every context.
+Only attention grows with the context in a decode step, so the slope is its cost per cached token. One model per
+cache type is loaded in this process; they are interleaved at every context.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def load(gguf: Path, kind: str, context: int, threads: int, **options: Any) -> A
 
 
 def check_contexts(contexts: Sequence[int]) -> None:
-    """A slope takes two contexts. Errors: ValueError."""
+    """A slope needs two contexts. Errors: ValueError."""
     if len(contexts) < 2:
         raise ValueError(f"--llama-contexts: expected two numbers or more; got {len(contexts)}")
 
@@ -77,8 +77,8 @@ def measure(
     threads: int = 1,
     report: Callable[[str], None] = lambda text: None,
 ) -> list[LlamaRow]:
-    """Milliseconds per decoded token at each context, for every cache type. A repeat is `steps` tokens of one type;
-    types take turns. Errors: ValueError without llama-cpp-python or with fewer than two contexts."""
+    """Milliseconds per decoded token at each context, for every cache type. A repeat is `steps` tokens of each
+    type. Errors: ValueError without llama-cpp-python or with fewer than two contexts."""
     contexts = sorted(set(contexts))
     check_contexts(contexts)
     require()

@@ -1,4 +1,4 @@
-"""Bytes that a cache holds, and what fp16 rows of the same tokens would take."""
+"""Bytes of a cache, and of fp16 rows of the same tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def kv_shape(text: Any) -> tuple[int, int]:
 
 
 def fp16_bytes(config: Any, tokens: int, batch: int = 1) -> int:
-    """Bytes of the model's own cache in float16 once it has seen `tokens` tokens.
+    """Bytes of the model's own cache in float16 after `tokens` tokens.
 
     2 bytes * (key + value channels) * KV heads * tokens, over the layers; a layer with a sliding
     window w holds the newest w - 1 tokens, as transformers' DynamicCache does.
@@ -50,9 +50,9 @@ MEASURED_TOKENS = 16384
 
 
 def kv4_bytes(config: Any, recipe: Any, tokens: int, dtype: Any) -> int:
-    """Bytes of a KV4Cache once one sequence of it has seen `tokens` tokens: measured on a layer of each kind, which is
-    filled with random rows of `dtype`; what is beyond MEASURED_TOKENS takes as much for each as their second half
-    did. Layers of transformers' own are not counted."""
+    """Bytes of a KV4Cache with one sequence of `tokens` tokens: measured on a layer of each kind, filled with random
+    rows of `dtype`; beyond MEASURED_TOKENS extrapolated from the bytes per token of their second half. Layers of
+    transformers' own are not counted."""
     text = config.get_text_config(decoder=True)
     heads, head_dim = kv_shape(text)
     measured: dict[tuple[str, Any], int] = {}

@@ -1,7 +1,7 @@
 """kv4.mlx against mlx-lm's own caches: bytes, greedy tokens, and KL divergence along a text.
 
-A text goes in by calls of a page, so that every cache answers from what it holds: a longer call would see its own
-tokens exactly. KL is sum p (log p - log q) in nats with p under mlx-lm's own cache, over the text's second half.
+A text is processed in calls of one page, so that every cache attends to its stored tokens: a longer call would attend
+to its own tokens exactly. KL is sum p (log p - log q) in nats with p under mlx-lm's own cache, over the second half.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from kv4.recipe import Recipe
 @dataclass(frozen=True)
 class Row:
     """One cache: `nbytes` after the text with float16 keys and values, as mlx-lm and kv4 count them; kl and top1 over
-    the scored tokens; same: greedy tokens equal to the own cache's before the first difference. What a cache cannot
-    do is None, and `refused` says why."""
+    the scored tokens; same: greedy tokens equal to the own cache's before the first difference. Where a cache is
+    not supported the figures are None, and `refused` says why."""
 
     cache: str
     nbytes: int | None
@@ -51,7 +51,7 @@ def load(folder: Path, dtype: str) -> tuple[Any, Any]:
 
 
 def caches(bits: int = 4) -> dict[str, Callable[[Any], list[Any]]]:
-    """How each candidate's cache is made for a model. mlx-lm's --kv-bits quantises with groups of 64."""
+    """The function that creates each candidate's cache for a model. mlx-lm's --kv-bits quantises with groups of 64."""
     return {
         "mlx-lm's own": stock.make_prompt_cache,
         "kv4, exact": lambda model: kv4.mlx.make_prompt_cache(model, Recipe.exact()),
@@ -75,7 +75,7 @@ def log_probabilities(model: Any, ids: mx.array, cache: list[Any], first: int) -
 
 
 def nbytes(cache: list[Any], shapes: list[tuple[int, int, int]], tokens: int) -> int:
-    """Bytes of an empty cache once filled with `tokens` float16 tokens; shapes: (kv_heads, dim_k, dim_v) by layer."""
+    """Bytes of an empty cache filled with `tokens` float16 tokens; shapes: (kv_heads, dim_k, dim_v) by layer."""
     for layer, (heads, dim_k, dim_v) in zip(cache, shapes, strict=True):
         for at in range(0, tokens, CALL):
             n = min(CALL, tokens - at)

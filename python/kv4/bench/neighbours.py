@@ -1,7 +1,7 @@
 """Busy neighbours: child processes that keep CPUs occupied while something is measured.
 
-Threads that wait for each other are cheap on an idle machine and dear on a loaded one, where the thread that is waited
-for may be one that the scheduler has put aside. Only a measurement with neighbours shows it.
+Synchronising threads is cheap on an idle machine and expensive on a loaded one, where the scheduler may have preempted
+the thread that the others wait for. Only a measurement with neighbours shows it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-# A neighbour ends when its standard input does, which the system closes however its parent ends. It says when it has
-# begun, and leaves Ctrl-C, which a terminal sends to all, to its parent.
+# A neighbour exits at the end of its standard input, which the system closes however its parent exits. It reports when
+# it has started, and ignores Ctrl-C, which a terminal sends to the whole process group: its parent handles that.
 _BUSY = """
 import os, signal, sys, threading
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -32,11 +32,11 @@ while True:
 
 @contextmanager
 def neighbours(count: int, *, pin: bool = True) -> Iterator[list[int]]:
-    """`count` busy processes, each of one thread, all at work when the block begins and gone when it ends. Yields their
+    """`count` busy processes of one thread each, all running when the block begins and gone when it ends. Yields their
     process ids.
 
-    pin: one on each CPU that this process may use, in turn; otherwise, and where the system has no affinities, they run
-    where the scheduler puts them. Errors: ValueError for a negative count; OSError where a process does not start.
+    pin: to the CPUs that this process may use, round robin; otherwise, and where the system has no affinities, the
+    scheduler places them. Errors: ValueError for a negative count; OSError where a process does not start.
     """
     if count < 0:
         raise ValueError(f"count: expected at least 0; got {count}")

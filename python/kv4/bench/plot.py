@@ -1,4 +1,4 @@
-"""Attention time against context, with the machine's roofline, as a picture."""
+"""A plot of attention time against context, with the machine's roofline."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Solid lines were measured; dashed ones are bytes over read bandwidth.
+# Solid lines: measured. Dashed lines: bytes over read bandwidth.
 _COLOURS = {"kv4 int4": "#1f77b4", "kv4 exact fp16": "#d98c2b", "sdpa bf16": "#8a8f98", "sdpa fp32": "#444444"}
 _ROOFS = {"kv4 int4": "int4 roofline", "kv4 exact fp16": "fp16 roofline"}
 

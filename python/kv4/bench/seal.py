@@ -49,7 +49,7 @@ class Row:
 
 
 def kernel(dim: int, *, vectors: int = 8192, repeats: int = 15, rotation: str = "srft") -> Row:
-    """The kernel alone, on rows that are in place: abs-max and uniform levels, as the paper seals."""
+    """The kernel alone, on contiguous rows: abs-max and uniform levels, as in the paper."""
     return Row("kernel", dim, _core.num_threads(), median(_core.bench_seal(dim, rotation, vectors, repeats)))
 
 
@@ -64,7 +64,7 @@ def through_cache(
     repeats: int = 7,
     progress: Callable[[], None] | None = None,
 ) -> Row:
-    """Append and seal of a whole cache, memory and bookkeeping included: what a prefill pays.
+    """Append and seal of a whole cache, allocation and bookkeeping included: the cost in a prefill.
 
     A vector is one head's key or value of one token.
     """

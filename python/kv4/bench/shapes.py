@@ -1,4 +1,4 @@
-"""Models of random weights, for measuring what does not depend on them: time and memory of models that are not here."""
+"""Models with random weights, to measure time and memory, which do not depend on the weights."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ SHAPES = tuple(_SHAPES)
 
 
 def config_of(shape: str, positions: int = 1 << 18, layers: int | None = None) -> Any:
-    """transformers' configuration of a shape of SHAPES, of its first `layers` alone. Errors: ValueError for another
-    shape."""
+    """transformers' configuration of a shape of SHAPES, with only its first `layers` if given. Errors: ValueError for
+    another shape."""
     from transformers import AutoConfig
 
     if shape not in _SHAPES:

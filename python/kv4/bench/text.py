@@ -1,4 +1,4 @@
-"""Real text that every Python installation carries: the language reference's own topics."""
+"""Real text that is part of every Python installation: the topics of the language reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def python_reference() -> str:
 
 
 def encode(tokenizer: Any, text: str) -> torch.Tensor:
-    """Token ids [1, T], with whatever the tokenizer puts at the start of a text."""
+    """Token ids [1, T], with the tokenizer's start token if it has one."""
     return tokenizer(text, return_tensors="pt", verbose=False).input_ids
 
 

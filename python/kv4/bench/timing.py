@@ -17,8 +17,8 @@ def interleaved(
 ) -> dict[str, float]:
     """Median seconds per call.
 
-    Each repeat runs every candidate once, in order, for about `seconds`, so that whatever else the
-    machine does meanwhile falls on all of them alike.
+    Each repeat runs every candidate once, in order, for about `seconds`, so that other load on the
+    machine affects all of them alike.
     """
     counts: dict[str, int] = {}
     for name, call in calls.items():

@@ -1,7 +1,7 @@
-"""Steps of a vLLM server with kv4's cache and with its own ones: the same prompts, an engine at a time.
+"""Decode steps of vLLM with kv4's cache and with its own ones: the same prompts, one engine at a time.
 
-Each engine is a process of its own, which this file is run in: python -m kv4.bench.vllm, with what to do as JSON on its
-input, answers on lines of its output that begin with MARK.
+Each engine runs in a process of its own, `python -m kv4.bench.vllm`, which reads a plan as JSON from its standard input
+and prints results on lines that begin with MARK.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 MARK = "kv4-bench: "
-# Tokens that the first answers may have when the last prompt has its first one.
+# Tokens that the first requests may have generated when the last prompt gets its first one.
 _AHEAD = 1024
-# Tokens of the prompts that warm an engine up for a case.
+# Tokens of the prompts of an engine's warm-up for a case.
 _WARM = 1024
-# What engines are told, for each kind of cache. vLLM's fp8 wants a bfloat16 model.
+# Engine arguments for each kind of cache. vLLM's fp8 wants a bfloat16 model.
 KINDS: dict[str, dict[str, Any]] = {
     "own": {},
     "fp8": {"kv_cache_dtype": "fp8", "dtype": "bfloat16"},
@@ -36,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Plan:
-    """What an engine does. folder: a model's; random: weights of its shape alone."""
+    """The cases of one engine. folder: of a model; random: its weights are random."""
 
     folder: str
     kind: str
@@ -62,7 +62,7 @@ class Row:
 
 
 def run(plan: Plan, progress: Callable[[str], None] = lambda what: None) -> list[Row]:
-    """In a process of its own. A kind that does not start is one row, with its last line of error."""
+    """Runs a plan in a process of its own. A kind that does not start is one row with the last line of its error."""
     done = subprocess.Popen(
         [sys.executable, "-m", "kv4.bench.vllm"],
         stdin=subprocess.PIPE,
@@ -82,7 +82,7 @@ def run(plan: Plan, progress: Callable[[str], None] = lambda what: None) -> list
 
 
 def shape_folder(shape: str, root: Path, layers: int | None = None) -> Path:
-    """A model's folder without weights, for random ones; layers: so many of the shape's."""
+    """A model folder without weights, for random ones; layers: the number of layers, the shape's own if not given."""
     from kv4.bench.shapes import config_of
 
     folder = root / shape
@@ -94,7 +94,7 @@ def shape_folder(shape: str, root: Path, layers: int | None = None) -> Path:
 
 
 def prompts(batch: int, tokens: int, vocabulary: int) -> list[dict[str, list[int]]]:
-    """Of random tokens, no two the same."""
+    """Prompts of random tokens, all different."""
     drawn = np.random.default_rng(batch * 1_000_003 + tokens).integers(3, min(vocabulary, 30_000), (batch, tokens))
     return [{"prompt_token_ids": row.tolist()} for row in drawn]
 
@@ -102,7 +102,7 @@ def prompts(batch: int, tokens: int, vocabulary: int) -> list[dict[str, list[int
 def _rows(plan: Plan) -> Iterator[Row]:
     from vllm import LLM, SamplingParams
 
-    # An answer goes on until the last prompt has begun, and the steps are over.
+    # Requests generate until the last prompt has started and all steps are timed.
     longest = max(tokens for _, tokens in plan.cases) + plan.steps + _AHEAD
     settings: dict[str, Any] = {
         "dtype": "auto",
@@ -127,7 +127,7 @@ def _rows(plan: Plan) -> Iterator[Row]:
 
 
 def _steps(engine: Any, params: Any, asked: list[dict], steps: int) -> tuple[float, float]:
-    """Seconds until each prompt has its first token, and of a step after that, all of them decoding."""
+    """Seconds until every prompt has its first token, and seconds of a step after that, with all of them decoding."""
     greedy = params(max_tokens=steps + _AHEAD, ignore_eos=True, temperature=0, detokenize=False)
     names = [f"{time.monotonic_ns()}-{i}" for i in range(len(asked))]
     begun = time.perf_counter()
@@ -142,7 +142,7 @@ def _steps(engine: Any, params: Any, asked: list[dict], steps: int) -> tuple[flo
 
     until(1)
     prefill = time.perf_counter() - begun
-    until(3)  # what ran ahead of its results is over
+    until(3)  # past steps that were scheduled asynchronously
     first, begun = min(counts.values()), time.perf_counter()
     until(first + steps)
     seconds = (time.perf_counter() - begun) / steps
@@ -169,7 +169,7 @@ def measure(
     progress: Callable[[str], None] = lambda what: None,
     layers: int | None = None,
 ) -> list[Row]:
-    """model: a folder; or shape: random weights of it, of so many layers."""
+    """model: a folder; or shape: random weights, with `layers` layers if given."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as root:
         folder = model if shape is None else str(shape_folder(shape, Path(root), layers))

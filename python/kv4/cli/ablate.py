@@ -24,11 +24,13 @@ def ablate(
     length: lab.Length = "2048",
     rows: Annotated[
         str,
-        typer.Option(help="all, or names of groups and rows with commas between; --list prints them."),
+        typer.Option(help="all, or comma-separated names of groups and rows; --list prints them."),
     ] = "all",
     calibration_text: Annotated[
         Path | None,
-        typer.Option(help="What lambda and matrices are measured or trained on; the end of --text if not given."),
+        typer.Option(
+            help="The text on which lambda and matrices are measured or trained; the end of --text if not given."
+        ),
     ] = None,
     predict: Annotated[
         bool,
@@ -43,7 +45,7 @@ def ablate(
     markdown: lab.Markdown = None,
     plot: lab.Plot = None,
 ) -> None:
-    """The table that shows why each step of the recipe is there, by fake quantisation in the attention's own path."""
+    """The contribution of each step of the recipe, by fake quantisation inside attention."""
     from kv4.evaluate.rows import select
 
     if list_:
@@ -51,7 +53,7 @@ def ablate(
             out.print(f"{row.group:<9} {row.name:<20} {row.label}", soft_wrap=True)
         return
     if "rot-h" not in rows:  # numbers of reflectors depend on the head dim
-        select(rows, 128)  # a name that is unknown is said before anything is loaded
+        select(rows, 128)  # an unknown name is reported before anything is loaded
     tokens = lab.whole(length, "--length", 256)
     content, source = lab.read_text(text)
     b = lab.bench(model, dtype, threads, state, fresh)
@@ -124,7 +126,7 @@ def _show_predictions(found: list[Any], title: str, json_: Path | None, markdown
 def _calibration_windows(
     b: lab.Bench, content: str, source: str, given: Path | None, scored: list[Any], tokens: int
 ) -> tuple[list[Any], str]:
-    """Windows for calibration, apart from those that are scored."""
+    """Windows for calibration, disjoint from the scored ones."""
     import torch
 
     from kv4.bench.text import encode
@@ -158,14 +160,15 @@ def calibrate(
     method: Annotated[
         str,
         typer.Option(
-            help="lambda: a weight per channel. transform: the full matrix of least error of q.k. layers: bits of the "
-            "keys and values of each layer, which `kv4 eval --bits` simulates. oscar: that peer's rotations."
+            help="lambda: a weight per channel. transform: the full matrix of least error of q.k. layers: bit widths "
+            "of the keys and values of each layer, which `kv4 eval --bits` simulates. oscar: that method's rotations."
         ),
     ] = "lambda",
     bits: Annotated[
-        str | None, typer.Option(help="layers: budgets in bits a value, all-in; 2.5,3.25,4.25 if not given.")
+        str | None,
+        typer.Option(help="layers: budgets in bits per value, scales and means included; 2.5,3.25,4.25 if not given."),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="kv4, paper or a recipe file: what else the cache does.")] = "kv4",
+    recipe: Annotated[str, typer.Option(help="kv4, paper or a recipe file: the rest of the recipe.")] = "kv4",
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
     threads: options.Threads = None,
 ) -> None:

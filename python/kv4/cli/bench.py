@@ -16,7 +16,7 @@ from kv4.cli.usage import new_file
 
 _DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
 
-app = typer.Typer(help="Measurements, each in one process with candidates taking turns.", no_args_is_help=True)
+app = typer.Typer(help="Measurements, with the candidates interleaved in one process.", no_args_is_help=True)
 
 
 @app.command("generate")
@@ -27,10 +27,10 @@ def generate(
     ),
     shape: Annotated[
         str | None,
-        typer.Option(help="In place of a model: random weights of llama-3-8b's, qwen2.5-1.5b's or a tiny shape."),
+        typer.Option(help="Instead of a model: random weights of the shape of llama-3-8b, qwen2.5-1.5b or a tiny one."),
     ] = None,
     device: options.Device = "cpu",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once, of one prompt.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in the batch, all of one prompt.")] = 1,
     contexts: Annotated[str, typer.Option(help="Tokens in the cache before decoding.")] = "256,1024,4096",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded in a repeat.")] = 64,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
@@ -43,13 +43,13 @@ def generate(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe file; kv4's default if not given.")] = None,
     random: Annotated[
-        bool, typer.Option("--random", help="Random keys and values in place of a prompt's: long contexts in seconds.")
+        bool, typer.Option("--random", help="Random keys and values instead of a prefill: long contexts in seconds.")
     ] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="Also a cache of exact rows under kv4's attention.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Also kv4's attention on a cache of exact rows.")] = False,
     neighbours: Annotated[
-        int, typer.Option(min=0, help="Busy processes beside which all is measured once more: a loaded machine.")
+        int, typer.Option(min=0, help="Busy processes beside which everything is measured again: a loaded machine.")
     ] = 0,
-    pin: Annotated[bool, typer.Option(help="Each neighbour on a CPU of its own, in turn.")] = True,
+    pin: Annotated[bool, typer.Option(help="Pin neighbours to CPUs, round robin.")] = True,
     threads: options.Threads = None,
     json_: options.JsonFile = None,
 ) -> None:
@@ -77,7 +77,7 @@ def generate(
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(loaded[kinds[0]].config.vocab_size, (1, lengths[-1]), generator=generator).to(where)
     ids = ids.expand(batch, -1)
-    # An upper bound: a dtype that falls behind is dropped and its share of the bar with it.
+    # An upper bound: a slow dtype is dropped, and its share of the bar with it.
     turns = len(lengths) * repeats * (2 if neighbours else 1)
     total = (2 + exact + (where.type == "cuda")) * len(kinds) * (lengths[-1] + turns * tokens)
     with progress("", total) as advance:
@@ -181,7 +181,8 @@ def show_loaded(neighbours: int, rows: list) -> None:
 @plain_errors
 def attention(
     geometries: Annotated[
-        str | None, typer.Option(help="Models by name, or all; some of them if not given.", show_default=False)
+        str | None,
+        typer.Option(help="Comma-separated names of models, or all; three of them if not given.", show_default=False),
     ] = None,
     tokens: Annotated[
         str | None,
@@ -191,7 +192,7 @@ def attention(
         bool, typer.Option("--all", help="Every geometry at 1k,4k,16k,32k, each timed longer: minutes.")
     ] = False,
     device: options.Device = "cpu",
-    cases: Annotated[str, typer.Option(help="On CUDA, in place of --tokens: batch x tokens.")] = (
+    cases: Annotated[str, typer.Option(help="On CUDA, instead of --tokens: batch x tokens.")] = (
         "16x32k,64x8k,1x128k,1x4k"
     ),
     repeats: Annotated[
@@ -235,7 +236,7 @@ def attention(
     each, times = seconds or (0.2 if all_ else 0.05), repeats or (7 if all_ else 3)
     depths = options.numbers(llama_contexts, "--llama-contexts")
     file = None
-    if llama:  # what it lacks is said before anything is measured
+    if llama:  # a missing dependency is reported before anything is measured
         llama_cpp.require()
         llama_cpp.check_contexts(depths)
         file = options.gguf_file(llama)
@@ -426,34 +427,34 @@ def mlx(
 def vllm(
     model: Annotated[Path | None, typer.Option(help="A model's folder.", show_default=False)] = None,
     shape: Annotated[
-        str | None, typer.Option(help="In place of a model: random weights of llama-3-8b's or another shape.")
+        str | None, typer.Option(help="Instead of a model: random weights of the shape of llama-3-8b or another model.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Of --shape, so many of its layers.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Number of layers of --shape; all if not given.")] = None,
     kinds: Annotated[
-        str, typer.Option(help="Caches out of own, fp8, int4_per_token_head, kv4, kv4-exact.")
+        str, typer.Option(help="Caches: some of own, fp8, int4_per_token_head, kv4, kv4-exact.")
     ] = "own,fp8,int4_per_token_head,kv4",
     cases: Annotated[str, typer.Option(help="Sequences x tokens of each.")] = "1x4k,16x4k,16x8k",
-    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, one token a sequence each.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps, each of one token per sequence.")] = 64,
     batched_tokens: Annotated[
-        int | None, typer.Option(min=64, help="Tokens of a step at most; vLLM's own number if not given.")
+        int | None, typer.Option(min=64, help="Most tokens of a step; vLLM's default if not given.")
     ] = None,
-    memory: Annotated[float, typer.Option(min=0.01, max=1.0, help="Part of the memory that vLLM takes.")] = 0.9,
-    tp: Annotated[int, typer.Option("--tp", min=1, help="GPUs that share each layer's heads.")] = 1,
+    memory: Annotated[float, typer.Option(min=0.01, max=1.0, help="Fraction of the GPU's memory for vLLM.")] = 0.9,
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor parallelism: the number of GPUs.")] = 1,
     dtype: Annotated[options.DType, typer.Option(help="Of the model.")] = options.DType.auto,
     eager: Annotated[bool, typer.Option("--eager", help="Without torch.compile and CUDA graphs.")] = False,
     requests: Annotated[
         int | None,
-        typer.Option(min=1, help="In place of steps: a server under so many chats, by vLLM's `bench serve`."),
+        typer.Option(min=1, help="Instead of steps: a server under this many chats, with vLLM's `bench serve`."),
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(min=0.001, help="Of --requests, a second; at once if not given.")
+        float | None, typer.Option(min=0.001, help="With --requests: chats per second; all at once if not given.")
     ] = None,
-    longest: Annotated[int, typer.Option(min=10, help="Of --requests, words of a prompt at most.")] = 8192,
+    longest: Annotated[int, typer.Option(min=10, help="With --requests: most words of a prompt.")] = 8192,
     json_: options.JsonFile = None,
 ) -> None:
-    """Milliseconds a step of vLLM, or how a server answers many chats, with kv4's cache and with its own ones.
+    """Milliseconds per step of vLLM, or a server's latencies under many chats, with kv4's cache and with its own ones.
 
-    In vLLM's environment."""
+    Runs in vLLM's environment."""
     settings: dict[str, object] = {
         "tensor_parallel_size": tp,
         "enforce_eager": eager,

@@ -1,4 +1,4 @@
-"""`kv4 generate --interactive`: a chat that goes on in one cache."""
+"""`kv4 generate --interactive`: a chat in one cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kv4.cli.output import mebibytes, out
 
 
 def words(tokenizer: Any) -> Any:
-    """A streamer that prints whole words as they come and keeps the time of every token; the prompt's comes first."""
+    """A streamer that prints words as they are generated and records a time for the prompt and for every token."""
     from transformers import TextStreamer
 
     class Stream(TextStreamer):
@@ -31,8 +31,8 @@ def words(tokenizer: Any) -> Any:
 
 
 def talk(model: Any, tokenizer: Any, cache: str, recipe: Any, first: str, settings: dict[str, Any]) -> None:
-    """Answers `first`, if it says anything, then the lines of the terminal until an empty one. `cache`, `recipe`: as
-    kv4.bench.generate.new_cache takes them; `settings`: generate()'s."""
+    """Answers `first`, unless it is empty, then messages from the terminal until an empty line. `cache`, `recipe`: as
+    for kv4.bench.generate.new_cache; `settings`: arguments of generate()."""
     import torch
 
     from kv4.bench.generate import attention, new_cache
@@ -66,13 +66,13 @@ def talk(model: Any, tokenizer: Any, cache: str, recipe: Any, first: str, settin
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of what both begin with, but for b's last token, which has to be computed."""
+    """Length of the common prefix, without b's last token, which has to be computed."""
     count = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return min(count, len(b) - 1)
 
 
 def keep(cache: Any, tokens: int) -> Any:
-    """`cache` with its first `tokens` tokens; None where it cannot go back to them, as a sliding window cannot."""
+    """`cache` cropped to its first `tokens` tokens; None where a crop is impossible, as past a sliding window."""
     surplus = cache.get_seq_length() - tokens
     if surplus == 0:
         return cache
@@ -84,8 +84,7 @@ def keep(cache: Any, tokens: int) -> Any:
 
 
 def full_context(model: Any, cache: str, recipe: Any) -> str:
-    """What the cache would hold at the length that the model was made for, and fp16 rows of it; "" where its config
-    names none."""
+    """Bytes of the cache and of fp16 rows at the model's full context length; "" where its config does not say."""
     from kv4.bench.generate import KV4
     from kv4.bench.memory import fp16_bytes, kv4_bytes
 

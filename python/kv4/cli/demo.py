@@ -1,4 +1,4 @@
-"""`kv4 demo`: the main job on real text, side by side with the model's own cache."""
+"""`kv4 demo`: generation from real text, side by side with the model's own cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def demo(
     tokens: Annotated[int, typer.Option(min=8, help="Tokens to generate.")] = 64,
     contexts: Annotated[str, typer.Option(help="Other context lengths of the plot.")] = "256,4096",
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats of every measurement.")] = 2,
-    dtype: Annotated[options.DType, typer.Option(help="auto: what this CPU computes in.")] = options.DType.auto,
+    dtype: Annotated[options.DType, typer.Option(help="auto: the CPU's fastest dtype.")] = options.DType.auto,
     folder: Annotated[
         Path, typer.Option("--out", callback=new_folder, help="Folder for the plot and the data.")
     ] = Path("out"),
@@ -97,7 +97,7 @@ def _shown(tokenizer: Any, token: int) -> str:
 
 
 def side_by_side(words: Sequence[Sequence[str]], width: int) -> Any:
-    """A table of two texts, [own, kv4] by tokens, as many to a row as fit a terminal of that width without wrapping."""
+    """A table of two texts, [own, kv4] by tokens, with as many per row as fit the terminal's width without wrapping."""
     shown = table("tokens side by side", "#", "own cache", "kv4", left=("own cache", "kv4"))
     count = len(words[0])
     # Beside the cells: edges, and a place to the right of each column, and between them.

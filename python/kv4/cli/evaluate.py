@@ -1,4 +1,4 @@
-"""`kv4 eval`: quality of caches against the exact cache."""
+"""`kv4 eval`: quality of caches compared with the exact cache."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def quality(
     ] = None,
     calibration: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="A file of `kv4 calibrate`, with its own recipe. Repeatable."),
+        typer.Option(metavar="FILE", help="A file written by `kv4 calibrate`, with its own recipe. Repeatable."),
     ] = None,
     bits: Annotated[
         str | None,
         typer.Option(
-            help="Budgets of a calibration with widths of layers, all-in bits a value, beside kv4, q8_0, q4_0, "
+            help="Budgets of a calibration of bit widths, in bits per value, all-in, beside kv4, q8_0, q4_0, "
             "int4-token and paper, all simulated; --plot then draws KL against bits.",
         ),
     ] = None,
@@ -58,7 +58,7 @@ def quality(
         typer.Option(help="llama (llama.cpp's q8_0, q4_0), quanto or hqq (transformers' QuantizedCache). Repeatable."),
     ] = None,
     simulate: Annotated[
-        bool, typer.Option("--simulate", help="Recipes by fake quantisation in one call: same figures, sooner.")
+        bool, typer.Option("--simulate", help="Recipes by fake quantisation in one call: the same figures, faster.")
     ] = False,
     device: options.Device = "cpu",
     dtype: Annotated[
@@ -142,7 +142,7 @@ def quality(
 
 
 def _calibrated(name: str, loaded: Any, budgets: tuple[float, ...] | None, b: lab.Bench) -> list[Any]:
-    """The candidates of one file."""
+    """The candidates of one calibration file."""
     from kv4.evaluate import Candidate, oscar
     from kv4.evaluate.layers import head_dim
     from kv4.evaluate.variant import by_layers
@@ -214,8 +214,8 @@ def _peer(name: str, model: str, b: lab.Bench, parts: list[Any], threads: int | 
 def needle(
     model: lab.Model,
     text: lab.Text = None,
-    lengths: Annotated[str, typer.Option(help="Tokens of the whole prompt, with commas.")] = "512,1k,2k,4k",
-    depths: Annotated[int, typer.Option(min=2, help="Places of the passkey, from start to end.")] = 5,
+    lengths: Annotated[str, typer.Option(help="Comma-separated prompt lengths in tokens.")] = "512,1k,2k,4k",
+    depths: Annotated[int, typer.Option(min=2, help="Number of passkey positions, from start to end.")] = 5,
     recipe: Annotated[list[str] | None, typer.Option(help="As for kv4 eval; kv4 and paper if not given.")] = None,
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
     threads: options.Threads = None,

@@ -1,4 +1,4 @@
-"""`kv4 generate`: text from a model through a cache of choice."""
+"""`kv4 generate`: text from a model with a chosen cache."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def generate(
     recipe: Annotated[Path | None, typer.Option(help="A recipe file for --cache kv4.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
     device: options.Device = "cpu",
-    dtype: Annotated[options.DType, typer.Option(help="auto: what the device computes in.")] = options.DType.auto,
-    greedy: Annotated[bool, typer.Option("--greedy/--sample", help="The likeliest token, or a drawn one.")] = True,
+    dtype: Annotated[options.DType, typer.Option(help="auto: the device's fastest dtype.")] = options.DType.auto,
+    greedy: Annotated[bool, typer.Option("--greedy/--sample", help="The likeliest token, or a sampled one.")] = True,
     temperature: Annotated[float, typer.Option(min=0.0, help="With --sample; 0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --sample.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="With --sample; 0: all tokens.")] = 0,
     seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     interactive: Annotated[
-        bool, typer.Option("--interactive", "-i", help="A chat: a line is a message, an empty one ends it.")
+        bool, typer.Option("--interactive", "-i", help="A chat: each line is a message, an empty line ends it.")
     ] = False,
     threads: options.Threads = None,
     json_: options.JsonFile = None,
 ) -> None:
-    """Generate text, printed as it comes; the last line says what it cost."""
+    """Generate text, printed as it is produced; the last line has time and memory."""
     if interactive and json_:
         raise ValueError("--json: expected without --interactive; got both")
     text = (prompt or "") if interactive and file is None else read_prompt(prompt, file)

@@ -1,4 +1,4 @@
-"""`kv4 info`: what runs here."""
+"""`kv4 info`: this machine and installation."""
 
 from __future__ import annotations
 

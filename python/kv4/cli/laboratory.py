@@ -1,4 +1,4 @@
-"""What `kv4 eval`, `kv4 ablate` and `kv4 calibrate` share: texts, lengths, recipes, where results are kept."""
+"""What `kv4 eval`, `kv4 ablate` and `kv4 calibrate` share: texts, lengths, recipes, stored results."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ StateFile = Annotated[
         "--state",
         metavar="FILE",
         callback=new_file,
-        help="Where results are kept for another run; else kv4's cache folder.",
+        help="File for results that later runs reuse; in kv4's cache folder if not given.",
     ),
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Neither read nor keep results.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Neither read nor store results.")]
 Markdown = Annotated[
     Path | None, typer.Option("--markdown", metavar="FILE", callback=new_file, help="The table in Markdown.")
 ]
@@ -37,7 +37,7 @@ SIMULATED = ("q8_0", "q4_0", "int4-token")
 
 @dataclass
 class Bench:
-    """A loaded model with all that a command needs beside it."""
+    """A loaded model and what a command needs with it."""
 
     name: str
     model: Any
@@ -49,7 +49,7 @@ class Bench:
 
 
 def read_text(path: Path | None) -> tuple[str, str]:
-    """(text, what to call it)."""
+    """(text, its name in output)."""
     from kv4.bench.text import python_reference
 
     if path is None:
@@ -66,7 +66,7 @@ def whole(text: str, option: str, least: int = 1) -> int:
 
 
 def budgets(text: str, option: str = "--bits") -> tuple[float, ...]:
-    """Bits a value, with commas between. Errors: ValueError."""
+    """Comma-separated bits per value. Errors: ValueError."""
     found = []
     for part in text.split(","):
         try:
@@ -80,7 +80,7 @@ def budgets(text: str, option: str = "--bits") -> tuple[float, ...]:
 
 
 def recipe(name: str, simulate: bool = False) -> Any:
-    """A kv4.Recipe (kv4, paper, exact, or a file) or, where only that is to be had or asked for, a Variant."""
+    """A kv4.Recipe (kv4, paper, exact, or a file) or, for simulated formats and where `simulate` is set, a Variant."""
     from kv4.evaluate import variant
 
     if name in SIMULATED:
@@ -90,7 +90,7 @@ def recipe(name: str, simulate: bool = False) -> Any:
 
 
 def store(state: Path | None, fresh: bool) -> tuple[Any, Path | None]:
-    """(a State, the folder for what is worth keeping between runs)."""
+    """(a State, the folder for data that is reused between runs)."""
     from kv4.evaluate.state import State
     from kv4.models.store import cache_dir
 

@@ -14,7 +14,7 @@ from kv4.cli.output import err, model_steps, out, plain_errors, table, write_jso
 def models(
     json_: Annotated[bool, typer.Option("--json", help="Exact data on stdout.")] = False,
 ) -> None:
-    """The models that `kv4 pull` knows, and where they lie once pulled."""
+    """The models that `kv4 pull` knows, and their folders once pulled."""
     from kv4.models import list_models
 
     known = list_models()
@@ -61,7 +61,7 @@ def models(
 @plain_errors
 def pull(
     name: Annotated[str, typer.Argument(help="A name of `kv4 models`.")],
-    gguf: Annotated[bool, typer.Option("--gguf", help="The GGUF file as it comes, not converted.")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="The GGUF file itself, not converted.")] = False,
 ) -> None:
     """Fetch a model, verify it and convert it once; the last line is its folder (or file)."""
     from kv4 import models as store

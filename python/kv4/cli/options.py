@@ -1,4 +1,4 @@
-"""Options and loading that several commands share."""
+"""Options and model loading that several commands share."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def torch_device(device: str) -> Any:
-    """The torch device of --device. Errors: ValueError where there is none, or no kv4 for it, with the reason."""
+    """The torch device of --device. Errors: ValueError with the reason where kv4 cannot use it or it does not exist."""
     import torch
 
     try:
@@ -89,7 +89,7 @@ def device_title(device: Any) -> str:
 
 
 def torch_dtype(dtype: DType, device: Any = None) -> Any:
-    """auto: bfloat16 on CUDA and where the CPU computes in it, float32 otherwise (there bfloat16 is slower)."""
+    """auto: bfloat16 on CUDA and on CPUs with bfloat16 arithmetic, float32 otherwise (where bfloat16 is slower)."""
     import torch
 
     if dtype is not DType.auto:
@@ -140,7 +140,7 @@ def gguf_file(model: str) -> Path:
 
 
 def model_folder(model: str) -> Path:
-    """A HuggingFace folder for a name of `kv4 models`, a folder or a GGUF file; fetches what a name lacks."""
+    """A HuggingFace folder for a name of `kv4 models`, a folder or a GGUF file; fetches a named model if missing."""
     from kv4 import models
 
     with model_steps() as report:

@@ -1,4 +1,4 @@
-"""What every command prints with: tables, progress bars, exact data and plain errors."""
+"""Output of every command: tables, progress bars, JSON and one-line errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ err = Console(stderr=True, highlight=False)
 BAD_INPUT = 2
 TRACEBACK_VARIABLE = "KV4_TRACEBACK"
 
-# What the library, transformers and the file system raise for input they cannot use.
+# Raised by the library, transformers and the file system for invalid input.
 INPUT_ERRORS = (ValueError, OSError, LookupError, NotImplementedError, MemoryError, RuntimeError, ImportError)
 
 
@@ -65,7 +65,7 @@ def plain_errors(command: Callable[P, R]) -> Callable[P, R]:
             if let_through:
                 raise
             text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-            line = " ".join(text.split()) or type(error).__name__  # some libraries' texts have several
+            line = " ".join(text.split()) or type(error).__name__  # some messages have several lines
             err.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
             raise typer.Exit(BAD_INPUT) from None
 
@@ -73,7 +73,7 @@ def plain_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
-    """A table with numbers to the right; `left` names the columns of text."""
+    """A table with right-aligned columns; `left` names those that are left-aligned."""
     made = Table(
         title=title,
         box=SIMPLE_HEAD,
@@ -132,7 +132,7 @@ def model_steps() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def waiting(description: str) -> Iterator[None]:
-    """A spinner on stderr for work whose length nobody knows."""
+    """A spinner on stderr for work of unknown length."""
     if not err.is_terminal:
         yield
         return
@@ -141,7 +141,7 @@ def waiting(description: str) -> Iterator[None]:
 
 
 def write_json(data: Any, path: str | Path) -> None:
-    """Exact data to a file, or to stdout for "-". What JSON has no number for becomes null."""
+    """JSON to a file, or to stdout for "-". Values that JSON has no number for become null."""
     text = json.dumps(_finite(data), indent=2)
     if str(path) == "-":
         typer.echo(text)

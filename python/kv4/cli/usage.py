@@ -1,4 +1,4 @@
-"""What the command line itself refuses, in the one form of every error and on one line."""
+"""Usage errors of the command line, on one line and in the same form as all errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from kv4.cli.output import BAD_INPUT, err
 from kv4.messages import mismatch
 
-# typer carries click inside or asks for it, by version; either way this is the base of what it raises.
+# typer bundles click or depends on it, by version; in both cases this is the base class of its errors.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _BOUNDS = {"greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
@@ -77,12 +77,12 @@ def _expected_and_got(error: Any, message: str) -> tuple[str, str]:
 
 
 def new_file(value: Any) -> Any:
-    """A callback of options that name a file to write: what cannot be written is said before the work, not after it."""
+    """A callback of options that name an output file: one that cannot be written is an error before the work."""
     return _writable(value, "a file", Path.is_dir, "a folder")
 
 
 def new_folder(value: Any) -> Any:
-    """The same of a folder to write to."""
+    """The same for an output folder."""
     return _writable(value, "a folder", Path.is_file, "a file")
 
 
