@@ -12,8 +12,8 @@ namespace kv4 {
 constexpr int kPageTokens = 64;
 
 enum class LevelKind : std::uint8_t {
-  lloyd_max = 0,  // +-{6, 18, 31, 44, 58, 75, 96, 127}: Lloyd-Max levels of a Gaussian, scaled to int8
-  uniform = 1     // -7 ... 7
+  lloyd_max = 0,  // those of a Gaussian as int8, at 4 bits +-{6, 18, 31, 44, 58, 75, 96, 127}; at 8 even ones
+  uniform = 1     // -7 ... 7, of 4 bits
 };
 enum class ScaleRule : std::uint8_t {
   least_squares = 0,  // codes nearest to gain * x / rms(x); scale = sum x L / sum L^2
@@ -35,6 +35,7 @@ struct SideRecipe {
   int reflectors = 0;             // householder only; 0 means d/2
   std::uint64_t seed = 0x6b7634;  // "kv4"
   int group = 0;                  // channels per scale: 0 = the whole vector, else 128, 64 or 32 dividing d
+  int bits = 4;                   // of a code: 2, 3, 4, 6 or 8; other than 4 on the CPU
   LevelKind levels = LevelKind::lloyd_max;
   ScaleRule scale = ScaleRule::least_squares;
   bool mean = false;                     // keys only: subtract the page's mean

@@ -33,7 +33,10 @@ void create(Metal* self, nb::handle recipe, const std::string& dtype, int kv_hea
   made.kv_heads = kv_heads;
   made.dim = head_dim_k;
   made.seals = r.seal != SealMode::never;
-  if (made.seals) raise_if_error(validate(r, head_dim_k, head_dim_v));
+  if (made.seals) {
+    raise_if_error(validate(r, head_dim_k, head_dim_v));
+    raise_if_error(expect_four_bits(r, "on Metal"));
+  }
   raise_if_error(make_sides(r, head_dim_k, head_dim_v, read_floats(matrix_k, "matrix_k"),
                             read_floats(matrix_v, "matrix_v"), &made.spec));
   made.spec.layout = apple::page_layout(made.spec);

@@ -58,6 +58,7 @@ SideRecipe side(nb::handle s, const std::string& which) {
   out.reflectors = number<int>(s, "reflectors", field("reflectors").c_str());
   out.seed = number<std::uint64_t>(s, "seed", field("seed").c_str());
   out.group = number<int>(s, "group", field("group").c_str());
+  out.bits = number<int>(s, "bits", field("bits").c_str());
   out.levels = static_cast<LevelKind>(choice(s, "levels", field("levels").c_str(), {"lloyd_max", "uniform"}));
   out.scale = static_cast<ScaleRule>(choice(s, "scale", field("scale").c_str(), {"least_squares", "abs_max"}));
   out.mean = nb::cast<bool>(s.attr("mean"));
@@ -428,8 +429,11 @@ NB_MODULE(_core, m) {
           "page_codes",
           [](const PyCache& c, int row, int index, int head) {
             const auto& config = c.cache->config();
-            std::string k(static_cast<std::size_t>(kv4::kPageTokens) * config.head_dim_k / 2, '\0');
-            std::string v(static_cast<std::size_t>(kv4::kPageTokens) * config.head_dim_v / 2, '\0');
+            const auto codes = [](const kv4::SideRecipe& side, int dim) {
+              return std::string(static_cast<std::size_t>(kv4::kPageTokens) / 8 * side.bits * dim, '\0');
+            };
+            std::string k = codes(config.recipe.key, config.head_dim_k),
+                        v = codes(config.recipe.value, config.head_dim_v);
             raise_if_error(c.cache->page_codes(row, index, head, {reinterpret_cast<std::uint8_t*>(k.data()), k.size()},
                                                {reinterpret_cast<std::uint8_t*>(v.data()), v.size()}));
             return nb::make_tuple(nb::bytes(k.data(), k.size()), nb::bytes(v.data(), v.size()));

@@ -21,7 +21,8 @@ class Side:
         matrix handed to the cache) or "identity". reflectors: Householder only, 0 means head_dim / 2.
     seed: of the rotation's signs or reflectors; the same seed gives the same rotation on every machine.
     group: channels per scale, 0 for the whole vector, else 128, 64 or 32.
-    levels: "lloyd_max" (of a Gaussian) or "uniform" (-7 ... 7). scale: "least_squares" or "abs_max".
+    bits: of a code, 2, 3, 4, 6 or 8; others than 4 on the CPU (kv4.Cache, kv4.hf).
+    levels: "lloyd_max" (of a Gaussian) or "uniform" (-7 ... 7, of 4 bits). scale: "least_squares" or "abs_max".
     mean: keys only, subtract the page's mean. lambda_: "auto" (keys only), "given" or "none".
     """
 
@@ -29,6 +30,7 @@ class Side:
     reflectors: int = 0
     seed: int = 0x6B7634
     group: int = 0
+    bits: int = 4
     levels: Literal["lloyd_max", "uniform"] = "lloyd_max"
     scale: Literal["least_squares", "abs_max"] = "least_squares"
     mean: bool = False
@@ -58,6 +60,13 @@ class Recipe:
                 raise ValueError(f"recipe.{name}: expected a kv4.Side; got {type(side).__name__}")
         _core.validate(self)
 
+    def with_bits(self, key: int, value: int) -> Recipe:
+        """The same with codes of so many bits; `Recipe().with_bits(4, 3)` takes 3.75 bits a value at head dim 128."""
+        if (key, value) == (self.key.bits, self.value.bits):
+            return self
+        sides = {"key": dataclasses.replace(self.key, bits=key), "value": dataclasses.replace(self.value, bits=value)}
+        return dataclasses.replace(self, **sides)
+
     @classmethod
     def paper(cls, lambda_: Literal["none", "given"] = "none") -> Recipe:
         """The recipe of arXiv 2605.05699: SRFT, per-channel lambda, abs-max scale, uniform int4 levels;
@@ -72,7 +81,12 @@ class Recipe:
         return cls(key=side, value=side, seal="never", sinks=0, window=0)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": _FORMAT, "version": _FORMAT_VERSION, **dataclasses.asdict(self)}
+        """As JSON has it. Sides of 4 bits do not say so: what reads such a recipe need not know of others."""
+        fields = dataclasses.asdict(self)
+        for side in (fields["key"], fields["value"]):
+            if side["bits"] == 4:
+                del side["bits"]
+        return {"format": _FORMAT, "version": _FORMAT_VERSION, **fields}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:

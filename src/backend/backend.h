@@ -236,6 +236,8 @@ class Backend {
 
   // Channels stored per token for a head of `dim` channels (kernel padding).
   virtual int code_channels(int dim) const = 0;
+  // Whether its kernels take codes of every width of SideRecipe::bits; else of 4 bits alone.
+  virtual bool serves_every_width() const { return false; }
   // ok, or unsupported with the reason why no kernel serves this page.
   virtual Status supports(const PageSpec& spec) const = 0;
   // The same of exact rows, and of sealing them as they arrive.

@@ -1,6 +1,7 @@
 #include "backend/spec.h"
 
 #include <string>
+#include <utility>
 
 namespace kv4 {
 namespace {
@@ -34,7 +35,7 @@ Status make_side(const SideRecipe& recipe, int dim, const std::vector<float>& ma
   side->dim = dim;
   side->group = recipe.group > 0 ? recipe.group : dim;
   side->groups = dim / side->group;
-  side->levels = levels(recipe.levels);
+  side->levels = levels(recipe.levels, recipe.bits);
   side->scale = recipe.scale;
   side->mean = recipe.mean;
   return make_rotation(recipe, dim, matrix, matrix_name, &side->rotation);
@@ -46,6 +47,13 @@ Status make_sides(const Recipe& recipe, int head_dim_k, int head_dim_v, const st
                   const std::vector<float>& matrix_v, PageSpec* out) {
   KV4_RETURN_IF_ERROR(make_side(recipe.key, head_dim_k, matrix_k, "matrix_k", &out->key));
   return make_side(recipe.value, head_dim_v, matrix_v, "matrix_v", &out->value);
+}
+
+Status expect_four_bits(const Recipe& recipe, const std::string& where) {
+  for (const auto& [name, bits] :
+       {std::pair{"recipe.key.bits", recipe.key.bits}, {"recipe.value.bits", recipe.value.bits}})
+    if (bits != 4) return error(StatusCode::unsupported, name, "4 " + where, std::to_string(bits));
+  return {};
 }
 
 Status make_spec(const CacheConfig& config, Backend** backend, PageSpec* out) {
@@ -69,12 +77,14 @@ Status make_spec(const CacheConfig& config, Backend** backend, PageSpec* out) {
   }
   KV4_RETURN_IF_ERROR((*backend)->supports_rows(config.head_dim_k, config.head_dim_v, config.dtype, recipe.seal));
   if (recipe.seal == SealMode::never) return {};
+  if (!(*backend)->serves_every_width()) KV4_RETURN_IF_ERROR(expect_four_bits(recipe, "on " + config.backend));
   KV4_RETURN_IF_ERROR(validate(recipe, config.head_dim_k, config.head_dim_v));
   KV4_RETURN_IF_ERROR(make_sides(recipe, config.head_dim_k, config.head_dim_v, config.matrix_k, config.matrix_v, out));
   const auto u32 = [](int x) { return static_cast<std::uint32_t>(x); };
   out->layout = kv4_make_page_layout(
       u32(config.head_dim_k), u32(config.head_dim_v), u32(out->key.groups), u32(out->value.groups), out->key.mean,
-      u32((*backend)->code_channels(config.head_dim_k)), u32((*backend)->code_channels(config.head_dim_v)));
+      u32((*backend)->code_channels(config.head_dim_k)), u32((*backend)->code_channels(config.head_dim_v)),
+      u32(recipe.key.bits), u32(recipe.value.bits));
   return (*backend)->supports(*out);
 }
 

@@ -94,7 +94,9 @@ std::vector<Field> fields(const CacheConfig& c, const PageSpec& spec) {
           {"lambda_k", given_value(c.lambda_k), given},
           {"lambda_v", given_value(c.lambda_v), given},
           {"matrix_k", matrix_value(spec.key), given},
-          {"matrix_v", matrix_value(spec.value), given}};
+          {"matrix_v", matrix_value(spec.value), given},
+          {"recipe.key.bits", value_of(k.bits), number},
+          {"recipe.value.bits", value_of(v.bits), number}};
 }
 
 Status expect_same(std::span<const Field> mine, std::span<const std::uint64_t> theirs) {
@@ -112,7 +114,7 @@ Format Format::of(const CacheConfig& config, const PageSpec& spec) {
   format.kv_heads = config.kv_heads;
   format.head_dim_k = config.head_dim_k;
   format.head_dim_v = config.head_dim_v;
-  format.slice = slice_layout(spec.layout);
+  format.slice = slice_layout(spec);
   format.queries = static_cast<std::size_t>(config.recipe.sinks + config.recipe.window + kPageTokens);
   return format;
 }
@@ -143,8 +145,8 @@ Status Reader::begin() {
     return error(StatusCode::data_loss, "saved magic", std::string(kMagic, sizeof kMagic),
                  "other bytes: this is no saved cache");
   KV4_RETURN_IF_ERROR(source_(std::as_writable_bytes(std::span(&version_, 1))));
-  if (version_ < 1 || version_ > kRagged)
-    return error(StatusCode::data_loss, "saved version", "1 to " + std::to_string(kRagged), std::to_string(version_));
+  if (version_ < 1 || version_ > kWidths)
+    return error(StatusCode::data_loss, "saved version", "1 to " + std::to_string(kWidths), std::to_string(version_));
   return {};
 }
 

@@ -29,7 +29,9 @@ static_assert(std::endian::native == std::endian::little,
 inline constexpr char kMagic[] = {'k', 'v', '4', 'c', 'a', 'c', 'h', 'e'};
 // Written; earlier ones are read as well. 1 has a record of every query before the first page is due.
 inline constexpr std::uint32_t kVersion = 2;
-inline constexpr std::uint32_t kRagged = 3;           // written where lengths differ: they follow the state
+inline constexpr std::uint32_t kRagged = 3;     // written where lengths differ: from here on they follow the state
+inline constexpr std::uint32_t kWidths = 4;     // written where a code has other than 4 bits: fields() ends with them
+inline constexpr std::size_t kWidthFields = 2;  // of fields(), which earlier versions lack
 inline constexpr std::size_t kArrayBytes = 64 << 10;  // of one block of an array
 
 enum class Kind : std::uint32_t {
@@ -45,7 +47,7 @@ enum class Kind : std::uint32_t {
   page = 10,               // [kv_heads] head slices in slice_layout()
   non_finite_counts = 11,  // u64 per sequence: how many rows held NaN or infinity
   non_finite = 12,         // u64 per such row: 4 * position + 2 * (in its value) + (in its key)
-  lengths = 13             // u64 per sequence, where they differ
+  lengths = 13             // u64 per sequence, from version kRagged on
 };
 const char* name_of(Kind kind);
 
@@ -69,9 +71,11 @@ std::vector<Field> fields(const CacheConfig& config, const PageSpec& spec);
 Status expect_same(std::span<const Field> mine, std::span<const std::uint64_t> theirs);
 
 // A head slice as format/page.h lays it out where no channel is padded, its codes in canonical order.
-inline kv4_page_layout slice_layout(const kv4_page_layout& l) {
+inline kv4_page_layout slice_layout(const PageSpec& spec) {
+  const kv4_page_layout& l = spec.layout;
   return kv4_make_page_layout(l.head_dim_k, l.head_dim_v, l.groups_k, l.groups_v, l.k_mean != l.v_codes, l.head_dim_k,
-                              l.head_dim_v);
+                              l.head_dim_v, static_cast<std::uint32_t>(spec.key.levels.bits),
+                              static_cast<std::uint32_t>(spec.value.levels.bits));
 }
 inline std::size_t key_scale_bytes(const kv4_page_layout& l) {  // and the mean, which lies behind them
   return l.groups_k * KV4_PAGE_TOKENS * 2 + (l.k_mean != l.v_codes ? l.head_dim_k * 2 : 0);

@@ -67,8 +67,9 @@ class Reading {
 
   Status run() {
     KV4_RETURN_IF_ERROR(in_.begin());
-    std::vector<std::uint64_t> theirs(format_.fields.size());
-    KV4_RETURN_IF_ERROR(in_.read(Kind::config, std::as_writable_bytes(std::span(theirs))));
+    std::vector<std::uint64_t> theirs(format_.fields.size(), 4);  // what earlier versions do not say is 4 bits
+    const std::size_t said = theirs.size() - (in_.version() < kWidths ? kWidthFields : 0);
+    KV4_RETURN_IF_ERROR(in_.read(Kind::config, std::as_writable_bytes(std::span(theirs).first(said))));
     KV4_RETURN_IF_ERROR(expect_same(format_.fields, theirs));
     State saved{};
     KV4_RETURN_IF_ERROR(in_.read(Kind::state, std::as_writable_bytes(std::span(&saved, 1))));
@@ -88,7 +89,7 @@ class Reading {
 
  private:
   Status lengths(const State& saved) {
-    if (in_.version() != kRagged) return {};
+    if (in_.version() < kRagged) return {};
     KV4_RETURN_IF_ERROR(in_.read_array(Kind::lengths, saved.batch, &lengths_));
     for (const std::uint64_t length : lengths_)
       KV4_RETURN_IF_ERROR(

@@ -23,13 +23,17 @@ class Writing {
       ragged = ragged || length(b) < longest;
       number_pages(b);
     }
-    KV4_RETURN_IF_ERROR(out_.begin(ragged ? kRagged : kVersion));
     std::vector<std::uint64_t> numbers;
     for (const Field& field : format_.fields) numbers.push_back(field.value);
+    const std::size_t said = numbers.size() - kWidthFields;
+    const bool widths = std::any_of(numbers.begin() + static_cast<std::ptrdiff_t>(said), numbers.end(),
+                                    [](std::uint64_t bits) { return bits != 4; });
+    if (!widths) numbers.resize(said);
+    KV4_RETURN_IF_ERROR(out_.begin(widths ? kWidths : ragged ? kRagged : kVersion));
     KV4_RETURN_IF_ERROR(out_.write(Kind::config, std::as_bytes(std::span(numbers))));
     const State saved{batch, static_cast<std::uint64_t>(longest), pages_.size(), recording ? 1u : 0u};
     KV4_RETURN_IF_ERROR(out_.write(Kind::state, bytes_of(saved)));
-    if (ragged) KV4_RETURN_IF_ERROR(array(Kind::lengths, lengths));
+    if (ragged || widths) KV4_RETURN_IF_ERROR(array(Kind::lengths, lengths));
     for (std::size_t b = 0; b < batch; ++b) KV4_RETURN_IF_ERROR(sequence(b));
     std::vector<std::byte> block(format_.page_bytes());
     for (const ledger::PageId page : pages_) {

@@ -128,9 +128,11 @@ Status page_codes(const CacheState& c, int row, int index, int head, std::span<s
                   std::span<std::uint8_t> v) {
   const std::uint8_t* slice = nullptr;
   KV4_RETURN_IF_ERROR(find_slice(c, row, index, head, &slice));
-  const auto bytes = [](int dim) { return static_cast<std::size_t>(kPageTokens) * static_cast<std::size_t>(dim) / 2; };
-  KV4_RETURN_IF_ERROR(expect_room("k", bytes(c.setup->config.head_dim_k), k.size(), " bytes"));
-  KV4_RETURN_IF_ERROR(expect_room("v", bytes(c.setup->config.head_dim_v), v.size(), " bytes"));
+  const auto bytes = [](const SideSpec& side) {
+    return static_cast<std::size_t>(kPageTokens / 8 * side.levels.bits) * static_cast<std::size_t>(side.dim);
+  };
+  KV4_RETURN_IF_ERROR(expect_room("k", bytes(c.setup->spec.key), k.size(), " bytes"));
+  KV4_RETURN_IF_ERROR(expect_room("v", bytes(c.setup->spec.value), v.size(), " bytes"));
   return c.backend().codes_to_canonical(c.setup->spec, slice, k.data(), v.data());
 }
 

@@ -12,7 +12,8 @@ namespace kv4::capi {
 namespace {
 
 // Where the struct ended in each version, the newest last.
-constexpr std::size_t kSizesOfConfig[] = {offsetof(kv4_cache_config, backend), sizeof(kv4_cache_config)};
+constexpr std::size_t kSizesOfConfig[] = {offsetof(kv4_cache_config, backend), offsetof(kv4_cache_config, bits_k),
+                                          sizeof(kv4_cache_config)};
 constexpr std::size_t kSizesOfArgs[] = {offsetof(kv4_attend_args, host_mask), sizeof(kv4_attend_args)};
 
 static_assert(sizeof(void*) != 8 ||
@@ -155,6 +156,8 @@ Status config_of(const kv4_cache_config* given, CacheConfig* out) {
   Recipe& recipe = out->recipe;
   KV4_RETURN_IF_ERROR(side_of(c.recipe.key, &recipe.key));
   KV4_RETURN_IF_ERROR(side_of(c.recipe.value, &recipe.value));
+  if (c.bits_k != 0) recipe.key.bits = c.bits_k;
+  if (c.bits_v != 0) recipe.value.bits = c.bits_v;
   KV4_RETURN_IF_ERROR(in_range("recipe.seal", c.recipe.seal, 2));
   recipe.seal = static_cast<SealMode>(c.recipe.seal);
   recipe.sinks = c.recipe.sinks;

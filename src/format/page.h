@@ -4,16 +4,17 @@
 // head slice after another. A head slice of head_bytes bytes:
 //
 //   offset      bytes                 content
-//   k_codes     k_code_bytes          4-bit key codes, in the backend's own order
+//   k_codes     k_code_bytes          key codes, in the backend's own order
 //   k_scales    groups_k * 64 * 2     fp16 key scales, [group][token]
 //   k_mean      head_dim_k * 2        fp16 R(lambda * mean), [channel]; absent without a mean
-//   v_codes     v_code_bytes          4-bit value codes, in the backend's own order
+//   v_codes     v_code_bytes          value codes, in the backend's own order
 //   v_scales    groups_v * 64 * 2     fp16 value scales, [group][token]
 //
 // Every offset is a multiple of 16, head_bytes of 64. At d = 128 a slice is 8,704 bytes:
 // 136 bytes per token, 4.25 bits per value.
 //
-// Canonical code order (files, tests): token j, channel c in byte j * d/2 + c/2, even channels
+// Canonical code order (files, tests): the code of token j, channel c is bits [n, n + b) of the part, n = (j * d + c) *
+// b, counted from the lowest bit of the first byte, b bits a code. At 4 bits that is byte j * d/2 + c/2, even channels
 // in the low nibble. Channels that a backend pads hold code 0 and are never read as values.
 #ifndef KV4_FORMAT_PAGE_H
 #define KV4_FORMAT_PAGE_H
@@ -42,17 +43,18 @@ struct kv4_page_layout {
 #ifdef __cplusplus
 static_assert(sizeof(kv4_page_layout) == 48, "kv4_page_layout is part of the format");
 
-// code_channels_*: channels the backend stores per token (>= head_dim, a multiple of 2).
+// code_channels_*: channels the backend stores per token (>= head_dim, a multiple of 2). bits_*: of a code.
 constexpr inline kv4_page_layout kv4_make_page_layout(uint32_t head_dim_k, uint32_t head_dim_v, uint32_t groups_k,
                                                       uint32_t groups_v, bool mean, uint32_t code_channels_k,
-                                                      uint32_t code_channels_v) {
+                                                      uint32_t code_channels_v, uint32_t bits_k = 4,
+                                                      uint32_t bits_v = 4) {
   kv4_page_layout l = {};
   l.head_dim_k = head_dim_k;
   l.head_dim_v = head_dim_v;
   l.groups_k = groups_k;
   l.groups_v = groups_v;
-  l.k_code_bytes = KV4_PAGE_TOKENS * code_channels_k / 2;
-  l.v_code_bytes = KV4_PAGE_TOKENS * code_channels_v / 2;
+  l.k_code_bytes = KV4_PAGE_TOKENS / 8 * bits_k * code_channels_k;
+  l.v_code_bytes = KV4_PAGE_TOKENS / 8 * bits_v * code_channels_v;
   l.k_codes = 0;
   l.k_scales = l.k_code_bytes;
   l.k_mean = l.k_scales + groups_k * KV4_PAGE_TOKENS * 2;
@@ -63,6 +65,8 @@ constexpr inline kv4_page_layout kv4_make_page_layout(uint32_t head_dim_k, uint3
 }
 static_assert(kv4_make_page_layout(128, 128, 1, 1, true, 128, 128).head_bytes == 64 * 136,
               "4.25 bits per value at d = 128");
+static_assert(kv4_make_page_layout(128, 128, 1, 1, true, 128, 128, 3, 3).head_bytes == 64 * 104,
+              "3.25 bits per value at d = 128");
 #endif
 
 #endif  // KV4_FORMAT_PAGE_H

@@ -1,50 +1,107 @@
 // The level tables.
 //
-// lloyd_max: the optimal 16-level quantiser of a unit Gaussian has the levels +-{0.1284, 0.3881, 0.6568,
-// 0.9424, 1.2562, 1.6181, 2.0690, 2.7326} (S. Lloyd, Least squares quantization in PCM, IEEE Trans. IT 28,
-// 1982; J. Max, Quantizing for minimum distortion, IRE Trans. IT 6, 1960, table I). The gain 46.48 puts
-// the outermost at 127, the largest int8; the others round to the magnitudes below.
+// lloyd_max: the optimal quantisers of a unit Gaussian (S. Lloyd, Least squares quantization in PCM, IEEE Trans. IT 28,
+// 1982; J. Max, Quantizing for minimum distortion, IRE Trans. IT 6, 1960, table I), the outermost level taken to 127,
+// the largest int8, and the others rounded. That of 16 levels is +-{0.1284, 0.3881, 0.6568,
+// 0.9424, 1.2562, 1.6181, 2.0690, 2.7326}, and its gain 46.48 = 127 / 2.7326; the gains of other widths are those of
+// least squared error for the levels as rounded. With 256 levels some of the best would round to the same: they are
+// even, to 4.5 deviations.
 //
 // uniform: the gain is 1 / r, r = 0.35341 the step that minimises the mean squared error of a uniform
 // 15-level quantiser of a unit Gaussian (Max 1960, table II, N = 15).
 #include "recipe/levels.h"
 
+#include <array>
+
 namespace kv4 {
 namespace {
 
-constexpr Levels make_levels(const std::array<std::uint8_t, 8>& magnitude, int negative_base, int spread, float gain) {
-  Levels l{};
-  l.magnitude = magnitude;
-  l.negative_base = negative_base;
-  l.spread = spread;
-  l.gain = gain;
-  for (int i = 0; i < 7; ++i) l.twice_threshold[i] = static_cast<std::uint8_t>(magnitude[i] + magnitude[i + 1]);
-  for (int i = 0; i < 8; ++i) {
-    l.table[8 + i] = static_cast<std::int8_t>(magnitude[i]);
-    const int code = negative_base - i;
-    // Mid-tread: i = 0 is the code 8 again and keeps its level 0.
-    if (code < 8) l.table[code] = static_cast<std::int8_t>(-magnitude[i]);
+// The numbers of a table of 2 kHalf levels.
+template <std::size_t kHalf>
+struct Numbers {
+  std::array<std::int8_t, (2 * kHalf > 64 ? 2 * kHalf : 64)> table{};
+  std::array<std::uint8_t, kHalf> magnitude{};
+  std::array<std::uint8_t, kHalf> twice_threshold{};
+};
+
+template <std::size_t kHalf>
+constexpr Numbers<kHalf> numbers_of(const std::array<std::uint8_t, kHalf>& magnitude, bool mid_tread) {
+  constexpr int half = static_cast<int>(kHalf);
+  Numbers<kHalf> n;
+  n.magnitude = magnitude;
+  for (std::size_t i = 0; i + 1 < kHalf; ++i)
+    n.twice_threshold[i] = static_cast<std::uint8_t>(magnitude[i] + magnitude[i + 1]);
+  for (int i = 0; i < half; ++i) {
+    const auto size = static_cast<std::int8_t>(magnitude[static_cast<std::size_t>(i)]);
+    n.table[static_cast<std::size_t>(half + i)] = size;
+    // Mid-tread: i = 0 is the code `half` again and keeps its level 0.
+    const int code = half - 1 + (mid_tread ? 1 : 0) - i;
+    if (code < half) n.table[static_cast<std::size_t>(code)] = static_cast<std::int8_t>(-size);
   }
   // Mid-tread leaves code 0 unused by sealing; it reads as the lowest level.
-  if (negative_base == 8) l.table[0] = l.table[1];
-  return l;
+  if (mid_tread) n.table[0] = n.table[1];
+  return n;
 }
 
-// No two thresholds, times 2^spread, may share a sixteenth of 0 ... 255: sealing looks them up by it.
-constexpr bool spread_fits(const Levels& l) {
-  for (int i = 0; i < 7; ++i) {
+constexpr Numbers<128> even_numbers() {
+  std::array<std::uint8_t, 128> magnitude{};
+  for (std::size_t i = 0; i < 128; ++i) magnitude[i] = static_cast<std::uint8_t>(i);
+  Numbers<128> n = numbers_of<128>(magnitude, true);
+  n.table[0] = -128;  // so that every level is code - 128
+  return n;
+}
+
+template <std::size_t kHalf>
+constexpr Levels levels_of(int bits, const Numbers<kHalf>& n, int spread, float gain) {
+  const int half = static_cast<int>(kHalf);
+  return {.bits = bits,
+          .table = TableView(n.table.data()),
+          .magnitude = TableView(n.magnitude.data()),
+          .twice_threshold = TableView(n.twice_threshold.data()),
+          .spread = spread,
+          .negative_base = n.magnitude[0] == 0 ? half : half - 1,
+          .gain = gain};
+}
+
+// No two thresholds, times 2^spread, may share a cell of so many of 0 ... 255: sealing looks them up by it.
+constexpr bool spread_fits(const Levels& l, int cell) {
+  for (std::size_t i = 0; i + 1 < static_cast<std::size_t>(l.half()); ++i) {
     if ((l.twice_threshold[i] << l.spread) > 255) return false;
-    if (i > 0 && (l.twice_threshold[i] << l.spread) / 16 == (l.twice_threshold[i - 1] << l.spread) / 16) return false;
+    if (i > 0 && (l.twice_threshold[i] << l.spread) / cell == (l.twice_threshold[i - 1] << l.spread) / cell)
+      return false;
   }
   return true;
 }
 
-constexpr Levels kLloydMax = make_levels({6, 18, 31, 44, 58, 75, 96, 127}, 7, 0, 46.48f);
-constexpr Levels kUniform = make_levels({0, 1, 2, 3, 4, 5, 6, 7}, 8, 4, 2.829564f);
-static_assert(spread_fits(kLloydMax) && spread_fits(kUniform));
+constexpr Numbers<2> kTwoNumbers = numbers_of<2>({38, 127}, false);
+constexpr Numbers<4> kThreeNumbers = numbers_of<4>({14, 45, 79, 127}, false);
+constexpr Numbers<8> kFourNumbers = numbers_of<8>({6, 18, 31, 44, 58, 75, 96, 127}, false);
+constexpr Numbers<32> kSixNumbers = numbers_of<32>({1,  3,  6,  8,  10, 13, 15, 17, 20, 22, 24, 27, 30, 32, 35,  38,
+                                                    40, 43, 46, 49, 53, 56, 60, 64, 68, 73, 78, 84, 91, 99, 110, 127},
+                                                   false);
+constexpr Numbers<128> kEightNumbers = even_numbers();
+constexpr Numbers<8> kUniformNumbers = numbers_of<8>({0, 1, 2, 3, 4, 5, 6, 7}, true);
+
+constexpr Levels kTwoBits = levels_of(2, kTwoNumbers, 0, 84.0736f);
+constexpr Levels kThreeBits = levels_of(3, kThreeNumbers, 0, 59.0101f);
+constexpr Levels kLloydMax = levels_of(4, kFourNumbers, 0, 46.48f);
+constexpr Levels kSixBits = levels_of(6, kSixNumbers, 0, 34.3733f);
+constexpr Levels kEightBits = levels_of(8, kEightNumbers, 0, 127 / 4.5f);
+constexpr Levels kUniform = levels_of(4, kUniformNumbers, 4, 2.829564f);
+static_assert(spread_fits(kTwoBits, 16) && spread_fits(kThreeBits, 16) && spread_fits(kLloydMax, 16) &&
+              spread_fits(kUniform, 16) && spread_fits(kSixBits, 4));
 
 }  // namespace
 
-const Levels& levels(LevelKind kind) { return kind == LevelKind::uniform ? kUniform : kLloydMax; }
+const Levels& levels(LevelKind kind, int bits) {
+  if (kind == LevelKind::uniform) return kUniform;
+  switch (bits) {
+    case 2: return kTwoBits;
+    case 3: return kThreeBits;
+    case 6: return kSixBits;
+    case 8: return kEightBits;
+    default: return kLloydMax;
+  }
+}
 
 }  // namespace kv4

@@ -20,8 +20,12 @@ Status check_side(const SideRecipe& side, const std::string& name, bool key) {
                             std::to_string(side.reflectors));
   if (side.group != 0 && side.group != 32 && side.group != 64 && side.group != 128)
     return invalid_argument(field("group"), "0 (one scale per vector), 32, 64 or 128", std::to_string(side.group));
+  if (side.bits != 2 && side.bits != 3 && side.bits != 4 && side.bits != 6 && side.bits != 8)
+    return invalid_argument(field("bits"), "2, 3, 4, 6 or 8", std::to_string(side.bits));
   if (side.levels > LevelKind::uniform)
     return invalid_argument(field("levels"), "lloyd_max or uniform", std::to_string(static_cast<int>(side.levels)));
+  if (side.levels == LevelKind::uniform && side.bits != 4)
+    return invalid_argument(field("levels"), "lloyd_max with " + std::to_string(side.bits) + " bits", "uniform");
   if (side.scale > ScaleRule::abs_max)
     return invalid_argument(field("scale"), "least_squares or abs_max", std::to_string(static_cast<int>(side.scale)));
   if (side.lambda > LambdaMode::given)

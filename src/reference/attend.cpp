@@ -18,8 +18,8 @@ double element(const void* data, DType dtype, std::int64_t i) {
 
 double lowest(DType dtype) { return dtype == DType::f16 ? -65504.0 : -1e30; }
 
-void append_side(const SideSpec& side, const std::uint8_t* nibbles, const std::uint8_t* scales,
-                 const std::uint8_t* mean, int count, const float* lambda, std::vector<double>* to) {
+void append_side(const SideSpec& side, const std::uint8_t* packed, const std::uint8_t* scales, const std::uint8_t* mean,
+                 int count, const float* lambda, std::vector<double>* to) {
   std::vector<std::uint16_t> scale(static_cast<std::size_t>(side.groups) * count), m(side.dim);
   for (int g = 0; g < side.groups; ++g)
     std::memcpy(scale.data() + static_cast<std::size_t>(g) * count, scales + g * kPageTokens * 2,
@@ -27,8 +27,8 @@ void append_side(const SideSpec& side, const std::uint8_t* nibbles, const std::u
   if (mean != nullptr) std::memcpy(m.data(), mean, m.size() * 2);
   std::vector<double> weight(side.dim, 1.0);
   if (lambda != nullptr) weight.assign(lambda, lambda + side.dim);
-  const std::vector<double> rows = dequantise(side, from_canonical(nibbles, count, side.dim).data(), scale.data(),
-                                              mean != nullptr ? m.data() : nullptr, count, weight.data());
+  const std::vector<double> rows = dequantise(side, from_canonical(packed, count, side.dim, side.levels.bits).data(),
+                                              scale.data(), mean != nullptr ? m.data() : nullptr, count, weight.data());
   to->insert(to->end(), rows.begin(), rows.end());
 }
 

@@ -24,11 +24,11 @@ struct Nearest {
 };
 
 Nearest nearest(const Levels& levels, double y) {
-  const int lowest = levels.negative_base == 8 ? 1 : 0;  // mid-tread has 15 levels: code 0 repeats code 1
-  // Two codes meet at each boundary; a magnitude tie goes away from 0, y = 0 goes to code 8.
+  const int lowest = levels.negative_base == levels.half() ? 1 : 0;  // mid-tread has no use for code 0
+  // Two codes meet at each boundary; a magnitude tie goes away from 0, y = 0 goes to code half().
   int code = lowest;
   double margin = std::numeric_limits<double>::infinity();
-  for (int n = lowest + 1; n < 16; ++n) {
+  for (int n = lowest + 1; n < levels.count(); ++n) {
     const double below = levels.table[n - 1], above = levels.table[n], boundary = (below + above) / 2;
     if (boundary >= 0 ? y >= boundary : y > boundary) code = n;
     margin = std::min(margin, std::abs(y - boundary) / (above - below));
@@ -59,7 +59,7 @@ Sealed seal(const SideSpec& side, const double* rows, int tokens, const std::uin
   Sealed out;
   out.tokens = tokens;
   out.dim = d;
-  out.codes.assign(n, 8);
+  out.codes.assign(n, static_cast<std::uint8_t>(side.levels.half()));
   out.x.assign(n, 0.0);
   out.margin.assign(n, std::numeric_limits<double>::infinity());
   out.scales.assign(static_cast<std::size_t>(side.groups) * tokens, 0);
@@ -88,7 +88,7 @@ Sealed seal(const SideSpec& side, const double* rows, int tokens, const std::uin
     }
   }
 
-  const double top = side.levels.magnitude[7];
+  const double top = side.levels.top();
   for (int j = 0; j < tokens; ++j) {
     if (masked(j)) continue;
     for (int c = 0; c < d; ++c) centred[c] = weight(c) * (rows[static_cast<std::size_t>(j) * d + c] - mu[c]);
@@ -141,16 +141,21 @@ std::vector<double> dequantise(const SideSpec& side, const std::uint8_t* codes, 
   return out;
 }
 
-std::vector<std::uint8_t> to_canonical(const std::vector<std::uint8_t>& codes) {
-  std::vector<std::uint8_t> nibbles(codes.size() / 2);
-  for (std::size_t i = 0; i < nibbles.size(); ++i)
-    nibbles[i] = static_cast<std::uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
-  return nibbles;
+std::vector<std::uint8_t> to_canonical(const std::vector<std::uint8_t>& codes, int bits) {
+  std::vector<std::uint8_t> packed((codes.size() * static_cast<std::size_t>(bits) + 7) / 8);
+  for (std::size_t i = 0; i < codes.size() * static_cast<std::size_t>(bits); ++i) {
+    const int bit = codes[i / bits] >> (i % bits) & 1;
+    packed[i / 8] = static_cast<std::uint8_t>(packed[i / 8] | bit << (i % 8));
+  }
+  return packed;
 }
 
-std::vector<std::uint8_t> from_canonical(const std::uint8_t* nibbles, int tokens, int dim) {
+std::vector<std::uint8_t> from_canonical(const std::uint8_t* packed, int tokens, int dim, int bits) {
   std::vector<std::uint8_t> codes(static_cast<std::size_t>(tokens) * dim);
-  for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = nibbles[i / 2] >> (i % 2 * 4) & 15;
+  for (std::size_t i = 0; i < codes.size() * static_cast<std::size_t>(bits); ++i) {
+    const int bit = packed[i / 8] >> (i % 8) & 1;
+    codes[i / bits] = static_cast<std::uint8_t>(codes[i / bits] | bit << (i % bits));
+  }
   return codes;
 }
 

@@ -10,8 +10,8 @@
 //     abs_max        step = max|x| / Lmax;                 scale = fp16(step)
 //   row_j ~ R^-1 (scale_j L[code] + m') / lambda
 //
-// A value midway between two levels takes the one of larger magnitude; 0 takes code 8. Masked rows and
-// groups of zeros get scale 0 and code 8 throughout.
+// A value midway between two levels takes the one of larger magnitude; 0 takes code 2^(bits-1),
+// which masked rows and groups of zeros get throughout, with scale 0.
 #pragma once
 
 #include <cstdint>
@@ -24,16 +24,16 @@ namespace kv4::reference {
 struct Sealed {
   int tokens = 0;
   int dim = 0;
-  std::vector<std::uint8_t> codes;    // [tokens, dim], one code 0 ... 15 per byte
+  std::vector<std::uint8_t> codes;    // [tokens, dim], one code per byte
   std::vector<std::uint16_t> scales;  // fp16 [groups, tokens]
   std::vector<std::uint16_t> mean;    // fp16 m' [dim]; empty without a mean
 
   std::vector<double> x;          // [tokens, dim]: what was quantised; 0 in masked rows
-  std::vector<double> step;       // [groups, tokens]: codes are nearest to x / step; 0 where all are code 8
+  std::vector<double> step;       // [groups, tokens]: codes are nearest to x / step; 0 where all codes are that of 0
   std::vector<double> scale_f64;  // [groups, tokens]: before rounding to fp16
   std::vector<double> mean_f64;   // [dim]: before rounding to fp16; empty without a mean
   // [tokens, dim]: distance of y to the nearest decision boundary, in steps (gaps between the two
-  // levels that meet there); infinity where the code is 8 by rule.
+  // levels that meet there); infinity where the code is that of 0 by rule.
   std::vector<double> margin;
 };
 
@@ -50,8 +50,8 @@ double least_squares_scale(const Levels& levels, const double* x, const std::uin
 std::vector<double> dequantise(const SideSpec& side, const std::uint8_t* codes, const std::uint16_t* scales,
                                const std::uint16_t* mean, int tokens, const double* lambda = nullptr);
 
-// One code per byte [tokens, dim] <-> canonical nibbles [tokens, dim / 2] of format/page.h.
-std::vector<std::uint8_t> to_canonical(const std::vector<std::uint8_t>& codes);
-std::vector<std::uint8_t> from_canonical(const std::uint8_t* nibbles, int tokens, int dim);
+// One code per byte [tokens, dim] <-> `bits` each in the canonical order of format/page.h.
+std::vector<std::uint8_t> to_canonical(const std::vector<std::uint8_t>& codes, int bits = 4);
+std::vector<std::uint8_t> from_canonical(const std::uint8_t* packed, int tokens, int dim, int bits = 4);
 
 }  // namespace kv4::reference

@@ -30,6 +30,12 @@ TEST(PageLayout, PartsFollowEachOther) {
           for (std::uint32_t offset : {l.k_codes, l.k_scales, l.k_mean, l.v_codes, l.v_scales})
             EXPECT_EQ(offset % 16, 0u);
           EXPECT_EQ(l.head_bytes % 64, 0u);
+          for (unsigned bits : {2u, 3u, 6u, 8u}) {
+            const auto w = kv4_make_page_layout(dk, dv, groups, 1, mean, dk, dv, bits, 4);
+            EXPECT_EQ(w.k_code_bytes, 8 * bits * static_cast<unsigned>(dk));
+            EXPECT_EQ(w.v_code_bytes, 32u * static_cast<unsigned>(dv));
+            for (std::uint32_t offset : {w.k_scales, w.k_mean, w.v_codes, w.v_scales}) EXPECT_EQ(offset % 16, 0u);
+          }
         }
       }
     }

@@ -207,6 +207,30 @@ TEST(Paged, RefusalsNameTheArgumentAndWriteNothing) {
   EXPECT_TRUE(run_store(fine).ok() && run_attend(fine).ok() && run_step(fine).ok());
 }
 
+// What no kernel or no host serves is refused before anything is made.
+TEST(Paged, OtherWidthsAreRefusedByName) {
+  CacheConfig config;
+  config.kv_heads = 1;
+  config.head_dim_k = config.head_dim_v = 64;
+  for (const bool key : {true, false}) {
+    config.recipe = Recipe();
+    (key ? config.recipe.key : config.recipe.value).bits = 3;
+    const std::string name = key ? "recipe.key.bits" : "recipe.value.bits";
+    std::unique_ptr<PageFormat> format;
+    const Status pages = PageFormat::create(config, &format);
+    EXPECT_EQ(pages.code(), StatusCode::unsupported);
+    EXPECT_EQ(pages.message(), name + ": expected 4 in pages that a host owns; got 3");
+    EXPECT_EQ(format, nullptr);
+    CacheConfig on = config;
+    on.backend = "probe";
+    std::unique_ptr<Cache> cache;
+    const Status other = Cache::create(on, &cache);
+    EXPECT_EQ(other.code(), StatusCode::unsupported);
+    EXPECT_EQ(other.message(), name + ": expected 4 on probe; got 3");
+    EXPECT_EQ(cache, nullptr);
+  }
+}
+
 TEST(Paged, NaNIsStoredAsZerosAndReported) {
   Two two;
   PagedServer& server = two.server;

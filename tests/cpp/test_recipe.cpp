@@ -7,6 +7,7 @@
 #include <cmath>
 #include <functional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace kv4 {
@@ -45,6 +46,10 @@ TEST(Recipe, RefusalsNameTheField) {
       {"recipe.key.group", [](Recipe& r) { r.key.group = 48; }},
       {"recipe.value.group", [](Recipe& r) { r.value.group = -32; }},
       {"recipe.key.levels", [](Recipe& r) { r.key.levels = static_cast<LevelKind>(2); }},
+      {"recipe.key.bits", [](Recipe& r) { r.key.bits = 5; }},
+      {"recipe.value.bits", [](Recipe& r) { r.value.bits = 0; }},
+      {"recipe.value.bits", [](Recipe& r) { r.value.bits = -4; }},
+      {"recipe.value.levels", [](Recipe& r) { r.value.bits = 3, r.value.levels = LevelKind::uniform; }},
       {"recipe.value.scale", [](Recipe& r) { r.value.scale = static_cast<ScaleRule>(2); }},
       {"recipe.key.lambda", [](Recipe& r) { r.key.lambda = static_cast<LambdaMode>(3); }},
       {"recipe.value.lambda", [](Recipe& r) { r.value.lambda = LambdaMode::automatic; }},
@@ -86,26 +91,37 @@ TEST(Recipe, HeadDims) {
   EXPECT_TRUE(validate(r, 128, 64).message().starts_with("recipe.value.reflectors: "));
 }
 
+struct Table {
+  LevelKind kind;
+  int bits;
+};
+constexpr Table kTables[] = {{LevelKind::lloyd_max, 2}, {LevelKind::lloyd_max, 3}, {LevelKind::lloyd_max, 4},
+                             {LevelKind::lloyd_max, 6}, {LevelKind::lloyd_max, 8}, {LevelKind::uniform, 4}};
+
 TEST(Levels, TablesAgree) {
-  for (LevelKind kind : {LevelKind::lloyd_max, LevelKind::uniform}) {
-    const Levels& l = levels(kind);
-    const int unused = l.negative_base == 8 ? 1 : 0;
-    for (int n = unused; n < 15; ++n) EXPECT_LT(l.table[n], l.table[n + 1]);
+  for (const Table& table : kTables) {
+    const Levels& l = levels(table.kind, table.bits);
+    ASSERT_EQ(l.bits, table.bits);
+    const int unused = l.negative_base == l.half() ? 1 : 0;
+    for (int n = unused; n + 1 < l.count(); ++n) EXPECT_LT(l.table[n], l.table[n + 1]);
     EXPECT_LE(l.table[0], l.table[1]);
-    for (int i = 0; i < 7; ++i) EXPECT_EQ(l.twice_threshold[i], l.magnitude[i] + l.magnitude[i + 1]);
+    for (int i = 0; i + 1 < l.half(); ++i) EXPECT_EQ(l.twice_threshold[i], l.magnitude[i] + l.magnitude[i + 1]);
     // The index rule finds the nearest level for every quarter step.
     for (double y = -140; y <= 140; y += 0.25) {
       int i = 0;
-      for (int t = 0; t < 7; ++t) i += l.twice_threshold[t] <= std::abs(2 * y);
-      const int code = y >= 0 ? 8 + i : l.negative_base - i;
+      for (int t = 0; t + 1 < l.half(); ++t) i += l.twice_threshold[t] <= std::abs(2 * y);
+      const int code = y >= 0 ? l.half() + i : l.negative_base - i;
       double best = 1e9;
-      for (int n = unused; n < 16; ++n) best = std::min(best, std::abs(y - l.table[n]));
-      EXPECT_EQ(std::abs(y - l.table[code]), best) << y;
+      for (int n = unused; n < l.count(); ++n) best = std::min(best, std::abs(y - l.table[n]));
+      EXPECT_EQ(std::abs(y - l.table[code]), best) << table.bits << " bits, " << y;
     }
+    EXPECT_EQ(l.table[l.count() - 1], table.kind == LevelKind::uniform ? 7 : 127);
+    EXPECT_EQ(l.top(), l.table[l.count() - 1]);
   }
-  EXPECT_EQ(levels(LevelKind::lloyd_max).table[15], 127);
   EXPECT_EQ(levels(LevelKind::uniform).table[1], -7);
   EXPECT_EQ(levels(LevelKind::uniform).table[8], 0);
+  // As the kernels read 8 bits.
+  for (int code = 0; code < 256; ++code) EXPECT_EQ(levels(LevelKind::lloyd_max, 8).table[code], code - 128);
 }
 
 double density(double x) { return std::isinf(x) ? 0 : std::exp(-x * x / 2) / std::sqrt(2 * M_PI); }
@@ -114,10 +130,10 @@ double below(double x) { return std::isinf(x) ? (x > 0 ? 1 : 0) : 0.5 * std::erf
 // E (x - level(x))^2 of a unit Gaussian, levels at table / gain; per cell also its centroid.
 double distortion(const Levels& l, double gain, std::vector<double>* centroids = nullptr) {
   double sum = 0;
-  for (int n = l.negative_base == 8 ? 1 : 0; n < 16; ++n) {
-    const bool lowest = n == 0 || l.table[n - 1] == l.table[n];
-    const double a = lowest ? -INFINITY : (l.table[n - 1] + l.table[n]) / 2.0 / gain;
-    const double b = n == 15 ? INFINITY : (l.table[n] + l.table[n + 1]) / 2.0 / gain;
+  const int lowest = l.negative_base == l.half() ? 1 : 0, last = l.count() - 1;
+  for (int n = lowest; n <= last; ++n) {
+    const double a = n == lowest ? -INFINITY : (l.table[n - 1] + l.table[n]) / 2.0 / gain;
+    const double b = n == last ? INFINITY : (l.table[n] + l.table[n + 1]) / 2.0 / gain;
     const double p = below(b) - below(a), first = density(a) - density(b), q = l.table[n] / gain;
     const double second = p + (std::isinf(a) ? 0 : a * density(a)) - (std::isinf(b) ? 0 : b * density(b));
     sum += second - 2 * q * first + q * q * p;
@@ -126,13 +142,21 @@ double distortion(const Levels& l, double gain, std::vector<double>* centroids =
   return sum;
 }
 
+// Max 1960, table I: the minima of 4, 8 and 16 levels; rounding levels to integers costs less than 1 %. No table of 64
+// levels is in it: Panter and Dite (1951) give sqrt(3) pi / 2 / 64^2 for many levels, which rounding raises by 7 %.
 TEST(Levels, LloydMaxLevelsAreCentroids) {
-  const Levels& l = levels(LevelKind::lloyd_max);
-  std::vector<double> centroids;
-  // Max 1960, table I: the 16-level minimum is 0.009497; rounding levels to integers costs less than 1 %.
-  EXPECT_NEAR(distortion(l, l.gain, &centroids), 0.009497, 0.009497 * 0.01);
-  // Half a unit of rounding in the level itself and in the two boundaries of its cell.
-  for (int n = 0; n < 16; ++n) EXPECT_NEAR(centroids[n] * l.gain, l.table[n], 1.0) << n;
+  for (const auto& [bits, least, more] :
+       {std::tuple{2, 0.1175, 0.01}, {3, 0.03454, 0.01}, {4, 0.009497, 0.01}, {6, 0.000664, 0.08}}) {
+    const Levels& l = levels(LevelKind::lloyd_max, bits);
+    std::vector<double> centroids;
+    EXPECT_NEAR(distortion(l, l.gain, &centroids), least, least * more) << bits;
+    // Half a unit of rounding in the level itself and in the two boundaries of its cell; of the outermost, whose cell
+    // has no end, what the gain makes good.
+    for (int n = 1; n + 1 < l.count(); ++n) EXPECT_NEAR(centroids[n] * l.gain, l.table[n], 1.0) << bits << " " << n;
+    EXPECT_NEAR(centroids[0] * l.gain, l.table[0], 2.0) << bits;
+    if (bits == 4) continue;  // its gain is that of the unrounded levels
+    for (double factor : {0.99, 1.01}) EXPECT_LT(distortion(l, l.gain), distortion(l, l.gain * factor)) << bits;
+  }
 }
 
 TEST(Levels, UniformGainIsOptimal) {
