@@ -30,6 +30,7 @@ struct Case {
   cases::Geometry geometry;
   int tokens, queries;
   bool sealed;
+  int bits = 4;  // of keys and of values
 };
 
 void attend(benchmark::State& state, const std::string& isa, const Case& c) {
@@ -38,6 +39,7 @@ void attend(benchmark::State& state, const std::string& isa, const Case& c) {
   shape.kv_heads = c.geometry.kv_heads;
   shape.group = c.geometry.q_heads / c.geometry.kv_heads;
   shape.dim_k = shape.dim_v = c.geometry.head_dim;
+  shape.bits = {c.bits, c.bits};
   const Held held = c.sealed ? Held::of(c.tokens) : Held{0, 0, c.tokens, 0};
   const Scene s(shape, {held}, false);
   const std::int64_t heads = c.geometry.q_heads, d = c.geometry.head_dim, T = c.queries;
@@ -88,6 +90,10 @@ const bool registered = [] {
         add(isa, {"decode", g, tokens, 1, true});
         add(isa, {"exact", g, tokens, 1, false});
       }
+      add(isa, {"decode-2-bits", g, 32768, 1, true, 2});
+      add(isa, {"decode-3-bits", g, 32768, 1, true, 3});
+      add(isa, {"decode-6-bits", g, 32768, 1, true, 6});
+      add(isa, {"decode-8-bits", g, 32768, 1, true, 8});
       add(isa, {"chunk", g, 4096, 64, true});
       add(isa, {"prefill", g, 1024, 1024, false});
     }

@@ -63,6 +63,9 @@ kv4_cache_config config_of(Input& in) {
       side->scale = in.below(2);
       side->group = 32 * in.below(2);
     }
+    constexpr std::int32_t kBits[] = {0, 2, 3, 4, 6, 8};
+    if (c.recipe.key.levels == KV4_LEVELS_LLOYD_MAX) c.bits_k = kBits[in.below(6)];
+    if (c.recipe.value.levels == KV4_LEVELS_LLOYD_MAX) c.bits_v = kBits[in.below(6)];
     c.recipe.key.mean = in.below(2);
     c.recipe.sinks = in.below(8);
     c.recipe.window = in.below(3) * 32;
@@ -76,14 +79,23 @@ kv4_cache_config config_of(Input& in) {
 // Any numbers at all in a configuration: it is refused, or makes a cache.
 void create_anything(Input& in) {
   kv4_cache_config c = config_of(in);
-  std::int32_t* const fields[] = {&c.recipe.key.rotation, &c.recipe.key.reflectors,
-                                  &c.recipe.key.group,    &c.recipe.key.levels,
-                                  &c.recipe.key.scale,    &c.recipe.key.lambda,
-                                  &c.recipe.value.mean,   &c.recipe.value.lambda,
-                                  &c.recipe.seal,         &c.recipe.sinks,
-                                  &c.recipe.window,       &c.dtype,
-                                  &c.head_dim_k,          &c.head_dim_v,
-                                  &c.sliding_window};
+  std::int32_t* const fields[] = {&c.recipe.key.rotation,
+                                  &c.recipe.key.reflectors,
+                                  &c.recipe.key.group,
+                                  &c.recipe.key.levels,
+                                  &c.recipe.key.scale,
+                                  &c.recipe.key.lambda,
+                                  &c.recipe.value.mean,
+                                  &c.recipe.value.lambda,
+                                  &c.recipe.seal,
+                                  &c.recipe.sinks,
+                                  &c.recipe.window,
+                                  &c.dtype,
+                                  &c.head_dim_k,
+                                  &c.head_dim_v,
+                                  &c.sliding_window,
+                                  &c.bits_k,
+                                  &c.bits_v};
   for (int changes = 1 + in.below(3); changes > 0; --changes)
     *fields[in.below(static_cast<int>(std::size(fields)))] = in.one_in(4) ? in.raw<std::int32_t>() : in.below(8);
   if (in.one_in(4)) c.kv_heads = in.raw<std::int16_t>();

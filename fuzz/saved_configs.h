@@ -38,6 +38,13 @@ inline std::vector<CacheConfig> saved_configs() {
   list.back().matrix_v.assign(32 * 32, 0.0f);
   for (int i = 0; i < 32; ++i) list.back().matrix_v[static_cast<std::size_t>(33 * i)] = 1.0f;
   add(Recipe::kv4(), 32, 32);
+  Recipe widths = pages;
+  widths.key.bits = 3;
+  widths.value.bits = 8;
+  add(widths, 32, 32, DType::bf16);
+  widths.key.bits = 6;
+  widths.value.bits = 2;
+  add(widths, 34, 32, DType::f16, 70);
   return list;
 }
 

@@ -1,5 +1,5 @@
 // A batch of cached sequences built from random codes and rows, as the attention kernels see it and
-// as dense tokens in float64. Pages are filled nibble by nibble through the documented order.
+// as dense tokens in float64. Pages are random bytes, read code by code through the documented order.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,15 @@
 #include "cpu/layout.h"
 #include "format/convert.h"
 #include "reference/attend.h"
+#include "reference/seal.h"
 
 namespace kv4::scene {
+
+// Bits of a code of keys and of values of the shapes made from now on. Levels of other than 4 bits are lloyd_max.
+struct Widths {
+  int k = 4, v = 4;
+};
+inline Widths widths_of_shapes;
 
 struct Shape {
   int kv_heads = 2, group = 1;  // query heads: kv_heads * group
@@ -22,6 +29,7 @@ struct Shape {
   int scale_group_k = 0, scale_group_v = 0;
   bool mean = true, lambda = true;
   LevelKind levels = LevelKind::lloyd_max;
+  Widths bits = widths_of_shapes;
   RotationKind rotation = RotationKind::srft;  // every kind but dense
   DType dtype = DType::f16;                    // of the exact rows
   double bias = 0;                             // size of the means; 0: like the keys
@@ -133,11 +141,11 @@ class Scene {
     return x;
   }
 
-  void make_side(SideSpec& side, int dim, int group, bool mean) {
+  void make_side(SideSpec& side, int dim, int group, bool mean, int bits) {
     side.dim = dim;
     side.group = group == 0 ? dim : group;
     side.groups = dim / side.group;
-    side.levels = levels(shape_.levels);
+    side.levels = levels(bits == 4 ? shape_.levels : LevelKind::lloyd_max, bits);
     side.mean = mean;
     switch (shape_.rotation) {
       case RotationKind::identity: static_cast<void>(Rotation::identity(dim, &side.rotation)); break;
@@ -151,13 +159,14 @@ class Scene {
   void make_spec() {
     if (shape_.dim_k % 2 != 0 || shape_.dim_k < kMinHeadDim || shape_.dim_v % 2 != 0 || shape_.dim_v < kMinHeadDim)
       return;
-    make_side(spec_.key, shape_.dim_k, shape_.scale_group_k, shape_.mean);
-    make_side(spec_.value, shape_.dim_v, shape_.scale_group_v, false);
+    make_side(spec_.key, shape_.dim_k, shape_.scale_group_k, shape_.mean, shape_.bits.k);
+    make_side(spec_.value, shape_.dim_v, shape_.scale_group_v, false, shape_.bits.v);
     spec_.layout = kv4_make_page_layout(
         static_cast<std::uint32_t>(shape_.dim_k), static_cast<std::uint32_t>(shape_.dim_v),
         static_cast<std::uint32_t>(spec_.key.groups), static_cast<std::uint32_t>(spec_.value.groups), shape_.mean,
         static_cast<std::uint32_t>(cpu::pad_channels(shape_.dim_k)),
-        static_cast<std::uint32_t>(cpu::pad_channels(shape_.dim_v)));
+        static_cast<std::uint32_t>(cpu::pad_channels(shape_.dim_v)), static_cast<std::uint32_t>(shape_.bits.k),
+        static_cast<std::uint32_t>(shape_.bits.v));
   }
 
   void fill_slice(cases::Random& random, int tokens, std::uint8_t* slice, std::vector<std::uint8_t>& k,
@@ -180,21 +189,26 @@ class Scene {
     for (int c = 0; c < shape_.dim_k && shape_.mean; ++c)
       put(spec_.layout.k_mean + static_cast<std::uint32_t>(c) * 2,
           (shape_.bias == 0 ? 0.3 : shape_.bias) * random.normal());
-    k.assign(static_cast<std::size_t>(kPageTokens) * shape_.dim_k / 2, 0);
-    v.assign(static_cast<std::size_t>(kPageTokens) * shape_.dim_v / 2, 0);
-    const int padded = cpu::pad_channels(shape_.dim_k);
+    k = codes_of(slice + spec_.layout.k_codes, spec_.key, true);
+    v = codes_of(slice + spec_.layout.v_codes, spec_.value, false);
+  }
+
+  // In canonical order, through the documented order of the CPU's planes (cpu/layout.h).
+  static std::vector<std::uint8_t> codes_of(const std::uint8_t* side, const SideSpec& spec, bool keys) {
+    const int bits = spec.levels.bits, first = cpu::first_plane(bits), padded = cpu::pad_channels(spec.dim);
+    std::vector<std::uint8_t> codes;
     for (int j = 0; j < kPageTokens; ++j) {
-      for (int c = 0; c < shape_.dim_k; ++c) {
-        const cpu::Nibble n = cpu::key_nibble(j, c, padded);
-        const int code = slice[spec_.layout.k_codes + n.byte] >> n.shift & 15;
-        k[static_cast<std::size_t>(j * shape_.dim_k + c) / 2] |= static_cast<std::uint8_t>(code << c % 2 * 4);
-      }
-      for (int c = 0; c < shape_.dim_v; ++c) {
-        const cpu::Nibble n = cpu::value_nibble(j, c);
-        const int code = slice[spec_.layout.v_codes + n.byte] >> n.shift & 15;
-        v[static_cast<std::size_t>(j * shape_.dim_v + c) / 2] |= static_cast<std::uint8_t>(code << c % 2 * 4);
+      for (int c = 0; c < spec.dim; ++c) {
+        const auto read = [&](const std::uint8_t* from, int plane) {
+          const cpu::Nibble n = keys ? cpu::key_place(plane, j, c, padded) : cpu::value_place(plane, j, c);
+          return from[n.byte] >> n.shift & ((1 << plane) - 1);
+        };
+        int code = read(side, first);
+        if (bits > first) code |= read(side + cpu::second_plane(bits, padded), bits - first) << first;
+        codes.push_back(static_cast<std::uint8_t>(code));
       }
     }
+    return reference::to_canonical(codes, bits);
   }
 
   // Appends [tokens][groups] numbers of one page.
@@ -205,12 +219,13 @@ class Scene {
       std::memcpy(&h, slice + at + static_cast<std::uint32_t>(group * kPageTokens + token) * 2, 2);
       return static_cast<double>(f16_to_f32(h));
     };
+    const std::vector<std::uint8_t> codes =
+        reference::from_canonical(k.data(), tokens, shape_.dim_k, spec_.key.levels.bits);
     for (int j = 0; j < tokens; ++j) {
       for (int g = 0; g < spec_.key.groups; ++g) {
         double squares = 0;
         for (int c = g * spec_.key.group; c < (g + 1) * spec_.key.group; ++c) {
-          const double level =
-              spec_.key.levels.table[k[static_cast<std::size_t>(j * shape_.dim_k + c) / 2] >> c % 2 * 4 & 15];
+          const double level = spec_.key.levels.table[codes[static_cast<std::size_t>(j * shape_.dim_k + c)]];
           squares += level * level;
         }
         steps.key_norm[static_cast<std::size_t>(head)].push_back(scale(spec_.layout.k_scales, g, j) *

@@ -121,6 +121,45 @@ KV4_INLINE typename V::F load_integers(const std::int32_t* p) {
   return V::to_float(i);
 }
 
+// How one side of a task's pages is read: its levels, Dot::block of its width by rows, where its planes lie.
+using DotBlock = void (*)(const std::uint8_t* codes, const std::uint8_t* more, int octets, const std::uint8_t* operands,
+                          const std::int32_t* start, std::size_t start_stride, const Dot::Table& table,
+                          const std::uint8_t* next, std::int32_t* sums);
+template <int R, int B>
+inline constexpr DotBlock kDotBlock = Dot::block<R, B>;
+template <int B>
+inline constexpr DotBlock kDotBlocks[kTileRows] = {kDotBlock<1, B>, kDotBlock<2, B>, kDotBlock<3, B>, kDotBlock<4, B>,
+                                                   kDotBlock<5, B>, kDotBlock<6, B>, kDotBlock<7, B>, kDotBlock<8, B>};
+
+struct PackedSide {
+  Dot::Table table;
+  const DotBlock* blocks;
+  std::size_t codes;   // bytes from a slice's first to its first plane
+  std::size_t second;  // from that to the second
+  std::size_t octet;   // bytes of 16 lanes and 8 positions in the first
+
+  PackedSide(const SideSpec& side, std::size_t at)
+      : table(Dot::table(side.levels)), codes(at), second(second_plane(side.levels.bits, pad_channels(side.dim))),
+        octet(static_cast<std::size_t>(step_bytes(first_plane(side.levels.bits)) / 2)) {
+    switch (side.levels.bits) {
+      case 2: blocks = kDotBlocks<2>; break;
+      case 3: blocks = kDotBlocks<3>; break;
+      case 6: blocks = kDotBlocks<6>; break;
+      case 8: blocks = kDotBlocks<8>; break;
+      default: blocks = kDotBlocks<4>;
+    }
+  }
+  // The sums of 16 lanes over `octets` octets, the first of them number `at` of the side's, of a page's slice.
+  template <int R>
+  KV4_INLINE void block(const std::uint8_t* slice, const std::uint8_t* next, std::size_t at, int octets,
+                        const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
+                        std::int32_t* sums) const {
+    // A second plane has half as many bits as the first.
+    const std::uint8_t *first = slice + codes + at * octet, *more = slice + codes + second + at * octet / 2;
+    blocks[R - 1](first, more, octets, operands, start, start_stride, table, next + codes + at * octet, sums);
+  }
+};
+
 struct PageAt {
   const std::uint8_t* slice;
   const std::uint8_t* next;  // the slice to prefetch
@@ -158,14 +197,11 @@ KV4_INLINE void dot_mean(const PagesTask& t, int row0, float* out) {
 }
 
 template <class V, int R>
-KV4_INLINE void score_tile(const PagesTask& t, const PageAt& page, const Dot::Table& table, int row0,
+KV4_INLINE void score_tile(const PagesTask& t, const PageAt& page, const PackedSide& keys, int row0,
                            float (&scores)[R][kPageTokens]) {
   using F = typename V::F;
-  const kv4_page_layout& layout = t.spec->layout;
   const int groups = t.spec->key.groups, padded = static_cast<int>(t.q_stride);
   const int octets = (groups == 1 ? padded : t.spec->key.group) / 8;
-  const std::uint8_t* codes = page.slice + layout.k_codes;
-  const std::uint8_t* next = page.next + layout.k_codes;
   const std::uint8_t* operands = t.q_codes + static_cast<std::size_t>(row0) * (padded / 8) * Dot::kOctetBytes;
   const std::int32_t* const start = t.q_start + row0 * groups;
   const float* const k_scale = t.k_scale;
@@ -177,9 +213,8 @@ KV4_INLINE void score_tile(const PagesTask& t, const PageAt& page, const Dot::Ta
   for (int j = 0; j < kPageTokens; j += 16) {
     for (int g = 0; g < groups; ++g) {
       const std::size_t octet = static_cast<std::size_t>(g) * octets;
-      const std::size_t at = (static_cast<std::size_t>(j / 16) * (padded / 8) + octet) * 64;
-      Dot::block<R>(codes + at, octets, operands + octet * R * Dot::kOctetBytes, start + g,
-                    static_cast<std::size_t>(groups), table, next + at, sums);
+      keys.block<R>(page.slice, page.next, static_cast<std::size_t>(j / 16) * (padded / 8) + octet, octets,
+                    operands + octet * R * Dot::kOctetBytes, start + g, static_cast<std::size_t>(groups), sums);
       KV4_UNROLL
       for (int lane = 0; lane < 16; lane += V::kLanes) {
         const F step = V::load(k_scale + g * kPageTokens + j + lane);
@@ -197,15 +232,13 @@ KV4_INLINE void score_tile(const PagesTask& t, const PageAt& page, const Dot::Ta
 
 // o += the values of the page weighted with the rows of `weights`, after o *= rescale.
 template <class V, int R>
-KV4_INLINE void add_values(const PagesTask& t, const PageAt& page, const Dot::Table& table, int row0,
+KV4_INLINE void add_values(const PagesTask& t, const PageAt& page, const PackedSide& values, int row0,
                            const float (&weights)[R][kPageTokens], const float* rescale) {
   using F = typename V::F;
   using I = typename V::I;
   constexpr int kOctets = kPageTokens / 8, kVectors = kRowLanes / V::kLanes;
   const int groups = t.spec->value.groups;
   const int channels = groups == 1 ? static_cast<int>(t.states.o_stride) : t.spec->value.group;
-  const std::uint8_t* codes = page.slice + t.spec->layout.v_codes;
-  const std::uint8_t* next = page.next + t.spec->layout.v_codes;
   const Levels& levels = t.spec->value.levels;
   const std::int64_t o_stride = t.states.o_stride;
   float* const o = t.states.o + row0 * o_stride;
@@ -244,8 +277,8 @@ KV4_INLINE void add_values(const PagesTask& t, const PageAt& page, const Dot::Ta
     KV4_UNROLL
     for (int r = 0; r < R; ++r) start[r] = Dot::start(levels, start[r]);
     for (int c = g * channels; c < (g + 1) * channels; c += 16) {
-      const std::size_t at = static_cast<std::size_t>(c / 16) * kOctets * 64;
-      Dot::block<R>(codes + at, kOctets, operands, start, 1, table, next + at, sums);
+      values.block<R>(page.slice, page.next, static_cast<std::size_t>(c / 16) * kOctets, kOctets, operands, start, 1,
+                      sums);
       KV4_UNROLL
       for (int r = 0; r < R; ++r) {
         float* const to = o + r * o_stride + c;
@@ -276,8 +309,7 @@ KV4_INLINE bool weigh_scores(const PagesTask& t, std::int64_t position, int row0
 }
 
 template <class V, int R>
-void attend_tile(const PagesTask& t, const PageAt& page, const Dot::Table& k_table, const Dot::Table& v_table,
-                 int row0) {
+void attend_tile(const PagesTask& t, const PageAt& page, const PackedSide& keys, const PackedSide& values, int row0) {
   Span spans[R];
   bool any = false;
   for (int r = 0; r < R; ++r) {
@@ -286,18 +318,18 @@ void attend_tile(const PagesTask& t, const PageAt& page, const Dot::Table& k_tab
   }
   if (!any) return;
   alignas(64) float scores[R][kPageTokens];
-  score_tile<V>(t, page, k_table, row0, scores);
+  score_tile<V>(t, page, keys, row0, scores);
   alignas(64) float rescale[kRowLanes];
   if (weigh_scores<V>(t, page.position, row0, spans, scores, rescale))
-    add_values<V>(t, page, v_table, row0, scores, rescale);
+    add_values<V>(t, page, values, row0, scores, rescale);
 }
 
 template <class V, int R = kTileRows>
-void attend_few(const PagesTask& t, const PageAt& page, const Dot::Table& k_table, const Dot::Table& v_table, int row,
+void attend_few(const PagesTask& t, const PageAt& page, const PackedSide& keys, const PackedSide& values, int row,
                 int rows) {
   if constexpr (R > 1)
-    if (rows < R) return attend_few<V, R - 1>(t, page, k_table, v_table, row, rows);
-  attend_tile<V, R>(t, page, k_table, v_table, row);
+    if (rows < R) return attend_few<V, R - 1>(t, page, keys, values, row, rows);
+  attend_tile<V, R>(t, page, keys, values, row);
 }
 
 // The queries as operands, tile by tile.
@@ -367,7 +399,7 @@ inline void widen_values(const PagesTask& t, const PageAt& page) {
 
 template <class V>
 void attend_pages(const PagesTask& t) {
-  const Dot::Table k_table = Dot::table(t.spec->key.levels), v_table = Dot::table(t.spec->value.levels);
+  const PackedSide keys(t.spec->key, t.spec->layout.k_codes), values(t.spec->value, t.spec->layout.v_codes);
   const int tiles = (t.rows + kTileRows - 1) / kTileRows;
   prepare_queries<V>(t, tiles);
   for (int p = t.first; p < t.last; ++p) {
@@ -377,7 +409,7 @@ void attend_pages(const PagesTask& t) {
     widen_values<V>(t, page);
     for (int i = 0; i < tiles; ++i) {
       const TileAt tile = tile_at(t, i, tiles);
-      attend_few<V>(t, page, k_table, v_table, tile.row, tile.rows);
+      attend_few<V>(t, page, keys, values, tile.row, tile.rows);
       page.next = page.slice;
     }
   }

@@ -3,8 +3,8 @@
 //
 // The sums are those of attend_pages.inl, in the same integers: q_c = 256 h + l, h and l in int8, against the levels
 // as they are, which are int8 too. The first operand holds the h of up to kTileRows query rows, and under them their l.
-// 64 bytes of codes (layout.h) are, nibble by nibble, two rows of the second operand, 4 positions of 16 lanes each, so
-// that unpacking permutes nothing. Soft cap, mask and softmax are the code of the other path. The levels of one piece,
+// A register of codes (layout.h) is a row of the second operand, 4 positions of 16 lanes, so that unpacking permutes
+// nothing, whatever the width. Soft cap, mask and softmax are the code of the other path. The levels of one piece,
 // 4 KiB, are unpacked before it is multiplied: a tile load waits for stores to reach L1, and the little that a page
 // needs stays there. Several tiles keep a page's levels, unpacked once for all.
 //
@@ -25,20 +25,38 @@ constexpr int kPieceBytes = kMatrixBlocks * kOperandBytes;
 constexpr int kMostPages = 2;  // that one softmax serves
 constexpr int kPairRows = 4;   // most rows with which it serves two
 
-// Codes of `blocks` blocks of 16 lanes, `octets` <= 8 times 64 bytes each: what is multiplied with one first operand.
+// Codes of `blocks` blocks of 16 lanes, `octets` <= 8 octets of positions each, an even number: what is multiplied with
+// one first operand.
 struct Piece {
-  std::size_t codes;   // bytes from the slice's first
-  std::size_t stride;  // bytes between blocks
+  std::size_t codes;   // bytes from the slice's first, in the first plane
+  std::size_t more;    // alike, in the second
+  std::size_t stride;  // bytes between blocks in the first plane; half as many in the second
   int blocks, octets;
+};
+
+// Where the planes of a side lie.
+struct PieceSide {
+  std::size_t codes, second, octet;  // as PackedSide's
+
+  PieceSide(const SideSpec& side, std::size_t at)
+      : codes(at), second(second_plane(side.levels.bits, pad_channels(side.dim))),
+        octet(static_cast<std::size_t>(step_bytes(first_plane(side.levels.bits)) / 2)) {}
+  // `blocks` blocks, each `stride` octets behind the last; the first octet is number `at` of the side's.
+  Piece piece(std::size_t at, std::size_t stride, int blocks, int octets) const {
+    return {codes + at * octet, codes + second + at * octet / 2, stride * octet, blocks, octets};
+  }
 };
 
 // A page's pieces: those of the keys, [groups, steps], then those of the values, [groups, rounds].
 struct Pieces {
   int key_octets, steps, keys;  // of a group; of a group; of all
   int value_blocks, rounds, values;
-  std::size_t key_codes, key_stride, value_codes;
+  int key_bits, value_bits;
+  std::size_t key_stride;  // octets between blocks
+  PieceSide key_side, value_side;
 
-  explicit Pieces(const PageSpec& spec) {
+  explicit Pieces(const PageSpec& spec)
+      : key_side(spec.key, spec.layout.k_codes), value_side(spec.value, spec.layout.v_codes) {
     const SideSpec &key = spec.key, &value = spec.value;
     key_octets = (key.groups == 1 ? pad_channels(key.dim) : key.group) / 8;
     steps = (key_octets + 7) / 8;
@@ -46,20 +64,20 @@ struct Pieces {
     value_blocks = (value.groups == 1 ? pad_channels(value.dim) : value.group) / 16;
     rounds = (value_blocks + kMatrixBlocks - 1) / kMatrixBlocks;
     values = value.groups * rounds;
-    key_codes = spec.layout.k_codes;
-    key_stride = static_cast<std::size_t>(pad_channels(key.dim)) * 8;
-    value_codes = spec.layout.v_codes;
+    key_bits = key.levels.bits;
+    value_bits = value.levels.bits;
+    key_stride = static_cast<std::size_t>(pad_channels(key.dim)) / 8;
   }
   Piece key(int i) const {
     const int first = i % steps * 8;
-    return {key_codes + static_cast<std::size_t>(i / steps * key_octets + first) * 64, key_stride, kPageTokens / 16,
-            std::min(8, key_octets - first)};
+    return key_side.piece(static_cast<std::size_t>(i / steps * key_octets + first), key_stride, kPageTokens / 16,
+                          std::min(8, key_octets - first));
   }
   Piece value(int i) const {
-    constexpr std::size_t kBlockBytes = kPageTokens / 2 * 16;
+    constexpr int kOctets = kPageTokens / 8;
     const int first = i % rounds * kMatrixBlocks;
-    return {value_codes + static_cast<std::size_t>(i / rounds * value_blocks + first) * kBlockBytes, kBlockBytes,
-            std::min(kMatrixBlocks, value_blocks - first), kPageTokens / 8};
+    return value_side.piece(static_cast<std::size_t>((i / rounds * value_blocks + first) * kOctets), kOctets,
+                            std::min(kMatrixBlocks, value_blocks - first), kOctets);
   }
 };
 
@@ -152,19 +170,41 @@ class NextPages {
 };
 
 // Levels of octets and blocks that a piece lacks stay what they were: they meet zeros, or their sums are not read.
-template <class Tiles>
-KV4_INLINE void unpack(const Piece& piece, const std::uint8_t* slice, typename Tiles::Table table, std::uint8_t* levels,
-                       NextPages& next) {
+template <class Tiles, int B>
+KV4_INLINE void unpack_bits(const Piece& piece, const std::uint8_t* slice, const typename Tiles::Table& table,
+                            std::uint8_t* levels, NextPages& next) {
+  constexpr int kFirst = step_bytes(first_plane(B)), kSecond = step_bytes(B - first_plane(B));
   for (int b = 0; b < piece.blocks; ++b) {
     next.fetch();
-    const std::uint8_t* const codes = slice + piece.codes + static_cast<std::size_t>(b) * piece.stride;
+    const std::size_t block = static_cast<std::size_t>(b) * piece.stride;
+    const std::uint8_t *const codes = slice + piece.codes + block, *const more = slice + piece.more + block / 2;
     std::uint8_t* const to = levels + b * kOperandBytes;
+    const auto step = [&](int s) {
+      Tiles::template unpack<B>(codes + s * kFirst, more + s * kSecond, table, to + s * 256);
+    };
     if (piece.octets == 8) {
       KV4_UNROLL
-      for (int o = 0; o < 8; ++o) Tiles::unpack(codes + o * 64, table, to + o * 128);
+      for (int s = 0; s < 4; ++s) step(s);
     } else {
-      for (int o = 0; o < piece.octets; ++o) Tiles::unpack(codes + o * 64, table, to + o * 128);
+      for (int s = 0; s < piece.octets / 2; ++s) step(s);
     }
+  }
+}
+// Code of its own: each of many kernels has that of 4 bits inlined.
+template <class Tiles, int B>
+[[gnu::noinline]] void unpack_other(const Piece& piece, const std::uint8_t* slice, const typename Tiles::Table& table,
+                                    std::uint8_t* levels, NextPages& next) {
+  unpack_bits<Tiles, B>(piece, slice, table, levels, next);
+}
+template <class Tiles>
+KV4_INLINE void unpack(const Piece& piece, int bits, const std::uint8_t* slice, const typename Tiles::Table& table,
+                       std::uint8_t* levels, NextPages& next) {
+  switch (bits) {
+    case 2: return unpack_other<Tiles, 2>(piece, slice, table, levels, next);
+    case 3: return unpack_other<Tiles, 3>(piece, slice, table, levels, next);
+    case 6: return unpack_other<Tiles, 6>(piece, slice, table, levels, next);
+    case 8: return unpack_other<Tiles, 8>(piece, slice, table, levels, next);
+    default: return unpack_bits<Tiles, 4>(piece, slice, table, levels, next);
   }
 }
 
@@ -282,7 +322,8 @@ KV4_INLINE void score_matrix(const MatrixTask<V>& task, const Pages& pages, int 
     widen_keys<V>(t, pages.page[page]);
     for (int i = 0; i < pieces.keys; ++i) {
       std::uint8_t* const levels = task.levels(page, i);
-      if (!unpacked) unpack<Tiles>(pieces.key(i), pages.page[page].slice, task.key_table, levels, next);
+      if (!unpacked)
+        unpack<Tiles>(pieces.key(i), pieces.key_bits, pages.page[page].slice, task.key_table, levels, next);
       if (i % pieces.steps == 0) clear_sums<Tiles>();
       multiply<Tiles>(task.scratch.queries + (tile * pieces.keys + i) * kOperandBytes, levels);
       if (i % pieces.steps < pieces.steps - 1) continue;
@@ -359,7 +400,7 @@ KV4_INLINE void add_matrix_values(const MatrixTask<V>& task, const Pages& pages,
     if (i % pieces.rounds == 0) prepare_weights<V>(task, pages, g, weights, units);
     for (int page = 0; page < count; ++page) {
       std::uint8_t* const levels = task.levels(page, pieces.keys + i);
-      if (!unpacked) unpack<Tiles>(piece, pages.page[page].slice, task.value_table, levels, next);
+      if (!unpacked) unpack<Tiles>(piece, pieces.value_bits, pages.page[page].slice, task.value_table, levels, next);
       if (page == 0) clear_sums<Tiles>();
       multiply<Tiles>(task.scratch.weights + page * kOperandBytes, levels);
     }

@@ -30,7 +30,7 @@ struct DequantiseScratch {
 };
 
 // scratch.quads holds the codes. mean: fp16 [d] or null; out [count, d].
-template <class Isa>
+template <class Isa, LookUp kLookUp>
 void dequantise_side(const SideSpec& spec, const std::uint8_t* scales, const std::uint8_t* mean, const float* lambda,
                      int first, int count, float* out, const DequantiseScratch& scratch) {
   using F = typename Isa::F;
@@ -42,7 +42,8 @@ void dequantise_side(const SideSpec& spec, const std::uint8_t* scales, const std
     scratch.mean[c] = mean != nullptr ? f16_to_f32(load_as<std::uint16_t>(mean + 2 * c)) : 0.0f;
   }
   for (int c = d; c < pad_channels(d); ++c) scratch.mean[c] = 0.0f;
-  const I table = load_table16<Isa>(spec.levels.table.data());
+  ByteTable<Isa, 4> table;
+  table.set(reinterpret_cast<const std::uint8_t*>(spec.levels.table.data()));
 
   for (int t = first / L * L; t < end; t += L) {
     for (int g = 0; g < spec.groups; ++g) {
@@ -51,7 +52,10 @@ void dequantise_side(const SideSpec& spec, const std::uint8_t* scales, const std
       const F scale = Isa::load_f16(halves);
       for (int c = g * spec.group; c < (g + 1) * spec.group; c += 4) {
         const I quad = load_as<I>(scratch.quads + c / 4 * kPageTokens + t);
-        const I level = SealOps::lookup16(table, quad);
+        I level;
+        if constexpr (kLookUp == LookUp::none) level = quad ^ every_byte<I>(0x80);
+        else if constexpr (kLookUp == LookUp::one) level = SealOps::lookup16(table.part[0], quad);
+        else level = table.lookup(quad);
         for (int k = 0; k < 4; ++k) {
           const F value = Isa::to_float((level << (24 - 8 * k)) >> 24);
           Isa::store(scratch.x + (c + k) * L, Isa::fma(value, scale, Isa::set1(scratch.mean[c + k])));
@@ -74,19 +78,30 @@ void dequantise_side(const SideSpec& spec, const std::uint8_t* scales, const std
 }
 
 template <class Isa>
+auto dequantise_side_of(int bits) {
+  switch (look_up_of(bits)) {
+    case LookUp::none: return dequantise_side<Isa, LookUp::none>;
+    case LookUp::four: return dequantise_side<Isa, LookUp::four>;
+    default: return dequantise_side<Isa, LookUp::one>;
+  }
+}
+
+template <class Isa>
 void dequantise(const PageSpec& spec, const std::uint8_t* slice, const float* lambda_k, const float* lambda_v,
                 int first, int count, float* k, float* v, void* scratch) {
   const kv4_page_layout& at = spec.layout;
   if (k != nullptr) {
     const DequantiseScratch parts(spec.key.dim, Isa::kLanes, scratch);
-    unpack_keys<Isa>(slice + at.k_codes, pad_channels(spec.key.dim), first, count, parts.quads);
-    dequantise_side<Isa>(spec.key, slice + at.k_scales, spec.key.mean ? slice + at.k_mean : nullptr, lambda_k, first,
-                         count, k, parts);
+    const int bits = spec.key.levels.bits;
+    unpack_of<Isa>(true, bits)(slice + at.k_codes, pad_channels(spec.key.dim), first, count, parts.quads);
+    dequantise_side_of<Isa>(bits)(spec.key, slice + at.k_scales, spec.key.mean ? slice + at.k_mean : nullptr, lambda_k,
+                                  first, count, k, parts);
   }
   if (v != nullptr) {
     const DequantiseScratch parts(spec.value.dim, Isa::kLanes, scratch);
-    unpack_values(slice + at.v_codes, pad_channels(spec.value.dim), first, count, parts.quads);
-    dequantise_side<Isa>(spec.value, slice + at.v_scales, nullptr, lambda_v, first, count, v, parts);
+    const int bits = spec.value.levels.bits;
+    unpack_of<Isa>(false, bits)(slice + at.v_codes, pad_channels(spec.value.dim), first, count, parts.quads);
+    dequantise_side_of<Isa>(bits)(spec.value, slice + at.v_scales, nullptr, lambda_v, first, count, v, parts);
   }
 }
 

@@ -10,13 +10,14 @@
 //   codes            9     fma; abs, min, convert; of each four: 4 that gather sizes as bytes, 4 for signs, 7 that
 //                          look the index up, 5 to join sign and index, store
 //   least squares    5     a quarter lookup, shift, and, convert, 2 fma
-//   pack             0.5   words of four codes
+//   pack             0.5   words of four codes; of other widths than 4 bits 1 to 2
 // Bytes at d = 128, both sides of 64 tokens: 65,536 read from fp32 rows (32,768 from 16-bit ones), 8,704
 // written. Everything between stays in (3 kLanes + 27) d floats of scratch or less, 26 KB at d = 128 with 8
 // lanes: L1, and L2 for the largest d. So instructions bound it, 24 to 27 per vector beside the rotation.
 // At d = 128 with the paper's settings 830 instructions per token in AVX2, rotation included, 230 cycles on Zen 3 (75
 // ns at 3.1 GHz); 60 ns would take 680 instructions at the same rate. With 16 lanes half as many: Zen 4, which splits
 // 512-bit operations, gains little from it, Sapphire Rapids most of it (counts, not runs).
+// At 6 bits each look-up takes 16 in place of 1, 12 more per vector; at 8 none.
 // Tried for codes: one comparison of bytes per threshold, 21 in place of the 7 that look up (83 ns).
 //
 // Bounds: |unit y| is clamped to 255 before it becomes a byte; thresholds are at most 223. sum M^2 <=
@@ -198,35 +199,67 @@ typename Isa::F measure(float* x, const float* correction, int n) {
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// Magnitudes are looked up in sixteenths: with z = |unit y| < 256 and h = z / 16, the index is
-// base[h] + (z >= threshold[h]), since no sixteenth holds two thresholds (levels.cpp).
+// Magnitudes are looked up in cells, sixteenths to 4 bits and 64 at 6: with z = |unit y| < 256 and h its cell, the
+// index is base[h] + (z >= threshold[h]), since no cell holds two thresholds (levels.cpp). At 8 bits it is what it
+// counts.
 template <class Isa>
 struct LevelVectors {
   using B = typename LaneTypes<Isa::kLanes>::B;
-  typename Isa::I base, threshold, magnitude;  // tables of lookup16
-  B tread;                                     // 1 where negative codes start one higher (mid-tread), else 0
-  float unit;
+  ByteTable<Isa, 4> base, threshold;  // the first part alone to 4 bits
+  ByteTable<Isa, 2> magnitude;
+  B half;   // the code of 0
+  B tread;  // 1 where negative codes start one higher (mid-tread), else 0
+  float unit, largest;
 
   explicit LevelVectors(const Levels& l) {
-    std::uint8_t bases[16], thresholds[16], magnitudes[16] = {};
-    for (int h = 0; h < 16; ++h) {
+    std::uint8_t bases[64] = {}, thresholds[64] = {}, magnitudes[32] = {};
+    const int cells = l.bits <= 4 ? 16 : l.bits == 6 ? 64 : 0;
+    for (int h = 0; h < cells; ++h) {
+      const int size = 256 / cells;
       int below = 0;
-      thresholds[h] = 0;
-      for (int i = 0; i < 7; ++i) {
+      bool own = false;
+      for (int i = 0; i + 1 < l.half(); ++i) {
         const int threshold_i = l.twice_threshold[i] << l.spread;
-        if (threshold_i / 16 < h) ++below;
-        if (threshold_i / 16 == h) thresholds[h] = static_cast<std::uint8_t>(threshold_i);
+        if (threshold_i / size < h) ++below;
+        if (threshold_i / size != h) continue;
+        thresholds[h] = static_cast<std::uint8_t>(threshold_i);
+        own = true;
       }
-      // Without a threshold of its own every z of the sixteenth passes 0.
-      const bool own = thresholds[h] / 16 == h && thresholds[h] != 0;
+      // Without a threshold of its own every z of the cell passes 0.
       bases[h] = static_cast<std::uint8_t>(own ? below : below - 1);
     }
-    for (int i = 0; i < 8; ++i) magnitudes[i] = l.magnitude[i];
-    base = load_table16<Isa>(bases);
-    threshold = load_table16<Isa>(thresholds);
-    magnitude = load_table16<Isa>(magnitudes);
-    tread = B{} + static_cast<std::uint8_t>(l.negative_base - 7);
+    if (cells > 0)
+      for (int i = 0; i < l.half(); ++i) magnitudes[i] = l.magnitude[i];
+    base.set(bases);
+    threshold.set(thresholds);
+    magnitude.set(magnitudes);
+    half = B{} + static_cast<std::uint8_t>(l.half());
+    tread = B{} + static_cast<std::uint8_t>(l.negative_base - l.half() + 1);
     unit = static_cast<float>(2 << l.spread);
+    largest = l.bits == 8 ? 254.0f : 255.0f;  // so that the largest index is 127
+  }
+
+  // The magnitudes' indices of bytes z.
+  template <LookUp kLookUp>
+  KV4_INLINE B index(typename Isa::I z) const {
+    using I = typename Isa::I;
+    if constexpr (kLookUp == LookUp::none) return (B)(z >> 1 & 0x7f7f7f7f) + (B)(z & 0x01010101);
+    // A comparison that holds is -1 in each byte.
+    if constexpr (kLookUp == LookUp::one) {
+      const I sixteenth = (z >> 4) & 0x0f0f0f0f;
+      return (B)SealOps::lookup16(base.part[0], sixteenth) -
+             (B)((B)z >= (B)SealOps::lookup16(threshold.part[0], sixteenth));
+    } else {
+      const I cell = (z >> 2) & 0x3f3f3f3f;
+      return (B)base.lookup(cell) - (B)((B)z >= (B)threshold.lookup(cell));
+    }
+  }
+  template <LookUp kLookUp>
+  KV4_INLINE typename Isa::I magnitudes(B index) const {
+    using I = typename Isa::I;
+    if constexpr (kLookUp == LookUp::none) return (I)index;
+    else if constexpr (kLookUp == LookUp::one) return SealOps::lookup16(magnitude.part[0], (I)index);
+    else return magnitude.lookup((I)index);
   }
 };
 
@@ -237,7 +270,7 @@ struct FitSums {
 
 // Codes of channels 0 ... 3 at x into one vector of quads; `valid` is 0xff in the bytes of channels that
 // exist.
-template <class Isa, ScaleRule kRule>
+template <class Isa, ScaleRule kRule, LookUp kLookUp>
 KV4_INLINE typename Isa::I quantise_quad(const float* x, typename Isa::F inverse, const LevelVectors<Isa>& levels,
                                          int valid, FitSums<Isa> (&sums)[2]) {
   using F = typename Isa::F;
@@ -248,18 +281,14 @@ KV4_INLINE typename Isa::I quantise_quad(const float* x, typename Isa::F inverse
   I whole[4];
   KV4_UNROLL
   for (int k = 0; k < 4; ++k) {
-    // Adding 0 makes -0 0, whose code is 8.
+    // Adding 0 makes -0 0, whose code is half.
     y[k] = Isa::fma(Isa::load(x + k * L), inverse, F{});
     size[k] = Isa::abs(y[k]);
-    whole[k] = Isa::truncate(Isa::min(size[k], Isa::set1(255.0f)));
+    whole[k] = Isa::truncate(Isa::min(size[k], Isa::set1(levels.largest)));
   }
-  const I z = SealOps::gather_bytes(whole);
-  const I sixteenth = (z >> 4) & 0x0f0f0f0f;
-  // A comparison that holds is -1 in each byte.
-  const B index = (B)SealOps::lookup16(levels.base, sixteenth) -
-                  (B)((B)z >= (B)SealOps::lookup16(levels.threshold, sixteenth));
+  const B index = levels.template index<kLookUp>(SealOps::gather_bytes(whole));
   if constexpr (kRule == ScaleRule::least_squares) {
-    const I magnitudes = SealOps::lookup16(levels.magnitude, (I)index) & valid;
+    const I magnitudes = levels.template magnitudes<kLookUp>(index) & valid;
     KV4_UNROLL
     for (int k = 0; k < 4; ++k) {
       const F m = Isa::to_float((magnitudes >> (8 * k)) & 0xff);
@@ -267,13 +296,13 @@ KV4_INLINE typename Isa::I quantise_quad(const float* x, typename Isa::F inverse
       sums[k % 2].mm = Isa::fma(m, m, sums[k % 2].mm);
     }
   }
-  // 8 + index, or negative_base - index = ~index + negative_base + 1.
+  // half + index, or negative_base - index = ~index + negative_base + 1.
   const B sign = (B)((typename LaneTypes<L>::S)SealOps::gather_signs(y) < 0);
-  return (I)((index ^ sign) + static_cast<std::uint8_t>(8) + (sign & levels.tread)) & valid;
+  return (I)((index ^ sign) + levels.half + (sign & levels.tread)) & valid;
 }
 
 // One group of n channels at x: quads and, per lane, the scale.
-template <class Isa, ScaleRule kRule>
+template <class Isa, ScaleRule kRule, LookUp kLookUp>
 typename Isa::F quantise_group(float* x, const float* correction, int n, const Levels& table,
                                const LevelVectors<Isa>& levels, typename Isa::F live, std::int32_t* quads) {
   using F = typename Isa::F;
@@ -282,7 +311,7 @@ typename Isa::F quantise_group(float* x, const float* correction, int n, const L
   const F measured = measure<Isa, kRule>(x, correction, n);
   F step;
   if constexpr (kRule == ScaleRule::abs_max) {
-    step = measured / Isa::set1(static_cast<float>(table.magnitude[7]));
+    step = measured / Isa::set1(static_cast<float>(table.top()));
   } else {
     step = Isa::sqrt(measured * Isa::set1(1.0f / static_cast<float>(n))) / Isa::set1(table.gain);
   }
@@ -293,18 +322,31 @@ typename Isa::F quantise_group(float* x, const float* correction, int n, const L
   FitSums<Isa> sums[2];
   int c = 0;
   for (; c + 4 <= n; c += 4)
-    store_as(quads + c / 4 * kPageTokens, quantise_quad<Isa, kRule>(x + c * L, inverse, levels, -1, sums));
+    store_as(quads + c / 4 * kPageTokens, quantise_quad<Isa, kRule, kLookUp>(x + c * L, inverse, levels, -1, sums));
   if (c < n)
     store_as(quads + c / 4 * kPageTokens,
-             quantise_quad<Isa, kRule>(x + c * L, inverse, levels, (1 << 8 * (n - c)) - 1, sums));
+             quantise_quad<Isa, kRule, kLookUp>(x + c * L, inverse, levels, (1 << 8 * (n - c)) - 1, sums));
   if constexpr (kRule == ScaleRule::abs_max) return step;
   const F mm = Isa::max(sums[0].mm + sums[1].mm, Isa::set1(1.0f));
   return Isa::set1(1.0f / levels.unit) * step * ((sums[0].xm + sums[1].xm) / mm);
 }
 
+template <class Isa, LookUp kLookUp>
+auto quantise_group_by(ScaleRule rule) {
+  return rule == ScaleRule::abs_max ? quantise_group<Isa, ScaleRule::abs_max, kLookUp>
+                                    : quantise_group<Isa, ScaleRule::least_squares, kLookUp>;
+}
 template <class Isa>
-void seal_side(const SealSide& s, const SealScratch& scratch,
-               void (*pack)(const std::int32_t* quads, int padded, int first, int count, std::uint8_t* codes)) {
+auto quantise_group_of(const SideSpec& spec) {
+  switch (look_up_of(spec.levels.bits)) {
+    case LookUp::none: return quantise_group_by<Isa, LookUp::none>(spec.scale);
+    case LookUp::four: return quantise_group_by<Isa, LookUp::four>(spec.scale);
+    default: return quantise_group_by<Isa, LookUp::one>(spec.scale);
+  }
+}
+
+template <class Isa>
+void seal_side(const SealSide& s, const SealScratch& scratch, PackCodes pack) {
   using F = typename Isa::F;
   constexpr int L = Isa::kLanes;
   const SideSpec& spec = *s.spec;
@@ -315,6 +357,7 @@ void seal_side(const SealSide& s, const SealScratch& scratch,
   std::int32_t* const tail = scratch.quads + (d + 3) / 4 * kPageTokens;
   std::memset(tail, 0, static_cast<std::size_t>(padded / 4 - (d + 3) / 4) * kPageTokens * sizeof *tail);
   const LevelVectors<Isa> levels(spec.levels);
+  const auto quantise = quantise_group_of<Isa>(spec);
   const auto load = spec.mean ? load_block_of<Isa, true>(s.dtype) : load_block_of<Isa, false>(s.dtype);
 
   for (int t = s.first / L * L; t < end; t += L) {
@@ -338,8 +381,6 @@ void seal_side(const SealSide& s, const SealScratch& scratch,
       std::int32_t* quads = scratch.quads + c / 4 * kPageTokens + t;
       float* x = scratch.x + c * L;
       const F lanes = Isa::load(live);
-      const auto quantise = spec.scale == ScaleRule::abs_max ? quantise_group<Isa, ScaleRule::abs_max>
-                                                             : quantise_group<Isa, ScaleRule::least_squares>;
       const F scale = quantise(x, correction, spec.group, spec.levels, levels, lanes, quads);
       alignas(64) std::uint16_t halves[L];
       Isa::store_f16(halves, scale);
@@ -371,9 +412,9 @@ void seal(const PageSpec& spec, const SealJob& job, int head, std::uint8_t* slic
   const kv4_page_layout& at = spec.layout;
   seal_side<Isa>(
       side(spec.key, job.k, job.k_head_stride, job.k_stride, job.lambda_k, at.k_codes, at.k_scales, at.k_mean),
-      SealScratch(spec.key.dim, Isa::kLanes, scratch), pack_keys<Isa>);
+      SealScratch(spec.key.dim, Isa::kLanes, scratch), pack_of<Isa>(true, spec.key.levels.bits));
   seal_side<Isa>(side(spec.value, job.v, job.v_head_stride, job.v_stride, job.lambda_v, at.v_codes, at.v_scales, 0),
-                 SealScratch(spec.value.dim, Isa::kLanes, scratch), pack_values);
+                 SealScratch(spec.value.dim, Isa::kLanes, scratch), pack_of<Isa>(false, spec.value.levels.bits));
 }
 
 template <class Isa>

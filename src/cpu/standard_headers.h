@@ -26,6 +26,8 @@
 #include "cpu/attend.h"
 #include "cpu/isa.h"
 #include "cpu/layout.h"
+#include "cpu/level_table.h"
 #include "cpu/rotate.h"
 #include "cpu/rotate_f64.h"
+#include "cpu/steps.h"
 #include "cpu/vec.h"

@@ -17,6 +17,14 @@
 
 #define KV4_INLINE inline __attribute__((always_inline))
 
+// A function whose callers may know nothing of its body: GCC 12 at -O3 finds no effect in some that write through their
+// arguments by vectors, and drops the calls.
+#if defined(__clang__)
+#define KV4_OPAQUE __attribute__((noinline))
+#else
+#define KV4_OPAQUE __attribute__((noipa))
+#endif
+
 // Before a loop of constant bounds over an array of vectors: the array lives in registers only where
 // the loop is unrolled, at any optimisation level.
 #define KV4_UNROLL _Pragma("GCC unroll 32")

@@ -137,7 +137,7 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
   const std::int64_t queries = call.args.q.shape[2];
   std::vector<double> inverse;
   if (s.spec().key.rotation) inverse = s.spec().key.rotation->inverse_f64();
-  const double top_level = s.shape().levels == LevelKind::uniform ? 7 : 127;
+  const double top_level = s.spec().value.levels.bits == 8 ? 128 : s.spec().value.levels.top();
   std::vector<double> all;
   std::size_t weight_row = 0, row = 0;
   for (int b = 0; b < s.batch(); ++b) {

@@ -120,6 +120,18 @@ inline std::vector<Case> every_case() {
   Recipe plain;
   plain.key = {.rotation = RotationKind::srht, .mean = false, .lambda = LambdaMode::none};
   plain.value = {.rotation = RotationKind::identity};
+  Recipe widths;
+  widths.key.bits = 3;
+  widths.value.bits = 6;
+  list.push_back({"keys of 3 bits, values of 6", config_of(widths, 2, 64, 80, DType::f16), 2, {0, 7}});
+  widths.key.bits = 8;
+  widths.value.bits = 2;
+  list.push_back({"keys of 8 bits, values of 2", config_of(widths, 2, 96, 64, DType::f32, 150), 2, {0, 7}});
+  Recipe arrival = Recipe::paper();
+  arrival.key.levels = arrival.value.levels = LevelKind::lloyd_max;
+  arrival.key.bits = 6;
+  arrival.value.bits = 3;
+  list.push_back({"arrival, keys of 6 bits, values of 3", config_of(arrival, 2, 64, 80), 2, {0, 7}});
   list.push_back({"no lambda, no mean", config_of(plain, 1, 96, 96, DType::f16), 4, {0}});
   return list;
 }
@@ -214,9 +226,10 @@ class Twins {
     const auto groups = [](const SideRecipe& side, int dim) {
       return static_cast<std::size_t>(side.group == 0 ? 1 : dim / side.group);
     };
-    std::vector<std::uint8_t> codes(static_cast<std::size_t>(kPageTokens * (dk + dv) / 2));
+    const auto k = static_cast<std::size_t>(kPageTokens / 8 * key.bits * dk);
+    std::vector<std::uint8_t> codes(k + static_cast<std::size_t>(kPageTokens / 8 * value.bits * dv));
     std::vector<std::uint16_t> scales((groups(key, dk) + groups(value, dv)) * kPageTokens);
-    const std::size_t k = static_cast<std::size_t>(kPageTokens * dk / 2), ks = groups(key, dk) * kPageTokens;
+    const std::size_t ks = groups(key, dk) * kPageTokens;
     const std::span<std::uint8_t> all(codes);
     const std::span<std::uint16_t> all_scales(scales);
     EXPECT_TRUE(c.page_codes(row, page, head, all.first(k), all.subspan(k)).ok());

@@ -56,10 +56,11 @@ struct Side {
   ScaleRule scale = ScaleRule::least_squares;
   bool mean = false;
   bool lambda = false;
+  int bits = 4;
 };
 inline std::ostream& operator<<(std::ostream& o, const Side& s) {
   return o << "d " << s.dim << " rotation " << int(s.rotation) << " group " << s.group << " levels " << int(s.levels)
-           << " scale " << int(s.scale) << " mean " << s.mean << " lambda " << s.lambda;
+           << " scale " << int(s.scale) << " mean " << s.mean << " lambda " << s.lambda << " bits " << s.bits;
 }
 
 inline SideSpec make_side(const Side& s) {
@@ -68,7 +69,7 @@ inline SideSpec make_side(const Side& s) {
   spec.group = s.group == 0 ? s.dim : s.group;
   spec.groups = s.dim / spec.group;
   spec.rotation = make_rotation(s.rotation, s.dim);
-  spec.levels = levels(s.levels);
+  spec.levels = levels(s.levels, s.bits);
   spec.scale = s.scale;
   spec.mean = s.mean;
   return spec;
@@ -79,7 +80,8 @@ inline PageSpec make_page(const Side& key, const Side& value) {
   p.key = make_side(key);
   p.value = make_side(value);
   p.layout = kv4_make_page_layout(key.dim, value.dim, p.key.groups, p.value.groups, key.mean,
-                                  cpu::pad_channels(key.dim), cpu::pad_channels(value.dim));
+                                  cpu::pad_channels(key.dim), cpu::pad_channels(value.dim),
+                                  static_cast<std::uint32_t>(key.bits), static_cast<std::uint32_t>(value.bits));
   return p;
 }
 
@@ -170,6 +172,15 @@ struct Case {
 inline std::ostream& operator<<(std::ostream& o, const Case& c) {
   return o << "key " << c.key << "; value " << c.value << "; " << name_of(c.dtype) << " bias " << c.bias << " sigma "
            << c.sigma << " masked " << c.masked;
+}
+
+// The case at other widths, the n-th of them.
+inline Case at_width(Case c, int n) {
+  constexpr int kBits[] = {2, 3, 6, 8};
+  c.key.bits = kBits[n % 4];
+  c.value.bits = kBits[(n / 4 + n + 1) % 4];
+  c.key.levels = c.value.levels = LevelKind::lloyd_max;
+  return c;
 }
 
 struct Inputs {

@@ -210,6 +210,38 @@ TEST(Save, AnotherConfigurationIsRefusedByName) {
           "kv_heads: expected 1; got 2");
 }
 
+// Version 4 is for widths alone: a cache of 4 bits goes on being written as before, for readers who know no other.
+TEST(Save, WidthsAreOfVersionFour) {
+  const auto version = [](const Bytes& bytes) { return static_cast<int>(bytes[8]); };
+  const auto saved_with = [](int key, int value, std::vector<std::int32_t> starts) {
+    Recipe recipe;
+    recipe.key.bits = key;
+    recipe.value.bits = value;
+    Twins t({"widths", config_of(recipe, 1, 64, 64), 2, std::move(starts)}, 8);
+    t.append(300);
+    t.attend();
+    return save(t.cache(0));
+  };
+  const Bytes four = saved_with(4, 4, {0}), wide = saved_with(3, 4, {0}), other = saved_with(4, 8, {0});
+  EXPECT_EQ(version(four), 2);
+  EXPECT_EQ(version(wide), 4);
+  EXPECT_EQ(version(other), 4);
+  const auto refusal = [](int key, int value, const Bytes& bytes) {
+    Recipe recipe;
+    recipe.key.bits = key;
+    recipe.value.bits = value;
+    auto cache = create(config_of(recipe, 1, 64, 64));
+    const Status status = load(*cache, bytes);
+    EXPECT_EQ(cache->batch(), status.ok() ? 1 : 0);
+    return status.message();
+  };
+  EXPECT_EQ(refusal(4, 4, wide), "recipe.key.bits: expected 4; got 3");
+  EXPECT_EQ(refusal(3, 4, four), "recipe.key.bits: expected 3; got 4");
+  EXPECT_EQ(refusal(4, 4, other), "recipe.value.bits: expected 4; got 8");
+  EXPECT_EQ(refusal(3, 8, other), "recipe.key.bits: expected 3; got 4");
+  EXPECT_EQ(refusal(3, 4, wide), "");
+}
+
 TEST(Save, WhatSinkAndSourceSayIsPassedOn) {
   Twins t({"passed on", config_of(Recipe(), 1, 64, 64)}, 7);
   t.append(200);

@@ -18,13 +18,16 @@ using namespace saved;
 // Small caches with every kind of block between them.
 std::vector<Case> small_cases() {
   using sessions::with;
-  Recipe arrival = Recipe::paper();
+  Recipe arrival = Recipe::paper(), widths = with(1, 0);
+  widths.key.bits = 3;
+  widths.value.bits = 6;
   return {{"before the first page", config_of(with(1, 0), 1, 32, 32, DType::bf16), 1, {0, 2}},
           {"pages", config_of(with(1, 0), 1, 32, 32, DType::bf16), 1, {2, 0}},
           {"exact", config_of(Recipe::exact(), 1, 2, 3), 1, {0, 1}},
           {"arrival", config_of(arrival, 1, 32, 32), 1, {0, 2}},
           {"sliding window", config_of(with(1, 0), 1, 32, 32, DType::bf16, 70), 1, {0, 2}},
           {"sliding window, arrival", config_of(arrival, 1, 32, 32, DType::bf16, 70), 1, {0}},
+          {"widths", config_of(widths, 1, 32, 32, DType::bf16), 1, {2, 0}},
           {"sliding window, exact", config_of(Recipe::exact(), 1, 2, 3, DType::f32, 40), 1, {0}}};
 }
 
@@ -96,9 +99,9 @@ TEST(SaveDamage, MagicAndVersionAreNamed) {
   bytes[0] = std::byte{'K'};
   EXPECT_EQ(load(*cache, bytes).message(), "saved magic: expected kv4cache; got other bytes: this is no saved cache");
   bytes = good;
-  for (const int version : {0, 4}) {
+  for (const int version : {0, 5}) {
     bytes[8] = static_cast<std::byte>(version);
-    EXPECT_EQ(load(*cache, bytes).message(), "saved version: expected 1 to 3; got " + std::to_string(version));
+    EXPECT_EQ(load(*cache, bytes).message(), "saved version: expected 1 to 4; got " + std::to_string(version));
   }
 }
 

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -42,23 +43,32 @@ void run_seal(const cpu::Kernels& kernels, const PageSpec& spec, const SealJob& 
 }
 
 Codes read_codes(const PageSpec& spec, const std::uint8_t* slice) {
-  std::vector<std::uint8_t> k(32 * spec.key.dim), v(32 * spec.value.dim);
+  const int bits_k = spec.key.levels.bits, bits_v = spec.value.levels.bits;
+  std::vector<std::uint8_t> k(8 * bits_k * spec.key.dim), v(8 * bits_v * spec.value.dim);
   cpu::codes_to_canonical(spec, slice, k.data(), v.data());
-  return {reference::from_canonical(k.data(), kPageTokens, spec.key.dim),
-          reference::from_canonical(v.data(), kPageTokens, spec.value.dim)};
+  return {reference::from_canonical(k.data(), kPageTokens, spec.key.dim, bits_k),
+          reference::from_canonical(v.data(), kPageTokens, spec.value.dim, bits_v)};
 }
-void check_padding(const PageSpec& spec, const std::uint8_t* slice) {
-  const int padded = cpu::pad_channels(spec.key.dim);
+// Padded channels hold code 0 in every plane.
+void check_padding(const SideSpec& spec, const std::uint8_t* side, bool keys) {
+  const int bits = spec.levels.bits, padded = cpu::pad_channels(spec.dim);
   for (int j = 0; j < kPageTokens; ++j) {
-    for (int c = spec.key.dim; c < padded; ++c) {
-      const cpu::Nibble at = cpu::key_nibble(j, c, padded);
-      ASSERT_EQ(slice[spec.layout.k_codes + at.byte] >> at.shift & 15, 0);
-    }
-    for (int c = spec.value.dim; c < cpu::pad_channels(spec.value.dim); ++c) {
-      const cpu::Nibble at = cpu::value_nibble(j, c);
-      ASSERT_EQ(slice[spec.layout.v_codes + at.byte] >> at.shift & 15, 0);
+    for (int c = spec.dim; c < padded; ++c) {
+      const auto place = [&](int plane) {
+        return keys ? cpu::key_place(plane, j, c, padded) : cpu::value_place(plane, j, c);
+      };
+      const int first = cpu::first_plane(bits);
+      const cpu::Nibble at = place(first);
+      ASSERT_EQ(side[at.byte] >> at.shift & ((1 << first) - 1), 0);
+      if (bits == first) continue;
+      const cpu::Nibble more = place(bits - first);
+      ASSERT_EQ(side[cpu::second_plane(bits, padded) + more.byte] >> more.shift & ((1 << (bits - first)) - 1), 0);
     }
   }
+}
+void check_padding(const PageSpec& spec, const std::uint8_t* slice) {
+  check_padding(spec.key, slice + spec.layout.k_codes, true);
+  check_padding(spec.value, slice + spec.layout.v_codes, false);
 }
 
 void check_case(const Case& c) {
@@ -109,6 +119,7 @@ TEST(Seal, MatchesReference) {
         c.masked = n % 3 == 1;
         c.bias = n % 2 == 0 ? 20 : 350;
         check_case(c);
+        check_case(at_width(c, n));
         if (HasFatalFailure()) return;
       }
     }
@@ -117,6 +128,7 @@ TEST(Seal, MatchesReference) {
 
 // A common bias far above the spread costs no accuracy: what is left after the mean keeps its own.
 TEST(Seal, LargeKeyBias) {
+  int n = 0;
   for (int d : cases::kHeadDims) {
     for (double sigma : {0.01, 0.1, 1.0, 10.0}) {
       for (DType dtype : kDTypes) {
@@ -135,6 +147,7 @@ TEST(Seal, LargeKeyBias) {
         c.bias = 350;
         c.sigma = sigma;
         check_case(c);
+        check_case(at_width(c, n++));
         if (HasFatalFailure()) return;
       }
     }
@@ -146,10 +159,12 @@ TEST(Seal, MaskedRowsReachNothing) {
     Case c;
     c.key = {d, RotationKind::srft, 0, LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
     c.value.dim = d;
-    for (DType dtype : kDTypes) {
+    for (int n = 0; n < 6; ++n) {
+      const DType dtype = kDTypes[n % 3];
       c.dtype = dtype;
       c.masked = true;
-      const Inputs in(c);
+      const Inputs in(n < 3 ? c : at_width(c, n + (d == 46 ? 1 : 0)));
+      const int zero_k = in.spec.key.levels.half(), zero_v = in.spec.value.levels.half();
       for (const cpu::Kernels* kernels : runnable()) {
         SCOPED_TRACE(kernels->name);
         Guarded a(in.spec.layout.head_bytes), b(in.spec.layout.head_bytes);
@@ -166,7 +181,7 @@ TEST(Seal, MaskedRowsReachNothing) {
           if (in.skip[j] == 0) continue;
           EXPECT_EQ(read_u16(a.data() + in.spec.layout.k_scales + 2 * j, 1)[0], 0);
           EXPECT_EQ(read_u16(a.data() + in.spec.layout.v_scales + 2 * j, 1)[0], 0);
-          for (int i = 0; i < d; ++i) ASSERT_TRUE(codes.key[j * d + i] == 8 && codes.value[j * d + i] == 8);
+          for (int i = 0; i < d; ++i) ASSERT_TRUE(codes.key[j * d + i] == zero_k && codes.value[j * d + i] == zero_v);
         }
         // Nothing but masked rows: mean, scales and codes of zero.
         SealJob none = in.job();
@@ -191,15 +206,17 @@ TEST(Seal, MaskedRowsReachNothing) {
 // Tokens that arrive one by one or in pieces make the same bytes as a whole page, and change nothing
 // of their neighbours.
 TEST(Seal, PiecesMakeTheWholePage) {
-  for (int d : {34, 80, 128}) {
+  for (int n = 0; n < 15; ++n) {
+    const int d = std::array{34, 80, 128}[static_cast<std::size_t>(n % 3)];
     Case c;
     c.key = {d, RotationKind::srft, d == 128 ? 32 : 0, LevelKind::uniform, ScaleRule::abs_max, false, true};
     c.value = {d == 34 ? 46 : d, RotationKind::srft, 0, LevelKind::lloyd_max, ScaleRule::least_squares, false, false};
     c.dtype = d == 80 ? DType::f16 : DType::f32;
     c.masked = d == 128;
+    if (n >= 3) c = at_width(c, n);
     const Inputs in(c);
     for (const cpu::Kernels* kernels : runnable()) {
-      SCOPED_TRACE(testing::Message() << kernels->name << " d " << d);
+      SCOPED_TRACE(testing::Message() << kernels->name << ": " << c);
       Guarded whole(in.spec.layout.head_bytes);
       std::memset(whole.data(), 0, whole.size());
       run_seal(*kernels, in.spec, in.job(), whole.data());
@@ -217,7 +234,7 @@ TEST(Seal, PiecesMakeTheWholePage) {
         ASSERT_EQ(std::memcmp(whole.data(), pieces.data(), whole.size()), 0) << "pieces of " << split[0];
       }
       for (const auto& [first, count] : {std::pair{0, 1}, {3, 2}, {13, 30}, {40, 24}, {63, 1}}) {
-        Guarded slice(in.spec.layout.head_bytes);  // every nibble 0xa or 0x5
+        Guarded slice(in.spec.layout.head_bytes);  // every byte 0xa5
         const Codes before = read_codes(in.spec, slice.data());
         run_seal(*kernels, in.spec, in.job(first, count), slice.data());
         ASSERT_TRUE(slice.intact());
@@ -322,7 +339,7 @@ void check_error(const SideSpec& spec, const reference::Sealed& r, const std::ve
                  const std::vector<double>& lambda, const std::vector<float>& got) {
   const int d = spec.dim;
   const std::vector<double> rotation = spec.rotation->matrix_f64();
-  const int lowest = spec.levels.negative_base == 8 ? 1 : 0;
+  const int lowest = spec.levels.negative_base == spec.levels.half() ? 1 : 0;
   for (int j = 0; j < kPageTokens; ++j) {
     for (int i = 0; i < d; ++i) {
       double x = mean.empty() ? 0.0 : -f16_to_f32(mean[i]), size = std::abs(x);
@@ -336,9 +353,9 @@ void check_error(const SideSpec& spec, const reference::Sealed& r, const std::ve
       const int code = codes[static_cast<std::size_t>(j) * d + i];
       const double level = spec.levels.table[code], step = r.step[s];
       const double exact = r.x[static_cast<std::size_t>(j) * d + i];
-      const double gap = std::max(code < 15 ? spec.levels.table[code + 1] - level : 0.0,
+      const double gap = std::max(code + 1 < spec.levels.count() ? spec.levels.table[code + 1] - level : 0.0,
                                   code > lowest ? level - spec.levels.table[code - 1] : 0.0);
-      const double beyond = std::max(0.0, std::abs(exact) - step * spec.levels.magnitude[7]);
+      const double beyond = std::max(0.0, std::abs(exact) - step * spec.levels.top());
       const double fit = std::abs(f16_to_f32(scales[s]) - step) * std::abs(level);
       const double bound = step * gap * (0.5 + kBoundary) + beyond + fit + d * 0x1p-24 * size;
       ASSERT_LE(std::abs(x - exact), bound) << "token " << j << " channel " << i;
@@ -361,33 +378,37 @@ TEST(Dequantise, ErrorsStayWithinTheFormat) {
                n % 2 == 1};
       c.value = {d, rotation, 0, LevelKind::lloyd_max, ScaleRule::least_squares, false, n % 3 == 1};
       c.dtype = kDTypes[n % 3];
-      const Inputs in(c);
-      const kv4_page_layout& at = in.spec.layout;
-      const std::vector<double> lk(in.lambda_k.begin(), in.lambda_k.end()), lv(in.lambda_v.begin(), in.lambda_v.end());
-      for (const cpu::Kernels* kernels : runnable()) {
-        SCOPED_TRACE(testing::Message() << kernels->name << ": " << c);
-        Guarded slice(at.head_bytes);
-        run_seal(*kernels, in.spec, in.job(), slice.data());
-        const Codes codes = read_codes(in.spec, slice.data());
-        const auto ks = read_u16(slice.data() + at.k_scales, in.spec.key.groups * kPageTokens);
-        const auto vs = read_u16(slice.data() + at.v_scales, in.spec.value.groups * kPageTokens);
-        const auto mean = in.mean(slice.data());
-        const Dequantised all = run_dequantise(*kernels, in, slice.data(), 0, kPageTokens);
-        check_dequantised(in.spec.key, codes.key, ks, mean, lk, 0, kPageTokens, all.k);
-        check_dequantised(in.spec.value, codes.value, vs, {}, lv, 0, kPageTokens, all.v);
-        if (HasFatalFailure()) return;
-        for (const auto& [first, count] : {std::pair{0, 1}, {3, 2}, {13, 30}, {40, 24}, {63, 1}}) {
-          const Dequantised part = run_dequantise(*kernels, in, slice.data(), first, count);
-          EXPECT_TRUE(std::equal(part.k.begin(), part.k.end(), all.k.begin() + first * d));
-          EXPECT_TRUE(std::equal(part.v.begin(), part.v.end(), all.v.begin() + first * d));
+      for (const Case& width : {c, at_width(c, n), at_width(c, n + 2)}) {
+        c = width;
+        const Inputs in(c);
+        const kv4_page_layout& at = in.spec.layout;
+        const std::vector<double> lk(in.lambda_k.begin(), in.lambda_k.end()),
+            lv(in.lambda_v.begin(), in.lambda_v.end());
+        for (const cpu::Kernels* kernels : runnable()) {
+          SCOPED_TRACE(testing::Message() << kernels->name << ": " << c);
+          Guarded slice(at.head_bytes);
+          run_seal(*kernels, in.spec, in.job(), slice.data());
+          const Codes codes = read_codes(in.spec, slice.data());
+          const auto ks = read_u16(slice.data() + at.k_scales, in.spec.key.groups * kPageTokens);
+          const auto vs = read_u16(slice.data() + at.v_scales, in.spec.value.groups * kPageTokens);
+          const auto mean = in.mean(slice.data());
+          const Dequantised all = run_dequantise(*kernels, in, slice.data(), 0, kPageTokens);
+          check_dequantised(in.spec.key, codes.key, ks, mean, lk, 0, kPageTokens, all.k);
+          check_dequantised(in.spec.value, codes.value, vs, {}, lv, 0, kPageTokens, all.v);
+          if (HasFatalFailure()) return;
+          for (const auto& [first, count] : {std::pair{0, 1}, {3, 2}, {13, 30}, {40, 24}, {63, 1}}) {
+            const Dequantised part = run_dequantise(*kernels, in, slice.data(), first, count);
+            EXPECT_TRUE(std::equal(part.k.begin(), part.k.end(), all.k.begin() + first * d));
+            EXPECT_TRUE(std::equal(part.v.begin(), part.v.end(), all.v.begin() + first * d));
+          }
+          const auto rk = reference::seal(in.spec.key, in.k->exact.data(), kPageTokens, nullptr,
+                                          lk.empty() ? nullptr : lk.data(), mean.empty() ? nullptr : mean.data());
+          const auto rv = reference::seal(in.spec.value, in.v->exact.data(), kPageTokens, nullptr,
+                                          lv.empty() ? nullptr : lv.data());
+          check_error(in.spec.key, rk, codes.key, ks, mean, lk, all.k);
+          check_error(in.spec.value, rv, codes.value, vs, {}, lv, all.v);
+          if (HasFatalFailure()) return;
         }
-        const auto rk = reference::seal(in.spec.key, in.k->exact.data(), kPageTokens, nullptr,
-                                        lk.empty() ? nullptr : lk.data(), mean.empty() ? nullptr : mean.data());
-        const auto rv =
-            reference::seal(in.spec.value, in.v->exact.data(), kPageTokens, nullptr, lv.empty() ? nullptr : lv.data());
-        check_error(in.spec.key, rk, codes.key, ks, mean, lk, all.k);
-        check_error(in.spec.value, rv, codes.value, vs, {}, lv, all.v);
-        if (HasFatalFailure()) return;
       }
     }
   }

@@ -69,10 +69,19 @@ struct Tiles {
   }
   using Table = const Levels*;
   static Table table(const Levels& levels) { return &levels; }
-  static void unpack(const std::uint8_t* codes, Table table, std::uint8_t* to) {
-    for (int i = 0; i < 64; ++i) {
-      to[i] = static_cast<std::uint8_t>(table->table[codes[i] & 15]);
-      to[64 + i] = static_cast<std::uint8_t>(table->table[codes[i] >> 4]);
+  template <int B>
+  static void unpack(const std::uint8_t* codes, const std::uint8_t* more, Table table, std::uint8_t* to) {
+    constexpr int kFirst = cpu::first_plane(B), kSecond = B - kFirst;
+    const auto read = [](int plane, const std::uint8_t* from, int lane, int position) {
+      const cpu::Nibble at = cpu::plane_place(plane, 0, lane, position, cpu::kStepPositions);
+      return from[at.byte] >> at.shift & ((1 << plane) - 1);
+    };
+    for (int lane = 0; lane < 16; ++lane) {
+      for (int i = 0; i < cpu::kStepPositions; ++i) {
+        int code = read(kFirst, codes, lane, i);
+        if constexpr (kSecond > 0) code |= read(kSecond, more, lane, i) << kFirst;
+        to[i / 4 * 64 + lane * 4 + i % 4] = static_cast<std::uint8_t>(table->table[static_cast<std::size_t>(code)]);
+      }
     }
   }
 

@@ -26,6 +26,7 @@
 
 #include <immintrin.h>
 
+#include "cpu/amx/unpack.h"
 #include "cpu/attend.h"
 #include "cpu/target.h"
 #include "cpu/vec.h"
@@ -66,16 +67,32 @@ struct Tiles {
     _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, l));
   }
 
-  // Levels by their codes, four times over: vpermb takes the low six bits of an index, whatever is above the code.
-  using Table = __m512i;
-  static KV4_INLINE Table table(const Levels& levels) {
-    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels.table.data())));
-  }
-  // 64 bytes of codes to the levels of the low nibbles, and then those of the high ones.
-  static KV4_INLINE void unpack(const std::uint8_t* codes, Table table, std::uint8_t* to) {
-    const __m512i w = _mm512_loadu_si512(codes);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi8(w, table));
-    _mm512_storeu_si512(to + 64, _mm512_permutexvar_epi8(_mm512_srli_epi16(w, 4), table));
+  // Levels by their codes: vpermb takes the low six bits of an index, whatever is above the code.
+  using Table = LevelTable;
+  static KV4_INLINE Table table(const Levels& levels) { return level_table(levels, 0); }
+  // A step of 16 positions of 16 lanes (layout.h), `codes` of its first plane and `more` of its second, to 256 bytes of
+  // levels, 4 positions in each 64.
+  template <int B>
+  static KV4_INLINE void unpack(const std::uint8_t* codes, const std::uint8_t* more, const Table& table,
+                                std::uint8_t* to) {
+    if constexpr (B == 4) {
+      const __m512i levels = whole512(table);
+      KV4_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const __m512i w = _mm512_loadu_si512(codes + 64 * i);
+        _mm512_storeu_si512(to + 128 * i, _mm512_permutexvar_epi8(w, levels));
+        _mm512_storeu_si512(to + 128 * i + 64, _mm512_permutexvar_epi8(_mm512_srli_epi16(w, 4), levels));
+      }
+    } else {
+      Unpack<B> unpack(table);
+      unpack.load(codes, more);
+      // Codes of 8 bits are 128 more than their levels.
+      const __m512i offset = avx512::byte512(B == 8 ? 0x80 : 0);
+      _mm512_storeu_si512(to, _mm512_xor_si512(unpack.template bytes<0>(), offset));
+      _mm512_storeu_si512(to + 64, _mm512_xor_si512(unpack.template bytes<1>(), offset));
+      _mm512_storeu_si512(to + 128, _mm512_xor_si512(unpack.template bytes<2>(), offset));
+      _mm512_storeu_si512(to + 192, _mm512_xor_si512(unpack.template bytes<3>(), offset));
+    }
   }
 
   template <int kTile>

@@ -12,6 +12,7 @@
 
 #include <immintrin.h>
 
+#include "cpu/avx2/unpack.h"
 #include "cpu/vec.h"
 #include "recipe/levels.h"
 
@@ -21,13 +22,8 @@ struct Dot {
   static constexpr int kLimit = 32512;
   static constexpr int kAccumulators = 12;
 
-  struct Table {
-    __m256i levels;  // L[n] - L[0], 0 ... 254, in both halves
-  };
-  static KV4_INLINE Table table(const Levels& l) {
-    const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(l.table.data()));
-    return {_mm256_broadcastsi128_si256(_mm_sub_epi8(t, _mm_set1_epi8(l.table[0])))};
-  }
+  using Table = LevelTable;  // L[n] - L[0], 0 ... 254
+  static KV4_INLINE Table table(const Levels& l) { return level_table(l, l.table[0]); }
   static KV4_INLINE std::int32_t start(const Levels& l, std::int32_t sum) { return l.table[0] * sum; }
 
   // Pairs of int16, each repeated over a register: positions (0, 2), (4, 6), (1, 3), (5, 7) of each 8, the
@@ -48,14 +44,15 @@ struct Dot {
   }
 
   // Sums wrap modulo 2^32 on the way; the result does not overflow (portable/dot.h).
-  template <int R>
-  [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                                      const std::int32_t* start, std::size_t start_stride, const Table& table,
-                                      const std::uint8_t* next, std::int32_t* sums) {
-    const __m256i nibble = _mm256_set1_epi16(15);
+  template <int R, int B>
+  [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
+                                      const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+    using Steps = kv4::cpu::Steps<B, B == 4>;
     // With few rows the latency of the additions binds: each row then has several sums.
     constexpr int kChains = R == 1 ? 4 : R <= 3 ? 2 : 1;
-    for (int half = 0; half < 2; ++half, codes += 32) {
+    Pairs<B> pairs(table);
+    for (int half = 0; half < 2; ++half) {
       __m256i acc[kChains][R];
       KV4_UNROLL
       for (int c = 0; c < kChains; ++c) {
@@ -63,13 +60,13 @@ struct Dot {
         for (int r = 0; r < R; ++r) acc[c][r] = c == 0 ? _mm256_set1_epi32(start[r * start_stride]) : __m256i{};
       }
       const std::uint8_t* operand = operands;
-      for (int o = 0; o < octets; ++o, operand += R * kOctetBytes) {
-        if (half == 0) _mm_prefetch(reinterpret_cast<const char*>(next + o * 64), _MM_HINT_T1);
-        const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + o * 64));
-        step<R>(acc[0], _mm256_and_si256(w, nibble), table, operand);
-        step<R>(acc[1 % kChains], _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble), table, operand + 32);
-        step<R>(acc[2 % kChains], _mm256_and_si256(_mm256_srli_epi16(w, 8), nibble), table, operand + 64);
-        step<R>(acc[3 % kChains], _mm256_srli_epi16(w, 12), table, operand + 96);
+      pairs.begin(half);
+      for (int o = 0; o < octets; o += Steps::kOctets) {
+        if (half == 0) Steps::prefetch(next, more - codes, o);
+        pairs.load(Steps::first(codes, o), Steps::second(more, o));
+        octet<0>(acc, pairs, operand);
+        if constexpr (Steps::kOctets == 2) octet<1>(acc, pairs, operand + R * kOctetBytes);
+        operand += Steps::kOctets * R * kOctetBytes;
       }
       KV4_UNROLL
       for (int r = 0; r < R; ++r) {
@@ -82,9 +79,15 @@ struct Dot {
   }
 
  private:
+  template <int kOctet, int kChains, int R, class Pairs>
+  static KV4_INLINE void octet(__m256i (&acc)[kChains][R], Pairs& pairs, const std::uint8_t* operand) {
+    step(acc[0], pairs.template levels<4 * kOctet>(), operand);
+    step(acc[1 % kChains], pairs.template levels<4 * kOctet + 1>(), operand + 32);
+    step(acc[2 % kChains], pairs.template levels<4 * kOctet + 2>(), operand + 64);
+    step(acc[3 % kChains], pairs.template levels<4 * kOctet + 3>(), operand + 96);
+  }
   template <int R>
-  static KV4_INLINE void step(__m256i (&acc)[R], __m256i index, const Table& table, const std::uint8_t* operand) {
-    const __m256i levels = _mm256_shuffle_epi8(table.levels, index);
+  static KV4_INLINE void step(__m256i (&acc)[R], __m256i levels, const std::uint8_t* operand) {
     KV4_UNROLL
     for (int r = 0; r < R; ++r) {
       const __m256i pairs = _mm256_load_si256(reinterpret_cast<const __m256i*>(operand + r * kOctetBytes));

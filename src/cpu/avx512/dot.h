@@ -10,6 +10,7 @@
 
 #include <immintrin.h>
 
+#include "cpu/avx512/unpack.h"
 #include "cpu/vec.h"
 #include "recipe/levels.h"
 
@@ -20,13 +21,8 @@ struct Dot {
   static constexpr int kAccumulators = 24;
   static constexpr int kOctetBytes = 16;
 
-  struct Table {
-    __m512i levels;  // L[n] - L[0], 0 ... 254, in all four quarters
-  };
-  static KV4_INLINE Table table(const Levels& l) {
-    const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(l.table.data()));
-    return {_mm512_broadcast_i32x4(_mm_sub_epi8(t, _mm_set1_epi8(l.table[0])))};
-  }
+  using Table = LevelTable;  // L[n] - L[0], 0 ... 254
+  static KV4_INLINE Table table(const Levels& l) { return level_table(l, l.table[0]); }
   static KV4_INLINE std::int32_t start(const Levels& l, std::int32_t sum) { return l.table[0] * sum; }
 
   // Each 8 positions: 8 bytes of h, then 8 bytes of l.
@@ -39,20 +35,20 @@ struct Dot {
   }
 
   // (high << 8) + low + start wraps modulo 2^32; the result does not overflow (portable/dot.h).
-  // high and low themselves stay below 512 * 254 * 128 < 2^25.
-  template <int R>
-  [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                                      const std::int32_t* start, std::size_t start_stride, const Table& table,
-                                      const std::uint8_t* next, std::int32_t* sums) {
-    products<R>(codes, octets, operands, start, start_stride, table, next, sums);
+  // high and low themselves stay below 512 * 255 * 128 < 2^25.
+  template <int R, int B>
+  [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
+                                      const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+    products<R, B, Unpack<B>>(codes, more, octets, operands, start, start_stride, table, next, sums);
   }
   // The same, part of its caller: for instruction sets that add to this one.
-  template <int R>
-  static KV4_INLINE void products(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                                  const std::int32_t* start, std::size_t start_stride, const Table& table,
-                                  const std::uint8_t* next, std::int32_t* sums) {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    // With few rows the latency of vpdpbusd binds: the two nibbles then have sums of their own.
+  template <int R, int B, class Unpack>
+  static KV4_INLINE void products(const std::uint8_t* codes, const std::uint8_t* more, int octets,
+                                  const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
+                                  const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+    using Steps = kv4::cpu::Steps<B, B == 4>;
+    // With few rows the latency of vpdpbusd binds: the two halves of an octet then have sums of their own.
     constexpr int kChains = R <= 4 ? 2 : 1;
     __m512i high[kChains][R], low[kChains][R];
     KV4_UNROLL
@@ -61,19 +57,14 @@ struct Dot {
       for (int r = 0; r < R; ++r) high[c][r] = low[c][r] = _mm512_setzero_si512();
     }
     const std::uint8_t* operand = operands;
-    for (int o = 0; o < octets; ++o, operand += R * kOctetBytes) {
-      _mm_prefetch(reinterpret_cast<const char*>(next + o * 64), _MM_HINT_T1);
-      const __m512i w = _mm512_loadu_si512(codes + o * 64);
-      const __m512i first = _mm512_shuffle_epi8(table.levels, _mm512_and_si512(w, nibble));
-      const __m512i second = _mm512_shuffle_epi8(table.levels, _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble));
-      KV4_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const std::uint8_t* v = operand + r * kOctetBytes;
-        add_products(high[0][r], first, v);
-        add_products(low[0][r], first, v + 8);
-        add_products(high[kChains - 1][r], second, v + 4);
-        add_products(low[kChains - 1][r], second, v + 12);
-      }
+    Unpack unpack(table);
+    for (int o = 0; o < octets; o += Steps::kOctets) {
+      Steps::prefetch(next, more - codes, o);
+      unpack.load(Steps::first(codes, o), Steps::second(more, o));
+      octet(high, low, unpack.template bytes<0>(), unpack.template bytes<1>(), operand);
+      if constexpr (Steps::kOctets == 2)
+        octet(high, low, unpack.template bytes<2>(), unpack.template bytes<3>(), operand + R * kOctetBytes);
+      operand += Steps::kOctets * R * kOctetBytes;
     }
     KV4_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -88,6 +79,18 @@ struct Dot {
   }
 
  private:
+  template <int kChains, int R>
+  static KV4_INLINE void octet(__m512i (&high)[kChains][R], __m512i (&low)[kChains][R], __m512i first, __m512i second,
+                               const std::uint8_t* operand) {
+    KV4_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const std::uint8_t* v = operand + r * kOctetBytes;
+      add_products(high[0][r], first, v);
+      add_products(low[0][r], first, v + 8);
+      add_products(high[kChains - 1][r], second, v + 4);
+      add_products(low[kChains - 1][r], second, v + 12);
+    }
+  }
   typedef std::int32_t Word __attribute__((may_alias));
 
   // sum_i levels_4l+i v_i into each lane l: _mm512_dpbusd_epi32 with the four bytes at v in every lane. The

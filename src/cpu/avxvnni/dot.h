@@ -32,47 +32,43 @@ struct Dot : avx2::Dot {
   }
 
   // (high << 8) + low + start wraps modulo 2^32; the result does not overflow (portable/dot.h).
-  // high and low themselves stay below 512 * 254 * 128 < 2^25.
-  template <int R>
-  [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                                      const std::int32_t* start, std::size_t start_stride, const Table& table,
-                                      const std::uint8_t* next, std::int32_t* sums) {
+  // high and low themselves stay below 512 * 255 * 128 < 2^25.
+  template <int R, int B>
+  [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
+                                      const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
     // Two sums a row: from six rows on they no longer fit the registers together with what unpacking takes.
     if constexpr (R > 5) {
       constexpr int kFirst = R / 2;
-      part<R, 0, kFirst>(codes, octets, operands, start, start_stride, table, next, sums);
-      part<R, kFirst, R>(codes, octets, operands, start, start_stride, table, codes, sums);
+      part<R, B, 0, kFirst>(codes, more, octets, operands, start, start_stride, table, next, sums);
+      part<R, B, kFirst, R>(codes, more, octets, operands, start, start_stride, table, codes, sums);
     } else {
-      part<R, 0, R>(codes, octets, operands, start, start_stride, table, next, sums);
+      part<R, B, 0, R>(codes, more, octets, operands, start, start_stride, table, next, sums);
     }
   }
 
  private:
   // Rows [kBegin, kEnd) of R.
-  template <int R, int kBegin, int kEnd>
-  static KV4_INLINE void part(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                              const std::int32_t* start, std::size_t start_stride, const Table& table,
-                              const std::uint8_t* next, std::int32_t* sums) {
+  template <int R, int B, int kBegin, int kEnd>
+  static KV4_INLINE void part(const std::uint8_t* codes, const std::uint8_t* more, int octets,
+                              const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
+                              const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+    using Steps = kv4::cpu::Steps<B, B == 4>;
     constexpr int kRows = kEnd - kBegin;
-    const __m256i nibble = _mm256_set1_epi8(15);
-    for (int half = 0; half < 2; ++half, codes += 32) {
+    avx2::Unpack<B> unpack(table);
+    for (int half = 0; half < 2; ++half) {
       __m256i high[kRows], low[kRows];
       KV4_UNROLL
       for (int r = 0; r < kRows; ++r) high[r] = low[r] = _mm256_setzero_si256();
       const std::uint8_t* operand = operands + kBegin * kOctetBytes;
-      for (int o = 0; o < octets; ++o, operand += R * kOctetBytes) {
-        if (half == 0) _mm_prefetch(reinterpret_cast<const char*>(next + o * 64), _MM_HINT_T1);
-        const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + o * 64));
-        const __m256i first = _mm256_shuffle_epi8(table.levels, _mm256_and_si256(w, nibble));
-        const __m256i second = _mm256_shuffle_epi8(table.levels, _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble));
-        KV4_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          const __m256i* v = reinterpret_cast<const __m256i*>(operand + r * kOctetBytes);
-          high[r] = _mm256_dpbusd_avx_epi32(high[r], first, _mm256_load_si256(v));
-          high[r] = _mm256_dpbusd_avx_epi32(high[r], second, _mm256_load_si256(v + 1));
-          low[r] = _mm256_dpbusd_avx_epi32(low[r], first, _mm256_load_si256(v + 2));
-          low[r] = _mm256_dpbusd_avx_epi32(low[r], second, _mm256_load_si256(v + 3));
-        }
+      unpack.begin(half);
+      for (int o = 0; o < octets; o += Steps::kOctets) {
+        if (half == 0) Steps::prefetch(next, more - codes, o);
+        unpack.load(Steps::first(codes, o), Steps::second(more, o));
+        octet(high, low, unpack.template bytes<0>(), unpack.template bytes<1>(), operand);
+        if constexpr (Steps::kOctets == 2)
+          octet(high, low, unpack.template bytes<2>(), unpack.template bytes<3>(), operand + R * kOctetBytes);
+        operand += Steps::kOctets * R * kOctetBytes;
       }
       KV4_UNROLL
       for (int r = 0; r < kRows; ++r) {
@@ -80,6 +76,18 @@ struct Dot : avx2::Dot {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + (kBegin + r) * 16 + half * 8),
                             _mm256_add_epi32(sum, _mm256_set1_epi32(start[(kBegin + r) * start_stride])));
       }
+    }
+  }
+  template <int kRows>
+  static KV4_INLINE void octet(__m256i (&high)[kRows], __m256i (&low)[kRows], __m256i first, __m256i second,
+                               const std::uint8_t* operand) {
+    KV4_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const __m256i* v = reinterpret_cast<const __m256i*>(operand + r * kOctetBytes);
+      high[r] = _mm256_dpbusd_avx_epi32(high[r], first, _mm256_load_si256(v));
+      high[r] = _mm256_dpbusd_avx_epi32(high[r], second, _mm256_load_si256(v + 1));
+      low[r] = _mm256_dpbusd_avx_epi32(low[r], first, _mm256_load_si256(v + 2));
+      low[r] = _mm256_dpbusd_avx_epi32(low[r], second, _mm256_load_si256(v + 3));
     }
   }
 };

@@ -24,14 +24,15 @@ namespace kv4::cpu::i8mm {
 // NEON's table, limits and operands.
 struct Dot : neon::Dot {
   // |high| and |low| stay below 512 * 127 * 128 < 2^23, the result within int32 (portable/dot.h).
-  template <int R>
-  [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                                      const std::int32_t* start, std::size_t start_stride, const Table& table,
-                                      const std::uint8_t* next, std::int32_t* sums) {
-    if constexpr (R == 1) return products<R>(codes, octets, operands, start, start_stride, table, next, sums);
+  template <int R, int B>
+  [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
+                                      const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+    if constexpr (R == 1) return products<R, B>(codes, more, octets, operands, start, start_stride, table, next, sums);
+    using Steps = kv4::cpu::Steps<B, B == 4>;
     constexpr int kColumns = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // of 16 bytes, at a time: 16 sums at most
-    const uint8x16_t nibble = vdupq_n_u8(15);
-    for (int column = 0; column < 4; column += kColumns, codes += 16 * kColumns) {
+    const neon::Unpack<B> unpack(table);
+    for (int column = 0; column < 4; column += kColumns) {
       // Lanes: h and l of the first token, h and l of the second.
       int32x4_t first[kColumns][R], second[kColumns][R];
       KV4_UNROLL
@@ -39,26 +40,14 @@ struct Dot : neon::Dot {
         KV4_UNROLL
         for (int r = 0; r < R; ++r) first[c][r] = second[c][r] = vdupq_n_s32(0);
       }
-      for (int o = 0; o < octets; ++o) {
-        if (column == 0) __builtin_prefetch(next + o * 64);
-        int8x16_t tokens01[kColumns], tokens23[kColumns];
+      for (int o = 0; o < octets; o += Steps::kOctets) {
+        if (column == 0) Steps::prefetch(next, more - codes, o);
+        typename neon::Unpack<B>::Codes w[kColumns];
         KV4_UNROLL
-        for (int c = 0; c < kColumns; ++c) {
-          const uint8x16_t w = vld1q_u8(codes + o * 64 + c * 16);
-          const int32x4_t low = vreinterpretq_s32_s8(vqtbl1q_s8(table.levels, vandq_u8(w, nibble)));
-          const int32x4_t high = vreinterpretq_s32_s8(vqtbl1q_s8(table.levels, vshrq_n_u8(w, 4)));
-          tokens01[c] = vreinterpretq_s8_s32(vzip1q_s32(low, high));
-          tokens23[c] = vreinterpretq_s8_s32(vzip2q_s32(low, high));
-        }
-        KV4_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const int8x16_t v = vreinterpretq_s8_u8(vld1q_u8(operands + (o * R + r) * kOctetBytes));
-          KV4_UNROLL
-          for (int c = 0; c < kColumns; ++c) {
-            first[c][r] = vmmlaq_s32(first[c][r], tokens01[c], v);
-            second[c][r] = vmmlaq_s32(second[c][r], tokens23[c], v);
-          }
-        }
+        for (int c = 0; c < kColumns; ++c)
+          w[c] = unpack.load(Steps::first(codes, o), Steps::second(more, o), column + c);
+        octet<0>(unpack, w, first, second, operands + o * R * kOctetBytes);
+        if constexpr (Steps::kOctets == 2) octet<1>(unpack, w, first, second, operands + (o + 1) * R * kOctetBytes);
       }
       KV4_UNROLL
       for (int r = 0; r < R; ++r) {
@@ -68,6 +57,30 @@ struct Dot : neon::Dot {
           const int32x4_t sum = vaddq_s32(vshlq_n_s32(high, 8), low);
           vst1q_s32(sums + r * 16 + (column + c) * 4, vaddq_s32(sum, vdupq_n_s32(start[r * start_stride])));
         }
+      }
+    }
+  }
+
+ private:
+  template <int kOctet, class Unpack, int kColumns, int R>
+  static KV4_INLINE void octet(const Unpack& unpack, const typename Unpack::Codes (&w)[kColumns],
+                               int32x4_t (&first)[kColumns][R], int32x4_t (&second)[kColumns][R],
+                               const std::uint8_t* operands) {
+    int8x16_t tokens01[kColumns], tokens23[kColumns];
+    KV4_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      const int32x4_t low = vreinterpretq_s32_u8(unpack.template bytes<2 * kOctet>(w[c]));
+      const int32x4_t high = vreinterpretq_s32_u8(unpack.template bytes<2 * kOctet + 1>(w[c]));
+      tokens01[c] = vreinterpretq_s8_s32(vzip1q_s32(low, high));
+      tokens23[c] = vreinterpretq_s8_s32(vzip2q_s32(low, high));
+    }
+    KV4_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const int8x16_t v = vreinterpretq_s8_u8(vld1q_u8(operands + r * kOctetBytes));
+      KV4_UNROLL
+      for (int c = 0; c < kColumns; ++c) {
+        first[c][r] = vmmlaq_s32(first[c][r], tokens01[c], v);
+        second[c][r] = vmmlaq_s32(second[c][r], tokens23[c], v);
       }
     }
   }

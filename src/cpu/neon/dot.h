@@ -11,6 +11,7 @@
 
 #include <arm_neon.h>
 
+#include "cpu/neon/unpack.h"
 #include "cpu/vec.h"
 #include "recipe/levels.h"
 
@@ -22,10 +23,8 @@ struct Dot {
   static constexpr int kOctetBytes = 16;
 
 #if defined(__ARM_FEATURE_DOTPROD)
-  struct Table {
-    int8x16_t levels;
-  };
-  static KV4_INLINE Table table(const Levels& l) { return {vld1q_s8(l.table.data())}; }
+  using Table = LevelTable;
+  static KV4_INLINE Table table(const Levels& l) { return level_table(l, 0); }
   static KV4_INLINE std::int32_t start(const Levels&, std::int32_t) { return 0; }
 
   // Each 8 positions: 8 bytes of h, then 8 bytes of l.
@@ -38,46 +37,35 @@ struct Dot {
   }
 
   // |high| and |low| stay below 512 * 127 * 128 < 2^23, the result within int32 (portable/dot.h).
-  template <int R>
-  [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                                      const std::int32_t* start, std::size_t start_stride, const Table& table,
-                                      const std::uint8_t* next, std::int32_t* sums) {
-    products<R>(codes, octets, operands, start, start_stride, table, next, sums);
+  template <int R, int B>
+  [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
+                                      const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+    products<R, B>(codes, more, octets, operands, start, start_stride, table, next, sums);
   }
   // The same, part of its caller: for instruction sets that add to this one.
-  template <int R>
-  static KV4_INLINE void products(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                                  const std::int32_t* start, std::size_t start_stride, const Table& table,
-                                  const std::uint8_t* next, std::int32_t* sums) {
+  template <int R, int B>
+  static KV4_INLINE void products(const std::uint8_t* codes, const std::uint8_t* more, int octets,
+                                  const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
+                                  const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+    using Steps = kv4::cpu::Steps<B, B == 4>;
     constexpr int kQuarters = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // 16-byte columns at a time: 16 sums at most
-    const uint8x16_t nibble = vdupq_n_u8(15);
-    for (int quarter = 0; quarter < 4; quarter += kQuarters, codes += 16 * kQuarters) {
+    const Unpack<B> unpack(table);
+    for (int quarter = 0; quarter < 4; quarter += kQuarters) {
       int32x4_t high[kQuarters][R], low[kQuarters][R];
       KV4_UNROLL
       for (int c = 0; c < kQuarters; ++c) {
         KV4_UNROLL
         for (int r = 0; r < R; ++r) high[c][r] = low[c][r] = vdupq_n_s32(0);
       }
-      for (int o = 0; o < octets; ++o) {
-        if (quarter == 0) __builtin_prefetch(next + o * 64);
-        int8x16_t first[kQuarters], second[kQuarters];
+      for (int o = 0; o < octets; o += Steps::kOctets) {
+        if (quarter == 0) Steps::prefetch(next, more - codes, o);
+        typename Unpack<B>::Codes w[kQuarters];
         KV4_UNROLL
-        for (int c = 0; c < kQuarters; ++c) {
-          const uint8x16_t w = vld1q_u8(codes + o * 64 + c * 16);
-          first[c] = vqtbl1q_s8(table.levels, vandq_u8(w, nibble));
-          second[c] = vqtbl1q_s8(table.levels, vshrq_n_u8(w, 4));
-        }
-        KV4_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const int8x16_t v = vreinterpretq_s8_u8(vld1q_u8(operands + (o * R + r) * kOctetBytes));
-          KV4_UNROLL
-          for (int c = 0; c < kQuarters; ++c) {
-            high[c][r] = vdotq_laneq_s32(high[c][r], first[c], v, 0);
-            low[c][r] = vdotq_laneq_s32(low[c][r], first[c], v, 2);
-            high[c][r] = vdotq_laneq_s32(high[c][r], second[c], v, 1);
-            low[c][r] = vdotq_laneq_s32(low[c][r], second[c], v, 3);
-          }
-        }
+        for (int c = 0; c < kQuarters; ++c)
+          w[c] = unpack.load(Steps::first(codes, o), Steps::second(more, o), quarter + c);
+        octet<0>(unpack, w, high, low, operands + o * R * kOctetBytes);
+        if constexpr (Steps::kOctets == 2) octet<1>(unpack, w, high, low, operands + (o + 1) * R * kOctetBytes);
       }
       KV4_UNROLL
       for (int r = 0; r < R; ++r) {
@@ -89,13 +77,33 @@ struct Dot {
       }
     }
   }
-#else
-  struct Table {
-    uint8x16_t levels;  // L[n] - L[0], 0 ... 254
-  };
-  static KV4_INLINE Table table(const Levels& l) {
-    return {vreinterpretq_u8_s8(vsubq_s8(vld1q_s8(l.table.data()), vdupq_n_s8(l.table[0])))};
+
+ private:
+  template <int kOctet, class Unpack, int kQuarters, int R>
+  static KV4_INLINE void octet(const Unpack& unpack, const typename Unpack::Codes (&w)[kQuarters],
+                               int32x4_t (&high)[kQuarters][R], int32x4_t (&low)[kQuarters][R],
+                               const std::uint8_t* operands) {
+    int8x16_t first[kQuarters], second[kQuarters];
+    KV4_UNROLL
+    for (int c = 0; c < kQuarters; ++c) {
+      first[c] = vreinterpretq_s8_u8(unpack.template bytes<2 * kOctet>(w[c]));
+      second[c] = vreinterpretq_s8_u8(unpack.template bytes<2 * kOctet + 1>(w[c]));
+    }
+    KV4_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const int8x16_t v = vreinterpretq_s8_u8(vld1q_u8(operands + r * kOctetBytes));
+      KV4_UNROLL
+      for (int c = 0; c < kQuarters; ++c) {
+        high[c][r] = vdotq_laneq_s32(high[c][r], first[c], v, 0);
+        low[c][r] = vdotq_laneq_s32(low[c][r], first[c], v, 2);
+        high[c][r] = vdotq_laneq_s32(high[c][r], second[c], v, 1);
+        low[c][r] = vdotq_laneq_s32(low[c][r], second[c], v, 3);
+      }
+    }
   }
+#else
+  using Table = LevelTable;  // L[n] - L[0], 0 ... 254
+  static KV4_INLINE Table table(const Levels& l) { return level_table(l, l.table[0]); }
   static KV4_INLINE std::int32_t start(const Levels& l, std::int32_t sum) { return l.table[0] * sum; }
 
   // Positions (0, 2), (4, 6), (1, 3), (5, 7) of each 8 as pairs of int16: the order in which block() unpacks.
@@ -110,41 +118,46 @@ struct Dot {
   }
 
   // Sums wrap modulo 2^32 on the way; the result does not overflow (portable/dot.h).
-  template <int R>
-  [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                                      const std::int32_t* start, std::size_t start_stride, const Table& table,
-                                      const std::uint8_t* next, std::int32_t* sums) {
-    const uint16x8_t nibble = vdupq_n_u16(15);
-    for (int quarter = 0; quarter < 4; ++quarter, codes += 16) {
+  template <int R, int B>
+  [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
+                                      const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+    using Steps = kv4::cpu::Steps<B, B == 4>;
+    const Pairs<B> unpack(table);
+    for (int quarter = 0; quarter < 4; ++quarter) {
       int32x4_t first[R], second[R];
       KV4_UNROLL
       for (int r = 0; r < R; ++r) first[r] = second[r] = vdupq_n_s32(0);
-      for (int o = 0; o < octets; ++o) {
-        if (quarter == 0) __builtin_prefetch(next + o * 64);
-        const uint16x8_t w = vreinterpretq_u16_u8(vld1q_u8(codes + o * 64));
-        const uint16x8_t index[4] = {vandq_u16(w, nibble), vandq_u16(vshrq_n_u16(w, 4), nibble),
-                                     vandq_u16(vshrq_n_u16(w, 8), nibble), vshrq_n_u16(w, 12)};
-        int16x8_t levels[4];
-        KV4_UNROLL
-        for (int i = 0; i < 4; ++i)
-          levels[i] = vreinterpretq_s16_u8(vqtbl1q_u8(table.levels, vreinterpretq_u8_u16(index[i])));
-        KV4_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const std::uint8_t* v = operands + (o * R + r) * kOctetBytes;
-          KV4_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            std::int32_t pair;
-            std::memcpy(&pair, v + 4 * i, 4);
-            const int16x8_t x = vreinterpretq_s16_s32(vdupq_n_s32(pair));
-            first[r] = vmlal_s16(first[r], vget_low_s16(levels[i]), vget_low_s16(x));
-            second[r] = vmlal_high_s16(second[r], levels[i], x);
-          }
-        }
+      for (int o = 0; o < octets; o += Steps::kOctets) {
+        if (quarter == 0) Steps::prefetch(next, more - codes, o);
+        const auto w = unpack.load(Steps::first(codes, o), Steps::second(more, o), quarter);
+        octet<0>(unpack, w, first, second, operands + o * R * kOctetBytes);
+        if constexpr (Steps::kOctets == 2) octet<1>(unpack, w, first, second, operands + (o + 1) * R * kOctetBytes);
       }
       KV4_UNROLL
       for (int r = 0; r < R; ++r)
         vst1q_s32(sums + r * 16 + quarter * 4,
                   vaddq_s32(vpaddq_s32(first[r], second[r]), vdupq_n_s32(start[r * start_stride])));
+    }
+  }
+
+ private:
+  template <int kOctet, class Pairs, int R>
+  static KV4_INLINE void octet(const Pairs& unpack, const typename Pairs::Codes& w, int32x4_t (&first)[R],
+                               int32x4_t (&second)[R], const std::uint8_t* operands) {
+    int16x8_t levels[4];
+    unpack.template levels<kOctet>(w, levels);
+    KV4_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const std::uint8_t* v = operands + r * kOctetBytes;
+      KV4_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        std::int32_t pair;
+        std::memcpy(&pair, v + 4 * i, 4);
+        const int16x8_t x = vreinterpretq_s16_s32(vdupq_n_s32(pair));
+        first[r] = vmlal_s16(first[r], vget_low_s16(levels[i]), vget_low_s16(x));
+        second[r] = vmlal_high_s16(second[r], levels[i], x);
+      }
     }
   }
 #endif

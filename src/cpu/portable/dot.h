@@ -1,6 +1,7 @@
 // Integer dot products of packed codes, in plain C++. Every other instruction set offers the same names.
 #pragma once
 
+#include "cpu/layout.h"
 #include "cpu/vec.h"
 #include "recipe/levels.h"
 
@@ -10,17 +11,18 @@ namespace kv4::cpu::portable {
 // or 16 channels of values) and several rows of v. |v_i| <= kLimit.
 struct Dot {
   // With at most 512 positions and |L| <= 127, |sum| <= 512 * 32512 * 127 < 2^31. 32512 = 127 * 256
-  // is the largest multiple of 256 below 2^15: its upper and lower byte both fit int8 after rounding.
+  // is the largest multiple of 256 below 2^15: its upper and lower byte both fit int8 after rounding. Of 8 bits code 0,
+  // which sealing never makes, reads as -128: 512 * 32512 * 128 < 2^31 still.
   static constexpr int kLimit = 32512;
   // Float registers that the exact kernel may hold sums in.
   static constexpr int kAccumulators = 8;
 
   struct Table {
-    std::int16_t levels[16];
+    std::int16_t levels[256];
   };
   static Table table(const Levels& l) {
     Table t;
-    for (int n = 0; n < 16; ++n) t.levels[n] = l.table[n];
+    for (int n = 0; n < l.count(); ++n) t.levels[n] = l.table[n];
     return t;
   }
   // What sums must start from when the table is offset; `sum` is the sum of v.
@@ -38,32 +40,46 @@ struct Dot {
     }
   }
 
-  // sums[r * 16 + lane] = start[r * start_stride] + the dot product over 8 * octets positions of row r.
-  // `next` is prefetched along.
-  template <int R>
-  [[gnu::noinline]] static void block(const std::uint8_t* codes, int octets, const std::uint8_t* operands,
-                                      const std::int32_t* start, std::size_t start_stride, const Table& table,
-                                      const std::uint8_t* next, std::int32_t* sums) {
+  // sums[r * 16 + lane] = start[r * start_stride] + the dot product over 8 * octets positions of row r, of codes of B
+  // bits, whose second plane (layout.h) begins at `more`; octets is even. `next` is prefetched along.
+  template <int R, int B>
+  [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
+                                      const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+    constexpr int kFirst = first_plane(B), kSecond = B - kFirst;
     std::int32_t acc[R][16];
     for (int r = 0; r < R; ++r)
       for (int lane = 0; lane < 16; ++lane) acc[r][lane] = start[r * start_stride];
-    for (int o = 0; o < octets; ++o, codes += 64) {
-      __builtin_prefetch(next + o * 64);
-      std::int16_t levels[8][16];
-      for (int lane = 0; lane < 16; ++lane) {
-        for (int i = 0; i < 4; ++i) {
-          levels[i][lane] = table.levels[codes[lane * 4 + i] & 15];
-          levels[4 + i][lane] = table.levels[codes[lane * 4 + i] >> 4];
+    for (int o = 0; o < octets; o += 2) {
+      for (int b = 0; b < step_bytes(kFirst); b += 64) __builtin_prefetch(next + b);
+      std::int16_t levels[16][16];
+      for (int i = 0; i < 16; ++i) {
+        for (int lane = 0; lane < 16; ++lane) {
+          unsigned code = read<kFirst>(codes, lane, i);
+          if constexpr (kSecond > 0) code |= read<kSecond>(more, lane, i) << kFirst;
+          levels[i][lane] = table.levels[code];
         }
       }
       for (int r = 0; r < R; ++r) {
-        std::int16_t v[8];
-        std::memcpy(v, operands + (o * R + r) * kOctetBytes, sizeof v);
-        for (int i = 0; i < 8; ++i)
-          for (int lane = 0; lane < 16; ++lane) acc[r][lane] += levels[i][lane] * v[i];
+        for (int half = 0; half < 2; ++half) {
+          std::int16_t v[8];
+          std::memcpy(v, operands + ((o + half) * R + r) * kOctetBytes, sizeof v);
+          for (int i = 0; i < 8; ++i)
+            for (int lane = 0; lane < 16; ++lane) acc[r][lane] += levels[8 * half + i][lane] * v[i];
+        }
       }
+      codes += step_bytes(kFirst);
+      next += step_bytes(kFirst);
+      more += step_bytes(kSecond);
     }
     std::memcpy(sums, acc, sizeof acc);
+  }
+
+ private:
+  template <int kPlane>
+  static unsigned read(const std::uint8_t* plane, int lane, int position) {
+    const Nibble at = plane_place(kPlane, 0, lane, position, kStepPositions);
+    return plane[at.byte] >> at.shift & ((1u << kPlane) - 1);
   }
 };
 

@@ -1,0 +1,58 @@
+// Codes of 16 lanes by 16 positions (layout.h) as bytes of a table, with VBMI (counts: avx512/unpack.h). Included in a
+// target region.
+#pragma once
+
+#include "cpu/avx512/unpack.h"
+
+namespace kv4::cpu::amx {
+
+using avx512::shift512;
+
+KV4_INLINE __m512i whole512(const LevelTable& t) { return _mm512_load_si512(t.levels); }
+
+template <int B>
+struct Unpack : avx512::Unpack<B> {
+  explicit KV4_INLINE Unpack(const LevelTable& t) : avx512::Unpack<B>(t) {}
+};
+
+template <>
+struct Unpack<2> {
+  __m512i table, codes{};
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(whole512(t)) {}
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) { codes = _mm512_loadu_si512(first); }
+  template <int i>
+  KV4_INLINE __m512i bytes() const {
+    return _mm512_permutexvar_epi8(shift512<2 * i>(codes), table);
+  }
+};
+
+template <>
+struct Unpack<3> : avx512::Threes {
+  __m512i table;
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(whole512(t)) {}
+  template <int i>
+  KV4_INLINE __m512i bytes() const {
+    return _mm512_permutexvar_epi8(index<i>(), table);
+  }
+};
+
+template <>
+struct Unpack<6> {
+  __m512i table, four[2]{}, two{};
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(whole512(t)) {}
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t* second) {
+    four[0] = _mm512_loadu_si512(first);
+    four[1] = _mm512_loadu_si512(first + 64);
+    two = _mm512_loadu_si512(second);
+  }
+  template <int i>
+  KV4_INLINE __m512i bytes() const {
+    return _mm512_permutexvar_epi8(
+        avx512::choose512(avx512::byte512(15), shift512<i % 2 * 4>(four[i / 2]), shift512<2 * i - 4>(two)), table);
+  }
+};
+
+}  // namespace kv4::cpu::amx

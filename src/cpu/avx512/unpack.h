@@ -1,0 +1,134 @@
+// Codes of 16 lanes by 16 positions (layout.h) as bytes L[n] - L[0], four positions of each lane a register.
+//
+// Instructions for 16 positions, beside loads; with VBMI (amx/unpack.h) a table of 64 is one vpermb, which ignores what
+// stands above an index:
+//
+//            AVX-512BW                                                          VBMI
+//   2 bits   3 shifts, 4 ands, 4 vpshufb: 11                                    3 shifts, 4 vpermb: 7
+//   3        5 shifts, 2 vpternlogd, 4 ands, 4 vpshufb: 15                      5 shifts, 2 vpternlogd, 4 vpermb: 11
+//   4        2 shifts, 4 ands, 4 vpshufb: 10                                    the same
+//   6        2 shifts, 4 ands, 8 vptestmb, 16 vpshufb, 4 blends: 34             5 shifts, 4 vpternlogd, 4 vpermb: 13
+//   8        none
+//
+// Codes of three contiguous bits by vpermb, vpmultishiftqb and vpermb take 12, and have no like without VBMI. Included
+// in a target region.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/level_table.h"
+#include "cpu/steps.h"
+
+namespace kv4::cpu::avx512 {
+
+KV4_INLINE __m512i byte512(int x) { return _mm512_set1_epi8(static_cast<char>(x)); }
+// The 16 entries of a table from `first` on, in all four quarters.
+KV4_INLINE __m512i part512(const LevelTable& t, int first = 0) {
+  return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(t.levels + first)));
+}
+template <int kShift>  // right; left where it is negative
+KV4_INLINE __m512i shift512(__m512i x) {
+  if constexpr (kShift > 0) return _mm512_srli_epi16(x, kShift);
+  else if constexpr (kShift < 0) return _mm512_slli_epi16(x, -kShift);
+  else return x;
+}
+// x where the mask is set, else y.
+KV4_INLINE __m512i choose512(__m512i mask, __m512i x, __m512i y) { return _mm512_ternarylogic_epi32(mask, x, y, 0xca); }
+
+// The two planes of 3 bits as two registers of two nibbles, whose lower three bits are codes: 4 i % 2 of register i
+// % 2.
+struct Threes {
+  // Lanes 8 to 15 have the odd bits of the second plane.
+  __m512i odd = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(1), 1), mask = byte512(0x33), nibbles[2]{};
+
+  KV4_INLINE Threes() {}
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t* second) {
+    const __m512i two = _mm512_loadu_si512(first);
+    const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
+    const __m512i one = _mm512_srlv_epi16(both, odd);
+    nibbles[0] = choose512(mask, two, shift512<-2>(one));
+    nibbles[1] = choose512(mask, shift512<2>(two), one);
+  }
+  template <int i>
+  KV4_INLINE __m512i index() const {
+    return shift512<i / 2 * 4>(nibbles[i % 2]);
+  }
+};
+
+// load of each step, then bytes<i>: positions 4 i ... 4 i + 3.
+template <int B>
+struct Unpack;
+
+template <>
+struct Unpack<2> {
+  __m512i table, mask = byte512(3), codes{};
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(part512(t)) {}
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) { codes = _mm512_loadu_si512(first); }
+  template <int i>
+  KV4_INLINE __m512i bytes() const {
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(shift512<2 * i>(codes), mask));
+  }
+};
+
+template <>
+struct Unpack<3> : Threes {
+  __m512i table;
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(part512(t)) {}
+  template <int i>
+  KV4_INLINE __m512i bytes() const {
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(index<i>(), byte512(15)));
+  }
+};
+
+template <>
+struct Unpack<4> {
+  __m512i table, mask = byte512(15), codes{};
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(part512(t)) {}
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) { codes = _mm512_loadu_si512(first); }
+  template <int i>
+  KV4_INLINE __m512i bytes() const {
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(shift512<4 * i>(codes), mask));
+  }
+};
+
+// Four tables of 16, chosen from by two bits of the second plane.
+template <>
+struct Unpack<6> {
+  __m512i table[4], four[2]{}, two{};
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) {
+    KV4_UNROLL
+    for (int n = 0; n < 4; ++n) table[n] = part512(t, 16 * n);
+  }
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t* second) {
+    four[0] = _mm512_loadu_si512(first);
+    four[1] = _mm512_loadu_si512(first + 64);
+    two = _mm512_loadu_si512(second);
+  }
+  template <int i>
+  KV4_INLINE __m512i bytes() const {
+    const __m512i low = _mm512_and_si512(shift512<i % 2 * 4>(four[i / 2]), byte512(15));
+    const __mmask64 odd = _mm512_test_epi8_mask(two, byte512(1 << 2 * i)),
+                    upper = _mm512_test_epi8_mask(two, byte512(2 << 2 * i));
+    const __m512i a = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(table[0], low), odd, table[1], low);
+    const __m512i b = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(table[2], low), odd, table[3], low);
+    return _mm512_mask_mov_epi8(a, upper, b);
+  }
+};
+
+template <>
+struct Unpack<8> {
+  const std::uint8_t* codes = nullptr;
+
+  explicit KV4_INLINE Unpack(const LevelTable&) {}
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) { codes = first; }
+  template <int i>
+  KV4_INLINE __m512i bytes() const {
+    return _mm512_loadu_si512(codes + 64 * i);
+  }
+};
+
+}  // namespace kv4::cpu::avx512

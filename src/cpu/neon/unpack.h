@@ -1,0 +1,157 @@
+// Codes of 4 lanes by 16 positions (layout.h) as bytes of a table, four positions of each lane a register. Beside loads
+// and tbl: 2 bits 3 shifts and 4 ands for 16 positions, 3 bits 6 shifts, 2 bsl, 4 ands, 4 bits 2 shifts and 2 ands, 6
+// bits 7 shifts, 4 bsl, 4 ands and tbl of four registers, 8 bits an exclusive or each.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "cpu/level_table.h"
+#include "cpu/steps.h"
+
+namespace kv4::cpu::neon {
+
+template <int kShift>  // right; left where it is negative
+KV4_INLINE uint8x16_t shift128(uint8x16_t x) {
+  if constexpr (kShift > 0) return vshrq_n_u8(x, kShift);
+  else if constexpr (kShift < 0) return vshlq_n_u8(x, -kShift);
+  else return x;
+}
+KV4_INLINE uint8x16_t low_bits(uint8x16_t x, int mask) {
+  return vandq_u8(x, vdupq_n_u8(static_cast<std::uint8_t>(mask)));
+}
+// x where the mask is set, else y.
+KV4_INLINE uint8x16_t choose128(int mask, uint8x16_t x, uint8x16_t y) {
+  return vbslq_u8(vdupq_n_u8(static_cast<std::uint8_t>(mask)), x, y);
+}
+
+// load of a step's quarter, lanes 4 quarter ... 4 quarter + 3, then bytes<i>: positions 4 i ... 4 i + 3.
+template <int B>
+struct Unpack;
+
+template <>
+struct Unpack<2> {
+  using Codes = uint8x16_t;
+  uint8x16_t table;
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(vld1q_u8(t.levels)) {}
+  KV4_INLINE Codes load(const std::uint8_t* first, const std::uint8_t*, int quarter) const {
+    return vld1q_u8(first + 16 * quarter);
+  }
+  template <int i>
+  KV4_INLINE uint8x16_t bytes(Codes w) const {
+    return vqtbl1q_u8(table, low_bits(shift128<2 * i>(w), 3));
+  }
+};
+
+// Two registers of two nibbles each: two bits of the first plane, and above them one of the second.
+template <>
+struct Unpack<3> {
+  struct Codes {
+    uint8x16_t nibbles[2];
+  };
+  uint8x16_t table;
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(vld1q_u8(t.levels)) {}
+  KV4_INLINE Codes load(const std::uint8_t* first, const std::uint8_t* second, int quarter) const {
+    const uint8x16_t two = vld1q_u8(first + 16 * quarter),
+                     one = vshlq_u8(vld1q_u8(second + quarter % 2 * 16),
+                                    vdupq_n_s8(static_cast<std::int8_t>(-(quarter / 2))));
+    return {{choose128(0x33, two, shift128<-2>(one)), choose128(0x33, shift128<2>(two), one)}};
+  }
+  template <int i>
+  KV4_INLINE uint8x16_t bytes(const Codes& w) const {
+    return vqtbl1q_u8(table, low_bits(shift128<i / 2 * 4>(w.nibbles[i % 2]), 7));
+  }
+};
+
+template <>
+struct Unpack<4> {
+  using Codes = uint8x16_t;
+  uint8x16_t table;
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(vld1q_u8(t.levels)) {}
+  KV4_INLINE Codes load(const std::uint8_t* first, const std::uint8_t*, int quarter) const {
+    return vld1q_u8(first + 16 * quarter);
+  }
+  template <int i>
+  KV4_INLINE uint8x16_t bytes(Codes w) const {
+    if constexpr (i == 0) return vqtbl1q_u8(table, low_bits(w, 15));
+    else return vqtbl1q_u8(table, vshrq_n_u8(w, 4));
+  }
+};
+
+template <>
+struct Unpack<6> {
+  struct Codes {
+    uint8x16_t four[2], two;
+  };
+  uint8x16x4_t table;
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) {
+    KV4_UNROLL
+    for (int n = 0; n < 4; ++n) table.val[n] = vld1q_u8(t.levels + 16 * n);
+  }
+  KV4_INLINE Codes load(const std::uint8_t* first, const std::uint8_t* second, int quarter) const {
+    return {{vld1q_u8(first + 16 * quarter), vld1q_u8(first + 64 + 16 * quarter)}, vld1q_u8(second + 16 * quarter)};
+  }
+  template <int i>
+  KV4_INLINE uint8x16_t bytes(const Codes& w) const {
+    const uint8x16_t low = shift128<i % 2 * 4>(w.four[i / 2]), upper = shift128<2 * i - 4>(w.two);
+    return vqtbl4q_u8(table, low_bits(choose128(15, low, upper), 63));
+  }
+};
+
+template <>
+struct Unpack<8> {
+  struct Codes {
+    uint8x16_t registers[4];
+  };
+#if defined(__ARM_FEATURE_DOTPROD)
+  static constexpr int kOffset = 128;  // levels as they are
+#else
+  static constexpr int kOffset = 0;  // less the least
+#endif
+
+  explicit KV4_INLINE Unpack(const LevelTable&) {}
+  KV4_INLINE Codes load(const std::uint8_t* first, const std::uint8_t*, int quarter) const {
+    first += 16 * quarter;
+    return {{vld1q_u8(first), vld1q_u8(first + 64), vld1q_u8(first + 128), vld1q_u8(first + 192)}};
+  }
+  template <int i>
+  KV4_INLINE uint8x16_t bytes(const Codes& w) const {
+    return veorq_u8(w.registers[i], vdupq_n_u8(kOffset));
+  }
+};
+
+#if !defined(__ARM_FEATURE_DOTPROD)
+// The same as 16-bit levels: positions (0, 2), (4, 6), (1, 3), (5, 7) of an octet.
+template <int B>
+struct Pairs : Unpack<B> {
+  explicit KV4_INLINE Pairs(const LevelTable& t) : Unpack<B>(t) {}
+  template <int kOctet>
+  KV4_INLINE void levels(const typename Unpack<B>::Codes& w, int16x8_t (&out)[4]) const {
+    const uint16x8_t a = vreinterpretq_u16_u8(this->template bytes<2 * kOctet>(w)),
+                     b = vreinterpretq_u16_u8(this->template bytes<2 * kOctet + 1>(w)), byte = vdupq_n_u16(255);
+    out[0] = vreinterpretq_s16_u16(vandq_u16(a, byte));
+    out[1] = vreinterpretq_s16_u16(vandq_u16(b, byte));
+    out[2] = vreinterpretq_s16_u16(vshrq_n_u16(a, 8));
+    out[3] = vreinterpretq_s16_u16(vshrq_n_u16(b, 8));
+  }
+};
+
+// Each nibble becomes an index whose upper byte is 0, where the level is 0.
+template <>
+struct Pairs<4> : Unpack<4> {
+  explicit KV4_INLINE Pairs(const LevelTable& t) : Unpack<4>(t) {}
+  template <int kOctet>
+  KV4_INLINE void levels(uint8x16_t codes, int16x8_t (&out)[4]) const {
+    const uint16x8_t nibble = vdupq_n_u16(15), w = vreinterpretq_u16_u8(codes);
+    const uint16x8_t index[4] = {vandq_u16(w, nibble), vandq_u16(vshrq_n_u16(w, 4), nibble),
+                                 vandq_u16(vshrq_n_u16(w, 8), nibble), vshrq_n_u16(w, 12)};
+    KV4_UNROLL
+    for (int i = 0; i < 4; ++i) out[i] = vreinterpretq_s16_u8(vqtbl1q_u8(table, vreinterpretq_u8_u16(index[i])));
+  }
+};
+#endif
+
+}  // namespace kv4::cpu::neon
