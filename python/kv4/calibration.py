@@ -18,6 +18,7 @@ import torch
 
 Tensor = torch.Tensor
 FORMAT, FORMAT_VERSION = "kv4-calibration", 2
+PACKED_WIDTHS = (2, 3, 4, 6, 8)
 _WIDTHS_VERSION = 2  # files without widths of layers are written as version 1, which older readers take
 
 
@@ -44,8 +45,8 @@ class Calibration:
     [kv_heads, d, d]. Keys of `tensors` are "layer.3.key.lambda", "layer.3.key.matrix", "layer.3.query.moments"...
 
     With widths of layers, "layer.3.widths" [budgets, 2]: bits of a key's code and of a value's (kv4.evaluate.layers)
-    for each of `budgets`, bits a value, all-in, beside `refined` tokens a page whose keys have a second row of codes.
-    The packed cache does not know them.
+    for each of `budgets`, bits a value, all-in, beside `refined` tokens a page whose keys have a second row of codes,
+    which the packed cache does not have.
 
     recipe: what it was made for. model: of identity_of. text, tokens: what it was measured on. method: how."""
 
@@ -85,13 +86,30 @@ class Calibration:
     def layers(self) -> int:
         return 1 + max((int(name.split(".")[1]) for name in self.tensors), default=-1)
 
-    def arguments(self) -> dict[str, Any]:
-        """What kv4.hf.attach and KV4Cache take: recipe and lambda_k, and lambda_v and matrices where there are any.
-        Errors: ValueError for what only the laboratory runs."""
-        if self.budgets or self.method == "oscar":
-            got = "widths of layers" if self.budgets else "rotations of OSCAR's recipe"
-            raise ValueError(f"calibration: expected lambda or matrices, for the packed cache; got {got}")
+    def why_not_packed(self, budget: float | None = None) -> str | None:
+        """What of this the packed cache does not have; None where it has all of it."""
+        if self.method == "oscar":
+            return "rotations of OSCAR's recipe"
+        if self.refined:
+            return f"{self.refined} refined tokens a page"
+        widths = {x for each in self.budgets if budget in (None, each) for pair in self.widths_of(each) for x in pair}
+        others = sorted(widths - set(PACKED_WIDTHS))
+        return f"widths of {', '.join(map(str, others))} bits" if others else None
+
+    def arguments(self, budget: float | None = None) -> dict[str, Any]:
+        """What kv4.hf.attach and KV4Cache take: recipe and lambda_k, and lambda_v and matrices where there are any;
+        with widths of layers, `bits` of the budget, which need not be named where there is one only.
+        Errors: ValueError for a budget that there is not, and for what only the laboratory runs."""
+        if self.budgets and budget is None and len(self.budgets) == 1:
+            budget = self.budgets[0]
+        if (self.budgets and budget is None) or (budget is not None and not self.budgets):
+            known = ", ".join(f"{b:g}" for b in self.budgets) or "none: it has no widths of layers"
+            raise ValueError(f"bits: expected a budget of the calibration, {known}; got {budget}")
+        if (got := self.why_not_packed(budget)) is not None:
+            raise ValueError(f"calibration: expected what the packed cache has; got {got}")
         found: dict[str, Any] = {"recipe": self.recipe}
+        if budget is not None:
+            found["bits"] = self.widths_of(budget)
         for argument, side, what in (
             ("lambda_k", "key", "lambda"), ("lambda_v", "value", "lambda"),
             ("matrix_k", "key", "matrix"), ("matrix_v", "value", "matrix"),

@@ -1,4 +1,4 @@
-"""What a cache is given for its layers: one matrix for all, or one for each."""
+"""What a cache is given for its layers: one matrix for all, or one for each; widths of each."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from kv4.messages import mismatch
+from kv4.recipe import Recipe
 
 
 def per_layer(given: Mapping[str, Any], layers: int, convert: Callable[[Any], Any]) -> list[dict[str, Any]]:
@@ -37,3 +38,31 @@ def per_layer(given: Mapping[str, Any], layers: int, convert: Callable[[Any], An
                 converted[id(entry)] = entry, matrix
             result[index][name] = converted[id(entry)][1]
     return result
+
+
+def recipes_of(recipe: Recipe, bits: Any, layers: int) -> list[Recipe]:
+    """The recipe of each layer. bits: None, (bits of keys, bits of values) of every layer in a sequence, or of some in
+    a mapping from layer index. Errors: ValueError naming what was given."""
+    if bits is None:
+        return [recipe] * layers
+    if isinstance(bits, Mapping):
+        unknown = [key for key in bits if not (isinstance(key, int) and 0 <= key < layers)]
+        if unknown:
+            raise ValueError(mismatch("bits", f"layer indices 0...{layers - 1}", unknown[0]))
+        pairs = [bits.get(index) for index in range(layers)]
+    elif isinstance(bits, Sequence) and not isinstance(bits, (str, bytes)):
+        if len(bits) != layers:
+            raise ValueError(mismatch("bits", f"one entry per layer ({layers})", len(bits)))
+        pairs = list(bits)
+    else:
+        raise ValueError(mismatch("bits", "a pair for each layer", type(bits).__name__))
+    found = []
+    for index, pair in enumerate(pairs):
+        whole = isinstance(pair, Sequence) and len(pair) == 2 and all(type(x) is int for x in pair)
+        if pair is not None and not whole:
+            raise ValueError(mismatch(f"bits[{index}]", "bits of keys and bits of values", repr(pair)))
+        try:
+            found.append(recipe if pair is None else recipe.with_bits(*pair))
+        except ValueError as error:
+            raise ValueError(f"bits[{index}]: {error}") from None
+    return found

@@ -409,7 +409,10 @@ def test_widths_of_layers_from_the_command_line(model: Path, tmp_path: Path) -> 
     quality = json.loads(data.read_text())["quality"]
     assert {"layers 2.5", "layers 4.25", "kv4", "q8_0", "int4-token", "paper", "OSCAR's recipe"} <= set(quality)
     assert quality["layers 2.5"]["kl"] > quality["layers 4.25"]["kl"] > 0
+    assert quality["layers 4.25"]["cache_bytes"] > quality["layers 2.5"]["cache_bytes"] > 0
     assert plot.read_bytes().startswith(b"\x89PNG")
+    said = succeeded("generate", model, "-p", "def f():", "-n", 8, "--calibration", layers, "--bits", 2.5)
+    assert "8 tokens" in said.stdout
     table = tmp_path / "predicted.md"
     rows = ("--rows", "kv4,layers-4.25", "--predict", "--markdown", table)
     succeeded("ablate", model, *size, *rows, "--state", tmp_path / "state")

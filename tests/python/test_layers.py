@@ -252,7 +252,7 @@ def test_losses_are_those_of_one_side_of_one_layer(tiny: tuple, measured: list) 
 def test_a_calibration_keeps_its_budgets_and_is_read_back(tiny: tuple, tmp_path: Path) -> None:
     model, windows, folder = tiny
     bits = (2.5, 3.25, 4.25)
-    made = calibrate(model, windows, bits=bits, identity=identity_of(folder), text="a text")
+    made = calibrate(model, windows, bits=bits, variant=by_layers(), identity=identity_of(folder), text="a text")
     assert made.budgets == bits and made.refined == 1 and made.tokens == 1200
     variants = [by_layers().replace(widths=made.widths_of(budget)) for budget in bits]
     for variant, budget in zip(variants, bits, strict=True):
@@ -266,8 +266,10 @@ def test_a_calibration_keeps_its_budgets_and_is_read_back(tiny: tuple, tmp_path:
     assert found["2.5"].kl > found["3.25"].kl > found["4.25"].kl > 0
     with pytest.raises(ValueError, match=r"^bits: expected a budget of the calibration, 2.5, 3.25, 4.25; got 3"):
         back.widths_of(3)
-    with pytest.raises(ValueError, match="^calibration: expected lambda or matrices, .*; got widths of layers"):
-        back.arguments()
+    with pytest.raises(
+        ValueError, match="^calibration: expected what the packed cache has; got 1 refined tokens a page"
+    ):
+        back.arguments(2.5)
     with pytest.raises(ValueError, match="^windows: expected at least 1; got 0"):
         calibrate(model, [])
 
@@ -354,7 +356,7 @@ def test_oscar_s_rotation_and_codes(tiny: tuple) -> None:
 
     model, windows, folder = tiny
     made = oscar.calibrate(model, windows[:1], identity=identity_of(folder))
-    with pytest.raises(ValueError, match="^calibration: expected lambda or matrices, .*; got rotations of OSCAR's"):
+    with pytest.raises(ValueError, match="^calibration: expected what the packed cache has; got rotations of OSCAR's"):
         made.arguments()
     found = measure_all(model, windows[1:], [Candidate("oscar", oscar.variant(64), made)])
     assert found["oscar"].kl > 0

@@ -121,8 +121,9 @@ def attention(model: Any, cache: str, recipe: Any = None) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def new_cache(model: Any, cache: str, recipe: Any = None) -> Any:
-    return DynamicCache(config=model.config) if cache == OWN else KV4Cache(model.config, recipe)
+def new_cache(model: Any, cache: str, recipe: Any = None, **given: Any) -> Any:
+    """given: what else KV4Cache takes."""
+    return DynamicCache(config=model.config) if cache == OWN else KV4Cache(model.config, recipe, **given)
 
 
 @torch.inference_mode()

@@ -161,7 +161,7 @@ def calibrate(
         str,
         typer.Option(
             help="lambda: a weight per channel. transform: the full matrix of least error of q.k. layers: bit widths "
-            "of the keys and values of each layer, which `kv4 eval --bits` simulates. oscar: that method's rotations."
+            "of the keys and values of each layer, on the CPU. oscar: that method's rotations."
         ),
     ] = "lambda",
     bits: Annotated[
@@ -172,7 +172,8 @@ def calibrate(
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
     threads: options.Threads = None,
 ) -> None:
-    """Measure lambda, or a full matrix for keys, on a text; `kv4 eval --calibration` and kv4.hf.attach take it."""
+    """Measure lambda, a full matrix for keys or widths of layers on a text; `kv4 eval` and `kv4 generate --calibration`
+    and kv4.hf.attach take it."""
     tokens = lab.whole(length, "--length", 256)
     if recipe in (*lab.SIMULATED, "exact"):
         raise ValueError(f"--recipe: expected kv4, paper or a recipe file; got {recipe}")

@@ -50,7 +50,7 @@ def quality(
         str | None,
         typer.Option(
             help="Budgets of a calibration of bit widths, in bits per value, all-in, beside kv4, q8_0, q4_0, "
-            "int4-token and paper, all simulated; --plot then draws KL against bits.",
+            "int4-token and paper; --plot then draws KL against bits.",
         ),
     ] = None,
     peer: Annotated[
@@ -75,7 +75,6 @@ def quality(
     """KL divergence, top-1 agreement and perplexity against the model's own cache."""
     budgets = lab.budgets(bits) if bits is not None else None
     if budgets is not None:
-        simulate = True
         recipe = recipe or ["kv4", "q8_0", "q4_0", "int4-token", "paper"]
     named = {name: lab.recipe(name, simulate) for name in recipe or ([] if calibration or peer else ["kv4"])}
     tokens = lab.whole(length, "--length", 4)
@@ -104,7 +103,7 @@ def quality(
     candidates = [Candidate(name, used) for name, used in named.items()]
     for file, loaded in calibrations.items():
         loaded.check_model(b.folder)
-        candidates += _calibrated(file.name, loaded, budgets, b)
+        candidates += _calibrated(file.name, loaded, budgets, b, simulate)
     found: dict[str, Any] = {}
     with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens * len(candidates) or None) as advance:
         if candidates:
@@ -141,11 +140,11 @@ def quality(
         lab.say_plot(plot)
 
 
-def _calibrated(name: str, loaded: Any, budgets: tuple[float, ...] | None, b: lab.Bench) -> list[Any]:
-    """The candidates of one calibration file."""
+def _calibrated(name: str, loaded: Any, budgets: tuple[float, ...] | None, b: lab.Bench, simulate: bool) -> list[Any]:
+    """The candidates of one file. Errors: ValueError for what only a simulation has, where none is asked for."""
     from kv4.evaluate import Candidate, oscar
     from kv4.evaluate.layers import head_dim
-    from kv4.evaluate.variant import by_layers
+    from kv4.evaluate.variant import Variant, by_layers
 
     if loaded.method == "oscar":
         return [Candidate("OSCAR's recipe", oscar.variant(head_dim(b.model)), loaded)]
@@ -153,7 +152,12 @@ def _calibrated(name: str, loaded: Any, budgets: tuple[float, ...] | None, b: la
         return [Candidate(name, loaded.recipe, loaded)]
     found = []
     for budget in budgets or loaded.budgets:
-        variant = by_layers().replace(widths=loaded.widths_of(budget), refined=loaded.refined)
+        if not simulate:
+            loaded.arguments(budget)  # refuses what the packed cache has not
+            found.append(Candidate(f"layers {budget:g}", loaded.recipe, loaded, budget))
+            continue
+        base = by_layers() if loaded.refined else Variant()
+        variant = base.replace(widths=loaded.widths_of(budget), refined=loaded.refined)
         found.append(Candidate(f"layers {budget:g}", variant, loaded))
     return found
 
@@ -164,6 +168,8 @@ def _bits_of(candidate: Any, b: lab.Bench) -> float:
     from kv4.evaluate.variant import from_recipe
 
     used = from_recipe(candidate.recipe) if isinstance(candidate.recipe, Recipe) else candidate.recipe
+    if candidate.budget is not None:
+        used = used.replace(widths=candidate.calibration.widths_of(candidate.budget))
     d = head_dim(b.model)
     return used.bits_per_value(d, d)
 

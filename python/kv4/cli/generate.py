@@ -34,6 +34,12 @@ def generate(
         ),
     ] = CacheName.kv4,
     recipe: Annotated[Path | None, typer.Option(help="A recipe file for --cache kv4.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A file of `kv4 calibrate`, with its own recipe, for --cache kv4.")
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Which budget of a calibration with widths of layers, if it has several.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
     device: options.Device = "cpu",
     dtype: Annotated[options.DType, typer.Option(help="auto: the device's fastest dtype.")] = options.DType.auto,
@@ -56,7 +62,13 @@ def generate(
     own = cache is CacheName.fp16
     if own and recipe is not None:
         raise ValueError("--recipe: expected with --cache kv4 only; got --cache fp16")
+    if calibration is not None and (cache is not CacheName.kv4 or recipe is not None or interactive):
+        raise ValueError("--calibration: expected with --cache kv4, without --recipe and --interactive; got more")
+    if bits is not None and calibration is None:
+        raise ValueError("--bits: expected with --calibration only; got none")
     used = None if own else options.load_recipe(cache.value, recipe)
+    given = {} if calibration is None else _calibrated(calibration, bits, model)
+    used = given.pop("recipe", used)
     options.set_threads(threads)
     where = options.torch_device(device)
     loaded, tokenizer = options.load(model, options.torch_dtype(dtype, where), where)
@@ -82,9 +94,9 @@ def generate(
     ids = ids.to(where)
     if ids.shape[1] == 0:
         raise ValueError("prompt: expected at least one token; got an empty text")
-    held = new_cache(loaded, OWN if own else KV4, used)
+    held = new_cache(loaded, OWN if own else KV4, used, **given)
     stream = words(tokenizer)
-    with attention(loaded, OWN if own else KV4, used):
+    with attention(loaded, OWN if own else KV4, None if given else used):
         made = loaded.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -113,6 +125,16 @@ def generate(
     out.print(summary(figures), style="dim", soft_wrap=True)
     if json_:
         write_json({**figures, "token_ids": made[0, ids.shape[1] :].tolist()}, json_)
+
+
+def _calibrated(file: Path, bits: float | None, model: str) -> dict[str, Any]:
+    """What KV4Cache takes of a calibration. Errors: ValueError or OSError naming the option."""
+    from kv4.calibration import load
+
+    try:
+        return load(file, options.model_folder(model)).arguments(bits)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"--calibration: {error}") from None
 
 
 def _settings(tokens: int, drawn: bool, temperature: float, top_p: float, top_k: int) -> dict[str, Any]:

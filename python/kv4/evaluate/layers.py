@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from kv4.calibration import Calibration
+from kv4.calibration import PACKED_WIDTHS, Calibration
 from kv4.evaluate.calibrate import Layer
 from kv4.evaluate.calibration import lambda_from_energies
 from kv4.evaluate.laboratory import _Session, seal_layer
 from kv4.evaluate.sensitivity import Rows, sensitivities
-from kv4.evaluate.variant import Variant, by_layers
+from kv4.evaluate.variant import Variant
 from kv4.evaluate.widths import WIDTHS, allocate
 from kv4.recipe import Recipe
 
@@ -99,7 +99,7 @@ def calibrate(
     progress: Callable[[int], None] | None = None,
 ) -> Calibration:
     """Lambda, and widths of every layer for each of `bits`, all-in per value, from windows of ids [1, T]. variant: what
-    they are for, kv4.evaluate.variant.by_layers() if not given. Errors: ValueError."""
+    they are for; if not given, the packed cache's own recipe and widths. Errors: ValueError."""
     if not windows:
         raise ValueError("windows: expected at least 1; got 0")
     taken = []
@@ -108,7 +108,10 @@ def calibrate(
         if progress:
             progress(ids.shape[1])
     tokens = sum(ids.shape[1] for ids in windows)
-    return from_rows(taken, bits, variant or by_layers(), head_dim(model), identity=identity, text=text, tokens=tokens)
+    about = {"identity": identity, "text": text, "tokens": tokens}
+    if variant is None:
+        return from_rows(taken, bits, Variant(), head_dim(model), PACKED_WIDTHS, **about)
+    return from_rows(taken, bits, variant, head_dim(model), **about)
 
 
 def from_rows(

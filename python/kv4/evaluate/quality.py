@@ -40,6 +40,7 @@ class Candidate:
     name: str
     recipe: Recipe | Variant
     calibration: Calibration | None = None
+    budget: float | None = None  # of a calibration's widths of layers, packed
 
     @property
     def engine(self) -> str:
@@ -57,6 +58,8 @@ class Candidate:
         if self.calibration is not None:
             sums = {name: float(x.double().sum()) for name, x in self.calibration.tensors.items()}
             found["calibration"] = digest(sums)
+        if self.budget is not None:
+            found["budget"] = self.budget
         return found
 
 
@@ -198,7 +201,7 @@ def decoder_outputs(model: Any, ids: torch.Tensor, candidate: Candidate | None, 
     if not isinstance(candidate.recipe, Recipe):
         with laboratory(model, candidate.recipe, candidate.calibration):
             return decoder(input_ids=ids, use_cache=False).last_hidden_state[0, first:-1], 0
-    given = {} if candidate.calibration is None else candidate.calibration.arguments()
+    given = {} if candidate.calibration is None else candidate.calibration.arguments(candidate.budget)
     given.pop("recipe", None)
     cache = KV4Cache(model.config, candidate.recipe, **given)
     with attention(model, KV4, None if given else candidate.recipe):

@@ -157,7 +157,7 @@ def from_recipe(recipe: Recipe) -> Variant:
 
 
 def by_layers() -> Variant:
-    """What widths of layers are chosen for (kv4.evaluate.layers): one key a page refined, lambda of the calibration,
+    """The most that widths of layers are simulated with: one key a page refined, lambda of the calibration,
     the best gain of each scale, scales and means in bytes."""
     return Variant(refined=1).replace(key__lambda_="given", both__scale="search_fine", both__stored="bytes")
 

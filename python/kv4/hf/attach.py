@@ -26,6 +26,7 @@ def attach(
     lambda_v: Any = None,
     matrix_k: Any = None,
     matrix_v: Any = None,
+    bits: Any = None,
 ) -> PreTrainedModel:
     """Switches `model` to the kv4 attention and lets it use a new KV4Cache wherever generate(), or a call of the model
     or of its decoder, would have made a dynamic cache of its own; a cache passed by the caller, `cache_implementation`
@@ -38,6 +39,7 @@ def attach(
     then as it was.
     """
     calibration = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
+    calibration["bits"] = bits
     reason = why_not(model, recipe, **calibration)
     if reason is not None:
         raise ValueError(reason)
@@ -149,7 +151,7 @@ def _dims_not_served(model: PreTrainedModel, cache: KV4Cache) -> str | None:
             continue
         constants = layer.constants
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-        case = (dim_k, dim_v, device, index if constants else None)
+        case = (dim_k, dim_v, device, layer.recipe, index if constants else None)
         if case in tried:
             continue
         tried.add(case)
@@ -157,7 +159,7 @@ def _dims_not_served(model: PreTrainedModel, cache: KV4Cache) -> str | None:
         try:
             new_core(
                 device,
-                cache.recipe,
+                layer.recipe,
                 dtype=DTYPES[model.dtype],
                 kv_heads=heads,
                 head_dim_k=dim_k,

@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionCacheLayerMixin
 
 from kv4.messages import mismatch
-from kv4.per_layer import per_layer
+from kv4.per_layer import per_layer, recipes_of
 from kv4.recipe import Recipe
 
 from . import files, report, saved
@@ -33,6 +33,8 @@ class KV4Cache(DynamicCache):
         lambda_k, lambda_v: where the recipe's lambda is "given": positive [kv_heads, head_dim], one tensor for all
             layers, or a sequence or a mapping from layer index with one per layer.
         matrix_k, matrix_v: where the recipe's rotation is "dense": [head_dim, head_dim], in the same forms.
+        bits: (bits of keys, bits of values) of each layer in place of the recipe's, a sequence with a pair for every
+            layer or a mapping from layer index; the CPU's layers alone take other than 4.
         cross_attention: for the second part of an EncoderDecoderCache: its layers take an encoder's states once, are
             sealed by the first read after that, and are read packed. Layers that the config names so
             (`cross_attention_layers`, as Mllama's does) are it in any case.
@@ -57,6 +59,7 @@ class KV4Cache(DynamicCache):
         lambda_v: Any = None,
         matrix_k: Any = None,
         matrix_v: Any = None,
+        bits: Any = None,
         cross_attention: bool = False,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
@@ -70,9 +73,10 @@ class KV4Cache(DynamicCache):
         crossing = range(len(kinds)) if cross_attention else getattr(decoder, "cross_attention_layers", None) or ()
         given = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
         constants = per_layer(given, len(kinds), _matrix)
+        recipes = recipes_of(recipe, bits, len(kinds))
         layers = [
             (KV4HybridLayer if layer_type in HYBRID_LAYER_TYPES else KV4Layer)(
-                recipe, constants=constants[i], layer_type=layer_type, cross_attention=i in crossing, **arguments
+                recipes[i], constants=constants[i], layer_type=layer_type, cross_attention=i in crossing, **arguments
             )
             if layer_type in PACKED_LAYER_TYPES
             else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments)
@@ -105,13 +109,14 @@ class KV4Cache(DynamicCache):
         """A cache that goes on where the saved one stopped.
 
         config, given (lambda_k, lambda_v, matrix_k, matrix_v): as the constructor takes them, and as the saved cache
-            had them. recipe: None takes the one in the file; any other has to be it.
+            had them. bits: None takes those in the file. recipe: None takes the one in it; any other has to be it.
         device: of the layers, or a list with one for each; it may be another than the saved cache was on.
 
         Errors: OSError; ValueError naming what differs from the saved cache, or for a damaged file; NotImplementedError
         where a device other than the CPU does not serve the saved recipe or head dims."""
         with files.reading(path) as (header, source):
             recorded = Recipe.from_dict(header["recipe"])
+            given.setdefault("bits", saved.bits_of(header["layers"]))
             cache = cls(config, recorded if recipe is None else recipe, **given)
             if (message := files.first_difference(cache.recipe.to_dict(), header["recipe"], "recipe")) is not None:
                 raise ValueError(message)

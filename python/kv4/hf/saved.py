@@ -44,6 +44,9 @@ def _entry(layer: Any, where: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
     tensors: list[torch.Tensor] = []
     if isinstance(layer, KV4Layer):
         entry = {"type": layer.layer_type, "sliding_window": layer.sliding_window, "record_past": layer.record_past}
+        bits = [layer.recipe.key.bits, layer.recipe.value.bits]
+        if bits != [4, 4]:
+            entry["bits"] = bits
         if layer.is_initialized:
             entry["dtype"] = DTYPES[layer.dtype]
             entry["dims"] = [layer.kv_heads, layer.head_dim_k, layer.head_dim_v]
@@ -51,6 +54,11 @@ def _entry(layer: Any, where: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
     if described_own := {name: described(value, f"{where}.{name}", tensors) for name, value in own.items()}:
         entry["own"] = described_own
     return entry, tensors
+
+
+def bits_of(entries: Sequence[dict[str, Any]]) -> dict[int, Any] | None:
+    """What a header's entries say of the widths of layers, as KV4Cache takes it."""
+    return {index: entry.get("bits", [4, 4]) for index, entry in enumerate(entries)} or None
 
 
 def fill(layers: Sequence[Any], entries: list[dict[str, Any]], source: Source, device: Any) -> None:
