@@ -103,8 +103,8 @@ def test_each_layer_has_its_widths_and_keeps_them_in_a_file(tiny: tuple, tmp_pat
     for given in ({}, {"bits": bits}):
         again = KV4Cache.load(file, model.config, **given)
         assert [x.recipe for x in again.packed_layers()] == [x.recipe for x in cache.packed_layers()]
-        assert again.layers[0].core.page_codes(0, 0, 0) == cache.layers[0].core.page_codes(0, 0, 0)
-    with pytest.raises(ValueError, match=r"recipe.key.bits: expected 6; got 3"):
+        assert again.layers[2].core.page_codes(0, 0, 0) == cache.layers[2].core.page_codes(0, 0, 0)
+    with pytest.raises(ValueError, match=r"layers\[0\].bits: expected \[6, 2\]; got \[3, 2\]"):
         KV4Cache.load(file, model.config, bits=[(6, 2), (4, 4), (8, 6)])
     assert logits.isfinite().all()
 

@@ -1,7 +1,7 @@
 // Codes of 8 lanes by 16 positions (layout.h) as bytes L[n] - L[0], four positions of each lane a register.
 //
 // Instructions for 16 positions, beside loads: 2 bits 3 shifts, 4 ands, 4 vpshufb; 3 bits 5 shifts, 8 ands, 2 ors, 4
-// vpshufb and 2 shifts more; 4 bits 2, 4, 4; 6 bits 10 shifts, 4 ands, 16 vpshufb, 12 vpblendvb; 8 bits none. Included
+// vpshufb; 4 bits 2, 4, 4; 6 bits 9 shifts, 4 ands, 16 vpshufb, 12 vpblendvb; 8 bits none. Included
 // in a target region.
 #pragma once
 
