@@ -137,7 +137,6 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
   const std::int64_t queries = call.args.q.shape[2];
   std::vector<double> inverse;
   if (s.spec().key.rotation) inverse = s.spec().key.rotation->inverse_f64();
-  const double top_level = s.spec().value.levels.bits == 8 ? 128 : s.spec().value.levels.top();
   std::vector<double> all;
   std::size_t weight_row = 0, row = 0;
   for (int b = 0; b < s.batch(); ++b) {
@@ -209,7 +208,8 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
                       s.steps(b).value_scale[static_cast<std::size_t>(
                           kv)][j * static_cast<std::size_t>(s.spec().value.groups) + static_cast<std::size_t>(g)]);
           }
-          const double step = largest / rounds.page_weights * top_level;
+          const Levels& levels = s.spec().value.levels;
+          const double step = largest / rounds.page_weights * (levels.bits == 8 ? 128 : levels.top());
           rounded_weights += step * step / 12 * used;
         }
         for (int c = 0; c < dv; ++c) {
