@@ -121,6 +121,19 @@ KV4_INLINE typename V::F load_integers(const std::int32_t* p) {
   return V::to_float(i);
 }
 
+// Where the codes of a side lie in a slice: blocks of 16 lanes, whose octets of positions are counted through.
+struct SidePlanes {
+  std::size_t codes;   // bytes from a slice's first to its first plane
+  std::size_t second;  // from that to the second, which has half as many bits
+  std::size_t octet;   // bytes of 16 lanes and 8 positions in the first
+
+  SidePlanes(const SideSpec& side, std::size_t at)
+      : codes(at), second(second_plane(side.levels.bits, pad_channels(side.dim))),
+        octet(static_cast<std::size_t>(step_bytes(first_plane(side.levels.bits)) / 2)) {}
+  std::size_t first_at(std::size_t i) const { return codes + i * octet; }
+  std::size_t second_at(std::size_t i) const { return codes + second + i * octet / 2; }
+};
+
 // How one side of a task's pages is read: its levels, Dot::block of its width by rows, where its planes lie.
 using DotBlock = void (*)(const std::uint8_t* codes, const std::uint8_t* more, int octets, const std::uint8_t* operands,
                           const std::int32_t* start, std::size_t start_stride, const Dot::Table& table,
@@ -131,16 +144,11 @@ template <int B>
 inline constexpr DotBlock kDotBlocks[kTileRows] = {kDotBlock<1, B>, kDotBlock<2, B>, kDotBlock<3, B>, kDotBlock<4, B>,
                                                    kDotBlock<5, B>, kDotBlock<6, B>, kDotBlock<7, B>, kDotBlock<8, B>};
 
-struct PackedSide {
+struct PackedSide : SidePlanes {
   Dot::Table table;
   const DotBlock* blocks;
-  std::size_t codes;   // bytes from a slice's first to its first plane
-  std::size_t second;  // from that to the second
-  std::size_t octet;   // bytes of 16 lanes and 8 positions in the first
 
-  PackedSide(const SideSpec& side, std::size_t at)
-      : table(Dot::table(side.levels)), codes(at), second(second_plane(side.levels.bits, pad_channels(side.dim))),
-        octet(static_cast<std::size_t>(step_bytes(first_plane(side.levels.bits)) / 2)) {
+  PackedSide(const SideSpec& side, std::size_t at) : SidePlanes(side, at), table(Dot::table(side.levels)) {
     switch (side.levels.bits) {
       case 2: blocks = kDotBlocks<2>; break;
       case 3: blocks = kDotBlocks<3>; break;
@@ -154,9 +162,7 @@ struct PackedSide {
   KV4_INLINE void block(const std::uint8_t* slice, const std::uint8_t* next, std::size_t at, int octets,
                         const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
                         std::int32_t* sums) const {
-    // A second plane has half as many bits as the first.
-    const std::uint8_t *first = slice + codes + at * octet, *more = slice + codes + second + at * octet / 2;
-    const std::uint8_t* const fetched = next + codes + at * octet;
+    const std::uint8_t *first = slice + first_at(at), *more = slice + second_at(at), *fetched = next + first_at(at);
     // Called by name, so that the compiler makes a copy for the octets of a page's values: AVX-512 takes 4 to 7 %
     // longer at one row without.
     if (blocks == kDotBlocks<4>)

@@ -34,16 +34,11 @@ struct Piece {
   int blocks, octets;
 };
 
-// Where the planes of a side lie.
-struct PieceSide {
-  std::size_t codes, second, octet;  // as PackedSide's
-
-  PieceSide(const SideSpec& side, std::size_t at)
-      : codes(at), second(second_plane(side.levels.bits, pad_channels(side.dim))),
-        octet(static_cast<std::size_t>(step_bytes(first_plane(side.levels.bits)) / 2)) {}
+struct PieceSide : SidePlanes {
+  using SidePlanes::SidePlanes;
   // `blocks` blocks, each `stride` octets behind the last; the first octet is number `at` of the side's.
   Piece piece(std::size_t at, std::size_t stride, int blocks, int octets) const {
-    return {codes + at * octet, codes + second + at * octet / 2, stride * octet, blocks, octets};
+    return {first_at(at), second_at(at), stride * octet, blocks, octets};
   }
 };
 

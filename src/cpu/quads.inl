@@ -180,7 +180,7 @@ KV4_INLINE void get_plane(const std::uint8_t* from, int stride, T (&x)[N]) {
 }
 
 template <class Isa, int B>
-KV4_OPAQUE void pack_key_planes(const std::int32_t* quads, int padded, int first, int count, std::uint8_t* codes) {
+void pack_key_planes(const std::int32_t* quads, int padded, int first, int count, std::uint8_t* codes) {
   using I = typename Isa::I;
   constexpr int L = Isa::kLanes, kFirst = first_plane(B), kSecond = B - kFirst;
   const int end = first + count;
@@ -228,7 +228,7 @@ KV4_OPAQUE void pack_key_planes(const std::int32_t* quads, int padded, int first
 }
 
 template <class Isa, int B>
-KV4_OPAQUE void unpack_key_planes(const std::uint8_t* codes, int padded, int first, int count, std::int32_t* quads) {
+void unpack_key_planes(const std::uint8_t* codes, int padded, int first, int count, std::int32_t* quads) {
   using I = typename Isa::I;
   constexpr int L = Isa::kLanes, kFirst = first_plane(B), kSecond = B - kFirst;
   const std::uint8_t* const more = codes + second_plane(B, padded);
@@ -258,7 +258,7 @@ KV4_OPAQUE void unpack_key_planes(const std::uint8_t* codes, int padded, int fir
 }
 
 template <int B>
-KV4_OPAQUE void pack_value_planes(const std::int32_t* quads, int padded, int first, int count, std::uint8_t* codes) {
+void pack_value_planes(const std::int32_t* quads, int padded, int first, int count, std::uint8_t* codes) {
   constexpr int kFirst = first_plane(B), kSecond = B - kFirst, kSteps = kPageTokens / kStepPositions;
   const int end = first + count;
   std::uint8_t* const more = codes + second_plane(B, padded);
@@ -303,7 +303,7 @@ KV4_OPAQUE void pack_value_planes(const std::int32_t* quads, int padded, int fir
 }
 
 template <int B>
-KV4_OPAQUE void unpack_value_planes(const std::uint8_t* codes, int padded, int first, int count, std::int32_t* quads) {
+void unpack_value_planes(const std::uint8_t* codes, int padded, int first, int count, std::int32_t* quads) {
   constexpr int kFirst = first_plane(B), kSecond = B - kFirst, kSteps = kPageTokens / kStepPositions;
   const std::uint8_t* const more = codes + second_plane(B, padded);
   for (int s = first / kStepPositions; s < (first + count + kStepPositions - 1) / kStepPositions; ++s) {

@@ -48,53 +48,6 @@ KV4_INLINE void store_rows(const float* x, int rows, int d, float* out) {
   }
 }
 
-// What rotations need of an instruction set, in vectors of four and of eight lanes.
-typedef float Floats4 __attribute__((vector_size(16)));
-typedef float Floats8 __attribute__((vector_size(32)));
-template <class V>
-struct Narrow {
-  using F = V;
-  typedef V Anywhere __attribute__((aligned(4), may_alias));
-  static constexpr int kLanes = sizeof(V) / sizeof(float);
-
-  static KV4_INLINE F load(const float* p) { return *reinterpret_cast<const Anywhere*>(p); }
-  static KV4_INLINE void store(float* p, F v) { *reinterpret_cast<Anywhere*>(p) = v; }
-  static KV4_INLINE F set1(float x) { return x - F{}; }  // no operation, unlike a sum with 0
-  static KV4_INLINE F fma(F a, F b, F c) { return a * b + c; }
-};
-// Row i of v becomes column i: blocks of 1, 2 and 4 lanes of two rows change places.
-struct Quads : Narrow<Floats4> {
-  static KV4_INLINE void transpose(F (&v)[4]) {
-    const F a = __builtin_shufflevector(v[0], v[1], 0, 4, 2, 6), b = __builtin_shufflevector(v[0], v[1], 1, 5, 3, 7);
-    const F c = __builtin_shufflevector(v[2], v[3], 0, 4, 2, 6), d = __builtin_shufflevector(v[2], v[3], 1, 5, 3, 7);
-    v[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5), v[2] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-    v[1] = __builtin_shufflevector(b, d, 0, 1, 4, 5), v[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
-  }
-};
-struct Octets : Narrow<Floats8> {
-  static KV4_INLINE void transpose(F (&v)[8]) {
-    KV4_UNROLL
-    for (int i = 0; i < 8; i += 2) {
-      const F a = v[i], b = v[i + 1];
-      v[i] = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
-      v[i + 1] = __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
-    }
-    KV4_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      if ((i & 2) != 0) continue;
-      const F a = v[i], b = v[i + 2];
-      v[i] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
-      v[i + 2] = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-    KV4_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const F a = v[i], b = v[i + 4];
-      v[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
-      v[i + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-    }
-  }
-};
-
 template <class Isa>
 std::size_t rotate_scratch(int dim) {
   const std::size_t lanes = static_cast<std::size_t>(dim) * Isa::kLanes;

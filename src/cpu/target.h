@@ -17,16 +17,6 @@
 
 #define KV4_INLINE inline __attribute__((always_inline))
 
-// A function whose callers may know nothing of its body. GCC 12.2 at -O3 compiles dequantise wrongly where it knows
-// those of quads.inl that take planes: keys of 3 bits come out otherwise beside values than alone. Not so at -O2, with
-// Clang or in a program of these functions alone; -fno-strict-aliasing, -fno-ipa-modref, -fno-ipa-pure-const and
-// -fno-ipa-cp change nothing, and UBSan finds nothing.
-#if defined(__clang__)
-#define KV4_OPAQUE __attribute__((noinline))
-#else
-#define KV4_OPAQUE __attribute__((noipa))
-#endif
-
 // Before a loop of constant bounds over an array of vectors: the array lives in registers only where
 // the loop is unrolled, at any optimisation level.
 #define KV4_UNROLL _Pragma("GCC unroll 32")

@@ -39,15 +39,10 @@ struct Unpack<3> : avx512::Threes {
 };
 
 template <>
-struct Unpack<6> {
-  __m512i table, four[2]{}, two{};
+struct Unpack<6> : avx512::Sixes {
+  __m512i table;
 
   explicit KV4_INLINE Unpack(const LevelTable& t) : table(whole512(t)) {}
-  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t* second) {
-    four[0] = _mm512_loadu_si512(first);
-    four[1] = _mm512_loadu_si512(first + 64);
-    two = _mm512_loadu_si512(second);
-  }
   template <int i>
   KV4_INLINE __m512i bytes() const {
     return _mm512_permutexvar_epi8(

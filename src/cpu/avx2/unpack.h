@@ -29,18 +29,27 @@ KV4_INLINE __m256i shift256(__m256i x) {
 template <int B>
 struct Unpack;
 
-template <>
-struct Unpack<2> {
-  __m256i table, mask = byte256(3), codes{};
+// Codes of B = 2 or 4 bits, side by side in one plane.
+template <int B>
+struct OnePlane {
+  __m256i table, mask = byte256((1 << B) - 1), codes{};
   int half = 0;
 
-  explicit KV4_INLINE Unpack(const LevelTable& t) : table(part256(t)) {}
+  explicit KV4_INLINE OnePlane(const LevelTable& t) : table(part256(t)) {}
   KV4_INLINE void begin(int h) { half = h; }
   KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) { codes = load256(first + 32 * half); }
   template <int i>
   KV4_INLINE __m256i bytes() const {
-    return _mm256_shuffle_epi8(table, _mm256_and_si256(shift256<2 * i>(codes), mask));
+    return _mm256_shuffle_epi8(table, _mm256_and_si256(shift256<B * i>(codes), mask));
   }
+};
+template <>
+struct Unpack<2> : OnePlane<2> {
+  explicit KV4_INLINE Unpack(const LevelTable& t) : OnePlane(t) {}
+};
+template <>
+struct Unpack<4> : OnePlane<4> {
+  explicit KV4_INLINE Unpack(const LevelTable& t) : OnePlane(t) {}
 };
 
 // Two registers of two nibbles each: two bits of the first plane, and above them one of the second.
@@ -66,20 +75,6 @@ struct Unpack<3> {
   }
   static KV4_INLINE __m256i join(__m256i two, __m256i one) {
     return _mm256_or_si256(_mm256_and_si256(two, byte256(0x33)), _mm256_and_si256(one, byte256(0x44)));
-  }
-};
-
-template <>
-struct Unpack<4> {
-  __m256i table, mask = byte256(15), codes{};
-  int half = 0;
-
-  explicit KV4_INLINE Unpack(const LevelTable& t) : table(part256(t)) {}
-  KV4_INLINE void begin(int h) { half = h; }
-  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) { codes = load256(first + 32 * half); }
-  template <int i>
-  KV4_INLINE __m256i bytes() const {
-    return _mm256_shuffle_epi8(table, _mm256_and_si256(shift256<4 * i>(codes), mask));
   }
 };
 

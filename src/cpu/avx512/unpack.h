@@ -55,20 +55,41 @@ struct Threes {
   }
 };
 
+// The two planes of 6 bits.
+struct Sixes {
+  __m512i four[2]{}, two{};
+
+  KV4_INLINE Sixes() {}
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t* second) {
+    four[0] = _mm512_loadu_si512(first);
+    four[1] = _mm512_loadu_si512(first + 64);
+    two = _mm512_loadu_si512(second);
+  }
+};
+
 // load of each step, then bytes<i>: positions 4 i ... 4 i + 3.
 template <int B>
 struct Unpack;
 
-template <>
-struct Unpack<2> {
-  __m512i table, mask = byte512(3), codes{};
+// Codes of B = 2 or 4 bits, side by side in one plane.
+template <int B>
+struct OnePlane {
+  __m512i table, mask = byte512((1 << B) - 1), codes{};
 
-  explicit KV4_INLINE Unpack(const LevelTable& t) : table(part512(t)) {}
+  explicit KV4_INLINE OnePlane(const LevelTable& t) : table(part512(t)) {}
   KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) { codes = _mm512_loadu_si512(first); }
   template <int i>
   KV4_INLINE __m512i bytes() const {
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(shift512<2 * i>(codes), mask));
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(shift512<B * i>(codes), mask));
   }
+};
+template <>
+struct Unpack<2> : OnePlane<2> {
+  explicit KV4_INLINE Unpack(const LevelTable& t) : OnePlane(t) {}
+};
+template <>
+struct Unpack<4> : OnePlane<4> {
+  explicit KV4_INLINE Unpack(const LevelTable& t) : OnePlane(t) {}
 };
 
 template <>
@@ -82,31 +103,14 @@ struct Unpack<3> : Threes {
   }
 };
 
-template <>
-struct Unpack<4> {
-  __m512i table, mask = byte512(15), codes{};
-
-  explicit KV4_INLINE Unpack(const LevelTable& t) : table(part512(t)) {}
-  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) { codes = _mm512_loadu_si512(first); }
-  template <int i>
-  KV4_INLINE __m512i bytes() const {
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(shift512<4 * i>(codes), mask));
-  }
-};
-
 // Four tables of 16, chosen from by two bits of the second plane.
 template <>
-struct Unpack<6> {
-  __m512i table[4], four[2]{}, two{};
+struct Unpack<6> : Sixes {
+  __m512i table[4];
 
   explicit KV4_INLINE Unpack(const LevelTable& t) {
     KV4_UNROLL
     for (int n = 0; n < 4; ++n) table[n] = part512(t, 16 * n);
-  }
-  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t* second) {
-    four[0] = _mm512_loadu_si512(first);
-    four[1] = _mm512_loadu_si512(first + 64);
-    two = _mm512_loadu_si512(second);
   }
   template <int i>
   KV4_INLINE __m512i bytes() const {

@@ -1,5 +1,5 @@
 // Codes of 4 lanes by 16 positions (layout.h) as bytes of a table, four positions of each lane a register. Beside loads
-// and tbl: 2 bits 3 shifts and 4 ands for 16 positions, 3 bits 6 shifts, 2 bsl, 4 ands, 4 bits 2 shifts and 2 ands, 6
+// and tbl: 2 bits 3 shifts and 3 ands for 16 positions, 3 bits 6 shifts, 2 bsl, 4 ands, 4 bits 2 shifts and 2 ands, 6
 // bits 7 shifts, 4 bsl, 4 ands and tbl of four registers, 8 bits an exclusive or each.
 #pragma once
 
@@ -28,19 +28,30 @@ KV4_INLINE uint8x16_t choose128(int mask, uint8x16_t x, uint8x16_t y) {
 template <int B>
 struct Unpack;
 
-template <>
-struct Unpack<2> {
+// Codes of B = 2 or 4 bits, side by side in one plane.
+template <int B>
+struct OnePlane {
   using Codes = uint8x16_t;
   uint8x16_t table;
 
-  explicit KV4_INLINE Unpack(const LevelTable& t) : table(vld1q_u8(t.levels)) {}
+  explicit KV4_INLINE OnePlane(const LevelTable& t) : table(vld1q_u8(t.levels)) {}
   KV4_INLINE Codes load(const std::uint8_t* first, const std::uint8_t*, int quarter) const {
     return vld1q_u8(first + 16 * quarter);
   }
   template <int i>
   KV4_INLINE uint8x16_t bytes(Codes w) const {
-    return vqtbl1q_u8(table, low_bits(shift128<2 * i>(w), 3));
+    const uint8x16_t index = shift128<B * i>(w);  // nothing stands above a byte's last code
+    if constexpr (B * (i + 1) == 8) return vqtbl1q_u8(table, index);
+    else return vqtbl1q_u8(table, low_bits(index, (1 << B) - 1));
   }
+};
+template <>
+struct Unpack<2> : OnePlane<2> {
+  explicit KV4_INLINE Unpack(const LevelTable& t) : OnePlane(t) {}
+};
+template <>
+struct Unpack<4> : OnePlane<4> {
+  explicit KV4_INLINE Unpack(const LevelTable& t) : OnePlane(t) {}
 };
 
 // Two registers of two nibbles each: two bits of the first plane, and above them one of the second.
@@ -61,22 +72,6 @@ struct Unpack<3> {
   template <int i>
   KV4_INLINE uint8x16_t bytes(const Codes& w) const {
     return vqtbl1q_u8(table, low_bits(shift128<i / 2 * 4>(w.nibbles[i % 2]), 7));
-  }
-};
-
-template <>
-struct Unpack<4> {
-  using Codes = uint8x16_t;
-  uint8x16_t table;
-
-  explicit KV4_INLINE Unpack(const LevelTable& t) : table(vld1q_u8(t.levels)) {}
-  KV4_INLINE Codes load(const std::uint8_t* first, const std::uint8_t*, int quarter) const {
-    return vld1q_u8(first + 16 * quarter);
-  }
-  template <int i>
-  KV4_INLINE uint8x16_t bytes(Codes w) const {
-    if constexpr (i == 0) return vqtbl1q_u8(table, low_bits(w, 15));
-    else return vqtbl1q_u8(table, vshrq_n_u8(w, 4));
   }
 };
 
