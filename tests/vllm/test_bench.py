@@ -19,15 +19,20 @@ def room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
-def test_the_command_times_steps_of_a_shape(tmp_path: Path) -> None:
-    file = tmp_path / "rows.json"
-    command = "bench vllm --shape llama-tiny --kinds kv4 --cases 1x100,2x300 --steps 4 --dtype float32 --eager"
-    limits = f"--batched-tokens 256 --memory 0.2 --json {file}"
+def rows_of(command: str, folder: Path) -> tuple[list[dict], str]:
+    """Rows of `kv4 bench vllm` with a small random model and kv4's cache, and what it prints."""
+    file = folder / "rows.json"
+    common = f"--shape llama-tiny --kinds kv4 --dtype float32 --eager --batched-tokens 256 --memory 0.2 --json {file}"
     python = Path(sys.executable).parent / "kv4"
-    environment = {**os.environ, "KV4_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([python, *command.split(), *limits.split()], capture_output=True, text=True, env=environment)
+    environment = {**os.environ, "KV4_CACHE_DIR": str(folder)}
+    given = [python, "bench", "vllm", *command.split(), *common.split()]
+    done = subprocess.run(given, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(file.read_text())["rows"]
+    return json.loads(file.read_text())["rows"], done.stdout
+
+
+def test_the_command_times_steps_of_a_shape(tmp_path: Path) -> None:
+    rows, _ = rows_of("--cases 1x100,2x300 --steps 4", tmp_path)
     assert [(row["kind"], row["batch"], row["tokens"]) for row in rows] == [("kv4", 1, 100), ("kv4", 2, 300)]
     assert all(row["refused"] is None and row["step_seconds"] > 0 and row["prefill_seconds"] > 0 for row in rows)
     assert rows[0]["tokens_that_fit"] == rows[1]["tokens_that_fit"] > 100_000
@@ -42,15 +47,8 @@ def test_a_cache_that_does_not_start_is_a_row_with_the_reason(tmp_path: Path) ->
 
 
 def test_the_command_serves_chats(tmp_path: Path) -> None:
-    file = tmp_path / "rows.json"
-    command = "bench vllm --shape llama-tiny --kinds kv4 --requests 6 --longest 200 --dtype float32 --eager"
-    limits = f"--batched-tokens 256 --memory 0.2 --json {file}"
-    python = Path(sys.executable).parent / "kv4"
-    environment = {**os.environ, "KV4_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([python, *command.split(), *limits.split()], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "6 chats at once" in done.stdout
-    (row,) = json.loads(file.read_text())["rows"]
+    (row,), printed = rows_of("--requests 6 --longest 200", tmp_path)
+    assert "6 chats at once" in printed
     assert row["refused"] is None, row
     assert (row["kind"], row["completed"], row["failed"]) == ("kv4", 6, 0)
     assert row["tokens_a_second"] > row["requests_a_second"] > 0 and row["first_token_ms"] > 0 and row["token_ms"] > 0

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from kv4.bench import vllm_serve
+
 CHATS = int(os.environ.get("KV4_VLLM_CHATS", "24"))
 TOKENS = 12
 # A base model has no template of its own.
@@ -25,46 +25,14 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content
 SUBJECTS = ["rivers", "prime numbers", "bread", "the moon", "chess", "copper", "bees", "glaciers"]
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 @contextmanager
 def server(model: Path, folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A server's address, and its process, which leads a group of its own."""
-    port, template = free_port(), folder / "chat.jinja"
+    template = folder / "chat.jinja"
     template.write_text(TEMPLATE)
-    limits = ["--max-model-len", "1024", "--max-num-batched-tokens", "1024", "--max-num-seqs", "64"]
-    # `vllm serve`, whose command asks for a package of that name: the build for CPUs has another.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    command += ["--attention-backend", "CUSTOM", "--enforce-eager"]
-    more = ["--chat-template", template, "--port", str(port), "--host", "127.0.0.1", "--served-model-name", "m"]
-    log = (folder / "server.log").open("a")
-    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    process = subprocess.Popen(
-        [*map(str, [*command, *more, *limits])],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        env=environment,
-    )
-    try:
-        until = time.monotonic() + 400
-        while True:
-            assert process.poll() is None and time.monotonic() < until, (folder / "server.log").read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(60)
-        log.close()
+    settings = {"max_model_len": 1024, "max_num_batched_tokens": 1024, "max_num_seqs": 64, "enforce_eager": True}
+    settings |= {"chat_template": template, "served_model_name": "m"}
+    with vllm_serve.server(str(model), "kv4", settings, folder / "server.log") as running:
+        yield running
 
 
 def question(i: int) -> str:

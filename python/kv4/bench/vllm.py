@@ -76,9 +76,14 @@ def run(plan: Plan, progress: Callable[[str], None] = lambda what: None) -> list
     for row in rows:
         progress(f"{row.kind}: {row.batch} x {row.tokens}")
     if done.returncode != 0:
-        lines = [line for line in (errors or "").splitlines() if "Error" in line] or ["no reason said"]
-        rows.append(Row(plan.kind, None, 0.0, refused=lines[-1].strip()[:300]))
+        rows.append(Row(plan.kind, None, 0.0, refused=reason(errors or "")))
     return rows
+
+
+def reason(log: str) -> str:
+    """The last error that a process's log names."""
+    lines = [line for line in log.splitlines() if "Error" in line] or ["no reason said"]
+    return lines[-1].strip()[:300]
 
 
 def shape_folder(shape: str, root: Path, layers: int | None = None) -> Path:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from kv4.bench.text import python_reference
-from kv4.bench.vllm import KINDS, shape_folder
+from kv4.bench.vllm import KINDS, reason, shape_folder
 
 # Seconds until a server answers, at most, and until it has ended.
 _START, _STOP = 600, 60
@@ -111,22 +111,25 @@ def flags(settings: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def server(folder: str, kind: str, settings: dict[str, Any], log: Path) -> Iterator[str]:
-    """The address of one that answers. Errors: RuntimeError with its last line of error, if it never does."""
+def server(
+    folder: str, kind: str, settings: dict[str, Any], log: Path, *options: str
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The address of one that answers, and its process, which leads a group of its own. Errors: RuntimeError with the
+    last error of its log, which is added to, if it never does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--no-enable-prefix-caching", *flags({**KINDS[kind], **settings})]
+    command += ["--host", "127.0.0.1", *options, *flags({**KINDS[kind], **settings})]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    with log.open("w") as out:
+    with log.open("a") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     try:
         _wait(process, port, log)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", process
     finally:
         # The engine is a process of its own, in the same session.
         with contextlib.suppress(ProcessLookupError):
@@ -142,8 +145,7 @@ def _wait(process: subprocess.Popen, port: int, log: Path) -> None:
     until = time.monotonic() + _START
     while True:
         if process.poll() is not None or time.monotonic() > until:
-            errors = [line for line in log.read_text().splitlines() if "Error" in line] or ["no reason said"]
-            raise RuntimeError(errors[-1].strip()[-300:])
+            raise RuntimeError(reason(log.read_text()))
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
             return
@@ -195,7 +197,7 @@ def measure(
         write_chats(chats, load)
         for kind in kinds:
             try:
-                with server(folder, kind, settings, root / "server.log") as address:
+                with server(folder, kind, settings, root / f"{kind}.log", "--no-enable-prefix-caching") as (address, _):
                     found = ask(address, folder, chats, load)
                 rows.append(
                     Served(
