@@ -147,6 +147,7 @@ struct StoreJob {
   std::uint8_t* skip =
       nullptr;  // [inputs, rows], zeros, where kernels write it: 1 where a row holds NaN or infinity in some head
   DeviceTables* tables = nullptr;
+  bool in_order = false;  // the rows of the sequences follow one another on axis 2, and axis 0 has one element
 };
 
 // Rows from one place to another, all heads, channel stride 1: to[h][j] = from[h][j], or 0 where from is null.
@@ -277,7 +278,8 @@ class Backend {
   virtual Status convert(const ConvertJob& job) = 0;
   virtual Status query_energies(const TensorView& q, int kv_heads, std::span<const EnergyJob> jobs) = 0;
   virtual Status fix_lambda(const LambdaJob& job) = 0;
-  // resident: the jobs lie where kernels read them, and how many there are is all that the host knows.
+  // resident: the jobs lie where kernels read them, in make_jobs' order, and how many there are at most is all that the
+  // host knows.
   virtual Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs,
                       bool resident) = 0;
   virtual Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads,
@@ -286,7 +288,7 @@ class Backend {
   // Nothing is read through the job's pointers.
   virtual std::size_t attend_workspace(const AttendJob& job) const = 0;
   // What a batch of a host that owns its memory is as sequences and jobs (batch.h), written to `out`, which kernels
-  // read.
+  // read. Jobs of the sequences follow one another; the rest of the batch.size * range.most have page < 0.
   virtual Status make_views(const PagedBatch& batch, bool stored, SequenceView* out);
   virtual Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, SealJob* out);
   virtual Status make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, DequantiseJob* out);
@@ -298,7 +300,7 @@ class Backend {
     DType dtype = DType::f32;
     PageRange range;
     SequenceView* views = nullptr;  // [batch.size]
-    SealJob* jobs = nullptr;        // [batch.size, range.most]
+    SealJob* jobs = nullptr;        // [batch.size * range.most]
   };
   virtual Status begin_step(const PagedBatch& batch, const Step& step);
   // Its end: seals the jobs that begin_step made. Attention was queued between the two, and reads none of these pages.

@@ -2,6 +2,18 @@
 #include "backend/batch.h"
 
 namespace kv4 {
+namespace {
+
+template <class Job>
+Status list_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out) {
+  Job* const behind = out + static_cast<std::ptrdiff_t>(batch.size) * range.most;
+  for (int b = 0; b < batch.size; ++b)
+    for (int n = 0; n < pages_of(range, b); ++n) *out++ = job_of<Job>(batch, dtype, range, b, n);
+  for (; out < behind; ++out) out->page = -1;
+  return {};
+}
+
+}  // namespace
 
 Status Backend::make_views(const PagedBatch& batch, bool stored, SequenceView* out) {
   for (int b = 0; b < batch.size; ++b) out[b] = view_of(batch, b, stored);
@@ -9,15 +21,11 @@ Status Backend::make_views(const PagedBatch& batch, bool stored, SequenceView* o
 }
 
 Status Backend::make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, SealJob* out) {
-  for (int b = 0; b < batch.size; ++b)
-    for (int n = 0; n < range.most; ++n) *out++ = seal_job_of(batch, dtype, range, b, n);
-  return {};
+  return list_jobs(batch, dtype, range, out);
 }
 
 Status Backend::make_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, DequantiseJob* out) {
-  for (int b = 0; b < batch.size; ++b)
-    for (int n = 0; n < range.most; ++n) *out++ = page_job_of<DequantiseJob>(batch, dtype, range, b, n);
-  return {};
+  return list_jobs(batch, dtype, range, out);
 }
 
 Status Backend::begin_step(const PagedBatch& batch, const Step& step) {
@@ -25,6 +33,7 @@ Status Backend::begin_step(const PagedBatch& batch, const Step& step) {
   StoreJob job;
   job.k = step.k;
   job.v = step.v;
+  job.in_order = true;
   job.sequences = {.views = {step.views, static_cast<std::size_t>(batch.size)},
                    .resident = true,
                    .most_queries = batch.most_queries};

@@ -1,6 +1,10 @@
 // What follows from the tables of a paged batch (kv4/paged.h) for each sequence: a view for attention and for storing,
 // a job for each page to be sealed or dequantised. One arithmetic for hosts and devices.
+//
+// Jobs of a range are a list of size * most entries: those of the sequences after one another, then page < 0.
 #pragma once
+
+#include <type_traits>
 
 #include "backend/backend.h"
 
@@ -56,14 +60,17 @@ KV4_DEVICE inline SequenceView view_of(const PagedBatch& batch, int b, bool stor
   return view;
 }
 
-// The n-th page of the range of sequence b: of Job, SealJob or DequantiseJob, all that the two have in common. page <
-// 0: there is none.
+// Pages of the range that are of sequence b.
+KV4_DEVICE inline int pages_of(const PageRange& range, int b) {
+  const int pages = range.end[b] / kPageTokens - range.begin[b] / kPageTokens;
+  return pages < 0 ? 0 : pages < range.most ? pages : range.most;
+}
+
+// The n-th page of the range of sequence b, n < pages_of(range, b), as SealJob or DequantiseJob.
 template <class Job>
-KV4_DEVICE inline Job page_job_of(const PagedBatch& batch, DType dtype, const PageRange& range, int b, int n) {
+KV4_DEVICE inline Job job_of(const PagedBatch& batch, DType dtype, const PageRange& range, int b, int n) {
   Job job;
   const std::int64_t index = range.begin[b] / kPageTokens + n;
-  job.page = -1;
-  if (index >= range.end[b] / kPageTokens) return job;
   job.page = batch.pages[b * batch.pages_stride + index];
   const std::int64_t block = batch.blocks[b * batch.blocks_stride + index];
   const RowMemory& r = batch.row_memory;
@@ -78,13 +85,9 @@ KV4_DEVICE inline Job page_job_of(const PagedBatch& batch, DType dtype, const Pa
   job.count = kPageTokens;
   job.lambda_k = lambda_of(batch.lambda_k, batch.lambda_k_stride, b);
   job.lambda_v = lambda_of(batch.lambda_v, batch.lambda_v_stride, b);
-  return job;
-}
-
-KV4_DEVICE inline SealJob seal_job_of(const PagedBatch& batch, DType dtype, const PageRange& range, int b, int n) {
-  SealJob job = page_job_of<SealJob>(batch, dtype, range, b, n);
-  if (batch.sinks != nullptr && range.begin[b] == 0 && n == 0)
-    job.hidden = static_cast<std::uint8_t>(batch.sink_tokens);
+  if constexpr (std::is_same_v<Job, SealJob>)
+    if (batch.sinks != nullptr && range.begin[b] == 0 && n == 0)
+      job.hidden = static_cast<std::uint8_t>(batch.sink_tokens);
   return job;
 }
 

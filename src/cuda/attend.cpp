@@ -159,9 +159,18 @@ cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch
   p.segment_blocks = plan.segment_blocks;
   p.blocks = blocks_of_rows(p, plan.segment_blocks);
   p.readers = plan.ctas * plan.readers_per_cta;
-  // Few segments: their rows are spread over more CTAs, each of which reads its part of the rotation's matrix.
-  const int parts = p.batch * p.kv_heads * (p.blocks / plan.segment_blocks) * merge_columns(p.dim);
+  // Few segments: their rows are spread over more CTAs, each of which reads its part of the rotation's matrix. Many: a
+  // CTA fills the rows of a product with those of several.
+  const int segments = p.batch * p.kv_heads * (p.blocks / plan.segment_blocks), parts = segments * merge_columns(p.dim);
+  const int rows = std::min(p.group * p.queries, kBlockRows);
+  const bool many = segments > 2 * plan.ctas;
   p.merge_rows = parts * 2 >= plan.ctas ? kBlockRows * plan.segment_blocks : parts * 4 >= plan.ctas ? 2 : 1;
+  p.merge_segments = p.prepare_blocks = 1;
+  if (many && plan.segment_blocks == 1) {
+    p.merge_rows = rows;
+    p.merge_segments = kBlockRows / rows;
+    while (p.prepare_blocks * 2 * rows <= kBlockRows) p.prepare_blocks *= 2;
+  }
   const Scratch s = lay_out(p, plan);
   auto* memory = static_cast<unsigned char*>(scratch);
   p.arrived = reinterpret_cast<int*>(memory + s.arrived);

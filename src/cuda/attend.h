@@ -84,6 +84,8 @@ struct AttendParams {
   int readers = 0;  // warps that the items are divided among
   int segment_blocks = 0;  // blocks of a segment: 1 or 2
   int merge_rows = 0;      // rows of a segment that one CTA merges
+  // Where there are many: what one CTA rotates in one product, of no more than kBlockRows rows together.
+  int prepare_blocks = 1, merge_segments = 1;
 };
 
 // uint4 per block of operands: [k-tile of 32][lane] bytes, [k-tile of 32][tile of 4 rows][lane] of q'

@@ -61,27 +61,30 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
     return queue_kernel(kernel, p, plan, ctas, threads, bytes, stream);
   };
   // A few CTAs are bound by latency, which more threads shorten; many share the multiprocessors.
-  const auto threads = [&](unsigned ctas, int of_many) {
-    return ctas <= 2 * static_cast<unsigned>(plan.ctas) ? kRotateThreads : of_many;
+  const auto threads = [&](unsigned ctas, int together) {
+    return together > 1 || ctas > 2 * static_cast<unsigned>(plan.ctas) ? kRotateThreads / 2 : kRotateThreads;
   };
-  const unsigned blocks = static_cast<unsigned>(p.batch * p.kv_heads * p.blocks);
+  const auto in_groups = [](unsigned n, int of) {
+    return (n + static_cast<unsigned>(of) - 1) / static_cast<unsigned>(of);
+  };
+  const unsigned blocks = in_groups(static_cast<unsigned>(p.batch * p.kv_heads * p.blocks), p.prepare_blocks);
   // Each CTA reads a part of a large matrix. They occupy at most half of the multiprocessors, so that attend_main can
   // begin at once on the others.
   unsigned rotation_parts = D >= kLargeDim && kRoom == Room::large ? kMostParts : 1;
   while (rotation_parts > 1 && blocks * rotation_parts * 2 > static_cast<unsigned>(plan.ctas)) rotation_parts /= 2;
   if (const cudaError_t e = queue_kernel(attend_prepare<D>, p, plan, dim3(blocks, rotation_parts),
-                                         threads(blocks, kRotateThreads / 2), 0, stream, rotation_parts);
+                                         threads(blocks, p.prepare_blocks), 0, stream, rotation_parts);
       e != cudaSuccess)
     return e;
   if (const cudaError_t e =
           queue(main, dim3(static_cast<unsigned>(plan.ctas)), main_warps<D>(kRoom, kBlocks, kKind) * kLanes, shared);
       e != cudaSuccess)
     return e;
-  const unsigned segments = static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks)),
-                 rows = static_cast<unsigned>(kBlocks * kBlockRows);
-  const unsigned parts = (rows + static_cast<unsigned>(p.merge_rows) - 1) / static_cast<unsigned>(p.merge_rows) *
+  const unsigned segments =
+      in_groups(static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks)), p.merge_segments);
+  const unsigned parts = (p.merge_segments > 1 ? 1 : in_groups(kBlocks * kBlockRows, p.merge_rows)) *
                          static_cast<unsigned>(merge_columns(D));
-  return queue(merge, dim3(segments, parts), threads(segments * parts, kRotateThreads / 4), kMerge);
+  return queue(merge, dim3(segments, parts), threads(segments * parts, p.merge_segments), kMerge);
 }
 
 template <int D, Rows kRows>

@@ -1,6 +1,6 @@
-// Merges the partial states of one segment, rotates the part over pages back into the model's basis, and writes the
-// output or the call's own partial state. CTA (x, y): sequence, KV head and segment of row blocks x, merge_rows of its
-// rows and one of merge_columns(D) parts of their channels.
+// Merges the partial states of segments, rotates the part over pages back into the model's basis, and writes the output
+// or the call's own partial state. CTA (x, y): merge_segments segments from x * merge_segments on (a sequence, a KV
+// head and some row blocks each), merge_rows rows of each and one of merge_columns(D) parts of their channels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,6 +27,44 @@ struct MergeShape {
   static constexpr int kShared = (2 * kUnits * D + RowRotation<D>::kOperands * 4 + kBlockRows * D) * 4;
 };
 
+// The slots of a segment's states over exact rows and over pages: the first, and how many.
+struct MergeSlots {
+  int first[2], count[2];
+};
+
+// A row that a CTA merges: where it is in the call.
+struct MergeRow {
+  const SequenceView* s;
+  int head, row;       // row: of the head's rows
+  bool there, packed;  // packed: there are pages
+
+  // Row `row_of_it` of segment `at` of the call. `there` is false where it has no such row.
+  __device__ __forceinline__ MergeSlots find(const AttendParams& p, const Shares& shares, int at, int segment_rows,
+                                             int row_of_it) {
+    const int per_head = p.blocks * kBlockRows / segment_rows, segments = p.kv_heads * per_head;  // at most
+    const int b = at / segments, part = at % per_head;
+    head = at % segments / per_head;
+    row = part * segment_rows + row_of_it;
+    packed = false;
+    there = b < p.batch && row_of_it < segment_rows;
+    s = p.sequences + (there ? b : 0);
+    there = there && row < p.group * static_cast<int>(s->query_count);
+    MergeSlots of = {};
+    if (!there) return of;
+    const int segment = head * segments_per_head(p, *s) + part,
+              items[2] = {items_of(s->exact[0]) + items_of(s->exact[1]), s->page_count};
+    packed = items[1] > 0;
+    int item = __ldcg(p.item_offsets + b) + segment * (items[0] + items[1]);
+    for (int kind = 0; kind < 2; item += items[kind++]) {
+      if (items[kind] == 0) continue;
+      const int reader = shares.owner(item);
+      of.first[kind] = reader + 2 * (b * segments + segment) + kind;
+      of.count[kind] = shares.owner(item + items[kind] - 1) - reader + 1;
+    }
+    return of;
+  }
+};
+
 template <int D, int kBlocks>
 __global__ void __launch_bounds__(kRotateThreads) attend_merge(const __grid_constant__ AttendParams p) {
   constexpr int kRows = kBlocks * kBlockRows;
@@ -38,67 +76,63 @@ __global__ void __launch_bounds__(kRotateThreads) attend_merge(const __grid_cons
   auto(*sums)[kUnits][kWide] = reinterpret_cast<float4(*)[kUnits][kWide]>(memory);  // [2]: over exact rows, over pages
   uint4* operands = reinterpret_cast<uint4*>(sums + 2);
   float* x = reinterpret_cast<float*>(operands + RowRotation<D>::kOperands);
-  __shared__ float m_all[kRows], l_all[kRows];
-  __shared__ float ls[kUnits];
+  __shared__ float m_all[kUnits], l_all[kUnits], ls[kUnits];
+  __shared__ MergeRow row_of[kUnits];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
-  const int most_per_head = p.blocks / kBlocks, segments = p.kv_heads * most_per_head;  // at most, of a sequence
-  const int b = blockIdx.x / segments, head = blockIdx.x % segments / most_per_head,
-            its_part = blockIdx.x % most_per_head;
-  // Rows of the segment that this CTA takes, from `first_row` of it on.
+  // Rows of a segment that this CTA takes, from `first_row` of it on.
   constexpr int kColumns = merge_columns(D), kWidth = D / kColumns;
   const int first_row = blockIdx.y / kColumns * p.merge_rows, first_channel = blockIdx.y % kColumns * kWidth;
-  const int row0 = its_part * kRows + first_row;
 
   RowRotation<D> rotation(first_channel / 8, (first_channel + kWidth) / 8);
   if (p.inverse_transpose.words != nullptr) rotation.prefetch(p.inverse_transpose);
   // The addresses of the states are known before they are written: this kernel begins once every CTA of attend_main has
   // read the item counts.
-  const SequenceView& s = p.sequences[b];
-  const int rows = min(min(p.merge_rows, kRows - first_row), p.group * static_cast<int>(s.query_count) - row0);
-  if (rows <= 0) return wait_for_previous();  // keeps the next kernel behind the previous ones
-  const int segment = head * segments_per_head(p, s) + its_part;
-  // lambda of this thread's first element, loaded early.
-  const float first_lambda = s.lambda_v != nullptr ? s.lambda_v[head * D + first_channel + threadIdx.x % kWidth] : 1.0f;
   const Shares shares(__ldcg(p.item_offsets + p.batch), p.readers);
-  const int exact_items = items_of(s.exact[0]) + items_of(s.exact[1]);
-  const int base = __ldcg(p.item_offsets + b) + segment * (exact_items + s.page_count);
-  int first[2] = {0, 0}, count[2] = {0, 0};  // slots of each kind: first, and how many
-  if (exact_items > 0) {
-    const int w0 = shares.owner(base), w1 = shares.owner(base + exact_items - 1);
-    first[0] = w0 + 2 * (b * segments + segment);
-    count[0] = w1 - w0 + 1;
+  const int at = static_cast<int>(blockIdx.x) * p.merge_segments;
+  int rows = p.merge_segments * p.merge_rows;
+  if (p.merge_segments == 1) {
+    const SequenceView& s = p.sequences[at / (p.kv_heads * (p.blocks / kBlocks))];
+    const int row0 = at % (p.blocks / kBlocks) * kRows + first_row;
+    rows = min(min(rows, kRows - first_row), p.group * static_cast<int>(s.query_count) - row0);
+    if (rows <= 0) return wait_for_previous();  // keeps the next kernel behind the previous ones
   }
-  if (s.page_count > 0) {
-    const int w0 = shares.owner(base + exact_items), w1 = shares.owner(base + exact_items + s.page_count - 1);
-    first[1] = w0 + 2 * (b * segments + segment) + 1;
-    count[1] = w1 - w0 + 1;
-  }
+  const int share = rows < warps ? warps / rows : 1;
+  MergeSlots of;
+  const auto find = [&](int r) {
+    MergeRow row;
+    of = row.find(p, shares, at + r / p.merge_rows, kRows, first_row + r % p.merge_rows);
+    if (lane == 0) row_of[r] = row;
+  };
+  find(min(warp / share, rows - 1));
 
   wait_for_previous();
   let_next_begin();
 
-  // Sums: a warp per row, or several that divide a row's slots. Several states are loaded at once, the first before the
-  // maximum is known; past the end, the last state again with a weight of 0.
-  const int share = rows < warps ? warps / rows : 1, all = count[0] + count[1];
+  // Sums: a warp per row, or several that divide a row's slots. Several states are loaded at once, the first before
+  // the maximum is known; past the end, the last state again with a weight of 0.
   for (int unit = warp; unit < rows * share; unit += warps) {
     const int r = unit / share, part = unit % share;
-    const auto slot = [&](int i) { return p.states + (i < count[0] ? first[0] + i : first[1] + i - count[0]) * kSlot; };
+    if (unit != warp) find(r);
+    const int all = of.count[0] + of.count[1], row_of_it = first_row + r % p.merge_rows;
+    const auto slot = [&](int i) {
+      return p.states + (i < of.count[0] ? of.first[0] + i : of.first[1] + i - of.count[0]) * kSlot;
+    };
     float4 o[kAtOnce][kQuads];
     float m_of[kAtOnce], l_of[kAtOnce];
     const auto load = [&](int i0) {
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         const float* from = slot(min(i0 + j * share, all - 1));
-        m_of[j] = from[kRows * D + first_row + r];
-        l_of[j] = from[kRows * (D + 1) + first_row + r];
+        m_of[j] = from[kRows * D + row_of_it];
+        l_of[j] = from[kRows * (D + 1) + row_of_it];
 #pragma unroll
         for (int k = 0; k < kQuads; ++k)
-          o[j][k] = reinterpret_cast<const float4*>(from + (first_row + r) * D)[min(lane + k * kLanes, kWide - 1)];
+          o[j][k] = reinterpret_cast<const float4*>(from + row_of_it * D)[min(lane + k * kLanes, kWide - 1)];
       }
     };
     if (all > 0) load(part);
     float m = -INFINITY, l = 0;
-    for (int i = lane; i < all; i += kLanes) m = fmaxf(m, slot(i)[kRows * D + first_row + r]);
+    for (int i = lane; i < all; i += kLanes) m = fmaxf(m, slot(i)[kRows * D + row_of_it]);
     m = warp_max(m);
     float4 sum[2][kQuads] = {};
 #pragma unroll 1
@@ -111,7 +145,7 @@ __global__ void __launch_bounds__(kRotateThreads) attend_merge(const __grid_cons
         l = fmaf(l_of[j], weight, l);
 #pragma unroll
         for (int kind = 0; kind < 2; ++kind) {
-          if ((i < count[0]) != (kind == 0)) continue;
+          if ((i < of.count[0]) != (kind == 0)) continue;
 #pragma unroll
           for (int k = 0; k < kQuads; ++k) {
             sum[kind][k].x = fmaf(o[j][k].x, weight, sum[kind][k].x);
@@ -152,26 +186,27 @@ __global__ void __launch_bounds__(kRotateThreads) attend_merge(const __grid_cons
     for (int part = 0; part < share; ++part) l += ls[threadIdx.x * share + part];
     l_all[threadIdx.x] = l;
   }
-  __syncthreads();
+  const bool rotated = __syncthreads_or(threadIdx.x < rows && row_of[threadIdx.x].packed) != 0 &&
+                       p.inverse_transpose.words != nullptr;
 
   // out = R^-1 y / lambda + z, eight rows at a time.
   constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-  const bool rotated = s.page_count > 0 && p.inverse_transpose.words != nullptr;
   for (int r0 = 0; r0 < rows; r0 += kBlockRows) {
     const int valid = min(kBlockRows, rows - r0);
     for (int i = threadIdx.x; i < valid * D; i += blockDim.x)
-      x[i] = s.page_count > 0 ? reinterpret_cast<const float*>(sums[1][(r0 + i / D) * share])[i % D] : 0.0f;
+      x[i] = reinterpret_cast<const float*>(sums[1][(r0 + i / D) * share])[i % D];
     __syncthreads();
     if (rotated) {
       if (r0 > 0) rotation.prefetch(p.inverse_transpose);
       rotation.apply(p.inverse_transpose, x, operands, x, valid);
     }
     for (int i = threadIdx.x; i < valid * kWidth; i += blockDim.x) {
-      const int r = r0 + i / kWidth, c = first_channel + i % kWidth, row = row0 + r, query = row / p.group,
-                q_head = head * p.group + row % p.group;
-      const float lambda = (r0 == 0 && i == static_cast<int>(threadIdx.x)) || s.lambda_v == nullptr
-                               ? first_lambda
-                               : s.lambda_v[head * D + c];
+      const int r = r0 + i / kWidth, c = first_channel + i % kWidth;
+      const MergeRow& its = row_of[r];
+      if (!its.there) continue;
+      const SequenceView& s = *its.s;
+      const int query = its.row / p.group, q_head = its.head * p.group + its.row % p.group;
+      const float lambda = s.lambda_v != nullptr ? s.lambda_v[its.head * D + c] : 1.0f;
       const float o = x[(r - r0) * D + c] / lambda + reinterpret_cast<const float*>(sums[0][r * share])[c];
       const float m = m_all[r], l = l_all[r];
       if (p.out != nullptr) {
@@ -181,12 +216,12 @@ __global__ void __launch_bounds__(kRotateThreads) attend_merge(const __grid_cons
             s.input * p.out_stride[0] + q_head * p.out_stride[1] + (s.input_row + query) * p.out_stride[2] + c,
             l > 0 ? o / denominator : 0.0f);
       } else {
-        const long long at = (static_cast<long long>(s.input) * p.kv_heads * p.group + q_head) * p.rows + s.input_row +
+        const long long to = (static_cast<long long>(s.input) * p.kv_heads * p.group + q_head) * p.rows + s.input_row +
                              query;
-        p.partial.o[at * D + c] = l > 0 ? o : 0.0f;
+        p.partial.o[to * D + c] = l > 0 ? o : 0.0f;
         if (c == 0) {
-          p.partial.m[at] = m * kLn2;
-          p.partial.l[at] = l;
+          p.partial.m[to] = m * kLn2;
+          p.partial.l[to] = l;
         }
       }
     }

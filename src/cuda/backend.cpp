@@ -172,6 +172,7 @@ class CudaBackend final : public Backend {
     }
     // One CTA per sequence updates the counts. If it stores more rows than there is room for, the next sync reports it.
     p.count = tables != nullptr && p.most == 1 && p.skip == nullptr;
+    p.in_order = job.in_order;
     KV4_RETURN_IF_CUDA("store", launch_store(p, current_stream()));
     if (p.count && !captured) tables->expect();
     return {};
@@ -179,6 +180,7 @@ class CudaBackend final : public Backend {
 
   Status begin_step(const PagedBatch& batch, const Step& step) override {
     KV4_ON_DEVICE(device_);
+    if (batch.most_queries > kMostStepRows) return Backend::begin_step(batch, step);
     StepParams p;
     p.store = store_params(step.k, step.v);
     p.store.batch = batch.size;

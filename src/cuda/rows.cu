@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 
 #include "cuda/device.cuh"
 #include "cuda/launch.cuh"
@@ -42,35 +41,38 @@ __device__ __forceinline__ bool copy_row(const void* from, void* to, int dim, ui
   return bad;
 }
 
-// The rows of one sequence, of which this CTA takes every gridDim.y-th. first: where the first of them goes, behind row
-// 0 of exact[1].
-__device__ __forceinline__ void store_rows(const StoreParams& p, const SequenceView& sequence, std::int64_t first) {
+// Row `token` of a sequence, of a head's keys (side 2 * head) or values (2 * head + 1). first: where row 0 of the call
+// goes, behind row 0 of exact[1]. One warp.
+__device__ __forceinline__ void store_row(const StoreParams& p, const SequenceView& sequence, std::int64_t first,
+                                          long long token, int side) {
   const ExactRows& rows = sequence.exact[1];
-  const int lane = threadIdx.x % kLanes, warps = blockDim.x / kLanes;
-  const long long items = 2ll * p.heads * sequence.query_count;
+  const int lane = threadIdx.x % kLanes, head = side / 2;
+  const bool value = side % 2 != 0;
+  const std::int64_t* stride = value ? p.v_stride : p.k_stride;
+  const long long row = sequence.input_row + token;
+  const auto* from = static_cast<const unsigned short*>(value ? p.v : p.k) + sequence.input * stride[0] +
+                     head * stride[1] + row * stride[2];
+  auto* to = p.skip != nullptr ? nullptr
+                               : static_cast<unsigned short*>(const_cast<void*>(value ? rows.v : rows.k)) +
+                                     row_offset(rows, !value, head, first + token);
+  const uint32_t exponents = p.bf16 ? 0x7f80u : 0x7c00u;
+  const bool wide = ((reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) & 7) == 0 && p.dim % 4 == 0;
+  const bool bad = wide ? copy_row<uint2>(from, to, p.dim, exponents, lane)
+                        : copy_row<unsigned short>(from, to, p.dim, exponents, lane);
+  if (bad && lane == 0 && p.skip != nullptr) p.skip[sequence.input * p.rows + row] = 1;
+  if (bad && lane == 0 && sequence.note != nullptr)
+    atomicMax(
+        reinterpret_cast<long long*>(const_cast<std::int64_t*>(value ? &sequence.note->value : &sequence.note->key)),
+        static_cast<long long>(rows.position + first + token + 1));
+}
+
+// The rows of one sequence, of which this CTA takes every gridDim.y-th.
+__device__ __forceinline__ void store_rows(const StoreParams& p, const SequenceView& sequence, std::int64_t first) {
+  const int warps = blockDim.x / kLanes, sides = 2 * p.heads;
+  const long long items = sides * sequence.query_count;
   for (long long i = blockIdx.y * warps + threadIdx.x / kLanes; i < items;
-       i += static_cast<long long>(gridDim.y) * warps) {
-    const bool value = i % 2 != 0;
-    const int head = static_cast<int>(i / 2 % p.heads);
-    const long long token = i / 2 / p.heads;
-    const std::int64_t* stride = value ? p.v_stride : p.k_stride;
-    const long long row = sequence.input_row + token;
-    const auto* from = static_cast<const unsigned short*>(value ? p.v : p.k) + sequence.input * stride[0] +
-                       head * stride[1] + row * stride[2];
-    auto* to = p.skip != nullptr ? nullptr
-                                 : static_cast<unsigned short*>(const_cast<void*>(value ? rows.v : rows.k)) +
-                                       row_offset(rows, !value, head, first + token);
-    const uint32_t exponents = p.bf16 ? 0x7f80u : 0x7c00u;
-    const bool wide = ((reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) & 7) == 0 &&
-                      p.dim % 4 == 0;
-    const bool bad = wide ? copy_row<uint2>(from, to, p.dim, exponents, lane)
-                          : copy_row<unsigned short>(from, to, p.dim, exponents, lane);
-    if (bad && lane == 0 && p.skip != nullptr) p.skip[sequence.input * p.rows + row] = 1;
-    if (bad && lane == 0 && sequence.note != nullptr)
-      atomicMax(
-          reinterpret_cast<long long*>(const_cast<std::int64_t*>(value ? &sequence.note->value : &sequence.note->key)),
-          static_cast<long long>(rows.position + first + token + 1));
-  }
+       i += static_cast<long long>(gridDim.y) * warps)
+    store_row(p, sequence, first, i / sides, static_cast<int>(i % sides));
 }
 
 __global__ void store_kernel(const __grid_constant__ StoreParams p) {
@@ -87,6 +89,36 @@ __global__ void store_kernel(const __grid_constant__ StoreParams p) {
   }
 }
 
+// The last sequence that begins at or before `row` of the call, -1 if none does. One warp, 32 sequences a look.
+__device__ __forceinline__ int sequence_of(const StoreParams& p, long long row, int lane) {
+  int step = 1, b = 0;
+  while (step * kLanes < p.batch) step *= kLanes;
+  for (;; step /= kLanes) {
+    const int i = b + lane * step;
+    const unsigned begun = __ballot_sync(kAll, i < p.batch && p.sequences[i].input_row <= row);
+    if (begun == 0) return -1;
+    b += (31 - __clz(begun)) * step;
+    if (step == 1) return b;
+  }
+}
+
+// Rows of sequences that follow one another, however uneven: a warp takes some sides of one row.
+constexpr int kSidesEach = 4;
+__global__ void __launch_bounds__(kThreads) store_in_order_kernel(const __grid_constant__ StoreParams p) {
+  wait_for_previous();
+  let_next_begin();
+  const int lane = threadIdx.x % kLanes, sides = 2 * p.heads, parts = (sides + kSidesEach - 1) / kSidesEach;
+  const long long i = blockIdx.x * static_cast<long long>(kThreads / kLanes) + threadIdx.x / kLanes, row = i / parts;
+  if (row >= p.rows) return;
+  const int b = sequence_of(p, row, lane);
+  if (b < 0) return;
+  const SequenceView& sequence = p.sequences[b];
+  const long long token = row - sequence.input_row;
+  if (token >= sequence.query_count) return;
+  const int begin = static_cast<int>(i % parts) * kSidesEach, end = min(begin + kSidesEach, sides);
+  for (int side = begin; side < end; ++side) store_row(p, sequence, sequence.exact[1].count, token, side);
+}
+
 // Prefetches all that attention looks up first, ids of pages and of blocks. One warp.
 __device__ __forceinline__ void prefetch_ids(const std::int32_t* ids, std::int64_t count, int lane) {
   for (std::int64_t i = lane * kIdsPerLine; i < count; i += kLanes * kIdsPerLine) prefetch_l2(ids + i);
@@ -96,16 +128,54 @@ __device__ __forceinline__ void prefetch_tables(const SequenceView& view, int la
   for (const ExactRows& x : view.exact) prefetch_ids(x.blocks, (x.count + kPageTokens - 1) / kPageTokens, lane);
 }
 
+// The list of a range's jobs, by one CTA: sums over as many sequences at a time as it has threads, then a thread for
+// each job.
+constexpr int kMostThreads = 1024;
+template <class Job>
+__device__ __forceinline__ void list_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out) {
+  __shared__ int behind[kMostThreads];  // pages of the sequences at hand up to each one
+  const int thread = threadIdx.x, threads = blockDim.x, lane = thread % kLanes;
+  int used = 0;
+  for (int first = 0; first < batch.size; first += threads) {
+    int sum = first + thread < batch.size ? pages_of(range, first + thread) : 0;
+    for (int step = 1; step < kLanes; step *= 2) {
+      const int other = __shfl_up_sync(kAll, sum, step);
+      if (lane >= step) sum += other;
+    }
+    behind[thread] = sum;
+    __syncthreads();
+    for (int w = kLanes - 1; w < thread - lane; w += kLanes) sum += behind[w];
+    __syncthreads();
+    behind[thread] = sum;
+    __syncthreads();
+    const int all = behind[threads - 1];
+    for (int i = thread; i < all; i += threads) {
+      int low = 0, high = threads - 1;  // the first with more than i behind it
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (behind[middle] > i) high = middle;
+        else low = middle + 1;
+      }
+      out[used + i] = job_of<Job>(batch, dtype, range, first + low, low > 0 ? i - behind[low - 1] : i);
+    }
+    used += all;
+    __syncthreads();
+  }
+  for (int i = used + thread; i < batch.size * range.most; i += threads) out[i].page = -1;
+}
+
 __global__ void step_kernel(const __grid_constant__ StepParams p) {
   wait_for_previous();
   let_next_begin();
-  const int b = blockIdx.x;
+  const int b = static_cast<int>(blockIdx.x) - (p.range.most > 0 ? 1 : 0);  // one more CTA lists the jobs
+  if (b < 0) {
+    if (blockIdx.y == 0) list_jobs(p.batch, p.dtype, p.range, p.jobs);
+    return;
+  }
   const SequenceView view = view_of(p.batch, b, true);
   if (blockIdx.y == 0) {
     if (threadIdx.x == 0) p.views[b] = view;
     if (threadIdx.x < kLanes) prefetch_tables(view, threadIdx.x);
-    for (int n = threadIdx.x; n < p.range.most; n += blockDim.x)
-      p.jobs[b * p.range.most + n] = seal_job_of(p.batch, p.dtype, p.range, b, n);
   }
   store_rows(p.store, view, view.query_position - view.exact[1].position);
 }
@@ -178,14 +248,11 @@ __global__ void __launch_bounds__(kThreads)
   prefetch_tables(view, lane);
 }
 template <class Job>
-__global__ void __launch_bounds__(kThreads) jobs_kernel(const __grid_constant__ PagedBatch batch, DType dtype,
-                                                        const __grid_constant__ PageRange range, Job* out) {
+__global__ void __launch_bounds__(kMostThreads) jobs_kernel(const __grid_constant__ PagedBatch batch, DType dtype,
+                                                            const __grid_constant__ PageRange range, Job* out) {
   wait_for_previous();
   let_next_begin();
-  const int i = blockIdx.x * kThreads + threadIdx.x;
-  if (i >= batch.size * range.most) return;
-  if constexpr (std::is_same_v<Job, SealJob>) out[i] = seal_job_of(batch, dtype, range, i / range.most, i % range.most);
-  else out[i] = page_job_of<Job>(batch, dtype, range, i / range.most, i % range.most);
+  list_jobs(batch, dtype, range, out);
 }
 
 unsigned ctas_for(int threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
@@ -200,8 +267,7 @@ template <class Job>
 cudaError_t launch_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out, bool early,
                         cudaStream_t stream) {
   if (batch.size * range.most <= 0) return cudaSuccess;
-  return queue_early(early, jobs_kernel<Job>, dim3(ctas_for(batch.size * range.most)), kThreads, 0, stream, batch,
-                     dtype, range, out);
+  return queue_early(early, jobs_kernel<Job>, dim3(1), kMostThreads, 0, stream, batch, dtype, range, out);
 }
 template cudaError_t launch_jobs(const PagedBatch&, DType, const PageRange&, SealJob*, bool, cudaStream_t);
 template cudaError_t launch_jobs(const PagedBatch&, DType, const PageRange&, DequantiseJob*, bool, cudaStream_t);
@@ -226,12 +292,18 @@ struct StoreGrid {
 
 cudaError_t launch_store(const StoreParams& p, cudaStream_t stream) {
   if (p.batch == 0 || p.heads == 0 || p.most == 0) return cudaSuccess;
+  if (p.in_order && p.most > 1) {
+    const long long warps = p.rows * ((2 * p.heads + kSidesEach - 1) / kSidesEach), each = kThreads / kLanes;
+    return queue_early(p.early, store_in_order_kernel, dim3(static_cast<unsigned>((warps + each - 1) / each)), kThreads,
+                       0, stream, p);
+  }
   const StoreGrid grid(p);
   return queue_early(p.early, store_kernel, grid.ctas, grid.threads, 0, stream, p);
 }
 cudaError_t launch_step(const StepParams& p, cudaStream_t stream) {
   if (p.store.batch == 0) return cudaSuccess;
-  const StoreGrid grid(p.store);
+  StoreGrid grid(p.store);
+  if (p.range.most > 0) ++grid.ctas.x;
   return queue_early(p.store.early, step_kernel, grid.ctas, grid.threads, 0, stream, p);
 }
 

@@ -24,11 +24,14 @@ struct StoreParams {
   std::uint8_t* skip = nullptr;  // [inputs, rows], or null. If set, nothing is stored: 1 for rows with NaN or infinity
   // Adds the new rows to the sequences' counts and query positions, so that a replayed launch continues from the last.
   bool count = false;
-  bool early = false;  // queue_early's argument
+  bool in_order = false;  // StoreJob's
+  bool early = false;     // queue_early's argument
 };
 // With `count`, one CTA per sequence: meant for few tokens.
 cudaError_t launch_store(const StoreParams& p, cudaStream_t stream);
 
+// launch_step gives every sequence a share of the grid for the most rows of one: meant for few.
+constexpr std::int64_t kMostStepRows = 16;
 // First launch of a step of a host's batch (Backend::begin_step): CTAs store the rows of a sequence, and one of them
 // writes its view and jobs.
 struct StepParams {
@@ -37,7 +40,7 @@ struct StepParams {
   PageRange range;
   DType dtype = DType::f16;
   SequenceView* views = nullptr;  // [batch]
-  SealJob* jobs = nullptr;        // [batch, range.most]
+  SealJob* jobs = nullptr;        // [batch * range.most]
 };
 cudaError_t launch_step(const StepParams& p, cudaStream_t stream);
 

@@ -28,7 +28,7 @@ struct SideParams {
 struct SealParams {
   SideParams key, value;
   PageMemory pages;
-  const SealJob* jobs = nullptr;  // in device memory, every pointer in them too
+  const SealJob* jobs = nullptr;  // in device memory, every pointer in them too; the first with page < 0 ends them
   int heads = 1;                  // of a job: slice i is head i % heads of job i / heads
   int count = 0;                  // slices
   bool halves = false;            // every job's rows are 16-bit floats

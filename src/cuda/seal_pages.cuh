@@ -232,7 +232,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
 
   for (int index = cta + group * ctas; index < p.count; index += S::kGroups * ctas) {
     const SealJob& job = p.jobs[index / p.heads];
-    if (job.page < 0) continue;
+    if (job.page < 0) break;
     const int head = index % p.heads;
     const DType dtype = job.dtype;
     const int first = job.first, count = static_cast<int>(job.count), size = dtype == DType::f32 ? 4 : 2,

@@ -101,10 +101,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     // Reloaded wherever it is used, to save registers.
     const volatile TeamJob& its = jobs[slot];
     const volatile SealJob& job = its.job;
-    if (job.page < 0) {
-      ask_for_next(slot);
-      continue;
-    }
+    if (job.page < 0) break;
     const bool bf16 = job.dtype == DType::bf16, weighted = (kValues ? job.lambda_v : job.lambda_k) != nullptr;
 
     double rotation_scale = 0;  // of the mean's digits
@@ -435,13 +432,6 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
   if constexpr (S::kCluster > 1) cluster_barrier();  // before this CTA's memory is gone
 }
 
-// Most decode steps fill no page; the matrix is then not loaded.
-__device__ __forceinline__ bool nothing_to_seal(const SealParams& p) {
-  bool any = false;
-  for (int i = threadIdx.x; i < p.count / p.heads; i += blockDim.x) any = any || p.jobs[i].page >= 0;
-  return __syncthreads_or(any) == 0;
-}
-
 extern __shared__ __align__(128) unsigned char wgmma_memory[];
 
 // The first `key_clusters` of the grid seal keys, the others values.
@@ -451,8 +441,8 @@ __global__ void __launch_bounds__(TeamShape<D>::kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using S = TeamShape<D>;
   if (p.beside) {
-    const bool nothing = nothing_to_seal(p);
-    wait_for_previous();  // what runs behind this kernel runs behind attention too
+    const bool nothing = p.jobs[0].page < 0;  // as in most decode steps: the matrix is then not loaded
+    wait_for_previous();                      // what runs behind this kernel runs behind attention too
     if (nothing) return;
   }
   const int cluster = static_cast<int>(blockIdx.x) / S::kCluster, clusters = static_cast<int>(gridDim.x) / S::kCluster;

@@ -216,6 +216,7 @@ Status PageFormat::store(const PagedBatch& given, const TensorView& k, const Ten
   StoreJob job;
   job.k = k;
   job.v = v;
+  job.in_order = true;
   job.sequences = {
       .views = {views, static_cast<std::size_t>(batch.size)}, .resident = true, .most_queries = batch.most_queries};
   return s.backend->store(job);

@@ -169,12 +169,18 @@ class CudaPaged : public ::testing::Test {
     }
     return views;
   }
-  std::vector<SealJob> host_jobs() {
-    std::vector<SealJob> jobs;
-    for (int b = 0; b < kSequences; ++b)
-      for (int n = 0; n < range(false).most; ++n)
-        jobs.push_back(seal_job_of(batch(false), DType::f16, range(false), b, n));
+  template <class Job>
+  std::vector<Job> jobs_of() {
+    std::vector<Job> jobs(static_cast<std::size_t>(kSequences * range(false).most));
+    EXPECT_TRUE(cuda::backend()->Backend::make_jobs(batch(false), DType::f16, range(false), jobs.data()).ok());
     return jobs;
+  }
+  std::vector<SealJob> host_jobs() { return jobs_of<SealJob>(); }
+  // What the range holds: so many jobs lead the list.
+  std::size_t pages_in_range() {
+    std::int32_t pages = 0;
+    for (std::size_t b = 0; b < kSequences; ++b) pages += (tables_.end[b] - tables_.begin[b]) / kPageTokens;
+    return static_cast<std::size_t>(pages);
   }
   AttendJob attend_job(const TensorView& q, const DeviceBytes& out) const {
     AttendJob job;
@@ -235,12 +241,19 @@ TEST_F(CudaPaged, ViewsAndJobsAreTheHosts) {
             << window << " " << stored << " " << b;
     }
     const std::vector<SealJob> expected = host_jobs();
+    const std::size_t used = pages_in_range();
+    ASSERT_GT(used, 2u);
+    ASSERT_LT(used, expected.size());
     const DeviceBytes jobs(expected.size() * sizeof(SealJob)), rows(expected.size() * sizeof(DequantiseJob));
     ASSERT_TRUE(backend.make_jobs(batch(true), DType::f16, range(true), jobs.as<SealJob>()).ok());
-    const std::vector<std::uint8_t> got = jobs.read();
-    EXPECT_EQ(std::memcmp(got.data(), expected.data(), got.size()), 0);
+    std::vector<SealJob> got(expected.size());
+    std::memcpy(got.data(), jobs.read().data(), jobs.read().size());
+    EXPECT_EQ(std::memcmp(got.data(), expected.data(), used * sizeof(SealJob)), 0);
     EXPECT_EQ(expected[0].hidden, kSinks);
-    EXPECT_LT(expected[2].page, 0);
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      EXPECT_EQ(expected[i].page >= 0, i < used);
+      EXPECT_EQ(got[i].page, expected[i].page);
+    }
     ASSERT_TRUE(backend.make_jobs(batch(true), DType::f16, range(true), rows.as<DequantiseJob>()).ok());
     std::vector<DequantiseJob> of_rows(expected.size());
     std::memcpy(of_rows.data(), rows.read().data(), rows.read().size());
@@ -254,6 +267,56 @@ TEST_F(CudaPaged, ViewsAndJobsAreTheHosts) {
       EXPECT_EQ(of_rows[i].count, kPageTokens);
       EXPECT_EQ(of_rows[i].dtype, DType::f16);
     }
+  }
+}
+
+// Hundreds of sequences of 0 to 300 rows, which are searched for by row, against a share of the grid for each.
+TEST(CudaStore, RowsThatFollowOneAnotherGoWhereThoseOfEachSequenceGo) {
+  if (cuda::backend() == nullptr) GTEST_SKIP() << "no CUDA device of compute capability 8.0 or later";
+  constexpr std::int64_t kDims = 80, kSides = 3, kAlone = 5;  // kAlone: rows before the first sequence's, and behind
+  for (const int sequences : {1, 31, 33, 700, 1100}) {
+    SCOPED_TRACE(sequences);
+    cases::Random random(static_cast<std::uint64_t>(sequences));
+    std::vector<SequenceView> views(static_cast<std::size_t>(sequences));
+    std::int64_t rows = kAlone;
+    for (SequenceView& view : views) {
+      view.input_row = rows;
+      view.query_count = random.bits() % 50 == 0 ? 300 : static_cast<std::int64_t>(random.bits() % 4);
+      rows += view.query_count;
+    }
+    rows += kAlone;
+    const auto count = static_cast<std::size_t>(rows * kSides * kDims);
+    std::vector<std::uint16_t> fresh = halves(random, count);
+    fresh[count / 2] = 0x7c00;  // a row that is stored as zeros
+    const DeviceBytes k(fresh), v(halves(random, count));
+    std::vector<std::uint8_t> stored[2][2];
+    for (const bool in_order : {false, true}) {
+      const DeviceBytes to_k(count * 2, 0xee), to_v(count * 2, 0xee);
+      for (SequenceView& view : views) {
+        ExactRows& to = view.exact[1];
+        to.k = to_k.as<std::uint16_t>() + view.input_row * kSides * kDims;
+        to.v = to_v.as<std::uint16_t>() + view.input_row * kSides * kDims;
+        to.k_stride = to.v_stride = kSides * kDims;
+        to.k_head_stride = to.v_head_stride = kDims;
+      }
+      const DeviceBytes on_device(views);
+      StoreJob job;
+      job.k = {k.as(), DType::f16, {1, kSides, rows, kDims}, {0, rows * kDims, kDims, 1}};
+      job.v = {v.as(), DType::f16, {1, kSides, rows, kDims}, {0, rows * kDims, kDims, 1}};
+      job.sequences = {{on_device.as<SequenceView>(), views.size()}, true, 300};
+      job.in_order = in_order;
+      ASSERT_TRUE(cuda::backend()->store(job).ok());
+      ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+      stored[in_order][0] = to_k.read();
+      stored[in_order][1] = to_v.read();
+    }
+    EXPECT_EQ(stored[0][0], stored[1][0]);
+    EXPECT_EQ(stored[0][1], stored[1][1]);
+    const std::vector<std::uint8_t> nothing(count * 2, 0xee);
+    EXPECT_NE(stored[1][0], nothing);
+    const std::size_t alone = kAlone * kSides * kDims * 2;
+    EXPECT_TRUE(std::equal(nothing.end() - static_cast<std::ptrdiff_t>(alone), nothing.end(),
+                           stored[1][0].end() - static_cast<std::ptrdiff_t>(alone)));
   }
 }
 
@@ -306,10 +369,7 @@ TEST_F(CudaPaged, JobsOnTheDeviceSealAndDequantiseAsTheHosts) {
   std::vector<std::uint8_t> rows[2];
   const std::vector<std::uint8_t> before = k_.read();
   for (const bool resident : {false, true}) {
-    std::vector<DequantiseJob> back;
-    for (int b = 0; b < kSequences; ++b)
-      for (int n = 0; n < range(false).most; ++n)
-        back.push_back(page_job_of<DequantiseJob>(batch(false), DType::f16, range(false), b, n));
+    std::vector<DequantiseJob> back = jobs_of<DequantiseJob>();
     if (resident) {
       const DeviceBytes on_device(back.size() * sizeof(DequantiseJob));
       ASSERT_TRUE(backend.make_jobs(batch(true), DType::f16, range(true), on_device.as<DequantiseJob>()).ok());
@@ -354,6 +414,7 @@ TEST_F(CudaPaged, ACapturedCallReadsTheTablesWhenItRuns) {
     StoreJob store;
     store.k = k;
     store.v = v;
+    store.in_order = true;
     store.sequences = {{before.as<SequenceView>(), kSequences}, true, most};
     cudaStream_t stream = nullptr;
     cudaGraph_t graph = nullptr;

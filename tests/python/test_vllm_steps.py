@@ -54,6 +54,15 @@ def test_sequences_of_a_batch_have_pieces_of_their_own_and_padding_has_none() ->
     assert step.rows == 131 and step.most_pages == 2
 
 
+def test_on_a_device_tokens_that_decode_are_not_laid_out_as_pieces_of_prompts() -> None:
+    # Three that decode, then 130 more tokens of a prompt, too few for the host's own attention.
+    queries, lengths = np.array([0, 1, 2, 3, 133]), np.array([71, 500, 64, 330])
+    spans = plan(queries, lengths, True, leave=True).spans
+    assert [span.rows for span in spans] == [slice(0, 3), slice(3, 133)]
+    assert [span.most_queries for span in spans] == [1, 64]
+    assert [span.rows for span in plan(queries, lengths, True).spans] == [slice(0, 133)]
+
+
 def test_a_workspace_is_asked_for_by_powers_of_two_that_hold_the_step() -> None:
     step = plan(np.array([0, 200, 201]), np.array([300, 1000]), True)
     needed = {

@@ -105,7 +105,7 @@ def plan(queries: np.ndarray, lengths: np.ndarray, sealing: bool, leave: bool = 
     arrays = (queries, lengths, begin, end, source, piece_lengths, sealed)
     return Step(
         *(x.astype(np.int32) for x in arrays),
-        spans=_spans(starts, starts + piece_lengths - first),
+        spans=_spans(starts, starts + piece_lengths - first, leave),
         left=left,
         sealing=sealing,
         single=bool(single),
@@ -114,11 +114,13 @@ def plan(queries: np.ndarray, lengths: np.ndarray, sealing: bool, leave: bool = 
     )
 
 
-def _spans(starts: np.ndarray, ends: np.ndarray) -> list[Span]:
-    """Runs of pieces with rows [starts, ends), split where rows between them are the host's."""
+def _spans(starts: np.ndarray, ends: np.ndarray, apart: bool) -> list[Span]:
+    """Runs of pieces with rows [starts, ends), split where rows between them are the host's. apart: also where pieces
+    of one row meet longer ones, since a device gives every piece of a call the room of the longest."""
     if not len(starts):
         return []
-    edges = [0, *(np.flatnonzero(starts[1:] != ends[:-1]) + 1), len(starts)]
+    one = (ends - starts <= 1) & apart
+    edges = [0, *(np.flatnonzero((starts[1:] != ends[:-1]) | (one[1:] != one[:-1])) + 1), len(starts)]
     return [
         Span(slice(a, b), slice(int(starts[a]), int(ends[b - 1])), np.append(starts[a:b], ends[b - 1]) - starts[a])
         for a, b in pairwise(edges)
