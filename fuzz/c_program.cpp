@@ -69,6 +69,7 @@ kv4_cache_config config_of(Input& in) {
     c.recipe.key.mean = in.below(2);
     c.recipe.sinks = in.below(8);
     c.recipe.window = in.below(3) * 32;
+    c.refined = in.below(3);
   }
   c.kv_heads = 1 + in.below(2);
   c.head_dim_k = 32 * (1 + in.below(2));
@@ -95,7 +96,8 @@ void create_anything(Input& in) {
                                   &c.head_dim_v,
                                   &c.sliding_window,
                                   &c.bits_k,
-                                  &c.bits_v};
+                                  &c.bits_v,
+                                  &c.refined};
   for (int changes = 1 + in.below(3); changes > 0; --changes)
     *fields[in.below(static_cast<int>(std::size(fields)))] = in.one_in(4) ? in.raw<std::int32_t>() : in.below(8);
   if (in.one_in(4)) c.kv_heads = in.raw<std::int16_t>();

@@ -45,6 +45,13 @@ inline std::vector<CacheConfig> saved_configs() {
   widths.key.bits = 6;
   widths.value.bits = 2;
   add(widths, 34, 32, DType::f16, 70);
+  Recipe refined = pages;
+  refined.refined = 1;
+  add(refined, 32, 32, DType::bf16);
+  refined.refined = 2;
+  refined.key.group = 32;
+  refined.key.bits = 3;
+  add(refined, 64, 32, DType::f16, 70);
   return list;
 }
 

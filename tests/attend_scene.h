@@ -17,9 +17,10 @@
 
 namespace kv4::scene {
 
-// Bits of a code of keys and of values of the shapes made from now on. Levels of other than 4 bits are lloyd_max.
+// Bits of a code of keys and of values, and refined keys, of the shapes made from now on. Levels of other than 4 bits
+// are lloyd_max.
 struct Widths {
-  int k = 4, v = 4;
+  int k = 4, v = 4, refined = 0;
 };
 inline Widths widths_of_shapes;
 
@@ -161,12 +162,16 @@ class Scene {
       return;
     make_side(spec_.key, shape_.dim_k, shape_.scale_group_k, shape_.mean, shape_.bits.k);
     make_side(spec_.value, shape_.dim_v, shape_.scale_group_v, false, shape_.bits.v);
+    const auto channels_k = static_cast<std::uint32_t>(cpu::pad_channels(shape_.dim_k)),
+               channels_v = static_cast<std::uint32_t>(cpu::pad_channels(shape_.dim_v)),
+               refined = static_cast<std::uint32_t>(shape_.bits.refined);
     spec_.layout = kv4_make_page_layout(
         static_cast<std::uint32_t>(shape_.dim_k), static_cast<std::uint32_t>(shape_.dim_v),
         static_cast<std::uint32_t>(spec_.key.groups), static_cast<std::uint32_t>(spec_.value.groups), shape_.mean,
-        static_cast<std::uint32_t>(cpu::pad_channels(shape_.dim_k)),
-        static_cast<std::uint32_t>(cpu::pad_channels(shape_.dim_v)), static_cast<std::uint32_t>(shape_.bits.k),
-        static_cast<std::uint32_t>(shape_.bits.v));
+        channels_k, channels_v, static_cast<std::uint32_t>(shape_.bits.k), static_cast<std::uint32_t>(shape_.bits.v),
+        refined);
+    spec_.second = kv4_make_second_layout(spec_.layout, channels_k, refined);
+    spec_.second_levels = levels(shape_.bits.k == 4 ? shape_.levels : LevelKind::lloyd_max);
   }
 
   void fill_slice(cases::Random& random, int tokens, std::uint8_t* slice, std::vector<std::uint8_t>& k,
@@ -189,6 +194,16 @@ class Scene {
     for (int c = 0; c < shape_.dim_k && shape_.mean; ++c)
       put(spec_.layout.k_mean + static_cast<std::uint32_t>(c) * 2,
           (shape_.bias == 0 ? 0.3 : shape_.bias) * random.normal());
+    // As large as the first rows, so that who leaves them out is far off.
+    for (std::uint32_t row = 0; row < spec_.second.rows; ++row) {
+      for (int g = 0; g < spec_.key.groups; ++g)
+        put(spec_.second.scales +
+                (row * static_cast<std::uint32_t>(spec_.key.groups) + static_cast<std::uint32_t>(g)) * 2,
+            step * (0.5 + random.uniform()));
+      const std::uint8_t place = static_cast<std::uint8_t>(random.below(kPageTokens));
+      slice[spec_.second.places + row] =
+          row > 0 && place == slice[spec_.second.places] ? static_cast<std::uint8_t>((place + 1) % kPageTokens) : place;
+    }
     k = codes_of(slice + spec_.layout.k_codes, spec_.key, true);
     v = codes_of(slice + spec_.layout.v_codes, spec_.value, false);
   }

@@ -74,6 +74,14 @@ struct SharedMemory {
   bool on_device = false;  // of memory that is not the host's
 };
 
+// Second rows of codes of a sealed head slice (Recipe::refined), for tools. A row that no token was left for has place
+// 0 and scales of 0.
+struct SecondRows {
+  std::vector<int> places;            // [rows] tokens of the page
+  std::vector<std::uint8_t> codes;    // [rows][head_dim_k / 2], even channels in the low nibble
+  std::vector<std::uint16_t> scales;  // fp16 [rows][groups]
+};
+
 struct CacheState;
 
 class KV4_API Cache {
@@ -196,10 +204,12 @@ class KV4_API Cache {
   // Whether row's lambda changes no more, since the page that fixed it can no longer be cropped; also where none is
   // learnt.
   bool lambda_fixed(int row) const;
-  // A sealed head slice of row's page `index`, for tools: codes in canonical order.
+  // A sealed head slice of row's page `index`, for tools: codes in canonical order. Those of refined keys' second rows
+  // are in page_second_rows.
   Status page_codes(int row, int index, int head, std::span<std::uint8_t> k, std::span<std::uint8_t> v) const;
   // Its scales, fp16 bits: [groups, kPageTokens] of keys and of values.
   Status page_scales(int row, int index, int head, std::span<std::uint16_t> k, std::span<std::uint16_t> v) const;
+  Status page_second_rows(int row, int index, int head, SecondRows* out) const;
   int page_count(int row) const;
 
  private:

@@ -10,6 +10,7 @@
 namespace kv4 {
 
 constexpr int kPageTokens = 64;
+constexpr int kMostRefined = 2;  // of Recipe::refined
 
 enum class LevelKind : std::uint8_t {
   lloyd_max = 0,  // those of a Gaussian as int8, at 4 bits +-{6, 18, 31, 44, 58, 75, 96, 127}; at 8 even ones
@@ -48,6 +49,8 @@ struct Recipe {
   SealMode seal = SealMode::page;
   int sinks = 4;    // first tokens of a sequence, kept exact
   int window = 64;  // newest tokens kept exact: window ... window + kPageTokens - 1 between seals
+  int refined = 0;  // keys of a page, 0 to 2: those of its tokens with the least |v|^2 have a second row of 4-bit
+                    // codes, for what the first one left; other than 0 on the CPU
 
   static Recipe kv4() { return {}; }
   KV4_API static Recipe exact();
@@ -55,7 +58,7 @@ struct Recipe {
 };
 
 // invalid_argument naming the field for anything out of range or contradictory
-// (arrival sealing with a mean, sinks, a window or automatic lambda; a value mean; ...).
+// (arrival sealing with a mean, sinks, a window, refined keys or automatic lambda; a value mean; ...).
 KV4_API Status validate(const Recipe& recipe);
 // Also against the head dims: group must divide them, the rotation must exist there.
 KV4_API Status validate(const Recipe& recipe, int head_dim_k, int head_dim_v);

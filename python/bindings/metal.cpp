@@ -35,7 +35,7 @@ void create(Metal* self, nb::handle recipe, const std::string& dtype, int kv_hea
   made.seals = r.seal != SealMode::never;
   if (made.seals) {
     raise_if_error(validate(r, head_dim_k, head_dim_v));
-    raise_if_error(expect_four_bits(r, "on Metal"));
+    raise_if_error(expect_plain_pages(r, "on Metal"));
   }
   raise_if_error(make_sides(r, head_dim_k, head_dim_v, read_floats(matrix_k, "matrix_k"),
                             read_floats(matrix_v, "matrix_v"), &made.spec));

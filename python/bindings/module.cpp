@@ -75,6 +75,7 @@ Recipe read_recipe(nb::handle r) {
   out.seal = static_cast<SealMode>(choice(r, "seal", "seal", {"page", "arrival", "never"}));
   out.sinks = number<int>(r, "sinks", "sinks");
   out.window = number<int>(r, "window", "window");
+  out.refined = number<int>(r, "refined", "refined");
   return out;
 }
 
@@ -438,7 +439,17 @@ NB_MODULE(_core, m) {
                                                {reinterpret_cast<std::uint8_t*>(v.data()), v.size()}));
             return nb::make_tuple(nb::bytes(k.data(), k.size()), nb::bytes(v.data(), v.size()));
           },
-          "row"_a, "index"_a, "head"_a, "Codes of a sealed head slice in canonical order: (keys, values) as bytes.");
+          "row"_a, "index"_a, "head"_a, "Codes of a sealed head slice in canonical order: (keys, values) as bytes.")
+      .def(
+          "page_second_rows",
+          [](const PyCache& c, int row, int index, int head) {
+            kv4::SecondRows rows;
+            raise_if_error(c.cache->page_second_rows(row, index, head, &rows));
+            return nb::make_tuple(rows.places, nb::bytes(rows.codes.data(), rows.codes.size()),
+                                  nb::bytes(rows.scales.data(), 2 * rows.scales.size()));
+          },
+          "row"_a, "index"_a, "head"_a,
+          "Refined keys of a sealed head slice: (their tokens, 4-bit codes [row][channel], fp16 scales [row][group]).");
 
   bind_ledger(m);
   bind_metal(m);

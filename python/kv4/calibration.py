@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 
 Tensor = torch.Tensor
 FORMAT, FORMAT_VERSION = "kv4-calibration", 2
-PACKED_WIDTHS = (2, 3, 4, 6, 8)
+PACKED_WIDTHS, MOST_REFINED = (2, 3, 4, 6, 8), 2
 _WIDTHS_VERSION = 2  # files without widths of layers are written as version 1, which older readers take
 
 
@@ -45,8 +46,8 @@ class Calibration:
     [kv_heads, d, d]. Keys of `tensors` are "layer.3.key.lambda", "layer.3.key.matrix", "layer.3.query.moments"...
 
     With widths of layers, "layer.3.widths" [budgets, 2]: bits of a key's code and of a value's (kv4.evaluate.layers)
-    for each of `budgets`, bits a value, all-in, beside `refined` tokens a page whose keys have a second row of codes,
-    which the packed cache does not have.
+    for each of `budgets`, bits a value, all-in, beside `refined` tokens a page whose keys have a second row of codes
+    (Recipe.refined).
 
     recipe: what it was made for. model: of identity_of. text, tokens: what it was measured on. method: how."""
 
@@ -86,11 +87,17 @@ class Calibration:
     def layers(self) -> int:
         return 1 + max((int(name.split(".")[1]) for name in self.tensors), default=-1)
 
+    @property
+    def packed_recipe(self) -> Recipe:
+        """`recipe` with the refined keys that widths of layers were chosen for. Errors: ValueError for more than a
+        recipe may have."""
+        return dataclasses.replace(self.recipe, refined=self.refined) if self.budgets else self.recipe
+
     def why_not_packed(self, budget: float | None = None) -> str | None:
         """What of this the packed cache does not have; None where it has all of it."""
         if self.method == "oscar":
             return "rotations of OSCAR's recipe"
-        if self.refined:
+        if self.refined > MOST_REFINED:
             return f"{self.refined} refined tokens a page"
         widths = {x for each in self.budgets if budget in (None, each) for pair in self.widths_of(each) for x in pair}
         others = sorted(widths - set(PACKED_WIDTHS))
@@ -107,7 +114,7 @@ class Calibration:
             raise ValueError(f"bits: expected a budget of the calibration, {known}; got {budget}")
         if (got := self.why_not_packed(budget)) is not None:
             raise ValueError(f"calibration: expected what the packed cache has; got {got}")
-        found: dict[str, Any] = {"recipe": self.recipe}
+        found: dict[str, Any] = {"recipe": self.packed_recipe}
         if budget is not None:
             found["bits"] = self.widths_of(budget)
         for argument, side, what in (

@@ -44,6 +44,9 @@ class Recipe:
     seal: "page" (whole pages of 64 tokens once they leave the exact window), "arrival" (every vector as
         it arrives, before attention sees it) or "never" (an exact cache).
     sinks: first tokens of a sequence, kept exact. window: newest tokens kept exact.
+    refined: keys of a page, 0 to 2, those of the tokens with the least value vectors, that have a second row of 4-bit
+        codes for what the first one left: .03 bits a value each at head dims 128 and 256, before rounding a page's part
+        of a head up to 64 bytes. Other than 0 on the CPU (kv4.Cache, kv4.hf), with seal="page".
     Raises ValueError naming the field for anything out of range or contradictory.
     """
 
@@ -52,6 +55,7 @@ class Recipe:
     seal: Literal["page", "arrival", "never"] = "page"
     sinks: int = 4
     window: int = 64
+    refined: int = 0
 
     def __post_init__(self) -> None:
         for name in ("key", "value"):
@@ -81,8 +85,11 @@ class Recipe:
         return cls(key=side, value=side, seal="never", sinks=0, window=0)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it. Sides of 4 bits do not say so: what reads such a recipe need not know of others."""
+        """As JSON has it. Sides of 4 bits and recipes without refined keys do not say so: what reads such a recipe need
+        not know of others."""
         fields = dataclasses.asdict(self)
+        if fields["refined"] == 0:
+            del fields["refined"]
         for side in (fields["key"], fields["value"]):
             if side["bits"] == 4:
                 del side["bits"]

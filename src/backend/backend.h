@@ -45,6 +45,8 @@ struct SideSpec {
 struct PageSpec {
   SideSpec key, value;
   kv4_page_layout layout{};
+  kv4_second_layout second{};  // of refined keys
+  Levels second_levels{};      // of 4 bits, of the kind of the keys'
 };
 
 // Page `id`, and its slice of one head, as their reader sees them: kernels, or the host where it is host memory.
@@ -237,8 +239,8 @@ class Backend {
 
   // Channels stored per token for a head of `dim` channels (kernel padding).
   virtual int code_channels(int dim) const = 0;
-  // Whether its kernels take codes of every width of SideRecipe::bits; else of 4 bits alone.
-  virtual bool serves_every_width() const { return false; }
+  // Whether its kernels take codes of every width of SideRecipe::bits and refined keys; else 4 bits and none alone.
+  virtual bool serves_every_page() const { return false; }
   // ok, or unsupported with the reason why no kernel serves this page.
   virtual Status supports(const PageSpec& spec) const = 0;
   // The same of exact rows, and of sealing them as they arrive.

@@ -49,10 +49,12 @@ Status make_sides(const Recipe& recipe, int head_dim_k, int head_dim_v, const st
   return make_side(recipe.value, head_dim_v, matrix_v, "matrix_v", &out->value);
 }
 
-Status expect_four_bits(const Recipe& recipe, const std::string& where) {
+Status expect_plain_pages(const Recipe& recipe, const std::string& where) {
   for (const auto& [name, bits] :
        {std::pair{"recipe.key.bits", recipe.key.bits}, {"recipe.value.bits", recipe.value.bits}})
     if (bits != 4) return error(StatusCode::unsupported, name, "4 " + where, std::to_string(bits));
+  if (recipe.refined != 0)
+    return error(StatusCode::unsupported, "recipe.refined", "0 " + where, std::to_string(recipe.refined));
   return {};
 }
 
@@ -77,14 +79,17 @@ Status make_spec(const CacheConfig& config, Backend** backend, PageSpec* out) {
   }
   KV4_RETURN_IF_ERROR((*backend)->supports_rows(config.head_dim_k, config.head_dim_v, config.dtype, recipe.seal));
   if (recipe.seal == SealMode::never) return {};
-  if (!(*backend)->serves_every_width()) KV4_RETURN_IF_ERROR(expect_four_bits(recipe, "on " + config.backend));
+  if (!(*backend)->serves_every_page()) KV4_RETURN_IF_ERROR(expect_plain_pages(recipe, "on " + config.backend));
   KV4_RETURN_IF_ERROR(validate(recipe, config.head_dim_k, config.head_dim_v));
   KV4_RETURN_IF_ERROR(make_sides(recipe, config.head_dim_k, config.head_dim_v, config.matrix_k, config.matrix_v, out));
   const auto u32 = [](int x) { return static_cast<std::uint32_t>(x); };
-  out->layout = kv4_make_page_layout(
-      u32(config.head_dim_k), u32(config.head_dim_v), u32(out->key.groups), u32(out->value.groups), out->key.mean,
-      u32((*backend)->code_channels(config.head_dim_k)), u32((*backend)->code_channels(config.head_dim_v)),
-      u32(recipe.key.bits), u32(recipe.value.bits));
+  const std::uint32_t channels_k = u32((*backend)->code_channels(config.head_dim_k)),
+                      channels_v = u32((*backend)->code_channels(config.head_dim_v)), refined = u32(recipe.refined);
+  out->layout = kv4_make_page_layout(u32(config.head_dim_k), u32(config.head_dim_v), u32(out->key.groups),
+                                     u32(out->value.groups), out->key.mean, channels_k, channels_v,
+                                     u32(recipe.key.bits), u32(recipe.value.bits), refined);
+  out->second = kv4_make_second_layout(out->layout, channels_k, refined);
+  out->second_levels = levels(recipe.key.levels);
   return (*backend)->supports(*out);
 }
 

@@ -13,8 +13,9 @@ namespace kv4 {
 Status make_sides(const Recipe& recipe, int head_dim_k, int head_dim_v, const std::vector<float>& matrix_k,
                   const std::vector<float>& matrix_v, PageSpec* out);
 
-// ok where both sides have codes of 4 bits, else unsupported naming the field; `where`: who serves no other width.
-Status expect_four_bits(const Recipe& recipe, const std::string& where);
+// ok where both sides have codes of 4 bits and no key is refined, else unsupported naming the field; `where`: who
+// serves no other pages.
+Status expect_plain_pages(const Recipe& recipe, const std::string& where);
 
 // Checks all of a configuration but its lambda, finds its backend and says what its pages are; the spec is left as it
 // is where nothing is ever sealed. Errors: invalid_argument naming the field; unsupported with the reason where no

@@ -96,7 +96,8 @@ std::vector<Field> fields(const CacheConfig& c, const PageSpec& spec) {
           {"matrix_k", matrix_value(spec.key), given},
           {"matrix_v", matrix_value(spec.value), given},
           {"recipe.key.bits", value_of(k.bits), number},
-          {"recipe.value.bits", value_of(v.bits), number}};
+          {"recipe.value.bits", value_of(v.bits), number},
+          {"recipe.refined", value_of(c.recipe.refined), number}};
 }
 
 Status expect_same(std::span<const Field> mine, std::span<const std::uint64_t> theirs) {
@@ -145,8 +146,8 @@ Status Reader::begin() {
     return error(StatusCode::data_loss, "saved magic", std::string(kMagic, sizeof kMagic),
                  "other bytes: this is no saved cache");
   KV4_RETURN_IF_ERROR(source_(std::as_writable_bytes(std::span(&version_, 1))));
-  if (version_ < 1 || version_ > kWidths)
-    return error(StatusCode::data_loss, "saved version", "1 to " + std::to_string(kWidths), std::to_string(version_));
+  if (version_ < 1 || version_ > kRefined)
+    return error(StatusCode::data_loss, "saved version", "1 to " + std::to_string(kRefined), std::to_string(version_));
   return {};
 }
 

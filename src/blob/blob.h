@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -29,9 +30,9 @@ static_assert(std::endian::native == std::endian::little,
 inline constexpr char kMagic[] = {'k', 'v', '4', 'c', 'a', 'c', 'h', 'e'};
 // Written; earlier ones are read as well. 1 has a record of every query before the first page is due.
 inline constexpr std::uint32_t kVersion = 2;
-inline constexpr std::uint32_t kRagged = 3;     // written where lengths differ: from here on they follow the state
-inline constexpr std::uint32_t kWidths = 4;     // written where a code has other than 4 bits: fields() ends with them
-inline constexpr std::size_t kWidthFields = 2;  // of fields(), which earlier versions lack
+inline constexpr std::uint32_t kRagged = 3;   // written where lengths differ: from here on they follow the state
+inline constexpr std::uint32_t kWidths = 4;   // written where a code has other than 4 bits: fields() goes on with them
+inline constexpr std::uint32_t kRefined = 5;  // written where keys are refined: fields() ends with how many
 inline constexpr std::size_t kArrayBytes = 64 << 10;  // of one block of an array
 
 enum class Kind : std::uint32_t {
@@ -67,15 +68,25 @@ struct Field {
   std::string (*text)(std::uint64_t);
 };
 std::vector<Field> fields(const CacheConfig& config, const PageSpec& spec);
+// The last of them, of which earlier versions leave some out: what they are there.
+inline constexpr std::array<std::uint64_t, 3> kUnsaid = {4, 4, 0};
+constexpr std::size_t unsaid(std::uint32_t version) { return version < kWidths ? 3 : version < kRefined ? 1 : 0; }
 // invalid_argument naming the first field whose value is another in `theirs`.
 Status expect_same(std::span<const Field> mine, std::span<const std::uint64_t> theirs);
 
 // A head slice as format/page.h lays it out where no channel is padded, its codes in canonical order.
-inline kv4_page_layout slice_layout(const PageSpec& spec) {
+struct SliceLayout : kv4_page_layout {
+  kv4_second_layout second{};
+};
+inline SliceLayout slice_layout(const PageSpec& spec) {
   const kv4_page_layout& l = spec.layout;
-  return kv4_make_page_layout(l.head_dim_k, l.head_dim_v, l.groups_k, l.groups_v, l.k_mean != l.v_codes, l.head_dim_k,
-                              l.head_dim_v, static_cast<std::uint32_t>(spec.key.levels.bits),
-                              static_cast<std::uint32_t>(spec.value.levels.bits));
+  SliceLayout slice;
+  static_cast<kv4_page_layout&>(slice) =
+      kv4_make_page_layout(l.head_dim_k, l.head_dim_v, l.groups_k, l.groups_v, l.k_mean != l.v_codes, l.head_dim_k,
+                           l.head_dim_v, static_cast<std::uint32_t>(spec.key.levels.bits),
+                           static_cast<std::uint32_t>(spec.value.levels.bits), spec.second.rows);
+  slice.second = kv4_make_second_layout(slice, l.head_dim_k, spec.second.rows);
+  return slice;
 }
 inline std::size_t key_scale_bytes(const kv4_page_layout& l) {  // and the mean, which lies behind them
   return l.groups_k * KV4_PAGE_TOKENS * 2 + (l.k_mean != l.v_codes ? l.head_dim_k * 2 : 0);

@@ -21,7 +21,7 @@ struct Format {
   ledger::Policy policy;
   DType dtype = DType::f32;
   int kv_heads = 0, head_dim_k = 0, head_dim_v = 0;
-  kv4_page_layout slice{};  // of a head of a page: no channel padded, codes in canonical order
+  SliceLayout slice{};      // of a head of a page: no channel padded, codes in canonical order
   std::size_t queries = 0;  // before the first page is due, from the first unmasked one on
 
   // spec: any where nothing is sealed.
@@ -39,12 +39,25 @@ struct Format {
   std::size_t page_bytes() const { return static_cast<std::size_t>(kv_heads) * slice.head_bytes; }
 };
 
-// Copies a head slice between a layout and the file's, all but its codes: copy(to, from, bytes) -> Status.
+// Copies scales and means of a head slice between a layout and the file's: copy(to, from, bytes) -> Status.
 template <class Copy>
 Status copy_scales(std::uint8_t* to, const kv4_page_layout& there, const std::uint8_t* from,
                    const kv4_page_layout& here, Copy copy) {
   KV4_RETURN_IF_ERROR(copy(to + there.k_scales, from + here.k_scales, key_scale_bytes(here)));
   return copy(to + there.v_scales, from + here.v_scales, value_scale_bytes(here));
+}
+
+// The same of its second rows.
+template <class Copy>
+Status copy_second_rows(std::uint8_t* to, const kv4_second_layout& there, const std::uint8_t* from,
+                        const kv4_second_layout& here, const SideSpec& key, Copy copy) {
+  if (here.rows == 0) return {};
+  for (std::uint32_t row = 0; row < here.rows; ++row)
+    KV4_RETURN_IF_ERROR(copy(to + there.codes + row * there.row_bytes, from + here.codes + row * here.row_bytes,
+                             static_cast<std::size_t>(key.dim) / 2));
+  KV4_RETURN_IF_ERROR(
+      copy(to + there.scales, from + here.scales, std::size_t{here.rows} * static_cast<std::size_t>(key.groups) * 2));
+  return copy(to + there.places, from + here.places, std::size_t{here.rows});
 }
 
 // What a sequence has learnt of its queries.

@@ -67,8 +67,9 @@ class Reading {
 
   Status run() {
     KV4_RETURN_IF_ERROR(in_.begin());
-    std::vector<std::uint64_t> theirs(format_.fields.size(), 4);  // what earlier versions do not say is 4 bits
-    const std::size_t said = theirs.size() - (in_.version() < kWidths ? kWidthFields : 0);
+    std::vector<std::uint64_t> theirs(format_.fields.size());
+    std::copy(kUnsaid.begin(), kUnsaid.end(), theirs.end() - kUnsaid.size());
+    const std::size_t said = theirs.size() - unsaid(in_.version());
     KV4_RETURN_IF_ERROR(in_.read(Kind::config, std::as_writable_bytes(std::span(theirs).first(said))));
     KV4_RETURN_IF_ERROR(expect_same(format_.fields, theirs));
     State saved{};
@@ -198,8 +199,20 @@ class Reading {
       const bool ok = finite(got + l.k_scales, DType::f16, static_cast<int>(key_scale_bytes(l) / 2)) &&
                       finite(got + l.v_scales, DType::f16, static_cast<int>(value_scale_bytes(l) / 2));
       if (!ok) return error(StatusCode::data_loss, "saved page", "finite scales and means", "NaN or infinity");
+      KV4_RETURN_IF_ERROR(second_rows(got));
     }
     return to_.page(number, named_, block);
+  }
+
+  // Of a head's slice: kernels index tokens by their places.
+  Status second_rows(const std::byte* slice) const {
+    const kv4_second_layout& at = format_.slice.second;
+    if (!finite(slice + at.scales, DType::f16, static_cast<int>(at.rows * format_.slice.groups_k)))
+      return error(StatusCode::data_loss, "saved page", "finite second scales", "NaN or infinity");
+    for (std::uint32_t row = 0; row < at.rows; ++row)
+      KV4_RETURN_IF_ERROR(
+          expect_within("place of a second row", std::to_integer<int>(slice[at.places + row]), 0, kPageTokens - 1));
+    return {};
   }
 
   Status notes() {

@@ -25,15 +25,19 @@ class Writing {
     }
     std::vector<std::uint64_t> numbers;
     for (const Field& field : format_.fields) numbers.push_back(field.value);
-    const std::size_t said = numbers.size() - kWidthFields;
-    const bool widths = std::any_of(numbers.begin() + static_cast<std::ptrdiff_t>(said), numbers.end(),
-                                    [](std::uint64_t bits) { return bits != 4; });
-    if (!widths) numbers.resize(said);
-    KV4_RETURN_IF_ERROR(out_.begin(widths ? kWidths : ragged ? kRagged : kVersion));
+    // The earliest that can say it.
+    std::uint32_t version = ragged ? kRagged : kVersion;
+    for (const std::uint32_t later : {kWidths, kRefined}) {
+      const std::size_t left_out = unsaid(later - 1);
+      if (!std::equal(kUnsaid.end() - left_out, kUnsaid.end(), numbers.end() - static_cast<std::ptrdiff_t>(left_out)))
+        version = later;
+    }
+    numbers.resize(numbers.size() - unsaid(version));
+    KV4_RETURN_IF_ERROR(out_.begin(version));
     KV4_RETURN_IF_ERROR(out_.write(Kind::config, std::as_bytes(std::span(numbers))));
     const State saved{batch, static_cast<std::uint64_t>(longest), pages_.size(), recording ? 1u : 0u};
     KV4_RETURN_IF_ERROR(out_.write(Kind::state, bytes_of(saved)));
-    if (ragged || widths) KV4_RETURN_IF_ERROR(array(Kind::lengths, lengths));
+    if (version >= kRagged) KV4_RETURN_IF_ERROR(array(Kind::lengths, lengths));
     for (std::size_t b = 0; b < batch; ++b) KV4_RETURN_IF_ERROR(sequence(b));
     std::vector<std::byte> block(format_.page_bytes());
     for (const ledger::PageId page : pages_) {

@@ -98,6 +98,9 @@ Status Cache::page_codes(int row, int index, int head, std::span<std::uint8_t> k
 Status Cache::page_scales(int row, int index, int head, std::span<std::uint16_t> k, std::span<std::uint16_t> v) const {
   return call(*state_, kv4::page_scales, row, index, head, k, v);
 }
+Status Cache::page_second_rows(int row, int index, int head, SecondRows* out) const {
+  return call(*state_, kv4::page_second_rows, row, index, head, out);
+}
 Status Cache::clone(std::unique_ptr<Cache>* out) const {
   std::unique_ptr<CacheState> copy;
   KV4_RETURN_IF_ERROR(call(*state_, kv4::fork, &copy));

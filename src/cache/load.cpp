@@ -10,7 +10,7 @@ namespace {
 
 class CacheTarget final : public blob::LoadTarget {
  public:
-  CacheTarget(const CacheState& c, const kv4_page_layout& slice) : c_(c), slice_(slice), pages_(c.pool.get()) {}
+  CacheTarget(const CacheState& c, const blob::SliceLayout& slice) : c_(c), slice_(slice), pages_(c.pool.get()) {}
 
   Status rows(std::size_t b, bool sinks, std::int64_t first, std::int64_t tokens, std::int64_t total,
               std::span<const std::byte> block) override {
@@ -42,8 +42,9 @@ class CacheTarget final : public blob::LoadTarget {
                         static_cast<std::size_t>(h) * slice_.head_bytes;
       std::uint8_t* put = page + static_cast<std::size_t>(h) * spec.layout.head_bytes;
       KV4_RETURN_IF_ERROR(c_.backend().codes_from_canonical(spec, got + slice_.k_codes, got + slice_.v_codes, put));
-      KV4_RETURN_IF_ERROR(
-          blob::copy_scales(put, spec.layout, got, slice_, [&](auto... x) { return c_.backend().copy(x...); }));
+      const auto copy = [&](auto... x) { return c_.backend().copy(x...); };
+      KV4_RETURN_IF_ERROR(blob::copy_scales(put, spec.layout, got, slice_, copy));
+      KV4_RETURN_IF_ERROR(blob::copy_second_rows(put, spec.second, got, slice_.second, spec.key, copy));
     }
     return {};
   }
@@ -82,7 +83,7 @@ class CacheTarget final : public blob::LoadTarget {
   }
 
   const CacheState& c_;
-  const kv4_page_layout slice_;
+  const blob::SliceLayout slice_;
   FreshPages pages_;  // those that the tables name
   std::vector<Body> bodies_;
 };

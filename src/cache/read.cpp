@@ -148,6 +148,26 @@ Status page_scales(const CacheState& c, int row, int index, int head, std::span<
   return c.backend().copy(v.data(), slice + spec.layout.v_scales, v.size_bytes());
 }
 
+Status page_second_rows(const CacheState& c, int row, int index, int head, SecondRows* out) {
+  const std::uint8_t* slice = nullptr;
+  KV4_RETURN_IF_ERROR(find_slice(c, row, index, head, &slice));
+  *out = SecondRows();
+  const PageSpec& spec = c.setup->spec;
+  const kv4_second_layout& at = spec.second;
+  if (at.rows == 0) return {};
+  const auto row_bytes = static_cast<std::size_t>(spec.key.dim) / 2;
+  std::vector<std::uint8_t> places(at.rows);
+  out->codes.resize(at.rows * row_bytes);
+  out->scales.resize(at.rows * static_cast<std::size_t>(spec.key.groups));
+  for (std::uint32_t i = 0; i < at.rows; ++i)
+    KV4_RETURN_IF_ERROR(
+        c.backend().copy(out->codes.data() + i * row_bytes, slice + at.codes + i * at.row_bytes, row_bytes));
+  KV4_RETURN_IF_ERROR(c.backend().copy(out->scales.data(), slice + at.scales, 2 * out->scales.size()));
+  KV4_RETURN_IF_ERROR(c.backend().copy(places.data(), slice + at.places, places.size()));
+  out->places.assign(places.begin(), places.end());
+  return {};
+}
+
 std::size_t nbytes(const CacheState& c) {
   const CacheConfig& config = c.setup->config;
   std::size_t sum = sizeof(Cache) + sizeof(CacheState) + sizeof(Setup);

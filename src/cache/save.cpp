@@ -7,7 +7,7 @@ namespace {
 
 class CacheSource final : public blob::SaveSource {
  public:
-  explicit CacheSource(const CacheState& c, const kv4_page_layout& slice) : c_(c), slice_(slice) {}
+  explicit CacheSource(const CacheState& c, const blob::SliceLayout& slice) : c_(c), slice_(slice) {}
 
   const ledger::Ledger& ledger(std::size_t b) const override { return c_.sequences[b].ledger; }
 
@@ -39,8 +39,9 @@ class CacheSource final : public blob::SaveSource {
       const std::uint8_t* held = c_.pool->page(id) + static_cast<std::size_t>(h) * spec.layout.head_bytes;
       auto* put = reinterpret_cast<std::uint8_t*>(out.data()) + static_cast<std::size_t>(h) * slice_.head_bytes;
       KV4_RETURN_IF_ERROR(c_.backend().codes_to_canonical(spec, held, put + slice_.k_codes, put + slice_.v_codes));
-      KV4_RETURN_IF_ERROR(
-          blob::copy_scales(put, slice_, held, spec.layout, [&](auto... x) { return c_.backend().copy(x...); }));
+      const auto copy = [&](auto... x) { return c_.backend().copy(x...); };
+      KV4_RETURN_IF_ERROR(blob::copy_scales(put, slice_, held, spec.layout, copy));
+      KV4_RETURN_IF_ERROR(blob::copy_second_rows(put, slice_.second, held, spec.second, spec.key, copy));
     }
     return {};
   }
@@ -56,7 +57,7 @@ class CacheSource final : public blob::SaveSource {
   }
 
   const CacheState& c_;
-  const kv4_page_layout slice_;
+  const blob::SliceLayout slice_;
 };
 
 }  // namespace

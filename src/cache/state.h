@@ -80,6 +80,7 @@ Status page_codes(const CacheState& c, int row, int index, int head, std::span<s
                   std::span<std::uint8_t> v);
 Status page_scales(const CacheState& c, int row, int index, int head, std::span<std::uint16_t> k,
                    std::span<std::uint16_t> v);
+Status page_second_rows(const CacheState& c, int row, int index, int head, SecondRows* out);
 std::size_t nbytes(const CacheState& c);
 std::vector<SharedMemory> shared(const CacheState& c);
 

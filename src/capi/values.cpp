@@ -13,7 +13,7 @@ namespace {
 
 // Where the struct ended in each version, the newest last.
 constexpr std::size_t kSizesOfConfig[] = {offsetof(kv4_cache_config, backend), offsetof(kv4_cache_config, bits_k),
-                                          sizeof(kv4_cache_config)};
+                                          offsetof(kv4_cache_config, refined), sizeof(kv4_cache_config)};
 constexpr std::size_t kSizesOfArgs[] = {offsetof(kv4_attend_args, host_mask), sizeof(kv4_attend_args)};
 
 static_assert(sizeof(void*) != 8 ||
@@ -158,6 +158,7 @@ Status config_of(const kv4_cache_config* given, CacheConfig* out) {
   KV4_RETURN_IF_ERROR(side_of(c.recipe.value, &recipe.value));
   if (c.bits_k != 0) recipe.key.bits = c.bits_k;
   if (c.bits_v != 0) recipe.value.bits = c.bits_v;
+  recipe.refined = c.refined;
   KV4_RETURN_IF_ERROR(in_range("recipe.seal", c.recipe.seal, 2));
   recipe.seal = static_cast<SealMode>(c.recipe.seal);
   recipe.sinks = c.recipe.sinks;

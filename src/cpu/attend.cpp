@@ -113,6 +113,7 @@ struct Arena {
       pages.k_scale = carver.take<float>(groups_k * kPageTokens);
       pages.v_scale = carver.take<float>(groups_v * kPageTokens);
       pages.mean = carver.take<float>(k);
+      pages.second = carver.take<float>(job.spec->second.rows * k);
       pages.tiles = carver.take<std::byte>(kernels.tiles_scratch(*job.spec, static_cast<std::int64_t>(count)));
       rotate = carver.take<std::byte>(
           std::max(kernels.rotate_scratch(job.head_dim_k), kernels.rotate_scratch(job.head_dim_v)));
@@ -280,8 +281,7 @@ class Call {
     mask.kind = m.kind;
     if (m.kind != Mask::General::none) {
       mask.dtype = m.general_dtype;
-      const std::int64_t size = m.kind == Mask::General::boolean ? 1
-                                                                 : static_cast<std::int64_t>(size_of(m.general_dtype));
+      const auto size = static_cast<std::int64_t>(m.kind == Mask::General::boolean ? 1 : size_of(m.general_dtype));
       mask.general = static_cast<const std::byte*>(m.general) +
                      (s.input * m.general_stride[0] + item.head * group_ * m.general_stride[1] +
                       (s.input_row + item.query) * m.general_stride[2]) *

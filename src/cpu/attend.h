@@ -64,6 +64,7 @@ struct PagesTask {
   float* k_scale = nullptr;         // [groups_k, 64]
   float* v_scale = nullptr;         // [groups_v, 64]
   float* mean = nullptr;            // [q_stride]
+  float* second = nullptr;          // [refined keys, q_stride]
   void* tiles = nullptr;            // Kernels::tiles_scratch
 };
 

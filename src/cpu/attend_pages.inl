@@ -39,10 +39,12 @@
 // (attend_tiles.inl).
 //
 // Rounding: q_c is off by half a unit in 32512 of the row's largest q', w_j by half a unit in 32512
-// of the page's largest weight: 1.5e-5 of the largest term either way. Overflow: 64 tokens of |w| <= 32512
-// and |L| <= 127 stay below 2^28; keys are bounded in dot.h.
+// of the page's largest weight: 1.5e-5 of the largest term either way. A refined key's second row is a product of
+// floats, as that with the mean, beside the integers of its first one. Overflow: 64 tokens of |w| <= 32512 and |L| <=
+// 127 stay below 2^28; keys are bounded in dot.h.
 #pragma once
 
+#include "cpu/second_rows.inl"
 #include "cpu/softmax.inl"
 
 namespace kv4::cpu::KV4_ISA {
@@ -189,22 +191,44 @@ inline TileAt tile_at(const PagesTask& t, int i, int tiles) {
   return {row, t.rows * (i + 1) / tiles - row};
 }
 
-// q'.m' of every row
+// q'.x of every row, x [q_stride].
 template <class V, int R>
-KV4_INLINE void dot_mean(const PagesTask& t, int row0, float* out) {
+KV4_INLINE void dot_rows(const PagesTask& t, int row0, const float* x, float* out) {
   using F = typename V::F;
   const int padded = static_cast<int>(t.q_stride);
   const float* q = t.q + row0 * t.q_stride;
   F sums[R] = {};
   for (int i = 0; i < padded; i += V::kLanes) {
-    const F mean = V::load(t.mean + i);
+    const F factor = V::load(x + i);
     KV4_UNROLL
-    for (int r = 0; r < R; ++r) sums[r] = V::fma(V::load(q + r * padded + i), mean, sums[r]);
+    for (int r = 0; r < R; ++r) sums[r] = V::fma(V::load(q + r * padded + i), factor, sums[r]);
   }
   F joined[kRowLanes / V::kLanes];
   fold_lanes<V, AddLanes>(sums, joined);
   KV4_UNROLL
   for (int i = 0; i * V::kLanes < R; ++i) V::store(out + i * V::kLanes, joined[i]);
+}
+
+template <class V, int R>
+KV4_INLINE void dot_mean(const PagesTask& t, int row0, float* out) {
+  dot_rows<V, R>(t, row0, t.mean, out);
+}
+
+// Adds what second rows of codes have of the scores of their tokens; token 0 of the page is at `first`. Code of its
+// own: pages without refined keys pay for a comparison.
+template <class V, int R, int N>
+[[gnu::noinline]] void add_second(const PagesTask& t, const std::uint8_t* slice, int row0, int first,
+                                  float (&scores)[R][N]) {
+  const float overflow = t.cap == 0 ? 0.0f : 1e-30f;  // overflow_factor
+  for (std::uint32_t i = 0; i < t.spec->second.rows; ++i) {
+    alignas(64) float more[kRowLanes];
+    dot_rows<V, R>(t, row0, t.second + i * t.q_stride, more);
+    const int at = first + slice[t.spec->second.places + i];
+    for (int r = 0; r < R; ++r) {
+      const float s = scores[r][at] + more[r];
+      scores[r][at] = s + s * overflow;
+    }
+  }
 }
 
 template <class V, int R>
@@ -239,6 +263,7 @@ KV4_INLINE void score_tile(const PagesTask& t, const PageAt& page, const PackedS
       }
     }
   }
+  if (t.spec->second.rows > 0) add_second<V>(t, page.slice, row0, 0, scores);
 }
 
 // o += the values of the page weighted with the rows of `weights`, after o *= rescale.
@@ -396,12 +421,14 @@ inline void widen_scales(const std::uint8_t* from, int groups, int tokens, float
     for (int j = tokens; j < kPageTokens; ++j) to[g * kPageTokens + j] = 0.0f;
 }
 
-// Scales and means of keys, and scales of values.
+// Scales, means and second rows of keys, and scales of values.
 template <class V>
 inline void widen_keys(const PagesTask& t, const PageAt& page) {
   const SideSpec& key = t.spec->key;
   widen_scales<V>(page.slice + t.spec->layout.k_scales, key.groups, page.tokens, t.k_scale);
   if (key.mean) widen_f16<V>(page.slice + t.spec->layout.k_mean, key.dim, static_cast<int>(t.q_stride), t.mean);
+  const int rows = static_cast<int>(t.spec->second.rows);
+  for (int r = 0; r < rows; ++r) widen_second<V>(*t.spec, page.slice, r, t.second + r * t.q_stride);
 }
 template <class V>
 inline void widen_values(const PagesTask& t, const PageAt& page) {

@@ -339,6 +339,7 @@ KV4_INLINE void score_matrix(const MatrixTask<V>& task, const Pages& pages, int 
         }
       }
     }
+    if (t.spec->second.rows > 0) add_second<V>(t, pages.page[page].slice, row0, page * kPageTokens, scores);
   }
   const int scored = count * kPageTokens;
   for (int r = 0; r < R; ++r) std::fill_n(scores[r] + scored, N - scored, 0.0f);

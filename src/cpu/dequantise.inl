@@ -5,7 +5,7 @@
 // Bound by the rotation: it reads about half a byte and writes four per value.
 #pragma once
 
-#include "cpu/quads.inl"
+#include "cpu/second_rows.inl"
 
 namespace kv4::cpu::KV4_ISA {
 
@@ -15,9 +15,10 @@ struct DequantiseScratch {
   float* inverse;       // [d] 1 / lambda
   float* mean;          // [padded]
   std::int32_t* quads;  // [padded / 4][kPageTokens]
+  float* second;        // [rows][padded] what second rows of codes add
   std::size_t bytes;
 
-  DequantiseScratch(int d, int lanes, void* block) {
+  DequantiseScratch(int d, int lanes, std::uint32_t rows, void* block) {
     Parts parts(block);
     const std::size_t padded = static_cast<std::size_t>(pad_channels(d));
     x = parts.take<float>(padded * lanes);
@@ -25,14 +26,21 @@ struct DequantiseScratch {
     inverse = parts.take<float>(padded);
     mean = parts.take<float>(padded);
     quads = parts.take<std::int32_t>(padded / 4 * kPageTokens);
+    second = parts.take<float>(rows * padded);
     bytes = parts.used();
   }
 };
 
-// scratch.quads holds the codes. mean: fp16 [d] or null; out [count, d].
+// The tokens of second rows, one byte each.
+struct SecondPlaces {
+  const std::uint8_t* token = nullptr;
+  int rows = 0;
+};
+
+// scratch.quads holds the codes, scratch.second what `places` are for. mean: fp16 [d] or null; out [count, d].
 template <class Isa, LookUp kLookUp>
-void dequantise_side(const SideSpec& spec, const std::uint8_t* scales, const std::uint8_t* mean, const float* lambda,
-                     int first, int count, float* out, const DequantiseScratch& scratch) {
+void dequantise_side(const SideSpec& spec, const std::uint8_t* scales, const std::uint8_t* mean, SecondPlaces places,
+                     const float* lambda, int first, int count, float* out, const DequantiseScratch& scratch) {
   using F = typename Isa::F;
   using I = typename Isa::I;
   constexpr int L = Isa::kLanes;
@@ -61,6 +69,11 @@ void dequantise_side(const SideSpec& spec, const std::uint8_t* scales, const std
           Isa::store(scratch.x + (c + k) * L, Isa::fma(value, scale, Isa::set1(scratch.mean[c + k])));
         }
       }
+    }
+    for (int r = 0; r < places.rows; ++r) {
+      const int lane = places.token[r] - t;
+      if (lane < 0 || lane >= L) continue;
+      for (int c = 0; c < d; ++c) scratch.x[c * L + lane] += scratch.second[r * pad_channels(d) + c];
     }
     rotate_lanes<Isa>(*spec.rotation, Map::inverse, scratch.x, scratch.rotate);
     for (int next = 0; next < d; next += L) {
@@ -91,23 +104,25 @@ void dequantise(const PageSpec& spec, const std::uint8_t* slice, const float* la
                 int first, int count, float* k, float* v, void* scratch) {
   const kv4_page_layout& at = spec.layout;
   if (k != nullptr) {
-    const DequantiseScratch parts(spec.key.dim, Isa::kLanes, scratch);
+    const int rows = static_cast<int>(spec.second.rows);
+    const DequantiseScratch parts(spec.key.dim, Isa::kLanes, spec.second.rows, scratch);
+    for (int r = 0; r < rows; ++r) widen_second<Isa>(spec, slice, r, parts.second + r * pad_channels(spec.key.dim));
     const int bits = spec.key.levels.bits;
     unpack_of<Isa>(true, bits)(slice + at.k_codes, pad_channels(spec.key.dim), first, count, parts.quads);
-    dequantise_side_of<Isa>(bits)(spec.key, slice + at.k_scales, spec.key.mean ? slice + at.k_mean : nullptr, lambda_k,
-                                  first, count, k, parts);
+    dequantise_side_of<Isa>(bits)(spec.key, slice + at.k_scales, spec.key.mean ? slice + at.k_mean : nullptr,
+                                  {slice + spec.second.places, rows}, lambda_k, first, count, k, parts);
   }
   if (v != nullptr) {
-    const DequantiseScratch parts(spec.value.dim, Isa::kLanes, scratch);
+    const DequantiseScratch parts(spec.value.dim, Isa::kLanes, 0, scratch);
     const int bits = spec.value.levels.bits;
     unpack_of<Isa>(false, bits)(slice + at.v_codes, pad_channels(spec.value.dim), first, count, parts.quads);
-    dequantise_side_of<Isa>(bits)(spec.value, slice + at.v_scales, nullptr, lambda_v, first, count, v, parts);
+    dequantise_side_of<Isa>(bits)(spec.value, slice + at.v_scales, nullptr, {}, lambda_v, first, count, v, parts);
   }
 }
 
 template <class Isa>
 std::size_t dequantise_scratch(const PageSpec& spec) {
-  return DequantiseScratch(spec.key.dim > spec.value.dim ? spec.key.dim : spec.value.dim, Isa::kLanes, nullptr).bytes;
+  return DequantiseScratch(std::max(spec.key.dim, spec.value.dim), Isa::kLanes, spec.second.rows, nullptr).bytes;
 }
 
 }  // namespace kv4::cpu::KV4_ISA

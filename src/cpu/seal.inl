@@ -27,6 +27,7 @@
 
 #include "cpu/quads.inl"
 #include "cpu/rotate_f64.h"
+#include "cpu/second_rows.inl"
 
 namespace kv4::cpu::KV4_ISA {
 
@@ -41,9 +42,10 @@ struct SealScratch {
   double* mean;         // [d]
   double* rotate_f64;   // rotate_f64_scratch(d)
   std::int32_t* quads;  // quads.inl: [padded / 4][kPageTokens]
+  float* left;          // [padded][kLanes] what first rows of codes leave, lane r of refined key r; if any is
   std::size_t bytes;
 
-  SealScratch(int d, int lanes, void* block) {
+  SealScratch(int d, int lanes, bool refined, void* block) {
     Parts parts(block);
     const std::size_t padded = static_cast<std::size_t>(pad_channels(d));
     x = parts.take<float>(padded * lanes);
@@ -56,6 +58,7 @@ struct SealScratch {
     mean = parts.take<double>(padded);
     rotate_f64 = parts.take<double>(rotate_f64_scratch(d));
     quads = parts.take<std::int32_t>(padded / 4 * kPageTokens);
+    left = parts.take<float>(refined ? padded * lanes : 0);
     bytes = parts.used();
   }
 };
@@ -345,8 +348,68 @@ auto quantise_group_of(const SideSpec& spec) {
   }
 }
 
+// Of a page's values.
 template <class Isa>
-void seal_side(const SealSide& s, const SealScratch& scratch, PackCodes pack) {
+RefinedTokens refined_tokens(const SealSide& s, int rows) {
+  const auto sums = [&](auto load) {
+    return lightest(
+        rows, s.count, [&](int j) { return s.used(j); },
+        [&](int j) { return sum_of_squares<Isa>(s.spec->dim, [&](int c) { return load(s.rows + j * s.stride, c); }); });
+  };
+  switch (s.dtype) {
+    case DType::f32: return sums([](const std::byte* row, int c) { return load_row<Isa, DType::f32>(row, c); });
+    case DType::f16: return sums([](const std::byte* row, int c) { return load_row<Isa, DType::f16>(row, c); });
+    default: return sums([](const std::byte* row, int c) { return load_row<Isa, DType::bf16>(row, c); });
+  }
+}
+
+// What the first row of codes, as it is stored, leaves of lane `lane` of the block at token t.
+template <class Isa>
+void take_left(const SealSide& s, const SealScratch& scratch, int t, int lane, float* left) {
+  constexpr int L = Isa::kLanes;
+  const SideSpec& spec = *s.spec;
+  for (int g = 0; g < spec.groups; ++g) {
+    const float scale = f16_to_f32(load_as<std::uint16_t>(s.scales + 2 * (g * kPageTokens + t + lane)));
+    for (int c = g * spec.group; c < (g + 1) * spec.group; ++c) {
+      const std::int32_t quad = scratch.quads[c / 4 * kPageTokens + t + lane];
+      const std::int8_t level = spec.levels.table[static_cast<std::size_t>(quad >> (8 * (c % 4)) & 0xff)];
+      left[c * L] = scratch.x[c * L + lane] - scale * static_cast<float>(level);
+    }
+  }
+}
+
+// Second rows of codes of what is left, by the rules of a first one.
+template <class Isa>
+void seal_second(const PageSpec& page, const RefinedTokens& tokens, const SealScratch& scratch, std::uint8_t* slice) {
+  constexpr int L = Isa::kLanes;
+  static_assert(kMostRefined <= L, "a lane for each");
+  const SideSpec& spec = page.key;
+  const kv4_second_layout& at = page.second;
+  const LevelVectors<Isa> levels(page.second_levels);
+  const auto quantise = quantise_group_by<Isa, LookUp::one>(spec.scale);
+  alignas(64) float live[L] = {};
+  for (int r = 0; r < tokens.rows; ++r) live[r] = tokens.token[r] >= 0 ? 1.0f : 0.0f;
+  for (int g = 0; g < spec.groups; ++g) {
+    const int c = g * spec.group;
+    alignas(64) std::uint16_t halves[L];
+    Isa::store_f16(halves, quantise(scratch.left + c * L, nullptr, spec.group, page.second_levels, levels,
+                                    Isa::load(live), scratch.quads + c / 4 * kPageTokens));
+    for (int r = 0; r < tokens.rows; ++r) store_as(slice + at.scales + 2 * (r * spec.groups + g), halves[r]);
+  }
+  for (int r = 0; r < tokens.rows; ++r) {
+    std::uint8_t* const codes = slice + at.codes + static_cast<std::uint32_t>(r) * at.row_bytes;
+    std::memset(codes, 0, at.row_bytes);
+    for (int c = 0; c < spec.dim; ++c) {
+      const std::int32_t code = scratch.quads[c / 4 * kPageTokens + r] >> (8 * (c % 4)) & 15;
+      codes[c / 2] = static_cast<std::uint8_t>(codes[c / 2] | code << (4 * (c % 2)));
+    }
+    slice[at.places + static_cast<std::uint32_t>(r)] = static_cast<std::uint8_t>(std::max(0, tokens.token[r]));
+  }
+}
+
+// refined: tokens whose rest goes to scratch.left.
+template <class Isa>
+void seal_side(const SealSide& s, const SealScratch& scratch, PackCodes pack, const RefinedTokens& refined) {
   using F = typename Isa::F;
   constexpr int L = Isa::kLanes;
   const SideSpec& spec = *s.spec;
@@ -387,6 +450,9 @@ void seal_side(const SealSide& s, const SealScratch& scratch, PackCodes pack) {
       const int begin = t < s.first ? s.first - t : 0, count = (t + L < end ? L : end - t) - begin;
       std::memcpy(s.scales + 2 * (g * kPageTokens + t + begin), halves + begin, 2 * static_cast<std::size_t>(count));
     }
+    for (int r = 0; r < refined.rows; ++r)
+      if (const int lane = refined.token[r] - t; refined.token[r] >= 0 && lane >= 0 && lane < L)
+        take_left<Isa>(s, scratch, t, lane, scratch.left + r);
   }
   pack(scratch.quads, padded, s.first, s.count, s.codes);
 }
@@ -410,16 +476,26 @@ void seal(const PageSpec& spec, const SealJob& job, int head, std::uint8_t* slic
                     .mean = reinterpret_cast<std::byte*>(slice + mean)};
   };
   const kv4_page_layout& at = spec.layout;
-  seal_side<Isa>(
-      side(spec.key, job.k, job.k_head_stride, job.k_stride, job.lambda_k, at.k_codes, at.k_scales, at.k_mean),
-      SealScratch(spec.key.dim, Isa::kLanes, scratch), pack_of<Isa>(true, spec.key.levels.bits));
-  seal_side<Isa>(side(spec.value, job.v, job.v_head_stride, job.v_stride, job.lambda_v, at.v_codes, at.v_scales, 0),
-                 SealScratch(spec.value.dim, Isa::kLanes, scratch), pack_of<Isa>(false, spec.value.levels.bits));
+  const SealSide keys = side(spec.key, job.k, job.k_head_stride, job.k_stride, job.lambda_k, at.k_codes, at.k_scales,
+                             at.k_mean),
+                 values =
+                     side(spec.value, job.v, job.v_head_stride, job.v_stride, job.lambda_v, at.v_codes, at.v_scales, 0);
+  const int rows = static_cast<int>(spec.second.rows);
+  const SealScratch parts(spec.key.dim, Isa::kLanes, rows > 0, scratch);
+  RefinedTokens refined;
+  if (rows > 0) {
+    refined = refined_tokens<Isa>(values, rows);
+    std::memset(parts.left, 0, static_cast<std::size_t>(pad_channels(spec.key.dim) * Isa::kLanes) * sizeof(float));
+  }
+  seal_side<Isa>(keys, parts, pack_of<Isa>(true, spec.key.levels.bits), refined);
+  if (rows > 0) seal_second<Isa>(spec, refined, parts, slice);
+  seal_side<Isa>(values, SealScratch(spec.value.dim, Isa::kLanes, false, scratch),
+                 pack_of<Isa>(false, spec.value.levels.bits), RefinedTokens());
 }
 
 template <class Isa>
 std::size_t seal_scratch(const PageSpec& spec) {
-  return SealScratch(spec.key.dim > spec.value.dim ? spec.key.dim : spec.value.dim, Isa::kLanes, nullptr).bytes;
+  return SealScratch(std::max(spec.key.dim, spec.value.dim), Isa::kLanes, spec.second.rows > 0, nullptr).bytes;
 }
 
 }  // namespace kv4::cpu::KV4_ISA

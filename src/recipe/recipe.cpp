@@ -88,6 +88,9 @@ Status validate(const Recipe& recipe) {
   };
   KV4_RETURN_IF_ERROR(tokens("recipe.sinks", recipe.sinks));
   KV4_RETURN_IF_ERROR(tokens("recipe.window", recipe.window));
+  if (recipe.refined < 0 || recipe.refined > kMostRefined)
+    return invalid_argument("recipe.refined", "0 to " + std::to_string(kMostRefined) + " keys of a page",
+                            std::to_string(recipe.refined));
   if (recipe.seal == SealMode::arrival) {
     if (recipe.key.mean)
       return invalid_argument("recipe.key.mean", "false with arrival sealing, which knows one vector at a time",
@@ -101,6 +104,9 @@ Status validate(const Recipe& recipe) {
     if (recipe.window != 0)
       return invalid_argument("recipe.window", "0 with arrival sealing, which keeps no token exact",
                               std::to_string(recipe.window));
+    if (recipe.refined != 0)
+      return invalid_argument("recipe.refined", "0 with arrival sealing, which never has a page's tokens side by side",
+                              std::to_string(recipe.refined));
   }
   return {};
 }

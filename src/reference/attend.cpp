@@ -19,7 +19,7 @@ double element(const void* data, DType dtype, std::int64_t i) {
 double lowest(DType dtype) { return dtype == DType::f16 ? -65504.0 : -1e30; }
 
 void append_side(const SideSpec& side, const std::uint8_t* packed, const std::uint8_t* scales, const std::uint8_t* mean,
-                 int count, const float* lambda, std::vector<double>* to) {
+                 int count, const float* lambda, const SecondRows* second, std::vector<double>* to) {
   std::vector<std::uint16_t> scale(static_cast<std::size_t>(side.groups) * count), m(side.dim);
   for (int g = 0; g < side.groups; ++g)
     std::memcpy(scale.data() + static_cast<std::size_t>(g) * count, scales + g * kPageTokens * 2,
@@ -28,7 +28,8 @@ void append_side(const SideSpec& side, const std::uint8_t* packed, const std::ui
   std::vector<double> weight(side.dim, 1.0);
   if (lambda != nullptr) weight.assign(lambda, lambda + side.dim);
   const std::vector<double> rows = dequantise(side, from_canonical(packed, count, side.dim, side.levels.bits).data(),
-                                              scale.data(), mean != nullptr ? m.data() : nullptr, count, weight.data());
+                                              scale.data(), mean != nullptr ? m.data() : nullptr, count, weight.data(),
+                                              second);
   to->insert(to->end(), rows.begin(), rows.end());
 }
 
@@ -37,9 +38,10 @@ void append_side(const SideSpec& side, const std::uint8_t* packed, const std::ui
 void append_page(const PageSpec& spec, const std::uint8_t* slice, const std::uint8_t* k_codes,
                  const std::uint8_t* v_codes, int count, const float* lambda_k, const float* lambda_v, int head,
                  DenseTokens* to) {
+  const SecondRows second = read_second_rows(spec, slice);
   append_side(spec.key, k_codes, slice + spec.layout.k_scales, spec.key.mean ? slice + spec.layout.k_mean : nullptr,
-              count, lambda_k, &to->k[static_cast<std::size_t>(head)]);
-  append_side(spec.value, v_codes, slice + spec.layout.v_scales, nullptr, count, lambda_v,
+              count, lambda_k, &second, &to->k[static_cast<std::size_t>(head)]);
+  append_side(spec.value, v_codes, slice + spec.layout.v_scales, nullptr, count, lambda_v, nullptr,
               &to->v[static_cast<std::size_t>(head)]);
 }
 

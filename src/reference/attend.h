@@ -21,7 +21,7 @@ struct DenseTokens {
 };
 
 // Appends tokens [0, count) of a page's head slice as keys and values of `head`, dequantised.
-// Codes are canonical (format/page.h); scales and mean are read from the slice. Positions are left alone.
+// Codes are canonical (format/page.h); scales, mean and second rows are read from the slice. Positions are left alone.
 void append_page(const PageSpec& spec, const std::uint8_t* slice, const std::uint8_t* k_codes,
                  const std::uint8_t* v_codes, int count, const float* lambda_k, const float* lambda_v, int head,
                  DenseTokens* to);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "format/convert.h"
@@ -36,6 +37,49 @@ Nearest nearest(const Levels& levels, double y) {
   return {static_cast<std::uint8_t>(code), margin};
 }
 
+// A page of `tokens` rows whose codes are all of 0.
+Sealed zeros(const SideSpec& side, const Levels& levels, int tokens) {
+  Sealed out;
+  out.tokens = tokens;
+  out.dim = side.dim;
+  const std::size_t n = static_cast<std::size_t>(tokens) * side.dim;
+  out.codes.assign(n, static_cast<std::uint8_t>(levels.half()));
+  out.x.assign(n, 0.0);
+  out.margin.assign(n, std::numeric_limits<double>::infinity());
+  out.scales.assign(static_cast<std::size_t>(side.groups) * tokens, 0);
+  out.scale_f64.assign(out.scales.size(), 0.0);
+  out.step.assign(out.scales.size(), 0.0);
+  return out;
+}
+
+// Codes and scales of row j of out->x.
+void quantise(const SideSpec& side, const Levels& levels, int j, Sealed* out) {
+  const double top = levels.top();
+  for (int g = 0; g < side.groups; ++g) {
+    const std::size_t first = static_cast<std::size_t>(j) * side.dim + static_cast<std::size_t>(g) * side.group;
+    const double* xg = out->x.data() + first;
+    double squares = 0, largest = 0;
+    for (int c = 0; c < side.group; ++c) {
+      squares += xg[c] * xg[c];
+      largest = std::max(largest, std::abs(xg[c]));
+    }
+    const double step = side.scale == ScaleRule::abs_max ? largest / top
+                                                         : std::sqrt(squares / side.group) / levels.gain;
+    if (!(step > 0)) continue;
+    for (int c = 0; c < side.group; ++c) {
+      const Nearest best = nearest(levels, xg[c] / step);
+      out->codes[first + c] = best.code;
+      out->margin[first + c] = best.margin;
+    }
+    const std::size_t s = static_cast<std::size_t>(g) * out->tokens + j;
+    out->step[s] = step;
+    out->scale_f64[s] = side.scale == ScaleRule::abs_max
+                            ? step
+                            : least_squares_scale(levels, xg, out->codes.data() + first, side.group);
+    out->scales[s] = f32_to_f16(static_cast<float>(out->scale_f64[s]));
+  }
+}
+
 }  // namespace
 
 double least_squares_scale(const Levels& levels, const double* x, const std::uint8_t* codes, int n) {
@@ -51,21 +95,11 @@ double least_squares_scale(const Levels& levels, const double* x, const std::uin
 Sealed seal(const SideSpec& side, const double* rows, int tokens, const std::uint8_t* skip, const double* lambda,
             const std::uint16_t* stored_mean) {
   const int d = side.dim;
-  const std::size_t n = static_cast<std::size_t>(tokens) * d;
   const std::vector<double> rotation = side.rotation->matrix_f64();
   const auto masked = [&](int j) { return skip != nullptr && skip[j] != 0; };
   const auto weight = [&](int c) { return lambda != nullptr ? lambda[c] : 1.0; };
 
-  Sealed out;
-  out.tokens = tokens;
-  out.dim = d;
-  out.codes.assign(n, static_cast<std::uint8_t>(side.levels.half()));
-  out.x.assign(n, 0.0);
-  out.margin.assign(n, std::numeric_limits<double>::infinity());
-  out.scales.assign(static_cast<std::size_t>(side.groups) * tokens, 0);
-  out.scale_f64.assign(out.scales.size(), 0.0);
-  out.step.assign(out.scales.size(), 0.0);
-
+  Sealed out = zeros(side, side.levels, tokens);
   // Rows are taken relative to their mean and the mean's own rotation is added back, so that a large
   // common bias costs no accuracy.
   std::vector<double> mu(d, 0.0), offset(d, 0.0), centred(d);
@@ -88,42 +122,62 @@ Sealed seal(const SideSpec& side, const double* rows, int tokens, const std::uin
     }
   }
 
-  const double top = side.levels.top();
   for (int j = 0; j < tokens; ++j) {
     if (masked(j)) continue;
     for (int c = 0; c < d; ++c) centred[c] = weight(c) * (rows[static_cast<std::size_t>(j) * d + c] - mu[c]);
     double* x = out.x.data() + static_cast<std::size_t>(j) * d;
     multiply(rotation, centred.data(), x, d);
     for (int i = 0; i < d; ++i) x[i] += offset[i];
-    for (int g = 0; g < side.groups; ++g) {
-      const double* xg = x + static_cast<std::size_t>(g) * side.group;
-      const std::size_t first = static_cast<std::size_t>(j) * d + static_cast<std::size_t>(g) * side.group;
-      double squares = 0, largest = 0;
-      for (int c = 0; c < side.group; ++c) {
-        squares += xg[c] * xg[c];
-        largest = std::max(largest, std::abs(xg[c]));
-      }
-      const double step = side.scale == ScaleRule::abs_max ? largest / top
-                                                           : std::sqrt(squares / side.group) / side.levels.gain;
-      if (!(step > 0)) continue;
-      for (int c = 0; c < side.group; ++c) {
-        const Nearest best = nearest(side.levels, xg[c] / step);
-        out.codes[first + c] = best.code;
-        out.margin[first + c] = best.margin;
-      }
-      const std::size_t s = static_cast<std::size_t>(g) * tokens + j;
-      out.step[s] = step;
-      out.scale_f64[s] = side.scale == ScaleRule::abs_max
-                             ? step
-                             : least_squares_scale(side.levels, xg, out.codes.data() + first, side.group);
-      out.scales[s] = f32_to_f16(static_cast<float>(out.scale_f64[s]));
-    }
+    quantise(side, side.levels, j, &out);
   }
   return out;
 }
 
+std::vector<int> lightest(const double* values, int tokens, int dim, const std::uint8_t* skip, int count) {
+  std::vector<int> order;
+  std::vector<double> sums(tokens, 0.0);
+  for (int j = 0; j < tokens; ++j) {
+    if (skip != nullptr && skip[j] != 0) continue;
+    for (int c = 0; c < dim; ++c) sums[j] += std::pow(values[static_cast<std::size_t>(j) * dim + c], 2);
+    order.push_back(j);
+  }
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return sums[a] < sums[b]; });
+  order.resize(std::min(order.size(), static_cast<std::size_t>(count)));
+  return order;
+}
+
+Sealed second_rows(const SideSpec& side, const Levels& levels, const Sealed& sealed, const std::uint8_t* codes,
+                   const std::uint16_t* scales, const std::vector<int>& places) {
+  Sealed out = zeros(side, levels, static_cast<int>(places.size()));
+  for (int row = 0; row < out.tokens; ++row) {
+    const std::size_t j = static_cast<std::size_t>(places[row]);
+    for (int i = 0; i < side.dim; ++i) {
+      const double scale = f16_to_f32(scales[static_cast<std::size_t>(i / side.group) * sealed.tokens + j]);
+      const std::size_t at = j * static_cast<std::size_t>(side.dim) + i;
+      out.x[static_cast<std::size_t>(row) * side.dim + i] = sealed.x[at] - scale * side.levels.table[codes[at]];
+    }
+    quantise(side, levels, row, &out);
+  }
+  return out;
+}
+
+SecondRows read_second_rows(const PageSpec& spec, const std::uint8_t* slice) {
+  const kv4_second_layout& at = spec.second;
+  const int rows = static_cast<int>(at.rows);
+  SecondRows out;
+  out.levels = spec.second_levels;
+  for (int row = 0; row < rows; ++row) {
+    out.places.push_back(slice[at.places + row]);
+    const std::vector<std::uint8_t> codes = from_canonical(slice + at.codes + row * at.row_bytes, 1, spec.key.dim);
+    out.codes.insert(out.codes.end(), codes.begin(), codes.end());
+  }
+  out.scales.resize(static_cast<std::size_t>(rows) * spec.key.groups);
+  std::memcpy(out.scales.data(), slice + at.scales, out.scales.size() * 2);
+  return out;
+}
+
 std::vector<double> dequantise(const SideSpec& side, const std::uint8_t* codes, const std::uint16_t* scales,
-                               const std::uint16_t* mean, int tokens, const double* lambda) {
+                               const std::uint16_t* mean, int tokens, const double* lambda, const SecondRows* second) {
   const int d = side.dim;
   const std::vector<double> inverse = side.rotation->inverse_f64();
   std::vector<double> out(static_cast<std::size_t>(tokens) * d), x(d);
@@ -132,6 +186,12 @@ std::vector<double> dequantise(const SideSpec& side, const std::uint8_t* codes, 
       const double scale = f16_to_f32(scales[static_cast<std::size_t>(i / side.group) * tokens + j]);
       x[i] = scale * side.levels.table[codes[static_cast<std::size_t>(j) * d + i]];
       if (mean != nullptr) x[i] += f16_to_f32(mean[i]);
+    }
+    for (std::size_t r = 0; second != nullptr && r < second->places.size(); ++r) {
+      if (second->places[r] != j) continue;
+      for (int i = 0; i < d; ++i)
+        x[i] += f16_to_f32(second->scales[r * static_cast<std::size_t>(side.groups) + i / side.group]) *
+                second->levels.table[second->codes[r * static_cast<std::size_t>(d) + i]];
     }
     double* row = out.data() + static_cast<std::size_t>(j) * d;
     multiply(inverse, x.data(), row, d);

@@ -12,6 +12,10 @@
 //
 // A value midway between two levels takes the one of larger magnitude; 0 takes code 2^(bits-1),
 // which masked rows and groups of zeros get throughout, with scale 0.
+//
+// Refined keys, those of the unmasked tokens with the least |v|^2, have a second row of 4-bit codes for what the first
+// leaves as it is stored, e_j = x_j - scale_j L[code], by the same rules; it is added: row_j ~ R^-1 (scale_j L[code] +
+// scale2_j L4[code2] + m') / lambda.
 #pragma once
 
 #include <cstdint>
@@ -43,12 +47,34 @@ struct Sealed {
 Sealed seal(const SideSpec& side, const double* rows, int tokens, const std::uint8_t* skip = nullptr,
             const double* lambda = nullptr, const std::uint16_t* stored_mean = nullptr);
 
+// Second rows of a page's keys, [rows] of them. A row without a token has place 0, scale 0 and codes of 0.
+struct SecondRows {
+  Levels levels{};
+  std::vector<int> places;            // [rows] tokens
+  std::vector<std::uint8_t> codes;    // [rows, dim], one code per byte
+  std::vector<std::uint16_t> scales;  // fp16 [rows, groups]
+};
+
+// The `count` unmasked tokens of the least sum of squares of their values [tokens, dim], the least first, the earlier
+// of two that are equal; fewer where fewer are unmasked.
+std::vector<int> lightest(const double* values, int tokens, int dim, const std::uint8_t* skip, int count);
+
+// Second rows of the tokens `places` of what `sealed.x` holds, whose first rows are `codes` and `scales` as a page
+// stores them: as Sealed of places.size() tokens. Its steps and margins are those of the second rows.
+Sealed second_rows(const SideSpec& side, const Levels& levels, const Sealed& sealed, const std::uint8_t* codes,
+                   const std::uint16_t* scales, const std::vector<int>& places);
+
+// As they lie in a head slice of a page.
+SecondRows read_second_rows(const PageSpec& spec, const std::uint8_t* slice);
+
 // sum x L / sum L^2 over n channels: the least-squares scale of given codes.
 double least_squares_scale(const Levels& levels, const double* x, const std::uint8_t* codes, int n);
 
-// [tokens, dim]: R^-1 (scale L + m') / lambda. codes, scales and mean as in Sealed; mean may be null.
+// [tokens, dim]: R^-1 (scale L + m') / lambda. codes, scales and mean as in Sealed; mean may be null. second: null for
+// none; rows whose token is not below `tokens` are left out.
 std::vector<double> dequantise(const SideSpec& side, const std::uint8_t* codes, const std::uint16_t* scales,
-                               const std::uint16_t* mean, int tokens, const double* lambda = nullptr);
+                               const std::uint16_t* mean, int tokens, const double* lambda = nullptr,
+                               const SecondRows* second = nullptr);
 
 // One code per byte [tokens, dim] <-> `bits` each in the canonical order of format/page.h.
 std::vector<std::uint8_t> to_canonical(const std::vector<std::uint8_t>& codes, int bits = 4);

@@ -9,6 +9,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cache_session.h"
@@ -127,6 +128,16 @@ inline std::vector<Case> every_case() {
   widths.key.bits = 8;
   widths.value.bits = 2;
   list.push_back({"keys of 8 bits, values of 2", config_of(widths, 2, 96, 64, DType::f32, 150), 2, {0, 7}});
+  Recipe refined;
+  refined.refined = 1;
+  list.push_back({"refined keys", config_of(refined, 2, 64, 80, DType::f16), 2, {0, 7}});
+  refined = other;
+  refined.refined = 2;
+  Case given_refined{"two refined keys, given lambda", config_of(refined, 2, 64, 128, DType::f32, 150), 2, {0, 7}};
+  given_refined.config.lambda_k = given.config.lambda_k;
+  given_refined.config.lambda_v = given.config.lambda_v;
+  given_refined.config.matrix_v = given.config.matrix_v;
+  list.push_back(given_refined);
   Recipe arrival = Recipe::paper();
   arrival.key.levels = arrival.value.levels = LevelKind::lloyd_max;
   arrival.key.bits = 6;
@@ -212,7 +223,10 @@ class Twins {
       ASSERT_EQ(sessions::lambda_of(a, row), sessions::lambda_of(b, row));
       ASSERT_EQ(a.page_count(row), b.page_count(row));
       for (int page = 0; page < a.page_count(row); ++page)
-        for (int h = 0; h < case_.config.kv_heads; ++h) ASSERT_EQ(slice(a, row, page, h), slice(b, row, page, h));
+        for (int h = 0; h < case_.config.kv_heads; ++h) {
+          ASSERT_EQ(slice(a, row, page, h), slice(b, row, page, h));
+          ASSERT_EQ(second_rows(a, row, page, h), second_rows(b, row, page, h));
+        }
     }
     ASSERT_EQ(dense(a, true), dense(b, true));
     ASSERT_EQ(dense(a, false), dense(b, false));
@@ -235,6 +249,16 @@ class Twins {
     EXPECT_TRUE(c.page_codes(row, page, head, all.first(k), all.subspan(k)).ok());
     EXPECT_TRUE(c.page_scales(row, page, head, all_scales.first(ks), all_scales.subspan(ks)).ok());
     return {codes, scales};
+  }
+
+  static std::tuple<std::vector<int>, std::vector<std::uint8_t>, std::vector<std::uint16_t>> second_rows(const Cache& c,
+                                                                                                         int row,
+                                                                                                         int page,
+                                                                                                         int head) {
+    SecondRows rows;
+    EXPECT_TRUE(c.page_second_rows(row, page, head, &rows).ok());
+    EXPECT_EQ(rows.places.size(), static_cast<std::size_t>(c.config().recipe.refined));
+    return {rows.places, rows.codes, rows.scales};
   }
 
   static std::vector<float> dense(const Cache& c, bool keys) {

@@ -75,13 +75,17 @@ inline SideSpec make_side(const Side& s) {
   return spec;
 }
 
-inline PageSpec make_page(const Side& key, const Side& value) {
+inline PageSpec make_page(const Side& key, const Side& value, int refined = 0) {
   PageSpec p;
   p.key = make_side(key);
   p.value = make_side(value);
   p.layout = kv4_make_page_layout(key.dim, value.dim, p.key.groups, p.value.groups, key.mean,
                                   cpu::pad_channels(key.dim), cpu::pad_channels(value.dim),
-                                  static_cast<std::uint32_t>(key.bits), static_cast<std::uint32_t>(value.bits));
+                                  static_cast<std::uint32_t>(key.bits), static_cast<std::uint32_t>(value.bits),
+                                  static_cast<std::uint32_t>(refined));
+  p.second = kv4_make_second_layout(p.layout, static_cast<std::uint32_t>(cpu::pad_channels(key.dim)),
+                                    static_cast<std::uint32_t>(refined));
+  p.second_levels = levels(key.levels);
   return p;
 }
 
@@ -163,15 +167,70 @@ inline void check_side(const SideSpec& spec, const Rows& rows, const std::uint8_
   }
 }
 
+// The least distance of two neighbouring levels.
+inline double least_gap(const Levels& levels) {
+  double least = std::numeric_limits<double>::infinity();
+  for (int n = levels.negative_base == levels.half() ? 1 : 0; n + 1 < levels.count(); ++n)
+    least = std::min<double>(least, levels.table[n + 1] - levels.table[n]);
+  return least;
+}
+
+// Second rows of a slice's keys, relative to what the first ones of the slice leave. A kernel knows what is left as
+// well as it knows what was there: a boundary is as wide as at the first rows' levels, so more of the second rows'
+// steps.
+inline void check_second(const PageSpec& spec, const Rows& k, const Rows& v, const std::uint8_t* skip,
+                         const std::vector<double>& lambda, const std::vector<std::uint8_t>& codes,
+                         const std::uint8_t* slice) {
+  const auto scales = read_u16(slice + spec.layout.k_scales, spec.key.groups * kPageTokens);
+  const auto mean = read_u16(slice + spec.layout.k_mean, spec.key.mean ? spec.key.dim : 0);
+  const reference::Sealed r = reference::seal(spec.key, k.exact.data(), kPageTokens, skip,
+                                              lambda.empty() ? nullptr : lambda.data(),
+                                              mean.empty() ? nullptr : mean.data());
+  const int rows = static_cast<int>(spec.second.rows), d = spec.key.dim;
+  const std::vector<int> places = reference::lightest(v.exact.data(), kPageTokens, spec.value.dim, skip, rows);
+  const reference::SecondRows got = reference::read_second_rows(spec, slice);
+  const reference::Sealed want =
+      reference::second_rows(spec.key, spec.second_levels, r, codes.data(), scales.data(), places);
+  const double gap = least_gap(spec.key.levels), second_gap = least_gap(spec.second_levels);
+  for (int row = 0; row < rows; ++row) {
+    const bool used = row < static_cast<int>(places.size());
+    ASSERT_EQ(got.places[row], used ? places[row] : 0) << row;
+    for (int g = 0; g < spec.key.groups; ++g) {
+      const std::size_t first = static_cast<std::size_t>(row * d + g * spec.key.group);
+      const std::uint16_t scale = got.scales[static_cast<std::size_t>(row * spec.key.groups + g)];
+      if (!used) {
+        ASSERT_EQ(scale, 0);
+        for (std::size_t i = first; i < first + spec.key.group; ++i) ASSERT_EQ(got.codes[i], spec.second_levels.half());
+        continue;
+      }
+      const std::size_t s = static_cast<std::size_t>(g * want.tokens + row);
+      const double ratio = r.step[static_cast<std::size_t>(g * kPageTokens + places[row])] * gap /
+                           (want.step[s] * second_gap);
+      for (std::size_t i = first; i < first + spec.key.group; ++i) {
+        const int off = std::abs(got.codes[i] - want.codes[i]);
+        ASSERT_TRUE(off == 0 || (off == 1 && want.margin[i] < kBoundary * std::max(1.0, ratio)))
+            << "second row " << row << " channel " << i % d << ": code " << int(got.codes[i]) << ", reference "
+            << int(want.codes[i]) << ", " << want.margin[i] << " steps from a boundary";
+      }
+      double fit = want.step[s];
+      if (fit > 0 && spec.key.scale == ScaleRule::least_squares)
+        fit = reference::least_squares_scale(spec.second_levels, want.x.data() + first, got.codes.data() + first,
+                                             spec.key.group);
+      ASSERT_LE(std::abs(scale - f32_to_f16(static_cast<float>(fit))), 1) << "second row " << row << " group " << g;
+    }
+  }
+}
+
 struct Case {
   Side key, value;
   DType dtype = DType::f32;
   double bias = 20, sigma = 0;  // sigma > 0: every channel of the keys bias +- sigma
   bool masked = false;
+  int refined = 0;
 };
 inline std::ostream& operator<<(std::ostream& o, const Case& c) {
   return o << "key " << c.key << "; value " << c.value << "; " << name_of(c.dtype) << " bias " << c.bias << " sigma "
-           << c.sigma << " masked " << c.masked;
+           << c.sigma << " masked " << c.masked << " refined " << c.refined;
 }
 
 // The case at other widths, the n-th of them.
@@ -182,6 +241,10 @@ inline Case at_width(Case c, int n) {
   c.key.levels = c.value.levels = LevelKind::lloyd_max;
   return c;
 }
+inline Case refined(Case c, int rows) {
+  c.refined = rows;
+  return c;
+}
 
 struct Inputs {
   PageSpec spec;
@@ -190,7 +253,7 @@ struct Inputs {
   std::vector<float> raw_k, raw_v;
   std::unique_ptr<Rows> k, v;
 
-  explicit Inputs(const Case& c) : spec(make_page(c.key, c.value)), skip(kPageTokens, 0) {
+  explicit Inputs(const Case& c) : spec(make_page(c.key, c.value, c.refined)), skip(kPageTokens, 0) {
     if (c.masked) {
       cases::Random random(7);
       for (auto& s : skip) s = random.below(3) == 0;

@@ -36,6 +36,24 @@ TEST(PageLayout, PartsFollowEachOther) {
             EXPECT_EQ(w.v_code_bytes, 32u * static_cast<unsigned>(dv));
             for (std::uint32_t offset : {w.k_scales, w.k_mean, w.v_codes, w.v_scales}) EXPECT_EQ(offset % 16, 0u);
           }
+          for (unsigned rows : {0u, 1u, 2u}) {
+            const unsigned channels = static_cast<unsigned>(cpu::pad_channels(dk));
+            const auto w = kv4_make_page_layout(dk, dv, groups, 1, mean, channels, cpu::pad_channels(dv), 4, 4, rows);
+            const auto second = kv4_make_second_layout(w, channels, rows);
+            EXPECT_EQ(w.v_scales, l.v_scales);  // what came before is where it was
+            EXPECT_EQ(w.head_bytes % 64, 0u);
+            if (rows == 0) {
+              EXPECT_EQ(w.head_bytes, l.head_bytes);
+              continue;
+            }
+            EXPECT_EQ(second.codes, l.v_scales + 128);
+            EXPECT_EQ(second.row_bytes, channels / 2);
+            EXPECT_GE(second.scales, second.codes + rows * channels / 2);
+            EXPECT_GE(second.places, second.scales + rows * static_cast<unsigned>(groups) * 2);
+            EXPECT_GE(w.head_bytes, second.places + rows);
+            EXPECT_LT(w.head_bytes, second.places + rows + 64);
+            for (std::uint32_t offset : {second.codes, second.scales, second.places}) EXPECT_EQ(offset % 16, 0u);
+          }
         }
       }
     }

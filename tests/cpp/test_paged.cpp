@@ -207,6 +207,23 @@ TEST(Paged, RefusalsNameTheArgumentAndWriteNothing) {
   EXPECT_TRUE(run_store(fine).ok() && run_attend(fine).ok() && run_step(fine).ok());
 }
 
+TEST(Paged, RefinedKeysAreRefusedByName) {
+  CacheConfig config;
+  config.kv_heads = 1;
+  config.head_dim_k = config.head_dim_v = 64;
+  config.recipe.refined = 1;
+  std::unique_ptr<PageFormat> format;
+  const Status pages = PageFormat::create(config, &format);
+  EXPECT_EQ(pages.code(), StatusCode::unsupported);
+  EXPECT_EQ(pages.message(), "recipe.refined: expected 0 in pages that a host owns; got 1");
+  config.backend = "probe";
+  std::unique_ptr<Cache> cache;
+  const Status other = Cache::create(config, &cache);
+  EXPECT_EQ(other.code(), StatusCode::unsupported);
+  EXPECT_EQ(other.message(), "recipe.refined: expected 0 on probe; got 1");
+  EXPECT_EQ(cache, nullptr);
+}
+
 // What no kernel or no host serves is refused before anything is made.
 TEST(Paged, OtherWidthsAreRefusedByName) {
   CacheConfig config;

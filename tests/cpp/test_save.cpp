@@ -242,6 +242,38 @@ TEST(Save, WidthsAreOfVersionFour) {
   EXPECT_EQ(refusal(3, 4, wide), "");
 }
 
+// Version 5 is for refined keys, of any width.
+TEST(Save, RefinedKeysAreOfVersionFive) {
+  const auto saved_with = [](int refined, int bits) {
+    Recipe recipe;
+    recipe.refined = refined;
+    recipe.key.bits = bits;
+    Twins t({"refined", config_of(recipe, 1, 64, 64), 2, {0, 3}}, 8);
+    t.append(300);
+    t.attend();
+    return save(t.cache(0));
+  };
+  const auto refusal = [](int refined, int bits, const Bytes& bytes) {
+    Recipe recipe;
+    recipe.refined = refined;
+    recipe.key.bits = bits;
+    auto cache = create(config_of(recipe, 1, 64, 64));
+    const Status status = load(*cache, bytes);
+    EXPECT_EQ(cache->batch(), status.ok() ? 2 : 0);
+    return status.message();
+  };
+  const Bytes none = saved_with(0, 4), one = saved_with(1, 4), narrow = saved_with(2, 3);
+  EXPECT_EQ(static_cast<int>(none[8]), 2);
+  EXPECT_EQ(static_cast<int>(one[8]), 5);
+  EXPECT_EQ(static_cast<int>(narrow[8]), 5);
+  EXPECT_EQ(refusal(0, 4, one), "recipe.refined: expected 0; got 1");
+  EXPECT_EQ(refusal(1, 4, none), "recipe.refined: expected 1; got 0");
+  EXPECT_EQ(refusal(1, 3, narrow), "recipe.refined: expected 1; got 2");
+  EXPECT_EQ(refusal(2, 4, narrow), "recipe.key.bits: expected 4; got 3");
+  EXPECT_EQ(refusal(1, 4, one), "");
+  EXPECT_EQ(refusal(2, 3, narrow), "");
+}
+
 TEST(Save, WhatSinkAndSourceSayIsPassedOn) {
   Twins t({"passed on", config_of(Recipe(), 1, 64, 64)}, 7);
   t.append(200);

@@ -21,6 +21,8 @@ std::vector<Case> small_cases() {
   Recipe arrival = Recipe::paper(), widths = with(1, 0);
   widths.key.bits = 3;
   widths.value.bits = 6;
+  Recipe refined = with(1, 0);
+  refined.refined = 2;
   return {{"before the first page", config_of(with(1, 0), 1, 32, 32, DType::bf16), 1, {0, 2}},
           {"pages", config_of(with(1, 0), 1, 32, 32, DType::bf16), 1, {2, 0}},
           {"exact", config_of(Recipe::exact(), 1, 2, 3), 1, {0, 1}},
@@ -28,6 +30,7 @@ std::vector<Case> small_cases() {
           {"sliding window", config_of(with(1, 0), 1, 32, 32, DType::bf16, 70), 1, {0, 2}},
           {"sliding window, arrival", config_of(arrival, 1, 32, 32, DType::bf16, 70), 1, {0}},
           {"widths", config_of(widths, 1, 32, 32, DType::bf16), 1, {2, 0}},
+          {"refined", config_of(refined, 1, 32, 32, DType::bf16), 1, {2, 0}},
           {"sliding window, exact", config_of(Recipe::exact(), 1, 2, 3, DType::f32, 40), 1, {0}}};
 }
 
@@ -99,9 +102,9 @@ TEST(SaveDamage, MagicAndVersionAreNamed) {
   bytes[0] = std::byte{'K'};
   EXPECT_EQ(load(*cache, bytes).message(), "saved magic: expected kv4cache; got other bytes: this is no saved cache");
   bytes = good;
-  for (const int version : {0, 5}) {
+  for (const int version : {0, 6}) {
     bytes[8] = static_cast<std::byte>(version);
-    EXPECT_EQ(load(*cache, bytes).message(), "saved version: expected 1 to 4; got " + std::to_string(version));
+    EXPECT_EQ(load(*cache, bytes).message(), "saved version: expected 1 to 5; got " + std::to_string(version));
   }
 }
 
@@ -292,6 +295,32 @@ TEST(SaveDamage, ValuesThatAreNotFiniteAreRefused) {
     }
     EXPECT_GE(refused, 5);
   }
+}
+
+// Kernels index the tokens of a page by the places of its second rows.
+TEST(SaveDamage, PlacesAndScalesOfSecondRowsAreChecked) {
+  const kv4_page_layout slice = kv4_make_page_layout(32, 32, 1, 1, true, 32, 32, 4, 4, 2);
+  const kv4_second_layout second = kv4_make_second_layout(slice, 32, 2);
+  const std::vector<Case> all = small_cases();
+  const Case& c = *std::find_if(all.begin(), all.end(), [](const Case& x) { return std::string(x.name) == "refined"; });
+  const Bytes good = saved_small(c);
+  const auto load_with = [&](std::size_t at, std::uint32_t bits, std::size_t bytes) {
+    Bytes file = good;
+    for (const Block& b : blocks_of(good)) {
+      if (b.kind != kPage) continue;
+      std::memcpy(&file[b.payload + at], &bits, bytes);
+      seal_block(file, b);
+      break;
+    }
+    auto cache = create(c.config);
+    const Status status = load(*cache, file);
+    EXPECT_EQ(status.ok(), cache->batch() > 0);
+    return status.message();
+  };
+  EXPECT_EQ(load_with(second.places, 64, 1), "saved place of a second row: expected 0 to 63; got 64");
+  EXPECT_EQ(load_with(second.places + 1, 255, 1), "saved place of a second row: expected 0 to 63; got 255");
+  EXPECT_EQ(load_with(second.scales + 2, 0x7e00, 2), "saved page: expected finite second scales; got NaN or infinity");
+  EXPECT_EQ(load_with(second.places, 63, 1), "");
 }
 
 // Files of version 1 have a record of every query before the first page is due. What is read of them is what counts.

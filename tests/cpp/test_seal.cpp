@@ -85,6 +85,8 @@ void check_case(const Case& c) {
                read_u16(slice.data() + at.k_scales, in.spec.key.groups * kPageTokens), in.mean(slice.data()));
     check_side(in.spec.value, *in.v, in.skip.data(), {in.lambda_v.begin(), in.lambda_v.end()}, codes.value,
                read_u16(slice.data() + at.v_scales, in.spec.value.groups * kPageTokens), {});
+    check_second(in.spec, *in.k, *in.v, in.skip.data(), {in.lambda_k.begin(), in.lambda_k.end()}, codes.key,
+                 slice.data());
     if (testing::Test::HasFatalFailure()) return;
   }
 }
@@ -118,8 +120,8 @@ TEST(Seal, MatchesReference) {
         c.dtype = kDTypes[(n + n / 4) % 3];
         c.masked = n % 3 == 1;
         c.bias = n % 2 == 0 ? 20 : 350;
-        check_case(c);
-        check_case(at_width(c, n));
+        check_case(refined(c, n / 2 % 3));
+        check_case(refined(at_width(c, n), (n + 1) % 3));
         if (HasFatalFailure()) return;
       }
     }
@@ -146,8 +148,9 @@ TEST(Seal, LargeKeyBias) {
         c.dtype = dtype;
         c.bias = 350;
         c.sigma = sigma;
-        check_case(c);
-        check_case(at_width(c, n++));
+        check_case(refined(c, n % 2));
+        check_case(refined(at_width(c, n), 1 + n % 2));
+        ++n;
         if (HasFatalFailure()) return;
       }
     }
@@ -163,7 +166,7 @@ TEST(Seal, MaskedRowsReachNothing) {
       const DType dtype = kDTypes[n % 3];
       c.dtype = dtype;
       c.masked = true;
-      const Inputs in(n < 3 ? c : at_width(c, n + (d == 46 ? 1 : 0)));
+      const Inputs in(refined(n < 3 ? c : at_width(c, n + (d == 46 ? 1 : 0)), n % 3));
       const int zero_k = in.spec.key.levels.half(), zero_v = in.spec.value.levels.half();
       for (const cpu::Kernels* kernels : runnable()) {
         SCOPED_TRACE(kernels->name);
@@ -189,6 +192,16 @@ TEST(Seal, MaskedRowsReachNothing) {
         none.skip = all.data();
         run_seal(*kernels, in.spec, none, a.data());
         for (std::uint16_t m : in.mean(a.data())) EXPECT_EQ(m & 0x7fff, 0);
+        check_second(in.spec, *in.k, *in.v, all.data(), {in.lambda_k.begin(), in.lambda_k.end()},
+                     read_codes(in.spec, a.data()).key, a.data());
+        // One that is not.
+        std::vector<std::uint8_t> one = all;
+        one[17] = in.skip[17] == 0 ? 0 : 1;
+        one[18] = in.skip[18] == 0 && one[17] != 0 ? 0 : 1;
+        none.skip = one.data();
+        run_seal(*kernels, in.spec, none, a.data());
+        check_second(in.spec, *in.k, *in.v, one.data(), {in.lambda_k.begin(), in.lambda_k.end()},
+                     read_codes(in.spec, a.data()).key, a.data());
         // Hidden rows are masked ones at the front.
         SealJob front = in.job(), hidden = front;
         std::vector<std::uint8_t> flags = in.skip;
@@ -305,11 +318,12 @@ Dequantised run_dequantise(const cpu::Kernels& kernels, const Inputs& in, const 
 // larger than |x| (orthonormal) or sum |R^-1_ci| |x_i| (dense).
 void check_dequantised(const SideSpec& spec, const std::vector<std::uint8_t>& codes,
                        const std::vector<std::uint16_t>& scales, const std::vector<std::uint16_t>& mean,
-                       const std::vector<double>& lambda, int first, int count, const std::vector<float>& got) {
+                       const std::vector<double>& lambda, int first, int count, const std::vector<float>& got,
+                       const reference::SecondRows* second = nullptr) {
   const int d = spec.dim;
   const std::vector<double> want = reference::dequantise(spec, codes.data(), scales.data(),
                                                          mean.empty() ? nullptr : mean.data(), kPageTokens,
-                                                         lambda.empty() ? nullptr : lambda.data());
+                                                         lambda.empty() ? nullptr : lambda.data(), second);
   const std::vector<double> inverse = spec.rotation->inverse_f64();
   std::vector<double> x(d);
   for (int j = first; j < first + count; ++j) {
@@ -336,11 +350,13 @@ void check_dequantised(const SideSpec& spec, const std::vector<std::uint8_t>& co
 // plus what lies beyond the outermost level, plus the level's share of the scale's change by the fit.
 void check_error(const SideSpec& spec, const reference::Sealed& r, const std::vector<std::uint8_t>& codes,
                  const std::vector<std::uint16_t>& scales, const std::vector<std::uint16_t>& mean,
-                 const std::vector<double>& lambda, const std::vector<float>& got) {
+                 const std::vector<double>& lambda, const std::vector<float>& got,
+                 const reference::SecondRows& second = {}) {
   const int d = spec.dim;
   const std::vector<double> rotation = spec.rotation->matrix_f64();
   const int lowest = spec.levels.negative_base == spec.levels.half() ? 1 : 0;
   for (int j = 0; j < kPageTokens; ++j) {
+    if (std::find(second.places.begin(), second.places.end(), j) != second.places.end()) continue;
     for (int i = 0; i < d; ++i) {
       double x = mean.empty() ? 0.0 : -f16_to_f32(mean[i]), size = std::abs(x);
       for (int c = 0; c < d; ++c) {
@@ -363,6 +379,50 @@ void check_error(const SideSpec& spec, const reference::Sealed& r, const std::ve
   }
 }
 
+// The same promise of second rows, about what the first ones leave; and the least squares leave less than there was.
+void check_second_error(const PageSpec& spec, const reference::Sealed& r, const std::vector<std::uint8_t>& codes,
+                        const std::vector<std::uint16_t>& scales, const std::vector<std::uint16_t>& mean,
+                        const std::vector<double>& lambda, const reference::SecondRows& second,
+                        const std::vector<float>& got) {
+  const int d = spec.key.dim, groups = spec.key.groups;
+  const Levels& levels = spec.second_levels;
+  const std::vector<double> rotation = spec.key.rotation->matrix_f64();
+  const reference::Sealed want =
+      reference::second_rows(spec.key, levels, r, codes.data(), scales.data(), second.places);
+  for (int row = 0; row < want.tokens; ++row) {
+    const int j = second.places[static_cast<std::size_t>(row)];
+    double before = 0, after = 0;
+    for (int i = 0; i < d; ++i) {
+      double x = mean.empty() ? 0.0 : -f16_to_f32(mean[i]), size = std::abs(x);
+      for (int c = 0; c < d; ++c) {
+        const double term = rotation[static_cast<std::size_t>(i * d + c)] * (lambda.empty() ? 1.0 : lambda[c]) *
+                            got[static_cast<std::size_t>(j * d + c)];
+        x += term;
+        size += std::abs(term);
+      }
+      const std::size_t at = static_cast<std::size_t>(row * d + i);
+      const int g = i / spec.key.group, code = second.codes[at];
+      const double left = want.x[at], step = want.step[static_cast<std::size_t>(g * want.tokens + row)];
+      const double level = levels.table[code], lowest = levels.negative_base == levels.half() ? 1 : 0;
+      const double gap = std::max(code + 1 < levels.count() ? levels.table[code + 1] - level : 0.0,
+                                  code > lowest ? level - levels.table[code - 1] : 0.0);
+      const double boundary = kBoundary * r.step[static_cast<std::size_t>(g * kPageTokens + j)] *
+                              least_gap(spec.key.levels);
+      const double fit = std::abs(f16_to_f32(second.scales[static_cast<std::size_t>(row * groups + g)]) - step);
+      const double bound = step * gap * (0.5 + kBoundary) + boundary +
+                           std::max(0.0, std::abs(left) - step * levels.top()) + fit * std::abs(level) +
+                           d * 0x1p-24 * size;
+      const double error = x - r.x[static_cast<std::size_t>(j * d + i)];
+      ASSERT_LE(std::abs(error), bound) << "token " << j << " channel " << i;
+      before += left * left;
+      after += error * error;
+    }
+    if (spec.key.scale == ScaleRule::least_squares) {
+      ASSERT_LT(after, before) << "token " << j;
+    }
+  }
+}
+
 TEST(Dequantise, ErrorsStayWithinTheFormat) {
   int n = 0;
   for (int d : {34, 46, 64, 80, 96, 128, 256}) {
@@ -378,7 +438,7 @@ TEST(Dequantise, ErrorsStayWithinTheFormat) {
                n % 2 == 1};
       c.value = {d, rotation, 0, LevelKind::lloyd_max, ScaleRule::least_squares, false, n % 3 == 1};
       c.dtype = kDTypes[n % 3];
-      for (const Case& width : {c, at_width(c, n), at_width(c, n + 2)}) {
+      for (const Case& width : {refined(c, n % 3), at_width(c, n), refined(at_width(c, n + 2), 1 + n % 2)}) {
         c = width;
         const Inputs in(c);
         const kv4_page_layout& at = in.spec.layout;
@@ -392,8 +452,9 @@ TEST(Dequantise, ErrorsStayWithinTheFormat) {
           const auto ks = read_u16(slice.data() + at.k_scales, in.spec.key.groups * kPageTokens);
           const auto vs = read_u16(slice.data() + at.v_scales, in.spec.value.groups * kPageTokens);
           const auto mean = in.mean(slice.data());
+          const reference::SecondRows second = reference::read_second_rows(in.spec, slice.data());
           const Dequantised all = run_dequantise(*kernels, in, slice.data(), 0, kPageTokens);
-          check_dequantised(in.spec.key, codes.key, ks, mean, lk, 0, kPageTokens, all.k);
+          check_dequantised(in.spec.key, codes.key, ks, mean, lk, 0, kPageTokens, all.k, &second);
           check_dequantised(in.spec.value, codes.value, vs, {}, lv, 0, kPageTokens, all.v);
           if (HasFatalFailure()) return;
           for (const auto& [first, count] : {std::pair{0, 1}, {3, 2}, {13, 30}, {40, 24}, {63, 1}}) {
@@ -405,7 +466,8 @@ TEST(Dequantise, ErrorsStayWithinTheFormat) {
                                           lk.empty() ? nullptr : lk.data(), mean.empty() ? nullptr : mean.data());
           const auto rv = reference::seal(in.spec.value, in.v->exact.data(), kPageTokens, nullptr,
                                           lv.empty() ? nullptr : lv.data());
-          check_error(in.spec.key, rk, codes.key, ks, mean, lk, all.k);
+          check_error(in.spec.key, rk, codes.key, ks, mean, lk, all.k, second);
+          check_second_error(in.spec, rk, codes.key, ks, mean, lk, second, all.k);
           check_error(in.spec.value, rv, codes.value, vs, {}, lv, all.v);
           if (HasFatalFailure()) return;
         }

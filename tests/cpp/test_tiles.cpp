@@ -144,6 +144,7 @@ struct Task {
     k_scale_.resize(groups * kPageTokens);
     v_scale_.resize(static_cast<std::size_t>(spec.value.groups) * kPageTokens);
     mean_.resize(k);
+    second_.resize(spec.second.rows * k);
     task.spec = &spec;
     task.pages = views[0].pages;
     task.memory = s.pages();
@@ -163,6 +164,7 @@ struct Task {
     task.k_scale = k_scale_.data();
     task.v_scale = v_scale_.data();
     task.mean = mean_.data();
+    task.second = second_.data();
     task.tiles = tiles_.data();
   }
   Task(const Task&) = delete;
@@ -170,7 +172,7 @@ struct Task {
 
  private:
   std::vector<std::uint8_t> codes_;
-  std::vector<float> q_scale_, k_scale_, v_scale_, mean_;
+  std::vector<float> q_scale_, k_scale_, v_scale_, mean_, second_;
   std::vector<std::int32_t> q_start_;
   tests::Guarded tiles_;
 };
@@ -232,6 +234,22 @@ TEST(TilesPath, ScaleGroups) {
       shape.scale_group_v = group_v;
       shape.seed = seed++;
       expect_same(shape, 100, {19, 1}, false);
+      if (::testing::Test::HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST(TilesPath, RefinedKeys) {
+  std::uint64_t seed = 300;
+  for (int refined : {1, 2}) {
+    for (const cases::Rows& rows : cases::kQueryRows) {
+      SCOPED_TRACE(std::to_string(refined) + " refined, " + std::to_string(rows.queries) + " queries");
+      Shape shape;
+      shape.kv_heads = 1;
+      shape.dim_k = seed % 2 == 0 ? 80 : 256;
+      shape.bits = {seed % 3 == 0 ? 3 : 4, 4, refined};
+      shape.seed = seed++;
+      expect_same(shape, 192, rows, seed % 4 < 2);
       if (::testing::Test::HasFatalFailure()) return;
     }
   }

@@ -1,5 +1,5 @@
-// Pages of other widths than 4 bits on the CPU: the lists of cases of attention against the float64 reference, the
-// order of codes, caches whole. Sealing and dequantising of every width are in test_seal.cpp.
+// Pages of other widths than 4 bits, and with refined keys, on the CPU: the lists of cases of attention against the
+// float64 reference, the order of codes, caches whole. Sealing and dequantising of every width are in test_seal.cpp.
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -24,7 +24,8 @@ using scene::Scene;
 using scene::Shape;
 using scene::Widths;
 
-constexpr Widths kWidths[] = {{2, 3}, {3, 2}, {6, 4}, {8, 6}, {4, 8}, {3, 3}};
+constexpr Widths kWidths[] = {{2, 3}, {3, 2},    {6, 4},    {8, 6},    {4, 8},
+                              {3, 3}, {4, 4, 1}, {4, 4, 2}, {3, 8, 1}, {6, 3, 2}};
 
 // Shapes made while it lives have these bits.
 class At {
@@ -34,7 +35,9 @@ class At {
   At(const At&) = delete;
 
  private:
-  static std::string text(const Widths& w) { return std::to_string(w.k) + " and " + std::to_string(w.v) + " bits"; }
+  static std::string text(const Widths& w) {
+    return std::to_string(w.k) + " and " + std::to_string(w.v) + " bits, " + std::to_string(w.refined) + " refined";
+  }
   testing::ScopedTrace trace_;
 };
 
@@ -96,7 +99,9 @@ TEST_P(EveryWidth, Formats) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Bits, EveryWidth, testing::ValuesIn(kWidths), [](const auto& info) {
-  return std::to_string(info.param.k) + "And" + std::to_string(info.param.v);
+  const Widths& w = info.param;
+  return std::to_string(w.k) + "And" + std::to_string(w.v) +
+         (w.refined > 0 ? "Refined" + std::to_string(w.refined) : "");
 });
 
 TEST(Order, EveryPlaneHasAPlaceForEveryCode) {

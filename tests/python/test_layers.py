@@ -266,8 +266,9 @@ def test_a_calibration_keeps_its_budgets_and_is_read_back(tiny: tuple, tmp_path:
     assert found["2.5"].kl > found["3.25"].kl > found["4.25"].kl > 0
     with pytest.raises(ValueError, match=r"^bits: expected a budget of the calibration, 2.5, 3.25, 4.25; got 3"):
         back.widths_of(3)
+    back.refined = 3
     with pytest.raises(
-        ValueError, match="^calibration: expected what the packed cache has; got 1 refined tokens a page"
+        ValueError, match="^calibration: expected what the packed cache has; got 3 refined tokens a page"
     ):
         back.arguments(2.5)
     with pytest.raises(ValueError, match="^windows: expected at least 1; got 0"):

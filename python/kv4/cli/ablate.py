@@ -168,6 +168,9 @@ def calibrate(
         str | None,
         typer.Option(help="layers: budgets in bits per value, scales and means included; 2.5,3.25,4.25 if not given."),
     ] = None,
+    refined: Annotated[
+        int | None, typer.Option(min=0, max=2, help="layers: keys of a page that are refined beside the widths; 0.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="kv4, paper or a recipe file: the rest of the recipe.")] = "kv4",
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
     threads: options.Threads = None,
@@ -191,6 +194,8 @@ def calibrate(
         raise ValueError(f"--recipe: expected kv4 with --method {method}; got {recipe}")
     if bits is not None and method != "layers":
         raise ValueError(f"--bits: expected with --method layers only; got --method {method}")
+    if refined is not None and method != "layers":
+        raise ValueError(f"--refined: expected with --method layers only; got --method {method}")
     budgets = lab.budgets(bits) if bits is not None else layers.BUDGETS
     content, source = lab.read_text(text)
     b = lab.bench(model, dtype, threads, None, True)
@@ -199,7 +204,7 @@ def calibrate(
     with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens) as advance:
         about = {"identity": b.identity, "text": source, "progress": advance}
         if method == "layers":
-            made = layers.calibrate(b.model, parts, bits=budgets, **about)
+            made = layers.calibrate(b.model, parts, bits=budgets, refined=refined or 0, **about)
         elif method == "oscar":
             made = oscar.calibrate(b.model, parts, **about)
         else:

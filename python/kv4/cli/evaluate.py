@@ -53,6 +53,12 @@ def quality(
             "int4-token and paper; --plot then draws KL against bits.",
         ),
     ] = None,
+    refined: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, max=2, help="kv4's recipe with so many keys of a page refined, as one row more. Repeatable."
+        ),
+    ] = None,
     peer: Annotated[
         list[str] | None,
         typer.Option(help="llama (llama.cpp's q8_0, q4_0), quanto or hqq (transformers' QuantizedCache). Repeatable."),
@@ -77,6 +83,7 @@ def quality(
     if budgets is not None:
         recipe = recipe or ["kv4", "q8_0", "q4_0", "int4-token", "paper"]
     named = {name: lab.recipe(name, simulate) for name in recipe or ([] if calibration or peer else ["kv4"])}
+    named |= {f"kv4, {n} refined": lab.refined(n, simulate) for n in refined or []}
     tokens = lab.whole(length, "--length", 4)
     for name in peer or []:
         if name not in PEERS:
@@ -154,9 +161,10 @@ def _calibrated(name: str, loaded: Any, budgets: tuple[float, ...] | None, b: la
     for budget in budgets or loaded.budgets:
         if not simulate:
             loaded.arguments(budget)  # refuses what the packed cache has not
-            found.append(Candidate(f"layers {budget:g}", loaded.recipe, loaded, budget))
+            found.append(Candidate(f"layers {budget:g}", loaded.packed_recipe, loaded, budget))
             continue
-        base = by_layers() if loaded.refined else Variant()
+        laboratory_only = loaded.why_not_packed(budget) is not None
+        base = by_layers() if loaded.refined and laboratory_only else Variant()
         variant = base.replace(widths=loaded.widths_of(budget), refined=loaded.refined)
         found.append(Candidate(f"layers {budget:g}", variant, loaded))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from enum import Enum
 from pathlib import Path
@@ -40,6 +41,9 @@ def generate(
     bits: Annotated[
         float | None, typer.Option(help="Which budget of a calibration with widths of layers, if it has several.")
     ] = None,
+    refined: Annotated[
+        int | None, typer.Option(min=0, max=2, help="Keys of a page with a second row of codes, for --cache kv4.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
     device: options.Device = "cpu",
     dtype: Annotated[options.DType, typer.Option(help="auto: the device's fastest dtype.")] = options.DType.auto,
@@ -66,7 +70,11 @@ def generate(
         raise ValueError("--calibration: expected with --cache kv4, without --recipe and --interactive; got more")
     if bits is not None and calibration is None:
         raise ValueError("--bits: expected with --calibration only; got none")
+    if refined is not None and (cache is not CacheName.kv4 or calibration is not None):
+        raise ValueError("--refined: expected with --cache kv4, without --calibration; got more")
     used = None if own else options.load_recipe(cache.value, recipe)
+    if refined is not None:
+        used = dataclasses.replace(used, refined=refined)
     given = {} if calibration is None else _calibrated(calibration, bits, model)
     used = given.pop("recipe", used)
     options.set_threads(threads)

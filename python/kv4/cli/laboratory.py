@@ -89,6 +89,15 @@ def recipe(name: str, simulate: bool = False) -> Any:
     return variant.from_recipe(used) if simulate else used
 
 
+def refined(keys: int, simulate: bool = False) -> Any:
+    """kv4's own recipe with `keys` of a page refined, as `recipe` has it."""
+    from kv4 import Recipe
+    from kv4.evaluate import variant
+
+    used = Recipe(refined=keys)
+    return variant.from_recipe(used) if simulate else used
+
+
 def store(state: Path | None, fresh: bool) -> tuple[Any, Path | None]:
     """(a State, the folder for data that is reused between runs)."""
     from kv4.evaluate.state import State

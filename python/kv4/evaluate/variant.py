@@ -153,7 +153,8 @@ def from_recipe(recipe: Recipe) -> Variant:
         fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
         return SideVariant(**{**fields, "mean": "page" if given.mean else "none"})
 
-    return Variant(side(recipe.key), side(recipe.value), recipe.seal, PAGE_TOKENS, recipe.sinks, recipe.window)
+    key, value = side(recipe.key), side(recipe.value)
+    return Variant(key, value, recipe.seal, PAGE_TOKENS, recipe.sinks, recipe.window, refined=recipe.refined)
 
 
 def by_layers() -> Variant:
