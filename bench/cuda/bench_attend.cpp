@@ -352,10 +352,11 @@ void seal(benchmark::State& state, const Case& c, bool lambda) {
   state.SetBytesProcessed(static_cast<std::int64_t>(bytes) * state.iterations());
 }
 
-// So many lengths from 100 to 32,768, each as many times the one before.
-std::vector<int> ragged_lengths(int batch) {
+// So many lengths from `first` to `last`, each as many times the one before.
+std::vector<int> ragged_lengths(int batch, int first, int last) {
   std::vector<int> tokens;
-  for (int b = 0; b < batch; ++b) tokens.push_back(static_cast<int>(100 * std::pow(327.68, b / (batch - 1.0))));
+  const double most = static_cast<double>(last) / first;
+  for (int b = 0; b < batch; ++b) tokens.push_back(static_cast<int>(first * std::pow(most, b / (batch - 1.0))));
   return tokens;
 }
 
@@ -383,7 +384,7 @@ const bool registered = [] {
             Case{g, std::vector<int>(static_cast<std::size_t>(batch), tokens), paged})
             ->UseManualTime();
     }
-    const std::vector<int> ragged = ragged_lengths(16);
+    const std::vector<int> ragged = ragged_lengths(16, 100, 32768);
     const int mean = std::accumulate(ragged.begin(), ragged.end(), 0) / 16;
     if (g.kv_heads <= 16) {
       benchmark::RegisterBenchmark(name("decode", "16x100-32768").c_str(), decode, Case{g, ragged})->UseManualTime();
@@ -391,6 +392,10 @@ const bool registered = [] {
                                    Case{g, std::vector<int>(16, mean)})
           ->UseManualTime();
     }
+    if (g.kv_heads <= 16)  // chats
+      benchmark::RegisterBenchmark(name("paged", "208x150-2000").c_str(), decode,
+                                   Case{g, ragged_lengths(208, 150, 2000), true})
+          ->UseManualTime();
     if (g.kv_heads <= 16) {
       // Verification of a draft, chunks of a prefill.
       for (const int queries : {2, 4, 8, 16, 64, 512, 2048})
