@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-# Under one name in every build, so that ccache has what the first one compiled. Make's own defaults are cc and g++.
+# The same compiler names in every build, so that ccache hits. Make's own defaults are cc and g++.
 ifeq ($(origin CC),default)
   CC := gcc
 endif
@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-# What the compiled module is made of. Python files are used in place and need no reinstall.
+# Sources of the compiled module. Python files are used in place and need no reinstall.
 CORE := CMakeLists.txt pyproject.toml $(shell find cmake include src python/bindings -type f 2>/dev/null)
 # Directories change when a file is added or removed.
 CORE += $(shell find include src python/bindings -type d 2>/dev/null)
@@ -51,11 +51,11 @@ $(VENV)/.system: scripts/setup_system.sh
 $(VENV)/.python: requirements.txt requirements-build.txt | $(VENV)/.system
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "PYTHON: expected Python >= 3.10; got $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements-build.txt
 	@touch $@
 
-# Apart from the above, so that whoever only wants the demo does not wait for them.
+# Separate, so that `make demo` does not install them.
 $(VENV)/.tests: requirements-dev.txt $(VENV)/.python
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@touch $@
@@ -102,7 +102,7 @@ test-slow: setup test-tools
 OLDEST := build/venv-oldest
 OLDEST_TESTS ?= $(wildcard tests/python/test_hf_*.py tests/python/test_core*.py) tests/python/test_cli.py
 test-oldest: | $(VENV)/.system
-	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet -r requirements-oldest.txt
 	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m pip install --quiet --no-build-isolation -C build-dir=build/oldest --editable '.[tools]'
 	$(OLDEST)/bin/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist loadfile $(OLDEST_TESTS)
@@ -136,7 +136,7 @@ test-llama: llama setup test-tools
 	build/llama/hosts/llama.cpp/kv4_llama_tests --gtest_brief=1
 	KV4_LLAMA="$$(cat $(VENV)/.llama)" $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(LLAMA_TESTS) tests/llama
 
-# What repeats those on larger models.
+# The same on larger models.
 test-llama-slow:
 	$(MAKE) test-llama LLAMA_TESTS="-m slow"
 

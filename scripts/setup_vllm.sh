@@ -7,10 +7,10 @@ python=${1:?python: expected an interpreter of version 3.10 or later; got nothin
 venv=${2:?folder: expected where the environment is to be; got nothing}
 cd "$(dirname "$0")/.."
 
-test -x "$venv/bin/python" || "$python" -m venv "$venv"
+test -x "$venv/bin/pip" || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip install --quiet)
 "${pip[@]}" --no-deps -r requirements-vllm.txt
-# What vLLM asks for, without what reads sound and pictures.
+# vLLM's requirements, without those for audio and images.
 "$venv/bin/python" - > "$venv/requirements.txt" <<'PYTHON'
 from importlib.metadata import requires
 

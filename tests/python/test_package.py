@@ -11,6 +11,7 @@ import sysconfig
 import venv
 import zipfile
 from email.parser import Parser
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,24 @@ def test_the_oldest_versions_are_those_that_the_package_takes():
     assert {name: pinned.get(name, "").removesuffix(".0") for name in wanted} == {
         name: version.removesuffix(".0") for name, version in wanted.items()
     }
+
+
+@pytest.mark.parametrize(("platform", "machine"), [("linux", "x86_64"), ("linux", "aarch64"), ("macos", "arm64")])
+def test_cibuildwheel_takes_the_configuration(platform: str, machine: str):
+    """The release of cibuildwheel that the workflow runs knows every option, and builds one wheel for each Python
+    before 3.12 and one for those from it on."""
+    program = shutil.which("cibuildwheel")
+    if program is None:
+        pytest.skip("no cibuildwheel, which needs Python 3.11")
+    done = subprocess.run(
+        [program, "--platform", platform, "--archs", machine, "--print-build-identifiers", ROOT],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    system = {"linux": "manylinux", "macos": "macosx"}[platform]
+    assert done.stdout.split() == [f"cp3{minor}-{system}_{machine}" for minor in (10, 11, 12)]
+    (released,) = re.findall(r"pypa/cibuildwheel@v([\d.]+)", (ROOT / ".github/workflows/wheels.yml").read_text())
+    assert released == version("cibuildwheel")
 
 
 def test_a_module_that_is_there_but_broken_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
