@@ -1,10 +1,10 @@
-# The backend for NVIDIA GPUs, a part of kv4 where nvcc is found. Machine code for compute capabilities 8.0, 8.9 and 9.0, and
-# code that later ones compile when it is loaded. The Python module is built while its user waits: it has code for the GPU of
-# the machine alone, and where there is none, none unless KV4_CUDA=ON asks for it.
+# The CUDA backend, built where nvcc is found: machine code for compute capabilities 8.0, 8.9 and 9.0, and PTX for later
+# ones. The Python module is compiled at installation, so to save time it has code for this machine's GPU only; without a
+# GPU it has none unless KV4_CUDA=ON.
 
 include(CheckLanguage)
 if(CMAKE_CROSSCOMPILING OR KV4_SANITIZE)
-  set(KV4_CUDA OFF)  # nothing there to run it, or nothing that sees into it
+  set(KV4_CUDA OFF)  # no GPU there, or no support in the sanitizer
 endif()
 if(SKBUILD)
   execute_process(COMMAND nvidia-smi -L RESULT_VARIABLE KV4_NO_GPU OUTPUT_QUIET ERROR_QUIET)
@@ -44,7 +44,7 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
 file(GLOB KV4_CUDA_SOURCES CONFIGURE_DEPENDS src/cuda/*.cu src/cuda/*.cpp)
-# What 9.0 alone has, wgmma, is for an architecture of its own.
+# wgmma exists on 9.0 only and needs the architecture-specific target 90a.
 set(KV4_CUDA_90A_SOURCES ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/seal_wgmma.cu)
 list(REMOVE_ITEM KV4_CUDA_SOURCES ${KV4_CUDA_90A_SOURCES})
 set(KV4_CUDA_PARTS kv4_cuda)

@@ -1,4 +1,4 @@
-# GTest: the installed one, else its sources, which a cross build needs.
+# GTest: the installed library, else its sources; a cross build always needs the sources.
 find_package(GTest QUIET)
 if(NOT GTest_FOUND)
   set(KV4_GTEST_SOURCE /usr/src/googletest CACHE PATH "GoogleTest's sources, used where no built GTest is found")

@@ -16,7 +16,7 @@ configure_package_config_file(cmake/kv4Config.cmake.in ${PROJECT_BINARY_DIR}/kv4
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/kv4ConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${PROJECT_BINARY_DIR}/kv4Config.cmake ${PROJECT_BINARY_DIR}/kv4ConfigVersion.cmake
         DESTINATION ${KV4_CMAKE_DIR})
-# What the library itself links: a static one leaves it to every program, a shared one to nobody.
+# Private dependencies: programs must link them too with a static library, but not with a shared one.
 set(KV4_PC_PRIVATE_LIBS "-lstdc++ -lm")
 if(APPLE)
   set(KV4_PC_PRIVATE_LIBS "-lc++ -framework Metal -framework Foundation")
@@ -34,7 +34,7 @@ if(NOT BUILD_SHARED_LIBS)
   set(KV4_PC_LIBS "${KV4_PC_PRIVATE_LIBS}")
   set(KV4_PC_PRIVATE_LIBS "")
 endif()
-# From where it lies, so that the installed tree may be moved.
+# Relative to the .pc file, so that the installed tree may be moved.
 file(RELATIVE_PATH KV4_PC_TO_PREFIX /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
 configure_file(cmake/kv4.pc.in ${PROJECT_BINARY_DIR}/kv4.pc @ONLY)
 install(FILES ${PROJECT_BINARY_DIR}/kv4.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)

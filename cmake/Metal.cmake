@@ -2,7 +2,7 @@
 
 set(KV4_METAL_TEXT ${PROJECT_BINARY_DIR}/metal/kv4.metal)
 
-# `text` with every quoted include in its place, once; what stands in KV4_METAL_DONE is left out.
+# Expands every quoted include in `text` once; files listed in KV4_METAL_DONE are left out.
 function(kv4_expand_includes text out)
   set(rest "${text}")
   while(rest MATCHES "(^|\n)([ \t]*#include \"([^\"]+)\"[^\n]*)")

@@ -16,7 +16,7 @@ endif()
 nanobind_add_module(_core ${KV4_STABLE_ABI} NB_STATIC NOMINSIZE ${KV4_BINDINGS})
 target_compile_options(_core PRIVATE ${KV4_WARNINGS})
 target_include_directories(_core PRIVATE python/bindings src)
-# libgomp by its name: whichever copy torch has loaded, or later loads, serves both.
+# Link libgomp by SONAME only, so that kv4 and torch share one copy, whichever loads first.
 target_link_libraries(_core PRIVATE kv4)
 install(TARGETS _core LIBRARY DESTINATION kv4 COMPONENT python)
 # Metal kernels are compiled on the user's machine.

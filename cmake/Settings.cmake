@@ -22,7 +22,7 @@ if(KV4_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
   set(CMAKE_CXX_COMPILER_LAUNCHER ${KV4_CCACHE})
 endif()
 
-# -Wno-psabi: vector types never cross the library's interface, so their calling convention is no one's business.
+# -Wno-psabi: vector types never cross the library's interface, so their calling convention does not matter.
 set(KV4_WARNINGS -Wall -Wextra -Wno-psabi)
 if(KV4_WERROR)
   list(APPEND KV4_WARNINGS -Werror)

@@ -1,6 +1,6 @@
-// A toy server: requests come and go, share one pool of memory, and are decoded in one batch a step, prompts beside
-// single tokens. Its model is one layer of attention over random embeddings; all else is what a server on kv4/paged.h
-// does.
+// A toy server: requests arrive and finish, share one memory pool, and are batched together in each step, prefill
+// beside decode. The model is one attention layer over random embeddings; everything else is what a real server on
+// kv4/paged.h does.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -13,7 +13,7 @@ using Ids = std::vector<std::int32_t>;
 using Text = std::vector<int>;  // a prompt, then what was generated, up to a word 0
 
 constexpr int kHeads = 4, kKvHeads = 2, kDim = 64, kWords = kHeads * kDim, kExact = 64, kPage = kv4::kPageTokens;
-constexpr int kSlots = 5, kTable = 16, kPool = kSlots * kTable;  // requests at once; pages of one at most, and of all
+constexpr int kSlots = 5, kTable = 16, kPool = kSlots * kTable;  // concurrent requests; pages per request, and in all
 constexpr int kBlock = 2 * kKvHeads * kPage * kDim;              // floats of a block of exact rows: keys, then values
 
 void check(const kv4::Status& status) {
@@ -26,7 +26,7 @@ struct Server {
   std::vector<float> embeddings = std::vector<float>(kWords * kDim), exact = std::vector<float>(kPool * kBlock);
   std::vector<std::uint8_t> memory;
   Ids free_pages, free_blocks;
-  // Of each slot: its request, tokens in the cache, of these in pages and soon in pages, ids by position.
+  // Per slot: its request, tokens cached, tokens sealed, tokens sealed after this step, token ids by position.
   std::vector<Text> texts = std::vector<Text>(kSlots);
   Ids queries = Ids(kSlots + 1), lengths = Ids(kSlots), sealed = lengths, due = lengths, sinks = lengths;
   Ids pages = Ids(kPool, -1), blocks = pages;
@@ -47,7 +47,7 @@ struct Server {
   }
   static void take(Ids& free, std::int32_t* id) { *id = free.back(), free.pop_back(); }
 
-  // One step of all slots: new tokens stored, their queries answered, old tokens sealed, the next token of each chosen.
+  // One step of all slots: store new tokens, attend, seal old tokens, pick each next token.
   void step() {
     std::vector<float> rows;  // [row, dim]: a model's keys, values and queries would be projections of these
     for (int s = 0; s < kSlots; ++s) {
@@ -89,7 +89,7 @@ struct Server {
     }
   }
 
-  // The memory of a request that is done goes to those that come.
+  // A finished request's memory goes to waiting ones.
   Text leave(int s) {
     for (int p = 0; p < sealed[s] / kPage; ++p) free_pages.push_back(pages[s * kTable + p]);
     for (int b = 0; b * kPage < lengths[s]; ++b)
@@ -99,7 +99,7 @@ struct Server {
   }
 };
 
-// Answers all requests, at most `together` at once.
+// Serves all requests, at most `together` concurrently.
 std::vector<Text> serve(std::vector<Text> waiting, int together) {
   Server server;
   std::vector<Text> done;

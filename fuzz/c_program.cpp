@@ -1,9 +1,9 @@
-// Random programs of the public C API. An input is a configuration and then calls, some of them with arguments that
-// have to be refused.
+// Random programs of the public C API. An input is a configuration followed by calls, some with invalid arguments that
+// must be refused.
 //
-// The reference is float64 softmax over what the cache itself says that it holds (dense_keys, dense_values): tokens as
-// they are before a call's pages are sealed, and as they are after, a query seeing page i sealed once it is due at its
-// position (kv4/cache.h). Exact rows are compared with what was appended, bit for bit, and lengths with a model's.
+// The reference is float64 softmax over the contents that the cache reports (dense_keys, dense_values), read before and
+// after a call seals its pages; a query sees page i sealed if the page is due at the query's position (kv4/cache.h).
+// Exact rows are compared bit for bit with what was appended, and lengths with a model's.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -29,7 +29,7 @@ struct Destroy {
 using Handle = std::unique_ptr<kv4_cache, Destroy>;
 
 #define KV4_ACCEPT(call) KV4_EXPECT((call) == KV4_OK, kv4_last_error())
-// A refusal says what was expected and what came.
+// An error message states what was expected and what was given.
 #define KV4_REFUSE(call)                                                                   \
   do {                                                                                     \
     KV4_EXPECT((call) != KV4_OK, "a call that has to be refused");                         \
@@ -37,11 +37,11 @@ using Handle = std::unique_ptr<kv4_cache, Destroy>;
     KV4_EXPECT(std::strstr(kv4_last_error(), "; got ") != nullptr, kv4_last_error());      \
   } while (false)
 
-// One sequence: what was appended, [tokens][kv_heads][dim], or what a page that was opened again holds.
+// One sequence: rows as appended, [tokens][kv_heads][dim], or as dequantised from a page that a crop reopened.
 struct Row {
   std::vector<float> k, v;
   std::int64_t length = 0;
-  bool anchored = true;  // its first token was seen by a query, so that pages count from position 0
+  bool anchored = true;  // some query saw its first token, so pages start at position 0
 };
 
 kv4_tensor tensor(float* data, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) {
@@ -77,7 +77,7 @@ kv4_cache_config config_of(Input& in) {
   return c;
 }
 
-// Any numbers at all in a configuration: it is refused, or makes a cache.
+// A configuration of arbitrary numbers is refused or makes a cache.
 void create_anything(Input& in) {
   kv4_cache_config c = config_of(in);
   std::int32_t* const fields[] = {&c.recipe.key.rotation,
@@ -202,7 +202,7 @@ class Program {
     const int row = in_.below(batch());
     Row& r = rows_[static_cast<std::size_t>(row)];
     const std::int64_t first = std::max<std::int64_t>(0, r.length - 1 - in_.below(16)), count = in_.below(4);
-    if (kv4_cache_erase(cache_.get(), row, first, count) != KV4_OK) return;  // whether it is in the way of a page
+    if (kv4_cache_erase(cache_.get(), row, first, count) != KV4_OK) return;  // some positions are sealed
     r.length -= count;
     if (r.length == 0) r.anchored = false;
     adopt(row);
@@ -212,7 +212,7 @@ class Program {
     expect_kept();
     Handle copy = clone(cache_.get());
     if (in_.below(2) == 0) std::swap(copy, cache_);
-    kept_ = std::move(copy);  // shares pages and rows with the cache that is used further
+    kept_ = std::move(copy);  // shares pages and rows with the cache that goes on
     kept_bytes_ = saved(kept_.get()).bytes;
   }
   void expect_kept() const {
@@ -269,7 +269,7 @@ class Program {
     return Handle(copy);
   }
 
-  // What one sequence holds of keys or values, [tokens][kv_heads][dim]; `sealed`: once its due pages are sealed.
+  // One sequence's keys or values, [tokens][kv_heads][dim]; `sealed`: after sealing what is due.
   std::vector<float> dense(int row, bool keys, bool sealed) const {
     const std::int64_t n = rows_[static_cast<std::size_t>(row)].length, h = config_.kv_heads,
                        d = keys ? config_.head_dim_k : config_.head_dim_v;
@@ -305,7 +305,7 @@ class Program {
     return call;
   }
 
-  // New tokens for some sequences, then their queries. plain: every query sees all before it.
+  // Appends tokens to some sequences, then attends. plain: causal, without further masks.
   void step(bool plain) {
     const Call call = some_rows();
     if (call.counts.empty()) return;
@@ -348,7 +348,7 @@ class Program {
         args.window = windows.data();
       }
     }
-    std::vector<std::vector<float>> held;  // of each: keys and values before and after sealing
+    std::vector<std::vector<float>> held;  // per sequence: keys and values before and after sealing
     for (const kv4_row_count& each : call.counts)
       for (const bool keys : {true, false}) held.push_back(dense(static_cast<int>(each.row), keys, false));
     const kv4_tensor to = tensor(out.data(), 1, heads, call.total, dv);
@@ -372,7 +372,7 @@ class Program {
   struct Held {
     const std::vector<float>&k_before, &k_after, &v_before, &v_after;
   };
-  // One query's outputs. Tokens from the sinks to `sealed` are as they are after sealing.
+  // One query's outputs. Tokens between the sinks and `sealed` are read as sealed.
   void expect_output(const kv4_attend_args& args, std::int64_t query, std::int64_t position, std::int64_t window,
                      const Held& held, std::int64_t sealed, const std::vector<float>& out, std::int64_t total) const {
     const std::int64_t h = config_.kv_heads, dk = config_.head_dim_k, dv = config_.head_dim_v;
@@ -417,9 +417,9 @@ class Program {
     }
   }
 
-  // Tokens that are packed as they arrive are what was appended to half a step in each rotated channel: 1/14 of the
-  // largest one, which the norm bounds. 1 % is for the scale's rounding. Two tokens that have nothing to do with each
-  // other are further apart than either is long.
+  // Tokens sealed on arrival differ from what was appended by at most half a step in each rotated channel: 1/14 of the
+  // largest channel, which the norm bounds. 1 % allows for the scale's rounding. Unrelated tokens differ by more than
+  // either's norm.
   static void expect_packed(const std::vector<float>& held, const std::vector<float>& appended, std::int64_t d) {
     for (std::size_t at = 0; at < appended.size(); at += static_cast<std::size_t>(d)) {
       double error = 0, square = 0;
@@ -431,7 +431,7 @@ class Program {
     }
   }
 
-  // The sinks, and what no page that was due can have taken, are what was appended; packed tokens nearly are.
+  // Sinks and tokens not yet due for sealing equal what was appended; packed tokens are close to it.
   void expect_rows(int row, const std::vector<float>& k, const std::vector<float>& v) const {
     const Row& r = rows_[static_cast<std::size_t>(row)];
     if (config_.recipe.seal == KV4_SEAL_ARRIVAL) {
@@ -449,7 +449,7 @@ class Program {
     }
   }
 
-  // The state over all tokens, finished, is what attend says.
+  // The partial state over all tokens, normalised, equals attend's output.
   void expect_partial(const Call& call, const kv4_attend_args& args, const std::vector<float>& out) {
     const std::int64_t heads = config_.kv_heads * kGroup, dv = config_.head_dim_v, rows = heads * call.total;
     std::vector<float> o(static_cast<std::size_t>(rows * dv)), m(static_cast<std::size_t>(rows)), l(m);
@@ -470,7 +470,7 @@ class Program {
                  "a partial state over all tokens, finished, is attention");
   }
 
-  // NaN is held as zeros, refused by the query that sees it, and gone with its token.
+  // NaN is stored as zeros, reported by the first query that sees it, and forgotten when its token is cropped.
   void append_non_finite() {
     if (batch() == 0) return;
     const int row = in_.below(batch());
@@ -492,7 +492,7 @@ class Program {
     KV4_ACCEPT(kv4_cache_crop_row(cache_.get(), row, r.length));
   }
 
-  // Calls whose arguments are wrong leave no trace.
+  // Calls with invalid arguments change nothing.
   void refused() {
     const File before = saved(cache_.get());
     const std::int64_t h = config_.kv_heads, dk = config_.head_dim_k, dv = config_.head_dim_v;

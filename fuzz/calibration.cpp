@@ -1,5 +1,5 @@
-// The calibration files that llama.cpp's backend reads. Promised: any bytes are refused with one line that says what
-// was expected and what came, or give positive finite numbers of the shapes that they say.
+// The calibration files that llama.cpp's backend reads. Property: any bytes either are refused with a one-line
+// error (expected, got) or yield positive finite numbers in the declared shapes.
 #include "calibration.h"
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// A target without libFuzzer, for any compiler: runs the files and folders it is given, then `--mutations N` random
-// mutations of them from `--seed S`. A crash ends the process; the input that led to it is in `--crash FILE`.
+// Runs a fuzz target without libFuzzer, with any compiler: the given files and folders, then `--mutations N` random
+// mutations of them (`--seed S`). A crash ends the process and leaves its input in `--crash FILE`.
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
@@ -19,7 +19,7 @@ Bytes read(const std::filesystem::path& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-// A few changes of the kinds that libFuzzer makes.
+// Mutations like libFuzzer's.
 Bytes mutated(const std::vector<Bytes>& corpus, kv4::cases::Random& random) {
   const auto any = [&](std::size_t n) { return static_cast<std::size_t>(random.bits() % n); };
   Bytes x = corpus[any(corpus.size())];
@@ -29,13 +29,13 @@ Bytes mutated(const std::vector<Bytes>& corpus, kv4::cases::Random& random) {
     switch (random.below(6)) {
       case 0: x.insert(at, static_cast<std::uint8_t>(random.bits())); break;
       case 1: x.erase(at, at + static_cast<std::ptrdiff_t>(any(std::min<std::size_t>(left, 16) + 1))); break;
-      case 2: {  // a number at its limits
+      case 2: {  // replace a number by an extreme value
         const std::int64_t numbers[] = {-1, 0, 1, 63, 64, 65, INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN};
         std::memcpy(x.data() + (at - x.begin()), &numbers[random.below(10)],
                     std::min<std::size_t>(left, random.below(2) == 0 ? 4 : 8));
         break;
       }
-      case 3: {  // the end of another input
+      case 3: {  // splice in the tail of another input
         const Bytes& other = corpus[any(corpus.size())];
         x.resize(static_cast<std::size_t>(at - x.begin()));
         x.insert(x.end(), other.begin() + static_cast<std::ptrdiff_t>(any(other.size() + 1)), other.end());

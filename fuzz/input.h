@@ -1,4 +1,4 @@
-// What the fuzz targets share: numbers drawn from an input's bytes, and the one way to say that something is wrong.
+// Shared by the fuzz targets: numbers decoded from an input's bytes, and how findings are reported.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 #include <cstring>
 #include <span>
 
-// A finding: the fuzzer keeps the input that led here. `what` says which promise was broken.
+// Aborts, so that the fuzzer keeps the input. `what` names the violated property.
 #define KV4_EXPECT(condition, what)                                                    \
   do {                                                                                 \
     if (!(condition)) {                                                                \
@@ -19,7 +19,7 @@
 
 namespace kv4::fuzz {
 
-// An input as a sequence of numbers; zeros once it is used up.
+// An input as a sequence of numbers; zeros past its end.
 class Input {
  public:
   Input(const std::uint8_t* data, std::size_t size) : rest_(data, size) {}
@@ -44,7 +44,7 @@ class Input {
     rest_ = rest_.subspan(bytes);
     return x;
   }
-  // Mostly a number of [0, plausible), sometimes any.
+  // Mostly in [0, plausible), sometimes any number.
   std::int32_t mostly_below(int plausible) { return one_in(16) ? raw<std::int32_t>() : below(plausible); }
 
  private:
@@ -53,6 +53,6 @@ class Input {
 
 }  // namespace kv4::fuzz
 
-// One per target.
+// Defined by each target.
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size);
 extern "C" int LLVMFuzzerInitialize(int* argc, char*** argv);

@@ -1,5 +1,5 @@
-// Writes the inputs that fuzzing begins with: make_corpus FOLDER. Files of saved caches and calibrations that are
-// whole, and for programs of calls any bytes, from fixed seeds. What fuzzing has found since lies beside them.
+// Writes the seed corpus: make_corpus FOLDER. Valid saved caches and calibrations, and random bytes for call programs,
+// all from fixed seeds. Inputs found by fuzzing are kept beside them.
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
@@ -22,7 +22,7 @@ void write(const std::filesystem::path& path, std::span<const std::byte> bytes) 
   KV4_EXPECT(file.good(), path.c_str());
 }
 
-// `tokens` more of each sequence, and an answer to the last of them.
+// Appends `tokens` to each sequence and attends with the last one.
 void step(Cache& cache, std::int64_t tokens, cases::Random& random) {
   const CacheConfig& c = cache.config();
   const std::int64_t b = cache.batch(), h = c.kv_heads, dk = c.head_dim_k, dv = c.head_dim_v;
@@ -50,7 +50,7 @@ void saved_caches(const std::filesystem::path& folder) {
   cases::Random random(1);
   for (std::size_t i = 0; i < configs.size(); ++i)
     for (const int kind : {0, 1, 2}) {
-      if (kind == 2 && i == 7) continue;  // large, and of the blocks that others have
+      if (kind == 2 && i == 7) continue;  // large, and has no block kind that smaller ones lack
       std::unique_ptr<Cache> cache;
       KV4_EXPECT(Cache::create(configs[i], &cache).ok(), "a configuration");
       KV4_EXPECT(cache->add(1 + kind / 2).ok(), "sequences");

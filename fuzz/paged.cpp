@@ -1,8 +1,8 @@
-// The operations of kv4/paged.h on tables and lengths of any numbers. Everything that a call may touch is memory of its
-// own, of just the bytes that its contract asks for, so that AddressSanitizer sees what leads out of it.
+// The operations of kv4/paged.h on arbitrary tables and lengths. Each buffer is a separate allocation of exactly the
+// bytes that the contract requires, so that AddressSanitizer catches any access beyond.
 //
-// Promised: a refused call has written nothing; attention that is answered is float64 softmax over the tokens that the
-// tables name.
+// Properties: a refused call has written nothing; an accepted attention call equals float64 softmax over the tokens
+// that the tables name.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -23,11 +23,10 @@ constexpr std::int64_t kRow = kHeads * kDim;
 // Relative to the largest output: the bound of the attention kernels.
 constexpr double kTolerance = 1e-3;
 
-// Bytes on a multiple of 64, with nothing behind the last of them.
+// 64-byte aligned memory that ends at its allocation's end, or as close as alignment allows.
 class Memory {
  public:
   explicit Memory(std::size_t bytes) : held_(new std::uint8_t[bytes + 64]), bytes_(bytes) {
-    // As far to the end as the alignment allows.
     const auto end = reinterpret_cast<std::uintptr_t>(held_.get()) + bytes + 64;
     data_ = reinterpret_cast<std::uint8_t*>((end - bytes) / 64 * 64);
     std::memset(data_, 0, bytes);
@@ -82,7 +81,7 @@ class Calls {
   }
 
  private:
-  // Every block has rows and every page is sealed from some, so that whatever a table names can be read.
+  // Fills every block and seals every page, so that any table entry is readable.
   void fill() {
     auto* values = reinterpret_cast<float*>(rows_.data());
     for (std::size_t i = 0; i < kBlocks * format().block_bytes() / sizeof(float); ++i)
@@ -152,7 +151,7 @@ class Calls {
     return b;
   }
 
-  // Rows of a call's tensors: all that queries_ leads to, as far as that is plausible, or another number.
+  // Rows of a call's tensors: as many as queries_ needs if plausible, or another number.
   std::int64_t call_rows() {
     const std::int64_t all = queries_.empty() ? 0 : queries_.back();
     return in_.one_in(8) ? in_.below(80) : all >= 0 && all <= 400 ? all : in_.below(80);
@@ -165,7 +164,7 @@ class Calls {
   static TensorView view(const std::vector<float>& x, std::int64_t heads, std::int64_t rows) {
     return {x.data(), DType::f32, {1, heads, rows, kDim}, {heads * rows * kDim, rows * kDim, kDim, 1}};
   }
-  // Of the bytes that the limits ask for; sometimes fewer, which have to be refused or enough.
+  // As large as the limits require; sometimes smaller, which must be refused or suffice.
   Memory workspace(std::int64_t queries, int most_pages, std::size_t* bytes) {
     PageFormat::Limits limits{.sequences = std::max(1, size_), .q_heads = kHeads * kGroup, .most_pages = most_pages};
     limits.most_queries = std::max<std::int64_t>(1, queries);
@@ -194,7 +193,7 @@ class Calls {
     KV4_EXPECT(pages_.copy() == pages, "store writes to blocks alone");
     for (int b = 0; b < size_ && n > 0; ++b) expect_stored(b, k, n);
   }
-  // The newest row of a sequence, unless a later sequence of the call wrote to the same block.
+  // A sequence's newest row, unless a later sequence of the call wrote to the same block.
   void expect_stored(int b, const std::vector<float>& k, std::int64_t n) const {
     const std::int64_t count = queries_[static_cast<std::size_t>(b) + 1] - queries_[static_cast<std::size_t>(b)];
     if (count == 0 || b + 1 < size_) return;
@@ -250,7 +249,7 @@ class Calls {
     return rows + ((2 * block + (key ? 0 : 1)) * kHeads + head) * kPageTokens * kDim + r * kDim;
   }
 
-  // Pages as rows, by dequantise.
+  // Dequantised pages.
   std::vector<float> opened() {
     const std::vector<std::int32_t> zero(1, 0), end(1, kPages * kPageTokens), ids{0, 1, 2, 3, 4, 5};
     Memory blocks(kPages * format().block_bytes());
@@ -300,7 +299,7 @@ class Calls {
         expect_output(b, first + t, lengths_[static_cast<std::size_t>(b)] - count + t, q, n, out, pages_as_rows);
     }
   }
-  // Whether a later sequence's rows begin within b's: then its outputs are there.
+  // Whether a later sequence's rows overlap b's, and so overwrite its outputs.
   bool overlaps(int b) const {
     for (int other = 0; other < size_; ++other)
       if (other != b && queries_[static_cast<std::size_t>(other)] < queries_[static_cast<std::size_t>(b) + 1] &&

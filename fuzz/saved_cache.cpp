@@ -1,8 +1,8 @@
-// Cache::load on any bytes. An input is the number of a configuration, flags, then a file; with flag 1 the checksums of
-// its blocks are made right first, so that mutations get past them.
+// Cache::load on any bytes. An input is a configuration's number, flags, then a file; flag 1 recomputes the block
+// checksums first, so that mutations get past them.
 //
-// Promised: a refused file leaves the cache empty, and the message says what was expected and what came; of what is
-// taken, every later call stays within its memory, and it saves to bytes that load to the same.
+// Properties: a refused file leaves the cache empty with an error (expected, got); after an accepted one every later
+// call stays within its memory, and saving gives bytes that load to the same cache.
 #include <algorithm>
 #include <memory>
 #include <string>
@@ -46,7 +46,7 @@ Bytes save(const Cache& cache) {
   return bytes;
 }
 
-// Blocks are u32 kind, u64 bytes, payload, u32 CRC-32C, behind 12 bytes of magic and version.
+// 12 bytes of magic and version, then blocks: u32 kind, u64 bytes, payload, u32 CRC-32C.
 void repair_checksums(Bytes& file) {
   for (std::size_t at = 12; at + 16 <= file.size();) {
     std::uint64_t bytes = 0;
@@ -93,7 +93,7 @@ void read_dense(Cache& cache, std::int64_t first, std::int64_t count) {
   static_cast<void>(cache.dense_values(first, count, into(c.head_dim_v)));
 }
 
-// Calls that go on from what a file said. Their answers do not matter here, the memory that they touch does.
+// Uses a loaded cache. Results do not matter here; memory accesses do.
 void go_on(const Cache& loaded) {
   if (loaded.batch() == 0 || loaded.batch() > kMostRows || loaded.length() > kMostTokens) return;
   const auto each = [&](auto calls) {

@@ -1,5 +1,5 @@
-// Configurations of the saved caches that are fuzzed: small ones, with every kind of block between them. Inputs name
-// one by its number, so new ones go to the end.
+// Small configurations for fuzzing saved caches; together they have every kind of block. Inputs refer to them by index,
+// so new ones are added at the end.
 #pragma once
 
 #include <vector>

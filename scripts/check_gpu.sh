@@ -13,14 +13,14 @@ if [ $# -lt 3 ]; then
   cmake -S "$(dirname "$0")/.." -B "$build" -DCMAKE_BUILD_TYPE=Release -DKV4_CUDA=ON -DKV4_BUILD_BENCH=ON
   cmake --build "$build" --target kv4_cuda_tests kv4_cuda_bench
 fi
-failed=0  # what fails does not keep the rest from being run
+failed=0  # a failure does not stop the remaining steps
 "$tests" --gtest_brief=1 || failed=1
 if command -v compute-sanitizer >/dev/null; then
   # The largest scenes left out: the tools run hundreds of times slower.
   for tool in memcheck racecheck initcheck synccheck; do
     echo "== $tool"
     filter='*PartOfOne*:*PartsOf*:*PagesTogether*:*Ragged*:*Partial*:*General*:*LargeMeans*'
-    # Under a tool a new cache waits for every stream, which that test is about.
+    # Left out: under a tool, creating a cache waits for every stream, and that test checks that it does not.
     [ "$tool" != memcheck ] || filter+=':CudaExtend.*:CudaShared.*:CudaStreams.*-CudaStreams.ANewCacheIsWholeOnAnyStream'
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$tests" --gtest_brief=1 --gtest_filter="$filter" | tail -n 4 || failed=1
   done

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "fuzz" / "corpus"
-# Longest input; memory that one allocation, and all, may take: what asks for more on an input's word is a finding.
+# Limits of input length, and of memory per allocation and in all: exceeding them because an input says so is a finding.
 LIMITS = {"saved_cache": 65536, "c_program": 128, "paged": 1024, "calibration": 4096}
 MEMORY = ("-malloc_limit_mb=256", "-rss_limit_mb=2048")
 COUNT = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
@@ -72,7 +72,7 @@ def run(build: Path, target: str, seconds: int, seed: int) -> Run:
 
 
 def merge(build: Path, target: str) -> None:
-    """Into the repository's corpus, from what fuzzing has grown: the shortest inputs that cover something new."""
+    """Merges grown inputs that cover new code into the repository's corpus, shortest first."""
     subprocess.run(
         [program(build, target), "-merge=1", f"-max_len={LIMITS[target]}", CORPUS / target, build / "corpus" / target],
         check=True, capture_output=True,

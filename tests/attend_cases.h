@@ -1,4 +1,4 @@
-// Cases of attention that every backend runs. `check` takes a scene and a call and compares with the reference.
+// Attention cases for every backend. `check` takes a scene and a call and compares with the reference.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -14,7 +14,7 @@ namespace kv4::scene {
 
 using cases::kEveryDType;
 
-// `dtypes`: of exact rows. `step`: one of so many cases, for what runs slowly.
+// `dtypes`: of exact rows. `step`: runs every step-th case, for slow backends.
 template <class F>
 void every_head_dim_and_group(std::span<const DType> dtypes, int step, F&& check) {
   int n = 0;
@@ -54,7 +54,7 @@ void pages_and_a_part_of_one(F&& check) {
   }
 }
 
-// Several queries: verification of drafts, chunks of a prompt.
+// Several queries: draft verification, chunked prefill.
 template <class F>
 void many_queries(std::span<const DType> dtypes, std::initializer_list<int> counts, F&& check) {
   std::uint64_t seed = 3000;
@@ -74,7 +74,7 @@ void many_queries(std::span<const DType> dtypes, std::initializer_list<int> coun
   }
 }
 
-// Sequences of all kinds in one batch, each with its first token and window; `longest`: page tokens of the longest.
+// Different sequences in one batch, each with its own start and window; `longest`: page tokens of the longest.
 template <class F>
 void ragged_batch(std::initializer_list<int> counts, int longest, F&& check) {
   std::uint64_t seed = 4000;
@@ -94,7 +94,7 @@ void ragged_batch(std::initializer_list<int> counts, int longest, F&& check) {
   }
 }
 
-// `wide`: whether a mask has a row for each head and query, one of all otherwise; softcap goes with it.
+// `wide`: whether masks have a row for each head and query or one for all; softcap is on with it.
 template <class F>
 void general_masks(std::initializer_list<bool> widths, F&& check) {
   std::uint64_t seed = 5000;
@@ -118,7 +118,7 @@ void general_masks(std::initializer_list<bool> widths, F&& check) {
   }
 }
 
-// The mean adds hundreds to every score of a page; the softmax must not notice.
+// The mean adds hundreds to every score of a page; softmax must cancel it.
 template <class F>
 void large_means(F&& check) {
   Shape shape;

@@ -42,7 +42,7 @@ struct Held {
   int dropped = 0;  // position of the first token
   int tokens() const { return sinks + page_tokens + window; }
 
-  // What a cache of the default recipe holds of `n` tokens.
+  // `n` tokens as a cache of the default recipe stores them.
   static Held of(int n) {
     Held h;
     h.sinks = std::min(n, 4);
@@ -85,7 +85,7 @@ class Scene {
   // Position after the last token.
   std::int64_t length(int b) const { return sequences_[static_cast<std::size_t>(b)].length; }
 
-  // All pages of all sequences, whose ids go down with their position.
+  // All pages of all sequences; ids descend as positions ascend.
   PageMemory pages() const {
     std::uint8_t* const first = const_cast<std::uint8_t*>(memory_.data());
     PageMemory out;
@@ -182,7 +182,7 @@ class Scene {
       const std::uint16_t h = f32_to_f16(static_cast<float>(x));
       std::memcpy(slice + at, &h, 2);
     };
-    // Scales after the sealed tokens stay random bytes: NaN and infinity among them.
+    // Scales past the sealed tokens stay random bytes, including NaN and infinity.
     for (int g = 0; g < spec_.key.groups; ++g)
       for (int j = 0; j < tokens; ++j)
         put(spec_.layout.k_scales + static_cast<std::uint32_t>(g * kPageTokens + j) * 2,
@@ -272,7 +272,7 @@ class Scene {
       ExactRows& x = s.view.exact[set];
       x.position = position;
       x.count = count;
-      x.k_stride = shape_.dim_k + 3;  // strides that no kernel may assume away
+      x.k_stride = shape_.dim_k + 3;  // odd strides, so that kernels must use them
       x.v_stride = shape_.dim_v + 5;
       x.k_head_stride = x.k_stride * (count + 1);
       x.v_head_stride = x.v_stride * (count + 2);

@@ -1,4 +1,4 @@
-// The one list of shapes that tests and benchmarks share, and the data they run on.
+// Shapes and data shared by tests and benchmarks.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ inline constexpr int kRotationDims[] = {32, 34, 46, 64, 80, 96, 112, 128, 160, 1
 inline constexpr int kQueryHeadsPerKvHead[] = {1, 2, 3, 4, 6, 7, 8};
 inline constexpr int kTokens[] = {1, 2, 63, 64, 65, 97, 127, 128, 131, 132, 133, 200, 1000, 5000};
 
-// Calls whose rows, queries times group, fill one, several, whole and broken tiles and work items.
+// Calls whose rows (queries * group) fill one tile or several, completely or partly.
 struct Rows {
   int queries, group;
 };

@@ -12,7 +12,7 @@
 
 namespace kv4::python {
 
-// What a sequence's queries see in a call, with all that says so.
+// Visibility for one sequence's queries of a call, with the tensors it refers to.
 struct Sight {
   using Seen = nanobind::ndarray<const bool, nanobind::ndim<2>, nanobind::c_contig, nanobind::device::cpu>;
 

@@ -1,4 +1,4 @@
-// What the Metal host in Python (kv4.metal) asks of the library: tables of numbers for the kernels, lambda, and files.
+// Used by the Metal host in Python (kv4.metal): kernel argument tables, lambda, and saved caches.
 #pragma once
 
 #include <nanobind/nanobind.h>

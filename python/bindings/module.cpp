@@ -145,7 +145,7 @@ void read_mask(Call* call, nb::handle mask, nb::handle host_mask, std::int64_t b
   m.kind = Mask::General::additive;
 }
 
-// (row, tokens) of some sequences; none: all of them, equally long.
+// (row, tokens) of some sequences; None: all, with equal counts.
 using Named = std::optional<std::vector<std::pair<std::int64_t, std::int64_t>>>;
 using Positions = std::variant<std::int64_t, std::vector<std::int64_t>>;
 
@@ -278,7 +278,7 @@ NB_MODULE(_core, m) {
   m.attr("PAGE_TOKENS") = kv4::kPageTokens;
   m.attr("QUERY_STRIDE") = kv4::ledger::kQueryStride;
 
-  // Caches held by modules at interpreter exit are no leak worth a user's attention.
+  // Caches that modules still hold at interpreter exit are no leak to report.
   nb::set_leak_warnings(false);
 
   nb::class_<PyCache>(m, "Cache", "The cache of one attention layer; see kv4/cache.h.")

@@ -23,7 +23,7 @@ struct PyFormat {
   int device = kHost;  // where its tensors are
 };
 
-// Tables of a call's sequences, and memory of a layer. The objects that they were made of are kept alive.
+// A call's sequence tables and a layer's memory; keeps the Python objects they refer to alive.
 struct PyTables {
   PagedBatch batch;
   int device = kHost;
@@ -56,7 +56,7 @@ const std::int32_t* integers(nb::handle x, const char* name, std::int64_t count,
   return static_cast<const std::int32_t*>(t.data);
 }
 
-// [sequences, entries], a row's entries one after another.
+// [sequences, entries], rows contiguous.
 const std::int32_t* table(nb::handle x, const char* name, std::int64_t sequences, std::int64_t* stride,
                           const PyFormat& self) {
   const Tensor t = tensor(x, name, self.device);
@@ -218,7 +218,7 @@ PageRange range_of(nb::handle begin, nb::handle end, int most, int sequences, co
   return range;
 }
 
-// kSeal: exact rows into pages; else pages into exact rows.
+// kSeal: seals exact rows into pages; otherwise dequantises pages into exact rows.
 template <bool kSeal>
 void convert(const PyFormat& self, const PyTables& tables, const PyMemory& memory, nb::handle begin, nb::handle end,
              int most, nb::handle workspace, std::uintptr_t stream) {

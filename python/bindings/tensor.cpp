@@ -6,7 +6,7 @@
 namespace kv4::python {
 namespace {
 
-// Attribute names are looked up on every decode step: interned once.
+// Interned once: these attributes are read on every decode step.
 struct Names {
   nb::object data_ptr = nb::str("data_ptr"), shape = nb::str("shape"), stride = nb::str("stride"),
              dtype = nb::str("dtype"), is_cpu = nb::str("is_cpu"), is_cuda = nb::str("is_cuda"),
@@ -14,7 +14,7 @@ struct Names {
 };
 
 const Names& names() {
-  static const Names* n = new Names();  // lives as long as the process: no destruction after Python's end
+  static const Names* n = new Names();  // leaked: must not be destroyed after Python's finalisation
   return *n;
 }
 
@@ -104,8 +104,7 @@ bool gives_buffer(nb::handle x, int flags) {
   return true;
 }
 
-// What an older DLPack cannot say: whether the memory may be written to. The buffer protocol can, where it is spoken
-// too.
+// Whether memory is read-only, which DLPack before 1.0 cannot express: asked through the buffer protocol, if supported.
 bool is_read_only(nb::handle x) {
   return PyObject_CheckBuffer(x.ptr()) && !gives_buffer(x, PyBUF_STRIDES | PyBUF_WRITABLE) &&
          gives_buffer(x, PyBUF_STRIDES);

@@ -1,4 +1,4 @@
-// What bindings have in common: values of Python as the library's, arrays for Python, and a Cache as Python has it.
+// Shared by the bindings: conversions of Python values, numpy arrays, and the Python Cache object.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -20,7 +20,7 @@ Recipe read_recipe(nb::handle recipe);
 DType read_dtype(const std::string& name);
 std::vector<float> read_floats(nb::handle x, const char* name);
 
-// A numpy array that owns `values`; without a shape of one axis.
+// A numpy array that owns `values`; 1-D if no shape is given.
 template <class T>
 nb::object array(std::vector<T> values, std::vector<std::size_t> shape = {}) {
   if (shape.empty()) shape = {values.size()};
@@ -29,8 +29,8 @@ nb::object array(std::vector<T> values, std::vector<std::size_t> shape = {}) {
   return nb::cast(nb::ndarray<nb::numpy, T>(kept->data(), shape.size(), shape.data(), owner));
 }
 
-// Runs a call with a file's write, or its readinto, as the library has them. What they raise is raised once the call
-// has returned.
+// Adapts a Python file's write or readinto to the library's Sink or Source for one call. Exceptions they raise are
+// re-raised after the call returns.
 void write_to(const nb::callable& write, const std::function<Status(const Sink&)>& call);
 void read_from(const nb::callable& readinto, const std::function<Status(const Source&)>& call);
 

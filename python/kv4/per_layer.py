@@ -14,7 +14,7 @@ def per_layer(given: Mapping[str, Any], layers: int, convert: Callable[[Any], An
     layer, or a sequence or a mapping from layer index with one per layer; None is none. convert: what the core is to
     read of one, done once for all layers that are given the same. Errors: ValueError naming what was given."""
     result: list[dict[str, Any]] = [{} for _ in range(layers)]
-    # By the identity of what was given, which is kept until the end.
+    # Keyed by object identity; the objects are kept alive until the end.
     converted: dict[int, tuple[Any, Any]] = {}
     for name, value in given.items():
         if isinstance(value, Mapping):

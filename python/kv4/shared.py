@@ -1,4 +1,4 @@
-"""Adding up caches that share memory."""
+"""Total size of caches that share memory."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ namespace {
 
 bool empty(const std::array<std::int64_t, 4>& shape) { return std::find(shape.begin(), shape.end(), 0) != shape.end(); }
 
-// Whether each axis steps over all that the axes of smaller strides reach. Layouts that interleave otherwise exist on
-// paper only.
+// Whether each axis' stride exceeds the extent of all axes with smaller strides, so that no two elements overlap. Other
+// layouts without overlap are not used in practice.
 bool apart(const MutableTensorView& x) {
   std::array<std::pair<std::int64_t, std::int64_t>, 4> axes;  // stride, steps
   for (std::size_t i = 0; i < 4; ++i) axes[i] = {std::abs(x.stride[i]), x.shape[i] - 1};
@@ -65,7 +65,7 @@ bool meet(const Range& a, const Range& b) { return a.first < b.second && b.first
 template <class A, class B>
 bool share(const A& a, const B& b) {
   if (empty(a.shape) || empty(b.shape) || !meet(whole(a), whole(b))) return false;
-  // One buffer may hold both side by side, as fused projections do.
+  // One buffer may hold both interleaved, as fused projections do.
   const std::vector<Range> left = rows(a), right = rows(b);
   for (std::size_t i = 0, j = 0; i < left.size() && j < right.size();) {
     if (meet(left[i], right[j])) return true;

@@ -1,4 +1,4 @@
-// What a call writes to: every element has a place of its own, none of them in what the call reads.
+// Checks a call's outputs: no two elements overlap, and none overlaps an input.
 #pragma once
 
 #include "kv4/attention.h"
@@ -7,7 +7,7 @@
 
 namespace kv4 {
 
-// `out`, shaped as it should be and with channel stride 1. With `q`, the two share no memory.
+// out: of the expected shape, with channel stride 1. It must not overlap `q`, where given.
 // Errors: invalid_argument naming out.
 Status check_places(const MutableTensorView& out, const TensorView* q);
 // o, m and l for queries of q's shape and values of `dim` channels; they share memory neither with q nor with each

@@ -23,7 +23,7 @@ Visibility::Visibility(const AttendArgs& args, const Queries& queries, std::int6
 
 bool Visibility::general_visible(std::int64_t t, std::int64_t position) const {
   const Mask& m = args_.mask;
-  if (m.general == nullptr) return true;  // not to be read from here
+  if (m.general == nullptr) return true;  // in memory that the host cannot read
   const std::int64_t column = position - m.offset;
   if (column < 0 || column >= m.columns) return false;
   const std::int64_t heads = m.general_stride[1] == 0 ? 1 : args_.q.shape[1];
@@ -46,7 +46,7 @@ bool Visibility::visible(std::int64_t t, std::int64_t position) const {
 
 bool Visibility::seen(std::int64_t position) const {
   if (args_.mask.kind == Mask::General::none) {
-    // The query at the token's own position, or else the first one, has the widest view of it.
+    // If any query sees the token, the one at its own position does, or the first one if the call starts later.
     const std::int64_t own = std::clamp<std::int64_t>(position - first_query_, 0, queries_ - 1);
     return queries_ > 0 && visible(own, position);
   }
@@ -56,7 +56,8 @@ bool Visibility::seen(std::int64_t position) const {
 }
 
 void Visibility::leave_hidden(std::vector<std::int64_t>* positions) const {
-  // Late queries see most: of what they leave, earlier ones are asked in vain but for what only a window or a hole hid.
+  // Late queries see most: a position they do not see is rarely visible to earlier ones, only through a window or a
+  // hole.
   for (std::int64_t t = queries_ - 1; t >= 0 && !positions->empty(); --t)
     std::erase_if(*positions, [&](std::int64_t position) { return visible(t, position); });
 }

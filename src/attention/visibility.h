@@ -1,5 +1,5 @@
-// Which tokens a call's queries see, for one sequence of the batch: what caches remember of masks, and what they
-// refuse. The kernels apply masks themselves.
+// Which tokens a call's queries see, for one sequence of the batch. Caches use it to track tokens that no query has
+// seen and to reject non-finite ones; the kernels apply masks themselves.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace kv4 {
 
-// An additive mask hides a column by -infinity or by the lowest number of its dtype: by what is not above this.
+// An additive mask hides a column with -infinity or its dtype's lowest number: anything not above this.
 constexpr float hidden_by(DType dtype) { return dtype == DType::f16 ? -65504.0f : -1e30f; }
 
 class Visibility {
@@ -28,11 +28,11 @@ class Visibility {
 
   // Some query head of query t sees the token at `position`.
   bool visible(std::int64_t t, std::int64_t position) const;
-  // Whether `seen` takes no time that grows with the queries.
+  // Whether `seen` takes constant time, whatever the number of queries.
   bool simple() const { return args_.mask.kind == Mask::General::none || queries_ == 1; }
   // Some query of the call sees the token at `position`.
   bool seen(std::int64_t position) const;
-  // Leaves the positions that no query of the call sees, in their order. No element of the mask is read twice.
+  // Keeps the positions that no query of the call sees, in order. Reads each element of the mask at most once.
   void leave_hidden(std::vector<std::int64_t>* positions) const;
 
  private:

@@ -32,8 +32,8 @@ KV4_DEVICE inline ExactRows rows_of(const PagedBatch& batch, const std::int32_t*
   return out;
 }
 
-// stored: the call's rows lie in their blocks already. What no query of the call sees, for the window, is left out by
-// whole pages.
+// stored: the call's rows are in their blocks already. Whole pages that the sliding window hides from all of the call's
+// queries are left out.
 KV4_DEVICE inline SequenceView view_of(const PagedBatch& batch, int b, bool stored) {
   SequenceView view;
   const std::int64_t count = batch.queries[b + 1] - batch.queries[b], length = batch.lengths[b],
@@ -41,7 +41,7 @@ KV4_DEVICE inline SequenceView view_of(const PagedBatch& batch, int b, bool stor
   view.input_row = batch.queries[b];
   view.query_count = count;
   view.query_position = length - count;
-  const std::int64_t first = batch.window > 0 ? view.query_position - batch.window + 1 : 0;  // that some query sees
+  const std::int64_t first = batch.window > 0 ? view.query_position - batch.window + 1 : 0;  // first visible position
   const std::int64_t unseen = first > 0 ? first / kPageTokens : 0, packed = sealed / kPageTokens;
   const std::int64_t begin = unseen < packed ? unseen : packed;
   view.pages = batch.pages + b * batch.pages_stride + begin;

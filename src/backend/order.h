@@ -1,5 +1,5 @@
-// Codes of a head slice between a backend's order and the canonical one (format/page.h), in host memory. A backend says
-// where a code lies (a byte and the low or high nibble of it) and what it is stored as.
+// Converts codes of a head slice between a backend's order and the canonical one (format/page.h), in host memory. A
+// backend defines where a code is (byte, low or high nibble) and its stored form.
 #pragma once
 
 #include <cstddef>

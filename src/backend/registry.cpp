@@ -18,7 +18,7 @@ Backend* backend(int device);
 std::string why_not();
 }  // namespace apple
 #endif
-#if KV4_HAS_PROBE  // a backend that the tests bring along
+#if KV4_HAS_PROBE  // the tests' own backend
 namespace probe {
 Backend* backend(int device);
 }
@@ -29,7 +29,7 @@ namespace {
 struct Entry {
   const char* name;
   Backend* (*get)(int device);  // null where there is no such device
-  std::string (*why_not)();     // then: the reason
+  std::string (*why_not)();     // why get returned null
 };
 std::string no_device() { return "no device that it serves"; }
 constexpr Entry kBackends[] = {
@@ -45,7 +45,7 @@ constexpr Entry kBackends[] = {
 #endif
 };
 
-// The number behind the colon; -1 where it is none.
+// The device number after the colon; -1 if malformed.
 int device_number(const std::string& text) {
   if (text.empty() || text.size() > 4) return -1;
   int n = 0;

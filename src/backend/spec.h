@@ -1,4 +1,4 @@
-// What a configuration is to a backend: rotations, levels and the layout of a page.
+// A configuration as backends need it: rotations, levels and page layout.
 #pragma once
 
 #include <string>
@@ -17,8 +17,8 @@ Status make_sides(const Recipe& recipe, int head_dim_k, int head_dim_v, const st
 // serves no other pages.
 Status expect_plain_pages(const Recipe& recipe, const std::string& where);
 
-// Checks all of a configuration but its lambda, finds its backend and says what its pages are; the spec is left as it
-// is where nothing is ever sealed. Errors: invalid_argument naming the field; unsupported with the reason where no
+// Checks a configuration except for lambda, finds its backend and fills the spec, which stays untouched if nothing is
+// ever sealed. Errors: invalid_argument naming the field; unsupported with the reason where no
 // kernel serves it.
 Status make_spec(const CacheConfig& config, Backend** backend, PageSpec* out);
 

@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::int64_t kMostRows = std::numeric_limits<int>::max();
 
-// batch: of axis 0; below 0 where the first call says it.
+// batch: expected size of axis 0; negative: any, since the first call sets it.
 Status check_rows(const Setup& setup, const TensorView& x, const char* name, int dim, std::int64_t batch) {
   const DType dtype = setup.config.dtype;
   if (x.dtype != dtype) return invalid_argument(name, std::string("dtype ") + name_of(dtype), name_of(x.dtype));
@@ -59,7 +59,7 @@ Status part_notes(const CacheState& c, Sequence& s) {
   return {};
 }
 
-// What a call does to sequences. `all`: the cache's sequences, or those that the first call creates.
+// One append to sequences. `all`: the cache's sequences, or the new ones of the first call.
 class Append {
  public:
   Append(CacheState& c, std::vector<Sequence>& all)
@@ -68,7 +68,7 @@ class Append {
   Status run(const TensorView& k, const TensorView& v) {
     KV4_RETURN_IF_ERROR(plan(k, v));
     KV4_RETURN_IF_ERROR(place());
-    make_room_for_news();
+    reserve_reports();
     // Arrival sealing writes into open pages, and errors of storing may be reported late: no step of a call after these
     // may fail.
     KV4_RETURN_IF_ERROR(draft_.seal());
@@ -80,7 +80,7 @@ class Append {
     job.found = c_.found.data();
     job.tables = c_.tables.get();
     KV4_RETURN_IF_ERROR(setup_.backend->store(job));
-    make_room_for_news();
+    reserve_reports();
     return {};
   }
   // The rows are stored when the captured step is replayed.
@@ -117,7 +117,7 @@ class Append {
     const Arriving arriving{k, v, c_.parts, c_.non_finite};
     return draft_.prepare(&arriving);
   }
-  void make_room_for_news() {
+  void reserve_reports() {
     for (std::size_t i = 0; i < c_.parts.size(); ++i)
       if (!c_.non_finite[i].empty()) sequence(i).ledger.make_room_for_notes(c_.non_finite[i].size());
   }

@@ -11,7 +11,7 @@ namespace {
 
 std::string up_to(std::int64_t n) { return "0 to " + std::to_string(n); }
 
-// rows: of the call's sequences on axis 0; most: queries on axis 2.
+// rows: expected size of axis 0; most: limit of axis 2.
 Status check_queries(const Setup& setup, const AttendArgs& args, std::int64_t rows, std::int64_t most) {
   const TensorView& q = args.q;
   const bool shape_ok = q.shape[0] == rows && q.shape[1] >= setup.heads() && q.shape[1] % setup.heads() == 0 &&

@@ -11,7 +11,7 @@ namespace kv4 {
 
 class Block {
  public:
-  // out_of_memory, naming `what`.
+  // Errors: out_of_memory naming `what`.
   static Status make(Backend& backend, const char* what, std::size_t bytes, std::shared_ptr<Block>* out) {
     std::shared_ptr<Block> made(new Block(backend, bytes));
     made->memory_ = backend.alloc(bytes);
@@ -20,7 +20,7 @@ class Block {
     *out = std::move(made);
     return {};
   }
-  // Filled from host memory; nothing for no bytes.
+  // A copy of host memory; null for 0 bytes.
   static Status copy_of(Backend& backend, const char* what, const void* from, std::size_t bytes,
                         std::shared_ptr<Block>* out) {
     out->reset();

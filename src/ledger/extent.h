@@ -4,7 +4,7 @@
 //
 // Positions count the sequence's tokens from 0. Page i covers positions body() + 64 i ... + 63, body() = start + S.
 // Until the sequence is anchored (at its first seal or eviction) every token is in the window and start is not known.
-// Exact rows of the newest sealed pages may still be held: page_end() may lie behind the window's first row.
+// Exact rows of the newest sealed pages may still be held: then pages extend past the window's first row.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 
 namespace kv4::ledger {
 
-constexpr int kQueryStride = 8;  // a lambda that is learnt counts one query in so many (queries.h says which)
+constexpr int kQueryStride = 8;  // learning lambda samples one query in so many (queries.h)
 
 // Positions [begin, end).
 struct Rows {
@@ -26,7 +26,7 @@ struct Rows {
   bool operator==(const Rows&) const = default;
 };
 
-// What one layer's recipe and mask make of all its sequences.
+// Sealing and eviction rules of a layer, from its recipe and mask.
 struct Policy {
   SealMode seal = SealMode::page;
   int sinks = 0;                    // S: first tokens of a sequence that stay exact; 0 unless whole pages are sealed
@@ -43,12 +43,12 @@ struct Policy {
   bool arrival() const { return seal == SealMode::arrival; }
 };
 
-// Learnt lambda: not yet; from a page that a crop may still undo; for good.
+// Learnt lambda: not learnt yet; learnt, but a crop may still undo it; final.
 enum class Lambda : std::uint8_t { open, learnt, fixed };
 
 struct Extent {
   std::int64_t length = 0;  // tokens appended, minus cropped ones
-  std::int64_t start = 0;   // first position that is no dropped padding
+  std::int64_t start = 0;   // first position after dropped padding
   bool anchored = false;
   Lambda lambda = Lambda::open;
   std::int64_t sinks = 0;              // exact rows from `start` on that are held
@@ -56,7 +56,7 @@ struct Extent {
   std::int64_t pages = 0;              // pages held
   int last_page_tokens = kPageTokens;  // sealing on arrival fills the last page token by token
   std::int64_t window_position = 0;    // of the window's first row
-  std::int64_t evicted = 0;            // a sliding window let go of every position below
+  std::int64_t evicted = 0;            // positions below were evicted by the sliding window
 
   bool operator==(const Extent&) const = default;
 
@@ -65,7 +65,7 @@ struct Extent {
   std::int64_t page_end() const { return first_page + pages; }
   std::int64_t window_rows() const { return length - window_position; }
   std::int64_t sealed_tokens() const { return pages == 0 ? 0 : (pages - 1) * kPageTokens + last_page_tokens; }
-  // Pages whose exact rows are gone.
+  // Pages whose exact rows have been dropped.
   std::int64_t released_pages(const Policy& p) const {
     if (!anchored || pages == 0) return first_page;
     return std::clamp<std::int64_t>((window_position - body(p)) / kPageTokens, first_page, page_end());

@@ -1,9 +1,9 @@
-// Which of a sequence's queries teach lambda. Energies of queries that come before the first page is due are kept by
-// position until lambda is fixed, so that a crop or a repeated call leaves no trace and the size of calls does not
-// matter. A sum alone could give nothing back to a crop, and energies of every query are as many bytes as fp16 keys and
-// values: so one query in kQueryStride counts, from the first unmasked one on, the last of each so many: not that of a
-// text's first token, which is like no other. Lambda goes with the fourth root of their mean, nearly, and near its best
-// an error of it counts by its square.
+// Which of a sequence's queries lambda is learnt from. Energies of queries before the first page is due are stored by
+// position until lambda is fixed, so that crops and repeated calls leave no trace and call sizes do not matter: a
+// running sum could not be cropped. Storing every query's energies would take as many bytes as fp16 keys and values, so
+// one query in kQueryStride is sampled, starting at the first unmasked one and taking the last of each group, which
+// leaves out the untypical first token. Sampling suffices: lambda follows nearly the fourth root of the mean energy,
+// and near the optimum the loss is quadratic in lambda's error.
 #pragma once
 
 #include <cstdint>
@@ -23,13 +23,13 @@ struct Queries {
     return n > 0 && n % kQueryStride == 0 ? n / kQueryStride - 1 : -1;
   }
   std::int64_t position(std::int64_t row) const { return first + kQueryStride * (row + 1) - 1; }
-  // Rows that a crop to `length` leaves.
+  // Rows left by a crop to `length`.
   std::int64_t rows_below(std::int64_t length) const {
     return any() && length > first ? (length - first) / kQueryStride : 0;
   }
 
-  // Asks for a record, take(position, row) -> Status, of each of the newest `count` queries that counts and sees its
-  // own token, sees(position), in order, where lambda may still be learnt.
+  // Calls take(position, row) -> Status, in order, for each sampled query among the newest `count` that sees its own
+  // token (sees(position)), as long as lambda may still be learnt.
   template <class Sees, class Take>
   Status record(const Ledger& ledger, std::int64_t count, Sees sees, Take take) {
     const Policy& p = ledger.policy();

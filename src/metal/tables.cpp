@@ -9,7 +9,7 @@ namespace kv4::apple {
 namespace {
 
 constexpr int kBlockRows[] = {1, 2, 3, 4, 6, 8};
-constexpr int kPagesPerSplit = 8;  // two for each SIMD-group
+constexpr int kPagesPerSplit = 8;  // two per SIMD-group
 constexpr int kExactRowsPerSplit = KV4_PAGE_TOKENS * KV4_ATTEND_THREADS / 32;
 constexpr int kMaxSplits = 64;
 constexpr int kThreadgroupsPerCore = 4;

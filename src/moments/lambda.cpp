@@ -26,7 +26,7 @@ void for_each_channel(const void* row, DType dtype, int channels, F&& f) {
   }
 }
 
-// `energy`, drawn towards its rotary pair and clamped from below; empty where there is none.
+// `energy`, shrunk towards its rotary pair and clamped from below; empty if there is none.
 std::vector<double> shrunk(std::span<const double> energy) {
   const double floor = clamp_floor(energy);
   std::vector<double> out;

@@ -15,7 +15,7 @@ Status beyond(const std::string& what, const std::string& expected, std::int64_t
   return error(StatusCode::out_of_range, what, expected, std::to_string(got));
 }
 
-// Ids [begin, end) of sequence b's row of a table.
+// Entries [begin, end) of sequence b's row of a table.
 Status check_ids(const char* name, const std::int32_t* table, std::int64_t stride, int b, std::int64_t begin,
                  std::int64_t end, std::int32_t count) {
   if (end > begin && end > stride)

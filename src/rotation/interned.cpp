@@ -10,8 +10,8 @@
 namespace kv4 {
 namespace {
 
-// An entry goes before its rotation does: under the lock the pointer is good, although its last user may be gone
-// already.
+// Entries are removed before their rotation is destroyed: under the lock a pointer is valid even if the last reference
+// has been dropped.
 struct Entry {
   const Rotation* rotation;
   std::weak_ptr<const Rotation> held;
@@ -21,7 +21,7 @@ struct Table {
   std::unordered_multimap<std::size_t, Entry> entries;
 };
 Table& table() {
-  static auto* const table = new Table();  // never destroyed: static objects may hold rotations
+  static auto* const table = new Table();  // never destroyed: static objects may hold rotations until exit
   return *table;
 }
 
@@ -42,7 +42,7 @@ bool equal(const Interned::Definition& a, const Interned::Definition& b) {
          bytes_of(a.matrix) == bytes_of(b.matrix);
 }
 
-// Null, too, for one whose last user is just letting go of it.
+// Also null for a rotation whose last reference is just being dropped.
 std::shared_ptr<const Rotation> find_locked(const Interned::Definition& definition, std::size_t hash,
                                             Interned::Definition (*definition_of)(const Rotation&)) {
   const auto [first, last] = table().entries.equal_range(hash);
@@ -74,9 +74,9 @@ std::shared_ptr<const Rotation> Interned::add(std::unique_ptr<Rotation> made) {
       const auto it = std::find_if(first, last, [r](const auto& entry) { return entry.second.rotation == r; });
       if (it != last) table().entries.erase(it);
     }
-    delete r;  // and what devices keep of it, which may take its time
+    delete r;  // with its device tables, which may be slow
   };
-  // Declared before the lock: where another thread was first it is let go of without it.
+  // Declared before the lock: if another thread was first, ours is destroyed after the lock is released.
   std::shared_ptr<const Rotation> fresh(static_cast<const Rotation*>(made.release()), forget);
   const std::lock_guard<std::mutex> lock(table().mutex);
   if (std::shared_ptr<const Rotation> found = find_locked(definition, hash, &definition_of); found != nullptr)

@@ -1,4 +1,4 @@
-// What the rotation kinds share. Each kind is one file: its tables and its float64 definition,
+// Shared by the rotation kinds. Each kind is one file: its tables and its float64 definition,
 // which reads only signs, reflectors or the given matrix, never the plan that kernels execute.
 #pragma once
 

@@ -31,16 +31,16 @@ struct FftPlan {
   std::vector<double> twiddle_f64, split_f64, root_f64;  // the same in binary64
 };
 
-// What a device keeps of a rotation.
+// A rotation's table in device memory.
 class RotationTable {
  public:
   virtual ~RotationTable() = default;
   virtual std::size_t bytes() const = 0;  // of the device's memory
 };
 
-// A process has one object for all that define a rotation alike (its kind, d, seed and reflectors, or the bytes of its
-// matrix): the functions below build it or hand out the one that is there, and it goes with its last user. From any
-// thread.
+// Rotations are interned: a process has one object per definition (kind, d, seed and reflectors, or the matrix's
+// bytes). The functions below build it or return the existing one; it is destroyed with its last reference.
+// Thread-safe.
 class Rotation {
  public:
   // Errors: invalid_argument for a dimension outside [kMinHeadDim, kMaxHeadDim] or odd,
@@ -72,10 +72,9 @@ class Rotation {
 
   std::size_t bytes() const;  // of this object and its tables, in host memory
 
-  // The table that a device keeps of this rotation, for all who use it: made by the first call and destroyed with the
-  // rotation. device: an address that no other device has while the table lives. make() ->
-  // std::unique_ptr<RotationTable> runs while others wait; null, and asked for again by the next call, where it gives
-  // null.
+  // This rotation's table on a device, shared by all users: made by the first call, destroyed with the rotation.
+  // device: an address that is unique among devices while the table lives. make() -> std::unique_ptr<RotationTable>
+  // runs under a lock; if it returns null, so does this call, and the next one tries again.
   template <class Make>
   const RotationTable* table_on(const void* device, const Make& make) const {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -84,7 +83,7 @@ class Rotation {
     std::unique_ptr<RotationTable> made = make();
     return made == nullptr ? nullptr : tables_.emplace_back(device, std::move(made)).second.get();
   }
-  // Null where no call has made one.
+  // Null if no call has made one.
   const RotationTable* table_on(const void* device) const {
     return table_on(device, [] { return std::unique_ptr<RotationTable>(); });
   }
@@ -114,7 +113,7 @@ class Rotation {
   FftPlan fft_;
   const std::uint64_t seed_;
   mutable std::mutex mutex_;
-  mutable std::vector<std::pair<const void*, std::unique_ptr<RotationTable>>> tables_;  // few: one a device
+  mutable std::vector<std::pair<const void*, std::unique_ptr<RotationTable>>> tables_;  // one per device, so few
 };
 
 }  // namespace kv4

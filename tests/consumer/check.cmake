@@ -17,7 +17,7 @@ cmake_path(GET description PARENT_PATH folder)
 cmake_path(GET folder PARENT_PATH libraries)
 set(ENV{LD_LIBRARY_PATH} ${libraries})
 
-# The examples by pkg-config alone. A static library with C++ inside wants its runtime, which kv4.pc names.
+# The examples through pkg-config alone. Linking a static C++ library from C needs libstdc++, which kv4.pc lists.
 find_program(PKG_CONFIG pkg-config)
 if(PKG_CONFIG)
   set(ENV{PKG_CONFIG_PATH} ${folder})

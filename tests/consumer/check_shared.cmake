@@ -1,5 +1,5 @@
-# The installed libkv4.so of WORK/prefix: its name is the one that find_package and CHANGELOG.md promise, and it exports what
-# the public headers declare with KV4_API, all of that and nothing else.
+# The installed libkv4.so of WORK/prefix: its SONAME is as find_package and CHANGELOG.md promise, and it exports
+# exactly what the public headers declare with KV4_API.
 find_program(READELF readelf REQUIRED)
 find_program(NM nm REQUIRED)
 set(headers ${SOURCE}/../../include/kv4)

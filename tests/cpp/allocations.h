@@ -1,12 +1,12 @@
-// Every operator new of the test program is counted, and can be made to fail (test_allocation.cpp).
+// Counts every operator new of the test program and can make one fail (test_allocation.cpp).
 #pragma once
 
 namespace kv4::allocations {
 
 long count();
-// Allocation number `n` of this thread from now on (1: the next) fails; the ones behind it do not. 0: none does.
+// Makes this thread's n-th allocation from now on fail (1: the next), and only that one. 0: none.
 void fail_at(long n);
-// Whether one did; then none fails any more.
+// Whether an allocation failed; disarms.
 bool failed();
 
 }  // namespace kv4::allocations

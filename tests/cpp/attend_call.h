@@ -1,5 +1,5 @@
-// A call of attention with the storage behind it, and the bound of every output that follows from what
-// the kernels round. Rounding errors are taken as independent and uniform; an output may be off by six
+// An attention call with its storage, and error bounds of its outputs, derived from what the
+// kernels round. Rounding errors are taken as independent and uniform; an output may be off by six
 // standard deviations of their sum, plus a few ulps of float:
 //   q'   to units of max|q'| / 32512 per group: score_j gets the deviation scale unit |s_j L_j| / sqrt(12),
 //   p s  to units of max / 32512 per page and group: each channel of the rotated output gets unit |L| / sqrt(12),
@@ -63,7 +63,7 @@ struct Call {
       std::memcpy(at, &f, 4);
     } else {
       const bool half = args.q.dtype == DType::f16;
-      // f32_to_f16 saturates; infinity is wanted here as it is.
+      // f32_to_f16 saturates, but infinity is needed here.
       const std::uint16_t h16 = half ? (std::isinf(f) ? 0x7c00 : f32_to_f16(f)) : f32_to_bf16(f);
       std::memcpy(at, &h16, 2);
     }
@@ -123,8 +123,8 @@ struct Call {
   double scale() const { return args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<double>(args.q.shape[3])); }
 };
 
-// What a device rounds: at exact rows, relative to the number, queries and weights; and the whole numbers that the
-// largest weight of a page, its value's scale in it, is divided into.
+// A device's rounding: relative error of queries and weights at exact rows, and the number of integer steps in a page's
+// largest weight (value scale included).
 struct Rounding {
   double query = 0, weight = 0;
   double page_weights = 32512;
@@ -232,7 +232,7 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
   return all;
 }
 
-// Every output within its bound and the rounding of the output's dtype. A miss is a fatal failure.
+// Expects every output within its bound plus its dtype's rounding. A miss is a fatal failure.
 inline void expect_within(const Scene& s, const Call& call, const std::vector<double>& out,
                           const reference::Attention& expected, const std::vector<double>& bound) {
   const double half = call.out_dtype == DType::f32 ? 0x1p-24 : call.out_dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
@@ -327,7 +327,7 @@ class Attend : public ::testing::Test {
     return out;
   }
 
-  // Every instruction set, on one thread and on three (which splits the tokens of large calls).
+  // Every instruction set, on one thread and on three, which splits the tokens of large calls.
   static void check(const Scene& s, const Call& call) {
     const std::vector<reference::DenseTokens> dense = s.dense();
     std::vector<std::int64_t> position;

@@ -1,4 +1,4 @@
-// One sequence of a cache, written from the definition of what a query sees and nothing else:
+// Reference model of one sequence, written only from the definition of what a query sees:
 // dense rows, float64, reference sealing. Slow and short.
 #pragma once
 
@@ -36,7 +36,7 @@ class Sequence {
   std::int64_t body() const { return start_ + recipe_.sinks; }  // position of page 0
   std::int64_t length() const { return static_cast<std::int64_t>(tokens_.size()); }
 
-  // Tokens of one call, before its queries. Pages due at the old length lose their exact rows.
+  // Appends one call's tokens, before its queries. Pages due at the old length lose their exact rows.
   void append(const std::vector<Token>& tokens) {
     released_ = std::max(released_, due(length()));
     for (std::int64_t p = 0; p < released_; ++p) seal(p);
@@ -124,10 +124,9 @@ class Sequence {
     return different;
   }
 
-  // First position behind the pages that have no exact rows.
+  // End of the pages without exact rows.
   std::int64_t first_exact() const { return body() + released_ * kPageTokens; }
-  // Takes over an exact row [dim] of one head that is within a unit of `epsilon` of what it should be; false if it is
-  // not.
+  // Adopts an exact row [dim] of one head if it is within one `epsilon` of the expected one; else returns false.
   bool adopt_row(std::int64_t position, int head, const float* k, const float* v, double epsilon) {
     Token& token = tokens_[static_cast<std::size_t>(position)];
     for (int c = 0; c < shape_.dim; ++c) {
@@ -150,7 +149,7 @@ class Sequence {
       seal(page);
       for (std::int64_t j = body() + page * kPageTokens; j < n; ++j) {
         for (int h = 0; h < shape_.kv_heads; ++h) {
-          for (int c = 0; c < shape_.dim; ++c) {  // held as float32 rows again
+          for (int c = 0; c < shape_.dim; ++c) {  // held in float32 again
             tokens_[j].k[h * shape_.dim + c] = static_cast<float>(held(j, page + 1, true, h)[c]);
             tokens_[j].v[h * shape_.dim + c] = static_cast<float>(held(j, page + 1, false, h)[c]);
           }
@@ -158,7 +157,7 @@ class Sequence {
       }
       released_ = page;
     }
-    // Pages that are not released yet are sealed afresh when their turn comes.
+    // Pages not released yet are sealed anew when they are due.
     pages_.erase(pages_.lower_bound(released_), pages_.end());
     if (pages_.empty() && released_ == 0 && !fixed_for_good_) lambda_.clear();
     tokens_.resize(static_cast<std::size_t>(n));
@@ -288,7 +287,7 @@ class Sequence {
   std::map<std::int64_t, Page> pages_;
   std::int64_t released_ = 0;  // pages without exact rows
   bool stepwise_ = true;
-  bool fixed_for_good_ = false;  // a released page was sealed with lambda
+  bool fixed_for_good_ = false;  // a released page was sealed with this lambda
 };
 
 }  // namespace kv4::oracle

@@ -1,4 +1,4 @@
-// A cache and its definition (cache_oracle.h), driven together in random sessions: the case list of every backend.
+// Random sessions that drive a cache and its reference model (cache_oracle.h) together, for every backend.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -52,7 +52,7 @@ inline std::unique_ptr<Cache> fork_of(const Cache& cache) {
   return fork;
 }
 
-// Lambda of a row's keys; empty where there is none yet.
+// Lambda of a row's keys; empty if not learnt yet.
 inline std::vector<float> lambda_of(const Cache& cache, int row) {
   std::vector<float> values;
   const Status status = cache.lambda(row, &values);
@@ -60,13 +60,13 @@ inline std::vector<float> lambda_of(const Cache& cache, int row) {
   return values;
 }
 
-// Where a cache's tensors lie, and the dtype of its rows; this one is the host, in float32.
+// Memory of a cache's tensors and dtype of its rows: this base class is host memory and float32.
 class Place {
  public:
   virtual ~Place() = default;
   virtual std::string backend() const { return "cpu"; }
   virtual DType dtype() const { return DType::f32; }
-  // Whole numbers that the largest weight of a page is divided into, where that is coarser than kTolerance; or 0.
+  // Integer steps in a page's largest weight, where that is coarser than kTolerance; otherwise 0.
   virtual double page_weights() const { return 0; }
   double epsilon() const { return dtype() == DType::f32 ? 0x1p-23 : dtype() == DType::f16 ? 0x1p-10 : 0x1p-7; }
   float round(float x) const {
@@ -88,7 +88,7 @@ class Place {
   virtual void fetch() {}
 };
 
-// A cache and one oracle per sequence, driven together.
+// A cache and one oracle per sequence.
 class Session {
  public:
   Session(const Recipe& recipe, std::vector<std::int32_t> starts, std::uint64_t seed, int sliding_window = 0,
@@ -124,7 +124,7 @@ class Session {
     AttendArgs args;
     args.q = place_.queries(q, batch, kShape.q_heads, tokens, d);
     args.mask.start = starts_.data();
-    for (int repeat = 0; repeat < 2; ++repeat) {  // a second call answers the same
+    for (int repeat = 0; repeat < 2; ++repeat) {  // a repeated call gives the same output
       const Status status = cache_->attend(args, place_.into(out, batch, kShape.q_heads, tokens, d));
       ASSERT_TRUE(status.ok()) << status.message();
       place_.fetch();
@@ -199,7 +199,7 @@ class Session {
     for (oracle::Sequence& o : oracles_) o.crop(n);
     if (place_.dtype() != DType::f32) adopt_rows(n);
   }
-  // A page that was opened again is held in the rows' dtype, rounded from values that themselves are a little off.
+  // A reopened page is held in the rows' dtype, rounded from inexact values.
   void adopt_rows(std::int64_t n) {
     const std::int64_t batch = static_cast<std::int64_t>(oracles_.size()), d = kShape.dim;
     std::vector<float> k(static_cast<std::size_t>(batch * kShape.kv_heads * n * d)), v(k.size());
@@ -226,7 +226,7 @@ class Session {
     starts_ = std::move(starts);
   }
   void clone() { cache_ = fork_of(*cache_); }
-  // Goes on with what was saved.
+  // Continues from a saved copy.
   void reload() {
     std::vector<std::byte> bytes;
     const Status saved = cache_->save([&](std::span<const std::byte> x) {
@@ -291,7 +291,7 @@ inline void random_session(int seed, Place* place = nullptr) {
 }
 
 inline void crops_of_the_last_call(Place* place = nullptr) {
-  // Speculative decoding: drafts of 8 of which some are rejected, across many page boundaries.
+  // Speculative decoding: drafts of 8, partly rejected, across many page boundaries.
   Session s(Recipe(), {0}, 5, 0, place);
   s.step(100);
   for (int i = 0; i < 40; ++i) {
@@ -314,7 +314,7 @@ inline void sliding_window(Place* place = nullptr) {
     }
     EXPECT_GT(s.cache().length(), 900);
     EXPECT_GT(s.cache().first(), s.cache().length() - 150 - 2 * kPageTokens - 40);
-    // Everything visible and at most two pages and a call's tokens more.
+    // All visible tokens, and at most two pages and one call's tokens more.
     EXPECT_LT(most, (150u + 2 * 64 + 41 + 64) * 2 * 2 * 64 * 4 * 9 / 8 + 65536);
     EXPECT_EQ(s.cache().crop(s.cache().first() + 10).code(), StatusCode::out_of_range);
   }

@@ -1,4 +1,4 @@
-// The backend "probe": the CPU's, one of whose calls fails when a test says so.
+// The backend "probe": the CPU's, with failure injection.
 #pragma once
 
 #include "backend/backend.h"
@@ -7,13 +7,13 @@ namespace kv4::probe {
 
 inline constexpr const char* kFault = "probe: expected success; got a fault";
 
-// From now on call number `n` (1: the next) of those that may fail does: alloc finds no memory, everything else answers
-// kFault; with `after`, all that follow it fail too, as on a device that is lost. 0: none does.
+// Makes the n-th fallible call from now on fail (1: the next): alloc returns null, others return kFault; with `after`,
+// all later ones fail too, as on a lost device. 0: none.
 void fail_at(long n, bool after = false);
-// Calls that may fail since fail_at, and whether one did.
+// Fallible calls since fail_at, and whether one failed.
 long calls();
 bool failed();
-// Bytes that alloc gave out and free has not taken back.
+// Bytes allocated and not yet freed.
 std::size_t held();
 
 }  // namespace kv4::probe

@@ -1,4 +1,4 @@
-// Scripts of calls for two caches: one that nothing goes wrong for, and one for which something does in between.
+// Scripts of calls, run on two caches: an undisturbed one, and one with failures or refused calls in between.
 #pragma once
 
 #include <functional>
@@ -13,14 +13,14 @@ namespace kv4::scripts {
 
 using Output = std::vector<float>;
 
-// What it runs takes no memory but the library's.
+// Running it allocates nothing outside the library.
 struct Call {
   std::string name;
   std::function<Status(Cache&, Output*)> run;
-  std::size_t outputs = 0;  // floats that it writes
+  std::size_t outputs = 0;  // number of floats written
 };
 
-// Writes scripts; what a call needs is drawn when it is written, so that it does the same to every cache.
+// Generates scripts; random arguments are drawn at generation, so that a call does the same to every cache.
 class Writer {
  public:
   Writer(const saved::Case& c, std::uint64_t seed) : case_(c), starts_(c.starts), random_(seed) {}
@@ -79,7 +79,7 @@ class Writer {
   void reserve(std::int64_t tokens) {
     add("reserve", [=](Cache& c, Output*) { return c.reserve(tokens); });
   }
-  // A clone that goes on and is let go of.
+  // A clone that is used, then destroyed.
   void fork() {
     add("fork", [](Cache& c, Output*) {
       std::unique_ptr<Cache> copy;
@@ -124,8 +124,8 @@ class Writer {
   std::vector<Call> calls_;
 };
 
-// Short texts, the first page and those after it, one by one, in drafts and in prefills; crops into the last call, into
-// pages and to nothing; forks.
+// Short texts, the first page and later ones, by single tokens, drafts and prefills; crops into the last call, into
+// pages and to 0; forks.
 inline std::vector<Call> script(const saved::Case& c) {
   Writer w(c, 5);
   const auto step = [&](std::int64_t tokens, bool general = false) {
@@ -136,7 +136,7 @@ inline std::vector<Call> script(const saved::Case& c) {
   for (int i = 0; i < 3; ++i) step(1);
   step(40, true);
   w.crop(w.length() - 3);
-  step(64);  // the first page is due with it, where there is no padding
+  step(64);  // makes the first page due, unless there is padding
   step(9);
   w.crop(w.length() - 8);
   for (int i = 0; i < 4; ++i) step(1);

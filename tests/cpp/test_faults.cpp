@@ -1,5 +1,5 @@
-// What a cache says and keeps when its backend fails, or the host's memory runs out, at each of the calls that it
-// makes.
+// Failure injection: the backend fails, or host memory runs out, at each call in turn; the cache reports an error and
+// keeps its state.
 #include <gtest/gtest.h>
 
 #include <string>
@@ -60,9 +60,8 @@ TEST(Faults, SaveAndLoadPassOnEveryFaultOfTheBackend) {
   }
 }
 
-// Every call of a script is made again and again, and fails one place later each time, until it succeeds: then, and
-// with what follows, the cache is the one that nothing ever failed for. arm(n): place n fails; disarm() says whether
-// one did.
+// Repeats every call of a script, failing one place later each time, until it succeeds; from then on the cache must
+// equal one without failures. arm(n): place n fails; disarm(): whether one failed.
 template <class Arm, class Disarm>
 void fail_everywhere(const Case& c, Arm arm, Disarm disarm, StatusCode code) {
   SCOPED_TRACE(c.name);
@@ -113,8 +112,8 @@ TEST(Faults, ACallThatFindsNoHostMemoryLeavesNoTrace) {
   }
 }
 
-// `call` is made with its first allocation failing, then its second, ..., until it succeeds. What fails answers
-// out_of_memory, and `unchanged` holds. Adds to `failures` how many did: a call may need no memory.
+// Repeats `call` with its first allocation failing, then its second, ..., until it succeeds. Each failure must return
+// out_of_memory and keep `unchanged` true. Adds their number to `failures`: a call may need no memory.
 template <class Call, class Unchanged>
 void fail_every_allocation(const char* name, long* failures, Call call, Unchanged unchanged) {
   SCOPED_TRACE(name);
@@ -130,12 +129,12 @@ void fail_every_allocation(const char* name, long* failures, Call call, Unchange
   }
 }
 
-// What no script calls: making, saving and loading; sequences that come, go and are of their own length.
+// Calls that scripts lack: create, save and load; adding, removing and ragged sequences.
 TEST(Faults, MakingAndLoadingFindNoHostMemory) {
   long failures = 0;
   CacheConfig config = config_of(Recipe(), 2, 64, 64);
   config.recipe.value.rotation = RotationKind::householder;
-  config.recipe.value.seed = 77;  // of no other cache, so that its tables are made
+  config.recipe.value.seed = 77;  // unique to this cache, so that its tables are built
   std::unique_ptr<Cache> cache;
   fail_every_allocation(
       "create", &failures, [&] { return Cache::create(config, &cache); }, [&] { return cache == nullptr; });

@@ -1,4 +1,4 @@
-// Where the CPU backend places caches, and the speed of reading memory.
+// Memory placement of the CPU backend, and measured read bandwidth.
 #include <gtest/gtest.h>
 
 #include <cstdint>

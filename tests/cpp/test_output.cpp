@@ -1,5 +1,4 @@
-// What a call writes to: outputs whose elements share places, with each other or with what the call reads, are refused
-// by name and left as they were.
+// Outputs whose elements overlap each other or an input are refused by name and left unchanged.
 #include <gtest/gtest.h>
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Tables of page ids: what a call plans shows in nothing that is read, and forks do not write to each other's.
+// Page tables: planned changes are not visible before commit, and forks do not write to each other's memory.
 #include <gtest/gtest.h>
 
 #include <random>
@@ -47,7 +47,7 @@ TEST(PageTable, PlansThatAreGivenUpAndForksLeaveNoTrace) {
     if (last >= 0) ids.back() = last;
     ids.insert(ids.end(), fresh.begin(), fresh.end());
     Held{changed, ids}.expect_held();
-    if (below(3) == 0) continue;  // the call failed later on
+    if (below(3) == 0) continue;  // as if the call had failed later
     held = {changed, ids};
     if (below(10) == 0 && all.size() < 5) {
       held.table.fork();

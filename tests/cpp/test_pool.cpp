@@ -1,4 +1,4 @@
-// The pool of pages: what giving pages back costs, that memory goes back with them, and threads that do it at once.
+// The page pool: cost of freeing pages, memory returned with them, and concurrent use.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -46,7 +46,7 @@ TEST(Pool, GivingBackAPageVisitsNoMoreWhereThereAreMore) {
     std::uint64_t few = 0;
     for (const std::size_t count : {64, 640, 6400}) {
       std::vector<std::size_t> order(count);
-      // One page of every slab after another leaves most of the pool free before the first slab is.
+      // Freeing one page of each slab in turn frees most of the pool before any slab is empty.
       for (std::size_t i = 0; i < count; ++i) order[i] = scattered ? i % (count / 64) * 64 + i / (count / 64) : i;
       const std::uint64_t most = most_visits_of_one_return(count, order);
       EXPECT_GT(most, 0u);
@@ -104,7 +104,7 @@ TEST(Pool, ReservedPagesAreThereLater) {
   EXPECT_EQ(pool.bytes(), bytes);
 }
 
-// Kernels find a page where the host does, also by a table that was there before the pool outgrew it.
+// Kernels and host compute the same page addresses, also through a table that the pool has outgrown.
 TEST(Pool, EveryTableLeadsToThePagesThatWereThere) {
   TestPool pool;
   std::vector<PageId> pages;
@@ -123,7 +123,7 @@ TEST(Pool, EveryTableLeadsToThePagesThatWereThere) {
   }
 }
 
-// A long-lived pool whose slabs come and go keeps to the ids, and the table, that its largest size took.
+// A long-lived pool reuses chunk ids: ids and table stay as small as its largest size needs.
 TEST(Pool, IdsOfSlabsThatWentAreUsedAgain) {
   TestPool pool;
   const std::vector<PageId> first = pool.taken(640);

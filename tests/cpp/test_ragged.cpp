@@ -1,4 +1,4 @@
-// Sequences of their own length in one cache, against caches of one sequence each.
+// Sequences of different lengths in one cache, against caches of one sequence each.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -70,7 +70,7 @@ void random_program(const Case& c, std::uint64_t seed) {
 }
 
 TEST(Ragged, RandomProgramsAnswerAsCachesOfOneSequenceEach) {
-  const OneThread one;  // how work is cut among threads depends on all of a call
+  const OneThread one;  // work is split among threads by the whole call
   for (const Case& c : ragged_cases())
     for (std::uint64_t seed = 1; seed <= 6; ++seed) {
       random_program(c, seed);
@@ -136,7 +136,7 @@ TEST(Ragged, EqualCallsGoOnWhereLengthsDiffer) {
   EXPECT_EQ(equal->length(), 163);
 }
 
-// Equal lengths are saved as ever; others are a version of their own, which names each of them.
+// Equal lengths are saved in the old version; different ones in a version that lists each.
 TEST(Ragged, SavedLengthsAreHeldAgainstWhatIsThere) {
   const std::unique_ptr<Cache> cache = create(config_of(Recipe(), 1, 64, 64));
   const std::vector<float> x = cases::normal_rows(60, 64, 1, 0.5);
@@ -192,7 +192,7 @@ TEST(Ragged, PagesOfRemovedSequencesAreUsedAgain) {
   EXPECT_EQ(cache->length(0), 6400);
 }
 
-// Everything that a ragged call may have wrong, between the calls of a program.
+// All invalid arguments of ragged calls, between the calls of a script.
 TEST(Ragged, ARefusedCallLeavesNoTrace) {
   for (const Case& c : ragged_cases()) {
     SCOPED_TRACE(c.name);
@@ -312,7 +312,7 @@ TEST(Ragged, ARefusedCallLeavesNoTrace) {
   }
 }
 
-// Every place where a ragged call, or an edit of one sequence, may fail: then nothing of it shows.
+// Failures at every place of a ragged call or an edit of one sequence: no partial effect.
 TEST(Ragged, ACallThatTheBackendFailsLeavesNoTrace) {
   for (Case c : ragged_cases()) {
     SCOPED_TRACE(c.name);
@@ -369,7 +369,7 @@ TEST(Ragged, ACallThatTheBackendFailsLeavesNoTrace) {
         const bool failed = probe::failed();
         probe::fail_at(0);
         if (status.ok()) break;
-        const bool refused = !failed;  // alike by both: what a layer of this kind cannot erase
+        const bool refused = !failed;  // both refuse it: a position this layer cannot erase
         if (refused) {
           ASSERT_EQ(calls[i](*untouched).message(), status.message());
           break;

@@ -1,4 +1,4 @@
-// Recipes: what validate refuses and how it says so; the level tables and their gains.
+// Recipes: validation and its messages; level tables and their gains.
 #include "recipe/levels.h"
 
 #include <gtest/gtest.h>

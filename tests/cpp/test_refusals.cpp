@@ -1,5 +1,5 @@
-// Calls that a cache refuses for what they ask: a cache that was asked everything wrong between any two calls of a
-// script stays the one that never was, in all that is saved of it and in every answer that follows.
+// Refused calls: a cache that gets every kind of invalid call between any two calls of a script equals one that does
+// not, in its saved bytes and in every later output.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -43,7 +43,7 @@ class Refusals {
   }
 
   std::int64_t batch() const { return cache_.batch() == 0 ? 1 : cache_.batch(); }
-  // Zeros, of any shape that is asked for here.
+  // Zeros, enough for any shape used here.
   TensorView view(DType dtype, std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t d) {
     zeros_.resize(std::max(zeros_.size(), static_cast<std::size_t>(4 * std::max<std::int64_t>(1, b * h * t * d))));
     return {zeros_.data(), dtype, {b, h, t, d}, {h * t * d, t * d, d, 1}};
@@ -183,7 +183,7 @@ class Refusals {
     non_finite();
   }
 
-  // In a query of each sequence that sees itself: one token, what is answered as if it came one by one, and prefills.
+  // NaN in a query that sees its own token: single tokens, short calls and prefills.
   void non_finite() {
     if (cache_.length() <= 8) return;  // all padding
     for (const std::int64_t tokens : {1, 2, 9, 64, 65, 200}) {
@@ -193,7 +193,7 @@ class Refusals {
         q[q.size() - 1] = x;
         AttendArgs args = asking(tokens);
         args.q.data = q.data();
-        // Padding stays hidden, or its own NaN is what is refused.
+        // Padding stays hidden; otherwise its own NaN would be refused.
         const std::vector<std::int32_t> start(
             static_cast<std::size_t>(batch()),
             static_cast<std::int32_t>(std::min<std::int64_t>(7, cache_.length() - 1)));

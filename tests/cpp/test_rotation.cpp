@@ -263,7 +263,7 @@ TEST_P(RotationDims, RowsEqualTheMatrix) {
     }
 }
 
-// Floats that end where memory ends: the page behind them is inaccessible.
+// Floats that end at an inaccessible memory page.
 class LastFloats {
  public:
   explicit LastFloats(std::size_t count) {
@@ -286,7 +286,7 @@ class LastFloats {
   float* data_;
 };
 
-// Nothing beyond the last row is read or written: it would trap.
+// Any access beyond the last row would trap.
 TEST_P(RotationDims, InPlaceStaysWithinItsRows) {
   const int d = GetParam();
   for (const cpu::Kernels* kernels : runnable())
@@ -404,7 +404,7 @@ std::uint64_t hash(const std::vector<float>& x) {
   return h;
 }
 
-// Stored pages depend on them: they may never change.
+// Saved pages depend on these values: they must never change.
 TEST(Rotation, SeedsGiveTheSameDataEverywhere) {
   EXPECT_EQ(hash(srft(128)->signs()), 0x08f5607ea64d25a5ull);
   EXPECT_EQ(hash(srft(80, 1)->signs()), 0x9b5e02a1beccbd25ull);

@@ -1,5 +1,4 @@
-// Saved caches (save_case.h): what was loaded goes on as what was never saved, bit for bit; other bytes are refused,
-// whatever they say.
+// Saved caches (save_case.h): a loaded cache goes on bit for bit like the original; all other bytes are refused.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -37,7 +36,7 @@ TEST(Save, ChecksumIsCrc32c) {
 
 class SavedCase : public ::testing::TestWithParam<int> {};
 
-// Random calls; between any two of them one twin may be saved and loaded, before the first page and after it.
+// Random calls; between any two, one twin may be saved and loaded, before or after the first page.
 TEST_P(SavedCase, LoadedGoesOnBitForBit) {
   const Case c = every_case()[static_cast<std::size_t>(GetParam())];
   SCOPED_TRACE(c.name);
@@ -82,8 +81,7 @@ TEST(Save, CropsOfTheLastCallStayExact) {
   EXPECT_GT(t.cache(1).sealed_tokens(0), kPageTokens);
 }
 
-// What one instruction set saved another loads: the same codes, scales and lambda; outputs each within the kernels'
-// bound.
+// Caches move between instruction sets: the same codes, scales and lambda; outputs within the kernels' bound.
 TEST(Save, InstructionSetsReadEachOther) {
   const std::string before = cpu::active_isa();
   std::vector<std::string> names;
@@ -210,7 +208,7 @@ TEST(Save, AnotherConfigurationIsRefusedByName) {
           "kv_heads: expected 1; got 2");
 }
 
-// Version 4 is for widths alone: a cache of 4 bits goes on being written as before, for readers who know no other.
+// Version 4 is for other widths only: a 4-bit cache is written in the old version, for older readers.
 TEST(Save, WidthsAreOfVersionFour) {
   const auto version = [](const Bytes& bytes) { return static_cast<int>(bytes[8]); };
   const auto saved_with = [](int key, int value, std::vector<std::int32_t> starts) {

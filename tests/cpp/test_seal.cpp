@@ -128,7 +128,7 @@ TEST(Seal, MatchesReference) {
   }
 }
 
-// A common bias far above the spread costs no accuracy: what is left after the mean keeps its own.
+// A common bias far above the spread costs no accuracy, since it goes into the mean.
 TEST(Seal, LargeKeyBias) {
   int n = 0;
   for (int d : cases::kHeadDims) {
@@ -216,8 +216,8 @@ TEST(Seal, MaskedRowsReachNothing) {
   }
 }
 
-// Tokens that arrive one by one or in pieces make the same bytes as a whole page, and change nothing
-// of their neighbours.
+// Sealing tokens singly or in pieces gives the same bytes as sealing a whole page, and leaves neighbours
+// unchanged.
 TEST(Seal, PiecesMakeTheWholePage) {
   for (int n = 0; n < 15; ++n) {
     const int d = std::array{34, 80, 128}[static_cast<std::size_t>(n % 3)];
@@ -303,7 +303,7 @@ Dequantised run_dequantise(const cpu::Kernels& kernels, const Inputs& in, const 
   const float* lv = in.lambda_v.empty() ? nullptr : in.lambda_v.data();
   float* const kp = reinterpret_cast<float*>(k.data());
   float* const vp = reinterpret_cast<float*>(v.data());
-  // Keys and values apart, then together: the same rows.
+  // Keys and values separately, then together: the same rows.
   kernels.dequantise(spec, slice, lk, lv, first, count, kp, nullptr, scratch.data());
   kernels.dequantise(spec, slice, lk, lv, first, count, nullptr, vp, scratch.data());
   Dequantised out{{kp, kp + count * spec.key.dim}, {vp, vp + count * spec.value.dim}};

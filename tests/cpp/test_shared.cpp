@@ -1,4 +1,4 @@
-// Rotations are one object of the process for all that define them alike, and caches say what they share.
+// Rotations are interned per process, and caches report the memory they share.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -23,7 +23,7 @@ namespace {
 
 using Held = std::shared_ptr<const Rotation>;
 
-// Seeds of this file alone: tests that ran before in the same process may still hold rotations of theirs.
+// Seeds used by this file only: earlier tests of the process may still hold rotations.
 constexpr std::uint64_t kSeed = 730'001;
 
 Held make(RotationKind kind, int d, std::uint64_t seed, int reflectors = 7) {
@@ -202,7 +202,7 @@ TEST(Shared, LayersThatAreGivenOneMatrixShareItsRotation) {
   ASSERT_EQ(shared.size(), 2u);
   for (std::size_t i = 0; i < 2; ++i) EXPECT_EQ(shared[i].identity, other->shared()[i].identity);
   EXPECT_GT(sum(shared), 64 * 64 * sizeof(float));
-  // What a saved cache says of its matrix is still checked.
+  // A saved cache's matrix is still checked.
   std::vector<std::byte> bytes;
   ASSERT_TRUE(one->save([&](std::span<const std::byte> x) {
                    bytes.insert(bytes.end(), x.begin(), x.end());

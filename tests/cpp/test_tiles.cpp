@@ -1,6 +1,6 @@
-// Attention of many rows with a matrix unit, on any machine: the unit is played by loops over its registers, the rest
-// is the portable instruction set. Its integers are those of the other path, so the partial states must agree to what
-// float arithmetic in another order may change.
+// Attention of many rows with a matrix unit, on any machine: the unit is simulated by loops over its registers, the
+// rest is the portable instruction set. Its integers are those of the other path, so the partial states agree except
+// for the order of float operations.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -32,8 +32,7 @@ using scene::Held;
 using scene::Scene;
 using scene::Shape;
 
-// A matrix unit that also notices what no hardware would: registers used before they are set, a unit that is not
-// configured, or configured twice.
+// A simulated matrix unit that also detects use of unset registers and of an unconfigured or twice configured unit.
 struct TilesState {
   bool configured = false, set[8] = {};
   int rows[8] = {};
@@ -85,7 +84,7 @@ struct Tiles {
     }
   }
 
-  // Rows that a register is not configured to have stay what they are in memory, and are 0 in the register.
+  // Rows beyond a register's configuration are unchanged in memory and 0 in the register.
   template <int kTile>
   static void zero() {
     check(state.configured);

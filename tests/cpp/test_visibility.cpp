@@ -1,4 +1,4 @@
-// What the cache remembers of masks, against the definition: a token is hidden if no query of the call sees it.
+// Visibility against its definition: a token is hidden if no query of the call sees it.
 #include <gtest/gtest.h>
 
 #include <vector>

@@ -18,7 +18,7 @@ from .ops import TAGS, CompiledHandle, take_appended
 from .prefill import prefill, supports_prefill
 
 _HANDLES = (KVHandle, CompiledHandle)
-# Whether autocast is on for any device: quicker than to ask for the query's.
+# Whether autocast is on for any device: faster than asking for the query's device.
 _autocasts = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
@@ -51,7 +51,7 @@ def kv4_attention(
     called again on one handle, and on handles of a cache that has gone on.
     """
     if type(key) is KVHandle and query.dim() == 4 and query.shape[2] > key.length:
-        # The core's queries are those of tokens that it holds.
+        # The core attends with the newest tokens that it holds.
         key, value = _dequantised(key), _dequantised(value)
     if type(key) in _HANDLES and type(value) in _HANDLES and kwargs.get("position_bias") is None:
         if module.training and query.requires_grad and torch.is_grad_enabled():
@@ -104,7 +104,7 @@ def attend_packed(
     if query.dim() != 4:
         raise ValueError(mismatch("query", "[batch, q_heads, tokens, head_dim]", query))
     if form.on_device and query.dtype is torch.float32:
-        query = query.to(dtype)  # autocast's
+        query = query.to(dtype)  # as autocast chose
     batch, heads, tokens, _ = query.shape
     out = torch.empty((batch, tokens, heads, form.head_dim_v), dtype=dtype, device=query.device)
     if not tokens:
@@ -113,7 +113,7 @@ def attend_packed(
         on_stream(held.core, form.device)
     scale = scaling or 0.0
     if mask is None and tokens == 1 and softcap is None and s_aux is None:
-        held.core.attend(readable(query), out.transpose(1, 2), scale=scale)  # the common step of decoding
+        held.core.attend(readable(query), out.transpose(1, 2), scale=scale)  # the common decode step
         return out
     sinks = None if s_aux is None else _sinks(s_aux)
     options: dict[str, Any] = {"scale": scale, "softcap": softcap or 0.0, "sinks": sinks}
@@ -176,7 +176,7 @@ def _limits(
         return causal or tokens == 1, offset, start, window
     if shared == own:
         return causal, offset, start, None  # the core's own
-    # The mask shows more than the core does by itself: all that the update's handles have.
+    # The mask's window is wider than the core's: pass explicit limits over all columns of the update's handles.
     batch = held.batch
     start = _all(batch, 0) if start is None else (start + (offset - first)).clamp_(min=0)
     return causal, first, start, _all(batch, 0) if window is None else window
@@ -208,7 +208,7 @@ def _(state, query, layer, head_dim_v, mask, scaling, softcap, s_aux, causal):  
 
 @torch.compiler.disable
 def _attend_uncompiled(*args: Any) -> torch.Tensor:
-    """Handles of eager mode that meet a compiled graph: it is left here."""
+    """Handles made in eager mode that reach a compiled graph: forces a graph break here."""
     return attend_packed(*args)
 
 
@@ -250,7 +250,7 @@ def _attend_dense(
         if mask is not None:
             start, window, _ = limits_of(mask)
             causal = mask.causal if type(mask) is Pattern else True
-        # torch's own causal flag aligns to the upper left: right only where queries and keys are the same tokens.
+        # torch's is_causal aligns the mask to the upper left: correct only where queries and keys are the same tokens.
         plain = start is None and window is None and (not causal or q_length in (1, kv_length))
         mask = None if plain else expand(start, window, q_length, kv_length, query.device, causal)
         is_causal = plain and causal
@@ -263,7 +263,7 @@ def _attend_dense(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
     if start is not None and mask is not None:
-        # Rows that see nothing: torch's kernels may give NaN there.
+        # Fully masked rows: torch's kernels may return NaN there.
         output = output.masked_fill(~mask.any(-1).transpose(1, 2)[..., None], 0.0)
     return output, None
 
@@ -279,7 +279,7 @@ def eager(
     s_aux: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
-    """softmax over the columns and one sink logit that carries no value, in float32: what sdpa has no kernel for."""
+    """Softmax over the columns and a sink logit without value, in float32; sdpa has no kernel for sinks."""
     batch, heads, q_length, dim = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, q_length, dim)

@@ -24,7 +24,7 @@ def current_stream(device: torch.device) -> int:
 
 
 def on_stream(core: Any, device: torch.device) -> None:
-    """Lets the next calls of a core on `device` follow what torch has queued there. Nothing where it is the CPU."""
+    """Orders the core's next calls on `device` after torch's queued work there. Does nothing on the CPU."""
     if device.type == "cuda":
         core.set_stream(current_stream(device))
 
@@ -43,8 +43,7 @@ def check_device(name: str, device: torch.device) -> None:
 
 
 def existing_device(name: str, device: Any) -> torch.device:
-    """`device`, with the number that tensors on it have. Errors: ValueError where kv4 has no kernels for it, with the
-    reason."""
+    """`device` with an explicit index. Errors: ValueError with the reason where kv4 has no kernels for it."""
     device = torch.device(device)
     reason = why_no_device(device)
     if reason is not None:

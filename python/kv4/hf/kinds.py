@@ -13,7 +13,7 @@ from kv4.messages import mismatch
 
 # Layer types that hold plain keys and values; only their masks differ.
 PLAIN_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
-# Layer types that hold a state of linear attention or of a convolution beside them.
+# Layer types with a linear-attention or convolution state beside keys and values.
 HYBRID_LAYER_TYPES = ("hybrid", "hybrid_sliding")
 PACKED_LAYER_TYPES = (*PLAIN_LAYER_TYPES, *HYBRID_LAYER_TYPES)
 

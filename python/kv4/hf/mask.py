@@ -75,7 +75,7 @@ class Pattern(torch.Tensor):
         kwargs = kwargs or {}
         moved = func is torch.ops.aten._to_copy.default and kwargs.get("device") is not None
         if moved and kwargs.get("dtype") in (None, torch.bool):
-            # As hooks do that bring a layer's arguments to its device.
+            # Called by hooks that move a layer's arguments to its device.
             mask = args[0]
             return Pattern(mask.shape, kwargs["device"], causal=mask.causal, start=mask.start, window=mask.window)
         args, kwargs = pytree.tree_map_only(Pattern, Pattern.dense, (args, kwargs))
@@ -90,7 +90,7 @@ def rule_of(mask_function: Callable) -> tuple[bool, int] | None:
     if mask_function is bidirectional_mask_function:
         return False, 0
     if torch.compiler.is_dynamo_compiling() or getattr(mask_function, "__code__", None) is not _AND_MASK_CODE:
-        return None  # the compiler does not show what a function closes over
+        return None  # closures are opaque to the compiler
     parts = mask_function.__closure__[0].cell_contents
     if len(parts) != 2 or parts[1] is not causal_mask_function:
         return None
@@ -153,7 +153,7 @@ def leading_padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: int
     """int32 [batch]: hidden columns at the start of each row. True where no row has any; None where a hidden column
     follows a visible one. What a mask holds decides the program: a compiled graph is left here, once per mask."""
     if attention_mask.shape[1] < kv_offset + kv_length:
-        return None  # columns beyond the mask are hidden, at the end
+        return None  # columns beyond the mask are hidden
     visible = attention_mask[:, kv_offset : kv_offset + kv_length]
     if visible.dtype != torch.bool:
         visible = visible != 0
@@ -162,7 +162,7 @@ def leading_padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: int
     start = kv_length - visible.sum(-1)
     columns = torch.arange(kv_length, device=visible.device)
     leading = (visible == (columns >= start[:, None])).all()
-    *start, leading = torch.cat([start, leading[None]]).tolist()  # one wait for the device, not two
+    *start, leading = torch.cat([start, leading[None]]).tolist()  # one device synchronisation, not two
     return torch.tensor(start, dtype=torch.int32) if leading else None
 
 

@@ -46,14 +46,14 @@ def attach(
     """
     given = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
     make_cache = functools.partial(make_prompt_cache, model, recipe, record_past=record_past, **given)
-    make_cache()  # says what is wrong
+    make_cache()  # raises if the model is unsupported
     object.__setattr__(make_cache, _ATTACHED, True)
     object.__setattr__(model, "make_cache", make_cache)
     return model
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Gives an attached model its own caches back; returns the model."""
+    """Restores an attached model's own caches; returns the model."""
     if _attached(model):
         object.__delattr__(model, "make_cache")
     return model
@@ -153,8 +153,8 @@ def _calls_attention(module: nn.Module) -> bool:
 
 
 def _hook(layer: nn.Module) -> bool:
-    """Puts kv4's function where the classes of `layer` look it up. False where its attention does not go through
-    mlx-lm's function, or caches latent vectors."""
+    """Patches kv4's attention function into the modules that define `layer`'s classes. False where its
+    attention does not call mlx-lm's function, or caches latent vectors."""
     attending = [module for module in layer.modules() if _calls_attention(module)]
     if not attending or any(hasattr(module, "kv_lora_rank") for module in layer.modules()):
         return False

