@@ -1,5 +1,5 @@
-// For programs of llama.cpp that load no backends of themselves: loaded with the program (LD_PRELOAD), loads those of
-// KV4_LLAMA_BACKENDS, and what GGML_BACKEND_PATH names.
+// For llama.cpp programs that do not load backends themselves: preloaded (LD_PRELOAD), this loads those in
+// KV4_LLAMA_BACKENDS and the one that GGML_BACKEND_PATH names.
 #include <cstdlib>
 
 #include "ggml-backend.h"

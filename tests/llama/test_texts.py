@@ -114,7 +114,7 @@ def test_what_is_packed_takes_the_formats_bytes(probe: Probe, text: Path) -> Non
     page = block * (8 + 2 * 16 / 64 + 16 / 64) / 2 / 16  # codes, a scale for each key and value of 64, the keys' mean
     pages = packed / page
     assert pages > 10 and pages == pytest.approx(round(pages), abs=0.02 * pages)
-    # The first 4 cells of both streams lie exact beside their pages.
+    # The first 4 cells of both streams are also stored exact.
     assert exact == pytest.approx(own - round(pages) * block + 2 * block * 4 / 64, abs=0.02)
 
 

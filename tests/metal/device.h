@@ -1,5 +1,5 @@
-// A stand-in for an Apple GPU: each .metal file is a module of the emulator (emulator/host/module.h). Whatever the
-// emulator has to report fails the test.
+// An emulated Apple GPU: each .metal file is a module of the emulator (emulator/host/module.h). Any report of the
+// emulator fails the test.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -71,7 +71,7 @@ class Buffer {
   emu::Buffer<std::uint8_t> memory_;
 };
 
-// A page as the Metal kernels lay it out.
+// A page in the Metal kernels' layout.
 inline PageSpec on_metal(PageSpec spec) {
   spec.layout = apple::page_layout(spec);
   return spec;

@@ -54,7 +54,7 @@ LAUNCHES = 3
 LARGEST = ("kv4_prepare", "kv4_merge", "kv4_seal", "kv4_dequantise")
 TOLERANCE = 2e-3  # of the largest magnitude: the bound of the kernels' own tests of attention
 SEED = 3
-TIMEOUT = 300  # seconds; a bug may loop for ever
+TIMEOUT = 300  # seconds; a bug may cause an endless loop
 
 
 def record(tests: Path, folder: Path) -> None:

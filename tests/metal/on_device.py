@@ -19,8 +19,8 @@ import numpy as np
 from measure import enums
 
 TOLERANCE = 2e-3  # of the largest magnitude, as in the kernels' own tests
-# Bytes of sealed pages that may differ: a value beside a decision boundary may fall on its other side, and a scale may
-# round the other way.
+# Bytes of sealed pages that may differ: a value next to a decision boundary may get the neighbouring code, and a scale
+# may round the other way.
 SHARE = 0.01
 DTYPES = (np.float32, np.float16, None)  # of enum kv4_call_out_dtype; bfloat16 is compared by hand
 

@@ -19,24 +19,24 @@
 
 namespace kv4::tests {
 
-// What the kernels of a call did.
+// Results of a call's kernels.
 struct Ran {
-  std::vector<double> out;     // [batch, q_heads, T, dim]; 0 in rows that no sequence asks
-  std::vector<float> partial;  // instead, where asked for: rows of dim + 2
+  std::vector<double> out;     // [batch, q_heads, T, dim]; 0 in rows of no sequence
+  std::vector<float> partial;  // instead of out, on request: rows of dim + 2
   EmuStats attend = {};
   apple::AttendTables tables;
 };
 
 struct Options {
   Build build = Build::fast;
-  std::uint64_t seed = 0;  // of the order of lanes
+  std::uint64_t seed = 0;  // for the order of lanes
   int cores = 8;
   bool partial = false;
-  bool chunks = false;                                       // pages in chunks of four that lie anywhere
-  bool blocks = false;                                       // exact rows in blocks that lie anywhere
-  std::function<void(SequenceView&, int)> change = nullptr;  // of a sequence's view, before the call
-  const AttendArgs* args = nullptr;                          // in place of the call's own
-  std::vector<float> sinks_k = {}, sinks_v = {};             // rows behind all others, those of exact[0]
+  bool chunks = false;                                       // pages in scattered chunks of four
+  bool blocks = false;                                       // exact rows in scattered blocks
+  std::function<void(SequenceView&, int)> change = nullptr;  // edits a sequence's view before the call
+  const AttendArgs* args = nullptr;                          // instead of the call's own
+  std::vector<float> sinks_k = {}, sinks_v = {};             // extra rows at the end: those of exact[0]
 };
 
 class MetalScene {
@@ -68,7 +68,7 @@ class MetalScene {
         v_at_.push_back(append(&v_, x.v, x.count == 0 ? 0 : x.v_head_stride * heads));
         blocks += static_cast<std::int32_t>((x.count + kPageTokens - 1) / kPageTokens);
       }
-    // The same rows in blocks, whose ids go down.
+    // The same rows in blocks with descending ids.
     block_k_.assign(static_cast<std::size_t>(blocks) * block_bytes(s.shape().dim_k + 3), 0xff);
     block_v_.assign(static_cast<std::size_t>(blocks) * block_bytes(s.shape().dim_v + 5), 0xff);
     for (const SequenceView& view : s.views(1))
@@ -207,7 +207,7 @@ class MetalScene {
     return dtype == DType::f16 ? f16_to_f32(h) : bf16_to_f32(h);
   }
 
-  // Byte offset of what was appended.
+  // Returns the byte offset of the appended data.
   std::size_t append(std::vector<std::uint8_t>* to, const void* from, std::int64_t elements) const {
     const std::size_t at = to->size(), bytes = static_cast<std::size_t>(elements) * size_of(scene_.shape().dtype);
     to->resize(at + bytes);
@@ -239,7 +239,7 @@ class MetalScene {
 
   const scene::Scene& scene_;
   PageSpec spec_;
-  PageMemory memory_;  // strides alone
+  PageMemory memory_;  // only strides are used
   std::vector<std::uint8_t> pages_, chunked_, k_, v_, block_k_, block_v_;
   std::vector<std::int64_t> chunk_at_;
   std::vector<std::vector<std::int32_t>> blocks_;

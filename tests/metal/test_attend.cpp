@@ -39,7 +39,7 @@ void check(const Scene& s, const Call& call, const Options& options = {}) {
   }
 }
 
-// One of a scene's checks in a build, with a seed of its own for the order of lanes.
+// One check of a scene in one build, with its own seed for the order of lanes.
 auto in(Build build) {
   return [build, seed = std::uint64_t{0}](const Scene& s, const Call& call) mutable {
     check(s, call, {.build = build, .seed = ++seed});
@@ -59,7 +59,7 @@ TEST(MetalAttend, GeneralMasksAndSoftcap) { scene::general_masks({false, true}, 
 TEST(MetalAttend, GeneralMasksChecked) { scene::general_masks({true}, in(Build::check)); }
 TEST(MetalAttend, LargeMeans) { scene::large_means(in(Build::fast)); }
 
-// Pages in chunks and exact rows in blocks that lie anywhere give what one array of each gives, to the bit.
+// Scattered chunks of pages and blocks of exact rows give bit-identical results to contiguous arrays.
 TEST(MetalAttend, ChunksOfPagesAndBlocksOfRowsDoNotMatter) {
   Shape shape;
   shape.group = 3;
@@ -76,7 +76,7 @@ TEST(MetalAttend, ChunksOfPagesAndBlocksOfRowsDoNotMatter) {
       }
 }
 
-// Each sequence has its newest rows alone, of an input of another number, and the others are left as they were.
+// Each sequence attends with its newest rows only, from an input of another index; other outputs are untouched.
 TEST(MetalAttend, SequencesWithRowsOfTheirOwn) {
   const std::vector<std::int64_t> counts = {9, 1, 4, 0, 7};
   for (const Mask::General kind : {Mask::General::none, Mask::General::additive}) {
@@ -91,7 +91,7 @@ TEST(MetalAttend, SequencesWithRowsOfTheirOwn) {
     call.windows({200, 0, 64, 4, 1000});
     if (kind != Mask::General::none) call.general(kind, DType::f16, 700, true, true);
     const AttendArgs given = call.args;
-    // The reference reads the inputs backwards.
+    // The reference reads the inputs in reverse order.
     const std::int64_t last = s.batch() - 1;
     call.args.q.data = call.args.q.at(last, 0, 0);
     call.args.q.stride[0] = -given.q.stride[0];
@@ -121,7 +121,7 @@ TEST(MetalAttend, SequencesWithRowsOfTheirOwn) {
   }
 }
 
-// The first page's first tokens are seen where they lie exact, and nowhere else.
+// Hidden first tokens of the first page are read from their exact rows only.
 TEST(MetalAttend, HiddenTokensOfTheFirstPageAreReadFromExactRows) {
   for (const int sinks : {1, 40, 63}) {
     Shape shape;
@@ -194,7 +194,7 @@ TEST(MetalAttend, NotCausal) {
   check(s, call);
 }
 
-// A row that sees nothing is 0, whatever the cache holds.
+// A fully masked row gives 0, whatever the cache holds.
 TEST(MetalAttend, RowsThatSeeNothing) {
   Shape shape;
   shape.group = 2;
@@ -209,7 +209,7 @@ TEST(MetalAttend, RowsThatSeeNothing) {
   check(s, call);
 }
 
-// Any number of splits gives the same output, and each may be empty.
+// The output does not depend on the number of splits, some of which may be empty.
 TEST(MetalAttend, SplitsDoNotMatter) {
   Shape shape;
   shape.group = 5;
@@ -271,7 +271,7 @@ TEST(MetalAttend, ReadsEachByteOnce) {
     const Scene s(shape, {Held{0, 2048 << twice, 0, 0}}, false);
     bytes[twice] = MetalScene(s).run(Call(s, 1), {.build = Build::check, .cores = 1}).attend.device_read_unique;
   }
-  // A page's head slice, its id, and nothing else.
+  // Exactly a page's head slice and its id.
   EXPECT_EQ(bytes[1] - bytes[0], 32u * (64 * 136 + 4));
 }
 

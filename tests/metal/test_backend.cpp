@@ -29,7 +29,7 @@ using namespace sessions;
 #ifndef KV4_METAL_ON_DEVICE
 using tests::Build;
 
-// Its memory is that of one module, which holds all kernels.
+// Memory comes from the one module that holds all kernels.
 class EmulatedGpu final : public apple::Gpu {
  public:
   void* alloc(std::size_t bytes) override {
@@ -50,7 +50,7 @@ class EmulatedGpu final : public apple::Gpu {
            static_cast<const std::byte*>(p) <
                static_cast<const std::byte*>(std::prev(it)->first) + bytes_.at(std::prev(it)->first);
   }
-  // A distance from the CPU's places, so that one is not taken for the other.
+  // An offset, so that device addresses are not mistaken for host addresses.
   std::uint64_t address(const void* p) const override { return reinterpret_cast<std::uint64_t>(p) + kShift; }
   int cores() const override { return 4; }
   std::size_t buffers() const { return held_.size(); }
@@ -68,7 +68,7 @@ class EmulatedGpu final : public apple::Gpu {
 
   Build build = Build::fast;
   std::size_t most = std::numeric_limits<std::size_t>::max();
-  long until_failure = 0;  // allocation number n from now on fails; 0: none does
+  long until_failure = 0;  // the n-th allocation from now on fails; 0: none
   Status failure;
 
  private:
@@ -150,8 +150,7 @@ TEST(MetalBackend, RecordingEvictsNothing) {
   recording(&place);
 }
 
-// Memory that a host owns: ragged calls, blocks of exact rows, sinks beside the page that they are sealed in, windows
-// of a call.
+// kv4/paged.h: ragged calls, blocks of exact rows, sinks kept beside their sealed page, sliding windows.
 TEST(MetalBackend, AServerReadsWhatPlainViewsRead) {
   tests::run_server({.backend = "metal"}, 21, 25);
   tests::run_server({.backend = "metal",
@@ -266,7 +265,7 @@ TEST(MetalBackend, CallsGiveWhatTheCpuGives) {
   }
 }
 
-// The paper's recipe: every vector is sealed as it comes, a fork into a copy of the page that both were filling.
+// The paper's recipe: every vector is sealed on arrival; a fork writes to its own copy of the page being filled.
 TEST(MetalBackend, SealsOnArrivalWhatTheCpuSeals) {
   const std::int64_t heads = kShape.q_heads, d = kShape.dim;
   std::unique_ptr<Cache> caches[4] = {make(Recipe::paper(), kShape, 0, DType::f32, "metal"), make(Recipe::paper())};
@@ -334,7 +333,7 @@ TEST(MetalBackend, WhatItCannotServeIsRefusedBeforeAnythingIsAllocated) {
   config.kv_heads = 2;
   config.head_dim_k = config.head_dim_v = 64;
   const std::size_t most = device().gpu->most;
-  device().gpu->most = 0;  // no memory: a refusal for any other reason comes first
+  device().gpu->most = 0;  // no memory left: other refusals must come first
   const auto expect = [](const CacheConfig& c, StatusCode code, const std::string& text) {
     std::unique_ptr<Cache> cache;
     const Status status = Cache::create(c, &cache);
@@ -359,7 +358,7 @@ TEST(MetalBackend, WhatItCannotServeIsRefusedBeforeAnythingIsAllocated) {
   expect(config, StatusCode::ok, "");
 }
 
-// A device without memory, or whose launch fails, leaves the cache as it was.
+// Out of device memory, or a failed launch: the cache is unchanged.
 TEST(MetalBackend, AFailedCallLeavesTheCacheAsItWas) {
   const auto cache = make(Recipe(), kShape, 0, DType::f32, "metal");
   const std::int64_t heads = kShape.q_heads, d = kShape.dim;
@@ -376,7 +375,7 @@ TEST(MetalBackend, AFailedCallLeavesTheCacheAsItWas) {
   ASSERT_TRUE(cache->attend(args, into(after, 1, heads, 1, d)).ok());
   EXPECT_EQ(before, after);
 
-  // A page is due, and its sealing fails.
+  // Sealing of a due page fails.
   ASSERT_TRUE(cache->append(view(k, 1, kShape.kv_heads, 64, d), view(k, 1, kShape.kv_heads, 64, d)).ok());
   device().gpu->failure = error(StatusCode::failed_precondition, "device", "a launch that completes", "a fault");
   EXPECT_EQ(cache->seal().message(), device().gpu->failure.message());
@@ -386,7 +385,7 @@ TEST(MetalBackend, AFailedCallLeavesTheCacheAsItWas) {
   EXPECT_EQ(cache->sealed_tokens(0), 192);
 }
 
-// Every allocation of the GPU's memory in turn: the cache is as it was, and the call then succeeds.
+// Fails every GPU allocation in turn: the cache is unchanged, and the call then succeeds.
 TEST(MetalBackend, ACallThatFindsNoMemoryLeavesNoTrace) {
   saved::Case c{"default", saved::config_of(Recipe(), 2, 64, 64), 2, {0, 7}};
   c.config.backend = "metal";

@@ -24,7 +24,7 @@ using tests::on_metal;
 
 constexpr std::uint32_t kThreads = KV4_ROW_THREADS;
 
-// Pages of two heads alike, in an array or in chunks of one.
+// Pages with two identical heads, in one array or in chunks of one page.
 struct Pool {
   static constexpr int kPages = 3, kHeads = 2;
   explicit Pool(const PageSpec& spec, bool chunks = false) : head_bytes(spec.layout.head_bytes) {
@@ -105,7 +105,7 @@ void check(const Case& c, Build build, std::uint64_t seed) {
              read_u16(slice.data() + spec.layout.v_scales, kPageTokens), {});
 }
 
-// A case's check in a build, with a seed of its own for the order of lanes.
+// One case in one build, with its own seed for the order of lanes.
 auto in(Build build) {
   return [build, seed = std::uint64_t{0}](const Case& c) mutable { check(c, build, seed++); };
 }
@@ -114,7 +114,7 @@ TEST(MetalSeal, MatchesReference) { every_dim_and_rotation(1, in(Build::fast)); 
 TEST(MetalSeal, MatchesReferenceChecked) { every_dim_and_rotation(7, in(Build::check)); }
 TEST(MetalSeal, LargeKeyBias) { large_key_bias(in(Build::fast)); }
 
-// A page filled in parts, as tokens arrive, holds what one filled at once does, wherever it lies.
+// A page filled in parts, as tokens arrive, equals one filled at once, at any address.
 TEST(MetalSeal, PartsOfAPage) {
   for (int d : {80, 128}) {
     Case c;

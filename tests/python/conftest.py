@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Nothing here may ask a hub, whatever a test forgets to pass.
+# Tests never access a hub, even if one forgets to pass local_files_only.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from pathlib import Path

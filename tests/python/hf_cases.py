@@ -19,7 +19,7 @@ from kv4.hf.cache import KV4Layer
 VOCAB = 96
 PAD = 0
 
-# Two layers; where a model has sliding layers, one of the two slides.
+# Two layers, one of them sliding if the model has sliding layers.
 _SHARED = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -181,7 +181,7 @@ def multi_turn(model: PreTrainedModel, new_cache: NewCache, length: int, new: in
     cache = new_cache(model)
     first = left_padded(2, length)
     turn = generate(model, cache, first, new)
-    # The last generated token has not been through the model yet.
+    # The model has not processed the last generated token yet.
     ids = torch.cat([turn.tokens, tokens_of(2, length // 2, seed=7)], 1)
     mask = torch.ones_like(ids)
     mask[:, :length] = first["attention_mask"]

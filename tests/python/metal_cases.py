@@ -36,7 +36,7 @@ class Pair:
         self.random = torch.Generator().manual_seed(seed)
 
     def normal(self, heads: int, tokens: int) -> torch.Tensor:
-        # [batch, T, heads, d] in memory, as a model's projections leave it.
+        # [batch, T, heads, d] in memory, like a model's projections.
         x = torch.randn((self.batch, tokens, heads, self.dim), generator=self.random)
         scale = torch.logspace(-0.5, 0.5, self.dim)
         return (x * scale + 2 * scale.flip(0)).transpose(1, 2).to(self.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generate_step
 
-# Whatever this machine has: tests/python/test_mlx_gpu.py is about the GPU.
+# On any machine; tests/python/test_mlx_gpu.py tests the GPU.
 mx.set_default_device(mx.cpu)
 
 VOCABULARY = 211

@@ -131,7 +131,7 @@ BAD_INPUT = [
     (["bench", "attention", "--device", "tpu"], "--device: expected cpu, cuda or cuda:N"),
     (["bench", "generate", "--shape", "gpt-5"], "shape: expected one of llama-3-8b"),
     (["bench", "seal", "--dims", "33"], "--dims: "),
-    # Where these tests run there is no vLLM.
+    # The test environment has no vLLM.
     (["bench", "vllm", "--shape", "llama-tiny"], "kv4 bench vllm: expected vLLM in this environment"),
     (["eval", "{model}", "--text", "{bad}/none.txt"], "--text: expected a file"),
     (["eval", "{model}", "--text", "{bad}/short.txt"], "text: expected at least"),
@@ -562,7 +562,7 @@ def test_a_chat_goes_on_and_says_what_the_full_context_would_hold(model: Path, t
     (context,) = {line.split(" tokens")[0] for line in costs}
     config = AutoModelForCausalLM.from_pretrained(folder).config
     assert int(context.replace(",", "")) == config.max_position_embeddings
-    # As a chat of one message each: the second answer saw all of it.
+    # The first answer is that of a chat with the first message alone.
     once = succeeded("generate", folder, "-i", "-n", 5, "--cache", cache, stdin="first line\n")
     assert once.output.split("tokens:")[0] == result.output.split("tokens:")[0]
 

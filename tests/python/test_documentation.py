@@ -84,8 +84,8 @@ def cuda_alone(names: dict[str, Any]) -> None:
         raise pytest.skip.Exception("no CUDA device")
 
 
-# By page: what each snippet's names need before it, in order; one that is added here is added there. A page's snippets
-# share their names, as they do for a reader.
+# Per page, in order: the preparation of names that each snippet needs; a new snippet must be added here. Snippets of a
+# page share their names, as for a reader.
 Setup = Callable[[dict[str, Any]], None] | None
 
 
@@ -161,7 +161,7 @@ def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert {name for name, _, whole in found if whole} >= {"docs/quality.md"}
     wrong = []
     for page, line, whole in found:
-        # A fragment's names are looked at, not whether it has all that the command wants.
+        # For a fragment only option names are checked, not whether required arguments are there.
         arguments = shlex.split(line)[1:] + ([] if whole else ["--help"])
         try:
             tree.main(arguments, prog_name="kv4", standalone_mode=False)

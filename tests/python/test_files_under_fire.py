@@ -61,7 +61,7 @@ KILLED = """
         time.sleep(rng.uniform(0, 0.06))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        seen.add(KV4Cache.load(path, model.config).get_seq_length())  # whole, or it would be refused
+        seen.add(KV4Cache.load(path, model.config).get_seq_length())  # complete, or load would refuse it
     left = len(os.listdir(os.path.dirname(path)))
     caches[0].save(path)
     print(sorted(seen), left, *os.listdir(os.path.dirname(path)), sep=";")
@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(disk: Path):
             file.write(b"n" * 4096)
     assert path.read_bytes() == b"old" * 1000
     assert list(disk.iterdir()) == [path]
-    with written_whole(path) as file:  # and room is there again
+    with written_whole(path) as file:  # with space available again
         file.write(b"new" * 5000)
     assert path.read_bytes() == b"new" * 5000
 
@@ -207,7 +207,7 @@ def test_a_file_larger_than_allowed(tmp_path: Path):
     assert out.splitlines() == ["File too large", "b'old' ['session']"]
 
 
-# A conversion that takes a while, and notes that it was made.
+# A slow conversion that records that it ran.
 CONVERTS = """
     import os, sys, time
     from pathlib import Path

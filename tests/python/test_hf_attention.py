@@ -76,7 +76,7 @@ def test_attention_is_softmax_attention(earlier, tokens, kind, extra):
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
         answers.append(out)
     assert torch.equal(*answers)
-    # The same over dense tensors: no cache, cross-attention, another cache.
+    # Also over dense tensors: no cache, cross-attention, another cache.
     out, _ = kv4.hf.kv4_attention(causal_module(), q, k, v, mask, softcap=softcap, s_aux=sinks)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
 
@@ -318,7 +318,7 @@ def test_masks_mean_what_sdpa_masks_mean(function, padding, q, kv, q_offset, kv_
         valid = valid[:, :-2]
     expected = sdpa_mask(2, q, kv, q_offset, kv_offset, pattern, valid, allow_is_causal_skip=False)
     got = mask(q, kv, q_offset, kv_offset, pattern, valid)
-    assert torch.equal(got & True, expected)  # what anybody but kv4 reads
+    assert torch.equal(got & True, expected)  # as anything but kv4 reads it
 
 
 def test_a_mask_that_must_be_dense_is():

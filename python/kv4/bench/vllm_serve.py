@@ -29,7 +29,7 @@ import numpy as np
 from kv4.bench.text import python_reference
 from kv4.bench.vllm import KINDS, reason, shape_folder
 
-# Seconds until a server answers, at most, and until it has ended.
+# Time limits in seconds: until a server answers, until it has exited.
 _START, _STOP = 600, 60
 # `vllm bench serve`: the command is missing from the package for CPUs, whose name differs.
 _CLIENT = """
@@ -44,7 +44,7 @@ main(parser.parse_args())
 @dataclass
 class Load:
     requests: int
-    rate: float | None = None  # requests a second, Poisson's; None: all at once
+    rate: float | None = None  # requests per second, Poisson arrivals; None: all at once
     longest: int = 8192  # words of a prompt at most
     seed: int = 0
 
@@ -58,7 +58,7 @@ class Served:
     tokens_a_second: float = 0.0  # of answers
     first_token_ms: float = 0.0  # median
     token_ms: float = 0.0  # between tokens of an answer, median of the answers' means
-    slow_token_ms: float = 0.0  # between two tokens, 99 %
+    slow_token_ms: float = 0.0  # between two tokens, 99th percentile
     refused: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def lengths(load: Load) -> list[tuple[int, int]]:
 
 
 def write_chats(file: Path, load: Load) -> None:
-    """As `vllm bench serve --dataset-name custom` reads them: a JSON object a line."""
+    """JSON lines, as `vllm bench serve --dataset-name custom` reads them."""
     words = python_reference().split()
     drawn = np.random.default_rng(load.seed + 1)
     with file.open("w") as out:
@@ -131,7 +131,7 @@ def server(
         _wait(process, port, log)
         yield f"http://127.0.0.1:{port}", process
     finally:
-        # The engine is a process of its own, in the same session.
+        # The engine runs in a child process of the same session.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         try:

@@ -140,7 +140,7 @@ def seal(cache: Holding, rows: list[Any], jobs: list[Job], skip: bytes, lambda_k
         return
     pages = [job[0] for job in jobs]
     whole = host.concatenate(fresh, 2).reshape(len(pages), cache.pool.page_bytes)
-    if any(job[2] < PAGE for job in jobs):  # the other tokens are as they were
+    if any(job[2] < PAGE for job in jobs):  # the page's other tokens keep their codes
         first, count = (np.array([job[i] for job in jobs])[:, None] for i in (1, 2))
         written = (constants.token_of_byte >= first) & (constants.token_of_byte < first + count)
         whole = host.where(np.tile(written, heads), whole, host.take(cache.pool.slab, pages, 0))

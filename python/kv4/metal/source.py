@@ -21,7 +21,7 @@ _TRIPLES = ("thread_position_in_grid", "threadgroup_position_in_grid")
 
 
 def folder() -> Path:
-    """Where the sources lie: in the project's own tree where kv4 is used in place, else beside the compiled module.
+    """The folder of the sources: in the source tree for an editable install, else beside the compiled module.
     Errors: FileNotFoundError."""
     tried = [Path(__file__).resolve().parents[2] / "../src", Path(_core.__file__).parent / "metal_source"]
     for place in tried:
@@ -31,7 +31,7 @@ def folder() -> Path:
 
 
 def _read(name: str, done: set[str]) -> str:
-    """The file with every quoted include in its place, those that are `done` left out."""
+    """The file with every quoted include expanded, except those in `done`."""
     if name in done:
         return ""
     done.add(name)
@@ -71,7 +71,7 @@ def _closing(text: str, start: int, pair: str) -> int:
 
 
 def _bare(text: str) -> str:
-    """Without comments, indentation and empty lines."""
+    """Strips comments, indentation and empty lines."""
     lines = (line.strip() for line in re.sub(r"//.*", "", text).splitlines())
     return "\n".join(line for line in lines if line) + "\n"
 

@@ -166,5 +166,5 @@ def _hook(layer: nn.Module) -> bool:
 
 
 def _matrix(given: Any) -> np.ndarray:
-    """As the core reads one: float32 in row order."""
+    """A matrix for the core: float32, row-major."""
     return np.ascontiguousarray(np.array(given), dtype=np.float32)

@@ -1,4 +1,4 @@
-// Lambda from a file: what is read, and what is refused.
+// Reading lambda from a file, and refusing bad files.
 #include "calibration.h"
 
 #include <gtest/gtest.h>
@@ -133,7 +133,7 @@ TEST_F(CalibrationTest, TheEnvironmentNamesIt) {
 }
 
 TEST_F(CalibrationTest, PagesAreMadeWithIt) {
-  // A channel whose lambda is large has its error small.
+  // A channel with large lambda has a small error.
   std::vector<float> lambda(64, 1.0f);
   lambda[6] = 20;
   double error[2] = {0, 0};

@@ -1,4 +1,4 @@
-// What is kept of which cells were written, and when.
+// Tracking which cells were written, and when.
 #include "cells.h"
 
 #include <gtest/gtest.h>
@@ -28,7 +28,7 @@ TEST(Cells, ABlockSettlesOnceItIsWhole) {
   }
   EXPECT_TRUE(cells.settled(0, 0));
   EXPECT_FALSE(cells.settled(0, 1));
-  cells.wrote(192);  // another stream's time is its own
+  cells.wrote(192);  // streams count their writes separately
   EXPECT_FALSE(cells.settled(0, 1));
   cells.wrote(64);
   EXPECT_TRUE(cells.settled(0, 1));

@@ -1,4 +1,4 @@
-// When blocks are packed and unpacked, and what they hold then.
+// When blocks are packed and unpacked, and their contents then.
 #include "layer.h"
 
 #include <gtest/gtest.h>
@@ -19,7 +19,7 @@ std::vector<float> floats(const std::vector<std::byte>& rows) {
   return out;
 }
 
-// The error's share of the power of what was there.
+// Squared error relative to the original's power.
 double error_of(const std::vector<std::byte>& was, const std::vector<std::byte>& is) {
   const std::vector<float> a = floats(was), b = floats(is);
   double power = 0, error = 0;
@@ -35,7 +35,7 @@ TEST_F(LayerTest, ABlockIsPackedOnceItHasLeftTheWindow) {
   for (std::int64_t cell = 0; cell < 400; ++cell) {
     c.write(cell, 1);
     c.attend();
-    // Before cell `cell` was written all cells below it were there: those before the newest 64 of them are due.
+    // All cells below `cell` were written before it: those before the newest 64 are due.
     EXPECT_EQ(c.packed(), std::max<std::int64_t>(0, cell - 64) / 64) << cell;
   }
 }
@@ -120,12 +120,12 @@ TEST_F(LayerTest, AWriteUnpacksItsBlockAndNoOther) {
   c.write(2 * 64 + 10, 3);
   EXPECT_EQ(c.packed(), 4);
   EXPECT_EQ(c.layer->packed()[2], 0);
-  // Beside what was written the block holds what it held.
+  // The rest of the block is unchanged.
   const std::vector<std::byte> now = CacheLayer::bytes(c.k, 2);
   EXPECT_EQ(std::memcmp(now.data(), before.data(), 10 * c.k.row_bytes), 0);
   EXPECT_EQ(std::memcmp(now.data() + 13 * c.k.row_bytes, before.data() + 13 * c.k.row_bytes, 51 * c.k.row_bytes), 0);
   EXPECT_NE(std::memcmp(now.data() + 10 * c.k.row_bytes, before.data() + 10 * c.k.row_bytes, 3 * c.k.row_bytes), 0);
-  // It is one of the newest now, until others are.
+  // It counts as newest until others are written.
   c.attend();
   c.write(401, 50);
   EXPECT_EQ(c.layer->packed()[2], 0);
@@ -164,11 +164,11 @@ TEST_F(LayerTest, ACopiedStreamIsTheSameAndStaysTheSame) {
     }
   };
   same(8);
-  // Of one write the other knows nothing.
+  // A write to one does not affect the other.
   c.write(0, 1);
   EXPECT_EQ(c.layer->packed()[0], 0);
   EXPECT_EQ(c.layer->packed()[8], 1);
-  // Copied back, empty blocks and all, over what was there.
+  // Copied back, empty blocks included, over the old contents.
   c.write(301, 200);
   ASSERT_TRUE(c.layer->copy_stream(1, 0).ok());
   same(8);
@@ -188,7 +188,7 @@ TEST_F(LayerTest, HeldBytesAreThoseOfPagesAndExactBlocks) {
   // pages of 64-byte heads.
   EXPECT_EQ(packed, 3 * c.layer->format().page_bytes());
   EXPECT_NEAR(static_cast<double>(c.layer->format().page_bytes()), 64 * 64 * 2 * 0.5 + 64 * 2 * 2 + 64 * 2, 63);
-  EXPECT_EQ(exact, 2 * (64 * 2 * 64 * 2) + 4 * (64 * 2 * 2));  // two blocks of both, and the sinks
+  EXPECT_EQ(exact, 2 * (64 * 2 * 64 * 2) + 4 * (64 * 2 * 2));  // two blocks of keys and values, and the sinks
 }
 
 TEST_F(LayerTest, ForgettingLeavesNothingAndGoesOn) {

@@ -1,4 +1,4 @@
-// Memory that is there where it was written, and only until it is given back.
+// Memory is committed where it was written, until it is released.
 #include "mapping.h"
 
 #include <gtest/gtest.h>
@@ -27,7 +27,7 @@ TEST(Mapping, TakesMemoryWhereItIsWrittenAndGivesItBack) {
   EXPECT_EQ(resident(m), 0u);
   std::memset(m.data() + 10 * page, 1, 5 * page);
   EXPECT_EQ(resident(m), 5 * page);
-  // Pages that lie wholly within.
+  // Only pages that lie wholly within.
   Mapping::release(m.data() + 10 * page + 1, 4 * page);
   EXPECT_EQ(resident(m), 2 * page);
   EXPECT_EQ(m.data()[10 * page], std::byte{1});

@@ -1,5 +1,4 @@
-// What a plan makes of a mask, read back as attention reads it: every row sees the cells that the mask shows it, and no
-// others.
+// Plans of masks, read back as attention reads them: every row sees exactly the cells that its mask shows.
 #include "plan.h"
 
 #include <gtest/gtest.h>
@@ -51,7 +50,7 @@ struct Scene {
     return plan;
   }
 
-  // By row of the call: the cell, counted through all streams' blocks, and what the mask adds to it.
+  // Per row of the call: the cell, numbered across all streams' blocks, and the mask's value there.
   using Seen = std::vector<std::map<std::int64_t, std::uint16_t>>;
   Seen wanted() const {
     Seen seen(static_cast<std::size_t>(rows * streams));
@@ -148,7 +147,7 @@ TEST(Plan, APackedBlockBehindAnExactOneIsReadFirst) {
 }
 
 TEST(Plan, InterleavedSequencesReadTheirOwnBlocksAlone) {
-  // Two sequences take 64 cells in turn, and then one cell each.
+  // Two sequences alternate by 64 cells, then by one cell.
   Scene scene(64 * 8, 2);
   for (int s = 0; s < 2; ++s)
     for (std::int64_t b = s; b < 6; b += 2) scene.show(0, s, b * 64, b * 64 + 63);
@@ -156,7 +155,7 @@ TEST(Plan, InterleavedSequencesReadTheirOwnBlocksAlone) {
   for (std::int64_t b = 0; b < 5; ++b) scene.pack(0, b);
   const Plan plan = scene.plan();
   EXPECT_EQ(plan.sequences_of_stream(), 2);
-  EXPECT_EQ(plan.limits().longest, 4 * 64);  // three blocks of their own, and the one that they share
+  EXPECT_EQ(plan.limits().longest, 4 * 64);  // three own blocks and the shared one
   EXPECT_EQ(scene.read(plan), scene.wanted());
 }
 
@@ -202,8 +201,8 @@ TEST(Plan, WithoutAMaskAllIsSeen) {
 
 TEST(Plan, SinksAreReadWhereAStreamsFirstBlockIsPackedAndSeen) {
   Scene scene(64 * 6, 2);
-  scene.show(0, 0, 0, 64 * 2 + 10);       // from the first block on
-  scene.show(0, 1, 64 * 3, 64 * 4 + 10);  // another sequence, of later blocks
+  scene.show(0, 0, 0, 64 * 2 + 10);       // starts in the first block
+  scene.show(0, 1, 64 * 3, 64 * 4 + 10);  // another sequence, in later blocks
   for (const std::int64_t b : {0, 1, 3}) scene.pack(0, b);
   const Plan plan = scene.plan();
   ASSERT_EQ(plan.parts().size(), 2u);
@@ -216,8 +215,8 @@ TEST(Plan, SinksAreReadWhereAStreamsFirstBlockIsPackedAndSeen) {
   EXPECT_EQ(scene.read(plan), scene.wanted());
 }
 
-// Sequences that took runs of cells in turn, some with a window, some blocks packed: whatever comes of it is what the
-// masks say.
+// Sequences with interleaved runs of cells, some with a window, some blocks packed: the plan always agrees with the
+// masks.
 TEST(Plan, RandomMasksComeBackAsTheyWere) {
   for (std::uint64_t seed = 0; seed < 300; ++seed) {
     cases::Random random(seed);
@@ -250,7 +249,7 @@ TEST(MaskRows, TheDigestIsOfWhatRowsHoldAndNotOfWhereTheyLie) {
       x = was;
     }
   }
-  // Two that change places.
+  // Two sequences exchanged.
   Scene a(64, 1), b(64, 1);
   a.at(0, 0, 3) = 0, b.at(0, 0, 19) = 0;
   EXPECT_NE(a.rows_of().digest(), b.rows_of().digest());
