@@ -36,7 +36,7 @@ help:
 	@echo "make asan | tsan      the C++ tests under AddressSanitizer with UndefinedBehaviorSanitizer, or ThreadSanitizer"
 	@echo "make shared   libkv4.so, programs in C and C++ against the installed one, and what it exports"
 	@echo "make fuzz     the fuzz targets, FUZZ_SECONDS each (30), and mutated files;  make soak: SOAK_OPERATIONS random calls (two millions)"
-	@echo "make test-isas      the C++ tests on each instruction set that this machine runs"
+	@echo "make test-isas      the C++ tests on each instruction set that this machine runs, and on older processors in emulation"
 	@echo "make test-oldest    the tests of kv4.hf and the command with the oldest versions that they take"
 	@echo "make bench    the C++ benchmarks, built;  make site: the documentation as a site, in build/site"
 	@echo "make lint     check, and clang-tidy over src/;  make format    clang-format and ruff"
@@ -185,12 +185,12 @@ soak: $(VENV)/.python
 	cmake --build --preset $(SOAK_PRESET) --target kv4_soak
 	TSAN_OPTIONS=halt_on_error=1 build/$(SOAK_PRESET)/tests/kv4_soak --operations $(SOAK_OPERATIONS)
 
-# Each process then runs on that one; the tests of all of them are in test-cpp too.
+# scripts/test_isas.sh says on which; the tests of all that the machine has are in test-cpp too.
 test-isas: setup
+	@bash scripts/setup_system.sh isas
 	cmake --preset release
 	cmake --build --preset release --target kv4_tests
-	@set -e; for isa in $$($(BIN)/python -c 'from kv4 import _core; print(*_core.isas())'); do \
-	  echo "== $$isa"; KV4_CPU_ISA=$$isa build/release/tests/kv4_tests --gtest_brief=1; done
+	@bash scripts/test_isas.sh build/release/tests/kv4_tests $$($(BIN)/python -c 'from kv4 import _core; print(*_core.isas())')
 
 # Its packages are no part of the other steps.
 site: setup

@@ -6,10 +6,11 @@
 #   setup_system.sh bench    google-benchmark. Fails where it cannot be had.
 #   setup_system.sh cross    the Arm cross compiler and emulator. Never fails: those tests are then left out.
 #   setup_system.sh fuzz     clang 19 with libFuzzer; nlohmann's JSON. Fails where they cannot be had.
+#   setup_system.sh isas     qemu-user, which runs x86-64 programs on older processors. Never fails, likewise.
 #   setup_system.sh metal    clang 19, which compiles the Metal kernels for their emulator. Never fails, likewise.
 set -euo pipefail
 
-step=${1:?step: expected build, bench, cross, fuzz or metal; got nothing}
+step=${1:?step: expected build, bench, cross, fuzz, isas or metal; got nothing}
 python=${PYTHON:-python3}
 missing=()
 
@@ -67,6 +68,9 @@ case $step in
     need qemu-user command -v qemu-aarch64
     need googletest test -d /usr/src/googletest
     ;;
+  isas)
+    need qemu-user command -v qemu-x86_64
+    ;;
   metal)
     need clang-19 metal
     need libclang-rt-19-dev metal
@@ -80,7 +84,7 @@ case $step in
     need libbenchmark-dev benchmark
     ;;
   *)
-    echo "step: expected build, bench, cross, fuzz or metal; got $step" >&2
+    echo "step: expected build, bench, cross, fuzz, isas or metal; got $step" >&2
     exit 2
     ;;
 esac
@@ -101,5 +105,5 @@ fi
 echo "missing on this machine: ${missing[*]} (Debian's names; there: apt-get install ${missing[*]})" >&2
 # ccache only saves time, and GTest only serves the tests.
 for package in "${missing[@]}"; do
-  case $step:$package in build:ccache | build:libgtest-dev | cross:* | metal:*) ;; *) exit 1 ;; esac
+  case $step:$package in build:ccache | build:libgtest-dev | cross:* | isas:* | metal:*) ;; *) exit 1 ;; esac
 done

@@ -116,7 +116,7 @@ Format Format::of(const CacheConfig& config, const PageSpec& spec) {
   format.head_dim_k = config.head_dim_k;
   format.head_dim_v = config.head_dim_v;
   format.slice = slice_layout(spec);
-  format.queries = static_cast<std::size_t>(config.recipe.sinks + config.recipe.window + kPageTokens);
+  format.queries = static_cast<std::size_t>(std::int64_t{config.recipe.sinks} + config.recipe.window + kPageTokens);
   return format;
 }
 

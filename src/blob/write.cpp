@@ -24,6 +24,7 @@ class Writing {
       number_pages(b);
     }
     std::vector<std::uint64_t> numbers;
+    numbers.reserve(format_.fields.size());
     for (const Field& field : format_.fields) numbers.push_back(field.value);
     // The earliest that can say it.
     std::uint32_t version = ragged ? kRagged : kVersion;

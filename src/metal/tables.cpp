@@ -193,8 +193,8 @@ AttendTables attend_tables(const AttendJob& job, const Bases& bases, std::span<c
       std::clamp(static_cast<int>((most_exact + kExactRowsPerSplit - 1) / kExactRowsPerSplit), 1, wanted);
   const int page_splits = most_pages == 0 ? 0 : std::clamp(ceil_div(most_pages, kPagesPerSplit), 1, wanted);
   t.splits = exact_splits + page_splits;
-  t.prepared_floats = std::size_t{2} * static_cast<std::size_t>(batch * job.kv_heads * t.rows) *
-                      static_cast<std::size_t>(t.dim);
+  t.prepared_floats = std::size_t{2} * static_cast<std::size_t>(batch) * static_cast<std::size_t>(job.kv_heads) *
+                      static_cast<std::size_t>(t.rows) * static_cast<std::size_t>(t.dim);
   t.state_floats = static_cast<std::size_t>(groups) * static_cast<std::size_t>(t.splits * t.block_rows) *
                    static_cast<std::size_t>(t.dim + 2);
 
