@@ -21,7 +21,7 @@ CORE := CMakeLists.txt pyproject.toml $(shell find cmake include src python/bind
 CORE += $(shell find include src python/bindings -type d 2>/dev/null)
 FORMATTED := '*.h' '*.cpp' '*.inl' '*.c' '*.cu' '*.cuh'
 
-.PHONY: help setup system demo test test-cpp test-python test-slow fuzz soak test-isas test-oldest site test-neon test-metal test-tools setup-vllm test-vllm metal-tools llama test-llama test-llama-slow check lint format asan tsan shared bench wheel clean
+.PHONY: help setup system demo test test-cpp test-python test-slow fuzz soak test-isas test-oldest test-newest site test-neon test-metal test-tools setup-vllm test-vllm metal-tools llama test-llama test-llama-slow check lint format asan tsan shared bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,6 +38,7 @@ help:
 	@echo "make fuzz     the fuzz targets, FUZZ_SECONDS each (30), and mutated files;  make soak: SOAK_OPERATIONS random calls (two millions)"
 	@echo "make test-isas      the C++ tests on each instruction set that this machine runs, and on older processors in emulation"
 	@echo "make test-oldest    the tests of kv4.hf and the command with the oldest versions that they take"
+	@echo "make test-newest    the same tests with the newest versions that a package index has"
 	@echo "make bench    the C++ benchmarks, built;  make site: the documentation as a site, in build/site"
 	@echo "make lint     check, and clang-tidy over src/;  make format    clang-format and ruff"
 	@echo "make wheel    a wheel in dist/;  make clean    removes build/"
@@ -106,6 +107,15 @@ test-oldest: | $(VENV)/.system
 	$(OLDEST)/bin/python -m pip install --quiet -r requirements-oldest.txt
 	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m pip install --quiet --no-build-isolation -C build-dir=build/oldest --editable '.[tools]'
 	$(OLDEST)/bin/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist loadfile $(OLDEST_TESTS)
+
+# What `pip install 'kv4[tools]'` brings today, where the bounds are open.
+NEWEST := build/venv-newest
+test-newest: | $(VENV)/.system
+	test -x $(NEWEST)/bin/pip || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade scikit-build-core nanobind cmake ninja pytest pytest-xdist peft
+	PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" $(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --no-build-isolation -C build-dir=build/newest --editable '.[tools]'
+	$(NEWEST)/bin/python -m pip list
+	$(NEWEST)/bin/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist loadfile $(OLDEST_TESTS)
 
 # vLLM wants an older transformers: an environment of its own, with kv4 in place too.
 VLLM := .venv-vllm

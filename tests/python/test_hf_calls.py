@@ -105,7 +105,9 @@ def test_a_switch_of_rope_scaling_stays_on_kv4(name: str):
 def test_guidance_has_both_its_branches_on_kv4(monkeypatch):
     seen = []
     update = kv4.hf.KV4Layer.update
-    monkeypatch.setattr(kv4.hf.KV4Layer, "update", lambda self, *a: (seen.append(id(self)), update(self, *a))[1])
+    monkeypatch.setattr(
+        kv4.hf.KV4Layer, "update", lambda self, *a, **k: (seen.append(id(self)), update(self, *a, **k))[1]
+    )
     dense = DynamicCache.update
     monkeypatch.setattr(
         DynamicCache, "update", lambda self, *a, **k: (seen.append(type(self)), dense(self, *a, **k))[1]
@@ -232,6 +234,10 @@ class TestPeft:
         inputs = {**hf_cases.left_padded(2, 80), "max_new_tokens": 6, "return_dict_in_generate": True}
         own = model.generate(**inputs, output_logits=True)
         assert type(own.past_key_values) is DynamicCache
+        if kind == "PromptTuningConfig":
+            plain = model.generate(**inputs, use_cache=False)
+            if not torch.equal(own.sequences, plain.sequences):
+                pytest.skip("this peft does not know this transformers: with its own cache the text is another")
         kv4.hf.attach(model.get_base_model(), Recipe.exact())
         got = model.generate(**inputs, output_logits=True)
         assert isinstance(got.past_key_values, KV4Cache)

@@ -146,7 +146,7 @@ def test_the_oldest_versions_are_those_that_the_package_takes():
 def test_cibuildwheel_takes_the_configuration(platform: str, machine: str):
     """The release of cibuildwheel that the workflow runs knows every option, and builds one wheel for each Python
     before 3.12 and one for those from it on."""
-    program = shutil.which("cibuildwheel")
+    program = shutil.which("cibuildwheel", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if program is None:
         pytest.skip("no cibuildwheel, which needs Python 3.11")
     done = subprocess.run(

@@ -24,6 +24,7 @@ from kv4 import Recipe
 from kv4.bench.memory import cache_bytes, fp16_bytes, kv_shape
 from kv4.bench.neighbours import neighbours as beside
 from kv4.hf import DecodeGraph, KV4Cache, attach, detach
+from kv4.hf.cache import CACHE_ARGUMENT
 
 OWN, KV4, EXACT, GRAPH = "own", "kv4", "kv4 exact", "kv4 graph"
 PREFILL_CHUNK = 512
@@ -138,7 +139,7 @@ def prefill(
     """Feeds ids [batch, T] in chunks and returns the next tokens, [batch, 1]."""
     logits = None
     for part in ids.split(chunk, dim=1):
-        logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=part, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1).logits
         if progress is not None:
             progress(part.shape[1])
     if logits is None:
@@ -155,12 +156,12 @@ def fill(model: Any, cache: Any, ids: torch.Tensor, *, seed: int = 0) -> torch.T
     generator = torch.Generator(ids.device).manual_seed(seed)
     options = {"generator": generator, "dtype": model.dtype, "device": ids.device}
     # A cache's layers exist, and kv4's have recorded queries, only after a first token.
-    model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids[:, :1], **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
     for part in ids[:, 1:-1].split(FILL_CHUNK[ids.device.type], dim=1):
         for layer in range(config.num_hidden_layers):
             k, v = (torch.randn(part.shape[0], heads, part.shape[1], dim, **options) for _ in "kv")
             cache.update(k, v, layer)
-    logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = model(input_ids=ids[:, -1:], **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1].argmax(-1, keepdim=True)
 
 
@@ -178,7 +179,7 @@ def decode(
     the model's forward if not given."""
 
     def forward(token: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return model(input_ids=token, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1).logits
 
     step = step or forward
     produced, seconds = [int(token[0])], []

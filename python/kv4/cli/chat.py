@@ -36,6 +36,7 @@ def talk(model: Any, tokenizer: Any, cache: str, recipe: Any, first: str, settin
     import torch
 
     from kv4.bench.generate import attention, new_cache
+    from kv4.hf.cache import CACHE_ARGUMENT
 
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("--interactive: expected a model with a chat template; got one without")
@@ -55,7 +56,7 @@ def talk(model: Any, tokenizer: Any, cache: str, recipe: Any, first: str, settin
             made = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=held,
+                **{CACHE_ARGUMENT: held},
                 streamer=words(tokenizer),
                 **settings,
             )

@@ -86,6 +86,7 @@ def generate(
     from kv4.bench.generate import KV4, OWN, attention, new_cache
     from kv4.bench.memory import cache_bytes, fp16_bytes
     from kv4.bench.text import encode
+    from kv4.hf.cache import CACHE_ARGUMENT
 
     settings = _settings(max_new_tokens, not greedy and temperature > 0, temperature, top_p, top_k)
     torch.manual_seed(seed)
@@ -108,7 +109,7 @@ def generate(
         made = loaded.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=held,
+            **{CACHE_ARGUMENT: held},
             streamer=stream,
             **settings,
         )

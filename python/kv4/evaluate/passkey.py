@@ -19,6 +19,7 @@ from kv4.bench.text import encode
 from kv4.evaluate.quality import Candidate, decoder_outputs
 from kv4.evaluate.scores import Head
 from kv4.evaluate.state import State, digest
+from kv4.hf.cache import CACHE_ARGUMENT
 
 Tensor = torch.Tensor
 EXACT = "fp16"  # the name of the model's own cache, in its own dtype
@@ -138,7 +139,7 @@ def greedy(
             made = [int(token)]
             while len(made) < tokens:
                 fed = torch.tensor([[made[-1] if forced is None else forced[len(made) - 1]]])
-                logits = model(input_ids=fed, past_key_values=cache, use_cache=True).logits
+                logits = model(input_ids=fed, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
                 made.append(int(logits[0, -1].argmax()))
                 if progress:
                     progress(1)

@@ -27,6 +27,7 @@ from kv4.evaluate.state import State, digest
 from kv4.evaluate.variant import Variant
 from kv4.evaluate.windows import cut
 from kv4.hf import KV4Cache
+from kv4.hf.cache import CACHE_ARGUMENT
 from kv4.recipe import Recipe
 
 CALL = PAGE_TOKENS  # the longest call that equals one-by-one decoding
@@ -216,7 +217,7 @@ def by_calls(
     parts = []
     for begin in range(0, ids.shape[1], CALL):
         block = ids[:, begin : begin + CALL]
-        hidden = model.get_decoder()(input_ids=block, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = model.get_decoder()(input_ids=block, **{CACHE_ARGUMENT: cache}, use_cache=True).last_hidden_state
         if begin + block.shape[1] > first:
             parts.append(hidden[0, max(first - begin, 0) :])
         progress(block.shape[1])

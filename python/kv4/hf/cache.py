@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionCacheLayerMixin
+from transformers.generation import utils as generation
 
 from kv4.messages import mismatch
 from kv4.per_layer import per_layer, recipes_of
@@ -18,6 +19,9 @@ from . import files, report, saved
 from .kinds import HYBRID_LAYER_TYPES, PACKED_LAYER_TYPES, served_kinds
 from .layer import KV4Layer, rows_of_index
 from .states import KV4HybridLayer
+
+# The argument of forwards and of generate() that takes a cache; transformers 5.24 renamed it.
+CACHE_ARGUMENT = "cache" if "cache" in getattr(generation, "ALL_CACHE_NAMES", ()) else "past_key_values"
 
 
 class KV4Cache(DynamicCache):

@@ -15,10 +15,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kv4.recipe import Recipe
 
-from .cache import KV4Cache
+from .cache import CACHE_ARGUMENT, KV4Cache
 from .layer import KV4Layer
 
 _SETTINGS = "_kv4_settings"
+_CACHE_NAMES = (CACHE_ARGUMENT, "past_key_values")  # transformers accepts the old name as a keyword
 
 
 @dataclasses.dataclass
@@ -58,7 +59,7 @@ def take_over(model: PreTrainedModel, settings: Settings) -> None:
                 # Not a bound method: pickle would look that up on a model which is not whole yet.
                 object.__setattr__(module, name, functools.partial(method, module))
         parameters = list(inspect.signature(type(module).forward).parameters)[1:]
-        if "past_key_values" in parameters:
+        if CACHE_ARGUMENT in parameters:
             module.register_forward_pre_hook(MakesCache(parameters), with_kwargs=True)
 
 
@@ -93,14 +94,12 @@ class MakesCache:
     """
 
     def __init__(self, parameters: list[str]) -> None:
-        self.positions = {
-            name: parameters.index(name) for name in ("past_key_values", "use_cache") if name in parameters
-        }
+        self.positions = {name: parameters.index(name) for name in (CACHE_ARGUMENT, "use_cache") if name in parameters}
 
     def __call__(
         self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        given = self._argument("past_key_values", args, kwargs)
+        given = self._given(args, kwargs)
         if given is None:
             if torch.compiler.is_exporting() or not self._makes_cache(module, args, kwargs):
                 return None
@@ -111,10 +110,16 @@ class MakesCache:
                 return None
         else:
             return None
-        at = self.positions["past_key_values"]
+        at = self.positions[CACHE_ARGUMENT]
         if len(args) > at:
             return (*args[:at], cache, *args[at + 1 :]), kwargs
-        return args, {**kwargs, "past_key_values": cache}
+        others = {name: value for name, value in kwargs.items() if name not in _CACHE_NAMES}
+        return args, {**others, CACHE_ARGUMENT: cache}
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The caller's cache, under either name; None where there is none."""
+        given = [self._argument(name, args, kwargs) for name in _CACHE_NAMES]
+        return next((cache for cache in given if cache is not None), None)
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         at = self.positions.get(name)
@@ -169,11 +174,11 @@ def _prepare_cache_for_generation(
     wanted = getattr(generation_config, "cache_implementation", None) in unasked
     caches = _of_generate.__dict__.setdefault("caches", weakref.WeakKeyDictionary())
     caches.pop(self, None)
-    if wanted and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+    if wanted and generation_config.use_cache is not False and model_kwargs.get(CACHE_ARGUMENT) is None:
         cache = new_cache(self)
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE_ARGUMENT] = cache
         caches[self] = weakref.ref(cache)
         return None
     return type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
@@ -183,7 +188,7 @@ def _get_candidate_generator(self: PreTrainedModel, *args: Any, **kwargs: Any) -
     """generate()'s own step. A prompt and its first drafts in one call would let the drafts see the whole prompt
     exactly, which one-by-one decoding does not: the first drafts are dropped, so that both give one text."""
     generator = type(self)._get_candidate_generator(self, *args, **kwargs)
-    cache = (kwargs.get("model_kwargs") or {}).get("past_key_values")
+    cache = (kwargs.get("model_kwargs") or {}).get(CACHE_ARGUMENT)
     if isinstance(cache, KV4Cache) and cache.recipe.seal == "page" and not generator.requires_model_outputs:
         drafts = generator.get_candidates
 

@@ -8,7 +8,7 @@ import torch
 
 from kv4.messages import mismatch
 
-from .cache import KV4Cache
+from .cache import CACHE_ARGUMENT, KV4Cache
 from .device import place
 from .layer import KV4Layer
 from .mask import leading_padding, row_mask
@@ -83,7 +83,7 @@ class DecodeGraph:
 
     def _step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits of one call of the model; positions int64 [batch, 1], padding counted."""
-        inputs = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
+        inputs = {"input_ids": tokens, CACHE_ARGUMENT: self.cache, "use_cache": True, "logits_to_keep": 1}
         if self._padding is not None:
             inputs["attention_mask"], positions = self._padding, positions - self._start
         return self.model(position_ids=positions, **inputs).logits
