@@ -27,7 +27,7 @@ using scene::Widths;
 constexpr Widths kWidths[] = {{2, 3}, {3, 2},    {6, 4},    {8, 6},    {4, 8},
                               {3, 3}, {4, 4, 1}, {4, 4, 2}, {3, 8, 1}, {6, 3, 2}};
 
-// While it lives, new shapes have these bits.
+// Shapes made while it lives have these bits.
 class At {
  public:
   explicit At(const Widths& widths) : trace_(__FILE__, __LINE__, text(widths)) { scene::widths_of_shapes = widths; }
