@@ -92,7 +92,8 @@ Status PagePool::add_slab(std::size_t count) {
   slab.memory = static_cast<std::uint8_t*>(backend_.alloc(slab.bytes));
   if (slab.memory == nullptr)
     return error(StatusCode::out_of_memory, "pages", std::to_string(slab.bytes) + " free bytes", "none");
-  if (Status uploaded = backend_.upload(tables_.back()->as<std::uint8_t*>() + chunk, &slab.memory, sizeof slab.memory);
+  if (Status uploaded = backend_.upload(static_cast<void*>(tables_.back()->as<std::uint8_t*>() + chunk),
+                                        static_cast<const void*>(&slab.memory), sizeof slab.memory);
       !uploaded.ok()) {
     backend_.free(slab.memory, slab.bytes);
     return uploaded;
@@ -119,8 +120,8 @@ Status PagePool::make_table(std::size_t chunks) {
   for (std::size_t i = 0; i < slabs_.size(); ++i) addresses[i] = slabs_[i] != nullptr ? slabs_[i]->memory : nullptr;
   tables_.reserve(tables_.size() + 1);
   std::shared_ptr<Block> table;
-  KV4_RETURN_IF_ERROR(
-      Block::copy_of(backend_, "pages", addresses.data(), addresses.size() * sizeof(std::uint8_t*), &table));
+  KV4_RETURN_IF_ERROR(Block::copy_of(backend_, "pages", static_cast<const void*>(addresses.data()),
+                                     addresses.size() * sizeof(std::uint8_t*), &table));
   tables_.push_back(std::move(table));
   return {};
 }

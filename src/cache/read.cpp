@@ -141,7 +141,7 @@ Status page_scales(const CacheState& c, int row, int index, int head, std::span<
   const std::uint8_t* slice = nullptr;
   KV4_RETURN_IF_ERROR(find_slice(c, row, index, head, &slice));
   const PageSpec& spec = c.setup->spec;
-  const auto count = [](int groups) { return static_cast<std::size_t>(groups * kPageTokens); };
+  const auto count = [](int groups) { return static_cast<std::size_t>(groups) * kPageTokens; };
   KV4_RETURN_IF_ERROR(expect_room("k", count(spec.key.groups), k.size(), " scales"));
   KV4_RETURN_IF_ERROR(expect_room("v", count(spec.value.groups), v.size(), " scales"));
   KV4_RETURN_IF_ERROR(c.backend().copy(k.data(), slice + spec.layout.k_scales, k.size_bytes()));

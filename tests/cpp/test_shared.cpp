@@ -121,7 +121,7 @@ TEST(Shared, ThreadsMayMakeAndLetGoAtOnce) {
       std::mt19937 random(t);
       std::vector<Held> mine;
       for (int round = 0; round < 400; ++round) {
-        const RotationKind kind = kKinds[random() % 5];
+        const RotationKind kind = kKinds[1 + random() % 4];  // no identity, which other tests of the process may hold
         const std::uint64_t seed = kSeed + random() % 2;
         mine.push_back(make(kind, 32, seed));
         EXPECT_EQ(mine.back()->kind(), kind);

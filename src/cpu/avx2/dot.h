@@ -24,7 +24,10 @@ struct Dot {
 
   using Table = LevelTable;  // L[n] - L[0], 0 ... 254
   static KV4_INLINE Table table(const Levels& l) { return level_table(l, l.table[0]); }
-  static KV4_INLINE std::int32_t start(const Levels& l, std::int32_t sum) { return l.table[0] * sum; }
+  // Modulo 2^32, as all sums: scales of a damaged page, negative or NaN, make integers beyond kLimit.
+  static KV4_INLINE std::int32_t start(const Levels& l, std::int32_t sum) {
+    return static_cast<std::int32_t>(static_cast<std::uint32_t>(l.table[0]) * static_cast<std::uint32_t>(sum));
+  }
 
   // Pairs of int16, each repeated over a register: positions (0, 2), (4, 6), (1, 3), (5, 7) of each 8, the
   // order in which block() unpacks. A memory operand of vpmaddwd then needs no broadcast of its own.
