@@ -89,7 +89,7 @@ def test_recipes_of_any_values(tmp_path: Path):
     odd = [None, True, -1, 0, 1, 2**31, 2**70, -(2**70), 1e400, float("nan"), "", "srft", [], {}, [[[]]], "\ud800"]
     for number in range(2000 * TIMES):
         rng = random.Random(SEED + number)
-        data = Recipe().to_dict()
+        data = Recipe(refined=1).with_bits(3, 8).to_dict()  # with every field
         for _ in range(rng.randint(1, 3)):
             where = rng.choice([data, *(data[name] for name in ("key", "value") if isinstance(data.get(name), dict))])
             where[rng.choice([*where, "another"])] = copy.deepcopy(rng.choice(odd))

@@ -52,9 +52,10 @@ CacheConfig config_of(int kind) {
   if (kind == 2) c.recipe = Recipe::paper();
   if (kind == 3) c.sliding_window = 150;
   if (kind == 4) c.dtype = DType::bf16;
+  if (kind == 5) c.recipe.refined = 2;
   return c;
 }
-constexpr int kKinds = 5;
+constexpr int kKinds = 6;
 
 // A channel of a token: a multiple of 1/128, which every dtype holds.
 float channel(std::uint32_t tag, std::int64_t c) {
