@@ -18,6 +18,13 @@
 
 namespace kv4::tests {
 
+// Random fp16 numbers.
+inline std::vector<std::uint16_t> halves(cases::Random& random, std::size_t count) {
+  std::vector<std::uint16_t> x(count);
+  for (std::uint16_t& h : x) h = f32_to_f16(static_cast<float>(random.normal()));
+  return x;
+}
+
 // Bytes on the device, with guards behind them. They are there when the constructor returns: streams that do not block
 // know nothing of the default one, on which they are filled.
 class DeviceBytes {
