@@ -199,9 +199,19 @@ class Reading {
       const bool ok = finite(got + l.k_scales, DType::f16, static_cast<int>(key_scale_bytes(l) / 2)) &&
                       finite(got + l.v_scales, DType::f16, static_cast<int>(value_scale_bytes(l) / 2));
       if (!ok) return error(StatusCode::data_loss, "saved page", "finite scales and means", "NaN or infinity");
+      KV4_RETURN_IF_ERROR(positive(got + l.k_scales, l.groups_k * kPageTokens));
+      KV4_RETURN_IF_ERROR(positive(got + l.v_scales, l.groups_v * kPageTokens));
       KV4_RETURN_IF_ERROR(second_rows(got));
     }
     return to_.page(number, named_, block);
+  }
+
+  // Of finite fp16 scales: sealing leaves none below 0, and the sums of integer kernels are bounded by that.
+  static Status positive(const std::byte* scales, std::uint32_t count) {
+    const auto* bits = reinterpret_cast<const std::uint16_t*>(scales);
+    if (std::any_of(bits, bits + count, [](std::uint16_t x) { return x > 0x8000u; }))
+      return error(StatusCode::data_loss, "saved page", "scales of 0 or more", "one below 0");
+    return {};
   }
 
   // Of a head's slice: kernels index tokens by their places.
@@ -209,6 +219,7 @@ class Reading {
     const kv4_second_layout& at = format_.slice.second;
     if (!finite(slice + at.scales, DType::f16, static_cast<int>(at.rows * format_.slice.groups_k)))
       return error(StatusCode::data_loss, "saved page", "finite second scales", "NaN or infinity");
+    KV4_RETURN_IF_ERROR(positive(slice + at.scales, at.rows * format_.slice.groups_k));
     for (std::uint32_t row = 0; row < at.rows; ++row)
       KV4_RETURN_IF_ERROR(
           expect_within("place of a second row", std::to_integer<int>(slice[at.places + row]), 0, kPageTokens - 1));

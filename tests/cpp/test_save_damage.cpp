@@ -241,7 +241,7 @@ TEST_P(DamagedFile, LiesUnderRightChecksumsAreBounded) {
 INSTANTIATE_TEST_SUITE_P(Cases, DamagedFile, testing::Range(0, static_cast<int>(small_cases().size())));
 
 // Values that no cache has, under right checksums: NaN and infinity in exact rows, energies, lambda, scales and means;
-// energies below 0, lambda of 0.
+// energies and scales below 0, lambda of 0.
 TEST(SaveDamage, ValuesThatAreNotFiniteAreRefused) {
   struct Wrong {
     std::uint32_t kind;
@@ -278,7 +278,9 @@ TEST(SaveDamage, ValuesThatAreNotFiniteAreRefused) {
                                {kEnergies, 8, 0xbf800000, 4, "saved query energies: "},
                                {kPage, slice.k_scales + 6, 0x7c00, 2, "saved page: "},
                                {kPage, slice.k_mean + 2, 0x7e00, 2, "saved page: "},
-                               {kPage, slice.v_scales, 0xfc00, 2, "saved page: "}}) {
+                               {kPage, slice.v_scales, 0xfc00, 2, "saved page: "},
+                               {kPage, slice.k_scales + 2, 0x8001, 2, "saved page: expected scales of 0 or more"},
+                               {kPage, slice.v_scales + 126, 0xbc00, 2, "saved page: expected scales of 0 or more"}}) {
       Bytes file = good;
       for (const Block& b : blocks_of(good)) {
         if (b.kind != wrong.kind) continue;
@@ -320,6 +322,7 @@ TEST(SaveDamage, PlacesAndScalesOfSecondRowsAreChecked) {
   EXPECT_EQ(load_with(second.places, 64, 1), "saved place of a second row: expected 0 to 63; got 64");
   EXPECT_EQ(load_with(second.places + 1, 255, 1), "saved place of a second row: expected 0 to 63; got 255");
   EXPECT_EQ(load_with(second.scales + 2, 0x7e00, 2), "saved page: expected finite second scales; got NaN or infinity");
+  EXPECT_EQ(load_with(second.scales, 0xbc00, 2), "saved page: expected scales of 0 or more; got one below 0");
   EXPECT_EQ(load_with(second.places, 63, 1), "");
 }
 
