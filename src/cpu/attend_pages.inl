@@ -219,7 +219,7 @@ KV4_INLINE void dot_mean(const PagesTask& t, int row0, float* out) {
 template <class V, int R, int N>
 [[gnu::noinline]] void add_second(const PagesTask& t, const std::uint8_t* slice, int row0, int first,
                                   float (&scores)[R][N]) {
-  const float overflow = t.cap == 0 ? 0.0f : 1e-30f;  // overflow_factor
+  const float overflow = overflow_factor<V>(t.cap)[0];
   for (std::uint32_t i = 0; i < t.spec->second.rows; ++i) {
     alignas(64) float more[kRowLanes];
     dot_rows<V, R>(t, row0, t.second + i * t.q_stride, more);

@@ -170,7 +170,6 @@ class CudaPaged : public ::testing::Test {
     EXPECT_TRUE(cuda::backend()->Backend::make_jobs(batch(false), DType::f16, range(false), jobs.data()).ok());
     return jobs;
   }
-  std::vector<SealJob> host_jobs() { return jobs_of<SealJob>(); }
   // What the range holds: so many jobs lead the list.
   std::size_t pages_in_range() {
     std::int32_t pages = 0;
@@ -235,7 +234,7 @@ TEST_F(CudaPaged, ViewsAndJobsAreTheHosts) {
         EXPECT_EQ(std::memcmp(got.data() + b * sizeof(SequenceView), &expected[b], sizeof(SequenceView)), 0)
             << window << " " << stored << " " << b;
     }
-    const std::vector<SealJob> expected = host_jobs();
+    const std::vector<SealJob> expected = jobs_of<SealJob>();
     const std::size_t used = pages_in_range();
     ASSERT_GT(used, 2u);
     ASSERT_LT(used, expected.size());
@@ -268,7 +267,7 @@ TEST_F(CudaPaged, ViewsAndJobsAreTheHosts) {
 TEST_F(CudaPaged, JobsOnTheDeviceSealAndDequantiseAsTheHosts) {
   Backend& backend = *cuda::backend();
   fill({700, 10, 200, 64}, {576, 0, 128, 64}, {1, 1, 1, 1}, 5);
-  const std::vector<SealJob> jobs = host_jobs();
+  const std::vector<SealJob> jobs = jobs_of<SealJob>();
   std::vector<std::uint8_t> sealed[3];
   for (const int how : {0, 1, 2}) {
     clear_pages();
@@ -505,7 +504,7 @@ TEST_F(CudaPaged, AStepInAGraphIsItsCallsOneByOne) {
     AttendJob eager = attend_job(q, other);
     eager.sequences = {after, false, 1, kLongest, kAll};
     ASSERT_TRUE(backend.attend(eager).ok());
-    ASSERT_TRUE(backend.seal(device_->spec(), batch_.page_memory, kHeads, host_jobs(), false).ok());
+    ASSERT_TRUE(backend.seal(device_->spec(), batch_.page_memory, kHeads, jobs_of<SealJob>(), false).ok());
     ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
     EXPECT_EQ(out.read(), other.read());
     EXPECT_EQ(pages_now(), sealed);

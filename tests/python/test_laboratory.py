@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import tiny_model
 from kv4 import Recipe, Side, _core
@@ -160,8 +160,7 @@ def test_more_bits_smaller_groups_and_moments_help() -> None:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple:
     folder = tiny_model.save(tmp_path_factory.mktemp("tiny"))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder), folder
+    return *tiny_model.load(folder), folder
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_model
 from kv4 import Recipe
@@ -190,8 +189,7 @@ def test_layers_have_widths_of_their_own() -> None:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple:
     folder = tiny_model.save(tmp_path_factory.mktemp("tiny"))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = tiny_model.load(folder)
     return model, cut(tokenizer, python_reference(), 2, 600), folder
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_model
 from kv4 import Recipe
@@ -26,12 +25,7 @@ from kv4.evaluate.windows import cut
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple:
     folder = tiny_model.save(tmp_path_factory.mktemp("tiny"))
-    return _load(folder)
-
-
-def _load(folder: Path) -> tuple:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    return tiny_model.load(folder)
 
 
 def test_an_exact_cache_is_no_distance_away(tiny: tuple) -> None:
@@ -163,7 +157,7 @@ def _pulled(name: str) -> tuple:
     info = next(info for info in list_models() if info.name == name)
     if not info.pulled:
         pytest.skip(f"{name} is not here: kv4 pull {name}")
-    return _load(info.folder)
+    return tiny_model.load(info.folder)
 
 
 def test_gemma_stays_close_where_the_paper_s_recipe_does_not() -> None:

@@ -69,11 +69,8 @@ def test_the_packed_cache_reads_what_is_simulated(bits: tuple[int, int], d: int)
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = tiny_model.save(tmp_path_factory.mktemp("tiny"))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = tiny_model.load(folder)
     return model, cut(tokenizer, python_reference(), 2, 600), folder
 
 

@@ -26,30 +26,19 @@ KV4_INLINE __m256i shift256(__m256i x) {
 }
 
 // begin(half), then load of each step, then bytes<i>: positions 4 i ... 4 i + 3.
+// Codes of 2 or 4 bits, side by side in one plane; other widths are below.
 template <int B>
-struct Unpack;
-
-// Codes of B = 2 or 4 bits, side by side in one plane.
-template <int B>
-struct OnePlane {
+struct Unpack {
   __m256i table, mask = byte256((1 << B) - 1), codes{};
   int half = 0;
 
-  explicit KV4_INLINE OnePlane(const LevelTable& t) : table(part256(t)) {}
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(part256(t)) {}
   KV4_INLINE void begin(int h) { half = h; }
   KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) { codes = load256(first + 32 * half); }
   template <int i>
   KV4_INLINE __m256i bytes() const {
     return _mm256_shuffle_epi8(table, _mm256_and_si256(shift256<B * i>(codes), mask));
   }
-};
-template <>
-struct Unpack<2> : OnePlane<2> {
-  explicit KV4_INLINE Unpack(const LevelTable& t) : OnePlane(t) {}
-};
-template <>
-struct Unpack<4> : OnePlane<4> {
-  explicit KV4_INLINE Unpack(const LevelTable& t) : OnePlane(t) {}
 };
 
 // Two registers of two nibbles each: two bits of the first plane, and above them one of the second.

@@ -68,28 +68,17 @@ struct Sixes {
 };
 
 // load of each step, then bytes<i>: positions 4 i ... 4 i + 3.
+// Codes of 2 or 4 bits, side by side in one plane; other widths are below.
 template <int B>
-struct Unpack;
-
-// Codes of B = 2 or 4 bits, side by side in one plane.
-template <int B>
-struct OnePlane {
+struct Unpack {
   __m512i table, mask = byte512((1 << B) - 1), codes{};
 
-  explicit KV4_INLINE OnePlane(const LevelTable& t) : table(part512(t)) {}
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(part512(t)) {}
   KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) { codes = _mm512_loadu_si512(first); }
   template <int i>
   KV4_INLINE __m512i bytes() const {
     return _mm512_shuffle_epi8(table, _mm512_and_si512(shift512<B * i>(codes), mask));
   }
-};
-template <>
-struct Unpack<2> : OnePlane<2> {
-  explicit KV4_INLINE Unpack(const LevelTable& t) : OnePlane(t) {}
-};
-template <>
-struct Unpack<4> : OnePlane<4> {
-  explicit KV4_INLINE Unpack(const LevelTable& t) : OnePlane(t) {}
 };
 
 template <>

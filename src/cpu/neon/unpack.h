@@ -25,16 +25,13 @@ KV4_INLINE uint8x16_t choose128(int mask, uint8x16_t x, uint8x16_t y) {
 }
 
 // load of a step's quarter, lanes 4 quarter ... 4 quarter + 3, then bytes<i>: positions 4 i ... 4 i + 3.
+// Codes of 2 or 4 bits, side by side in one plane; other widths are below.
 template <int B>
-struct Unpack;
-
-// Codes of B = 2 or 4 bits, side by side in one plane.
-template <int B>
-struct OnePlane {
+struct Unpack {
   using Codes = uint8x16_t;
   uint8x16_t table;
 
-  explicit KV4_INLINE OnePlane(const LevelTable& t) : table(vld1q_u8(t.levels)) {}
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(vld1q_u8(t.levels)) {}
   KV4_INLINE Codes load(const std::uint8_t* first, const std::uint8_t*, int quarter) const {
     return vld1q_u8(first + 16 * quarter);
   }
@@ -44,14 +41,6 @@ struct OnePlane {
     if constexpr (B * (i + 1) == 8) return vqtbl1q_u8(table, index);
     else return vqtbl1q_u8(table, low_bits(index, (1 << B) - 1));
   }
-};
-template <>
-struct Unpack<2> : OnePlane<2> {
-  explicit KV4_INLINE Unpack(const LevelTable& t) : OnePlane(t) {}
-};
-template <>
-struct Unpack<4> : OnePlane<4> {
-  explicit KV4_INLINE Unpack(const LevelTable& t) : OnePlane(t) {}
 };
 
 // Two registers of two nibbles each: two bits of the first plane, and above them one of the second.
