@@ -45,7 +45,8 @@ find_package(CUDAToolkit REQUIRED)
 
 file(GLOB KV4_CUDA_SOURCES CONFIGURE_DEPENDS src/cuda/*.cu src/cuda/*.cpp)
 # wgmma exists on 9.0 only and needs the architecture-specific target 90a.
-set(KV4_CUDA_90A_SOURCES ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/seal_wgmma.cu)
+set(KV4_CUDA_90A_SOURCES ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/seal_wgmma.cu
+                         ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/attend_wide.cu)
 list(REMOVE_ITEM KV4_CUDA_SOURCES ${KV4_CUDA_90A_SOURCES})
 set(KV4_CUDA_PARTS kv4_cuda)
 add_library(kv4_cuda OBJECT ${KV4_CUDA_SOURCES})

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/attend_tuning.h"
+#include "cuda/attend_wide.h"
 
 namespace kv4::cuda {
 namespace {
@@ -24,26 +25,29 @@ std::size_t round_up(std::size_t n) { return (n + 255) / 256 * 256; }
 
 struct Scratch {
   std::size_t arrived, item_offsets, operands, row_scale, states, bytes;
+  std::size_t wide_slot;  // a state's number
 };
 
 Scratch lay_out(const AttendParams& p, const AttendPlan& plan) {
   const std::size_t blocks = static_cast<std::size_t>(p.batch) * p.kv_heads * p.blocks;
   const std::size_t rows = static_cast<std::size_t>(plan.segment_blocks) * kBlockRows;
-  const std::size_t slots = static_cast<std::size_t>(plan.ctas) * plan.readers_per_cta +
-                            2 * (blocks / plan.segment_blocks);
+  const std::size_t segments = blocks / plan.segment_blocks;
+  const std::size_t slots = static_cast<std::size_t>(plan.ctas) * plan.readers_per_cta + 2 * segments;
   Scratch s{};
+  s.wide_slot = slots;
   s.arrived = 0;
   s.item_offsets = kMostFused * sizeof(int);
   if (plan.fused_ctas > 0) {
     s.states = s.item_offsets;
-    s.bytes = s.states + blocks / plan.segment_blocks * 2 * plan.fused_ctas *
-                             fused_state_floats(p.dim, plan.segment_blocks) * sizeof(float);
+    s.bytes = s.states +
+              segments * 2 * plan.fused_ctas * fused_state_floats(p.dim, plan.segment_blocks) * sizeof(float);
     return s;
   }
   s.operands = s.item_offsets + round_up((static_cast<std::size_t>(p.batch) + 1) * sizeof(int));
   s.row_scale = s.operands + round_up(blocks * operand_words(p.dim) * sizeof(uint4));
   s.states = s.row_scale + round_up(blocks * 2 * kBlockRows * sizeof(float));
-  s.bytes = s.states + round_up(slots * rows * (static_cast<std::size_t>(p.dim) + 2) * sizeof(float));
+  s.bytes = s.states + round_up((slots + segments * static_cast<std::size_t>(plan.wide_splits)) * rows *
+                                (static_cast<std::size_t>(p.dim) + 2) * sizeof(float));
   return s;
 }
 
@@ -82,6 +86,16 @@ void plan_readers(const AttendParams& p, int segments, const Load& load, AttendP
 
 }  // namespace
 
+bool takes_wide(const AttendParams& p, const Chip& chip) {
+  return chip.wgmma && p.k_copy_bytes > 0 && p.dim <= 128 && p.mask.kind == Mask::General::none &&
+         p.group * p.queries >= kWideFrom && p.batch * p.kv_heads * p.group * p.queries >= kWideAll;
+}
+
+int wide_splits(const AttendParams& p, const Chip& chip) {
+  const int tiles = p.batch * p.kv_heads * ((p.group * p.queries + kWideRows - 1) / kWideRows);
+  return std::max(1, chip.multiprocessors / tiles);
+}
+
 long long most_queries(const Sequences& sequences) {
   long long most = sequences.most_queries;
   if (most == 0 && !sequences.resident)
@@ -118,9 +132,10 @@ AttendPlan plan_segments(const AttendParams& p, const Chip& chip, const Load& lo
   AttendParams sized = p;
   sized.blocks = blocks_of_rows(p, plan.segment_blocks);
   const int segments = p.batch * p.kv_heads * (sized.blocks / plan.segment_blocks);
+  if (load.longest >= kWideItems && takes_wide(p, chip)) plan.wide_splits = wide_splits(p, chip);
   with_dim(p.dim, [&](auto d) {
     constexpr int kDim = decltype(d)::value;
-    plan_readers<kDim>(p, segments, load, &plan);
+    if (plan.wide_splits == 0) plan_readers<kDim>(p, segments, load, &plan);
     const Readers kind = plan.fused_ctas == 0 && plan.teams ? Readers::twos : Readers::warps;
     const Fit used = fit<kDim>(plan.room, plan.segment_blocks, kind);
     plan.readers_per_cta = used.readers;
@@ -147,7 +162,11 @@ std::size_t most_scratch(const AttendParams& p, const Chip& chip) {
     AttendParams sized = p;
     sized.blocks = blocks_of_rows(p, blocks);
     plan.fused_ctas = 0;
-    most = std::max(most, lay_out(sized, plan).bytes);
+    // Of calls with fewer rows more parts may leave states, of no more tiles than there are multiprocessors.
+    plan.wide_splits = takes_wide(p, chip) ? 1 : 0;
+    const std::size_t more = plan.wide_splits * static_cast<std::size_t>(plan.ctas) * kWideRows *
+                             (static_cast<std::size_t>(p.dim) + 2) * sizeof(float);
+    most = std::max(most, lay_out(sized, plan).bytes + more);
     const std::size_t states = 2 * static_cast<std::size_t>(plan.ctas) * fused_state_floats(p.dim, blocks) *
                                sizeof(float);
     most = std::max(most, kMostFused * sizeof(int) + states);
@@ -178,6 +197,8 @@ cudaError_t launch_attend(AttendParams& p, const AttendPlan& plan, void* scratch
   p.operands = reinterpret_cast<uint4*>(memory + s.operands);
   p.row_scale = reinterpret_cast<float*>(memory + s.row_scale);
   p.states = reinterpret_cast<float*>(memory + s.states);
+  p.wide_splits = plan.wide_splits;
+  p.wide_slot = s.wide_slot;
   return with_dim(p.dim, [&](auto d) { return launch_dim<decltype(d)::value>(p, plan, stream); });
 }
 

@@ -84,6 +84,11 @@ struct AttendParams {
   int readers = 0;  // warps that the items are divided among
   int segment_blocks = 0;  // blocks of a segment: 1 or 2
   int merge_rows = 0;      // rows of a segment that one CTA merges
+  // Where tiles of many rows read the pages of sequences that have as many (attend_wide.h), which are no items then:
+  // each of so many parts of a segment's pages leaves a state, from slot wide_slot on. 0: no tiles.
+  int wide_splits = 0;
+  std::size_t wide_slot = 0;
+  bool even_levels = false;  // both sides' levels of both signs have the same magnitudes
   // Where there are many: what one CTA rotates in one product, of no more than kBlockRows rows together.
   int prepare_blocks = 1, merge_segments = 1;
 };
@@ -99,8 +104,9 @@ constexpr int operand_words(int dim) { return page_operand_words(dim) + operand_
 // The properties of a device that a call's plan depends on.
 struct Chip {
   int multiprocessors = 1;
-  int shared = 0;  // bytes of shared memory that a CTA may ask for
-  int code = 0;    // the compute capability that the kernels it runs were compiled for: 80, 89, 90, ...
+  int shared = 0;      // bytes of shared memory that a CTA may ask for
+  int code = 0;        // the compute capability that the kernels it runs were compiled for: 80, 89, 90, ...
+  bool wgmma = false;  // whether it has wgmma, and this build code for it
 };
 Chip chip_of(
     int device);  // `device` is the current one; shared and code are 0 where this build has no code that it can run
@@ -127,9 +133,10 @@ struct AttendPlan {
   int most_sequences = 0;  // for which item counts fit in shared memory beside the queues
   int segment_blocks = 1;
   int ctas = 0, readers_per_cta = 0;
-  int fused_ctas = 0;  // of each segment, where one kernel does all (attend_fused.cuh); 0: three kernels
-  bool teams = false;  // teams of warps read together (attend_team.cuh)
-  bool early = false;  // kernels may begin before the previous one has ended (sm_90)
+  int fused_ctas = 0;   // of each segment, where one kernel does all (attend_fused.cuh); 0: three kernels
+  int wide_splits = 0;  // where tiles of many rows read the pages (attend_wide.h)
+  bool teams = false;   // teams of warps read together (attend_team.cuh)
+  bool early = false;   // kernels may begin before the previous one has ended (sm_90)
   std::size_t scratch = 0;
 };
 AttendPlan plan_attend(const AttendParams& p, const Chip& chip, const Load& load);

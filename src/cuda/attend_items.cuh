@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/attend.h"
+#include "cuda/attend_wide.h"
 #include "cuda/device.cuh"
 
 namespace kv4::cuda {
@@ -40,10 +41,18 @@ __device__ __forceinline__ int segments_per_head(const AttendParams& p, const Se
   return p.segment_blocks == 1 ? blocks : (blocks + 1) / 2;
 }
 
+// Whether tiles read a sequence's pages (attend_wide.h), which are no items then.
+__device__ __forceinline__ bool is_wide(const AttendParams& p, const SequenceView& s) {
+  return p.wide_splits > 0 && p.group * s.query_count >= kWideFrom;
+}
+__device__ __forceinline__ int page_items(const AttendParams& p, const SequenceView& s) {
+  return is_wide(p, s) ? 0 : s.page_count;
+}
+
 // Items of a sequence, all heads and segments.
 __device__ __forceinline__ int items_of(const AttendParams& p, int b) {
   const SequenceView& s = p.sequences[b];
-  return (items_of(s.exact[0]) + items_of(s.exact[1]) + s.page_count) * p.kv_heads * segments_per_head(p, s);
+  return (items_of(s.exact[0]) + items_of(s.exact[1]) + page_items(p, s)) * p.kv_heads * segments_per_head(p, s);
 }
 
 // item_offsets[b] = items of the sequences before b. One warp, a lane so many sequences after each other, which it
@@ -90,7 +99,7 @@ struct Cursor {
     const SequenceView& s = p.sequences[b];
     sink_items = items_of(s.exact[0]);
     behind = resume = exact_items = sink_items + items_of(s.exact[1]);
-    items = exact_items + s.page_count;
+    items = exact_items + page_items(p, s);
     per_head = segments_per_head(p, s);
   }
   __device__ void start(const AttendParams& p, const int* item_offsets, int first, int last) {

@@ -7,6 +7,7 @@
 #include "cuda/attend_merge.cuh"
 #include "cuda/attend_prepare.cuh"
 #include "cuda/attend_tuning.h"
+#include "cuda/attend_wide.h"
 #include "cuda/launch.cuh"
 
 namespace kv4::cuda {
@@ -80,6 +81,11 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
           queue(main, dim3(static_cast<unsigned>(plan.ctas)), main_warps<D>(kRoom, kBlocks, kKind) * kLanes, shared);
       e != cudaSuccess)
     return e;
+#ifdef KV4_CUDA_WGMMA
+  if constexpr (D < kLargeDim && kRoom == Room::large)
+    if (plan.wide_splits > 0)
+      if (const cudaError_t e = launch_wide(p, stream); e != cudaSuccess) return e;
+#endif
   const unsigned segments =
       in_groups(static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks)), p.merge_segments);
   const unsigned parts = (p.merge_segments > 1 ? 1 : in_groups(kBlocks * kBlockRows, p.merge_rows)) *

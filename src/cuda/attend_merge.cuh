@@ -52,14 +52,18 @@ struct MergeRow {
     MergeSlots of = {};
     if (!there) return of;
     const int segment = head * segments_per_head(p, *s) + part,
-              items[2] = {items_of(s->exact[0]) + items_of(s->exact[1]), s->page_count};
-    packed = items[1] > 0;
+              items[2] = {items_of(s->exact[0]) + items_of(s->exact[1]), page_items(p, *s)};
+    packed = s->page_count > 0;
     int item = __ldcg(p.item_offsets + b) + segment * (items[0] + items[1]);
     for (int kind = 0; kind < 2; item += items[kind++]) {
       if (items[kind] == 0) continue;
       const int reader = shares.owner(item);
       of.first[kind] = reader + 2 * (b * segments + segment) + kind;
       of.count[kind] = shares.owner(item + items[kind] - 1) - reader + 1;
+    }
+    if (packed && is_wide(p, *s)) {
+      of.first[1] = static_cast<int>(p.wide_slot) + (b * segments + segment) * p.wide_splits;
+      of.count[1] = p.wide_splits;
     }
     return of;
   }

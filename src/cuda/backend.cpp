@@ -379,6 +379,7 @@ class CudaBackend final : public Backend {
       p->value_scales = l.v_scales - l.v_codes;
       p->key = cuda::make_tables(job.spec->key.levels.table.data());
       p->value = cuda::make_tables(job.spec->value.levels.table.data());
+      p->even_levels = cuda::even_levels(p->key) && cuda::even_levels(p->value);
       const Matrices* k = rotations_.find(job.spec->key.rotation);
       const Matrices* v = rotations_.find(job.spec->value.rotation);
       if (k == nullptr || v == nullptr)

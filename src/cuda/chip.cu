@@ -23,6 +23,12 @@ Chip chip_of(int device) {
   chip.multiprocessors = multiprocessors;
   chip.shared = shared;
   chip.code = code.ptxVersion;
+#ifdef KV4_CUDA_WGMMA
+  int major = 0, minor = 0;
+  chip.wgmma = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+               cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+               minor == 0;
+#endif
   return chip;
 }
 

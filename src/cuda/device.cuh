@@ -183,6 +183,13 @@ __device__ __forceinline__ float log2_fast(float x) {
   return y;
 }
 
+// To the last place but one, without a division's branches.
+__device__ __forceinline__ float reciprocal(float x) {
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return fmaf(fmaf(-x, r, 1.0f), r, r);
+}
+
 // Over the four lanes that hold one row of an accumulator.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));

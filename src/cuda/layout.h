@@ -86,5 +86,9 @@ KV4_HOST_DEVICE inline Tables make_tables(const int8_t levels[16]) {
   }
   return t;
 }
+// Whether levels of both signs have the same magnitudes.
+KV4_HOST_DEVICE inline bool even_levels(const Tables& t) {
+  return t.positive[0] == t.negative[0] && t.positive[1] == t.negative[1];
+}
 
 }  // namespace kv4::cuda

@@ -128,11 +128,12 @@ __device__ __forceinline__ void prefetch_tables(const SequenceView& view, int la
   for (const ExactRows& x : view.exact) prefetch_ids(x.blocks, (x.count + kPageTokens - 1) / kPageTokens, lane);
 }
 
-// The list of a range's jobs, by one CTA: sums over as many sequences at a time as it has threads, then a thread for
-// each job.
-constexpr int kMostThreads = 1024;
+// The list of a range's jobs, by CTA `cta` of `ctas`, each of which sums over as many sequences at a time as it has
+// threads and writes every ctas-th part of the list, a thread for each job.
+constexpr int kMostThreads = 1024, kMostStepThreads = 512;
 template <class Job>
-__device__ __forceinline__ void list_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out) {
+__device__ __forceinline__ void list_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out,
+                                          int cta, int ctas) {
   __shared__ int behind[kMostThreads];  // pages of the sequences at hand up to each one
   const int thread = threadIdx.x, threads = blockDim.x, lane = thread % kLanes;
   int used = 0;
@@ -149,7 +150,7 @@ __device__ __forceinline__ void list_jobs(const PagedBatch& batch, DType dtype, 
     behind[thread] = sum;
     __syncthreads();
     const int all = behind[threads - 1];
-    for (int i = thread; i < all; i += threads) {
+    for (int i = cta * threads + thread; i < all; i += ctas * threads) {
       int low = 0, high = threads - 1;  // the first with more than i behind it
       while (low < high) {
         const int middle = (low + high) / 2;
@@ -161,7 +162,7 @@ __device__ __forceinline__ void list_jobs(const PagedBatch& batch, DType dtype, 
     used += all;
     __syncthreads();
   }
-  for (int i = used + thread; i < batch.size * range.most; i += threads) out[i].page = -1;
+  for (int i = used + cta * threads + thread; i < batch.size * range.most; i += ctas * threads) out[i].page = -1;
 }
 
 __global__ void step_kernel(const __grid_constant__ StepParams p) {
@@ -169,7 +170,7 @@ __global__ void step_kernel(const __grid_constant__ StepParams p) {
   let_next_begin();
   const int b = static_cast<int>(blockIdx.x) - (p.range.most > 0 ? 1 : 0);  // one more CTA lists the jobs
   if (b < 0) {
-    if (blockIdx.y == 0) list_jobs(p.batch, p.dtype, p.range, p.jobs);
+    if (blockIdx.y == 0) list_jobs(p.batch, p.dtype, p.range, p.jobs, 0, 1);
     return;
   }
   const SequenceView view = view_of(p.batch, b, true);
@@ -252,7 +253,7 @@ __global__ void __launch_bounds__(kMostThreads) jobs_kernel(const __grid_constan
                                                             const __grid_constant__ PageRange range, Job* out) {
   wait_for_previous();
   let_next_begin();
-  list_jobs(batch, dtype, range, out);
+  list_jobs(batch, dtype, range, out, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
 }
 
 unsigned ctas_for(int threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
@@ -267,7 +268,9 @@ template <class Job>
 cudaError_t launch_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out, bool early,
                         cudaStream_t stream) {
   if (batch.size * range.most <= 0) return cudaSuccess;
-  return queue_early(early, jobs_kernel<Job>, dim3(1), kMostThreads, 0, stream, batch, dtype, range, out);
+  const int ctas = std::min((batch.size * range.most + kMostThreads - 1) / kMostThreads, 64);
+  return queue_early(early, jobs_kernel<Job>, dim3(static_cast<unsigned>(ctas)), kMostThreads, 0, stream, batch, dtype,
+                     range, out);
 }
 template cudaError_t launch_jobs(const PagedBatch&, DType, const PageRange&, SealJob*, bool, cudaStream_t);
 template cudaError_t launch_jobs(const PagedBatch&, DType, const PageRange&, DequantiseJob*, bool, cudaStream_t);
@@ -303,7 +306,10 @@ cudaError_t launch_store(const StoreParams& p, cudaStream_t stream) {
 cudaError_t launch_step(const StepParams& p, cudaStream_t stream) {
   if (p.store.batch == 0) return cudaSuccess;
   StoreGrid grid(p.store);
-  if (p.range.most > 0) ++grid.ctas.x;
+  if (p.range.most > 0) {
+    ++grid.ctas.x;
+    grid.threads = std::max(grid.threads, std::min(p.batch.size, kMostStepThreads) / kLanes * kLanes);
+  }
   return queue_early(p.store.early, step_kernel, grid.ctas, grid.threads, 0, stream, p);
 }
 

@@ -105,13 +105,6 @@ __device__ __forceinline__ void copy_8(void* to, const void* from) {
 }
 __device__ __forceinline__ void copies_end() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// To the last place but one, without a division's branches.
-__device__ __forceinline__ float reciprocal(float x) {
-  float r;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return fmaf(fmaf(-x, r, 1.0f), r, r);
-}
-
 // Loads a slice's rows and lambda, and the address of its page's chunk. Masked and absent rows are zeros.
 template <int D, bool kValues>
 __device__ __forceinline__ void ask_for_rows(const PageMemory& pages, TeamJob& its, unsigned char* rows, float* lambda,

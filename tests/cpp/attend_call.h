@@ -123,11 +123,11 @@ struct Call {
   double scale() const { return args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<double>(args.q.shape[3])); }
 };
 
-// A device's rounding: relative error of queries and weights at exact rows, and the number of integer steps in a page's
-// largest weight (value scale included).
+// A device's rounding: relative error of queries and weights at exact rows; at pages the number of steps in the largest
+// channel of a query and in a page's largest weight (value scale included), and the relative error of weights.
 struct Rounding {
   double query = 0, weight = 0;
-  double page_weights = 32512;
+  double page_queries = 32512, page_weights = 32512, page_weight = 0;
 };
 
 // Bounds of |error| of every output, [batch, q_heads, T, head_dim_v].
@@ -170,7 +170,7 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
             for (int c = 0; c < dk; ++c)
               x += inverse[static_cast<std::size_t>(c * dk + i)] * scaled[static_cast<std::size_t>(c)];
             double& u = unit[static_cast<std::size_t>(i / s.spec().key.group)];
-            u = std::max(u, std::abs(x) / 32512);
+            u = std::max(u, std::abs(x) / rounds.page_queries);
           }
         }
         std::vector<double> sigma(count, 0.0), ulps(count, 0.0);
@@ -222,7 +222,8 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
             variance += move * move * sigma[j] * sigma[j];
             rounding += move * ulps[j];
             magnitude += p[j] * std::abs(value);
-            if (j < paged || j >= paged + page_tokens) variance += std::pow(p[j] * rounds.weight * value, 2);
+            const bool exact = j < paged || j >= paged + page_tokens;
+            variance += std::pow(p[j] * (exact ? rounds.weight : rounds.page_weight) * value, 2);
           }
           all.push_back(6 * std::sqrt(variance) + rounding + 4 * kUlp * magnitude);
         }

@@ -61,17 +61,27 @@ class CudaAttend : public ::testing::Test {
     return dtype == DType::f16 ? f16_to_f32(h) : bf16_to_f32(h);
   }
 
-  // One kernel wherever a call's segments are few enough, read by teams or by warps; three.
-  static constexpr cuda::Load kTeams = {0, 0}, kWarps = {1ll << 30, 1ll << 40}, kThree = {1ll << 30, 0};
+  // A call's kernels: one wherever its segments are few enough, read by teams or by warps; three; with tiles of many
+  // rows where a device has them and rows are many. As if sequences were as long as `load` says.
+  struct Way {
+    const char* name;
+    cuda::Load load;
+    bool tiles;
+  };
+  static constexpr Way kTeams = {"one kernel, teams", {0, 0}, false},
+                       kWarps = {"one kernel, warps", {1ll << 30, 1ll << 40}, false},
+                       kThree = {"three kernels", {1ll << 30, 0}, false}, kTiles = {"tiles", {1ll << 30, 0}, true};
 
-  // The job's kernels as if its sequences were as long as `load` says; `teams`: whether teams of warps read.
-  static Status launch(const AttendJob& job, const cuda::Load& load, bool* teams = nullptr) {
+  // `plan`: what was planned.
+  static Status launch(const AttendJob& job, const Way& way, cuda::AttendPlan* planned = nullptr) {
     cuda::AttendParams p;
     KV4_RETURN_IF_ERROR(cuda::attend_params(job, &p));
     const DeviceBytes device_views(job.sequences.views.data(), job.sequences.views.size_bytes());
     p.sequences = device_views.as<SequenceView>();
-    const cuda::AttendPlan plan = cuda::plan_attend(p, cuda::chip_of(0), load);
-    if (teams != nullptr) *teams = plan.teams;
+    cuda::Chip chip = cuda::chip_of(0);
+    chip.wgmma = chip.wgmma && way.tiles;
+    const cuda::AttendPlan plan = cuda::plan_attend(p, chip, way.load);
+    if (planned != nullptr) *planned = plan;
     EXPECT_LE(plan.scratch, cuda::backend()->attend_workspace(job));
     const DeviceBytes scratch(plan.scratch, 0xff);
     EXPECT_EQ(cudaMemset(scratch.as(), 0, cuda::kMostFused * sizeof(int)), cudaSuccess);
@@ -85,7 +95,7 @@ class CudaAttend : public ::testing::Test {
   // How a call is made: where its memory lies, and how many of the newest queries each sequence has, where not all of
   // the call's.
   struct How {
-    cuda::Load load;
+    Way way;
     Layout layout;
     std::vector<int> queries;
   };
@@ -93,7 +103,7 @@ class CudaAttend : public ::testing::Test {
   // Output of one call: physically [batch, T, heads, dim_v + 2], the gap guarded, and rows of queries that a sequence
   // does not have, which come as 0.
   static std::vector<double> run(const Scene& s, const Call& call, const How& how, Status* status,
-                                 bool* teams = nullptr) {
+                                 cuda::AttendPlan* planned = nullptr) {
     const DeviceScene scene(s, how.layout);
     const Device device(call);
     const std::int64_t heads = call.args.q.shape[1], queries = call.args.q.shape[2], dv = s.shape().dim_v;
@@ -113,7 +123,7 @@ class CudaAttend : public ::testing::Test {
     job.out.dtype = call.out_dtype;
     job.out.shape = {s.batch(), heads, queries, dv};
     job.out.stride = {queries * heads * width, width, heads * width, 1};
-    *status = launch(job, how.load, teams);
+    *status = launch(job, how.way, planned);
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     const std::vector<std::uint8_t> host = buffer.read();
     std::vector<double> out;
@@ -148,15 +158,18 @@ class CudaAttend : public ::testing::Test {
         const auto from = expected.out.begin() + row * s.shape().dim_v;
         std::fill(from, from + (call.args.q.shape[2] - queries[b]) * s.shape().dim_v, 0.0);
       }
-    for (const cuda::Load& load : {kTeams, kWarps, kThree}) {
-      SCOPED_TRACE(load.longest == 0         ? "one kernel, teams"
-                   : load.all > load.longest ? "one kernel, warps"
-                                             : "three kernels");
+    // Tiles have queries and weights in 16-bit floats, of 11 bits; sequences with few rows are read by warps.
+    rounds = {rounds.query, rounds.weight, 1024, 32512, 0x1p-11};
+    std::vector<double> of_tiles = scene::bounds(s, call, dense, expected, rounds);
+    for (std::size_t i = 0; i < of_tiles.size(); ++i) of_tiles[i] = std::max(of_tiles[i], coarse[i]);
+    for (const Way& way : {kTeams, kWarps, kThree, kTiles}) {
+      SCOPED_TRACE(way.name);
       Status status;
-      bool teams = false;
-      const std::vector<double> out = run(s, call, {load, layout, queries}, &status, &teams);
+      cuda::AttendPlan plan;
+      const std::vector<double> out = run(s, call, {way, layout, queries}, &status, &plan);
+      if (way.tiles && plan.wide_splits == 0) continue;  // three kernels again
       ASSERT_TRUE(status.ok()) << status.message();
-      scene::expect_within(s, call, out, expected, teams ? fine : coarse);
+      scene::expect_within(s, call, out, expected, plan.wide_splits > 0 ? of_tiles : plan.teams ? fine : coarse);
     }
   }
 };
@@ -245,6 +258,34 @@ TEST_F(CudaAttend, SequencesWithQueriesOfTheirOwn) {
       }
 }
 
+// Chunks of prefills over sealed pages: more rows than a tile, than half of one, and fewer; pages that begin hidden or
+// end early, that some rows see and others do not, and none.
+TEST_F(CudaAttend, TilesOfManyRows) {
+  const std::vector<Held> held = {
+      {4, 17 * 64 - 20, 12, 0}, {0, 64, 40, 0}, {0, 0, 150, 0}, {2, 40 * 64, 130, 0}, {4, 9 * 64, 64, 20}};
+  std::uint64_t seed = 8500;
+  for (const int d : {64, 80, 96, 128})
+    for (const auto& [group, queries] : {std::pair(4, 40), std::pair(1, 130), std::pair(7, 10), std::pair(3, 22)})
+      for (const bool limits : {false, true}) {
+        SCOPED_TRACE(::testing::Message() << queries << " queries, d " << d << ", group " << group << ", " << limits);
+        Shape shape;
+        shape.dim_k = shape.dim_v = d;
+        shape.group = group;
+        shape.kv_heads = 2;
+        shape.dtype = seed % 2 == 0 ? DType::f16 : DType::bf16;
+        shape.seed = seed++;
+        const Scene s(shape, held);
+        Call call(s, queries, shape.dtype);
+        if (limits) {
+          call.starts({500, 0, 3, 25, 100});
+          call.windows({200, 30, 100, 1900, 64});
+          if (seed % 4 < 2) call.args.softcap = 20;
+        }
+        check_with(s, call, seed % 3 == 0 ? Layout{3, true} : Layout{1, false}, {});
+        if (testing::Test::HasFatalFailure()) return;
+      }
+}
+
 TEST_F(CudaAttend, ChunksAndBlocks) {
   std::uint64_t seed = 9000;
   for (const int d : cases::kHeadDims)
@@ -283,7 +324,7 @@ TEST_F(CudaAttend, HiddenTokensAndOneWindowForAll) {
       masked.windows({600, 600, 600, 600});
       const DeviceScene scene(s);
       const Device of_masked(masked), of_plain(plain);
-      for (const cuda::Load& load : {kTeams, kWarps, kThree}) {
+      for (const Way& way : {kTeams, kWarps, kThree}) {
         std::vector<std::uint8_t> out[2];
         for (const bool hidden : {false, true}) {
           const Device& device = hidden ? of_plain : of_masked;
@@ -293,7 +334,7 @@ TEST_F(CudaAttend, HiddenTokensAndOneWindowForAll) {
           AttendJob job = job_of(s, scene, device.args, views);
           if (hidden) job.window = 600;
           job.out = {buffer.as(), DType::f32, {s.batch(), 2 * group, 2, d}, {4 * group * d, 2 * d, d, 1}};
-          const Status status = launch(job, load);
+          const Status status = launch(job, way);
           ASSERT_TRUE(status.ok()) << status.message();
           out[hidden ? 1 : 0] = buffer.read();
         }

@@ -1,0 +1,135 @@
+// Attention of many query rows a KV head over sealed pages, as a chunk of a prefill has them, or many drafted tokens:
+// tiles of 128 rows, of which a CTA reads its part of the sequence's pages. On compute capability 9.0, compiled as
+// sm_90a.
+//
+// Two groups of four warps turn codes into operands (attend_wide_operands.cuh), one those of keys, one those of values:
+// a level is a 16-bit float below the normal ones, its magnitude in the lowest bits, so that an element costs 1.4
+// instructions and no arithmetic; the factor 2^24 goes into the scales. Channels and tokens lie in the order in which
+// the codes do: products do not mind. Two more groups have 64 rows each (attend_wide_rows.cuh): their products with
+// keys run while the weights of the page before are multiplied with its values.
+//
+// A value's scale becomes part of the weight: the running maximum is of scores plus log2 of the scale, weights fill 16
+// bits whatever the scales are, and the weights' sum divides them again.
+//
+// Means: q'.m' for the means of eight pages at once, one product with the queries' first halves, one with their second.
+//
+// Count for d = 128, a page and a tile (16,384 codes, 2 x 1,048,576 multiply-adds), and what ncu has of it:
+//   products        1,024 cycles of the matrix unit, which is busy in 38 % of its cycles
+//   instructions    8 x 330 of rows, 8 x 250 of operands: 1,170 of each scheduler
+//   exponentials    8,704: 544 cycles
+//   shared memory   1,020 wavefronts, half of them the products'
+//   measured        2,600 cycles. What binds is how long a group takes from one page to the next, 2,200 cycles where it
+//                   is alone: products 440, scores 260, their maximum 160, exponentials and packing 700, the rest waits
+//                   for shared memory and shuffles
+//
+//   version, 512 queries of 32 heads over 32,768 tokens, 8 KV heads, H200                            this kernel, us
+//   pages loaded to registers by the four warps that write operands                                  some 980
+//   copied to shared memory ahead                                                                    971
+//   scores' factors loaded before products are waited for, the cap's code apart                      860
+//   operands by eight warps, the factors before products are queued                                  803
+//   three operands ahead; pages seen whole by two integers                                           783
+//   the two groups of rows multiply in turns (named barriers): 2 % less, not kept
+#include "cuda/attend_wide.h"
+
+#include <cstdint>
+
+#include "cuda/attend_items.cuh"
+#include "cuda/attend_wide_operands.cuh"
+#include "cuda/attend_wide_rows.cuh"
+#include "cuda/launch.cuh"
+
+namespace kv4::cuda {
+namespace {
+
+template <int D>
+__global__ void __launch_bounds__(kWideThreads, 1) attend_wide(const __grid_constant__ AttendParams p) {
+  using S = WideShape<D>;
+  extern __shared__ __align__(1024) unsigned char wide_memory[];
+  __shared__ float tops[kGroupThreads / kLanes];
+  wait_for_previous();
+  let_next_begin();
+  const int head = static_cast<int>(blockIdx.y) / p.wide_splits, split = static_cast<int>(blockIdx.y) % p.wide_splits,
+            b = static_cast<int>(blockIdx.z), row0 = static_cast<int>(blockIdx.x) * kWideRows;
+  const SequenceView& s = p.sequences[b];
+  const int rows = p.group * static_cast<int>(s.query_count);  // of the head
+  if (row0 >= rows || s.page_count == 0 || !is_wide(p, s)) return;
+  const int its_rows = min(kWideRows, rows - row0), groups = its_rows > kGroupRows ? 2 : 1;
+  const WideRange range(p, s, b, head, row0, its_rows, split);
+
+  unsigned char* memory = wide_memory + (1024 - shared_address(wide_memory) % 1024) % 1024;
+  const WideBarriers barriers{shared_address(memory) + S::kBarriersAt};
+  const int block0 = (b * p.kv_heads + head) * p.blocks;
+  if (threadIdx.x < kGroupThreads) {
+    const int row = row0 + static_cast<int>(threadIdx.x);
+    const float top = row < rows ? p.row_scale[static_cast<std::size_t>(block0 + row / kBlockRows) * 2 * kBlockRows +
+                                               kBlockRows + row % kBlockRows]
+                                 : 0.0f;
+    const float largest = warp_max(fabsf(top));
+    if (threadIdx.x % kLanes == 0) tops[threadIdx.x / kLanes] = largest;
+  } else if (threadIdx.x == kGroupThreads) {
+    barriers.prepare(groups);
+  }
+  __syncthreads();
+  // Queries as products take them: the largest of the tile's is in [2^13, 2^14).
+  const float top = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+  const uint32_t exponent = top > 0 ? min(max(__float_as_uint(top) >> 23, 20u), 250u) : 127;
+  const float unit = __uint_as_float((exponent - 13) << 23), to_units = __uint_as_float((254 - exponent + 13) << 23);
+
+  const int group = __shfl_sync(kAll, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
+  if (group >= kRowGroups) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+    if (range.count == 0) return;
+    const std::uint32_t slice = static_cast<std::uint32_t>(head) * p.pages.head_stride;
+    if (group == kRowGroups) {
+      WideKeys<D> keys(p, s, memory);
+      if (p.even_levels) keys.template run<true>(range, barriers, slice, unit * 0x1p24f);
+      else keys.template run<false>(range, barriers, slice, unit * 0x1p24f);
+    } else {
+      if (p.even_levels) WideValues<D>::template run<true>(p, range, s.pages, memory, barriers, slice);
+      else WideValues<D>::template run<false>(p, range, s.pages, memory, barriers, slice);
+    }
+    return;
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
+  if (group >= groups) return;
+  WideRows<D> of(p, memory, barriers);
+  const int first_row = row0 + group * kGroupRows + static_cast<int>(threadIdx.x) % kGroupThreads / kLanes * 16 + of.g;
+  if (range.count > 0) {
+    unsigned char* rest = memory + S::kRestAt + group * S::kHalves * S::kRestHalf;
+    of.load(block0, row0 + group * kGroupRows, rows, to_units, rest);
+    fence_shared_writes();
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
+    of.run(range, Sight(p, b, head), s, first_row, unit, shared_address(rest));
+  }
+  const int segment_rows = p.segment_blocks * kBlockRows, segments = p.kv_heads * (p.blocks / p.segment_blocks);
+  const int before = b * segments + head * segments_per_head(p, s);
+  of.put(first_row, rows, segment_rows, [&](int segment) {
+    return p.states + (p.wide_slot + static_cast<std::size_t>(before + segment) * p.wide_splits + split) *
+                          (segment_rows * (D + 2));
+  });
+}
+
+template <int D>
+cudaError_t launch(const AttendParams& p, cudaStream_t stream) {
+  static SharedMost most;
+  if (const cudaError_t e = most.allow(attend_wide<D>, WideShape<D>::kShared); e != cudaSuccess) return e;
+  const int tiles = (p.group * p.queries + kWideRows - 1) / kWideRows;
+  return queue_early(true, attend_wide<D>,
+                     dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(p.kv_heads * p.wide_splits),
+                          static_cast<unsigned>(p.batch)),
+                     kWideThreads, WideShape<D>::kShared, stream, p);
+}
+
+}  // namespace
+
+cudaError_t launch_wide(const AttendParams& p, cudaStream_t stream) {
+  switch (p.dim) {
+    case 64: return launch<64>(p, stream);
+    case 80: return launch<80>(p, stream);
+    case 96: return launch<96>(p, stream);
+    case 128: return launch<128>(p, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace kv4::cuda
