@@ -62,8 +62,9 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
     return queue_kernel(kernel, p, plan, ctas, threads, bytes, stream);
   };
   // A few CTAs are bound by latency, which more threads shorten; many share the multiprocessors.
+  const auto crowded = [&](unsigned ctas) { return ctas > 2 * static_cast<unsigned>(plan.ctas); };
   const auto threads = [&](unsigned ctas, int together) {
-    return together > 1 || ctas > 2 * static_cast<unsigned>(plan.ctas) ? kRotateThreads / 2 : kRotateThreads;
+    return together > 1 || crowded(ctas) ? kRotateThreads / 2 : kRotateThreads;
   };
   const auto in_groups = [](unsigned n, int of) {
     return (n + static_cast<unsigned>(of) - 1) / static_cast<unsigned>(of);
@@ -90,7 +91,9 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
       in_groups(static_cast<unsigned>(p.batch * p.kv_heads * (p.blocks / kBlocks)), p.merge_segments);
   const unsigned parts = (p.merge_segments > 1 ? 1 : in_groups(kBlocks * kBlockRows, p.merge_rows)) *
                          static_cast<unsigned>(merge_columns(D));
-  return queue(merge, dim3(segments, parts), threads(segments * parts, p.merge_segments), kMerge);
+  const bool alone = p.merge_segments == 1 && crowded(segments * parts);
+  return queue(merge, dim3(segments, parts), alone ? kRotateThreads / 4 : threads(segments * parts, p.merge_segments),
+               kMerge);
 }
 
 template <int D, Rows kRows>

@@ -13,22 +13,13 @@
 //
 // Means: q'.m' for the means of eight pages at once, one product with the queries' first halves, one with their second.
 //
-// Count for d = 128, a page and a tile (16,384 codes, 2 x 1,048,576 multiply-adds), and what ncu has of it:
-//   products        1,024 cycles of the matrix unit, which is busy in 38 % of its cycles
-//   instructions    8 x 330 of rows, 8 x 250 of operands: 1,170 of each scheduler
+// Count for d = 128, a page and a tile (16,384 codes, 2 x 1,048,576 multiply-adds):
+//   products        1,024 cycles of the matrix unit
+//   instructions    8 x 330 of rows, 8 x 230 of operands: 1,120 of each scheduler
 //   exponentials    8,704: 544 cycles
 //   shared memory   1,020 wavefronts, half of them the products'
-//   measured        2,600 cycles. What binds is how long a group takes from one page to the next, 2,200 cycles where it
-//                   is alone: products 440, scores 260, their maximum 160, exponentials and packing 700, the rest waits
-//                   for shared memory and shuffles
-//
-//   version, 512 queries of 32 heads over 32,768 tokens, 8 KV heads, H200                            this kernel, us
-//   pages loaded to registers by the four warps that write operands                                  some 980
-//   copied to shared memory ahead                                                                    971
-//   scores' factors loaded before products are waited for, the cap's code apart                      860
-//   operands by eight warps, the factors before products are queued                                  803
-//   three operands ahead; pages seen whole by two integers                                           783
-//   the two groups of rows multiply in turns (named barriers): 2 % less, not kept
+//   measured        2,440 cycles. What binds is how long a group of rows takes from one page to the next, some 2,000
+//                   where it is alone: docs/notes/cuda.md has where they go, and the versions
 #include "cuda/attend_wide.h"
 
 #include <cstdint>
@@ -77,7 +68,7 @@ __global__ void __launch_bounds__(kWideThreads, 1) attend_wide(const __grid_cons
 
   const int group = __shfl_sync(kAll, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
   if (group >= kRowGroups) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     if (range.count == 0) return;
     const std::uint32_t slice = static_cast<std::uint32_t>(head) * p.pages.head_stride;
     if (group == kRowGroups) {
@@ -90,7 +81,7 @@ __global__ void __launch_bounds__(kWideThreads, 1) attend_wide(const __grid_cons
     }
     return;
   }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
   if (group >= groups) return;
   WideRows<D> of(p, memory, barriers);
   const int first_row = row0 + group * kGroupRows + static_cast<int>(threadIdx.x) % kGroupThreads / kLanes * 16 + of.g;

@@ -116,21 +116,32 @@ struct WideKeys {
         lane(threadIdx.x % kLanes), warp(__shfl_sync(kAll, static_cast<int>(threadIdx.x) % kGroupThreads / kLanes, 0)) {
   }
 
+  // Where this lane's words of codes go in an operand.
+  struct Places {
+    int at[S::kKeyLoads][4];
+  };
+  __device__ __forceinline__ Places places() const {
+    Places places;
+#pragma unroll
+    for (int i = 0; i < S::kKeyLoads; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int f = 4 * (warp + 4 * i) + e, octet = f / S::kBlocks32, piece = f % S::kBlocks32 * 4 + lane % 4;
+        places.at[i][e] = piece / 8 * S::kKeyHalf + swizzled(column_of(octet * 8 + lane / 4), piece % 8);
+      }
+    return places;
+  }
   template <bool kEven>
-  __device__ __forceinline__ void put(const unsigned char* raw, unsigned char* to, const Tables& tables) const {
-    const int g = lane / 4, t = lane % 4;
+  __device__ __forceinline__ void put(const unsigned char* raw, unsigned char* to, const Places& places,
+                                      const Tables& tables) const {
 #pragma unroll
     for (int i = 0; i < S::kKeyLoads; ++i) {
       const int u = warp + 4 * i;
       if (4 * i + 3 >= S::kKeyWords && u >= S::kKeyWords) continue;
       const uint4 words = reinterpret_cast<const uint4*>(raw)[u * kLanes + lane];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int f = 4 * u + e, octet = f / S::kBlocks32, block = f % S::kBlocks32;
-        const int row = column_of(octet * 8 + g), piece = block * 4 + t;
-        *reinterpret_cast<uint4*>(to + piece / 8 * S::kKeyHalf + swizzled(row, piece % 8)) =
-            operand_of<kEven>(word_of(words, e), tables);
-      }
+      for (int e = 0; e < 4; ++e)
+        *reinterpret_cast<uint4*>(to + places.at[i][e]) = operand_of<kEven>(word_of(words, e), tables);
     }
   }
   // `unit`: of the products, as scores.
@@ -173,12 +184,13 @@ struct WideKeys {
     uint2 mean[2];
     if (p.mean) load_mean(page_of(p, id_at(own)) + slice, mean);
     WideSource<D, false> source(p, barriers, memory, slice, ids, range.count);
+    const Places where = places();
     WideStage stage;
 #pragma unroll 1
     for (int i = 0; i < range.count; ++i, stage.next()) {
       const unsigned char* const raw = source.wait(i);
       WideBarriers::wait(barriers.empty(false, stage.at), stage.parity ^ 1);
-      put<kEven>(raw, memory + stage.at * S::kKeyBytes, tables);
+      put<kEven>(raw, memory + stage.at * S::kKeyBytes, where, tables);
       put_factors(raw, reinterpret_cast<WideFactors*>(memory + S::kFactorsAt) + stage.at, range.first + i, unit);
       const bool means = p.mean && i % kMeanPages == 0;
       if (means) put_mean(mean);
@@ -201,25 +213,33 @@ struct WideValues {
   static __device__ __forceinline__ void run(const AttendParams& p, const WideRange& range, const std::int32_t* ids,
                                              unsigned char* memory, WideBarriers barriers, std::uint32_t slice) {
     const Tables tables = p.value;
-    // Of eight channels; those of eight neighbouring lanes lie four rows apart, so that stores meet no bank twice.
-    const int lane = threadIdx.x % kLanes, channel = lane / 4 % 2 * 4 + lane / 8, t = lane % 4,
+    // A lane has of channel g two words of eight tokens; lanes of odd channels store the second one first, so that
+    // those of eight neighbouring lanes meet no bank twice.
+    const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4,
               warp = __shfl_sync(kAll, static_cast<int>(threadIdx.x) % kGroupThreads / kLanes, 0);
+    const bool odd = g % 2 == 1;
+    const int first = swizzled(warp * 16 + g, (odd ? 4 : 0) + t), second = first ^ 4 << 4;
     WideSource<D, true> source(p, barriers, memory, slice, ids + range.first, range.count);
     WideStage stage;
 #pragma unroll 1
     for (int i = 0; i < range.count; ++i, stage.next()) {
       unsigned char* const to = memory + S::kValuesAt + stage.at * S::kValueBytes;
       const auto* raw = reinterpret_cast<const uint4*>(source.wait(i));
+      uint4 codes[S::kValueLoads];
+#pragma unroll
+      for (int j = 0; j < S::kValueLoads; ++j) codes[j] = raw[min(warp + 4 * j, S::kValueWords - 1) * kLanes + lane];
       WideBarriers::wait(barriers.empty(true, stage.at), stage.parity ^ 1);
 #pragma unroll
       for (int j = 0; j < S::kValueLoads; ++j) {
-        const int u = warp + 4 * j;
-        if (4 * j + 3 >= S::kValueWords && u >= S::kValueWords) continue;
-        const uint4 words = raw[u * kLanes + 4 * channel + t];
+        if (4 * j + 3 >= S::kValueWords && warp + 4 * j >= S::kValueWords) continue;
+        const uint4 words = codes[j];
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-          *reinterpret_cast<uint4*>(to + swizzled((2 * u + e / 2) * 8 + channel, e % 2 * 4 + t)) =
-              operand_of<kEven>(word_of(words, e), tables);
+        for (int octet = 0; octet < 2; ++octet) {
+          const uint32_t a = octet == 0 ? words.x : words.z, b = octet == 0 ? words.y : words.w;
+          unsigned char* const at = to + (8 * j + octet) * 8 * kSwizzledRow;
+          *reinterpret_cast<uint4*>(at + first) = operand_of<kEven>(odd ? b : a, tables);
+          *reinterpret_cast<uint4*>(at + second) = operand_of<kEven>(odd ? a : b, tables);
+        }
       }
       operands_written(barriers.full(true, stage.at), lane);
       source.release(i);
