@@ -6,6 +6,7 @@
 
 #include "cases.h"
 #include "cuda/attend_tuning.h"
+#include "cuda/attend_wide.h"
 
 namespace kv4::cuda {
 namespace {
@@ -114,6 +115,48 @@ TEST(CudaPlan, TwoBlocksOfRowsShareAPageWhereSegmentsAreMany) {
   EXPECT_EQ(plan_of(kA100, 128, 4, 26).segment_blocks, 1);  // 13, 78 of 108
   EXPECT_EQ(plan_of(kA100, 128, 4, 28).segment_blocks, 2);  // 14, 84
   EXPECT_EQ(plan_of(kH100, 256, 16, 2048).segment_blocks, 1);
+}
+
+TEST(CudaPlan, ManyRowsReadPagesInTiles) {
+  Chip chip = kH100;
+  chip.wgmma = true;
+  AttendParams p;
+  p.batch = 1;
+  p.kv_heads = 8;
+  p.group = 4;
+  p.dim = 128;
+  p.k_copy_bytes = 4480;
+  const auto splits = [&](int queries, const Load& load = {512, 512}) {
+    p.queries = queries;
+    return plan_attend(p, chip, load).wide_splits;
+  };
+  EXPECT_EQ(splits(512), 1);  // 16 tiles of each head, 128 in all, of 132 multiprocessors
+  EXPECT_EQ(splits(64), 8);   // 2 of each
+  EXPECT_EQ(splits(16), 16);  // one, half full
+  EXPECT_EQ(splits(2048), 1);
+  EXPECT_EQ(splits(15), 0);  // 60 rows
+  EXPECT_EQ(splits(512, {kWideItems - 1, kWideItems - 1}), 0);
+  // What serves any call of so many queries, and fewer, serves those whose pages are divided most.
+  p.queries = 600;
+  const std::size_t most = most_scratch(p, chip);
+  for (const int queries : {1, 16, 31, 32, 33, 63, 64, 65, 100, 128, 300, 512, 600}) {
+    p.queries = queries;
+    EXPECT_LE(plan_attend(p, chip, {512, 512}).scratch, most) << queries;
+  }
+  p.kv_heads = 2;
+  EXPECT_EQ(splits(16), 0);  // 128 rows of all heads
+  EXPECT_EQ(splits(32), 66);
+  p.mask.kind = Mask::General::boolean;
+  EXPECT_EQ(splits(512), 0);
+  p.mask.kind = Mask::General::none;
+  p.dim = 256;
+  EXPECT_EQ(splits(512), 0);
+  p.dim = 128;
+  p.k_copy_bytes = 0;  // nothing is sealed
+  EXPECT_EQ(splits(512), 0);
+  p.k_copy_bytes = 4480;
+  chip.wgmma = false;
+  EXPECT_EQ(splits(512), 0);
 }
 
 TEST(CudaPlan, NoMoreIsLeftOutThanMust) {
