@@ -131,14 +131,18 @@ def greedy(
     tokens: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[Generation]:
-    """Generates `tokens` after each prompt [1, T] with the model's own cache, token by token, and asks each candidate
-    what it would have written where that was fed to it. Up to the first difference that is what it writes by itself,
-    and a call of CALL tokens answers as calls of one do. The first row of a prompt is the own cache asked so, in one
-    call over all of it: where that differs, rounding alone decides between two tokens."""
+    """Generates `tokens` after each prompt [1, T], all as long, with the model's own cache, token by token and the
+    prompts side by side, and asks each candidate what it would have written where that was fed to it. Up to the first
+    difference that is what it writes by itself, and a call of CALL tokens answers as calls of one do. The first row of
+    a prompt is the own cache asked so, in one call over all of it: where that differs, rounding alone decides between
+    two tokens. Errors: ValueError for prompts of different lengths."""
+    lengths = {prompt.shape[1] for prompt in prompts}
+    if len(lengths) != 1:
+        raise ValueError(f"prompts: expected some of one length; got {sorted(lengths)}")
     tick = progress or (lambda _: None)
     results = []
-    for index, prompt in enumerate(prompts):
-        own = _written(model, prompt, tokens, tick)
+    written = _written(model, torch.cat(list(prompts)), tokens, tick)
+    for index, (prompt, own) in enumerate(zip(prompts, written, strict=True)):
         text = tokenizer.decode(own)
         for candidate in (None, *candidates):
             found = _asked(model, candidate, prompt, own)
@@ -151,16 +155,16 @@ def greedy(
     return results
 
 
-def _written(model: Any, prompt: Tensor, tokens: int, tick: Callable[[int], None]) -> list[int]:
+def _written(model: Any, prompts: Tensor, tokens: int, tick: Callable[[int], None]) -> list[list[int]]:
+    """What the own cache writes after each of prompts [n, T]."""
     cache = new_cache(model, OWN)
     with attention(model, OWN):
-        made = [int(prefill(model, cache, prompt))]
+        made = [prefill(model, cache, prompts)]
         while len(made) < tokens:
-            fed = torch.tensor([made[-1:]], device=prompt.device)
-            logits = model(input_ids=fed, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
-            made.append(int(logits[0, -1].argmax()))
-            tick(1)
-    return made
+            logits = model(input_ids=made[-1], **{CACHE_ARGUMENT: cache}, use_cache=True).logits
+            made.append(logits[:, -1].argmax(-1, keepdim=True))
+            tick(len(prompts))
+    return torch.cat(made, 1).tolist()
 
 
 def _asked(model: Any, candidate: Candidate | None, prompt: Tensor, own: Sequence[int]) -> list[int]:
