@@ -63,6 +63,7 @@ struct ServerShape {
   int sinks = 4, window = 0;
   bool lambda = true, lambda_per_sequence = false;
   int exact = 64;  // newest tokens that stay exact at least
+  int bits_k = 4, bits_v = 4, refined = 0;
 };
 
 class PagedServer {
@@ -73,6 +74,9 @@ class PagedServer {
       : shape_(shape), random_(seed), backend_(*find_backend(shape.backend)) {
     CacheConfig config;
     config.recipe = Recipe::kv4();
+    config.recipe.key.bits = shape.bits_k;
+    config.recipe.value.bits = shape.bits_v;
+    config.recipe.refined = shape.refined;
     config.dtype = shape.dtype;
     config.kv_heads = shape.kv_heads;
     config.head_dim_k = config.head_dim_v = shape.dim;
@@ -447,7 +451,8 @@ class PagedServer {
 
 // A random run of a server: sequences come and go, prompts beside steps of one token and of several.
 inline void run_server(const ServerShape& shape, std::uint64_t seed, int steps) {
-  SCOPED_TRACE(shape.backend + ", seed " + std::to_string(seed));
+  SCOPED_TRACE(shape.backend + ", " + std::to_string(shape.bits_k) + " and " + std::to_string(shape.bits_v) +
+               " bits, " + std::to_string(shape.refined) + " refined, seed " + std::to_string(seed));
   PagedServer server(shape, seed);
   cases::Random random(seed + 1);
   for (int i = 0; i < steps && !::testing::Test::HasFatalFailure(); ++i) {

@@ -26,7 +26,7 @@ using namespace nb::literals;
 
 void create(Metal* self, nb::handle recipe, const std::string& dtype, int kv_heads, int head_dim_k, int head_dim_v,
             nb::handle matrix_k, nb::handle matrix_v) {
-  const Recipe r = read_recipe(recipe);
+  const Recipe r = read_recipe(recipe, head_dim_k, head_dim_v);
   raise_if_error(validate(r));
   Metal made;
   made.dtype = read_dtype(dtype);

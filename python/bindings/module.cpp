@@ -79,6 +79,11 @@ Recipe read_recipe(nb::handle r) {
   return out;
 }
 
+Recipe read_recipe(nb::handle r, int head_dim_k, int head_dim_v) {
+  const nb::object budget = nb::getattr(r, "bits", nb::none());
+  return budget.is_none() ? read_recipe(r) : read_recipe(r.attr("at")(head_dim_k, head_dim_v));
+}
+
 std::vector<float> read_floats(nb::handle x, const char* name) {
   if (x.is_none()) return {};
   const Tensor t = tensor(x, name);
@@ -190,7 +195,7 @@ void create(PyCache* self, nb::handle recipe, const std::string& dtype, int kv_h
             int sliding_window, nb::handle lambda_k, nb::handle lambda_v, nb::handle matrix_k, nb::handle matrix_v,
             const std::string& backend) {
   CacheConfig config;
-  config.recipe = read_recipe(recipe);
+  config.recipe = read_recipe(recipe, head_dim_k, head_dim_v);
   config.dtype = read_dtype(dtype);
   config.kv_heads = kv_heads;
   config.head_dim_k = head_dim_k;

@@ -74,7 +74,7 @@ const std::int32_t* table(nb::handle x, const char* name, std::int64_t sequences
 void create(PyFormat* self, nb::handle recipe, const std::string& dtype, int kv_heads, int head_dim_k, int head_dim_v,
             nb::handle matrix_k, nb::handle matrix_v, const std::string& backend) {
   CacheConfig config;
-  config.recipe = read_recipe(recipe);
+  config.recipe = read_recipe(recipe, head_dim_k, head_dim_v);
   config.dtype = read_dtype(dtype);
   config.kv_heads = kv_heads;
   config.head_dim_k = head_dim_k;

@@ -17,6 +17,7 @@ namespace kv4::python {
 
 // They raise ValueError naming the field.
 Recipe read_recipe(nb::handle recipe);
+Recipe read_recipe(nb::handle recipe, int head_dim_k, int head_dim_v);  // its widths, where it has a budget of bits
 DType read_dtype(const std::string& name);
 std::vector<float> read_floats(nb::handle x, const char* name);
 

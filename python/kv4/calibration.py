@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kv4.extras import require
-from kv4.recipe import Recipe
+from kv4.recipe import MOST_REFINED, PACKED_WIDTHS, Recipe
 
 require("kv4.calibration", "hf", "torch", "safetensors")
 
@@ -19,7 +19,6 @@ import torch
 
 Tensor = torch.Tensor
 FORMAT, FORMAT_VERSION = "kv4-calibration", 2
-PACKED_WIDTHS, MOST_REFINED = (2, 3, 4, 6, 8), 2
 _WIDTHS_VERSION = 2  # files without widths of layers are written as version 1, which older readers take
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,11 @@ from kv4 import _core
 
 _FORMAT = "kv4-recipe"
 _FORMAT_VERSION = 1
+PACKED_WIDTHS = (2, 3, 4, 6, 8)  # bits of a code that pages hold
+MOST_REFINED = 2
+# (bits of keys, bits of values), each with one more step of the side where a bit saves most: a bit less makes an error
+# 3.6 to 4 times as large, and the same width loses some four times as much on keys as on values (docs/quality.md).
+_CHOICES = ((2, 2), (3, 2), (4, 2), (4, 3), (4, 4), (6, 4), (6, 6), (8, 6), (8, 8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,9 @@ class Recipe:
     refined: keys of a page, 0 to 2, those of the tokens with the least value vectors, that have a second row of 4-bit
         codes for what the first one left: .03 bits a value each at head dims 128 and 256, before rounding a page's part
         of a head up to 64 bytes. Other than 0 on the CPU (kv4.Cache, kv4.hf), with seal="page".
+    bits: a budget, bits a value, all-in, in place of the sides' own, from which widths follow once head dims are known
+        (`at`): Recipe(bits=3.25). Keys have more than values; where a budget lies between two choices, some layers of
+        a kv4.hf.KV4Cache have the wider one. Widths measured for a model are those of `kv4 calibrate --method layers`.
     Raises ValueError naming the field for anything out of range or contradictory.
     """
 
@@ -56,6 +65,7 @@ class Recipe:
     sinks: int = 4
     window: int = 64
     refined: int = 0
+    bits: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("key", "value"):
@@ -63,13 +73,65 @@ class Recipe:
             if not isinstance(side, Side):
                 raise ValueError(f"recipe.{name}: expected a kv4.Side; got {type(side).__name__}")
         _core.validate(self)
+        if self.bits is not None:
+            self._check_budget()
+
+    def _check_budget(self) -> None:
+        if type(self.bits) not in (int, float) or not 2 <= self.bits <= 9:
+            raise ValueError(f"recipe.bits: expected bits a value, all-in, from 2 to 9; got {self.bits!r}")
+        for name, side in (("key", self.key), ("value", self.value)):
+            if side.bits != Side.bits:
+                raise ValueError(
+                    f"recipe.bits: expected without bits of a side; got recipe.{name}.bits {side.bits} too"
+                )
+            if side.levels != "lloyd_max":
+                raise ValueError(f"recipe.bits: expected with lloyd_max levels; got recipe.{name}.levels {side.levels}")
+        if self.seal == "never":
+            raise ValueError("recipe.bits: expected with a recipe that seals; got recipe.seal never")
+
+    def at(self, head_dim: int, head_dim_v: int | None = None, layer: int = 0, layers: int = 1) -> Recipe:
+        """The recipe of one layer of `layers`, with widths in place of a budget: all layers together take at most
+        `bits`, and as much of it as widths allow. Itself where it has no budget. head_dim_v: of values, if it is not
+        the keys'. Raises ValueError for a budget below what the least widths take."""
+        if self.bits is None:
+            return self
+        choices = [self.with_bits(*pair) for pair in _CHOICES]
+        costs = [choice.bits_per_value(head_dim, head_dim_v) for choice in choices]
+        within = [place for place, cost in enumerate(costs) if cost <= self.bits]
+        if not within:
+            dims = head_dim if head_dim_v in (None, head_dim) else f"{head_dim} and {head_dim_v}"
+            raise ValueError(f"recipe.bits: expected at least {costs[0]:g} at head dim {dims}; got {self.bits:g}")
+        place = within[-1]
+        if place + 1 < len(costs):
+            wider = int(layers * (self.bits - costs[place]) / (costs[place + 1] - costs[place]) + 1e-9)
+            place += (layer + 1) * wider // layers - layer * wider // layers  # spread evenly
+        return choices[place]
 
     def with_bits(self, key: int, value: int) -> Recipe:
         """The same with codes of so many bits; `Recipe().with_bits(4, 3)` takes 3.75 bits a value at head dim 128."""
-        if (key, value) == (self.key.bits, self.value.bits):
+        if self.bits is None and (key, value) == (self.key.bits, self.value.bits):
             return self
         sides = {"key": dataclasses.replace(self.key, bits=key), "value": dataclasses.replace(self.value, bits=value)}
-        return dataclasses.replace(self, **sides)
+        return dataclasses.replace(self, **sides, bits=None)
+
+    @functools.cache  # noqa: B019  recipes are few, and compared by value
+    def bits_per_value(self, head_dim: int, head_dim_v: int | None = None) -> float:
+        """What a sealed page takes on the CPU for each key and value of its tokens, all-in: codes, scales, means,
+        second rows, and what rounding to whole lines of 64 bytes adds. head_dim_v: of values, if it is not the keys'.
+        16 for a recipe that never seals. Raises NotImplementedError for head dims that pages do not serve."""
+        d_k, d_v = head_dim, head_dim if head_dim_v is None else head_dim_v
+        if self.seal == "never":
+            return 16.0
+        if self.bits is not None:
+            return self.at(d_k, d_v).bits_per_value(d_k, d_v)
+        # Rotations and lambda take no bytes of a page, and pages of every way of sealing are alike.
+        key, value = (
+            Side(rotation="identity", group=x.group, bits=x.bits, levels=x.levels, mean=x.mean)
+            for x in (self.key, self.value)
+        )
+        sized = Recipe(key, value, refined=self.refined)
+        page = _core.PageFormat(sized, dtype="float32", kv_heads=1, head_dim_k=d_k, head_dim_v=d_v)
+        return 8 * page.head_bytes / (_core.PAGE_TOKENS * (d_k + d_v))
 
     @classmethod
     def paper(cls, lambda_: Literal["none", "given"] = "none") -> Recipe:
@@ -85,11 +147,13 @@ class Recipe:
         return cls(key=side, value=side, seal="never", sinks=0, window=0)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it. Sides of 4 bits and recipes without refined keys do not say so: what reads such a recipe need
-        not know of others."""
+        """As JSON has it. Sides of 4 bits and recipes without refined keys or a budget do not say so: what reads such a
+        recipe need not know of others."""
         fields = dataclasses.asdict(self)
         if fields["refined"] == 0:
             del fields["refined"]
+        if fields["bits"] is None:
+            del fields["bits"]
         for side in (fields["key"], fields["value"]):
             if side["bits"] == 4:
                 del side["bits"]
@@ -132,6 +196,8 @@ def _known(kind: type, values: Any, where: str) -> dict[str, Any]:
         if name not in fields:
             raise ValueError(f"{where}.{name}: expected one of {', '.join(fields)}; got an unknown field")
         default = fields[name].default
+        if default is None:
+            continue  # __post_init__ checks it
         if type(value) is not type(default):
             raise ValueError(f"{where}.{name}: expected {type(default).__name__}; got {value!r}")
     return values

@@ -112,7 +112,6 @@ Status PageFormat::State::create(const CacheConfig& config, std::unique_ptr<Page
   if (config.recipe.seal != SealMode::page)
     return error(StatusCode::unsupported, "recipe.seal", "page: a host's pages are sealed whole",
                  config.recipe.seal == SealMode::arrival ? "arrival" : "never");
-  KV4_RETURN_IF_ERROR(expect_plain_pages(config.recipe, "in pages that a host owns"));
   KV4_RETURN_IF_ERROR(make_spec(config, &state->backend, &state->spec));
   out->reset(new PageFormat(std::move(state)));
   return {};

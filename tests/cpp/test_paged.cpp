@@ -207,45 +207,60 @@ TEST(Paged, RefusalsNameTheArgumentAndWriteNothing) {
   EXPECT_TRUE(run_store(fine).ok() && run_attend(fine).ok() && run_step(fine).ok());
 }
 
-TEST(Paged, RefinedKeysAreRefusedByName) {
-  CacheConfig config;
-  config.kv_heads = 1;
-  config.head_dim_k = config.head_dim_v = 64;
-  config.recipe.refined = 1;
-  std::unique_ptr<PageFormat> format;
-  const Status pages = PageFormat::create(config, &format);
-  EXPECT_EQ(pages.code(), StatusCode::unsupported);
-  EXPECT_EQ(pages.message(), "recipe.refined: expected 0 in pages that a host owns; got 1");
-  config.backend = "probe";
-  std::unique_ptr<Cache> cache;
-  const Status other = Cache::create(config, &cache);
-  EXPECT_EQ(other.code(), StatusCode::unsupported);
-  EXPECT_EQ(other.message(), "recipe.refined: expected 0 on probe; got 1");
-  EXPECT_EQ(cache, nullptr);
+TEST(Paged, AServerReadsPagesOfOtherWidthsAndRefinedKeys) {
+  const std::pair<ServerShape, int> runs[] = {
+      {{.bits_k = 3, .bits_v = 2}, 40},
+      {{.kv_heads = 1, .group = 8, .dim = 128, .dtype = DType::bf16, .sinks = 0, .refined = 1}, 40},
+      {{.kv_heads = 3, .group = 1, .dim = 80, .window = 100, .bits_k = 6, .bits_v = 8, .refined = 2}, 40},
+      {{.group = 2, .lambda_per_sequence = true, .exact = 0, .bits_k = 2, .bits_v = 4, .refined = 1}, 40},
+  };
+  std::uint64_t seed = 50;
+  for (const auto& [shape, steps] : runs) ASSERT_NO_FATAL_FAILURE(tests::run_server(shape, seed++, steps));
 }
 
-// What no kernel or no host serves is refused before anything is made.
-TEST(Paged, OtherWidthsAreRefusedByName) {
+// What a page of a host takes is what the format says, also where its parts do not fill whole lines of 64 bytes.
+TEST(Paged, SizesAreThoseOfTheFormat) {
+  const auto bytes = [](int dim, int bits_k, int bits_v, int refined) {
+    CacheConfig config;
+    config.kv_heads = 3;
+    config.head_dim_k = config.head_dim_v = dim;
+    config.recipe.key.bits = bits_k;
+    config.recipe.value.bits = bits_v;
+    config.recipe.refined = refined;
+    std::unique_ptr<PageFormat> format;
+    EXPECT_TRUE(PageFormat::create(config, &format).ok());
+    EXPECT_EQ(format->page_bytes(), 3 * format->head_bytes());
+    return format->head_bytes();
+  };
+  EXPECT_EQ(bytes(128, 4, 4, 0), 8704u);
+  EXPECT_EQ(bytes(128, 3, 3, 0), 6656u);
+  EXPECT_EQ(bytes(128, 3, 3, 1), 6656u + 128);
+  EXPECT_EQ(bytes(256, 4, 2, 0), 64u * 32 * 6 + 2 * 128 + 512);
+  EXPECT_EQ(bytes(256, 4, 2, 1), 64u * 32 * 6 + 2 * 128 + 512 + 192);
+}
+
+// A backend that has no kernels for them refuses them before anything is made.
+TEST(Paged, ABackendWithPlainPagesRefusesOthersByName) {
   CacheConfig config;
   config.kv_heads = 1;
   config.head_dim_k = config.head_dim_v = 64;
-  for (const bool key : {true, false}) {
-    config.recipe = Recipe();
-    (key ? config.recipe.key : config.recipe.value).bits = 3;
-    const std::string name = key ? "recipe.key.bits" : "recipe.value.bits";
+  config.backend = "probe";
+  const auto refused = [&](const std::string& message) {
     std::unique_ptr<PageFormat> format;
-    const Status pages = PageFormat::create(config, &format);
-    EXPECT_EQ(pages.code(), StatusCode::unsupported);
-    EXPECT_EQ(pages.message(), name + ": expected 4 in pages that a host owns; got 3");
-    EXPECT_EQ(format, nullptr);
-    CacheConfig on = config;
-    on.backend = "probe";
     std::unique_ptr<Cache> cache;
-    const Status other = Cache::create(on, &cache);
-    EXPECT_EQ(other.code(), StatusCode::unsupported);
-    EXPECT_EQ(other.message(), name + ": expected 4 on probe; got 3");
-    EXPECT_EQ(cache, nullptr);
-  }
+    for (const Status& status : {PageFormat::create(config, &format), Cache::create(config, &cache)}) {
+      EXPECT_EQ(status.code(), StatusCode::unsupported);
+      EXPECT_EQ(status.message(), message);
+    }
+    EXPECT_TRUE(format == nullptr && cache == nullptr);
+    config.recipe = Recipe();
+  };
+  config.recipe.key.bits = 3;
+  refused("recipe.key.bits: expected 4 on probe; got 3");
+  config.recipe.value.bits = 3;
+  refused("recipe.value.bits: expected 4 on probe; got 3");
+  config.recipe.refined = 1;
+  refused("recipe.refined: expected 0 on probe; got 1");
 }
 
 TEST(Paged, NaNIsStoredAsZerosAndReported) {

@@ -139,7 +139,7 @@ BAD_INPUT = [
     (["eval", "{model}", "--peer", "mlx"], "--peer: expected one of llama, quanto, hqq"),
     (["eval", "{model}", "--length", "2"], "--length: expected a number of at least 4"),
     (["eval", "{model}", "--calibration", "{bad}/none"], "calibration: expected a file"),
-    (["eval", "greedy", "{model}", "--recipe", "q8_0"], "--recipe: expected one of the packed cache"),
+    (["eval", "greedy", "{model}", "--context", "1"], "--context: expected a number of at least 4"),
     (["eval", "needle", "{model}", "--lengths", "40"], "lengths: expected at least"),
     (["ablate", "{model}", "--rows", "none"], "--rows: expected all, groups"),
     (
@@ -150,7 +150,9 @@ BAD_INPUT = [
         ["calibrate", "{model}", "{bad}/out", "--method", "layers", "--bits", "4,x"],
         "--bits: expected numbers from 1 to 9",
     ),
-    (["eval", "{model}", "--bits", "3.25"], "--bits: expected --calibration with a file of kv4 calibrate --method lay"),
+    (["eval", "{model}", "--bits", "2.2"], "--bits: recipe.bits: expected at least 2.375 at head dim 64; got 2.2"),
+    (["generate", "{model}", "-p", "a", "--bits", "4", "--cache", "fp16"], "--bits: expected with --cache kv4"),
+    (["generate", "{model}", "-p", "a", "--bits", "12"], "--bits: recipe.bits: expected bits a value, all-in"),
     (["calibrate", "{model}", "{bad}/out", "--method", "best"], "method: expected one of lambda, transform"),
     (["pull", "no-such-model"], "expected one of gemma-3-270m"),
     (["demo", "--model", "no-such-model"], "model: expected"),
@@ -442,9 +444,14 @@ def test_eval_needle_greedy_and_energy(model: Path, tmp_path: Path) -> None:
     assert {cell["cache"] for cell in cells} == {"fp16", "kv4", "paper"} and len(cells) == 12
     assert all(0 < cell["probability"] < 1 for cell in cells)
     assert plot.read_bytes().startswith(b"\x89PNG")
-    succeeded("eval", "greedy", model, "--context", 200, "--tokens", 8, "--recipe", "exact", "--json", data)
+    names = ("--recipe", "exact", "--recipe", "q8_0", "--recipe", "int4-token", "--bits", "3.5", "--refined", 1)
+    succeeded("eval", "greedy", model, "--context", 200, "--tokens", 80, "--prompts", 2, *names, "--json", data)
     caches = json.loads(data.read_text())["caches"]
-    assert caches[1]["first_difference"] == 8 and caches[1]["forced"] == 1.0
+    of = {name: [g for g in caches if g["cache"] == name] for name in dict.fromkeys(g["cache"] for g in caches)}
+    assert list(of) == ["fp16", "exact", "q8_0", "int4-token", "kv4, 1 refined", "kv4 3.5"]
+    assert all([g["prompt"] for g in rows] == [0, 1] for rows in of.values())
+    assert all((g["first_difference"] == 80) == (g["forced"] == 1) for g in caches)
+    assert sum(g["forced"] for g in of["exact"]) >= sum(g["forced"] for g in of["int4-token"])
     succeeded("eval", "energy", model, "--length", 256, "--plot", plot, "--json", data)
     layers = next(iter(json.loads(data.read_text())["models"].values()))
     assert [row["layer"] for row in layers] == [0, 1, 2]

@@ -91,9 +91,9 @@ def test_a_budget_counts_every_bit() -> None:
         chosen = layer_widths(table, budget, variant, (128, 128))
         bits = variant.replace(widths=chosen).bits_per_value(128, 128)
         assert budget - 0.3 < bits <= budget
-        # Codes; scales of both sides; the mean of keys; a second row, its scale and its place.
+        # Codes; scales of both sides; the mean of keys; second rows with scales and places, in lines of 64 bytes.
         codes = sum(sum(pair) for pair in chosen) / 10
-        beside = 16 / 128 + 16 / 64 / 2 + refined * (4 * 128 + 16 + 8) / 64 / 256
+        beside = 16 / 128 + 16 / 64 / 2 + {0: 0, 1: 128, 2: 192}[refined] * 8 / 64 / 256
         assert bits == pytest.approx(codes + beside)
     with pytest.raises(ValueError, match=r"^bits: expected a budget of at least 2.250 bits a value; got 2.2"):
         layer_widths(table, 2.2, Variant(), (128, 128))

@@ -214,7 +214,5 @@ def test_a_calibration_gives_them_to_the_packed_cache(tiny: tuple, tmp_path: Pat
 
 def test_what_has_no_kernels_for_them_refuses_them() -> None:
     recipe = Recipe(refined=1)
-    with pytest.raises(NotImplementedError, match=r"^recipe.refined: expected 0 in pages that a host owns; got 1"):
-        _core.PageFormat(recipe, dtype="float32", kv_heads=1, head_dim_k=64, head_dim_v=64)
     with pytest.raises(NotImplementedError, match=r"^recipe.refined: expected 0 on Metal; got 1"):
         _core.MetalTables(recipe, dtype="float32", kv_heads=1, head_dim_k=64, head_dim_v=64)

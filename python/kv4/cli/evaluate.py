@@ -15,6 +15,17 @@ from kv4.cli.output import out, plain_errors, progress, table, write_json
 PEERS = ("llama", "quanto", "hqq")
 
 
+Calibrations = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="A file written by `kv4 calibrate`, with its own recipe. Repeatable."),
+]
+Budgets = Annotated[str | None, typer.Option(help="Budgets in bits per value, all-in, as for kv4 eval.")]
+Refined = Annotated[
+    list[int] | None,
+    typer.Option(min=1, max=2, help="kv4's recipe with so many keys of a page refined, as one row more. Repeatable."),
+]
+
+
 class _DefaultGroup(TyperGroup):
     """`kv4 eval MODEL` is `kv4 eval quality MODEL`."""
 
@@ -42,23 +53,16 @@ def quality(
         list[str] | None,
         typer.Option(help="kv4 (default), paper, exact, a recipe file; q8_0, q4_0, int4-token: simulated. Repeatable."),
     ] = None,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="A file written by `kv4 calibrate`, with its own recipe. Repeatable."),
-    ] = None,
+    calibration: Calibrations = None,
     bits: Annotated[
         str | None,
         typer.Option(
-            help="Budgets of a calibration of bit widths, in bits per value, all-in, beside kv4, q8_0, q4_0, "
-            "int4-token and paper; --plot then draws KL against bits.",
+            help="Budgets in bits per value, all-in, beside kv4, q8_0, q4_0, int4-token and paper: the widths of a "
+            "calibration of kv4 calibrate --method layers, or, without one, Recipe(bits=...). --plot then draws KL "
+            "against bits.",
         ),
     ] = None,
-    refined: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1, max=2, help="kv4's recipe with so many keys of a page refined, as one row more. Repeatable."
-        ),
-    ] = None,
+    refined: Refined = None,
     peer: Annotated[
         list[str] | None,
         typer.Option(help="llama (llama.cpp's q8_0, q4_0), quanto or hqq (transformers' QuantizedCache). Repeatable."),
@@ -83,7 +87,6 @@ def quality(
     if budgets is not None:
         recipe = recipe or ["kv4", "q8_0", "q4_0", "int4-token", "paper"]
     named = {name: lab.recipe(name, simulate) for name in recipe or ([] if calibration or peer else ["kv4"])}
-    named |= {f"kv4, {n} refined": lab.refined(n, simulate) for n in refined or []}
     tokens = lab.whole(length, "--length", 4)
     for name in peer or []:
         if name not in PEERS:
@@ -96,21 +99,15 @@ def quality(
 
         require()
 
-    from kv4.calibration import load
-    from kv4.evaluate import Candidate, measure_all
+    from kv4.evaluate import measure_all
     from kv4.evaluate.windows import cut
 
-    calibrations = {file: load(file) for file in calibration or []}
-    if budgets is not None and not any(loaded.budgets for loaded in calibrations.values()):
-        raise ValueError("--bits: expected --calibration with a file of kv4 calibrate --method layers; got none")
+    calibrations = _loaded(calibration)
     kind = dtype or (options.DType.float32 if device == "cpu" else options.DType.auto)
     b = lab.bench(model, kind, threads, state, fresh, device)
 
     parts = cut(b.tokenizer, content, windows, tokens)
-    candidates = [Candidate(name, used) for name, used in named.items()]
-    for file, loaded in calibrations.items():
-        loaded.check_model(b.folder)
-        candidates += _calibrated(file.name, loaded, budgets, b, simulate)
+    candidates = _candidates(named, refined, calibrations, budgets, b, simulate)
     found: dict[str, Any] = {}
     with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens * len(candidates) or None) as advance:
         if candidates:
@@ -147,6 +144,33 @@ def quality(
         lab.say_plot(plot)
 
 
+def _loaded(files: list[Path] | None) -> dict[Path, Any]:
+    from kv4.calibration import load
+
+    return {file: load(file) for file in files or []}
+
+
+def _candidates(
+    named: dict[str, Any],
+    refined: list[int] | None,
+    calibrations: dict[Path, Any],
+    budgets: tuple[float, ...] | None,
+    b: lab.Bench,
+    simulate: bool,
+) -> list[Any]:
+    """Recipes by name, refined keys, calibrations and budgets. Errors: ValueError for what a model does not have."""
+    from kv4.evaluate import Candidate
+
+    found = [Candidate(name, used) for name, used in named.items()]
+    found += [Candidate(f"kv4, {n} refined", lab.refined(n, simulate)) for n in refined or []]
+    if budgets is not None and not any(loaded.budgets for loaded in calibrations.values()):
+        found += [_budgeted(budget, b, simulate) for budget in budgets]
+    for file, loaded in calibrations.items():
+        loaded.check_model(b.folder)
+        found += _calibrated(file.name, loaded, budgets, b, simulate)
+    return found
+
+
 def _calibrated(name: str, loaded: Any, budgets: tuple[float, ...] | None, b: lab.Bench, simulate: bool) -> list[Any]:
     """The candidates of one file. Errors: ValueError for what only a simulation has, where none is asked for."""
     from kv4.evaluate import Candidate, oscar
@@ -158,24 +182,44 @@ def _calibrated(name: str, loaded: Any, budgets: tuple[float, ...] | None, b: la
     if not loaded.budgets:
         return [Candidate(name, loaded.recipe, loaded)]
     found = []
+    refined = f", {loaded.refined} refined" if loaded.refined else ""
     for budget in budgets or loaded.budgets:
         if not simulate:
             loaded.arguments(budget)  # refuses what the packed cache has not
-            found.append(Candidate(f"layers {budget:g}", loaded.packed_recipe, loaded, budget))
+            found.append(Candidate(f"layers {budget:g}{refined}", loaded.packed_recipe, loaded, budget))
             continue
         laboratory_only = loaded.why_not_packed(budget) is not None
         base = by_layers() if loaded.refined and laboratory_only else Variant()
         variant = base.replace(widths=loaded.widths_of(budget), refined=loaded.refined)
-        found.append(Candidate(f"layers {budget:g}", variant, loaded))
+        found.append(Candidate(f"layers {budget:g}{refined}", variant, loaded))
     return found
+
+
+def _budgeted(budget: float, b: lab.Bench, simulate: bool) -> Any:
+    """A budget without a calibration. Errors: ValueError for one below what the least widths take."""
+    from kv4 import Recipe
+    from kv4.evaluate import Candidate
+
+    try:
+        used = Recipe(bits=budget)
+        variant = _simulated(used, b)
+    except ValueError as error:
+        raise ValueError(f"--bits: {error}") from None
+    return Candidate(f"kv4 {budget:g}", variant if simulate else used)
+
+
+def _simulated(recipe: Any, b: lab.Bench) -> Any:
+    from kv4.evaluate.layers import head_dim
+    from kv4.evaluate.variant import from_recipe
+
+    return from_recipe(recipe, head_dim(b.model), b.model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
 def _bits_of(candidate: Any, b: lab.Bench) -> float:
     from kv4 import Recipe
     from kv4.evaluate.layers import head_dim
-    from kv4.evaluate.variant import from_recipe
 
-    used = from_recipe(candidate.recipe) if isinstance(candidate.recipe, Recipe) else candidate.recipe
+    used = _simulated(candidate.recipe, b) if isinstance(candidate.recipe, Recipe) else candidate.recipe
     if candidate.budget is not None:
         used = used.replace(widths=candidate.calibration.widths_of(candidate.budget))
     d = head_dim(b.model)
@@ -275,35 +319,41 @@ def needle(
 def greedy(
     model: lab.Model,
     text: lab.Text = None,
-    context: Annotated[str, typer.Option(help="Tokens of the prompt.")] = "1k",
+    context: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "1k",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 256,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts, from places spread over the text.")] = 1,
     recipe: Annotated[list[str] | None, typer.Option(help="As for kv4 eval; default kv4 and paper.")] = None,
+    calibration: Calibrations = None,
+    bits: Budgets = None,
+    refined: Refined = None,
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
     threads: options.Threads = None,
     json_: options.JsonFile = None,
 ) -> None:
-    """A long greedy generation, token by token against the model's own cache: first divergence and agreement."""
-    length = lab.whole(context, "--context", 2)
-    used = {name: lab.recipe(name) for name in recipe or ["kv4", "paper"]}
-    for name in used:
-        if name in lab.SIMULATED:
-            raise ValueError(f"--recipe: expected one of the packed cache; got {name}, which is simulated")
+    """A long greedy generation with the model's own cache, and what each cache would have written along it: the first
+    token that differs, and the share that agrees."""
+    length = lab.whole(context, "--context", 4)
+    budgets = lab.budgets(bits) if bits is not None else None
+    named = {name: lab.recipe(name) for name in recipe or ["kv4", "paper"]}
     content, source = lab.read_text(text)
+    calibrations = _loaded(calibration)
     b = lab.bench(model, dtype, threads, None, True)
 
-    from kv4.bench.text import prompt_ids
-    from kv4.evaluate import Candidate, passkey
+    from kv4.evaluate import passkey
+    from kv4.evaluate.windows import spread
 
-    with progress("generating", (tokens - 1) * (1 + 2 * len(used))) as advance:
-        found = passkey.greedy(
-            b.model, b.tokenizer, prompt_ids(b.tokenizer, length, content),
-            [Candidate(name, recipe) for name, recipe in used.items()], tokens=tokens, progress=advance,
-        )  # fmt: skip
+    parts = spread(b.tokenizer, content, prompts, length)
+    candidates = _candidates(named, refined, calibrations, budgets, b, False)
+    with progress("generating", prompts * tokens * (2 + len(candidates))) as advance:
+        found = passkey.greedy(b.model, b.tokenizer, parts, candidates, tokens=tokens, progress=advance)
     title = f"{model}: {tokens} greedy tokens after {length:,} of {source}"
-    shown = table(title, "cache", "first difference", "same place", "on the own cache's text", left=("cache",))
-    for g in found:
-        first = "none" if g.first_difference == g.tokens else str(g.first_difference)
-        shown.add_row(g.cache, first, f"{100 * g.same_place:.1f} %", f"{100 * g.forced:.1f} %")
+    shown = table(title, "cache", "first difference", "agrees", left=("cache",))
+    for name in dict.fromkeys(g.cache for g in found):
+        here = [g for g in found if g.cache == name]
+        first = ", ".join("none" if g.first_difference == tokens else f"{g.first_difference:,}" for g in here)
+        shown.add_row(name, first, f"{100 * sum(g.forced for g in here) / len(here):.1f} %")
+    shown.caption = f"{passkey.EXACT}: the own cache again, in one call: where that differs, rounding decides."
+    shown.caption_justify = "left"
     out.print(shown)
     if json_:
         caches = [g.to_dict() for g in found]

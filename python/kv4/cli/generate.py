@@ -39,7 +39,8 @@ def generate(
         Path | None, typer.Option(help="A file of `kv4 calibrate`, with its own recipe, for --cache kv4.")
     ] = None,
     bits: Annotated[
-        float | None, typer.Option(help="Which budget of a calibration with widths of layers, if it has several.")
+        float | None,
+        typer.Option(help="A budget of bits per value, all-in, for --cache kv4; with --calibration one of the file's."),
     ] = None,
     refined: Annotated[
         int | None, typer.Option(min=0, max=2, help="Keys of a page with a second row of codes, for --cache kv4.")
@@ -68,13 +69,15 @@ def generate(
         raise ValueError("--recipe: expected with --cache kv4 only; got --cache fp16")
     if calibration is not None and (cache is not CacheName.kv4 or recipe is not None or interactive):
         raise ValueError("--calibration: expected with --cache kv4, without --recipe and --interactive; got more")
-    if bits is not None and calibration is None:
-        raise ValueError("--bits: expected with --calibration only; got none")
+    if bits is not None and calibration is None and (cache is not CacheName.kv4 or recipe is not None):
+        raise ValueError("--bits: expected with --cache kv4, without --recipe; got more")
     if refined is not None and (cache is not CacheName.kv4 or calibration is not None):
         raise ValueError("--refined: expected with --cache kv4, without --calibration; got more")
     used = None if own else options.load_recipe(cache.value, recipe)
     if refined is not None:
         used = dataclasses.replace(used, refined=refined)
+    if bits is not None and calibration is None:
+        used = _budgeted(used, bits)
     given = {} if calibration is None else _calibrated(calibration, bits, model)
     used = given.pop("recipe", used)
     options.set_threads(threads)
@@ -134,6 +137,13 @@ def generate(
     out.print(summary(figures), style="dim", soft_wrap=True)
     if json_:
         write_json({**figures, "token_ids": made[0, ids.shape[1] :].tolist()}, json_)
+
+
+def _budgeted(recipe: Any, bits: float) -> Any:
+    try:
+        return dataclasses.replace(recipe, bits=bits)
+    except ValueError as error:
+        raise ValueError(f"--bits: {error}") from None
 
 
 def _calibrated(file: Path, bits: float | None, model: str) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from kv4.calibration import PACKED_WIDTHS, Calibration
+from kv4.calibration import Calibration
 from kv4.evaluate.calibrate import Layer
 from kv4.evaluate.calibration import lambda_from_energies
 from kv4.evaluate.laboratory import _Session, seal_layer
 from kv4.evaluate.sensitivity import Rows, sensitivities
 from kv4.evaluate.variant import Variant
 from kv4.evaluate.widths import WIDTHS, allocate
-from kv4.recipe import Recipe
+from kv4.recipe import PACKED_WIDTHS, Recipe
 
 Tensor = torch.Tensor
 BUDGETS = (2.5, 3.25, 4.25)
@@ -78,12 +78,14 @@ def layer_widths(
     if dims[0] != dims[1]:
         raise ValueError(f"head_dim: expected one for keys and values; got {dims[0]} and {dims[1]}")
     layers = table.shape[1]
-    beside = variant.replace(both__bits=4, widths=()).bits_per_value(*dims) - 4
+    four, eight = (variant.replace(both__bits=n, widths=()).bits_per_value(*dims) for n in (4, 8))
+    step = (eight - four) / 4  # more than a bit a value where channels are padded
+    beside = four - 4 * step
     flat = smoothed(table).flatten(0, 1).tolist()
     try:
-        found = allocate(flat, (budget - beside) * 2 * layers, widths)
+        found = allocate(flat, (budget - beside) / step * 2 * layers, widths)
     except ValueError:
-        least = beside + min(widths)
+        least = beside + step * min(widths)
         raise ValueError(f"bits: expected a budget of at least {least:.3f} bits a value; got {budget:g}") from None
     return tuple(zip(found[:layers], found[layers:], strict=True))
 

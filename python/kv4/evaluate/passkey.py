@@ -16,10 +16,11 @@ import torch
 
 from kv4.bench.generate import KV4, OWN, attention, new_cache, prefill
 from kv4.bench.text import encode
-from kv4.evaluate.quality import Candidate, decoder_outputs
+from kv4.evaluate.quality import CALL, Candidate, by_calls, decoder_outputs, packed_cache
 from kv4.evaluate.scores import Head
 from kv4.evaluate.state import State, digest
 from kv4.hf.cache import CACHE_ARGUMENT
+from kv4.recipe import Recipe
 
 Tensor = torch.Tensor
 EXACT = "fp16"  # the name of the model's own cache, in its own dtype
@@ -103,18 +104,18 @@ def needle(
 
 @dataclass(frozen=True)
 class Generation:
-    """Greedy tokens of one cache after the same prompt, against those of the model's own.
+    """One cache along what the model's own cache writes greedily after a prompt.
 
-    first_difference: index of the first token that differs, the number of tokens where none does. same_place: share
-    of places with the same token. forced: share of the own cache's tokens that this cache would have written where it
-    was fed the own cache's text all along."""
+    first_difference: index of the first token that it would have written otherwise, the number of tokens where there is
+    none. forced: share of the own cache's tokens that it would have written, fed the own cache's text all along. text:
+    of the own cache."""
 
     cache: str
-    text: str
+    prompt: int
     tokens: int
     first_difference: int
-    same_place: float
     forced: float
+    text: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -124,37 +125,62 @@ class Generation:
 def greedy(
     model: Any,
     tokenizer: Any,
-    prompt_ids: Tensor,
+    prompts: Sequence[Tensor],
     candidates: Sequence[Candidate],
     *,
     tokens: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[Generation]:
-    """Generates `tokens` after prompt_ids [1, T] with the model's own cache and with each packed candidate."""
-
-    def written(cache_kind: str, recipe: Any, forced: list[int] | None) -> list[int]:
-        cache = new_cache(model, cache_kind, recipe)
-        with attention(model, cache_kind, recipe):
-            token = prefill(model, cache, prompt_ids)
-            made = [int(token)]
-            while len(made) < tokens:
-                fed = torch.tensor([[made[-1] if forced is None else forced[len(made) - 1]]])
-                logits = model(input_ids=fed, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
-                made.append(int(logits[0, -1].argmax()))
-                if progress:
-                    progress(1)
-        return made
-
-    own = written(OWN, None, None)
-    results = [Generation(EXACT, tokenizer.decode(own), tokens, tokens, 1.0, 1.0)]
-    for candidate in candidates:
-        free = written(KV4, candidate.recipe, None)
-        forced = written(KV4, candidate.recipe, own)
-        differs = [i for i, (a, b) in enumerate(zip(own, free, strict=True)) if a != b]
-        results.append(
-            Generation(
-                candidate.name, tokenizer.decode(free), tokens, differs[0] if differs else tokens,
-                1 - len(differs) / tokens, sum(a == b for a, b in zip(own, forced, strict=True)) / tokens,
-            )
-        )  # fmt: skip
+    """Generates `tokens` after each prompt [1, T], all as long, with the model's own cache, token by token and the
+    prompts side by side, and asks each candidate what it would have written where that was fed to it. Up to the first
+    difference that is what it writes by itself, and a call of CALL tokens answers as calls of one do. The first row of
+    a prompt is the own cache asked so, in one call over all of it: where that differs, rounding alone decides between
+    two tokens. Errors: ValueError for prompts of different lengths."""
+    lengths = {prompt.shape[1] for prompt in prompts}
+    if len(lengths) != 1:
+        raise ValueError(f"prompts: expected some of one length; got {sorted(lengths)}")
+    tick = progress or (lambda _: None)
+    results = []
+    written = _written(model, torch.cat(list(prompts)), tokens, tick)
+    for index, (prompt, own) in enumerate(zip(prompts, written, strict=True)):
+        text = tokenizer.decode(own)
+        for candidate in (None, *candidates):
+            found = _asked(model, candidate, prompt, own)
+            tick(tokens)
+            differs = [i for i, (a, b) in enumerate(zip(own, found, strict=True)) if a != b]
+            first = differs[0] if differs else tokens
+            name = EXACT if candidate is None else candidate.name
+            share = 1 - len(differs) / tokens
+            results.append(Generation(name, index, tokens, first, share, "" if candidate else text))
     return results
+
+
+def _written(model: Any, prompts: Tensor, tokens: int, tick: Callable[[int], None]) -> list[list[int]]:
+    """What the own cache writes after each of prompts [n, T]."""
+    cache = new_cache(model, OWN)
+    with attention(model, OWN):
+        made = [prefill(model, cache, prompts)]
+        while len(made) < tokens:
+            logits = model(input_ids=made[-1], **{CACHE_ARGUMENT: cache}, use_cache=True).logits
+            made.append(logits[:, -1].argmax(-1, keepdim=True))
+            tick(len(prompts))
+    return torch.cat(made, 1).tolist()
+
+
+def _asked(model: Any, candidate: Candidate | None, prompt: Tensor, own: Sequence[int]) -> list[int]:
+    """The likeliest token at each place of `own`, which the cache is fed after the prompt."""
+    written = torch.tensor([own], device=prompt.device)
+    if candidate is None or not isinstance(candidate.recipe, Recipe):
+        ids = torch.cat([prompt, written], 1)
+        return likeliest(model, decoder_outputs(model, ids, candidate, prompt.shape[1] - 1)[0])
+    cache, used = packed_cache(model, candidate)
+    with attention(model, KV4, used):
+        first = int(prefill(model, cache, prompt))
+        hidden = by_calls(model, written, cache, 0)
+    return [first, *likeliest(model, hidden)]
+
+
+def likeliest(model: Any, hidden: Tensor) -> list[int]:
+    """The likeliest tokens after the decoder's outputs [positions, hidden]."""
+    head = Head(model)
+    return [int(token) for part in hidden.split(CALL) for token in head(part).argmax(-1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,18 @@ def divergence(results: Mapping[str, Any], path: Path, title: str) -> None:
 
 
 def by_bits(points: Sequence[tuple[str, float, float, float]], path: Path, title: str) -> None:
-    """(label, bits a value, KL, its standard error) of each cache: widths of layers as a line, others as points."""
+    """(label, bits a value, KL, its standard error) of each cache: budgets of one kind, whose labels differ in a number
+    alone, as a line, others as points."""
     figure = _figure(7, 4.2)
     axes = figure.subplots()
-    line = sorted((bits, kl) for label, bits, kl, _ in points if label.startswith("layers"))
-    axes.plot([bits for bits, _ in line], [kl for _, kl in line], color=_COLOURS[0], linewidth=1)
-    for label, bits, kl, error in points:
-        colour = _COLOURS[0] if label.startswith("layers") else _COLOURS[1] if label == "kv4" else _COLOURS[2]
+    kinds = [re.sub(r"(?<= )[0-9.]+(?=,|$)", "#", label) for label, *_ in points]
+    budgets = [kind for kind in dict.fromkeys(kinds) if "#" in kind]
+    for index, kind in enumerate(budgets):
+        line = sorted(point[1:3] for point, own in zip(points, kinds, strict=True) if own == kind)
+        axes.plot([bits for bits, _ in line], [kl for _, kl in line], color=_COLOURS[index % 2 * 3], linewidth=1)
+    for (label, bits, kl, error), kind in zip(points, kinds, strict=True):
+        own = label.startswith("kv4")
+        colour = _COLOURS[budgets.index(kind) % 2 * 3] if kind in budgets else _COLOURS[1] if own else _COLOURS[2]
         axes.errorbar(bits, kl, yerr=0 if error != error else error, fmt="o", color=colour, markersize=5)
         axes.annotate(label, (bits, kl), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set_yscale("log")

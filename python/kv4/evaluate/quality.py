@@ -202,11 +202,16 @@ def decoder_outputs(model: Any, ids: torch.Tensor, candidate: Candidate | None, 
     if not isinstance(candidate.recipe, Recipe):
         with laboratory(model, candidate.recipe, candidate.calibration):
             return decoder(input_ids=ids, use_cache=False).last_hidden_state[0, first:-1], 0
+    cache, used = packed_cache(model, candidate)
+    with attention(model, KV4, used):
+        return by_calls(model, ids, cache, first), cache_bytes(cache)
+
+
+def packed_cache(model: Any, candidate: Candidate) -> tuple[KV4Cache, Recipe | None]:
+    """(the cache of a packed candidate, the recipe that the model's attention is to be attached with)."""
     given = {} if candidate.calibration is None else candidate.calibration.arguments(candidate.budget)
     given.pop("recipe", None)
-    cache = KV4Cache(model.config, candidate.recipe, **given)
-    with attention(model, KV4, None if given else candidate.recipe):
-        return by_calls(model, ids, cache, first), cache_bytes(cache)
+    return KV4Cache(model.config, candidate.recipe, **given), None if given else candidate.recipe
 
 
 def by_calls(

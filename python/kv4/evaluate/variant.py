@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kv4._core import PAGE_TOKENS
 from kv4.evaluate import levels as level_tables
 from kv4.evaluate import rotations
-from kv4.recipe import Recipe, Side
+from kv4.recipe import MOST_REFINED, PACKED_WIDTHS, Recipe, Side
 
 REFINED_BITS = 4  # of a channel of a second row of codes
 BYTES_GROUP = 16  # channels of a mean that share a step where it is stored in bytes
@@ -65,7 +66,7 @@ class SideVariant:
             raise ValueError(f"bits: expected 2 to 8, or 16 for exact; got {self.bits}")
 
     def bits_per_value(self, d: int, page: int) -> float:
-        """Storage of a sealed token: codes, fp16 scales and the fp16 mean."""
+        """Storage of a sealed token: codes, scales and the mean, without what a format of pages would add."""
         if self.bits == 16:
             return 16.0
         mean = {"none": 0.0, "page": 16 / page, "group": 16 / page / self.mean_group}[self.mean]
@@ -74,6 +75,20 @@ class SideVariant:
             mean *= (8 + 16 / BYTES_GROUP) / 16
             scale = 8 / (self.group or d) + 16 / page / d
         return self.bits + scale + mean
+
+
+def _up(n: int, to: int) -> int:
+    return (n + to - 1) // to * to
+
+
+def _has_pages(side: SideVariant, d: int) -> bool:
+    """Whether a page of the packed cache can hold it."""
+    return (
+        side.bits in PACKED_WIDTHS and side.group % d in (0, 32, 64, 128) and d % (side.group or d) == 0
+        and side.scale != "affine"
+        and side.stored == "fp16" and side.mean != "group" and side.levels in ("lloyd_max", "uniform")
+        and (side.bits == 4 or side.levels == "lloyd_max")
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,18 +128,35 @@ class Variant:
         return found
 
     def bits_per_value(self, d_k: int, d_v: int) -> float:
-        """Mean over keys and values of a sealed token, as its context grows without end."""
+        """Mean over keys and values of a sealed token, as its context grows without end, and over layers: what the
+        packed cache takes for a layer that it has pages for, else what its parts take."""
         if self.seal == "never":
             return 16.0
-        layers = [self.sides_of(layer) for layer in range(len(self.widths) or 1)]
-        both = sum(
-            key.bits_per_value(d_k, self.page) * d_k + value.bits_per_value(d_v, self.page) * d_v
-            for key, value in layers
-        ) / len(layers)  # fmt: skip
-        extra = self.refined * (REFINED_BITS * d_k + 16 + 8) / self.page
+        layers = range(len(self.widths) or 1)
+        return sum(self._layer_bits(layer, d_k, d_v) for layer in layers) / len(layers)
+
+    def _layer_bits(self, layer: int, d_k: int, d_v: int) -> float:
+        key, value = self.sides_of(layer)
+        if all(_has_pages(x, d) for x, d in ((key, d_k), (value, d_v))) and self._has_pages():
+            sides = (
+                Side(group=x.group % d, bits=x.bits, levels=x.levels, mean=x.mean == "page")
+                for x, d in ((key, d_k), (value, d_v))
+            )
+            return Recipe(*sides, refined=self.refined).bits_per_value(d_k, d_v)
+        token = key.bits_per_value(d_k, self.page) * d_k + value.bits_per_value(d_v, self.page) * d_v
+        page = self.page * token
+        if self.refined:  # second rows, as in a page of the packed cache: src/format/page.h
+            scales = 2 * self.refined * (d_k // (key.group or d_k))
+            rows = _up(self.refined * REFINED_BITS * d_k // 8, 16) + _up(scales, 16) + self.refined
+            page = 8 * _up(math.ceil(page / 8) + rows, 64)
         if self.chosen == "mass" and self.sinks:  # exact copies beside the page, and their places
-            extra = self.sinks * (16 * (d_k + d_v) + 8) / self.page
-        return (both + extra) / (d_k + d_v)
+            page += self.sinks * (16 * (d_k + d_v) + 8)
+        return page / (self.page * (d_k + d_v))
+
+    def _has_pages(self) -> bool:
+        """Whether the packed cache has pages like these, apart from what their sides hold."""
+        marked = self.chosen == "mass" and self.sinks > 0
+        return self.page == PAGE_TOKENS and not marked and self.refined <= MOST_REFINED and self.value.mean == "none"
 
     def sides_of(self, layer: int) -> tuple[SideVariant, SideVariant]:
         """Keys and values of a layer."""
@@ -144,8 +176,15 @@ class Variant:
         return dataclasses.replace(self, **plain)
 
 
-def from_recipe(recipe: Recipe) -> Variant:
-    """What the core's recipe is in the laboratory. Errors: ValueError for a dense rotation."""
+def from_recipe(recipe: Recipe, head_dim: int | None = None, layers: int = 1) -> Variant:
+    """What the core's recipe is in the laboratory; head_dim, layers: what a budget's widths follow from. Errors:
+    ValueError for a dense rotation, and for a budget without a head dim."""
+    widths: tuple[tuple[int, int], ...] = ()
+    if recipe.bits is not None:
+        if head_dim is None:
+            raise ValueError(f"recipe.bits: expected widths, or a head dim that they follow from; got {recipe.bits:g}")
+        own = [recipe.at(head_dim, layer=layer, layers=layers) for layer in range(layers)]
+        widths = tuple((each.key.bits, each.value.bits) for each in own)
 
     def side(given: Side) -> SideVariant:
         if given.rotation == "dense":
@@ -154,7 +193,9 @@ def from_recipe(recipe: Recipe) -> Variant:
         return SideVariant(**{**fields, "mean": "page" if given.mean else "none"})
 
     key, value = side(recipe.key), side(recipe.value)
-    return Variant(key, value, recipe.seal, PAGE_TOKENS, recipe.sinks, recipe.window, refined=recipe.refined)
+    return Variant(
+        key, value, recipe.seal, PAGE_TOKENS, recipe.sinks, recipe.window, widths=widths, refined=recipe.refined
+    )
 
 
 def by_layers() -> Variant:

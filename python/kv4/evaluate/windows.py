@@ -13,6 +13,16 @@ def cut(tokenizer: Any, text: str, windows: int, length: int, first: int = 0) ->
     """Token ids [1, length] of windows `first` ... `first + windows - 1` of a text, one after another from its start,
     each started with whatever the tokenizer puts before a text. Errors: ValueError for a text too short, a length
     below 4 or no window."""
+    return _every(tokenizer, text, windows, length, first)[first : first + windows]
+
+
+def spread(tokenizer: Any, text: str, windows: int, length: int) -> list[torch.Tensor]:
+    """As `cut`, windows from places spread evenly over the text, the first from its start. Errors: as cut."""
+    every = _every(tokenizer, text, windows, length, 0)
+    return [every[index * len(every) // windows] for index in range(windows)]
+
+
+def _every(tokenizer: Any, text: str, windows: int, length: int, first: int) -> list[torch.Tensor]:
     if windows < 1:
         raise ValueError(f"windows: expected at least 1; got {windows}")
     if length < 4:
@@ -26,4 +36,4 @@ def cut(tokenizer: Any, text: str, windows: int, length: int, first: int = 0) ->
             f"text: expected at least {(first + windows) * fresh} tokens for {first + windows} windows of {length}; "
             f"got {len(body)}"
         )
-    return [torch.cat([prefix, body[i * fresh : (i + 1) * fresh]])[None] for i in range(first, first + windows)]
+    return [torch.cat([prefix, body[i : i + fresh]])[None] for i in range(0, len(body) - fresh + 1, fresh)]

@@ -151,7 +151,8 @@ def _dims_not_served(model: PreTrainedModel, cache: KV4Cache) -> str | None:
             continue
         constants = layer.constants
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-        case = (dim_k, dim_v, device, layer.recipe, index if constants else None)
+        rank = layer.rank if layer.recipe.bits is not None else None
+        case = (dim_k, dim_v, device, layer.recipe, rank, index if constants else None)
         if case in tried:
             continue
         tried.add(case)
@@ -159,7 +160,7 @@ def _dims_not_served(model: PreTrainedModel, cache: KV4Cache) -> str | None:
         try:
             new_core(
                 device,
-                layer.recipe,
+                layer.recipe.at(dim_k, dim_v, *layer.rank),
                 dtype=DTYPES[model.dtype],
                 kv_heads=heads,
                 head_dim_k=dim_k,

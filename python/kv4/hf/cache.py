@@ -38,7 +38,8 @@ class KV4Cache(DynamicCache):
             layers, or a sequence or a mapping from layer index with one per layer.
         matrix_k, matrix_v: where the recipe's rotation is "dense": [head_dim, head_dim], in the same forms.
         bits: (bits of keys, bits of values) of each layer in place of the recipe's, a sequence with a pair for every
-            layer or a mapping from layer index; the CPU's layers alone take other than 4.
+            layer or a mapping from layer index; the CPU's layers alone take other than 4. Of a budget for the model,
+            Recipe(bits=...) makes them.
         cross_attention: for the second part of an EncoderDecoderCache: its layers take an encoder's states once, are
             sealed by the first read after that, and are read packed. Layers that the config names so
             (`cross_attention_layers`, as Mllama's does) are it in any case.
@@ -78,9 +79,16 @@ class KV4Cache(DynamicCache):
         given = {"lambda_k": lambda_k, "lambda_v": lambda_v, "matrix_k": matrix_k, "matrix_v": matrix_v}
         constants = per_layer(given, len(kinds), _matrix)
         recipes = recipes_of(recipe, bits, len(kinds))
+        packed = [i for i, (layer_type, _) in enumerate(kinds) if layer_type in PACKED_LAYER_TYPES]
+        ranks = {i: (rank, len(packed)) for rank, i in enumerate(packed)}
         layers = [
             (KV4HybridLayer if layer_type in HYBRID_LAYER_TYPES else KV4Layer)(
-                recipes[i], constants=constants[i], layer_type=layer_type, cross_attention=i in crossing, **arguments
+                recipes[i],
+                constants=constants[i],
+                layer_type=layer_type,
+                cross_attention=i in crossing,
+                rank=ranks.get(i, (0, 1)),
+                **arguments,
             )
             if layer_type in PACKED_LAYER_TYPES
             else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**arguments)

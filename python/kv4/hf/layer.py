@@ -41,8 +41,10 @@ class KV4Layer(CacheLayerMixin):
         constants: Mapping[str, Any] | None = None,
         layer_type: str = "full_attention",
         cross_attention: bool = False,
+        rank: tuple[int, int] = (0, 1),
         **kwargs: Any,
     ) -> None:
+        """rank: which of how many layers it is, which a recipe with a budget asks for."""
         # Not the base constructor: `keys` and `values` are read-only views here.
         self.recipe = recipe
         self.layer_type = layer_type
@@ -51,6 +53,7 @@ class KV4Layer(CacheLayerMixin):
         self.sliding_window = int(sliding_window) if sliding_window else 0
         self.is_sliding = bool(self.sliding_window)
         self.constants = dict(constants or {})
+        self.rank = rank
         self.version = 0
         self._record_past = False
         self._forget()
@@ -93,6 +96,7 @@ class KV4Layer(CacheLayerMixin):
         """dims: kv_heads, head_dim_k, head_dim_v."""
         sizes = dict(zip(("kv_heads", "head_dim_k", "head_dim_v"), dims, strict=True))
         window = self.sliding_window
+        self.recipe = self.recipe.at(*dims[1:], *self.rank)
         core = new_core(device, self.recipe, dtype=DTYPES[dtype], sliding_window=window, **sizes, **self.constants)
         if self._record_past:
             core.record_past(True)

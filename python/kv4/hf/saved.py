@@ -44,9 +44,9 @@ def _entry(layer: Any, where: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
     tensors: list[torch.Tensor] = []
     if isinstance(layer, KV4Layer):
         entry = {"type": layer.layer_type, "sliding_window": layer.sliding_window, "record_past": layer.record_past}
-        bits = [layer.recipe.key.bits, layer.recipe.value.bits]
+        bits = [layer.recipe.key.bits, layer.recipe.value.bits] if layer.recipe.bits is None else None
         if bits != [4, 4]:
-            entry["bits"] = bits
+            entry["bits"] = bits  # None: still to follow from the recipe's budget
         if layer.is_initialized:
             entry["dtype"] = DTYPES[layer.dtype]
             entry["dims"] = [layer.kv_heads, layer.head_dim_k, layer.head_dim_v]

@@ -28,7 +28,7 @@ struct Unpack<2> {
 };
 
 template <>
-struct Unpack<3> : avx512::Threes {
+struct Unpack<3> : avx512::Threes<false> {
   __m512i table;
 
   explicit KV4_INLINE Unpack(const LevelTable& t) : table(whole512(t)) {}

@@ -1,8 +1,8 @@
 // Codes of 8 lanes by 16 positions (layout.h) as bytes L[n] - L[0], four positions of each lane a register.
 //
-// Instructions for 16 positions, beside loads: 2 bits 3 shifts, 4 ands, 4 vpshufb; 3 bits 5 shifts, 8 ands, 2 ors, 4
-// vpshufb; 4 bits 2, 4, 4; 6 bits 9 shifts, 4 ands, 16 vpshufb, 12 vpblendvb; 8 bits none. Included
-// in a target region.
+// Instructions for 16 positions, beside loads: 2 bits 3 shifts, 2 ands, 4 vpshufb; 3 bits 5 shifts, 4 ands, 2 ors, 4
+// vpshufb; 4 bits 2, 4, 4; 6 bits 9 shifts, 4 ands, 16 vpshufb, 12 vpblendvb; 8 bits none. vpshufb looks at bits 0 to 3
+// and 7 of an index alone, so that nibbles below 8 need no mask. Included in a target region.
 #pragma once
 
 #include <immintrin.h>
@@ -26,10 +26,12 @@ KV4_INLINE __m256i shift256(__m256i x) {
 }
 
 // begin(half), then load of each step, then bytes<i>: positions 4 i ... 4 i + 3.
-// Codes of 2 or 4 bits, side by side in one plane; other widths are below.
 template <int B>
-struct Unpack {
-  __m256i table, mask = byte256((1 << B) - 1), codes{};
+struct Unpack;
+
+template <>
+struct Unpack<4> {
+  __m256i table, mask = byte256(15), codes{};
   int half = 0;
 
   explicit KV4_INLINE Unpack(const LevelTable& t) : table(part256(t)) {}
@@ -37,18 +39,41 @@ struct Unpack {
   KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) { codes = load256(first + 32 * half); }
   template <int i>
   KV4_INLINE __m256i bytes() const {
-    return _mm256_shuffle_epi8(table, _mm256_and_si256(shift256<B * i>(codes), mask));
+    return _mm256_shuffle_epi8(table, _mm256_and_si256(shift256<4 * i>(codes), mask));
   }
 };
 
-// Two registers of two nibbles each: two bits of the first plane, and above them one of the second.
-template <>
-struct Unpack<3> {
+// Codes below 8 as two registers of two nibbles, from bit 4 (i / 2) on of register i % 2.
+struct Nibbles {
   __m256i table, nibbles[2]{};
+
+  explicit KV4_INLINE Nibbles(const LevelTable& t) : table(part256(t)) {}
+  template <int i>
+  KV4_INLINE __m256i bytes() const {
+    return _mm256_shuffle_epi8(table, shift256<i / 2 * 4>(nibbles[i % 2]));
+  }
+};
+
+template <>
+struct Unpack<2> : Nibbles {
+  int half = 0;
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : Nibbles(t) {}
+  KV4_INLINE void begin(int h) { half = h; }
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) {
+    const __m256i codes = load256(first + 32 * half), pairs = byte256(0x33);
+    nibbles[0] = _mm256_and_si256(codes, pairs);
+    nibbles[1] = _mm256_and_si256(shift256<2>(codes), pairs);
+  }
+};
+
+// Two bits of the first plane, and above them one of the second.
+template <>
+struct Unpack<3> : Nibbles {
   __m128i shift{};
   int half = 0;
 
-  explicit KV4_INLINE Unpack(const LevelTable& t) : table(part256(t)) {}
+  explicit KV4_INLINE Unpack(const LevelTable& t) : Nibbles(t) {}
   KV4_INLINE void begin(int h) {
     half = h;
     shift = _mm_cvtsi32_si128(h);
@@ -57,10 +82,6 @@ struct Unpack<3> {
     const __m256i two = load256(first + 32 * half), one = _mm256_srl_epi16(load256(second), shift);
     nibbles[0] = join(two, shift256<-2>(one));
     nibbles[1] = join(shift256<2>(two), one);
-  }
-  template <int i>
-  KV4_INLINE __m256i bytes() const {
-    return _mm256_shuffle_epi8(table, _mm256_and_si256(shift256<i / 2 * 4>(nibbles[i % 2]), byte256(15)));
   }
   static KV4_INLINE __m256i join(__m256i two, __m256i one) {
     return _mm256_or_si256(_mm256_and_si256(two, byte256(0x33)), _mm256_and_si256(one, byte256(0x44)));

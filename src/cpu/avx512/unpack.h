@@ -4,12 +4,13 @@
 // stands above an index:
 //
 //            AVX-512BW                                                          VBMI
-//   2 bits   3 shifts, 4 ands, 4 vpshufb: 11                                    3 shifts, 4 vpermb: 7
-//   3        5 shifts, 2 vpternlogd, 4 ands, 4 vpshufb: 15                      5 shifts, 2 vpternlogd, 4 vpermb: 11
+//   2 bits   3 shifts, 2 ands, 4 vpshufb: 9                                     3 shifts, 4 vpermb: 7
+//   3        5 shifts, 1 and, 2 vpternlogd, 4 vpshufb: 12                       5 shifts, 2 vpternlogd, 4 vpermb: 11
 //   4        2 shifts, 4 ands, 4 vpshufb: 10                                    the same
 //   6        2 shifts, 4 ands, 8 vptestmb, 16 vpshufb, 4 blends: 34             5 shifts, 4 vpternlogd, 4 vpermb: 13
 //   8        none
 //
+// vpshufb looks at bits 0 to 3 and 7 of an index alone, so that nibbles below 8 need no mask.
 // Codes of three contiguous bits by vpermb, vpmultishiftqb and vpermb take 12, and have no like without VBMI. Included
 // in a target region.
 #pragma once
@@ -36,7 +37,8 @@ KV4_INLINE __m512i shift512(__m512i x) {
 KV4_INLINE __m512i choose512(__m512i mask, __m512i x, __m512i y) { return _mm512_ternarylogic_epi32(mask, x, y, 0xca); }
 
 // The two planes of 3 bits as two registers of two nibbles, whose lower three bits are codes: 4 i % 2 of register i
-// % 2.
+// % 2. kAlone: their highest bit is 0.
+template <bool kAlone>
 struct Threes {
   // Lanes 8 to 15 have the odd bits of the second plane.
   __m512i odd = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(1), 1), mask = byte512(0x33), nibbles[2]{};
@@ -45,7 +47,8 @@ struct Threes {
   KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t* second) {
     const __m512i two = _mm512_loadu_si512(first);
     const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
-    const __m512i one = _mm512_srlv_epi16(both, odd);
+    const __m512i shifted = _mm512_srlv_epi16(both, odd);
+    const __m512i one = kAlone ? _mm512_and_si512(shifted, byte512(0x55)) : shifted;
     nibbles[0] = choose512(mask, two, shift512<-2>(one));
     nibbles[1] = choose512(mask, shift512<2>(two), one);
   }
@@ -68,27 +71,45 @@ struct Sixes {
 };
 
 // load of each step, then bytes<i>: positions 4 i ... 4 i + 3.
-// Codes of 2 or 4 bits, side by side in one plane; other widths are below.
 template <int B>
-struct Unpack {
-  __m512i table, mask = byte512((1 << B) - 1), codes{};
+struct Unpack;
+
+template <>
+struct Unpack<2> {
+  __m512i table, pairs = byte512(0x33), nibbles[2]{};
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(part512(t)) {}
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) {
+    const __m512i codes = _mm512_loadu_si512(first);
+    nibbles[0] = _mm512_and_si512(codes, pairs);
+    nibbles[1] = _mm512_and_si512(shift512<2>(codes), pairs);
+  }
+  template <int i>
+  KV4_INLINE __m512i bytes() const {
+    return _mm512_shuffle_epi8(table, shift512<i / 2 * 4>(nibbles[i % 2]));
+  }
+};
+
+template <>
+struct Unpack<4> {
+  __m512i table, mask = byte512(15), codes{};
 
   explicit KV4_INLINE Unpack(const LevelTable& t) : table(part512(t)) {}
   KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) { codes = _mm512_loadu_si512(first); }
   template <int i>
   KV4_INLINE __m512i bytes() const {
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(shift512<B * i>(codes), mask));
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(shift512<4 * i>(codes), mask));
   }
 };
 
 template <>
-struct Unpack<3> : Threes {
+struct Unpack<3> : Threes<true> {
   __m512i table;
 
   explicit KV4_INLINE Unpack(const LevelTable& t) : table(part512(t)) {}
   template <int i>
   KV4_INLINE __m512i bytes() const {
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(index<i>(), byte512(15)));
+    return _mm512_shuffle_epi8(table, index<i>());
   }
 };
 
