@@ -145,12 +145,14 @@ def locked(array: np.ndarray) -> np.ndarray:
     return array
 
 
+# DLPack has that flag from 1.0 on, numpy from 2.1 on.
+EXPORTS_READ_ONLY = np.lib.NumpyVersion(np.__version__) >= "2.1.0"
 READ_ONLY = {
     "flag": lambda x, folder: locked(x),
     "file": mapped,
     "bytes": lambda x, folder: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
     "broadcast": lambda x, folder: np.broadcast_to(x[:, :1, :1], x.shape),
-    "dlpack": lambda x, folder: Frozen(x),
+    **({"dlpack": lambda x, folder: Frozen(x)} if EXPORTS_READ_ONLY else {}),
 }
 
 

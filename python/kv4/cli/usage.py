@@ -20,6 +20,9 @@ from kv4.messages import mismatch
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _BOUNDS = {"greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
+# What typer says where it leaves parsing to click.
+_NOT_A_NUMBER = re.compile(r"'(.*)' is not a valid (integer|float)(?: range)?\.?")
+_OUT_OF_RANGE = re.compile(r"(\S+) is not in the range (?:(\S+)<=)?x(?:>=(\S+?)|<=(\S+?))?\.?")
 _KINDS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number"}
 
 
@@ -65,6 +68,12 @@ def _expected_and_got(error: Any, message: str) -> tuple[str, str]:
     choice = re.fullmatch(r"(?:Value error, )?(.+) is not one of (.+?)\.?", message)
     if choice is not None:
         return f"one of {choice.group(2)}", choice.group(1)
+    if (number := _NOT_A_NUMBER.fullmatch(message)) is not None:
+        return _KINDS["int_parsing" if number.group(2) == "integer" else "float_parsing"], repr(number.group(1))
+    if (out := _OUT_OF_RANGE.fullmatch(message)) is not None:
+        got, low, most = out.group(1), out.group(2) or out.group(3), out.group(4)
+        below = low is not None and float(got) < float(low)
+        return f"a number, at least {low}" if below else f"a number, at most {most}", repr(got)
     reasons = getattr(error.__cause__, "errors", list)()
     if not reasons:
         return "another value", message
