@@ -55,13 +55,24 @@ def in_a_line(error: Any) -> str:
         return mismatch(option, "a value", "none") if "requires" in message else f"{command}: {message}"
     param = getattr(error, "param", None)
     if param is None:
-        return f"{command}: {message}"
+        return _of_the_command(error, command, message)
     name = max(param.opts, key=len) if param.opts else str(param.name)
     if type(error).__name__ == "MissingParameter":
         return mismatch(name, "a value", "none")
     if message.startswith("expected "):
         return f"{name}: {message}"
     return mismatch(name, *_expected_and_got(error, message))
+
+
+def _of_the_command(error: Any, command: str, message: str) -> str:
+    unknown = re.fullmatch(r"No such command '(.*)'\.", message)
+    commands = getattr(getattr(error.ctx, "command", None), "commands", {})
+    if unknown is not None and commands:
+        return mismatch(command, f"a command, one of {', '.join(commands)}", repr(unknown.group(1)))
+    extra = re.fullmatch(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", message)
+    if extra is not None:
+        return mismatch(command, "no further arguments", extra.group(1))
+    return f"{command}: {message}"
 
 
 def _expected_and_got(error: Any, message: str) -> tuple[str, str]:
