@@ -200,7 +200,7 @@ test-isas: setup
 	@bash scripts/setup_system.sh isas
 	cmake --preset release
 	cmake --build --preset release --target kv4_tests
-	@bash scripts/test_isas.sh build/release/tests/kv4_tests $$($(BIN)/python -c 'from kv4 import _core; print(*_core.isas())')
+	@JOBS=$(JOBS) bash scripts/test_isas.sh build/release/tests/kv4_tests $$($(BIN)/python -c 'from kv4 import _core; print(*_core.isas())')
 
 # Its packages are no part of the other steps.
 site: setup

@@ -7,8 +7,10 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include <limits>
 #include <span>
 #include <tuple>
+#include <type_traits>
 #include <variant>
 
 #include "cpu/measure.h"
@@ -39,15 +41,15 @@ int choice(nb::handle object, const char* attribute, const char* field, const ch
   return 0;
 }
 
+// A number, or True or False, as T says.
 template <class T>
-T number(nb::handle object, const char* attribute, const char* field) {
-  try {
-    return nb::cast<T>(object.attr(attribute));
-  } catch (const nb::cast_error&) {
-    raise_if_error(invalid_argument(std::string("recipe.") + field, "an integer in range",
+T value_of(nb::handle object, const char* attribute, const char* field) {
+  T value{};
+  if (!nb::try_cast<T>(object.attr(attribute), value))
+    raise_if_error(invalid_argument(std::string("recipe.") + field,
+                                    std::is_same_v<T, bool> ? "True or False" : "an integer in range",
                                     text(nb::repr(object.attr(attribute)))));
-    return T{};
-  }
+  return value;
 }
 
 SideRecipe side(nb::handle s, const std::string& which) {
@@ -55,13 +57,13 @@ SideRecipe side(nb::handle s, const std::string& which) {
   SideRecipe out;
   out.rotation = static_cast<RotationKind>(
       choice(s, "rotation", field("rotation").c_str(), {"identity", "srft", "srht", "householder", "dense"}));
-  out.reflectors = number<int>(s, "reflectors", field("reflectors").c_str());
-  out.seed = number<std::uint64_t>(s, "seed", field("seed").c_str());
-  out.group = number<int>(s, "group", field("group").c_str());
-  out.bits = number<int>(s, "bits", field("bits").c_str());
+  out.reflectors = value_of<int>(s, "reflectors", field("reflectors").c_str());
+  out.seed = value_of<std::uint64_t>(s, "seed", field("seed").c_str());
+  out.group = value_of<int>(s, "group", field("group").c_str());
+  out.bits = value_of<int>(s, "bits", field("bits").c_str());
   out.levels = static_cast<LevelKind>(choice(s, "levels", field("levels").c_str(), {"lloyd_max", "uniform"}));
   out.scale = static_cast<ScaleRule>(choice(s, "scale", field("scale").c_str(), {"least_squares", "abs_max"}));
-  out.mean = nb::cast<bool>(s.attr("mean"));
+  out.mean = value_of<bool>(s, "mean", field("mean").c_str());
   out.lambda = static_cast<LambdaMode>(choice(s, "lambda_", field("lambda_").c_str(), {"none", "auto", "given"}));
   return out;
 }
@@ -69,13 +71,15 @@ SideRecipe side(nb::handle s, const std::string& which) {
 }  // namespace
 
 Recipe read_recipe(nb::handle r) {
+  if (!nb::hasattr(r, "key") || !nb::hasattr(r, "value"))
+    raise_if_error(invalid_argument("recipe", "a kv4.Recipe", text(nb::repr(r))));
   Recipe out;
   out.key = side(r.attr("key"), "key");
   out.value = side(r.attr("value"), "value");
   out.seal = static_cast<SealMode>(choice(r, "seal", "seal", {"page", "arrival", "never"}));
-  out.sinks = number<int>(r, "sinks", "sinks");
-  out.window = number<int>(r, "window", "window");
-  out.refined = number<int>(r, "refined", "refined");
+  out.sinks = value_of<int>(r, "sinks", "sinks");
+  out.window = value_of<int>(r, "window", "window");
+  out.refined = value_of<int>(r, "refined", "refined");
   return out;
 }
 
@@ -177,6 +181,9 @@ void read_call(Call* call, nb::handle q, double scale, double softcap, nb::handl
     call->sinks = tensor(sinks, "sinks", device);
     check_vector(call->sinks, "sinks", Element::f32, "float32", heads);
     a.sinks = static_cast<const float*>(call->sinks.data);
+    for (std::int64_t h = 0; h < heads && device == kHost; ++h)
+      if (!(a.sinks[h] <= std::numeric_limits<float>::max()))  // -infinity is no sink
+        raise_if_error(invalid_argument("sinks", "numbers, or -infinity", std::to_string(a.sinks[h])));
   }
   if (!start.is_none()) {
     call->start = tensor(start, "start");
@@ -287,18 +294,18 @@ NB_MODULE(_core, m) {
   nb::set_leak_warnings(false);
 
   nb::class_<PyCache>(m, "Cache", "The cache of one attention layer; see kv4/cache.h.")
-      .def("__init__", &create, "recipe"_a, nb::kw_only(), "dtype"_a = "float32", "kv_heads"_a, "head_dim_k"_a,
+      .def("__init__", &create, "recipe"_a.none(), nb::kw_only(), "dtype"_a = "float32", "kv_heads"_a, "head_dim_k"_a,
            "head_dim_v"_a, "sliding_window"_a = 0, "lambda_k"_a = nb::none(), "lambda_v"_a = nb::none(),
            "matrix_k"_a = nb::none(), "matrix_v"_a = nb::none(), "backend"_a = "cpu",
            "dtype: of appended and exact tokens. lambda_*: float32 [kv_heads, head_dim]; matrix_*: float32 [head_dim, "
            "head_dim].")
-      .def("append", &append, "k"_a, "v"_a, nb::kw_only(), "rows"_a = nb::none(),
+      .def("append", &append, "k"_a.none(), "v"_a.none(), nb::kw_only(), "rows"_a = nb::none(),
            "k [batch, kv_heads, T, head_dim_k], v alike with head_dim_v: T tokens to each sequence; T may be 0.\n"
            "rows: (row, tokens) of some sequences, in any order, whose tokens follow each other on the T axis of one "
            "batch.")
-      .def("attend", &attend, "q"_a, "out"_a, nb::kw_only(), "scale"_a = 0.0, "softcap"_a = 0.0, "sinks"_a = nb::none(),
-           "causal"_a = true, "offset"_a = 0, "start"_a = nb::none(), "window"_a = nb::none(), "mask"_a = nb::none(),
-           "host_mask"_a = nb::none(), "rows"_a = nb::none(),
+      .def("attend", &attend, "q"_a.none(), "out"_a.none(), nb::kw_only(), "scale"_a = 0.0, "softcap"_a = 0.0,
+           "sinks"_a = nb::none(), "causal"_a = true, "offset"_a = 0, "start"_a = nb::none(), "window"_a = nb::none(),
+           "mask"_a = nb::none(), "host_mask"_a = nb::none(), "rows"_a = nb::none(),
            "q [batch, q_heads, T, head_dim_k], the newest T positions; out [batch, q_heads, T, head_dim_v] is written "
            "in place: it\n"
            "can be written to, has a place of its own for every element, and shares none with q.\n"
@@ -309,9 +316,10 @@ NB_MODULE(_core, m) {
            "rows: (row, tokens) of some sequences, whose newest positions follow each other on the T axis of one "
            "batch; start and window\n"
            "then are int32 [len(rows)].")
-      .def("attend_partial", &attend_partial, "q"_a, "o"_a, "m"_a, "l"_a, nb::kw_only(), "upto"_a, "scale"_a = 0.0,
-           "softcap"_a = 0.0, "sinks"_a = nb::none(), "causal"_a = true, "offset"_a = 0, "start"_a = nb::none(),
-           "window"_a = nb::none(), "mask"_a = nb::none(), "host_mask"_a = nb::none(), "rows"_a = nb::none(),
+      .def("attend_partial", &attend_partial, "q"_a.none(), "o"_a.none(), "m"_a.none(), "l"_a.none(), nb::kw_only(),
+           "upto"_a, "scale"_a = 0.0, "softcap"_a = 0.0, "sinks"_a = nb::none(), "causal"_a = true, "offset"_a = 0,
+           "start"_a = nb::none(), "window"_a = nb::none(), "mask"_a = nb::none(), "host_mask"_a = nb::none(),
+           "rows"_a = nb::none(),
            "The partial state over positions below upto: o float32 [batch, q_heads, T, head_dim_v], m and l [batch, "
            "q_heads, T]. With\n"
            "rows as attend has them, upto has a position for each and the states of their queries follow each other on "
@@ -386,8 +394,8 @@ NB_MODULE(_core, m) {
           "then is empty.")
       .def(
           "record_past", [](PyCache& c, bool on) { c.cache->record_past(on); }, "on"_a)
-      .def("dense_keys", &dense<true>, "first"_a, "count"_a, "out"_a)
-      .def("dense_values", &dense<false>, "first"_a, "count"_a, "out"_a)
+      .def("dense_keys", &dense<true>, "first"_a, "count"_a, "out"_a.none())
+      .def("dense_values", &dense<false>, "first"_a, "count"_a, "out"_a.none())
       .def(
           "nbytes", [](const PyCache& c) { return c.cache->nbytes(); }, "Every byte held, with what shared() lists.")
       .def(

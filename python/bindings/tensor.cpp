@@ -1,5 +1,7 @@
 #include "tensor.h"
 
+#include <algorithm>
+#include <iterator>
 #include <new>
 #include <optional>
 
@@ -121,6 +123,11 @@ nb::ndarray<> find_array(nb::handle x, const char* name, bool written) {
   return *array;
 }
 
+std::string dtype_text(const nb::dlpack::dtype& d) {
+  static constexpr const char* kKinds[] = {"int", "uint", "float", "an opaque dtype of ", "bfloat", "complex", "bool"};
+  return (d.code < std::size(kKinds) ? kKinds[d.code] : "another dtype of ") + std::to_string(d.bits);
+}
+
 Tensor from_dlpack(nb::handle x, const char* name, int device, bool written) {
   const nb::ndarray<> array = find_array(x, name, written);
   Tensor t;
@@ -147,7 +154,7 @@ Tensor from_dlpack(nb::handle x, const char* name, int device, bool written) {
   else if (is(nb::dlpack::dtype_code::Int, 32)) t.element = Element::i32;
   else if (is(nb::dlpack::dtype_code::Int, 64)) t.element = Element::i64;
   else if (is(nb::dlpack::dtype_code::UInt, 8) || is(nb::dlpack::dtype_code::Int, 8)) t.element = Element::byte;
-  else t.element_name = "dtype code " + std::to_string(d.code) + " of " + std::to_string(d.bits) + " bits";
+  else t.element_name = dtype_text(d);
   t.owner = array;
   return t;
 }
@@ -171,7 +178,10 @@ Tensor read(nb::handle x, const char* name, int device, bool written) {
 template <class View>
 View view(const Tensor& t, const char* name) {
   if (t.rank != 4) bad(name, "4 axes [batch, heads, tokens, channels]", "shape " + shape_text(t));
-  return View{t.data, float_type(t, name), t.shape, t.stride};
+  View out{t.data, float_type(t, name), t.shape, t.stride};
+  if (std::find(t.shape.begin(), t.shape.end(), 0) != t.shape.end())
+    out.stride[3] = 1;  // numpy gives an empty one zeros
+  return out;
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ from typing import Any
 
 from kv4.extras import require
 from kv4.recipe import MOST_REFINED, PACKED_WIDTHS, Recipe
+from kv4.whole import file_path
 
 require("kv4.calibration", "hf", "torch", "safetensors")
 
@@ -170,7 +171,7 @@ def load(path: str | Path, model: str | Path | None = None) -> Calibration:
     Errors: OSError; ValueError naming what was expected and what came."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = file_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"calibration: expected a file; got {path}")
     try:
@@ -195,7 +196,7 @@ def load(path: str | Path, model: str | Path | None = None) -> Calibration:
             budgets=tuple(float(b) for b in json.loads(meta.get("budgets", "[]"))),
             refined=int(meta.get("refined", 0)),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"calibration: expected what it was made for and from; got {path} ({error})") from None
     for name, x in found.tensors.items():
         if not bool(torch.isfinite(x).all()):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kv4 import _core
+from kv4.whole import file_path
 
 _FORMAT = "kv4-recipe"
 _FORMAT_VERSION = 1
@@ -180,9 +181,10 @@ class Recipe:
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
         """Reads what `to_file` wrote. Raises OSError, or ValueError naming the entry."""
+        file = file_path(path)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"path: expected a recipe in JSON; got {path} ({e})") from None
         return cls.from_dict(data)
 

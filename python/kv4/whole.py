@@ -11,13 +11,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from kv4.messages import mismatch
+
+
+def file_path(path: str | os.PathLike[str]) -> Path:
+    """`path` as a Path that names a file. Errors: ValueError."""
+    if not isinstance(path, (str, os.PathLike)) or not Path(path).name:
+        raise ValueError(mismatch("path", "the name of a file", repr(path)))
+    return Path(path)
+
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A temporary file to write to, which replaces `path` once the block has ended without an exception and its content
     has reached the disk; until then the old file stays. A process that is killed leaves its temporary file behind; the
     next write of `path` removes it. Errors: OSError."""
-    path = Path(path)
+    path = file_path(path)
+    if path.is_dir():
+        raise IsADirectoryError(mismatch("path", "the name of a file", f"a folder, {path}"))
     _remove_abandoned(path)
     file, other = _locked(path)
     try:

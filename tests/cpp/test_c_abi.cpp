@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "allocations.h"
 #include "cases.h"
 #include "kv4/cache.h"
 #include "kv4/cpu.h"
@@ -530,6 +531,54 @@ TEST(CAbi, AProgramInCRunsOnItsOwnMemory) {
 TEST(CAbi, AProgramInCRuns) {
   const char* failed = kv4_c_program();
   EXPECT_EQ(failed, nullptr) << failed;
+}
+
+// Each allocation of each call fails in turn: KV4_OUT_OF_MEMORY with a text, no handle, and the cache as it was.
+TEST(CAbi, EveryCallFindsNoMemory) {
+  long failures = 0;
+  const auto fail_every_allocation = [&](const char* name, auto call, auto unchanged) {
+    for (long n = 1;; ++n) {
+      kv4::allocations::fail_at(n);
+      const kv4_status status = call();
+      const bool failed = kv4::allocations::failed();
+      if (status == KV4_OK) break;
+      ++failures;
+      ASSERT_TRUE(failed) << name << ": " << kv4_last_error();
+      ASSERT_EQ(status, KV4_OUT_OF_MEMORY) << name << ", allocation " << n << ": " << kv4_last_error();
+      ASSERT_NE(std::string(kv4_last_error()), "") << name;
+      ASSERT_TRUE(unchanged()) << name << ", allocation " << n;
+    }
+  };
+  kv4_cache_config c = config();
+  c.recipe.value.seed = 78;  // unique to this cache, so that its tables are built
+  kv4_cache *cache = nullptr, *copy = nullptr;
+  fail_every_allocation("create", [&] { return kv4_cache_create(&c, &cache); }, [&] { return cache == nullptr; });
+  const std::vector<float> rows = kv4::cases::normal_rows(kKvHeads * 300, kDim, 1),
+                           q = kv4::cases::normal_rows(kHeads, kDim, 2);
+  std::vector<float> out(kHeads * kDim);
+  const kv4_tensor t = tensor(rows, kKvHeads, 300), ot = tensor(out, kHeads, 1);
+  const kv4_attend_args args = query(q);
+  int64_t length = 0;
+  const auto unchanged = [&] { return kv4_cache_length(cache) == length; };
+  fail_every_allocation("append", [&] { return kv4_cache_append(cache, &t, &t); }, unchanged);
+  length = 300;
+  fail_every_allocation("seal", [&] { return kv4_cache_seal(cache); }, unchanged);
+  fail_every_allocation("attend", [&] { return kv4_cache_attend(cache, &args, &ot); }, unchanged);
+  fail_every_allocation("clone", [&] { return kv4_cache_clone(cache, &copy); }, [&] { return copy == nullptr; });
+  std::size_t bytes = 0;
+  const auto count = [](void* to, const void*, std::size_t size) {
+    *static_cast<std::size_t*>(to) += size;
+    return KV4_OK;
+  };
+  fail_every_allocation("save", [&] { return kv4_cache_save(cache, count, &bytes); }, unchanged);
+  EXPECT_GT(bytes, 0u);
+  const std::vector<int64_t> both{0, 0};
+  fail_every_allocation(
+      "select", [&] { return kv4_cache_select(cache, both.data(), 2); }, [&] { return kv4_cache_batch(cache) == 1; });
+  EXPECT_EQ(kv4_cache_batch(cache), 2);
+  EXPECT_GT(failures, 30);
+  kv4_cache_destroy(copy);
+  kv4_cache_destroy(cache);
 }
 
 }  // namespace

@@ -61,6 +61,8 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "group.json").write_text(json.dumps(group))
     (folder / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     (folder / "no-model").mkdir()
+    (folder / "a-list").mkdir()
+    (folder / "a-list" / "config.json").write_text("[]")
     return folder
 
 
@@ -116,7 +118,9 @@ BAD_INPUT = [
     (["generate", "{model}", "-p", "x", "--jason", "y"], "--jason: expected an option of "),
     (["generate", "{model}", "-p"], "-p: expected a value; got none"),
     (["generate"], "model: expected a value; got none"),
-    (["gen"], "No such command 'gen'"),
+    (["gen"], "kv4: expected a command, one of generate, "),
+    (["models", "all"], "kv4 models: expected no further arguments; got all"),
+    (["generate", "{bad}/a-list", "-p", "x"], "model folder {bad}/a-list: expected one that transformers can load"),
     (["eval", "{model}", "--state", "{bad}"], "--state: expected a file that can be written; got {bad}, a folder"),
     (["eval", "{model}", "--markdown", "{bad}"], "--markdown: expected a file that can be written"),
     (["eval", "{model}", "--plot", "{bad}"], "--plot: expected a file that can be written"),

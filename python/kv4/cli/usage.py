@@ -20,6 +20,9 @@ from kv4.messages import mismatch
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _BOUNDS = {"greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
+# What typer says where it leaves parsing to click.
+_NOT_A_NUMBER = re.compile(r"'(.*)' is not a valid (integer|float)(?: range)?\.?")
+_OUT_OF_RANGE = re.compile(r"(\S+) is not in the range (?:(\S+)<=)?x(?:>=(\S+?)|<=(\S+?))?\.?")
 _KINDS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number"}
 
 
@@ -52,7 +55,7 @@ def in_a_line(error: Any) -> str:
         return mismatch(option, "a value", "none") if "requires" in message else f"{command}: {message}"
     param = getattr(error, "param", None)
     if param is None:
-        return f"{command}: {message}"
+        return _of_the_command(error, command, message)
     name = max(param.opts, key=len) if param.opts else str(param.name)
     if type(error).__name__ == "MissingParameter":
         return mismatch(name, "a value", "none")
@@ -61,10 +64,27 @@ def in_a_line(error: Any) -> str:
     return mismatch(name, *_expected_and_got(error, message))
 
 
+def _of_the_command(error: Any, command: str, message: str) -> str:
+    unknown = re.fullmatch(r"No such command '(.*)'\.", message)
+    commands = getattr(getattr(error.ctx, "command", None), "commands", {})
+    if unknown is not None and commands:
+        return mismatch(command, f"a command, one of {', '.join(commands)}", repr(unknown.group(1)))
+    extra = re.fullmatch(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", message)
+    if extra is not None:
+        return mismatch(command, "no further arguments", extra.group(1))
+    return f"{command}: {message}"
+
+
 def _expected_and_got(error: Any, message: str) -> tuple[str, str]:
     choice = re.fullmatch(r"(?:Value error, )?(.+) is not one of (.+?)\.?", message)
     if choice is not None:
         return f"one of {choice.group(2)}", choice.group(1)
+    if (number := _NOT_A_NUMBER.fullmatch(message)) is not None:
+        return _KINDS["int_parsing" if number.group(2) == "integer" else "float_parsing"], repr(number.group(1))
+    if (out := _OUT_OF_RANGE.fullmatch(message)) is not None:
+        got, low, most = out.group(1), out.group(2) or out.group(3), out.group(4)
+        below = low is not None and float(got) < float(low)
+        return f"a number, at least {low}" if below else f"a number, at most {most}", repr(got)
     reasons = getattr(error.__cause__, "errors", list)()
     if not reasons:
         return "another value", message

@@ -35,7 +35,7 @@ class State:
                 try:
                     entry = json.loads(line)
                     self._found[entry["key"]] = entry
-                except (json.JSONDecodeError, KeyError, TypeError):
+                except (ValueError, RecursionError, KeyError, TypeError):
                     continue  # the line that a killed run was writing
 
     @staticmethod

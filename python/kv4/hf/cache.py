@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionCacheLayerMixin
 from transformers.generation import utils as generation
 
-from kv4.messages import mismatch
+from kv4.messages import mismatch, whole_number
 from kv4.per_layer import per_layer, recipes_of
 from kv4.recipe import Recipe
 
@@ -213,10 +213,11 @@ class KV4Cache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Puts `repeats` copies of every sequence side by side, in every layer. Errors: ValueError for fewer than 1."""
-        if int(repeats) < 1:
+        repeats = whole_number("repeats", repeats)
+        if repeats < 1:
             raise ValueError(mismatch("repeats", "at least 1", repeats))
         if batch := max((layer.batch for layer in self.packed_layers()), default=0):
-            self.reorder_cache(torch.arange(batch).repeat_interleave(int(repeats)))
+            self.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
 
     def __repr__(self) -> str:
         tokens = max((layer.seen for layer in self.packed_layers()), default=0)

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from kv4.messages import mismatch
-from kv4.whole import written_whole
+from kv4.whole import file_path, written_whole
 
 _MAGIC = b"kv4model"
 _VERSION = 1
@@ -77,7 +77,7 @@ def writing(path: str | os.PathLike[str], header: Mapping[str, Any]) -> Iterator
 def reading(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], Source]]:
     """The header of a file that `writing` made, and what follows. Errors: OSError; ValueError for other bytes, also
     where the block has not read all of them."""
-    with open(path, "rb") as file:
+    with file_path(path).open("rb") as file:
         yield _header(file, path), Source(file, path)
         if file.read(1):
             raise ValueError(mismatch("path", "the end of the file behind its last layer", f"more bytes in {path}"))
@@ -103,7 +103,7 @@ def _header(file: BinaryIO, path: Any) -> dict[str, Any]:
     try:
         header = json.loads(text)
         layers = [header["recipe"], *header["layers"]]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         layers = [None]
     if not all(isinstance(layer, dict) for layer in layers):
         raise ValueError(mismatch("path", "a header of a recipe and layers", f"another one in {path}"))

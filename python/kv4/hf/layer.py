@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kv4._core import PAGE_TOKENS
-from kv4.messages import mismatch
+from kv4.messages import mismatch, whole_number
 from kv4.recipe import Recipe
 
 from . import ops
@@ -162,6 +162,8 @@ class KV4Layer(CacheLayerMixin):
         form = self.form
         converted = []
         for name, x in (("key_states", key_states), ("value_states", value_states)):
+            if not isinstance(x, torch.Tensor):
+                raise ValueError(mismatch(name, "a tensor", type(x).__name__))
             if x.device != form.device:
                 raise ValueError(mismatch(name, f"a tensor on {place(form.device)}", x.device))
             check_dtype(name, x)
@@ -296,7 +298,7 @@ class KV4Layer(CacheLayerMixin):
 
     def checked_crop(self, tokens_to_remove: int) -> int:
         """Tokens that crop(tokens_to_remove) drops. Errors: see crop, but for what a window has evicted."""
-        n = int(tokens_to_remove)
+        n = whole_number("tokens_to_remove", tokens_to_remove)
         if n > 0:
             raise ValueError(mismatch("tokens_to_remove", "0 or a negative number of tokens", n))
         if not self.is_initialized:
@@ -325,11 +327,12 @@ class KV4Layer(CacheLayerMixin):
         self.select(rows_of_index(indices, self.batch))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if int(repeats) < 1:
-            raise ValueError(mismatch("repeats", "at least 1", repeats))
+        times = whole_number("repeats", repeats)
+        if times < 1:
+            raise ValueError(mismatch("repeats", "at least 1", times))
         if self.core is not None and self.core.batch:
-            self._change(self.core.repeat, int(repeats))
-            self.batch *= int(repeats)
+            self._change(self.core.repeat, times)
+            self.batch *= times
 
     def reset(self) -> None:
         """Back to empty, open to another batch, dtype or shape; the memory is returned."""
@@ -411,7 +414,12 @@ def _update_uncompiled(layer: KV4Layer, *args: torch.Tensor) -> tuple[KVHandle, 
 
 
 def rows_of_index(indices: Any, batch: int) -> list[int]:
-    """Row numbers of an index as torch reads it on a batch: integers (negative from the end), a bool mask, a slice."""
-    if isinstance(indices, torch.Tensor):
-        indices = indices.cpu()
-    return torch.arange(batch)[indices].reshape(-1).tolist()
+    """Row numbers of an index as torch reads it on a batch: integers (negative from the end), a bool mask, a slice.
+    Errors: IndexError for anything else."""
+    try:
+        if not isinstance(indices, slice):
+            indices = torch.as_tensor(indices).cpu()
+        return torch.arange(batch)[indices].reshape(-1).tolist()
+    except (IndexError, TypeError, ValueError, RuntimeError):
+        expected = f"integers from {-batch} to {batch - 1}, a mask of {batch} or a slice"
+        raise IndexError(mismatch("indices", expected, repr(indices))) from None

@@ -214,9 +214,10 @@ def _content(gguf: Path, progress: Progress) -> str:
     """The sha256 of a file's content, remembered for as long as its size and time of change stay."""
     index = cache_dir() / "gguf.json"
     state = gguf.stat()
-    known: dict[str, Any] = _read_json(index) or {}
+    read = _read_json(index)
+    known: dict[str, Any] = read if isinstance(read, dict) else {}
     entry = known.get(str(gguf))
-    if entry and entry["size"] == state.st_size and entry["mtime_ns"] == state.st_mtime_ns:
+    if isinstance(entry, dict) and (entry.get("size"), entry.get("mtime_ns")) == (state.st_size, state.st_mtime_ns):
         return str(entry["sha256"])
     digest = hashlib.sha256()
     done = 0
@@ -235,7 +236,7 @@ def _content(gguf: Path, progress: Progress) -> str:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 
