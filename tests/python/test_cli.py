@@ -20,7 +20,6 @@ from kv4 import Recipe
 from kv4.bench.memory import cache_bytes, fp16_bytes, kv4_bytes
 from kv4.bench.seal import flops
 from kv4.cli import app
-from kv4.cli.chat import common
 from kv4.cli.demo import first_difference, side_by_side
 from kv4.cli.options import numbers
 from kv4.cli.output import write_json
@@ -550,44 +549,6 @@ def test_no_token_of_the_demo_wraps_in_80_columns() -> None:
         assert len(rows) == made.row_count and max(map(len, lines)) <= width
         # Only the token that no cell of 80 columns has room for is cut, on both sides.
         assert sum(line.count("\u2026") for line in rows) == (2 if width == 80 else 0)
-
-
-CHAT = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-
-
-@pytest.mark.parametrize("cache", ["kv4", "fp16", "exact"])
-def test_a_chat_goes_on_and_says_what_the_full_context_would_hold(model: Path, tmp_path: Path, cache: str) -> None:
-    from transformers import AutoTokenizer
-
-    folder = tmp_path / "chat"
-    AutoModelForCausalLM.from_pretrained(model).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    result = succeeded("generate", folder, "-i", "-n", 5, "--cache", cache, stdin="first line\nsecond\n\n")
-    costs = [line for line in " ".join(result.output.split()).split("at its full ")[1:]]
-    assert len(costs) == 2, result.output
-    (context,) = {line.split(" tokens")[0] for line in costs}
-    config = AutoModelForCausalLM.from_pretrained(folder).config
-    assert int(context.replace(",", "")) == config.max_position_embeddings
-    # The first answer is that of a chat with the first message alone.
-    once = succeeded("generate", folder, "-i", "-n", 5, "--cache", cache, stdin="first line\n")
-    assert once.output.split("tokens:")[0] == result.output.split("tokens:")[0]
-
-
-def test_a_model_without_a_chat_template_does_not_chat(model: Path) -> None:
-    result = kv4("generate", model, "-i", stdin="hello\n")
-    assert result.exit_code == 2
-    assert "--interactive: expected a model with a chat template; got one without" in " ".join(result.output.split())
-
-
-def test_a_chat_keeps_what_both_begin_with() -> None:
-    assert common([1, 2, 3], [1, 2, 4, 5]) == 2
-    assert common([1, 2, 3], [1, 2, 3]) == 2  # the last token has to be computed
-    assert common([], [1]) == 0
 
 
 def test_bytes_of_a_longer_cache_are_those_that_it_holds(model: Path) -> None:
