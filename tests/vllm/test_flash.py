@@ -86,7 +86,7 @@ class Scene:
 
 
 def chunk_of(computed: int, count: int) -> flash.Chunk:
-    step = plan(np.array([0, count]), np.array([computed + count]), sealing=True, leave=True)
+    step = plan(np.array([0, count]), np.array([computed + count]), sealing=True, leave=LONG)
     (part,) = flash.parts_of(step, DEVICE)
     assert isinstance(part, flash.Chunk) and not step.spans
     return part
@@ -121,7 +121,7 @@ def test_adjacent_prompts_that_begin_are_one_run_and_rows_between_are_left(monke
     monkeypatch.setattr(flash, "flash_attn_varlen", plain)
     counts, computed = [3, 70, 1, 2], [0, 0, 40, 0]
     queries = np.concatenate([[0], np.cumsum(counts)])
-    step = plan(queries, np.add(counts, computed), sealing=True, leave=True)
+    step = plan(queries, np.add(counts, computed), sealing=True, leave=LONG)
     parts = flash.parts_of(step, DEVICE)
     assert [(x.rows, x.longest, x.starts.tolist()) for x in parts] == [
         (slice(0, 73), 70, [0, 3, 73]),

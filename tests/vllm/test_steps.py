@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kv4.vllm.backend import Arrays
-from kv4.vllm.steps import LONG, PAGE, plan
+from kv4.vllm.steps import LONG, LONG_IN_TILES, PAGE, plan
 
 
 def batch(computed: list[int], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -21,18 +21,18 @@ def batch(computed: list[int], counts: list[int]) -> tuple[np.ndarray, np.ndarra
 def random_batch(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     n = int(random.integers(1, 7))
     computed = random.choice([0, 0, 1, 63, 64, 65, 127, 128, 700], n)
-    return batch(computed.tolist(), random.choice([0, 1, 1, 2, 63, 64, 65, 300], n).tolist())
+    return batch(computed.tolist(), random.choice([0, 1, 1, 2, 63, 64, 65, 300, 1100], n).tolist())
 
 
-@pytest.mark.parametrize("leave", [False, True])
+@pytest.mark.parametrize("leave", [None, LONG, LONG_IN_TILES])
 @pytest.mark.parametrize("seed", range(40))
-def test_pieces_and_what_the_host_attends_to_cover_each_row_once(seed: int, leave: bool) -> None:
+def test_pieces_and_what_the_host_attends_to_cover_each_row_once(seed: int, leave: int | None) -> None:
     queries, lengths = random_batch(np.random.default_rng(seed))
     step = plan(queries, lengths, sealing=True, leave=leave)
     counts = np.diff(queries)
     covered = np.zeros(queries[-1], np.int64)
     for b in np.flatnonzero(step.left):
-        assert leave and (counts[b] == lengths[b] > 1 or counts[b] >= LONG)
+        assert leave and (counts[b] == lengths[b] > 1 or counts[b] >= leave)
         covered[queries[b] : queries[b + 1]] += 1
     for a, b in pairwise(step.spans):
         assert a.rows.stop < b.rows.start or (leave and a.rows.stop == b.rows.start)
@@ -54,7 +54,7 @@ def test_pieces_and_what_the_host_attends_to_cover_each_row_once(seed: int, leav
 
 
 def test_one_token_each_leaves_arrays_where_they_are() -> None:
-    arrays = Arrays(8, torch.device("cpu"), leave=False)
+    arrays = Arrays(8, torch.device("cpu"), leave=None)
     places = None
     for computed in ([63, 5, 640], [64, 6, 641], [127, 63, 64, 0]):
         # The last row is padding, as a graph of four has it where three sequences run.
@@ -74,7 +74,7 @@ def test_one_token_each_leaves_arrays_where_they_are() -> None:
 
 
 def test_groups_of_blocks_that_ask_for_the_same_step_get_the_same_arrays() -> None:
-    arrays = Arrays(8, torch.device("cpu"), leave=False)
+    arrays = Arrays(8, torch.device("cpu"), leave=None)
     queries, lengths = batch([0, 100], [70, 1])
     first = arrays.of(queries, lengths, sealing=True)
     assert arrays.of(queries.copy(), lengths.copy(), sealing=True)[0] is first[0]

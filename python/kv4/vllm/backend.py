@@ -85,7 +85,7 @@ class Arrays:
     NAMES = ("lengths", "begin", "end", "piece_sealed", "queries")
     ZEROS = len(NAMES)
 
-    def __init__(self, most: int, device: torch.device, leave: bool) -> None:
+    def __init__(self, most: int, device: torch.device, leave: int | None) -> None:
         self._device, self._leave = device, leave
         self._single = torch.zeros(self.ZEROS + 1, most + 1, dtype=torch.int32, device=device)
         self._last: tuple[bytes, Step, dict[str, torch.Tensor]] | None = None
@@ -136,7 +136,7 @@ _arrays: dict[tuple[int, torch.device], Arrays] = {}
 def _arrays_of(config: Any, device: torch.device) -> Arrays:
     key = id(config), device
     if key not in _arrays:
-        leave = flash.version_for(config.model_config) is not None
+        leave = flash.chunks_from(config.model_config)
         _arrays[key] = Arrays(config.scheduler_config.max_num_seqs, device, leave)
         weakref.finalize(config, _arrays.pop, key, None)
     return _arrays[key]

@@ -15,8 +15,9 @@ import numpy as np
 
 from kv4._core import PAGE_TOKENS as PAGE
 
-# From so many rows of a chunk on, unpacking the pages that they see is less work than reading them packed.
-LONG = 256
+# From so many rows of a chunk on, unpacking the pages that they see is less work than reading them packed: where warps
+# read them, and where tiles of many rows do (docs/cuda.md).
+LONG, LONG_IN_TILES = 256, 1024
 
 
 @dataclass
@@ -75,9 +76,10 @@ class Step:
         return int(np.diff(self.queries).max(initial=0))
 
 
-def plan(queries: np.ndarray, lengths: np.ndarray, sealing: bool, leave: bool = False) -> Step:
+def plan(queries: np.ndarray, lengths: np.ndarray, sealing: bool, leave: int | None = None) -> Step:
     """The step with these cumulative rows [n + 1] and lengths [n]; a sequence's rows are its newest. Without sealing
-    all rows stay exact. leave: the host attends to prompts that begin in this step and to long chunks of others."""
+    all rows stay exact. leave: the host attends to prompts that begin in this step and to others' chunks of at least so
+    many rows."""
     queries, lengths = queries.astype(np.int64), lengths.astype(np.int64)
     counts = np.diff(queries)
     # A padding row in a batch of fixed size has a length but no query.
@@ -91,7 +93,9 @@ def plan(queries: np.ndarray, lengths: np.ndarray, sealing: bool, leave: bool = 
         pieces = np.where(counts > 0, (lengths - 1) // PAGE - computed // PAGE + 1, 0)
     if single:
         pieces = np.ones_like(counts)  # rows of padding too: tables and arrays are those of the sequences
-    left = (counts > 1) & ((computed == 0) | (counts >= LONG)) & leave
+    left = np.zeros_like(counts, bool)
+    if leave is not None:
+        left = (counts > 1) & ((computed == 0) | (counts >= leave))
     pieces = np.where(left, 0, pieces)
     source = np.repeat(np.arange(len(lengths)), pieces)
     if sealing:
@@ -105,7 +109,7 @@ def plan(queries: np.ndarray, lengths: np.ndarray, sealing: bool, leave: bool = 
     arrays = (queries, lengths, begin, end, source, piece_lengths, sealed)
     return Step(
         *(x.astype(np.int32) for x in arrays),
-        spans=_spans(starts, starts + piece_lengths - first, leave),
+        spans=_spans(starts, starts + piece_lengths - first, apart=leave is not None),
         left=left,
         sealing=sealing,
         single=bool(single),
