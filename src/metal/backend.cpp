@@ -144,9 +144,10 @@ class MetalBackend final : public Backend {
   std::int64_t distance(const void* from, const void* to, std::size_t size) const {
     return static_cast<std::int64_t>(gpu_->address(to) - gpu_->address(from)) / static_cast<std::int64_t>(size);
   }
-  // An address from which tables.h computes distances; never dereferenced.
+  // An address from which tables.h computes distances.
   template <class T>
   const T* on_gpu(const T* p) const {
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): never dereferenced
     return p == nullptr ? nullptr : reinterpret_cast<const T*>(gpu_->address(p));
   }
 
