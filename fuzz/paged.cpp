@@ -103,6 +103,10 @@ class Calls {
     KV4_EXPECT(format().seal(batch, {&begin, &end, kPages}, workspace.span(bytes)).ok(), "pages to begin with");
   }
 
+  static std::int32_t wrapping_sum(std::int32_t a, std::int32_t b) {
+    return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
+  }
+
   void draw_batch() {
     size_ = in_.below(kMost + 1);
     const auto n = static_cast<std::size_t>(size_);
@@ -112,7 +116,8 @@ class Calls {
     sinks_.clear();
     for (std::size_t b = 0; b < n; ++b) {
       const int plausible[] = {0, 1, 1, 1, 2, 17, 64, 65};
-      queries_.push_back(in_.one_in(16) ? in_.raw<std::int32_t>() : queries_.back() + plausible[in_.below(8)]);
+      queries_.push_back(in_.one_in(16) ? in_.raw<std::int32_t>()
+                                        : wrapping_sum(queries_.back(), plausible[in_.below(8)]));
       lengths_.push_back(in_.mostly_below(kTable * kPageTokens + 2));
       sealed_.push_back(in_.one_in(16) ? in_.raw<std::int32_t>() : kPageTokens * in_.below(kTable + 1));
       sinks_.push_back(in_.mostly_below(kBlocks));

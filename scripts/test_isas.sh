@@ -2,7 +2,7 @@
 # The C++ tests on each instruction set: test_isas.sh TESTS ISA...
 #
 # First on those named, which this machine runs: in processes in which no other may run, without the tests of
-# tests/emulation.txt, which `make test-cpp` runs on the best of them. Then some tests of every kernel on two older x86-64
+# tests/emulation.txt, which `make test-cpp` runs on the best of them. Then a few tests of every kernel on two older x86-64
 # processors under qemu, where an instruction that the processor lacks traps: one with SSE3 alone, which leaves the portable
 # kernels, and one with AVX2. qemu has neither AVX-VNNI, AVX-512 nor AMX: those are tested where a machine has them. Each
 # run is shared by JOBS processes (by default one per processor).
@@ -12,9 +12,10 @@ tests=${1:?tests: expected the test program; got nothing}
 : "${2:?isa: expected the instruction sets of this machine; got none}"
 shift
 jobs=${JOBS:-$(nproc)}
-on_older='Isa*:CAbi.*:Cache.*:Convert.*:Levels.*:Masks.*:Order.*:Paged.*:Rows.*:Attend.SoftcapAndSinks:Attend.OnlyPages*'
-on_older+=':Attend.ExactRows*:TilesPath.FewRows*:TilesPath.LargestSums:Save.WidthsAre*:Save.RefinedKeys*:*RotationDims.InPlace*'
-on_older+=':*EveryWidth.PagesAndAPartOfOne*'
+on_older='Isa*:CAbi.*:Convert.*:Levels.*:Order.*:Attend.SoftcapAndSinks:Attend.OnlyPages*:Attend.ExactRows*:Attend.LargestSums*'
+on_older+=':Cache.ArrivalSeals*:Cache.ShortTexts*:Masks.Causal:Paged.NaN*:Paged.Dequantised*:Paged.Lambda*:Rows.SomeRows*'
+on_older+=':Rows.NonFinite*:Seal.Extreme*:TilesPath.FewRows*:TilesPath.LargestSums:Save.WidthsAre*:Save.RefinedKeys*'
+on_older+=':*RotationDims.InPlace*/?'
 left_out=$(grep -v '^#' "$(dirname "$0")/../tests/emulation.txt" | paste -sd:)
 # Threads that wait sleep: the processes share the processors.
 export OMP_WAIT_POLICY=passive

@@ -5,32 +5,32 @@
 namespace kv4::capi {
 namespace {
 
-// Per thread: `said` points to `last`, or to a literal if there was no memory for the text.
-thread_local std::string last;
-thread_local const char* said = "";
+// Per thread: `message` points to `text`, or to a literal where no memory for the text was left.
+thread_local std::string text;
+thread_local const char* message = "";
 
-// A larger size is not that of a newer version but an uninitialised number.
+// A larger size is taken for an uninitialised field, not for a newer version's.
 constexpr std::size_t kLargestSize = 4096;
 
 }  // namespace
 
-kv4_status answer(const Status& status) {
-  last = status.message();
-  said = last.c_str();
+kv4_status set_last_error(const Status& status) {
+  text = status.message();
+  message = text.c_str();
   return static_cast<kv4_status>(status.code());
 }
 
-void say_exception(const char* what) noexcept {
+void set_exception_error(const char* what) noexcept {
   try {
-    last = invalid_argument("kv4", "no exception", what).message();
-    said = last.c_str();
+    text = invalid_argument("kv4", "no exception", what).message();
+    message = text.c_str();
   } catch (...) {
-    said = "kv4: expected no exception; got one";
+    message = "kv4: expected no exception; got one";
   }
 }
 
-void say_no_memory() noexcept { said = "memory: expected free bytes; got none"; }
-const char* last_error() noexcept { return said; }
+void set_out_of_memory_error() noexcept { message = "memory: expected free bytes; got none"; }
+const char* last_error() noexcept { return message; }
 
 Status null_pointer(const char* name) { return invalid_argument(name, "a pointer", "NULL"); }
 

@@ -1,4 +1,4 @@
-// The boundary between C and C++: only status codes cross it, and the error text is kept per thread.
+// The boundary between C and C++: it returns status codes and keeps the last error text per thread.
 #pragma once
 
 #include <algorithm>
@@ -15,25 +15,25 @@
 
 namespace kv4::capi {
 
-// Stores a status for kv4_last_error; returns its C code.
-kv4_status answer(const Status& status);
-void say_exception(const char* what) noexcept;
-void say_no_memory() noexcept;
+// Stores the text of a status for kv4_last_error; returns its C code.
+kv4_status set_last_error(const Status& status);
+void set_exception_error(const char* what) noexcept;
+void set_out_of_memory_error() noexcept;
 const char* last_error() noexcept;
 Status null_pointer(const char* name);
 
-// Returns f()'s result. Every call goes through here, and no exception leaves it.
+// Returns f()'s result. Every C function goes through guard, so that no exception leaves it.
 template <class R, class F>
 R guard(R out_of_memory, R internal, F&& f) noexcept {
   try {
     return f();
   } catch (const std::bad_alloc&) {
-    say_no_memory();
+    set_out_of_memory_error();
     return out_of_memory;
   } catch (const std::exception& e) {
-    say_exception(e.what());
+    set_exception_error(e.what());
   } catch (...) {
-    say_exception("one of another type than std::exception");
+    set_exception_error("one of another type than std::exception");
   }
   return internal;
 }
@@ -43,8 +43,8 @@ template <class F>
 kv4_status guarded(std::initializer_list<std::pair<const char*, const void*>> pointers, F&& f) noexcept {
   return guard(KV4_OUT_OF_MEMORY, KV4_INTERNAL, [&] {
     for (const auto& [name, p] : pointers)
-      if (p == nullptr) return answer(null_pointer(name));
-    return answer(f());
+      if (p == nullptr) return set_last_error(null_pointer(name));
+    return set_last_error(f());
   });
 }
 

@@ -1,4 +1,4 @@
-// kv4_cache: conversions, no logic.
+// kv4_cache: conversions of arguments alone.
 #include <limits>
 #include <memory>
 #include <string>
@@ -20,9 +20,9 @@ auto value_of(const kv4_cache* cache, F&& f) noexcept {
   return guard(R{}, R{}, [&] { return cache == nullptr ? R{} : f(*cache->cache); });
 }
 
-// A callback's result. One written in another language may throw nevertheless.
+// The Status of a callback. One written in C++ may throw.
 template <class F>
-Status answer_of(const char* name, F&& call) {
+Status callback_status(const char* name, F&& call) {
   kv4_status status = KV4_OK;
   try {
     status = call();
@@ -43,7 +43,7 @@ Status dense(const kv4_cache* cache, bool keys, int64_t first, int64_t count, co
   return keys ? cache->cache->dense_keys(first, count, view) : cache->cache->dense_values(first, count, view);
 }
 
-// Sequence indices: no more than a cache may have sequences.
+// At most as many rows as a cache may have sequences.
 Status check_count(size_t count) {
   constexpr auto kMost = static_cast<size_t>(std::numeric_limits<int32_t>::max());
   return count <= kMost
@@ -226,7 +226,7 @@ kv4_status kv4_cache_save(const kv4_cache* cache, kv4_sink sink, void* context) 
   return guarded({{"cache", cache}}, [&]() -> kv4::Status {
     if (sink == nullptr) return null_pointer("sink");
     return cache->cache->save([&](std::span<const std::byte> x) {
-      return answer_of("sink", [&] { return sink(context, x.data(), x.size()); });
+      return callback_status("sink", [&] { return sink(context, x.data(), x.size()); });
     });
   });
 }
@@ -234,7 +234,7 @@ kv4_status kv4_cache_load(kv4_cache* cache, kv4_source source, void* context) {
   return guarded({{"cache", cache}}, [&]() -> kv4::Status {
     if (source == nullptr) return null_pointer("source");
     return cache->cache->load([&](std::span<std::byte> x) {
-      return answer_of("source", [&] { return source(context, x.data(), x.size()); });
+      return callback_status("source", [&] { return source(context, x.data(), x.size()); });
     });
   });
 }

@@ -1,4 +1,4 @@
-// Adapts a C program's threads to the CPU backend's executor.
+// A C program's kv4_executor as the CPU backend's Executor.
 #pragma once
 
 #include "kv4/cpu.h"
@@ -6,9 +6,9 @@
 
 namespace kv4::capi {
 
-class Lent final : public cpu::Executor {
+class CallerExecutor final : public cpu::Executor {
  public:
-  explicit Lent(const kv4_executor& executor) : executor_(executor) {}
+  explicit CallerExecutor(const kv4_executor& executor) : executor_(executor) {}
   int threads() const override { return executor_.threads; }
   void run(void (*body)(void* context, int thread), void* context) override {
     executor_.run(executor_.context, body, context);

@@ -1,4 +1,4 @@
-// Functions that belong to no cache: versions, defaults, backends, threads, partial states.
+// Functions without a cache: versions, defaults, backends, threads, partial states.
 #include <memory>
 #include <string>
 
@@ -53,7 +53,7 @@ const char* kv4_active_isa(void) {
   return guard("", "", [] {
     static thread_local std::string name;
     name = kv4::cpu::active_isa();
-    if (name.empty()) answer(kv4::cpu::check_isa());
+    if (name.empty()) set_last_error(kv4::cpu::check_isa());
     return name.c_str();
   });
 }
@@ -76,11 +76,11 @@ const char* kv4_why_not(const char* backend) {
 
 kv4_status kv4_set_executor(const kv4_executor* executor) {
   return guarded({}, [&]() -> kv4::Status {
-    static thread_local std::unique_ptr<Lent> lent;
+    static thread_local std::unique_ptr<CallerExecutor> current;
     if (executor != nullptr) KV4_RETURN_IF_ERROR(check_executor(*executor));
-    std::unique_ptr<Lent> next = executor == nullptr ? nullptr : std::make_unique<Lent>(*executor);
+    std::unique_ptr<CallerExecutor> next = executor == nullptr ? nullptr : std::make_unique<CallerExecutor>(*executor);
     kv4::cpu::set_executor(next.get());
-    lent = std::move(next);
+    current = std::move(next);
     return {};
   });
 }

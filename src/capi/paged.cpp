@@ -1,4 +1,4 @@
-// kv4_page_format and the operations on a host's memory: conversions, no logic.
+// kv4_page_format and the operations on a host's memory: conversions of arguments alone.
 #include <cstddef>
 #include <memory>
 #include <optional>
@@ -61,9 +61,9 @@ Status batch_of(const kv4_paged_batch* given, PagedBatch* out) {
   return {};
 }
 
-// Where a call runs; valid for its duration.
-struct Here {
-  std::optional<Lent> lent;
+// Executor, stream and workspace of a call; valid for its duration.
+struct CallContext {
+  std::optional<CallerExecutor> adapter;
   Place place;
   std::span<std::byte> workspace;
 
@@ -72,28 +72,28 @@ struct Here {
     if (given->workspace == nullptr && given->workspace_bytes > 0) return null_pointer("place.workspace");
     workspace = {static_cast<std::byte*>(given->workspace), given->workspace_bytes};
     place.stream = given->stream;
-    return lend(given->executor);
+    return set_executor(given->executor);
   }
-  Status lend(const kv4_executor* executor) {
+  Status set_executor(const kv4_executor* executor) {
     if (executor == nullptr) return {};
     KV4_RETURN_IF_ERROR(check_executor(*executor));
-    place.executor = &lent.emplace(*executor);
+    place.executor = &adapter.emplace(*executor);
     return {};
   }
 };
 
-// Runs f(format, batch, here) if all of them can be read.
+// Runs f(format, batch, context) where no pointer is null and all are valid.
 template <class F>
-kv4_status on_batch(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_place* place,
-                    std::initializer_list<std::pair<const char*, const void*>> others, F&& f) noexcept {
+kv4_status with_batch(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_place* place,
+                      std::initializer_list<std::pair<const char*, const void*>> others, F&& f) noexcept {
   return guarded({{"format", format}, {"batch", batch}, {"place", place}}, [&]() -> Status {
     for (const auto& [name, p] : others)
       if (p == nullptr) return null_pointer(name);
     PagedBatch b;
-    Here here;
+    CallContext context;
     KV4_RETURN_IF_ERROR(batch_of(batch, &b));
-    KV4_RETURN_IF_ERROR(here.read(place));
-    return f(*format->format, b, here);
+    KV4_RETURN_IF_ERROR(context.read(place));
+    return f(*format->format, b, context);
   });
 }
 
@@ -143,90 +143,90 @@ size_t kv4_page_format_block_bytes(const kv4_page_format* format) {
 kv4_status kv4_page_format_workspace_bytes(const kv4_page_format* format, const kv4_page_limits* limits,
                                            const kv4_executor* executor, size_t* out) {
   return guarded({{"format", format}, {"limits", limits}, {"out", out}}, [&]() -> kv4::Status {
-    Here here;
-    KV4_RETURN_IF_ERROR(here.lend(executor));
+    CallContext context;
+    KV4_RETURN_IF_ERROR(context.set_executor(executor));
     const kv4::PageFormat::Limits l{limits->sequences,    limits->q_heads, limits->most_pages,
                                     limits->most_queries, limits->longest, limits->all};
-    return format->format->workspace_bytes(l, out, here.place);
+    return format->format->workspace_bytes(l, out, context.place);
   });
 }
 
 kv4_status kv4_paged_prepare(const kv4_page_format* format, const kv4_place* place) {
   return guarded({{"format", format}, {"place", place}}, [&]() -> kv4::Status {
-    Here here;
-    KV4_RETURN_IF_ERROR(here.read(place));
-    return format->format->prepare(here.workspace, here.place);
+    CallContext context;
+    KV4_RETURN_IF_ERROR(context.read(place));
+    return format->format->prepare(context.workspace, context.place);
   });
 }
 kv4_status kv4_paged_store(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_tensor* k,
                            const kv4_tensor* v, const kv4_place* place) {
-  return on_batch(format, batch, place, {{"k", k}, {"v", v}},
-                  [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) -> kv4::Status {
-                    kv4::TensorView keys, values;
-                    KV4_RETURN_IF_ERROR(view_of("k", *k, &keys));
-                    KV4_RETURN_IF_ERROR(view_of("v", *v, &values));
-                    return f.store(b, keys, values, here.workspace, here.place);
-                  });
+  return with_batch(format, batch, place, {{"k", k}, {"v", v}},
+                    [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const CallContext& context) -> kv4::Status {
+                      kv4::TensorView keys, values;
+                      KV4_RETURN_IF_ERROR(view_of("k", *k, &keys));
+                      KV4_RETURN_IF_ERROR(view_of("v", *v, &values));
+                      return f.store(b, keys, values, context.workspace, context.place);
+                    });
 }
 kv4_status kv4_paged_seal(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_page_range* range,
                           const kv4_place* place) {
-  return on_batch(format, batch, place, {{"range", range}},
-                  [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) {
-                    return f.seal(b, range_of(*range), here.workspace, here.place);
-                  });
+  return with_batch(format, batch, place, {{"range", range}},
+                    [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const CallContext& context) {
+                      return f.seal(b, range_of(*range), context.workspace, context.place);
+                    });
 }
 kv4_status kv4_paged_dequantise(const kv4_page_format* format, const kv4_paged_batch* batch,
                                 const kv4_page_range* range, const kv4_place* place) {
-  return on_batch(format, batch, place, {{"range", range}},
-                  [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) {
-                    return f.dequantise(b, range_of(*range), here.workspace, here.place);
-                  });
+  return with_batch(format, batch, place, {{"range", range}},
+                    [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const CallContext& context) {
+                      return f.dequantise(b, range_of(*range), context.workspace, context.place);
+                    });
 }
 kv4_status kv4_paged_attend(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_attend_args* args,
                             const kv4_tensor* out, const kv4_place* place) {
-  return on_batch(format, batch, place, {{"args", args}, {"out", out}},
-                  [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) -> kv4::Status {
-                    kv4::AttendArgs call;
-                    kv4::MutableTensorView view;
-                    KV4_RETURN_IF_ERROR(args_of(args, &call));
-                    KV4_RETURN_IF_ERROR(view_of("out", *out, &view));
-                    return f.attend(b, call, view, here.workspace, here.place);
-                  });
+  return with_batch(format, batch, place, {{"args", args}, {"out", out}},
+                    [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const CallContext& context) -> kv4::Status {
+                      kv4::AttendArgs call;
+                      kv4::MutableTensorView view;
+                      KV4_RETURN_IF_ERROR(args_of(args, &call));
+                      KV4_RETURN_IF_ERROR(view_of("out", *out, &view));
+                      return f.attend(b, call, view, context.workspace, context.place);
+                    });
 }
 kv4_status kv4_paged_step(const kv4_page_format* format, const kv4_paged_batch* batch, const kv4_tensor* k,
                           const kv4_tensor* v, const kv4_page_range* range, const kv4_attend_args* args,
                           const kv4_tensor* out, const kv4_place* place) {
-  return on_batch(format, batch, place, {{"k", k}, {"v", v}, {"args", args}, {"out", out}},
-                  [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) -> kv4::Status {
-                    kv4::TensorView keys, values;
-                    kv4::AttendArgs call;
-                    kv4::MutableTensorView view;
-                    KV4_RETURN_IF_ERROR(view_of("k", *k, &keys));
-                    KV4_RETURN_IF_ERROR(view_of("v", *v, &values));
-                    KV4_RETURN_IF_ERROR(args_of(args, &call));
-                    KV4_RETURN_IF_ERROR(view_of("out", *out, &view));
-                    const kv4::PageRange pages = range != nullptr ? range_of(*range) : kv4::PageRange();
-                    return f.step(b, keys, values, pages, call, view, here.workspace, here.place);
-                  });
+  return with_batch(format, batch, place, {{"k", k}, {"v", v}, {"args", args}, {"out", out}},
+                    [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const CallContext& context) -> kv4::Status {
+                      kv4::TensorView keys, values;
+                      kv4::AttendArgs call;
+                      kv4::MutableTensorView view;
+                      KV4_RETURN_IF_ERROR(view_of("k", *k, &keys));
+                      KV4_RETURN_IF_ERROR(view_of("v", *v, &values));
+                      KV4_RETURN_IF_ERROR(args_of(args, &call));
+                      KV4_RETURN_IF_ERROR(view_of("out", *out, &view));
+                      const kv4::PageRange pages = range != nullptr ? range_of(*range) : kv4::PageRange();
+                      return f.step(b, keys, values, pages, call, view, context.workspace, context.place);
+                    });
 }
 kv4_status kv4_paged_attend_partial(const kv4_page_format* format, const kv4_paged_batch* batch,
                                     const kv4_attend_args* args, float* o, float* m, float* l, const kv4_place* place) {
-  return on_batch(format, batch, place, {{"args", args}},
-                  [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const Here& here) -> kv4::Status {
-                    kv4::AttendArgs call;
-                    KV4_RETURN_IF_ERROR(args_of(args, &call));
-                    return f.attend_partial(b, call, {o, m, l}, here.workspace, here.place);
-                  });
+  return with_batch(format, batch, place, {{"args", args}},
+                    [&](const kv4::PageFormat& f, const kv4::PagedBatch& b, const CallContext& context) -> kv4::Status {
+                      kv4::AttendArgs call;
+                      KV4_RETURN_IF_ERROR(args_of(args, &call));
+                      return f.attend_partial(b, call, {o, m, l}, context.workspace, context.place);
+                    });
 }
 kv4_status kv4_paged_learn_lambda(const kv4_page_format* format, const kv4_tensor* q, const kv4_tensor* k,
                                   float* lambda, const kv4_place* place) {
   return guarded({{"format", format}, {"q", q}, {"k", k}, {"lambda", lambda}}, [&]() -> kv4::Status {
     kv4::TensorView queries, keys;
-    Here here;
+    CallContext context;
     KV4_RETURN_IF_ERROR(view_of("q", *q, &queries));
     KV4_RETURN_IF_ERROR(view_of("k", *k, &keys));
-    KV4_RETURN_IF_ERROR(here.read(place));
-    return format->format->learn_lambda(queries, keys, lambda, here.place);
+    KV4_RETURN_IF_ERROR(context.read(place));
+    return format->format->learn_lambda(queries, keys, lambda, context.place);
   });
 }
 

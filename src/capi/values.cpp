@@ -20,7 +20,7 @@ static_assert(sizeof(void*) != 8 ||
                   (sizeof(kv4_side_recipe) == 40 && sizeof(kv4_recipe) == 96 && sizeof(kv4_tensor) == 80),
               "structs without a size never change");
 
-// No axis is negative, and the distance of any two elements, of `bytes` each, fits the type that holds distances.
+// Checks that no axis is negative and that the distance of any two elements, in bytes, fits an int64.
 Status check_extent(const std::string& name, const int64_t (&shape)[4], const int64_t (&stride)[4], std::size_t bytes) {
   const auto list = [](const int64_t(&x)[4]) {
     return "[" + std::to_string(x[0]) + ", " + std::to_string(x[1]) + ", " + std::to_string(x[2]) + ", " +
@@ -85,7 +85,7 @@ kv4_side_recipe side_from(const SideRecipe& s) {
           static_cast<int32_t>(s.lambda)};
 }
 
-// The caller's [rows, columns] floats, sizes already checked; not read where the recipe needs none.
+// Copies the caller's [rows, columns] floats, sizes already checked. A pointer where the recipe uses none is an error.
 Status take(const char* name, const float* from, bool wanted, const char* otherwise, int32_t rows, int32_t columns,
             std::vector<float>* to) {
   if (from == nullptr) return {};

@@ -1,4 +1,4 @@
-// C arguments as C++ objects. Every size is checked before an array is read by it.
+// Converts C arguments to C++ objects; checks every size before it reads the array.
 #pragma once
 
 #include "capi/boundary.h"

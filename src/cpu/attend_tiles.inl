@@ -64,15 +64,15 @@ struct Pieces {
     key_stride = static_cast<std::size_t>(pad_channels(key.dim)) / 8;
   }
   Piece key(int i) const {
-    const int first = i % steps * 8;
-    return key_side.piece(static_cast<std::size_t>(i / steps * key_octets + first), key_stride, kPageTokens / 16,
+    const int first = i % steps * 8, octet = i / steps * key_octets + first;
+    return key_side.piece(static_cast<std::size_t>(octet), key_stride, kPageTokens / 16,
                           std::min(8, key_octets - first));
   }
   Piece value(int i) const {
     constexpr int kOctets = kPageTokens / 8;
-    const int first = i % rounds * kMatrixBlocks;
-    return value_side.piece(static_cast<std::size_t>((i / rounds * value_blocks + first) * kOctets), kOctets,
-                            std::min(kMatrixBlocks, value_blocks - first), kOctets);
+    const int first = i % rounds * kMatrixBlocks, octet = (i / rounds * value_blocks + first) * kOctets;
+    return value_side.piece(static_cast<std::size_t>(octet), kOctets, std::min(kMatrixBlocks, value_blocks - first),
+                            kOctets);
   }
 };
 

@@ -22,43 +22,43 @@
 namespace kv4::apple {
 namespace {
 
-constexpr std::size_t kSmallest = 64;  // bytes of a buffer
+constexpr std::size_t kMinBytes = 64;  // bytes of a buffer
 
-std::size_t rounded(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
+std::size_t round_up_16(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
 
-// Memory of one call, freed at its end.
+// GPU memory of one call, freed at its end.
 class Staging {
  public:
   explicit Staging(Gpu& gpu) : gpu_(gpu) {}
   ~Staging() {
-    for (void* p : held_) gpu_.free(p);
+    for (void* p : blocks_) gpu_.free(p);
   }
   Staging(const Staging&) = delete;
   Staging& operator=(const Staging&) = delete;
 
-  // Null if there is no memory; full() then returns the error; the call may go on taking others.
+  // Null where no memory is left, which status() then reports; later calls of allocate remain valid.
   template <class T>
-  T* room(std::size_t count) {
-    void* p = gpu_.alloc(std::max(count * sizeof(T), kSmallest));
+  T* allocate(std::size_t count) {
+    void* p = gpu_.alloc(std::max(count * sizeof(T), kMinBytes));
     if (p == nullptr) failed_ = true;
-    else held_.push_back(p);
+    else blocks_.push_back(p);
     return static_cast<T*>(p);
   }
   template <class T>
-  const T* put(const std::vector<T>& values) {
-    T* p = room<T>(values.size());
+  const T* upload(const std::vector<T>& values) {
+    T* p = allocate<T>(values.size());
     if (p != nullptr && !values.empty()) std::memcpy(p, values.data(), values.size() * sizeof(T));
     return p;
   }
-  // A buffer to bind where a launch reads nothing.
-  const void* or_nothing(const void* p) { return p != nullptr ? p : room<float>(1); }
-  Status full() const {
+  // p, or a dummy buffer: every argument of a launch has to be bound.
+  const void* or_dummy(const void* p) { return p != nullptr ? p : allocate<float>(1); }
+  Status status() const {
     return failed_ ? error(StatusCode::out_of_memory, "workspace", "free memory of the GPU", "none") : Status();
   }
 
  private:
   Gpu& gpu_;
-  std::vector<void*> held_;
+  std::vector<void*> blocks_;
   bool failed_ = false;
 };
 
@@ -66,19 +66,19 @@ class Staging {
 // alive.
 struct Matrices final : RotationTable {
   Matrices(std::shared_ptr<Gpu> on, const Rotation& rotation) : gpu(std::move(on)) {
-    query = keep(query_matrix(rotation));
-    output = keep(output_matrix(rotation));
-    sealing = keep(sealing_matrix(rotation));
+    query = upload(query_matrix(rotation));
+    output = upload(output_matrix(rotation));
+    sealing = upload(sealing_matrix(rotation));
   }
   ~Matrices() override {
     for (void* p : {query, output, sealing})
       if (p != nullptr) gpu->free(p);
   }
   std::size_t bytes() const override { return held; }
-  bool whole() const { return query != nullptr && output != nullptr && sealing != nullptr; }
+  bool complete() const { return query != nullptr && output != nullptr && sealing != nullptr; }
 
-  void* keep(const std::vector<float>& values) {
-    const std::size_t size = std::max(values.size() * sizeof(float), kSmallest);
+  void* upload(const std::vector<float>& values) {
+    const std::size_t size = std::max(values.size() * sizeof(float), kMinBytes);
     void* p = gpu->alloc(size);
     if (p == nullptr) return p;
     if (!values.empty()) std::memcpy(p, values.data(), values.size() * sizeof(float));
@@ -103,7 +103,7 @@ class MetalBackend final : public Backend {
     return supports_dims(head_dim_k, head_dim_v);
   }
 
-  void* alloc(std::size_t bytes) override { return gpu_->alloc(std::max(bytes, kSmallest)); }
+  void* alloc(std::size_t bytes) override { return gpu_->alloc(std::max(bytes, kMinBytes)); }
   void free(void* p, std::size_t) override { gpu_->free(p); }
   Status copy(void* to, const void* from, std::size_t bytes) override { return cpu_.copy(to, from, bytes); }
   Status clear(void* p, std::size_t bytes) override { return cpu_.clear(p, bytes); }
@@ -119,7 +119,7 @@ class MetalBackend final : public Backend {
   Status fix_lambda(const LambdaJob& job) override { return cpu_.fix_lambda(job); }
   const RotationTable* table_of(const Rotation& rotation) const override { return rotation.table_on(gpu_.get()); }
 
-  // The same whether resident or not: the host can read everything that kernels read.
+  // `resident` changes nothing: memory is shared, so the host reads what kernels read.
   Status seal(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const SealJob> jobs,
               bool resident) override;
   Status dequantise(const PageSpec& spec, const PageMemory& pages, int kv_heads, std::span<const DequantiseJob> jobs,
@@ -144,9 +144,10 @@ class MetalBackend final : public Backend {
   std::int64_t distance(const void* from, const void* to, std::size_t size) const {
     return static_cast<std::int64_t>(gpu_->address(to) - gpu_->address(from)) / static_cast<std::int64_t>(size);
   }
-  // An address from which tables.h computes distances; never dereferenced.
+  // An address from which tables.h computes distances.
   template <class T>
   const T* on_gpu(const T* p) const {
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): never dereferenced
     return p == nullptr ? nullptr : reinterpret_cast<const T*>(gpu_->address(p));
   }
 
@@ -156,8 +157,8 @@ class MetalBackend final : public Backend {
     if (*first == nullptr) *first = given;
     return distance(*first, given, sizeof(float));
   }
-  // How kernels find pages up to `most`, and the base that they are found from.
-  std::vector<std::int64_t> places_of(const PageMemory& pages, std::int32_t most, const void** bound) const {
+  // The page table of pages up to `most`, and the base that its distances start from.
+  std::vector<std::int64_t> locate_pages(const PageMemory& pages, std::int32_t most, const void** bound) const {
     *bound = pages.data;
     if (pages.chunks == nullptr) return page_table(pages);
     const std::int32_t last = most >> pages.chunk_shift;
@@ -177,7 +178,7 @@ class MetalBackend final : public Backend {
 Status MetalBackend::matrices(const Rotation& rotation, const Matrices** out) const {
   const RotationTable* table = rotation.table_on(gpu_.get(), [&]() -> std::unique_ptr<RotationTable> {
     auto made = std::make_unique<Matrices>(gpu_, rotation);
-    if (!made->whole()) return nullptr;
+    if (!made->complete()) return nullptr;
     return made;
   });
   if (table == nullptr) return error(StatusCode::out_of_memory, "rotation", "free memory of the GPU", "none");
@@ -208,7 +209,7 @@ Status MetalBackend::seal(const PageSpec& spec, const PageMemory& pages, int kv_
   if (most < 0) return {};
   Staging staging(*gpu_);
   const void* bound = nullptr;
-  const std::vector<std::int64_t> places = places_of(pages, most, &bound);
+  const std::vector<std::int64_t> page_places = locate_pages(pages, most, &bound);
   std::vector<Launch> launches;
   for (const bool values : {false, true}) {
     const SideSpec& side = values ? spec.value : spec.key;
@@ -216,20 +217,21 @@ Status MetalBackend::seal(const PageSpec& spec, const PageMemory& pages, int kv_
     const float* lambda = nullptr;
     std::vector<std::int64_t> table;
     std::vector<std::uint8_t> skip;
-    const auto foreign = [&](const SealJob& j) {
+    const auto needs_staging = [&](const SealJob& j) {
       return j.page >= 0 && j.count > 0 && !gpu_->holds(values ? j.v : j.k);
     };
     std::size_t staged = 0;
     for (const SealJob& j : jobs)
-      if (foreign(j)) staged += rounded(static_cast<std::size_t>(kv_heads * j.count * side.dim) * size_of(j.dtype));
-    auto* to = staged > 0 ? staging.room<std::uint8_t>(staged) : nullptr;
-    if (staged > 0 && to == nullptr) return staging.full();
+      if (needs_staging(j))
+        staged += round_up_16(static_cast<std::size_t>(kv_heads * j.count * side.dim) * size_of(j.dtype));
+    auto* to = staged > 0 ? staging.allocate<std::uint8_t>(staged) : nullptr;
+    if (staged > 0 && to == nullptr) return staging.status();
     for (const SealJob& given : jobs) {
       if (given.page < 0 || given.count == 0) continue;
       SealJob j = given;
-      if (foreign(given)) {
+      if (needs_staging(given)) {
         stage_rows(&j, values, kv_heads, side.dim, to);
-        to += rounded(static_cast<std::size_t>(kv_heads * j.count * side.dim) * size_of(j.dtype));
+        to += round_up_16(static_cast<std::size_t>(kv_heads * j.count * side.dim) * size_of(j.dtype));
       }
       const void* own = values ? j.v : j.k;
       if (rows == nullptr) rows = own;
@@ -252,16 +254,16 @@ Status MetalBackend::seal(const PageSpec& spec, const PageMemory& pages, int kv_
     launch.group = KV4_ROW_THREADS;
     launch.dim = side.dim;
     launch.buffers = {rows,
-                      staging.put(skip),
-                      staging.or_nothing(lambda),
+                      staging.upload(skip),
+                      staging.or_dummy(lambda),
                       m->sealing,
-                      staging.put(table),
-                      staging.put(side_table(spec, values, places)),
-                      staging.put(level_table(side)),
+                      staging.upload(table),
+                      staging.upload(side_table(spec, values, page_places)),
+                      staging.upload(level_table(side)),
                       bound};
     launches.push_back(std::move(launch));
   }
-  KV4_RETURN_IF_ERROR(staging.full());
+  KV4_RETURN_IF_ERROR(staging.status());
   return gpu_->run(launches);
 }
 
@@ -296,9 +298,9 @@ Status MetalBackend::dequantise_side(const PageSpec& spec, const PageMemory& pag
   const Matrices* m = nullptr;
   KV4_RETURN_IF_ERROR(matrices(*side.rotation, &m));
   Staging staging(*gpu_);
-  const float* out = staging.room<float>(static_cast<std::size_t>(rows * side.dim));
+  const float* out = staging.allocate<float>(static_cast<std::size_t>(rows * side.dim));
   const void* bound = nullptr;
-  const std::vector<std::int64_t> places = places_of(pages, most_page, &bound);
+  const std::vector<std::int64_t> page_places = locate_pages(pages, most_page, &bound);
   Launch launch;
   launch.kernel = "kv4_dequantise";
   launch.threads[0] = static_cast<std::uint32_t>(KV4_ROW_THREADS * (table.size() / kv4_job_fields));
@@ -307,13 +309,13 @@ Status MetalBackend::dequantise_side(const PageSpec& spec, const PageMemory& pag
   launch.group = KV4_ROW_THREADS;
   launch.dim = side.dim;
   launch.buffers = {bound,
-                    staging.or_nothing(lambda),
+                    staging.or_dummy(lambda),
                     m->output,
-                    staging.put(table),
-                    staging.put(side_table(spec, values, places)),
-                    staging.put(level_table(side)),
+                    staging.upload(table),
+                    staging.upload(side_table(spec, values, page_places)),
+                    staging.upload(level_table(side)),
                     out};
-  KV4_RETURN_IF_ERROR(staging.full());
+  KV4_RETURN_IF_ERROR(staging.status());
   KV4_RETURN_IF_ERROR(gpu_->run({&launch, 1}));
   for (const DequantiseJob& j : jobs) {
     if (to_of(j) == nullptr) continue;
@@ -384,8 +386,8 @@ Status MetalBackend::attend(const AttendJob& job) {
   if (queries == 0) return {};
 
   // Query rows with NaN or infinity are replaced by zeros, and refused where they see a token.
-  auto* q = staging.room<std::uint8_t>(static_cast<std::size_t>(a.q.shape[0] * states_of) * row_bytes);
-  if (q == nullptr) return staging.full();
+  auto* q = staging.allocate<std::uint8_t>(static_cast<std::size_t>(a.q.shape[0] * states_of) * row_bytes);
+  if (q == nullptr) return staging.status();
   std::vector<std::int64_t> refused;
   for (const SequenceView& s : views)
     for (std::int64_t h = 0; h < heads; ++h)
@@ -406,43 +408,44 @@ Status MetalBackend::attend(const AttendJob& job) {
   std::vector<std::uint8_t> mask;
   if (a.mask.kind != Mask::General::none) mask = mask_in_order(job, &own.args.mask.general_stride);
   const void* pages = nullptr;
-  const std::vector<std::int64_t> places = most_page < 0 ? page_table({}) : places_of(job.pages, most_page, &pages);
+  const std::vector<std::int64_t> page_places = most_page < 0 ? page_table({})
+                                                              : locate_pages(job.pages, most_page, &pages);
   const auto base = [this](const void* p) { return on_gpu(static_cast<const std::uint8_t*>(p)); };
   const AttendTables t =
       attend_tables(own, {base(bases.exact_k), base(bases.exact_v), on_gpu(bases.lambda_k), on_gpu(bases.lambda_v)},
-                    places, gpu_->cores());
+                    page_places, gpu_->cores());
 
   const Matrices *key = nullptr, *value = nullptr;
   if (job.spec != nullptr) {
     KV4_RETURN_IF_ERROR(matrices(*job.spec->key.rotation, &key));
     KV4_RETURN_IF_ERROR(matrices(*job.spec->value.rotation, &value));
   }
-  const void *call = staging.put(t.call), *sequences = staging.put(t.sequences), *factors = staging.put(t.factors);
-  const void* prepared = staging.room<float>(t.prepared_floats);
-  const void* states = staging.room<float>(t.state_floats);
-  const float* state = staging.room<float>(static_cast<std::size_t>(a.q.shape[0] * states_of * (dim + 2)));
-  const void* nothing = staging.or_nothing(nullptr);
-  const auto or_nothing = [nothing](const void* p) { return p != nullptr ? p : nothing; };
+  const void *call = staging.upload(t.call), *sequences = staging.upload(t.sequences),
+             *factors = staging.upload(t.factors);
+  const void* prepared = staging.allocate<float>(t.prepared_floats);
+  const void* states = staging.allocate<float>(t.state_floats);
+  const float* state = staging.allocate<float>(static_cast<std::size_t>(a.q.shape[0] * states_of * (dim + 2)));
+  const void* dummy = staging.or_dummy(nullptr);
+  const auto or_dummy = [dummy](const void* p) { return p != nullptr ? p : dummy; };
   Launch launches[3];
-  launches[0] = {
-      "kv4_prepare",
-      {q, key == nullptr ? nothing : key->query, or_nothing(bases.lambda_k), sequences, call, factors, prepared},
-      t.row_grid,
-      KV4_ROW_THREADS,
-      t.dim};
+  launches[0] = {"kv4_prepare",
+                 {q, key == nullptr ? dummy : key->query, or_dummy(bases.lambda_k), sequences, call, factors, prepared},
+                 t.row_grid,
+                 KV4_ROW_THREADS,
+                 t.dim};
   launches[1] = {t.kernel,
-                 {prepared, or_nothing(pages), staging.put(t.ids), or_nothing(bases.exact_k), or_nothing(bases.exact_v),
-                  staging.put(mask), staging.put(t.levels), sequences, call, factors, states},
+                 {prepared, or_dummy(pages), staging.upload(t.ids), or_dummy(bases.exact_k), or_dummy(bases.exact_v),
+                  staging.upload(mask), staging.upload(t.levels), sequences, call, factors, states},
                  t.attend_grid,
                  KV4_ATTEND_THREADS,
                  t.dim};
   launches[2] = {
       "kv4_merge",
-      {states, value == nullptr ? nothing : value->output, or_nothing(bases.lambda_v), nothing, sequences, call, state},
+      {states, value == nullptr ? dummy : value->output, or_dummy(bases.lambda_v), dummy, sequences, call, state},
       t.row_grid,
       KV4_ROW_THREADS,
       t.dim};
-  KV4_RETURN_IF_ERROR(staging.full());
+  KV4_RETURN_IF_ERROR(staging.status());
   KV4_RETURN_IF_ERROR(gpu_->run(launches));
 
   for (const std::int64_t row : refused)

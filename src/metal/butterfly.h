@@ -130,9 +130,9 @@ inline void srft_row_of(device const float* table, threadgroup float2* x, thread
         continue;
       }
       const float2 low = x[k], high = conjugate(x[kHalf - k]);
-      const float2 a = low + high, turned = complex_product(low - high, conjugate(root[k]));
-      x[kHalf - k] = minus_i(a, turned);
-      x[k] = conjugate(plus_i(a, turned));
+      const float2 a = low + high, twiddled = complex_product(low - high, conjugate(root[k]));
+      x[kHalf - k] = minus_i(a, twiddled);
+      x[k] = conjugate(plus_i(a, twiddled));
     }
   } else {
     for (uint n = lane; n < kHalf; n += kLanes) x[n] *= signs[n];
@@ -148,9 +148,9 @@ inline void srft_row_of(device const float* table, threadgroup float2* x, thread
         continue;
       }
       const float2 low = z[k], high = conjugate(z[kHalf - k]);
-      const float2 a = low + high, turned = complex_product(low - high, root[k]);
-      y[kHalf - k] = conjugate(plus_i(a, turned));
-      y[k] = minus_i(a, turned);
+      const float2 a = low + high, twiddled = complex_product(low - high, root[k]);
+      y[kHalf - k] = conjugate(plus_i(a, twiddled));
+      y[k] = minus_i(a, twiddled);
     }
   }
 }

@@ -22,7 +22,7 @@ struct Dot {
   };
   static Table table(const Levels& l) {
     Table t;
-    for (int n = 0; n < l.count(); ++n) t.levels[n] = l.table[n];
+    std::copy_n(l.table.data(), l.count(), t.levels);
     return t;
   }
   // What sums must start from when the table is offset; `sum` is the sum of v.

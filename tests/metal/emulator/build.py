@@ -4,11 +4,11 @@ Ways of building ("modes"):
 
     fast      IEEE arithmetic, nothing checked: for numbers, and long contexts
     fastmath  as Metal compiles by default: reassociation, contraction, no NaN or infinity
-    check     every access looked at: races, bounds, uninitialised bytes, alignment; undefined behaviour; byte counts
+    check     every access checked: races, bounds, uninitialised bytes, alignment; undefined behaviour; byte counts
     asan      AddressSanitizer, for private memory too. The process needs its library preloaded: asan_environment()
     count     lane-instructions; see count.py
 
-Modules are kept in build/metal/cache of the repository under a hash of all that went into them.
+Modules are cached in build/metal/cache of the repository under a hash of their inputs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LANGUAGE = shlex.split(
 KERNEL_FLAGS = {
     "fast": "-O2 -ffp-contract=off",
     "fastmath": "-O2 -ffast-math",
-    # Unasked, the instrumentation leaves out a read that a write to the same place follows.
+    # By default the instrumentation skips a read that is followed by a write to the same address.
     "check": f"-O1 -ffp-contract=off -fsanitize=thread -mllvm -tsan-instrument-read-before-write {UNDEFINED} "
     "-ftrivial-auto-var-init=pattern",
     "asan": "-O1 -ffp-contract=off -fsanitize=address -fsanitize-recover=address -fno-omit-frame-pointer "
@@ -121,17 +121,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("KV4_METAL_CACHE", REPOSITORY / "build" / "metal" / "cache"))
 
 
-def _forget_the_old(folder: Path) -> None:
-    """Every change of the tool or of a kernel leaves modules behind that nothing asks for again."""
+def _delete_old_modules(folder: Path) -> None:
+    """Every change to the emulator or to a kernel leaves modules behind that no build uses again."""
     for path in folder.iterdir():
-        with contextlib.suppress(OSError):  # another process may be as tidy
+        with contextlib.suppress(OSError):  # another process may have deleted it
             if path.is_file() and time.time() - path.stat().st_mtime > KEEP_DAYS * 86400:
                 path.unlink()
 
 
 @functools.cache
 def tool_hash() -> str:
-    """Of everything in this folder that a module depends on."""
+    """Hash of every file of this folder that a module depends on."""
     digest = hashlib.sha256()
     for path in sorted(HERE.rglob("*")):
         if path.suffix in (".py", ".h", ".cpp") and "host" not in path.parts:
@@ -148,7 +148,7 @@ def load(
 
 
 def check_spaces(translation: Translation) -> str:
-    """The static pass: compiles with real address spaces, runs nothing. Returns warnings; raises what is wrong."""
+    """The static pass: compiles with real address spaces, runs nothing. Returns warnings; raises MetalError."""
     text = '#define EMU_STATIC 1\n#include "shim/metal.h"\n' + translation.static
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "static.cpp"
@@ -179,7 +179,7 @@ def build(
     module = folder / f"{source.stem}.{mode}.{key}.so"
     if not module.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _forget_the_old(folder)
+        _delete_old_modules(folder)
         check_spaces(translation)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = _compile(translation, mode, cxx, Path(scratch))

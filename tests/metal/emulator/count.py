@@ -4,8 +4,8 @@ clang compiles the kernel for one lane to LLVM IR with -O2 and Metal's default f
 counter, and the emulator runs it. An instruction of the IR weighs what the scalar instruction set of an Apple GPU
 would need for it, as far as public knowledge goes (COSTS, `weight` of instructions.py): vectors cost one instruction a
 component, a multiplication that feeds one addition is part of it, a comparison that feeds a select is part of that,
-moves between components and widenings are free. It is a count of the source after optimisation, not of Apple's code,
-which nobody here can see.
+moves between components and widenings are free. It counts the source after optimisation, not the
+code of Apple's compiler, which is not published.
 
     done, counts = lane_instructions(path, "attend", threads=..., group=..., arguments=[...])
     counts.total / lanes, counts.by_class["float"], counts.by_line["attend.metal:120"]

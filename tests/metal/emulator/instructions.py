@@ -89,7 +89,7 @@ def _function(body: list[str], blocks: list[_Block], places: _Places) -> list[st
 
 
 class _Function:
-    """Uses of values, for what is part of another instruction."""
+    """Definitions and uses of values, to find instructions that fuse into others."""
 
     def __init__(self, body: list[str]) -> None:
         self.made: dict[str, str] = {}  # value -> instruction

@@ -1,4 +1,4 @@
-"""What a compiler for this machine lets pass and Metal, PyTorch or MLX do not. Findings are "file:line: ..." lines.
+"""Checks for what clang accepts and Metal, PyTorch or MLX reject. Findings are "file:line: ..." lines.
 
 Rules of the language (language): those of the Metal Shading Language that clang does not enforce, and the project's own
 stricter ones. Rules of entry (torch, mlx): which kernels torch.mps.compile_shader can launch, and which can be the body

@@ -3,7 +3,7 @@
 MLX writes the signature from the arrays of a call: each input as `const device T*`, or `const constant T*` where it has
 fewer than 8 elements, or a reference where it has no dimensions; each output as `device T*`; and the attributes, sizes
 and strides that the body mentions. Template values are a template's parameters of one instance.
-tests/python/test_mlx_gpu.py holds this to what MLX itself writes.
+tests/python/test_mlx_gpu.py compares it with what MLX itself generates.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 
 Arguments stand in the order of the kernel's buffers. An array that the kernel only reads is copied in; one that it may
 write is copied in and back. Output(array): the kernel has to write before it reads. An int is passed as int64, a float
-as float32, a numpy scalar as its own type. A Buffer is memory that stays, with an array that shows it.
+as float32, a numpy scalar as its own type. A Buffer keeps its memory from run to run, as a numpy array.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Stats(ctypes.Structure):
 
 @dataclass
 class Output:
-    """An array that the kernel fills: what it holds before counts as uninitialised."""
+    """An array that the kernel fills: its bytes count as uninitialised until written."""
 
     array: np.ndarray
 
@@ -65,7 +65,7 @@ class Run:
     result: str  # one of RESULTS
     stats: Stats
     reports: list[str]  # "kind: text", each once
-    findings: int  # how often there was something to report
+    findings: int  # number of reports before duplicates are dropped
 
     @property
     def kinds(self) -> list[str]:

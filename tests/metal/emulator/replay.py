@@ -1,4 +1,4 @@
-"""Launches that a test program made (KV4_METAL_RECORD, runtime/record.cpp), to be run again on another build."""
+"""Replays launches that a test program recorded (KV4_METAL_RECORD, runtime/record.cpp) on another build."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Launch:
     group: tuple[int, int, int]
     flags: int
     group_bytes: tuple[int, ...]
-    buffers: list[tuple[int, bytes] | None]  # kind, what it holds before; None: a null pointer
+    buffers: list[tuple[int, bytes] | None]  # kind, contents before the launch; None: a null pointer
 
     @property
     def threads(self) -> int:
@@ -43,7 +43,7 @@ def read(path: Path) -> Launch:
 
 
 def replay(module: Module, launch: Launch, seed: int = 0) -> tuple[Run, list[bytes]]:
-    """Runs it; what the buffers that kernels may write hold afterwards, b"" for the others."""
+    """Runs it. Returns the run, and the contents of writable buffers afterwards, b"" for read-only ones."""
     buffers: list[Buffer | _Null] = []
     for i, held in enumerate(launch.buffers):
         if held is None:

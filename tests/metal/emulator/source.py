@@ -26,7 +26,7 @@ MARKER = re.compile(r'#\s*(?:line\s+)?(\d+)\s+"([^"]*)"')
 class MetalError(Exception):
     """What stops a kernel from being compiled: lines of "file:line: what was expected; what came"."""
 
-    stage = "translator"  # or "static", "compiler": who said it
+    stage = "translator"  # the stage that failed: also "static", "compiler"
 
 
 @dataclass

@@ -1,5 +1,5 @@
 """A .metal file as C++ that clang compiles: the same tokens on the same lines, with the few declarations rewritten
-that C++ has no word for, and a table of the kernels at the end. Whatever is not understood stops it, with the line.
+that C++ has no syntax for, and a table of the kernels at the end. What it cannot parse is an error with its line.
 
 Rewritten, everywhere else the text stays as it is:
 

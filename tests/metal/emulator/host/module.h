@@ -36,7 +36,7 @@ struct Run {
   EmuResult result = EMU_RAN;
   EmuStats stats{};
   std::string reports;         // "kind: text" lines
-  std::uint64_t findings = 0;  // how often there was something to report
+  std::uint64_t findings = 0;  // number of reports before duplicates are dropped
   bool clean() const { return result == EMU_RAN && findings == 0; }
 };
 
@@ -104,7 +104,7 @@ class Module {
   }
 
   // Arguments in the order of [[buffer(n)]]: Buffers; scalars and plain structs, which the kernel takes by
-  // `constant T&`; nullptr for a buffer it does not touch.
+  // `constant T&`; nullptr for a buffer that it does not access.
   template <class... A>
   Run run(const std::string& kernel, const Launch& launch, const A&... arguments) const {
     std::vector<Buffer<unsigned char>> scalars;

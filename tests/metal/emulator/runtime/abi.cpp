@@ -1,4 +1,4 @@
-// The C interface: names to kernels, checks of what the host passes.
+// The C interface: looks kernels up by name and checks the arguments of a launch.
 #include "abi.h"
 
 #include <cstring>

@@ -1,6 +1,6 @@
-// What a compiled module of kernels offers to the tests: a C interface, so that C++ (host/module.h) and Python
-// (module.py) drive the same thing. One module is one .metal file, the runtime and one way of checking, in one shared
-// library. Not thread-safe: a process runs one kernel at a time.
+// The C interface of a compiled module of kernels, which C++ (host/module.h) and Python (module.py) tests share. One
+// module is one .metal file, the runtime and one way of checking, in one shared library. Not thread-safe: a process
+// runs one kernel at a time.
 #pragma once
 
 #include <stddef.h>
@@ -42,12 +42,12 @@ struct EmuStats {
 enum EmuBuffer {
   EMU_INPUT = 0,   // the host wrote it, kernels may not
   EMU_INOUT = 1,   // the host wrote it
-  EMU_OUTPUT = 2,  // holds nothing until a kernel writes it
+  EMU_OUTPUT = 2,  // uninitialised until a kernel writes it
 };
 
 enum EmuResult { EMU_RAN = 0, EMU_NO_KERNEL = 1, EMU_BAD_ARGUMENTS = 2, EMU_BAD_LAUNCH = 3, EMU_STOPPED = 4 };
 
-// Memory that kernels may touch. It starts `offset` bytes past a multiple of 256, between guard zones.
+// Memory that kernels may access. It starts `offset` bytes past a multiple of 256, between guard zones.
 void* emu_alloc(size_t bytes, const char* name, uint32_t kind, uint32_t offset);
 void emu_free(void* buffer);
 
@@ -59,7 +59,8 @@ const char* emu_kernels(void);
 // Sets a [[function_constant]]; false where there is none of that name and size.
 int emu_set_constant(const char* name, const void* value, size_t bytes);
 
-// Findings since the last emu_clear: "kind: text" lines, each once, 8 of a kind at most; and how often there was one.
+// Findings since the last emu_clear: "kind: text" lines, without duplicates, 8 of a kind at most; and the number of
+// all.
 const char* emu_reports(void);
 uint64_t emu_report_count(void);
 void emu_clear(void);

@@ -1,4 +1,4 @@
-// AddressSanitizer's findings join the others instead of ending the process (halt_on_error=0).
+// Adds AddressSanitizer's reports to the findings instead of ending the process (halt_on_error=0).
 #include <sanitizer/asan_interface.h>
 
 #include <cstring>
@@ -7,7 +7,7 @@
 #include "runtime.h"
 
 namespace {
-void found(const char* text) {
+void on_report(const char* text) {
   // "ERROR: AddressSanitizer: stack-buffer-overflow on address ..." and the first frame that has a source line
   const char* what = std::strstr(text, "AddressSanitizer: ");
   std::string kind = what ? what + 18 : text;
@@ -15,5 +15,5 @@ void found(const char* text) {
   const char* operation = std::strstr(text, "\nWRITE of") ? "write" : "read";
   emu::report("address", "%s, %s", kind.c_str(), operation);
 }
-[[maybe_unused]] const bool installed = (__asan_set_error_report_callback(found), true);
+[[maybe_unused]] const bool installed = (__asan_set_error_report_callback(on_report), true);
 }  // namespace

@@ -16,6 +16,6 @@ __bf16 rounded(float x) {
 
 extern "C" {
 __bf16 __truncsfbf2(float x) { return rounded(x); }
-// Through float: twice rounded, which only a double that MSL does not have could tell.
+// Rounds twice, through float. No kernel can observe it: MSL has no double.
 __bf16 __truncdfbf2(double x) { return rounded(static_cast<float>(x)); }
 }

@@ -1,11 +1,11 @@
-// Between the stand-in for <metal_stdlib> and the runtime.
+// Interface between the stand-in for <metal_stdlib> and the runtime.
 #pragma once
 
 #include "abi.h"
 
 namespace emu {
 
-// Where the kernel called: two calls are the same operation only if all of it agrees.
+// Source location of a call: lanes perform the same operation only if all fields agree.
 struct Site {
   const char* file;
   int line, column;
@@ -16,7 +16,7 @@ struct Thread {
   uint32_t index, lane, simdgroup, simdgroups;
 };
 
-// Called once per operation with every lane's argument (null for lanes that take no part).
+// Called once per operation with every lane's argument (null for inactive lanes).
 using Collective = void (*)(void** lanes, uint32_t active, void* extra);
 
 Thread& self();

@@ -1,5 +1,5 @@
-// Kernels compiled with -fsanitize=thread call these at every load and store. libtsan is not linked: what matters
-// here are the threads of a GPU, not those of the process. Linking this file turns the checker on.
+// Kernels compiled with -fsanitize=thread call these at every load and store. libtsan is not linked: the
+// threads of interest are those of the GPU, not those of the process. Linking this file turns the checker on.
 #include <cstring>
 
 #include "runtime.h"

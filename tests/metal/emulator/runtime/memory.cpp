@@ -1,4 +1,4 @@
-// Threadgroup memory and device buffers: where they lie and what surrounds them.
+// Allocates threadgroup memory and device buffers, with guard zones around them.
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -17,8 +17,8 @@
 namespace emu {
 namespace {
 
-constexpr size_t kArena = 4 * EMU_GROUP_MEMORY;  // room to report an excess rather than fall over it
-constexpr size_t kGap = 256;                     // between arrays; belongs to none of them
+constexpr size_t kArena = 4 * EMU_GROUP_MEMORY;  // more than the limit: exceeding it is reported, not a crash
+constexpr size_t kGap = 256;                     // guard zone between arrays
 
 struct Array : Range {
   const void* key = nullptr;
@@ -63,7 +63,7 @@ void group_memory_start(const EmuLaunch& launch) {
     arguments.push_back(bytes ? place(nullptr, bytes, 16, "[[threadgroup]] argument") : Array());
 }
 
-// All ones are NaN in every floating-point type: nothing survives from the threadgroup before.
+// All-ones bytes are NaN in every floating-point type: no value of the previous threadgroup can be used.
 void group_memory_poison() {
   for (const Array& a : arrays) std::memset(reinterpret_cast<void*>(a.begin), 0xff, a.bytes);
   for (const Array& a : arguments) std::memset(reinterpret_cast<void*>(a.begin), 0xff, a.bytes);
@@ -130,7 +130,7 @@ void* emu_alloc(size_t bytes, const char* name, uint32_t kind, uint32_t offset) 
   b.name = emu::names.back().c_str();
   b.kind = kind;
 #ifdef EMU_ASAN
-  // ASan's own zones surround it; the tail up to its granule is closed too.
+  // ASan adds its own redzones; the tail up to its granularity is poisoned too.
   const size_t room = (bytes + offset + 63) / 64 * 64;
   char* memory = static_cast<char*>(std::aligned_alloc(256, (room + 255) / 256 * 256));
   b.mapped = (room + 255) / 256 * 256;
@@ -139,7 +139,7 @@ void* emu_alloc(size_t bytes, const char* name, uint32_t kind, uint32_t offset) 
   b.mapping = memory;
   char* data = memory + offset;
 #else
-  // The end of the buffer, not only its start, lies near the end of what is mapped: an access far out faults.
+  // Guard zones of kGuard bytes lie before and behind the buffer; an access beyond them faults.
   b.mapped = (bytes + offset + 4095) / 4096 * 4096 + 2 * emu::kGuard;
   b.mapping = map(b.mapped);
   if (!b.mapping) return nullptr;

@@ -1,5 +1,5 @@
-// Writes launches to files, for the mutation suite to run again on changed kernels: with KV4_METAL_RECORD=<folder> in
-// the environment, what each launch is about to be given, as <folder>/<kernel>.<n>.launch. replay.py reads it.
+// Records launches to files, which the mutation suite replays on changed kernels (replay.py): with
+// KV4_METAL_RECORD=<folder> in the environment, the inputs of each launch as <folder>/<kernel>.<pid>-<n>.launch.
 #include <unistd.h>
 
 #include <cerrno>
@@ -12,7 +12,7 @@
 
 namespace emu {
 namespace {
-constexpr size_t kMostBytes = size_t{4} << 20;  // of one launch: larger ones are left out
+constexpr size_t kMostBytes = size_t{4} << 20;  // of one launch: larger ones are not recorded
 constexpr int kMost = 64;                       // launches of a kernel
 }  // namespace
 
@@ -26,7 +26,7 @@ void record(const char* kernel, const EmuLaunch& launch, void* const* arguments,
     if (const Buffer* b = find_buffer(reinterpret_cast<uintptr_t>(arguments[i]), 1)) total += b->bytes;
   int& n = recorded[kernel];
   if (total > kMostBytes) return;
-  // Each module of a process counts for itself: a number that another one has is left to it.
+  // Modules of one process share the names but not the counter: skip numbers that are taken.
   FILE* file = nullptr;
   while (!file && n < kMost) {
     const std::string path = std::string(folder) + "/" + kernel + "." + std::to_string(getpid()) + "-" +

@@ -1,4 +1,4 @@
-// Findings, each kept once.
+// Collects findings without duplicates.
 #include <cstdarg>
 #include <cstdio>
 #include <map>
@@ -9,8 +9,8 @@
 
 namespace emu {
 namespace {
-constexpr size_t kMost = 8;           // of one kind
-constexpr uint64_t kTooMany = 10000;  // a launch with more ends: nothing new is to be learnt
+constexpr size_t kMaxPerKind = 8;
+constexpr uint64_t kMaxFindings = 10000;  // a launch with more findings is stopped
 std::map<std::string, std::set<std::string>> seen;
 std::string text;
 uint64_t count;
@@ -19,7 +19,7 @@ uint64_t count;
 void report(const char* kind, const char* format, ...) {
   ++count;
   std::set<std::string>& lines = seen[kind];
-  if (lines.size() < kMost) {
+  if (lines.size() < kMaxPerKind) {
     char line[1024];
     va_list arguments;
     va_start(arguments, format);
@@ -27,7 +27,7 @@ void report(const char* kind, const char* format, ...) {
     va_end(arguments);
     if (lines.insert(line).second) text += std::string(kind) + ": " + line + "\n";
   }
-  if (count > kTooMany && running()) stop_launch();
+  if (count > kMaxFindings && running()) stop_launch();
 }
 }  // namespace emu
 

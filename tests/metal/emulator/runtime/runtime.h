@@ -1,4 +1,4 @@
-// What the runtime's own files share.
+// Internal declarations of the runtime.
 #pragma once
 
 #include "emu.h"
@@ -14,8 +14,8 @@ namespace emu {
 inline constexpr unsigned kLanes = 32;
 enum Space { kDevice, kGroup, kSpaces };  // memory that a barrier can order
 
-// Everything that says "when" to the checker. Stamps only grow, over all launches, so that one comparison tells
-// whether a recorded access belongs to this launch, this threadgroup, this side of a barrier.
+// The checker's logical clock. Stamps grow over all launches, so that one comparison tells whether a recorded access
+// belongs to this launch, to this threadgroup, and whether it lies behind the last barrier.
 struct Clock {
   uint32_t now = 1;
   uint32_t launch = 1, group = 1;  // stamps at which they began
@@ -25,7 +25,7 @@ struct Clock {
 extern Clock clock_;
 
 bool running();                      // inside a kernel
-[[noreturn]] void stop_launch();     // after a finding that leaves nothing to go on with
+[[noreturn]] void stop_launch();     // after a finding past which a launch cannot continue
 bool on_a_stack(uintptr_t address);  // private memory of a lane
 
 // threadgroup memory

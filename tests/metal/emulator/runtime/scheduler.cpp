@@ -1,6 +1,6 @@
 // Runs a kernel: every thread of a threadgroup is a fiber, threadgroups come one after another. A fiber runs until it
-// needs others: a simd operation waits for its SIMD-group, a threadgroup_barrier for all. Which fiber goes on then is
-// decided by the seed.
+// has to wait: at a SIMD operation for its SIMD-group, at a threadgroup_barrier for all. The seed decides which ready
+// fiber runs next.
 #include <sys/mman.h>
 #include <xmmintrin.h>
 #include <csetjmp>
@@ -21,7 +21,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Saves the callee-saved registers and the stack pointer to *save, goes on where `to` was saved.
+// Saves the callee-saved registers and the stack pointer to *save, resumes the context saved as `to`.
 extern "C" void emu_switch(void** save, void* to);
 asm(".text\n.hidden emu_switch\n.globl emu_switch\n.type emu_switch,@function\nemu_switch:\n"
     "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
@@ -90,10 +90,10 @@ int next_ready() {
   return static_cast<int>(fiber);
 }
 
-// `leaving`: the fiber that calls will never go on.
+// `leaving`: the calling fiber is finished.
 void switch_to(int fiber, bool leaving = false) {
-  void* nowhere;
-  void** save = leaving ? &nowhere : current < 0 ? &main_stack_pointer : &fibers[current].stack_pointer;
+  void* unused;
+  void** save = leaving ? &unused : current < 0 ? &main_stack_pointer : &fibers[current].stack_pointer;
   current = fiber;
 #ifdef EMU_ASAN
   void* fake = nullptr;
@@ -106,7 +106,7 @@ void switch_to(int fiber, bool leaving = false) {
 #endif
 }
 
-void go_on_with_others() {
+void switch_to_next() {
   const int me = current, next = next_ready();
   if (next != me) switch_to(next);
 }
@@ -129,7 +129,7 @@ const char* base_name(const char* path) {
 
 bool waits_for_simdgroup(const Fiber& f) { return f.state == State::kWaiting && f.wait != Wait::kGroupBarrier; }
 
-// Runs the operation that a SIMD-group waits for, once every lane that has not returned is there.
+// Runs the operation that a SIMD-group waits for, once every lane that has not returned has arrived.
 void release_simdgroup(unsigned index) {
   SimdGroup& g = simdgroups[index];
   if (!g.arrived || g.arrived + g.done < g.size) return;
@@ -211,7 +211,7 @@ void start_fiber(unsigned index, const Thread& thread) {
   ready.push_back(index);
 }
 
-void report_stuck(EmuSize group) {
+void report_deadlock(EmuSize group) {
   unsigned barrier = 0, simd = 0, done = 0;
   const Fiber *at_barrier = nullptr, *at_simd = nullptr;
   for (unsigned i = 0; i < fiber_count; ++i) {
@@ -264,7 +264,7 @@ bool run_group(EmuSize group, EmuSize groups, const EmuLaunch& launch) {
   switch_to(next_ready());
   current = -1;
   if (live && !stopped) {
-    report_stuck(group);
+    report_deadlock(group);
     stopped = true;
   }
   return !stopped;
@@ -309,14 +309,14 @@ void collective(const char* name, Site site, void* argument, Collective function
   g.extra = extra;
   ++g.arrived;
   release_simdgroup(index);
-  go_on_with_others();
+  switch_to_next();
 }
 
 void simdgroup_barrier(Site site, unsigned flags) {
   const unsigned index = wait(Wait::kSimdBarrier, "simdgroup_barrier", site, nullptr, flags).thread.simdgroup;
   ++simdgroups[index].arrived;
   release_simdgroup(index);
-  go_on_with_others();
+  switch_to_next();
 }
 
 void threadgroup_barrier(Site site, unsigned flags) {
@@ -334,7 +334,7 @@ void threadgroup_barrier(Site site, unsigned flags) {
     at_group_barrier = 0;
     for (unsigned i = 0; i < fiber_count; ++i) make_ready(i);
   }
-  go_on_with_others();
+  switch_to_next();
 }
 
 // Called by emu_run, which has checked the launch.
@@ -362,7 +362,7 @@ bool run_launch(const EmuLaunch& launch, void (*body)(void* const*), void* const
 #ifdef EMU_ASAN
   run_groups(launch);
 #else
-  // A wild address of a kernel becomes a finding. It needs a stack of its own: a fiber's may be what overflowed.
+  // A kernel's fault becomes a finding. The handler needs a stack of its own: a fiber's may have overflowed.
   static char signal_stack[64 * 1024];
   stack_t alternate{}, previous_stack;
   alternate.ss_sp = signal_stack;

@@ -1,4 +1,4 @@
-// What the checker remembers of each byte.
+// The checker's shadow memory: last accesses of each byte.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// Kernels compiled with -fsanitize=undefined call these where the standard defines nothing. The sanitizer's own
-// library is not linked, so that its findings come out beside the others.
+// Kernels compiled with -fsanitize=undefined call these handlers. The sanitizer's own library is not linked, so that
+// its reports become findings like all others.
 #include "runtime.h"
 
 namespace {
@@ -7,7 +7,7 @@ struct Location {
   const char* file;
   uint32_t line, column;
 };
-void found(const char* what, const void* data) {
+void on_undefined(const char* what, const void* data) {
   if (!emu::running()) return;
   const auto* at = static_cast<const Location*>(data);
   const char* base = at->file ? __builtin_strrchr(at->file, '/') : nullptr;
@@ -17,7 +17,7 @@ void found(const char* what, const void* data) {
 
 // Every handler's data begins with the location, whatever follows.
 #define EMU_HANDLER(name, what) \
-  extern "C" void __ubsan_handle_##name(void* data, uintptr_t, uintptr_t) { found(what, data); }
+  extern "C" void __ubsan_handle_##name(void* data, uintptr_t, uintptr_t) { on_undefined(what, data); }
 
 EMU_HANDLER(add_overflow, "signed addition overflows")
 EMU_HANDLER(sub_overflow, "signed subtraction overflows")

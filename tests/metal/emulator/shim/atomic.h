@@ -1,5 +1,5 @@
-// Atomics, relaxed as Metal's are. One process thread runs all lanes: plain operations are atomic. The checker is told,
-// and instrumentation kept off the bytes themselves.
+// Atomics, relaxed as Metal's are. One thread of the process runs all lanes, so that plain operations are atomic. They
+// report to the checker themselves; the accesses to the bytes are not instrumented.
 #pragma once
 
 namespace metal {

@@ -1,4 +1,4 @@
-// What the launch table uses.
+// Conversions that the launch table uses.
 #pragma once
 
 namespace emu {
@@ -33,5 +33,5 @@ struct Extent {
 
 }  // namespace emu
 
-// Functions of the launch table read the host's list of arguments, which is no memory of the kernel's.
+// Functions of the launch table read the host's argument list, which is not kernel memory.
 #define EMU_LAUNCHER __attribute__((no_sanitize("thread", "undefined", "address")))

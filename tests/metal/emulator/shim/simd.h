@@ -36,12 +36,12 @@ inline T value_of(const LaneValue* lane) {
   return *static_cast<const T*>(lane->in);
 }
 template <class T>
-inline void give(const LaneValue* lane, T value) {
+inline void set_result(const LaneValue* lane, T value) {
   *static_cast<T*>(lane->out) = value;
 }
 
-// source(lane, parameter) -> lane to read. A lane that is out of range or not there gives an undefined value in
-// Metal: a finding, unless `edge` says that callers know (shuffle_up and _down leave such lanes their own value).
+// source(lane, parameter) -> lane to read. Reading a lane that is out of range or inactive is undefined in Metal and
+// reported, unless `edge`: shuffle_up and shuffle_down leave such lanes their own value.
 template <class T, class S>
 inline T shuffle(const char* name, T value, unsigned parameter, Site site, bool edge, S source) {
   return exchange(name, value, parameter, site, [=](LaneValue** lanes, unsigned) {
@@ -49,10 +49,10 @@ inline T shuffle(const char* name, T value, unsigned parameter, Site site, bool 
       if (!lanes[lane]) continue;
       int from = source(lane, static_cast<int>(lanes[lane]->parameter));
       if (from < 0 || from > 31 || !lanes[from]) {
-        if (!edge) report("undefined-lane", "%s (line %d): lane %d reads lane %d, which is not there", name, site.line, lane, from);
+        if (!edge) report("undefined-lane", "%s (line %d): lane %d reads lane %d, which is inactive", name, site.line, lane, from);
         from = lane;
       }
-      give<T>(lanes[lane], value_of<T>(lanes[from]));
+      set_result<T>(lanes[lane], value_of<T>(lanes[from]));
     }
   });
 }
@@ -62,18 +62,18 @@ template <class T, class F>
 inline T reduce(const char* name, T value, Site site, F combine) {
   return exchange(name, value, 0, site, [=](LaneValue** lanes, unsigned) {
     T partial[32];
-    bool there[32];
+    bool active[32];
     for (int i = 0; i < 32; ++i) {
-      there[i] = lanes[i] != nullptr;
-      if (there[i]) partial[i] = value_of<T>(lanes[i]);
+      active[i] = lanes[i] != nullptr;
+      if (active[i]) partial[i] = value_of<T>(lanes[i]);
     }
     for (int step = 1; step < 32; step *= 2)
       for (int i = 0; i < 32; i += 2 * step) {
-        if (there[i] && there[i + step]) partial[i] = combine(partial[i], partial[i + step]);
-        else if (there[i + step]) partial[i] = partial[i + step], there[i] = true;
+        if (active[i] && active[i + step]) partial[i] = combine(partial[i], partial[i + step]);
+        else if (active[i + step]) partial[i] = partial[i + step], active[i] = true;
       }
     for (int i = 0; i < 32; ++i)
-      if (lanes[i]) give<T>(lanes[i], partial[0]);
+      if (lanes[i]) set_result<T>(lanes[i], partial[0]);
   });
 }
 
@@ -84,7 +84,7 @@ inline T scan(const char* name, T value, Site site, bool inclusive, T start, F c
     for (int i = 0; i < 32; ++i) {
       if (!lanes[i]) continue;
       const T with = static_cast<T>(combine(running, value_of<T>(lanes[i])));
-      give<T>(lanes[i], inclusive ? with : running);
+      set_result<T>(lanes[i], inclusive ? with : running);
       running = with;
     }
   });
@@ -113,7 +113,7 @@ EMU_OPERATION T simd_broadcast_first(T value, EMU_SITE) {
   return exchange("simd_broadcast_first", value, 0, EMU_HERE, [](LaneValue** lanes, unsigned active) {
     const T first = value_of<T>(lanes[__builtin_ctz(active)]);
     for (int i = 0; i < 32; ++i)
-      if (lanes[i]) give<T>(lanes[i], first);
+      if (lanes[i]) set_result<T>(lanes[i], first);
   });
 }
 

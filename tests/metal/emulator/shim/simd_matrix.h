@@ -1,5 +1,5 @@
-// simdgroup_matrix: 8 x 8, two elements a lane. Which two is unspecified in Metal: thread_elements() is left out, so
-// that no kernel comes to depend on it.
+// simdgroup_matrix: 8 x 8, two elements a lane. Metal does not specify which two: thread_elements() is left out, so
+// that no kernel depends on it.
 #pragma once
 
 namespace metal {
@@ -25,7 +25,7 @@ struct MatrixOperands {
   const void *a, *b, *c;
   void* d;
 };
-inline bool whole(const char* name, int line, unsigned active) {
+inline bool all_active(const char* name, int line, unsigned active) {
   if (active != ~0u) report("inactive-lanes", "%s (line %d) without all 32 lanes", name, line);
   return active == ~0u;
 }
@@ -39,17 +39,17 @@ namespace names {
 template <class T>
 using tile = metal::simdgroup_matrix<T, 8, 8>;
 
-#define EMU_TILE_MEET(name)                                                                                   \
+#define EMU_TILE_SYNC(name)                                                                                   \
   const Site site = EMU_HERE;                                                                                 \
   emu::collective(name, site, nullptr, [](void**, unsigned active, void* s) {                                 \
-    whole(name, static_cast<const Site*>(s)->line, active); }, const_cast<Site*>(&site));                     \
+    all_active(name, static_cast<const Site*>(s)->line, active); }, const_cast<Site*>(&site));                     \
   const uint lane = emu::self().lane;
 
 // Each lane reads its two elements itself, so that the checker sees who read what.
 template <class T, class P>
 EMU_OPERATION void simdgroup_load(tile<T>& m, const P* from, ulong stride = 8, ulong2 origin = ulong2{0, 0}, bool transposed = false, EMU_SITE) {
   static_assert(is_same<T, P>::value, "simdgroup_load: the element types differ");
-  EMU_TILE_MEET("simdgroup_load")
+  EMU_TILE_SYNC("simdgroup_load")
   for (uint k = 0; k < 2; ++k) {
     const ulong r = (2 * lane + k) / 8, c = (2 * lane + k) % 8;
     m.element[k] = transposed ? from[(c + origin.x) * stride + r + origin.y] : from[(r + origin.y) * stride + c + origin.x];
@@ -58,7 +58,7 @@ EMU_OPERATION void simdgroup_load(tile<T>& m, const P* from, ulong stride = 8, u
 template <class T, class P>
 EMU_OPERATION void simdgroup_store(tile<T> m, P* to, ulong stride = 8, ulong2 origin = ulong2{0, 0}, bool transposed = false, EMU_SITE) {
   static_assert(is_same<T, P>::value, "simdgroup_store: the element types differ");
-  EMU_TILE_MEET("simdgroup_store")
+  EMU_TILE_SYNC("simdgroup_store")
   for (uint k = 0; k < 2; ++k) {
     const ulong r = (2 * lane + k) / 8, c = (2 * lane + k) % 8;
     (transposed ? to[(c + origin.x) * stride + r + origin.y] : to[(r + origin.y) * stride + c + origin.x]) = m.element[k];
@@ -70,7 +70,7 @@ EMU_OPERATION void simdgroup_multiply_accumulate(tile<D>& d, const tile<A>& a, c
   MatrixOperands lane{a.element, b.element, c.element, d.element};
   const Site site = EMU_HERE;
   emu::collective("simdgroup_multiply_accumulate", site, &lane, [](void** lanes, unsigned active, void* s) {
-    if (!whole("simdgroup_multiply_accumulate", static_cast<const Site*>(s)->line, active)) return;
+    if (!all_active("simdgroup_multiply_accumulate", static_cast<const Site*>(s)->line, active)) return;
     float left[64], right[64], result[64];
     for (int i = 0; i < 64; ++i) {
       left[i] = matrix_element<A>(lanes, &MatrixOperands::a, i);
@@ -88,7 +88,7 @@ template <class D, class A, class B>
 EMU_OPERATION void simdgroup_multiply(tile<D>& d, const tile<A>& a, const tile<B>& b, EMU_SITE) {
   names::simdgroup_multiply_accumulate(d, a, b, tile<D>(D(0)), file_, line_, column_);
 }
-#undef EMU_TILE_MEET
+#undef EMU_TILE_SYNC
 
 }  // namespace names
 }  // namespace emu
