@@ -22,6 +22,7 @@
 //                   where it is alone: docs/notes/cuda.md has where they go, and the versions
 #include "cuda/attend_wide.h"
 
+#include <cmath>
 #include <cstdint>
 
 #include "cuda/attend_items.cuh"
@@ -55,7 +56,8 @@ __global__ void __launch_bounds__(kWideThreads, 1) attend_wide(const __grid_cons
     const float top = row < rows ? p.row_scale[static_cast<std::size_t>(block0 + row / kBlockRows) * 2 * kBlockRows +
                                                kBlockRows + row % kBlockRows]
                                  : 0.0f;
-    const float largest = warp_max(fabsf(top));
+    // A row with infinity is NaN, and is no measure of the others.
+    const float largest = warp_max(fabsf(top) < INFINITY ? fabsf(top) : 0.0f);
     if (threadIdx.x % kLanes == 0) tops[threadIdx.x / kLanes] = largest;
   } else if (threadIdx.x == kGroupThreads) {
     barriers.prepare(groups);

@@ -218,7 +218,7 @@ struct WideValues {
     const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4,
               warp = __shfl_sync(kAll, static_cast<int>(threadIdx.x) % kGroupThreads / kLanes, 0);
     const bool odd = g % 2 == 1;
-    const int first = swizzled(warp * 16 + g, (odd ? 4 : 0) + t), second = first ^ 4 << 4;
+    const int first = swizzled(warp * 16 + g, (odd ? 4 : 0) + t), second = first ^ (4 << 4);
     WideSource<D, true> source(p, barriers, memory, slice, ids + range.first, range.count);
     WideStage stage;
 #pragma unroll 1

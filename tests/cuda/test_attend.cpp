@@ -388,6 +388,29 @@ TEST_F(CudaAttend, PartialStatesMergeToTheWhole) {
           << r << " " << c;
 }
 
+TEST_F(CudaAttend, AnInfiniteQueryIsNaNAndLeavesItsTileAlone) {
+  Shape shape;
+  shape.group = 4;
+  shape.kv_heads = 2;
+  shape.dtype = DType::f16;
+  shape.seed = 8900;
+  constexpr std::int64_t kQueries = 40, kHead = 1, kQuery = 7;
+  const Scene s(shape, {Held{4, 17 * 64, 70, 0}});
+  Call call(s, kQueries, DType::f16);
+  Status status;
+  const std::vector<double> before = run(s, call, {kTiles, {}, {}}, &status);
+  ASSERT_TRUE(status.ok()) << status.message();
+  call.set_query(0, kHead, kQuery, 5, scene::kInfinity);
+  const std::vector<double> after = run(s, call, {kTiles, {}, {}}, &status);
+  ASSERT_TRUE(status.ok()) << status.message();
+  for (std::int64_t row = 0; row < 8 * kQueries; ++row)
+    for (std::int64_t c = 0; c < shape.dim_v; ++c) {
+      const auto i = static_cast<std::size_t>(row * shape.dim_v + c);
+      if (row == kHead * kQueries + kQuery) ASSERT_TRUE(std::isnan(after[i])) << c;
+      else ASSERT_NEAR(after[i], before[i], 1e-3) << row << " " << c;
+    }
+}
+
 TEST_F(CudaAttend, RefusalsSayWhy) {
   Shape shape;
   shape.dtype = DType::f32;
