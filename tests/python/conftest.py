@@ -46,3 +46,9 @@ def qwen() -> Path:
 def qwen_1_5b() -> Path:
     """The folder of qwen2.5-coder-1.5b if it has been pulled."""
     return _if_pulled("qwen2.5-coder-1.5b")
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands remember the files they were shown: not among the user's."""
+    monkeypatch.setenv("KV4_CACHE_DIR", str(tmp_path / "cache"))

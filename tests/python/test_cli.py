@@ -13,32 +13,17 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
-from typer.testing import CliRunner, Result
 
 import tiny_model
+from command import kv4, succeeded
 from kv4 import Recipe
 from kv4.bench.memory import cache_bytes, fp16_bytes, kv4_bytes
 from kv4.bench.seal import flops
-from kv4.cli import app
 from kv4.cli.demo import first_difference, side_by_side
 from kv4.cli.options import numbers
 from kv4.cli.output import write_json
 
-
-def kv4(*arguments: object, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
-
-
-def succeeded(*arguments: object, stdin: str | None = None) -> Result:
-    result = kv4(*arguments, stdin=stdin)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands remember the files they were shown: not among the user's."""
-    monkeypatch.setenv("KV4_CACHE_DIR", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,12 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner, Result
 
 import tiny_model
-from kv4.cli import app
+from command import kv4, succeeded
 from kv4.cli.chat import common
 
-
-def kv4(*arguments: object, stdin: str) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +34,14 @@ def test_a_chat_goes_on_and_says_what_the_full_context_would_hold(model: Path, t
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
-    result = kv4("generate", folder, "-i", "-n", 5, "--cache", cache, stdin="first line\nsecond\n\n")
-    assert result.exit_code == 0, result.output
+    result = succeeded("generate", folder, "-i", "-n", 5, "--cache", cache, stdin="first line\nsecond\n\n")
     costs = [line for line in " ".join(result.output.split()).split("at its full ")[1:]]
     assert len(costs) == 2, result.output
     (context,) = {line.split(" tokens")[0] for line in costs}
     config = AutoModelForCausalLM.from_pretrained(folder).config
     assert int(context.replace(",", "")) == config.max_position_embeddings
     # The first answer is that of a chat with the first message alone.
-    once = kv4("generate", folder, "-i", "-n", 5, "--cache", cache, stdin="first line\n")
+    once = succeeded("generate", folder, "-i", "-n", 5, "--cache", cache, stdin="first line\n")
     assert once.output.split("tokens:")[0] == result.output.split("tokens:")[0]
 
 
