@@ -132,7 +132,7 @@ struct WideRows {
     }
   }
 
-  // What a lane's columns are scored with. Loaded while products run: shared memory is theirs first.
+  // What a lane's columns are scored with.
   using Factors = float4[kPageTokens / 8];
   __device__ __forceinline__ const WideFactors& factors_of(int stage) const {
     return reinterpret_cast<const WideFactors*>(memory + S::kFactorsAt)[stage];
@@ -146,8 +146,8 @@ struct WideRows {
   __device__ __forceinline__ void load_offset(int page, float unit, float (&offset)[2]) const {
     const bool second = page % 2 == 1;
     const int from = (lane & ~3) + page / 2;
-    offset[0] = p.mean ? __shfl_sync(kAll, second ? mean[1] : mean[0], from) * unit : 0.0f;
-    offset[1] = p.mean ? __shfl_sync(kAll, second ? mean[3] : mean[2], from) * unit : 0.0f;
+    offset[0] = __shfl_sync(kAll, second ? mean[1] : mean[0], from) * unit;
+    offset[1] = __shfl_sync(kAll, second ? mean[3] : mean[2], from) * unit;
   }
 
   // Products to scores plus log2 of their values' scales, without `offset`, which becomes 0 where a cap needs it added.

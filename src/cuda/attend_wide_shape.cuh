@@ -108,8 +108,8 @@ struct WideShape {
 // The pages that a CTA reads, and what their rows see of them.
 struct WideRange {
   int first = 0, count = 0;
-  int first_plain = 0,
-      behind_plain = 0;  // from `first` on: pages that every row of the tile sees, but for hidden tokens
+  // Of those, counted from `first`: pages that every row of the tile sees, but for hidden tokens.
+  int first_plain = 0, behind_plain = 0;
 
   __device__ __forceinline__ WideRange(const AttendParams& p, const SequenceView& s, int b, int head, int row0,
                                        int rows, int split) {

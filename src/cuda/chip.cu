@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/attend.h"
+#include "cuda/launch.cuh"
 
 namespace kv4::cuda {
 namespace {
@@ -24,10 +25,7 @@ Chip chip_of(int device) {
   chip.shared = shared;
   chip.code = code.ptxVersion;
 #ifdef KV4_CUDA_WGMMA
-  int major = 0, minor = 0;
-  chip.wgmma = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-               cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
-               minor == 0;
+  chip.wgmma = has_wgmma(device);
 #endif
   return chip;
 }

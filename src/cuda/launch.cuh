@@ -42,6 +42,14 @@ cudaError_t queue_early(bool early, void (*kernel)(Parameters...), dim3 ctas, in
   return queue_with(&attribute, early ? 1 : 0, kernel, ctas, threads, shared, stream, arguments...);
 }
 
+// Whether a device runs code for 9.0a, which alone has wgmma.
+inline bool has_wgmma(int device) {
+  int major = 0, minor = 0;
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+         minor == 0;
+}
+
 // How much dynamic shared memory a kernel's CTAs may have is one number for all that launch it on a device, on any
 // thread and stream, replayed launches included. So it is set once, to the most that any call takes, and never lowered;
 // what a call takes, its launch says. One object for each kernel, static.

@@ -130,7 +130,7 @@ __device__ __forceinline__ void prefetch_tables(const SequenceView& view, int la
 
 // The list of a range's jobs, by CTA `cta` of `ctas`, each of which sums over as many sequences at a time as it has
 // threads and writes every ctas-th part of the list, a thread for each job.
-constexpr int kMostThreads = 1024, kMostStepThreads = 512;
+constexpr int kMostThreads = 1024;
 template <class Job>
 __device__ __forceinline__ void list_jobs(const PagedBatch& batch, DType dtype, const PageRange& range, Job* out,
                                           int cta, int ctas) {
@@ -306,10 +306,7 @@ cudaError_t launch_store(const StoreParams& p, cudaStream_t stream) {
 cudaError_t launch_step(const StepParams& p, cudaStream_t stream) {
   if (p.store.batch == 0) return cudaSuccess;
   StoreGrid grid(p.store);
-  if (p.range.most > 0) {
-    ++grid.ctas.x;
-    grid.threads = std::max(grid.threads, std::min(p.batch.size, kMostStepThreads) / kLanes * kLanes);
-  }
+  if (p.range.most > 0) ++grid.ctas.x;
   return queue_early(p.store.early, step_kernel, grid.ctas, grid.threads, 0, stream, p);
 }
 

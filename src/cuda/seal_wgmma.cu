@@ -476,12 +476,8 @@ cudaError_t launch(const SealParams& p, int device, cudaStream_t stream) {
 }  // namespace
 
 bool wgmma_takes(const SealParams& p, int device) {
-  int major = 0, minor = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
-    return false;
   const int dim = p.key.dim;
-  return major == 9 && minor == 0 && p.halves && (dim == 64 || dim == 80 || dim == 96 || dim == 128 || dim == 256);
+  return has_wgmma(device) && p.halves && (dim == 64 || dim == 80 || dim == 96 || dim == 128 || dim == 256);
 }
 
 cudaError_t launch_seal_wgmma(const SealParams& p, int device, cudaStream_t stream) {

@@ -27,6 +27,13 @@ __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_g
 #define KV4_TILES_8(n)                                                                                               \
   KV4_TILE(n), KV4_TILE(n + 1), KV4_TILE(n + 2), KV4_TILE(n + 3), KV4_TILE(n + 4), KV4_TILE(n + 5), KV4_TILE(n + 6), \
       KV4_TILE(n + 7)
+// Registers of so many columns.
+#define KV4_REGISTERS_64                                                                       \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24," \
+  "%25,%26,%27,%28,%29,%30,%31"
+#define KV4_REGISTERS_80 KV4_REGISTERS_64 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define KV4_REGISTERS_96 KV4_REGISTERS_80 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define KV4_REGISTERS_128 KV4_REGISTERS_96 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define KV4_PRODUCT(n, registers, a, b, add, ...)                                              \
   asm volatile("{.reg .pred p; setp.ne.b32 p, " add ", 0; wgmma.mma_async.sync.aligned.m64n" n \
                "k16.f32.f16.f16 {" registers "}, " a ", " b ", p, 1, 1, 0, 0;}"                \
@@ -39,27 +46,14 @@ template <int kColumns, int kChannels, int kTiles>
 __device__ __forceinline__ void product(float (&y)[kTiles][4], uint32_t rows_at, uint32_t columns_at, bool add_to) {
   constexpr uint64_t kRest = static_cast<uint64_t>(kChannels / 8 * kBlockBytes / 16) << 32;
   const uint64_t rows = kRest | rows_at, columns = kRest | columns_at;
-  if constexpr (kColumns == 64)
-    KV4_PRODUCT("64",
-                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                "%24,%25,%26,%27,%28,%29,%30,%31",
-                "%32", "%33", "%34", KV4_TILES_8(0));
+  if constexpr (kColumns == 64) KV4_PRODUCT("64", KV4_REGISTERS_64, "%32", "%33", "%34", KV4_TILES_8(0));
   else if constexpr (kColumns == 80)
-    KV4_PRODUCT("80",
-                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39",
-                "%40", "%41", "%42", KV4_TILES_8(0), KV4_TILE(8), KV4_TILE(9));
+    KV4_PRODUCT("80", KV4_REGISTERS_80, "%40", "%41", "%42", KV4_TILES_8(0), KV4_TILE(8), KV4_TILE(9));
   else if constexpr (kColumns == 96)
-    KV4_PRODUCT("96",
-                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47",
-                "%48", "%49", "%50", KV4_TILES_8(0), KV4_TILE(8), KV4_TILE(9), KV4_TILE(10), KV4_TILE(11));
+    KV4_PRODUCT("96", KV4_REGISTERS_96, "%48", "%49", "%50", KV4_TILES_8(0), KV4_TILE(8), KV4_TILE(9), KV4_TILE(10),
+                KV4_TILE(11));
   else if constexpr (kColumns == 128)
-    KV4_PRODUCT("128",
-                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-                "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63",
-                "%64", "%65", "%66", KV4_TILES_8(0), KV4_TILES_8(8));
+    KV4_PRODUCT("128", KV4_REGISTERS_128, "%64", "%65", "%66", KV4_TILES_8(0), KV4_TILES_8(8));
 }
 #undef KV4_PRODUCT
 
@@ -87,27 +81,15 @@ __device__ __forceinline__ void product(float (&y)[kTiles][4], const uint32_t (&
   static_assert(kColumns == kTiles * 8);
   if constexpr (kColumns == 8) KV4_PRODUCT("8", "%0,%1,%2,%3", "%4", "%5", "%6", "%7", "%8", "%9", KV4_TILE(0));
   else if constexpr (kColumns == 64)
-    KV4_PRODUCT("64",
-                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                "%24,%25,%26,%27,%28,%29,%30,%31",
-                "%32", "%33", "%34", "%35", "%36", "%37", KV4_TILES_8(0));
+    KV4_PRODUCT("64", KV4_REGISTERS_64, "%32", "%33", "%34", "%35", "%36", "%37", KV4_TILES_8(0));
   else if constexpr (kColumns == 80)
-    KV4_PRODUCT("80",
-                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39",
-                "%40", "%41", "%42", "%43", "%44", "%45", KV4_TILES_8(0), KV4_TILE(8), KV4_TILE(9));
+    KV4_PRODUCT("80", KV4_REGISTERS_80, "%40", "%41", "%42", "%43", "%44", "%45", KV4_TILES_8(0), KV4_TILE(8),
+                KV4_TILE(9));
   else if constexpr (kColumns == 96)
-    KV4_PRODUCT("96",
-                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47",
-                "%48", "%49", "%50", "%51", "%52", "%53", KV4_TILES_8(0), KV4_TILE(8), KV4_TILE(9), KV4_TILE(10),
-                KV4_TILE(11));
+    KV4_PRODUCT("96", KV4_REGISTERS_96, "%48", "%49", "%50", "%51", "%52", "%53", KV4_TILES_8(0), KV4_TILE(8),
+                KV4_TILE(9), KV4_TILE(10), KV4_TILE(11));
   else if constexpr (kColumns == 128)
-    KV4_PRODUCT("128",
-                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-                "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63",
-                "%64", "%65", "%66", "%67", "%68", "%69", KV4_TILES_8(0), KV4_TILES_8(8));
+    KV4_PRODUCT("128", KV4_REGISTERS_128, "%64", "%65", "%66", "%67", "%68", "%69", KV4_TILES_8(0), KV4_TILES_8(8));
 }
 #undef KV4_PRODUCT
 
@@ -133,6 +115,10 @@ __device__ __forceinline__ void products_end(float (&y)[kTiles][4]) {
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) asm volatile("" : KV4_TILE(n)::"memory");
 }
+#undef KV4_REGISTERS_128
+#undef KV4_REGISTERS_96
+#undef KV4_REGISTERS_80
+#undef KV4_REGISTERS_64
 #undef KV4_TILES_8
 #undef KV4_TILE
 
