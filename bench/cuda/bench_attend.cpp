@@ -5,7 +5,8 @@
 //   queries so many queries of one sequence: verification of a draft, a chunk of a prefill, with all its own tokens
 //   cached paged   the same tokens in a host's tables, exact rows in blocks; what makes views of the tables included
 //   seal    all pages of a prefill, keys and values, from fp16 rows; seal_lambda with channel weights for keys
-// of_copy: bytes of the cache, read once (seal: rows read and pages written), over time, as a fraction of the speed of
+//   unpack  the same pages back to fp16 rows
+// of_copy: bytes of the cache, read once (seal, unpack: rows and pages), over time, as a fraction of the speed of
 // a 1 GiB copy measured first, whose bytes count twice. Where the cache would stay in the L2 cache it is flushed before
 // each repeat.
 #include <benchmark/benchmark.h>
@@ -297,7 +298,9 @@ void decode(benchmark::State& state, const Case& c) {
   state.SetBytesProcessed(static_cast<std::int64_t>(bytes) * state.iterations());
 }
 
-void seal(benchmark::State& state, const Case& c, bool lambda) {
+enum class Sealing { plain, weighted, unpack };
+
+void seal(benchmark::State& state, const Case& c, Sealing what) {
   if (cuda::backend() == nullptr) return state.SkipWithError("no CUDA device of compute capability 8.0 or later");
   const Shape shape = shape_of(c.geometry);
   const Scene few(shape, {Held{0, kPageTokens, 0, 0}}, false);
@@ -322,11 +325,23 @@ void seal(benchmark::State& state, const Case& c, bool lambda) {
     jobs[i].dtype = DType::f16;
     jobs[i].k_stride = jobs[i].v_stride = d;
     jobs[i].k_head_stride = jobs[i].v_head_stride = kPageTokens * d;
-    if (lambda) jobs[i].lambda_k = weights.as<float>();
+    if (what == Sealing::weighted) jobs[i].lambda_k = weights.as<float>();
     jobs[i].page = static_cast<std::int32_t>(i);
   }
+  const DeviceBytes k_back(what == Sealing::unpack ? rows16.size() * 2 : 0),
+      v_back(what == Sealing::unpack ? rows16.size() * 2 : 0);
+  std::vector<DequantiseJob> back(what == Sealing::unpack ? count : 0);
+  for (std::size_t i = 0; i < back.size(); ++i) {
+    back[i].page = jobs[i].page;
+    back[i].dtype = DType::f16;
+    back[i].count = kPageTokens;
+    back[i].k = k_back.as<std::uint16_t>() + i * kPageTokens * static_cast<std::size_t>(d * heads);
+    back[i].v = v_back.as<std::uint16_t>() + i * kPageTokens * static_cast<std::size_t>(d * heads);
+    back[i].k_stride = back[i].v_stride = d;
+    back[i].k_head_stride = back[i].v_head_stride = kPageTokens * d;
+  }
   // As a host with tables on the device has them, and as a graph: the kernel alone.
-  const DeviceBytes resident(jobs);
+  const DeviceBytes resident(jobs), resident_back(back);
   Timer timer;
   cuda::set_stream(timer.stream);
   const std::span<const SealJob> all(resident.as<SealJob>(), jobs.size());
@@ -335,7 +350,9 @@ void seal(benchmark::State& state, const Case& c, bool lambda) {
   cudaGraph_t graph;
   cudaGraphExec_t captured;
   cudaStreamBeginCapture(timer.stream, cudaStreamCaptureModeRelaxed);
-  status = cuda::backend()->seal(spec, pages, heads, all, true);
+  status = what == Sealing::unpack
+               ? cuda::backend()->dequantise(spec, pages, heads, {resident_back.as<DequantiseJob>(), count}, true)
+               : cuda::backend()->seal(spec, pages, heads, all, true);
   cudaStreamEndCapture(timer.stream, &graph);
   cuda::set_stream(nullptr);
   if (!status.ok()) return state.SkipWithError(status.message().c_str());
@@ -409,15 +426,19 @@ const bool registered = [] {
             ->UseManualTime();
     }
     const Case prefill{g, {g.kv_heads > 16 ? 16384 : g.kv_heads < 4 ? 131072 : 65536}};
-    benchmark::RegisterBenchmark((std::string("seal/") + g.name).c_str(), seal, prefill, false)->UseManualTime();
-    benchmark::RegisterBenchmark((std::string("seal_lambda/") + g.name).c_str(), seal, prefill, true)->UseManualTime();
+    benchmark::RegisterBenchmark((std::string("seal/") + g.name).c_str(), seal, prefill, Sealing::plain)
+        ->UseManualTime();
+    benchmark::RegisterBenchmark((std::string("seal_lambda/") + g.name).c_str(), seal, prefill, Sealing::weighted)
+        ->UseManualTime();
+    benchmark::RegisterBenchmark((std::string("unpack/") + g.name).c_str(), seal, prefill, Sealing::unpack)
+        ->UseManualTime();
   }
   for (const cases::Geometry& g : kServed)
     benchmark::RegisterBenchmark((std::string("decode/") + g.name + "/32x16384").c_str(), decode,
                                  Case{g, std::vector<int>(32, 16384)})
         ->UseManualTime();
   for (const cases::Geometry& g : kSealed)
-    benchmark::RegisterBenchmark((std::string("seal/") + g.name).c_str(), seal, Case{g, {65536}}, false)
+    benchmark::RegisterBenchmark((std::string("seal/") + g.name).c_str(), seal, Case{g, {65536}}, Sealing::plain)
         ->UseManualTime();
   return true;
 }();

@@ -195,8 +195,9 @@ __device__ __forceinline__ void address_row(const AttendParams& p, const Sequenc
   const int q_head = head * p.group + row % p.group;
   constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
   const float more =
-      there && p.out != nullptr && p.sinks != nullptr && sum.l > 0 ? exp2f(p.sinks[q_head] * kLog2e - sum.m) : 0.0f;
-  shared.whole[r] = p.out == nullptr ? (sum.l > 0 ? 1.0f : 0.0f) : sum.l > 0 ? 1.0f / (sum.l + more) : 0.0f;
+      there && p.out != nullptr && p.sinks != nullptr && sum.l != 0 ? exp2f(p.sinks[q_head] * kLog2e - sum.m) : 0.0f;
+  // No weight at all: the row sees nothing. NaN stays.
+  shared.whole[r] = sum.l == 0 ? 0.0f : p.out == nullptr ? 1.0f : 1.0f / (sum.l + more);
   if (!there) return;
   const int query = row / p.group;
   shared.to[r] = p.out != nullptr

@@ -117,9 +117,10 @@ __device__ __forceinline__ void rotate_queries(
     for (int i = 0; i < kQuads; ++i) {
       const int c = 4 * (lane + i * kLanes);
       x[i] = c < D ? *reinterpret_cast<const float4*>(y + r * F::kPitch + c) : float4{};
-      top = fmaxf(top, fmaxf(fmaxf(fabsf(x[i].x), fabsf(x[i].y)), fmaxf(fabsf(x[i].z), fabsf(x[i].w))));
+      top = max_or_nan(top,
+                       max_or_nan(max_or_nan(fabsf(x[i].x), fabsf(x[i].y)), max_or_nan(fabsf(x[i].z), fabsf(x[i].w))));
     }
-    top = warp_max(top);
+    top = warp_max_or_nan(top);  // a query with NaN has scores of NaN, whatever else they are made of
     const float to_units = top > 0 ? 32512.0f / top : 0.0f, to_one = top > 0 ? 1.0f / top : 0.0f;
     uint4* block = operands + r / kBlockRows * operand_words(D);
     auto* bytes = reinterpret_cast<uint32_t*>(block);

@@ -214,15 +214,15 @@ __global__ void __launch_bounds__(kRotateThreads) attend_merge(const __grid_cons
       const float o = x[(r - r0) * D + c] / lambda + reinterpret_cast<const float*>(sums[0][r * share])[c];
       const float m = m_all[r], l = l_all[r];
       if (p.out != nullptr) {
-        const float denominator = p.sinks != nullptr && l > 0 ? l + exp2f(p.sinks[q_head] * kLog2e - m) : l;
+        const float denominator = p.sinks != nullptr && l != 0 ? l + exp2f(p.sinks[q_head] * kLog2e - m) : l;
         store_element(
             p.out, p.out_dtype,
             s.input * p.out_stride[0] + q_head * p.out_stride[1] + (s.input_row + query) * p.out_stride[2] + c,
-            l > 0 ? o / denominator : 0.0f);
+            l == 0 ? 0.0f : o / denominator);
       } else {
         const long long to = (static_cast<long long>(s.input) * p.kv_heads * p.group + q_head) * p.rows + s.input_row +
                              query;
-        p.partial.o[to * D + c] = l > 0 ? o : 0.0f;
+        p.partial.o[to * D + c] = l == 0 ? 0.0f : o;
         if (c == 0) {
           p.partial.m[to] = m * kLn2;
           p.partial.l[to] = l;

@@ -70,8 +70,9 @@ __global__ void __launch_bounds__(kRotateThreads) attend_prepare(const __grid_co
   __syncthreads();
   if (warp < kBlockRows) {
     float top = 0;
-    for (int c = first_tile * 32 + lane; c < min(behind_tile * 32, D); c += kLanes) top = fmaxf(top, fabsf(y[warp][c]));
-    top = warp_max(top);
+    for (int c = first_tile * 32 + lane; c < min(behind_tile * 32, D); c += kLanes)
+      top = max_or_nan(top, fabsf(y[warp][c]));
+    top = warp_max_or_nan(top);
     if (parts == 1) largest[0][warp] = top;
     else if (lane < parts) put_in_cluster(&largest[part][warp], lane, top);
   }
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kRotateThreads) attend_prepare(const __grid_co
     const bool used = g < each;
     const auto rotated = [&](int c) { return used ? y[r][c] : 0.0f; };
     float top = 0;
-    for (int k = 0; k < parts && used; ++k) top = fmaxf(top, largest[k][r]);
+    for (int k = 0; k < parts && used; ++k) top = max_or_nan(top, largest[k][r]);
     if (part == 0 && step == 0 && t == 0) {
       float* scale = p.row_scale + static_cast<std::size_t>(index) * 2 * kBlockRows;
       scale[g] = top / 32512.0f * p.factor;

@@ -11,25 +11,6 @@
 
 namespace kv4::cuda {
 
-// Eight codes to 16-bit floats below the normal ones, 2^-24 times their levels: nibbles 0, 2, 4, 6, 1, 3, 5, 7.
-// kEven: levels of both signs have the same magnitudes.
-template <bool kEven>
-__device__ __forceinline__ uint4 operand_of(uint32_t word, const Tables& t) {
-  uint32_t low, high;  // magnitudes of nibbles 0 ... 3 and 4 ... 7
-  if constexpr (kEven) {
-    const uint32_t index = word & 0x77777777u;
-    low = look_up(t.positive[0], t.positive[1], index);
-    high = look_up(t.positive[0], t.positive[1], index >> 16);
-  } else {
-    const Levels8 both = levels_of(word, t);
-    low = both.positive.x | both.negative.x;
-    high = both.positive.y | both.negative.y;
-  }
-  const uint32_t odd = word & 0x80808080u, even = word << 4 & 0x80808080u;  // signs, a byte for every other nibble
-  return {__byte_perm(low, even, 0x5240), __byte_perm(high, even, 0x7260), __byte_perm(low, odd, 0x5341),
-          __byte_perm(high, odd, 0x7361)};
-}
-
 __device__ __forceinline__ const unsigned char* page_of(const AttendParams& p, std::uint32_t id) {
   const std::uint32_t within = id & ((1u << p.pages.shift) - 1);
   return (p.pages.chunks != nullptr ? p.pages.chunks[id >> p.pages.shift] : p.pages.data) +
@@ -141,7 +122,7 @@ struct WideKeys {
       const uint4 words = reinterpret_cast<const uint4*>(raw)[u * kLanes + lane];
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        *reinterpret_cast<uint4*>(to + places.at[i][e]) = operand_of<kEven>(word_of(words, e), tables);
+        *reinterpret_cast<uint4*>(to + places.at[i][e]) = Halves8<kEven>(word_of(words, e), tables).even_first();
     }
   }
   // `unit`: of the products, as scores.
@@ -237,8 +218,8 @@ struct WideValues {
         for (int octet = 0; octet < 2; ++octet) {
           const uint32_t a = octet == 0 ? words.x : words.z, b = octet == 0 ? words.y : words.w;
           unsigned char* const at = to + (8 * j + octet) * 8 * kSwizzledRow;
-          *reinterpret_cast<uint4*>(at + first) = operand_of<kEven>(odd ? b : a, tables);
-          *reinterpret_cast<uint4*>(at + second) = operand_of<kEven>(odd ? a : b, tables);
+          *reinterpret_cast<uint4*>(at + first) = Halves8<kEven>(odd ? b : a, tables).even_first();
+          *reinterpret_cast<uint4*>(at + second) = Halves8<kEven>(odd ? a : b, tables).even_first();
         }
       }
       operands_written(barriers.full(true, stage.at), lane);

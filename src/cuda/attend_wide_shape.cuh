@@ -17,14 +17,6 @@ constexpr int kWideThreads = (kRowGroups + 2) * kGroupThreads;  // two more grou
 constexpr int kRawSlots = 3;                                    // pages that a side's copies are ahead
 constexpr int kMeanPages = 8;                                   // whose means are multiplied together
 
-// Column of a page's scores and row of its values: j = 8 q + i holds token 16 (i % 4) + 8 (q / 4) + 2 (q % 4) + i / 4,
-// the order in which words of value codes hold tokens (layout.h) once even nibbles come before odd ones.
-__device__ constexpr int token_of(int j) { return j % 4 * 16 + j / 32 * 8 + j / 8 % 4 * 2 + j % 8 / 4; }
-__device__ constexpr int column_of(int token) {
-  return (token / 8 % 2 * 4 + token % 8 / 2) * 8 + token / 16 + token % 2 * 4;
-}
-static_assert(token_of(column_of(37)) == 37 && token_of(column_of(62)) == 62);
-
 // A place in a ring of kStages operands, and the parity of its barrier's phase.
 struct WideStage {
   int at = 0;

@@ -271,12 +271,12 @@ class CudaBackend final : public Backend {
     DequantiseJobs p;
     KV4_RETURN_IF_ERROR(device_jobs(jobs, resident, &memory, &p.jobs));
     KV4_RETURN_IF_ERROR(sides(spec, &p.key, &p.value));
-    p.inverse_k = rotations_.find(spec.key.rotation)->inverse_transpose;
-    p.inverse_v = rotations_.find(spec.value.rotation)->inverse_transpose;
+    p.inverse_k = rotations_.find(spec.key.rotation)->inverse_digits;
+    p.inverse_v = rotations_.find(spec.value.rotation)->inverse_digits;
     p.pages = pages;
     p.heads = kv_heads;
     p.count = static_cast<int>(jobs.size()) * kv_heads;
-    KV4_RETURN_IF_CUDA("dequantise", launch_dequantise_jobs(p, current_stream()));
+    KV4_RETURN_IF_CUDA("dequantise", launch_dequantise_jobs(p, device_, current_stream()));
     return {};
   }
 

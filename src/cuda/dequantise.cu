@@ -1,8 +1,16 @@
-// One CTA per slice and side, 8 tokens at a time: codes to levels in shared memory, times the inverse rotation's
-// matrix. Bound by reading that matrix from L2 for every 8 tokens; for crops and for models that read keys themselves,
-// not for decoding.
+// Sealed tokens as rows in the model's own basis: X R^-1 / lambda, X a slice's levels times the tokens' scales, plus
+// the mean. For crops, for models that read keys themselves, and where many queries read pages as a host's own rows.
+//
+// A CTA keeps its columns of R^-1 in registers, 16 a warp, as two digits of 12 bits (seal_digits.h), and multiplies one
+// slice after another by mma.m16n8k16: levels become 16-bit floats below the normal ones (Halves8), exactly, and the
+// scale of a token, which a row has once, multiplies its sums. Means of sixteen slices are one more operand of 16 rows.
+//
+// Count for d = 128 and a slice (64 tokens of one side, 4,224 bytes read, 16,384 written in 16 bits: 650 cycles of a
+// multiprocessor at a copy's speed): 1,024 products of 4 cycles or, as mma.sync reaches them, 6.5 a scheduler's: 1,660
+// cycles; operands 16 KiB written and, by each of 8 warps, read: 1,150.
 #include "cuda/dequantise.h"
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/device.cuh"
@@ -11,67 +19,310 @@
 namespace kv4::cuda {
 namespace {
 
-constexpr int kThreads = 256, kTokensAtOnce = 8;
+constexpr int kBatch = 16;  // slices whose means are multiplied together
 
-__global__ void __launch_bounds__(kThreads) dequantise_jobs(const __grid_constant__ DequantiseJobs p) {
-  extern __shared__ float x[];  // [kTokensAtOnce][dim]
-  const DequantiseJob& job = p.jobs[blockIdx.x / p.heads];
-  const bool values = blockIdx.y == 1;
-  const SideParams& side = values ? p.value : p.key;
-  void* out = values ? job.v : job.k;
-  if (job.page < 0 || out == nullptr) return;
-  const int dim = side.dim, padded = pad_channels(dim), head = blockIdx.x % p.heads,
-            count = static_cast<int>(job.count);
-  const std::uint8_t* slice = slice_at(p.pages, job.page, head);
-  const float* lambda = values ? job.lambda_v : job.lambda_k;
-  if (lambda != nullptr) lambda += head * dim;
-  const std::int64_t begin = head * (values ? job.v_head_stride : job.k_head_stride);
-  const float* inverse = values ? p.inverse_v : p.inverse_k;
-  const std::int64_t stride = values ? job.v_stride : job.k_stride;
-  for (int j = 0; j < count; j += kTokensAtOnce) {
-    const int rows = min(kTokensAtOnce, count - j);
-    for (int i = threadIdx.x; i < kTokensAtOnce * dim; i += kThreads) {
-      const int r = i / dim, c = i % dim, token = job.first + j + r;
-      float value = 0;
-      if (r < rows) {
-        const Nibble at = values ? value_nibble(token, c) : key_nibble(token, c, padded);
-        const uint32_t code =
-            from_stored(reinterpret_cast<const uint32_t*>(slice + side.codes)[at.word] >> at.shift & 15);
-        value = from_half(reinterpret_cast<const unsigned short*>(slice +
-                                                                  side.scales)[c / side.group * kPageTokens + token]) *
-                side.levels[code];
-        if (side.mean) value += from_half(reinterpret_cast<const unsigned short*>(slice + side.mean_at)[c]);
-      }
-      x[i] = value;
+// A slice and where its rows go.
+struct Slice {
+  const std::uint8_t* data = nullptr;
+  unsigned char* rows = nullptr;
+  const float* lambda = nullptr;
+  std::int64_t stride = 0;   // elements
+  int first = 0, count = 0;  // tokens
+  DType dtype = DType::f32;
+  bool aligned = false;  // whether four elements can be stored at once
+};
+
+template <int D>
+struct RowsShape {
+  static constexpr int kColumns = D < 128 ? D : 128, kParts = D / kColumns;  // of the output channels, a CTA's
+  static constexpr int kTiles = kColumns / 16, kSteps = D / 16;
+  static constexpr int kTokenParts = kTiles <= 4 ? 2 : 1;  // that warps share out too
+  static constexpr int kThreads = kTiles * kTokenParts * kLanes, kCtasPerMultiprocessor = D == 256 ? 1 : 2;
+  static constexpr int kRowTiles = kPageTokens / 16 / kTokenParts;
+  // Operands in shared memory, rows of so many bytes: keys and means by tokens, values by channels. An odd number of 16
+  // bytes, so that rows of one ldmatrix meet no bank twice.
+  static constexpr int kPitch = D * 2 + 16, kValuePitch = kPageTokens * 2 + 16;
+  static constexpr int kOperand = std::max(kPageTokens * kPitch, D* kValuePitch);
+  static constexpr int kMeansAt = 2 * kOperand, kScalesAt = kMeansAt + kBatch * kColumns * 4,
+                       kWeightsAt = kScalesAt + 2 * kPageTokens * 4, kSlicesAt = kWeightsAt + 2 * kColumns * 4,
+                       kShared = kSlicesAt + kBatch * static_cast<int>(sizeof(Slice));
+  static constexpr int kBlocks32 = pad_channels(D) / 32;
+  static constexpr int kWords = 32 * std::max(2 * kBlocks32, D / 16), kLoads = (kWords + kThreads - 1) / kThreads;
+  static_assert(kPitch / 16 % 2 == 1 && kValuePitch / 16 % 2 == 1 && kThreads >= kPageTokens && kOperand % 16 == 0);
+};
+
+template <int D, bool kValues>
+struct Dequantiser {
+  using S = RowsShape<D>;
+  const DequantiseJobs& p;
+  const SideParams& side;
+  const DigitFragments& inverse;
+  unsigned char* const memory;
+  const Tables tables;
+  const int lane, warp, tile, token_part, first_channel;  // of the CTA
+
+  // What a thread holds of the slice to come.
+  struct Codes {
+    uint4 words[S::kLoads];
+    unsigned short scale;
+    float lambda;
+  };
+
+  __device__ __forceinline__ Dequantiser(const DequantiseJobs& params, unsigned char* shared)
+      : p(params), side(kValues ? p.value : p.key), inverse(kValues ? p.inverse_v : p.inverse_k), memory(shared),
+        tables(make_tables(side.levels)), lane(threadIdx.x % kLanes), warp(threadIdx.x / kLanes),
+        tile(warp % S::kTiles), token_part(warp / S::kTiles), first_channel(blockIdx.z * S::kColumns) {}
+
+  __device__ __forceinline__ Slice slice_of(int i) const {
+    Slice s;
+    const DequantiseJob& job = p.jobs[i / p.heads];
+    void* const out = kValues ? job.v : job.k;
+    if (job.page < 0 || out == nullptr) return s;
+    const int head = i % p.heads, size = job.dtype == DType::f32 ? 4 : 2;
+    s.data = slice_at(p.pages, job.page, head);
+    s.rows = static_cast<unsigned char*>(out) + head * (kValues ? job.v_head_stride : job.k_head_stride) * size;
+    s.lambda = kValues ? job.lambda_v : job.lambda_k;
+    if (s.lambda != nullptr) s.lambda += head * D;
+    s.stride = kValues ? job.v_stride : job.k_stride;
+    s.first = job.first;
+    s.count = static_cast<int>(job.count);
+    s.dtype = job.dtype;
+    s.aligned = reinterpret_cast<uintptr_t>(s.rows) % (4 * size) == 0 && s.stride % 4 == 0;
+    return s;
+  }
+
+  __device__ __forceinline__ Codes load(const Slice& s) const {
+    Codes codes = {};
+    if (s.count == 0) return codes;
+    constexpr int kOf = kValues ? D / 16 * kLanes : 2 * S::kBlocks32 * kLanes;
+    const auto* from = reinterpret_cast<const uint4*>(s.data + side.codes);
+#pragma unroll
+    for (int i = 0; i < S::kLoads; ++i) {
+      const int at = threadIdx.x + i * S::kThreads;
+      if (at < kOf) codes.words[i] = __ldcs(from + at);
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < dim; i += kThreads) {
-      float sum[kTokensAtOnce];
+    const int thread = threadIdx.x;
+    if (thread < kPageTokens) codes.scale = reinterpret_cast<const unsigned short*>(s.data + side.scales)[thread];
+    codes.lambda = s.lambda != nullptr && thread < S::kColumns ? s.lambda[first_channel + thread] : 1.0f;
+    return codes;
+  }
+
+  // Levels as the operand `to`; factors of its tokens and channels.
+  template <bool kEven>
+  __device__ __forceinline__ void put(const Codes& codes, unsigned char* to, int slot) const {
+    constexpr int kOf = kValues ? D / 16 * kLanes : 2 * S::kBlocks32 * kLanes;
+    const int g = lane / 4, t = lane % 4;
 #pragma unroll
-      for (int r = 0; r < kTokensAtOnce; ++r) sum[r] = inverse == nullptr ? x[r * dim + i] : 0.0f;
-      if (inverse != nullptr) {
-        for (int c = 0; c < dim; ++c) {
-          const float m = inverse[static_cast<std::size_t>(c) * dim + i];
+    for (int i = 0; i < S::kLoads; ++i) {
+      const int at = threadIdx.x + i * S::kThreads;
+      if (at >= kOf) break;
 #pragma unroll
-          for (int r = 0; r < kTokensAtOnce; ++r) sum[r] = fmaf(m, x[r * dim + c], sum[r]);
+      for (int e = 0; e < 4; ++e) {
+        const int f = at / kLanes * 4 + e;
+        const Halves8<kEven> halves(word_of(codes.words[i], e), tables);
+        if constexpr (kValues) {
+          *reinterpret_cast<uint4*>(to + (f / 2 * 8 + g) * S::kValuePitch + (f % 2 * 4 + t) * 16) = halves.even_first();
+        } else {
+          const uint4 eight = halves.in_order();
+          const int c = f % S::kBlocks32 * 32 + 4 * t;
+          unsigned char* const row = to + (f / S::kBlocks32 * 8 + g) * S::kPitch;
+          *reinterpret_cast<uint2*>(row + c * 2) = {eight.x, eight.y};
+          if (D % 32 == 0 || c + 16 < D) *reinterpret_cast<uint2*>(row + (c + 16) * 2) = {eight.z, eight.w};
         }
       }
-      const float weight = lambda != nullptr ? lambda[i] : 1.0f;
+    }
+    const int thread = threadIdx.x;
+    if (thread < kPageTokens)
+      reinterpret_cast<float*>(memory + S::kScalesAt)[slot * kPageTokens + thread] = from_half(codes.scale) *
+                                                                                     inverse.unit * 0x1p24f;
+    if (thread < S::kColumns)
+      reinterpret_cast<float*>(memory + S::kWeightsAt)[slot * S::kColumns + thread] = reciprocal(codes.lambda);
+  }
+
+  // The warp's columns of R^-1, both digits of 16 channels.
+  struct Matrix {
+    uint4 of[S::kSteps][2];
+  };
+  __device__ __forceinline__ void load_matrix(Matrix& m) const {
+    const int its = first_channel / 16 + tile;
 #pragma unroll
-      for (int r = 0; r < kTokensAtOnce; ++r)
-        if (r < rows) put_element(out, job.dtype, begin + (j + r) * stride + i, sum[r] / weight);
+    for (int s = 0; s < S::kSteps; ++s) {
+      if (inverse.words != nullptr) {
+#pragma unroll
+        for (int digit = 0; digit < 2; ++digit)
+          m.of[s][digit] = __ldg(inverse.words + ((its * S::kSteps + s) * 2 + digit) * kLanes + lane);
+      } else {  // ones where channel and column are the same
+        const int g = lane / 4, t = lane % 4;
+        const auto pair = [&](int second, int upper) -> uint32_t {
+          const int column = g / 2 * 4 + second * 2 + g % 2, channel = upper * 8 + 2 * t;
+          if (s != its) return 0;
+          return column == channel ? 0x3c00u : column == channel + 1 ? 0x3c000000u : 0u;
+        };
+        m.of[s][0] = {pair(0, 0), pair(0, 1), pair(1, 0), pair(1, 1)};
+        m.of[s][1] = {};
+      }
+    }
+  }
+
+  // Sums of 16 rows and the warp's 16 channels: rows g and g + 8, four channels from 4t on, by halves of the four.
+  template <bool kByChannels>
+  __device__ __forceinline__ void multiply(float (&y)[2][4], uint32_t operand, int row_tile, const Matrix& m) const {
+    const int i = lane / 8, j = lane % 8;
+    uint32_t from = kByChannels ? operand + (i / 2 * 8 + j) * S::kValuePitch + (row_tile * 2 + i % 2) * 16
+                                : operand + (row_tile * 16 + i % 2 * 8 + j) * S::kPitch + i / 2 * 16;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) y[n][e] = 0;
+#pragma unroll
+    for (int s = 0; s < S::kSteps; ++s) {
+      const uint4 a = load_matrices<kByChannels>(from);
+      from += kByChannels ? 16 * S::kValuePitch : 32;
+#pragma unroll
+      for (int digit = 0; digit < 2; ++digit) {
+        mma_halves(false, y[0], a, m.of[s][digit].x, m.of[s][digit].y);
+        mma_halves(false, y[1], a, m.of[s][digit].z, m.of[s][digit].w);
+      }
+    }
+  }
+
+  // The means of `count` slices, rotated back, to `means`.
+  __device__ __forceinline__ void rotate_means(const Slice* slices, int count, const Matrix& m, float* means) const {
+    for (int i = threadIdx.x; i < kBatch * (D / 8); i += S::kThreads) {
+      const int row = i / (D / 8), piece = i % (D / 8);
+      uint4 mean = {};
+      if (row < count && slices[row].count > 0)
+        mean = reinterpret_cast<const uint4*>(slices[row].data + side.mean_at)[piece];
+      *reinterpret_cast<uint4*>(memory + row * S::kPitch + piece * 16) = mean;
+    }
+    __syncthreads();
+    if (token_part == 0) {
+      float y[2][4];
+      multiply<false>(y, shared_address(memory), 0, m);
+      const int g = lane / 4, c = tile * 16 + lane % 4 * 4;
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        *reinterpret_cast<float4*>(means + (g + 8 * r) * S::kColumns + c) = {
+            y[0][2 * r] * inverse.unit, y[0][2 * r + 1] * inverse.unit, y[1][2 * r] * inverse.unit,
+            y[1][2 * r + 1] * inverse.unit};
     }
     __syncthreads();
   }
+
+  static __device__ __forceinline__ void store(const Slice& s, int row, int channel, float4 x) {
+    const std::int64_t at = row * s.stride + channel;
+    if (!s.aligned) {
+      put_element(s.rows, s.dtype, at, x.x);
+      put_element(s.rows, s.dtype, at + 1, x.y);
+      put_element(s.rows, s.dtype, at + 2, x.z);
+      put_element(s.rows, s.dtype, at + 3, x.w);
+    } else if (s.dtype == DType::f32) {
+      *reinterpret_cast<float4*>(s.rows + at * 4) = x;
+    } else if (s.dtype == DType::bf16) {
+      *reinterpret_cast<uint2*>(s.rows + at * 2) = {pack_halves(true, x.x, x.y), pack_halves(true, x.z, x.w)};
+    } else {
+      const auto pair = [](float a, float b) {
+        return static_cast<uint32_t>(to_half(a)) | static_cast<uint32_t>(to_half(b)) << 16;
+      };
+      *reinterpret_cast<uint2*>(s.rows + at * 2) = {pair(x.x, x.y), pair(x.z, x.w)};
+    }
+  }
+
+  __device__ __forceinline__ void store_rows(const Slice& s, int slot, const Matrix& m, const float* mean) const {
+    const uint32_t operand = shared_address(memory) + slot * S::kOperand;
+    const auto* scales = reinterpret_cast<const float*>(memory + S::kScalesAt) + slot * kPageTokens;
+    const int c = tile * 16 + lane % 4 * 4;
+    const float4 weights = *reinterpret_cast<const float4*>(memory + S::kWeightsAt + (slot * S::kColumns + c) * 4);
+    float4 of_mean = {};
+    if (side.mean) of_mean = *reinterpret_cast<const float4*>(mean + c);
+#pragma unroll
+    for (int i = 0; i < S::kRowTiles; ++i) {
+      const int row_tile = token_part * S::kRowTiles + i;
+      float y[2][4];
+      multiply<kValues>(y, operand, row_tile, m);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = row_tile * 16 + lane / 4 + 8 * r, token = kValues ? token_of(at) : at, row = token - s.first;
+        const float scale = scales[token];
+        if (row < 0 || row >= s.count) continue;
+        store(s, row, first_channel + c,
+              {fmaf(y[0][2 * r], scale, of_mean.x) * weights.x, fmaf(y[0][2 * r + 1], scale, of_mean.y) * weights.y,
+               fmaf(y[1][2 * r], scale, of_mean.z) * weights.z, fmaf(y[1][2 * r + 1], scale, of_mean.w) * weights.w});
+      }
+    }
+  }
+
+  // Slices `begin` up to `end`.
+  template <bool kEven>
+  __device__ __forceinline__ void run(int begin, int end) const {
+    Matrix m;
+    load_matrix(m);
+    auto* const slices = reinterpret_cast<Slice*>(memory + S::kSlicesAt);
+    auto* const means = reinterpret_cast<float*>(memory + S::kMeansAt);
+#pragma unroll 1
+    for (; begin < end; begin += kBatch) {
+      const int count = min(kBatch, end - begin);
+      if (threadIdx.x < count) slices[threadIdx.x] = slice_of(begin + threadIdx.x);
+      __syncthreads();
+      Codes codes = load(slices[0]);
+      if (side.mean) rotate_means(slices, count, m, means);
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        const Slice& s = slices[i];
+        if (s.count > 0) put<kEven>(codes, memory + i % 2 * S::kOperand, i % 2);
+        if (i + 1 < count) codes = load(slices[i + 1]);
+        __syncthreads();  // of the other operand all have read what they need: it is the next one's
+        if (s.count > 0) store_rows(s, i % 2, m, means + i * S::kColumns);
+      }
+      __syncthreads();
+    }
+  }
+};
+
+extern __shared__ __align__(128) unsigned char dequantise_memory[];
+
+template <int D, bool kValues>
+__device__ __forceinline__ void dequantise_side(const DequantiseJobs& p) {
+  const Dequantiser<D, kValues> side(p, dequantise_memory);
+  const auto count = static_cast<std::int64_t>(p.count);
+  const int begin = static_cast<int>(count * blockIdx.x / gridDim.x),
+            end = static_cast<int>(count * (blockIdx.x + 1) / gridDim.x);
+  if (even_levels(side.tables)) side.template run<true>(begin, end);
+  else side.template run<false>(begin, end);
+}
+
+// Grid: ranges of slices, sides, parts of the channels.
+template <int D>
+__global__ void __launch_bounds__(RowsShape<D>::kThreads, RowsShape<D>::kCtasPerMultiprocessor)
+    dequantise_jobs(const __grid_constant__ DequantiseJobs p) {
+  if (blockIdx.y == 0) dequantise_side<D, false>(p);
+  else dequantise_side<D, true>(p);
+}
+
+template <int D>
+cudaError_t launch(const DequantiseJobs& p, int device, cudaStream_t stream) {
+  using S = RowsShape<D>;
+  int multiprocessors = 1;
+  if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+      e != cudaSuccess)
+    return e;
+  static SharedMost most;
+  if (const cudaError_t e = most.allow(dequantise_jobs<D>, S::kShared); e != cudaSuccess) return e;
+  const int ctas = std::clamp(multiprocessors * S::kCtasPerMultiprocessor / (2 * S::kParts), 1, p.count);
+  return queue(dequantise_jobs<D>, dim3(static_cast<unsigned>(ctas), 2, S::kParts), S::kThreads, S::kShared, stream, p);
 }
 
 }  // namespace
 
-cudaError_t launch_dequantise_jobs(const DequantiseJobs& p, cudaStream_t stream) {
-  const int dim = p.key.dim > p.value.dim ? p.key.dim : p.value.dim;
+cudaError_t launch_dequantise_jobs(const DequantiseJobs& p, int device, cudaStream_t stream) {
   if (p.count == 0) return cudaSuccess;
-  return queue(dequantise_jobs, dim3(static_cast<unsigned>(p.count), 2), kThreads,
-               static_cast<std::size_t>(kTokensAtOnce) * dim * sizeof(float), stream, p);
+  switch (p.key.dim) {
+    case 64: return launch<64>(p, device, stream);
+    case 80: return launch<80>(p, device, stream);
+    case 96: return launch<96>(p, device, stream);
+    case 128: return launch<128>(p, device, stream);
+    default: return launch<256>(p, device, stream);
+  }
 }
 
 }  // namespace kv4::cuda

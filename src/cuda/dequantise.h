@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/seal.h"
+#include "cuda/seal_digits.h"
 
 namespace kv4::cuda {
 
@@ -12,9 +13,8 @@ struct DequantiseJobs {
   PageMemory pages;
   const DequantiseJob* jobs = nullptr;  // in device memory, every pointer in them too
   int heads = 1, count = 0;             // as in SealParams
-  const float* inverse_k = nullptr;     // [dim, dim] (R^-1)^T by rows; null for the identity
-  const float* inverse_v = nullptr;
+  DigitFragments inverse_k, inverse_v;
 };
-cudaError_t launch_dequantise_jobs(const DequantiseJobs& p, cudaStream_t stream);
+cudaError_t launch_dequantise_jobs(const DequantiseJobs& p, int device, cudaStream_t stream);
 
 }  // namespace kv4::cuda

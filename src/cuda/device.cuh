@@ -99,6 +99,37 @@ __device__ __forceinline__ Levels8 levels_of(uint32_t word, const Tables& t) {
           {look_up(t.negative[0], t.negative[1], flipped), look_up(t.negative[0], t.negative[1], flipped >> 16)}};
 }
 
+// 8 stored codes to 16-bit floats below the normal ones, 2^-24 times their levels, without arithmetic. kEven: levels of
+// both signs have the same magnitudes.
+template <bool kEven>
+struct Halves8 {
+  uint32_t low, high;  // magnitudes of nibbles 0 ... 3 and 4 ... 7
+  uint32_t even, odd;  // signs, of nibbles 0, 2, 4, 6 and of 1, 3, 5, 7
+  __device__ __forceinline__ Halves8(uint32_t word, const Tables& t) {
+    if constexpr (kEven) {
+      const uint32_t index = word & 0x77777777u;
+      low = look_up(t.positive[0], t.positive[1], index);
+      high = look_up(t.positive[0], t.positive[1], index >> 16);
+    } else {
+      const Levels8 both = levels_of(word, t);
+      low = both.positive.x | both.negative.x;
+      high = both.positive.y | both.negative.y;
+    }
+    even = word << 4 & 0x80808080u;
+    odd = word & 0x80808080u;
+  }
+  // Nibbles 0, 2, 4, 6, 1, 3, 5, 7: 11 instructions with the look-ups.
+  __device__ __forceinline__ uint4 even_first() const {
+    return {__byte_perm(low, even, 0x5240), __byte_perm(high, even, 0x7260), __byte_perm(low, odd, 0x5341),
+            __byte_perm(high, odd, 0x7361)};
+  }
+  __device__ __forceinline__ uint4 in_order() const {
+    const uint32_t first = __byte_perm(even, odd, 0x5140), second = __byte_perm(even, odd, 0x7362);
+    return {__byte_perm(low, first, 0x5140), __byte_perm(low, first, 0x7362), __byte_perm(high, second, 0x5140),
+            __byte_perm(high, second, 0x7362)};
+  }
+};
+
 // Sums of 16-bit numbers times levels: rows g of the accumulators hold the numbers' high bytes, rows g + 8 the low
 // ones. Accumulators start from a constant that makes their bits floats, the sum (below 2^22 in magnitude) plus 1.5 *
 // 2^23: subtracting those of the negative levels from those of the positive ones takes it away, with no conversion at
@@ -168,6 +199,17 @@ __device__ __forceinline__ void cluster_barrier() {
 // Over the lanes of a warp.
 __device__ __forceinline__ float warp_max(float x) {
   for (int step = kLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, step));
+  return x;
+}
+
+// NaN where either is, unlike fmaxf.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+  return r;
+}
+__device__ __forceinline__ float warp_max_or_nan(float x) {
+  for (int step = kLanes / 2; step > 0; step /= 2) x = max_or_nan(x, __shfl_xor_sync(kAll, x, step));
   return x;
 }
 

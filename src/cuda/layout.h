@@ -68,6 +68,16 @@ KV4_HOST_DEVICE constexpr int value_token(int fragment, int t, int n) {
   return n / 2 * 16 + fragment % 2 * 8 + 2 * t + n % 2;
 }
 
+// The order of a page's tokens once eight value codes of a word are 16-bit floats, even nibbles before odd ones, and
+// words of a channel follow one another by fragment and t: position j = 8 q + i holds token 16 (i % 4) + 8 (q / 4) + 2
+// (q % 4)
+// + i / 4.
+KV4_HOST_DEVICE constexpr int token_of(int j) { return j % 4 * 16 + j / 32 * 8 + j / 8 % 4 * 2 + j % 8 / 4; }
+KV4_HOST_DEVICE constexpr int column_of(int token) {
+  return (token / 8 % 2 * 4 + token % 8 / 2) * 8 + token / 16 + token % 2 * 4;
+}
+static_assert(token_of(column_of(37)) == 37 && token_of(column_of(62)) == 62);
+
 // Codes 8 ... 15 are the levels from 0 up, 7 ... 0 those from the one below 0 down (types of Levels in
 // recipe/levels.h).
 KV4_HOST_DEVICE constexpr uint32_t to_stored(uint32_t code) { return code < 8 ? 15 - code : code - 8; }

@@ -22,11 +22,12 @@ cudaError_t upload(const Rotation& rotation, Matrices* out) {
     }
   }
   const std::vector<float> narrow(forward_transpose.begin(), forward_transpose.end());
-  const std::vector<float> narrow_inverse(inverse_transpose.begin(), inverse_transpose.end());
   const std::vector<std::uint32_t> packed = pack_matrix(inverse, rotation.dim(), &out->inverse_packed.scale);
   const std::vector<std::uint32_t> packed_transpose =
       pack_matrix(inverse_transpose, rotation.dim(), &out->inverse_transpose_packed.scale);
-  const std::vector<std::uint16_t> digit_matrices = digits_of(forward, rotation.dim(), &out->digit_unit);
+  const std::vector<std::uint16_t> digit_matrices = digits_of(forward, rotation.dim(), &out->digit_unit),
+                                   inverse_digits =
+                                       digit_fragments_of(inverse, rotation.dim(), &out->inverse_digits.unit);
   out->memory = std::make_unique<DeviceBuffer>();
   if (const cudaError_t e = out->memory->make(n * 32); e != cudaSuccess) return e;
   auto* at = static_cast<std::byte*>(out->memory->data());
@@ -38,7 +39,7 @@ cudaError_t upload(const Rotation& rotation, Matrices* out) {
   };
   const auto [e0, doubles] = put(forward_transpose);
   const auto [e1, floats] = put(narrow);
-  const auto [e2, inverse_floats] = put(narrow_inverse);
+  const auto [e2, inverse_words] = put(inverse_digits);
   const auto [e3, words] = put(packed);
   const auto [e4, transpose_words] = put(packed_transpose);
   const auto [e5, digits] = put(digit_matrices);
@@ -46,7 +47,7 @@ cudaError_t upload(const Rotation& rotation, Matrices* out) {
     if (e != cudaSuccess) return e;
   out->rotation_transpose_f64 = reinterpret_cast<const double*>(doubles);
   out->rotation_transpose = reinterpret_cast<const float*>(floats);
-  out->inverse_transpose = reinterpret_cast<const float*>(inverse_floats);
+  out->inverse_digits.words = reinterpret_cast<const uint4*>(inverse_words);
   out->rotation_digits = reinterpret_cast<const std::uint16_t*>(digits);
   out->inverse_packed.words = reinterpret_cast<const uint4*>(words);
   out->inverse_transpose_packed.words = reinterpret_cast<const uint4*>(transpose_words);

@@ -7,6 +7,7 @@
 
 #include "cuda/attend.h"
 #include "cuda/memory.h"
+#include "cuda/seal_digits.h"
 
 namespace kv4::cuda {
 
@@ -20,11 +21,11 @@ struct Matrices final : RotationTable {
   const int device;
   std::unique_ptr<DeviceBuffer> memory;
   const float* rotation_transpose = nullptr;  // R^T by rows
-  const float* inverse_transpose = nullptr;   // (R^-1)^T by rows
   PackedMatrix inverse_packed, inverse_transpose_packed;
   const double* rotation_transpose_f64 = nullptr;
   const std::uint16_t* rotation_digits = nullptr;  // seal_digits.h
   float digit_unit = 0;
+  DigitFragments inverse_digits;  // of rows X, X R^-1
 };
 
 // One per device, which is never destroyed.

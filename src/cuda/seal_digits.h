@@ -3,6 +3,8 @@
 // three the third again, as the A fragments of mma_halves, 16 bytes a lane.
 #pragma once
 
+#include <vector_types.h>
+
 #include <cstdint>
 #include <vector>
 
@@ -24,5 +26,15 @@ KV4_HOST_DEVICE constexpr int output_channel(int n, int q) {
 
 // `matrix` [dim, dim] by output channels. `unit`: what the first digit is in units of.
 std::vector<std::uint16_t> digits_of(const std::vector<double>& matrix, int dim, float* unit);
+
+// The first two digits as B fragments of mma_halves, whose columns are output channels: word
+//   ((tile * (dim / 16) + step) * 2 + digit) * 32 + lane
+// has the channels of tile and step, 16 each, two columns of 8: lane 4g + t has in x, y column g of the first, in z, w
+// of the second. Of both the columns 2t and 2t + 1 are output channels 4t ... 4t + 3 of the tile.
+struct DigitFragments {
+  const uint4* words = nullptr;  // null for the identity
+  float unit = 1;                // of the first digit
+};
+std::vector<std::uint16_t> digit_fragments_of(const std::vector<double>& matrix, int dim, float* unit);
 
 }  // namespace kv4::cuda

@@ -388,27 +388,42 @@ TEST_F(CudaAttend, PartialStatesMergeToTheWhole) {
           << r << " " << c;
 }
 
-TEST_F(CudaAttend, AnInfiniteQueryIsNaNAndLeavesItsTileAlone) {
-  Shape shape;
-  shape.group = 4;
-  shape.kv_heads = 2;
-  shape.dtype = DType::f16;
-  shape.seed = 8900;
-  constexpr std::int64_t kQueries = 40, kHead = 1, kQuery = 7;
-  const Scene s(shape, {Held{4, 17 * 64, 70, 0}});
-  Call call(s, kQueries, DType::f16);
-  Status status;
-  const std::vector<double> before = run(s, call, {kTiles, {}, {}}, &status);
-  ASSERT_TRUE(status.ok()) << status.message();
-  call.set_query(0, kHead, kQuery, 5, scene::kInfinity);
-  const std::vector<double> after = run(s, call, {kTiles, {}, {}}, &status);
-  ASSERT_TRUE(status.ok()) << status.message();
-  for (std::int64_t row = 0; row < 8 * kQueries; ++row)
-    for (std::int64_t c = 0; c < shape.dim_v; ++c) {
-      const auto i = static_cast<std::size_t>(row * shape.dim_v + c);
-      if (row == kHead * kQueries + kQuery) ASSERT_TRUE(std::isnan(after[i])) << c;
-      else ASSERT_NEAR(after[i], before[i], 1e-3) << row << " " << c;
+// A query with NaN or infinity gives NaN, in every kernel and whatever it sees, and leaves other rows alone.
+TEST_F(CudaAttend, NonFiniteQueriesAreNaN) {
+  constexpr std::int64_t kHead = 1;
+  for (const auto& [way, queries] :
+       {std::pair(kTeams, 1), std::pair(kWarps, 3), std::pair(kThree, 3), std::pair(kTiles, 40)}) {
+    for (const bool mean : {true, false}) {
+      for (const Held& held : {Held{4, 17 * 64, 70, 0}, Held{0, 17 * 64, 0, 0}, Held{4, 0, 70, 0}}) {
+        if (way.tiles && held.page_tokens == 0) continue;
+        SCOPED_TRACE(testing::Message() << way.name << ", mean " << mean << " pages " << held.page_tokens << " exact "
+                                        << held.window);
+        Shape shape;
+        shape.group = 4;
+        shape.kv_heads = 2;
+        shape.mean = mean;
+        shape.seed = 8900;
+        const Scene s(shape, {held});
+        const Call call(s, queries, DType::f16);
+        const std::int64_t query = queries / 2;
+        Status status;
+        const std::vector<double> before = run(s, call, {way, {}, {}}, &status);
+        ASSERT_TRUE(status.ok()) << status.message();
+        for (const double bad : {static_cast<double>(NAN), scene::kInfinity, -scene::kInfinity}) {
+          Call with(s, queries, DType::f16);
+          with.set_query(0, kHead, query, 5, bad);
+          const std::vector<double> after = run(s, with, {way, {}, {}}, &status);
+          ASSERT_TRUE(status.ok()) << status.message();
+          for (std::int64_t row = 0; row < 8 * queries; ++row)
+            for (std::int64_t c = 0; c < shape.dim_v; ++c) {
+              const auto i = static_cast<std::size_t>(row * shape.dim_v + c);
+              if (row == kHead * queries + query) ASSERT_TRUE(std::isnan(after[i])) << bad << " " << c;
+              else ASSERT_NEAR(after[i], before[i], 1e-3) << bad << " " << row << " " << c;
+            }
+        }
+      }
     }
+  }
 }
 
 TEST_F(CudaAttend, RefusalsSayWhy) {

@@ -4,8 +4,10 @@
 
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <span>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "device.h"
@@ -164,10 +166,20 @@ TEST_F(CudaSeal, PagesTogether) {
 }
 
 TEST_F(CudaSeal, DequantisesAsDefined) {
-  for (int d : cases::kHeadDims) {
+  for (int i = 0; i < 2 * std::ssize(cases::kHeadDims); ++i) {
+    const bool rotated = i % 2 == 0;
+    const int d = cases::kHeadDims[i / 2];
     Case c;
-    c.key = {d, RotationKind::srft, 0, LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
-    c.value = {d, RotationKind::srht, 0, LevelKind::uniform, ScaleRule::abs_max, false, true};
+    c.key = {d,
+             rotated ? RotationKind::srft : RotationKind::identity,
+             0,
+             LevelKind::lloyd_max,
+             ScaleRule::least_squares,
+             true,
+             true};
+    c.value = {
+        d,   rotated ? RotationKind::srht : RotationKind::identity, 0, LevelKind::uniform, ScaleRule::abs_max, false,
+        true};
     c.dtype = DType::f16;
     const Inputs in(c);
     const PageSpec spec = tests::on_device(in.spec);
@@ -210,6 +222,110 @@ TEST_F(CudaSeal, DequantisesAsDefined) {
           ASSERT_NEAR(got, expected[static_cast<std::size_t>((first + j) * d + i)],
                       d * 0x1p-24 * std::sqrt(norm) / lambda[static_cast<std::size_t>(i)])
               << "d " << d << " side " << side << " token " << first + j << " channel " << i;
+        }
+      }
+    }
+  }
+}
+
+// More pages than a CTA takes at a time, several heads and parts of pages, in 16 bits, with rows that are stored four
+// elements at a time and ones that cannot be: the numbers of one page's float32 rows, rounded.
+TEST_F(CudaSeal, DequantisesPagesTogether) {
+  for (const auto& [d, key, value] : {std::tuple(80, RotationKind::srft, RotationKind::identity),
+                                      std::tuple(128, RotationKind::identity, RotationKind::srht),
+                                      std::tuple(256, RotationKind::srft, RotationKind::srht),
+                                      std::tuple(64, RotationKind::srht, RotationKind::srft)}) {
+    SCOPED_TRACE(testing::Message() << "d " << d);
+    constexpr int kDistinct = 6, kHeads = 2, kJobs = 900;
+    Case c;
+    c.key = {d, key, 0, LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
+    c.value = {d, value, 0, LevelKind::uniform, ScaleRule::least_squares, false, true};
+    c.dtype = DType::f16;
+    const PageSpec spec = tests::on_device(Inputs(c).spec);
+    const std::size_t slice_bytes = spec.layout.head_bytes, width = static_cast<std::size_t>(d),
+                      rows = kHeads * kPageTokens * width;
+    // Slices of kDistinct pages, each sealed from the case's rows with the last ones masked.
+    const Inputs in(c);
+    const Device device(in, spec);
+    const DeviceBytes memory(slice_bytes * kHeads * kDistinct, 0);
+    PageMemory slices = pages_at(memory, spec, 1);
+    std::vector<std::uint8_t> skips(static_cast<std::size_t>(kDistinct * kHeads * kPageTokens));
+    for (std::size_t i = 0; i < skips.size(); ++i) skips[i] = i % kPageTokens >= 40 + i / kPageTokens;
+    const DeviceBytes skip(skips);
+    for (int i = 0; i < kDistinct * kHeads; ++i) {
+      SealJob job = device.job;
+      job.page = i;
+      job.skip = skip.as<std::uint8_t>() + i * kPageTokens;
+      ASSERT_TRUE(seal(spec, slices, {&job, 1}).ok());
+    }
+    std::vector<float> weights = cases::normal_rows(kHeads, d, 5, 0.2);
+    for (float& w : weights) w += 1;
+    const DeviceBytes lambda(weights);
+    const PageMemory pages = pages_at(memory, spec, kHeads);
+    const auto job_of = [&](std::int32_t page, int first, int count, DType dtype, std::byte* k, std::byte* v,
+                            std::int64_t stride) {
+      DequantiseJob job;
+      job.page = page;
+      job.dtype = dtype;
+      job.first = static_cast<std::int16_t>(first);
+      job.count = count;
+      job.lambda_k = job.lambda_v = lambda.as<float>();
+      job.k = k;
+      job.v = v;
+      job.k_stride = job.v_stride = stride;
+      job.k_head_stride = job.v_head_stride = kPageTokens * stride;
+      return job;
+    };
+    const auto run = [&](std::span<const DequantiseJob> jobs) {
+      return cuda::backend()->dequantise(spec, pages, kHeads, jobs, false).ok() &&
+             cudaDeviceSynchronize() == cudaSuccess;
+    };
+    std::vector<std::vector<std::uint8_t>> expected[2];
+    for (int i = 0; i < kDistinct; ++i) {
+      const DeviceBytes k(rows * 4), v(rows * 4);
+      const DequantiseJob job = job_of(i, 0, kPageTokens, DType::f32, k.as<std::byte>(), v.as<std::byte>(), d);
+      ASSERT_TRUE(run({&job, 1}));
+      expected[0].push_back(k.read());
+      expected[1].push_back(v.read());
+    }
+    for (const auto& [dtype, stride] :
+         {std::pair(DType::f16, d + 8), std::pair(DType::bf16, d), std::pair(DType::bf16, d + 3),
+          std::pair(DType::f32, d), std::pair(DType::f32, d + 1)}) {
+      SCOPED_TRACE(testing::Message() << "dtype " << static_cast<int>(dtype) << " stride " << stride);
+      const std::size_t size = size_of(dtype), of_job = kHeads * kPageTokens * static_cast<std::size_t>(stride) * size;
+      const DeviceBytes out[2] = {DeviceBytes(of_job * kJobs), DeviceBytes(of_job * kJobs)};
+      std::vector<DequantiseJob> jobs;
+      for (int i = 0; i < kJobs; ++i) {
+        const int first = i % 5 * 7, count = i % 3 == 0 ? kPageTokens - first : 1 + i % 29;
+        const std::size_t at = static_cast<std::size_t>(i) * of_job;
+        // Some are for one side alone, or for none.
+        jobs.push_back(job_of(i % 11 == 0 ? -1 : i % kDistinct, first, count, dtype,
+                              i % 7 == 0 ? nullptr : out[0].as<std::byte>() + at,
+                              i % 13 == 0 ? nullptr : out[1].as<std::byte>() + at, stride));
+      }
+      ASSERT_TRUE(run(jobs));
+      for (int side = 0; side < 2; ++side) {
+        const std::vector<std::uint8_t> got = out[side].read();
+        for (int i = 0; i < kJobs; ++i) {
+          const DequantiseJob& job = jobs[static_cast<std::size_t>(i)];
+          const bool wanted = job.page >= 0 && (side == 0 ? job.k : job.v) != nullptr;
+          std::vector<std::uint8_t> right(of_job, 0xff);
+          for (int j = 0; wanted && j < kHeads * job.count; ++j) {
+            const std::size_t head = static_cast<std::size_t>(j / job.count),
+                              row = static_cast<std::size_t>(j % job.count);
+            for (std::size_t e = 0; e < width; ++e) {
+              float x;
+              std::memcpy(&x,
+                          expected[side][static_cast<std::size_t>(job.page)].data() +
+                              ((head * kPageTokens + static_cast<std::size_t>(job.first) + row) * width + e) * 4,
+                          4);
+              const std::uint16_t half = dtype == DType::f16 ? f32_to_f16(x) : f32_to_bf16(x);
+              std::memcpy(right.data() + ((head * kPageTokens + row) * static_cast<std::size_t>(stride) + e) * size,
+                          dtype == DType::f32 ? static_cast<const void*>(&x) : &half, size);
+            }
+          }
+          ASSERT_EQ(std::memcmp(got.data() + static_cast<std::size_t>(i) * of_job, right.data(), of_job), 0)
+              << "side " << side << " job " << i;
         }
       }
     }
