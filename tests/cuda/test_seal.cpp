@@ -2,6 +2,7 @@
 // (seal_case.h).
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <iterator>
@@ -229,7 +230,7 @@ TEST_F(CudaSeal, DequantisesAsDefined) {
 }
 
 // More pages than a CTA takes at a time, several heads and parts of pages, in 16 bits, with rows that are stored four
-// elements at a time and ones that cannot be: the numbers of one page's float32 rows, rounded.
+// elements at a time and ones that cannot be: the numbers of one page's float32 rows, and nothing beside them.
 TEST_F(CudaSeal, DequantisesPagesTogether) {
   for (const auto& [d, key, value] : {std::tuple(80, RotationKind::srft, RotationKind::identity),
                                       std::tuple(128, RotationKind::identity, RotationKind::srht),
@@ -309,23 +310,37 @@ TEST_F(CudaSeal, DequantisesPagesTogether) {
         for (int i = 0; i < kJobs; ++i) {
           const DequantiseJob& job = jobs[static_cast<std::size_t>(i)];
           const bool wanted = job.page >= 0 && (side == 0 ? job.k : job.v) != nullptr;
-          std::vector<std::uint8_t> right(of_job, 0xff);
+          std::vector<std::uint8_t> its(
+              got.begin() + static_cast<std::ptrdiff_t>(static_cast<std::size_t>(i) * of_job),
+              got.begin() + static_cast<std::ptrdiff_t>(static_cast<std::size_t>(i + 1) * of_job));
           for (int j = 0; wanted && j < kHeads * job.count; ++j) {
             const std::size_t head = static_cast<std::size_t>(j / job.count),
                               row = static_cast<std::size_t>(j % job.count);
+            std::vector<float> x(width);
+            std::memcpy(x.data(),
+                        expected[side][static_cast<std::size_t>(job.page)].data() +
+                            (head * kPageTokens + static_cast<std::size_t>(job.first) + row) * width * 4,
+                        width * 4);
+            double norm = 0;
+            for (std::size_t e = 0; e < width; ++e) norm += std::pow(x[e] * weights[head * width + e], 2);
             for (std::size_t e = 0; e < width; ++e) {
-              float x;
-              std::memcpy(&x,
-                          expected[side][static_cast<std::size_t>(job.page)].data() +
-                              ((head * kPageTokens + static_cast<std::size_t>(job.first) + row) * width + e) * 4,
-                          4);
-              const std::uint16_t half = dtype == DType::f16 ? f32_to_f16(x) : f32_to_bf16(x);
-              std::memcpy(right.data() + ((head * kPageTokens + row) * static_cast<std::size_t>(stride) + e) * size,
-                          dtype == DType::f32 ? static_cast<const void*>(&x) : &half, size);
+              std::uint8_t* const at = its.data() +
+                                       ((head * kPageTokens + row) * static_cast<std::size_t>(stride) + e) * size;
+              float value;
+              std::uint16_t half;
+              std::memcpy(&half, at, 2);
+              if (dtype == DType::f32) std::memcpy(&value, at, 4);
+              else value = dtype == DType::f16 ? f16_to_f32(half) : bf16_to_f32(half);
+              // One digit of the matrix: entries of at most sqrt(2 / d), wrong by at most their 2^-11; then rounding.
+              const double digit = std::sqrt(2 * norm) * 0x1p-11 / weights[head * width + e],
+                           rounding = std::fabs(x[e]) * (dtype == DType::f16 ? 0x1p-10 : 0x1p-8);
+              if (dtype == DType::f32) ASSERT_EQ(value, x[e]);
+              else ASSERT_NEAR(value, x[e], digit + rounding) << "side " << side << " job " << i << " row " << j;
+              std::memset(at, 0xff, size);
             }
           }
-          ASSERT_EQ(std::memcmp(got.data() + static_cast<std::size_t>(i) * of_job, right.data(), of_job), 0)
-              << "side " << side << " job " << i;
+          ASSERT_TRUE(std::all_of(its.begin(), its.end(), [](std::uint8_t x) { return x == 0xff; }))
+              << "written beside: side " << side << " job " << i;
         }
       }
     }
