@@ -11,9 +11,10 @@
 // multiprocessor at a copy's speed): 512 products of 4 cycles or, as mma.sync reaches them, 6.5 of a scheduler: 830
 // cycles; operands 16 KiB written and, by each of 8 warps, read: 1,150.
 //
-// 32 / 8 / 128, 65,536 tokens: 198 us, 41 % of a copy's speed, shared memory busy in 73 % of the cycles (ncu). Both digits
-// for all rows 254; operands whose rows are padded, not turned, and 16 columns of four row tiles unrolled 270; a thread a
-// channel, with the matrix from L2, 2,400. 32 columns a warp halve what is read of operands, and spill registers.
+// 32 / 8 / 128, 65,536 tokens: 198 us, 41 % of a copy's speed, shared memory busy in 73 % of the cycles (ncu). Both
+// digits for all rows 254; operands whose rows are padded, not turned, and 16 columns of four row tiles unrolled 270; a
+// thread a channel, with the matrix from L2, 2,400. 32 columns a warp halve what is read of operands, and spill
+// registers.
 #include "cuda/dequantise.h"
 
 #include <algorithm>

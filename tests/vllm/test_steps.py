@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kv4.vllm.backend import Arrays
-from kv4.vllm.steps import LONG, LONG_IN_TILES, PAGE, plan
+from kv4.vllm.steps import LONG, PAGE, plan
 
 
 def batch(computed: list[int], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -24,7 +24,7 @@ def random_batch(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return batch(computed.tolist(), random.choice([0, 1, 1, 2, 63, 64, 65, 300, 1100], n).tolist())
 
 
-@pytest.mark.parametrize("leave", [None, LONG, LONG_IN_TILES])
+@pytest.mark.parametrize("leave", [None, LONG, 1024])
 @pytest.mark.parametrize("seed", range(40))
 def test_pieces_and_what_the_host_attends_to_cover_each_row_once(seed: int, leave: int | None) -> None:
     queries, lengths = random_batch(np.random.default_rng(seed))

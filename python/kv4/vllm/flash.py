@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kv4.vllm.steps import LONG, LONG_IN_TILES, PAGE, Step
+from kv4.vllm.steps import LONG, PAGE, Step
 
 
 def moved(x: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -38,10 +38,7 @@ def version_for(model: Any) -> int | None:
 
 def chunks_from(model: Any) -> int | None:
     """Rows from which FlashAttention serves a later chunk of a prompt; None: it serves no prompts."""
-    if version_for(model) is None:
-        return None
-    tiles = torch.cuda.get_device_capability() == (9, 0) and model.get_head_size() <= 128
-    return LONG_IN_TILES if tiles else LONG
+    return None if version_for(model) is None else LONG
 
 
 @dataclass

@@ -15,9 +15,9 @@ import numpy as np
 
 from kv4._core import PAGE_TOKENS as PAGE
 
-# From so many rows of a chunk on, unpacking the pages that they see is less work than reading them packed: where warps
-# read them, and where tiles of many rows do (docs/cuda.md).
-LONG, LONG_IN_TILES = 256, 1024
+# From so many rows of a chunk on, unpacking the pages that they see for FlashAttention is less work than reading them
+# packed (docs/vllm.md).
+LONG = 128
 
 
 @dataclass
