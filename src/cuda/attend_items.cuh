@@ -9,7 +9,7 @@
 
 #include "cuda/attend.h"
 #include "cuda/attend_wide.h"
-#include "cuda/device.cuh"
+#include "cuda/copies.cuh"
 
 namespace kv4::cuda {
 

@@ -17,7 +17,7 @@ __device__ __forceinline__ void meet_team(int team) {
   asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kMembers * kLanes) : "memory");
 }
 
-// A team's queue of copies, like a warp's Queue (device.cuh): a slot is free once every warp has released it.
+// A team's queue of copies, like a warp's Queue (copies.cuh): a slot is free once every warp has released it.
 template <int kMembers, int kDepth, int kSlotBytes>
 class TeamQueue {
  public:
@@ -27,10 +27,10 @@ class TeamQueue {
   static __device__ __forceinline__ void prepare(unsigned char* memory, int member) {
     const uint32_t barriers = shared_address(memory + kDepth * kSlotBytes);
     for (int i = member; i < kDepth; i += kMembers) {
-      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers + i * 16) : "memory");
-      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers + i * 16 + 8), "n"(kMembers) : "memory");
+      start_barrier(barriers + i * 16, 1);
+      start_barrier(barriers + i * 16 + 8, kMembers);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_started();
   }
   // The slot `ahead` of the oldest one held, complete.
   __device__ __forceinline__ unsigned char* wait(int ahead) const {
@@ -38,12 +38,7 @@ class TeamQueue {
     const uint32_t parity = i < kDepth ? parity_ : parity_ ^ 1;
     if (i >= kDepth) i -= kDepth;
     const uint32_t barrier = shared_address(base_ + kDepth * kSlotBytes) + i * 16;
-    uint32_t done = 0;
-    while (done == 0)
-      asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                   : "=r"(done)
-                   : "r"(barrier), "r"(parity)
-                   : "memory");
+    while (!has_passed(barrier, parity)) {}
     return base_ + i * kSlotBytes;
   }
   // This warp is done with the `count` oldest slots.
@@ -51,10 +46,7 @@ class TeamQueue {
     __syncwarp();
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      if (lane_ == 0)
-        asm volatile(
-            "mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(base_ + kDepth * kSlotBytes) + read_ * 16 + 8)
-            : "memory");
+      if (lane_ == 0) arrive_at(shared_address(base_ + kDepth * kSlotBytes) + read_ * 16 + 8);
       if (++read_ == kDepth) {
         read_ = 0;
         parity_ ^= 1;

@@ -40,38 +40,32 @@ struct WideSource {
   // Page i's codes.
   __device__ __forceinline__ const unsigned char* wait(int i) {
     copy(i + kRawSlots - 1);
-    WideBarriers::wait(barriers.copied(kValues, i % kRawSlots), i / kRawSlots & 1);
+    wait_at(barriers.copied(kValues, i % kRawSlots), i / kRawSlots & 1);
     return memory + i % kRawSlots * kBytes;
   }
   // This warp has read them.
   __device__ __forceinline__ void release(int i) const {
-    if (threadIdx.x % kLanes == 0) WideBarriers::arrive(barriers.read(kValues, i % kRawSlots));
+    if (threadIdx.x % kLanes == 0) arrive_at(barriers.read(kValues, i % kRawSlots));
   }
 
  private:
   __device__ __forceinline__ void copy(int i) {
     if (threadIdx.x % kGroupThreads == 0 && i < count) {
       const int slot = i % kRawSlots;
-      WideBarriers::wait(barriers.read(kValues, slot), (i / kRawSlots & 1) ^ 1);
+      wait_at(barriers.read(kValues, slot), (i / kRawSlots & 1) ^ 1);
       const unsigned char* const from = page_of(p, id) + slice;
       const uint32_t to = shared_address(memory) + slot * kBytes, barrier = barriers.copied(kValues, slot);
       const uint32_t bytes = kValues ? kBytes : p.k_copy_bytes + kPageTokens * 2;
-      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+      expect_at(barrier, bytes);
       if constexpr (kValues) {
-        copy(to, from + p.v_codes, kBytes, barrier);
+        copy_bulk(to, from + p.v_codes, kBytes, barrier);
       } else {
-        copy(to, from, p.k_copy_bytes, barrier);
-        copy(to + S::kScalesAt, from + p.v_codes + p.value_scales, kPageTokens * 2, barrier);
+        copy_bulk(to, from, p.k_copy_bytes, barrier);
+        copy_bulk(to + S::kScalesAt, from + p.v_codes + p.value_scales, kPageTokens * 2, barrier);
       }
       if (i + 1 < count) id = static_cast<std::uint32_t>(__ldg(ids + i + 1));
     }
     __syncwarp();
-  }
-  static __device__ __forceinline__ void copy(uint32_t to, const unsigned char* from, uint32_t bytes,
-                                              uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
   }
 };
 
@@ -79,7 +73,7 @@ struct WideSource {
 __device__ __forceinline__ void operands_written(uint32_t barrier, int lane) {
   fence_shared_writes();
   __syncwarp();
-  if (lane == 0) WideBarriers::arrive(barrier);
+  if (lane == 0) arrive_at(barrier);
 }
 
 // The four warps that write the operands of keys: levels, factors, means.
@@ -170,7 +164,7 @@ struct WideKeys {
 #pragma unroll 1
     for (int i = 0; i < range.count; ++i, stage.next()) {
       const unsigned char* const raw = source.wait(i);
-      WideBarriers::wait(barriers.empty(false, stage.at), stage.parity ^ 1);
+      wait_at(barriers.empty(false, stage.at), stage.parity ^ 1);
       put<kEven>(raw, memory + stage.at * S::kKeyBytes, where, tables);
       put_factors(raw, reinterpret_cast<WideFactors*>(memory + S::kFactorsAt) + stage.at, range.first + i, unit);
       const bool means = p.mean && i % kMeanPages == 0;
@@ -209,7 +203,7 @@ struct WideValues {
       uint4 codes[S::kValueLoads];
 #pragma unroll
       for (int j = 0; j < S::kValueLoads; ++j) codes[j] = raw[min(warp + 4 * j, S::kValueWords - 1) * kLanes + lane];
-      WideBarriers::wait(barriers.empty(true, stage.at), stage.parity ^ 1);
+      wait_at(barriers.empty(true, stage.at), stage.parity ^ 1);
 #pragma unroll
       for (int j = 0; j < S::kValueLoads; ++j) {
         if (4 * j + 3 >= S::kValueWords && warp + 4 * j >= S::kValueWords) continue;

@@ -210,7 +210,7 @@ struct WideRows {
   }
   __device__ __forceinline__ void leave(bool values, int stage) const {
     __syncwarp();
-    if (lane == 0) WideBarriers::arrive(barriers.empty(values, stage));
+    if (lane == 0) arrive_at(barriers.empty(values, stage));
   }
 
   __device__ __forceinline__ void run(const WideRange& range, const Sight& sight, const SequenceView& s, int row0,
@@ -223,7 +223,7 @@ struct WideRows {
     WideStage of_keys, of_values;
     // What a page's scores need is loaded before its products are queued: shared memory serves a warp in order.
     const auto look_ahead = [&] {
-      WideBarriers::wait(barriers.full(false, of_keys.at), of_keys.parity);
+      wait_at(barriers.full(false, of_keys.at), of_keys.parity);
       load_factors(of_keys.at, of);
     };
     const auto start_keys = [&](int i, Scores& score) {
@@ -255,7 +255,7 @@ struct WideRows {
       pin(weights);
       Scores score;
       start_keys(i, score);
-      WideBarriers::wait(barriers.full(true, of_values.at), of_values.parity);
+      wait_at(barriers.full(true, of_values.at), of_values.parity);
       multiply_values(of_values.at, weights);
       products_wait<1>(score);
       weigh_page(i, score);
@@ -271,7 +271,7 @@ struct WideRows {
       pack(score, weights);
     }
     pin(weights);
-    WideBarriers::wait(barriers.full(true, of_values.at), of_values.parity);
+    wait_at(barriers.full(true, of_values.at), of_values.parity);
     multiply_values(of_values.at, weights);
     products_wait<0>(o);
   }

@@ -8,6 +8,7 @@
 #include "cuda/attend_mask.cuh"
 #include "cuda/attend_tuning.h"
 #include "cuda/attend_wide.h"
+#include "cuda/copies.cuh"
 #include "cuda/wgmma.cuh"
 
 namespace kv4::cuda {
@@ -50,27 +51,15 @@ struct WideBarriers {
   __device__ __forceinline__ void prepare(int groups) const {
     for (const bool values : {false, true}) {
       for (int i = 0; i < kStages; ++i) {
-        start(full(values, i), kGroupThreads / kLanes);
-        start(empty(values, i), groups * kGroupThreads / kLanes);
+        start_barrier(full(values, i), kGroupThreads / kLanes);
+        start_barrier(empty(values, i), groups * kGroupThreads / kLanes);
       }
       for (int i = 0; i < kRawSlots; ++i) {
-        start(copied(values, i), 1);
-        start(read(values, i), kGroupThreads / kLanes);
+        start_barrier(copied(values, i), 1);
+        start_barrier(read(values, i), kGroupThreads / kLanes);
       }
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  static __device__ __forceinline__ void start(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-  }
-  static __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{.reg .pred p;\nagain_%=: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n@!p bra again_%=;}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-  }
-  static __device__ __forceinline__ void arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+    barriers_started();
   }
 };
 

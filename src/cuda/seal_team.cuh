@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "backend/backend.h"
+#include "cuda/copies.cuh"
 #include "cuda/seal.h"
 #include "cuda/wgmma.cuh"
 
@@ -84,9 +85,7 @@ __device__ __forceinline__ void put_beside(const float* p, uint32_t barrier, int
                "r"(__float_as_uint(x)), "r"(barrier_there)
                : "memory");
 }
-__device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
+// For bytes that the other CTA writes.
 __device__ __forceinline__ void wait_for_bytes(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{.reg .pred p;\nagain_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@!p bra "

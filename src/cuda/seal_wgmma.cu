@@ -67,8 +67,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
   const uint32_t barriers = shared_address(mine + S::kBarriersAt);  // of what the other CTA puts here
   uint32_t parity = 0;
   if (S::kCluster > 1 && thread == 0) {
-    for (int i = 0; i < 2; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int i = 0; i < 2; ++i) start_barrier(barriers + i * 8, 1);
+    barriers_started();
   }
   if (at < p.count) ask_for_job(p, at, jobs, thread);
   if (at + apart < p.count) ask_for_job(p, at + apart, jobs + 1, thread);
@@ -351,7 +351,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
         if (t == 0) *to = step[r];
         if (S::kCluster > 1 && t == 0) put_beside(to, barriers, rank, step[r]);
       }
-      if (S::kCluster > 1 && thread == 0) expect_bytes(barriers, S::kSplit * kPageTokens * 4);
+      if (S::kCluster > 1 && thread == 0) expect_at(barriers, S::kSplit * kPageTokens * 4);
       team_barrier<D>(team);
       if (S::kCluster > 1) wait_for_bytes(barriers, parity);
 #pragma unroll
@@ -384,7 +384,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
         if (t < 2) to[t] = fitted[r][t];
         if (S::kCluster > 1 && t < 2) put_beside(to + t, barriers + 8, rank, fitted[r][t]);
       }
-      if (S::kCluster > 1 && thread == 0) expect_bytes(barriers + 8, S::kSplit * kPageTokens * 8);
+      if (S::kCluster > 1 && thread == 0) expect_at(barriers + 8, S::kSplit * kPageTokens * 8);
       team_barrier<D>(team);
       if (S::kCluster > 1) wait_for_bytes(barriers + 8, parity);
       parity ^= 1;
