@@ -199,8 +199,8 @@ def measured(tiny: tuple) -> list:
     return [sensitivities(model, ids, seed) for seed, ids in enumerate(windows)]
 
 
-def test_gradients_foretell_the_divergence(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small independent errors of all that is sealed: the KL divergence they cause, and the one foretold."""
+def test_gradients_predict_the_divergence(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small independent errors of all that is sealed: the KL divergence they cause, and the predicted one."""
     model, windows, _ = tiny
     ids, start = windows[0], SINKS + 128
     random = torch.Generator().manual_seed(11)
@@ -218,10 +218,10 @@ def test_gradients_foretell_the_divergence(tiny: tuple, monkeypatch: pytest.Monk
     monkeypatch.setattr("kv4.evaluate.laboratory.seal_layer", noisy)
     measured = [float((exact.exp() * (exact - log_p())).sum(-1).mean()) for _ in range(6)]
     draws = [sensitivities(model, ids, seed) for seed in range(12)]
-    foretold = sum(predicted(draws, lambda layer, x: noisy(None, layer, x.query, x.key, x.value)))
+    expected = sum(predicted(draws, lambda layer, x: noisy(None, layer, x.query, x.key, x.value)))
     assert min(measured) > 1e-7
     # Six noises and twelve draws of tokens: both means have errors of some per cent.
-    assert foretold == pytest.approx(sum(measured) / len(measured), rel=0.3)
+    assert expected == pytest.approx(sum(measured) / len(measured), rel=0.3)
 
 
 def test_gradients_leave_the_model_as_it_was(tiny: tuple) -> None:

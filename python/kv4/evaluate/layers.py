@@ -1,7 +1,7 @@
 """How many bits the keys and the values of each layer get, so that a model loses least under one budget.
 
 Layers differ by a hundredfold in what an error of theirs costs, and keys differ from values. What a recipe loses at
-every width of every layer and side is foretold from gradients (kv4.evaluate.sensitivity) on a calibration text, as a
+every width of every layer and side is predicted from gradients (kv4.evaluate.sensitivity) on a calibration text, as a
 table; widths are then bought where a bit saves most (kv4.evaluate.widths). Rotation, means and scales stay as they are;
 lambda comes from the same text.
 """
