@@ -16,8 +16,8 @@ import torch
 from kv4.calibration import Calibration
 from kv4.evaluate.calibrate import Layer
 from kv4.evaluate.calibration import lambda_from_energies
-from kv4.evaluate.laboratory import _Session, seal_layer
 from kv4.evaluate.sensitivity import Rows, sensitivities
+from kv4.evaluate.simulation import _Session, seal_layer
 from kv4.evaluate.variant import Variant
 from kv4.evaluate.widths import WIDTHS, allocate
 from kv4.recipe import PACKED_WIDTHS, Recipe
