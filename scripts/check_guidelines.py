@@ -60,12 +60,12 @@ PYTHON: dict[str, tuple[set[str], str]] = {
     ),
     "kv4.evaluate": (
         {"kv4", "kv4.hf", "kv4.bench"},
-        "levels rotations variant fake calibration scores state windows widths rows report plots laboratory "
+        "levels rotations variant fake calibration scores state windows widths rows report plots simulation "
         "sensitivity calibrate layers oscar learn energy quality ablate peers passkey",
     ),
     "kv4.cli": (
         {"kv4", "kv4.models", "kv4.hf", "kv4.bench", "kv4.evaluate"},
-        "openmp output usage options laboratory bench_cuda bench_vllm bench demo evaluate ablate chat generate info "
+        "openmp output usage options common bench_cuda bench_vllm bench demo evaluate ablate chat generate info "
         "models commands",
     ),
 }

@@ -106,7 +106,7 @@ class Calibration:
     def arguments(self, budget: float | None = None) -> dict[str, Any]:
         """What kv4.hf.attach and KV4Cache take: recipe and lambda_k, and lambda_v and matrices where there are any;
         with widths of layers, `bits` of the budget, which need not be named where there is one only.
-        Errors: ValueError for a budget that there is not, and for what only the laboratory runs."""
+        Errors: ValueError for a budget that there is not, and for what can only be simulated."""
         if self.budgets and budget is None and len(self.budgets) == 1:
             budget = self.budgets[0]
         if (self.budgets and budget is None) or (budget is not None and not self.budgets):

@@ -25,7 +25,7 @@ struct SealArguments {
   device const uchar* rows;
   device const uchar* skip;  // a byte per token: not 0 where masked
   device const float* lambda;
-  device const float* matrix;  // [2, dim, dim]: R^T by rows, then what it lacks to R^T in double precision
+  device const float* matrix;  // [2, dim, dim]: R^T row by row, then the rounding errors of those floats
   device uchar* pages;
   device const long* jobs;
   device const long* side;
@@ -86,8 +86,8 @@ inline void multiply_tile(device const float* matrix, threadgroup float* x, uint
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// The page's mean: writes it to the slice; high and low [dim] become the mean of the rows, offset [dim] what the stored
-// mean lacks. weighted_high and weighted_low [dim]: scratch.
+// The page's mean: writes it to the slice; high and low [dim] become the mean of the rows, offset [dim] its difference
+// from the stored mean. weighted_high and weighted_low [dim]: scratch.
 inline void seal_mean(thread const SealArguments& a, thread const SealPart& part, uint dim, bool rotated,
                       threadgroup float* high, threadgroup float* low, threadgroup float* weighted_high,
                       threadgroup float* weighted_low, threadgroup float* offset, uint tid) {

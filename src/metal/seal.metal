@@ -7,7 +7,7 @@
 kernel void kv4_seal(device const uchar* rows [[buffer(0)]],     // float32, float16 or bfloat16 by the jobs' strides
                      device const uchar* skip [[buffer(1)]],
                      device const float* lambda [[buffer(2)]],   // [kv_heads, dim], one after another
-                     device const float* matrix [[buffer(3)]],   // [2, dim, dim]: R^T, and what the floats lack to it
+                     device const float* matrix [[buffer(3)]],   // [2, dim, dim]: R^T, and its rounding errors
                      device const long* jobs [[buffer(4)]],
                      device const long* side [[buffer(5)]],
                      device const float* levels [[buffer(6)]],

@@ -18,11 +18,11 @@ from kv4.calibration import Calibration, identity_of, load
 from kv4.evaluate import Candidate, measure_all, oscar
 from kv4.evaluate.ablate import Calibrations, ablate, predict
 from kv4.evaluate.fake import lightest, seal
-from kv4.evaluate.laboratory import _Session, laboratory, seal_layer
 from kv4.evaluate.layers import calibrate, from_rows, layer_widths, losses, smoothed
 from kv4.evaluate.rotations import rotation
 from kv4.evaluate.rows import select
 from kv4.evaluate.sensitivity import SINKS, predicted, sensitivities
+from kv4.evaluate.simulation import _Session, seal_layer, simulated
 from kv4.evaluate.state import State
 from kv4.evaluate.variant import SideVariant, Variant, by_layers
 from kv4.evaluate.widths import WIDTHS, allocate
@@ -199,8 +199,8 @@ def measured(tiny: tuple) -> list:
     return [sensitivities(model, ids, seed) for seed, ids in enumerate(windows)]
 
 
-def test_gradients_foretell_the_divergence(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small independent errors of all that is sealed: the KL divergence they cause, and the one foretold."""
+def test_gradients_predict_the_divergence(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small independent errors of all that is sealed: the KL divergence they cause, and the predicted one."""
     model, windows, _ = tiny
     ids, start = windows[0], SINKS + 128
     random = torch.Generator().manual_seed(11)
@@ -210,18 +210,18 @@ def test_gradients_foretell_the_divergence(tiny: tuple, monkeypatch: pytest.Monk
         return tuple(x + 0.03 * x.std() * torch.randn(x.shape, generator=random) for x in parts)
 
     def log_p() -> torch.Tensor:
-        with torch.inference_mode(), laboratory(model, Variant()):
+        with torch.inference_mode(), simulated(model, Variant()):
             return torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, start:].double(), -1)
 
-    with torch.inference_mode(), laboratory(model, None):
+    with torch.inference_mode(), simulated(model, None):
         exact = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, start:].double(), -1)
-    monkeypatch.setattr("kv4.evaluate.laboratory.seal_layer", noisy)
+    monkeypatch.setattr("kv4.evaluate.simulation.seal_layer", noisy)
     measured = [float((exact.exp() * (exact - log_p())).sum(-1).mean()) for _ in range(6)]
     draws = [sensitivities(model, ids, seed) for seed in range(12)]
-    foretold = sum(predicted(draws, lambda layer, x: noisy(None, layer, x.query, x.key, x.value)))
+    expected = sum(predicted(draws, lambda layer, x: noisy(None, layer, x.query, x.key, x.value)))
     assert min(measured) > 1e-7
     # Six noises and twelve draws of tokens: both means have errors of some per cent.
-    assert foretold == pytest.approx(sum(measured) / len(measured), rel=0.3)
+    assert expected == pytest.approx(sum(measured) / len(measured), rel=0.3)
 
 
 def test_gradients_leave_the_model_as_it_was(tiny: tuple) -> None:

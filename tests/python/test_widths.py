@@ -14,9 +14,9 @@ import tiny_model
 from kv4 import Recipe, Side, _core
 from kv4.bench.text import python_reference
 from kv4.calibration import identity_of, load
-from kv4.evaluate.laboratory import _Session, seal_layer
 from kv4.evaluate.layers import calibrate
 from kv4.evaluate.quality import Candidate, measure_all
+from kv4.evaluate.simulation import _Session, seal_layer
 from kv4.evaluate.variant import Variant
 from kv4.evaluate.windows import cut
 from kv4.hf import KV4Cache, attach, detach

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from kv4.cli import laboratory as lab
-from kv4.cli import options
+from kv4.cli import common, options
 from kv4.cli.output import err, out, plain_errors, progress, table, write_json
 from kv4.cli.usage import new_file
 
@@ -18,10 +17,10 @@ CALIBRATION_WINDOWS = 2
 
 @plain_errors
 def ablate(
-    model: lab.Model,
-    text: lab.Text = None,
+    model: common.Model,
+    text: common.Text = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows from the start of the text.")] = 2,
-    length: lab.Length = "2048",
+    length: common.Length = "2048",
     rows: Annotated[
         str,
         typer.Option(help="all, or comma-separated names of groups and rows; --list prints them."),
@@ -38,12 +37,12 @@ def ablate(
     ] = False,
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
     threads: options.Threads = None,
-    state: lab.StateFile = None,
-    fresh: lab.Fresh = False,
+    state: common.StateFile = None,
+    fresh: common.Fresh = False,
     list_: Annotated[bool, typer.Option("--list", help="Print the rows and stop.")] = False,
     json_: options.JsonFile = None,
-    markdown: lab.Markdown = None,
-    plot: lab.Plot = None,
+    markdown: common.Markdown = None,
+    plot: common.Plot = None,
 ) -> None:
     """The contribution of each step of the recipe, by fake quantisation inside attention."""
     from kv4.evaluate.rows import select
@@ -54,9 +53,9 @@ def ablate(
         return
     if "rot-h" not in rows:  # numbers of reflectors depend on the head dim
         select(rows, 128)  # an unknown name is reported before anything is loaded
-    tokens = lab.whole(length, "--length", 256)
-    content, source = lab.read_text(text)
-    b = lab.bench(model, dtype, threads, state, fresh)
+    tokens = common.whole(length, "--length", 256)
+    content, source = common.read_text(text)
+    b = common.bench(model, dtype, threads, state, fresh)
 
     import tempfile
 
@@ -98,13 +97,13 @@ def ablate(
         write_json({**data, "calibration": calibration_source, "rows": [r.to_dict() for r in results]}, json_)
     if markdown:
         lines = report.markdown(report.ABLATION, [report.ablation_cells(r) for r in results])
-        lab.write_markdown([f"{title}. MSE on {calibration_source}.", "", *lines], markdown)
+        common.write_markdown([f"{title}. MSE on {calibration_source}.", "", *lines], markdown)
     if plot:
         from kv4.evaluate import plots
 
         bars = [(r.row.group, r.row.label, r.quality.kl, r.quality.kl_se) for r in results]
         plots.table(bars, plot, title)
-        lab.say_plot(plot)
+        common.say_plot(plot)
 
 
 def _show_predictions(found: list[Any], title: str, json_: Path | None, markdown: Path | None) -> None:
@@ -120,11 +119,11 @@ def _show_predictions(found: list[Any], title: str, json_: Path | None, markdown
         write_json({"title": title, "predictions": [p.to_dict() for p in found]}, json_)
     if markdown:
         lines = report.markdown(report.PREDICTION, [report.prediction_cells(p) for p in found])
-        lab.write_markdown([f"{title}.", "", *lines], markdown)
+        common.write_markdown([f"{title}.", "", *lines], markdown)
 
 
 def _calibration_windows(
-    b: lab.Bench, content: str, source: str, given: Path | None, scored: list[Any], tokens: int
+    b: common.Bench, content: str, source: str, given: Path | None, scored: list[Any], tokens: int
 ) -> tuple[list[Any], str]:
     """Windows for calibration, disjoint from the scored ones."""
     import torch
@@ -151,9 +150,9 @@ def _calibration_windows(
 
 @plain_errors
 def calibrate(
-    model: lab.Model,
+    model: common.Model,
     output: Annotated[Path, typer.Argument(callback=new_file, help="The safetensors file to write.")],
-    text: lab.Text = None,
+    text: common.Text = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows from the start of the text.")] = 4,
     length: Annotated[str, typer.Option(help="Tokens in a window.")] = "2048",
     first: Annotated[int, typer.Option(min=0, help="Windows of the text to skip.")] = 0,
@@ -177,10 +176,10 @@ def calibrate(
 ) -> None:
     """Measure lambda, a full matrix for keys or widths of layers on a text; `kv4 eval` and `kv4 generate --calibration`
     and kv4.hf.attach take it."""
-    tokens = lab.whole(length, "--length", 256)
-    if recipe in (*lab.SIMULATED, "exact"):
+    tokens = common.whole(length, "--length", 256)
+    if recipe in (*common.SIMULATED, "exact"):
         raise ValueError(f"--recipe: expected kv4, paper or a recipe file; got {recipe}")
-    used = lab.recipe(recipe)
+    used = common.recipe(recipe)
 
     from kv4.evaluate import layers, oscar
     from kv4.evaluate.calibrate import METHODS
@@ -196,9 +195,9 @@ def calibrate(
         raise ValueError(f"--bits: expected with --method layers only; got --method {method}")
     if refined is not None and method != "layers":
         raise ValueError(f"--refined: expected with --method layers only; got --method {method}")
-    budgets = lab.budgets(bits) if bits is not None else layers.BUDGETS
-    content, source = lab.read_text(text)
-    b = lab.bench(model, dtype, threads, None, True)
+    budgets = common.budgets(bits) if bits is not None else layers.BUDGETS
+    content, source = common.read_text(text)
+    b = common.bench(model, dtype, threads, None, True)
 
     parts = cut(b.tokenizer, content, windows, tokens, first)
     with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens) as advance:

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kv4.cli import laboratory as lab
-from kv4.cli import options
+from kv4.cli import common, options
 from kv4.cli.output import out, plain_errors, progress, table, write_json
 
 PEERS = ("llama", "quanto", "hqq")
@@ -45,10 +44,10 @@ app = typer.Typer(
 @app.command("quality")
 @plain_errors
 def quality(
-    model: lab.Model,
-    text: lab.Text = None,
+    model: common.Model,
+    text: common.Text = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows from the start of the text.")] = 10,
-    length: lab.Length = "2048",
+    length: common.Length = "2048",
     recipe: Annotated[
         list[str] | None,
         typer.Option(help="kv4 (default), paper, exact, a recipe file; q8_0, q4_0, int4-token: simulated. Repeatable."),
@@ -76,24 +75,24 @@ def quality(
         typer.Option(help="The model's dtype; float32 on the CPU, bfloat16 on CUDA.", show_default=False),
     ] = None,
     threads: options.Threads = None,
-    state: lab.StateFile = None,
-    fresh: lab.Fresh = False,
+    state: common.StateFile = None,
+    fresh: common.Fresh = False,
     json_: options.JsonFile = None,
-    markdown: lab.Markdown = None,
-    plot: lab.Plot = None,
+    markdown: common.Markdown = None,
+    plot: common.Plot = None,
 ) -> None:
     """KL divergence, top-1 agreement and perplexity against the model's own cache."""
-    budgets = lab.budgets(bits) if bits is not None else None
+    budgets = common.budgets(bits) if bits is not None else None
     if budgets is not None:
         recipe = recipe or ["kv4", "q8_0", "q4_0", "int4-token", "paper"]
-    named = {name: lab.recipe(name, simulate) for name in recipe or ([] if calibration or peer else ["kv4"])}
-    tokens = lab.whole(length, "--length", 4)
+    named = {name: common.recipe(name, simulate) for name in recipe or ([] if calibration or peer else ["kv4"])}
+    tokens = common.whole(length, "--length", 4)
     for name in peer or []:
         if name not in PEERS:
             raise ValueError(f"--peer: expected one of {', '.join(PEERS)}; got {name!r}")
     if peer and device != "cpu":
         raise ValueError(f"--peer: expected with --device cpu only; got --device {device}")
-    content, source = lab.read_text(text)
+    content, source = common.read_text(text)
     if "llama" in (peer or []):
         from kv4.bench.llama import require
 
@@ -104,7 +103,7 @@ def quality(
 
     calibrations = _loaded(calibration)
     kind = dtype or (options.DType.float32 if device == "cpu" else options.DType.auto)
-    b = lab.bench(model, kind, threads, state, fresh, device)
+    b = common.bench(model, kind, threads, state, fresh, device)
 
     parts = cut(b.tokenizer, content, windows, tokens)
     candidates = _candidates(named, refined, calibrations, budgets, b, simulate)
@@ -132,7 +131,7 @@ def quality(
         from kv4.evaluate import report
 
         lines = report.markdown(report.HEADER, [report.quality_cells(name, q) for name, q in found.items()])
-        lab.write_markdown([f"{title}. {_errors_over(found)}", "", *lines], markdown)
+        common.write_markdown([f"{title}. {_errors_over(found)}", "", *lines], markdown)
     if plot:
         from kv4.evaluate import plots
 
@@ -141,7 +140,7 @@ def quality(
         else:
             points = [(c.name, _bits_of(c, b), found[c.name].kl, found[c.name].kl_se) for c in candidates]
             plots.by_bits(points, plot, title)
-        lab.say_plot(plot)
+        common.say_plot(plot)
 
 
 def _loaded(files: list[Path] | None) -> dict[Path, Any]:
@@ -155,14 +154,14 @@ def _candidates(
     refined: list[int] | None,
     calibrations: dict[Path, Any],
     budgets: tuple[float, ...] | None,
-    b: lab.Bench,
+    b: common.Bench,
     simulate: bool,
 ) -> list[Any]:
     """Recipes by name, refined keys, calibrations and budgets. Errors: ValueError for what a model does not have."""
     from kv4.evaluate import Candidate
 
     found = [Candidate(name, used) for name, used in named.items()]
-    found += [Candidate(f"kv4, {n} refined", lab.refined(n, simulate)) for n in refined or []]
+    found += [Candidate(f"kv4, {n} refined", common.refined(n, simulate)) for n in refined or []]
     if budgets is not None and not any(loaded.budgets for loaded in calibrations.values()):
         found += [_budgeted(budget, b, simulate) for budget in budgets]
     for file, loaded in calibrations.items():
@@ -171,7 +170,9 @@ def _candidates(
     return found
 
 
-def _calibrated(name: str, loaded: Any, budgets: tuple[float, ...] | None, b: lab.Bench, simulate: bool) -> list[Any]:
+def _calibrated(
+    name: str, loaded: Any, budgets: tuple[float, ...] | None, b: common.Bench, simulate: bool
+) -> list[Any]:
     """The candidates of one file. Errors: ValueError for what only a simulation has, where none is asked for."""
     from kv4.evaluate import Candidate, oscar
     from kv4.evaluate.layers import head_dim
@@ -188,14 +189,14 @@ def _calibrated(name: str, loaded: Any, budgets: tuple[float, ...] | None, b: la
             loaded.arguments(budget)  # refuses what the packed cache has not
             found.append(Candidate(f"layers {budget:g}{refined}", loaded.packed_recipe, loaded, budget))
             continue
-        laboratory_only = loaded.why_not_packed(budget) is not None
-        base = by_layers() if loaded.refined and laboratory_only else Variant()
+        simulated_only = loaded.why_not_packed(budget) is not None
+        base = by_layers() if loaded.refined and simulated_only else Variant()
         variant = base.replace(widths=loaded.widths_of(budget), refined=loaded.refined)
         found.append(Candidate(f"layers {budget:g}{refined}", variant, loaded))
     return found
 
 
-def _budgeted(budget: float, b: lab.Bench, simulate: bool) -> Any:
+def _budgeted(budget: float, b: common.Bench, simulate: bool) -> Any:
     """A budget without a calibration. Errors: ValueError for one below what the least widths take."""
     from kv4 import Recipe
     from kv4.evaluate import Candidate
@@ -208,14 +209,14 @@ def _budgeted(budget: float, b: lab.Bench, simulate: bool) -> Any:
     return Candidate(f"kv4 {budget:g}", variant if simulate else used)
 
 
-def _simulated(recipe: Any, b: lab.Bench) -> Any:
+def _simulated(recipe: Any, b: common.Bench) -> Any:
     from kv4.evaluate.layers import head_dim
     from kv4.evaluate.variant import from_recipe
 
     return from_recipe(recipe, head_dim(b.model), b.model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def _bits_of(candidate: Any, b: lab.Bench) -> float:
+def _bits_of(candidate: Any, b: common.Bench) -> float:
     from kv4 import Recipe
     from kv4.evaluate.layers import head_dim
 
@@ -244,7 +245,7 @@ def _errors_over(found: dict[str, Any]) -> str:
     return f"Standard errors over {' and '.join(sorted(over))} in brackets." if over else ""
 
 
-def _peer(name: str, model: str, b: lab.Bench, parts: list[Any], threads: int | None) -> dict[str, Any]:
+def _peer(name: str, model: str, b: common.Bench, parts: list[Any], threads: int | None) -> dict[str, Any]:
     import torch
 
     from kv4.evaluate import peers
@@ -270,24 +271,24 @@ def _peer(name: str, model: str, b: lab.Bench, parts: list[Any], threads: int | 
 @app.command("needle")
 @plain_errors
 def needle(
-    model: lab.Model,
-    text: lab.Text = None,
+    model: common.Model,
+    text: common.Text = None,
     lengths: Annotated[str, typer.Option(help="Comma-separated prompt lengths in tokens.")] = "512,1k,2k,4k",
     depths: Annotated[int, typer.Option(min=2, help="Number of passkey positions, from start to end.")] = 5,
     recipe: Annotated[list[str] | None, typer.Option(help="As for kv4 eval; kv4 and paper if not given.")] = None,
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
     threads: options.Threads = None,
-    state: lab.StateFile = None,
-    fresh: lab.Fresh = False,
+    state: common.StateFile = None,
+    fresh: common.Fresh = False,
     json_: options.JsonFile = None,
-    markdown: lab.Markdown = None,
-    plot: lab.Plot = None,
+    markdown: common.Markdown = None,
+    plot: common.Plot = None,
 ) -> None:
     """Passkey retrieval over depth and length, the model's own cache beside others."""
     sizes = options.numbers(lengths, "--lengths")
-    named = {name: lab.recipe(name) for name in recipe or ["kv4", "paper"]}
-    content, source = lab.read_text(text)
-    b = lab.bench(model, dtype, threads, state, fresh)
+    named = {name: common.recipe(name) for name in recipe or ["kv4", "paper"]}
+    content, source = common.read_text(text)
+    b = common.bench(model, dtype, threads, state, fresh)
 
     from kv4.evaluate import Candidate, passkey, report
 
@@ -306,19 +307,19 @@ def needle(
     if json_:
         write_json({"model": b.identity, "text": source, "cells": [cell.to_dict() for cell in cells]}, json_)
     if markdown:
-        lab.write_markdown([title, "", *report.heat_table(cells)], markdown)
+        common.write_markdown([title, "", *report.heat_table(cells)], markdown)
     if plot:
         from kv4.evaluate import plots
 
         plots.heat_map(cells, plot, title)
-        lab.say_plot(plot)
+        common.say_plot(plot)
 
 
 @app.command("greedy")
 @plain_errors
 def greedy(
-    model: lab.Model,
-    text: lab.Text = None,
+    model: common.Model,
+    text: common.Text = None,
     context: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "1k",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 256,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts, from places spread over the text.")] = 1,
@@ -332,12 +333,12 @@ def greedy(
 ) -> None:
     """A long greedy generation with the model's own cache, and what each cache would have written along it: the first
     token that differs, and the share that agrees."""
-    length = lab.whole(context, "--context", 4)
-    budgets = lab.budgets(bits) if bits is not None else None
-    named = {name: lab.recipe(name) for name in recipe or ["kv4", "paper"]}
-    content, source = lab.read_text(text)
+    length = common.whole(context, "--context", 4)
+    budgets = common.budgets(bits) if bits is not None else None
+    named = {name: common.recipe(name) for name in recipe or ["kv4", "paper"]}
+    content, source = common.read_text(text)
     calibrations = _loaded(calibration)
-    b = lab.bench(model, dtype, threads, None, True)
+    b = common.bench(model, dtype, threads, None, True)
 
     from kv4.evaluate import passkey
     from kv4.evaluate.windows import spread
@@ -364,19 +365,19 @@ def greedy(
 @plain_errors
 def energy(
     models: Annotated[list[str], typer.Argument(help="Names of `kv4 models`, HuggingFace folders or GGUF files.")],
-    text: lab.Text = None,
+    text: common.Text = None,
     length: Annotated[str, typer.Option(help="Tokens of the one window.")] = "1k",
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
     threads: options.Threads = None,
     json_: options.JsonFile = None,
-    plot: lab.Plot = None,
+    plot: common.Plot = None,
 ) -> None:
     """Per layer: the share of key energy in the mean, and what quantising does to scores."""
-    tokens = lab.whole(length, "--length", 128)
-    content, source = lab.read_text(text)
+    tokens = common.whole(length, "--length", 128)
+    content, source = common.read_text(text)
     found: dict[str, list[Any]] = {}
     for model in models:
-        b = lab.bench(model, dtype, threads, None, True)
+        b = common.bench(model, dtype, threads, None, True)
 
         from kv4.evaluate.calibrate import capture
         from kv4.evaluate.energy import key_energy
@@ -403,4 +404,4 @@ def energy(
         from kv4.evaluate import plots
 
         plots.energy(found, plot, f"Keys of {tokens:,} tokens of {source}")
-        lab.say_plot(plot)
+        common.say_plot(plot)

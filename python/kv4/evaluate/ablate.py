@@ -11,13 +11,13 @@ import torch
 
 from kv4.calibration import Calibration, load
 from kv4.evaluate.calibrate import Errors, Layer, calibrate, capture, errors
-from kv4.evaluate.laboratory import _Session, seal_layer
 from kv4.evaluate.layers import from_rows, head_dim
 from kv4.evaluate.learn import learn
 from kv4.evaluate.quality import Candidate, Quality, measure_all
 from kv4.evaluate.rows import Row
 from kv4.evaluate.scores import paired
 from kv4.evaluate.sensitivity import Rows, predicted, sensitivities
+from kv4.evaluate.simulation import _Session, seal_layer
 from kv4.evaluate.state import State, digest
 from kv4.evaluate.variant import Variant
 from kv4.recipe import Recipe

@@ -11,8 +11,8 @@ import torch
 from kv4._core import PAGE_TOKENS
 from kv4.calibration import Calibration
 from kv4.evaluate.calibration import lambda_from_energies, score_transform
-from kv4.evaluate.laboratory import _Session, laboratory, seal_layer
 from kv4.evaluate.rotations import rotation
+from kv4.evaluate.simulation import _Session, seal_layer, simulated
 from kv4.evaluate.variant import Variant
 from kv4.recipe import Recipe
 
@@ -46,7 +46,7 @@ def capture(model: Any, ids: Tensor) -> list[Layer]:
     def observe(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         found[layer] = Layer(*(x.contiguous().clone() for x in (query, key, value)))
 
-    with laboratory(model, observer=observe):
+    with simulated(model, observer=observe):
         model.get_decoder()(input_ids=ids, use_cache=False)
     if sorted(found) != list(range(len(found))):
         raise ValueError(f"model: expected attention in every layer; got it in layers {sorted(found)}")

@@ -10,7 +10,7 @@ import torch
 
 from kv4._core import PAGE_TOKENS
 from kv4.evaluate.calibrate import Layer
-from kv4.evaluate.laboratory import _Session, seal_layer
+from kv4.evaluate.simulation import _Session, seal_layer
 from kv4.evaluate.variant import Variant, from_recipe
 from kv4.recipe import Recipe
 

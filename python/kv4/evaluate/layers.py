@@ -1,7 +1,7 @@
 """How many bits the keys and the values of each layer get, so that a model loses least under one budget.
 
 Layers differ by a hundredfold in what an error of theirs costs, and keys differ from values. What a recipe loses at
-every width of every layer and side is foretold from gradients (kv4.evaluate.sensitivity) on a calibration text, as a
+every width of every layer and side is predicted from gradients (kv4.evaluate.sensitivity) on a calibration text, as a
 table; widths are then bought where a bit saves most (kv4.evaluate.widths). Rotation, means and scales stay as they are;
 lambda comes from the same text.
 """
@@ -16,8 +16,8 @@ import torch
 from kv4.calibration import Calibration
 from kv4.evaluate.calibrate import Layer
 from kv4.evaluate.calibration import lambda_from_energies
-from kv4.evaluate.laboratory import _Session, seal_layer
 from kv4.evaluate.sensitivity import Rows, sensitivities
+from kv4.evaluate.simulation import _Session, seal_layer
 from kv4.evaluate.variant import Variant
 from kv4.evaluate.widths import WIDTHS, allocate
 from kv4.recipe import PACKED_WIDTHS, Recipe

@@ -4,7 +4,7 @@ The text is cut into windows of `length` tokens, each read from an empty cache; 
 window is scored. The exact distribution comes from one full forward with the model's own cache. A
 kv4.Recipe's comes from calls of at most 64 tokens through the packed cache: such a call answers each
 query exactly as if the tokens had come one by one, so what is scored is generation, not prefill. A
-Variant's comes from fake quantisation in one call with the same semantics (kv4.evaluate.laboratory).
+Variant's comes from fake quantisation in one call with the same semantics (kv4.evaluate.simulation).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from kv4._core import PAGE_TOKENS
 from kv4.bench.generate import KV4, OWN, attention
 from kv4.bench.memory import cache_bytes, fp16_bytes
 from kv4.calibration import Calibration
-from kv4.evaluate.laboratory import laboratory
 from kv4.evaluate.scores import Head, Summary, TokenScores, score_many, summarise
+from kv4.evaluate.simulation import simulated
 from kv4.evaluate.state import State, digest
 from kv4.evaluate.variant import Variant
 from kv4.evaluate.windows import cut
@@ -200,7 +200,7 @@ def decoder_outputs(model: Any, ids: torch.Tensor, candidate: Candidate | None, 
         with attention(model, OWN):
             return decoder(input_ids=ids, use_cache=False).last_hidden_state[0, first:-1], 0
     if not isinstance(candidate.recipe, Recipe):
-        with laboratory(model, candidate.recipe, candidate.calibration):
+        with simulated(model, candidate.recipe, candidate.calibration):
             return decoder(input_ids=ids, use_cache=False).last_hidden_state[0, first:-1], 0
     cache, used = packed_cache(model, candidate)
     with attention(model, KV4, used):

@@ -18,8 +18,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kv4._core import PAGE_TOKENS
-from kv4.evaluate.laboratory import _no_mask, attend_run, causal, page_runs
 from kv4.evaluate.scores import Head
+from kv4.evaluate.simulation import _no_mask, attend_run, causal, page_runs
 
 Tensor = torch.Tensor
 NAME = "kv4_sensitivity"
@@ -71,7 +71,7 @@ def attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As kv4.evaluate.laboratory's, with an error of 0 added to what is sealed, whose gradient is asked for."""
+    """As kv4.evaluate.simulation's, with an error of 0 added to what is sealed, whose gradient is asked for."""
     errors = tuple(torch.zeros_like(x[:, :, SINKS:].detach()).requires_grad_() for x in (key, value))
     _taken[module.layer_idx] = _Taken(query[0].detach(), key[0].detach(), value[0].detach(), errors)
     parts = []

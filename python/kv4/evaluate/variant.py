@@ -1,4 +1,4 @@
-"""A recipe of the laboratory: kv4.Recipe, and what the core cannot store."""
+"""A recipe to simulate: that of a kv4.Recipe, or one that the core cannot store."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Variant:
         step of the recipe without the next.
     widths: (bits of keys, bits of values) of every layer, in place of the sides' own; none: theirs in all layers.
     refined: tokens of a page, those of the least |v|, whose keys have a second row of 4-bit codes, for what the first
-        left (kv4.evaluate.laboratory).
+        left (kv4.evaluate.simulation).
     page: tokens of a page. sinks: exact tokens; chosen "first", or "mass": those that drew most attention when their
         page was sealed, as many per page as `sinks` a sequence (in place of the first ones).
     """
@@ -177,7 +177,7 @@ class Variant:
 
 
 def from_recipe(recipe: Recipe, head_dim: int | None = None, layers: int = 1) -> Variant:
-    """What the core's recipe is in the laboratory; head_dim, layers: what a budget's widths follow from. Errors:
+    """What the core's recipe is as a Variant; head_dim, layers: what a budget's widths follow from. Errors:
     ValueError for a dense rotation, and for a budget without a head dim."""
     widths: tuple[tuple[int, int], ...] = ()
     if recipe.bits is not None:

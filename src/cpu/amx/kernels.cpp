@@ -1,6 +1,7 @@
 // Empty elsewhere: the build compiles every folder on every architecture.
 #if defined(__x86_64__) || defined(_M_X64)
 #define KV4_ISA amx
+#define KV4_EXTENDS avx512
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC's own header initialises the ignored operand of an unmasked intrinsic with itself.
 #pragma GCC diagnostic ignored "-Wuninitialized"

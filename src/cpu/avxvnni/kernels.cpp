@@ -1,6 +1,7 @@
 // Empty elsewhere: the build compiles every folder on every architecture.
 #if defined(__x86_64__) || defined(_M_X64)
 #define KV4_ISA avxvnni
+#define KV4_EXTENDS avx2
 #include "cpu/standard_headers.h"
 #include "cpu/target.h"
 #include "cpu/x86.h"

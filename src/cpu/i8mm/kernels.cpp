@@ -2,6 +2,7 @@
 #include "cpu/isa.h"
 #if defined(KV4_CPU_HAS_I8MM)
 #define KV4_ISA i8mm
+#define KV4_EXTENDS neon
 #include "cpu/standard_headers.h"
 #include "cpu/target.h"
 

@@ -26,7 +26,7 @@ from kv4.hf.attention import eager
 from kv4.messages import mismatch
 
 Tensor = torch.Tensor
-NAME = "kv4_laboratory"
+NAME = "kv4_simulated"
 _RUN = 256  # queries of one attention call where no page boundary ends it
 # Sees (layer, query [q_heads, T, d], key [kv_heads, T, d], value): rotary positions applied, scaling not.
 Observer = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -44,7 +44,7 @@ _session: _Session | None = None
 
 
 @contextmanager
-def laboratory(
+def simulated(
     model: Any,
     variant: Variant | None = None,
     calibration: Calibration | None = None,
@@ -82,7 +82,7 @@ def attention(
     """query [1, q_heads, T, d], key and value [1, kv_heads, T, d]; returns [1, T, q_heads, d]. Causal."""
     session = _session
     if session is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise ValueError(mismatch("query", "one whole sequence inside laboratory()", query))
+        raise ValueError(mismatch("query", "one whole sequence inside simulated()", query))
     layer = module.layer_idx
     if session.observer is not None:
         session.observer(layer, query[0], key[0], value[0])
@@ -301,7 +301,7 @@ def _spare_heavy(variant: Variant, query: Tensor, key: Tensor, sides: list[Tenso
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The laboratory makes its own masks."""
+    """The simulation makes its own masks."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""The laboratory's fake quantisation against the packed cache, and against itself."""
+"""Simulation (fake quantisation) against the packed cache, and against itself."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from kv4.evaluate import Candidate, measure_all
 from kv4.evaluate.calibrate import Layer, calibrate, capture, errors
 from kv4.evaluate.calibration import lambda_from_energies, score_transform
 from kv4.evaluate.fake import fp16, seal
-from kv4.evaluate.laboratory import _attend, _Session, page_runs, seal_layer
 from kv4.evaluate.learn import learn, squared_error
 from kv4.evaluate.levels import levels
 from kv4.evaluate.peers import measure_hf, measure_llama
 from kv4.evaluate.quality import exact_outputs
 from kv4.evaluate.rotations import rotation
 from kv4.evaluate.rows import all_rows, select
+from kv4.evaluate.simulation import _attend, _Session, page_runs, seal_layer
 from kv4.evaluate.state import State
 from kv4.evaluate.variant import SideVariant, Variant, from_recipe
 from kv4.evaluate.windows import cut
