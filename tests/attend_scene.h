@@ -194,7 +194,7 @@ class Scene {
     for (int c = 0; c < shape_.dim_k && shape_.mean; ++c)
       put(spec_.layout.k_mean + static_cast<std::uint32_t>(c) * 2,
           (shape_.bias == 0 ? 0.3 : shape_.bias) * random.normal());
-    // As large as the first rows, so that who leaves them out is far off.
+    // As large as the first rows, so that leaving them out gives a large error.
     for (std::uint32_t row = 0; row < spec_.second.rows; ++row) {
       for (int g = 0; g < spec_.key.groups; ++g)
         put(spec_.second.scales +

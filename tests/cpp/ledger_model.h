@@ -164,7 +164,7 @@ class Model {
   }
 
  private:
-  // The short ways of a call that seals nothing lead where its plan leads.
+  // The fast paths of a call that seals nothing give the results of its plan.
   void check_extend(std::int64_t count) const {
     Ledger planned = ledger_, extended = ledger_;
     Plan plan = plan_;

@@ -153,7 +153,7 @@ TEST(Cache, ArrivalSealsEveryVectorBeforeItIsSeen) {
         ASSERT_GT(error, 0);
       }
     }
-    // Attention is softmax attention over exactly what is held.
+    // Attention is softmax attention over exactly the tokens held.
     for (int h = 0; h < kShape.q_heads; ++h) {
       const std::int64_t t = tokens - 1;
       const int kv = h / (kShape.q_heads / kShape.kv_heads);

@@ -1,4 +1,4 @@
-// Clones that go on in threads of their own (`make tsan` runs this test too): each writes what it alone sees.
+// Clones that continue in threads of their own (`make tsan` runs this test too): each writes what it alone sees.
 #include <gtest/gtest.h>
 
 #include <thread>
@@ -25,7 +25,7 @@ TEST(Clones, GoOnInThreadsOfTheirOwn) {
         ASSERT_TRUE(call.run(*origin, &out).ok());
       }
       constexpr int kThreads = 4;
-      // Of each thread what it does and what comes of it, first alone.
+      // Each thread's work and its results, first run alone.
       std::vector<std::vector<scripts::Call>> scripts;
       std::vector<Bytes> want;
       for (int i = 0; i < kThreads; ++i) {

@@ -153,7 +153,7 @@ Extent held(const Model& model) {
   return x;
 }
 
-// However the tokens of a sequence come, at the next settle the same is exact, sealed and gone.
+// However the tokens of a sequence arrive, after the next settle the same ones are exact, sealed and dropped.
 TEST(Ledger, SizesOfCallsLeaveNoTrace) {
   std::mt19937_64 random(seed_of_run());
   for (const Policy& p : kPolicies) {

@@ -72,7 +72,7 @@ TEST(Paged, DequantisedPagesAreTheBackendsRows) {
       std::memcmp(want.data(), server.blocks->as<std::byte>() + 60 * server.format->block_bytes(), want.size() * 2), 0);
 }
 
-// Every refusal names what was wrong, and leaves pages, blocks and outputs as they were.
+// Every refusal names what was wrong, and leaves pages, blocks and outputs unchanged.
 TEST(Paged, RefusalsNameTheArgumentAndWriteNothing) {
   Two two;
   PagedServer& server = two.server;

@@ -134,7 +134,7 @@ void seal_block(Bytes& file, const Block& b) {
   std::memcpy(&file[b.payload + b.bytes], &crc, 4);
 }
 
-// Everything a cache can be asked, on what a lying file made of it. Statuses do not matter here, memory does.
+// Every call that a cache has, on one loaded from a damaged file. Statuses do not matter here, memory does.
 void exercise(const Case& c, const Bytes& file, Cache& loaded) {
   const std::int64_t batch = loaded.batch(), h = c.config.kv_heads, dk = c.config.head_dim_k, dv = c.config.head_dim_v;
   ASSERT_LE(batch, 4);

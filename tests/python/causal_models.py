@@ -293,7 +293,7 @@ def names() -> list[str]:
 
 def shrunk(config_class: type[PreTrainedConfig], own: dict[str, Any]) -> PreTrainedConfig:
     default = config_class()
-    # Of what may differ from layer to layer the config itself says nothing.
+    # The config itself does not say what may differ from layer to layer.
     varied = getattr(default, "per_layer_attributes", None) or ()
     settings = {name: value for name, value in SHRUNK.items() if name not in varied and hasattr(default, name)}
     kv_heads = None if "num_key_value_heads" in varied else getattr(default, "num_key_value_heads", None)

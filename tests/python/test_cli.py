@@ -264,7 +264,7 @@ def test_bench_generate(model: Path, tmp_path: Path) -> None:
         (64, "own"), (64, "kv4"), (300, "own"), (300, "kv4"),
     ]  # fmt: skip
     assert all(len(row["repeats_ms"]) == 2 and row["best"] for row in rows)
-    # An own cache in float32 holds twice fp16's bytes, whatever its windows have let go of.
+    # The model's own cache in float32 holds twice fp16's bytes, whatever its windows have dropped.
     assert all(row["cache_bytes"] == 2 * row["fp16_bytes"] for row in rows if row["cache"] == "own")
     assert "kv4/own" in result.stdout
     assert "kv4/exact" not in result.stdout

@@ -120,7 +120,7 @@ def test_guidance_has_both_its_branches_on_kv4(monkeypatch):
 
 
 def test_a_models_own_cache_implementation_is_no_wish_of_the_caller():
-    """Released Gemma 2 names one in its generation config; a call's own word still counts."""
+    """Gemma 2 as released names one in its generation config; what a call passes still takes precedence."""
     model = copy.deepcopy(hf_cases.model_of("gemma2"))
     model.generation_config.cache_implementation = "hybrid"
     kv4.hf.attach(model)

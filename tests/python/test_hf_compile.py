@@ -43,7 +43,7 @@ def decoded(model, step, cache, ids, steps, **kwargs):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
 def test_a_decode_step_is_one_graph(name, backend):
-    """Through a sealing; the second step makes the lengths dynamic, and nothing is compiled after it."""
+    """Across a sealing; the second step makes the lengths dynamic, and nothing is compiled after it."""
     model = attached(name)
     try:
         ids = hf_cases.tokens_of(2, 125)
@@ -52,7 +52,7 @@ def test_a_decode_step_is_one_graph(name, backend):
         step = torch.compile(model, backend=backend, fullgraph=True)
         torch.testing.assert_close(decoded(model, step, compiled, ids, 10), expected, rtol=0, atol=1e-4)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-        # A longer cache, another cache: the graph serves on.
+        # A longer cache, another cache: the graph still serves.
         decoded(model, step, kv4.hf.new_cache(model), hf_cases.tokens_of(2, 200), 3)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
         assert compiled.get_seq_length() == 135

@@ -81,7 +81,7 @@ MODELS = {
         "MistralForCausalLM", transformers.MistralConfig(**_TEXT, sliding_window=8)
     ),
     "windows in some layers": lambda: _build("Gemma3ForCausalLM", transformers.Gemma3TextConfig(**_TEXT, **_SLIDING)),
-    # Their caches forget what leaves the window; until then every query sees it.
+    # Their caches drop what leaves the window; until then every query sees it.
     "causal over layers that slide": lambda: _build(
         "LlamaForCausalLM", transformers.LlamaConfig(**_TEXT, sliding_window=8)
     ),

@@ -58,7 +58,7 @@ def test_every_layout_and_dtype_is_read_in_place(dtype, layout):
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_the_core_reads_arrays_through_the_buffer_protocol_too(dtype):
-    """The way of an MLX with Metal, whose DLPack says that its memory is the GPU's."""
+    """As MLX with Metal does it: its DLPack reports the memory as the GPU's."""
     k, v = (mx.contiguous(rows(9, seed=s, dtype=dtype).transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for s in (0, 1))
     mx.eval(k, v)
     out = []

@@ -151,7 +151,7 @@ def test_a_package_that_is_not_there_is_named(cache: Path, contents: list[bytes]
 
 
 def test_pip_fetches_the_pinned_version_without_running_it(tmp_path: Path, contents: list[bytes], monkeypatch) -> None:
-    """A real pip, from a folder of wheels instead of an index."""
+    """A real pip, installing from a folder of wheels instead of an index."""
     part = fake(contents).parts[2]
     shelf = tmp_path / "shelf"
     shelf.mkdir()

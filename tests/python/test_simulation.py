@@ -74,7 +74,7 @@ def test_what_the_packed_cache_reads_back(side: Side, d: int) -> None:
         packed = torch.empty(1, 2, 192, d)
         read(4, 192, packed)
         mine, own = mine[:, :192], (k if which == "k" else v)[:, 4:196]
-        # A code that fell to the other side of a tie moves a vector by a level; nothing else may differ by more than
+        # A code on the other side of a tie moves a vector by a level; nothing else may differ by more than
         # an fp16 ulp of its scale and mean.
         apart = (mine - packed[0]).norm(dim=-1) / (own - own.mean(1, keepdim=True)).norm(dim=-1)
         assert (apart < 2e-3).float().mean() > 0.98

@@ -60,7 +60,7 @@ def test_the_packed_cache_reads_what_is_simulated(bits: tuple[int, int], d: int)
     for own, simulated, read in zip((k, v), sealed, (core.dense_keys, core.dense_values), strict=True):
         packed = torch.empty(1, 2, 192, d)
         read(4, 192, packed)
-        # A code that fell to the other side of a tie moves a vector by a level; nothing else may differ by more than
+        # A code on the other side of a tie moves a vector by a level; nothing else may differ by more than
         # an fp16 ulp of its scale and mean.
         apart = (simulated[:, :192] - packed[0]).norm(dim=-1) / own[:, 4:196].norm(dim=-1)
         assert (apart < 2e-3).float().mean() > 0.98

@@ -167,7 +167,7 @@ class Worker {
     ++counts_[kAttend];
   }
 
-  // Another family goes on from here; the one in its place is let go of.
+  // Another family continues from here; the one in its place is destroyed.
   void fork(Family& f) {
     Family copy = fork_of(f);
     families_[static_cast<std::size_t>(random_.below(static_cast<int>(families_.size())))] = std::move(copy);
