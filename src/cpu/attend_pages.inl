@@ -82,15 +82,15 @@ struct DotOperand {
   }
 };
 
-// The units in which numbers of at most `top` become integers of at most Dot::kLimit, and their inverses. Where
-// top is next to 0 both are 0; where it is not finite the unit is not either, which shows in the products.
-template <class V>
+// The units in which numbers of at most `top` become integers of at most kLimit, and their inverses. Where top is next
+// to 0 both are 0; where it is not finite the unit is not either, which shows in the products.
+template <class V, int kLimit = Dot::kLimit>
 KV4_INLINE void units_of(typename V::F top, typename V::F* unit, typename V::F* inverse) {
   using F = typename V::F;
   using I = typename V::I;
   const I tiny = (I)(top <= V::set1(1e-30f)), finite = (I)(top <= V::set1(std::numeric_limits<float>::max()));
-  *unit = (F)((I)(top * V::set1(1.0f / Dot::kLimit)) & ~tiny);
-  *inverse = (F)((I)(V::set1(static_cast<float>(Dot::kLimit)) / top) & ~tiny & finite);
+  *unit = (F)((I)(top * V::set1(1.0f / kLimit)) & ~tiny);
+  *inverse = (F)((I)(V::set1(static_cast<float>(kLimit)) / top) & ~tiny & finite);
 }
 
 // Those of n numbers of a query.
@@ -327,21 +327,19 @@ KV4_INLINE void add_values(const PagesTask& t, const PageAt& page, const PackedS
   }
 }
 
-// Scores of R rows over the N tokens from `position` on to weights (softmax.inl), after soft cap and mask; spans[r] is
-// what row row0 + r may see.
+// Soft cap and mask of the scores of R rows over the `size` tokens from `position` on, a multiple of the lanes;
+// spans[r] is what row row0 + r may see.
 template <class V, int R, int N>
-KV4_INLINE bool weigh_scores(const PagesTask& t, std::int64_t position, int row0, const Span* spans,
-                             float (&scores)[R][N], float* rescale) {
-  using F = typename V::F;
+KV4_INLINE void mask_scores(const PagesTask& t, std::int64_t position, int row0, const Span* spans, int size,
+                            float (&scores)[R][N]) {
   for (int r = 0; r < R; ++r) {
     if (t.cap != 0) {
-      const F cap = V::set1(t.cap);
-      for (int j = 0; j < N; j += V::kLanes) V::store(scores[r] + j, cap * tanh_of<V>(V::load(scores[r] + j)));
+      const typename V::F cap = V::set1(t.cap);
+      for (int j = 0; j < size; j += V::kLanes) V::store(scores[r] + j, cap * tanh_of<V>(V::load(scores[r] + j)));
     }
-    if (t.mask.kind != Mask::General::none || spans[r].begin > 0 || spans[r].end < N)
-      apply_mask(t.mask, row0 + r, position, spans[r], N, scores[r]);
+    if (t.mask.kind != Mask::General::none || spans[r].begin > 0 || spans[r].end < size)
+      apply_mask(t.mask, row0 + r, position, spans[r], size, scores[r]);
   }
-  return weigh<V>(scores, t.states.m + row0, t.states.l + row0, kNegligible, rescale);
 }
 
 template <class V, int R>
@@ -356,7 +354,8 @@ void attend_tile(const PagesTask& t, const PageAt& page, const PackedSide& keys,
   alignas(64) float scores[R][kPageTokens];
   score_tile<V>(t, page, keys, row0, scores);
   alignas(64) float rescale[kRowLanes];
-  if (weigh_scores<V>(t, page.position, row0, spans, scores, rescale))
+  mask_scores<V>(t, page.position, row0, spans, kPageTokens, scores);
+  if (weigh<V>(scores, t.states.m + row0, t.states.l + row0, kNegligible, rescale))
     add_values<V>(t, page, values, row0, scores, rescale);
 }
 
@@ -396,16 +395,17 @@ inline void prepare_queries(const PagesTask& t, int tiles) {
   }
 }
 
-inline PageAt page_at(const PagesTask& t, int p) {
+// ahead: pages to the one that is prefetched meanwhile.
+inline PageAt page_at(const PagesTask& t, int p, int ahead = 1) {
   PageAt page;
   page.slice = slice_at(t.memory, t.pages[p], t.head);
-  page.next = slice_at(t.memory, t.pages[p + 1 < t.last ? p + 1 : p], t.head);
+  page.next = slice_at(t.memory, t.pages[p + ahead < t.last ? p + ahead : p], t.head);
   page.position = t.position + static_cast<std::int64_t>(p) * kPageTokens;
   page.tokens = p + 1 == t.page_count ? t.last_page_tokens : kPageTokens;
   return page;
 }
 
-// Scales and mean of the page after `page`.
+// Scales and mean of the page that is prefetched.
 inline void prefetch_scales(const PagesTask& t, const PageAt& page) {
   const kv4_page_layout& layout = t.spec->layout;
   // Into L2, as the codes: L1 has too few line buffers to hold what a page of memory latency takes.

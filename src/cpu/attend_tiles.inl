@@ -1,104 +1,29 @@
 // Attention over sealed pages with a matrix unit: 16 rows of 64 int8 positions by 64 positions of 16 lanes. An
-// instruction set that has one offers it as Isa::Tiles (amx/tiles.h); elsewhere nothing here is compiled.
+// instruction set that has one offers it as Isa::Tiles (amx/tiles.h, which has counts and times); elsewhere nothing
+// here is compiled.
 //
-// The sums are those of attend_pages.inl, in the same integers: q_c = 256 h + l, h and l in int8, against the levels
-// as they are, which are int8 too. The first operand holds the h of up to kTileRows query rows, and under them their l.
-// A register of codes (layout.h) is a row of the second operand, 4 positions of 16 lanes, so that unpacking permutes
-// nothing, whatever the width. Soft cap, mask and softmax are the code of the other path. The levels of one piece,
-// 4 KiB, are unpacked before it is multiplied: a tile load waits for stores to reach L1, and the little that a page
-// needs stays there. Several tiles keep a page's levels, unpacked once for all.
+// The scores are those of attend_pages.inl, from the same integers: q_c = 256 h + l, h and l in int8, against the
+// levels as they are, which are int8 too. The first operand holds the h of up to kTileRows query rows, and under them
+// their l. Weights are not negative: their h and l are bytes without a sign, and their unit is half as large. One unit
+// serves the up to kMostPages pages whose sums the registers add up, where the other path has one a page: at worst all
+// weights but one page's are small, and rounding then adds up over all pages, sqrt(4) / 2 as much as there.
 //
-// Overflow: |sum of h L|, |sum of l L| <= 512 * 128 * 127 < 2^23, 256 h + l < 2^31 (portable/dot.h).
+// Overflow: |sum of h L|, |sum of l L| <= 512 * 128 * 127 < 2^23 for keys, 256 * 255 * 128 < 2^23 for values, 256 h + l
+// < 2^31 (portable/dot.h) and at most 256 * 65535 * 128 < 2^31.
 #pragma once
 
 #include <type_traits>
 
-#include "cpu/attend_pages.inl"
-#include "cpu/quads.inl"
+#include "cpu/matrix_levels.inl"
 
 namespace kv4::cpu::KV4_ISA {
 
-constexpr int kOperandBytes = 1024;   // 16 rows of 64
-constexpr int kMatrixPositions = 64;  // positions that one product sums over
-constexpr int kMatrixBlocks = 4;      // blocks of 16 lanes whose sums the unit holds at once
-constexpr int kPieceBytes = kMatrixBlocks * kOperandBytes;
-constexpr int kMostPages = 2;  // that one softmax serves
-constexpr int kPairRows = 4;   // most rows with which it serves two
-
-// Codes of `blocks` blocks of 16 lanes, `octets` <= 8 octets of positions each, an even number: what is multiplied with
-// one first operand.
-struct Piece {
-  std::size_t codes;   // bytes from the slice's first, in the first plane
-  std::size_t more;    // alike, in the second
-  std::size_t stride;  // bytes between blocks in the first plane; half as many in the second
-  int blocks, octets;
-};
-
-struct PieceSide : SidePlanes {
-  using SidePlanes::SidePlanes;
-  // `blocks` blocks, each `stride` octets behind the last; the first octet is number `at` of the side's.
-  Piece piece(std::size_t at, std::size_t stride, int blocks, int octets) const {
-    return {first_at(at), second_at(at), stride * octet, blocks, octets};
-  }
-};
-
-// A page's pieces: those of the keys, [groups, steps], then those of the values, [groups, rounds].
-struct Pieces {
-  int key_octets, steps, keys;  // of a group; of a group; of all
-  int value_blocks, rounds, values;
-  int key_bits, value_bits;
-  std::size_t key_stride;  // octets between blocks
-  PieceSide key_side, value_side;
-
-  explicit Pieces(const PageSpec& spec)
-      : key_side(spec.key, spec.layout.k_codes), value_side(spec.value, spec.layout.v_codes) {
-    const SideSpec &key = spec.key, &value = spec.value;
-    key_octets = (key.groups == 1 ? pad_channels(key.dim) : key.group) / 8;
-    steps = (key_octets + 7) / 8;
-    keys = key.groups * steps;
-    value_blocks = (value.groups == 1 ? pad_channels(value.dim) : value.group) / 16;
-    rounds = (value_blocks + kMatrixBlocks - 1) / kMatrixBlocks;
-    values = value.groups * rounds;
-    key_bits = key.levels.bits;
-    value_bits = value.levels.bits;
-    key_stride = static_cast<std::size_t>(pad_channels(key.dim)) / 8;
-  }
-  Piece key(int i) const {
-    const int first = i % steps * 8, octet = i / steps * key_octets + first;
-    return key_side.piece(static_cast<std::size_t>(octet), key_stride, kPageTokens / 16,
-                          std::min(8, key_octets - first));
-  }
-  Piece value(int i) const {
-    constexpr int kOctets = kPageTokens / 8;
-    const int first = i % rounds * kMatrixBlocks, octet = (i / rounds * value_blocks + first) * kOctets;
-    return value_side.piece(static_cast<std::size_t>(octet), kOctets, std::min(kMatrixBlocks, value_blocks - first),
-                            kOctets);
-  }
-};
-
-// Scratch of a task; with a null block only its size. `height` below: rows of h in a first operand.
-struct TilesScratch {
-  std::int8_t* queries;  // [tiles, key pieces] first operands
-  std::int8_t* weights;  // [kMostPages] first operands
-  std::uint8_t* levels;  // [kMostPages, pieces] second operands of kPieceBytes; of a single tile those of one piece
-  std::size_t bytes;
-
-  TilesScratch(void* block, const Pieces& pieces, std::int64_t rows) {
-    Parts parts(block);
-    const std::int64_t tiles = tiles_of(rows);
-    queries = parts.take<std::int8_t>(static_cast<std::size_t>(tiles * pieces.keys) * kOperandBytes);
-    weights = parts.take<std::int8_t>(kMostPages * kOperandBytes);
-    const int kept = tiles == 1 ? 1 : kMostPages * (pieces.keys + pieces.values);
-    levels = parts.take<std::uint8_t>(static_cast<std::size_t>(kept) * kPieceBytes);
-    bytes = parts.used();
-  }
-  static std::int64_t tiles_of(std::int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
-};
+constexpr int kWeightLimit = 65535;
 
 // n numbers (a multiple of 16), x(i) those from i on, times `inverse`, to the nearest integers, as a row of first
 // operands: h at `high`, l at `low`, each next 64 positions kOperandBytes later. Positions from n to the next multiple
-// of 64 become 0.
-template <class V, class X>
+// of 64 become 0. kUnsigned: they are none below 0, and h and l are bytes without a sign.
+template <class V, bool kUnsigned, class X>
 KV4_INLINE void quantise_row(X x, int n, typename V::F inverse, std::int8_t* high, std::int8_t* low) {
   using I = typename V::I;
   constexpr int kVectors = kMatrixPositions / V::kLanes;
@@ -110,138 +35,28 @@ KV4_INLINE void quantise_row(X x, int n, typename V::F inverse, std::int8_t* hig
       const typename V::F scaled = at < n ? x(at) * inverse : typename V::F{};
       v[k] = V::round(scaled) & (I)(scaled == scaled);  // what is NaN, or 0 times infinity, has no integer
     }
-    V::Tiles::split(v, high, low);
+    V::Tiles::template split<kUnsigned>(v, high, low);
   }
 }
 
-// One or two pages, which one softmax serves: with few rows what stands between two products takes as long for 128
-// tokens as for 64.
-struct Pages {
-  PageAt page[kMostPages];
-  int count, tokens;
-};
-
-// Of pages with room for N tokens.
-template <int N>
-KV4_INLINE int count_of(const Pages& pages) {
-  return N == kPageTokens ? 1 : pages.count;
-}
-
-inline Pages pages_at(const PagesTask& t, int p, int most) {
-  Pages pages;
-  pages.count = std::min(most, t.last - p);
-  pages.tokens = 0;
-  for (int i = 0; i < pages.count; ++i) {
-    pages.page[i] = page_at(t, p + i);
-    pages.tokens += pages.page[i].tokens;
-  }
-  return pages;
-}
-
-// The slices of the pages after those at work, fetched into L2 a few lines at a time wherever that work has got to:
-// more at once than a core has buffers for would keep its own loads waiting.
-class NextPages {
- public:
-  // Pages [p, p + most), as many as the task has, by `calls` of fetch.
-  NextPages(const PagesTask& t, int p, int most, int calls)
-      : bytes_(t.spec->layout.head_bytes), step_((most * bytes_ / 64 + calls) / calls * 64) {
-    for (; count_ < std::min(most, t.last - p); ++count_)
-      slices_[count_] = slice_at(t.memory, t.pages[p + count_], t.head);
-  }
-  KV4_INLINE void fetch() {
-    if (slice_ == count_) return;
-    const std::int64_t to = std::min(at_ + step_, bytes_);
-    for (; at_ < to; at_ += 64) __builtin_prefetch(slices_[slice_] + at_, 0, 2);
-    if (at_ < bytes_) return;
-    ++slice_;
-    at_ = 0;
-  }
-
- private:
-  const std::uint8_t* slices_[kMostPages];
-  const std::int64_t bytes_, step_;
-  int count_ = 0, slice_ = 0;  // slices, and that which is being fetched
-  std::int64_t at_ = 0;
-};
-
-// Levels of octets and blocks that a piece lacks stay what they were: they meet zeros, or their sums are not read.
-template <class Tiles, int B>
-KV4_INLINE void unpack_bits(const Piece& piece, const std::uint8_t* slice, const typename Tiles::Table& table,
-                            std::uint8_t* levels, NextPages& next) {
-  constexpr int kFirst = step_bytes(first_plane(B)), kSecond = step_bytes(B - first_plane(B));
-  for (int b = 0; b < piece.blocks; ++b) {
-    next.fetch();
-    const std::size_t block = static_cast<std::size_t>(b) * piece.stride;
-    const std::uint8_t *const codes = slice + piece.codes + block, *const more = slice + piece.more + block / 2;
-    std::uint8_t* const to = levels + b * kOperandBytes;
-    const auto step = [&](int s) {
-      Tiles::template unpack<B>(codes + s * kFirst, more + s * kSecond, table, to + s * 256);
-    };
-    if (piece.octets == 8) {
-      KV4_UNROLL
-      for (int s = 0; s < 4; ++s) step(s);
-    } else {
-      for (int s = 0; s < piece.octets / 2; ++s) step(s);
-    }
-  }
-}
-// Code of its own: each of many kernels has that of 4 bits inlined.
-template <class Tiles, int B>
-[[gnu::noinline]] void unpack_other(const Piece& piece, const std::uint8_t* slice, const typename Tiles::Table& table,
-                                    std::uint8_t* levels, NextPages& next) {
-  unpack_bits<Tiles, B>(piece, slice, table, levels, next);
-}
-template <class Tiles>
-KV4_INLINE void unpack(const Piece& piece, int bits, const std::uint8_t* slice, const typename Tiles::Table& table,
-                       std::uint8_t* levels, NextPages& next) {
-  switch (bits) {
-    case 2: return unpack_other<Tiles, 2>(piece, slice, table, levels, next);
-    case 3: return unpack_other<Tiles, 3>(piece, slice, table, levels, next);
-    case 6: return unpack_other<Tiles, 6>(piece, slice, table, levels, next);
-    case 8: return unpack_other<Tiles, 8>(piece, slice, table, levels, next);
-    default: return unpack_bits<Tiles, 4>(piece, slice, table, levels, next);
-  }
-}
-
-// Registers 0 to 3 hold the sums of four blocks, 4 the rows, 5 to 7 levels.
-template <class Tiles>
-KV4_INLINE void clear_sums() {
-  Tiles::template zero<0>();
-  Tiles::template zero<1>();
-  Tiles::template zero<2>();
-  Tiles::template zero<3>();
-}
-template <class Tiles>
-KV4_INLINE void multiply(const std::int8_t* operand, const std::uint8_t* levels) {
-  Tiles::template load<4>(operand);
-  Tiles::template load<5>(levels);
-  Tiles::template multiply<0, 4, 5>();
-  Tiles::template load<6>(levels + kOperandBytes);
-  Tiles::template multiply<1, 4, 6>();
-  Tiles::template load<7>(levels + 2 * kOperandBytes);
-  Tiles::template multiply<2, 4, 7>();
-  Tiles::template load<5>(levels + 3 * kOperandBytes);
-  Tiles::template multiply<3, 4, 5>();
-}
-
-// Sums of one piece's blocks: [block, 2 height, 16], the rows of l under those of h.
+// Sums of one piece's blocks: [block, 16, 16], the `height` rows of l under those of h.
 struct alignas(64) MatrixSums {
-  std::int32_t sums[kMatrixBlocks * 2 * kTileRows * 16];
+  static constexpr int kBlock = 16 * 16;
+  std::int32_t sums[kMatrixBlocks * kBlock];
 
   template <class Tiles>
-  KV4_INLINE void take(int height) {
-    const std::ptrdiff_t block = 2 * height * 16;
+  KV4_INLINE void take() {
     Tiles::template store<0>(sums);
-    Tiles::template store<1>(sums + block);
-    Tiles::template store<2>(sums + 2 * block);
-    Tiles::template store<3>(sums + 3 * block);
+    Tiles::template store<1>(sums + kBlock);
+    Tiles::template store<2>(sums + 2 * kBlock);
+    Tiles::template store<3>(sums + 3 * kBlock);
   }
-  // 256 h + l of lanes [lane, lane + kLanes) of row r.
+  // 256 h + l of lanes [lane, lane + kLanes) of a block; `high` is the row's h of block 0.
   template <class V>
-  KV4_INLINE typename V::F joined(int height, int block, int r, int lane) const {
+  static KV4_INLINE typename V::F joined(const std::int32_t* high, const std::int32_t* low, int block, int lane) {
     using I = typename V::I;
-    const std::int32_t* const high = sums + (block * 2 * height + r) * 16 + lane;
-    return V::to_float((load_as<I>(high) << 8) + load_as<I>(high + height * 16));
+    const int at = block * kBlock + lane;
+    return V::to_float((load_as<I>(high + at) << 8) + load_as<I>(low + at));
   }
 };
 
@@ -252,30 +67,6 @@ KV4_INLINE void with_rows(int rows, F f) {
     if (rows < R) return with_rows<R - 1>(rows, f);
   f(std::integral_constant<int, R>{});
 }
-
-// What a task's kernels share.
-template <class V>
-struct MatrixTask {
-  using Table = typename V::Tiles::Table;
-  const PagesTask& t;
-  const Pieces pieces{*t.spec};
-  const TilesScratch scratch{t.tiles, pieces, t.rows};
-  const int tiles = static_cast<int>(TilesScratch::tiles_of(t.rows));
-  const int height = (t.rows + tiles - 1) / tiles;
-  const Table key_table = V::Tiles::table(t.spec->key.levels), value_table = V::Tiles::table(t.spec->value.levels);
-
-  // That one softmax serves.
-  int pages() const { return height <= kPairRows ? kMostPages : 1; }
-  // Calls of NextPages::fetch while all rows see the pages at work.
-  int fetches() const {
-    const int blocks = pieces.keys * (kPageTokens / 16) + t.spec->value.groups * pieces.value_blocks;
-    return pages() * (blocks + t.rows * t.spec->key.groups) + t.rows * pieces.values;
-  }
-  // Levels of piece i, keys first, of a page at work.
-  std::uint8_t* levels(int page, int i) const {
-    return scratch.levels + (tiles == 1 ? 0 : page * (pieces.keys + pieces.values) + i) * kPieceBytes;
-  }
-};
 
 template <class V>
 inline void prepare_matrix_queries(const MatrixTask<V>& task) {
@@ -291,126 +82,9 @@ inline void prepare_matrix_queries(const MatrixTask<V>& task) {
         units_of_query<V>(q, positions, &unit, &inverse);
         const std::ptrdiff_t operand = i * task.pieces.keys + g * task.pieces.steps;
         std::int8_t* const high = task.scratch.queries + operand * kOperandBytes + r * kMatrixPositions;
-        quantise_row<V>([q](int c) { return V::load(q + c); }, positions, inverse, high,
-                        high + task.height * kMatrixPositions);
+        quantise_row<V, false>([q](int c) { return V::load(q + c); }, positions, inverse, high,
+                               high + task.height * kMatrixPositions);
         t.q_scale[(tile.row + r) * key.groups + g] = unit[0];
-      }
-    }
-  }
-}
-
-// Scores of the R rows of a tile. unpacked: the task has the pages' keys already.
-template <class V, int R, int N>
-KV4_INLINE void score_matrix(const MatrixTask<V>& task, const Pages& pages, int tile, int row0, bool unpacked,
-                             NextPages& next, float (&scores)[R][N]) {
-  using F = typename V::F;
-  using Tiles = typename V::Tiles;
-  const PagesTask& t = task.t;
-  const Pieces& pieces = task.pieces;
-  const int groups = t.spec->key.groups, height = task.height;
-  const int count = count_of<N>(pages);
-  const F overflow = overflow_factor<V>(t.cap);
-  const float* const q_scale = t.q_scale + row0 * groups;
-  alignas(64) float from_mean[kRowLanes] = {};
-  MatrixSums sums;
-  for (int page = 0; page < count; ++page) {
-    widen_keys<V>(t, pages.page[page]);
-    for (int i = 0; i < pieces.keys; ++i) {
-      std::uint8_t* const levels = task.levels(page, i);
-      if (!unpacked)
-        unpack<Tiles>(pieces.key(i), pieces.key_bits, pages.page[page].slice, task.key_table, levels, next);
-      if (i % pieces.steps == 0) clear_sums<Tiles>();
-      multiply<Tiles>(task.scratch.queries + (tile * pieces.keys + i) * kOperandBytes, levels);
-      if (i % pieces.steps < pieces.steps - 1) continue;
-      sums.template take<Tiles>(height);
-      const int g = i / pieces.steps;
-      if (g == 0 && t.spec->key.mean) dot_mean<V, R>(t, row0, from_mean);
-      const float* const k_scale = t.k_scale + g * kPageTokens;
-      KV4_UNROLL
-      for (int r = 0; r < R; ++r) {
-        next.fetch();
-        float* const to = scores[r] + page * kPageTokens;
-        const F unit = V::set1(q_scale[r * groups + g]), mean = V::set1(from_mean[r]);
-        KV4_UNROLL
-        for (int j = 0; j < kPageTokens; j += V::kLanes) {
-          const F before = g == 0 ? mean : V::load(to + j);
-          const F s = V::fma(sums.template joined<V>(height, j / 16, r, j % 16), unit * V::load(k_scale + j), before);
-          V::store(to + j, V::fma(s, overflow, s));
-        }
-      }
-    }
-    if (t.spec->second.rows > 0) add_second<V>(t, pages.page[page].slice, row0, page * kPageTokens, scores);
-  }
-  const int scored = count * kPageTokens;
-  for (int r = 0; r < R; ++r) std::fill_n(scores[r] + scored, N - scored, 0.0f);
-}
-
-// Weights times the value scales of group g as first operands, one a page. units[r]: what a sum counts.
-template <class V, int R, int N>
-KV4_INLINE void prepare_weights(const MatrixTask<V>& task, const Pages& pages, int g, const float (&weights)[R][N],
-                                float* units) {
-  using F = typename V::F;
-  alignas(64) float inverse[kRowLanes], v_scale[N] = {};
-  const int count = count_of<N>(pages);
-  for (int page = 0; page < count; ++page)
-    widen_scales<V>(pages.page[page].slice + task.t.spec->layout.v_scales + 2 * g * kPageTokens, 1,
-                    pages.page[page].tokens, v_scale + page * kPageTokens);
-  F largest[R], top[kRowLanes / V::kLanes];
-  KV4_UNROLL
-  for (int r = 0; r < R; ++r) {
-    largest[r] = F{};
-    KV4_UNROLL
-    for (int j = 0; j < N; j += V::kLanes)
-      largest[r] = V::max(largest[r], V::load(weights[r] + j) * V::load(v_scale + j));
-  }
-  fold_lanes<V, MaxLanes<V>>(largest, top);
-  KV4_UNROLL
-  for (int i = 0; i * V::kLanes < R; ++i) {
-    F unit, other;
-    units_of<V>(top[i], &unit, &other);
-    V::store(units + i * V::kLanes, unit);
-    V::store(inverse + i * V::kLanes, other);
-  }
-  KV4_UNROLL
-  for (int r = 0; r < R; ++r) {
-    std::int8_t* const high = task.scratch.weights + r * kMatrixPositions;
-    const auto scaled = [&](int j) { return V::load(weights[r] + j) * V::load(v_scale + j); };
-    quantise_row<V>(scaled, N, V::set1(inverse[r]), high, high + task.height * kMatrixPositions);
-  }
-}
-
-// As add_values of attend_pages.inl.
-template <class V, int R, int N>
-KV4_INLINE void add_matrix_values(const MatrixTask<V>& task, const Pages& pages, int row0, bool unpacked,
-                                  NextPages& next, const float (&weights)[R][N], const float* rescale) {
-  using F = typename V::F;
-  using Tiles = typename V::Tiles;
-  const Pieces& pieces = task.pieces;
-  const int height = task.height, count = count_of<N>(pages);
-  const std::int64_t o_stride = task.t.states.o_stride;
-  alignas(64) float units[kRowLanes];
-  MatrixSums sums;
-  for (int i = 0; i < pieces.values; ++i) {
-    const int g = i / pieces.rounds, first = g * pieces.value_blocks + i % pieces.rounds * kMatrixBlocks;
-    const Piece piece = pieces.value(i);
-    if (i % pieces.rounds == 0) prepare_weights<V>(task, pages, g, weights, units);
-    for (int page = 0; page < count; ++page) {
-      std::uint8_t* const levels = task.levels(page, pieces.keys + i);
-      if (!unpacked) unpack<Tiles>(piece, pieces.value_bits, pages.page[page].slice, task.value_table, levels, next);
-      if (page == 0) clear_sums<Tiles>();
-      multiply<Tiles>(task.scratch.weights + page * kOperandBytes, levels);
-    }
-    sums.template take<Tiles>(height);
-    float* const o = task.t.states.o + row0 * o_stride + first * 16;
-    KV4_UNROLL
-    for (int r = 0; r < R; ++r) {
-      next.fetch();
-      float* to = o + r * o_stride;
-      const F unit = V::set1(units[r]), factor = V::set1(rescale[r]);
-      for (int b = 0; b < piece.blocks; ++b, to += 16) {
-        KV4_UNROLL
-        for (int lane = 0; lane < 16; lane += V::kLanes)
-          V::store(to + lane, V::fma(sums.template joined<V>(height, b, r, lane), unit, V::load(to + lane) * factor));
       }
     }
   }
@@ -421,55 +95,351 @@ struct Unpacked {
   bool keys = false, values = false;
 };
 
-template <class V, int R, int N>
-void attend_matrix(const MatrixTask<V>& task, const Pages& pages, int tile, int row0, Unpacked& unpacked,
-                   NextPages& next) {
-  const PagesTask& t = task.t;
-  const std::int64_t position = pages.page[0].position;
-  Span spans[R];
-  bool any = false;
-  for (int r = 0; r < R; ++r) {
-    spans[r] = visible_span(t.mask, row0 + r, position, pages.tokens);
-    any = any || spans[r].end > spans[r].begin;
+// Does `items` pieces of work by turns with `calls` products: step(n), after the n-th product, what is due then.
+template <class Work>
+class Beside {
+ public:
+  Beside(int items, int calls, Work work) : items_(items), calls_(calls), work_(work) {}
+  KV4_INLINE void step(int call) {
+    for (; done_ * calls_ < items_ * call; ++done_) work_(done_);
   }
-  if (!any) return;
-  alignas(64) float scores[R][N], rescale[kRowLanes];
-  score_matrix<V>(task, pages, tile, row0, unpacked.keys, next, scores);
-  unpacked.keys = task.tiles > 1;
-  if (!weigh_scores<V>(t, position, row0, spans, scores, rescale)) return;
-  add_matrix_values<V>(task, pages, row0, unpacked.values, next, scores, rescale);
-  unpacked.values = task.tiles > 1;
-}
+  KV4_INLINE void finish() {
+    for (; done_ < items_; ++done_) work_(done_);
+  }
+
+ private:
+  const int items_, calls_;
+  int done_ = 0;
+  Work work_;
+};
+
+// The R rows of one tile over the pages of a task, a few of which one softmax serves at a time. Where keys have one
+// scale a token, those of the next few are multiplied beside the softmax of these, and their sums converted beside the
+// products of the values of these: the two kinds of work wait for different things.
+template <class V, int R>
+class TileRun {
+  using F = typename V::F;
+  using Tiles = typename V::Tiles;
+  using At = typename LevelStream<V>::At;
+
+ public:
+  TileRun(const MatrixTask<V>& task, int tile, int row, Unpacked& unpacked, LevelStream<V>& stream)
+      : task_(task), t_(task.t), pieces_(task.pieces), height_(task.height), row_(row), unpacked_(unpacked),
+        stream_(stream), operands_(task.scratch.queries + tile * task.pieces.keys * kOperandBytes),
+        ahead_(task.tiles == 1 && task.t.spec->key.groups == 1) {}
+
+  // Pages [first, last).
+  void run(int first, int last) {
+    page_ = first;
+    last_ = last;
+    Group groups[3];
+    Group *now = find(groups[0]), *next = find(groups[1]), *later = &groups[2];
+    if (now == nullptr) return;
+    multiply_keys(*now, next != nullptr && ahead_ ? first_key(*next) : first_value(*now), [](int) {});
+    if (ahead_) convert(*now);
+    rank(*now);
+    while (now != nullptr) {
+      Group* const freed = now;
+      later = find(*later);
+      attend(*now, next, later);
+      now = next;
+      next = later;
+      later = freed;
+    }
+  }
+
+ private:
+  // A few pages of which some row sees a token.
+  struct Group {
+    Pages pages;
+    Span spans[R];
+    int size;  // tokens that there is room for
+  };
+
+  // The next group; null where there is none.
+  Group* find(Group& group) {
+    for (; page_ < last_; page_ += kMostPages) {
+      Pages& pages = group.pages;
+      pages.count = std::min(kMostPages, last_ - page_);
+      for (int i = 0; i < pages.count; ++i) pages.page[i] = page_at(t_, page_ + i, kMostPages);
+      group.size = pages.count * kPageTokens;
+      bool any = false;
+      for (int r = 0; r < R; ++r) {
+        group.spans[r] = visible_span(t_.mask, row_ + r, pages.page[0].position,
+                                      group.size - kPageTokens + pages.page[pages.count - 1].tokens);
+        any = any || group.spans[r].end > group.spans[r].begin;
+      }
+      if (!any) continue;
+      page_ += kMostPages;
+      return &group;
+    }
+    return nullptr;
+  }
+
+  At first_key(const Group& group) const { return {group.pages.page, 0, 0}; }
+  At first_value(const Group& group) const { return {group.pages.page, 0, pieces_.keys}; }
+
+  // Softmax and values of `now`, whose scores are there, and the scores of `next`, which `later` follows.
+  void attend(const Group& now, const Group* next, const Group* later) {
+    const bool ahead = next != nullptr && ahead_;
+    if (t_.spec->value.groups == 1) widen_value_scales<V>(t_, now.pages, 0, v_scale_);
+    else std::fill_n(v_scale_, now.size, 1.0f);
+    Beside weighing(R + 1 + now.pages.count, ahead ? next->pages.count * pieces_.keys : 1,
+                    [&](int i) KV4_INLINE_LAMBDA {
+                      if (i < R) weigh_row(i, now.size);
+                      else if (i == R) settle();
+                      else prepare_page(i - R - 1);
+                    });
+    if (ahead) multiply_keys(*next, first_value(now), [&](int call) { weighing.step(call); });
+    weighing.finish();
+    if (gains_) {
+      Beside converting(ahead ? next->pages.count : 0, now.pages.count * pieces_.values,
+                        [&](int i) KV4_INLINE_LAMBDA { convert(next->pages, i, 0, raw_[i]); });
+      add_values(now.pages,
+                 next == nullptr    ? At()
+                 : !ahead           ? first_key(*next)
+                 : later != nullptr ? first_key(*later)
+                                    : first_value(*next),
+                 [&](int call) { converting.step(call); });
+      converting.finish();
+    } else {
+      stream_.forget();  // the values of `now`
+      if (ahead) convert(*next);
+    }
+    if (next == nullptr) return;
+    if (!ahead) multiply_keys(*next, first_value(*next), [](int) {});
+    rank(*next);
+  }
+
+  // The products of the keys, which leave sums, or scores where keys have several scales. `then`: what is multiplied
+  // next. beside(n): after the n-th product.
+  template <class Beside>
+  KV4_INLINE void multiply_keys(const Group& group, const At& then, Beside beside) {
+    const Pages& pages = group.pages;
+    const int count = pages.count, keys = pieces_.keys, steps = pieces_.steps;
+    const bool unpacked = unpacked_.keys;
+    int call = 0;
+    for (int number = 0; number < count; ++number) {
+      const PageAt& page = pages.page[number];
+      for (int i = 0, g = 0; i < keys; ++g) {
+        clear_sums<Tiles>();
+        for (const int end = i + steps; i < end; ++i) {
+          const At next = i + 1 < keys         ? At{&page, number, i + 1}
+                          : number + 1 < count ? At{&page + 1, number + 1, 0}
+                                               : then;
+          stream_.template multiply<false>(operands_ + i * kOperandBytes, {&page, number, i}, next, unpacked);
+          beside(++call);
+        }
+        raw_[number].template take<Tiles>();
+        if (!ahead_) convert(pages, number, g, raw_[number]);
+      }
+    }
+    unpacked_.keys = task_.tiles > 1;
+  }
+
+  // The scores of one page, of the sums of group g of its keys.
+  [[gnu::noinline]] void convert(const Pages& pages, int number, int g, const MatrixSums& sums) {
+    const PageAt& page = pages.page[number];
+    const int groups = t_.spec->key.groups;
+    if (g == 0) {
+      prefetch_scales(t_, page);
+      widen_keys<V>(t_, page);
+      if (t_.spec->key.mean) dot_mean<V, R>(t_, row_, from_mean_);
+    }
+    F k_scale[kPageTokens / V::kLanes];
+    KV4_UNROLL
+    for (int i = 0; i < kPageTokens / V::kLanes; ++i)
+      k_scale[i] = V::load(t_.k_scale + g * kPageTokens + i * V::kLanes);
+    const F overflow = overflow_factor<V>(t_.cap);
+    const float* const q_scale = t_.q_scale + row_ * groups + g;
+    float* to = scores_[0] + number * kPageTokens;
+    const std::int32_t *high = sums.sums, *low = high + height_ * 16;
+    for (int r = 0; r < R; ++r, to += kMostTokens, high += 16, low += 16) {
+      const F unit = V::set1(q_scale[r * groups]), mean = V::set1(from_mean_[r]);
+      KV4_UNROLL
+      for (int i = 0; i < kPageTokens / V::kLanes; ++i) {
+        const int j = i * V::kLanes;
+        const F before = g == 0 ? mean : V::load(to + j);
+        const F s = V::fma(MatrixSums::joined<V>(high, low, j / 16, j % 16), unit * k_scale[i], before);
+        V::store(to + j, V::fma(s, overflow, s));
+      }
+    }
+    if (g == groups - 1 && t_.spec->second.rows > 0) add_second<V>(t_, page.slice, row_, number * kPageTokens, scores_);
+  }
+  void convert(const Group& group) {
+    for (int number = 0; number < group.pages.count; ++number) convert(group.pages, number, 0, raw_[number]);
+  }
+
+  // Soft cap and mask of the scores, and their maxima.
+  void rank(const Group& group) {
+    mask_scores<V>(t_, group.pages.page[0].position, row_, group.spans, group.size, scores_);
+    F lanes[R];
+    for (int r = 0; r < R; ++r) {
+      F top[4];
+      KV4_UNROLL
+      for (int k = 0; k < 4; ++k) top[k] = V::load(scores_[r] + k * V::kLanes);
+      for (int j = 4 * V::kLanes; j < group.size; j += 4 * V::kLanes) {
+        KV4_UNROLL
+        for (int k = 0; k < 4; ++k) top[k] = V::max(top[k], V::load(scores_[r] + j + k * V::kLanes));
+      }
+      lanes[r] = V::max(V::max(top[0], top[1]), V::max(top[2], top[3]));
+    }
+    raise_maxima<V>(lanes, t_.states.m + row_, centre_, rescale_);
+  }
+
+  // Weights of row r (softmax.inl), times v_scale_, over `size` tokens.
+  [[gnu::noinline]] void weigh_row(int r, int size) {
+    const F c = V::set1(centre_[r]);
+    F total = F{}, top = F{};
+    for (int j = 0; j < size; j += 4 * V::kLanes) {
+      KV4_UNROLL
+      for (int k = j; k < j + 4 * V::kLanes; k += V::kLanes) {
+        const F w = exp2_of<V>(V::load(scores_[r] + k) - c), x = w * V::load(v_scale_ + k);
+        V::store(scores_[r] + k, x);
+        total += w;
+        top = V::max(top, x);
+      }
+    }
+    totals_[r] = total;
+    largest_[r] = top;
+  }
+  // What the weights of all rows add up to, and the units of those that are multiplied with scales.
+  [[gnu::noinline]] void settle() {
+    gains_ = gain_weights<V>(totals_, t_.states.l + row_, kNegligible, rescale_);
+    units_of_rows();
+  }
+  KV4_INLINE void units_of_rows() {
+    F top[kRowLanes / V::kLanes];
+    fold_lanes<V, MaxLanes<V>>(largest_, top);
+    KV4_UNROLL
+    for (int i = 0; i * V::kLanes < R; ++i) {
+      F unit, inverse;
+      units_of<V, kWeightLimit>(top[i], &unit, &inverse);
+      V::store(units_ + i * V::kLanes, unit);
+      V::store(inverse_ + i * V::kLanes, inverse);
+    }
+  }
+  // The first operand of the values of a page.
+  [[gnu::noinline]] void prepare_page(int number) {
+    if (!gains_ || t_.spec->value.groups > 1) return;
+    quantise_weights(number, [&](int r, int j) KV4_INLINE_LAMBDA { return V::load(scores_[r] + j); });
+  }
+  // x(r, j): weight j of row r.
+  template <class X>
+  KV4_INLINE void quantise_weights(int number, X x) {
+    std::int8_t *high = task_.scratch.weights + number * kOperandBytes, *low = high + height_ * kMatrixPositions;
+    for (int r = 0; r < R; ++r, high += kMatrixPositions, low += kMatrixPositions)
+      quantise_row<V, true>([&](int j) KV4_INLINE_LAMBDA { return x(r, number * kPageTokens + j); }, kPageTokens,
+                            V::set1(inverse_[r]), high, low);
+  }
+  // The same for all rows and group g of several.
+  [[gnu::noinline]] void prepare_group(const Pages& pages, int g) {
+    alignas(64) float v_scale[kMostTokens];
+    widen_value_scales<V>(t_, pages, g, v_scale);
+    const auto scaled = [&](int r, int j) { return V::load(scores_[r] + j) * V::load(v_scale + j); };
+    for (int r = 0; r < R; ++r) {
+      largest_[r] = F{};
+      for (int j = 0; j < pages.count * kPageTokens; j += V::kLanes) largest_[r] = V::max(largest_[r], scaled(r, j));
+    }
+    units_of_rows();
+    for (int i = 0; i < pages.count; ++i) quantise_weights(i, scaled);
+  }
+
+  // As add_values of attend_pages.inl; then and beside: as for keys.
+  template <class Beside>
+  KV4_INLINE void add_values(const Pages& pages, const At& then, Beside beside) {
+    const Piece* const list = task_.scratch.list + pieces_.keys;
+    const std::int8_t* const weights = task_.scratch.weights;
+    const int count = pages.count, keys = pieces_.keys, values = pieces_.values, rounds = pieces_.rounds;
+    const bool unpacked = unpacked_.values;
+    MatrixSums sums[2];
+    float* o = t_.states.o + row_ * t_.states.o_stride;
+    int call = 0, added = 0;
+    const auto add = [&](const float* units) {
+      const int blocks = list[added].blocks;
+      add_sums(blocks, sums[added % 2], units, o);
+      o += blocks * 16;
+      ++added;
+    };
+    alignas(64) float units[kRowLanes];
+    for (int g = 0, i = 0; g < t_.spec->value.groups; ++g) {
+      if (t_.spec->value.groups > 1) {
+        if (i > 0) add(units);
+        prepare_group(pages, g);
+      }
+      std::copy_n(units_, kRowLanes, units);
+      for (int round = 0; round < rounds; ++round, ++i) {
+        clear_sums<Tiles>();
+        for (int number = 0; number < count; ++number) {
+          const At next = number + 1 < count ? At{pages.page + number + 1, number + 1, keys + i}
+                          : i + 1 < values   ? At{pages.page, 0, keys + i + 1}
+                                             : then;
+          stream_.template multiply<true>(weights + number * kOperandBytes, {pages.page + number, number, keys + i},
+                                          next, unpacked);
+          beside(++call);
+        }
+        if (added < i) add(units);
+        sums[i % 2].template take<Tiles>();
+      }
+    }
+    add(units);
+    unpacked_.values = task_.tiles > 1;
+  }
+  // o += the sums of a piece, after o *= rescale.
+  [[gnu::noinline]] void add_sums(int blocks, const MatrixSums& sums, const float* units, float* o) {
+    const int height = height_;
+    const std::int64_t stride = t_.states.o_stride;
+    for (int r = 0; r < R; ++r) {
+      float* to = o + r * stride;
+      const F unit = V::set1(units[r]), factor = V::set1(rescale_[r]);
+      const std::int32_t *const high = sums.sums + r * 16, *const low = high + height * 16;
+      for (int b = 0; b < blocks; ++b, to += 16) {
+        KV4_UNROLL
+        for (int lane = 0; lane < 16; lane += V::kLanes)
+          V::store(to + lane, V::fma(MatrixSums::joined<V>(high, low, b, lane), unit, V::load(to + lane) * factor));
+      }
+    }
+  }
+
+  const MatrixTask<V>& task_;
+  const PagesTask& t_;
+  const Pieces& pieces_;
+  const int height_, row_;
+  Unpacked& unpacked_;
+  LevelStream<V>& stream_;
+  const std::int8_t* const operands_;
+  const bool ahead_;
+  int page_ = 0, last_ = 0;  // pages that are left
+  bool gains_ = false;       // some row's weights are worth taking into o
+  MatrixSums raw_[kMostPages];
+  alignas(64) float scores_[R][kMostTokens], v_scale_[kMostTokens];  // later weights
+  alignas(64) float from_mean_[kRowLanes] = {}, centre_[kRowLanes], rescale_[kRowLanes], units_[kRowLanes],
+                    inverse_[kRowLanes];
+  F totals_[R], largest_[R];
+};
 
 template <class V>
 void attend_tiles(const PagesTask& t) {
-  const MatrixTask<V> task{t};
+  const MatrixTask<V> task(t);
   prepare_matrix_queries<V>(task);
+  LevelStream<V> stream(task);
   V::Tiles::configure(2 * task.height);
-  const int most = task.pages();
+  const int most = task.tiles == 1 ? std::max(1, t.last - t.first) : kMostPages;
   for (int p = t.first; p < t.last; p += most) {
-    const Pages pages = pages_at(t, p, most);
-    NextPages next(t, p + most, most, task.fetches());
     Unpacked unpacked;
     for (int i = 0; i < task.tiles; ++i) {
       const TileAt tile = tile_at(t, i, task.tiles);
-      with_rows(tile.rows, [&](auto n) {
-        constexpr int kTokens = kMostPages * kPageTokens;
-        if constexpr (n <= kPairRows)
-          if (most == kMostPages) return attend_matrix<V, n, kTokens>(task, pages, i, tile.row, unpacked, next);
-        attend_matrix<V, n, kPageTokens>(task, pages, i, tile.row, unpacked, next);
-      });
+      with_rows(tile.rows,
+                [&](auto n) { TileRun<V, n>(task, i, tile.row, unpacked, stream).run(p, std::min(t.last, p + most)); });
     }
   }
   V::Tiles::release();
 }
 
-// One or two rows are best served by the vector unit: what the matrix unit takes for a page hardly depends on rows.
 template <class V>
 void attend_any_rows(const PagesTask& t) {
-  if constexpr (requires { typename V::Tiles; })
-    if (t.rows >= V::Tiles::kFewestRows) return attend_tiles<V>(t);
-  attend_pages<V>(t);
+  if constexpr (requires { typename V::Tiles; }) attend_tiles<V>(t);
+  else attend_pages<V>(t);
 }
 
 template <class V>

@@ -99,7 +99,34 @@ void unpack_keys(const std::uint8_t* codes, int padded, int first, int count, st
   }
 }
 
-inline void pack_values(const std::int32_t* quads, int padded, int first, int count, std::uint8_t* codes) {
+// A whole page by registers of 16 tokens: 11 instructions for four octets of four channels, 48 by 16 bytes.
+template <class Isa>
+void pack_whole_values(const std::int32_t* quads, int padded, std::uint8_t* codes) {
+  using I = typename Isa::I;
+  using B = typename LaneTypes<16>::B;
+  for (int q = 0; q < padded / 4; ++q) {
+    for (int t = 0; t < kPageTokens; t += 32) {
+      const I a = load_as<I>(quads + q * kPageTokens + t), b = load_as<I>(quads + q * kPageTokens + t + 16);
+      const I low = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+      const I high = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+      const B words = (B)(low | high << 4);
+      const B bytes = __builtin_shufflevector(words, words, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 16,
+                                              20, 24, 28, 17, 21, 25, 29, 18, 22, 26, 30, 19, 23, 27, 31, 32, 36, 40,
+                                              44, 33, 37, 41, 45, 34, 38, 42, 46, 35, 39, 43, 47, 48, 52, 56, 60, 49,
+                                              53, 57, 61, 50, 54, 58, 62, 51, 55, 59, 63);
+      std::uint8_t* const to = codes + value_nibble(t, 4 * q).byte;
+      Bytes16 octet[4];
+      std::memcpy(octet, &bytes, sizeof octet);
+      KV4_UNROLL
+      for (int i = 0; i < 4; ++i) store_as(to + 64 * i, octet[i]);
+    }
+  }
+}
+
+template <class Isa>
+void pack_values(const std::int32_t* quads, int padded, int first, int count, std::uint8_t* codes) {
+  if constexpr (Isa::kLanes == 16)
+    if (first == 0 && count == kPageTokens) return pack_whole_values<Isa>(quads, padded, codes);
   const int end = first + count;
   for (int o = first / 8; o < (end + 7) / 8; ++o) {
     const bool whole = 8 * o >= first && 8 * o + 8 <= end;
@@ -333,7 +360,7 @@ inline PackCodes pack_of(bool keys, int bits) {
     case 3: return keys ? pack_key_planes<Isa, 3> : pack_value_planes<3>;
     case 6: return keys ? pack_key_planes<Isa, 6> : pack_value_planes<6>;
     case 8: return keys ? pack_key_planes<Isa, 8> : pack_value_planes<8>;
-    default: return keys ? pack_keys<Isa> : pack_values;
+    default: return keys ? pack_keys<Isa> : pack_values<Isa>;
   }
 }
 template <class Isa>

@@ -217,19 +217,15 @@ struct LevelVectors {
   explicit LevelVectors(const Levels& l) {
     std::uint8_t bases[64] = {}, thresholds[64] = {}, magnitudes[32] = {};
     const int cells = l.bits <= 4 ? 16 : l.bits == 6 ? 64 : 0;
-    for (int h = 0; h < cells; ++h) {
-      const int size = 256 / cells;
-      int below = 0;
-      bool own = false;
-      for (int i = 0; i + 1 < l.half(); ++i) {
-        const int threshold_i = l.twice_threshold[i] << l.spread;
-        if (threshold_i / size < h) ++below;
-        if (threshold_i / size != h) continue;
-        thresholds[h] = static_cast<std::uint8_t>(threshold_i);
-        own = true;
-      }
-      // Without a threshold of its own every z of the cell passes 0.
+    for (int i = 0; cells > 0 && i + 1 < l.half(); ++i) {
+      const int threshold_i = l.twice_threshold[i] << l.spread;
+      thresholds[threshold_i / (256 / cells)] = static_cast<std::uint8_t>(threshold_i);
+    }
+    // Without a threshold of its own every z of the cell passes 0. Thresholds are above 0.
+    for (int h = 0, below = 0; h < cells; ++h) {
+      const bool own = thresholds[h] > 0;
       bases[h] = static_cast<std::uint8_t>(own ? below : below - 1);
+      below += own;
     }
     if (cells > 0)
       for (int i = 0; i < l.half(); ++i) magnitudes[i] = l.magnitude[i];
@@ -426,9 +422,10 @@ void seal_side(const SealSide& s, const SealScratch& scratch, PackCodes pack, co
   for (int t = s.first / L * L; t < end; t += L) {
     const std::byte* rows[L];
     alignas(64) float live[L];
+    const bool all = t >= s.first && t + L <= end && s.skip == nullptr && t - s.first >= s.hidden;
     for (int i = 0; i < L; ++i) {
       const int j = t + i - s.first;
-      const bool used = j >= 0 && j < s.count && s.used(j);
+      const bool used = all || (j >= 0 && j < s.count && s.used(j));
       rows[i] = used ? s.rows + j * s.stride : reinterpret_cast<const std::byte*>(scratch.zeros);
       live[i] = used ? 1.0f : 0.0f;
     }

@@ -185,23 +185,15 @@ KV4_INLINE void fold_lanes(const X (&x)[R], X* out) {
   }
 }
 
-// Turns the scores of R rows over N tokens (N a multiple of the lanes) into weights 2^(score - m) and takes them
-// into m and l. rescale[r]: what the row's earlier weights must be multiplied with; kRowLanes entries. Returns
-// false where no row gains more than `negligible` in l. Each step is done for all rows before the next: the
-// rows' chains of dependent instructions then run side by side.
-template <class V, int R, int N>
-KV4_INLINE bool weigh(float (&scores)[R][N], float* m, float* l, float negligible, float* rescale) {
+// Takes the largest scores of R rows, in the lanes of `largest`, into m. centre[r]: what weights are 2^(score - centre)
+// of; rescale[r]: what the row's earlier weights must be multiplied with; kRowLanes entries each.
+template <class V, int R>
+KV4_INLINE void raise_maxima(const typename V::F (&largest)[R], float* m, float* centre, float* rescale) {
   using F = typename V::F;
   using I = typename V::I;
-  constexpr int kVectors = kRowLanes / V::kLanes;
-  F lanes[R];
-  for (int r = 0; r < R; ++r) {
-    lanes[r] = V::load(scores[r]);
-    for (int j = V::kLanes; j < N; j += V::kLanes) lanes[r] = V::max(lanes[r], V::load(scores[r] + j));
-  }
-  F top[kVectors], sum[kVectors];
-  fold_lanes<V, MaxLanes<V>>(lanes, top);
-  alignas(64) float now[kRowLanes] = {}, centre[kRowLanes];
+  F top[kRowLanes / V::kLanes];
+  fold_lanes<V, MaxLanes<V>>(largest, top);
+  alignas(64) float now[kRowLanes] = {};
   for (int r = 0; r < R; ++r) now[r] = m[r];
   KV4_UNROLL
   for (int i = 0; i * V::kLanes < R; ++i) {
@@ -212,18 +204,15 @@ KV4_INLINE bool weigh(float (&scores)[R][N], float* m, float* l, float negligibl
     V::store(centre + i * V::kLanes, c);
     V::store(rescale + i * V::kLanes, exp2_of<V>(before - c));
   }
-  for (int r = 0; r < R; ++r) {
-    const F c = V::set1(centre[r]);
-    F total = F{};
-    for (int j = 0; j < N; j += V::kLanes) {
-      const F w = exp2_of<V>(V::load(scores[r] + j) - c);
-      V::store(scores[r] + j, w);
-      total += w;
-    }
-    lanes[r] = total;
-    m[r] = now[r];
-  }
-  fold_lanes<V, AddLanes>(lanes, sum);
+  for (int r = 0; r < R; ++r) m[r] = now[r];
+}
+
+// Takes the weights of R rows, added up in the lanes of `total`, into l. Returns false where no row gains more than
+// `negligible`.
+template <class V, int R>
+KV4_INLINE bool gain_weights(const typename V::F (&total)[R], float* l, float negligible, const float* rescale) {
+  typename V::F sum[kRowLanes / V::kLanes];
+  fold_lanes<V, AddLanes>(total, sum);
   alignas(64) float gain[kRowLanes];
   KV4_UNROLL
   for (int i = 0; i * V::kLanes < R; ++i) V::store(gain + i * V::kLanes, sum[i]);
@@ -233,6 +222,32 @@ KV4_INLINE bool weigh(float (&scores)[R][N], float* m, float* l, float negligibl
     gains = gains || !(gain[r] < negligible);
   }
   return gains;
+}
+
+// Turns the scores of R rows over N tokens (N a multiple of the lanes) into weights 2^(score - m) and takes them
+// into m and l. rescale, negligible and what it returns: as above. Each step is done for all rows before the next: the
+// rows' chains of dependent instructions then run side by side.
+template <class V, int R, int N>
+KV4_INLINE bool weigh(float (&scores)[R][N], float* m, float* l, float negligible, float* rescale) {
+  using F = typename V::F;
+  F lanes[R];
+  for (int r = 0; r < R; ++r) {
+    lanes[r] = V::load(scores[r]);
+    for (int j = V::kLanes; j < N; j += V::kLanes) lanes[r] = V::max(lanes[r], V::load(scores[r] + j));
+  }
+  alignas(64) float centre[kRowLanes];
+  raise_maxima<V>(lanes, m, centre, rescale);
+  for (int r = 0; r < R; ++r) {
+    const F c = V::set1(centre[r]);
+    F total = F{};
+    for (int j = 0; j < N; j += V::kLanes) {
+      const F w = exp2_of<V>(V::load(scores[r] + j) - c);
+      V::store(scores[r] + j, w);
+      total += w;
+    }
+    lanes[r] = total;
+  }
+  return gain_weights<V>(lanes, l, negligible, rescale);
 }
 
 }  // namespace kv4::cpu::KV4_ISA

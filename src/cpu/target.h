@@ -16,6 +16,7 @@
 #endif
 
 #define KV4_INLINE inline __attribute__((always_inline))
+#define KV4_INLINE_LAMBDA __attribute__((always_inline))  // behind a lambda's parameters
 
 // Before a loop of constant bounds over an array of vectors: the array lives in registers only where
 // the loop is unrolled, at any optimisation level.

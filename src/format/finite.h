@@ -13,18 +13,18 @@ struct NonFinite {
   bool key = false, value = false;
 };
 
-// NaN and infinity have all exponent bits set.
+// NaN and infinity have all exponent bits set. Counted, not joined by a condition: compilers make vectors of that, 4
+// instructions for 16 bytes, and of the other 8 an element.
+template <class Bits>
+inline bool finite_bits(const void* row, Bits exponent, int channels) {
+  const auto* bits = static_cast<const Bits*>(row);
+  Bits found = 0;  // wraps at more channels than there are
+  for (int c = 0; c < channels; ++c) found = static_cast<Bits>(found + ((bits[c] & exponent) == exponent ? 1 : 0));
+  return found == 0;
+}
 inline bool finite(const void* row, DType dtype, int channels) {
-  bool ok = true;
-  if (dtype == DType::f32) {
-    const auto* bits = static_cast<const std::uint32_t*>(row);
-    for (int c = 0; c < channels; ++c) ok &= (bits[c] & 0x7f800000u) != 0x7f800000u;
-  } else {
-    const std::uint16_t exponent = dtype == DType::f16 ? 0x7c00u : 0x7f80u;
-    const auto* bits = static_cast<const std::uint16_t*>(row);
-    for (int c = 0; c < channels; ++c) ok &= (bits[c] & exponent) != exponent;
-  }
-  return ok;
+  if (dtype == DType::f32) return finite_bits<std::uint32_t>(row, 0x7f800000u, channels);
+  return finite_bits<std::uint16_t>(row, dtype == DType::f16 ? 0x7c00 : 0x7f80, channels);
 }
 
 }  // namespace kv4

@@ -43,13 +43,6 @@ struct Dot {
   [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
                                       const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
                                       const Table& table, const std::uint8_t* next, std::int32_t* sums) {
-    products<R, B, Unpack<B>>(codes, more, octets, operands, start, start_stride, table, next, sums);
-  }
-  // The same, part of its caller: for instruction sets that add to this one.
-  template <int R, int B, class Unpack>
-  static KV4_INLINE void products(const std::uint8_t* codes, const std::uint8_t* more, int octets,
-                                  const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
-                                  const Table& table, const std::uint8_t* next, std::int32_t* sums) {
     using Steps = kv4::cpu::Steps<B, B == 4>;
     // With few rows the latency of vpdpbusd binds: the two halves of an octet then have sums of their own.
     constexpr int kChains = R <= 4 ? 2 : 1;
@@ -60,7 +53,7 @@ struct Dot {
       for (int r = 0; r < R; ++r) high[c][r] = low[c][r] = _mm512_setzero_si512();
     }
     const std::uint8_t* operand = operands;
-    Unpack unpack(table);
+    Unpack<B> unpack(table);
     for (int o = 0; o < octets; o += Steps::kOctets) {
       Steps::prefetch(next, more - codes, o);
       unpack.load(Steps::first(codes, o), Steps::second(more, o));
