@@ -213,7 +213,7 @@ class Calls {
     std::vector<std::int32_t> begin, end;
     for (int b = 0; b < size_; ++b) {
       begin.push_back(in_.one_in(16) ? in_.raw<std::int32_t>() : kPageTokens * in_.below(kTable));
-      end.push_back(in_.one_in(16) ? in_.raw<std::int32_t>() : begin.back() + kPageTokens * in_.below(3));
+      end.push_back(in_.one_in(16) ? in_.raw<std::int32_t>() : wrapping_sum(begin.back(), kPageTokens * in_.below(3)));
     }
     const int most = in_.mostly_below(kTable + 1);
     std::size_t bytes = 0;

@@ -167,7 +167,7 @@ Bases bases_of(std::span<const SequenceView> sequences) {
     }
   }
   for (const void** x : {&out.exact_k, &out.exact_v})
-    *x = reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(*x) / 16 * 16);
+    *x = static_cast<const std::byte*>(*x) - reinterpret_cast<std::uintptr_t>(*x) % 16;
   return out;
 }
 
