@@ -10,7 +10,7 @@ import pytest
 from kv4 import Recipe
 from kv4.vllm.choice import supported_module
 from kv4.vllm.settings import recipe_of
-from kv4.vllm.steps import LONG, PAGE, plan
+from kv4.vllm.steps import PAGE, plan
 
 
 def walk(cuts: list[int]) -> tuple[dict[int, int], list[tuple[int, int]]]:
@@ -57,7 +57,7 @@ def test_sequences_of_a_batch_have_pieces_of_their_own_and_padding_has_none() ->
 def test_on_a_device_tokens_that_decode_are_not_laid_out_as_pieces_of_prompts() -> None:
     # Three that decode, then 130 more tokens of a prompt, too few for the host's own attention.
     queries, lengths = np.array([0, 1, 2, 3, 133]), np.array([71, 500, 64, 330])
-    spans = plan(queries, lengths, True, leave=LONG).spans
+    spans = plan(queries, lengths, True, leave=131).spans
     assert [span.rows for span in spans] == [slice(0, 3), slice(3, 133)]
     assert [span.most_queries for span in spans] == [1, 64]
     assert [span.rows for span in plan(queries, lengths, True).spans] == [slice(0, 133)]
