@@ -33,7 +33,7 @@ constexpr Numbers<kHalf> numbers_of(const std::array<std::uint8_t, kHalf>& magni
     n.twice_threshold[i] = static_cast<std::uint8_t>(magnitude[i] + magnitude[i + 1]);
   for (int i = 0; i < half; ++i) {
     const auto size = static_cast<std::int8_t>(magnitude[static_cast<std::size_t>(i)]);
-    n.table[static_cast<std::size_t>(half + i)] = size;
+    n.table[kHalf + static_cast<std::size_t>(i)] = size;
     // Mid-tread: i = 0 is the code `half` again and keeps its level 0.
     const int code = half - 1 + (mid_tread ? 1 : 0) - i;
     if (code < half) n.table[static_cast<std::size_t>(code)] = static_cast<std::int8_t>(-size);

@@ -14,7 +14,8 @@ Status Rotation::householder(int d, int reflectors, std::uint64_t seed, std::sha
   KV4_RETURN_IF_ERROR(validate_dimension(d));
   if (reflectors < 1 || reflectors > d)
     return invalid_argument("reflectors", "1 to " + std::to_string(d), std::to_string(reflectors));
-  if ((*out = Interned::find({RotationKind::householder, d, reflectors, seed})) != nullptr) return {};
+  *out = Interned::find({RotationKind::householder, d, reflectors, seed});
+  if (*out != nullptr) return {};
   std::unique_ptr<Rotation> r(new Rotation(RotationKind::householder, d, reflectors, seed));
   r->vectors_f64_.reserve(static_cast<std::size_t>(reflectors) * d);
   SplitMix64 random(seed);

@@ -54,7 +54,8 @@ std::complex<double> root_of_unity(std::int64_t j, std::int64_t n) {
 
 Status Rotation::identity(int d, std::shared_ptr<const Rotation>* out) {
   KV4_RETURN_IF_ERROR(validate_dimension(d));
-  if ((*out = Interned::find({RotationKind::identity, d})) != nullptr) return {};
+  *out = Interned::find({RotationKind::identity, d});
+  if (*out != nullptr) return {};
   std::unique_ptr<Rotation> r(new Rotation(RotationKind::identity, d));
   *out = Interned::add(std::move(r));
   return {};

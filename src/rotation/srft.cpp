@@ -11,7 +11,8 @@ namespace kv4 {
 
 Status Rotation::srft(int d, std::uint64_t seed, std::shared_ptr<const Rotation>* out) {
   KV4_RETURN_IF_ERROR(validate_dimension(d));
-  if ((*out = Interned::find({RotationKind::srft, d, 0, seed})) != nullptr) return {};
+  *out = Interned::find({RotationKind::srft, d, 0, seed});
+  if (*out != nullptr) return {};
   std::unique_ptr<Rotation> r(new Rotation(RotationKind::srft, d, 0, seed));
   r->signs_ = random_signs(d, seed);
   for (const float sign : r->signs_) r->scaled_signs_f64_.push_back(sign / std::sqrt(2.0 * d));

@@ -24,7 +24,8 @@ std::vector<double> odd_dft_matrix(int m) {
 
 Status Rotation::srht(int d, std::uint64_t seed, std::shared_ptr<const Rotation>* out) {
   KV4_RETURN_IF_ERROR(validate_dimension(d));
-  if ((*out = Interned::find({RotationKind::srht, d, 0, seed})) != nullptr) return {};
+  *out = Interned::find({RotationKind::srht, d, 0, seed});
+  if (*out != nullptr) return {};
   std::unique_ptr<Rotation> r(new Rotation(RotationKind::srht, d, 0, seed));
   r->hadamard_order_ = d & -d;
   r->signs_ = random_signs(d, seed);
