@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "cuda/attend_state.cuh"
+#include "cuda/copies.cuh"
 
 namespace kv4::cuda {
 

@@ -69,6 +69,7 @@ __device__ constexpr int turn_of_channel(int row) { return row % 2 * 4 + row / 2
 template <int D, bool kValues>
 struct Dequantiser {
   using S = RowsShape<D>;
+  static constexpr int kCodes = (kValues ? D / 16 : 2 * S::kBlocks32) * kLanes;  // a slice's codes, by four words
   const DequantiseJobs& p;
   const SideParams& side;
   const DigitFragments& inverse;
@@ -112,12 +113,11 @@ struct Dequantiser {
   __device__ __forceinline__ Codes load(const Slice& s) const {
     Codes codes = {};
     if (s.count == 0) return codes;
-    constexpr int kOf = kValues ? D / 16 * kLanes : 2 * S::kBlocks32 * kLanes;
     const auto* from = reinterpret_cast<const uint4*>(s.data + side.codes);
 #pragma unroll
     for (int i = 0; i < S::kLoads; ++i) {
       const int at = threadIdx.x + i * S::kThreads;
-      if (at < kOf) codes.words[i] = __ldcs(from + at);
+      if (at < kCodes) codes.words[i] = __ldcs(from + at);
     }
     const int thread = threadIdx.x;
     if (thread < kPageTokens) codes.scale = reinterpret_cast<const unsigned short*>(s.data + side.scales)[thread];
@@ -138,12 +138,11 @@ struct Dequantiser {
   }
   template <bool kEven>
   __device__ __forceinline__ void put_levels(const Codes& codes, unsigned char* to) const {
-    constexpr int kOf = kValues ? D / 16 * kLanes : 2 * S::kBlocks32 * kLanes;
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < S::kLoads; ++i) {
       const int at = threadIdx.x + i * S::kThreads;
-      if (at >= kOf) break;
+      if (at >= kCodes) break;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int f = at / kLanes * 4 + e;
@@ -358,12 +357,11 @@ __global__ void __launch_bounds__(RowsShape<D>::kThreads, RowsShape<D>::kCtasPer
 template <int D>
 cudaError_t launch(const DequantiseJobs& p, int device, cudaStream_t stream) {
   using S = RowsShape<D>;
+  static SharedMost most;
   int multiprocessors = 1;
-  if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (const cudaError_t e = prepare_persistent(most, dequantise_jobs<D>, S::kShared, device, &multiprocessors);
       e != cudaSuccess)
     return e;
-  static SharedMost most;
-  if (const cudaError_t e = most.allow(dequantise_jobs<D>, S::kShared); e != cudaSuccess) return e;
   const int ctas = std::clamp(multiprocessors * S::kCtasPerMultiprocessor / (2 * S::kParts), 1, p.count);
   return queue(dequantise_jobs<D>, dim3(static_cast<unsigned>(ctas), 2, S::kParts), S::kThreads, S::kShared, stream, p);
 }

@@ -72,4 +72,15 @@ class SharedMost {
   std::atomic<bool> done_[kNoted] = {};
 };
 
+// What a launch of persistent CTAs needs to know: their shared memory allowed, and how many multiprocessors `device`,
+// the current one, has.
+template <class... Parameters>
+cudaError_t prepare_persistent(SharedMost& most, void (*kernel)(Parameters...), int bytes, int device,
+                               int* multiprocessors) {
+  if (const cudaError_t e = cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, device);
+      e != cudaSuccess)
+    return e;
+  return most.allow(kernel, bytes);
+}
+
 }  // namespace kv4::cuda

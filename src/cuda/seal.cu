@@ -198,12 +198,11 @@ bool has_shared(int device, int bytes) {
 
 template <int D>
 cudaError_t launch_pages(const SealParams& p, int device, cudaStream_t stream) {
+  static SharedMost most;
   int multiprocessors = 1;
-  if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (const cudaError_t e = prepare_persistent(most, seal_pages<D>, SealShape<D>::kShared, device, &multiprocessors);
       e != cudaSuccess)
     return e;
-  static SharedMost most;
-  if (const cudaError_t e = most.allow(seal_pages<D>, SealShape<D>::kShared); e != cudaSuccess) return e;
   // A slice of keys with means takes longer than one of values.
   const int ctas = std::min(multiprocessors, 2 * p.count);
   const int keys = p.key.mean && ctas < 2 * p.count ? std::max(1, ctas * 5 / 8) : ctas / 2;

@@ -454,12 +454,11 @@ __global__ void __launch_bounds__(TeamShape<D>::kThreads, 1)
 template <int D>
 cudaError_t launch(const SealParams& p, int device, cudaStream_t stream) {
   using S = TeamShape<D>;
+  static SharedMost most;
   int multiprocessors = 1;
-  if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (const cudaError_t e = prepare_persistent(most, seal_wgmma<D>, S::kShared, device, &multiprocessors);
       e != cudaSuccess)
     return e;
-  static SharedMost most;
-  if (const cudaError_t e = most.allow(seal_wgmma<D>, S::kShared); e != cudaSuccess) return e;
   // A slice of keys with means takes longer than one of values.
   const int clusters = std::min(multiprocessors / S::kCluster, 2 * p.count);
   const int keys = p.key.mean && clusters < 2 * p.count ? std::max(1, clusters * S::kKeyShare / 100) : clusters / 2;
