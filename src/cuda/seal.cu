@@ -134,13 +134,13 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
 
   for (int j = warp; j < count; j += kWarps) {
     for (int g = 0; g < side.groups; ++g) {
-      const int first = g * side.group;
+      const int channel0 = g * side.group;
       Precise squares;
       float largest = 0;
       for (int c = lane; c < side.group; c += kLanes) {
-        float& value = x[j * pitch + first + c];
+        float& value = x[j * pitch + channel0 + c];
         if (masked(j)) value = 0;
-        else if (side.mean) value += offset[first + c];
+        else if (side.mean) value += offset[channel0 + c];
         squares.add_product(value, value);
         largest = fmaxf(largest, fabsf(value));
       }
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
                                       : sqrtf(warp_sum(squares) / side.group) / side.gain;
       Precise xl, ll;
       for (int c = lane; c < side.group; c += kLanes) {
-        const float value = x[j * pitch + first + c], y = step > 0 ? value / step : 0.0f, size = fabsf(y);
+        const float value = x[j * pitch + channel0 + c], y = step > 0 ? value / step : 0.0f, size = fabsf(y);
         int index = 0;
 #pragma unroll
         for (int i = 0; i < 7; ++i) index += size >= side.thresholds[i];
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
         const float level = side.levels[code];
         xl.add_product(value, level);
         ll.add_product(level, level);
-        codes[j * padded + first + c] = static_cast<unsigned char>(to_stored(static_cast<uint32_t>(code)));
+        codes[j * padded + channel0 + c] = static_cast<unsigned char>(to_stored(static_cast<uint32_t>(code)));
       }
       const float top = warp_sum(xl), bottom = warp_sum(ll);
       const float scale = !(step > 0) ? 0.0f : side.abs_max ? step : bottom > 0 ? top / bottom : 0.0f;
