@@ -126,13 +126,25 @@ class Sequence {
 
   // End of the pages without exact rows.
   std::int64_t first_exact() const { return body() + released_ * kPageTokens; }
-  // Adopts an exact row [dim] of one head if it is within one `epsilon` of the expected one; else returns false.
-  bool adopt_row(std::int64_t position, int head, const float* k, const float* v, double epsilon) {
+  // Adopts an exact row [dim] of one head if each channel, before the division by lambda, is within one `epsilon` of
+  // the expected one and `of_row` of the row's norm; else returns false.
+  bool adopt_row(std::int64_t position, int head, const float* k, const float* v, double epsilon, double of_row) {
     Token& token = tokens_[static_cast<std::size_t>(position)];
+    const std::size_t first = static_cast<std::size_t>(head) * static_cast<std::size_t>(shape_.dim);
+    const auto weight = [&](int c) { return lambda_.empty() ? 1.0 : lambda_[first + static_cast<std::size_t>(c)]; };
+    double of_key = 0, of_value = 0;
     for (int c = 0; c < shape_.dim; ++c) {
-      const std::size_t at = static_cast<std::size_t>(head) * shape_.dim + c;
-      if (position >= start_ && (std::abs(token.k[at] - k[c]) > epsilon * (std::abs(token.k[at]) + 1e-3) ||
-                                 std::abs(token.v[at] - v[c]) > epsilon * (std::abs(token.v[at]) + 1e-3)))
+      const std::size_t at = first + static_cast<std::size_t>(c);
+      of_key += std::pow(token.k[at] * weight(c), 2);
+      of_value += std::pow(token.v[at], 2);
+    }
+    of_key = of_row * std::sqrt(of_key);
+    of_value = of_row * std::sqrt(of_value);
+    for (int c = 0; c < shape_.dim; ++c) {
+      const std::size_t at = first + static_cast<std::size_t>(c);
+      if (position >= start_ &&
+          (std::abs(token.k[at] - k[c]) > epsilon * (std::abs(token.k[at]) + 1e-3) + of_key / weight(c) ||
+           std::abs(token.v[at] - v[c]) > epsilon * (std::abs(token.v[at]) + 1e-3) + of_value))
         return false;
       token.k[at] = k[c];
       token.v[at] = v[c];

@@ -69,6 +69,8 @@ class Place {
   // Integer steps in a page's largest weight, where that is coarser than kTolerance; otherwise 0.
   virtual double page_weights() const { return 0; }
   double epsilon() const { return dtype() == DType::f32 ? 0x1p-23 : dtype() == DType::f16 ? 0x1p-10 : 0x1p-7; }
+  // Of a row's norm, by how much more its channels may differ when a page is opened again.
+  virtual double reopened() const { return 0; }
   float round(float x) const {
     return dtype() == DType::f32 ? x : dtype() == DType::f16 ? f16_to_f32(f32_to_f16(x)) : bf16_to_f32(f32_to_bf16(x));
   }
@@ -211,7 +213,7 @@ class Session {
       for (std::int64_t j = o.first_exact(); j < n; ++j)
         for (int h = 0; h < kShape.kv_heads; ++h) {
           const std::size_t at = static_cast<std::size_t>(((b * kShape.kv_heads + h) * n + j) * d);
-          ASSERT_TRUE(o.adopt_row(j, h, k.data() + at, v.data() + at, place_.epsilon()))
+          ASSERT_TRUE(o.adopt_row(j, h, k.data() + at, v.data() + at, place_.epsilon(), place_.reopened()))
               << "seed " << seed_ << ", sequence " << b << ", position " << j;
         }
     }

@@ -1,6 +1,7 @@
 // Sessions of a cache (cache_session.h) whose rows, queries and outputs are on the device.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -18,6 +19,9 @@ class DevicePlace final : public sessions::Place {
   std::string backend() const override { return "cuda"; }
   DType dtype() const override { return dtype_; }
   double page_weights() const override { return 255; }
+  // Rows of 16 bits are products with one digit of the matrix, whose entries, at most sqrt(2 / d), are wrong by at most
+  // 2^-11 of that (cuda/dequantise.cu).
+  double reopened() const override { return std::sqrt(2.0) * 0x1p-11; }
   TensorView rows(const std::vector<float>& x, std::int64_t b, std::int64_t h, std::int64_t t,
                   std::int64_t d) override {
     std::vector<std::uint16_t> halves(x.size());
