@@ -6,6 +6,7 @@
 //   cached paged   the same tokens in a host's tables, exact rows in blocks; what makes views of the tables included
 //   seal    all pages of a prefill, keys and values, from fp16 rows; seal_lambda with channel weights for keys
 //   unpack  the same pages back to fp16 rows
+//   decode-K4V2, seal-K4V2, ...: keys and values of so many bits a code
 // of_copy: bytes of the cache, read once (seal, unpack: rows and pages), over time, as a fraction of the speed of
 // a 1 GiB copy measured first, whose bytes count twice. Where the cache would stay in the L2 cache it is flushed before
 // each repeat.
@@ -83,10 +84,13 @@ struct Case {
   std::vector<int> tokens;  // of each sequence
   bool paged = false;
   int queries = 1;  // the newest tokens of every sequence ask, causally
+  scene::Widths bits = {};
 };
 
-Shape shape_of(const cases::Geometry& g) {
+Shape shape_of(const Case& c) {
+  const cases::Geometry& g = c.geometry;
   Shape shape;
+  shape.bits = c.bits;
   shape.kv_heads = g.kv_heads;
   shape.group = g.q_heads / g.kv_heads;
   shape.dim_k = shape.dim_v = g.head_dim;
@@ -229,7 +233,7 @@ struct Paged {
 
 void decode(benchmark::State& state, const Case& c) {
   if (cuda::backend() == nullptr) return state.SkipWithError("no CUDA device of compute capability 8.0 or later");
-  const Shape shape = shape_of(c.geometry);
+  const Shape shape = shape_of(c);
   const Scene few(shape, {Held{4, 64 * kPageTokens, 64, 0}}, false);
   const DeviceScene scene(few);
   const SequenceView like = scene.views(1)[0];
@@ -302,7 +306,7 @@ enum class Sealing { plain, weighted, unpack };
 
 void seal(benchmark::State& state, const Case& c, Sealing what) {
   if (cuda::backend() == nullptr) return state.SkipWithError("no CUDA device of compute capability 8.0 or later");
-  const Shape shape = shape_of(c.geometry);
+  const Shape shape = shape_of(c);
   const Scene few(shape, {Held{0, kPageTokens, 0, 0}}, false);
   const PageSpec spec = tests::on_device(few.spec());
   const int heads = shape.kv_heads, d = c.geometry.head_dim;
@@ -432,6 +436,20 @@ const bool registered = [] {
         ->UseManualTime();
     benchmark::RegisterBenchmark((std::string("unpack/") + g.name).c_str(), seal, prefill, Sealing::unpack)
         ->UseManualTime();
+  }
+  for (const cases::Geometry& g : cases::kGeometries) {
+    if (g.kv_heads > 16) continue;
+    for (const scene::Widths& bits : {scene::Widths{4, 2}, {3, 3}, {3, 2}, {2, 2}}) {
+      const std::string widths = "-K" + std::to_string(bits.k) + "V" + std::to_string(bits.v) + "/" + g.name;
+      for (const auto& [batch, tokens] : {std::pair(16, 32768), std::pair(1, 131072), std::pair(1, 4096)})
+        benchmark::RegisterBenchmark(
+            ("decode" + widths + "/" + std::to_string(batch) + "x" + std::to_string(tokens)).c_str(), decode,
+            Case{g, std::vector<int>(static_cast<std::size_t>(batch), tokens), false, 1, bits})
+            ->UseManualTime();
+      for (const auto& [name, what] : {std::pair("seal", Sealing::plain), std::pair("unpack", Sealing::unpack)})
+        benchmark::RegisterBenchmark((name + widths).c_str(), seal, Case{g, {65536}, false, 1, bits}, what)
+            ->UseManualTime();
+    }
   }
   for (const cases::Geometry& g : kServed)
     benchmark::RegisterBenchmark((std::string("decode/") + g.name + "/32x16384").c_str(), decode,

@@ -239,8 +239,9 @@ class Backend {
 
   // Channels stored per token for a head of `dim` channels (kernel padding).
   virtual int code_channels(int dim) const = 0;
-  // Whether its kernels take codes of every width of SideRecipe::bits and refined keys; else 4 bits and none alone.
-  virtual bool serves_every_page() const { return false; }
+  // ok, or unsupported naming the field: the widths of codes and the refined keys that its kernels take. Where not
+  // said, those of expect_plain_pages.
+  virtual Status supports_codes(const Recipe& recipe) const;
   // ok, or unsupported with the reason why no kernel serves this page.
   virtual Status supports(const PageSpec& spec) const = 0;
   // The same of exact rows, and of sealing them as they arrive.

@@ -65,4 +65,44 @@ void slice_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std
         [d = spec.value.dim](int j, int c) { return Order::value(j, c, d); }, Order::to);
 }
 
+// Codes of any width, in planes. places(token, channel, f) calls f(byte, shift, width, low) for each part of a code:
+// its bits [low, low + width) lie in `byte` from `shift` on. Bits of the canonical codes are counted from the lowest of
+// the first byte.
+template <class Places, class From>
+void gather_planes(const std::uint8_t* codes, int bits, int dim, std::uint8_t* canonical, Places places, From from) {
+  std::memset(canonical, 0, static_cast<std::size_t>(kPageTokens / 8 * bits) * static_cast<std::size_t>(dim));
+  std::size_t bit = 0;
+  for (int j = 0; j < kPageTokens; ++j)
+    for (int c = 0; c < dim; ++c, bit += static_cast<std::size_t>(bits)) {
+      unsigned stored = 0;
+      places(j, c, [&](std::size_t byte, int shift, int width, int low) {
+        stored |= (codes[byte] >> shift & ((1u << width) - 1)) << low;
+      });
+      const unsigned at = from(stored) << bit % 8;
+      canonical[bit / 8] = static_cast<std::uint8_t>(canonical[bit / 8] | at);
+      if (at > 255) canonical[bit / 8 + 1] = static_cast<std::uint8_t>(at >> 8);
+    }
+}
+
+// Of channels up to `padded`; code 0 where no channel is.
+template <class Places, class To>
+void scatter_planes(const std::uint8_t* canonical, int bits, int dim, int padded, std::uint8_t* codes, Places places,
+                    To to) {
+  std::memset(codes, 0, static_cast<std::size_t>(kPageTokens / 8 * bits) * static_cast<std::size_t>(padded));
+  const auto bits_at = [&](int j, int c) {
+    if (c >= dim) return 0u;
+    const std::size_t bit = static_cast<std::size_t>(j * dim + c) * static_cast<std::size_t>(bits);
+    unsigned code = canonical[bit / 8];
+    if (bit % 8 + static_cast<unsigned>(bits) > 8) code |= static_cast<unsigned>(canonical[bit / 8 + 1]) << 8;
+    return code >> bit % 8 & ((1u << bits) - 1);
+  };
+  for (int j = 0; j < kPageTokens; ++j)
+    for (int c = 0; c < padded; ++c) {
+      const unsigned stored = to(bits_at(j, c));
+      places(j, c, [&](std::size_t byte, int shift, int width, int low) {
+        codes[byte] = static_cast<std::uint8_t>(codes[byte] | (stored >> low & ((1u << width) - 1)) << shift);
+      });
+    }
+}
+
 }  // namespace kv4

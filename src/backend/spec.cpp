@@ -49,13 +49,20 @@ Status make_sides(const Recipe& recipe, int head_dim_k, int head_dim_v, const st
   return make_side(recipe.value, head_dim_v, matrix_v, "matrix_v", &out->value);
 }
 
-Status expect_plain_pages(const Recipe& recipe, const std::string& where) {
+Status expect_plain_pages(const Recipe& recipe, const std::string& where, int least_bits) {
+  std::string widths;
+  for (int bits = least_bits; bits < 4; ++bits) widths += std::to_string(bits) + (bits == 3 ? " or " : ", ");
   for (const auto& [name, bits] :
        {std::pair{"recipe.key.bits", recipe.key.bits}, {"recipe.value.bits", recipe.value.bits}})
-    if (bits != 4) return error(StatusCode::unsupported, name, "4 " + where, std::to_string(bits));
+    if (bits < least_bits || bits > 4)
+      return error(StatusCode::unsupported, name, widths + "4 " + where, std::to_string(bits));
   if (recipe.refined != 0)
     return error(StatusCode::unsupported, "recipe.refined", "0 " + where, std::to_string(recipe.refined));
   return {};
+}
+
+Status Backend::supports_codes(const Recipe& recipe) const {
+  return expect_plain_pages(recipe, std::string("on ") + name());
 }
 
 Status make_spec(const CacheConfig& config, Backend** backend, PageSpec* out) {
@@ -79,7 +86,7 @@ Status make_spec(const CacheConfig& config, Backend** backend, PageSpec* out) {
   }
   KV4_RETURN_IF_ERROR((*backend)->supports_rows(config.head_dim_k, config.head_dim_v, config.dtype, recipe.seal));
   if (recipe.seal == SealMode::never) return {};
-  if (!(*backend)->serves_every_page()) KV4_RETURN_IF_ERROR(expect_plain_pages(recipe, "on " + config.backend));
+  KV4_RETURN_IF_ERROR((*backend)->supports_codes(recipe));
   KV4_RETURN_IF_ERROR(validate(recipe, config.head_dim_k, config.head_dim_v));
   KV4_RETURN_IF_ERROR(make_sides(recipe, config.head_dim_k, config.head_dim_v, config.matrix_k, config.matrix_v, out));
   const auto u32 = [](int x) { return static_cast<std::uint32_t>(x); };

@@ -38,7 +38,7 @@ class CpuBackend final : public Backend {
  public:
   const char* name() const override { return "cpu"; }
   int code_channels(int dim) const override { return pad_channels(dim); }
-  bool serves_every_page() const override { return true; }
+  Status supports_codes(const Recipe&) const override { return {}; }
 
   Status supports(const PageSpec& spec) const override {
     KV4_RETURN_IF_ERROR(supports_side(spec.key, "k"));

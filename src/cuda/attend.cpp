@@ -87,7 +87,7 @@ void plan_readers(const AttendParams& p, int segments, const Load& load, AttendP
 }  // namespace
 
 bool takes_wide(const AttendParams& p, const Chip& chip) {
-  return chip.wgmma && p.k_copy_bytes > 0 && p.dim <= 128 && p.mask.kind == Mask::General::none &&
+  return chip.wgmma && p.k_copy_bytes > 0 && !has_narrow(p) && p.dim <= 128 && p.mask.kind == Mask::General::none &&
          p.group * p.queries >= kWideFrom && p.batch * p.kv_heads * p.group * p.queries >= kWideAll;
 }
 

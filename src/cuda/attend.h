@@ -54,11 +54,11 @@ struct AttendParams {
   std::uint32_t k_copy_bytes = 0, v_copy_bytes = 0;
   std::uint32_t v_codes = 0;       // offset in a head slice
   std::uint32_t value_scales = 0;  // from v_codes
-  Tables key, value;
-  float factor = 0;  // of q.k, to scores in units of log2 (or, with a cap, to the argument of tanh)
-  float cap = 0;     // > 0: score = cap * tanh(factor q.k), log2 units
-  Mask mask;         // start, window, general: device memory
-  int window = 0;    // of every sequence, where mask.window is null
+  Tables key, value;               // make_tables or, of narrow codes, make_narrow_tables
+  float factor = 0;                // of q.k, to scores in units of log2 (or, with a cap, to the argument of tanh)
+  float cap = 0;                   // > 0: score = cap * tanh(factor q.k), log2 units
+  Mask mask;                       // start, window, general: device memory
+  int window = 0;                  // of every sequence, where mask.window is null
 
   // Queries [inputs, kv_heads * group, rows, dim] and the output alike.
   const void* q = nullptr;
@@ -91,7 +91,13 @@ struct AttendParams {
   bool even_levels = false;  // both sides' levels of both signs have the same magnitudes
   // Where there are many: what one CTA rotates in one product, of no more than kBlockRows rows together.
   int prepare_blocks = 1, merge_segments = 1;
+
+  int key_bits = 4, value_bits = 4;  // of a code
+  std::uint32_t key_scales = 0;      // in a head slice
 };
+
+// Whether pages have codes of fewer than 4 bits.
+inline bool has_narrow(const AttendParams& p) { return is_narrow(p.key_bits) || is_narrow(p.value_bits); }
 
 // uint4 per block of operands: [k-tile of 32][lane] bytes, [k-tile of 32][tile of 4 rows][lane] of q'
 // (attend_rotate.cuh), [k-step of 16][lane] of q.

@@ -35,7 +35,7 @@ __device__ __forceinline__ void fused_fill(const AttendParams& p, const SharesOf
   F::filled();
 }
 
-template <int D, Rows kSegmentRows, Readers kReaders>
+template <int D, Rows kSegmentRows, Readers kReaders, Codes kCodes>
 __device__ __forceinline__ void fused_read(
     const AttendParams& p, const SharesOf<D, kSegmentRows, kReaders>& shares, QueryRow<D>& first,
     RotationTiles<D, FusedShape<D, kSegmentRows, kReaders>::kAheadFirst>& columns, int warp, int lane) {
@@ -66,8 +66,8 @@ __device__ __forceinline__ void fused_read(
       state.clear();
       auto& exchange = at.exchanges[reader];
       if (packed)
-        team_pages<D, kSegmentRows, operand_words(D)>(p, queue, state, exchange, at.operands, scales, here, at.head,
-                                                      at.row0, run, reader, member, lane);
+        team_pages<D, kSegmentRows, operand_words(D), kCodes>(p, queue, state, exchange, at.operands, scales, here,
+                                                              at.head, at.row0, run, reader, member, lane);
       else team_exact<D>(p, queue, state, exchange, at.operands, here, at.head, at.row0, run, reader, member, lane);
       state.template share_sums<kSegmentRows == Rows::four>(exchange, packed, member, lane);
       meet_team<F::kMembers>(reader);  // no warp reads the queue any more
@@ -81,7 +81,8 @@ __device__ __forceinline__ void fused_read(
       };
       if (packed)
         take(PageState<D, tiles_of(kSegmentRows)>(), [&](auto& state) {
-          pages_run<D, kSegmentRows>(p, queue, none, state, at.operands, scales, here, at.head, at.row0, run, lane);
+          pages_run<D, kSegmentRows, kCodes>(p, queue, none, state, at.operands, scales, here, at.head, at.row0, run,
+                                             lane);
         });
       else
         take(State<D, F::kBlocks>(), [&](auto& state) {
@@ -91,7 +92,7 @@ __device__ __forceinline__ void fused_read(
   }
 }
 
-template <int D, Rows kSegmentRows, Readers kReaders>
+template <int D, Rows kSegmentRows, Readers kReaders, Codes kCodes>
 __device__ __forceinline__ void fused_all(const AttendParams& p) {
   using F = FusedShape<D, kSegmentRows, kReaders>;
   __shared__ FusedEnd end;
@@ -128,17 +129,17 @@ __device__ __forceinline__ void fused_all(const AttendParams& p) {
     const SharesOf<D, kSegmentRows, kReaders> shares(items(sinks) + items(window), pages);
     if (blockIdx.x >= shares.ctas || at.rows(p) <= 0) return;
     if (warp == F::kWarps) return fused_fill<D, kSegmentRows, kReaders>(p, shares, &end, lane);
-    fused_read<D, kSegmentRows, kReaders>(p, shares, first, columns, warp, lane);
+    fused_read<D, kSegmentRows, kReaders, kCodes>(p, shares, first, columns, warp, lane);
   }
   fused_finish<D, kSegmentRows, kReaders>(p, &end);
 }
 
 // For the large shared memory only, where a separate warp fills the queues. Empty in code for devices before 9.0.
-template <int D, Rows kSegmentRows, Readers kReaders>
+template <int D, Rows kSegmentRows, Readers kReaders, Codes kCodes>
 __global__ void __launch_bounds__(FusedShape<D, kSegmentRows, kReaders>::kAllWarps* kLanes, 1)
     attend_fused(const __grid_constant__ AttendParams p) {
 #ifdef __CUDA_ARCH__
-  if constexpr (runs_in(Room::large, __CUDA_ARCH__ / 10)) fused_all<D, kSegmentRows, kReaders>(p);
+  if constexpr (runs_in(Room::large, __CUDA_ARCH__ / 10)) fused_all<D, kSegmentRows, kReaders, kCodes>(p);
 #endif
 }
 

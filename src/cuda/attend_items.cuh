@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/attend.h"
+#include "cuda/attend_tuning.h"
 #include "cuda/attend_wide.h"
 #include "cuda/copies.cuh"
 
@@ -309,6 +310,16 @@ class PiecesOf {
   Some next_ = {}, after_ = {};
 };
 using Pieces = PiecesOf<1, 1>;
+
+// In a slot of keys, scales and the mean.
+template <int D, Codes kCodes>
+__device__ __forceinline__ uint32_t scales_at(const AttendParams& p) {
+  return kCodes == Codes::fours ? Shape<D>::kKeyCodeBytes : p.key_scales;
+}
+template <int D, Codes kCodes>
+__device__ __forceinline__ uint32_t mean_at(const AttendParams& p) {
+  return scales_at<D, kCodes>(p) + kPageTokens * 2;
+}
 
 // Prefetches the table of chunks, which every run of pages looks up first.
 __device__ __forceinline__ void prefetch_chunks(const AttendParams& p) {

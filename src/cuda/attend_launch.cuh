@@ -29,13 +29,13 @@ cudaError_t queue_kernel(Kernel kernel, const AttendParams& p, const AttendPlan&
   return queue_with(attributes, count, kernel, ctas, threads, static_cast<std::size_t>(bytes), stream, p);
 }
 
-template <int D, Rows kRows, Readers kReaders>
+template <int D, Rows kRows, Readers kReaders, Codes kCodes>
 cudaError_t launch_fused(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
   constexpr int kBlocks = blocks_of(kRows);
   constexpr Fit kFit = fused_fit<D>(kReaders, kBlocks);
   static_assert(kFit.readers > 0, "no queues fit");
   constexpr int kShared = fused_shared<D>(kReaders, kFit.readers, kFit.depth, kBlocks);
-  const auto kernel = attend_fused<D, kRows, kReaders>;
+  const auto kernel = attend_fused<D, kRows, kReaders, kCodes>;
   static SharedMost most;
   if (const cudaError_t e = most.allow(kernel, kShared); e != cudaSuccess) return e;
   const dim3 ctas(static_cast<unsigned>(plan.fused_ctas), static_cast<unsigned>(p.kv_heads * (p.blocks / kBlocks)),
@@ -43,7 +43,7 @@ cudaError_t launch_fused(const AttendParams& p, const AttendPlan& plan, cudaStre
   return queue_kernel(kernel, p, plan, ctas, fused_warps(kReaders, kFit.readers) * kLanes, kShared, stream);
 }
 
-template <int D, Rows kRows, Room kRoom, Readers kKind>
+template <int D, Rows kRows, Room kRoom, Readers kKind, Codes kCodes>
 cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
   constexpr int kBlocks = blocks_of(kRows);
   constexpr Fit kFit = fit<D>(kRoom, kBlocks, kKind);
@@ -53,7 +53,7 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
   constexpr int kMerge = MergeShape<D, kBlocks>::kShared;
   static_assert(kMerge + 4096 <= room_bytes(kRoom), "attend_merge: more shared memory than the room has");
   const int shared = kQueues + (p.batch + 1) * static_cast<int>(sizeof(int));
-  const auto main = attend_main<D, kRows, kRoom, kKind>;
+  const auto main = attend_main<D, kRows, kRoom, kKind, kCodes>;
   const auto merge = attend_merge<D, kBlocks>;
   static SharedMost of_main, of_merge;
   if (const cudaError_t e = of_main.allow(main, room_bytes(kRoom)); e != cudaSuccess) return e;  // whatever the batch
@@ -96,31 +96,36 @@ cudaError_t launch(const AttendParams& p, const AttendPlan& plan, cudaStream_t s
                kMerge);
 }
 
-template <int D, Rows kRows>
+template <int D, Rows kRows, Codes kCodes>
 cudaError_t launch_room(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
   if constexpr (D >= kLargeDim) {
-    if (plan.fused_ctas > 0) return launch_fused<D, kRows, Readers::twos>(p, plan, stream);
+    if (plan.fused_ctas > 0) return launch_fused<D, kRows, Readers::twos, kCodes>(p, plan, stream);
     if (main_has_teams(D, plan.room) && plan.teams)
-      return launch<D, kRows, Room::large, Readers::twos>(p, plan, stream);
+      return launch<D, kRows, Room::large, Readers::twos, kCodes>(p, plan, stream);
   } else if (plan.fused_ctas > 0) {
-    return plan.teams ? launch_fused<D, kRows, Readers::fours>(p, plan, stream)
-                      : launch_fused<D, kRows, Readers::warps>(p, plan, stream);
+    return plan.teams ? launch_fused<D, kRows, Readers::fours, kCodes>(p, plan, stream)
+                      : launch_fused<D, kRows, Readers::warps, kCodes>(p, plan, stream);
   }
   switch (plan.room) {
-    case Room::large: return launch<D, kRows, Room::large, Readers::warps>(p, plan, stream);
-    case Room::middle: return launch<D, kRows, Room::middle, Readers::warps>(p, plan, stream);
-    case Room::small: return launch<D, kRows, Room::small, Readers::warps>(p, plan, stream);
+    case Room::large: return launch<D, kRows, Room::large, Readers::warps, kCodes>(p, plan, stream);
+    case Room::middle: return launch<D, kRows, Room::middle, Readers::warps, kCodes>(p, plan, stream);
+    case Room::small: return launch<D, kRows, Room::small, Readers::warps, kCodes>(p, plan, stream);
     case Room::none: break;
   }
   return cudaErrorNoKernelImageForDevice;
 }
 
+template <int D, Codes kCodes>
+cudaError_t launch_codes(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
+  if constexpr (most_segment_blocks(D) == 2)
+    if (p.segment_blocks == 2) return launch_room<D, Rows::sixteen, kCodes>(p, plan, stream);
+  if (p.group * p.queries <= 4) return launch_room<D, Rows::four, kCodes>(p, plan, stream);
+  return launch_room<D, Rows::eight, kCodes>(p, plan, stream);
+}
+
 template <int D>
 cudaError_t launch_rows(const AttendParams& p, const AttendPlan& plan, cudaStream_t stream) {
-  if constexpr (most_segment_blocks(D) == 2)
-    if (p.segment_blocks == 2) return launch_room<D, Rows::sixteen>(p, plan, stream);
-  if (p.group * p.queries <= 4) return launch_room<D, Rows::four>(p, plan, stream);
-  return launch_room<D, Rows::eight>(p, plan, stream);
+  return has_narrow(p) ? launch_codes<D, Codes::any>(p, plan, stream) : launch_codes<D, Codes::fours>(p, plan, stream);
 }
 
 }  // namespace kv4::cuda

@@ -14,7 +14,7 @@
 
 namespace kv4::cuda {
 
-template <int D, Rows kRows, Room kRoom, Readers kKind>
+template <int D, Rows kRows, Room kRoom, Readers kKind, Codes kCodes>
 __device__ __forceinline__ void attend_all(const AttendParams& p) {
   using S = Shape<D>;
   constexpr bool kTeamed = kKind != Readers::warps;
@@ -84,8 +84,8 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
         for (int i = threadIdx.x % (kMembers * kLanes); i < kBlocks * page_operand_words(D); i += kMembers * kLanes)
           copied[i] = operands[i / page_operand_words(D) * operand_words(D) + i % page_operand_words(D)];
         meet_team<kMembers>(reader);
-        team_pages<D, kRows, page_operand_words(D)>(p, queue, state, exchange, copied, scales, here, head, row0, run,
-                                                    reader, member, lane);
+        team_pages<D, kRows, page_operand_words(D), kCodes>(p, queue, state, exchange, copied, scales, here, head, row0,
+                                                            run, reader, member, lane);
       } else {
         team_exact<D>(p, queue, state, exchange, operands, here, head, row0, run, reader, member, lane);
       }
@@ -100,7 +100,7 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
       };
       if (packed)
         take(PageState<D, tiles_of(kRows)>(), [&](auto& state) {
-          pages_run<D, kRows>(p, queue, pieces, state, operands, scales, here, head, row0, run, lane);
+          pages_run<D, kRows, kCodes>(p, queue, pieces, state, operands, scales, here, head, row0, run, lane);
         });
       else
         take(State<D, kBlocks>(), [&](auto& state) {
@@ -112,11 +112,11 @@ __device__ __forceinline__ void attend_all(const AttendParams& p) {
 }
 
 // Empty where no device that runs this code has as much shared memory: each architecture compiles only what it can run.
-template <int D, Rows kRows, Room kRoom, Readers kKind>
+template <int D, Rows kRows, Room kRoom, Readers kKind, Codes kCodes>
 __global__ void __launch_bounds__(main_warps<D>(kRoom, blocks_of(kRows), kKind) * kLanes, 1)
     attend_main(const __grid_constant__ AttendParams p) {
 #ifdef __CUDA_ARCH__
-  if constexpr (runs_in(kRoom, __CUDA_ARCH__ / 10)) attend_all<D, kRows, kRoom, kKind>(p);
+  if constexpr (runs_in(kRoom, __CUDA_ARCH__ / 10)) attend_all<D, kRows, kRoom, kKind, kCodes>(p);
 #endif
 }
 

@@ -9,6 +9,7 @@
 #include "cuda/attend_mask.cuh"
 #include "cuda/attend_rotate.cuh"
 #include "cuda/attend_state.cuh"
+#include "cuda/codes.cuh"
 
 namespace kv4::cuda {
 
@@ -78,6 +79,11 @@ __device__ __forceinline__ PageTiles page_tiles(uint32_t low, uint32_t high, con
   return {{a.positive.x, b.positive.x, a.positive.y, b.positive.y},
           {a.negative.x, b.negative.x, a.negative.y, b.negative.y}};
 }
+// Of narrow codes one fragment is enough.
+__device__ __forceinline__ uint4 narrow_tile(uint32_t low, uint32_t high, const Tables& tables) {
+  const uint2 a = narrow_levels(low, tables), b = narrow_levels(high, tables);
+  return {a.x, b.x, a.y, b.y};
+}
 // `tables` as page_tiles takes them. Shuffled from lane 0 so that they stay in registers: nvcc 13.0 moves values that
 // it knows to be uniform from uniform registers again for every look-up.
 __device__ __forceinline__ Tables page_tables(const Tables& tables) {
@@ -91,7 +97,7 @@ __device__ __forceinline__ Tables page_tables(const Tables& tables) {
 }
 
 // A warp's query operands, and its work on a page: means, scores, weights, values.
-template <int D, Rows kRows>
+template <int D, Rows kRows, Codes kCodes>
 struct PageReader {
   using S = Shape<D>;
   using State = PageState<D, tiles_of(kRows)>;
@@ -170,7 +176,7 @@ struct PageReader {
     for (int k = 0; k < kSteps; ++k) {
       uint4 a = {};
       if (D % 32 == 0 || k * 32 + t * 8 < D)
-        a = *reinterpret_cast<const uint4*>(slot + S::kMeanAt + (k * 32 + t * 8) * 2);
+        a = *reinterpret_cast<const uint4*>(slot + mean_at<D, kCodes>(p) + (k * 32 + t * 8) * 2);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         const uint4 b = operands[block_of(j) * operand_words(D) + mean_operand<D>(row_of(j) / kTileRows, k) + lane];
@@ -182,7 +188,7 @@ struct PageReader {
     for (int j = 0; j < kTiles; ++j) mean[j] = (c[j][0][0] + c[j][0][1] + (c[j][1][2] + c[j][1][3])) * mean_scale[j];
   }
 
-  // Codes of fragments 2n and 2n + 1 of 32 channels k, of all lanes' words four to a load.
+  // Codes of 32 channels k of two octets of tokens, 2n and 2n + 1, of all lanes' words four to a load.
   static __device__ __forceinline__ void key_codes(const unsigned char* slot, int n, int k, int lane, uint4 (&words)[2],
                                                    uint32_t (&of)[2]) {
     const auto* codes = reinterpret_cast<const uint4*>(slot) + lane;
@@ -201,24 +207,56 @@ struct PageReader {
     }
   }
 
+  // The same of narrow codes.
+  template <int kBits>
+  static __device__ __forceinline__ void narrow_key_codes(const unsigned char* slot, int n, int k, int lane,
+                                                          NarrowGroup& group, uint32_t (&of)[2]) {
+    if constexpr (kSteps % 2 == 0) {
+      if (k % 2 == 0) group.template load<kBits>(slot, n * (kSteps / 2) + k / 2, lane);
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if constexpr (kSteps % 2 == 0) of[e] = group.template word<kBits>(e * 2 + k % 2);
+      else of[e] = narrow_word<kBits>(slot, (2 * n + e) * kSteps + k, lane);
+    }
+  }
+
   __device__ __forceinline__ void scores(const unsigned char* slot, const float (&mean)[kTiles], Scores& score) const {
-    const uint4 pairs = load_matrices<true>(shared_address(slot + S::kKeyCodeBytes) + scale_row);
+    if (kCodes == Codes::fours || p.key_bits == 4) scores_of<4>(slot, mean, score);
+    else if (p.key_bits == 3) scores_of<3>(slot, mean, score);
+    else scores_of<2>(slot, mean, score);
+  }
+  template <int kBits>
+  __device__ __forceinline__ void scores_of(const unsigned char* slot, const float (&mean)[kTiles],
+                                            Scores& score) const {
+    const uint4 pairs = load_matrices<true>(shared_address(slot + scales_at<D, kCodes>(p)) + scale_row);
     const uint32_t scale[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
     uint4 words[2] = {};
+    NarrowGroup group = {};
 #pragma unroll
     for (int n = 0; n < kPageTokens / 16; ++n) {
       int sums[kTiles][4];
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         uint32_t of[2];
-        key_codes(slot, n, k, lane, words, of);
-        const PageTiles a = page_tiles(of[0], of[1], keys);
+        if constexpr (is_narrow(kBits)) {
+          narrow_key_codes<kBits>(slot, n, k, lane, group, of);
+          const uint4 a = narrow_tile(of[0], of[1], keys);
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          const uint2 b = key_operand(j, k);
-          if (k == 0) mma_bytes<true, true>(sums[j], a.positive, b, start[j]);
-          else mma_bytes<true, true>(sums[j], a.positive, b);
-          mma_bytes<true, true>(sums[j], a.others, b);
+          for (int j = 0; j < kTiles; ++j) {
+            if (k == 0) mma_bytes<true, true>(sums[j], a, key_operand(j, k), {0, 0, 0, 0});
+            else mma_bytes<true, true>(sums[j], a, key_operand(j, k));
+          }
+        } else {
+          key_codes(slot, n, k, lane, words, of);
+          const PageTiles a = page_tiles(of[0], of[1], keys);
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j) {
+            const uint2 b = key_operand(j, k);
+            if (k == 0) mma_bytes<true, true>(sums[j], a.positive, b, start[j]);
+            else mma_bytes<true, true>(sums[j], a.positive, b);
+            mma_bytes<true, true>(sums[j], a.others, b);
+          }
         }
       }
       const float2 of_token = unpack_halves(false, scale[n]);
@@ -297,12 +335,21 @@ struct PageReader {
 
   __device__ __forceinline__ void add_values(const unsigned char* slot, const Weights& weights,
                                              const float (&step)[kTiles], State& state) const {
+    if (kCodes == Codes::fours || p.value_bits == 4) add_values_of<4>(slot, weights, step, state);
+    else if (p.value_bits == 3) add_values_of<3>(slot, weights, step, state);
+    else add_values_of<2>(slot, weights, step, state);
+  }
+  template <int kBits>
+  __device__ __forceinline__ void add_values_of(const unsigned char* slot, const Weights& weights,
+                                                const float (&step)[kTiles], State& state) const {
     int of_weights[kPacked][4] = {};
+    if constexpr (!is_narrow(kBits)) {
 #pragma unroll
-    for (int i = 0; i < kPacked; ++i)
+      for (int i = 0; i < kPacked; ++i)
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd)
-        mma_bytes<true, false>(of_weights[i], {kOnes, kOnes, kOnes, kOnes}, weights[i][odd]);
+        for (int odd = 0; odd < 2; ++odd)
+          mma_bytes<true, false>(of_weights[i], {kOnes, kOnes, kOnes, kOnes}, weights[i][odd]);
+    }
     if constexpr (kBytes) {
 #pragma unroll
       for (int i = 0; i < kPacked; ++i)
@@ -312,15 +359,27 @@ struct PageReader {
     const auto* codes = reinterpret_cast<const uint4*>(slot) + lane;
 #pragma unroll
     for (int n = 0; n < D / 16; ++n) {
-      const uint4 words = codes[n * kLanes];
       int sums[kPacked][4];
+      if constexpr (is_narrow(kBits)) {
+        NarrowGroup group = {};
+        group.template load<kBits>(slot, n, lane);
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const PageTiles a = odd == 0 ? page_tiles(words.x, words.z, values) : page_tiles(words.y, words.w, values);
+        for (int odd = 0; odd < 2; ++odd) {
+          const uint4 a = narrow_tile(group.template word<kBits>(odd), group.template word<kBits>(odd + 2), values);
 #pragma unroll
-        for (int i = 0; i < kPacked; ++i) {
-          mma_bytes<true, false>(sums[i], a.positive, weights[i][odd], odd == 0 ? of_weights[i] : sums[i]);
-          mma_bytes<true, false>(sums[i], a.others, weights[i][odd]);
+          for (int i = 0; i < kPacked; ++i)
+            mma_bytes<true, false>(sums[i], a, weights[i][odd], odd == 0 ? of_weights[i] : sums[i]);
+        }
+      } else {
+        const uint4 words = codes[n * kLanes];
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          const PageTiles a = odd == 0 ? page_tiles(words.x, words.z, values) : page_tiles(words.y, words.w, values);
+#pragma unroll
+          for (int i = 0; i < kPacked; ++i) {
+            mma_bytes<true, false>(sums[i], a.positive, weights[i][odd], odd == 0 ? of_weights[i] : sums[i]);
+            mma_bytes<true, false>(sums[i], a.others, weights[i][odd]);
+          }
         }
       }
 #pragma unroll
@@ -336,12 +395,12 @@ struct PageReader {
   }
 };
 
-template <int D, Rows kRows, class Slots>
+template <int D, Rows kRows, Codes kCodes, class Slots>
 __device__ __forceinline__ void pages_run(const AttendParams& p, Slots& queue, Pieces& pieces,
                                           PageState<D, tiles_of(kRows)>& state, const uint4* operands,
                                           const float* scales, const Cursor& here, int head, int row0, int run,
                                           int lane) {
-  using Reader = PageReader<D, kRows>;
+  using Reader = PageReader<D, kRows, kCodes>;
   constexpr int kTiles = Reader::kTiles, kScores = Reader::kScores;
   const Reader reader(p, operands, scales, lane);
   const int g = lane / 4, t = lane % 4;

@@ -6,12 +6,13 @@
 #include "cuda/attend_mask.cuh"
 #include "cuda/attend_rotate.cuh"
 #include "cuda/attend_team.cuh"
+#include "cuda/codes.cuh"
 
 namespace kv4::cuda {
 
 // The query operands of a warp of a team, and its work on two pages: means, scores, weights, values. kPitch: distance
 // of the operands of the segment's blocks.
-template <int D, Rows kRowsOf, int kPitch, int kMembers>
+template <int D, Rows kRowsOf, int kPitch, int kMembers, Codes kCodes>
 struct TeamReader {
   using S = Shape<D>;
   static constexpr int kBlocks = blocks_of(kRowsOf), kTiles = S::kTiles;
@@ -72,7 +73,7 @@ struct TeamReader {
       const int channel = (k + g / 2 * kMeanTiles) * 32 + t * 8;
       uint4 b = {};
       if (g < (kFolded ? 4 : 2) && channel < D)
-        b = *reinterpret_cast<const uint4*>((g % 2 == 0 ? slot[0] : slot[1]) + S::kMeanAt + channel * 2);
+        b = *reinterpret_cast<const uint4*>((g % 2 == 0 ? slot[0] : slot[1]) + mean_at<D, kCodes>(p) + channel * 2);
 #pragma unroll
       for (int r = 0; r < kBlocks; ++r) {
         const uint4 *a = means_of + r * kPitch + 2 * k * kLanes, high = a[0], low = a[4];
@@ -108,21 +109,47 @@ struct TeamReader {
     }
   }
 
+  // The same of narrow codes.
+  template <int kBits>
+  static __device__ __forceinline__ void narrow_key_codes(const unsigned char* from, int sixteen, int lane,
+                                                          uint32_t (&words)[2 * kTiles]) {
+    if constexpr (kTiles % 2 == 0) {
+#pragma unroll
+      for (int f = 0; f < kTiles / 2; ++f) {
+        NarrowGroup group = {};
+        group.template load<kBits>(from, sixteen * (kTiles / 2) + f, lane);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i / 2 * kTiles + 2 * f + i % 2] = group.template word<kBits>(i);
+      }
+    } else {
+#pragma unroll
+      for (int f = 0; f < 2 * kTiles; ++f) words[f] = narrow_word<kBits>(from, sixteen * 2 * kTiles + f, lane);
+    }
+  }
+
   // Of page 0 or 1, this warp's tokens.
   __device__ __forceinline__ void scores(const unsigned char* from, int page, const float (&mean)[kBlocks][2],
                                          Scores& now) const {
-    const auto* key_scales = reinterpret_cast<const __half2*>(from + S::kKeyCodeBytes) + t;
+    if (kCodes == Codes::fours || p.key_bits == 4) scores_of<4>(from, page, mean, now);
+    else if (p.key_bits == 3) scores_of<3>(from, page, mean, now);
+    else scores_of<2>(from, page, mean, now);
+  }
+  template <int kBits>
+  __device__ __forceinline__ void scores_of(const unsigned char* from, int page, const float (&mean)[kBlocks][2],
+                                            Scores& now) const {
+    const auto* key_scales = reinterpret_cast<const __half2*>(from + scales_at<D, kCodes>(p)) + t;
 #pragma unroll
     for (int j = 0; j < kSixteens; ++j) {
       const int sixteen = member * kSixteens + j;
       uint32_t words[2 * kTiles];
-      key_codes(from, sixteen, lane, words);
+      if constexpr (is_narrow(kBits)) narrow_key_codes<kBits>(from, sixteen, lane, words);
+      else key_codes(from, sixteen, lane, words);
       Sums sums[2][kBlocks];
 #pragma unroll
       for (int k = 0; k < kTiles; ++k)
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-          const Levels8 b = levels_of(words[n * kTiles + k], p.key);
+          const auto b = operand_of<kBits>(words[n * kTiles + k], p.key);
 #pragma unroll
           for (int r = 0; r < kBlocks; ++r) sums[n][r].template add<true>(query(r, k), b);
         }
@@ -222,6 +249,13 @@ struct TeamReader {
   // that nvcc 13.0 makes of them they would take twice the cycles; the two were not timed against each other.
   __device__ __forceinline__ void add_values(const unsigned char* slot, int page, const Exchange& exchange,
                                              const float (&step)[kBlocks], State& state) const {
+    if (kCodes == Codes::fours || p.value_bits == 4) add_values_of<4>(slot, page, exchange, step, state);
+    else if (p.value_bits == 3) add_values_of<3>(slot, page, exchange, step, state);
+    else add_values_of<2>(slot, page, exchange, step, state);
+  }
+  template <int kBits>
+  __device__ __forceinline__ void add_values_of(const unsigned char* slot, int page, const Exchange& exchange,
+                                                const float (&step)[kBlocks], State& state) const {
     constexpr int kTogether = State::kPairs < 4 / kBlocks ? State::kPairs : 4 / kBlocks;
     uint4 weights[kBlocks][2];
 #pragma unroll
@@ -246,11 +280,19 @@ struct TeamReader {
       for (int j = 0; j < kTogether; ++j) {
         const int pair = (first + j) * kMembers + member;
         if (D / 16 % kMembers != 0 && pair >= D / 16) break;
-        const uint4 words = codes[pair * kLanes];
+        uint4 words;
+        if constexpr (is_narrow(kBits)) {
+          NarrowGroup group = {};
+          group.template load<kBits>(slot, pair, lane);
+          words = {group.template word<kBits>(0), group.template word<kBits>(1), group.template word<kBits>(2),
+                   group.template word<kBits>(3)};
+        } else {
+          words = codes[pair * kLanes];
+        }
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-          const Levels8 even = levels_of(n == 0 ? words.x : words.z, p.value),
-                        odds = levels_of(n == 0 ? words.y : words.w, p.value);
+          const auto even = operand_of<kBits>(n == 0 ? words.x : words.z, p.value),
+                     odds = operand_of<kBits>(n == 0 ? words.y : words.w, p.value);
 #pragma unroll
           for (int r = 0; r < kBlocks; ++r) {
             sums[j][n][r].template add<false>(weights[r][0], even);
@@ -274,13 +316,13 @@ struct TeamReader {
 };
 
 // A run of pages of one segment, two at a time.
-template <int D, Rows kRowsOf, int kPitch, int kMembers, class Slots>
+template <int D, Rows kRowsOf, int kPitch, Codes kCodes, int kMembers, class Slots>
 __device__ __forceinline__ void team_pages(const AttendParams& p, Slots& queue,
                                            TeamState<D, kMembers, blocks_of(kRowsOf)>& state,
                                            TeamExchange<kMembers, blocks_of(kRowsOf)>& exchange, const uint4* operands,
                                            const float* scales, const Cursor& here, int head, int row0, int run,
                                            int team, int member, int lane) {
-  using Reader = TeamReader<D, kRowsOf, kPitch, kMembers>;
+  using Reader = TeamReader<D, kRowsOf, kPitch, kMembers, kCodes>;
   constexpr int kBlocks = Reader::kBlocks, kScores = Reader::kScores;
   const Reader reader(p, operands, scales, member, lane);
   const int first_page = here.item - here.exact_items;

@@ -61,6 +61,9 @@ constexpr int blocks_of(Rows rows) { return rows == Rows::sixteen ? 2 : 1; }
 constexpr int kLargeDim = 256;
 constexpr int most_segment_blocks(int dim) { return dim >= kLargeDim ? 1 : 2; }
 
+// The codes of a page that a kernel reads: of 4 bits, or of 2, 3 or 4, of each side as the call says.
+enum class Codes { fours, any };
+
 // Who reads: warps, each for itself; two warps or four, a team, who share tokens and channels (attend_team.cuh).
 enum class Readers { warps, twos, fours };
 constexpr int members_of(Readers readers) { return readers == Readers::fours ? 4 : readers == Readers::twos ? 2 : 1; }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "backend/spec.h"
 #include "cuda/attend.h"
 #include "cuda/attend_tuning.h"
 #include "cuda/dequantise.h"
@@ -77,6 +78,7 @@ class CudaBackend final : public Backend {
                      std::to_string(chip_.code / 10) + "." + std::to_string(chip_.code % 10),
                  std::to_string(chip_.shared >> 10) + " KiB on " + name_);
   }
+  Status supports_codes(const Recipe& recipe) const override { return expect_plain_pages(recipe, "on CUDA", 2); }
   Status supports(const PageSpec& spec) const override {
     KV4_RETURN_IF_ERROR(supports_device());
     KV4_RETURN_IF_ERROR(supports_dims(spec.key.dim, spec.value.dim));
@@ -377,8 +379,15 @@ class CudaBackend final : public Backend {
       p->v_copy_bytes = l.v_code_bytes + kPageTokens * 2;
       p->v_codes = l.v_codes;
       p->value_scales = l.v_scales - l.v_codes;
-      p->key = cuda::make_tables(job.spec->key.levels.table.data());
-      p->value = cuda::make_tables(job.spec->value.levels.table.data());
+      p->key_scales = l.k_scales;
+      const auto tables = [](const Levels& levels) {
+        return is_narrow(levels.bits) ? cuda::make_narrow_tables(levels.table.data(), levels.bits)
+                                      : cuda::make_tables(levels.table.data());
+      };
+      p->key_bits = job.spec->key.levels.bits;
+      p->value_bits = job.spec->value.levels.bits;
+      p->key = tables(job.spec->key.levels);
+      p->value = tables(job.spec->value.levels);
       p->even_levels = cuda::even_levels(p->key) && cuda::even_levels(p->value);
       const Matrices* k = rotations_.find(job.spec->key.rotation);
       const Matrices* v = rotations_.find(job.spec->value.rotation);
@@ -482,10 +491,13 @@ class CudaBackend final : public Backend {
       out->mean = side.mean;
       out->abs_max = side.scale == ScaleRule::abs_max;
       out->gain = side.levels.gain;
-      out->top = side.levels.magnitude[7];
-      out->negative_base = side.levels.negative_base;
-      for (int i = 0; i < 7; ++i) out->thresholds[i] = side.levels.twice_threshold[static_cast<std::size_t>(i)] * 0.5f;
-      std::memcpy(out->levels, side.levels.table.data(), 16);
+      out->bits = static_cast<std::int8_t>(side.levels.bits);
+      out->top = static_cast<float>(side.levels.top());
+      const int half = side.levels.half();
+      out->negative_base = side.levels.negative_base + 8 - half;
+      for (int i = 0; i < 7; ++i)
+        out->thresholds[i] = i < half - 1 ? side.levels.twice_threshold[static_cast<std::size_t>(i)] * 0.5f : INFINITY;
+      std::memcpy(out->levels + 8 - half, side.levels.table.data(), static_cast<std::size_t>(2 * half));
       out->rotation_transpose = m->rotation_transpose;
       out->rotation_transpose_f64 = m->rotation_transpose_f64;
       out->rotation_digits = m->rotation_digits;

@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/codes.cuh"
 #include "cuda/device.cuh"
 #include "cuda/launch.cuh"
 
@@ -80,7 +81,7 @@ struct Dequantiser {
 
   // What a thread holds of the slice to come.
   struct Codes {
-    uint4 words[S::kLoads];
+    uint4 words[S::kLoads];  // of narrow codes pairs, pairs, signs
     unsigned short scale;
     float lambda;
   };
@@ -113,11 +114,19 @@ struct Dequantiser {
   __device__ __forceinline__ Codes load(const Slice& s) const {
     Codes codes = {};
     if (s.count == 0) return codes;
-    const auto* from = reinterpret_cast<const uint4*>(s.data + side.codes);
+    const std::uint8_t* const from = s.data + side.codes;
 #pragma unroll
     for (int i = 0; i < S::kLoads; ++i) {
       const int at = threadIdx.x + i * S::kThreads;
-      if (at < kCodes) codes.words[i] = __ldcs(from + at);
+      if (at >= kCodes) break;
+      if (is_narrow(side.bits)) {
+        NarrowGroup group = {};
+        if (side.bits == 2) group.template load<2>(from, at / kLanes, lane);
+        else group.template load<3>(from, at / kLanes, lane);
+        codes.words[i] = {group.pairs.x, group.pairs.y, group.signs, 0};
+      } else {
+        codes.words[i] = __ldcs(reinterpret_cast<const uint4*>(from) + at);
+      }
     }
     const int thread = threadIdx.x;
     if (thread < kPageTokens) codes.scale = reinterpret_cast<const unsigned short*>(s.data + side.scales)[thread];
@@ -127,8 +136,10 @@ struct Dequantiser {
 
   // Levels as the operand `to`; factors of its tokens and channels.
   __device__ __forceinline__ void put(const Codes& codes, unsigned char* to, int slot) const {
-    if (even) put_levels<true>(codes, to);
-    else put_levels<false>(codes, to);
+    if (side.bits == 2) put_levels<true, 2>(codes, to);
+    else if (side.bits == 3) put_levels<true, 3>(codes, to);
+    else if (even) put_levels<true, 4>(codes, to);
+    else put_levels<false, 4>(codes, to);
     const int thread = threadIdx.x;
     if (thread < kPageTokens)
       reinterpret_cast<float*>(memory + S::kScalesAt)[slot * kPageTokens + thread] = from_half(codes.scale) *
@@ -136,7 +147,7 @@ struct Dequantiser {
     if (thread < S::kColumns)
       reinterpret_cast<float*>(memory + S::kWeightsAt)[slot * S::kColumns + thread] = reciprocal(codes.lambda);
   }
-  template <bool kEven>
+  template <bool kEven, int kBits>
   __device__ __forceinline__ void put_levels(const Codes& codes, unsigned char* to) const {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -145,8 +156,14 @@ struct Dequantiser {
       if (at >= kCodes) break;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int f = at / kLanes * 4 + e;
-        const Halves8<kEven> halves(word_of(codes.words[i], e), tables);
+        int f = at / kLanes * 4 + e;
+        uint32_t word = word_of(codes.words[i], e);
+        if constexpr (is_narrow(kBits)) {
+          const uint4& planes = codes.words[i];
+          word = as_four_bits<kBits>(NarrowGroup{{planes.x, planes.y}, planes.z}.template word<kBits>(e));
+          if (!kValues) f = narrow_key_at(f, pad_channels(D));
+        }
+        const Halves8<kEven> halves(word, tables);
         if constexpr (kValues) {
           *reinterpret_cast<uint4*>(to + (f / 2 * 8 + g) * S::kValuePitch +
                                     ((f % 2 * 4 + t) ^ turn_of_channel(g)) * 16) = halves.even_first();

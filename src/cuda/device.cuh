@@ -147,6 +147,10 @@ struct Sums {
     mma_bytes<kSigned, true>(positive, numbers, levels.positive);
     mma_bytes<kSigned, true>(negative, numbers, levels.negative);
   }
+  template <bool kSigned>
+  __device__ __forceinline__ void add(uint4 numbers, uint2 levels) {
+    mma_bytes<kSigned, true>(positive, numbers, levels);
+  }
   // These sums, or the other ones.
   __device__ __forceinline__ Sums or_else(bool other, const Sums& x) const {
     Sums r;

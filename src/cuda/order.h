@@ -7,7 +7,7 @@
 
 namespace kv4::cuda {
 
-// k [64][head_dim_k / 2] and v [64][head_dim_v / 2] bytes; either may be null.
+// k [64][head_dim_k] and v [64][head_dim_v] codes of the sides' bits; either may be null.
 void codes_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k, std::uint8_t* v);
 // Writes the codes of the slice, padded channels as code 0; scales and mean stay as they are.
 void codes_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* slice);

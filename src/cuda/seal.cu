@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/codes.cuh"
 #include "cuda/device.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/seal_pages.cuh"
@@ -167,22 +168,32 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
   }
   __syncthreads();
 
-  // Words of 8 codes. Tokens outside [first, first + count) keep what the slice holds.
-  auto* words = reinterpret_cast<uint32_t*>(slice + side.codes);
+  // Words of 8 codes, four of a lane at once. Tokens outside [first, first + count) keep what the slice holds.
   const int fragments = values ? padded / 8 * 2 : kPageTokens / 8 * (padded / 32);
-  for (int i = threadIdx.x; i < fragments * kLanes; i += kThreads) {
-    const int fragment = i / kLanes, g = i % kLanes / 4, t = i % 4;
-    uint32_t word = 0, keep = 0;
+  for (int i = threadIdx.x; i < fragments / 4 * kLanes; i += kThreads) {
+    const int group = i / kLanes, g = i % kLanes / 4, t = i % 4;
+    uint32_t word[4] = {}, keep[4] = {};
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const int token = values ? value_token(fragment, t, n) : fragment / (padded / 32) * 8 + g;
-      const int channel = values ? fragment / 2 * 8 + g : fragment % (padded / 32) * 32 + 4 * t + n % 4 + n / 4 * 16;
-      const int j = token - first;
-      if (j < 0 || j >= count) keep |= 15u << 4 * n;
-      else word |= static_cast<uint32_t>(codes[j * padded + channel]) << 4 * n;
+    for (int e = 0; e < 4; ++e) {
+      const int place = group * 4 + e;
+      const int fragment = values || !is_narrow(side.bits) ? place : narrow_key_at(place, padded);
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const int token = values ? value_token(fragment, t, n) : fragment / (padded / 32) * 8 + g;
+        const int channel = values ? fragment / 2 * 8 + g : fragment % (padded / 32) * 32 + 4 * t + n % 4 + n / 4 * 16;
+        const int j = token - first;
+        if (j < 0 || j >= count) keep[e] |= 15u << 4 * n;
+        else word[e] |= static_cast<uint32_t>(codes[j * padded + channel]) << 4 * n;
+      }
     }
-    uint32_t& at = words[word_index(fragment, i % kLanes)];
-    at = keep == 0 ? word : (at & keep) | word;
+    if (is_narrow(side.bits)) {
+      put_narrow(slice + side.codes, side.bits, group, i % kLanes, {word[0], word[1], word[2], word[3]},
+                 {keep[0], keep[1], keep[2], keep[3]});
+      continue;
+    }
+    auto* to = reinterpret_cast<uint32_t*>(slice + side.codes) + word_index(group * 4, i % kLanes);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to[e] = keep[e] == 0 ? word[e] : (to[e] & keep[e]) | word[e];
   }
 }
 
@@ -220,7 +231,7 @@ cudaError_t launch_seal(const SealParams& p, cudaStream_t stream) {
 #ifdef KV4_CUDA_WGMMA
     if (wgmma_takes(p, device)) return launch_seal_wgmma(p, device, stream);
 #endif
-    switch (p.key.dim) {
+    switch (has_narrow(p.key, p.value) ? 0 : p.key.dim) {
       case 64: return launch_pages<64>(p, device, stream);
       case 80: return launch_pages<80>(p, device, stream);
       case 96: return launch_pages<96>(p, device, stream);

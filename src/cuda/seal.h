@@ -14,9 +14,11 @@ namespace kv4::cuda {
 struct SideParams {
   int dim = 0, group = 0, groups = 0;
   bool mean = false, abs_max = false;
-  float gain = 1, top = 1;   // of Levels: rms in steps; the largest magnitude
-  int negative_base = 7;     // of Levels
-  float thresholds[7] = {};  // between magnitudes i and i + 1, in levels
+  std::int8_t bits = 4;     // of a code: 2, 3 or 4
+  float gain = 1, top = 1;  // of Levels: rms in steps; the largest magnitude
+  // Levels as those of 4 bits: of narrow codes the magnitudes that there are, from code 8 up and from 7 down.
+  int negative_base = 7;
+  float thresholds[7] = {};  // between magnitudes i and i + 1, in levels; infinite where there is none
   std::int8_t levels[16] = {};
   const float* rotation_transpose = nullptr;       // [dim, dim] R^T by rows; null for the identity
   const double* rotation_transpose_f64 = nullptr;  // the same, for means: a bias may be 10^5 times the spread around it
@@ -24,6 +26,11 @@ struct SideParams {
   float digit_unit = 0;                            // of the first
   std::uint32_t codes = 0, scales = 0, mean_at = 0;  // in a head slice
 };
+
+// Whether a side has codes of fewer than 4 bits.
+inline bool has_narrow(const SideParams& key, const SideParams& value) {
+  return is_narrow(key.bits) || is_narrow(value.bits);
+}
 
 struct SealParams {
   SideParams key, value;

@@ -23,8 +23,12 @@ struct Fit {
 // holds more than one threshold, itself an integer (Levels in recipe/levels.h). The cell's entry is 16 times the number
 // of thresholds below it plus 16 less what its own lies above its start: adding what the magnitude lies above it
 // carries into the upper nibble where it has reached the threshold. Five bits more are kept for the fit, which no
-// magnitude of a row of 256 takes beyond 16 bits: it is at most 16 times the row's rms, or the largest level.
+// magnitude of a row of 256 takes beyond 16 bits: it is at most 16 times the row's rms, or the largest level. Narrow
+// codes' gains are larger, up to 85: four bits.
+template <bool kNarrow>
 struct Quantiser {
+  static constexpr int kFitBits = kNarrow ? 4 : 5;
+  static constexpr uint32_t kMost = ((256u << kFitBits) - 1) * 0x10001u;  // of pairs of magnitudes
   uint32_t cells[4], sizes[2];
   float units;    // to a level
   float to_step;  // from a row's statistic
@@ -34,12 +38,13 @@ struct Quantiser {
 
   __device__ explicit Quantiser(const SideParams& side)
       : cells{}, sizes{}, to_step(1 / (side.abs_max ? side.top : side.gain)), midtread(side.negative_base == 8) {
+    const int count = kNarrow ? (1 << (side.bits - 1)) - 1 : 7;  // of thresholds
     float scale = 2;
-    while (side.thresholds[6] * scale * 2 < 256) scale *= 2;
-    units = scale * 32;
+    while (side.thresholds[count - 1] * scale * 2 < 256) scale *= 2;
+    units = scale * (1 << kFitBits);
     for (int c = 0; c < 16; ++c) {
       uint32_t entry = 0;
-      for (int i = 0; i < 7; ++i) {
+      for (int i = 0; i < count; ++i) {
         const int threshold = static_cast<int>(side.thresholds[i] * scale);
         if (threshold / 16 < c) entry += 16;
         else if (threshold / 16 == c) entry += 16 - threshold % 16;
@@ -61,7 +66,8 @@ struct Quantiser {
     for (int e = 0; e < 2; ++e) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) pairs[e][i] = __byte_perm(z[e + 4 * i], z[e + 4 * i + 2], 0x5410);
-      whole[e] = __byte_perm(__vminu2(pairs[e][0], 0x1fff1fff) >> 5, __vminu2(pairs[e][1], 0x1fff1fff) >> 5, 0x6420);
+      whole[e] =
+          __byte_perm(__vminu2(pairs[e][0], kMost) >> kFitBits, __vminu2(pairs[e][1], kMost) >> kFitBits, 0x6420);
       below[e] = __byte_perm(look_up(__float_as_uint(x[e]), __float_as_uint(x[e + 2]), 0x00fb),
                              look_up(__float_as_uint(x[e + 4]), __float_as_uint(x[e + 6]), 0x00fb), 0x5410);
     }
@@ -91,9 +97,9 @@ struct Quantiser {
 
 // Words of the codes of row r of a lane's two, whose kColumns channels lie in `y` as mma_halves leaves them; zeros
 // unless there are `any`.
-template <int kColumns, int kTiles>
-__device__ __forceinline__ Fit codes_of_row(const Quantiser& quantise, const float (&y)[kTiles][4], int r, bool any,
-                                            float inverse, uint32_t (&words)[kTiles / 4]) {
+template <int kColumns, bool kNarrow, int kTiles>
+__device__ __forceinline__ Fit codes_of_row(const Quantiser<kNarrow>& quantise, const float (&y)[kTiles][4], int r,
+                                            bool any, float inverse, uint32_t (&words)[kTiles / 4]) {
   const uint32_t all = any ? ~0u : 0u;
   Fit fit;
 #pragma unroll

@@ -228,7 +228,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
   auto* digits = reinterpret_cast<__half*>(offset + S::kPadded);            // [8][kDigitPitch]
   auto* group_max = reinterpret_cast<float*>(digits + 8 * S::kDigitPitch);  // [4]
   const float unit = load_matrix<D>(side, matrix, side.mean ? third : nullptr);
-  const Quantiser quantise(side);
+  const Quantiser<false> quantise(side);
 
   for (int index = cta + group * ctas; index < p.count; index += S::kGroups * ctas) {
     const SealJob& job = p.jobs[index / p.heads];

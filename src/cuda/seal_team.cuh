@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "backend/backend.h"
+#include "cuda/codes.cuh"
 #include "cuda/copies.cuh"
 #include "cuda/seal.h"
 #include "cuda/wgmma.cuh"
@@ -197,11 +198,45 @@ __device__ __forceinline__ void multiply(float (&y)[TeamShape<D>::kTiles][4], ui
   products_commit();
 }
 
+// Stores the codes of keys, rows g and g + 8 of each warp: a word is of one token and block. part: of the channels.
+template <int D, bool kNarrow>
+__device__ __forceinline__ void put_keys(const uint32_t (&words)[2][TeamShape<D>::kBlocks], unsigned char* codes,
+                                         int bits, int warp, int lane, int part, const bool (&there)[2]) {
+  using S = TeamShape<D>;
+  constexpr int kAll32 = pad_channels(D) / 32;
+  if constexpr (kNarrow) {
+    if (is_narrow(bits)) {
+      if (!there[0] && !there[1]) return;
+      const uint32_t keep[2] = {there[0] ? 0 : ~0u, there[1] ? 0 : ~0u};
+#pragma unroll
+      for (int b = 0; b < S::kBlocks; b += 2)
+        put_narrow(codes, bits, (warp % 4 * kAll32 + part * S::kBlocks + b) / 2, lane,
+                   {words[0][b], words[0][b + 1], words[1][b], words[1][b + 1]}, {keep[0], keep[0], keep[1], keep[1]});
+      return;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    uint32_t* all = reinterpret_cast<uint32_t*>(codes);
+    uint32_t* to = all + word_index((warp % 4 * 2 + r) * kAll32 + part * S::kBlocks, lane);
+    if constexpr (S::kBlocks == 4) {
+      if (there[r]) *reinterpret_cast<uint4*>(to) = {words[r][0], words[r][1], words[r][2], words[r][3]};
+    } else if constexpr (S::kBlocks == 2) {
+      if (there[r]) *reinterpret_cast<uint2*>(to) = {words[r][0], words[r][1]};
+    } else {
+#pragma unroll
+      for (int b = 0; b < S::kBlocks; ++b)
+        if (there[r]) all[word_index((warp % 4 * 2 + r) * kAll32 + b, lane)] = words[r][b];
+    }
+  }
+}
+
 // Packs the codes of values, rows g and g + 8 of each warp, into words of one channel and 8 tokens; byte w holds warp
-// w's tokens.
-template <int D>
+// w's tokens. codes: of the slice; first_group: of a lane's four words, that the CTA stores.
+template <int D, bool kNarrow>
 __device__ __forceinline__ void put_values(const uint32_t (&words)[2][TeamShape<D>::kBlocks], unsigned char* staged,
-                                           uint32_t* codes, int team, int thread, int first, int count) {
+                                           unsigned char* codes, int bits, int first_group, int team, int thread,
+                                           int first, int count) {
   using S = TeamShape<D>;
   constexpr int kCtaBlocks = pad_channels(S::kCtaColumns) / 32;
   const int lane = thread % kLanes, warp = thread / kLanes, g = lane / 4, t = lane % 4;
@@ -240,17 +275,30 @@ __device__ __forceinline__ void put_values(const uint32_t (&words)[2][TeamShape<
         high[j] = (row[0][j] >> 4 & 0x0f0f0f0f) | (row[1][j] & 0xf0f0f0f0);
       }
     }
-    uint32_t* at = codes + (2 * b + m / 2) * 128 + (half * 4 + m % 2 * 2) * 16 + pair * 4;
-    if (first != 0 || count != kPageTokens) {  // tokens outside the job keep their codes in the slice
+    const int group = first_group + 2 * b + m / 2, to_lane = (half * 4 + m % 2 * 2) * 4 + pair;
+    uint32_t keep[2] = {};  // of even words and odd ones: tokens outside the job keep their codes in the slice
+    const bool whole = first == 0 && count == kPageTokens;
+    if (!whole)
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd)
+        for (int n = 0; n < 8; ++n) {
+          const int token = n / 2 * 16 + odd * 8 + pair * 2 + n % 2 - first;
+          if (token < 0 || token >= count) keep[odd] |= 15u << 4 * n;
+        }
+    if constexpr (kNarrow) {
+      if (is_narrow(bits)) {
+        const uint4 kept = {keep[0], keep[1], keep[0], keep[1]};
+        put_narrow(codes, bits, group, to_lane, {low[0], low[1], low[2], low[3]}, kept);
+        put_narrow(codes, bits, group, to_lane + 4, {high[0], high[1], high[2], high[3]}, kept);
+        continue;
+      }
+    }
+    uint32_t* at = reinterpret_cast<uint32_t*>(codes) + group * 128 + to_lane * 4;
+    if (!whole) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        uint32_t keep = 0;
-        for (int n = 0; n < 8; ++n) {
-          const int token = n / 2 * 16 + j % 2 * 8 + pair * 2 + n % 2 - first;
-          if (token < 0 || token >= count) keep |= 15u << 4 * n;
-        }
-        low[j] = (low[j] & ~keep) | (at[j] & keep);
-        high[j] = (high[j] & ~keep) | (at[16 + j] & keep);
+        low[j] = (low[j] & ~keep[j % 2]) | (at[j] & keep[j % 2]);
+        high[j] = (high[j] & ~keep[j % 2]) | (at[16 + j] & keep[j % 2]);
       }
     }
     *reinterpret_cast<uint4*>(at) = {low[0], low[1], low[2], low[3]};

@@ -41,7 +41,7 @@ namespace kv4::cuda {
 namespace {
 
 // One side's slices: `at`, `at` + `apart`, ...
-template <int D, bool kValues>
+template <int D, bool kValues, bool kNarrow>
 __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* memory, int at, int apart) {
   using S = TeamShape<D>;
   const SideParams& side = kValues ? p.value : p.key;
@@ -72,8 +72,8 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
   }
   if (at < p.count) ask_for_job(p, at, jobs, thread);
   if (at + apart < p.count) ask_for_job(p, at + apart, jobs + 1, thread);
-  __shared__ Quantiser quantiser;
-  if (threadIdx.x == 0) quantiser = Quantiser(side);
+  __shared__ Quantiser<kNarrow> quantiser;
+  if (threadIdx.x == 0) quantiser = Quantiser<kNarrow>(side);
   const auto* matrix = reinterpret_cast<const unsigned char*>(side.rotation_digits);
   // The third digits as they lie in registers, where they are not held.
   const uint4* third_at = reinterpret_cast<const uint4*>(matrix + 3 * D * D * 2) + rank * (S::kDigitBytes / 16) + lane;
@@ -367,7 +367,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     }
     uint32_t words[2][S::kBlocks];
     float fitted[2][2];
-    const Quantiser quantise = quantiser;
+    const Quantiser<kNarrow> quantise = quantiser;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       step[r] = (side.abs_max ? step[r] : sqrtf(step[r] * (1.0f / D))) * quantise.to_step;
@@ -409,25 +409,10 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
       }
     }
 
-    auto* codes = reinterpret_cast<uint32_t*>(slice + side.codes);
-    if constexpr (!kValues) {  // a word is of one token and block
-      constexpr int kAll32 = pad_channels(D) / 32;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        uint32_t* to = codes + word_index((warp % 4 * 2 + r) * kAll32 + part * S::kBlocks, lane);
-        if constexpr (S::kBlocks == 4) {
-          if (there[r]) *reinterpret_cast<uint4*>(to) = {words[r][0], words[r][1], words[r][2], words[r][3]};
-        } else if constexpr (S::kBlocks == 2) {
-          if (there[r]) *reinterpret_cast<uint2*>(to) = {words[r][0], words[r][1]};
-        } else {
-#pragma unroll
-          for (int b = 0; b < S::kBlocks; ++b)
-            if (there[r]) codes[word_index((warp % 4 * 2 + r) * kAll32 + b, lane)] = words[r][b];
-        }
-      }
-    } else {
-      put_values<D>(words, rest, codes + rank * S::kStaged, team, thread, first, count);
-    }
+    if constexpr (!kValues) put_keys<D, kNarrow>(words, slice + side.codes, side.bits, warp, lane, part, there);
+    else
+      put_values<D, kNarrow>(words, rest, slice + side.codes, side.bits, rank * (S::kStaged / 128), team, thread, first,
+                             count);
   }
   if constexpr (S::kCluster > 1) cluster_barrier();  // before this CTA's memory is gone
 }
@@ -435,7 +420,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
 extern __shared__ __align__(128) unsigned char wgmma_memory[];
 
 // The first `key_clusters` of the grid seal keys, the others values.
-template <int D>
+template <int D, bool kNarrow>
 __global__ void __launch_bounds__(TeamShape<D>::kThreads, 1)
     seal_wgmma(const __grid_constant__ SealParams p, int key_clusters) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -446,17 +431,20 @@ __global__ void __launch_bounds__(TeamShape<D>::kThreads, 1)
     if (nothing) return;
   }
   const int cluster = static_cast<int>(blockIdx.x) / S::kCluster, clusters = static_cast<int>(gridDim.x) / S::kCluster;
-  if (cluster < key_clusters) seal_side<D, false>(p, wgmma_memory, cluster * S::kTeams, key_clusters * S::kTeams);
-  else seal_side<D, true>(p, wgmma_memory, (cluster - key_clusters) * S::kTeams, (clusters - key_clusters) * S::kTeams);
+  if (cluster < key_clusters)
+    seal_side<D, false, kNarrow>(p, wgmma_memory, cluster * S::kTeams, key_clusters * S::kTeams);
+  else
+    seal_side<D, true, kNarrow>(p, wgmma_memory, (cluster - key_clusters) * S::kTeams,
+                                (clusters - key_clusters) * S::kTeams);
 #endif
 }
 
-template <int D>
+template <int D, bool kNarrow = false>
 cudaError_t launch(const SealParams& p, int device, cudaStream_t stream) {
   using S = TeamShape<D>;
   static SharedMost most;
   int multiprocessors = 1;
-  if (const cudaError_t e = prepare_persistent(most, seal_wgmma<D>, S::kShared, device, &multiprocessors);
+  if (const cudaError_t e = prepare_persistent(most, seal_wgmma<D, kNarrow>, S::kShared, device, &multiprocessors);
       e != cudaSuccess)
     return e;
   // A slice of keys with means takes longer than one of values.
@@ -468,18 +456,27 @@ cudaError_t launch(const SealParams& p, int device, cudaStream_t stream) {
   attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  return queue_with(attributes, p.beside ? 2 : 1, seal_wgmma<D>, dim3(static_cast<unsigned>(clusters * S::kCluster)),
-                    S::kThreads, S::kShared, stream, p, keys);
+  return queue_with(attributes, p.beside ? 2 : 1, seal_wgmma<D, kNarrow>,
+                    dim3(static_cast<unsigned>(clusters * S::kCluster)), S::kThreads, S::kShared, stream, p, keys);
 }
 
 }  // namespace
 
 bool wgmma_takes(const SealParams& p, int device) {
   const int dim = p.key.dim;
-  return has_wgmma(device) && p.halves && (dim == 64 || dim == 80 || dim == 96 || dim == 128 || dim == 256);
+  // A lane's codes of keys are whole groups of narrow ones where blocks of 32 channels are even.
+  const bool even = dim == 64 || dim == 128 || dim == 256;
+  return has_wgmma(device) && p.halves && (even || (!has_narrow(p.key, p.value) && (dim == 80 || dim == 96)));
 }
 
 cudaError_t launch_seal_wgmma(const SealParams& p, int device, cudaStream_t stream) {
+  if (has_narrow(p.key, p.value)) {
+    switch (p.key.dim) {
+      case 64: return launch<64, true>(p, device, stream);
+      case 128: return launch<128, true>(p, device, stream);
+      default: return launch<256, true>(p, device, stream);
+    }
+  }
   switch (p.key.dim) {
     case 64: return launch<64>(p, device, stream);
     case 80: return launch<80>(p, device, stream);

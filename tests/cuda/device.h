@@ -72,10 +72,11 @@ class DeviceBytes {
 
 inline PageSpec on_device(PageSpec spec) {
   const auto pad = [](int d) { return static_cast<std::uint32_t>(cuda::pad_channels(d)); };
-  spec.layout =
-      kv4_make_page_layout(static_cast<std::uint32_t>(spec.key.dim), static_cast<std::uint32_t>(spec.value.dim),
-                           static_cast<std::uint32_t>(spec.key.groups), static_cast<std::uint32_t>(spec.value.groups),
-                           spec.key.mean, pad(spec.key.dim), pad(spec.value.dim));
+  spec.layout = kv4_make_page_layout(
+      static_cast<std::uint32_t>(spec.key.dim), static_cast<std::uint32_t>(spec.value.dim),
+      static_cast<std::uint32_t>(spec.key.groups), static_cast<std::uint32_t>(spec.value.groups), spec.key.mean,
+      pad(spec.key.dim), pad(spec.value.dim), static_cast<std::uint32_t>(spec.key.levels.bits),
+      static_cast<std::uint32_t>(spec.value.levels.bits));
   return spec;
 }
 
@@ -198,7 +199,8 @@ class DeviceScene {
 
   void convert(const std::uint8_t* from, std::uint8_t* to) const {
     const kv4_page_layout &a = scene_.spec().layout, &b = spec_.layout;
-    std::vector<std::uint8_t> k(32u * a.head_dim_k), v(32u * a.head_dim_v);
+    const auto bytes = [](const SideSpec& side) { return static_cast<std::size_t>(8 * side.levels.bits * side.dim); };
+    std::vector<std::uint8_t> k(bytes(spec_.key)), v(bytes(spec_.value));
     cpu::codes_to_canonical(scene_.spec(), from, k.data(), v.data());
     cuda::codes_from_canonical(spec_, k.data(), v.data(), to);
     std::memcpy(to + b.k_scales, from + a.k_scales, a.groups_k * 128);

@@ -1,5 +1,4 @@
-// Sealing and dequantising on a CUDA device against the float64 definition, by the CPU's rule of equality
-// (seal_case.h).
+// Sealing and dequantising on a CUDA device against the float64 definition (seal_device.h).
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -11,114 +10,63 @@
 #include <tuple>
 #include <vector>
 
-#include "device.h"
-#include "seal_cases.h"
+#include "seal_device.h"
 
 namespace kv4 {
 namespace {
 
 using namespace seal_case;
+using tests::CudaSeal;
 using tests::DeviceBytes;
-
-class CudaSeal : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (cuda::backend() == nullptr) GTEST_SKIP() << "no CUDA device of compute capability 8.0 or later";
-  }
-
-  static PageMemory pages_at(const DeviceBytes& memory, const PageSpec& spec, int heads) {
-    PageMemory pages;
-    pages.data = memory.as<std::uint8_t>();
-    pages.head_stride = spec.layout.head_bytes;
-    pages.page_stride = pages.head_stride * heads;
-    return pages;
-  }
-  static Status seal(const PageSpec& spec, const PageMemory& pages, std::span<const SealJob> jobs) {
-    return cuda::backend()->seal(spec, pages, 1, jobs, false);
-  }
-
-  struct Device {
-    DeviceBytes k, v, skip, lambda_k, lambda_v, slice;
-    PageMemory pages;
-    SealJob job;
-    Device(const Inputs& in, const PageSpec& spec)
-        : k(in.k->dtype == DType::f32 ? DeviceBytes(in.k->f32) : DeviceBytes(in.k->f16)),
-          v(in.v->dtype == DType::f32 ? DeviceBytes(in.v->f32) : DeviceBytes(in.v->f16)), skip(in.skip),
-          lambda_k(in.lambda_k), lambda_v(in.lambda_v), slice(spec.layout.head_bytes, 0) {
-      pages = pages_at(slice, spec, 1);
-      job = in.job();
-      place(in, 0, kPageTokens);
-    }
-    void place(const Inputs& in, int first, int count) {
-      const std::size_t size = size_of(in.k->dtype);
-      job.k = k.as<std::byte>() + static_cast<std::size_t>(first * in.k->stride) * size;
-      job.v = v.as<std::byte>() + static_cast<std::size_t>(first * in.v->stride) * size;
-      job.skip = skip.as<std::uint8_t>() + first;
-      job.lambda_k = in.lambda_k.empty() ? nullptr : lambda_k.as<float>();
-      job.lambda_v = in.lambda_v.empty() ? nullptr : lambda_v.as<float>();
-      job.first = static_cast<std::int16_t>(first);
-      job.count = count;
-    }
-  };
-
-  static Codes codes_of(const PageSpec& spec, const std::vector<std::uint8_t>& slice) {
-    std::vector<std::uint8_t> k(32u * static_cast<unsigned>(spec.key.dim)),
-        v(32u * static_cast<unsigned>(spec.value.dim));
-    cuda::codes_to_canonical(spec, slice.data(), k.data(), v.data());
-    return {reference::from_canonical(k.data(), kPageTokens, spec.key.dim),
-            reference::from_canonical(v.data(), kPageTokens, spec.value.dim)};
-  }
-
-  static void check(const Case& c) {
-    SCOPED_TRACE(testing::Message() << c);
-    const Inputs in(c);
-    const PageSpec spec = tests::on_device(in.spec);
-    const Device device(in, spec);
-    const Status status = seal(spec, device.pages, {&device.job, 1});
-    ASSERT_TRUE(status.ok()) << status.message();
-    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-    const std::vector<std::uint8_t> slice = device.slice.read();
-    const Codes codes = codes_of(spec, slice);
-    check_side(
-        spec.key, *in.k, in.skip.data(), {in.lambda_k.begin(), in.lambda_k.end()}, codes.key,
-        read_u16(slice.data() + spec.layout.k_scales, kPageTokens),
-        in.spec.key.mean ? read_u16(slice.data() + spec.layout.k_mean, spec.key.dim) : std::vector<std::uint16_t>{});
-    check_side(spec.value, *in.v, in.skip.data(), {in.lambda_v.begin(), in.lambda_v.end()}, codes.value,
-               read_u16(slice.data() + spec.layout.v_scales, kPageTokens), {});
-  }
-};
 
 TEST_F(CudaSeal, MatchesReference) { every_dim_and_rotation(1, check); }
 TEST_F(CudaSeal, LargeKeyBias) { large_key_bias(check); }
 
+TEST_F(CudaSeal, NarrowCodesMatchReference) {
+  int n = 0;
+  every_dim_and_rotation(1, [&](const Case& c) { check(with_bits(c, tests::kNarrowBits[n++ % 6])); });
+}
+
 // A page filled in parts holds what one filled at once does.
 TEST_F(CudaSeal, PartsOfAPage) {
-  Case c;
-  c.key.mean = false;
-  c.dtype = DType::bf16;
-  const Inputs in(c);
-  const PageSpec spec = tests::on_device(in.spec);
-  Device whole(in, spec), parts(in, spec);
-  ASSERT_TRUE(seal(spec, whole.pages, {&whole.job, 1}).ok());
-  int first = 0;
-  for (int count : {1, 6, 25, 32}) {
-    parts.place(in, first, count);
-    ASSERT_TRUE(seal(spec, parts.pages, {&parts.job, 1}).ok());
-    first += count;
+  for (const tests::Bits& bits : tests::kEveryBits) {
+    for (const DType dtype : {DType::bf16, DType::f32}) {
+      for (int d : cases::kHeadDims) {
+        Case c;
+        c.key.dim = c.value.dim = d;
+        c.key.mean = false;
+        c.dtype = dtype;
+        c = with_bits(c, bits);
+        SCOPED_TRACE(testing::Message() << c);
+        const Inputs in(c);
+        const PageSpec spec = tests::on_device(in.spec);
+        Device whole(in, spec), parts(in, spec);
+        ASSERT_TRUE(seal(spec, whole.pages, {&whole.job, 1}).ok());
+        int first = 0;
+        for (int count : {1, 6, 25, 32}) {
+          parts.place(in, first, count);
+          ASSERT_TRUE(seal(spec, parts.pages, {&parts.job, 1}).ok());
+          first += count;
+        }
+        ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+        ASSERT_EQ(whole.slice.read(), parts.slice.read());
+      }
+    }
   }
-  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-  EXPECT_EQ(whole.slice.read(), parts.slice.read());
 }
 
 // More pages than the device seals at once hold what each holds that is sealed alone: means, weights and masks
 // included.
 TEST_F(CudaSeal, PagesTogether) {
-  for (int d : {80, 128}) {
+  for (const auto& [d, bits] :
+       {std::pair(80, tests::Bits{4, 4}), std::pair(128, tests::Bits{4, 4}), std::pair(64, tests::Bits{3, 4}),
+        std::pair(128, tests::Bits{2, 3}), std::pair(256, tests::Bits{3, 2})}) {
     Case c;
     c.key = {d, RotationKind::srft, 0, LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
     c.value = {d, RotationKind::srht, 0, LevelKind::uniform, ScaleRule::least_squares, false, false};
     c.dtype = DType::f16;
     c.masked = true;
+    c = with_bits(c, bits);
     const Inputs in(c);
     const PageSpec spec = tests::on_device(in.spec);
     const Device device(in, spec);
@@ -161,15 +109,16 @@ TEST_F(CudaSeal, PagesTogether) {
     const std::vector<std::uint8_t> expected = alone.read(), got = together.read();
     for (std::size_t i = 0; i < kJobs; ++i)
       ASSERT_EQ(std::memcmp(got.data() + i * bytes, expected.data() + i % kDistinct * bytes, bytes), 0)
-          << "d " << d << " page " << i;
+          << c << ", page " << i;
     EXPECT_NE(std::memcmp(expected.data(), expected.data() + bytes, bytes), 0);
   }
 }
 
 TEST_F(CudaSeal, DequantisesAsDefined) {
-  for (int i = 0; i < 2 * std::ssize(cases::kHeadDims); ++i) {
-    const bool rotated = i % 2 == 0;
-    const int d = cases::kHeadDims[i / 2];
+  constexpr int kWidths = std::ssize(tests::kEveryBits);
+  for (int i = 0; i < 2 * std::ssize(cases::kHeadDims) * kWidths; ++i) {
+    const bool rotated = i / kWidths % 2 == 0;
+    const int d = cases::kHeadDims[i / kWidths / 2];
     Case c;
     c.key = {d,
              rotated ? RotationKind::srft : RotationKind::identity,
@@ -182,6 +131,8 @@ TEST_F(CudaSeal, DequantisesAsDefined) {
         d,   rotated ? RotationKind::srht : RotationKind::identity, 0, LevelKind::uniform, ScaleRule::abs_max, false,
         true};
     c.dtype = DType::f16;
+    c = with_bits(c, tests::kEveryBits[i % kWidths]);
+    SCOPED_TRACE(testing::Message() << c);
     const Inputs in(c);
     const PageSpec spec = tests::on_device(in.spec);
     const Device device(in, spec);
@@ -232,16 +183,20 @@ TEST_F(CudaSeal, DequantisesAsDefined) {
 // More pages than a CTA takes at a time, several heads and parts of pages, in 16 bits, with rows that are stored four
 // elements at a time and ones that cannot be: the numbers of one page's float32 rows, and nothing beside them.
 TEST_F(CudaSeal, DequantisesPagesTogether) {
-  for (const auto& [d, key, value] : {std::tuple(80, RotationKind::srft, RotationKind::identity),
-                                      std::tuple(128, RotationKind::identity, RotationKind::srht),
-                                      std::tuple(256, RotationKind::srft, RotationKind::srht),
-                                      std::tuple(64, RotationKind::srht, RotationKind::srft)}) {
+  for (const auto& [d, key, value, bits] :
+       {std::tuple(80, RotationKind::srft, RotationKind::identity, tests::Bits{4, 4}),
+        std::tuple(128, RotationKind::identity, RotationKind::srht, tests::Bits{4, 4}),
+        std::tuple(256, RotationKind::srft, RotationKind::srht, tests::Bits{4, 4}),
+        std::tuple(64, RotationKind::srht, RotationKind::srft, tests::Bits{4, 4}),
+        std::tuple(128, RotationKind::srht, RotationKind::srft, tests::Bits{3, 2}),
+        std::tuple(96, RotationKind::srft, RotationKind::srht, tests::Bits{2, 3})}) {
     SCOPED_TRACE(testing::Message() << "d " << d);
     constexpr int kDistinct = 6, kHeads = 2, kJobs = 900;
     Case c;
     c.key = {d, key, 0, LevelKind::lloyd_max, ScaleRule::least_squares, true, true};
     c.value = {d, value, 0, LevelKind::uniform, ScaleRule::least_squares, false, true};
     c.dtype = DType::f16;
+    c = with_bits(c, bits);
     const PageSpec spec = tests::on_device(Inputs(c).spec);
     const std::size_t slice_bytes = spec.layout.head_bytes, width = static_cast<std::size_t>(d),
                       rows = kHeads * kPageTokens * width;
@@ -349,20 +304,24 @@ TEST_F(CudaSeal, DequantisesPagesTogether) {
 
 // The device's order of codes is a permutation of the canonical one, tested without a device.
 TEST(CudaOrder, RoundTrips) {
-  for (int d : cases::kHeadDims) {
-    Case c;
-    c.key.dim = c.value.dim = d;
-    c.key.mean = true;
-    const PageSpec spec = tests::on_device(make_page(c.key, c.value));
-    cases::Random random(static_cast<std::uint64_t>(d));
-    std::vector<std::uint8_t> k(32u * static_cast<unsigned>(d)), v(k.size()), k2(k.size()), v2(k.size()),
-        slice(spec.layout.head_bytes);
-    for (auto& x : k) x = static_cast<std::uint8_t>(random.bits());
-    for (auto& x : v) x = static_cast<std::uint8_t>(random.bits());
-    cuda::codes_from_canonical(spec, k.data(), v.data(), slice.data());
-    cuda::codes_to_canonical(spec, slice.data(), k2.data(), v2.data());
-    EXPECT_EQ(k, k2);
-    EXPECT_EQ(v, v2);
+  for (const tests::Bits& bits : tests::kEveryBits) {
+    for (int d : cases::kHeadDims) {
+      Case c;
+      c.key.dim = c.value.dim = d;
+      c.key.mean = true;
+      c = with_bits(c, bits);
+      SCOPED_TRACE(testing::Message() << c);
+      const PageSpec spec = tests::on_device(make_page(c.key, c.value));
+      cases::Random random(static_cast<std::uint64_t>(d));
+      std::vector<std::uint8_t> k(static_cast<std::size_t>(8 * bits.k * d)),
+          v(static_cast<std::size_t>(8 * bits.v * d)), k2(k.size()), v2(v.size()), slice(spec.layout.head_bytes);
+      for (auto& x : k) x = static_cast<std::uint8_t>(random.bits());
+      for (auto& x : v) x = static_cast<std::uint8_t>(random.bits());
+      cuda::codes_from_canonical(spec, k.data(), v.data(), slice.data());
+      cuda::codes_to_canonical(spec, slice.data(), k2.data(), v2.data());
+      EXPECT_EQ(k, k2);
+      EXPECT_EQ(v, v2);
+    }
   }
 }
 
@@ -376,6 +335,17 @@ TEST(CudaOrder, TablesGiveEveryLevel) {
       const int size = static_cast<int>(table[index / 4] >> index % 4 * 8 & 255);
       EXPECT_LT(size, 128) << "the look-up spreads a byte's sign: it must be 0";
       EXPECT_EQ(stored < 8 ? size : -size, levels(kind).table[code]) << code;
+    }
+  }
+  for (int bits : {2, 3}) {
+    const Levels& narrow = levels(LevelKind::lloyd_max, bits);
+    const cuda::Tables t = cuda::make_narrow_tables(narrow.table.data(), bits);
+    const auto half = static_cast<std::uint32_t>(narrow.half());
+    for (std::uint32_t code = 0; code < 2 * half; ++code) {
+      const std::uint32_t stored = cuda::to_stored(code, half);
+      EXPECT_EQ(cuda::from_stored(stored, half), code);
+      EXPECT_EQ(stored >= half, narrow.table[code] < 0) << "the highest bit is the sign";
+      EXPECT_EQ(static_cast<std::int8_t>(t.positive[stored / 4] >> stored % 4 * 8), narrow.table[code]) << code;
     }
   }
 }
