@@ -79,7 +79,7 @@ typedef struct kv4_cache_config {
   /* A size may end here. */
   const char* backend; /* NULL: "cpu"; "cuda", "cuda:1", ...: tensors of calls are the device's memory */
   /* A size may end here. */
-  int32_t bits_k, bits_v; /* of a code of keys and of values: 2, 3, 4, 6 or 8; 0: 4; others than 4 on the CPU */
+  int32_t bits_k, bits_v; /* of a code of keys and of values: 2, 3, 4, 6 or 8, on CUDA 2 to 4; 0: 4 */
   /* A size may end here. */
   int32_t refined; /* keys of a page with a second row of codes, 0 to 2; others than 0 on the CPU */
 } kv4_cache_config;

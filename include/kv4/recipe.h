@@ -36,7 +36,7 @@ struct SideRecipe {
   int reflectors = 0;             // householder only; 0 means d/2
   std::uint64_t seed = 0x6b7634;  // "kv4"
   int group = 0;                  // channels per scale: 0 = the whole vector, else 128, 64 or 32 dividing d
-  int bits = 4;                   // of a code: 2, 3, 4, 6 or 8; other than 4 on the CPU
+  int bits = 4;                   // of a code: 2, 3, 4, 6 or 8; 2 to 4 on CUDA, 4 on Metal
   LevelKind levels = LevelKind::lloyd_max;
   ScaleRule scale = ScaleRule::least_squares;
   bool mean = false;                     // keys only: subtract the page's mean

@@ -28,7 +28,7 @@ class Side:
         matrix handed to the cache) or "identity". reflectors: Householder only, 0 means head_dim / 2.
     seed: of the rotation's signs or reflectors; the same seed gives the same rotation on every machine.
     group: channels per scale, 0 for the whole vector, else 128, 64 or 32.
-    bits: of a code, 2, 3, 4, 6 or 8; others than 4 on the CPU (kv4.Cache, kv4.hf).
+    bits: of a code, 2, 3, 4, 6 or 8: on a CUDA device 2 to 4, on an Apple GPU 4.
     levels: "lloyd_max" (of a Gaussian) or "uniform" (-7 ... 7, of 4 bits). scale: "least_squares" or "abs_max".
     mean: keys only, subtract the page's mean. lambda_: "auto" (keys only), "given" or "none".
     """

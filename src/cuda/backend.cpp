@@ -63,6 +63,7 @@ class CudaBackend final : public Backend {
     KV4_ON_DEVICE(device_);
     return memory_.in_use(bytes);
   }
+  void limit_memory(long long times) { memory_.limit(times); }
   bool capturing() const override { return is_capturing(current_stream()); }
   int code_channels(int dim) const override { return pad_channels(dim); }
 
@@ -552,6 +553,13 @@ Status memory_in_use(int device, std::size_t* bytes) {
   CudaBackend* const backend = the_backend(device);
   if (backend == nullptr) return no_device();
   return backend->memory_in_use(bytes);
+}
+
+Status limit_memory(int device, long long times) {
+  CudaBackend* const backend = the_backend(device);
+  if (backend == nullptr) return no_device();
+  backend->limit_memory(times);
+  return {};
 }
 
 Status attend_params(const AttendJob& job, AttendParams* params) {

@@ -22,5 +22,7 @@ void set_stream(cudaStream_t stream);
 // Bytes of a device that caches, graphs and calls hold, but for rotations; what was freed counts until its stream has
 // come to that.
 Status memory_in_use(int device, std::size_t* bytes);
+// For tests: memory of a device is taken so many times more, then there is none left; below 0: as much as it has.
+Status limit_memory(int device, long long times);
 
 }  // namespace kv4::cuda

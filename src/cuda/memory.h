@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstddef>
 #include <memory>
 #include <mutex>
@@ -146,6 +147,8 @@ class Memory {
   // `from` may be reused as soon as this returns; nothing waits for the device but where 64 MiB are on their way.
   Status upload(void* to, const void* from, std::size_t bytes);
   Status in_use(std::size_t* bytes);  // taken and not yet given back, in the order of all streams
+  // Memory is taken so many times more, then there is none left; below 0, as at first: as much as the device has.
+  void limit(long long times) { left_ = times; }
   Notes notes;
 
  private:
@@ -153,6 +156,7 @@ class Memory {
   Status pool(cudaMemPool_t* out);
 
   const int device_;
+  std::atomic<long long> left_ = -1;
   std::mutex mutex_;  // of the two below, made once
   cudaMemPool_t pool_ = nullptr;
   cudaStream_t aside_ = nullptr;

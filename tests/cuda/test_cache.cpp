@@ -38,12 +38,35 @@ TEST_P(CudaSessions, EveryQuerySeesWhatTheDefinitionSays) {
 }
 INSTANTIATE_TEST_SUITE_P(Seeds, CudaSessions, ::testing::Range(0, kSeeds));
 
+// What no kernel reads is refused when a cache is made.
+TEST_F(CudaCache, OtherWidthsAndRefinedKeysAreRefused) {
+  const auto refused = [](auto change, const std::string& message) {
+    CacheConfig config = saved::config_of(Recipe(), 2, 64, 64, DType::f16);
+    config.backend = "cuda";
+    change(config.recipe);
+    std::unique_ptr<Cache> cache;
+    const Status status = Cache::create(config, &cache);
+    EXPECT_EQ(status.code(), StatusCode::unsupported);
+    EXPECT_EQ(status.message(), message);
+    EXPECT_EQ(cache, nullptr);
+  };
+  refused([](Recipe& r) { r.key.bits = 6; }, "recipe.key.bits: expected 2, 3 or 4 on CUDA; got 6");
+  refused([](Recipe& r) { r.value.bits = 8; }, "recipe.value.bits: expected 2, 3 or 4 on CUDA; got 8");
+  refused([](Recipe& r) { r.refined = 1; }, "recipe.refined: expected 0 on CUDA; got 1");
+}
+
 // The device's order of codes is not the file's: what it saved the host loads, and the other way round.
 TEST_F(CudaCache, HostAndDeviceReadEachOther) {
-  for (const int dim : cases::kHeadDims) {
-    SCOPED_TRACE(dim);
+  for (int n = 0; n < 2 * std::ssize(cases::kHeadDims); ++n) {
+    const int dim = cases::kHeadDims[n / 2];
+    Recipe recipe;
+    if (n % 2 == 1) {
+      recipe.key.bits = n % 4 == 1 ? 3 : 4;
+      recipe.value.bits = n % 4 == 1 ? 4 : 2;
+    }
+    SCOPED_TRACE(testing::Message() << dim << ", bits " << recipe.key.bits << " and " << recipe.value.bits);
     DevicePlace place(DType::bf16);
-    saved::Case c{"device", saved::config_of(Recipe(), 2, dim, dim, DType::bf16), 2, {0, 7}};
+    saved::Case c{"device", saved::config_of(recipe, 2, dim, dim, DType::bf16), 2, {0, 7}};
     saved::Twins t(c, static_cast<std::uint64_t>(dim));
     t.append(300);
     t.attend();

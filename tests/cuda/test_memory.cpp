@@ -1,8 +1,9 @@
-// Memory of a CUDA device: what captures may take, uploads, the pool of pages.
+// Memory of a CUDA device: what captures may take, uploads, the pool of pages, and none left.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "cache/pool.h"
@@ -10,6 +11,7 @@
 #include "cuda/rows.h"
 #include "cuda/scratch.h"
 #include "device.h"
+#include "save_case.h"
 
 namespace kv4 {
 namespace {
@@ -95,6 +97,76 @@ TEST_F(CudaMemory, ACapturedUploadBringsItsOwnBytes) {
     cudaGraphDestroy(graph);
   }
   EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+}
+
+// Repeats each call with no memory left the first time that it takes some, then the second, ..., until it succeeds: the
+// cache is as before, and in the end as one that nothing happened to.
+TEST_F(CudaMemory, ACallThatFindsNoMemoryLeavesNoTrace) {
+  for (const SealMode seal : {SealMode::page, SealMode::arrival}) {
+    SCOPED_TRACE(static_cast<int>(seal));
+    Recipe recipe = seal == SealMode::arrival ? Recipe::paper() : Recipe();
+    if (seal == SealMode::page) recipe.value.bits = 3;
+    CacheConfig config = saved::config_of(recipe, 2, 64, 64, DType::f16);
+    config.backend = "cuda";
+    const std::unique_ptr<Cache> cache = saved::create(config), untouched = saved::create(config);
+    constexpr std::int64_t kHeads = 2, kDim = 64;
+    long failures = 0;
+    const auto everywhere = [&](const char* name, auto call) {
+      SCOPED_TRACE(name);
+      const saved::Bytes before = saved::save(*untouched);
+      std::vector<std::uint8_t> out[2];
+      for (long long n = 0;; ++n) {
+        ASSERT_TRUE(cuda::limit_memory(0, n).ok());
+        const Status status = call(*cache, &out[0]);
+        ASSERT_TRUE(cuda::limit_memory(0, -1).ok());
+        if (status.ok()) break;
+        ++failures;
+        ASSERT_EQ(status.code(), StatusCode::out_of_memory) << n << ": " << status.message();
+        ASSERT_EQ(cache->version(), untouched->version()) << n;
+        ASSERT_EQ(saved::save(*cache), before) << n;
+      }
+      const Status status = call(*untouched, &out[1]);
+      ASSERT_TRUE(status.ok()) << status.message();
+      ASSERT_EQ(out[0], out[1]);
+      ASSERT_EQ(saved::save(*cache), saved::save(*untouched));
+    };
+    cases::Random random(7);
+    const auto append = [&](std::int64_t batch, std::int64_t tokens) {
+      const DeviceBytes rows(tests::halves(random, static_cast<std::size_t>(batch * kHeads * tokens * kDim)));
+      const TensorView view{
+          rows.as(), DType::f16, {batch, kHeads, tokens, kDim}, {kHeads * tokens * kDim, tokens * kDim, kDim, 1}};
+      everywhere("append", [&](Cache& c, auto*) { return c.append(view, view); });
+    };
+    const auto attend = [&](std::int64_t batch) {
+      const DeviceBytes q(tests::halves(random, static_cast<std::size_t>(batch * 2 * kHeads * kDim)));
+      everywhere("attend", [&](Cache& c, std::vector<std::uint8_t>* out) {
+        const DeviceBytes to(static_cast<std::size_t>(batch * 2 * kHeads * kDim * 4));
+        AttendArgs args;
+        args.q = {q.as(), DType::f16, {batch, 2 * kHeads, 1, kDim}, {2 * kHeads * kDim, kDim, kDim, 1}};
+        const Status status = c.attend(args, {to.as(), DType::f32, args.q.shape, args.q.stride});
+        *out = to.read();
+        return status;
+      });
+    };
+    append(2, 300);
+    attend(2);
+    for (int i = 0; i < 70 && !HasFatalFailure(); ++i) append(2, 1);
+    attend(2);
+    everywhere("crop", [](Cache& c, auto*) { return c.crop(250); });
+    everywhere("repeat", [](Cache& c, auto*) { return c.repeat(2); });
+    append(4, 90);
+    everywhere("crop one", [](Cache& c, auto*) { return c.crop(1, 180); });
+    const std::int64_t rows[] = {2, 0};
+    everywhere("select", [&](Cache& c, auto*) { return c.select(rows); });
+    everywhere("seal", [](Cache& c, auto*) { return c.seal(); });
+    attend(2);
+    const saved::Bytes bytes = saved::save(*untouched);
+    const std::unique_ptr<Cache> fresh = saved::create(config), other = saved::create(config);
+    everywhere("load", [&](Cache& c, auto*) { return saved::load(&c == cache.get() ? *fresh : *other, bytes); });
+    EXPECT_EQ(saved::save(*fresh), bytes);
+    if (HasFatalFailure()) return;
+    EXPECT_GT(failures, 20);
+  }
 }
 
 // A captured step reads the table of pages that there was. Pages of a size that does not divide 2 MiB, 1.7 GB of them.

@@ -63,10 +63,20 @@ def test_exact_rows_give_the_own_caches_logits(name, calls, dtype):
 
 
 @pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
-def test_packed_pages_give_the_cpus_logits(name, calls):
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("llama", None),
+        ("gemma3", None),
+        ("gpt_oss", None),
+        ("llama", Recipe(bits=3.25)),
+        ("gemma3", Recipe().with_bits(2, 3)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "" if x is None else f"{x.bits or 'K2V3'}",
+)
+def test_packed_pages_give_the_cpus_logits(name, recipe, calls):
     """Codes differ where a value lies on a decision boundary, so it is the mean that must agree closely."""
-    model = attached(name)
+    model = attached(name, recipe=recipe)
     ids = hf_cases.tokens_of(2, sum(calls))
     on_device = kv4.hf.new_cache(model)
     found = forced(model, on_device, ids, calls)
@@ -160,6 +170,8 @@ def test_what_does_not_fit_is_refused_by_name():
         kv4.hf.attach(model)
     with pytest.raises(ValueError, match="head dim"):
         kv4.hf.attach(model_of("llama", dim=48).to(DEVICE))
+    with pytest.raises(ValueError, match=r"recipe.key.bits: expected 2, 3 or 4 on CUDA; got 6"):
+        kv4.hf.attach(model_of("llama", torch.float16).to(DEVICE), Recipe().with_bits(6, 4))
     layer = kv4.hf.KV4Layer(Recipe())
     k = torch.randn(1, 2, 3, 64, device=DEVICE, dtype=torch.float16)
     with pytest.raises(ValueError, match="value_states: expected a tensor on cuda:0; got cpu"):

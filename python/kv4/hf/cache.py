@@ -38,7 +38,7 @@ class KV4Cache(DynamicCache):
             layers, or a sequence or a mapping from layer index with one per layer.
         matrix_k, matrix_v: where the recipe's rotation is "dense": [head_dim, head_dim], in the same forms.
         bits: (bits of keys, bits of values) of each layer in place of the recipe's, a sequence with a pair for every
-            layer or a mapping from layer index; the CPU's layers alone take other than 4. Of a budget for the model,
+            layer or a mapping from layer index: 2, 3, 4, 6 or 8, on a CUDA device 2 to 4. Of a budget for the model,
             Recipe(bits=...) makes them.
         cross_attention: for the second part of an EncoderDecoderCache: its layers take an encoder's states once, are
             sealed by the first read after that, and are read packed. Layers that the config names so
