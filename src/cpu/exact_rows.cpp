@@ -1,12 +1,15 @@
 #include "cpu/exact_rows.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
+#include "cpu/threads.h"
 #include "format/convert.h"
 #include "format/finite.h"
+#include "kv4/cpu.h"
 #include "moments/lambda.h"
 
 namespace kv4::cpu {
@@ -30,28 +33,54 @@ void store_row(std::byte* to, DType dtype, const float* from, int channels) {
   for (int c = 0; c < channels; ++c) half[c] = dtype == DType::f16 ? f32_to_f16(from[c]) : f32_to_bf16(from[c]);
 }
 
-// One side of one sequence, its rows being x's from `input_row` on, stored, or only scanned; on_non_finite(t) is called
-// for every row with NaN or infinity.
+// Rows [begin, end) of one head of one side of one sequence, whose rows are x's from `input_row` on, stored, or only
+// scanned; on_non_finite(t) is called for every row with NaN or infinity.
 template <class OnNonFinite>
-void store_side(const TensorView& x, const SequenceView& s, bool keys, bool stored, OnNonFinite on_non_finite) {
+void store_rows(const TensorView& x, const SequenceView& s, bool keys, bool stored, std::int64_t head,
+                std::int64_t begin, std::int64_t end, OnNonFinite on_non_finite) {
   const ExactRows& rows = s.exact[1];
   const std::int64_t size = static_cast<std::int64_t>(size_of(x.dtype));
   const int channels = static_cast<int>(x.shape[3]);
   const std::size_t bytes = static_cast<std::size_t>(channels) * size_of(x.dtype);
-  for (std::int64_t h = 0; h < x.shape[1]; ++h) {
-    for (std::int64_t t = 0; t < s.query_count; ++t) {
-      const void* const from = x.at(s.input, h, s.input_row + t);
-      std::byte* to = nullptr;
-      if (stored) {
-        to = static_cast<std::byte*>(const_cast<void*>(keys ? rows.k : rows.v)) +
-             row_offset(rows, keys, h, rows.count + t) * size;
-        std::memcpy(to, from, bytes);
-      }
-      if (finite(from, x.dtype, channels)) continue;
-      if (stored) std::memset(to, 0, bytes);
-      on_non_finite(t);
+  for (std::int64_t t = begin; t < end; ++t) {
+    const void* const from = x.at(s.input, head, s.input_row + t);
+    std::byte* to = nullptr;
+    if (stored) {
+      to = static_cast<std::byte*>(const_cast<void*>(keys ? rows.k : rows.v)) +
+           row_offset(rows, keys, head, rows.count + t) * size;
+      std::memcpy(to, from, bytes);
     }
+    if (finite(from, x.dtype, channels)) continue;
+    if (stored) std::memset(to, 0, bytes);
+    on_non_finite(t);
   }
+}
+
+// Rows of a prefill are copied by all threads: one core copies 10 to 15 GB a second, and new memory is cleared by the
+// thread that first writes it, which takes as long again. Fewer bytes are not worth waking a thread.
+constexpr std::int64_t kParallelBytes = 1 << 20, kRowsOfPiece = 512;
+
+// All rows of a sequence. bad: [T], 1 key and 2 value; empty while all is finite.
+void store_sequence(const StoreJob& job, const SequenceView& s, std::vector<std::uint8_t>& bad) {
+  const std::int64_t heads = job.k.shape[1], rows = s.query_count,
+                     bytes = heads * rows * (job.k.shape[3] + job.v.shape[3]) *
+                             static_cast<std::int64_t>(size_of(job.k.dtype));
+  const int threads = bytes < kParallelBytes ? 1 : num_threads();
+  const std::int64_t step = threads == 1 ? std::max<std::int64_t>(rows, 1) : kRowsOfPiece,
+                     pieces = (rows + step - 1) / step;
+  if (threads > 1) bad.resize(static_cast<std::size_t>(rows));
+  std::atomic<bool> any{false};
+  parallel_for(2 * heads * pieces, threads, [&](std::int64_t task, int) {
+    const std::int64_t piece = task % pieces, head = task / pieces % heads;
+    const bool keys = task / pieces < heads;
+    store_rows(keys ? job.k : job.v, s, keys, job.skip == nullptr, head, piece * step,
+               std::min(rows, (piece + 1) * step), [&](std::int64_t t) {
+                 if (bad.empty()) bad.resize(static_cast<std::size_t>(rows));
+                 std::atomic_ref(bad[static_cast<std::size_t>(t)]).fetch_or(keys ? 1 : 2, std::memory_order_relaxed);
+                 any.store(true, std::memory_order_relaxed);
+               });
+  });
+  if (!any.load(std::memory_order_relaxed)) bad.clear();
 }
 
 }  // namespace
@@ -61,14 +90,7 @@ void store(const StoreJob& job) {
   for (std::size_t b = 0; b < job.sequences.views.size(); ++b) {
     const SequenceView& s = job.sequences.views[b];
     bad.clear();
-    const auto flag = [&](std::uint8_t side) {
-      return [&bad, &s, side](std::int64_t t) {
-        bad.resize(static_cast<std::size_t>(s.query_count));
-        bad[static_cast<std::size_t>(t)] |= side;
-      };
-    };
-    store_side(job.k, s, true, job.skip == nullptr, flag(1));
-    store_side(job.v, s, false, job.skip == nullptr, flag(2));
+    store_sequence(job, s, bad);
     for (std::size_t t = 0; t < bad.size(); ++t) {
       if (bad[t] == 0) continue;
       if (job.skip != nullptr) job.skip[s.input * job.k.shape[2] + s.input_row + static_cast<std::int64_t>(t)] = 1;

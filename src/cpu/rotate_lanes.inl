@@ -55,6 +55,7 @@ KV4_INLINE void store_channel(Real<Isa>* x, int c, typename Isa::F v) {
 }  // namespace kv4::cpu::KV4_ISA
 
 #include "cpu/rotate_srft.inl"
+#include "cpu/rotate_real.inl"
 
 namespace kv4::cpu::KV4_ISA {
 

@@ -20,167 +20,39 @@
 // tokens; 630 with means and least squares, of which 50 prepare rows, the mean's rotation in double among them, and 49
 // sum the mean. Packing values by 16 bytes and tables of levels by a search in each cell made it some 490 (Emerald
 // Rapids: 4 to 10 % slower).
-// At 6 bits each look-up takes 16 in place of 1, 12 more per vector; at 8 none.
-// Tried for codes: one comparison of bytes per threshold, 21 in place of the 7 that look up (83 ns).
+// With 16 lanes the SRFT of 64, 128 and 256 channels is rotate_real.inl's, rows come to it in halves that loads join
+// (seal_rows.inl), and codes are seal_wide.inl's and quantise_wide's. Operations on the two ports of 512-bit
+// arithmetic, for 16 vectors of d = 128 with the paper's settings: rows in 640 (128 joins, 128 products, 384 shuffles),
+// rotation 1,141, measure 192, codes and packing 256 to 290: 2,250, 70 cycles a vector where it was 109. On an Emerald
+// Rapids at 3 GHz, by turns: 57 to 36 ns a vector from L2 (108 cycles), 63 to 43 from L3, where reading the 512 bytes
+// alone takes 17; 60 to 39 of 16-bit rows; kv4's settings 90 to 77 and 88 to 74. 25 ns would be 75 cycles, all
+// operations at the pace of their ports; rotation keeps it, rows in take 45 cycles where 20 are counted, although what
+// GCC moved between kinds of registers there is gone (.5 ns). Tried with 16 lanes: halves of lambda joined by the
+// compiler (two stores, and a load that waits for them: 12 ns); all rows fetched in one burst behind the rotation (10
+// ns more than a few lines beside each eight channels); into L1 alone (5 ns more than L2 a block before). With kv4's
+// settings a quarter of the time are the levels' 10.5 operations a channel, and a tenth each the mean's sums and what
+// is done once a side.
+//
+// At 6 bits each look-up takes 16 in place of 1, 12 more per vector; at 8 none. Tried for codes: one comparison of
+// bytes per threshold, 21 in place of the 7 that look up (83 ns).
 //
 // Bounds: |unit y| is clamped to 255 before it becomes a byte; thresholds are at most 223. sum M^2 <=
 // 512 * 127^2 < 2^23. Steps below 1e-15 count as zero (their fp16 scale is 0 anyway) and steps are clamped to
 // 1e18, so squares that matter neither underflow nor overflow and no scale is NaN.
 #pragma once
 
-#include "cpu/quads.inl"
-#include "cpu/rotate_f64.h"
+#include "cpu/seal_rows.inl"
+#include "cpu/seal_wide.inl"
 #include "cpu/second_rows.inl"
 
 namespace kv4::cpu::KV4_ISA {
 
-struct SealScratch {
-  float* x;             // [padded][kLanes]
-  float* rotate;        // rotate_lanes_scratch(d)
-  float* centre;        // [d] the mean, rounded to float
-  float* weight;        // [d] lambda
-  float* shift;         // [d] -lambda * (mean - centre)
-  float* correction;    // [d] R(lambda * mean) - m'
-  float* zeros;         // [d] the row that stands for masked ones, in any dtype
-  double* mean;         // [d]
-  double* rotate_f64;   // rotate_f64_scratch(d)
-  std::int32_t* quads;  // quads.inl: [padded / 4][kPageTokens]
-  float* left;          // [padded][kLanes] what first rows of codes leave, lane r of refined key r; if any is
-  std::size_t bytes;
-
-  SealScratch(int d, int lanes, bool refined, void* block) {
-    Parts parts(block);
-    const std::size_t padded = static_cast<std::size_t>(pad_channels(d));
-    x = parts.take<float>(padded * lanes);
-    rotate = parts.take<float>(rotate_lanes_scratch(d));
-    centre = parts.take<float>(padded);
-    weight = parts.take<float>(padded);
-    shift = parts.take<float>(padded);
-    correction = parts.take<float>(padded);
-    zeros = parts.take<float>(padded);
-    mean = parts.take<double>(padded);
-    rotate_f64 = parts.take<double>(rotate_f64_scratch(d));
-    quads = parts.take<std::int32_t>(padded / 4 * kPageTokens);
-    left = parts.take<float>(refined ? padded * lanes : 0);
-    bytes = parts.used();
-  }
-};
-
-// One side of a SealJob.
-struct SealSide {
-  const SideSpec* spec;
-  const std::byte* rows;
-  std::int64_t stride;  // bytes
-  DType dtype;
-  const std::uint8_t* skip;
-  int hidden;
-  const float* lambda;
-  int first, count;
-  std::uint8_t* codes;
-  std::byte* scales;
-  std::byte* mean;
-
-  KV4_INLINE bool used(int j) const { return j >= hidden && (skip == nullptr || skip[j] == 0); }
-};
-
-template <class Isa, DType kType>
-KV4_INLINE typename Isa::F load_row(const std::byte* row, int c) {
-  if constexpr (kType == DType::f32) return Isa::load(reinterpret_cast<const float*>(row) + c);
-  if constexpr (kType == DType::f16) return Isa::load_f16(reinterpret_cast<const std::uint16_t*>(row) + c);
-  if constexpr (kType == DType::bf16) return Isa::load_bf16(reinterpret_cast<const std::uint16_t*>(row) + c);
-}
-
-// Mean over the unmasked rows, in double: the stored mean is compared with a float64 definition.
-template <class Isa, DType kType>
-void row_mean(const SealSide& s, double* mean) {
-  using D = SealOps::D;
-  constexpr int L = Isa::kLanes;
-  const int d = s.spec->dim;
-  int used = 0;
-  for (int j = 0; j < s.count; ++j) used += s.used(j);
-  const double inverse = used > 0 ? 1.0 / used : 0.0;
-  // Two blocks at a time, for four independent sums; blocks overlap at the end rather than overrun.
-  for (int next = 0; next < d; next += 2 * L) {
-    const int c[2] = {next + L <= d ? next : d - L, next + 2 * L <= d ? next + L : d - L};
-    D sum[2][2] = {};
-    for (int j = 0; j < s.count; ++j) {
-      if (!s.used(j)) continue;
-      for (int b = 0; b < 2; ++b) {
-        D low, high;
-        SealOps::widen(load_row<Isa, kType>(s.rows + j * s.stride, c[b]), low, high);
-        sum[b][0] += low;
-        sum[b][1] += high;
-      }
-    }
-    for (int b = 0; b < 2; ++b)
-      for (int i = 0; i < 2; ++i) store_as(mean + c[b] + i * L / 2, sum[b][i] * inverse);
-  }
-}
-
-// The SRFT begins by scaling each channel, as lambda does: one product serves both.
-inline void fold_scale(const Rotation& rotation, const SealScratch& scratch, bool mean) {
-  if (rotation.kind() != RotationKind::srft) return;
-  const float* scale = Tables<float>(rotation).scaled_signs;
-  for (int c = 0; c < rotation.dim(); ++c) {
-    scratch.weight[c] *= scale[c];
-    if (mean) scratch.shift[c] *= scale[c];
-  }
-}
-
-// How a row becomes the rotation's input: (row - centre) * weight + shift, or row * weight without a mean.
+// max(a, |b|) of a >= 0; where one operation has it, it has one port, and every second channel takes the other two.
 template <class Isa>
-void prepare_rows(const SealSide& s, const SealScratch& scratch) {
-  const int d = s.spec->dim;
-  for (int c = 0; c < d; ++c) scratch.weight[c] = s.lambda != nullptr ? s.lambda[c] : 1.0f;
-  if (!s.spec->mean) return;
-  switch (s.dtype) {
-    case DType::f32: row_mean<Isa, DType::f32>(s, scratch.mean); break;
-    case DType::f16: row_mean<Isa, DType::f16>(s, scratch.mean); break;
-    case DType::bf16: row_mean<Isa, DType::bf16>(s, scratch.mean); break;
-  }
-  // A key may lie a thousand spreads from 0: row - centre is exact or rounds relative to its own size,
-  // and what is common to all rows is rotated once, in double.
-  for (int c = 0; c < d; ++c) {
-    const double mean = scratch.mean[c], weight = scratch.weight[c];
-    scratch.centre[c] = static_cast<float>(mean);
-    scratch.shift[c] = static_cast<float>(weight * (scratch.centre[c] - mean));
-    scratch.mean[c] = weight * mean;
-  }
-  rotate_f64(*s.spec->rotation, Map::forward, scratch.mean, scratch.rotate_f64);
-  for (int c = 0; c < d; ++c) {
-    const std::uint16_t stored = f32_to_f16(static_cast<float>(scratch.mean[c]));
-    store_as(s.mean + 2 * c, stored);
-    scratch.correction[c] = static_cast<float>(scratch.mean[c] - f16_to_f32(stored));
-  }
-}
-
-template <class Isa, DType kType, bool kMean>
-void load_block(const std::byte* const (&rows)[Isa::kLanes], int d, const SealScratch& scratch) {
-  using F = typename Isa::F;
-  constexpr int L = Isa::kLanes;
-  for (int next = 0; next < d; next += L) {
-    const int c = next + L <= d ? next : d - L;
-    const F weight = Isa::load(scratch.weight + c);
-    F r[L];
-    if constexpr (kMean) {
-      const F centre = Isa::load(scratch.centre + c), shift = Isa::load(scratch.shift + c);
-      KV4_UNROLL
-      for (int i = 0; i < L; ++i) r[i] = Isa::fma(load_row<Isa, kType>(rows[i], c) - centre, weight, shift);
-    } else {
-      KV4_UNROLL
-      for (int i = 0; i < L; ++i) r[i] = load_row<Isa, kType>(rows[i], c) * weight;
-    }
-    Isa::transpose(r);
-    KV4_UNROLL
-    for (int i = 0; i < L; ++i) Isa::store(scratch.x + (c + i) * L, r[i]);
-  }
-}
-
-template <class Isa, bool kMean>
-auto load_block_of(DType dtype) {
-  return dtype == DType::f32   ? load_block<Isa, DType::f32, kMean>
-         : dtype == DType::f16 ? load_block<Isa, DType::f16, kMean>
-                               : load_block<Isa, DType::bf16, kMean>;
+KV4_INLINE typename Isa::F largest(typename Isa::F a, typename Isa::F b, bool even) {
+  if constexpr (Isa::kLanes == 16)
+    if (even) return Isa::max_abs(a, b);
+  return Isa::max(a, Isa::abs(b));
 }
 
 // Adds the correction; returns per lane the largest magnitude or the sum of squares of n channels.
@@ -188,21 +60,30 @@ template <class Isa, ScaleRule kRule>
 typename Isa::F measure(float* x, const float* correction, int n) {
   using F = typename Isa::F;
   constexpr int L = Isa::kLanes;
-  F part[4] = {};
-  const auto add = [&](int c, F& to) {
+  constexpr int kParts = L == 16 ? 8 : 4;
+  F part[kParts] = {};
+  const auto add = [&](int c, F& to, bool even) KV4_INLINE_LAMBDA {
     F v = Isa::load(x + c * L);
     if (correction != nullptr) {
       v += Isa::set1(correction[c]);
       Isa::store(x + c * L, v);
     }
-    to = kRule == ScaleRule::abs_max ? Isa::max(to, Isa::abs(v)) : Isa::fma(v, v, to);
+    if constexpr (kRule != ScaleRule::abs_max) to = Isa::fma(v, v, to);
+    else to = largest<Isa>(to, v, even);
   };
   int c = 0;
-  for (; c + 4 <= n; c += 4)
-    for (int i = 0; i < 4; ++i) add(c + i, part[i]);
-  for (; c < n; ++c) add(c, part[0]);
-  if (kRule == ScaleRule::abs_max) return Isa::max(Isa::max(part[0], part[1]), Isa::max(part[2], part[3]));
-  return (part[0] + part[1]) + (part[2] + part[3]);
+  for (; c + kParts <= n; c += kParts) {
+    KV4_UNROLL
+    for (int i = 0; i < kParts; ++i) add(c + i, part[i], i % 2 == 0);
+  }
+  for (; c < n; ++c) add(c, part[0], true);
+  KV4_UNROLL
+  for (int step = kParts / 2; step > 0; step /= 2) {
+    KV4_UNROLL
+    for (int i = 0; i < step; ++i)
+      part[i] = kRule == ScaleRule::abs_max ? Isa::max(part[i], part[i + step]) : part[i] + part[i + step];
+  }
+  return part[0];
 }
 
 // Magnitudes are looked up in cells, sixteenths to 4 bits and 64 at 6: with z = |unit y| < 256 and h its cell, the
@@ -213,6 +94,8 @@ struct LevelVectors {
   using B = typename LaneTypes<Isa::kLanes>::B;
   ByteTable<Isa, 4> base, threshold;  // the first part alone to 4 bits
   ByteTable<Isa, 2> magnitude;
+  typename Isa::F by_code;  // levels of 16 codes, with 16 lanes
+  typename Isa::I sizes_by_code;
   B half;   // the code of 0
   B tread;  // 1 where negative codes start one higher (mid-tread), else 0
   float unit, largest;
@@ -235,6 +118,15 @@ struct LevelVectors {
     base.set(bases);
     threshold.set(thresholds);
     magnitude.set(magnitudes);
+    if constexpr (Isa::kLanes == 16) {
+      std::uint8_t sizes[16];
+      for (int n = 0; n < 16; ++n) {
+        const int level = l.table[static_cast<std::size_t>(n)];
+        by_code[n] = static_cast<float>(level);
+        sizes[n] = static_cast<std::uint8_t>(level < 0 ? -level : level);
+      }
+      sizes_by_code = load_table16<Isa>(sizes);
+    }
     half = B{} + static_cast<std::uint8_t>(l.half());
     tread = B{} + static_cast<std::uint8_t>(l.negative_base - l.half() + 1);
     unit = static_cast<float>(2 << l.spread);
@@ -268,6 +160,10 @@ struct LevelVectors {
 template <class Isa>
 struct FitSums {
   typename Isa::F xm{}, mm{};  // sum |unit y| M and sum M^2
+};
+struct WideSums {
+  VecTypes<16>::F xl{};  // sum unit y L
+  VecTypes<16>::I mm{};
 };
 
 // Codes of channels 0 ... 3 at x into one vector of quads; `valid` is 0xff in the bytes of channels that
@@ -303,15 +199,36 @@ KV4_INLINE typename Isa::I quantise_quad(const float* x, typename Isa::F inverse
   return (I)((index ^ sign) + levels.half + (sign & levels.tread)) & valid;
 }
 
-// One group of n channels at x: quads and, per lane, the scale.
-template <class Isa, ScaleRule kRule, LookUp kLookUp>
-typename Isa::F quantise_group(float* x, const float* correction, int n, const Levels& table,
-                               const LevelVectors<Isa>& levels, typename Isa::F live, std::int32_t* quads) {
+// The same with 16 lanes, by tables of 16: 42 operations for four channels in place of 58. Rounded down, a number keeps
+// its sign with what it is to be looked up by, and the sums take levels by their codes.
+template <class Isa, ScaleRule kRule, class Ops>
+KV4_INLINE typename Isa::I quantise_wide(const float* x, typename Isa::F inverse, const LevelVectors<Isa>& levels,
+                                         int valid, WideSums (&sums)[2]) {
   using F = typename Isa::F;
   using I = typename Isa::I;
-  constexpr int L = Isa::kLanes;
-  const F measured = measure<Isa, kRule>(x, correction, n);
-  F step;
+  using B = typename LaneTypes<Isa::kLanes>::B;
+  F y[4];
+  KV4_UNROLL
+  for (int k = 0; k < 4; ++k) y[k] = Isa::load(x + k * Isa::kLanes) * inverse;
+  I sizes, signs;
+  Ops::split_signs(y, sizes, signs);
+  const B index = levels.template index<LookUp::one>(sizes);
+  const I code = Ops::transpose_bytes((I)((index ^ (B)signs) + levels.half + ((B)signs & levels.tread)));
+  if constexpr (kRule == ScaleRule::least_squares) {
+    KV4_UNROLL
+    for (int k = 0; k < 4; ++k)
+      sums[k % 2].xl = Isa::fma(y[k], Ops::lookup_f32(levels.by_code, code >> (8 * k)), sums[k % 2].xl);
+    sums[0].mm = Ops::add_squares(sums[0].mm, Ops::lookup16(levels.sizes_by_code, code) & valid);
+  }
+  return code & valid;
+}
+
+// The step of what measure() found, and unit / step, both 0 where nothing is to be coded.
+template <class Isa, ScaleRule kRule>
+KV4_INLINE void step_of(typename Isa::F measured, int n, const Levels& table, typename Isa::F live, float unit,
+                        typename Isa::F& step, typename Isa::F& inverse) {
+  using F = typename Isa::F;
+  using I = typename Isa::I;
   if constexpr (kRule == ScaleRule::abs_max) {
     step = measured / Isa::set1(static_cast<float>(table.top()));
   } else {
@@ -319,18 +236,38 @@ typename Isa::F quantise_group(float* x, const float* correction, int n, const L
   }
   const I nonzero = (I)(step >= Isa::set1(1e-15f)) & (I)(live > F{});
   step = (F)((I)Isa::min(step, Isa::set1(1e18f)) & nonzero);
-  const F inverse = (F)((I)(Isa::set1(levels.unit) / Isa::max(step, Isa::set1(1e-15f))) & nonzero);
+  inverse = (F)((I)(Isa::set1(unit) / Isa::max(step, Isa::set1(1e-15f))) & nonzero);
+}
 
-  FitSums<Isa> sums[2];
+// One group of n channels at x: quads and, per lane, the scale.
+template <class Isa, ScaleRule kRule, LookUp kLookUp>
+typename Isa::F quantise_group(float* x, const float* correction, int n, const Levels& table,
+                               const LevelVectors<Isa>& levels, typename Isa::F live, std::int32_t* quads) {
+  using F = typename Isa::F;
+  constexpr int L = Isa::kLanes;
+  const F measured = measure<Isa, kRule>(x, correction, n);
+  F step, inverse;
+  step_of<Isa, kRule>(measured, n, table, live, levels.unit, step, inverse);
+
+  constexpr bool kWide = L == 16 && kLookUp == LookUp::one;
+  std::conditional_t<kWide, WideSums, FitSums<Isa>> sums[2];
+  const auto quad = [&](int c, int valid) KV4_INLINE_LAMBDA {
+    if constexpr (kWide) return quantise_wide<Isa, kRule, SealOps>(x + c * L, inverse, levels, valid, sums);
+    else return quantise_quad<Isa, kRule, kLookUp>(x + c * L, inverse, levels, valid, sums);
+  };
   int c = 0;
-  for (; c + 4 <= n; c += 4)
-    store_as(quads + c / 4 * kPageTokens, quantise_quad<Isa, kRule, kLookUp>(x + c * L, inverse, levels, -1, sums));
-  if (c < n)
-    store_as(quads + c / 4 * kPageTokens,
-             quantise_quad<Isa, kRule, kLookUp>(x + c * L, inverse, levels, (1 << 8 * (n - c)) - 1, sums));
+  for (; c + 4 <= n; c += 4) store_as(quads + c / 4 * kPageTokens, quad(c, -1));
+  if (c < n) store_as(quads + c / 4 * kPageTokens, quad(c, (1 << 8 * (n - c)) - 1));
   if constexpr (kRule == ScaleRule::abs_max) return step;
-  const F mm = Isa::max(sums[0].mm + sums[1].mm, Isa::set1(1.0f));
-  return Isa::set1(1.0f / levels.unit) * step * ((sums[0].xm + sums[1].xm) / mm);
+  F xm, mm;
+  if constexpr (kWide) {
+    xm = sums[0].xl + sums[1].xl;
+    mm = Isa::to_float(sums[0].mm);
+  } else {
+    xm = sums[0].xm + sums[1].xm;
+    mm = sums[0].mm + sums[1].mm;
+  }
+  return Isa::set1(1.0f / levels.unit) * step * (xm / Isa::max(mm, Isa::set1(1.0f)));
 }
 
 template <class Isa, LookUp kLookUp>
@@ -406,6 +343,66 @@ void seal_second(const PageSpec& page, const RefinedTokens& tokens, const SealSc
   }
 }
 
+// Rows of a block, those of zeros for tokens that are not used.
+template <class Isa, class Token>
+KV4_INLINE void take_rows(const SealSide& s, const SealScratch& scratch, bool all, Token token,
+                          const std::byte* (&rows)[Isa::kLanes], float (&live)[Isa::kLanes]) {
+  for (int i = 0; i < Isa::kLanes; ++i) live[i] = 1.0f;
+  const std::byte* const first = s.rows - s.first * s.stride;
+  if (all) {
+    for (int i = 0; i < Isa::kLanes; ++i) rows[i] = first + token(i) * s.stride;
+    return;
+  }
+  for (int i = 0; i < Isa::kLanes; ++i) {
+    const int j = token(i) - s.first;
+    const bool used = j >= 0 && j < s.count && s.used(j);
+    rows[i] = used ? s.rows + j * s.stride : reinterpret_cast<const std::byte*>(scratch.zeros);
+    if (!used) live[i] = 0.0f;
+  }
+}
+
+template <class Isa>
+KV4_INLINE void rotate_block(const Rotation& r, bool real, const SealScratch& scratch) {
+  if constexpr (Isa::kLanes == 16)
+    if (real) return real_transform<Isa>(r, scratch.rotate, scratch.x);
+  if (r.kind() == RotationKind::srft) srft_forward<Isa, true>(r, scratch.x, scratch.rotate);
+  else rotate_lanes<Isa>(r, Map::forward, scratch.x, scratch.rotate);
+}
+
+// A whole page of even levels (seal_wide.inl), rows already prepared.
+template <class Isa>
+void seal_even(const SealSide& s, const SealScratch& scratch) {
+  using F = typename Isa::F;
+  constexpr int L = Isa::kLanes;
+  const SideSpec& spec = *s.spec;
+  const int d = spec.dim;
+  const bool real = real_sides<Isa>(*spec.rotation);
+  const auto load = load_of<Isa>(s.dtype, spec.mean, real);
+  const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
+  for (int t = 0; t < kPageTokens; t += L) {
+    const std::byte* rows[L];
+    alignas(64) float live[L];
+    const auto token = [&](int i) { return s.keys ? t + i : even_value_token(t, i); };
+    take_rows<Isa>(s, scratch, s.skip == nullptr && s.hidden == 0, token, rows, live);
+    RowFetch next{t + L < kPageTokens ? s.rows + (t + L) * s.stride : s.after, s.stride, d * size};
+    load(rows, d, scratch, next, static_cast<int>(size));
+    rotate_block<Isa>(*spec.rotation, real, scratch);
+    const F measured = measure<Isa, ScaleRule::abs_max>(scratch.x, spec.mean ? scratch.correction : nullptr, d);
+    F step, inverse;
+    step_of<Isa, ScaleRule::abs_max>(measured, d, spec.levels, Isa::load(live), 1.0f, step, inverse);
+    if (s.keys) {
+      even_keys<SealOps>(scratch.x, d, inverse, s.codes + key_nibble(t, 0, d).byte,
+                         [&] { next.lines(static_cast<int>(size)); });
+    } else {
+      even_values<SealOps>(scratch.x, d, inverse, t, scratch.quads, s.codes,
+                           [&] { next.lines(static_cast<int>(size) / 2); });
+    }
+    alignas(64) std::uint16_t halves[L];
+    Isa::store_f16(halves, step);
+    for (int i = 0; i < L; i += 4) std::memcpy(s.scales + 2 * token(i), halves + i, 4 * sizeof *halves);
+  }
+}
+
 // refined: tokens whose rest goes to scratch.left.
 template <class Isa>
 void seal_side(const SealSide& s, const SealScratch& scratch, PackCodes pack, const RefinedTokens& refined) {
@@ -413,28 +410,27 @@ void seal_side(const SealSide& s, const SealScratch& scratch, PackCodes pack, co
   constexpr int L = Isa::kLanes;
   const SideSpec& spec = *s.spec;
   const int d = spec.dim, padded = pad_channels(d), end = s.first + s.count;
+  const bool real = real_sides<Isa>(*spec.rotation);
   prepare_rows<Isa>(s, scratch);
-  fold_scale(*spec.rotation, scratch, spec.mean);
+  fold_scale(*spec.rotation, scratch, spec.mean, real ? 2.0f : 1.0f);
   std::memset(scratch.zeros, 0, d * sizeof(float));
+  if constexpr (L == 16)
+    if (even_levels(spec) && s.count == kPageTokens && refined.rows == 0) return seal_even<Isa>(s, scratch);
   std::int32_t* const tail = scratch.quads + (d + 3) / 4 * kPageTokens;
   std::memset(tail, 0, static_cast<std::size_t>(padded / 4 - (d + 3) / 4) * kPageTokens * sizeof *tail);
   const LevelVectors<Isa> levels(spec.levels);
   const auto quantise = quantise_group_of<Isa>(spec);
-  const auto load = spec.mean ? load_block_of<Isa, true>(s.dtype) : load_block_of<Isa, false>(s.dtype);
+  const auto load = load_of<Isa>(s.dtype, spec.mean, real);
+  const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
 
   for (int t = s.first / L * L; t < end; t += L) {
     const std::byte* rows[L];
     alignas(64) float live[L];
     const bool all = t >= s.first && t + L <= end && s.skip == nullptr && t - s.first >= s.hidden;
-    for (int i = 0; i < L; ++i) {
-      const int j = t + i - s.first;
-      const bool used = all || (j >= 0 && j < s.count && s.used(j));
-      rows[i] = used ? s.rows + j * s.stride : reinterpret_cast<const std::byte*>(scratch.zeros);
-      live[i] = used ? 1.0f : 0.0f;
-    }
-    load(rows, d, scratch);
-    if (spec.rotation->kind() == RotationKind::srft) srft_forward<Isa, true>(*spec.rotation, scratch.x, scratch.rotate);
-    else rotate_lanes<Isa>(*spec.rotation, Map::forward, scratch.x, scratch.rotate);
+    take_rows<Isa>(s, scratch, all, [t](int i) { return t + i; }, rows, live);
+    RowFetch next{t + L < end ? s.rows + (t + L - s.first) * s.stride : s.after, s.stride, d * size};
+    load(rows, d, scratch, next, 2 * static_cast<int>(size));
+    rotate_block<Isa>(*spec.rotation, real, scratch);
     // A last quad of two channels reads two more.
     for (int c = d; c < (d + 3) / 4 * 4; ++c) Isa::store(scratch.x + c * L, F{});
 
@@ -461,10 +457,13 @@ template <class Isa>
 void seal(const PageSpec& spec, const SealJob& job, int head, std::uint8_t* slice, void* scratch) {
   const std::int64_t size = static_cast<std::int64_t>(size_of(job.dtype));
   const auto side = [&](const SideSpec& of, const void* rows, std::int64_t head_stride, std::int64_t stride,
-                        const float* lambda, std::uint32_t codes, std::uint32_t scales, std::uint32_t mean) {
+                        const float* lambda, std::uint32_t codes, std::uint32_t scales, std::uint32_t mean,
+                        const void* after) {
     return SealSide{.spec = &of,
+                    .keys = &of == &spec.key,
                     .rows = static_cast<const std::byte*>(rows) + head * head_stride * size,
                     .stride = stride * size,
+                    .after = static_cast<const std::byte*>(after),
                     .dtype = job.dtype,
                     .skip = job.skip,
                     .hidden = job.hidden,
@@ -477,9 +476,9 @@ void seal(const PageSpec& spec, const SealJob& job, int head, std::uint8_t* slic
   };
   const kv4_page_layout& at = spec.layout;
   const SealSide keys = side(spec.key, job.k, job.k_head_stride, job.k_stride, job.lambda_k, at.k_codes, at.k_scales,
-                             at.k_mean),
-                 values =
-                     side(spec.value, job.v, job.v_head_stride, job.v_stride, job.lambda_v, at.v_codes, at.v_scales, 0);
+                             at.k_mean, static_cast<const std::byte*>(job.v) + head * job.v_head_stride * size),
+                 values = side(spec.value, job.v, job.v_head_stride, job.v_stride, job.lambda_v, at.v_codes,
+                               at.v_scales, 0, scratch);
   const int rows = static_cast<int>(spec.second.rows);
   const SealScratch parts(spec.key.dim, Isa::kLanes, rows > 0, scratch);
   RefinedTokens refined;

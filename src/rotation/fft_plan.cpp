@@ -57,6 +57,10 @@ FftPlan make_fft_plan(int length) {
     span *= radix;
   }
   for (int k = 0; k <= length; ++k) append(root_of_unity(k, 2 * length), &plan.split, &plan.split_f64);
+  for (int k = 0; k < 2 * length; ++k) {
+    const std::complex<double> z = root_of_unity(k, 2 * length);
+    plan.circle.insert(plan.circle.end(), {static_cast<float>(z.real()), static_cast<float>(z.imag())});
+  }
   return plan;
 }
 

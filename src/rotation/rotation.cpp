@@ -66,8 +66,8 @@ std::size_t Rotation::bytes() const {
   const auto add = [&sum](const auto&... tables) { ((sum += tables.capacity() * sizeof(tables[0])), ...); };
   add(signs_, scaled_signs_, odd_dft_, vectors_, matrix_, inverse_, inverse_transpose_);
   add(scaled_signs_f64_, odd_dft_f64_, vectors_f64_, matrix_f64_, inverse_f64_);
-  add(fft_.radix, fft_.slot, fft_.source, fft_.twiddle, fft_.split, fft_.root, fft_.twiddle_f64, fft_.split_f64,
-      fft_.root_f64);
+  add(fft_.radix, fft_.slot, fft_.source, fft_.twiddle, fft_.split, fft_.circle, fft_.root, fft_.twiddle_f64,
+      fft_.split_f64, fft_.root_f64);
   return sum;
 }
 

@@ -27,6 +27,7 @@ struct FftPlan {
   std::vector<std::uint16_t> source;  // [length]: the inverse permutation, source[slot[n]] = n
   std::vector<float> twiddle;         // (re, im) pairs: for each stage, for k < span, for q = 1..radix-1
   std::vector<float> split;           // (re, im) of exp(-2 pi i k / (2*length)), k = 0..length: joins the real FFT
+  std::vector<float> circle;          // (re, im) of exp(-2 pi i k / (2*length)), k < 2*length
   std::vector<float> root;            // for each stage of radix > 5: (re, im) of exp(-2 pi i j / radix), j < radix
   std::vector<double> twiddle_f64, split_f64, root_f64;  // the same in binary64
 };

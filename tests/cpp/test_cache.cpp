@@ -206,6 +206,37 @@ TEST(Cache, NonFiniteRowsAreRefusedOnlyWhenSeen) {
   for (float x : out) EXPECT_TRUE(std::isfinite(x));
 }
 
+// Rows of a long call are stored by several threads: each of them may find such rows, two of them the same token's.
+TEST(Cache, NonFiniteRowsOfALongCallAreAllFound) {
+  const int d = kShape.dim, heads = kShape.kv_heads, tokens = 6000;
+  auto cache = make(Recipe::exact());
+  std::vector<float> k = cases::normal_rows(heads * tokens, d, 1), v = k;
+  const auto row = [&](std::vector<float>& x, int head, int token) {
+    return x.begin() + (static_cast<std::ptrdiff_t>(head) * tokens + token) * d;
+  };
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (int head = 0; head < heads; ++head) *row(k, head, 3) = *row(v, head, 3) = nan;
+  *row(k, 0, 511) = nan;
+  *row(v, heads - 1, 5999) = nan;
+  ASSERT_TRUE(cache->append(view(k, 1, heads, tokens, d), view(v, 1, heads, tokens, d)).ok());
+  const std::vector<float> q = cases::normal_rows(kShape.q_heads, d, 2);
+  std::vector<float> out(q.size());
+  AttendArgs args;
+  args.q = view(q, 1, kShape.q_heads, 1, d);
+  for (const std::int32_t start : {0, 4, 512}) {
+    args.mask.start = &start;
+    const Status status = cache->attend(args, into(out, 1, kShape.q_heads, 1, d));
+    EXPECT_EQ(status.code(), StatusCode::non_finite);
+    EXPECT_NE(status.message().find(start == 512 ? "v: expected finite" : "k: expected finite"), std::string::npos)
+        << status.message();
+  }
+  ASSERT_TRUE(cache->crop(5999).ok());
+  const std::int32_t start = 512;
+  args.mask.start = &start;
+  ASSERT_TRUE(cache->attend(args, into(out, 1, kShape.q_heads, 1, d)).ok());
+  for (float x : out) EXPECT_TRUE(std::isfinite(x));
+}
+
 TEST(Cache, ErrorsNameTheArgumentAndChangeNothing) {
   const int d = kShape.dim;
   auto cache = make(Recipe());

@@ -20,7 +20,7 @@ from kv4 import Recipe, _core
 from kv4._core import PAGE_TOKENS
 from kv4.bench.timing import interleaved
 
-# Query heads, KV heads, head dim: the models of tests/cases.h.
+# Query heads, KV heads, head dim: models of tests/cases.h, then shapes that no model there has, by their numbers.
 GEOMETRIES: dict[str, tuple[int, int, int]] = {
     "qwen2.5-1.5b": (12, 2, 128),
     "llama-3-8b": (32, 8, 128),
@@ -28,6 +28,9 @@ GEOMETRIES: dict[str, tuple[int, int, int]] = {
     "gemma-3-270m": (4, 1, 256),
     "qwen3-0.6b": (16, 8, 128),
     "llama-2-7b": (32, 32, 128),
+    "16/2/64": (16, 2, 64),
+    "10/5/128": (10, 5, 128),
+    "8/4/96": (8, 4, 96),
 }
 # The default cases: many query rows per KV head, few, a large head dim; short and long contexts.
 QUICK_GEOMETRIES, QUICK_TOKENS = ("qwen2.5-1.5b", "llama-3-8b", "gemma-3-270m"), (4096, 32768)

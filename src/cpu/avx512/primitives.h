@@ -31,6 +31,8 @@ struct Isa {
   static KV4_INLINE F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
   static KV4_INLINE F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
   static KV4_INLINE F abs(F a) { return (F)((I)a & 0x7fffffff); }
+  // The larger of |a| and |b|
+  static KV4_INLINE F max_abs(F a, F b) { return (F)_mm512_range_ps((__m512)a, (__m512)b, 0x0b); }
   static KV4_INLINE F sqrt(F a) { return (F)_mm512_sqrt_ps((__m512)a); }
   static KV4_INLINE I truncate(F a) { return (I)_mm512_cvttps_epi32((__m512)a); }
   static KV4_INLINE I round(F a) { return (I)_mm512_cvtps_epi32((__m512)a); }
@@ -65,6 +67,44 @@ struct Isa {
       r[8 + j] = (F)_mm512_shuffle_f32x4(b, d, 0x88);
       r[12 + j] = (F)_mm512_shuffle_f32x4(b, d, 0xdd);
     }
+  }
+
+  // Eight numbers of each of two rows, a's first.
+  static KV4_INLINE F load_halves(const float* a, const float* b) {
+    return (F)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(a)), _mm256_loadu_ps(b), 1);
+  }
+  static KV4_INLINE F load_halves_f16(const std::uint16_t* a, const std::uint16_t* b) {
+    return (F)_mm512_cvtph_ps(join_eights(a, b));
+  }
+  static KV4_INLINE F load_halves_bf16(const std::uint16_t* a, const std::uint16_t* b) {
+    return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(join_eights(a, b)), 16);
+  }
+  // r[i], halves of rows i and i + 4 for i < 4, i + 4 and i + 8 from there: channel i of 16 rows. Three steps for eight
+  // channels where transpose has four: what joined the halves was a load.
+  static KV4_INLINE void transpose_halves(F (&r)[8]) {
+    __m512 u[2][4];
+    KV4_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const __m512 a = (__m512)r[4 * i], b = (__m512)r[4 * i + 1], c = (__m512)r[4 * i + 2], d = (__m512)r[4 * i + 3];
+      const __m512d t0 = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), t1 = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+      const __m512d t2 = _mm512_castps_pd(_mm512_unpacklo_ps(c, d)), t3 = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
+      u[i][0] = _mm512_castpd_ps(_mm512_unpacklo_pd(t0, t2));
+      u[i][1] = _mm512_castpd_ps(_mm512_unpackhi_pd(t0, t2));
+      u[i][2] = _mm512_castpd_ps(_mm512_unpacklo_pd(t1, t3));
+      u[i][3] = _mm512_castpd_ps(_mm512_unpackhi_pd(t1, t3));
+    }
+    KV4_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      r[j] = (F)_mm512_shuffle_f32x4(u[0][j], u[1][j], 0x88);
+      r[4 + j] = (F)_mm512_shuffle_f32x4(u[0][j], u[1][j], 0xdd);
+    }
+  }
+
+ private:
+  static KV4_INLINE __m256i join_eights(const std::uint16_t* a, const std::uint16_t* b) {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)),
+                                   1);
   }
 };
 
