@@ -1,9 +1,9 @@
 #include "cpu/exact_rows.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <mutex>
 #include <vector>
 
 #include "cpu/threads.h"
@@ -60,7 +60,7 @@ void store_rows(const TensorView& x, const SequenceView& s, bool keys, bool stor
 // thread that first writes it, which takes as long again. Fewer bytes are not worth waking a thread.
 constexpr std::int64_t kParallelBytes = 1 << 20, kRowsOfPiece = 512;
 
-// All rows of a sequence. bad: [T], 1 key and 2 value; empty while all is finite.
+// All rows of a sequence. bad: [T], 1 key and 2 value; or empty: all are finite.
 void store_sequence(const StoreJob& job, const SequenceView& s, std::vector<std::uint8_t>& bad) {
   const std::int64_t heads = job.k.shape[1], rows = s.query_count,
                      bytes = heads * rows * (job.k.shape[3] + job.v.shape[3]) *
@@ -68,25 +68,24 @@ void store_sequence(const StoreJob& job, const SequenceView& s, std::vector<std:
   const int threads = bytes < kParallelBytes ? 1 : num_threads();
   const std::int64_t step = threads == 1 ? std::max<std::int64_t>(rows, 1) : kRowsOfPiece,
                      pieces = (rows + step - 1) / step;
-  if (threads > 1) bad.resize(static_cast<std::size_t>(rows));
-  std::atomic<bool> any{false};
+  if (threads > 1) bad.resize(static_cast<std::size_t>(rows));  // no thread may throw
+  std::mutex mutex;                                             // of bad, which is rarely written
   parallel_for(2 * heads * pieces, threads, [&](std::int64_t task, int) {
     const std::int64_t piece = task % pieces, head = task / pieces % heads;
     const bool keys = task / pieces < heads;
     store_rows(keys ? job.k : job.v, s, keys, job.skip == nullptr, head, piece * step,
                std::min(rows, (piece + 1) * step), [&](std::int64_t t) {
+                 const std::lock_guard<std::mutex> lock(mutex);
                  if (bad.empty()) bad.resize(static_cast<std::size_t>(rows));
-                 std::atomic_ref(bad[static_cast<std::size_t>(t)]).fetch_or(keys ? 1 : 2, std::memory_order_relaxed);
-                 any.store(true, std::memory_order_relaxed);
+                 bad[static_cast<std::size_t>(t)] |= keys ? 1 : 2;
                });
   });
-  if (!any.load(std::memory_order_relaxed)) bad.clear();
 }
 
 }  // namespace
 
 void store(const StoreJob& job) {
-  std::vector<std::uint8_t> bad;  // [T] 1 key, 2 value; empty while all is finite
+  std::vector<std::uint8_t> bad;  // [T] 1 key, 2 value; or empty: all are finite
   for (std::size_t b = 0; b < job.sequences.views.size(); ++b) {
     const SequenceView& s = job.sequences.views[b];
     bad.clear();

@@ -15,23 +15,22 @@
 // written. Everything between stays in (3 kLanes + 27) d floats of scratch or less, 26 KB at d = 128 with 8
 // lanes: L1, and L2 for the largest d. So instructions bound it, 24 to 27 per vector beside the rotation.
 // At d = 128 with the paper's settings 830 instructions per token in AVX2, rotation included, 230 cycles on Zen 3 (75
-// ns at 3.1 GHz); 60 ns would take 680 instructions at the same rate. With 16 lanes, stepped through one by one, 431 a
-// vector: rotation 170, codes 111, rows in 73, scales 34, packing 16, and 27 of what is done once a side or a block of
-// tokens; 630 with means and least squares, of which 50 prepare rows, the mean's rotation in double among them, and 49
-// sum the mean. Packing values by 16 bytes and tables of levels by a search in each cell made it some 490 (Emerald
-// Rapids: 4 to 10 % slower).
-// With 16 lanes the SRFT of 64, 128 and 256 channels is rotate_real.inl's, rows come to it in halves that loads join
-// (seal_rows.inl), and codes are seal_wide.inl's and quantise_wide's. Operations on the two ports of 512-bit
-// arithmetic, for 16 vectors of d = 128 with the paper's settings: rows in 640 (128 joins, 128 products, 384 shuffles),
-// rotation 1,141, measure 192, codes and packing 256 to 290: 2,250, 70 cycles a vector where it was 109. On an Emerald
-// Rapids at 3 GHz, by turns: 57 to 36 ns a vector from L2 (108 cycles), 63 to 43 from L3, where reading the 512 bytes
-// alone takes 17; 60 to 39 of 16-bit rows; kv4's settings 90 to 77 and 88 to 74. 25 ns would be 75 cycles, all
-// operations at the pace of their ports; rotation keeps it, rows in take 45 cycles where 20 are counted, although what
-// GCC moved between kinds of registers there is gone (.5 ns). Tried with 16 lanes: halves of lambda joined by the
-// compiler (two stores, and a load that waits for them: 12 ns); all rows fetched in one burst behind the rotation (10
-// ns more than a few lines beside each eight channels); into L1 alone (5 ns more than L2 a block before). With kv4's
-// settings a quarter of the time are the levels' 10.5 operations a channel, and a tenth each the mean's sums and what
-// is done once a side.
+// ns at 3.1 GHz); 60 ns would take 680 instructions at the same rate. The same with 16 lanes, stepped through, takes
+// 431 a vector: rotation 170, codes 111, rows in 73, scales 34, packing 16, and 27 of what is done once a side or a
+// block of tokens; 630 with means and least squares, of which 50 prepare rows, the mean's rotation in double among
+// them, and 49 sum the mean. Packing values by 16 bytes and tables of levels by a search in each cell made it some 490
+// (Emerald Rapids: 4 to 10 % slower). With 16 lanes the SRFT of 64, 128 and 256 channels is rotate_real.inl's, rows
+// come to it in halves that loads join (seal_rows.inl), and codes are seal_wide.inl's and quantise_wide's. Operations
+// on the two ports of 512-bit arithmetic, for 16 vectors of d = 128 with the paper's settings: rows in 640 (128 joins,
+// 128 products, 384 shuffles), rotation 1,141, measure 192, codes and packing 256 to 290: 2,250, 70 cycles a vector
+// where it was 109. On an Emerald Rapids at 3 GHz, by turns: 57 to 36 ns a vector from L2 (108 cycles), 63 to 43 from
+// L3, where reading the 512 bytes alone takes 17; 60 to 39 of 16-bit rows; kv4's settings 90 to 77 and 88 to 74. 25 ns
+// would be 75 cycles, all operations at the pace of their ports; rotation keeps it, rows in take 45 cycles where 20 are
+// counted, although what GCC moved between kinds of registers there is gone (.5 ns). Tried with 16 lanes: halves of
+// lambda joined by the compiler (two stores, and a load that waits for them: 12 ns); all rows fetched in one burst
+// behind the rotation (10 ns more than a few lines beside each eight channels); into L1 alone (5 ns more than L2 a
+// block before). With kv4's settings a quarter of the time are the levels' 10.5 operations a channel, and a tenth each
+// the mean's sums and what is done once a side.
 //
 // At 6 bits each look-up takes 16 in place of 1, 12 more per vector; at 8 none. Tried for codes: one comparison of
 // bytes per threshold, 21 in place of the 7 that look up (83 ns).
