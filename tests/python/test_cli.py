@@ -50,6 +50,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+NAMED = "kv4, paper, exact, q8_0, q4_0, int4-token"
 BAD_INPUT = [
     (["generate", "no-such-model", "-p", "x"], "model: expected"),
     (["generate", "{bad}/no-model", "-p", "x"], "config.json"),
@@ -123,7 +124,15 @@ BAD_INPUT = [
     (["bench", "vllm", "--shape", "llama-tiny"], "kv4 bench vllm: expected vLLM in this environment"),
     (["eval", "{model}", "--text", "{bad}/none.txt"], "--text: expected a file"),
     (["eval", "{model}", "--text", "{bad}/short.txt"], "text: expected at least"),
-    (["eval", "{model}", "--recipe", "{bad}/none.json"], "--recipe: expected a file"),
+    *(
+        ([*command, "{model}", "--recipe", wrong], f"--recipe: expected one of {NAMED}, or a recipe file; got {got}")
+        for command in (["eval"], ["eval", "greedy"], ["eval", "needle"])
+        for wrong, got in (("q9", "q9"), ("{bad}/none.json", "{bad}/none.json"), ("{bad}", "{bad}"), ("", "''"))
+    ),
+    *(
+        (["calibrate", "{model}", "{bad}/out", "--recipe", wrong], "--recipe: expected one of kv4, paper, or a recipe")
+        for wrong in ("q9", "q8_0", "exact")
+    ),
     (["eval", "{model}", "--peer", "mlx"], "--peer: expected one of llama, quanto, hqq"),
     (["eval", "{model}", "--length", "2"], "--length: expected a number of at least 4"),
     (["eval", "{model}", "--calibration", "{bad}/none"], "calibration: expected a file"),
