@@ -209,7 +209,7 @@ test-isas: setup
 site: setup
 	$(BIN)/python -m pip install --quiet mkdocs-material
 	$(BIN)/python scripts/site.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	KV4_TITLE="$$($(BIN)/kv4 --version)" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(VENV)/.python
 	@bash scripts/setup_system.sh bench

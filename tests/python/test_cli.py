@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -196,6 +197,10 @@ def test_info_survives_an_instruction_set_that_is_not_here() -> None:
     assert "none  (KV4_CPU_ISA: expected one of " in line and "got avx1024)" in line
     found = json.loads(run(["--json"]))
     assert found["isa"] == "" and found["isa_reason"].endswith("got avx1024") and "portable" in found["isas"]
+
+
+def test_version() -> None:
+    assert succeeded("--version").stdout == f"kv4 {importlib.metadata.version('kv4')}\n"
 
 
 def test_info() -> None:
