@@ -7,8 +7,10 @@
 // signatures: kv4.arguments.wrong_arguments.
 extern "C" void kv4_set_error(PyObject* kind, const char* text) {
   if (kind == PyExc_TypeError && std::strstr(text, "(): incompatible function arguments.") != nullptr) {
-    PyObject* arguments = PyImport_ImportModule("kv4.arguments");
-    PyObject* line = arguments == nullptr ? nullptr : PyObject_CallMethod(arguments, "wrong_arguments", "s", text);
+    PyObject* said = PyUnicode_FromString(text);  // before other code runs: nanobind may write over it
+    PyObject* arguments = said == nullptr ? nullptr : PyImport_ImportModule("kv4.arguments");
+    PyObject* line = arguments == nullptr ? nullptr : PyObject_CallMethod(arguments, "wrong_arguments", "O", said);
+    Py_XDECREF(said);
     Py_XDECREF(arguments);
     if (line != nullptr) {
       PyErr_SetObject(kind, line);

@@ -32,7 +32,7 @@ CALLS = [
         "window: expected an argument of Cache(), one of recipe, dtype, kv_heads, head_dim_k, head_dim_v, "
         "sliding_window, lambda_k, lambda_v, matrix_k, matrix_v, backend; got an unknown one",
     ),
-    (lambda: kv4.Cache(kv4.Recipe(), **{**DIMS, "kv_heads": "2"}), "kv_heads: expected a whole number; got str"),
+    (lambda: kv4.Cache(kv4.Recipe(), **{**DIMS, "kv_heads": "two"}), "kv_heads: expected a whole number; got str"),
     (lambda: kv4.Cache(kv4.Recipe(), **{**DIMS, "kv_heads": 2.5}), "kv_heads: expected a whole number; got float"),
     (lambda: kv4.Cache(kv4.Recipe(), **{**DIMS, "kv_heads": [2]}), "kv_heads: expected a whole number; got list"),
     (lambda: kv4.Cache(kv4.Recipe(), **DIMS, dtype=np.float32), "dtype: expected a string; got type"),
