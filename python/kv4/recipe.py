@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from kv4 import _core
 from kv4.messages import whole_number
-from kv4.whole import file_path
+from kv4.whole import file_path, written_whole
 
 _FORMAT = "kv4-recipe"
 _FORMAT_VERSION = 1
@@ -179,8 +179,9 @@ class Recipe:
         return cls(**_known(cls, fields, "recipe"))
 
     def to_file(self, path: str | Path) -> None:
-        """Writes JSON."""
-        file_path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Writes JSON. An interrupted write leaves the file that was there. Errors: OSError."""
+        with written_whole(path) as file:
+            file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
