@@ -15,6 +15,10 @@ if(SKBUILD_SABI_COMPONENT)
 endif()
 nanobind_add_module(_core ${KV4_STABLE_ABI} NB_STATIC NOMINSIZE ${KV4_BINDINGS})
 target_compile_options(_core PRIVATE ${KV4_WARNINGS})
+# nanobind's own errors are put in our words (python/bindings/errors.cpp).
+get_target_property(KV4_NANOBIND _core LINK_LIBRARIES)
+list(FILTER KV4_NANOBIND INCLUDE REGEX "^nanobind-static")
+target_compile_definitions(${KV4_NANOBIND} PRIVATE PyErr_SetString=kv4_set_error)
 target_include_directories(_core PRIVATE python/bindings src)
 # Link libgomp by SONAME only, so that kv4 and torch share one copy, whichever loads first.
 target_link_libraries(_core PRIVATE kv4)

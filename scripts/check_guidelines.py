@@ -43,7 +43,7 @@ LAYERS: dict[str, set[str]] = {
 # bottom up: a module imports what stands before it, at the top of the file or inside a function, for types or for use.
 # The package itself (__init__) is the last of its modules.
 PYTHON: dict[str, tuple[set[str], str]] = {
-    "kv4": (set(), "_core messages extras whole recipe per_layer shared calibration"),
+    "kv4": (set(), "_core messages arguments extras whole recipe per_layer shared calibration"),
     "kv4.models": ({"kv4"}, "errors progress catalogue tensors parts convert store"),
     "kv4.metal": ({"kv4"}, "host source sequence launch sealing saved cache mps"),
     "kv4.hf": (

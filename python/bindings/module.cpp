@@ -469,13 +469,13 @@ NB_MODULE(_core, m) {
   bind_saved(m);
   bind_paged(m);
 
-  m.def("validate", [](nb::handle recipe) { raise_if_error(kv4::validate(read_recipe(recipe))); }, "recipe"_a);
   m.def(
       "validate",
-      [](nb::handle recipe, int head_dim_k, int head_dim_v) {
-        raise_if_error(kv4::validate(read_recipe(recipe), head_dim_k, head_dim_v));
+      [](nb::handle recipe, std::optional<int> head_dim_k, std::optional<int> head_dim_v) {
+        const kv4::Recipe r = read_recipe(recipe);
+        raise_if_error(head_dim_k && head_dim_v ? kv4::validate(r, *head_dim_k, *head_dim_v) : kv4::validate(r));
       },
-      "recipe"_a, "head_dim_k"_a, "head_dim_v"_a);
+      "recipe"_a, "head_dim_k"_a = nb::none(), "head_dim_v"_a = nb::none(), "Head dims: both or none.");
   m.def("backends", &kv4::backends, "Those that are built in and find a device.");
   m.def("why_not", &kv4::why_not, "backend"_a, "Why a backend is not among them; empty where it is.");
   m.def("num_threads", &kv4::cpu::num_threads);

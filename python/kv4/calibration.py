@@ -12,7 +12,7 @@ from typing import Any
 
 from kv4.extras import require
 from kv4.recipe import MOST_REFINED, PACKED_WIDTHS, Recipe
-from kv4.whole import file_path
+from kv4.whole import file_path, written_whole
 
 require("kv4.calibration", "hf", "torch", "safetensors")
 
@@ -138,7 +138,9 @@ class Calibration:
             )
 
     def save(self, path: str | Path) -> None:
-        from safetensors.torch import save_file
+        """In a folder that is made if there is none. An interrupted write leaves the file that was there.
+        Errors: OSError."""
+        from safetensors.torch import save
 
         meta = {
             "format": FORMAT,
@@ -152,8 +154,9 @@ class Calibration:
         }
         if self.budgets:
             meta |= {"budgets": json.dumps(self.budgets), "refined": str(self.refined)}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: x.float().contiguous() for name, x in self.tensors.items()}, str(path), meta)
+        file_path(path).parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as file:
+            file.write(save({name: x.float().contiguous() for name, x in self.tensors.items()}, meta))
 
 
 def versions() -> dict[str, str]:

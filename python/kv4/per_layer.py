@@ -32,7 +32,10 @@ def per_layer(given: Mapping[str, Any], layers: int, convert: Callable[[Any], An
             if entry is None:
                 continue
             if id(entry) not in converted:
-                matrix = convert(entry)
+                try:
+                    matrix = convert(entry)
+                except (TypeError, ValueError, RuntimeError):
+                    raise ValueError(mismatch(f"{name}[{index}]", "a matrix", type(entry).__name__)) from None
                 if matrix.ndim != 2:
                     raise ValueError(mismatch(f"{name}[{index}]", "a matrix", matrix))
                 converted[id(entry)] = entry, matrix

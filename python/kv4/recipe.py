@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kv4 import _core
-from kv4.whole import file_path
+from kv4.messages import whole_number
+from kv4.whole import file_path, written_whole
 
 _FORMAT = "kv4-recipe"
 _FORMAT_VERSION = 1
@@ -96,11 +97,12 @@ class Recipe:
         the keys'. Raises ValueError for a budget below what the least widths take."""
         if self.bits is None:
             return self
+        head_dim, head_dim_v = _dims(head_dim, head_dim_v)
         choices = [self.with_bits(*pair) for pair in _CHOICES]
         costs = [choice.bits_per_value(head_dim, head_dim_v) for choice in choices]
         within = [place for place, cost in enumerate(costs) if cost <= self.bits]
         if not within:
-            dims = head_dim if head_dim_v in (None, head_dim) else f"{head_dim} and {head_dim_v}"
+            dims = head_dim if head_dim_v == head_dim else f"{head_dim} and {head_dim_v}"
             raise ValueError(f"recipe.bits: expected at least {costs[0]:g} at head dim {dims}; got {self.bits:g}")
         place = within[-1]
         if place + 1 < len(costs):
@@ -115,12 +117,14 @@ class Recipe:
         sides = {"key": dataclasses.replace(self.key, bits=key), "value": dataclasses.replace(self.value, bits=value)}
         return dataclasses.replace(self, **sides, bits=None)
 
-    @functools.cache  # noqa: B019  recipes are few, and compared by value
     def bits_per_value(self, head_dim: int, head_dim_v: int | None = None) -> float:
         """What a sealed page takes on the CPU for each key and value of its tokens, all-in: codes, scales, means,
         second rows, and what rounding to whole lines of 64 bytes adds. head_dim_v: of values, if it is not the keys'.
         16 for a recipe that never seals. Raises NotImplementedError for head dims that pages do not serve."""
-        d_k, d_v = head_dim, head_dim if head_dim_v is None else head_dim_v
+        return self._bits_per_value(*_dims(head_dim, head_dim_v))
+
+    @functools.cache  # noqa: B019  recipes are few, and compared by value
+    def _bits_per_value(self, d_k: int, d_v: int) -> float:
         if self.seal == "never":
             return 16.0
         if self.bits is not None:
@@ -175,8 +179,9 @@ class Recipe:
         return cls(**_known(cls, fields, "recipe"))
 
     def to_file(self, path: str | Path) -> None:
-        """Writes JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Writes JSON. An interrupted write leaves the file that was there. Errors: OSError."""
+        with written_whole(path) as file:
+            file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
@@ -187,6 +192,11 @@ class Recipe:
         except (ValueError, RecursionError) as e:
             raise ValueError(f"path: expected a recipe in JSON; got {path} ({e})") from None
         return cls.from_dict(data)
+
+
+def _dims(head_dim: Any, head_dim_v: Any) -> tuple[int, int]:
+    d_k = whole_number("head_dim", head_dim)
+    return d_k, d_k if head_dim_v is None else whole_number("head_dim_v", head_dim_v)
 
 
 def _known(kind: type, values: Any, where: str) -> dict[str, Any]:

@@ -172,7 +172,7 @@ SecondRows read_second_rows(const PageSpec& spec, const std::uint8_t* slice) {
     out.codes.insert(out.codes.end(), codes.begin(), codes.end());
   }
   out.scales.resize(static_cast<std::size_t>(rows) * spec.key.groups);
-  std::memcpy(out.scales.data(), slice + at.scales, out.scales.size() * 2);
+  if (rows > 0) std::memcpy(out.scales.data(), slice + at.scales, out.scales.size() * 2);  // else of no address
   return out;
 }
 

@@ -69,13 +69,12 @@ void random_program(const Case& c, std::uint64_t seed) {
   }
 }
 
-TEST(Ragged, RandomProgramsAnswerAsCachesOfOneSequenceEach) {
+class RaggedCase : public ::testing::TestWithParam<Case> {};
+INSTANTIATE_TEST_SUITE_P(Cases, RaggedCase, ::testing::ValuesIn(ragged_cases()));
+
+TEST_P(RaggedCase, RandomProgramsAnswerAsCachesOfOneSequenceEach) {
   const OneThread one;  // work is split among threads by the whole call
-  for (const Case& c : ragged_cases())
-    for (std::uint64_t seed = 1; seed <= 6; ++seed) {
-      random_program(c, seed);
-      if (HasFatalFailure()) return;
-    }
+  for (std::uint64_t seed = 1; seed <= 6 && !HasFatalFailure(); ++seed) random_program(GetParam(), seed);
 }
 
 TEST(Ragged, DecodingSixtyFourSequencesOfTheirOwnLengthIsDecodingEach) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -50,6 +51,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+NAMED = "kv4, paper, exact, q8_0, q4_0, int4-token"
 BAD_INPUT = [
     (["generate", "no-such-model", "-p", "x"], "model: expected"),
     (["generate", "{bad}/no-model", "-p", "x"], "config.json"),
@@ -123,7 +125,15 @@ BAD_INPUT = [
     (["bench", "vllm", "--shape", "llama-tiny"], "kv4 bench vllm: expected vLLM in this environment"),
     (["eval", "{model}", "--text", "{bad}/none.txt"], "--text: expected a file"),
     (["eval", "{model}", "--text", "{bad}/short.txt"], "text: expected at least"),
-    (["eval", "{model}", "--recipe", "{bad}/none.json"], "--recipe: expected a file"),
+    *(
+        ([*command, "{model}", "--recipe", wrong], f"--recipe: expected one of {NAMED}, or a recipe file; got {got}")
+        for command in (["eval"], ["eval", "greedy"], ["eval", "needle"])
+        for wrong, got in (("q9", "q9"), ("{bad}/none.json", "{bad}/none.json"), ("{bad}", "{bad}"), ("", "''"))
+    ),
+    *(
+        (["calibrate", "{model}", "{bad}/out", "--recipe", wrong], "--recipe: expected one of kv4, paper, or a recipe")
+        for wrong in ("q9", "q8_0", "exact")
+    ),
     (["eval", "{model}", "--peer", "mlx"], "--peer: expected one of llama, quanto, hqq"),
     (["eval", "{model}", "--length", "2"], "--length: expected a number of at least 4"),
     (["eval", "{model}", "--calibration", "{bad}/none"], "calibration: expected a file"),
@@ -187,6 +197,10 @@ def test_info_survives_an_instruction_set_that_is_not_here() -> None:
     assert "none  (KV4_CPU_ISA: expected one of " in line and "got avx1024)" in line
     found = json.loads(run(["--json"]))
     assert found["isa"] == "" and found["isa_reason"].endswith("got avx1024") and "portable" in found["isas"]
+
+
+def test_version() -> None:
+    assert succeeded("--version").stdout == f"kv4 {importlib.metadata.version('kv4')}\n"
 
 
 def test_info() -> None:

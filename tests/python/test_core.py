@@ -389,8 +389,19 @@ def test_recipe_files_are_checked(tmp_path, change, begins):
 @pytest.mark.parametrize("path", [None, 3, "", "."])
 def test_files_are_named_by_paths(path):
     """A number would be the file descriptor of something else."""
-    with pytest.raises(ValueError, match="path: expected the name of a file; got "):
-        Recipe.from_file(path)
+    for call in (Recipe.from_file, Recipe().to_file):
+        with pytest.raises(ValueError, match="path: expected the name of a file; got "):
+            call(path)
+
+
+@pytest.mark.parametrize("dim", ["64", None, 2.5, [64], np.zeros(2)])
+def test_head_dims_of_a_recipe_are_whole_numbers(dim):
+    for call in (Recipe().bits_per_value, Recipe(bits=4).at):
+        with pytest.raises(ValueError, match="head_dim: expected a whole number; got "):
+            call(dim)
+        if dim is not None:
+            with pytest.raises(ValueError, match="head_dim_v: expected a whole number; got "):
+                call(64, dim)
 
 
 def test_recipe_is_frozen_and_checked():

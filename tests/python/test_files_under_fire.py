@@ -3,6 +3,7 @@ programs on one model. What was there before is whole, and the error is one line
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -149,6 +150,30 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(disk: Path):
     with written_whole(path) as file:  # with space available again
         file.write(b"new" * 5000)
     assert path.read_bytes() == b"new" * 5000
+
+
+def calibration():
+    import torch
+
+    from kv4 import Recipe
+    from kv4.calibration import Calibration
+
+    return Calibration(tensors={"layer.0.key.lambda": torch.ones(1, 64)}, recipe=Recipe(), model={"digest": "0"})
+
+
+@pytest.mark.parametrize("kind", ["recipe", "calibration"])
+def test_a_full_disk_leaves_the_old_recipe_and_calibration(disk: Path, kind: str):
+    import kv4
+
+    path, write = disk / kind, kv4.Recipe().to_file if kind == "recipe" else calibration().save
+    write(path)
+    whole = path.read_bytes()
+    with open(disk / "more", "wb", buffering=0) as more, contextlib.suppress(OSError):
+        while True:
+            more.write(bytes(512))
+    with pytest.raises(OSError, match="No space left on device"):
+        write(path)
+    assert path.read_bytes() == whole and {file.name for file in disk.iterdir()} == {kind, "more"}
 
 
 def test_a_full_disk_is_one_line_of_the_cache(disk: Path):

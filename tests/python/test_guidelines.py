@@ -104,3 +104,20 @@ def test_the_lists_of_modules_name_those_that_there_are() -> None:
 
 def test_this_repository_keeps_its_rules() -> None:
     assert checks.check_tree(SCRIPT.parents[1]) == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "some", "none"),
+    [
+        ("src/*.cpp", ["src/cache/save.cpp", "src/rotation/srft.cpp"], "src/cuda/"),
+        ("src/rotation/*.cpp", ["src/rotation/srft.cpp"], "src/cache/"),
+        ("src/rotation/srft.cpp", ["src/rotation/srft.cpp"], "src/rotation/dense.cpp"),
+    ],
+)
+def test_clang_tidy_reads_the_files_that_it_is_given(pattern: str, some: list[str], none: str) -> None:
+    shown = subprocess.run(
+        ["make", "--silent", "--eval", "linted: ; @$(LINTED)", "linted", f"LINT_FILES={pattern}"],
+        cwd=SCRIPT.parents[1], capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    assert set(some) <= set(shown)
+    assert not [file for file in shown if file.startswith((none, "src/cuda/", "src/reference/"))]

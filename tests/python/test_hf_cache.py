@@ -147,6 +147,13 @@ def test_wrong_arguments_are_named(tmp_path):
             cache.crop(value)
         with pytest.raises(ValueError, match="repeats: expected a whole number; got "):
             cache.batch_repeat_interleave(value)
+    for rows in (7, None, [None], torch.tensor([0.5]), [[0]]):
+        with pytest.raises(ValueError, match="beam_idx: expected the numbers of rows; got "):
+            cache.reorder_cache(rows)
+    for given in ("x", object(), b"x"):
+        for name in ("lambda_k", "matrix_v"):
+            with pytest.raises(ValueError, match=rf"{name}\[0\]: expected a matrix; got {type(given).__name__}"):
+                kv4.hf.KV4Cache(model.config, **{name: given})
     for indices in ([5], torch.tensor([-3]), torch.tensor([0.5]), "a", [True] * 3):
         with pytest.raises(IndexError, match="indices: expected integers from -2 to 1, a mask of 2 or a slice; got "):
             cache.batch_select_indices(indices)

@@ -177,9 +177,7 @@ def calibrate(
     """Measure lambda, a full matrix for keys or widths of layers on a text; `kv4 eval` and `kv4 generate --calibration`
     and kv4.hf.attach take it."""
     tokens = common.whole(length, "--length", 256)
-    if recipe in (*common.SIMULATED, "exact"):
-        raise ValueError(f"--recipe: expected kv4, paper or a recipe file; got {recipe}")
-    used = common.recipe(recipe)
+    used = common.recipe(recipe, known=("kv4", "paper"))
 
     from kv4.evaluate import layers, oscar
     from kv4.evaluate.calibrate import METHODS

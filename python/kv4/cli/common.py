@@ -12,6 +12,7 @@ from rich.markup import escape
 from kv4.cli import options
 from kv4.cli.output import err
 from kv4.cli.usage import new_file
+from kv4.messages import mismatch
 
 Text = Annotated[Path | None, typer.Option(help="A UTF-8 text; Python's language reference if not given.")]
 Length = Annotated[str, typer.Option(help="Tokens in a window, 8k for 8,192; its second half is scored.")]
@@ -79,10 +80,13 @@ def budgets(text: str, option: str = "--bits") -> tuple[float, ...]:
     return tuple(found)
 
 
-def recipe(name: str, simulate: bool = False) -> Any:
-    """A kv4.Recipe (kv4, paper, exact, or a file) or, for simulated formats and where `simulate` is set, a Variant."""
+def recipe(name: str, simulate: bool = False, known: tuple[str, ...] = (*PACKED, *SIMULATED)) -> Any:
+    """A kv4.Recipe by one of the `known` names or from a file or, for simulated formats and where `simulate` is set, a
+    Variant. Errors: OSError or ValueError naming --recipe."""
     from kv4.evaluate import variant
 
+    if name not in known and not Path(name).is_file():
+        raise FileNotFoundError(mismatch("--recipe", f"one of {', '.join(known)}, or a recipe file", name or "''"))
     if name in SIMULATED:
         return {"q8_0": variant.q8_0, "q4_0": variant.q4_0, "int4-token": variant.int4_token}[name]()
     used = options.load_recipe(name if name in PACKED else "kv4", None if name in PACKED else Path(name))

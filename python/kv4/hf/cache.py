@@ -17,7 +17,7 @@ from kv4.recipe import Recipe
 
 from . import files, report, saved
 from .kinds import HYBRID_LAYER_TYPES, PACKED_LAYER_TYPES, served_kinds
-from .layer import KV4Layer, rows_of_index
+from .layer import KV4Layer, row_numbers, rows_of_index
 from .states import KV4HybridLayer
 
 # The argument of forwards and of generate() that takes a cache; transformers 5.24 renamed it.
@@ -199,12 +199,12 @@ class KV4Cache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Sequence i continues old sequence beam_idx[i] in every layer. Errors: IndexError for a row out of range."""
-        rows = beam_idx.tolist()
+        rows = row_numbers("beam_idx", beam_idx)
         for layer in self.layers:
             if isinstance(layer, KV4Layer):
                 layer.select(rows)
             else:
-                layer.reorder_cache(beam_idx)
+                layer.reorder_cache(torch.as_tensor(beam_idx))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the sequences that an index, a mask or a slice of the batch names, in every layer."""

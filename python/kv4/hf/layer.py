@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import operator
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -321,7 +322,7 @@ class KV4Layer(CacheLayerMixin):
             self.batch = len(rows)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.select(beam_idx.tolist())
+        self.select(row_numbers("beam_idx", beam_idx))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.select(rows_of_index(indices, self.batch))
@@ -423,3 +424,11 @@ def rows_of_index(indices: Any, batch: int) -> list[int]:
     except (IndexError, TypeError, ValueError, RuntimeError):
         expected = f"integers from {-batch} to {batch - 1}, a mask of {batch} or a slice"
         raise IndexError(mismatch("indices", expected, repr(indices))) from None
+
+
+def row_numbers(argument: str, given: Any) -> list[int]:
+    """Those of a tensor or a sequence. Errors: ValueError for anything else."""
+    try:
+        return [operator.index(row) for row in (given.tolist() if isinstance(given, torch.Tensor) else given)]
+    except TypeError:
+        raise ValueError(mismatch(argument, "the numbers of rows", repr(given))) from None
