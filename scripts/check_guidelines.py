@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MAX_LINES = 600
+MAX_COLUMNS = 120
+# Where a macro or a kernel is one line each.
+ANY_COLUMNS = ("tests/metal/emulator/shim/", "tests/metal/kernels/")
 
 # For each folder of src/, and the bindings, the folders whose headers it may include besides its own. Listing only
 # what lies below keeps dependencies pointing downwards; a new folder has to be placed here first.
@@ -224,6 +227,12 @@ def check_tree(root: Path) -> list[str]:
         suffix = file.suffix
         if suffix in CODE and len(lines) > MAX_LINES:
             found.append((len(lines), f"{len(lines)} lines; at most {MAX_LINES} are allowed"))
+        if (suffix in SOURCE or suffix == ".py") and not path.startswith(ANY_COLUMNS):
+            found += [
+                (number, f"{len(line)} columns; at most {MAX_COLUMNS} are allowed")
+                for number, line in enumerate(lines, start=1)
+                if len(line) > MAX_COLUMNS
+            ]
         if suffix == ".py" and path.startswith("python/"):
             found += check_imports(path, "\n".join(lines))
         if suffix in SOURCE:

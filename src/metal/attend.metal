@@ -1,10 +1,11 @@
 // Attention over a cache, in two kernels after kv4_prepare. R, the rows of a block, is one of 1, 2, 3, 4, 6 and 8.
 //
-//   kv4_attend_d<D>_r<R>  threads (KV4_ATTEND_THREADS * splits, kv_heads * blocks, batch), KV4_ATTEND_THREADS a threadgroup
+//   kv4_attend_d<D>_r<R>  threads (KV4_ATTEND_THREADS * splits, kv_heads * blocks, batch), KV4_ATTEND_THREADS a
+//                         threadgroup
 //   kv4_merge             threads (KV4_ROW_THREADS * group, T, batch * kv_heads), KV4_ROW_THREADS a threadgroup
 //
-// splits = exact_splits + page_splits. Every instantiation is a line of its own at the end: a host that compiles this text for
-// one head dim may leave the others out.
+// splits = exact_splits + page_splits. Every instantiation is a line of its own at the end: a host that compiles this
+// text for one head dim may leave the others out.
 #include "metal/merge.h"
 
 template <int D, int R>
@@ -88,5 +89,6 @@ kernel void kv4_merge(device const float* states [[buffer(0)]],   // kv4_attend'
   threadgroup float4 x[kv4::apple::kMaxDim / 4];
   threadgroup float4 y[kv4::apple::kMaxDim / 4];
   threadgroup float4 partial[KV4_ROW_THREADS];
-  kv4::apple::merge_row(states, matrix, lambda, sinks, sequences, call, out, place.x, place.y, place.z, x, y, partial, tid, lane);
+  kv4::apple::merge_row(states, matrix, lambda, sinks, sequences, call, out, place.x, place.y, place.z, x, y, partial,
+                        tid, lane);
 }

@@ -1,5 +1,5 @@
-// gpu.h implemented with Apple's Metal. Untested: no Apple machine was at hand, and Apple's compilers have not seen this file.
-// Everything that needs no device is in backend.cpp and tables.cpp, which run in the emulator.
+// gpu.h implemented with Apple's Metal. Untested: no Apple machine was at hand, and Apple's compilers have not seen
+// this file. Everything that needs no device is in backend.cpp and tables.cpp, which run in the emulator.
 #import <Metal/Metal.h>
 
 #include <algorithm>
@@ -105,18 +105,23 @@ class MetalGpu final : public Gpu {
       options.fastMathEnabled = NO;  // sealing needs arithmetic as written
       NSString* text = [NSString stringWithUTF8String:library_text(kKernels, launch.dim).c_str()];
       library = [device_ newLibraryWithSource:text options:options error:&failed];
-      if (library == nil) return error(StatusCode::unsupported, "device", "a compiler that takes the kernels", text_of(failed));
+      if (library == nil)
+        return error(StatusCode::unsupported, "device", "a compiler that takes the kernels", text_of(failed));
       libraries_[launch.dim] = library;
     }
     id<MTLFunction> function = [library newFunctionWithName:[NSString stringWithUTF8String:launch.kernel.c_str()]];
     id<MTLComputePipelineState> pipeline =
         function == nil ? nil : [device_ newComputePipelineStateWithFunction:function error:&failed];
-    if (pipeline == nil) return error(StatusCode::unsupported, "device", "one that runs " + launch.kernel, text_of(failed));
+    if (pipeline == nil)
+      return error(StatusCode::unsupported, "device", "one that runs " + launch.kernel, text_of(failed));
     if (pipeline.maxTotalThreadsPerThreadgroup < launch.group)
-      return error(StatusCode::unsupported, "device", std::to_string(launch.group) + " threads per threadgroup for " + launch.kernel,
+      return error(StatusCode::unsupported, "device",
+                   std::to_string(launch.group) + " threads per threadgroup for " + launch.kernel,
                    std::to_string(pipeline.maxTotalThreadsPerThreadgroup));
-    if (const NSUInteger most = std::min(device_.maxThreadgroupMemoryLength, kThreadgroupBytes); pipeline.staticThreadgroupMemoryLength > most)
-      return error(StatusCode::unsupported, "device", "at most " + std::to_string(most) + " bytes of threadgroup memory for " + launch.kernel,
+    if (const NSUInteger most = std::min(device_.maxThreadgroupMemoryLength, kThreadgroupBytes);
+        pipeline.staticThreadgroupMemoryLength > most)
+      return error(StatusCode::unsupported, "device",
+                   "at most " + std::to_string(most) + " bytes of threadgroup memory for " + launch.kernel,
                    std::to_string(pipeline.staticThreadgroupMemoryLength));
     *out = pipelines_[key] = pipeline;
     return {};
@@ -144,7 +149,8 @@ const Found& found() {
       id<MTLCommandQueue> queue = [device newCommandQueue];
       if (queue == nil) f->reason = error(StatusCode::unsupported, "device", "a Metal device", "none").message();
       else if (![device supportsFamily:MTLGPUFamilyApple7] || !device.hasUnifiedMemory)
-        f->reason = error(StatusCode::unsupported, "device", "an Apple GPU of M1 or later", device.name.UTF8String).message();
+        f->reason =
+            error(StatusCode::unsupported, "device", "an Apple GPU of M1 or later", device.name.UTF8String).message();
       else f->backend = make_backend(std::make_unique<MetalGpu>(device, queue));
     } else {
       f->reason = error(StatusCode::unsupported, "device", "macOS 14.0 or newer (Metal 3.1)", "an older one").message();

@@ -1,5 +1,5 @@
-// Query rows for attention: as they are and rotated, times the factor of q.k. A threadgroup of KV4_ROW_THREADS threads per
-// row: threads (KV4_ROW_THREADS * group, T, batch * kv_heads).
+// Query rows for attention: as they are and rotated, times the factor of q.k. A threadgroup of KV4_ROW_THREADS threads
+// per row: threads (KV4_ROW_THREADS * group, T, batch * kv_heads).
 #include "metal/rotate.h"
 
 kernel void kv4_prepare(device const uchar* q [[buffer(0)]],        // [inputs, kv_heads * group, rows, dim] by strides
@@ -14,5 +14,6 @@ kernel void kv4_prepare(device const uchar* q [[buffer(0)]],        // [inputs, 
   threadgroup float4 x[kv4::apple::kMaxDim / 4];
   threadgroup float4 y[kv4::apple::kMaxDim / 4];
   threadgroup float4 partial[KV4_ROW_THREADS];
-  kv4::apple::prepare_row(q, matrix, lambda, sequences, call, factors, out, place.x, place.y, place.z, x, y, partial, tid);
+  kv4::apple::prepare_row(q, matrix, lambda, sequences, call, factors, out, place.x, place.y, place.z, x, y, partial,
+                          tid);
 }

@@ -47,5 +47,6 @@ kernel void kv4_dequantise(device const uchar* pages [[buffer(0)]],
   threadgroup float4 x[kv4::apple::kMaxDim / 4];
   threadgroup float4 y[kv4::apple::kMaxDim / 4];
   threadgroup float4 partial[KV4_ROW_THREADS];
-  kv4::apple::dequantise_row(pages, lambda, matrix, jobs, side, levels, out, place.x, place.y, place.z, x, y, partial, tid);
+  kv4::apple::dequantise_row(pages, lambda, matrix, jobs, side, levels, out, place.x, place.y, place.z, x, y, partial,
+                             tid);
 }

@@ -41,6 +41,7 @@ def findings(tmp_path: Path, path: str, text: str) -> list[str]:
         ("src/cache/a.cpp", "throw 1;\n", "the core never prints, exits, aborts or throws: throw"),
         ("src/cache/a.cpp", "#ifdef __CUDA_ARCH__\n", "device switches belong into a backend"),
         ("src/cache/a.cpp", "int a;\n" * 601, "601 lines; at most 600 are allowed"),
+        ("src/metal/a.metal", "// " + "a" * 118 + "\n", "121 columns; at most 120 are allowed"),
         ("python/kv4/hf/handle.py", "from .layer import KV4Layer\n", "kv4.hf.handle must not import kv4.hf.layer"),
         ("python/kv4/hf/layer.py", "from . import attention\n", "kv4.hf.layer must not import kv4.hf.attention"),
         (

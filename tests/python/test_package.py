@@ -168,6 +168,16 @@ def test_the_oldest_versions_are_those_that_the_package_takes():
     }
 
 
+def test_one_version():
+    """Of the library, of what a citation names and of what CHANGELOG says is released or to come."""
+    header, citation, changes = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("include/kv4/version.h", "CITATION.cff", "CHANGELOG.md")
+    )
+    (released,) = re.findall(r'^#define KV4_VERSION "(.+)"$', header, re.MULTILINE)
+    assert re.findall(r"^version: (.+)$", citation, re.MULTILINE) == [released]
+    assert re.search(rf"^(## |First release, ){re.escape(released)}\b", changes, re.MULTILINE)
+
+
 @pytest.mark.parametrize(("platform", "machine"), [("linux", "x86_64"), ("linux", "aarch64"), ("macos", "arm64")])
 def test_cibuildwheel_takes_the_configuration(platform: str, machine: str):
     """The release of cibuildwheel that the workflow runs knows every option, and builds one wheel for each Python
