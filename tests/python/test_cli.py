@@ -20,6 +20,7 @@ from command import kv4, succeeded
 from kv4 import Recipe
 from kv4.bench.memory import cache_bytes, fp16_bytes, kv4_bytes
 from kv4.bench.seal import flops
+from kv4.calibration import load
 from kv4.cli.demo import first_difference, side_by_side
 from kv4.cli.options import numbers
 from kv4.cli.output import write_json
@@ -143,6 +144,10 @@ BAD_INPUT = [
     (
         ["calibrate", "{model}", "{bad}/out", "--bits", "4"],
         "--bits: expected with --method layers only; got --method l",
+    ),
+    (
+        ["calibrate", "{model}", "{bad}/out", "--most-bits", "4"],
+        "--most-bits: expected with --method layers only; got --method l",
     ),
     (
         ["calibrate", "{model}", "{bad}/out", "--method", "layers", "--bits", "4,x"],
@@ -407,6 +412,10 @@ def test_widths_of_layers_from_the_command_line(model: Path, tmp_path: Path) -> 
     size = ("--windows", 1, "--length", 512)
     succeeded("calibrate", model, layers, *size, "--first", 1, "--method", "layers", "--bits", "2.5,4.25")
     succeeded("calibrate", model, peer, *size, "--first", 1, "--method", "oscar")
+    few = tmp_path / "few.safetensors"
+    budgets = ("--bits", "4.25,8.5", "--most-bits", 4)  # the second has room for more
+    succeeded("calibrate", model, few, *size, "--first", 1, "--method", "layers", *budgets)
+    assert {width for pair in load(few).widths_of(8.5) for width in pair} == {4}
     data, plot = tmp_path / "bits.json", tmp_path / "bits.png"
     options = ("--calibration", layers, "--calibration", peer, "--bits", "2.5,4.25", "--fresh")
     succeeded("eval", model, *size, *options, "--json", data, "--plot", plot)

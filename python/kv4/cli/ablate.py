@@ -160,7 +160,7 @@ def calibrate(
         str,
         typer.Option(
             help="lambda: a weight per channel. transform: the full matrix of least error of q.k. layers: bit widths "
-            "of the keys and values of each layer, on the CPU. oscar: that method's rotations."
+            "of the keys and values of each layer. oscar: that method's rotations."
         ),
     ] = "lambda",
     bits: Annotated[
@@ -169,6 +169,9 @@ def calibrate(
     ] = None,
     refined: Annotated[
         int | None, typer.Option(min=0, max=2, help="layers: keys of a page that are refined beside the widths; 0.")
+    ] = None,
+    most_bits: Annotated[
+        int | None, typer.Option(min=2, max=8, help="layers: the largest width; 8. CUDA devices read up to 4.")
     ] = None,
     recipe: Annotated[str, typer.Option(help="kv4, paper or a recipe file: the rest of the recipe.")] = "kv4",
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
@@ -193,6 +196,8 @@ def calibrate(
         raise ValueError(f"--bits: expected with --method layers only; got --method {method}")
     if refined is not None and method != "layers":
         raise ValueError(f"--refined: expected with --method layers only; got --method {method}")
+    if most_bits is not None and method != "layers":
+        raise ValueError(f"--most-bits: expected with --method layers only; got --method {method}")
     budgets = common.budgets(bits) if bits is not None else layers.BUDGETS
     content, source = common.read_text(text)
     b = common.bench(model, dtype, threads, None, True)
@@ -201,7 +206,7 @@ def calibrate(
     with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens) as advance:
         about = {"identity": b.identity, "text": source, "progress": advance}
         if method == "layers":
-            made = layers.calibrate(b.model, parts, bits=budgets, refined=refined or 0, **about)
+            made = layers.calibrate(b.model, parts, bits=budgets, refined=refined or 0, most=most_bits or 8, **about)
         elif method == "oscar":
             made = oscar.calibrate(b.model, parts, **about)
         else:

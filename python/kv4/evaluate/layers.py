@@ -97,12 +97,13 @@ def calibrate(
     bits: Sequence[float] = BUDGETS,
     variant: Variant | None = None,
     refined: int = 0,
+    most: int = max(PACKED_WIDTHS),
     identity: dict[str, Any] | None = None,
     text: str = "",
     progress: Callable[[int], None] | None = None,
 ) -> Calibration:
     """Lambda, and widths of every layer for each of `bits`, all-in per value, from windows of ids [1, T]. variant: what
-    they are for; if not given, the packed cache's own recipe with `refined` keys a page, and its widths.
+    they are for; if not given, the packed cache's own recipe with `refined` keys a page, and its widths up to `most`.
     Errors: ValueError."""
     if not windows:
         raise ValueError("windows: expected at least 1; got 0")
@@ -114,7 +115,8 @@ def calibrate(
     tokens = sum(ids.shape[1] for ids in windows)
     about = {"identity": identity, "text": text, "tokens": tokens}
     if variant is None:
-        return from_rows(taken, bits, Variant(refined=refined), head_dim(model), PACKED_WIDTHS, **about)
+        widths = [width for width in PACKED_WIDTHS if width <= most]
+        return from_rows(taken, bits, Variant(refined=refined), head_dim(model), widths, **about)
     return from_rows(taken, bits, variant, head_dim(model), **about)
 
 
