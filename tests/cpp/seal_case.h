@@ -134,7 +134,7 @@ struct Codes {
 };
 inline std::vector<std::uint16_t> read_u16(const std::uint8_t* p, int n) {
   std::vector<std::uint16_t> x(n);
-  std::memcpy(x.data(), p, 2 * x.size());
+  if (n > 0) std::memcpy(x.data(), p, 2 * x.size());  // else of no address
   return x;
 }
 
