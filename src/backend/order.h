@@ -39,32 +39,6 @@ void scatter_codes(const std::uint8_t* canonical, int dim, std::uint8_t* codes, 
   }
 }
 
-// A backend's order: Order::key(token, channel, spec.key.dim), Order::value(token, channel, spec.value.dim),
-// Order::from, Order::to. k [64][head_dim_k / 2] and v [64][head_dim_v / 2] bytes; either may be null.
-template <class Order>
-void slice_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k, std::uint8_t* v) {
-  if (k != nullptr)
-    gather_codes(
-        slice + spec.layout.k_codes, spec.key.dim, k, [d = spec.key.dim](int j, int c) { return Order::key(j, c, d); },
-        Order::from);
-  if (v != nullptr)
-    gather_codes(
-        slice + spec.layout.v_codes, spec.value.dim, v,
-        [d = spec.value.dim](int j, int c) { return Order::value(j, c, d); }, Order::from);
-}
-
-template <class Order>
-void slice_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* slice) {
-  if (k != nullptr)
-    scatter_codes(
-        k, spec.key.dim, slice + spec.layout.k_codes, spec.layout.k_code_bytes,
-        [d = spec.key.dim](int j, int c) { return Order::key(j, c, d); }, Order::to);
-  if (v != nullptr)
-    scatter_codes(
-        v, spec.value.dim, slice + spec.layout.v_codes, spec.layout.v_code_bytes,
-        [d = spec.value.dim](int j, int c) { return Order::value(j, c, d); }, Order::to);
-}
-
 // Codes of any width, in planes. places(token, channel, f) calls f(byte, shift, width, low) for each part of a code:
 // its bits [low, low + width) lie in `byte` from `shift` on. Bits of the canonical codes are counted from the lowest of
 // the first byte.
@@ -84,11 +58,12 @@ void gather_planes(const std::uint8_t* codes, int bits, int dim, std::uint8_t* c
     }
 }
 
-// Of channels up to `padded`; code 0 where no channel is.
+// `bytes` of codes, code 0 where no channel is.
 template <class Places, class To>
-void scatter_planes(const std::uint8_t* canonical, int bits, int dim, int padded, std::uint8_t* codes, Places places,
-                    To to) {
-  std::memset(codes, 0, static_cast<std::size_t>(kPageTokens / 8 * bits) * static_cast<std::size_t>(padded));
+void scatter_planes(const std::uint8_t* canonical, int bits, int dim, std::uint8_t* codes, std::size_t bytes,
+                    Places places, To to) {
+  std::memset(codes, 0, bytes);
+  const int padded = static_cast<int>(bytes) / (kPageTokens / 8 * bits);
   const auto bits_at = [&](int j, int c) {
     if (c >= dim) return 0u;
     const std::size_t bit = static_cast<std::size_t>(j * dim + c) * static_cast<std::size_t>(bits);
@@ -103,6 +78,52 @@ void scatter_planes(const std::uint8_t* canonical, int bits, int dim, int padded
         codes[byte] = static_cast<std::uint8_t>(codes[byte] | (stored >> low & ((1u << width) - 1)) << shift);
       });
     }
+}
+
+// One side of a slice. Order: a backend's, places of codes of 4 bits by Order::key and Order::value(token, channel,
+// dim) as {byte, shift}, of others by Order::places<kKeys>(side) as gather_planes takes them, absent where there are
+// none; stored forms by Order::from and Order::to(code, half), half of the levels.
+template <class Order, bool kKeys>
+void side_to_canonical(const SideSpec& side, const std::uint8_t* codes, std::uint8_t* canonical) {
+  const int d = side.dim, bits = side.levels.bits;
+  const auto half = static_cast<std::uint32_t>(side.levels.half());
+  const auto from = [half](std::uint32_t stored) { return Order::from(stored, half); };
+  if constexpr (requires { Order::template places<kKeys>(side); })
+    if (bits != 4) return gather_planes(codes, bits, d, canonical, Order::template places<kKeys>(side), from);
+  const auto at = [d](int j, int c) {
+    if constexpr (kKeys) return Order::key(j, c, d);
+    else return Order::value(j, c, d);
+  };
+  gather_codes(codes, d, canonical, at, from);
+}
+
+// `bytes` of codes.
+template <class Order, bool kKeys>
+void side_from_canonical(const SideSpec& side, const std::uint8_t* canonical, std::uint8_t* codes, std::size_t bytes) {
+  const int d = side.dim, bits = side.levels.bits;
+  const auto half = static_cast<std::uint32_t>(side.levels.half());
+  const auto to = [half](std::uint32_t code) { return Order::to(code, half); };
+  if constexpr (requires { Order::template places<kKeys>(side); })
+    if (bits != 4) return scatter_planes(canonical, bits, d, codes, bytes, Order::template places<kKeys>(side), to);
+  const auto at = [d](int j, int c) {
+    if constexpr (kKeys) return Order::key(j, c, d);
+    else return Order::value(j, c, d);
+  };
+  scatter_codes(canonical, d, codes, bytes, at, to);
+}
+
+// k [64][head_dim_k] and v [64][head_dim_v] codes of the sides' bits; either may be null.
+template <class Order>
+void slice_to_canonical(const PageSpec& spec, const std::uint8_t* slice, std::uint8_t* k, std::uint8_t* v) {
+  if (k != nullptr) side_to_canonical<Order, true>(spec.key, slice + spec.layout.k_codes, k);
+  if (v != nullptr) side_to_canonical<Order, false>(spec.value, slice + spec.layout.v_codes, v);
+}
+
+template <class Order>
+void slice_from_canonical(const PageSpec& spec, const std::uint8_t* k, const std::uint8_t* v, std::uint8_t* slice) {
+  const kv4_page_layout& l = spec.layout;
+  if (k != nullptr) side_from_canonical<Order, true>(spec.key, k, slice + l.k_codes, l.k_code_bytes);
+  if (v != nullptr) side_from_canonical<Order, false>(spec.value, v, slice + l.v_codes, l.v_code_bytes);
 }
 
 }  // namespace kv4

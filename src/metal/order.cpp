@@ -19,8 +19,8 @@ struct Order {
                        static_cast<std::uint32_t>(dim)),
             channel % 2 * 4};
   }
-  static std::uint32_t from(std::uint32_t stored) { return stored; }
-  static std::uint32_t to(std::uint32_t code) { return code; }
+  static std::uint32_t from(std::uint32_t stored, std::uint32_t /*half*/) { return stored; }
+  static std::uint32_t to(std::uint32_t code, std::uint32_t /*half*/) { return code; }
 };
 
 }  // namespace
