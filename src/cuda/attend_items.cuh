@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/attend.h"
 #include "cuda/attend_tuning.h"
@@ -310,6 +311,14 @@ class PiecesOf {
   Some next_ = {}, after_ = {};
 };
 using Pieces = PiecesOf<1, 1>;
+
+// Calls f with the bits of a code as a constant: those of a side, or 4 where a kernel reads no others.
+template <Codes kCodes, class F>
+__device__ __forceinline__ void with_bits(int bits, F f) {
+  if (kCodes == Codes::fours || bits == 4) f(std::integral_constant<int, 4>());
+  else if (bits == 3) f(std::integral_constant<int, 3>());
+  else f(std::integral_constant<int, 2>());
+}
 
 // In a slot of keys, scales and the mean.
 template <int D, Codes kCodes>

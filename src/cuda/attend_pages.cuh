@@ -80,9 +80,24 @@ __device__ __forceinline__ PageTiles page_tiles(uint32_t low, uint32_t high, con
           {a.negative.x, b.negative.x, a.negative.y, b.negative.y}};
 }
 // Of narrow codes one fragment is enough.
-__device__ __forceinline__ uint4 narrow_tile(uint32_t low, uint32_t high, const Tables& tables) {
-  const uint2 a = narrow_levels(low, tables), b = narrow_levels(high, tables);
-  return {a.x, b.x, a.y, b.y};
+template <int kBits>
+__device__ __forceinline__ auto tiles_of_codes(uint32_t low, uint32_t high, const Tables& tables) {
+  if constexpr (is_narrow(kBits)) {
+    const uint2 a = narrow_levels(low, tables), b = narrow_levels(high, tables);
+    return uint4{a.x, b.x, a.y, b.y};
+  } else {
+    return page_tiles(low, high, tables);
+  }
+}
+// sum = c + the products of levels and b.
+template <bool kSignedB>
+__device__ __forceinline__ void multiply_levels(int (&sum)[4], const PageTiles& a, uint2 b, const int (&c)[4]) {
+  mma_bytes<true, kSignedB>(sum, a.positive, b, c);
+  mma_bytes<true, kSignedB>(sum, a.others, b);
+}
+template <bool kSignedB>
+__device__ __forceinline__ void multiply_levels(int (&sum)[4], const uint4& a, uint2 b, const int (&c)[4]) {
+  mma_bytes<true, kSignedB>(sum, a, b, c);
 }
 // `tables` as page_tiles takes them. Shuffled from lane 0 so that they stay in registers: nvcc 13.0 moves values that
 // it knows to be uniform from uniform registers again for every look-up.
@@ -189,42 +204,28 @@ struct PageReader {
   }
 
   // Codes of 32 channels k of two octets of tokens, 2n and 2n + 1, of all lanes' words four to a load.
+  template <int kBits>
   static __device__ __forceinline__ void key_codes(const unsigned char* slot, int n, int k, int lane, uint4 (&words)[2],
                                                    uint32_t (&of)[2]) {
-    const auto* codes = reinterpret_cast<const uint4*>(slot) + lane;
+    // Whether a group holds two blocks of both octets (layout.h).
+    constexpr bool kBoth = is_narrow(kBits) ? kSteps % 2 == 0 : kSteps == 2;
+    if (kBoth && k % 2 == 0) words[0] = group_words<kBits>(slot, n * (kSteps / 2) + k / 2, lane);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int f = (2 * n + e) * kSteps + k;
-      if constexpr (kSteps % 4 == 0) {
-        if (k % 4 == 0) words[e] = codes[f / 4 * kLanes];
+      if constexpr (kBoth) {
+        of[e] = word_of(words[0], e * 2 + k % 2);
+      } else if constexpr (kSteps % 4 == 0) {
+        if (k % 4 == 0) words[e] = group_words<kBits>(slot, f / 4, lane);
         of[e] = word_of(words[e], f % 4);
-      } else if constexpr (kSteps == 2) {
-        if (k == 0 && e == 0) words[0] = codes[f / 4 * kLanes];
-        of[e] = word_of(words[0], f % 4);
       } else {
-        of[e] = reinterpret_cast<const uint32_t*>(slot)[word_index(f, lane)];
+        of[e] = group_word<kBits>(slot, f, lane);
       }
     }
   }
 
-  // The same of narrow codes.
-  template <int kBits>
-  static __device__ __forceinline__ void narrow_key_codes(const unsigned char* slot, int n, int k, int lane,
-                                                          NarrowGroup& group, uint32_t (&of)[2]) {
-    if constexpr (kSteps % 2 == 0) {
-      if (k % 2 == 0) group.template load<kBits>(slot, n * (kSteps / 2) + k / 2, lane);
-    }
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if constexpr (kSteps % 2 == 0) of[e] = group.template word<kBits>(e * 2 + k % 2);
-      else of[e] = narrow_word<kBits>(slot, (2 * n + e) * kSteps + k, lane);
-    }
-  }
-
   __device__ __forceinline__ void scores(const unsigned char* slot, const float (&mean)[kTiles], Scores& score) const {
-    if (kCodes == Codes::fours || p.key_bits == 4) scores_of<4>(slot, mean, score);
-    else if (p.key_bits == 3) scores_of<3>(slot, mean, score);
-    else scores_of<2>(slot, mean, score);
+    with_bits<kCodes>(p.key_bits, [&](auto bits) { scores_of<decltype(bits)::value>(slot, mean, score); });
   }
   template <int kBits>
   __device__ __forceinline__ void scores_of(const unsigned char* slot, const float (&mean)[kTiles],
@@ -232,31 +233,20 @@ struct PageReader {
     const uint4 pairs = load_matrices<true>(shared_address(slot + scales_at<D, kCodes>(p)) + scale_row);
     const uint32_t scale[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
     uint4 words[2] = {};
-    NarrowGroup group = {};
 #pragma unroll
     for (int n = 0; n < kPageTokens / 16; ++n) {
       int sums[kTiles][4];
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         uint32_t of[2];
-        if constexpr (is_narrow(kBits)) {
-          narrow_key_codes<kBits>(slot, n, k, lane, group, of);
-          const uint4 a = narrow_tile(of[0], of[1], keys);
+        key_codes<kBits>(slot, n, k, lane, words, of);
+        const auto a = tiles_of_codes<kBits>(of[0], of[1], keys);
 #pragma unroll
-          for (int j = 0; j < kTiles; ++j) {
-            if (k == 0) mma_bytes<true, true>(sums[j], a, key_operand(j, k), {0, 0, 0, 0});
-            else mma_bytes<true, true>(sums[j], a, key_operand(j, k));
-          }
-        } else {
-          key_codes(slot, n, k, lane, words, of);
-          const PageTiles a = page_tiles(of[0], of[1], keys);
-#pragma unroll
-          for (int j = 0; j < kTiles; ++j) {
-            const uint2 b = key_operand(j, k);
-            if (k == 0) mma_bytes<true, true>(sums[j], a.positive, b, start[j]);
-            else mma_bytes<true, true>(sums[j], a.positive, b);
-            mma_bytes<true, true>(sums[j], a.others, b);
-          }
+        for (int j = 0; j < kTiles; ++j) {
+          const uint2 b = key_operand(j, k);
+          if (k > 0) multiply_levels<true>(sums[j], a, b, sums[j]);
+          else if constexpr (is_narrow(kBits)) multiply_levels<true>(sums[j], a, b, {0, 0, 0, 0});
+          else multiply_levels<true>(sums[j], a, b, start[j]);
         }
       }
       const float2 of_token = unpack_halves(false, scale[n]);
@@ -335,9 +325,8 @@ struct PageReader {
 
   __device__ __forceinline__ void add_values(const unsigned char* slot, const Weights& weights,
                                              const float (&step)[kTiles], State& state) const {
-    if (kCodes == Codes::fours || p.value_bits == 4) add_values_of<4>(slot, weights, step, state);
-    else if (p.value_bits == 3) add_values_of<3>(slot, weights, step, state);
-    else add_values_of<2>(slot, weights, step, state);
+    with_bits<kCodes>(p.value_bits,
+                      [&](auto bits) { add_values_of<decltype(bits)::value>(slot, weights, step, state); });
   }
   template <int kBits>
   __device__ __forceinline__ void add_values_of(const unsigned char* slot, const Weights& weights,
@@ -356,31 +345,17 @@ struct PageReader {
 #pragma unroll
         for (int& x : of_weights[i]) x += kFloatBits;
     }
-    const auto* codes = reinterpret_cast<const uint4*>(slot) + lane;
 #pragma unroll
     for (int n = 0; n < D / 16; ++n) {
+      const uint4 words = group_words<kBits>(slot, n, lane);
       int sums[kPacked][4];
-      if constexpr (is_narrow(kBits)) {
-        NarrowGroup group = {};
-        group.template load<kBits>(slot, n, lane);
 #pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const uint4 a = narrow_tile(group.template word<kBits>(odd), group.template word<kBits>(odd + 2), values);
+      for (int odd = 0; odd < 2; ++odd) {
+        const auto a = odd == 0 ? tiles_of_codes<kBits>(words.x, words.z, values)
+                                : tiles_of_codes<kBits>(words.y, words.w, values);
 #pragma unroll
-          for (int i = 0; i < kPacked; ++i)
-            mma_bytes<true, false>(sums[i], a, weights[i][odd], odd == 0 ? of_weights[i] : sums[i]);
-        }
-      } else {
-        const uint4 words = codes[n * kLanes];
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const PageTiles a = odd == 0 ? page_tiles(words.x, words.z, values) : page_tiles(words.y, words.w, values);
-#pragma unroll
-          for (int i = 0; i < kPacked; ++i) {
-            mma_bytes<true, false>(sums[i], a.positive, weights[i][odd], odd == 0 ? of_weights[i] : sums[i]);
-            mma_bytes<true, false>(sums[i], a.others, weights[i][odd]);
-          }
-        }
+        for (int i = 0; i < kPacked; ++i)
+          multiply_levels<false>(sums[i], a, weights[i][odd], odd == 0 ? of_weights[i] : sums[i]);
       }
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)

@@ -93,46 +93,27 @@ struct TeamReader {
   }
 
   // The codes of 16 tokens' fragments.
+  template <int kBits>
   static __device__ __forceinline__ void key_codes(const unsigned char* from, int sixteen, int lane,
                                                    uint32_t (&words)[2 * kTiles]) {
     if constexpr (kTiles % 2 == 0) {
-      const auto* codes = reinterpret_cast<const uint4*>(from) + sixteen * (kTiles / 2) * kLanes + lane;
 #pragma unroll
       for (int f = 0; f < kTiles / 2; ++f) {
-        const uint4 x = codes[f * kLanes];
-        words[4 * f] = x.x, words[4 * f + 1] = x.y, words[4 * f + 2] = x.z, words[4 * f + 3] = x.w;
+        const uint4 x = group_words<kBits>(from, sixteen * (kTiles / 2) + f, lane);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          words[is_narrow(kBits) ? i / 2 * kTiles + 2 * f + i % 2 : 4 * f + i] = word_of(x, i);
       }
     } else {
 #pragma unroll
-      for (int f = 0; f < 2 * kTiles; ++f)
-        words[f] = reinterpret_cast<const uint32_t*>(from)[word_index(sixteen * 2 * kTiles + f, lane)];
-    }
-  }
-
-  // The same of narrow codes.
-  template <int kBits>
-  static __device__ __forceinline__ void narrow_key_codes(const unsigned char* from, int sixteen, int lane,
-                                                          uint32_t (&words)[2 * kTiles]) {
-    if constexpr (kTiles % 2 == 0) {
-#pragma unroll
-      for (int f = 0; f < kTiles / 2; ++f) {
-        NarrowGroup group = {};
-        group.template load<kBits>(from, sixteen * (kTiles / 2) + f, lane);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) words[i / 2 * kTiles + 2 * f + i % 2] = group.template word<kBits>(i);
-      }
-    } else {
-#pragma unroll
-      for (int f = 0; f < 2 * kTiles; ++f) words[f] = narrow_word<kBits>(from, sixteen * 2 * kTiles + f, lane);
+      for (int f = 0; f < 2 * kTiles; ++f) words[f] = group_word<kBits>(from, sixteen * 2 * kTiles + f, lane);
     }
   }
 
   // Of page 0 or 1, this warp's tokens.
   __device__ __forceinline__ void scores(const unsigned char* from, int page, const float (&mean)[kBlocks][2],
                                          Scores& now) const {
-    if (kCodes == Codes::fours || p.key_bits == 4) scores_of<4>(from, page, mean, now);
-    else if (p.key_bits == 3) scores_of<3>(from, page, mean, now);
-    else scores_of<2>(from, page, mean, now);
+    with_bits<kCodes>(p.key_bits, [&](auto bits) { scores_of<decltype(bits)::value>(from, page, mean, now); });
   }
   template <int kBits>
   __device__ __forceinline__ void scores_of(const unsigned char* from, int page, const float (&mean)[kBlocks][2],
@@ -142,8 +123,7 @@ struct TeamReader {
     for (int j = 0; j < kSixteens; ++j) {
       const int sixteen = member * kSixteens + j;
       uint32_t words[2 * kTiles];
-      if constexpr (is_narrow(kBits)) narrow_key_codes<kBits>(from, sixteen, lane, words);
-      else key_codes(from, sixteen, lane, words);
+      key_codes<kBits>(from, sixteen, lane, words);
       Sums sums[2][kBlocks];
 #pragma unroll
       for (int k = 0; k < kTiles; ++k)
@@ -249,9 +229,8 @@ struct TeamReader {
   // that nvcc 13.0 makes of them they would take twice the cycles; the two were not timed against each other.
   __device__ __forceinline__ void add_values(const unsigned char* slot, int page, const Exchange& exchange,
                                              const float (&step)[kBlocks], State& state) const {
-    if (kCodes == Codes::fours || p.value_bits == 4) add_values_of<4>(slot, page, exchange, step, state);
-    else if (p.value_bits == 3) add_values_of<3>(slot, page, exchange, step, state);
-    else add_values_of<2>(slot, page, exchange, step, state);
+    with_bits<kCodes>(p.value_bits,
+                      [&](auto bits) { add_values_of<decltype(bits)::value>(slot, page, exchange, step, state); });
   }
   template <int kBits>
   __device__ __forceinline__ void add_values_of(const unsigned char* slot, int page, const Exchange& exchange,
@@ -272,7 +251,6 @@ struct TeamReader {
       weights[0][0] = odd ? none : both;
       weights[0][1] = odd ? both : none;
     }
-    const auto* codes = reinterpret_cast<const uint4*>(slot) + lane;
 #pragma unroll
     for (int first = 0; first < State::kPairs; first += kTogether) {
       Sums sums[kTogether][2][kBlocks];
@@ -280,15 +258,7 @@ struct TeamReader {
       for (int j = 0; j < kTogether; ++j) {
         const int pair = (first + j) * kMembers + member;
         if (D / 16 % kMembers != 0 && pair >= D / 16) break;
-        uint4 words;
-        if constexpr (is_narrow(kBits)) {
-          NarrowGroup group = {};
-          group.template load<kBits>(slot, pair, lane);
-          words = {group.template word<kBits>(0), group.template word<kBits>(1), group.template word<kBits>(2),
-                   group.template word<kBits>(3)};
-        } else {
-          words = codes[pair * kLanes];
-        }
+        const uint4 words = group_words<kBits>(slot, pair, lane);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const auto even = operand_of<kBits>(n == 0 ? words.x : words.z, p.value),

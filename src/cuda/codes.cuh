@@ -1,4 +1,4 @@
-// Narrow codes, of 2 and 3 bits, from planes to the nibbles that look-ups take, and back (layout.h).
+// Codes of a page as the nibbles that look-ups take: narrow ones, of 2 and 3 bits, from planes, and back (layout.h).
 #pragma once
 
 #include <cstdint>
@@ -27,9 +27,23 @@ struct NarrowGroup {
   }
 };
 
-// One word of such a group.
+// A lane's four words of a group, as nibbles.
 template <int kBits>
-__device__ __forceinline__ uint32_t narrow_word(const unsigned char* codes, int place, int lane) {
+__device__ __forceinline__ uint4 group_words(const unsigned char* codes, int group, int lane) {
+  if constexpr (is_narrow(kBits)) {
+    NarrowGroup its = {};
+    its.template load<kBits>(codes, group, lane);
+    return {its.template word<kBits>(0), its.template word<kBits>(1), its.template word<kBits>(2),
+            its.template word<kBits>(3)};
+  } else {
+    return reinterpret_cast<const uint4*>(codes)[group * kLanes + lane];
+  }
+}
+
+// One of them.
+template <int kBits>
+__device__ __forceinline__ uint32_t group_word(const unsigned char* codes, int place, int lane) {
+  if constexpr (!is_narrow(kBits)) return reinterpret_cast<const uint32_t*>(codes)[word_index(place, lane)];
   const auto* from = reinterpret_cast<const uint32_t*>(codes + place / 4 * (kLanes * 4 * kBits));
   const int i = place % 4;
   const uint32_t two = from[lane * 2 + i / 2] >> i % 2 * 2 & 0x33333333;

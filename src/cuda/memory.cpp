@@ -168,8 +168,8 @@ Status Memory::alloc_on(cudaStream_t stream, const char* what, std::size_t bytes
   cudaMemPool_t from = nullptr;
   KV4_RETURN_IF_ERROR(pool(&from));
   const AsideOfCaptures aside;
-  const bool limited = left_ >= 0 && left_-- == 0;
-  if (limited) left_ = 0;
+  const bool limited = left_ == 0;
+  if (left_ > 0) --left_;
   const cudaError_t e = limited                        ? cudaErrorMemoryAllocation
                         : aside.error() == cudaSuccess ? cudaMallocFromPoolAsync(out, bytes, from, stream)
                                                        : aside.error();
