@@ -24,6 +24,18 @@ struct Widths {
 };
 inline Widths widths_of_shapes;
 
+// An element of a tensor's bytes.
+inline double element(const std::uint8_t* at, DType dtype) {
+  if (dtype == DType::f32) {
+    float f;
+    std::memcpy(&f, at, 4);
+    return f;
+  }
+  std::uint16_t h;
+  std::memcpy(&h, at, 2);
+  return dtype == DType::f16 ? f16_to_f32(h) : bf16_to_f32(h);
+}
+
 struct Shape {
   int kv_heads = 2, group = 1;  // query heads: kv_heads * group
   int dim_k = 128, dim_v = 128;

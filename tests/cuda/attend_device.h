@@ -48,17 +48,6 @@ class CudaAttend : public ::testing::Test {
     return job;
   }
 
-  static double element(const std::uint8_t* at, DType dtype) {
-    if (dtype == DType::f32) {
-      float f;
-      std::memcpy(&f, at, 4);
-      return f;
-    }
-    std::uint16_t h;
-    std::memcpy(&h, at, 2);
-    return dtype == DType::f16 ? f16_to_f32(h) : bf16_to_f32(h);
-  }
-
   // A call's kernels: one wherever its segments are few enough, read by teams or by warps; three; with tiles of many
   // rows where a device has them and rows are many. As if sequences were as long as `load` says.
   struct Way {
@@ -130,7 +119,8 @@ class CudaAttend : public ::testing::Test {
         for (std::int64_t t = 0; t < queries; ++t) {
           const std::uint8_t* row = host.data() + (b * job.out.stride[0] + h * width + t * heads * width) * size;
           const bool there = t >= first_query(b);
-          for (std::int64_t c = 0; c < dv; ++c) out.push_back(there ? element(row + c * size, call.out_dtype) : 0.0);
+          for (std::int64_t c = 0; c < dv; ++c)
+            out.push_back(there ? scene::element(row + c * size, call.out_dtype) : 0.0);
           for (std::int64_t i = there ? dv * size : 0; i < width * size; ++i) EXPECT_EQ(row[i], 0xff);
         }
     return out;

@@ -189,24 +189,14 @@ class MetalScene {
           const bool own = r >= view.input_row && r < view.input_row + view.query_count;
           const std::uint8_t* row = bytes.data() +
                                     (view.input * job.out.stride[0] + h * width + r * heads * width) * size;
-          for (std::int64_t c = 0; c < d; ++c) ran.out.push_back(own ? element(row + c * size, call.out_dtype) : 0.0);
+          for (std::int64_t c = 0; c < d; ++c)
+            ran.out.push_back(own ? scene::element(row + c * size, call.out_dtype) : 0.0);
           for (std::int64_t i = own ? d * size : 0; i < width * size; ++i) EXPECT_EQ(row[i], kGuard);
         }
     return ran;
   }
 
  private:
-  static double element(const std::uint8_t* at, DType dtype) {
-    if (dtype == DType::f32) {
-      float f;
-      std::memcpy(&f, at, 4);
-      return f;
-    }
-    std::uint16_t h;
-    std::memcpy(&h, at, 2);
-    return dtype == DType::f16 ? f16_to_f32(h) : bf16_to_f32(h);
-  }
-
   // Returns the byte offset of the appended data.
   std::size_t append(std::vector<std::uint8_t>* to, const void* from, std::int64_t elements) const {
     const std::size_t at = to->size(), bytes = static_cast<std::size_t>(elements) * size_of(scene_.shape().dtype);
