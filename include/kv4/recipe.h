@@ -17,7 +17,7 @@ enum class LevelKind : std::uint8_t {
   uniform = 1     // -7 ... 7, of 4 bits
 };
 enum class ScaleRule : std::uint8_t {
-  least_squares = 0,  // codes nearest to gain * x / rms(x); scale = sum x L / sum L^2
+  least_squares = 0,  // codes nearest to x / step, step by max|x| or rms(x); scale = sum x L / sum L^2
   abs_max = 1         // codes nearest to x * Lmax / max|x|; scale = max|x| / Lmax
 };
 enum class LambdaMode : std::uint8_t {

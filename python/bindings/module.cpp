@@ -21,6 +21,7 @@
 #include "ledger/extent.h"
 #include "metal.h"
 #include "paged.h"
+#include "recipe/levels.h"
 #include "tensor.h"
 #include "values.h"
 
@@ -476,6 +477,18 @@ NB_MODULE(_core, m) {
         raise_if_error(head_dim_k && head_dim_v ? kv4::validate(r, *head_dim_k, *head_dim_v) : kv4::validate(r));
       },
       "recipe"_a, "head_dim_k"_a = nb::none(), "head_dim_v"_a = nb::none(), "Head dims: both or none.");
+  m.def(
+      "step_rule",
+      [](nb::handle s, int group) {
+        if (group < 1) raise_if_error(kv4::invalid_argument("group", "at least 1", std::to_string(group)));
+        const kv4::SideRecipe r = side(s, "side");
+        const kv4::StepRule found = kv4::step_rule(kv4::levels(r.levels, r.bits), r.scale, group);
+        return std::pair(found.by_largest, found.factor);
+      },
+      "side"_a, "group"_a,
+      "(whether by the largest, factor): codes of a group of values x are the levels nearest to x / step, step = "
+      "factor * "
+      "max |x| or factor * rms(x).");
   m.def("backends", &kv4::backends, "Those that are built in and find a device.");
   m.def("why_not", &kv4::why_not, "backend"_a, "Why a backend is not among them; empty where it is.");
   m.def("num_threads", &kv4::cpu::num_threads);

@@ -55,7 +55,7 @@ KV4_INLINE typename Isa::F largest(typename Isa::F a, typename Isa::F b, bool ev
 }
 
 // Adds the correction; returns per lane the largest magnitude or the sum of squares of n channels.
-template <class Isa, ScaleRule kRule>
+template <class Isa, bool kLargest>
 typename Isa::F measure(float* x, const float* correction, int n) {
   using F = typename Isa::F;
   constexpr int L = Isa::kLanes;
@@ -67,8 +67,8 @@ typename Isa::F measure(float* x, const float* correction, int n) {
       v += Isa::set1(correction[c]);
       Isa::store(x + c * L, v);
     }
-    if constexpr (kRule != ScaleRule::abs_max) to = Isa::fma(v, v, to);
-    else to = largest<Isa>(to, v, even);
+    if constexpr (kLargest) to = largest<Isa>(to, v, even);
+    else to = Isa::fma(v, v, to);
   };
   int c = 0;
   for (; c + kParts <= n; c += kParts) {
@@ -79,8 +79,7 @@ typename Isa::F measure(float* x, const float* correction, int n) {
   KV4_UNROLL
   for (int step = kParts / 2; step > 0; step /= 2) {
     KV4_UNROLL
-    for (int i = 0; i < step; ++i)
-      part[i] = kRule == ScaleRule::abs_max ? Isa::max(part[i], part[i + step]) : part[i] + part[i + step];
+    for (int i = 0; i < step; ++i) part[i] = kLargest ? Isa::max(part[i], part[i + step]) : part[i] + part[i + step];
   }
   return part[0];
 }
@@ -223,16 +222,13 @@ KV4_INLINE typename Isa::I quantise_wide(const float* x, typename Isa::F inverse
 }
 
 // The step of what measure() found, and unit / step, both 0 where nothing is to be coded.
-template <class Isa, ScaleRule kRule>
-KV4_INLINE void step_of(typename Isa::F measured, int n, const Levels& table, typename Isa::F live, float unit,
+template <class Isa>
+KV4_INLINE void step_of(typename Isa::F measured, int n, const StepRule& rule, typename Isa::F live, float unit,
                         typename Isa::F& step, typename Isa::F& inverse) {
   using F = typename Isa::F;
   using I = typename Isa::I;
-  if constexpr (kRule == ScaleRule::abs_max) {
-    step = measured / Isa::set1(static_cast<float>(table.top()));
-  } else {
-    step = Isa::sqrt(measured * Isa::set1(1.0f / static_cast<float>(n))) / Isa::set1(table.gain);
-  }
+  if (!rule.by_largest) measured = Isa::sqrt(measured * Isa::set1(1.0f / static_cast<float>(n)));
+  step = measured * Isa::set1(rule.factor);
   const I nonzero = (I)(step >= Isa::set1(1e-15f)) & (I)(live > F{});
   step = (F)((I)Isa::min(step, Isa::set1(1e18f)) & nonzero);
   inverse = (F)((I)(Isa::set1(unit) / Isa::max(step, Isa::set1(1e-15f))) & nonzero);
@@ -240,13 +236,13 @@ KV4_INLINE void step_of(typename Isa::F measured, int n, const Levels& table, ty
 
 // One group of n channels at x: quads and, per lane, the scale.
 template <class Isa, ScaleRule kRule, LookUp kLookUp>
-typename Isa::F quantise_group(float* x, const float* correction, int n, const Levels& table,
+typename Isa::F quantise_group(float* x, const float* correction, int n, const StepRule& rule,
                                const LevelVectors<Isa>& levels, typename Isa::F live, std::int32_t* quads) {
   using F = typename Isa::F;
   constexpr int L = Isa::kLanes;
-  const F measured = measure<Isa, kRule>(x, correction, n);
+  const F measured = rule.by_largest ? measure<Isa, true>(x, correction, n) : measure<Isa, false>(x, correction, n);
   F step, inverse;
-  step_of<Isa, kRule>(measured, n, table, live, levels.unit, step, inverse);
+  step_of<Isa>(measured, n, rule, live, levels.unit, step, inverse);
 
   constexpr bool kWide = L == 16 && kLookUp == LookUp::one;
   std::conditional_t<kWide, WideSums, FitSums<Isa>> sums[2];
@@ -321,14 +317,15 @@ void seal_second(const PageSpec& page, const RefinedTokens& tokens, const SealSc
   const SideSpec& spec = page.key;
   const kv4_second_layout& at = page.second;
   const LevelVectors<Isa> levels(page.second_levels);
+  const StepRule rule = step_rule(page.second_levels, spec.scale, spec.group);
   const auto quantise = quantise_group_by<Isa, LookUp::one>(spec.scale);
   alignas(64) float live[L] = {};
   for (int r = 0; r < tokens.rows; ++r) live[r] = tokens.token[r] >= 0 ? 1.0f : 0.0f;
   for (int g = 0; g < spec.groups; ++g) {
     const int c = g * spec.group;
     alignas(64) std::uint16_t halves[L];
-    Isa::store_f16(halves, quantise(scratch.left + c * L, nullptr, spec.group, page.second_levels, levels,
-                                    Isa::load(live), scratch.quads + c / 4 * kPageTokens));
+    Isa::store_f16(halves, quantise(scratch.left + c * L, nullptr, spec.group, rule, levels, Isa::load(live),
+                                    scratch.quads + c / 4 * kPageTokens));
     for (int r = 0; r < tokens.rows; ++r) store_as(slice + at.scales + 2 * (r * spec.groups + g), halves[r]);
   }
   for (int r = 0; r < tokens.rows; ++r) {
@@ -377,6 +374,7 @@ void seal_even(const SealSide& s, const SealScratch& scratch) {
   const int d = spec.dim;
   const bool real = real_sides<Isa>(*spec.rotation);
   const auto load = load_of<Isa>(s.dtype, spec.mean, real);
+  const StepRule rule = step_rule(spec.levels, spec.scale, spec.group);
   const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
   for (int t = 0; t < kPageTokens; t += L) {
     const std::byte* rows[L];
@@ -386,9 +384,9 @@ void seal_even(const SealSide& s, const SealScratch& scratch) {
     RowFetch next{t + L < kPageTokens ? s.rows + (t + L) * s.stride : s.after, s.stride, d * size};
     load(rows, d, scratch, next, static_cast<int>(size));
     rotate_block<Isa>(*spec.rotation, real, scratch);
-    const F measured = measure<Isa, ScaleRule::abs_max>(scratch.x, spec.mean ? scratch.correction : nullptr, d);
+    const F measured = measure<Isa, true>(scratch.x, spec.mean ? scratch.correction : nullptr, d);
     F step, inverse;
-    step_of<Isa, ScaleRule::abs_max>(measured, d, spec.levels, Isa::load(live), 1.0f, step, inverse);
+    step_of<Isa>(measured, d, rule, Isa::load(live), 1.0f, step, inverse);
     if (s.keys) {
       even_keys<SealOps>(scratch.x, d, inverse, s.codes + key_nibble(t, 0, d).byte,
                          [&] { next.lines(static_cast<int>(size)); });
@@ -419,6 +417,7 @@ void seal_side(const SealSide& s, const SealScratch& scratch, PackCodes pack, co
   std::memset(tail, 0, static_cast<std::size_t>(padded / 4 - (d + 3) / 4) * kPageTokens * sizeof *tail);
   const LevelVectors<Isa> levels(spec.levels);
   const auto quantise = quantise_group_of<Isa>(spec);
+  const StepRule rule = step_rule(spec.levels, spec.scale, spec.group);
   const auto load = load_of<Isa>(s.dtype, spec.mean, real);
   const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
 
@@ -439,7 +438,7 @@ void seal_side(const SealSide& s, const SealScratch& scratch, PackCodes pack, co
       std::int32_t* quads = scratch.quads + c / 4 * kPageTokens + t;
       float* x = scratch.x + c * L;
       const F lanes = Isa::load(live);
-      const F scale = quantise(x, correction, spec.group, spec.levels, levels, lanes, quads);
+      const F scale = quantise(x, correction, spec.group, rule, levels, lanes, quads);
       alignas(64) std::uint16_t halves[L];
       Isa::store_f16(halves, scale);
       const int begin = t < s.first ? s.first - t : 0, count = (t + L < end ? L : end - t) - begin;

@@ -491,9 +491,8 @@ class CudaBackend final : public Backend {
       out->groups = side.groups;
       out->mean = side.mean;
       out->abs_max = side.scale == ScaleRule::abs_max;
-      out->gain = side.levels.gain;
+      out->step = step_rule(side.levels, side.scale, side.group);
       out->bits = static_cast<std::int8_t>(side.levels.bits);
-      out->top = static_cast<float>(side.levels.top());
       const int half = side.levels.half();
       out->negative_base = side.levels.negative_base + 8 - half;
       for (int i = 0; i < 7; ++i)

@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(kThreads) seal_kernel(const __grid_constant__ 
         squares.add_product(value, value);
         largest = fmaxf(largest, fabsf(value));
       }
-      const float step = side.abs_max ? warp_max(largest) / side.top
-                                      : sqrtf(warp_sum(squares) / side.group) / side.gain;
+      const float step = side.step.factor *
+                         (side.step.by_largest ? warp_max(largest) : sqrtf(warp_sum(squares) / side.group));
       Precise xl, ll;
       for (int c = lane; c < side.group; c += kLanes) {
         const float value = x[j * pitch + channel0 + c], y = step > 0 ? value / step : 0.0f, size = fabsf(y);

@@ -7,6 +7,7 @@
 
 #include "backend/backend.h"
 #include "cuda/layout.h"
+#include "recipe/levels.h"
 
 namespace kv4::cuda {
 
@@ -14,8 +15,8 @@ namespace kv4::cuda {
 struct SideParams {
   int dim = 0, group = 0, groups = 0;
   bool mean = false, abs_max = false;
-  std::int8_t bits = 4;     // of a code: 2, 3 or 4
-  float gain = 1, top = 1;  // of Levels: rms in steps; the largest magnitude
+  std::int8_t bits = 4;  // of a code: 2, 3 or 4
+  StepRule step;
   // Levels as those of 4 bits: of narrow codes the magnitudes that there are, from code 8 up and from 7 down.
   int negative_base = 7;
   float thresholds[7] = {};  // between magnitudes i and i + 1, in levels; infinite where there is none

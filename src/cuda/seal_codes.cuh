@@ -37,7 +37,7 @@ struct Quantiser {
   Quantiser() = default;
 
   __device__ explicit Quantiser(const SideParams& side)
-      : cells{}, sizes{}, to_step(1 / (side.abs_max ? side.top : side.gain)), midtread(side.negative_base == 8) {
+      : cells{}, sizes{}, to_step(side.step.factor), midtread(side.negative_base == 8) {
     const int count = kNarrow ? (1 << (side.bits - 1)) - 1 : 7;  // of thresholds
     float scale = 2;
     while (side.thresholds[count - 1] * scale * 2 < 256) scale *= 2;

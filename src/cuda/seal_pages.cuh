@@ -433,20 +433,20 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
 #pragma unroll
       for (int e = 0; e < 4; ++e) y[n][e] = fmaf(y[n][e], scale[e / 2], e % 2 == 0 ? more.x : more.y);
     }
-    if (side.abs_max) {
+    if (side.step.by_largest) {
 #pragma unroll
       for (int n = 0; n < S::kTiles; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) step[e / 2] = fmaxf(step[e / 2], fabsf(y[n][e]));
 #pragma unroll
-      for (int r = 0; r < 2; ++r) step[r] = quad_max(step[r]) / side.top;
+      for (int r = 0; r < 2; ++r) step[r] = quad_max(step[r]) * side.step.factor;
     } else {
 #pragma unroll
       for (int n = 0; n < S::kTiles; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) step[e / 2] = fmaf(y[n][e], y[n][e], step[e / 2]);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) step[r] = sqrtf(quad_sum(step[r]) / D) / side.gain;
+      for (int r = 0; r < 2; ++r) step[r] = sqrtf(quad_sum(step[r]) / D) * side.step.factor;
     }
     uint32_t words[2][S::kBlocks];
 #pragma unroll

@@ -330,7 +330,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float partial[2] = {};
-      if (side.abs_max) {
+      if (side.step.by_largest) {
 #pragma unroll
         for (int n = 0; n < S::kColumns / 8; ++n)
 #pragma unroll
@@ -360,7 +360,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
 #pragma unroll
         for (int i = 0; i < S::kParts; ++i) {
           const float one = stats[i * kPageTokens + row + 8 * r];
-          all = side.abs_max ? fmaxf(all, one) : all + one;
+          all = side.step.by_largest ? fmaxf(all, one) : all + one;
         }
         step[r] = all;
       }
@@ -370,7 +370,7 @@ __device__ __forceinline__ void seal_side(const SealParams& p, unsigned char* me
     const Quantiser<kNarrow> quantise = quantiser;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      step[r] = (side.abs_max ? step[r] : sqrtf(step[r] * (1.0f / D))) * quantise.to_step;
+      step[r] = (side.step.by_largest ? step[r] : sqrtf(step[r] * (1.0f / D))) * quantise.to_step;
       const bool any = step[r] > 0 && live[r];
       const float inverse = any ? reciprocal(step[r]) * quantise.units : 0.0f;
       const Fit fit = codes_of_row<S::kColumns>(quantise, y, r, any, inverse, words[r]);

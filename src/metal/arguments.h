@@ -113,8 +113,8 @@ enum kv4_side {
 };
 // float [kv4_level_fields] of a side.
 enum kv4_level {
-  kv4_level_gain,
-  kv4_level_top,                              // the largest magnitude
+  kv4_level_of_rms,  // a row's step over its rms, and over its largest magnitude: one is 0
+  kv4_level_of_largest,
   kv4_level_threshold,                        // 7: between magnitudes i and i + 1
   kv4_level_table = kv4_level_threshold + 7,  // 16 levels, ascending
   kv4_level_fields = kv4_level_table + 16

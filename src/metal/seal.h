@@ -143,8 +143,9 @@ inline void quantise_row(thread const SealArguments& a, thread const SealPart& p
     largest = max(largest, fabs(value));
   }
   const bool abs_max = a.side[kv4_side_abs_max] != 0;
-  const float step = abs_max ? simd_max(largest) / a.levels[kv4_level_top]
-                             : precise::sqrt(simd_sum(squares) / float(dim)) / a.levels[kv4_level_gain];
+  const float of_largest = a.levels[kv4_level_of_largest];
+  const float step = of_largest > 0.0f ? of_largest * simd_max(largest)
+                                       : a.levels[kv4_level_of_rms] * precise::sqrt(simd_sum(squares) / float(dim));
   float products = 0.0f, level_squares = 0.0f;
   for (uint c = lane; c < dim; c += kLanes) {
     const float value = empty ? 0.0f : mean ? x[c] + offset[c] : x[c];

@@ -147,8 +147,8 @@ template void add_job(std::vector<std::int64_t>*, const DequantiseJob&, bool, co
 
 std::vector<float> level_table(const SideSpec& side) {
   std::vector<float> t(kv4_level_fields);
-  t[kv4_level_gain] = side.levels.gain;
-  t[kv4_level_top] = side.levels.magnitude[7];
+  const StepRule step = step_rule(side.levels, side.scale, side.group);
+  t[step.by_largest ? kv4_level_of_largest : kv4_level_of_rms] = step.factor;
   for (std::size_t i = 0; i < 7; ++i)
     t[kv4_level_threshold + i] = static_cast<float>(side.levels.twice_threshold[i]) * 0.5f;
   for (std::size_t i = 0; i < 16; ++i) t[kv4_level_table + i] = side.levels.table[i];

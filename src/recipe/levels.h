@@ -21,6 +21,12 @@ class TableView {
   const T* numbers_ = nullptr;
 };
 
+// Codes of a group of values x are the levels nearest to x / step, step = factor * max|x| or factor * rms(x).
+struct StepRule {
+  bool by_largest = false;
+  float factor = 0;
+};
+
 // A table of 2^bits int8 levels in ascending order, in the form the kernels use it:
 // magnitude[i] >= 0 ascending; with z = |2 y| the magnitude index is the number of
 // twice_threshold[] <= z. code = half() + i for y >= 0, negative_base - i for y < 0.
@@ -31,7 +37,9 @@ struct Levels {
   TableView<std::uint8_t> twice_threshold;  // [half() - 1] 2 * midpoint of neighbouring magnitudes: exact integers
   int spread = 0;         // twice_threshold[] * 2^spread stay below 256; to 4 bits no two are in one sixteenth of it
   int negative_base = 0;  // half() - 1: mid-rise (no zero level); half(): mid-tread (code 0 is never made)
-  float gain = 0;         // least_squares: codes are the nearest levels to gain * x / rms(x)
+  float gain = 0;         // levels per standard deviation of the Gaussian that they are made for
+  TableView<float>
+      reach;  // of least_squares, by groups of 16, 32, 64, 128, 256 and 512: gain * step / max|x|; 0: by rms
 
   constexpr int count() const { return 1 << bits; }
   constexpr int half() const { return count() / 2; }
@@ -39,5 +47,7 @@ struct Levels {
 };
 // bits: of SideRecipe, valid; uniform levels have 4.
 const Levels& levels(LevelKind kind, int bits = 4);
+// Of a group of so many values, at least 1.
+StepRule step_rule(const Levels& levels, ScaleRule scale, int group);
 
 }  // namespace kv4

@@ -54,7 +54,7 @@ Sealed zeros(const SideSpec& side, const Levels& levels, int tokens) {
 
 // Codes and scales of row j of out->x.
 void quantise(const SideSpec& side, const Levels& levels, int j, Sealed* out) {
-  const double top = levels.top();
+  const StepRule rule = step_rule(levels, side.scale, side.group);
   for (int g = 0; g < side.groups; ++g) {
     const std::size_t first = static_cast<std::size_t>(j) * side.dim + static_cast<std::size_t>(g) * side.group;
     const double* xg = out->x.data() + first;
@@ -63,8 +63,7 @@ void quantise(const SideSpec& side, const Levels& levels, int j, Sealed* out) {
       squares += xg[c] * xg[c];
       largest = std::max(largest, std::abs(xg[c]));
     }
-    const double step = side.scale == ScaleRule::abs_max ? largest / top
-                                                         : std::sqrt(squares / side.group) / levels.gain;
+    const double step = rule.factor * (rule.by_largest ? largest : std::sqrt(squares / side.group));
     if (!(step > 0)) continue;
     for (int c = 0; c < side.group; ++c) {
       const Nearest best = nearest(levels, xg[c] / step);

@@ -6,8 +6,8 @@
 //
 //   x_j = R (lambda * row_j) - m'          m' only with a mean
 //   code = the level nearest to y = x_jc / step, per group of `group` channels, where
-//     least_squares  step = rms(x over the group) / gain;  scale = fp16(sum x L / sum L^2)
-//     abs_max        step = max|x| / Lmax;                 scale = fp16(step)
+//     least_squares  step = r max|x| or r rms(x) over the group, as step_rule() says;  scale = fp16(sum x L / sum L^2)
+//     abs_max        step = max|x| / Lmax;  scale = fp16(step)
 //   row_j ~ R^-1 (scale_j L[code] + m') / lambda
 //
 // A value midway between two levels takes the one of larger magnitude; 0 takes code 2^(bits-1),

@@ -10,6 +10,9 @@
 #include <tuple>
 #include <vector>
 
+#include "cases.h"
+#include "reference/seal.h"
+
 namespace kv4 {
 namespace {
 
@@ -160,6 +163,72 @@ TEST(Levels, LloydMaxLevelsAreCentroids) {
     if (bits == 4) continue;  // its gain is that of the unrounded levels
     for (double factor : {0.99, 1.01}) EXPECT_LT(distortion(l, l.gain), distortion(l, l.gain * factor)) << bits;
   }
+}
+
+// The least squared error over groups of Gaussian values, of their own squares, with steps by a rule.
+double error_of(const Levels& l, const StepRule& rule, int group) {
+  cases::Random random(7);
+  double left = 0, all = 0;
+  std::vector<double> x(static_cast<std::size_t>(group));
+  std::vector<std::uint8_t> codes(x.size());
+  for (int rows = 0; rows < 60000 / group; ++rows) {
+    double squares = 0, largest = 0;
+    for (double& v : x) {
+      v = random.normal();
+      squares += v * v;
+      largest = std::max(largest, std::abs(v));
+    }
+    const double step = rule.factor * (rule.by_largest ? largest : std::sqrt(squares / group));
+    for (std::size_t c = 0; c < x.size(); ++c) {
+      int i = 0;
+      for (int t = 0; t + 1 < l.half(); ++t) i += l.twice_threshold[t] <= std::abs(2 * x[c] / step);
+      codes[c] = static_cast<std::uint8_t>(x[c] >= 0 ? l.half() + i : l.negative_base - i);
+    }
+    const double scale = reference::least_squares_scale(l, x.data(), codes.data(), group);
+    for (std::size_t c = 0; c < x.size(); ++c) left += std::pow(x[c] - scale * l.table[codes[c]], 2);
+    all += squares;
+  }
+  return left / all;
+}
+
+TEST(Levels, StepsOfLeastSquaresAreTheBestOfTheirKind) {
+  struct Case {
+    LevelKind kind;
+    int bits, group;
+    bool by_largest;
+    double less;  // at most this of the error of steps by the rms
+  };
+  for (const Case& c : {Case{LevelKind::lloyd_max, 2, 128, false, 1},
+                        {LevelKind::lloyd_max, 3, 64, true, .97},
+                        {LevelKind::lloyd_max, 3, 128, true, .995},
+                        {LevelKind::lloyd_max, 3, 256, false, 1},
+                        {LevelKind::lloyd_max, 4, 32, true, .8},
+                        {LevelKind::lloyd_max, 4, 64, true, .87},
+                        {LevelKind::lloyd_max, 4, 128, true, .93},
+                        {LevelKind::lloyd_max, 4, 256, true, .98},
+                        {LevelKind::lloyd_max, 6, 128, true, .94},
+                        {LevelKind::lloyd_max, 8, 128, true, .5},
+                        {LevelKind::uniform, 4, 128, true, .97}}) {
+    const Levels& l = levels(c.kind, c.bits);
+    const StepRule rule = step_rule(l, ScaleRule::least_squares, c.group);
+    EXPECT_EQ(rule.by_largest, c.by_largest) << c.bits << " bits, groups of " << c.group;
+    const double found = error_of(l, rule, c.group);
+    EXPECT_LE(found, c.less * error_of(l, {.by_largest = false, .factor = 1 / l.gain}, c.group))
+        << c.bits << " bits, groups of " << c.group;
+    for (float other : {0.9f, 1.1f})
+      EXPECT_LT(found, error_of(l, {.by_largest = rule.by_largest, .factor = rule.factor * other}, c.group))
+          << c.bits << " bits, groups of " << c.group << ", " << other;
+  }
+  // By the nearest length in the table; abs_max puts the largest value at the largest level.
+  const Levels& l = levels(LevelKind::lloyd_max);
+  const auto factor = [&](int group) { return step_rule(l, ScaleRule::least_squares, group).factor; };
+  EXPECT_EQ(factor(80), factor(64));
+  EXPECT_EQ(factor(96), factor(128));
+  EXPECT_EQ(factor(1), factor(16));
+  EXPECT_EQ(factor(1024), factor(512));
+  EXPECT_NE(factor(128), factor(256));
+  EXPECT_TRUE(step_rule(l, ScaleRule::abs_max, 64).by_largest);
+  EXPECT_EQ(step_rule(l, ScaleRule::abs_max, 64).factor, 1.0f / 127);
 }
 
 TEST(Levels, UniformGainIsOptimal) {

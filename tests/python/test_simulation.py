@@ -172,7 +172,7 @@ def test_simulated_quality_is_the_packed_cache_s(tiny: tuple, recipe: Recipe) ->
     both = [Candidate("packed", recipe), Candidate("simulated", from_recipe(recipe))]
     found = measure_all(model, cut(tokenizer, python_reference(), 1, 700), both)
     packed, simulated = found["packed"], found["simulated"]
-    assert packed.kl > 1e-5
+    assert packed.kl > 1e-6
     assert simulated.kl == pytest.approx(packed.kl, rel=0.01)
     np.testing.assert_allclose(simulated.scores[0].kl, packed.scores[0].kl, rtol=0.2, atol=0.05 * packed.kl)
     assert simulated.dppl == pytest.approx(packed.dppl, abs=1e-4)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kv4._core import PAGE_TOKENS
-from kv4.evaluate.levels import levels
+from kv4.evaluate.levels import levels, step_rule
 from kv4.evaluate.variant import BYTES_GROUP, SideVariant
 
 Tensor = torch.Tensor
@@ -147,10 +147,10 @@ def _in_octaves(scale: Tensor, page: int) -> Tensor:
 
 def _step(groups: Tensor, side: SideVariant, table: object) -> Tensor:
     """Codes are the levels nearest to x / step; [heads, T, groups, 1], 1 where all is 0."""
-    if side.scale == "abs_max":
-        step = groups.abs().amax(-1, keepdim=True) / table.magnitude[-1]
-    else:
-        step = groups.square().mean(-1, keepdim=True).sqrt() / table.gain
+    scale = side.scale if side.scale in ("rms", "abs_max") else "least_squares"
+    by_largest, factor = step_rule(side.levels, side.bits, scale, groups.shape[-1])
+    size = groups.abs().amax(-1, keepdim=True) if by_largest else groups.square().mean(-1, keepdim=True).sqrt()
+    step = factor * size
     return torch.where(step > 0, step, 1.0)
 
 

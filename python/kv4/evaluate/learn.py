@@ -17,7 +17,7 @@ import torch
 from kv4._core import PAGE_TOKENS
 from kv4.calibration import Calibration
 from kv4.evaluate.calibrate import Layer
-from kv4.evaluate.levels import levels
+from kv4.evaluate.levels import levels, step_rule
 from kv4.evaluate.rotations import rotation
 from kv4.recipe import Recipe
 
@@ -67,7 +67,8 @@ def squared_error(rows: Tensor, matrix: Tensor, log_lambda: Tensor) -> Tensor:
     table = levels("lloyd_max", 4)
     weight = (log_lambda - log_lambda.mean(-1, keepdim=True)).exp()[:, None]
     x = (rows * weight) @ matrix.mT
-    step = x.detach().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30) / table.gain
+    _, factor = step_rule("lloyd_max", 4, "least_squares", x.shape[-1])  # by the largest at 4 bits
+    step = factor * x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-30)
     y = x / step
     magnitude = torch.tensor(table.magnitude)
     level = magnitude[torch.bucketize(y.detach().abs(), torch.tensor(table.boundaries))] * y.detach().sign()

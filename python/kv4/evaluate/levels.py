@@ -14,13 +14,16 @@ from math import erf, exp, inf, pi, sqrt
 
 import numpy as np
 
+from kv4 import _core
+from kv4.recipe import PACKED_WIDTHS, Side
+
 KINDS = ("lloyd_max", "uniform", "cubic")
 
 
 @dataclass(frozen=True)
 class Levels:
     """magnitude: ascending, >= 0; the levels are plus and minus these. A magnitude 0 makes the table odd (mid-tread).
-    gain: where the scale is a least-squares fit, codes are the levels nearest to gain * x / rms(x)."""
+    gain: levels per standard deviation of a Gaussian that the levels are made for."""
 
     magnitude: tuple[float, ...]
     gain: float
@@ -54,6 +57,18 @@ def levels(kind: str, bits: int) -> Levels:
     if kind == "cubic":
         return _cubic(bits)
     raise ValueError(f"levels: expected one of {', '.join(KINDS)}; got {kind!r}")
+
+
+def step_rule(kind: str, bits: int, scale: str, width: int) -> tuple[bool, float]:
+    """(by the largest, factor): codes of a group of `width` values x are the levels nearest to x / step, step = factor *
+    max |x| or factor * rms(x). The core's own tables have its rule (src/recipe/levels.cpp); others go by the rms. scale:
+    "least_squares", "rms" or "abs_max"."""
+    table = levels(kind, bits)
+    if scale == "rms":
+        return False, 1 / table.gain
+    if (kind == "lloyd_max" and bits in PACKED_WIDTHS) or (kind == "uniform" and bits == 4):
+        return _core.step_rule(Side(levels=kind, bits=bits, scale=scale), width)
+    return (True, 1 / table.magnitude[-1]) if scale == "abs_max" else (False, 1 / table.gain)
 
 
 def _mass(a: float, b: float) -> float:

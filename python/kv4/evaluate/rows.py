@@ -134,6 +134,7 @@ def trials() -> list[Row]:
         ("rounding", "codes chosen for q.k", "moments", base.replace(key__rounding="moment")),
         ("rounding-calibrated", "codes chosen for q.k, calibrated lambda", "moments",
          base.replace(key__rounding="moment", key__lambda_="given")),
+        ("rms", "steps from the rms alone", "", base.replace(both__scale="rms")),
         ("search", "best of 5 gains for each scale", "", base.replace(both__scale="search")),
         ("search-fine", "best of 15 gains", "", base.replace(both__scale="search_fine")),
         ("paper-after", "the paper's, own token exact", "", from_recipe(Recipe.paper()).replace(seal="after")),

@@ -22,8 +22,8 @@ class SideVariant:
 
     rotation: those of kv4.evaluate.rotations, or "given": the matrix of a Calibration, invertible, per KV head.
     bits: 2 to 8, or 16 for a side that is never quantised. group: channels per scale, 0 for the whole vector.
-    scale: "search" tries 5 gains around the table's own and keeps the codes whose least-squares fit is best,
-        "search_fine" 15. "affine": levels evenly between a group's minimum and maximum, both shrunk towards their
+    scale: "rms": as least_squares, but the step follows from a group's rms alone. "search" tries 5 gains around the
+        step and keeps the codes whose least-squares fit is best, "search_fine" 15. "affine": levels evenly between a group's minimum and maximum, both shrunk towards their
         middle by what fits best of six shares; fp16 scale and zero.
     stored: "fp16" scales and means; "bytes": scales in sixteenths of an octave below the page's largest, which is fp16,
         and means in 8 bits with an fp16 step for 16 channels; codes are those nearest under the scale as stored.
@@ -41,7 +41,7 @@ class SideVariant:
     bits: int = 4
     group: int = 0
     levels: str = "lloyd_max"
-    scale: Literal["least_squares", "abs_max", "search", "search_fine", "affine"] = "least_squares"
+    scale: Literal["least_squares", "rms", "abs_max", "search", "search_fine", "affine"] = "least_squares"
     stored: Literal["fp16", "bytes"] = "fp16"
     mean: Literal["none", "page", "group"] = "none"
     mean_group: int = 16
@@ -57,7 +57,7 @@ class SideVariant:
 
         expect("rotation", (*rotations.KINDS, "given"))
         expect("levels", level_tables.KINDS)
-        expect("scale", ("least_squares", "abs_max", "search", "search_fine", "affine"))
+        expect("scale", ("least_squares", "rms", "abs_max", "search", "search_fine", "affine"))
         expect("stored", ("fp16", "bytes"))
         expect("mean", ("none", "page", "group"))
         expect("lambda_", ("none", "auto", "window", "given"))
