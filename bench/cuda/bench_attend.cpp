@@ -413,6 +413,9 @@ const bool registered = [] {
                                    Case{g, std::vector<int>(16, mean)})
           ->UseManualTime();
     }
+    if (g.kv_heads <= 16)  // a server's batch, of narrow codes below too
+      benchmark::RegisterBenchmark(name("paged", "64x4096").c_str(), decode, Case{g, std::vector<int>(64, 4096), true})
+          ->UseManualTime();
     if (g.kv_heads <= 16)  // chats
       benchmark::RegisterBenchmark(name("paged", "208x150-2000").c_str(), decode,
                                    Case{g, ragged_lengths(208, 150, 2000), true})
@@ -441,6 +444,9 @@ const bool registered = [] {
     if (g.kv_heads > 16) continue;
     for (const scene::Widths& bits : {scene::Widths{4, 2}, {3, 3}, {3, 2}, {2, 2}}) {
       const std::string widths = "-K" + std::to_string(bits.k) + "V" + std::to_string(bits.v) + "/" + g.name;
+      benchmark::RegisterBenchmark(("paged" + widths + "/64x4096").c_str(), decode,
+                                   Case{g, std::vector<int>(64, 4096), true, 1, bits})
+          ->UseManualTime();
       for (const auto& [batch, tokens] : {std::pair(16, 32768), std::pair(1, 131072), std::pair(1, 4096)})
         benchmark::RegisterBenchmark(
             ("decode" + widths + "/" + std::to_string(batch) + "x" + std::to_string(tokens)).c_str(), decode,
