@@ -21,6 +21,8 @@ CORE := CMakeLists.txt pyproject.toml $(shell find cmake include src python/bind
 CORE += $(shell find include src python/bindings -type d 2>/dev/null)
 FORMATTED := '*.h' '*.cpp' '*.inl' '*.c' '*.cu' '*.cuh'
 
+# Each step uses all processors.
+.NOTPARALLEL:
 .PHONY: help setup system demo test test-cpp test-python test-slow fuzz soak test-isas test-oldest test-newest site test-neon test-metal test-tools setup-vllm test-vllm metal-tools llama test-llama test-llama-slow check lint format asan tsan shared bench wheel clean
 .DELETE_ON_ERROR:
 
@@ -61,8 +63,10 @@ $(VENV)/.tests: requirements-dev.txt $(VENV)/.python
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
+# The build folder of the compiled module. The C++ tests link its object files, and so does a wheel.
+MODULE := build/module
 $(VENV)/.kv4: $(VENV)/.python $(CORE)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[tools]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation -C build-dir=$(MODULE) --editable '.[tools]'
 	@touch $@
 
 demo: setup
@@ -84,11 +88,11 @@ test-metal: metal-tools
 	$(BIN)/python tests/metal/mutate.py --tests build/release/tests/metal/kv4_metal_tests
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile tests/metal
 
-# Where no GPU runs it, CUDA code is compiled as far as PTX.
-CUDA_CODE = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -DCMAKE_CUDA_ARCHITECTURES=90-virtual)
+# Where no GPU runs it, CUDA code is only seen to compile. Without CUDA the library is the one in the Python module.
+CUDA_UNUSED = $(shell nvidia-smi -L >/dev/null 2>&1 && echo OFF || echo ON)
 
 test-cpp: metal-tools
-	cmake --preset release $(CUDA_CODE)
+	cmake --preset release -DKV4_CUDA_UNUSED=$(CUDA_UNUSED) -DKV4_OBJECTS=$(MODULE)
 	cmake --build --preset release
 	ctest --preset release
 

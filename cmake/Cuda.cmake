@@ -1,6 +1,7 @@
 # The CUDA backend, built where nvcc is found: machine code for compute capabilities 8.0, 8.9 and 9.0, and PTX for later
 # ones. The Python module is compiled at installation, so to save time it has code for this machine's GPU only; without a
-# GPU it has none unless KV4_CUDA=ON.
+# GPU it has none unless KV4_CUDA=ON. KV4_CUDA_UNUSED is for builds on machines without a GPU, which only show that the code
+# compiles: without optimisation, as far as PTX (for wgmma as far as machine code), in a third of the time.
 
 include(CheckLanguage)
 if(CMAKE_CROSSCOMPILING OR KV4_SANITIZE)
@@ -29,7 +30,9 @@ if(NOT KV4_HAS_CUDA)
   return()
 endif()
 
-if(NOT CMAKE_CUDA_ARCHITECTURES)
+if(KV4_CUDA_UNUSED)
+  set(CMAKE_CUDA_ARCHITECTURES 90-virtual)
+elseif(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES ${KV4_NATIVE_CUDA})
   if(NOT CMAKE_CUDA_ARCHITECTURES)
     set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90)
@@ -56,10 +59,17 @@ if(CMAKE_CUDA_ARCHITECTURES MATCHES "90|native|all" AND CMAKE_CUDA_COMPILER_VERS
   target_compile_definitions(kv4_cuda PRIVATE KV4_CUDA_WGMMA=1)
   list(APPEND KV4_CUDA_PARTS kv4_cuda_90a)
 endif()
+set(KV4_CUDA_OPTIONS --expt-relaxed-constexpr)
+if(KV4_CUDA_UNUSED)
+  list(APPEND KV4_CUDA_OPTIONS -Xcompiler=-O0)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.9)
+    list(APPEND KV4_CUDA_OPTIONS -Ofc=max)
+  endif()
+endif()
 foreach(part ${KV4_CUDA_PARTS})
   target_include_directories(${part} PRIVATE src include ${CUDAToolkit_INCLUDE_DIRS})
   target_compile_options(${part} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${KV4_WARNINGS}>
-                                         $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)
+                                         "$<$<COMPILE_LANGUAGE:CUDA>:${KV4_CUDA_OPTIONS}>")
   set_target_properties(${part} PROPERTIES CUDA_VISIBILITY_PRESET hidden CXX_VISIBILITY_PRESET hidden)
   target_sources(kv4 PRIVATE $<TARGET_OBJECTS:${part}>)
 endforeach()

@@ -15,7 +15,7 @@ jobs=${JOBS:-$(nproc)}
 on_older='Isa*:CAbi.*:Convert.*:Levels.*:Order.*:Attend.SoftcapAndSinks:Attend.OnlyPages*:Attend.ExactRows*:Attend.LargestSums*'
 on_older+=':Cache.ArrivalSeals*:Cache.ShortTexts*:Masks.Causal:Paged.NaN*:Paged.Dequantised*:Paged.Lambda*:Rows.SomeRows*'
 on_older+=':Rows.NonFinite*:Seal.Extreme*:TilesPath.ScaleGroups:TilesPath.LargestSums:Save.WidthsAre*:Save.RefinedKeys*'
-on_older+=':*RotationDims.InPlace*/?'
+on_older+=':*RotationDims.InPlace*/??'
 left_out=$(grep -v '^#' "$(dirname "$0")/../tests/emulation.txt" | paste -sd:)
 # Threads that wait sleep: the processes share the processors.
 export OMP_WAIT_POLICY=passive

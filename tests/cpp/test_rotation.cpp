@@ -191,7 +191,8 @@ std::vector<float> run(const cpu::Kernels& kernels, const Rotation& r, Map map, 
 }
 
 class RotationDims : public ::testing::TestWithParam<int> {};
-INSTANTIATE_TEST_SUITE_P(All, RotationDims, ::testing::ValuesIn(cases::kRotationDims));
+INSTANTIATE_TEST_SUITE_P(All, RotationDims, ::testing::ValuesIn(cases::kRotationDims),
+                         ::testing::PrintToStringParamName());
 
 TEST_P(RotationDims, MatrixIsOrthonormal) {
   const std::size_t d = static_cast<std::size_t>(GetParam());

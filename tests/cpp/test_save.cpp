@@ -82,44 +82,46 @@ TEST(Save, CropsOfTheLastCallStayExact) {
 }
 
 // Caches move between instruction sets: the same codes, scales and lambda; outputs within the kernels' bound.
-TEST(Save, InstructionSetsReadEachOther) {
+class SaveDims : public ::testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(All, SaveDims, ::testing::ValuesIn(cases::kHeadDims), ::testing::PrintToStringParamName());
+
+TEST_P(SaveDims, InstructionSetsReadEachOther) {
+  const int dim = GetParam();
   const std::string before = cpu::active_isa();
   std::vector<std::string> names;
   for (const std::string& name : cpu::compiled_isas())
     if (cpu::supported(name)) names.push_back(name);
-  for (const int dim : cases::kHeadDims) {
-    for (const std::string& from : names) {
-      ASSERT_TRUE(cpu::force_isa(from).ok());
-      Twins t({"isa", config_of(Recipe(), 2, dim, dim, DType::bf16), 3, {0, 7}}, static_cast<std::uint64_t>(dim));
-      t.append(300);
-      t.attend();
-      t.append(1);
-      t.attend();
-      const Bytes bytes = save(t.cache(0));
-      const std::vector<float> q = cases::normal_rows(2 * 6, dim, 5, 0.3);
-      const std::int32_t starts[] = {0, 7};
-      AttendArgs args;
-      args.q = {q.data(), DType::f32, {2, 6, 1, dim}, {6 * dim, dim, dim, 1}};
-      args.mask.start = starts;
-      std::vector<float> want(q.size()), got(q.size());
-      ASSERT_TRUE(t.cache(0).attend(args, {want.data(), DType::f32, args.q.shape, args.q.stride}).ok());
-      double top = 0;
-      for (const float x : want) top = std::max(top, std::abs(static_cast<double>(x)));
-      for (const std::string& to : names) {
-        SCOPED_TRACE(from + " to " + to + ", head dim " + std::to_string(dim));
-        ASSERT_TRUE(cpu::force_isa(to).ok());
-        auto other = create(t.cache(0).config());
-        ASSERT_TRUE(load(*other, bytes).ok());
-        EXPECT_EQ(save(*other), bytes);
-        ASSERT_GT(other->page_count(1), 1);
-        for (int row = 0; row < 2; ++row)
-          for (int page = 0; page < other->page_count(row); ++page)
-            ASSERT_EQ(Twins::slice(*other, row, page, 1), Twins::slice(t.cache(0), row, page, 1));
-        ASSERT_TRUE(other->attend(args, {got.data(), DType::f32, args.q.shape, args.q.stride}).ok());
-        for (std::size_t i = 0; i < got.size(); ++i) ASSERT_NEAR(got[i], want[i], 2 * sessions::kTolerance * top);
-      }
-      ASSERT_TRUE(cpu::force_isa(from).ok());
+  for (const std::string& from : names) {
+    ASSERT_TRUE(cpu::force_isa(from).ok());
+    Twins t({"isa", config_of(Recipe(), 2, dim, dim, DType::bf16), 3, {0, 7}}, static_cast<std::uint64_t>(dim));
+    t.append(300);
+    t.attend();
+    t.append(1);
+    t.attend();
+    const Bytes bytes = save(t.cache(0));
+    const std::vector<float> q = cases::normal_rows(2 * 6, dim, 5, 0.3);
+    const std::int32_t starts[] = {0, 7};
+    AttendArgs args;
+    args.q = {q.data(), DType::f32, {2, 6, 1, dim}, {6 * dim, dim, dim, 1}};
+    args.mask.start = starts;
+    std::vector<float> want(q.size()), got(q.size());
+    ASSERT_TRUE(t.cache(0).attend(args, {want.data(), DType::f32, args.q.shape, args.q.stride}).ok());
+    double top = 0;
+    for (const float x : want) top = std::max(top, std::abs(static_cast<double>(x)));
+    for (const std::string& to : names) {
+      SCOPED_TRACE(from + " to " + to + ", head dim " + std::to_string(dim));
+      ASSERT_TRUE(cpu::force_isa(to).ok());
+      auto other = create(t.cache(0).config());
+      ASSERT_TRUE(load(*other, bytes).ok());
+      EXPECT_EQ(save(*other), bytes);
+      ASSERT_GT(other->page_count(1), 1);
+      for (int row = 0; row < 2; ++row)
+        for (int page = 0; page < other->page_count(row); ++page)
+          ASSERT_EQ(Twins::slice(*other, row, page, 1), Twins::slice(t.cache(0), row, page, 1));
+      ASSERT_TRUE(other->attend(args, {got.data(), DType::f32, args.q.shape, args.q.stride}).ok());
+      for (std::size_t i = 0; i < got.size(); ++i) ASSERT_NEAR(got[i], want[i], 2 * sessions::kTolerance * top);
     }
+    ASSERT_TRUE(cpu::force_isa(from).ok());
   }
   ASSERT_TRUE(cpu::force_isa(before).ok());
 }

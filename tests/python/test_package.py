@@ -19,17 +19,27 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def build_options() -> list[str]:
+    """What `make setup` built, where it is of this interpreter and without CUDA, so that nothing is compiled
+    again; else a folder that is kept, so that only the first time compiles."""
+    made = ROOT / "build" / "module"
+    cache = made / "CMakeCache.txt"
+    if cache.exists() and not (made / "CMakeFiles" / "kv4_cuda.dir").exists():
+        (python,) = re.findall(r"^Python_EXECUTABLE:\w+=(.+)$", cache.read_text(encoding="utf-8"), re.MULTILINE)
+        if python == sys.executable:
+            return ["-C", f"build-dir={made}"]
+    tag = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+    return ["-C", f"build-dir={ROOT}/build/wheel-{tag}", "-C", "cmake.define.KV4_CUDA=OFF"]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("scikit_build_core")
     folder = tmp_path_factory.mktemp("dist")
-    # In a build folder that is kept, so that only the first time compiles.
-    tag = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
     subprocess.run(
         [
             sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps",
-            "-C", f"build-dir={ROOT}/build/wheel-{tag}", "-C", "cmake.define.KV4_CUDA=OFF",
-            "--wheel-dir", folder, ROOT,
+            *build_options(), "--wheel-dir", folder, ROOT,
         ],
         check=True,
     )  # fmt: skip
