@@ -59,7 +59,9 @@ def by_bits(points: Sequence[tuple[str, float, float, float]], path: Path, title
         own = label.startswith("kv4")
         colour = _COLOURS[budgets.index(kind) % 2 * 3] if kind in budgets else _COLOURS[1] if own else _COLOURS[2]
         axes.errorbar(bits, kl, yerr=0 if error != error else error, fmt="o", color=colour, markersize=5)
-        axes.annotate(label, (bits, kl), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        # Below the point where another, just above it, has its label there.
+        covered = any(abs(x - bits) < 0.5 and kl < y < 1.4 * kl for _, x, y, _ in points)
+        axes.annotate(label, (bits, kl), xytext=(5, -11 if covered else 4), textcoords="offset points", fontsize=8)
     axes.set_yscale("log")
     axes.set_xlabel("bits a value, scales, means and refined keys included")
     axes.set_ylabel("KL divergence, nats per token")
