@@ -486,9 +486,8 @@ NB_MODULE(_core, m) {
         return std::pair(found.by_largest, found.factor);
       },
       "side"_a, "group"_a,
-      "(whether by the largest, factor): codes of a group of values x are the levels nearest to x / step, step = "
-      "factor * "
-      "max |x| or factor * rms(x).");
+      "(whether by the largest, factor): codes of a group of values x are the levels nearest to x / step, where step "
+      "is factor * max |x|, or factor * rms(x).");
   m.def("backends", &kv4::backends, "Those that are built in and find a device.");
   m.def("why_not", &kv4::why_not, "backend"_a, "Why a backend is not among them; empty where it is.");
   m.def("num_threads", &kv4::cpu::num_threads);

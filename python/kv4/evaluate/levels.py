@@ -60,9 +60,9 @@ def levels(kind: str, bits: int) -> Levels:
 
 
 def step_rule(kind: str, bits: int, scale: str, width: int) -> tuple[bool, float]:
-    """(by the largest, factor): codes of a group of `width` values x are the levels nearest to x / step, step = factor *
-    max |x| or factor * rms(x). The core's own tables have its rule (src/recipe/levels.cpp); others go by the rms. scale:
-    "least_squares", "rms" or "abs_max"."""
+    """(by the largest, factor): codes of a group of `width` values x are the levels nearest to x / step, where step is
+    factor * max |x|, or factor * rms(x). The core's own tables have its rule (src/recipe/levels.cpp); others go by the
+    rms. scale: "least_squares", "rms" or "abs_max"."""
     table = levels(kind, bits)
     if scale == "rms":
         return False, 1 / table.gain

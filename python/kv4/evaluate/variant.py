@@ -23,8 +23,9 @@ class SideVariant:
     rotation: those of kv4.evaluate.rotations, or "given": the matrix of a Calibration, invertible, per KV head.
     bits: 2 to 8, or 16 for a side that is never quantised. group: channels per scale, 0 for the whole vector.
     scale: "rms": as least_squares, but the step follows from a group's rms alone. "search" tries 5 gains around the
-        step and keeps the codes whose least-squares fit is best, "search_fine" 15. "affine": levels evenly between a group's minimum and maximum, both shrunk towards their
-        middle by what fits best of six shares; fp16 scale and zero.
+        step and keeps the codes whose least-squares fit is best, "search_fine" 15. "affine": levels evenly between a
+        group's minimum and maximum, both shrunk towards their middle by what fits best of six shares; fp16 scale and
+        zero.
     stored: "fp16" scales and means; "bytes": scales in sixteenths of an octave below the page's largest, which is fp16,
         and means in 8 bits with an fp16 step for 16 channels; codes are those nearest under the scale as stored.
     mean: "page"; "group": one number for `mean_group` neighbouring channels of a page; "none".
