@@ -38,7 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "src/cache": {"kv4", "format", "rotation", "recipe", "backend", "attention", "ledger", "blob"},
     "src/capi": {"kv4"},
     # The bindings stand on all of it: hosts in Python ask for the policy, tables and figures that hosts in C++ ask for.
-    "python/bindings": {"kv4", "ledger", "blob", "attention", "backend", "cpu", "metal"},
+    "python/bindings": {"kv4", "recipe", "ledger", "blob", "attention", "backend", "cpu", "metal"},
     # llama.cpp's backend knows kv4's public headers alone.
     "hosts/llama.cpp": {"kv4"},
 }
