@@ -117,11 +117,11 @@ def test_the_keys_of_the_lightest_values_are_refined() -> None:
     assert (after[changed] < 0.25 * before[changed]).all()
 
 
-@pytest.mark.parametrize(("bits", "levels", "gain"), [
-    (2, (38, 127), 84.0736), (3, (14, 45, 79, 127), 59.0101), (4, (6, 18, 31, 44, 58, 75, 96, 127), 46.48),
-    (8, None, 127 / 4.5),
+@pytest.mark.parametrize(("bits", "levels", "gain", "reach"), [
+    (2, (38, 127), 84.0736, 0), (3, (14, 45, 79, 127), 59.0101, 0.41),
+    (4, (6, 18, 31, 44, 58, 75, 96, 127), 46.48, 0.36), (8, None, 127 / 4.5, 1 / 4.5),
 ])  # fmt: skip
-def test_a_refined_key_reads_as_the_format_s_page_says(bits: int, levels: tuple | None, gain: float) -> None:
+def test_a_refined_key_reads_as_the_format_s_page_says(bits: int, levels: tuple | None, gain: float, reach: float) -> None:
     """docs/format.md by scalar loops: one head, one page, whose token 9 is refined; the other codes as they are."""
     random = torch.Generator().manual_seed(13)
     q, k, v = (torch.randn(1, SINKS + 64, 32, generator=random, dtype=torch.float64) for _ in "qkv")
@@ -132,18 +132,19 @@ def test_a_refined_key_reads_as_the_format_s_page_says(bits: int, levels: tuple 
     stored = np.float16(matrix @ rows.mean(0)).astype(np.float64)
     signed = list(range(-127, 128)) if levels is None else sorted([*levels, *(-x for x in levels)])
 
-    def sealed(x: np.ndarray, table: list, gain: float) -> np.ndarray:
+    def sealed(x: np.ndarray, table: list, gain: float, reach: float) -> np.ndarray:
         """Step 3 of sealing: what the codes of x stand for."""
-        wanted = gain * x / np.sqrt(np.mean(x * x))
+        size = reach * np.abs(x).max() if reach > 0 else np.sqrt(np.mean(x * x))
+        wanted = gain * x / size
         level = np.array([min(table, key=lambda at: abs(at - y)) for y in wanted], dtype=np.float64)
         return level * float(np.float16(np.dot(x, level) / np.dot(level, level)))
 
     four = sorted([*(6, 18, 31, 44, 58, 75, 96, 127), *(-6, -18, -31, -44, -58, -75, -96, -127)])
     for token in (0, 9, 63):
         x = matrix @ rows[token] - stored
-        held = sealed(x, signed, gain)
+        held = sealed(x, signed, gain, reach)
         if token == 9:
-            held = held + sealed(x - held, four, 46.48)
+            held = held + sealed(x - held, four, 46.48, 0.36)
         np.testing.assert_allclose(matrix @ read[token], held + stored, atol=1e-9)
 
 
