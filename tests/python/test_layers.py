@@ -121,7 +121,9 @@ def test_the_keys_of_the_lightest_values_are_refined() -> None:
     (2, (38, 127), 84.0736, 0), (3, (14, 45, 79, 127), 59.0101, 0.41),
     (4, (6, 18, 31, 44, 58, 75, 96, 127), 46.48, 0.36), (8, None, 127 / 4.5, 1 / 4.5),
 ])  # fmt: skip
-def test_a_refined_key_reads_as_the_format_s_page_says(bits: int, levels: tuple | None, gain: float, reach: float) -> None:
+def test_a_refined_key_reads_as_the_format_s_page_says(
+    bits: int, levels: tuple | None, gain: float, reach: float
+) -> None:
     """docs/format.md by scalar loops: one head, one page, whose token 9 is refined; the other codes as they are."""
     random = torch.Generator().manual_seed(13)
     q, k, v = (torch.randn(1, SINKS + 64, 32, generator=random, dtype=torch.float64) for _ in "qkv")

@@ -80,7 +80,8 @@ def crossed(pair: Pair, recipe: Recipe, drop: int = 30, **options) -> None:
 @pytest.mark.parametrize("tokens", [[3], [100, 1], [200, 1, 64, 1], [300, 20]], ids=str)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_file_of_either_is_read_by_the_other(name, tokens):
-    pair = Pair(RECIPES[name], batch=2, seed=6)
+    # Of seed 6 a value lies 1e-8 of a step from the middle of two levels: either is right (docs/format.md).
+    pair = Pair(RECIPES[name], batch=2, seed=7)
     for n in tokens:
         pair.step(n)
     crossed(pair, RECIPES[name])
@@ -115,7 +116,7 @@ def test_given_lambda_is_part_of_the_configuration():
 @pytest.mark.parametrize("name", ["default", "exact", "paper"])
 def test_sequences_of_their_own_length_and_shared_pages(name):
     recipe = RECIPES[name]
-    pair = Pair(recipe, batch=3, seed=6)
+    pair = Pair(recipe, batch=3, seed=7)
     pair.step(200)
     pair.both("select", [2, 2, 0])
     pair.step(1)
