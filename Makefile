@@ -23,7 +23,7 @@ FORMATTED := '*.h' '*.cpp' '*.inl' '*.c' '*.cu' '*.cuh'
 
 # Each step uses all processors.
 .NOTPARALLEL:
-.PHONY: help setup system demo test test-cpp test-python test-slow fuzz soak test-isas test-oldest test-newest site test-neon test-metal test-tools setup-vllm test-vllm metal-tools llama test-llama test-llama-slow check lint format asan tsan shared bench wheel clean
+.PHONY: help setup system demo test test-cpp test-python test-slow fuzz soak test-isas test-oldest test-newest site site-version test-neon test-metal test-tools setup-vllm test-vllm metal-tools llama test-llama test-llama-slow check lint format asan tsan shared bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -42,6 +42,7 @@ help:
 	@echo "make test-oldest    the tests of kv4.hf and the command with the oldest versions that they take"
 	@echo "make test-newest    the same tests with the newest versions that a package index has"
 	@echo "make bench    the C++ benchmarks, built;  make site: the documentation as a site, in build/site"
+	@echo "make site-version   that site as version SITE_VERSION (main) beside others, on the branch gh-pages"
 	@echo "make lint     check, and clang-tidy over src/;  make format    clang-format and ruff"
 	@echo "make wheel    a wheel in dist/;  make clean    removes build/"
 
@@ -214,6 +215,12 @@ site: setup
 	$(BIN)/python -m pip install --quiet mkdocs-material
 	$(BIN)/python scripts/site.py
 	KV4_TITLE="$$($(BIN)/kv4 --version)" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Commits the site, beside those of other versions, to the branch gh-pages. SITE_OPTIONS: mike's, such as --push or --branch NAME
+SITE_VERSION ?= main
+site-version: site
+	$(BIN)/python -m pip install --quiet mike==2.2.0
+	KV4_TITLE="$$($(BIN)/kv4 --version)" NO_MKDOCS_2_WARNING=1 $(BIN)/mike --quiet deploy --update-aliases $(SITE_OPTIONS) $(SITE_VERSION)
 
 bench: $(VENV)/.python
 	@bash scripts/setup_system.sh bench
