@@ -25,6 +25,14 @@ KV4_API Status check_isa();
 // Errors: unsupported, with the list of those that this build and machine have; the one in use then stays.
 KV4_API Status force_isa(const std::string& isa);
 
+// Bits of the integers that queries and attention weights become where they meet packed codes: 8 (the default) lets
+// instruction sets that multiply bytes faster (avx512) use them where no code has more than 4 bits and no key is
+// refined; what that rounds is a few hundredths of what the codes have (docs/quality.md). 16 everywhere else, and for
+// all when set: outputs are then within some 1e-5 of float64 arithmetic over the same pages.
+KV4_API int operand_bits();
+// Errors: invalid_argument where bits is neither 8 nor 16.
+KV4_API Status set_operand_bits(int bits);
+
 // Threads that a call may use; the default is the OpenMP runtime's own number. On a thread that has an executor: its
 // own. How long OpenMP's threads spin while they wait is the program's to say, before it starts: GNU's default, some
 // milliseconds, makes calls many times as long where other programs want the CPUs (docs/huggingface.md, "On a loaded

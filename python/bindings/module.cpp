@@ -492,6 +492,10 @@ NB_MODULE(_core, m) {
   m.def("why_not", &kv4::why_not, "backend"_a, "Why a backend is not among them; empty where it is.");
   m.def("num_threads", &kv4::cpu::num_threads);
   m.def("set_num_threads", [](int n) { raise_if_error(kv4::cpu::set_num_threads(n)); }, "n"_a);
+  m.def("operand_bits", &kv4::cpu::operand_bits);
+  m.def(
+      "set_operand_bits", [](int bits) { raise_if_error(kv4::cpu::set_operand_bits(bits)); }, "bits"_a,
+      "Bits of queries and weights where they meet packed codes, 8 or 16: kv4/cpu.h.");
   m.def("isa", &kv4::cpu::active_isa,
         "The instruction set in use; empty where KV4_CPU_ISA names one that is not here: see why_no_isa.");
   m.def(

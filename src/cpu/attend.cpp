@@ -69,8 +69,8 @@ struct States {
   void carve(Carver& carver, std::size_t rows, std::size_t o_stride) {
     for (RowStates* s : {&pages, &exact}) {
       s->o = carver.take<float>(rows * o_stride);
-      s->m = carver.take<float>(rows);
-      s->l = carver.take<float>(rows);
+      s->m = carver.take<float>(rows + kStateLanes);
+      s->l = carver.take<float>(rows + kStateLanes);
       s->o_stride = static_cast<std::int64_t>(o_stride);
     }
   }
@@ -110,10 +110,11 @@ struct Arena {
       pages.q_codes = carver.take<std::uint8_t>(count * k * static_cast<std::size_t>(kernels.operand_bytes));
       pages.q_scale = carver.take<float>(count * groups_k);
       pages.q_start = carver.take<std::int32_t>(count * groups_k);
-      pages.k_scale = carver.take<float>(groups_k * kPageTokens);
-      pages.v_scale = carver.take<float>(groups_v * kPageTokens);
-      pages.mean = carver.take<float>(k);
-      pages.second = carver.take<float>(job.spec->second.rows * k);
+      pages.k_scale = carver.take<float>(kPagesAtOnce * groups_k * kPageTokens);
+      pages.v_scale = carver.take<float>(kPagesAtOnce * groups_v * kPageTokens);
+      pages.v_unit = carver.take<float>(kPagesAtOnce * groups_v);
+      pages.mean = carver.take<float>(kPagesAtOnce * k);
+      pages.second = carver.take<float>(kPagesAtOnce * job.spec->second.rows * k);
       pages.tiles = carver.take<std::byte>(kernels.tiles_scratch(*job.spec, static_cast<std::int64_t>(count)));
       rotate = carver.take<std::byte>(
           std::max(kernels.rotate_scratch(job.head_dim_k), kernels.rotate_scratch(job.head_dim_v)));
@@ -207,8 +208,7 @@ class Call {
     for (const Item& item : items_) splits += static_cast<std::size_t>(item.splits);
     splits_ = {carver.take<Split>(splits), splits};
     pending_ = carver.take<std::atomic<int>>(items_.size());
-    Arena arena;
-    arena_bytes_ = arena.carve(nullptr, job_, rows_of_item(), kernels_);
+    arena_bytes_ = Arena().carve(nullptr, job_, rows_of_item(), kernels_);
     arenas_ = carver.take<std::byte>(arena_bytes_ * static_cast<std::size_t>(threads_));
     slots_ = carver.take<std::byte>(base == nullptr ? place_states(nullptr) : 0);
     return carver.bytes();
@@ -378,6 +378,7 @@ class Call {
       task.mask = mask;
       task.mask.start = std::max(mask.start, first_of_pages(s));
       task.states = states.pages;
+      task.bytes = takes_bytes(kernels_, *job_.spec);
       kernels_.attend_pages(task);
     }
     for (int r = 0; r < rows; ++r)
@@ -589,8 +590,7 @@ std::size_t attend_workspace(const AttendJob& job) {
   carver.take<Item>(items);
   carver.take<Split>(items + more);
   carver.take<std::atomic<int>>(items);
-  Arena arena;
-  carver.take<std::byte>(arena.carve(nullptr, job, rows, active()) * threads);
+  carver.take<std::byte>(Arena().carve(nullptr, job, rows, active()) * threads);
   States states;
   for (std::size_t i = 0; i < 2 * more; ++i) states.carve(carver, rows, padded(job.head_dim_v));
   constexpr std::size_t kAlignment = 3 * 64;  // of the parts that are taken

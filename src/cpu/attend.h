@@ -16,6 +16,8 @@ namespace kv4::cpu {
 
 // Most rows that share one unpacking of a page.
 constexpr int kTileRows = 8;
+// Most pages whose scales and means are at hand at once.
+constexpr int kPagesAtOnce = 4;
 // Exact rows converted to float at a time; a multiple of every instruction set's lanes.
 constexpr int kBlockRows = 32;
 
@@ -34,11 +36,14 @@ struct RowMask {
   std::int64_t columns = 0;
 };
 
+// Rows whose m and l are read and written at once.
+constexpr int kStateLanes = 16;
+
 // Partial states of the rows: sum 2^(s - m) v, max s, sum 2^(s - m); m = -infinity, o = l = 0 over no tokens.
 struct RowStates {
   float* o = nullptr;  // [rows, o_stride], o_stride = head_dim_v rounded up to 16; the padding is scratch
-  float* m = nullptr;  // [rows]
-  float* l = nullptr;  // [rows]
+  float* m = nullptr;  // [rows], followed by kStateLanes more that are scratch
+  float* l = nullptr;  // alike
   std::int64_t o_stride = 0;
 };
 
@@ -56,15 +61,17 @@ struct PagesTask {
   std::int64_t q_stride = 0;  // head_dim_k rounded up to 16
   float cap = 0;              // 0: score = q.k; else score = cap * tanh(q.k)
   RowMask mask;
-  RowStates states;  // o in the rotated basis
+  RowStates states;    // o in the rotated basis
+  bool bytes = false;  // queries and weights may be bytes where the instruction set has products of them
   // Scratch, 64-byte aligned.
   std::uint8_t* q_codes = nullptr;  // [rows, q_stride * operand_bytes] bytes
   float* q_scale = nullptr;         // [rows, groups_k]
   std::int32_t* q_start = nullptr;  // [rows, groups_k]
-  float* k_scale = nullptr;         // [groups_k, 64]
-  float* v_scale = nullptr;         // [groups_v, 64]
-  float* mean = nullptr;            // [q_stride]
-  float* second = nullptr;          // [refined keys, q_stride]
+  float* k_scale = nullptr;         // [kPagesAtOnce, groups_k, 64]
+  float* v_scale = nullptr;         // [kPagesAtOnce, groups_v, 64]
+  float* v_unit = nullptr;          // [kPagesAtOnce, groups_v]
+  float* mean = nullptr;            // [kPagesAtOnce, q_stride]
+  float* second = nullptr;          // [kPagesAtOnce, refined keys, q_stride]
   void* tiles = nullptr;            // Kernels::tiles_scratch
 };
 

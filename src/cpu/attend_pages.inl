@@ -8,7 +8,8 @@
 //
 //                     unpacking   products   mean, softmax, weights, o    cycles: products and unpacking
 //   AVX2              44          R x 32     R x 10.5 (counted)           Zen 3: 10 + 8 R (four vector pipes)
-//   AVX-512 VNNI      12          R x 8      R x 5                        Zen 4: 4 + 8 R; Sapphire Rapids: 4 + 4 R
+//   AVX-512 VNNI      12          R x 8      R x 4                        Zen 4: 4 + 8 R; Zen 5: 4 + 4 R; S. Rapids too
+//   the same, bytes   12          R x 4      R x 4                        Zen 5: 4 + 2 R
 //
 // Measured on Zen 3 at 3.2 GHz, in L1: products and unpacking 22, 29, 46, 65 cycles at R = 1, 2, 4, 6, the whole
 // 32, 43, 69, 94. At 11 GB/s a core 136 bytes take 40 cycles: memory binds up to R = 2, then the vector pipes.
@@ -38,12 +39,23 @@
 // The second term is what surrounds the products. None reaches 15 %, so it is not done; a matrix unit needs it
 // (attend_tiles.inl).
 //
-// Rounding: q_c is off by half a unit in 32512 of the row's largest q', w_j by half a unit in 32512
-// of the page's largest weight: 1.5e-5 of the largest term either way. A refined key's second row is a product of
-// floats, as that with the mean, beside the integers of its first one. Overflow: 64 tokens of |w| <= 32512 and |L| <=
-// 127 stay below 2^28; keys are bounded in dot.h.
+// Rounding: q_c is off by half a unit in 32512 of the row's largest q', w_j by half a unit in 32512 of the page's
+// largest weight times its largest value scale: 1.5e-5 of the largest term either way. A refined key's second row is
+// a product of floats, as that with the mean, beside the integers of its first one. Overflow: 64 tokens of |w| <=
+// 32512 and |L| <= 127 stay below 2^28; keys are bounded in dot.h.
+//
+// Bytes (PagesTask::bytes, Dot::ByteKeys): half a unit in 127 and up to one in 255. A key's codes are off by a tenth
+// of the key, q_c by .006 of the query: of the squared error of a head's output, against float64 attention over the
+// model's own keys and values, bytes add 2.1 % (Gemma 3 270M, 144 heads, the 64 last of 2,048 tokens of WikiText-2,
+// two windows; pooled .7 %) and 1.5 % (Qwen2.5-Coder 0.5B, 336 heads; pooled 1.1 %). Weights are dithered
+// (packed_side.inl): of many small ones rounding to the nearest would lose all or double them.
+//
+// Pages at once, Zen 5, ns per token at 4,096 tokens, 1 page and 4 (2 from 5 rows on): 1 row 4.1, 3.8; 2 rows 4.4,
+// 4.3; 4 rows 7.0, 6.7; 6 rows 9.6, 9.9. With vectors of 8 lanes more than one loses 4 to 10 % from 6 rows on.
+// Prefetching slices as one run while keys and values of several pages are read by turns: no difference.
 #pragma once
 
+#include "cpu/packed_side.inl"
 #include "cpu/second_rows.inl"
 #include "cpu/softmax.inl"
 
@@ -53,132 +65,23 @@ namespace kv4::cpu::KV4_ISA {
 // than the last bit of a float.
 constexpr float kNegligible = 0x1p-40f;
 
-// n (a multiple of 16) numbers times `inverse`, to the nearest integers, which pack(i, v) takes 16 at a time:
-// v = those of numbers i ... i + 15. Returns the sum of the integers, one part in each lane.
-template <class V, class Pack>
-KV4_INLINE typename V::I quantise(const float* x, int n, typename V::F inverse, Pack pack) {
-  using I = typename V::I;
-  I total{};
-  for (int i = 0; i < n; i += 16) {
-    alignas(64) std::int32_t v[16];
-    KV4_UNROLL
-    for (int lane = 0; lane < 16; lane += V::kLanes) {
-      const typename V::F scaled = V::load(x + i + lane) * inverse;
-      const I r = V::round(scaled) & (I)(scaled == scaled);  // what is NaN, or 0 times infinity, has no integer
-      total += r;
-      std::memcpy(v + lane, &r, sizeof r);
-    }
-    pack(i, v);
-  }
-  return total;
-}
-
-// Takes integers as operands of Dot.
-struct DotOperand {
-  std::uint8_t* operand;
-  std::size_t octet_stride;
-  KV4_INLINE void operator()(int i, const std::int32_t* v) const {
-    Dot::pack(v, operand + static_cast<std::size_t>(i / 8) * octet_stride, octet_stride);
-  }
-};
-
-// The units in which numbers of at most `top` become integers of at most kLimit, and their inverses. Where top is next
-// to 0 both are 0; where it is not finite the unit is not either, which shows in the products.
-template <class V, int kLimit = Dot::kLimit>
-KV4_INLINE void units_of(typename V::F top, typename V::F* unit, typename V::F* inverse) {
-  using F = typename V::F;
-  using I = typename V::I;
-  const I tiny = (I)(top <= V::set1(1e-30f)), finite = (I)(top <= V::set1(std::numeric_limits<float>::max()));
-  *unit = (F)((I)(top * V::set1(1.0f / kLimit)) & ~tiny);
-  *inverse = (F)((I)(V::set1(static_cast<float>(kLimit)) / top) & ~tiny & finite);
-}
-
-// Those of n numbers of a query.
-template <class V>
-KV4_INLINE void units_of_query(const float* q, int n, typename V::F* unit, typename V::F* inverse) {
-  using F = typename V::F;
-  // max may lose a NaN, which the rotation makes of a query that overflows in it; 0 times it does not.
-  F largest = F{}, poison = F{};
-  for (int c = 0; c < n; c += V::kLanes) {
-    const F x = V::load(q + c);
-    largest = V::max(largest, V::abs(x));
-    poison = V::fma(x, F{}, poison);
-  }
-  units_of<V>(V::set1(V::reduce_max(largest) + V::reduce_add(poison)), unit, inverse);
-}
-
-template <class V>
-inline void widen_f16(const std::uint8_t* from, int count, int padded, float* to) {
-  const std::uint16_t* h = reinterpret_cast<const std::uint16_t*>(from);
-  int i = 0;
-  for (; i + V::kLanes <= count; i += V::kLanes) V::store(to + i, V::load_f16(h + i));
-  for (; i < count; ++i) to[i] = f16_to_f32(h[i]);
-  for (; i < padded; ++i) to[i] = 0.0f;
-}
-
-template <class V>
-KV4_INLINE typename V::F load_integers(const std::int32_t* p) {
-  typename V::I i;
-  std::memcpy(&i, p, sizeof i);
-  return V::to_float(i);
-}
-
-// Where the codes of a side lie in a slice: blocks of 16 lanes, whose octets of positions are counted through.
-struct SidePlanes {
-  std::size_t codes;   // bytes from a slice's first to its first plane
-  std::size_t second;  // from that to the second, which has half as many bits
-  std::size_t octet;   // bytes of 16 lanes and 8 positions in the first
-
-  SidePlanes(const SideSpec& side, std::size_t at)
-      : codes(at), second(second_plane(side.levels.bits, pad_channels(side.dim))),
-        octet(static_cast<std::size_t>(step_bytes(first_plane(side.levels.bits)) / 2)) {}
-  std::size_t first_at(std::size_t i) const { return codes + i * octet; }
-  std::size_t second_at(std::size_t i) const { return codes + second + i * octet / 2; }
-};
-
-// How one side of a task's pages is read: its levels, Dot::block of its width by rows, where its planes lie.
-using DotBlock = void (*)(const std::uint8_t* codes, const std::uint8_t* more, int octets, const std::uint8_t* operands,
-                          const std::int32_t* start, std::size_t start_stride, const Dot::Table& table,
-                          const std::uint8_t* next, std::int32_t* sums);
-template <int R, int B>
-inline constexpr DotBlock kDotBlock = Dot::block<R, B>;
-template <int B>
-inline constexpr DotBlock kDotBlocks[kTileRows] = {kDotBlock<1, B>, kDotBlock<2, B>, kDotBlock<3, B>, kDotBlock<4, B>,
-                                                   kDotBlock<5, B>, kDotBlock<6, B>, kDotBlock<7, B>, kDotBlock<8, B>};
-
-struct PackedSide : SidePlanes {
-  Dot::Table table;
-  const DotBlock* blocks;
-
-  PackedSide(const SideSpec& side, std::size_t at) : SidePlanes(side, at), table(Dot::table(side.levels)) {
-    switch (side.levels.bits) {
-      case 2: blocks = kDotBlocks<2>; break;
-      case 3: blocks = kDotBlocks<3>; break;
-      case 6: blocks = kDotBlocks<6>; break;
-      case 8: blocks = kDotBlocks<8>; break;
-      default: blocks = kDotBlocks<4>;
-    }
-  }
-  // The sums of 16 lanes over `octets` octets, the first of them number `at` of the side's, of a page's slice.
-  template <int R>
-  KV4_INLINE void block(const std::uint8_t* slice, const std::uint8_t* next, std::size_t at, int octets,
-                        const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
-                        std::int32_t* sums) const {
-    const std::uint8_t *first = slice + first_at(at), *more = slice + second_at(at), *fetched = next + first_at(at);
-    // Called by name, so that the compiler makes a copy for the octets of a page's values: AVX-512 takes 4 to 7 %
-    // longer at one row without.
-    if (blocks == kDotBlocks<4>)
-      Dot::block<R, 4>(first, more, octets, operands, start, start_stride, table, fetched, sums);
-    else blocks[R - 1](first, more, octets, operands, start, start_stride, table, fetched, sums);
-  }
-};
-
 struct PageAt {
   const std::uint8_t* slice;
   const std::uint8_t* next;  // the slice to prefetch
   std::int64_t position;
   int tokens;
 };
+
+// Pages that one softmax serves: what stands between the products of keys and of values is a chain of instructions that
+// wait for each other, which takes hardly longer for many tokens than for few.
+constexpr int kMostPages = kPagesAtOnce;
+struct Pages {
+  PageAt page[kMostPages];  // `next` is as far on as there may be pages
+  int count;
+};
+
+// With more rows there are more chains, and fewer registers for each.
+constexpr int pages_at_once(int rows) { return rows <= 4 ? kMostPages : Isa::kLanes < 16 ? 1 : 2; }
 
 // Rows [row, row + rows) of a task: one tile.
 struct TileAt {
@@ -190,6 +93,16 @@ inline TileAt tile_at(const PagesTask& t, int i, int tiles) {
   const int row = t.rows * i / tiles;
   return {row, t.rows * (i + 1) / tiles - row};
 }
+
+// What page `number` of those at work has in the task's scratch.
+struct Widened {
+  float *k_scale, *v_scale, *mean, *second;
+
+  Widened(const PagesTask& t, int number)
+      : k_scale(t.k_scale + number * t.spec->key.groups * kPageTokens),
+        v_scale(t.v_scale + number * t.spec->value.groups * kPageTokens), mean(t.mean + number * t.q_stride),
+        second(t.second + number * static_cast<std::int64_t>(t.spec->second.rows) * t.q_stride) {}
+};
 
 // q'.x of every row, x [q_stride].
 template <class V, int R>
@@ -209,20 +122,15 @@ KV4_INLINE void dot_rows(const PagesTask& t, int row0, const float* x, float* ou
   for (int i = 0; i * V::kLanes < R; ++i) V::store(out + i * V::kLanes, joined[i]);
 }
 
-template <class V, int R>
-KV4_INLINE void dot_mean(const PagesTask& t, int row0, float* out) {
-  dot_rows<V, R>(t, row0, t.mean, out);
-}
-
 // Adds what second rows of codes have of the scores of their tokens; token 0 of the page is at `first`. Code of its
 // own: pages without refined keys pay for a comparison.
 template <class V, int R, int N>
-[[gnu::noinline]] void add_second(const PagesTask& t, const std::uint8_t* slice, int row0, int first,
-                                  float (&scores)[R][N]) {
+[[gnu::noinline]] void add_second(const PagesTask& t, const std::uint8_t* slice, const float* second, int row0,
+                                  int first, float (&scores)[R][N]) {
   const float overflow = overflow_factor<V>(t.cap)[0];
   for (std::uint32_t i = 0; i < t.spec->second.rows; ++i) {
     alignas(64) float more[kRowLanes];
-    dot_rows<V, R>(t, row0, t.second + i * t.q_stride, more);
+    dot_rows<V, R>(t, row0, second + i * t.q_stride, more);
     const int at = first + slice[t.spec->second.places + i];
     for (int r = 0; r < R; ++r) {
       const float s = scores[r][at] + more[r];
@@ -231,99 +139,186 @@ template <class V, int R, int N>
   }
 }
 
-template <class V, int R>
-KV4_INLINE void score_tile(const PagesTask& t, const PageAt& page, const PackedSide& keys, int row0,
-                           float (&scores)[R][kPageTokens]) {
+// Scores of page `number` of those at work.
+template <class V, class K, int R, int N>
+KV4_INLINE void score_page(const PagesTask& t, const PageAt& page, int number, const PackedSide<K>& keys, int row0,
+                           float (&scores)[R][N]) {
   using F = typename V::F;
   const int groups = t.spec->key.groups, padded = static_cast<int>(t.q_stride);
   const int octets = (groups == 1 ? padded : t.spec->key.group) / 8;
-  const std::uint8_t* operands = t.q_codes + static_cast<std::size_t>(row0) * (padded / 8) * Dot::kOctetBytes;
+  const std::uint8_t* operands = t.q_codes + static_cast<std::size_t>(row0) * (padded / 8) * K::kOctetBytes;
   const std::int32_t* const start = t.q_start + row0 * groups;
-  const float* const k_scale = t.k_scale;
+  const Widened widened(t, number);
   const F overflow = overflow_factor<V>(t.cap);
   const float* const q_scale = t.q_scale + row0 * groups;
   alignas(64) float from_mean[kRowLanes] = {};
-  if (t.spec->key.mean) dot_mean<V, R>(t, row0, from_mean);
-  alignas(64) std::int32_t sums[R * 16];
-  for (int j = 0; j < kPageTokens; j += 16) {
+  if (t.spec->key.mean) dot_rows<V, R>(t, row0, widened.mean, from_mean);
+  alignas(64) std::int32_t sums[R * 16 * K::kBlocks];
+  for_blocks<K>(kPageTokens / 16, [&](int i, auto count) KV4_INLINE_LAMBDA {
+    constexpr int kLanes = count * 16;
     for (int g = 0; g < groups; ++g) {
       const std::size_t octet = static_cast<std::size_t>(g) * octets;
-      keys.block<R>(page.slice, page.next, static_cast<std::size_t>(j / 16) * (padded / 8) + octet, octets,
-                    operands + octet * R * Dot::kOctetBytes, start + g, static_cast<std::size_t>(groups), sums);
+      const std::size_t at = static_cast<std::size_t>(i) * (padded / 8) + octet;
+      keys.template block<R, count>(page.slice, page.next, at, octets, operands + octet * R * K::kOctetBytes, start + g,
+                                    static_cast<std::size_t>(groups), sums, static_cast<std::size_t>(padded / 8));
       KV4_UNROLL
-      for (int lane = 0; lane < 16; lane += V::kLanes) {
-        const F step = V::load(k_scale + g * kPageTokens + j + lane);
+      for (int lane = 0; lane < kLanes; lane += V::kLanes) {
+        const F step = V::load(widened.k_scale + g * kPageTokens + i * 16 + lane);
+        float* const to = scores[0] + number * kPageTokens + i * 16 + lane;
         KV4_UNROLL
         for (int r = 0; r < R; ++r) {
           const F scale = V::set1(q_scale[r * groups + g]) * step;
-          const F before = g == 0 ? V::set1(from_mean[r]) : V::load(scores[r] + j + lane);
-          const F s = V::fma(load_integers<V>(sums + r * 16 + lane), scale, before);
-          V::store(scores[r] + j + lane, V::fma(s, overflow, s));
+          const F before = g == 0 ? V::set1(from_mean[r]) : V::load(to + r * N);
+          const F s = V::fma(load_integers<V>(sums + r * kLanes + lane), scale, before);
+          V::store(to + r * N, V::fma(s, overflow, s));
         }
       }
     }
-  }
-  if (t.spec->second.rows > 0) add_second<V>(t, page.slice, row0, 0, scores);
+  });
+  if (t.spec->second.rows > 0) add_second<V>(t, page.slice, widened.second, row0, number * kPageTokens, scores);
 }
 
-// o += the values of the page weighted with the rows of `weights`, after o *= rescale.
-template <class V, int R>
-KV4_INLINE void add_values(const PagesTask& t, const PageAt& page, const PackedSide& values, int row0,
-                           const float (&weights)[R][kPageTokens], const float* rescale) {
+// What the weights of each page are multiplied with on their way into a row's state, and what the state was before.
+struct PageFactors {
+  alignas(64) float page[kMostPages][kRowLanes], before[kRowLanes];
+};
+
+// a in the first kRows lanes, b in the others.
+template <int kLanes, int kRows>
+struct FirstRows {
+  static constexpr int of(int j) { return j < kRows ? j : kLanes + j; }
+};
+// Lanes from R on stay what they are in memory: they belong to other rows.
+template <class V, int R, int kFirst>
+KV4_INLINE void store_rows(float* to, typename V::F x, typename V::F before) {
+  constexpr auto lanes = std::make_integer_sequence<int, V::kLanes>{};
+  V::store(to + kFirst, shuffle(x, before, FirstRows<V::kLanes, R - kFirst>{}, lanes));
+}
+
+// Turns the scores of R rows over `pages` pages into weights 2^(score - the row's largest on that page), at most 1, and
+// takes them into m and l. Returns false where no row gains enough to be worth its values. Each step is done for all
+// rows and pages before the next: their chains of dependent instructions then run side by side.
+template <class V, int R, int N>
+KV4_INLINE bool weigh_pages(int pages, float (&scores)[R][N], float* m, float* l, PageFactors& factors) {
   using F = typename V::F;
   using I = typename V::I;
-  constexpr int kOctets = kPageTokens / 8, kVectors = kRowLanes / V::kLanes;
-  const int groups = t.spec->value.groups;
+  constexpr int kVectors = (R + V::kLanes - 1) / V::kLanes;
+  // Rows that see nothing are centred on 0: their scores are -infinity, their weights 0.
+  const auto centred = [](F x) KV4_INLINE_LAMBDA { return (F)((I)x & ~(I)(x == V::set1(kHidden))); };
+  alignas(64) float top[kMostPages][kRowLanes], centre[kMostPages][kRowLanes];
+  F before[kVectors], after[kVectors], lanes[R], joined[kRowLanes / V::kLanes];
+  KV4_UNROLL
+  for (int i = 0; i < kVectors; ++i) before[i] = after[i] = V::load(m + i * V::kLanes);
+  for (int p = 0; p < pages; ++p) {
+    const float* const from = scores[0] + p * kPageTokens;
+    for (int r = 0; r < R; ++r) {
+      lanes[r] = V::load(from + r * N);
+      for (int j = V::kLanes; j < kPageTokens; j += V::kLanes) lanes[r] = V::max(lanes[r], V::load(from + r * N + j));
+    }
+    fold_lanes<V, MaxLanes<V>>(lanes, joined);
+    KV4_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      after[i] = V::max(after[i], joined[i]);
+      V::store(top[p] + i * V::kLanes, joined[i]);
+      V::store(centre[p] + i * V::kLanes, centred(joined[i]));
+    }
+  }
+  [&]<int... i>(std::integer_sequence<int, i...>) KV4_INLINE_LAMBDA {
+    (store_rows<V, R, i * V::kLanes>(m, after[i], before[i]), ...);
+  }(std::make_integer_sequence<int, kVectors>{});
+  KV4_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    after[i] = centred(after[i]);
+    V::store(factors.before + i * V::kLanes, exp2_of<V>(before[i] - after[i]));
+    for (int p = 0; p < pages; ++p)
+      V::store(factors.page[p] + i * V::kLanes, exp2_of<V>(V::load(top[p] + i * V::kLanes) - after[i]));
+  }
+  KV4_UNROLL
+  for (int r = 0; r < R; ++r) lanes[r] = F{};
+  for (int p = 0; p < pages; ++p) {
+    for (int r = 0; r < R; ++r) {
+      float* const at = scores[r] + p * kPageTokens;
+      const F c = V::set1(centre[p][r]);
+      F total = F{};
+      for (int j = 0; j < kPageTokens; j += V::kLanes) {
+        const F w = exp2_of<V>(V::load(at + j) - c);
+        V::store(at + j, w);
+        total += w;
+      }
+      lanes[r] = V::fma(total, V::set1(factors.page[p][r]), lanes[r]);
+    }
+  }
+  fold_lanes<V, AddLanes>(lanes, joined);
+  alignas(64) float gain[kRowLanes];
+  [&]<int... i>(std::integer_sequence<int, i...>) KV4_INLINE_LAMBDA {
+    (V::store(gain + i * V::kLanes, joined[i]), ...);
+    const auto add = [&](int at, F more)
+                         KV4_INLINE_LAMBDA { return V::fma(V::load(l + at), V::load(factors.before + at), more); };
+    (store_rows<V, R, i * V::kLanes>(l, add(i * V::kLanes, joined[i]), V::load(l + i * V::kLanes)), ...);
+  }(std::make_integer_sequence<int, kVectors>{});
+  bool gains = false;
+  for (int r = 0; r < R; ++r) gains = gains || !(gain[r] < kNegligible);
+  return gains;
+}
+
+// o += the values of the pages weighted with the rows of `weights`, after o *= factors.before.
+template <class V, class W, int R, int N>
+KV4_INLINE void add_values(const PagesTask& t, const Pages& pages, const PackedSide<W>& values, int row0,
+                           const float (&weights)[R][N], const PageFactors& factors) {
+  using F = typename V::F;
+  using I = typename V::I;
+  constexpr int kOctets = kPageTokens / 8, kVectors = kRowLanes / V::kLanes, kMost = N / kPageTokens;
+  const int groups = t.spec->value.groups, count = kMost == 1 ? 1 : pages.count;
   const int channels = groups == 1 ? static_cast<int>(t.states.o_stride) : t.spec->value.group;
   const Levels& levels = t.spec->value.levels;
   const std::int64_t o_stride = t.states.o_stride;
-  float* const o = t.states.o + row0 * o_stride;
-  const float* const v_scale = t.v_scale;
-  alignas(64) std::uint8_t operands[kOctets * R * Dot::kOctetBytes];
-  alignas(64) float scaled[R][kPageTokens];
-  alignas(64) float unit[kRowLanes], inverse[kRowLanes];
-  alignas(64) std::int32_t start[kRowLanes], sums[R * 16];
+  alignas(64) std::uint8_t operands[kMost][kOctets * R * W::kOctetBytes];
+  alignas(64) std::int32_t start[kMost][kRowLanes], sums[kMost][R * 16 * W::kBlocks];
+  alignas(64) float units[kMost][kRowLanes];
   for (int g = 0; g < groups; ++g) {
-    F largest[R] = {};
-    for (int j = 0; j < kPageTokens; j += V::kLanes) {
-      const F step = V::load(v_scale + g * kPageTokens + j);
+    for (int p = 0; p < count; ++p) {
+      const float* const v_scale = Widened(t, p).v_scale + g * kPageTokens;
+      I parts[R], total[kVectors] = {};
       KV4_UNROLL
       for (int r = 0; r < R; ++r) {
-        const F w = V::load(weights[r] + j) * step;
-        V::store(scaled[r] + j, w);
-        largest[r] = V::max(largest[r], w);
+        const float* const w = weights[r] + p * kPageTokens;
+        parts[r] = quantise<V, W::kLimit <= 255>(
+            [=](int j) KV4_INLINE_LAMBDA { return V::load(w + j) * V::load(v_scale + j); }, kPageTokens,
+            DotOperand<W>{operands[p] + r * W::kOctetBytes, R * W::kOctetBytes});
+      }
+      fold_lanes<V, AddLanes>(parts, total);
+      std::memcpy(start[p], total, sizeof start[p]);
+      KV4_UNROLL
+      for (int r = 0; r < R; ++r) {
+        start[p][r] = W::start(levels, start[p][r]);
+        units[p][r] = factors.page[p][r] * t.v_unit[p * groups + g];
       }
     }
-    F top[kVectors];
-    fold_lanes<V, MaxLanes<V>>(largest, top);
-    KV4_UNROLL
-    for (int i = 0; i * V::kLanes < R; ++i) {
-      F u, v;
-      units_of<V>(top[i], &u, &v);
-      V::store(unit + i * V::kLanes, u);
-      V::store(inverse + i * V::kLanes, v);
-    }
-    I parts[R], total[kVectors] = {};
-    KV4_UNROLL
-    for (int r = 0; r < R; ++r)
-      parts[r] = quantise<V>(scaled[r], kPageTokens, V::set1(inverse[r]),
-                             DotOperand{operands + r * Dot::kOctetBytes, R * Dot::kOctetBytes});
-    fold_lanes<V, AddLanes>(parts, total);
-    std::memcpy(start, total, sizeof start);
-    KV4_UNROLL
-    for (int r = 0; r < R; ++r) start[r] = Dot::start(levels, start[r]);
-    for (int c = g * channels; c < (g + 1) * channels; c += 16) {
-      values.block<R>(page.slice, page.next, static_cast<std::size_t>(c / 16) * kOctets, kOctets, operands, start, 1,
-                      sums);
+    for_blocks<W>(channels / 16, [&](int i, auto blocks) KV4_INLINE_LAMBDA {
+      constexpr int kLanes = blocks * 16;
+      const int c = g * channels + i * 16;
+      for (int p = 0; p < count; ++p) {
+        const std::size_t at = static_cast<std::size_t>(c / 16) * kOctets;
+        values.template block<R, blocks>(pages.page[p].slice, pages.page[p].next, at, kOctets, operands[p], start[p], 1,
+                                         sums[p], kOctets);
+      }
       KV4_UNROLL
       for (int r = 0; r < R; ++r) {
-        float* const to = o + r * o_stride + c;
-        const F scale = V::set1(unit[r]), factor = V::set1(rescale[r]);
+        float* const to = t.states.o + (row0 + r) * o_stride + c;
+        const F before = V::set1(factors.before[r]);
+        F o[kLanes / V::kLanes];
         KV4_UNROLL
-        for (int lane = 0; lane < 16; lane += V::kLanes)
-          V::store(to + lane, V::fma(load_integers<V>(sums + r * 16 + lane), scale, V::load(to + lane) * factor));
+        for (int lane = 0; lane < kLanes; lane += V::kLanes) o[lane / V::kLanes] = V::load(to + lane) * before;
+        for (int p = 0; p < count; ++p) {
+          const F unit = V::set1(units[p][r]);
+          KV4_UNROLL
+          for (int lane = 0; lane < kLanes; lane += V::kLanes)
+            o[lane / V::kLanes] = V::fma(load_integers<V>(sums[p] + r * kLanes + lane), unit, o[lane / V::kLanes]);
+        }
+        KV4_UNROLL
+        for (int lane = 0; lane < kLanes; lane += V::kLanes) V::store(to + lane, o[lane / V::kLanes]);
       }
-    }
+    });
   }
 }
 
@@ -342,61 +337,66 @@ KV4_INLINE void mask_scores(const PagesTask& t, std::int64_t position, int row0,
   }
 }
 
-template <class V, int R>
-void attend_tile(const PagesTask& t, const PageAt& page, const PackedSide& keys, const PackedSide& values, int row0) {
+template <class V, class K, class W, int R>
+void attend_tile(const PagesTask& t, const Pages& pages, const PackedSide<K>& keys, const PackedSide<W>& values,
+                 int row0) {
+  constexpr int kMost = pages_at_once(R), kTokens = kMost * kPageTokens;
+  const int count = kMost == 1 ? 1 : pages.count, size = count * kPageTokens;
   Span spans[R];
   bool any = false;
   for (int r = 0; r < R; ++r) {
-    spans[r] = visible_span(t.mask, row0 + r, page.position, page.tokens);
+    spans[r] =
+        visible_span(t.mask, row0 + r, pages.page[0].position, size - kPageTokens + pages.page[count - 1].tokens);
     any = any || spans[r].end > spans[r].begin;
   }
   if (!any) return;
-  alignas(64) float scores[R][kPageTokens];
-  score_tile<V>(t, page, keys, row0, scores);
-  alignas(64) float rescale[kRowLanes];
-  mask_scores<V>(t, page.position, row0, spans, kPageTokens, scores);
-  if (weigh<V>(scores, t.states.m + row0, t.states.l + row0, kNegligible, rescale))
-    add_values<V>(t, page, values, row0, scores, rescale);
+  alignas(64) float scores[R][kTokens];
+  for (int p = 0; p < count; ++p) score_page<V, K>(t, pages.page[p], p, keys, row0, scores);
+  mask_scores<V>(t, pages.page[0].position, row0, spans, size, scores);
+  PageFactors factors;
+  if (weigh_pages<V>(count, scores, t.states.m + row0, t.states.l + row0, factors))
+    add_values<V, W>(t, pages, values, row0, scores, factors);
 }
 
-template <class V, int R = kTileRows>
-void attend_few(const PagesTask& t, const PageAt& page, const PackedSide& keys, const PackedSide& values, int row,
+template <class V, class K, class W, int R = kTileRows>
+void attend_few(const PagesTask& t, const Pages& pages, const PackedSide<K>& keys, const PackedSide<W>& values, int row,
                 int rows) {
   if constexpr (R > 1)
-    if (rows < R) return attend_few<V, R - 1>(t, page, keys, values, row, rows);
-  attend_tile<V, R>(t, page, keys, values, row);
+    if (rows < R) return attend_few<V, K, W, R - 1>(t, pages, keys, values, row, rows);
+  attend_tile<V, K, W, R>(t, pages, keys, values, row);
 }
 
 // The queries as operands, tile by tile.
-template <class V>
+template <class V, class K>
 inline void prepare_queries(const PagesTask& t, int tiles) {
   using F = typename V::F;
   const SideSpec& key = t.spec->key;
   const int padded = static_cast<int>(t.q_stride), positions = key.groups == 1 ? padded : key.group;
   for (int i = 0; i < tiles; ++i) {
     const TileAt tile = tile_at(t, i, tiles);
-    const std::size_t stride = static_cast<std::size_t>(tile.rows) * Dot::kOctetBytes;
-    std::uint8_t* operands = t.q_codes + static_cast<std::size_t>(tile.row) * (padded / 8) * Dot::kOctetBytes;
+    const std::size_t stride = static_cast<std::size_t>(tile.rows) * K::kOctetBytes;
+    std::uint8_t* operands = t.q_codes + static_cast<std::size_t>(tile.row) * (padded / 8) * K::kOctetBytes;
     for (int r = 0; r < tile.rows; ++r) {
       for (int g = 0; g < key.groups; ++g) {
         const float* q = t.q + (tile.row + r) * t.q_stride + g * positions;
         F unit, inverse;
-        units_of_query<V>(q, positions, &unit, &inverse);
-        std::uint8_t* first = operands + static_cast<std::size_t>(g) * (positions / 8) * stride + r * Dot::kOctetBytes;
-        const typename V::I total = quantise<V>(q, positions, inverse, DotOperand{first, stride});
+        units_of_all<V, K::kLimit>(q, positions, &unit, &inverse);
+        std::uint8_t* first = operands + static_cast<std::size_t>(g) * (positions / 8) * stride + r * K::kOctetBytes;
+        const typename V::I total = quantise<V, false>(
+            [=](int c) KV4_INLINE_LAMBDA { return V::load(q + c) * inverse; }, positions, DotOperand<K>{first, stride});
         alignas(64) std::int32_t parts[V::kLanes];
         std::memcpy(parts, &total, sizeof parts);
         std::int32_t sum = 0;
         for (std::int32_t part : parts) sum += part;
         t.q_scale[(tile.row + r) * key.groups + g] = unit[0];
-        t.q_start[(tile.row + r) * key.groups + g] = Dot::start(key.levels, sum);
+        t.q_start[(tile.row + r) * key.groups + g] = K::start(key.levels, sum);
       }
     }
   }
 }
 
 // ahead: pages to the one that is prefetched meanwhile.
-inline PageAt page_at(const PagesTask& t, int p, int ahead = 1) {
+inline PageAt page_at(const PagesTask& t, int p, int ahead) {
   PageAt page;
   page.slice = slice_at(t.memory, t.pages[p], t.head);
   page.next = slice_at(t.memory, t.pages[p + ahead < t.last ? p + ahead : p], t.head);
@@ -421,34 +421,52 @@ inline void widen_scales(const std::uint8_t* from, int groups, int tokens, float
     for (int j = tokens; j < kPageTokens; ++j) to[g * kPageTokens + j] = 0.0f;
 }
 
-// Scales, means and second rows of keys, and scales of values.
+// Scales, means and second rows of the keys of page `number` of those at work.
 template <class V>
-inline void widen_keys(const PagesTask& t, const PageAt& page) {
+inline void widen_keys(const PagesTask& t, const PageAt& page, int number) {
   const SideSpec& key = t.spec->key;
-  widen_scales<V>(page.slice + t.spec->layout.k_scales, key.groups, page.tokens, t.k_scale);
-  if (key.mean) widen_f16<V>(page.slice + t.spec->layout.k_mean, key.dim, static_cast<int>(t.q_stride), t.mean);
+  const Widened to(t, number);
+  widen_scales<V>(page.slice + t.spec->layout.k_scales, key.groups, page.tokens, to.k_scale);
+  if (key.mean) widen_f16<V>(page.slice + t.spec->layout.k_mean, key.dim, static_cast<int>(t.q_stride), to.mean);
   const int rows = static_cast<int>(t.spec->second.rows);
-  for (int r = 0; r < rows; ++r) widen_second<V>(*t.spec, page.slice, r, t.second + r * t.q_stride);
+  for (int r = 0; r < rows; ++r) widen_second<V>(*t.spec, page.slice, r, to.second + r * t.q_stride);
 }
-template <class V>
-inline void widen_values(const PagesTask& t, const PageAt& page) {
-  widen_scales<V>(page.slice + t.spec->layout.v_scales, t.spec->value.groups, page.tokens, t.v_scale);
+// Its scales of values in units of which the largest of a group has kLimit, so that the integer of weight 1 and that
+// scale is kLimit.
+template <class V, int kLimit>
+inline void widen_values(const PagesTask& t, const PageAt& page, int number) {
+  const int groups = t.spec->value.groups;
+  float* scale = Widened(t, number).v_scale;
+  widen_scales<V>(page.slice + t.spec->layout.v_scales, groups, page.tokens, scale);
+  for (int g = 0; g < groups; ++g, scale += kPageTokens) {
+    typename V::F unit, inverse;
+    units_of_all<V, kLimit>(scale, kPageTokens, &unit, &inverse);
+    for (int j = 0; j < kPageTokens; j += V::kLanes) V::store(scale + j, V::load(scale + j) * inverse);
+    t.v_unit[number * groups + g] = unit[0];
+  }
 }
 
-template <class V>
+// K and W: products of queries and keys, and of weights and values.
+template <class V, class K = Dot, class W = Dot>
 void attend_pages(const PagesTask& t) {
-  const PackedSide keys(t.spec->key, t.spec->layout.k_codes), values(t.spec->value, t.spec->layout.v_codes);
+  const PackedSide<K> keys(t.spec->key, t.spec->layout.k_codes);
+  const PackedSide<W> values(t.spec->value, t.spec->layout.v_codes);
   const int tiles = (t.rows + kTileRows - 1) / kTileRows;
-  prepare_queries<V>(t, tiles);
-  for (int p = t.first; p < t.last; ++p) {
-    PageAt page = page_at(t, p);
-    prefetch_scales(t, page);
-    widen_keys<V>(t, page);
-    widen_values<V>(t, page);
+  prepare_queries<V, K>(t, tiles);
+  const int most = pages_at_once(tiles == 1 ? t.rows : kTileRows);
+  for (int p = t.first; p < t.last; p += most) {
+    Pages pages;
+    pages.count = std::min(most, t.last - p);
+    for (int i = 0; i < pages.count; ++i) {
+      pages.page[i] = page_at(t, p + i, most);
+      prefetch_scales(t, pages.page[i]);
+      widen_keys<V>(t, pages.page[i], i);
+      widen_values<V, W::kLimit>(t, pages.page[i], i);
+    }
     for (int i = 0; i < tiles; ++i) {
       const TileAt tile = tile_at(t, i, tiles);
-      attend_few<V>(t, page, keys, values, tile.row, tile.rows);
-      page.next = page.slice;
+      attend_few<V, K, W>(t, pages, keys, values, tile.row, tile.rows);
+      for (int n = 0; n < pages.count; ++n) pages.page[n].next = pages.page[n].slice;
     }
   }
 }

@@ -79,7 +79,7 @@ inline void prepare_matrix_queries(const MatrixTask<V>& task) {
       for (int g = 0; g < key.groups; ++g) {
         const float* q = t.q + (tile.row + r) * t.q_stride + g * positions;
         typename V::F unit, inverse;
-        units_of_query<V>(q, positions, &unit, &inverse);
+        units_of_all<V>(q, positions, &unit, &inverse);
         const std::ptrdiff_t operand = i * task.pieces.keys + g * task.pieces.steps;
         std::int8_t* const high = task.scratch.queries + operand * kOperandBytes + r * kMatrixPositions;
         quantise_row<V, false>([q](int c) { return V::load(q + c); }, positions, inverse, high,
@@ -243,8 +243,8 @@ class TileRun {
     const int groups = t_.spec->key.groups;
     if (g == 0) {
       prefetch_scales(t_, page);
-      widen_keys<V>(t_, page);
-      if (t_.spec->key.mean) dot_mean<V, R>(t_, row_, from_mean_);
+      widen_keys<V>(t_, page, 0);
+      if (t_.spec->key.mean) dot_rows<V, R>(t_, row_, t_.mean, from_mean_);
     }
     F k_scale[kPageTokens / V::kLanes];
     KV4_UNROLL
@@ -264,7 +264,8 @@ class TileRun {
         V::store(to + j, V::fma(s, overflow, s));
       }
     }
-    if (g == groups - 1 && t_.spec->second.rows > 0) add_second<V>(t_, page.slice, row_, number * kPageTokens, scores_);
+    if (g == groups - 1 && t_.spec->second.rows > 0)
+      add_second<V>(t_, page.slice, t_.second, row_, number * kPageTokens, scores_);
   }
   void convert(const Group& group) {
     for (int number = 0; number < group.pages.count; ++number) convert(group.pages, number, 0, raw_[number]);
@@ -436,10 +437,18 @@ void attend_tiles(const PagesTask& t) {
   V::Tiles::release();
 }
 
-template <class V>
+template <class V, class D = Dot>
+inline constexpr bool kTakesBytes = requires { typename D::ByteKeys; } && !requires { typename V::Tiles; };
+
+template <class V, class D = Dot>
 void attend_any_rows(const PagesTask& t) {
-  if constexpr (requires { typename V::Tiles; }) attend_tiles<V>(t);
-  else attend_pages<V>(t);
+  if constexpr (requires { typename V::Tiles; }) {
+    attend_tiles<V>(t);
+  } else {
+    if constexpr (kTakesBytes<V, D>)
+      if (t.bytes) return attend_pages<V, typename D::ByteKeys, typename D::ByteWeights>(t);
+    attend_pages<V>(t);
+  }
 }
 
 template <class V>

@@ -46,6 +46,8 @@ std::atomic<const Kernels*>& current() {
   return kernels;
 }
 
+std::atomic<int> g_operand_bits{8};
+
 }  // namespace
 
 const Kernels& active() {
@@ -57,6 +59,20 @@ const Kernels* find(const char* name) {
   for (const Kernels* k : kAll)
     if (std::strcmp(k->name, name) == 0) return k;
   return nullptr;
+}
+
+// Wider codes and refined keys are there for a precision that bytes would take away.
+bool takes_bytes(const Kernels& kernels, const PageSpec& spec) {
+  return kernels.bytes && operand_bits() == 8 && spec.key.levels.bits <= 4 && spec.value.levels.bits <= 4 &&
+         spec.second.rows == 0;
+}
+
+int operand_bits() { return g_operand_bits.load(std::memory_order_relaxed); }
+
+Status set_operand_bits(int bits) {
+  if (bits != 8 && bits != 16) return invalid_argument("bits", "8 or 16", std::to_string(bits));
+  g_operand_bits.store(bits, std::memory_order_relaxed);
+  return {};
 }
 
 std::vector<std::string> compiled_isas() {

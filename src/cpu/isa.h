@@ -54,6 +54,7 @@ struct Kernels {
   std::size_t (*rotate_scratch)(int dim);
 
   void (*attend_pages)(const PagesTask& task);
+  bool bytes;         // it takes PagesTask::bytes
   int operand_bytes;  // of PagesTask::q_codes, per row and channel
   // Bytes of PagesTask::tiles for up to `rows` rows; 0 where the instruction set has no tiles.
   std::size_t (*tiles_scratch)(const PageSpec& spec, std::int64_t rows);
@@ -71,5 +72,7 @@ KV4_CPU_ISAS(KV4_DECLARE_KERNELS)
 const Kernels& active();
 // By name, whether this machine runs them or not; null if not compiled in.
 const Kernels* find(const char* name);
+// Whether queries and weights become bytes at pages of such a format (operand_bits in kv4/cpu.h).
+bool takes_bytes(const Kernels& kernels, const PageSpec& spec);
 
 }  // namespace kv4::cpu

@@ -60,6 +60,7 @@ const Kernels kernels = {
     .unrotate = KV4_VECTORS::unrotate<KV4_VECTORS::Isa>,
     .rotate_scratch = KV4_VECTORS::rotate_scratch<KV4_VECTORS::Isa>,
     .attend_pages = attend_any_rows<Isa>,
+    .bytes = kTakesBytes<Isa>,
     .operand_bytes = Dot::kOctetBytes / 8,
     .tiles_scratch = tiles_scratch<Isa>,
     .attend_exact = KV4_VECTORS::attend_exact<KV4_VECTORS::Isa>,

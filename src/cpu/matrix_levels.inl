@@ -12,7 +12,6 @@ constexpr int kOperandBytes = 1024;   // 16 rows of 64
 constexpr int kMatrixPositions = 64;  // positions that one product sums over
 constexpr int kMatrixBlocks = 4;      // blocks of 16 lanes whose sums the unit holds at once
 constexpr int kPieceBytes = kMatrixBlocks * kOperandBytes;
-constexpr int kMostPages = 4;  // that one softmax serves
 constexpr int kMostTokens = kMostPages * kPageTokens;
 
 // Codes of `blocks` blocks of 16 lanes, `octets` <= 8 octets of positions each, an even number: what is multiplied with
@@ -82,12 +81,6 @@ struct TilesScratch {
     bytes = parts.used();
   }
   static std::int64_t tiles_of(std::int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
-};
-
-// Pages that one softmax serves: what stands between two products takes hardly longer for many tokens than for few.
-struct Pages {
-  PageAt page[kMostPages];  // `next` is as far on as there may be pages
-  int count;
 };
 
 // [count, 64] value scales of group g.

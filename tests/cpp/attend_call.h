@@ -2,7 +2,8 @@
 // kernels round. Rounding errors are taken as independent and uniform; an output may be off by six
 // standard deviations of their sum, plus a few ulps of float:
 //   q'   to units of max|q'| / 32512 per group: score_j gets the deviation scale unit |s_j L_j| / sqrt(12),
-//   p s  to units of max / 32512 per page and group: each channel of the rotated output gets unit |L| / sqrt(12),
+//   p s  to units of max p max s / 32512 per page and group: each channel of the rotated output gets
+//        unit |L| / sqrt(12),
 //   float: 8 ulps of scale |q| |k_j| in a score, 4 ulps of sum p |v| in an output.
 #pragma once
 
@@ -19,6 +20,7 @@
 
 #include "attend_scene.h"
 #include "backend/backend.h"
+#include "cpu/isa.h"
 #include "format/convert.h"
 #include "guard.h"
 #include "kv4/attention.h"
@@ -124,11 +126,15 @@ struct Call {
 };
 
 // A device's rounding: relative error of queries and weights at exact rows; at pages the number of steps in the largest
-// channel of a query and in a page's largest weight (value scale included), and the relative error of weights.
+// channel of a query and in a page's largest weight times its largest value scale, and the relative error of weights.
 struct Rounding {
   double query = 0, weight = 0;
   double page_queries = 32512, page_weights = 32512, page_weight = 0;
+  double weight_variance = 1.0 / 12;  // of a page's weight, in steps squared
 };
+// Of queries and weights as bytes (kv4/cpu.h). A weight's fraction f is compared with a fixed number between 0 and 1:
+// the deviation is that of a coin which falls up with probability f, at most 1/4.
+constexpr Rounding kBytes{.page_queries = 127, .page_weights = 255, .weight_variance = 0.25};
 
 // Bounds of |error| of every output, [batch, q_heads, T, head_dim_v].
 inline std::vector<double> bounds(const Scene& s, const Call& call, const std::vector<reference::DenseTokens>& dense,
@@ -198,19 +204,19 @@ inline std::vector<double> bounds(const Scene& s, const Call& call, const std::v
           sigma[j] = call.scale() * std::sqrt(variance);
         }
         for (std::size_t first = 0; first < page_tokens; first += kPageTokens) {
-          double largest = 0, used = 0;
+          double largest = 0, largest_scale = 0, used = 0;
           for (std::size_t j = first; j < std::min<std::size_t>(first + kPageTokens, page_tokens); ++j) {
             used += p[paged + j] > 0;
+            largest = std::max(largest, p[paged + j]);
             for (int g = 0; g < s.spec().value.groups; ++g)
-              largest = std::max(
-                  largest,
-                  p[paged + j] *
-                      s.steps(b).value_scale[static_cast<std::size_t>(
-                          kv)][j * static_cast<std::size_t>(s.spec().value.groups) + static_cast<std::size_t>(g)]);
+              largest_scale =
+                  std::max(largest_scale,
+                           s.steps(b).value_scale[static_cast<std::size_t>(
+                               kv)][j * static_cast<std::size_t>(s.spec().value.groups) + static_cast<std::size_t>(g)]);
           }
           const Levels& levels = s.spec().value.levels;
-          const double step = largest / rounds.page_weights * (levels.bits == 8 ? 128 : levels.top());
-          rounded_weights += step * step / 12 * used;
+          const double step = largest * largest_scale / rounds.page_weights * (levels.bits == 8 ? 128 : levels.top());
+          rounded_weights += step * step * rounds.weight_variance * used;
         }
         for (int c = 0; c < dv; ++c) {
           const double out = expected.out[row * static_cast<std::size_t>(dv) + static_cast<std::size_t>(c)];
@@ -277,10 +283,13 @@ class Attend : public ::testing::Test {
   void SetUp() override {
     isa_ = cpu::active_isa();
     threads_ = cpu::num_threads();
+    bits_ = cpu::operand_bits();
+    ASSERT_TRUE(cpu::set_operand_bits(16).ok());
   }
   void TearDown() override {
     EXPECT_TRUE(cpu::force_isa(isa_).ok());
     EXPECT_TRUE(cpu::set_num_threads(threads_).ok());
+    EXPECT_TRUE(cpu::set_operand_bits(bits_).ok());
   }
 
   template <class F>
@@ -328,29 +337,37 @@ class Attend : public ::testing::Test {
     return out;
   }
 
-  // Every instruction set, on one thread and on three, which splits the tokens of large calls.
+  // Every instruction set, with operands of 16 bits and of 8 where it has them, on one thread and on three, which
+  // splits the tokens of large calls.
   static void check(const Scene& s, const Call& call) {
     const std::vector<reference::DenseTokens> dense = s.dense();
     std::vector<std::int64_t> position;
     for (int b = 0; b < s.batch(); ++b) position.push_back(s.length(b) - call.args.q.shape[2]);
     const reference::Attention expected =
         reference::attend(call.args, s.shape().kv_heads, s.shape().dim_v, dense, position);
-    const std::vector<double> bound = bounds(s, call, dense, expected);
+    const std::vector<double> fine = bounds(s, call, dense, expected),
+                              of_bytes = bounds(s, call, dense, expected, kBytes);
     every_isa([&] {
-      for (int threads : {1, 3}) {
-        SCOPED_TRACE(std::to_string(threads) + " threads");
-        ASSERT_TRUE(cpu::set_num_threads(threads).ok());
-        Status status;
-        const std::vector<double> out = run(s, call, &status);
-        ASSERT_TRUE(status.ok()) << status.message();
-        ASSERT_NO_FATAL_FAILURE(expect_within(s, call, out, expected, bound));
+      for (int bits : {16, 8}) {
+        ASSERT_TRUE(cpu::set_operand_bits(bits).ok());
+        const bool bytes = cpu::takes_bytes(cpu::active(), s.spec());
+        if (bits == 8 && !bytes) continue;
+        for (int threads : {1, 3}) {
+          SCOPED_TRACE(std::to_string(threads) + " threads, " + std::to_string(bits) + " bits");
+          ASSERT_TRUE(cpu::set_num_threads(threads).ok());
+          Status status;
+          const std::vector<double> out = run(s, call, &status);
+          ASSERT_TRUE(status.ok()) << status.message();
+          ASSERT_NO_FATAL_FAILURE(expect_within(s, call, out, expected, bytes ? of_bytes : fine));
+        }
       }
+      ASSERT_TRUE(cpu::set_operand_bits(16).ok());
     });
   }
 
  private:
   std::string isa_;
-  int threads_ = 1;
+  int threads_ = 1, bits_ = 8;
 };
 
 }  // namespace kv4::scene

@@ -21,6 +21,12 @@
 namespace kv4 {
 namespace {
 
+// Caches are compared with oracles of float64 to a few units of 16 bits; what bytes round, tests of attention bound.
+class OperandsOf16Bits : public ::testing::Environment {
+  void SetUp() override { ASSERT_TRUE(cpu::set_operand_bits(16).ok()); }
+};
+const auto* const environment = ::testing::AddGlobalTestEnvironment(new OperandsOf16Bits);
+
 class Isa : public ::testing::Test {
  protected:
   void SetUp() override { before_ = cpu::active_isa(); }
@@ -210,6 +216,31 @@ TEST(IsaDeathTest, EnvironmentWithUnsupportedNameIsRefusedByEveryUse) {
     if (!cpu::supported(name)) missing = name;
   if (missing.empty()) GTEST_SKIP() << "this machine has every instruction set of this build";
   expect_refusal_of_environment(missing);
+}
+
+TEST_F(Isa, OperandBits) {
+  EXPECT_EQ(cpu::operand_bits(), 16);
+  for (int bits : {0, 7, 9, 32}) {
+    const Status status = cpu::set_operand_bits(bits);
+    EXPECT_EQ(status.code(), StatusCode::invalid_argument);
+    EXPECT_EQ(status.message(), "bits: expected 8 or 16; got " + std::to_string(bits));
+    EXPECT_EQ(cpu::operand_bits(), 16);
+  }
+  PageSpec narrow, wide, refined;
+  narrow.key.levels.bits = narrow.value.levels.bits = refined.key.levels.bits = refined.value.levels.bits = 4;
+  wide.key.levels.bits = 4;
+  wide.value.levels.bits = 6;
+  refined.second.rows = 1;
+  for (const std::string& name : cpu::compiled_isas()) {
+    const cpu::Kernels& kernels = *cpu::find(name.c_str());
+    EXPECT_EQ(kernels.bytes, name == "avx512") << name;
+    for (int bits : {8, 16}) {
+      ASSERT_TRUE(cpu::set_operand_bits(bits).ok());
+      EXPECT_EQ(cpu::takes_bytes(kernels, narrow), kernels.bytes && bits == 8) << name;
+      EXPECT_FALSE(cpu::takes_bytes(kernels, wide)) << name;
+      EXPECT_FALSE(cpu::takes_bytes(kernels, refined)) << name;
+    }
+  }
 }
 
 }  // namespace

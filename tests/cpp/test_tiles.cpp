@@ -139,15 +139,17 @@ struct Task {
     const std::size_t v = static_cast<std::size_t>(cpu::pad_channels(spec.value.dim));
     const std::size_t n = static_cast<std::size_t>(rows), groups = static_cast<std::size_t>(spec.key.groups);
     o.assign(n * v, 0.0f);
-    m.assign(n, -std::numeric_limits<float>::infinity());
-    l.assign(n, 0.0f);
+    m.assign(n + cpu::kStateLanes, -std::numeric_limits<float>::infinity());
+    l.assign(n + cpu::kStateLanes, 0.0f);
     codes_.resize(n * k * cpu::portable::Dot::kOctetBytes / 8);
     q_scale_.resize(n * groups);
     q_start_.resize(n * groups);
-    k_scale_.resize(groups * kPageTokens);
-    v_scale_.resize(static_cast<std::size_t>(spec.value.groups) * kPageTokens);
-    mean_.resize(k);
-    second_.resize(spec.second.rows * k);
+    constexpr std::size_t kPages = cpu::kPagesAtOnce;
+    k_scale_.resize(kPages * groups * kPageTokens);
+    v_scale_.resize(kPages * static_cast<std::size_t>(spec.value.groups) * kPageTokens);
+    v_unit_.resize(kPages * static_cast<std::size_t>(spec.value.groups));
+    mean_.resize(kPages * k);
+    second_.resize(kPages * spec.second.rows * k);
     task.spec = &spec;
     task.pages = views[0].pages;
     task.memory = s.pages();
@@ -166,6 +168,7 @@ struct Task {
     task.q_start = q_start_.data();
     task.k_scale = k_scale_.data();
     task.v_scale = v_scale_.data();
+    task.v_unit = v_unit_.data();
     task.mean = mean_.data();
     task.second = second_.data();
     task.tiles = tiles_.data();
@@ -175,7 +178,7 @@ struct Task {
 
  private:
   std::vector<std::uint8_t> codes_;
-  std::vector<float> q_scale_, k_scale_, v_scale_, mean_, second_;
+  std::vector<float> q_scale_, k_scale_, v_scale_, v_unit_, mean_, second_;
   std::vector<std::int32_t> q_start_;
   tests::Guarded tiles_;
 };

@@ -12,6 +12,14 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def operands_of_16_bits() -> None:
+    """Attention over pages within 1e-5 of float64 on every machine; what bytes round has tests of its own."""
+    from kv4 import _core
+
+    _core.set_operand_bits(16)
+
+
 def _folder(name: str) -> Path:
     from kv4.models import ModelError, pull
 

@@ -115,6 +115,7 @@ def test_half_precision(dtype):
         ),
         (lambda c: _core.force_isa("mmx"), NotImplementedError, "isa: expected"),
         (lambda c: kv4.set_num_threads(0), ValueError, "num_threads: expected"),
+        (lambda c: kv4.set_operand_bits(12), ValueError, "bits: expected 8 or 16; got 12"),
     ],
 )
 def test_errors_name_the_argument_and_change_nothing(call, kind, begins):
@@ -416,6 +417,23 @@ def test_threads_can_be_set():
     kv4.set_num_threads(1)
     assert kv4.num_threads() == 1
     kv4.set_num_threads(before)
+
+
+def test_operands_of_8_bits_add_little_to_the_error_of_the_codes():
+    k, v, q = rows(KV_HEADS, 500, 1), rows(KV_HEADS, 500, 2), rows(HEADS, 1, 3)
+    cache = make()
+    cache.append(k, v)
+    cache.seal()
+    out = {}
+    for bits in (8, 16):
+        kv4.set_operand_bits(bits)
+        assert kv4.operand_bits() == bits
+        out[bits] = np.empty((1, HEADS, 1, DIM), np.float32)
+        cache.attend(q, out[bits])
+    want = softmax_attention(q, k, v)
+    of_codes, of_bytes = ((x - y) ** 2 for x, y in ((out[16], want), (out[8], out[16])))
+    assert of_bytes.sum() <= 0.1 * of_codes.sum()
+    assert _core.isa() != "avx512" or of_bytes.any()
 
 
 def test_what_a_device_has_is_named_on_the_cpu():

@@ -20,6 +20,7 @@ namespace kv4::cpu::avx2 {
 
 struct Dot {
   static constexpr int kLimit = 32512;
+  static constexpr int kBlocks = 1;
   static constexpr int kAccumulators = 12;
 
   using Table = LevelTable;  // L[n] - L[0], 0 ... 254
@@ -47,10 +48,10 @@ struct Dot {
   }
 
   // Sums wrap modulo 2^32 on the way; the result does not overflow (portable/dot.h).
-  template <int R, int B>
+  template <int R, int B, int>
   [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
                                       const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
-                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums, std::size_t) {
     using Steps = kv4::cpu::Steps<B, B == 4>;
     // With few rows the latency of the additions binds: each row then has several sums.
     constexpr int kChains = R == 1 ? 4 : R <= 3 ? 2 : 1;

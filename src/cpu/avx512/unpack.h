@@ -76,8 +76,9 @@ struct Unpack;
 
 template <>
 struct Unpack<2> {
-  __m512i table, pairs = byte512(0x33), nibbles[2]{};
+  __m512i table{}, pairs = byte512(0x33), nibbles[2]{};
 
+  KV4_INLINE Unpack() {}
   explicit KV4_INLINE Unpack(const LevelTable& t) : table(part512(t)) {}
   KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) {
     const __m512i codes = _mm512_loadu_si512(first);
@@ -92,8 +93,9 @@ struct Unpack<2> {
 
 template <>
 struct Unpack<4> {
-  __m512i table, mask = byte512(15), codes{};
+  __m512i table{}, mask = byte512(15), codes{};
 
+  KV4_INLINE Unpack() {}
   explicit KV4_INLINE Unpack(const LevelTable& t) : table(part512(t)) {}
   KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) { codes = _mm512_loadu_si512(first); }
   template <int i>
@@ -104,8 +106,9 @@ struct Unpack<4> {
 
 template <>
 struct Unpack<3> : Threes<true> {
-  __m512i table;
+  __m512i table{};
 
+  KV4_INLINE Unpack() {}
   explicit KV4_INLINE Unpack(const LevelTable& t) : table(part512(t)) {}
   template <int i>
   KV4_INLINE __m512i bytes() const {
@@ -116,8 +119,9 @@ struct Unpack<3> : Threes<true> {
 // Four tables of 16, chosen from by two bits of the second plane.
 template <>
 struct Unpack<6> : Sixes {
-  __m512i table[4];
+  __m512i table[4]{};
 
+  KV4_INLINE Unpack() {}
   explicit KV4_INLINE Unpack(const LevelTable& t) {
     KV4_UNROLL
     for (int n = 0; n < 4; ++n) table[n] = part512(t, 16 * n);
@@ -137,6 +141,7 @@ template <>
 struct Unpack<8> {
   const std::uint8_t* codes = nullptr;
 
+  KV4_INLINE Unpack() {}
   explicit KV4_INLINE Unpack(const LevelTable&) {}
   KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) { codes = first; }
   template <int i>

@@ -33,10 +33,10 @@ struct Dot : avx2::Dot {
 
   // (high << 8) + low + start wraps modulo 2^32; the result does not overflow (portable/dot.h).
   // high and low themselves stay below 512 * 255 * 128 < 2^25.
-  template <int R, int B>
+  template <int R, int B, int>
   [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
                                       const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
-                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums, std::size_t) {
     // Two sums a row: from six rows on they no longer fit the registers together with what unpacking takes.
     if constexpr (R > 5) {
       constexpr int kFirst = R / 2;

@@ -24,10 +24,10 @@ namespace kv4::cpu::i8mm {
 // NEON's table, limits and operands.
 struct Dot : neon::Dot {
   // |high| and |low| stay below 512 * 127 * 128 < 2^23, the result within int32 (portable/dot.h).
-  template <int R, int B>
+  template <int R, int B, int>
   [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
                                       const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
-                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums, std::size_t) {
     if constexpr (R == 1) return products<R, B>(codes, more, octets, operands, start, start_stride, table, next, sums);
     using Steps = kv4::cpu::Steps<B, B == 4>;
     constexpr int kColumns = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // of 16 bytes, at a time: 16 sums at most

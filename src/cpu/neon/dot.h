@@ -19,6 +19,7 @@ namespace kv4::cpu::neon {
 
 struct Dot {
   static constexpr int kLimit = 32512;
+  static constexpr int kBlocks = 1;
   static constexpr int kAccumulators = 24;
   static constexpr int kOctetBytes = 16;
 
@@ -37,10 +38,10 @@ struct Dot {
   }
 
   // |high| and |low| stay below 512 * 127 * 128 < 2^23, the result within int32 (portable/dot.h).
-  template <int R, int B>
+  template <int R, int B, int>
   [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
                                       const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
-                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums, std::size_t) {
     products<R, B>(codes, more, octets, operands, start, start_stride, table, next, sums);
   }
   // The same, part of its caller: for instruction sets that add to this one.
@@ -121,10 +122,10 @@ struct Dot {
   }
 
   // Sums wrap modulo 2^32 on the way; the result does not overflow (portable/dot.h).
-  template <int R, int B>
+  template <int R, int B, int>
   [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
                                       const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
-                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums, std::size_t) {
     using Steps = kv4::cpu::Steps<B, B == 4>;
     const Pairs<B> unpack(table);
     for (int quarter = 0; quarter < 4; ++quarter) {

@@ -41,11 +41,13 @@ struct Dot {
   }
 
   // sums[r * 16 + lane] = start[r * start_stride] + the dot product over 8 * octets positions of row r, of codes of B
-  // bits, whose second plane (layout.h) begins at `more`; octets is even. `next` is prefetched along.
-  template <int R, int B>
+  // bits, whose second plane (layout.h) begins at `more`; octets is even. `next` is prefetched along. An instruction
+  // set may take up to kBlocks blocks at once (avx512/dot.h), each some bytes behind the last: the last two parameters.
+  static constexpr int kBlocks = 1;
+  template <int R, int B, int>
   [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
                                       const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
-                                      const Table& table, const std::uint8_t* next, std::int32_t* sums) {
+                                      const Table& table, const std::uint8_t* next, std::int32_t* sums, std::size_t) {
     constexpr int kFirst = first_plane(B), kSecond = B - kFirst;
     std::int32_t acc[R][16];
     for (int r = 0; r < R; ++r)
