@@ -563,6 +563,7 @@ class Program {
 
 extern "C" int LLVMFuzzerInitialize(int*, char***) {
   KV4_EXPECT(kv4_set_num_threads(1) == KV4_OK, "one thread");
+  KV4_EXPECT(kv4_set_operand_bits(16) == KV4_OK, "as close to the reference as it can be");
   return 0;
 }
 

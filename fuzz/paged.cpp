@@ -364,6 +364,7 @@ class Calls {
 
 extern "C" int LLVMFuzzerInitialize(int*, char***) {
   KV4_EXPECT(kv4::cpu::set_num_threads(1).ok(), "one thread");
+  KV4_EXPECT(kv4::cpu::set_operand_bits(16).ok(), "as close to the reference as it can be");
   return 0;
 }
 

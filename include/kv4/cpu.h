@@ -19,7 +19,7 @@ KV4_API bool supported(const std::string& isa);
 // check_isa does.
 KV4_API std::string active_isa();
 // ok where there is one in use; else unsupported, naming KV4_CPU_ISA, those that this build and machine have, and what
-// came.
+// came; KV4_CPU_OPERAND_BITS alike (operand_bits).
 KV4_API Status check_isa();
 // Chooses an instruction set for the process, whatever KV4_CPU_ISA says; "" chooses the best.
 // Errors: unsupported, with the list of those that this build and machine have; the one in use then stays.
@@ -28,7 +28,8 @@ KV4_API Status force_isa(const std::string& isa);
 // Bits of the integers that queries and attention weights become where they meet packed codes: 8 (the default) lets
 // instruction sets that multiply bytes faster (avx512) use them where no code has more than 4 bits and no key is
 // refined; what that rounds is a few hundredths of what the codes have (docs/quality.md). 16 everywhere else, and for
-// all when set: outputs are then within some 1e-5 of float64 arithmetic over the same pages.
+// all when set: outputs are then within some 1e-5 of float64 arithmetic over the same pages. The environment variable
+// KV4_CPU_OPERAND_BITS chooses too, read once; where it is neither, this is 0 and every call answers as check_isa does.
 KV4_API int operand_bits();
 // Errors: invalid_argument where bits is neither 8 nor 16.
 KV4_API Status set_operand_bits(int bits);

@@ -293,6 +293,10 @@ KV4_API kv4_status kv4_paged_learn_lambda(const kv4_page_format* format, const k
 
 KV4_API kv4_status kv4_set_num_threads(int32_t threads);
 KV4_API int32_t kv4_num_threads(void);
+/* Bits of the integers that queries and attention weights become where they meet packed codes, 8 (the default, where an
+ * instruction set multiplies bytes faster and codes have at most 4 bits) or 16: kv4/cpu.h. */
+KV4_API kv4_status kv4_set_operand_bits(int32_t bits);
+KV4_API int32_t kv4_operand_bits(void);
 KV4_API kv4_status kv4_force_isa(const char* isa); /* "" or NULL: the best */
 /* Valid until the thread's next call of it. "" where KV4_CPU_ISA names one that is not here; kv4_last_error() then says
  * so. */

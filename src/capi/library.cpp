@@ -46,6 +46,12 @@ kv4_status kv4_set_num_threads(int32_t threads) {
 int32_t kv4_num_threads(void) {
   return guard(1, 1, [] { return kv4::cpu::num_threads(); });
 }
+kv4_status kv4_set_operand_bits(int32_t bits) {
+  return guarded({}, [&] { return kv4::cpu::set_operand_bits(bits); });
+}
+int32_t kv4_operand_bits(void) {
+  return guard(8, 8, [] { return kv4::cpu::operand_bits(); });
+}
 kv4_status kv4_force_isa(const char* isa) {
   return guarded({}, [&] { return kv4::cpu::force_isa(isa == nullptr ? "" : isa); });
 }

@@ -46,7 +46,18 @@ std::atomic<const Kernels*>& current() {
   return kernels;
 }
 
-std::atomic<int> g_operand_bits{8};
+// 0 where the environment asks for another number, until set_operand_bits chooses.
+const std::string& asked_bits() {
+  static const std::string bits = [] {
+    const char* value = std::getenv("KV4_CPU_OPERAND_BITS");
+    return std::string(value != nullptr ? value : "");
+  }();
+  return bits;
+}
+std::atomic<int>& current_bits() {
+  static std::atomic<int> bits{asked_bits().empty() || asked_bits() == "8" ? 8 : asked_bits() == "16" ? 16 : 0};
+  return bits;
+}
 
 }  // namespace
 
@@ -67,11 +78,11 @@ bool takes_bytes(const Kernels& kernels, const PageSpec& spec) {
          spec.second.rows == 0;
 }
 
-int operand_bits() { return g_operand_bits.load(std::memory_order_relaxed); }
+int operand_bits() { return current_bits().load(std::memory_order_relaxed); }
 
 Status set_operand_bits(int bits) {
   if (bits != 8 && bits != 16) return invalid_argument("bits", "8 or 16", std::to_string(bits));
-  g_operand_bits.store(bits, std::memory_order_relaxed);
+  current_bits().store(bits, std::memory_order_relaxed);
   return {};
 }
 
@@ -89,6 +100,7 @@ std::string active_isa() {
 }
 
 Status check_isa() {
+  if (operand_bits() == 0) return error(StatusCode::unsupported, "KV4_CPU_OPERAND_BITS", "8 or 16", asked_bits());
   return current().load(std::memory_order_relaxed) != nullptr ? Status() : refused("KV4_CPU_ISA", asked());
 }
 

@@ -185,6 +185,8 @@ TEST(CAbi, ErrorsSayWhatWasExpected) {
   EXPECT_EQ(kv4_cache_append(nullptr, nullptr, nullptr), KV4_INVALID_ARGUMENT);
   EXPECT_STREQ(kv4_last_error(), "cache: expected a pointer; got NULL");
   EXPECT_EQ(kv4_set_num_threads(0), KV4_INVALID_ARGUMENT);
+  EXPECT_EQ(kv4_set_operand_bits(4), KV4_INVALID_ARGUMENT);
+  EXPECT_EQ(kv4_operand_bits(), 16);
   EXPECT_EQ(kv4_force_isa("mmx"), KV4_UNSUPPORTED);
   EXPECT_NE(std::string(kv4_active_isa()), "mmx");
   kv4_cache_destroy(nullptr);

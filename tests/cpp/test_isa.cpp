@@ -21,12 +21,6 @@
 namespace kv4 {
 namespace {
 
-// Caches are compared with oracles of float64 to a few units of 16 bits; what bytes round, tests of attention bound.
-class OperandsOf16Bits : public ::testing::Environment {
-  void SetUp() override { ASSERT_TRUE(cpu::set_operand_bits(16).ok()); }
-};
-const auto* const environment = ::testing::AddGlobalTestEnvironment(new OperandsOf16Bits);
-
 class Isa : public ::testing::Test {
  protected:
   void SetUp() override { before_ = cpu::active_isa(); }

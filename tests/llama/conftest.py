@@ -25,7 +25,7 @@ Model = Callable[[str], Path]
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("KV4_", "GGML_", "LLAMA_"))}
-    return {**kept, "OMP_WAIT_POLICY": "passive", **more}
+    return {**kept, "OMP_WAIT_POLICY": "passive", "KV4_CPU_OPERAND_BITS": "16", **more}
 
 
 def run(

@@ -6,18 +6,12 @@ import os
 
 # Tests never access a hub, even if one forgets to pass local_files_only.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Attention over pages within 1e-5 of float64 on every machine; what bytes round has tests of its own.
+os.environ.setdefault("KV4_CPU_OPERAND_BITS", "16")
 
 from pathlib import Path
 
 import pytest
-
-
-@pytest.fixture(scope="session", autouse=True)
-def operands_of_16_bits() -> None:
-    """Attention over pages within 1e-5 of float64 on every machine; what bytes round has tests of its own."""
-    from kv4 import _core
-
-    _core.set_operand_bits(16)
 
 
 def _folder(name: str) -> Path:

@@ -344,6 +344,8 @@ print(_core.isa(), repr(_core.why_no_isa()))
     done = run_with({"KV4_CPU_ISA": "avx1024"}, code)
     text = f"KV4_CPU_ISA: expected one of {', '.join(_core.isas())} on this machine; got avx1024"
     assert done.stdout.splitlines() == [f"'' {text}", text, text, "portable ''"], done.stderr
+    done = run_with({"KV4_CPU_OPERAND_BITS": "12"}, code)
+    assert "KV4_CPU_OPERAND_BITS: expected 8 or 16; got 12" in done.stdout + done.stderr
     assert run_with({"KV4_CPU_ISA": ""}, "from kv4 import _core; print(_core.isa())").stdout.strip() == _core.isas()[0]
 
 
