@@ -69,8 +69,8 @@ struct States {
   void carve(Carver& carver, std::size_t rows, std::size_t o_stride) {
     for (RowStates* s : {&pages, &exact}) {
       s->o = carver.take<float>(rows * o_stride);
-      s->m = carver.take<float>(rows + kStateLanes);
-      s->l = carver.take<float>(rows + kStateLanes);
+      s->m = carver.take<float>(rows);
+      s->l = carver.take<float>(rows);
       s->o_stride = static_cast<std::int64_t>(o_stride);
     }
   }

@@ -36,14 +36,11 @@ struct RowMask {
   std::int64_t columns = 0;
 };
 
-// Rows whose m and l are read and written at once.
-constexpr int kStateLanes = 16;
-
 // Partial states of the rows: sum 2^(s - m) v, max s, sum 2^(s - m); m = -infinity, o = l = 0 over no tokens.
 struct RowStates {
   float* o = nullptr;  // [rows, o_stride], o_stride = head_dim_v rounded up to 16; the padding is scratch
-  float* m = nullptr;  // [rows], followed by kStateLanes more that are scratch
-  float* l = nullptr;  // alike
+  float* m = nullptr;  // [rows]
+  float* l = nullptr;  // [rows]
   std::int64_t o_stride = 0;
 };
 

@@ -183,55 +183,35 @@ struct PageFactors {
   alignas(64) float page[kMostPages][kRowLanes], before[kRowLanes];
 };
 
-// a in the first kRows lanes, b in the others.
-template <int kLanes, int kRows>
-struct FirstRows {
-  static constexpr int of(int j) { return j < kRows ? j : kLanes + j; }
-};
-// Lanes from R on stay what they are in memory: they belong to other rows.
-template <class V, int R, int kFirst>
-KV4_INLINE void store_rows(float* to, typename V::F x, typename V::F before) {
-  constexpr auto lanes = std::make_integer_sequence<int, V::kLanes>{};
-  V::store(to + kFirst, shuffle(x, before, FirstRows<V::kLanes, R - kFirst>{}, lanes));
-}
-
 // Turns the scores of R rows over `pages` pages into weights 2^(score - the row's largest on that page), at most 1, and
 // takes them into m and l. Returns false where no row gains enough to be worth its values. Each step is done for all
 // rows and pages before the next: their chains of dependent instructions then run side by side.
 template <class V, int R, int N>
 KV4_INLINE bool weigh_pages(int pages, float (&scores)[R][N], float* m, float* l, PageFactors& factors) {
   using F = typename V::F;
-  using I = typename V::I;
-  constexpr int kVectors = (R + V::kLanes - 1) / V::kLanes;
-  // Rows that see nothing are centred on 0: their scores are -infinity, their weights 0.
-  const auto centred = [](F x) KV4_INLINE_LAMBDA { return (F)((I)x & ~(I)(x == V::set1(kHidden))); };
-  alignas(64) float top[kMostPages][kRowLanes], centre[kMostPages][kRowLanes];
-  F before[kVectors], after[kVectors], lanes[R], joined[kRowLanes / V::kLanes];
+  constexpr int kVectors = kRowLanes / V::kLanes;
+  alignas(64) float centre[kMostPages][kRowLanes], all[kRowLanes];
+  F top[kMostPages][kVectors], largest[kVectors], lanes[R];
   KV4_UNROLL
-  for (int i = 0; i < kVectors; ++i) before[i] = after[i] = V::load(m + i * V::kLanes);
+  for (int i = 0; i < kVectors; ++i) largest[i] = V::set1(kHidden);
   for (int p = 0; p < pages; ++p) {
     const float* const from = scores[0] + p * kPageTokens;
     for (int r = 0; r < R; ++r) {
       lanes[r] = V::load(from + r * N);
       for (int j = V::kLanes; j < kPageTokens; j += V::kLanes) lanes[r] = V::max(lanes[r], V::load(from + r * N + j));
     }
-    fold_lanes<V, MaxLanes<V>>(lanes, joined);
+    fold_lanes<V, MaxLanes<V>>(lanes, top[p]);
     KV4_UNROLL
-    for (int i = 0; i < kVectors; ++i) {
-      after[i] = V::max(after[i], joined[i]);
-      V::store(top[p] + i * V::kLanes, joined[i]);
-      V::store(centre[p] + i * V::kLanes, centred(joined[i]));
+    for (int i = 0; i * V::kLanes < R; ++i) {
+      largest[i] = V::max(largest[i], top[p][i]);
+      V::store(centre[p] + i * V::kLanes, centred<V>(top[p][i]));
     }
   }
-  [&]<int... i>(std::integer_sequence<int, i...>) KV4_INLINE_LAMBDA {
-    (store_rows<V, R, i * V::kLanes>(m, after[i], before[i]), ...);
-  }(std::make_integer_sequence<int, kVectors>{});
-  KV4_UNROLL
-  for (int i = 0; i < kVectors; ++i) {
-    after[i] = centred(after[i]);
-    V::store(factors.before + i * V::kLanes, exp2_of<V>(before[i] - after[i]));
-    for (int p = 0; p < pages; ++p)
-      V::store(factors.page[p] + i * V::kLanes, exp2_of<V>(V::load(top[p] + i * V::kLanes) - after[i]));
+  raise_maxima<V, R>(largest, m, all, factors.before);
+  for (int p = 0; p < pages; ++p) {
+    KV4_UNROLL
+    for (int i = 0; i * V::kLanes < R; ++i)
+      V::store(factors.page[p] + i * V::kLanes, exp2_of<V>(top[p][i] - V::load(all + i * V::kLanes)));
   }
   KV4_UNROLL
   for (int r = 0; r < R; ++r) lanes[r] = F{};
@@ -248,17 +228,7 @@ KV4_INLINE bool weigh_pages(int pages, float (&scores)[R][N], float* m, float* l
       lanes[r] = V::fma(total, V::set1(factors.page[p][r]), lanes[r]);
     }
   }
-  fold_lanes<V, AddLanes>(lanes, joined);
-  alignas(64) float gain[kRowLanes];
-  [&]<int... i>(std::integer_sequence<int, i...>) KV4_INLINE_LAMBDA {
-    (V::store(gain + i * V::kLanes, joined[i]), ...);
-    const auto add = [&](int at, F more)
-                         KV4_INLINE_LAMBDA { return V::fma(V::load(l + at), V::load(factors.before + at), more); };
-    (store_rows<V, R, i * V::kLanes>(l, add(i * V::kLanes, joined[i]), V::load(l + i * V::kLanes)), ...);
-  }(std::make_integer_sequence<int, kVectors>{});
-  bool gains = false;
-  for (int r = 0; r < R; ++r) gains = gains || !(gain[r] < kNegligible);
-  return gains;
+  return gain_weights<V>(lanes, l, kNegligible, factors.before);
 }
 
 // o += the values of the pages weighted with the rows of `weights`, after o *= factors.before.

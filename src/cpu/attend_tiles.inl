@@ -285,7 +285,9 @@ class TileRun {
       }
       lanes[r] = V::max(V::max(top[0], top[1]), V::max(top[2], top[3]));
     }
-    raise_maxima<V>(lanes, t_.states.m + row_, centre_, rescale_);
+    F top[kRowLanes / V::kLanes];
+    fold_lanes<V, MaxLanes<V>>(lanes, top);
+    raise_maxima<V, R>(top, t_.states.m + row_, centre_, rescale_);
   }
 
   // Weights of row r (softmax.inl), times v_scale_, over `size` tokens.

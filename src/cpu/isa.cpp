@@ -31,13 +31,18 @@ Status refused(const char* argument, const std::string& name) {
   return error(StatusCode::unsupported, argument, "one of " + list + " on this machine", name);
 }
 
+std::string from_environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value != nullptr ? value : "";
+}
 // What the environment asks for, read once; empty where it asks for nothing.
 const std::string& asked() {
-  static const std::string name = [] {
-    const char* value = std::getenv("KV4_CPU_ISA");
-    return std::string(value != nullptr ? value : "");
-  }();
+  static const std::string name = from_environment("KV4_CPU_ISA");
   return name;
+}
+const std::string& asked_bits() {
+  static const std::string bits = from_environment("KV4_CPU_OPERAND_BITS");
+  return bits;
 }
 
 // Null where the environment asks for what does not run here, until force_isa chooses.
@@ -47,13 +52,6 @@ std::atomic<const Kernels*>& current() {
 }
 
 // 0 where the environment asks for another number, until set_operand_bits chooses.
-const std::string& asked_bits() {
-  static const std::string bits = [] {
-    const char* value = std::getenv("KV4_CPU_OPERAND_BITS");
-    return std::string(value != nullptr ? value : "");
-  }();
-  return bits;
-}
 std::atomic<int>& current_bits() {
   static std::atomic<int> bits{asked_bits().empty() || asked_bits() == "8" ? 8 : asked_bits() == "16" ? 16 : 0};
   return bits;

@@ -21,8 +21,8 @@ struct Dither {
 inline constexpr Dither kDither;
 
 // n (a multiple of 16) numbers, x(i) those from i on, to the nearest integers, which pack(i, v) takes 16 at a time: v =
-// those of numbers i ... i + 15. Returns the sum of the integers, one part in each lane. kDither: the fractions of n <=
-// 64 numbers, none of them negative, are compared with kDither and not with 1/2.
+// those of numbers i ... i + 15. Returns the sum of the integers, one part in each lane. kDithered: the fractions of n
+// <= 64 numbers, none of them negative, are compared with kDither and not with 1/2.
 template <class V, bool kDithered, class X, class Pack>
 KV4_INLINE typename V::I quantise(X x, int n, Pack pack) {
   using I = typename V::I;

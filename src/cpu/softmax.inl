@@ -185,21 +185,24 @@ KV4_INLINE void fold_lanes(const X (&x)[R], X* out) {
   }
 }
 
-// Takes the largest scores of R rows, in the lanes of `largest`, into m. centre[r]: what weights are 2^(score - centre)
+// Rows that have seen nothing are centred on 0: their scores are -infinity, their weights 0.
+template <class V>
+KV4_INLINE typename V::F centred(typename V::F top) {
+  using I = typename V::I;
+  return (typename V::F)((I)top & ~(I)(top == V::set1(kHidden)));
+}
+
+// Takes the largest scores of R rows, in the lanes of `top`, into m. centre[r]: what weights are 2^(score - centre)
 // of; rescale[r]: what the row's earlier weights must be multiplied with; kRowLanes entries each.
 template <class V, int R>
-KV4_INLINE void raise_maxima(const typename V::F (&largest)[R], float* m, float* centre, float* rescale) {
+KV4_INLINE void raise_maxima(const typename V::F* top, float* m, float* centre, float* rescale) {
   using F = typename V::F;
-  using I = typename V::I;
-  F top[kRowLanes / V::kLanes];
-  fold_lanes<V, MaxLanes<V>>(largest, top);
   alignas(64) float now[kRowLanes] = {};
   for (int r = 0; r < R; ++r) now[r] = m[r];
   KV4_UNROLL
   for (int i = 0; i * V::kLanes < R; ++i) {
     const F before = V::load(now + i * V::kLanes), after = V::max(before, top[i]);
-    // Rows that have seen nothing yet are centred on 0: their scores are -infinity, their weights 0.
-    const F c = (F)((I)after & ~(I)(after == V::set1(kHidden)));
+    const F c = centred<V>(after);
     V::store(now + i * V::kLanes, after);
     V::store(centre + i * V::kLanes, c);
     V::store(rescale + i * V::kLanes, exp2_of<V>(before - c));
@@ -235,8 +238,10 @@ KV4_INLINE bool weigh(float (&scores)[R][N], float* m, float* l, float negligibl
     lanes[r] = V::load(scores[r]);
     for (int j = V::kLanes; j < N; j += V::kLanes) lanes[r] = V::max(lanes[r], V::load(scores[r] + j));
   }
+  F top[kRowLanes / V::kLanes];
+  fold_lanes<V, MaxLanes<V>>(lanes, top);
   alignas(64) float centre[kRowLanes];
-  raise_maxima<V>(lanes, m, centre, rescale);
+  raise_maxima<V, R>(top, m, centre, rescale);
   for (int r = 0; r < R; ++r) {
     const F c = V::set1(centre[r]);
     F total = F{};

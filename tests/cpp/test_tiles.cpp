@@ -139,8 +139,8 @@ struct Task {
     const std::size_t v = static_cast<std::size_t>(cpu::pad_channels(spec.value.dim));
     const std::size_t n = static_cast<std::size_t>(rows), groups = static_cast<std::size_t>(spec.key.groups);
     o.assign(n * v, 0.0f);
-    m.assign(n + cpu::kStateLanes, -std::numeric_limits<float>::infinity());
-    l.assign(n + cpu::kStateLanes, 0.0f);
+    m.assign(n, -std::numeric_limits<float>::infinity());
+    l.assign(n, 0.0f);
     codes_.resize(n * k * cpu::portable::Dot::kOctetBytes / 8);
     q_scale_.resize(n * groups);
     q_start_.resize(n * groups);

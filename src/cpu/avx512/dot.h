@@ -5,7 +5,7 @@
 // as products, where a broadcast operand of each product would take as many. vpdpbusd runs at 2 a cycle on Zen 5
 // (measured, 512 bits, with 2 loads a cycle) and Sapphire Rapids (ports 0 and 5, which vpshufb shares) and at 1 a
 // cycle on Zen 4, so it binds from R = 2 on. At 6 rows of d = 128 a token takes, on Zen 5, 24 cycles of products,
-// measured 23 to 26 with unpacking, and 12 with bytes. ns per token of one thread at 4,096 tokens, by turns: one
+// by samples 23 with unpacking, and 12 with bytes. ns per token of one thread at 4,096 tokens, by turns: one
 // block at a time 11.3, two 9.9, bytes 6.9; 7 rows of d = 64 8.1, 7.1, 5.2.
 //
 // v = 256 h + l with h and l in int8; levels are offset by -L[0] to be the unsigned operand. The offset leaves through
