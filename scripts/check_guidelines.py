@@ -73,7 +73,7 @@ PYTHON: dict[str, tuple[set[str], str]] = {
     ),
 }
 # Instruction sets that add to another and may use its folder.
-EXTENDS = {"amx": "avx512", "avxvnni": "avx2", "i8mm": "neon"}
+EXTENDS = {"amx": ("avx512", "avx512vbmi"), "avx512vbmi": ("avx512",), "avxvnni": ("avx2",), "i8mm": ("neon",)}
 SOURCE = {".h", ".hpp", ".inl", ".cpp", ".c", ".cu", ".cuh", ".metal", ".mm"}
 CODE = SOURCE | {".py", ".sh", ".cmake"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
@@ -133,7 +133,7 @@ def check_includes(path: str, lines: list[str]) -> Iterator[tuple[int, str]]:
             folder = header.split("/")[0] if "/" in header else own
             if folder not in allowed:
                 yield number, f'{layer} must not include "{header}" (it may use: {", ".join(sorted(allowed))})'
-            elif isa_of(header) and isa_of(header) not in (isa_of(path), EXTENDS.get(isa_of(path) or "")):
+            elif isa_of(header) and isa_of(header) not in (isa_of(path), *EXTENDS.get(isa_of(path) or "", ())):
                 yield number, f'"{header}" is for {isa_of(header)} alone'
 
 

@@ -18,9 +18,10 @@
 namespace kv4::scene {
 
 // Bits of a code of keys and of values, and refined keys, of the shapes made from now on. Levels of other than 4 bits
-// are lloyd_max.
+// are lloyd_max; trellis: those of 4 bits are a trellis's.
 struct Widths {
   int k = 4, v = 4, refined = 0;
+  bool trellis = false;
 };
 inline Widths widths_of_shapes;
 
@@ -154,11 +155,12 @@ class Scene {
     return x;
   }
 
+  LevelKind kind() const { return shape_.bits.trellis ? LevelKind::trellis : shape_.levels; }
   void make_side(SideSpec& side, int dim, int group, bool mean, int bits) {
     side.dim = dim;
     side.group = group == 0 ? dim : group;
     side.groups = dim / side.group;
-    side.levels = levels(bits == 4 ? shape_.levels : LevelKind::lloyd_max, bits);
+    side.levels = levels(bits == 4 ? kind() : LevelKind::lloyd_max, bits);
     side.mean = mean;
     switch (shape_.rotation) {
       case RotationKind::identity: static_cast<void>(Rotation::identity(dim, &side.rotation)); break;
@@ -183,7 +185,8 @@ class Scene {
         channels_k, channels_v, static_cast<std::uint32_t>(shape_.bits.k), static_cast<std::uint32_t>(shape_.bits.v),
         refined);
     spec_.second = kv4_make_second_layout(spec_.layout, channels_k, refined);
-    spec_.second_levels = levels(shape_.bits.k == 4 ? shape_.levels : LevelKind::lloyd_max);
+    spec_.value.values = true;
+    spec_.second_levels = second_levels(shape_.bits.k == 4 ? kind() : LevelKind::lloyd_max);
   }
 
   void fill_slice(cases::Random& random, int tokens, std::uint8_t* slice, std::vector<std::uint8_t>& k,
@@ -248,11 +251,12 @@ class Scene {
     };
     const std::vector<std::uint8_t> codes =
         reference::from_canonical(k.data(), tokens, shape_.dim_k, spec_.key.levels.bits);
+    const std::vector<double> levels = reference::levels_of(spec_.key, spec_.key.levels, codes.data(), tokens);
     for (int j = 0; j < tokens; ++j) {
       for (int g = 0; g < spec_.key.groups; ++g) {
         double squares = 0;
         for (int c = g * spec_.key.group; c < (g + 1) * spec_.key.group; ++c) {
-          const double level = spec_.key.levels.table[codes[static_cast<std::size_t>(j * shape_.dim_k + c)]];
+          const double level = levels[static_cast<std::size_t>(j * shape_.dim_k + c)];
           squares += level * level;
         }
         steps.key_norm[static_cast<std::size_t>(head)].push_back(scale(spec_.layout.k_scales, g, j) *

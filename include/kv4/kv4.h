@@ -38,7 +38,7 @@ typedef enum kv4_rotation {
   KV4_ROTATION_HOUSEHOLDER = 3,
   KV4_ROTATION_DENSE = 4
 } kv4_rotation;
-typedef enum kv4_levels { KV4_LEVELS_LLOYD_MAX = 0, KV4_LEVELS_UNIFORM = 1 } kv4_levels;
+typedef enum kv4_levels { KV4_LEVELS_LLOYD_MAX = 0, KV4_LEVELS_UNIFORM = 1, KV4_LEVELS_TRELLIS = 2 } kv4_levels;
 typedef enum kv4_scale { KV4_SCALE_LEAST_SQUARES = 0, KV4_SCALE_ABS_MAX = 1 } kv4_scale;
 typedef enum kv4_lambda { KV4_LAMBDA_NONE = 0, KV4_LAMBDA_AUTOMATIC = 1, KV4_LAMBDA_GIVEN = 2 } kv4_lambda;
 typedef enum kv4_seal { KV4_SEAL_PAGE = 0, KV4_SEAL_ARRIVAL = 1, KV4_SEAL_NEVER = 2 } kv4_seal;

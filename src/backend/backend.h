@@ -40,13 +40,14 @@ struct SideSpec {
   Levels levels{};
   ScaleRule scale = ScaleRule::least_squares;
   bool mean = false;
+  bool values = false;  // which of the two it is: the chains of a trellis run through tokens, else through channels
 };
 
 struct PageSpec {
   SideSpec key, value;
   kv4_page_layout layout{};
   kv4_second_layout second{};  // of refined keys
-  Levels second_levels{};      // of 4 bits, of the kind of the keys'
+  Levels second_levels{};      // of 4 bits, of the kind of the keys'; lloyd_max beside a trellis
 };
 
 // Page `id`, and its slice of one head, as their reader sees them: kernels, or the host where it is host memory.
@@ -60,7 +61,8 @@ KV4_DEVICE inline std::uint8_t* slice_at(const PageMemory& memory, std::int32_t 
 }
 
 // Seals tokens [first, first + count) of a page, all its heads. Exact rows are [token, channel] with channel stride 1;
-// row `first` of the page is row 0 of k and v. With a mean, first = 0 and count = kPageTokens.
+// row `first` of the page is row 0 of k and v. With a mean or a trellis, first = 0 and count =
+// kPageTokens.
 struct SealJob {
   const void* k = nullptr;
   const void* v = nullptr;

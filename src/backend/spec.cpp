@@ -45,11 +45,16 @@ Status make_side(const SideRecipe& recipe, int dim, const std::vector<float>& ma
 
 Status make_sides(const Recipe& recipe, int head_dim_k, int head_dim_v, const std::vector<float>& matrix_k,
                   const std::vector<float>& matrix_v, PageSpec* out) {
+  out->value.values = true;
   KV4_RETURN_IF_ERROR(make_side(recipe.key, head_dim_k, matrix_k, "matrix_k", &out->key));
   return make_side(recipe.value, head_dim_v, matrix_v, "matrix_v", &out->value);
 }
 
 Status expect_plain_pages(const Recipe& recipe, const std::string& where, int least_bits) {
+  for (const auto& [name, levels] :
+       {std::pair{"recipe.key.levels", recipe.key.levels}, {"recipe.value.levels", recipe.value.levels}})
+    if (levels == LevelKind::trellis)
+      return error(StatusCode::unsupported, name, "lloyd_max or uniform " + where, "trellis");
   std::string widths;
   for (int bits = least_bits; bits < 4; ++bits) widths += std::to_string(bits) + (bits == 3 ? " or " : ", ");
   for (const auto& [name, bits] :
@@ -96,7 +101,7 @@ Status make_spec(const CacheConfig& config, Backend** backend, PageSpec* out) {
                                      u32(out->value.groups), out->key.mean, channels_k, channels_v,
                                      u32(recipe.key.bits), u32(recipe.value.bits), refined);
   out->second = kv4_make_second_layout(out->layout, channels_k, refined);
-  out->second_levels = levels(recipe.key.levels);
+  out->second_levels = second_levels(recipe.key.levels);
   return (*backend)->supports(*out);
 }
 

@@ -26,7 +26,7 @@ std::string dtype(std::uint64_t x) { return x <= 2 ? kv4::name_of(static_cast<DT
 std::string rotation(std::uint64_t x) {
   return one_of(std::array{"identity", "srft", "srht", "householder", "dense"}, x);
 }
-std::string level_kind(std::uint64_t x) { return one_of(std::array{"lloyd_max", "uniform"}, x); }
+std::string level_kind(std::uint64_t x) { return one_of(std::array{"lloyd_max", "uniform", "trellis"}, x); }
 std::string scale_rule(std::uint64_t x) { return one_of(std::array{"least_squares", "abs_max"}, x); }
 std::string lambda_mode(std::uint64_t x) { return one_of(std::array{"none", "automatic", "given"}, x); }
 std::string seal_mode(std::uint64_t x) { return one_of(std::array{"page", "arrival", "never"}, x); }

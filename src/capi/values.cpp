@@ -60,7 +60,7 @@ Status view_as(const char* name, const kv4_tensor& t, View* out) {
 
 Status side_of(const kv4_side_recipe& s, SideRecipe* out) {
   KV4_RETURN_IF_ERROR(in_range("recipe.rotation", s.rotation, 4));
-  KV4_RETURN_IF_ERROR(in_range("recipe.levels", s.levels, 1));
+  KV4_RETURN_IF_ERROR(in_range("recipe.levels", s.levels, 2));
   KV4_RETURN_IF_ERROR(in_range("recipe.scale", s.scale, 1));
   KV4_RETURN_IF_ERROR(in_range("recipe.lambda", s.lambda, 2));
   out->rotation = static_cast<RotationKind>(s.rotation);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/second_rows.inl"
+#include "cpu/trellis.inl"
 
 namespace kv4::cpu::KV4_ISA {
 
@@ -37,6 +38,28 @@ struct SecondPlaces {
   int rows = 0;
 };
 
+// The levels of a quad of channels at q, of tokens t ... of a trellis: its codes, and those before them in their chains,
+// are in `quads`. table: of even places and of odd ones.
+template <class Isa>
+KV4_INLINE typename Isa::I trellis_levels(const SideSpec& spec, const ByteTable<Isa, 4> (&table)[2],
+                                          const std::int32_t* quads, int q, int t) {
+  using I = typename Isa::I;
+  const std::int32_t* const at = quads + q * kPageTokens + t;
+  I before{}, odd{};
+  if (spec.values) {
+    alignas(64) std::int32_t earlier[Isa::kLanes] = {};
+    const int none = t == 0 ? 4 : 0;  // tokens of the chains' first places
+    std::memcpy(earlier + none, at - 4 + none, sizeof(earlier) - static_cast<std::size_t>(none) * sizeof *earlier);
+    before = load_as<I>(earlier);
+    odd = -((load_as<I>(kLaneIndex) + t) >> 2 & 1);
+  } else {
+    if (4 * q % spec.group != 0) before = load_as<I>(at - kPageTokens);
+    odd = -(I{} + (q % 2));
+  }
+  const I pairs = trellis_pairs<I>(load_as<I>(at), before, odd);
+  return (table[0].lookup(pairs) & ~odd) | (table[1].lookup(pairs) & odd);
+}
+
 // scratch.quads holds the codes, scratch.second what `places` are for. mean: fp16 [d] or null; out [count, d].
 template <class Isa, LookUp kLookUp>
 void dequantise_side(const SideSpec& spec, const std::uint8_t* scales, const std::uint8_t* mean, SecondPlaces places,
@@ -50,8 +73,10 @@ void dequantise_side(const SideSpec& spec, const std::uint8_t* scales, const std
     scratch.mean[c] = mean != nullptr ? f16_to_f32(load_as<std::uint16_t>(mean + 2 * c)) : 0.0f;
   }
   for (int c = d; c < pad_channels(d); ++c) scratch.mean[c] = 0.0f;
-  ByteTable<Isa, 4> table;
+  ByteTable<Isa, 4> table, by_place[2];
   table.set(reinterpret_cast<const std::uint8_t*>(spec.levels.table.data()));
+  if constexpr (kLookUp == LookUp::trellis)
+    for (int i = 0; i < 2; ++i) by_place[i].set(reinterpret_cast<const std::uint8_t*>(&spec.levels.trellis[64 * i]));
 
   for (int t = first / L * L; t < end; t += L) {
     for (int g = 0; g < spec.groups; ++g) {
@@ -62,6 +87,7 @@ void dequantise_side(const SideSpec& spec, const std::uint8_t* scales, const std
         const I quad = load_as<I>(scratch.quads + c / 4 * kPageTokens + t);
         I level;
         if constexpr (kLookUp == LookUp::none) level = quad ^ every_byte<I>(0x80);
+        else if constexpr (kLookUp == LookUp::trellis) level = trellis_levels<Isa>(spec, by_place, scratch.quads, c / 4, t);
         else if constexpr (kLookUp == LookUp::one) level = SealOps::lookup16(table.part[0], quad);
         else level = table.lookup(quad);
         for (int k = 0; k < 4; ++k) {
@@ -91,8 +117,9 @@ void dequantise_side(const SideSpec& spec, const std::uint8_t* scales, const std
 }
 
 template <class Isa>
-auto dequantise_side_of(int bits) {
-  switch (look_up_of(bits)) {
+auto dequantise_side_of(const Levels& levels) {
+  if (levels.is_trellis()) return dequantise_side<Isa, LookUp::trellis>;
+  switch (look_up_of(levels.bits)) {
     case LookUp::none: return dequantise_side<Isa, LookUp::none>;
     case LookUp::four: return dequantise_side<Isa, LookUp::four>;
     default: return dequantise_side<Isa, LookUp::one>;
@@ -109,14 +136,17 @@ void dequantise(const PageSpec& spec, const std::uint8_t* slice, const float* la
     for (int r = 0; r < rows; ++r) widen_second<Isa>(spec, slice, r, parts.second + r * pad_channels(spec.key.dim));
     const int bits = spec.key.levels.bits;
     unpack_of<Isa>(true, bits)(slice + at.k_codes, pad_channels(spec.key.dim), first, count, parts.quads);
-    dequantise_side_of<Isa>(bits)(spec.key, slice + at.k_scales, spec.key.mean ? slice + at.k_mean : nullptr,
+    dequantise_side_of<Isa>(spec.key.levels)(spec.key, slice + at.k_scales, spec.key.mean ? slice + at.k_mean : nullptr,
                                   {slice + spec.second.places, rows}, lambda_k, first, count, k, parts);
   }
   if (v != nullptr) {
     const DequantiseScratch parts(spec.value.dim, Isa::kLanes, 0, scratch);
     const int bits = spec.value.levels.bits;
-    unpack_of<Isa>(false, bits)(slice + at.v_codes, pad_channels(spec.value.dim), first, count, parts.quads);
-    dequantise_side_of<Isa>(bits)(spec.value, slice + at.v_scales, nullptr, {}, lambda_v, first, count, v, parts);
+    // The tokens before them too, which a trellis asks for.
+    const int before = first / Isa::kLanes * Isa::kLanes, from = std::max(0, before - 4);
+    unpack_of<Isa>(false, bits)(slice + at.v_codes, pad_channels(spec.value.dim), from, first + count - from,
+                                parts.quads);
+    dequantise_side_of<Isa>(spec.value.levels)(spec.value, slice + at.v_scales, nullptr, {}, lambda_v, first, count, v, parts);
   }
 }
 

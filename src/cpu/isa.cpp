@@ -64,6 +64,11 @@ const Kernels& active() {
   return k != nullptr ? *k : *best();
 }
 
+const Kernels& attending(const PageSpec& spec) {
+  const Kernels& k = active();
+  return k.trellis != nullptr && (spec.key.levels.is_trellis() || spec.value.levels.is_trellis()) ? *k.trellis : k;
+}
+
 const Kernels* find(const char* name) {
   for (const Kernels* k : kAll)
     if (std::strcmp(k->name, name) == 0) return k;

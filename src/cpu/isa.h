@@ -12,7 +12,7 @@
 #if (defined(__x86_64__) || defined(_M_X64)) && defined(KV4_CPU_FEW_ISAS)
 #define KV4_CPU_ISAS_ARCH(X) X(avx2)
 #elif defined(__x86_64__) || defined(_M_X64)
-#define KV4_CPU_ISAS_ARCH(X) X(amx) X(avx512) X(avxvnni) X(avx2)
+#define KV4_CPU_ISAS_ARCH(X) X(amx) X(avx512vbmi) X(avx512) X(avxvnni) X(avx2)
 #elif defined(__aarch64__)
 // Clang's arm_neon.h may hide what the command line does not ask for.
 #if (defined(__ARM_FEATURE_MATMUL_INT8) && defined(__ARM_FEATURE_DOTPROD)) || \
@@ -59,6 +59,7 @@ struct Kernels {
   // Bytes of PagesTask::tiles for up to `rows` rows; 0 where the instruction set has no tiles.
   std::size_t (*tiles_scratch)(const PageSpec& spec, std::int64_t rows);
   void (*attend_exact)(const ExactTask& task);
+  const Kernels* trellis;  // which attend where pages are of a trellis, if these do not; else null
 };
 
 #define KV4_DECLARE_KERNELS(isa) \
@@ -70,6 +71,8 @@ KV4_CPU_ISAS(KV4_DECLARE_KERNELS)
 
 // The kernels in use: see kv4/cpu.h.
 const Kernels& active();
+// Those of them that attend over pages of such a format.
+const Kernels& attending(const PageSpec& spec);
 // By name, whether this machine runs them or not; null if not compiled in.
 const Kernels* find(const char* name);
 // Whether queries and weights become bytes at pages of such a format (operand_bits in kv4/cpu.h).

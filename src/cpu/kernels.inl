@@ -3,7 +3,8 @@
 // namespace, so no two instruction sets share a symbol.
 //
 // An instruction set that adds integer products alone to another's vectors defines KV4_EXTENDS, the other's name: what
-// has no such products is compiled there, and is half of all code and of the time that a build takes.
+// has no such products is compiled there, and is half of all code and of the time that a build takes. One whose matrix
+// unit takes no pages of a trellis defines KV4_TRELLIS_BY, the name of one that has the same vectors.
 #include "cpu/attend.h"
 
 #if defined(KV4_EXTENDS)
@@ -18,6 +19,12 @@
 #endif
 #include "cpu/attend_pages.inl"
 #include "cpu/attend_tiles.inl"
+
+#if defined(KV4_TRELLIS_BY)
+#define KV4_TRELLIS &KV4_TRELLIS_BY::kernels
+#else
+#define KV4_TRELLIS nullptr
+#endif
 
 #define KV4_STRING_(x) #x
 #define KV4_STRING(x) KV4_STRING_(x)
@@ -64,6 +71,7 @@ const Kernels kernels = {
     .operand_bytes = Dot::kOctetBytes / 8,
     .tiles_scratch = tiles_scratch<Isa>,
     .attend_exact = KV4_VECTORS::attend_exact<KV4_VECTORS::Isa>,
+    .trellis = KV4_TRELLIS,
 };
 
 }  // namespace kv4::cpu::KV4_ISA

@@ -125,7 +125,8 @@ struct PackedSide : SidePlanes {
   const DotBlock* blocks[D::kBlocks];
 
   PackedSide(const SideSpec& side, std::size_t at) : SidePlanes(side, at), table(D::table(side.levels)) {
-    switch (side.levels.bits) {
+    switch (coding_of(side.levels)) {
+      case kTrellis: take<kTrellis>(); break;
       case 2: take<2>(); break;
       case 3: take<3>(); break;
       case 6: take<6>(); break;

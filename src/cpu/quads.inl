@@ -396,8 +396,9 @@ struct ByteTable {
   }
 };
 
-// How codes of a width are looked up: among 16 in one vector, among 64 in four, or as the numbers that they are.
-enum class LookUp { one, four, none };
+// How codes are looked up: among 16 in one vector, among 64 in four, as the numbers that they are, or with those before
+// them.
+enum class LookUp { one, four, none, trellis };
 constexpr LookUp look_up_of(int bits) { return bits <= 4 ? LookUp::one : bits == 6 ? LookUp::four : LookUp::none; }
 
 // Hands out 64-byte aligned parts of a block; with a null block it only counts bytes.

@@ -41,6 +41,7 @@
 #pragma once
 
 #include "cpu/seal_rows.inl"
+#include "cpu/seal_trellis.inl"
 #include "cpu/seal_wide.inl"
 #include "cpu/second_rows.inl"
 
@@ -303,7 +304,12 @@ void take_left(const SealSide& s, const SealScratch& scratch, int t, int lane, f
     const float scale = f16_to_f32(load_as<std::uint16_t>(s.scales + 2 * (g * kPageTokens + t + lane)));
     for (int c = g * spec.group; c < (g + 1) * spec.group; ++c) {
       const std::int32_t quad = scratch.quads[c / 4 * kPageTokens + t + lane];
-      const std::int8_t level = spec.levels.table[static_cast<std::size_t>(quad >> (8 * (c % 4)) & 0xff)];
+      const int code = quad >> (8 * (c % 4)) & 0xff, place = (c - g * spec.group) / 4;
+      int level = spec.levels.table[static_cast<std::size_t>(code)];
+      if (spec.levels.is_trellis()) {
+        const int before = place > 0 ? scratch.quads[(c / 4 - 1) * kPageTokens + t + lane] >> (8 * (c % 4)) & 0xff : 0;
+        level = spec.levels.level(place, Levels::next_state(place + 1, before), code);
+      }
       left[c * L] = scratch.x[c * L + lane] - scale * static_cast<float>(level);
     }
   }
@@ -400,6 +406,60 @@ void seal_even(const SealSide& s, const SealScratch& scratch) {
   }
 }
 
+// A page of values by a trellis, rows already prepared.
+template <class Isa>
+void seal_trellis_values(const SealSide& s, const SealScratch& scratch) {
+  using F = typename Isa::F;
+  constexpr int L = Isa::kLanes;
+  const SideSpec& spec = *s.spec;
+  const int d = spec.dim, padded = pad_channels(d);
+  const bool real = real_sides<Isa>(*spec.rotation);
+  const auto load = load_of<Isa>(s.dtype, spec.mean, real);
+  const StepRule rule = step_rule(spec.levels, spec.scale, spec.group);
+  const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
+  for (int t = 0; t < kPageTokens; t += L) {
+    const std::byte* rows[L];
+    alignas(64) float live[L];
+    const bool all = s.count == kPageTokens && s.skip == nullptr && s.hidden <= t;
+    take_rows<Isa>(s, scratch, all, [t](int i) { return t + i; }, rows, live);
+    RowFetch next{t + L < kPageTokens ? s.rows + (t + L) * s.stride : s.after, s.stride, d * size};
+    load(rows, d, scratch, next, 2 * static_cast<int>(size));
+    rotate_block<Isa>(*spec.rotation, real, scratch);
+    for (int c = d; c < padded; ++c) Isa::store(scratch.x + c * L, F{});
+    for (int g = 0; g < spec.groups; ++g) {
+      const int begin = g * spec.group, end = spec.groups == 1 ? padded : begin + spec.group;
+      float* const x = scratch.x + begin * L;
+      const F measured = rule.by_largest ? measure<Isa, true>(x, nullptr, spec.group)
+                                         : measure<Isa, false>(x, nullptr, spec.group);
+      F step, inverse;
+      step_of<Isa>(measured, spec.group, rule, Isa::load(live), 1.0f, step, inverse);
+      Isa::store(scratch.trellis.step + g * kPageTokens + t, step);
+      for (int c = begin; c < end; c += L) {
+        F r[L];
+        KV4_UNROLL
+        for (int i = 0; i < L; ++i) r[i] = Isa::load(scratch.x + (c + i) * L) * inverse;
+        Isa::transpose(r);
+        KV4_UNROLL
+        for (int i = 0; i < L; ++i) Isa::store(scratch.trellis.x + (t + i) * padded + c, r[i]);
+      }
+    }
+  }
+  const TrellisTables<Isa> tables(spec.levels);
+  for (int g = 0; g < spec.groups; ++g)
+    seal_chains<Isa>(tables, scratch.trellis, g, g * spec.group, spec.groups == 1 ? padded : (g + 1) * spec.group, d,
+                     padded, s.codes, s.scales);
+}
+
+// Keys of a group by a trellis: the scale of each lane.
+template <class Isa>
+typename Isa::F trellis_keys(const SealScratch& scratch, float* x, const float* correction, int n, const StepRule& rule,
+                             const TrellisTables<Isa>& tables, typename Isa::F live, std::int32_t* quads) {
+  const auto measured = rule.by_largest ? measure<Isa, true>(x, correction, n) : measure<Isa, false>(x, correction, n);
+  typename Isa::F step, inverse;
+  step_of<Isa>(measured, n, rule, live, 1.0f, step, inverse);
+  return trellis_group<Isa>(tables, x, n, step, inverse, scratch.trellis.back, quads);
+}
+
 // refined: tokens whose rest goes to scratch.left.
 template <class Isa>
 void seal_side(const SealSide& s, const SealScratch& scratch, PackCodes pack, const RefinedTokens& refined) {
@@ -413,6 +473,9 @@ void seal_side(const SealSide& s, const SealScratch& scratch, PackCodes pack, co
   std::memset(scratch.zeros, 0, d * sizeof(float));
   if constexpr (L == 16)
     if (even_levels(spec) && s.count == kPageTokens && refined.rows == 0) return seal_even<Isa>(s, scratch);
+  const bool trellis = spec.levels.is_trellis();
+  if (trellis && !s.keys) return seal_trellis_values<Isa>(s, scratch);
+  const TrellisTables<Isa> tables(spec.levels);
   std::int32_t* const tail = scratch.quads + (d + 3) / 4 * kPageTokens;
   std::memset(tail, 0, static_cast<std::size_t>(padded / 4 - (d + 3) / 4) * kPageTokens * sizeof *tail);
   const LevelVectors<Isa> levels(spec.levels);
@@ -438,7 +501,8 @@ void seal_side(const SealSide& s, const SealScratch& scratch, PackCodes pack, co
       std::int32_t* quads = scratch.quads + c / 4 * kPageTokens + t;
       float* x = scratch.x + c * L;
       const F lanes = Isa::load(live);
-      const F scale = quantise(x, correction, spec.group, rule, levels, lanes, quads);
+      const F scale = trellis ? trellis_keys<Isa>(scratch, x, correction, spec.group, rule, tables, lanes, quads)
+                              : quantise(x, correction, spec.group, rule, levels, lanes, quads);
       alignas(64) std::uint16_t halves[L];
       Isa::store_f16(halves, scale);
       const int begin = t < s.first ? s.first - t : 0, count = (t + L < end ? L : end - t) - begin;
@@ -478,7 +542,7 @@ void seal(const PageSpec& spec, const SealJob& job, int head, std::uint8_t* slic
                  values = side(spec.value, job.v, job.v_head_stride, job.v_stride, job.lambda_v, at.v_codes,
                                at.v_scales, 0, scratch);
   const int rows = static_cast<int>(spec.second.rows);
-  const SealScratch parts(spec.key.dim, Isa::kLanes, rows > 0, scratch);
+  const SealScratch parts(spec.key, Isa::kLanes, rows > 0, scratch);
   RefinedTokens refined;
   if (rows > 0) {
     refined = refined_tokens<Isa>(values, rows);
@@ -486,13 +550,14 @@ void seal(const PageSpec& spec, const SealJob& job, int head, std::uint8_t* slic
   }
   seal_side<Isa>(keys, parts, pack_of<Isa>(true, spec.key.levels.bits), refined);
   if (rows > 0) seal_second<Isa>(spec, refined, parts, slice);
-  seal_side<Isa>(values, SealScratch(spec.value.dim, Isa::kLanes, false, scratch),
+  seal_side<Isa>(values, SealScratch(spec.value, Isa::kLanes, false, scratch),
                  pack_of<Isa>(false, spec.value.levels.bits), RefinedTokens());
 }
 
 template <class Isa>
 std::size_t seal_scratch(const PageSpec& spec) {
-  return SealScratch(std::max(spec.key.dim, spec.value.dim), Isa::kLanes, spec.second.rows > 0, nullptr).bytes;
+  return std::max(SealScratch(spec.key, Isa::kLanes, spec.second.rows > 0, nullptr).bytes,
+                  SealScratch(spec.value, Isa::kLanes, false, nullptr).bytes);
 }
 
 }  // namespace kv4::cpu::KV4_ISA

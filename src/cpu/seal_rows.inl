@@ -2,8 +2,8 @@
 // of them as [channel][lane] vectors.
 #pragma once
 
-#include "cpu/quads.inl"
 #include "cpu/rotate_f64.h"
+#include "cpu/trellis.inl"
 
 namespace kv4::cpu::KV4_ISA {
 
@@ -19,10 +19,15 @@ struct SealScratch {
   double* rotate_f64;   // rotate_f64_scratch(d)
   std::int32_t* quads;  // quads.inl: [padded / 4][kPageTokens]
   float* left;          // [padded][kLanes] what first rows of codes leave, lane r of refined key r; if any is
+  TrellisScratch trellis;
   std::size_t bytes;
 
-  SealScratch(int d, int lanes, bool refined, void* block) {
-    Parts parts(block);
+  SealScratch(const SideSpec& spec, int lanes, bool refined, void* block) : SealScratch(spec, lanes, refined, Parts(block)) {}
+
+ private:
+  SealScratch(const SideSpec& spec, int lanes, bool refined, Parts parts)
+      : trellis(pad_channels(spec.dim), spec.groups, lanes, spec.levels.is_trellis(), parts) {
+    const int d = spec.dim;
     const std::size_t padded = static_cast<std::size_t>(pad_channels(d));
     x = parts.take<float>(padded * lanes);
     rotate = parts.take<float>(rotate_lanes_scratch(d));

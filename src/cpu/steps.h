@@ -17,11 +17,13 @@ inline constexpr int kPrefetchTo = 2;
 inline constexpr int kPrefetchTo = 3;
 #endif
 
-template <int B, bool kOne>
+// kAlone: widths that lie in 64 bytes are taken an octet at a time.
+template <int B, bool kAlone>
 struct Steps {
+  static constexpr bool kOne = kAlone && (B == 4 || B == kTrellis);
   static constexpr int kOctets = kOne ? 1 : 2;
   static constexpr int kFirst = step_bytes(first_plane(B)) * kOctets / 2;
-  static constexpr int kSecond = step_bytes(B - first_plane(B)) * kOctets / 2;
+  static constexpr int kSecond = step_bytes(later_plane(B)) * kOctets / 2;
 
   static KV4_INLINE const std::uint8_t* first(const std::uint8_t* codes, int octet) {
     return codes + octet / kOctets * kFirst;

@@ -10,6 +10,14 @@
 // uniform: the gain is 1 / r, r = 0.35341 the step that minimises the mean squared error of a uniform
 // 15-level quantiser of a unit Gaussian (Max 1960, table II, N = 15).
 //
+// trellis: trellis-coded quantisation (M. W. Marcellin and T. R. Fischer, Trellis coded quantization of memoryless and
+// Gauss-Markov sources, IEEE Trans. Commun. 38, 1990) with a state that is two bits of the code before, so that a
+// kernel finds it in the byte beside. One table A of 16 levels serves every state n, permuted and mirrored: level(n, c)
+// = +-A[c ^ (n >> 1) ^ (n & 1) << 2], negative where n is odd. Found by linear labels drawn at random, the best of 4,000
+// trained as Lloyd and Max do, each level the mean of the Gaussian values that the best path gives it; the structure is
+// that of the best. Its squared error of Gaussian vectors of 64, 128 and 256 is .0059, .0059 and .0061 where lloyd_max's
+// is .0080, .0086 and .0090, and .0039 is the least that any code of 4 bits may have.
+//
 // Steps by the largest magnitude: a group's scale is fitted to its codes afterwards, so the step only decides which
 // codes they are, and most depends on where the largest value lies among the outermost levels. The squared error of
 // Gaussian groups, over that of steps by their rms: 4 bits .84, .91 and .95 at 64, 128 and 256 values, 6 bits .89, .9
@@ -71,6 +79,7 @@ constexpr Levels levels_of(int bits, const Numbers<kHalf>& n, int spread, float 
           .spread = spread,
           .negative_base = n.magnitude[0] == 0 ? half : half - 1,
           .gain = gain,
+          .trellis = {},
           .reach = TableView(reach.data())};
 }
 
@@ -99,6 +108,28 @@ constexpr Reach kFourReach = {.36f, .36f, .35f, .34f, .33f, .32f};
 constexpr Reach kSixReach = {.38f, .38f, .34f, .32f, .32f, .3f};
 constexpr float kUncut = 1 / 4.5f;  // the largest value is at the largest level
 constexpr Reach kEightReach = {kUncut, kUncut, kUncut, kUncut, kUncut, kUncut};
+// At even places codes are stored with their two pairs of bits swapped (Levels::next_state).
+struct TrellisNumbers {
+  static constexpr std::array<std::int8_t, 16> kBase = {-127, -86, 3,  12, -65, -49, 22, 32,
+                                                        -37,  -26, 43, 57, -16, -6,  74, 102};
+  std::array<std::int8_t, 2 * Levels::kStates * 16> by_place{};
+  std::array<std::int8_t, 64> table{};  // of state 0 at odd places: its first is the least of all
+
+  constexpr TrellisNumbers() {
+    for (int place = 0; place < 2; ++place)
+      for (int n = 0; n < Levels::kStates; ++n)
+        for (int stored = 0; stored < 16; ++stored) {
+          const int code = place == 0 ? stored >> 2 | (stored & 3) << 2 : stored;
+          const int level = kBase[static_cast<std::size_t>(code ^ n >> 1 ^ (n & 1) << 2)];
+          by_place[static_cast<std::size_t>((place * Levels::kStates + n) * 16 + stored)] =
+              static_cast<std::int8_t>(n % 2 == 0 ? level : -level);
+        }
+    for (std::size_t c = 0; c < 16; ++c) table[c] = kBase[c];
+  }
+};
+constexpr TrellisNumbers kTrellisNumbers;
+
+constexpr Reach kTrellisReach = {.34f, .33f, .33f, .32f, .31f, .30f};
 constexpr Reach kUniformReach = {.4f, .39f, .37f, .36f, .34f, 0};
 
 constexpr Levels kTwoBits = levels_of(2, kTwoNumbers, 0, 84.0736f, kTwoReach);
@@ -106,6 +137,15 @@ constexpr Levels kThreeBits = levels_of(3, kThreeNumbers, 0, 59.0101f, kThreeRea
 constexpr Levels kLloydMax = levels_of(4, kFourNumbers, 0, 46.48f, kFourReach);
 constexpr Levels kSixBits = levels_of(6, kSixNumbers, 0, 34.3733f, kSixReach);
 constexpr Levels kEightBits = levels_of(8, kEightNumbers, 0, 127 / 4.5f, kEightReach);
+// Its codes do not follow from magnitudes: those of lloyd_max stand there for who looks at them before it asks.
+constexpr Levels kTrellis = {.bits = 4,
+                             .table = TableView(kTrellisNumbers.table.data()),
+                             .magnitude = TableView(kFourNumbers.magnitude.data()),
+                             .twice_threshold = TableView(kFourNumbers.twice_threshold.data()),
+                             .negative_base = 7,
+                             .gain = 41.9773f,
+                             .trellis = TableView(kTrellisNumbers.by_place.data()),
+                             .reach = TableView(kTrellisReach.data())};
 constexpr Levels kUniform = levels_of(4, kUniformNumbers, 4, 2.829564f, kUniformReach);
 static_assert(spread_fits(kTwoBits, 16) && spread_fits(kThreeBits, 16) && spread_fits(kLloydMax, 16) &&
               spread_fits(kUniform, 16) && spread_fits(kSixBits, 4));
@@ -114,6 +154,7 @@ static_assert(spread_fits(kTwoBits, 16) && spread_fits(kThreeBits, 16) && spread
 
 const Levels& levels(LevelKind kind, int bits) {
   if (kind == LevelKind::uniform) return kUniform;
+  if (kind == LevelKind::trellis) return kTrellis;
   switch (bits) {
     case 2: return kTwoBits;
     case 3: return kThreeBits;

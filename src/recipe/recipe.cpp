@@ -22,12 +22,16 @@ Status check_side(const SideRecipe& side, const std::string& name, bool key) {
     return invalid_argument(field("group"), "0 (one scale per vector), 32, 64 or 128", std::to_string(side.group));
   if (side.bits != 2 && side.bits != 3 && side.bits != 4 && side.bits != 6 && side.bits != 8)
     return invalid_argument(field("bits"), "2, 3, 4, 6 or 8", std::to_string(side.bits));
-  if (side.levels > LevelKind::uniform)
-    return invalid_argument(field("levels"), "lloyd_max or uniform", std::to_string(static_cast<int>(side.levels)));
-  if (side.levels == LevelKind::uniform && side.bits != 4)
-    return invalid_argument(field("levels"), "lloyd_max with " + std::to_string(side.bits) + " bits", "uniform");
+  if (side.levels > LevelKind::trellis)
+    return invalid_argument(field("levels"), "lloyd_max, uniform or trellis",
+                            std::to_string(static_cast<int>(side.levels)));
+  if (side.levels != LevelKind::lloyd_max && side.bits != 4)
+    return invalid_argument(field("levels"), "lloyd_max with " + std::to_string(side.bits) + " bits",
+                            side.levels == LevelKind::uniform ? "uniform" : "trellis");
   if (side.scale > ScaleRule::abs_max)
     return invalid_argument(field("scale"), "least_squares or abs_max", std::to_string(static_cast<int>(side.scale)));
+  if (side.levels == LevelKind::trellis && side.scale != ScaleRule::least_squares)
+    return invalid_argument(field("scale"), "least_squares with trellis levels", "abs_max");
   if (side.lambda > LambdaMode::given)
     return invalid_argument(field("lambda"), key ? "none, automatic or given" : "none or given",
                             std::to_string(static_cast<int>(side.lambda)));
@@ -104,6 +108,10 @@ Status validate(const Recipe& recipe) {
     if (recipe.window != 0)
       return invalid_argument("recipe.window", "0 with arrival sealing, which keeps no token exact",
                               std::to_string(recipe.window));
+    for (const auto& [side, name] : {std::pair(&recipe.key, "recipe.key.levels"), {&recipe.value, "recipe.value.levels"}})
+      if (side->levels == LevelKind::trellis)
+        return invalid_argument(name, "lloyd_max or uniform with arrival sealing, which never has a page's tokens side by side",
+                                "trellis");
     if (recipe.refined != 0)
       return invalid_argument("recipe.refined", "0 with arrival sealing, which never has a page's tokens side by side",
                               std::to_string(recipe.refined));

@@ -1,9 +1,11 @@
 #include "reference/seal.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "format/convert.h"
 
@@ -52,7 +54,73 @@ Sealed zeros(const SideSpec& side, const Levels& levels, int tokens) {
   return out;
 }
 
-// Codes and scales of row j of out->x.
+// The path of least squared error through a chain whose place j has y(j): code(j, c) is told them.
+template <class Y, class Code>
+void best_path(const Levels& levels, int count, Y y, Code code) {
+  constexpr int kStates = Levels::kStates;
+  const double never = std::numeric_limits<double>::infinity();
+  std::vector<std::array<std::pair<int, int>, kStates>> from(static_cast<std::size_t>(count));  // state, code
+  std::array<double, kStates> cost;
+  cost.fill(never);
+  cost[0] = 0;
+  for (int j = 0; j < count; ++j) {
+    std::array<double, kStates> after;
+    after.fill(never);
+    for (int state = 0; state < kStates; ++state) {
+      for (int c = 0; c < levels.count(); ++c) {
+        const std::size_t next = static_cast<std::size_t>(Levels::next_state(j, c));
+        const double sum = cost[static_cast<std::size_t>(state)] + std::pow(y(j) - levels.level(j, state, c), 2);
+        if (!(sum < after[next])) continue;
+        after[next] = sum;
+        from[static_cast<std::size_t>(j)][next] = {state, c};
+      }
+    }
+    cost = after;
+  }
+  auto state = std::min_element(cost.begin(), cost.end()) - cost.begin();
+  for (int j = count - 1; j >= 0; --j) {
+    const auto [before, c] = from[static_cast<std::size_t>(j)][static_cast<std::size_t>(state)];
+    code(j, static_cast<std::uint8_t>(c));
+    state = before;
+  }
+}
+
+// Codes of a trellis, by the steps of out->step; x in units of a step is 0 where that is 0.
+void quantise_chains(const SideSpec& side, Sealed* out) {
+  const auto at = [&](int j, int c) { return static_cast<std::size_t>(j) * side.dim + c; };
+  const auto y = [&](int j, int c) {
+    const double step = out->step[static_cast<std::size_t>(c / side.group) * out->tokens + j];
+    return step > 0 ? out->x[at(j, c)] / step : 0.0;
+  };
+  if (side.values) {
+    for (int c = 0; c < side.dim; ++c)
+      for (int i = 0; i < 4; ++i)
+        best_path(
+            side.levels, (out->tokens - i + 3) / 4, [&](int j) { return y(4 * j + i, c); },
+            [&](int j, std::uint8_t code) { out->codes[at(4 * j + i, c)] = code; });
+    return;
+  }
+  for (int j = 0; j < out->tokens; ++j)
+    for (int first = 0; first < side.dim; first += side.group)
+      for (int i = 0; i < 4; ++i)
+        best_path(
+            side.levels, (side.group - i + 3) / 4, [&](int n) { return y(j, first + 4 * n + i); },
+            [&](int n, std::uint8_t code) { out->codes[at(j, first + 4 * n + i)] = code; });
+}
+
+// Scales of all codes.
+void fit(const SideSpec& side, Sealed* out) {
+  const std::vector<double> level = levels_of(side, side.levels, out->codes.data(), out->tokens);
+  for (std::size_t s = 0; s < out->step.size(); ++s) {
+    if (!(out->step[s] > 0)) continue;
+    const std::size_t g = s / static_cast<std::size_t>(out->tokens), j = s % static_cast<std::size_t>(out->tokens),
+                      first = j * static_cast<std::size_t>(side.dim) + g * static_cast<std::size_t>(side.group);
+    out->scale_f64[s] = least_squares_scale(out->x.data() + first, level.data() + first, side.group);
+    out->scales[s] = f32_to_f16(static_cast<float>(out->scale_f64[s]));
+  }
+}
+
+// Codes and scales of row j of out->x; of a trellis its steps alone.
 void quantise(const SideSpec& side, const Levels& levels, int j, Sealed* out) {
   const StepRule rule = step_rule(levels, side.scale, side.group);
   for (int g = 0; g < side.groups; ++g) {
@@ -65,28 +133,46 @@ void quantise(const SideSpec& side, const Levels& levels, int j, Sealed* out) {
     }
     const double step = rule.factor * (rule.by_largest ? largest : std::sqrt(squares / side.group));
     if (!(step > 0)) continue;
+    const std::size_t s = static_cast<std::size_t>(g) * out->tokens + j;
+    out->step[s] = step;
+    if (levels.is_trellis()) continue;
+    std::vector<double> level;
     for (int c = 0; c < side.group; ++c) {
       const Nearest best = nearest(levels, xg[c] / step);
       out->codes[first + c] = best.code;
       out->margin[first + c] = best.margin;
+      level.push_back(levels.table[best.code]);
     }
-    const std::size_t s = static_cast<std::size_t>(g) * out->tokens + j;
-    out->step[s] = step;
-    out->scale_f64[s] = side.scale == ScaleRule::abs_max
-                            ? step
-                            : least_squares_scale(levels, xg, out->codes.data() + first, side.group);
+    out->scale_f64[s] = side.scale == ScaleRule::abs_max ? step : least_squares_scale(xg, level.data(), side.group);
     out->scales[s] = f32_to_f16(static_cast<float>(out->scale_f64[s]));
   }
 }
 
 }  // namespace
 
-double least_squares_scale(const Levels& levels, const double* x, const std::uint8_t* codes, int n) {
+std::vector<double> levels_of(const SideSpec& side, const Levels& levels, const std::uint8_t* codes, int tokens) {
+  const auto at = [&](int j, int c) { return static_cast<std::size_t>(j) * side.dim + c; };
+  std::vector<double> found(at(tokens, 0));
+  for (int j = 0; j < tokens; ++j) {
+    for (int c = 0; c < side.dim; ++c) {
+      const int code = codes[at(j, c)];
+      if (!levels.is_trellis()) {
+        found[at(j, c)] = levels.table[static_cast<std::size_t>(code)];
+        continue;
+      }
+      const int place = (side.values ? j : c % side.group) / 4;
+      const int before = place == 0 ? 0 : codes[side.values ? at(j - 4, c) : at(j, c - 4)];
+      found[at(j, c)] = levels.level(place, Levels::next_state(place + 1, before), code);
+    }
+  }
+  return found;
+}
+
+double least_squares_scale(const double* x, const double* level, int n) {
   double xl = 0, ll = 0;
   for (int c = 0; c < n; ++c) {
-    const double level = levels.table[codes[c]];
-    xl += x[c] * level;
-    ll += level * level;
+    xl += x[c] * level[c];
+    ll += level[c] * level[c];
   }
   return ll > 0 ? xl / ll : 0;
 }
@@ -129,6 +215,10 @@ Sealed seal(const SideSpec& side, const double* rows, int tokens, const std::uin
     for (int i = 0; i < d; ++i) x[i] += offset[i];
     quantise(side, side.levels, j, &out);
   }
+  if (side.levels.is_trellis()) {
+    quantise_chains(side, &out);
+    fit(side, &out);
+  }
   return out;
 }
 
@@ -148,12 +238,13 @@ std::vector<int> lightest(const double* values, int tokens, int dim, const std::
 Sealed second_rows(const SideSpec& side, const Levels& levels, const Sealed& sealed, const std::uint8_t* codes,
                    const std::uint16_t* scales, const std::vector<int>& places) {
   Sealed out = zeros(side, levels, static_cast<int>(places.size()));
+  const std::vector<double> first = levels_of(side, side.levels, codes, sealed.tokens);
   for (int row = 0; row < out.tokens; ++row) {
     const std::size_t j = static_cast<std::size_t>(places[row]);
     for (int i = 0; i < side.dim; ++i) {
       const double scale = f16_to_f32(scales[static_cast<std::size_t>(i / side.group) * sealed.tokens + j]);
       const std::size_t at = j * static_cast<std::size_t>(side.dim) + i;
-      out.x[static_cast<std::size_t>(row) * side.dim + i] = sealed.x[at] - scale * side.levels.table[codes[at]];
+      out.x[static_cast<std::size_t>(row) * side.dim + i] = sealed.x[at] - scale * first[at];
     }
     quantise(side, levels, row, &out);
   }
@@ -179,11 +270,12 @@ std::vector<double> dequantise(const SideSpec& side, const std::uint8_t* codes, 
                                const std::uint16_t* mean, int tokens, const double* lambda, const SecondRows* second) {
   const int d = side.dim;
   const std::vector<double> inverse = side.rotation->inverse_f64();
+  const std::vector<double> level = levels_of(side, side.levels, codes, tokens);
   std::vector<double> out(static_cast<std::size_t>(tokens) * d), x(d);
   for (int j = 0; j < tokens; ++j) {
     for (int i = 0; i < d; ++i) {
       const double scale = f16_to_f32(scales[static_cast<std::size_t>(i / side.group) * tokens + j]);
-      x[i] = scale * side.levels.table[codes[static_cast<std::size_t>(j) * d + i]];
+      x[i] = scale * level[static_cast<std::size_t>(j) * d + i];
       if (mean != nullptr) x[i] += f16_to_f32(mean[i]);
     }
     for (std::size_t r = 0; second != nullptr && r < second->places.size(); ++r) {

@@ -10,6 +10,9 @@
 //     abs_max        step = max|x| / Lmax;  scale = fp16(step)
 //   row_j ~ R^-1 (scale_j L[code] + m') / lambda
 //
+// Of a trellis codes are those of the path through a chain (recipe/levels.h) with the least sum of (y - L)^2, masked rows
+// counting as zeros.
+//
 // A value midway between two levels takes the one of larger magnitude; 0 takes code 2^(bits-1),
 // which masked rows and groups of zeros get throughout, with scale 0.
 //
@@ -67,8 +70,11 @@ Sealed second_rows(const SideSpec& side, const Levels& levels, const Sealed& sea
 // As they lie in a head slice of a page.
 SecondRows read_second_rows(const PageSpec& spec, const std::uint8_t* slice);
 
-// sum x L / sum L^2 over n channels: the least-squares scale of given codes.
-double least_squares_scale(const Levels& levels, const double* x, const std::uint8_t* codes, int n);
+// The levels of codes [tokens, dim] of a whole page, in a trellis by those before them.
+std::vector<double> levels_of(const SideSpec& side, const Levels& levels, const std::uint8_t* codes, int tokens);
+
+// sum x L / sum L^2 over n channels: the least-squares scale of given levels.
+double least_squares_scale(const double* x, const double* level, int n);
 
 // [tokens, dim]: R^-1 (scale L + m') / lambda. codes, scales and mean as in Sealed; mean may be null. second: null for
 // none; rows whose token is not below `tokens` are left out.

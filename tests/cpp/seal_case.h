@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -79,13 +80,14 @@ inline PageSpec make_page(const Side& key, const Side& value, int refined = 0) {
   PageSpec p;
   p.key = make_side(key);
   p.value = make_side(value);
+  p.value.values = true;
   p.layout = kv4_make_page_layout(key.dim, value.dim, p.key.groups, p.value.groups, key.mean,
                                   cpu::pad_channels(key.dim), cpu::pad_channels(value.dim),
                                   static_cast<std::uint32_t>(key.bits), static_cast<std::uint32_t>(value.bits),
                                   static_cast<std::uint32_t>(refined));
   p.second = kv4_make_second_layout(p.layout, static_cast<std::uint32_t>(cpu::pad_channels(key.dim)),
                                     static_cast<std::uint32_t>(refined));
-  p.second_levels = levels(key.levels);
+  p.second_levels = second_levels(key.levels);
   return p;
 }
 
@@ -141,18 +143,57 @@ inline std::vector<std::uint16_t> read_u16(const std::uint8_t* p, int n) {
 // Ordered like the values they stand for.
 inline int order_of(std::uint16_t half) { return half & 0x8000 ? -(half & 0x7fff) : half; }
 
+// The least distance of two neighbouring levels.
+inline double least_gap(const Levels& levels) {
+  std::vector<int> all;  // of a trellis those of any state
+  for (int n = levels.negative_base == levels.half() ? 1 : 0; n < levels.count(); ++n)
+    all.push_back(levels.table[static_cast<std::size_t>(n)]);
+  std::sort(all.begin(), all.end());
+  double least = std::numeric_limits<double>::infinity();
+  for (std::size_t n = 0; n + 1 < all.size(); ++n) least = std::min<double>(least, all[n + 1] - all[n]);
+  return least;
+}
+
+// The codes of a trellis follow a path that is as good as the reference's, but for what a kernel cannot tell apart: its
+// y, known to kBoundary of the least distance of two levels, and sums of n squares whose last six bits of 24 are lost.
+inline void check_paths(const SideSpec& spec, const reference::Sealed& r, const std::vector<std::uint8_t>& codes,
+                        const std::vector<double>& level) {
+  const double gap = least_gap(spec.levels);
+  const std::vector<double> best = reference::levels_of(spec, spec.levels, r.codes.data(), kPageTokens);
+  std::map<std::pair<int, int>, std::array<double, 3>> chains;  // squared errors of either path, places
+  for (int j = 0; j < kPageTokens; ++j) {
+    for (int c = 0; c < spec.dim; ++c) {
+      const std::size_t at = static_cast<std::size_t>(j * spec.dim + c);
+      const double step = r.step[static_cast<std::size_t>(c / spec.group * kPageTokens + j)];
+      const double y = step > 0 ? r.x[at] / step : 0;
+      auto& chain = chains[spec.values ? std::pair(c, j % 4) : std::pair(j, c / spec.group * 4 + c % 4)];
+      chain[0] += std::pow(y - level[at], 2);
+      chain[1] += std::pow(y - best[at], 2);
+      chain[2] += 1;
+      ASSERT_LT(codes[at], 16);
+    }
+  }
+  for (const auto& [name, chain] : chains) {
+    const double shift = std::sqrt(chain[2]) * kBoundary * gap, lost = 1 + chain[2] * 0x1p-18;
+    ASSERT_LE(std::sqrt(chain[0]), lost * (std::sqrt(chain[1]) + shift) + shift)
+        << "chain " << name.first << ", " << name.second;
+  }
+}
+
 inline void check_side(const SideSpec& spec, const Rows& rows, const std::uint8_t* skip,
                        const std::vector<double>& lambda, const std::vector<std::uint8_t>& codes,
                        const std::vector<std::uint16_t>& scales, const std::vector<std::uint16_t>& mean) {
   const double* weights = lambda.empty() ? nullptr : lambda.data();
   const reference::Sealed r =
       reference::seal(spec, rows.exact.data(), kPageTokens, skip, weights, mean.empty() ? nullptr : mean.data());
+  const std::vector<double> level = reference::levels_of(spec, spec.levels, codes.data(), kPageTokens);
+  if (spec.levels.is_trellis()) check_paths(spec, r, codes, level);
   for (std::size_t c = 0; c < mean.size(); ++c)
     ASSERT_LE(std::abs(order_of(mean[c]) - order_of(f32_to_f16(static_cast<float>(r.mean_f64[c])))), 1) << c;
   for (int j = 0; j < kPageTokens; ++j) {
     for (int g = 0; g < spec.groups; ++g) {
       const std::size_t first = static_cast<std::size_t>(j) * spec.dim + static_cast<std::size_t>(g) * spec.group;
-      for (std::size_t i = first; i < first + spec.group; ++i) {
+      for (std::size_t i = first; i < first + spec.group && !spec.levels.is_trellis(); ++i) {
         const int off = std::abs(codes[i] - r.codes[i]);
         ASSERT_TRUE(off == 0 || (off == 1 && r.margin[i] < kBoundary))
             << "token " << j << " channel " << i % spec.dim << ": code " << int(codes[i]) << ", reference "
@@ -161,18 +202,10 @@ inline void check_side(const SideSpec& spec, const Rows& rows, const std::uint8_
       const std::size_t s = static_cast<std::size_t>(g) * kPageTokens + j;
       double scale = r.step[s];
       if (scale > 0 && spec.scale == ScaleRule::least_squares)
-        scale = reference::least_squares_scale(spec.levels, r.x.data() + first, codes.data() + first, spec.group);
+        scale = reference::least_squares_scale(r.x.data() + first, level.data() + first, spec.group);
       ASSERT_LE(std::abs(scales[s] - f32_to_f16(static_cast<float>(scale))), 1) << "token " << j << " group " << g;
     }
   }
-}
-
-// The least distance of two neighbouring levels.
-inline double least_gap(const Levels& levels) {
-  double least = std::numeric_limits<double>::infinity();
-  for (int n = levels.negative_base == levels.half() ? 1 : 0; n + 1 < levels.count(); ++n)
-    least = std::min<double>(least, levels.table[n + 1] - levels.table[n]);
-  return least;
 }
 
 // Second rows of a slice's keys, relative to what the first ones of the slice leave. A kernel knows what is left as
@@ -192,6 +225,9 @@ inline void check_second(const PageSpec& spec, const Rows& k, const Rows& v, con
   const reference::Sealed want =
       reference::second_rows(spec.key, spec.second_levels, r, codes.data(), scales.data(), places);
   const double gap = least_gap(spec.key.levels), second_gap = least_gap(spec.second_levels);
+  SideSpec second = spec.key;
+  second.levels = spec.second_levels;
+  const std::vector<double> level = reference::levels_of(second, second.levels, got.codes.data(), rows);
   for (int row = 0; row < rows; ++row) {
     const bool used = row < static_cast<int>(places.size());
     ASSERT_EQ(got.places[row], used ? places[row] : 0) << row;
@@ -214,8 +250,7 @@ inline void check_second(const PageSpec& spec, const Rows& k, const Rows& v, con
       }
       double fit = want.step[s];
       if (fit > 0 && spec.key.scale == ScaleRule::least_squares)
-        fit = reference::least_squares_scale(spec.second_levels, want.x.data() + first, got.codes.data() + first,
-                                             spec.key.group);
+        fit = reference::least_squares_scale(want.x.data() + first, level.data() + first, spec.key.group);
       ASSERT_LE(std::abs(scale - f32_to_f16(static_cast<float>(fit))), 1) << "second row " << row << " group " << g;
     }
   }
@@ -239,6 +274,15 @@ inline Case at_width(Case c, int n) {
   c.key.bits = kBits[n % 4];
   c.value.bits = kBits[(n / 4 + n + 1) % 4];
   c.key.levels = c.value.levels = LevelKind::lloyd_max;
+  return c;
+}
+// The case by a trellis: keys, values or both, the n-th choice.
+inline Case by_trellis(Case c, int n) {
+  for (Side* side : {&c.key, &c.value}) {
+    if (n % 3 == (side == &c.key ? 1 : 2)) continue;
+    side->levels = LevelKind::trellis;
+    side->scale = ScaleRule::least_squares;
+  }
   return c;
 }
 inline Case refined(Case c, int rows) {

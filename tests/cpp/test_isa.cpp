@@ -38,7 +38,8 @@ TEST_F(Isa, PortableIsAlwaysThere) {
 
 // Instruction sets that add integer products to the vectors of another.
 std::string extended_by(const std::string& name) {
-  static const std::map<std::string, std::string> others = {{"amx", "avx512"}, {"avxvnni", "avx2"}, {"i8mm", "neon"}};
+  static const std::map<std::string, std::string> others = {
+      {"amx", "avx512"}, {"avx512vbmi", "avx512"}, {"avxvnni", "avx2"}, {"i8mm", "neon"}};
   const auto found = others.find(name);
   return found == others.end() ? "" : found->second;
 }
@@ -227,12 +228,28 @@ TEST_F(Isa, OperandBits) {
   refined.second.rows = 1;
   for (const std::string& name : cpu::compiled_isas()) {
     const cpu::Kernels& kernels = *cpu::find(name.c_str());
-    EXPECT_EQ(kernels.bytes, name == "avx512") << name;
+    EXPECT_EQ(kernels.bytes, name == "avx512" || name == "avx512vbmi") << name;
     for (int bits : {8, 16}) {
       ASSERT_TRUE(cpu::set_operand_bits(bits).ok());
       EXPECT_EQ(cpu::takes_bytes(kernels, narrow), kernels.bytes && bits == 8) << name;
       EXPECT_FALSE(cpu::takes_bytes(kernels, wide)) << name;
       EXPECT_FALSE(cpu::takes_bytes(kernels, refined)) << name;
+    }
+  }
+}
+
+// Kernels with a matrix unit leave pages of a trellis, on either side, to others of the same vectors.
+TEST_F(Isa, WhoAttendsOverATrellis) {
+  for (const std::string& name : cpu::compiled_isas()) {
+    const cpu::Kernels& kernels = *cpu::find(name.c_str());
+    EXPECT_EQ(kernels.trellis, name == "amx" ? cpu::find("avx512vbmi") : nullptr) << name;
+    if (!cpu::supported(name)) continue;
+    ASSERT_TRUE(cpu::force_isa(name).ok());
+    for (bool keys : {false, true}) {
+      PageSpec spec;
+      EXPECT_EQ(&cpu::attending(spec), &kernels) << name;
+      (keys ? spec.key : spec.value).levels = levels(LevelKind::trellis);
+      EXPECT_EQ(&cpu::attending(spec), kernels.trellis != nullptr ? kernels.trellis : &kernels) << name;
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -48,7 +49,7 @@ TEST(Recipe, RefusalsNameTheField) {
       {"recipe.value.reflectors", [](Recipe& r) { r.value.reflectors = 4; }},
       {"recipe.key.group", [](Recipe& r) { r.key.group = 48; }},
       {"recipe.value.group", [](Recipe& r) { r.value.group = -32; }},
-      {"recipe.key.levels", [](Recipe& r) { r.key.levels = static_cast<LevelKind>(2); }},
+      {"recipe.key.levels", [](Recipe& r) { r.key.levels = static_cast<LevelKind>(3); }},
       {"recipe.key.bits", [](Recipe& r) { r.key.bits = 5; }},
       {"recipe.refined", [](Recipe& r) { r.refined = 3; }},
       {"recipe.refined", [](Recipe& r) { r.refined = -1; }},
@@ -56,6 +57,11 @@ TEST(Recipe, RefusalsNameTheField) {
       {"recipe.value.bits", [](Recipe& r) { r.value.bits = 0; }},
       {"recipe.value.bits", [](Recipe& r) { r.value.bits = -4; }},
       {"recipe.value.levels", [](Recipe& r) { r.value.bits = 3, r.value.levels = LevelKind::uniform; }},
+      {"recipe.key.levels", [](Recipe& r) { r.key.bits = 3, r.key.levels = LevelKind::trellis; }},
+      {"recipe.key.levels", [](Recipe& r) { r = Recipe::paper(), r.key = {.levels = LevelKind::trellis}; }},
+      {"recipe.value.levels", [](Recipe& r) { r = Recipe::paper(), r.value = {.levels = LevelKind::trellis}; }},
+      {"recipe.value.scale",
+       [](Recipe& r) { r.value.levels = LevelKind::trellis, r.value.scale = ScaleRule::abs_max; }},
       {"recipe.value.scale", [](Recipe& r) { r.value.scale = static_cast<ScaleRule>(2); }},
       {"recipe.key.lambda", [](Recipe& r) { r.key.lambda = static_cast<LambdaMode>(3); }},
       {"recipe.value.lambda", [](Recipe& r) { r.value.lambda = LambdaMode::automatic; }},
@@ -184,11 +190,66 @@ double error_of(const Levels& l, const StepRule& rule, int group) {
       for (int t = 0; t + 1 < l.half(); ++t) i += l.twice_threshold[t] <= std::abs(2 * x[c] / step);
       codes[c] = static_cast<std::uint8_t>(x[c] >= 0 ? l.half() + i : l.negative_base - i);
     }
-    const double scale = reference::least_squares_scale(l, x.data(), codes.data(), group);
+    std::vector<double> level;
+    for (std::uint8_t code : codes) level.push_back(l.table[code]);
+    const double scale = reference::least_squares_scale(x.data(), level.data(), group);
     for (std::size_t c = 0; c < x.size(); ++c) left += std::pow(x[c] - scale * l.table[codes[c]], 2);
     all += squares;
   }
   return left / all;
+}
+
+// Of every state and place the levels are one table's, permuted and mirrored; each code is stored so that a state lies
+// beside it in a byte; and in a chain every pair of places can have any two codes.
+TEST(Levels, TrellisIsOneTable) {
+  const Levels& l = levels(LevelKind::trellis);
+  ASSERT_TRUE(l.is_trellis());
+  EXPECT_FALSE(levels(LevelKind::lloyd_max).is_trellis());
+  for (int state = 0; state < Levels::kStates; ++state) {
+    std::set<int> seen;
+    for (int code = 0; code < 16; ++code) {
+      const int level = l.level(1, state, code), swapped = code >> 2 | (code & 3) << 2;
+      EXPECT_EQ(level, (state & 1 ? -1 : 1) * l.level(1, 0, code ^ state >> 1 ^ (state & 1) << 2));
+      EXPECT_EQ(l.level(0, state, swapped), level);
+      EXPECT_EQ(Levels::next_state(0, swapped), Levels::next_state(1, code));
+      EXPECT_GE(level, l.table[0]) << "of which kernels make bytes without a sign";
+      seen.insert(level);
+    }
+    EXPECT_EQ(seen.size(), 16u);
+  }
+}
+
+// Squared errors of Gaussian vectors, which docs/notes/bits.md states.
+TEST(Levels, TrellisOnGaussianVectors) {
+  struct Case {
+    int group;
+    double keys, values;  // chains of values have 16 places alone, and the first has no state to choose
+  };
+  for (const auto& [group, keys, of_values] : {Case{64, .0061, .0063}, {128, .0061, .0065}, {256, .0062, .0068}}) {
+    SideSpec side;
+    side.dim = side.group = group;
+    side.groups = 1;
+    ASSERT_TRUE(Rotation::identity(group, &side.rotation).ok());
+    side.levels = levels(LevelKind::trellis);
+    for (bool values : {false, true}) {
+      side.values = values;
+      cases::Random random(11);
+      double left = 0, all = 0;
+      for (int page = 0; page < 3; ++page) {
+        std::vector<double> rows(static_cast<std::size_t>(kPageTokens * group));
+        for (double& x : rows) x = random.normal();
+        const reference::Sealed r = reference::seal(side, rows.data(), kPageTokens);
+        const std::vector<double> read =
+            reference::dequantise(side, r.codes.data(), r.scales.data(), nullptr, kPageTokens);
+        for (std::size_t i = 0; i < rows.size(); ++i) {
+          left += std::pow(rows[i] - read[i], 2);
+          all += rows[i] * rows[i];
+        }
+      }
+      EXPECT_LT(left / all, values ? of_values : keys) << group << (values ? " values" : " keys");
+      EXPECT_GT(left / all, 1.0 / 256) << "less than any code of 4 bits leaves";
+    }
+  }
 }
 
 TEST(Levels, StepsOfLeastSquaresAreTheBestOfTheirKind) {

@@ -25,7 +25,8 @@ using scene::Shape;
 using scene::Widths;
 
 constexpr Widths kWidths[] = {{2, 3}, {3, 2},    {6, 4},    {8, 6},    {4, 8},
-                              {3, 3}, {4, 4, 1}, {4, 4, 2}, {3, 8, 1}, {6, 3, 2}};
+                              {3, 3}, {4, 4, 1}, {4, 4, 2}, {3, 8, 1}, {6, 3, 2},
+                              {4, 4, 0, true}, {4, 3, 1, true}, {6, 4, 0, true}};
 
 // Shapes made while it lives have these bits.
 class At {
@@ -36,7 +37,8 @@ class At {
 
  private:
   static std::string text(const Widths& w) {
-    return std::to_string(w.k) + " and " + std::to_string(w.v) + " bits, " + std::to_string(w.refined) + " refined";
+    return std::to_string(w.k) + " and " + std::to_string(w.v) + " bits, " + std::to_string(w.refined) + " refined" +
+           (w.trellis ? ", 4 bits by a trellis" : "");
   }
   testing::ScopedTrace trace_;
 };
@@ -101,7 +103,7 @@ TEST_P(EveryWidth, Formats) {
 INSTANTIATE_TEST_SUITE_P(Bits, EveryWidth, testing::ValuesIn(kWidths), [](const auto& info) {
   const Widths& w = info.param;
   return std::to_string(w.k) + "And" + std::to_string(w.v) +
-         (w.refined > 0 ? "Refined" + std::to_string(w.refined) : "");
+         (w.refined > 0 ? "Refined" + std::to_string(w.refined) : "") + (w.trellis ? "Trellis" : "");
 });
 
 TEST(Order, EveryPlaneHasAPlaceForEveryCode) {

@@ -2,6 +2,7 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #define KV4_ISA amx
 #define KV4_EXTENDS avx512
+#define KV4_TRELLIS_BY avx512vbmi
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC's own header initialises the ignored operand of an unmasked intrinsic with itself.
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -29,8 +30,7 @@ static bool ask_for_tiles() {
 }
 
 static bool isa_supported() {
-  static const bool supported = avx512::kernels.supported() && __builtin_cpu_supports("avx512vbmi") &&
-                                supports_amx_int8() && ask_for_tiles();
+  static const bool supported = avx512vbmi::kernels.supported() && supports_amx_int8() && ask_for_tiles();
   return supported;
 }
 

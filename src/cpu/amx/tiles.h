@@ -43,7 +43,7 @@
 
 #include <immintrin.h>
 
-#include "cpu/amx/unpack.h"
+#include "cpu/avx512vbmi/unpack.h"
 #include "cpu/attend.h"
 #include "cpu/target.h"
 #include "cpu/vec.h"
@@ -101,7 +101,7 @@ struct Tiles {
   static KV4_INLINE void unpack(const std::uint8_t* codes, const std::uint8_t* more, const Table& table,
                                 std::uint8_t* to) {
     if constexpr (B == 4) {
-      const __m512i levels = whole512(table);
+      const __m512i levels = avx512vbmi::whole512(table);
       KV4_UNROLL
       for (int i = 0; i < 2; ++i) {
         const __m512i w = _mm512_loadu_si512(codes + 64 * i);
@@ -109,7 +109,7 @@ struct Tiles {
         _mm512_storeu_si512(to + 128 * i + 64, _mm512_permutexvar_epi8(_mm512_srli_epi16(w, 4), levels));
       }
     } else {
-      Unpack<B> unpack(table);
+      avx512vbmi::Unpack<B> unpack(table);
       unpack.load(codes, more);
       // Codes of 8 bits are 128 more than their levels.
       const __m512i offset = avx512::byte512(B == 8 ? 0x80 : 0);

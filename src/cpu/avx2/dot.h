@@ -52,7 +52,7 @@ struct Dot {
   [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
                                       const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
                                       const Table& table, const std::uint8_t* next, std::int32_t* sums, std::size_t) {
-    using Steps = kv4::cpu::Steps<B, B == 4>;
+    using Steps = kv4::cpu::Steps<B, true>;
     // With few rows the latency of the additions binds: each row then has several sums.
     constexpr int kChains = R == 1 ? 4 : R <= 3 ? 2 : 1;
     Pairs<B> pairs(table);

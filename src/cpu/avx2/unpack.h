@@ -1,7 +1,7 @@
 // Codes of 8 lanes by 16 positions (layout.h) as bytes L[n] - L[0], four positions of each lane a register.
 //
 // Instructions for 16 positions, beside loads: 2 bits 3 shifts, 2 ands, 4 vpshufb; 3 bits 5 shifts, 4 ands, 2 ors, 4
-// vpshufb; 4 bits 2, 4, 4; 6 bits 9 shifts, 4 ands, 16 vpshufb, 12 vpblendvb; 8 bits none. vpshufb looks at bits 0 to 3
+// vpshufb; 4 bits 2, 4, 4, of a trellis 10, 4, 16 and 12 vpblendvb; 6 bits 9 shifts, 4 ands, 16 vpshufb, 12 vpblendvb; 8 bits none. vpshufb looks at bits 0 to 3
 // and 7 of an index alone, so that nibbles below 8 need no mask. Included in a target region.
 #pragma once
 
@@ -40,6 +40,40 @@ struct Unpack<4> {
   template <int i>
   KV4_INLINE __m256i bytes() const {
     return _mm256_shuffle_epi8(table, _mm256_and_si256(shift256<4 * i>(codes), mask));
+  }
+};
+
+// A table of 16 for each state, those of even places and of odd ones.
+template <>
+struct Unpack<kTrellis> {
+  __m256i table[2][4], mask = byte256(15), codes{}, before{};
+  int half = 0;
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) {
+    KV4_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      table[0][n] = part256(t, 16 * n);
+      table[1][n] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(t.odd + 16 * n)));
+    }
+  }
+  KV4_INLINE void begin(int h) {
+    half = h;
+    codes = __m256i{};
+  }
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) {
+    before = codes;
+    codes = load256(first + 32 * half);
+  }
+  template <int i>
+  KV4_INLINE __m256i bytes() const {
+    const __m256i code = _mm256_and_si256(shift256<4 * i>(codes), mask);
+    // The two bits of the state at the top of each byte, where a blend asks for them: bits 4 and 5 of the byte before,
+    // or 2 and 3 of this one.
+    const __m256i low = i == 0 ? shift256<-3>(before) : shift256<-5>(codes),
+                  high = i == 0 ? shift256<-2>(before) : shift256<-4>(codes);
+    const auto level = [&](int n) KV4_INLINE_LAMBDA { return _mm256_shuffle_epi8(table[i][n], code); };
+    return _mm256_blendv_epi8(_mm256_blendv_epi8(level(0), level(1), low), _mm256_blendv_epi8(level(2), level(3), low),
+                              high);
   }
 };
 

@@ -20,8 +20,9 @@
 
 namespace kv4::cpu::avx512 {
 
-// kHalves 1: v is a byte. kWeights: one without a sign, and the levels are the signed operand.
-template <int kHalves, bool kWeights = false>
+// Unpack: unpack.h's, or that of an instruction set that adds to this one. kHalves 1: v is a byte. kWeights: one without
+// a sign, and the levels are the signed operand.
+template <template <int> class Unpack, int kHalves, bool kWeights = false>
 struct Products {
   static constexpr int kLimit = kHalves == 2 ? 32512 : kWeights ? 255 : 127;
   static constexpr int kAccumulators = 24;
@@ -79,7 +80,7 @@ struct Products {
   static KV4_INLINE void part(const std::uint8_t* codes, const std::uint8_t* more, int octets,
                               const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
                               const Table& table, const std::uint8_t* next, std::int32_t* sums, std::size_t stride) {
-    using Steps = kv4::cpu::Steps<B, B == 4>;
+    using Steps = kv4::cpu::Steps<B, true>;
     constexpr int kRows = kEnd - kBegin;
     // With few rows the latency of vpdpbusd binds: the two halves of an octet then have sums of their own.
     constexpr int kChains = kRows * N * kHalves <= 8 ? 2 : 1;
@@ -90,7 +91,8 @@ struct Products {
       for (int r = 0; r < kRows; ++r) {
         KV4_UNROLL
         for (int n = 0; n < N; ++n) {
-          sum[0][c][r][n] = sum[kHalves - 1][c][r][n] = _mm512_setzero_si512();
+          KV4_UNROLL
+          for (int h = 0; h < kHalves; ++h) sum[h][c][r][n] = _mm512_setzero_si512();
           if (c == 0) sum[kHalves - 1][c][r][n] = _mm512_set1_epi32(start[(kBegin + r) * start_stride]);
         }
       }
@@ -166,10 +168,12 @@ struct Products {
   }
 };
 
-struct Dot : Products<2> {
+template <template <int> class Unpack>
+struct DotOf : Products<Unpack, 2> {
   // Where bytes are enough (attend_pages.inl).
-  using ByteKeys = Products<1>;
-  using ByteWeights = Products<1, true>;
+  using ByteKeys = Products<Unpack, 1>;
+  using ByteWeights = Products<Unpack, 1, true>;
 };
+using Dot = DotOf<Unpack>;
 
 }  // namespace kv4::cpu::avx512

@@ -1,12 +1,13 @@
 // Codes of 16 lanes by 16 positions (layout.h) as bytes L[n] - L[0], four positions of each lane a register.
 //
-// Instructions for 16 positions, beside loads; with VBMI (amx/unpack.h) a table of 64 is one vpermb, which ignores what
+// Instructions for 16 positions, beside loads; with VBMI (avx512vbmi/unpack.h) a table of 64 is one vpermb, which ignores what
 // stands above an index:
 //
 //            AVX-512BW                                                          VBMI
 //   2 bits   3 shifts, 2 ands, 4 vpshufb: 9                                     3 shifts, 4 vpermb: 7
 //   3        5 shifts, 1 and, 2 vpternlogd, 4 vpshufb: 12                       5 shifts, 2 vpternlogd, 4 vpermb: 11
-//   4        2 shifts, 4 ands, 4 vpshufb: 10                                    the same
+//   4        2 shifts, 4 ands, 4 vpshufb: 10                                    2 shifts, 4 vpermb: 6
+//   trellis  2 shifts, 4 ands, 8 vptestmb, 16 vpshufb, 4 blends: 34             2 shifts, 2 vpternlogd, 4 vpermb: 8
 //   6        2 shifts, 4 ands, 8 vptestmb, 16 vpshufb, 4 blends: 34             5 shifts, 4 vpternlogd, 4 vpermb: 13
 //   8        none
 //
@@ -116,6 +117,40 @@ struct Unpack<3> : Threes<true> {
   }
 };
 
+// Among four tables of 16 by the low nibbles of `low` and two masks.
+KV4_INLINE __m512i look_up_64(const __m512i (&table)[4], __m512i low, __mmask64 odd, __mmask64 upper) {
+  const __m512i a = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(table[0], low), odd, table[1], low);
+  const __m512i b = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(table[2], low), odd, table[3], low);
+  return _mm512_mask_mov_epi8(a, upper, b);
+}
+
+// A table of 16 for each state, those of even places and of odd ones.
+template <>
+struct Unpack<kTrellis> {
+  __m512i table[2][4]{}, codes{}, before{};
+
+  KV4_INLINE Unpack() {}
+  explicit KV4_INLINE Unpack(const LevelTable& t) {
+    KV4_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      table[0][n] = part512(t, 16 * n);
+      table[1][n] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(t.odd + 16 * n)));
+    }
+  }
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) {
+    before = codes;
+    codes = _mm512_loadu_si512(first);
+  }
+  template <int i>
+  KV4_INLINE __m512i bytes() const {
+    const __m512i state = i == 0 ? before : codes;
+    constexpr int kState = i == 0 ? 4 : 2;  // its first bit
+    return look_up_64(table[i], _mm512_and_si512(shift512<4 * i>(codes), byte512(15)),
+                      _mm512_test_epi8_mask(state, byte512(1 << kState)),
+                      _mm512_test_epi8_mask(state, byte512(2 << kState)));
+  }
+};
+
 // Four tables of 16, chosen from by two bits of the second plane.
 template <>
 struct Unpack<6> : Sixes {
@@ -129,11 +164,8 @@ struct Unpack<6> : Sixes {
   template <int i>
   KV4_INLINE __m512i bytes() const {
     const __m512i low = _mm512_and_si512(shift512<i % 2 * 4>(four[i / 2]), byte512(15));
-    const __mmask64 odd = _mm512_test_epi8_mask(two, byte512(1 << 2 * i)),
-                    upper = _mm512_test_epi8_mask(two, byte512(2 << 2 * i));
-    const __m512i a = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(table[0], low), odd, table[1], low);
-    const __m512i b = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(table[2], low), odd, table[3], low);
-    return _mm512_mask_mov_epi8(a, upper, b);
+    return look_up_64(table, low, _mm512_test_epi8_mask(two, byte512(1 << 2 * i)),
+                      _mm512_test_epi8_mask(two, byte512(2 << 2 * i)));
   }
 };
 

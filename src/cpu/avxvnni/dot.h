@@ -53,7 +53,7 @@ struct Dot : avx2::Dot {
   static KV4_INLINE void part(const std::uint8_t* codes, const std::uint8_t* more, int octets,
                               const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
                               const Table& table, const std::uint8_t* next, std::int32_t* sums) {
-    using Steps = kv4::cpu::Steps<B, B == 4>;
+    using Steps = kv4::cpu::Steps<B, true>;
     constexpr int kRows = kEnd - kBegin;
     avx2::Unpack<B> unpack(table);
     for (int half = 0; half < 2; ++half) {

@@ -29,9 +29,9 @@ struct Dot : neon::Dot {
                                       const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
                                       const Table& table, const std::uint8_t* next, std::int32_t* sums, std::size_t) {
     if constexpr (R == 1) return products<R, B>(codes, more, octets, operands, start, start_stride, table, next, sums);
-    using Steps = kv4::cpu::Steps<B, B == 4>;
+    using Steps = kv4::cpu::Steps<B, true>;
     constexpr int kColumns = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // of 16 bytes, at a time: 16 sums at most
-    const neon::Unpack<B> unpack(table);
+    const auto unpack = neon::unpack_from<neon::Unpack<B>>(table, codes);
     for (int column = 0; column < 4; column += kColumns) {
       // Lanes: h and l of the first token, h and l of the second.
       int32x4_t first[kColumns][R], second[kColumns][R];

@@ -49,9 +49,9 @@ struct Dot {
   static KV4_INLINE void products(const std::uint8_t* codes, const std::uint8_t* more, int octets,
                                   const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
                                   const Table& table, const std::uint8_t* next, std::int32_t* sums) {
-    using Steps = kv4::cpu::Steps<B, B == 4>;
+    using Steps = kv4::cpu::Steps<B, true>;
     constexpr int kQuarters = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // 16-byte columns at a time: 16 sums at most
-    const Unpack<B> unpack(table);
+    const auto unpack = unpack_from<Unpack<B>>(table, codes);
     for (int quarter = 0; quarter < 4; quarter += kQuarters) {
       int32x4_t high[kQuarters][R], low[kQuarters][R];
       KV4_UNROLL
@@ -126,8 +126,8 @@ struct Dot {
   [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
                                       const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
                                       const Table& table, const std::uint8_t* next, std::int32_t* sums, std::size_t) {
-    using Steps = kv4::cpu::Steps<B, B == 4>;
-    const Pairs<B> unpack(table);
+    using Steps = kv4::cpu::Steps<B, true>;
+    const auto unpack = unpack_from<Pairs<B>>(table, codes);
     for (int quarter = 0; quarter < 4; ++quarter) {
       int32x4_t first[R], second[R];
       KV4_UNROLL

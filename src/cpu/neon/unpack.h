@@ -64,6 +64,40 @@ struct Unpack<3> {
   }
 };
 
+// Of a trellis a register of the octet before goes along; the first octet of a block, at `start`, has none.
+template <>
+struct Unpack<kTrellis> {
+  struct Codes {
+    uint8x16_t now, before;
+  };
+  uint8x16x4_t even, odd;
+  const std::uint8_t* start = nullptr;
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) {
+    KV4_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      even.val[n] = vld1q_u8(t.levels + 16 * n);
+      odd.val[n] = vld1q_u8(t.odd_by_byte + 16 * n);
+    }
+  }
+  KV4_INLINE Codes load(const std::uint8_t* first, const std::uint8_t*, int quarter) const {
+    const std::uint8_t* const at = first + 16 * quarter;
+    return {vld1q_u8(at), first == start ? vdupq_n_u8(0) : vld1q_u8(at - 64)};
+  }
+  template <int i>
+  KV4_INLINE uint8x16_t bytes(const Codes& w) const {
+    if constexpr (i == 0) return vqtbl4q_u8(even, low_bits(choose128(15, w.now, w.before), 63));
+    else return vqtbl4q_u8(odd, shift128<2>(w.now));
+  }
+};
+// The block of an unpacker begins at `codes`.
+template <class U>
+KV4_INLINE U unpack_from(const LevelTable& t, const std::uint8_t* codes) {
+  U unpack(t);
+  if constexpr (requires { unpack.start; }) unpack.start = codes;
+  return unpack;
+}
+
 template <>
 struct Unpack<6> {
   struct Codes {

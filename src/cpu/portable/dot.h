@@ -22,7 +22,8 @@ struct Dot {
   };
   static Table table(const Levels& l) {
     Table t;
-    std::copy_n(l.table.data(), l.count(), t.levels);
+    if (l.is_trellis()) std::copy_n(l.trellis.data(), 2 * Levels::kStates * l.count(), t.levels);
+    else std::copy_n(l.table.data(), l.count(), t.levels);
     return t;
   }
   // What sums must start from when the table is offset; `sum` is the sum of v.
@@ -48,10 +49,11 @@ struct Dot {
   [[gnu::noinline]] static void block(const std::uint8_t* codes, const std::uint8_t* more, int octets,
                                       const std::uint8_t* operands, const std::int32_t* start, std::size_t start_stride,
                                       const Table& table, const std::uint8_t* next, std::int32_t* sums, std::size_t) {
-    constexpr int kFirst = first_plane(B), kSecond = B - kFirst;
+    constexpr int kFirst = first_plane(B), kSecond = later_plane(B);
     std::int32_t acc[R][16];
     for (int r = 0; r < R; ++r)
       for (int lane = 0; lane < 16; ++lane) acc[r][lane] = start[r * start_stride];
+    unsigned last[4][16] = {};  // of a trellis, the codes before
     for (int o = 0; o < octets; o += 2) {
       for (int b = 0; b < step_bytes(kFirst); b += 64) __builtin_prefetch(next + b);
       std::int16_t levels[16][16];
@@ -59,6 +61,11 @@ struct Dot {
         for (int lane = 0; lane < 16; ++lane) {
           unsigned code = read<kFirst>(codes, lane, i);
           if constexpr (kSecond > 0) code |= read<kSecond>(more, lane, i) << kFirst;
+          if constexpr (B == kTrellis) {
+            const int place = i / 4, state = Levels::next_state(place + 1, static_cast<int>(last[i % 4][lane]));
+            last[i % 4][lane] = code;
+            code += static_cast<unsigned>(16 * (place % 2 * Levels::kStates + state));
+          }
           levels[i][lane] = table.levels[code];
         }
       }
