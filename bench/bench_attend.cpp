@@ -1,7 +1,7 @@
 // Attention of one call on the CPU, for every instruction set of this machine and all threads (or
 // KV4_BENCH_THREADS). Names: what / isa / geometry / tokens.
 //   decode  one query token over a cache of the default recipe: 4 sinks, pages, 64 to 127 exact tokens; also of
-//           other widths, K and V bits of keys and of values, and with a refined key a page
+//           other widths, K and V bits of keys and of values, with a refined key a page, and of a trellis
 //   exact   one query token over as many exact fp16 tokens
 //   chunk   64 query tokens over pages
 //   prefill causal attention of as many queries as exact fp16 tokens
@@ -42,8 +42,8 @@ std::shared_ptr<const Scene> scene_of(const Shape& s, const Held& held) {
   static std::map<std::string, std::shared_ptr<const Scene>> kept;
   static std::size_t bytes = 0;
   std::string key;
-  for (std::int64_t x :
-       {s.kv_heads, s.group, s.dim_k, s.bits.k, s.bits.v, s.bits.refined, held.sinks, held.page_tokens, held.window})
+  for (std::int64_t x : {s.kv_heads, s.group, s.dim_k, s.bits.k, s.bits.v, s.bits.refined, s.bits.trellis ? 1 : 0,
+                         held.sinks, held.page_tokens, held.window})
     key += std::to_string(x) + " ";
   if (const auto found = kept.find(key); found != kept.end()) return found->second;
   const auto made = std::make_shared<const Scene>(s, std::vector<Held>{held}, false);
@@ -116,6 +116,7 @@ const bool registered = [] {
       add(isa, {"decode-K6V6", g, 32768, 1, true, {6, 6}});
       add(isa, {"decode-K8V8", g, 32768, 1, true, {8, 8}});
       add(isa, {"decode-refined", g, 32768, 1, true, {4, 4, 1}});
+      for (int tokens : {4096, 32768}) add(isa, {"decode-trellis", g, tokens, 1, true, {4, 4, 0, true}});
       add(isa, {"chunk", g, 4096, 64, true});
       add(isa, {"prefill", g, 1024, 1024, false});
     }

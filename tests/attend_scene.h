@@ -18,7 +18,7 @@
 namespace kv4::scene {
 
 // Bits of a code of keys and of values, and refined keys, of the shapes made from now on. Levels of other than 4 bits
-// are lloyd_max; trellis: those of 4 bits are a trellis's.
+// are lloyd_max; trellis: those of up to 4 bits are a trellis's.
 struct Widths {
   int k = 4, v = 4, refined = 0;
   bool trellis = false;
@@ -155,12 +155,15 @@ class Scene {
     return x;
   }
 
-  LevelKind kind() const { return shape_.bits.trellis ? LevelKind::trellis : shape_.levels; }
+  LevelKind kind(int bits) const {
+    if (shape_.bits.trellis && bits <= 4) return LevelKind::trellis;
+    return bits == 4 ? shape_.levels : LevelKind::lloyd_max;
+  }
   void make_side(SideSpec& side, int dim, int group, bool mean, int bits) {
     side.dim = dim;
     side.group = group == 0 ? dim : group;
     side.groups = dim / side.group;
-    side.levels = levels(bits == 4 ? kind() : LevelKind::lloyd_max, bits);
+    side.levels = levels(kind(bits), bits);
     side.mean = mean;
     switch (shape_.rotation) {
       case RotationKind::identity: static_cast<void>(Rotation::identity(dim, &side.rotation)); break;
@@ -186,7 +189,7 @@ class Scene {
         refined);
     spec_.second = kv4_make_second_layout(spec_.layout, channels_k, refined);
     spec_.value.values = true;
-    spec_.second_levels = second_levels(shape_.bits.k == 4 ? kind() : LevelKind::lloyd_max);
+    spec_.second_levels = second_levels(kind(shape_.bits.k));
   }
 
   void fill_slice(cases::Random& random, int tokens, std::uint8_t* slice, std::vector<std::uint8_t>& k,

@@ -15,8 +15,8 @@ constexpr int kMostRefined = 2;  // of Recipe::refined
 enum class LevelKind : std::uint8_t {
   lloyd_max = 0,  // those of a Gaussian as int8, at 4 bits +-{6, 18, 31, 44, 58, 75, 96, 127}; at 8 even ones
   uniform = 1,    // -7 ... 7, of 4 bits
-  trellis = 2     // of 4 bits, each with two bits of the code before it: two thirds of lloyd_max's squared error.
-                  // Whole pages alone (SealMode::page), scale least_squares; on the CPU
+  trellis = 2     // of 2 to 4 bits, each with two bits of the code before it: 3/4 of lloyd_max's squared error at 2
+                  // bits, 2/3 at 3 and 4. Whole pages alone (SealMode::page), scale least_squares; on the CPU
 };
 enum class ScaleRule : std::uint8_t {
   least_squares = 0,  // codes nearest to x / step, step by max|x| or rms(x); scale = sum x L / sum L^2

@@ -62,7 +62,8 @@ SideRecipe side(nb::handle s, const std::string& which) {
   out.seed = value_of<std::uint64_t>(s, "seed", field("seed").c_str());
   out.group = value_of<int>(s, "group", field("group").c_str());
   out.bits = value_of<int>(s, "bits", field("bits").c_str());
-  out.levels = static_cast<LevelKind>(choice(s, "levels", field("levels").c_str(), {"lloyd_max", "uniform", "trellis"}));
+  out.levels =
+      static_cast<LevelKind>(choice(s, "levels", field("levels").c_str(), {"lloyd_max", "uniform", "trellis"}));
   out.scale = static_cast<ScaleRule>(choice(s, "scale", field("scale").c_str(), {"least_squares", "abs_max"}));
   out.mean = value_of<bool>(s, "mean", field("mean").c_str());
   out.lambda = static_cast<LambdaMode>(choice(s, "lambda_", field("lambda_").c_str(), {"none", "auto", "given"}));

@@ -30,9 +30,9 @@ class Side:
     seed: of the rotation's signs or reflectors; the same seed gives the same rotation on every machine.
     group: channels per scale, 0 for the whole vector, else 128, 64 or 32.
     bits: of a code, 2, 3, 4, 6 or 8: on a CUDA device 2 to 4, on an Apple GPU 4.
-    levels: "lloyd_max" (of a Gaussian), "uniform" (-7 ... 7, of 4 bits) or "trellis" (of 4 bits, each with two bits of
-        the code before it: two thirds of lloyd_max's squared error; on the CPU, with seal="page" and
-        scale="least_squares"). scale: "least_squares" or "abs_max".
+    levels: "lloyd_max" (of a Gaussian), "uniform" (-7 ... 7, of 4 bits) or "trellis" (of 2 to 4 bits, each with two
+        bits of the code before it: 3/4 of lloyd_max's squared error at 2 bits, 2/3 at 3 and 4; on the CPU, with
+        seal="page" and scale="least_squares"). scale: "least_squares" or "abs_max".
     mean: keys only, subtract the page's mean. lambda_: "auto" (keys only), "given" or "none".
     """
 
@@ -89,7 +89,9 @@ class Recipe:
                     f"recipe.bits: expected without bits of a side; got recipe.{name}.bits {side.bits} too"
                 )
             if side.levels == "uniform":
-                raise ValueError(f"recipe.bits: expected with lloyd_max or trellis levels; got recipe.{name}.levels uniform")
+                raise ValueError(
+                    f"recipe.bits: expected with lloyd_max or trellis levels; got recipe.{name}.levels uniform"
+                )
         if self.seal == "never":
             raise ValueError("recipe.bits: expected with a recipe that seals; got recipe.seal never")
 
@@ -114,12 +116,12 @@ class Recipe:
 
     def with_bits(self, key: int, value: int) -> Recipe:
         """The same with codes of so many bits; `Recipe().with_bits(4, 3)` takes 3.75 bits a value at head dim 128. A
-        side of a trellis has one where its codes have 4 bits, elsewhere lloyd_max levels."""
+        side of a trellis keeps it up to 4 bits; wider codes have lloyd_max levels."""
         if self.bits is None and (key, value) == (self.key.bits, self.value.bits):
             return self
 
         def side(given: Side, bits: int) -> Side:
-            levels = "lloyd_max" if given.levels == "trellis" and bits != 4 else given.levels
+            levels = "lloyd_max" if given.levels == "trellis" and bits > 4 else given.levels
             return dataclasses.replace(given, bits=bits, levels=levels)
 
         sides = {"key": side(self.key, key), "value": side(self.value, value)}

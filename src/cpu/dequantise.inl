@@ -38,8 +38,8 @@ struct SecondPlaces {
   int rows = 0;
 };
 
-// The levels of a quad of channels at q, of tokens t ... of a trellis: its codes, and those before them in their chains,
-// are in `quads`. table: of even places and of odd ones.
+// The levels of a quad of channels at q, of tokens t ... of a trellis: its codes, and those before them in their
+// chains, are in `quads`. table: of even places and of odd ones.
 template <class Isa>
 KV4_INLINE typename Isa::I trellis_levels(const SideSpec& spec, const ByteTable<Isa, 4> (&table)[2],
                                           const std::int32_t* quads, int q, int t) {
@@ -56,7 +56,7 @@ KV4_INLINE typename Isa::I trellis_levels(const SideSpec& spec, const ByteTable<
     if (4 * q % spec.group != 0) before = load_as<I>(at - kPageTokens);
     odd = -(I{} + (q % 2));
   }
-  const I pairs = trellis_pairs<I>(load_as<I>(at), before, odd);
+  const I pairs = trellis_pairs<I>(spec.levels.bits, load_as<I>(at), before, odd);
   return (table[0].lookup(pairs) & ~odd) | (table[1].lookup(pairs) & odd);
 }
 
@@ -75,8 +75,10 @@ void dequantise_side(const SideSpec& spec, const std::uint8_t* scales, const std
   for (int c = d; c < pad_channels(d); ++c) scratch.mean[c] = 0.0f;
   ByteTable<Isa, 4> table, by_place[2];
   table.set(reinterpret_cast<const std::uint8_t*>(spec.levels.table.data()));
-  if constexpr (kLookUp == LookUp::trellis)
-    for (int i = 0; i < 2; ++i) by_place[i].set(reinterpret_cast<const std::uint8_t*>(&spec.levels.trellis[64 * i]));
+  if constexpr (kLookUp == LookUp::trellis) {
+    const TrellisTables<Isa> tables(spec.levels);
+    for (int i = 0; i < 2; ++i) by_place[i] = tables.bytes[i];
+  }
 
   for (int t = first / L * L; t < end; t += L) {
     for (int g = 0; g < spec.groups; ++g) {
@@ -87,7 +89,8 @@ void dequantise_side(const SideSpec& spec, const std::uint8_t* scales, const std
         const I quad = load_as<I>(scratch.quads + c / 4 * kPageTokens + t);
         I level;
         if constexpr (kLookUp == LookUp::none) level = quad ^ every_byte<I>(0x80);
-        else if constexpr (kLookUp == LookUp::trellis) level = trellis_levels<Isa>(spec, by_place, scratch.quads, c / 4, t);
+        else if constexpr (kLookUp == LookUp::trellis)
+          level = trellis_levels<Isa>(spec, by_place, scratch.quads, c / 4, t);
         else if constexpr (kLookUp == LookUp::one) level = SealOps::lookup16(table.part[0], quad);
         else level = table.lookup(quad);
         for (int k = 0; k < 4; ++k) {
@@ -137,7 +140,7 @@ void dequantise(const PageSpec& spec, const std::uint8_t* slice, const float* la
     const int bits = spec.key.levels.bits;
     unpack_of<Isa>(true, bits)(slice + at.k_codes, pad_channels(spec.key.dim), first, count, parts.quads);
     dequantise_side_of<Isa>(spec.key.levels)(spec.key, slice + at.k_scales, spec.key.mean ? slice + at.k_mean : nullptr,
-                                  {slice + spec.second.places, rows}, lambda_k, first, count, k, parts);
+                                             {slice + spec.second.places, rows}, lambda_k, first, count, k, parts);
   }
   if (v != nullptr) {
     const DequantiseScratch parts(spec.value.dim, Isa::kLanes, 0, scratch);
@@ -146,7 +149,8 @@ void dequantise(const PageSpec& spec, const std::uint8_t* slice, const float* la
     const int before = first / Isa::kLanes * Isa::kLanes, from = std::max(0, before - 4);
     unpack_of<Isa>(false, bits)(slice + at.v_codes, pad_channels(spec.value.dim), from, first + count - from,
                                 parts.quads);
-    dequantise_side_of<Isa>(spec.value.levels)(spec.value, slice + at.v_scales, nullptr, {}, lambda_v, first, count, v, parts);
+    dequantise_side_of<Isa>(spec.value.levels)(spec.value, slice + at.v_scales, nullptr, {}, lambda_v, first, count, v,
+                                               parts);
   }
 }
 

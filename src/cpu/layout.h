@@ -32,13 +32,18 @@ constexpr int kStepPositions = 16;  // that a plane holds side by side
 
 constexpr int pad_channels(int d) { return (d + 15) / 16 * 16; }
 
-// Codes as kernels are compiled for them: those of a width, whose number this is, or of a trellis of 4 bits.
-constexpr int kTrellis = 1;
+// Codes as kernels are compiled for them: of a width, whose number this is, and more than that by kTrellis where they
+// are a trellis's.
+constexpr int kTrellis = 16;
+constexpr bool is_trellis(int coding) { return coding >= kTrellis; }
+constexpr int bits_of(int coding) { return coding % kTrellis; }
+
 // Bits of a code in the first plane; the others are in the second.
 constexpr int first_plane(int coding) {
-  return coding == kTrellis ? 4 : coding == 3 ? 2 : coding == 6 ? 4 : coding;
+  const int bits = bits_of(coding);
+  return bits == 3 ? 2 : bits == 6 ? 4 : bits;
 }
-constexpr int later_plane(int coding) { return coding == kTrellis ? 0 : coding - first_plane(coding); }
+constexpr int later_plane(int coding) { return bits_of(coding) - first_plane(coding); }
 // Bytes of 16 lanes by 16 positions in a plane of so many bits.
 constexpr int step_bytes(int plane) { return 32 * plane; }
 // Where the second plane of a side begins, in bytes from its first.

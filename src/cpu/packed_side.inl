@@ -126,7 +126,9 @@ struct PackedSide : SidePlanes {
 
   PackedSide(const SideSpec& side, std::size_t at) : SidePlanes(side, at), table(D::table(side.levels)) {
     switch (coding_of(side.levels)) {
-      case kTrellis: take<kTrellis>(); break;
+      case kTrellis + 2: take<kTrellis + 2>(); break;
+      case kTrellis + 3: take<kTrellis + 3>(); break;
+      case kTrellis + 4: take<kTrellis + 4>(); break;
       case 2: take<2>(); break;
       case 3: take<3>(); break;
       case 6: take<6>(); break;
@@ -153,7 +155,7 @@ struct PackedSide : SidePlanes {
   template <int B>
   void take() {
     // Bytes are never chosen for wider codes, and have no code for them.
-    constexpr int kBits = D::kLimit <= 255 && B > 4 ? 4 : B;
+    constexpr int kBits = D::kLimit <= 255 && bits_of(B) > 4 ? 4 : B;
     blocks[0] = kDotBlocks<D, kBits, 1>;
     if constexpr (D::kBlocks == 2) blocks[1] = kDotBlocks<D, kBits, 2>;
   }

@@ -308,7 +308,7 @@ void take_left(const SealSide& s, const SealScratch& scratch, int t, int lane, f
       int level = spec.levels.table[static_cast<std::size_t>(code)];
       if (spec.levels.is_trellis()) {
         const int before = place > 0 ? scratch.quads[(c / 4 - 1) * kPageTokens + t + lane] >> (8 * (c % 4)) & 0xff : 0;
-        level = spec.levels.level(place, Levels::next_state(place + 1, before), code);
+        level = spec.levels.level(place, spec.levels.next_state(place + 1, before), code);
       }
       left[c * L] = scratch.x[c * L + lane] - scale * static_cast<float>(level);
     }
@@ -445,19 +445,23 @@ void seal_trellis_values(const SealSide& s, const SealScratch& scratch) {
     }
   }
   const TrellisTables<Isa> tables(spec.levels);
+  const auto chains = spec.levels.bits == 2   ? seal_chains<Isa, 2>
+                      : spec.levels.bits == 3 ? seal_chains<Isa, 3>
+                                              : seal_chains<Isa, 4>;
   for (int g = 0; g < spec.groups; ++g)
-    seal_chains<Isa>(tables, scratch.trellis, g, g * spec.group, spec.groups == 1 ? padded : (g + 1) * spec.group, d,
-                     padded, s.codes, s.scales);
+    chains(tables, scratch.trellis, g, g * spec.group, spec.groups == 1 ? padded : (g + 1) * spec.group, d, padded,
+           s.codes, s.scales);
 }
 
 // Keys of a group by a trellis: the scale of each lane.
 template <class Isa>
 typename Isa::F trellis_keys(const SealScratch& scratch, float* x, const float* correction, int n, const StepRule& rule,
-                             const TrellisTables<Isa>& tables, typename Isa::F live, std::int32_t* quads) {
+                             int bits, const TrellisTables<Isa>& tables, typename Isa::F live, std::int32_t* quads) {
   const auto measured = rule.by_largest ? measure<Isa, true>(x, correction, n) : measure<Isa, false>(x, correction, n);
   typename Isa::F step, inverse;
   step_of<Isa>(measured, n, rule, live, 1.0f, step, inverse);
-  return trellis_group<Isa>(tables, x, n, step, inverse, scratch.trellis.back, quads);
+  const auto group = bits == 2 ? trellis_group<Isa, 2> : bits == 3 ? trellis_group<Isa, 3> : trellis_group<Isa, 4>;
+  return group(tables, x, n, step, inverse, scratch.trellis.back, quads);
 }
 
 // refined: tokens whose rest goes to scratch.left.
@@ -501,8 +505,9 @@ void seal_side(const SealSide& s, const SealScratch& scratch, PackCodes pack, co
       std::int32_t* quads = scratch.quads + c / 4 * kPageTokens + t;
       float* x = scratch.x + c * L;
       const F lanes = Isa::load(live);
-      const F scale = trellis ? trellis_keys<Isa>(scratch, x, correction, spec.group, rule, tables, lanes, quads)
-                              : quantise(x, correction, spec.group, rule, levels, lanes, quads);
+      const F scale =
+          trellis ? trellis_keys<Isa>(scratch, x, correction, spec.group, rule, spec.levels.bits, tables, lanes, quads)
+                  : quantise(x, correction, spec.group, rule, levels, lanes, quads);
       alignas(64) std::uint16_t halves[L];
       Isa::store_f16(halves, scale);
       const int begin = t < s.first ? s.first - t : 0, count = (t + L < end ? L : end - t) - begin;

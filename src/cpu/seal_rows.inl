@@ -22,7 +22,8 @@ struct SealScratch {
   TrellisScratch trellis;
   std::size_t bytes;
 
-  SealScratch(const SideSpec& spec, int lanes, bool refined, void* block) : SealScratch(spec, lanes, refined, Parts(block)) {}
+  SealScratch(const SideSpec& spec, int lanes, bool refined, void* block)
+      : SealScratch(spec, lanes, refined, Parts(block)) {}
 
  private:
   SealScratch(const SideSpec& spec, int lanes, bool refined, Parts parts)

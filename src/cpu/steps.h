@@ -20,7 +20,7 @@ inline constexpr int kPrefetchTo = 3;
 // kAlone: widths that lie in 64 bytes are taken an octet at a time.
 template <int B, bool kAlone>
 struct Steps {
-  static constexpr bool kOne = kAlone && (B == 4 || B == kTrellis);
+  static constexpr bool kOne = kAlone && bits_of(B) == 4;
   static constexpr int kOctets = kOne ? 1 : 2;
   static constexpr int kFirst = step_bytes(first_plane(B)) * kOctets / 2;
   static constexpr int kSecond = step_bytes(later_plane(B)) * kOctets / 2;

@@ -1,17 +1,18 @@
 // Codes of a trellis (recipe/levels.h): the path through the states of a chain whose levels leave the least sum of
 // squared errors (A. J. Viterbi, IEEE Trans. Inf. Theory 13, 1967), kLanes chains at a time.
 //
-// A place of a chain takes, for each of four next states, the 16 pairs of a state and a code that lead there: subtract,
-// fma, a choice that puts the pair into the lowest bits of the sum, min. 256 instructions for kLanes values, 16 a value
-// and lane set of 16; at d = 128 some 2,050 a vector with 16 lanes, where sealing without it takes 430. Pairs in six bits
-// of 24 cost the sums 2^-18 of themselves a place.
+// A place of a chain takes, for each of four next states, the 2^bits pairs of a state and a code that lead there:
+// subtract, fma, a choice that puts the pair into the lowest bits of the sum, min: at 4 bits 256 instructions for
+// kLanes values, at 3 128, at 2 64. At d = 128 that is 2,050 a vector with 16 lanes, where all of sealing without it
+// takes 430; measured, one Zen 5 core, through the cache: 343 ns for 124. Pairs in six of a sum's 24 bits cost it 2^-18
+// of itself a place.
 #pragma once
 
 #include "cpu/quads.inl"
 
 namespace kv4::cpu::KV4_ISA {
 
-constexpr int kPairBits = 6;  // of a state and a code
+constexpr std::int32_t kPair = 63;  // a state and a code: state << bits | code
 
 // Where the values of a page stand while their chains run through its tokens.
 struct TrellisScratch {
@@ -41,7 +42,7 @@ struct TrellisTables {
     for (int place = 0; place < 2; ++place) {
       std::uint8_t all[64];
       for (int pair = 0; pair < 64; ++pair) {
-        const int found = l.level(place, pair / 16, pair % 16);
+        const int found = l.level(place, pair / l.count() % Levels::kStates, pair % l.count());
         level[place][pair] = static_cast<float>(found);
         all[pair] = static_cast<std::uint8_t>(found);
       }
@@ -52,20 +53,23 @@ struct TrellisTables {
 
 // One place, of parity kPlace: `cost` of the four states before becomes that of the states after; returns, in byte n of
 // each lane, the pair that leads to state n.
-template <class Isa, int kPlace>
+template <class Isa, int kBits, int kPlace>
 KV4_INLINE typename Isa::I trellis_place(const float* level, typename Isa::F x,
                                          typename Isa::F (&cost)[Levels::kStates]) {
   using F = typename Isa::F;
   using I = typename Isa::I;
-  constexpr std::int32_t kPair = (1 << kPairBits) - 1;
+  constexpr int kCodes = 1 << (kBits - 2);                                 // of a state, that lead to one next
+  constexpr bool kUpper = Levels::next_state(kBits, kPlace, 1 << 2) == 1;  // by the upper pair of their bits
   F after[Levels::kStates];
   I pairs{};
   KV4_UNROLL
   for (int next = 0; next < Levels::kStates; ++next) {
     F best[2];
     KV4_UNROLL
-    for (int i = 0; i < 16; ++i) {
-      const int state = i / 4, code = kPlace == 0 ? next << 2 | i % 4 : i % 4 << 2 | next, pair = state << 4 | code;
+    for (int i = 0; i < Levels::kStates * kCodes; ++i) {
+      const int state = i / kCodes, other = i % kCodes;
+      const int code = kUpper ? next << 2 | other : other << 2 | next;
+      const std::int32_t pair = state << kBits | code;
       const F error = x - Isa::set1(level[pair]);
       const F sum = (F)(((I)Isa::fma(error, error, cost[state]) & ~kPair) | pair);
       best[i % 2] = i < 2 ? sum : Isa::min(best[i % 2], sum);
@@ -78,10 +82,10 @@ KV4_INLINE typename Isa::I trellis_place(const float* level, typename Isa::F x,
   return pairs;
 }
 
-// Four chains of each lane: place j of chain i has x(4 j + i), for 4 j + i < count. put(j, pairs): byte i of each lane is
-// the pair of a state and a code at place j of chain i, 0 where there is none; called once for each j, the last first.
-// back: [(count + 3) / 4][4][kLanes] words of scratch.
-template <class Isa, class X, class Put>
+// Four chains of each lane: place j of chain i has x(4 j + i), for 4 j + i < count. put(j, pairs): byte i of each lane
+// is the pair of a state and a code at place j of chain i, 0 where there is none; called once for each j, the last
+// first. back: [(count + 3) / 4][4][kLanes] words of scratch.
+template <class Isa, int kBits, class X, class Put>
 KV4_INLINE void trellis_paths(const TrellisTables<Isa>& tables, int count, std::int32_t* back, X x, Put put) {
   using F = typename Isa::F;
   using I = typename Isa::I;
@@ -92,8 +96,8 @@ KV4_INLINE void trellis_paths(const TrellisTables<Isa>& tables, int count, std::
     F cost[Levels::kStates] = {F{}, never, never, never};
     std::int32_t* to = back + i * L;
     for (int at = i; at < count; at += 8, to += 8 * L) {
-      store_as(to, trellis_place<Isa, 0>(tables.level[0], x(at), cost));
-      if (at + 4 < count) store_as(to + 4 * L, trellis_place<Isa, 1>(tables.level[1], x(at + 4), cost));
+      store_as(to, trellis_place<Isa, kBits, 0>(tables.level[0], x(at), cost));
+      if (at + 4 < count) store_as(to + 4 * L, trellis_place<Isa, kBits, 1>(tables.level[1], x(at + 4), cost));
     }
     I last{};
     F best = cost[0];
@@ -108,8 +112,8 @@ KV4_INLINE void trellis_paths(const TrellisTables<Isa>& tables, int count, std::
   for (int j = (count + 3) / 4 - 1; j >= 0; --j) {
     I pairs{};
     for (int i = 0; i < 4 && 4 * j + i < count; ++i) {
-      const I pair = load_as<I>(back + (4 * j + i) * L) >> (state[i] << 3) & ((1 << kPairBits) - 1);
-      state[i] = pair >> 4;
+      const I pair = load_as<I>(back + (4 * j + i) * L) >> (state[i] << 3) & kPair;
+      state[i] = pair >> kBits;
       pairs |= pair << (8 * i);
     }
     put(j, pairs);
@@ -131,8 +135,9 @@ KV4_INLINE void add_fit(const TrellisTables<Isa>& tables, int place, typename Is
 // The pairs of quads of codes and of the quads before them in their chains, which stand at places whose parity is that
 // of `odd` in each lane.
 template <class I>
-KV4_INLINE I trellis_pairs(I codes, I before, I odd) {
-  return codes | (((before << 4 & ~odd) | (before << 2 & odd)) & 0x30303030);
+KV4_INLINE I trellis_pairs(int bits, I codes, I before, I odd) {
+  if (bits == 4) return codes | (((before << 4 & ~odd) | (before << 2 & odd)) & 0x30303030);
+  return codes | (before & 0x03030303) << bits;
 }
 
 }  // namespace kv4::cpu::KV4_ISA

@@ -12,11 +12,12 @@
 //
 // trellis: trellis-coded quantisation (M. W. Marcellin and T. R. Fischer, Trellis coded quantization of memoryless and
 // Gauss-Markov sources, IEEE Trans. Commun. 38, 1990) with a state that is two bits of the code before, so that a
-// kernel finds it in the byte beside. One table A of 16 levels serves every state n, permuted and mirrored: level(n, c)
-// = +-A[c ^ (n >> 1) ^ (n & 1) << 2], negative where n is odd. Found by linear labels drawn at random, the best of 4,000
-// trained as Lloyd and Max do, each level the mean of the Gaussian values that the best path gives it; the structure is
-// that of the best. Its squared error of Gaussian vectors of 64, 128 and 256 is .0059, .0059 and .0061 where lloyd_max's
-// is .0080, .0086 and .0090, and .0039 is the least that any code of 4 bits may have.
+// kernel finds it in the byte beside. Found by linear labels drawn at random, the best of thousands trained as Lloyd
+// and Max do, each level the mean of the Gaussian values that the best path gives it. At 4 bits one table A of 16
+// levels then serves every state n, permuted and mirrored: level(n, c) = +-A[c ^ (n >> 1) ^ (n & 1) << 2], negative
+// where n is odd. Squared errors of Gaussian vectors of 128, beside lloyd_max's and the least that any code of that
+// rate may have: 4 bits .0060, .0086, .0039; 3 bits .0235, .0334, .0156; 2 bits .0934, .1148, .0625. With 8 and 16
+// states in place of 4, whose tables are as long as those of 4 bits, 3 bits have .0229 and 2 bits .0843.
 //
 // Steps by the largest magnitude: a group's scale is fitted to its codes afterwards, so the step only decides which
 // codes they are, and most depends on where the largest value lies among the outermost levels. The squared error of
@@ -108,6 +109,24 @@ constexpr Reach kFourReach = {.36f, .36f, .35f, .34f, .33f, .32f};
 constexpr Reach kSixReach = {.38f, .38f, .34f, .32f, .32f, .3f};
 constexpr float kUncut = 1 / 4.5f;  // the largest value is at the largest level
 constexpr Reach kEightReach = {kUncut, kUncut, kUncut, kUncut, kUncut, kUncut};
+// [place % 2][state][code], the same at even and odd places.
+template <std::size_t kCount>
+struct TrellisTable {
+  std::array<std::int8_t, 2 * Levels::kStates * kCount> by_place{};
+  std::array<std::int8_t, 64> table{};
+
+  constexpr explicit TrellisTable(const std::array<std::int8_t, Levels::kStates * kCount>& levels) {
+    for (std::size_t i = 0; i < by_place.size(); ++i) by_place[i] = levels[i % levels.size()];
+    // Of one state, from the least of all on.
+    for (std::size_t c = 0; c < kCount; ++c) table[c] = levels[c];
+    for (std::int8_t level : levels) table[0] = level < table[0] ? level : table[0];
+  }
+};
+constexpr TrellisTable<4> kTrellisOfTwo{{-93, 16, -30, 72, -15, 90, -70, 30, 64, -39, 14, -124, 39, -62, 127, -13}};
+constexpr TrellisTable<8> kTrellisOfThree{{-99, 25,  -61, 6,   -35, 83,  -13, 49, 13,   -48, 35,
+                                           -79, 61,  -6,  125, -25, 100, -25, 61, -6,   35,  -79,
+                                           12,  -48, -12, 47,  -34, 77,  -61, 7,  -127, 25}};
+
 // At even places codes are stored with their two pairs of bits swapped (Levels::next_state).
 struct TrellisNumbers {
   static constexpr std::array<std::int8_t, 16> kBase = {-127, -86, 3,  12, -65, -49, 22, 32,
@@ -129,6 +148,8 @@ struct TrellisNumbers {
 };
 constexpr TrellisNumbers kTrellisNumbers;
 
+constexpr Reach kTrellisTwoReach = {};
+constexpr Reach kTrellisThreeReach = {.40f, .38f, .36f, .34f, .34f, .32f};
 constexpr Reach kTrellisReach = {.34f, .33f, .33f, .32f, .31f, .30f};
 constexpr Reach kUniformReach = {.4f, .39f, .37f, .36f, .34f, 0};
 
@@ -137,15 +158,22 @@ constexpr Levels kThreeBits = levels_of(3, kThreeNumbers, 0, 59.0101f, kThreeRea
 constexpr Levels kLloydMax = levels_of(4, kFourNumbers, 0, 46.48f, kFourReach);
 constexpr Levels kSixBits = levels_of(6, kSixNumbers, 0, 34.3733f, kSixReach);
 constexpr Levels kEightBits = levels_of(8, kEightNumbers, 0, 127 / 4.5f, kEightReach);
-// Its codes do not follow from magnitudes: those of lloyd_max stand there for who looks at them before it asks.
-constexpr Levels kTrellis = {.bits = 4,
-                             .table = TableView(kTrellisNumbers.table.data()),
-                             .magnitude = TableView(kFourNumbers.magnitude.data()),
-                             .twice_threshold = TableView(kFourNumbers.twice_threshold.data()),
-                             .negative_base = 7,
-                             .gain = 41.9773f,
-                             .trellis = TableView(kTrellisNumbers.by_place.data()),
-                             .reach = TableView(kTrellisReach.data())};
+// A trellis's codes do not follow from magnitudes: those of lloyd_max stand there for who looks at them before it asks.
+constexpr Levels trellis_of(const Levels& lloyd_max, const std::int8_t* table, const std::int8_t* by_place, float gain,
+                            const Reach& reach) {
+  Levels l = lloyd_max;
+  l.table = TableView(table);
+  l.gain = gain;
+  l.trellis = TableView(by_place);
+  l.reach = TableView(reach.data());
+  return l;
+}
+constexpr Levels kTwoTrellis =
+    trellis_of(kTwoBits, kTrellisOfTwo.table.data(), kTrellisOfTwo.by_place.data(), 59.8507f, kTrellisTwoReach);
+constexpr Levels kThreeTrellis =
+    trellis_of(kThreeBits, kTrellisOfThree.table.data(), kTrellisOfThree.by_place.data(), 46.9101f, kTrellisThreeReach);
+constexpr Levels kFourTrellis =
+    trellis_of(kLloydMax, kTrellisNumbers.table.data(), kTrellisNumbers.by_place.data(), 41.9773f, kTrellisReach);
 constexpr Levels kUniform = levels_of(4, kUniformNumbers, 4, 2.829564f, kUniformReach);
 static_assert(spread_fits(kTwoBits, 16) && spread_fits(kThreeBits, 16) && spread_fits(kLloydMax, 16) &&
               spread_fits(kUniform, 16) && spread_fits(kSixBits, 4));
@@ -154,7 +182,7 @@ static_assert(spread_fits(kTwoBits, 16) && spread_fits(kThreeBits, 16) && spread
 
 const Levels& levels(LevelKind kind, int bits) {
   if (kind == LevelKind::uniform) return kUniform;
-  if (kind == LevelKind::trellis) return kTrellis;
+  if (kind == LevelKind::trellis) return bits == 2 ? kTwoTrellis : bits == 3 ? kThreeTrellis : kFourTrellis;
   switch (bits) {
     case 2: return kTwoBits;
     case 3: return kThreeBits;

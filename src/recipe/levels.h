@@ -50,9 +50,12 @@ struct Levels {
   constexpr int half() const { return count() / 2; }
   static constexpr int kStates = 4;
   constexpr bool is_trellis() const { return trellis.data() != nullptr; }
-  // What the code at `place` in its chain leaves to the next one. At odd places it is the lower pair of bits, at even
-  // ones the upper: where the codes of two places share a byte, the state then lies beside the code it belongs to.
-  static constexpr int next_state(int place, int code) { return place % 2 == 0 ? code >> 2 : code & 3; }
+  // What the code at `place` in its chain leaves to the next one: its lower pair of bits, or, of 4 bits at even places,
+  // the upper. Where the codes of two places share a byte, the state then lies beside the code it belongs to.
+  static constexpr int next_state(int bits, int place, int code) {
+    return bits == 4 && place % 2 == 0 ? code >> 2 : code & 3;
+  }
+  constexpr int next_state(int place, int code) const { return next_state(bits, place, code); }
   constexpr int level(int place, int state, int code) const {
     return trellis[static_cast<std::size_t>((place % 2 * kStates + state) * count() + code)];
   }

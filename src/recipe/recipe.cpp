@@ -25,9 +25,13 @@ Status check_side(const SideRecipe& side, const std::string& name, bool key) {
   if (side.levels > LevelKind::trellis)
     return invalid_argument(field("levels"), "lloyd_max, uniform or trellis",
                             std::to_string(static_cast<int>(side.levels)));
-  if (side.levels != LevelKind::lloyd_max && side.bits != 4)
-    return invalid_argument(field("levels"), "lloyd_max with " + std::to_string(side.bits) + " bits",
-                            side.levels == LevelKind::uniform ? "uniform" : "trellis");
+  if (side.levels == LevelKind::uniform && side.bits != 4)
+    return invalid_argument(
+        field("levels"),
+        (side.bits < 4 ? "lloyd_max or trellis with " : "lloyd_max with ") + std::to_string(side.bits) + " bits",
+        "uniform");
+  if (side.levels == LevelKind::trellis && side.bits > 4)
+    return invalid_argument(field("levels"), "lloyd_max with " + std::to_string(side.bits) + " bits", "trellis");
   if (side.scale > ScaleRule::abs_max)
     return invalid_argument(field("scale"), "least_squares or abs_max", std::to_string(static_cast<int>(side.scale)));
   if (side.levels == LevelKind::trellis && side.scale != ScaleRule::least_squares)
@@ -108,10 +112,11 @@ Status validate(const Recipe& recipe) {
     if (recipe.window != 0)
       return invalid_argument("recipe.window", "0 with arrival sealing, which keeps no token exact",
                               std::to_string(recipe.window));
-    for (const auto& [side, name] : {std::pair(&recipe.key, "recipe.key.levels"), {&recipe.value, "recipe.value.levels"}})
+    for (const auto& [side, name] :
+         {std::pair(&recipe.key, "recipe.key.levels"), {&recipe.value, "recipe.value.levels"}})
       if (side->levels == LevelKind::trellis)
-        return invalid_argument(name, "lloyd_max or uniform with arrival sealing, which never has a page's tokens side by side",
-                                "trellis");
+        return invalid_argument(
+            name, "lloyd_max or uniform with arrival sealing, which never has a page's tokens side by side", "trellis");
     if (recipe.refined != 0)
       return invalid_argument("recipe.refined", "0 with arrival sealing, which never has a page's tokens side by side",
                               std::to_string(recipe.refined));

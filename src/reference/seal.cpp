@@ -68,7 +68,7 @@ void best_path(const Levels& levels, int count, Y y, Code code) {
     after.fill(never);
     for (int state = 0; state < kStates; ++state) {
       for (int c = 0; c < levels.count(); ++c) {
-        const std::size_t next = static_cast<std::size_t>(Levels::next_state(j, c));
+        const std::size_t next = static_cast<std::size_t>(levels.next_state(j, c));
         const double sum = cost[static_cast<std::size_t>(state)] + std::pow(y(j) - levels.level(j, state, c), 2);
         if (!(sum < after[next])) continue;
         after[next] = sum;
@@ -162,7 +162,7 @@ std::vector<double> levels_of(const SideSpec& side, const Levels& levels, const 
       }
       const int place = (side.values ? j : c % side.group) / 4;
       const int before = place == 0 ? 0 : codes[side.values ? at(j - 4, c) : at(j, c - 4)];
-      found[at(j, c)] = levels.level(place, Levels::next_state(place + 1, before), code);
+      found[at(j, c)] = levels.level(place, levels.next_state(place + 1, before), code);
     }
   }
   return found;

@@ -10,8 +10,8 @@
 //     abs_max        step = max|x| / Lmax;  scale = fp16(step)
 //   row_j ~ R^-1 (scale_j L[code] + m') / lambda
 //
-// Of a trellis codes are those of the path through a chain (recipe/levels.h) with the least sum of (y - L)^2, masked rows
-// counting as zeros.
+// Of a trellis codes are those of the path through a chain (recipe/levels.h) with the least sum of (y - L)^2, masked
+// rows counting as zeros.
 //
 // A value midway between two levels takes the one of larger magnitude; 0 takes code 2^(bits-1),
 // which masked rows and groups of zeros get throughout, with scale 0.

@@ -170,7 +170,7 @@ inline void check_paths(const SideSpec& spec, const reference::Sealed& r, const 
       chain[0] += std::pow(y - level[at], 2);
       chain[1] += std::pow(y - best[at], 2);
       chain[2] += 1;
-      ASSERT_LT(codes[at], 16);
+      ASSERT_LT(codes[at], spec.levels.count());
     }
   }
   for (const auto& [name, chain] : chains) {
@@ -281,6 +281,7 @@ inline Case by_trellis(Case c, int n) {
   for (Side* side : {&c.key, &c.value}) {
     if (n % 3 == (side == &c.key ? 1 : 2)) continue;
     side->levels = LevelKind::trellis;
+    side->bits = side == &c.key ? 2 + n / 3 % 3 : 4 - n % 3;
     side->scale = ScaleRule::least_squares;
   }
   return c;

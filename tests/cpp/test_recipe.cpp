@@ -57,7 +57,7 @@ TEST(Recipe, RefusalsNameTheField) {
       {"recipe.value.bits", [](Recipe& r) { r.value.bits = 0; }},
       {"recipe.value.bits", [](Recipe& r) { r.value.bits = -4; }},
       {"recipe.value.levels", [](Recipe& r) { r.value.bits = 3, r.value.levels = LevelKind::uniform; }},
-      {"recipe.key.levels", [](Recipe& r) { r.key.bits = 3, r.key.levels = LevelKind::trellis; }},
+      {"recipe.key.levels", [](Recipe& r) { r.key.bits = 6, r.key.levels = LevelKind::trellis; }},
       {"recipe.key.levels", [](Recipe& r) { r = Recipe::paper(), r.key = {.levels = LevelKind::trellis}; }},
       {"recipe.value.levels", [](Recipe& r) { r = Recipe::paper(), r.value = {.levels = LevelKind::trellis}; }},
       {"recipe.value.scale",
@@ -211,7 +211,7 @@ TEST(Levels, TrellisIsOneTable) {
       const int level = l.level(1, state, code), swapped = code >> 2 | (code & 3) << 2;
       EXPECT_EQ(level, (state & 1 ? -1 : 1) * l.level(1, 0, code ^ state >> 1 ^ (state & 1) << 2));
       EXPECT_EQ(l.level(0, state, swapped), level);
-      EXPECT_EQ(Levels::next_state(0, swapped), Levels::next_state(1, code));
+      EXPECT_EQ(l.next_state(0, swapped), l.next_state(1, code));
       EXPECT_GE(level, l.table[0]) << "of which kernels make bytes without a sign";
       seen.insert(level);
     }

@@ -201,7 +201,8 @@ TEST(Seal, MaskedRowsReachNothing) {
           if (in.skip[j] == 0) continue;
           EXPECT_EQ(read_u16(a.data() + in.spec.layout.k_scales + 2 * j, 1)[0], 0);
           EXPECT_EQ(read_u16(a.data() + in.spec.layout.v_scales + 2 * j, 1)[0], 0);
-          for (int i = 0; i < d && !trellis; ++i) ASSERT_TRUE(codes.key[j * d + i] == zero_k && codes.value[j * d + i] == zero_v);
+          for (int i = 0; i < d && !trellis; ++i)
+            ASSERT_TRUE(codes.key[j * d + i] == zero_k && codes.value[j * d + i] == zero_v);
         }
         // Nothing but masked rows: mean, scales and codes of zero.
         SealJob none = in.job();

@@ -97,7 +97,10 @@ def test_a_budget_becomes_widths() -> None:
     ({"bits": "4"}, r"^recipe.bits: expected bits a value, all-in, from 2 to 9; got '4'"),
     ({"bits": True}, r"^recipe.bits: expected bits a value, all-in, from 2 to 9; got True"),
     ({"bits": 3.25, "value": Side(bits=3)}, r"^recipe.bits: expected without bits of a side; got recipe.value.bits 3"),
-    ({"bits": 3.25, "value": Side(levels="uniform")}, r"^recipe.bits: expected with lloyd_max or trellis levels; got .*uniform"),
+    (
+        {"bits": 3.25, "value": Side(levels="uniform")},
+        r"^recipe.bits: expected with lloyd_max or trellis levels; got .*uniform",
+    ),
     ({"bits": 3.25, "seal": "never"}, r"^recipe.bits: expected with a recipe that seals; got recipe.seal never"),
 ])  # fmt: skip
 def test_budgets_that_are_none_are_refused(given: dict[str, Any], message: str) -> None:

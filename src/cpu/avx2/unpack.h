@@ -1,8 +1,9 @@
 // Codes of 8 lanes by 16 positions (layout.h) as bytes L[n] - L[0], four positions of each lane a register.
 //
 // Instructions for 16 positions, beside loads: 2 bits 3 shifts, 2 ands, 4 vpshufb; 3 bits 5 shifts, 4 ands, 2 ors, 4
-// vpshufb; 4 bits 2, 4, 4, of a trellis 10, 4, 16 and 12 vpblendvb; 6 bits 9 shifts, 4 ands, 16 vpshufb, 12 vpblendvb; 8 bits none. vpshufb looks at bits 0 to 3
-// and 7 of an index alone, so that nibbles below 8 need no mask. Included in a target region.
+// vpshufb; 4 bits 2, 4, 4, of a trellis 10, 4, 16 and 12 vpblendvb (3 bits 19, 16, 8 and 4, 2 bits 6, 6, 4); 6 bits 9
+// shifts, 4 ands, 16 vpshufb, 12 vpblendvb; 8 bits none. vpshufb looks at bits 0 to 3 and 7 of an index alone, so that
+// nibbles below 8 need no mask. Included in a target region.
 #pragma once
 
 #include <immintrin.h>
@@ -45,7 +46,7 @@ struct Unpack<4> {
 
 // A table of 16 for each state, those of even places and of odd ones.
 template <>
-struct Unpack<kTrellis> {
+struct Unpack<kTrellis + 4> {
   __m256i table[2][4], mask = byte256(15), codes{}, before{};
   int half = 0;
 
@@ -101,6 +102,32 @@ struct Unpack<2> : Nibbles {
   }
 };
 
+// Each code and the one before it, the earlier one's bits below.
+template <>
+struct Unpack<kTrellis + 2> {
+  __m256i table, codes{}, before{};
+  int half = 0;
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(part256(t)) {}
+  KV4_INLINE void begin(int h) {
+    half = h;
+    codes = __m256i{};
+  }
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) {
+    before = codes;
+    codes = load256(first + 32 * half);
+  }
+  template <int i>
+  KV4_INLINE __m256i bytes() const {
+    __m256i index;
+    if constexpr (i == 0)
+      index = _mm256_or_si256(_mm256_and_si256(shift256<6>(before), byte256(3)),
+                              _mm256_and_si256(shift256<-2>(codes), byte256(12)));
+    else index = _mm256_and_si256(shift256<2 * i - 2>(codes), byte256(15));
+    return _mm256_shuffle_epi8(table, index);
+  }
+};
+
 // Two bits of the first plane, and above them one of the second.
 template <>
 struct Unpack<3> : Nibbles {
@@ -119,6 +146,33 @@ struct Unpack<3> : Nibbles {
   }
   static KV4_INLINE __m256i join(__m256i two, __m256i one) {
     return _mm256_or_si256(_mm256_and_si256(two, byte256(0x33)), _mm256_and_si256(one, byte256(0x44)));
+  }
+};
+
+// An index of a code, in the lower three bits, and of the two that the code before it leaves; the upper of them chooses
+// between two tables of 16.
+template <>
+struct Unpack<kTrellis + 3> : Unpack<3> {
+  __m256i upper_table, last{};
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : Unpack<3>(t), upper_table(part256(t, 16)) {}
+  KV4_INLINE void begin(int h) {
+    Unpack<3>::begin(h);
+    nibbles[1] = __m256i{};
+  }
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t* second) {
+    last = nibbles[1];
+    Unpack<3>::load(first, second);
+  }
+  // Position 4 i's code lies from bit 4 (i / 2) on of nibbles[i % 2].
+  template <int i>
+  KV4_INLINE __m256i bytes() const {
+    const __m256i before = i == 0 ? last : nibbles[1 - i % 2];
+    constexpr int kBefore = i == 0 ? 4 : (i - 1) / 2 * 4;  // its first bit there
+    const __m256i index = _mm256_or_si256(_mm256_and_si256(shift256<i / 2 * 4>(nibbles[i % 2]), byte256(7)),
+                                          _mm256_and_si256(shift256<kBefore - 3>(before), byte256(8)));
+    return _mm256_blendv_epi8(_mm256_shuffle_epi8(table, index), _mm256_shuffle_epi8(upper_table, index),
+                              shift256<kBefore - 6>(before));
   }
 };
 

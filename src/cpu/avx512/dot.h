@@ -20,8 +20,8 @@
 
 namespace kv4::cpu::avx512 {
 
-// Unpack: unpack.h's, or that of an instruction set that adds to this one. kHalves 1: v is a byte. kWeights: one without
-// a sign, and the levels are the signed operand.
+// Unpack: unpack.h's, or that of an instruction set that adds to this one. kHalves 1: v is a byte. kWeights: one
+// without a sign, and the levels are the signed operand.
 template <template <int> class Unpack, int kHalves, bool kWeights = false>
 struct Products {
   static constexpr int kLimit = kHalves == 2 ? 32512 : kWeights ? 255 : 127;

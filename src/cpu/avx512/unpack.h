@@ -1,13 +1,16 @@
 // Codes of 16 lanes by 16 positions (layout.h) as bytes L[n] - L[0], four positions of each lane a register.
 //
-// Instructions for 16 positions, beside loads; with VBMI (avx512vbmi/unpack.h) a table of 64 is one vpermb, which ignores what
-// stands above an index:
+// Instructions for 16 positions, beside loads; with VBMI (avx512vbmi/unpack.h) a table of 64 is one vpermb, which
+// ignores what stands above an index:
 //
 //            AVX-512BW                                                          VBMI
 //   2 bits   3 shifts, 2 ands, 4 vpshufb: 9                                     3 shifts, 4 vpermb: 7
 //   3        5 shifts, 1 and, 2 vpternlogd, 4 vpshufb: 12                       5 shifts, 2 vpternlogd, 4 vpermb: 11
 //   4        2 shifts, 4 ands, 4 vpshufb: 10                                    2 shifts, 4 vpermb: 6
-//   trellis  2 shifts, 4 ands, 8 vptestmb, 16 vpshufb, 4 blends: 34             2 shifts, 2 vpternlogd, 4 vpermb: 8
+//   trellis
+//   2 bits   5 shifts, 4 ands, 1 vpternlogd, 4 vpshufb: 14                      4 shifts, 1 vpternlogd, 4 vpermb: 9
+//   3        12 shifts, 1 and, 6 vpternlogd, 4 vptestmb, 8 vpshufb: 31          9 shifts, 6 vpternlogd, 4 vpermb: 19
+//   4        2 shifts, 4 ands, 8 vptestmb, 16 vpshufb, 4 blends: 34             2 shifts, 2 vpternlogd, 4 vpermb: 8
 //   6        2 shifts, 4 ands, 8 vptestmb, 16 vpshufb, 4 blends: 34             5 shifts, 4 vpternlogd, 4 vpermb: 13
 //   8        none
 //
@@ -117,6 +120,69 @@ struct Unpack<3> : Threes<true> {
   }
 };
 
+// Each code and the one before it, the earlier one's bits below, from bit 0 on.
+struct TwosInChains {
+  __m512i pair = byte512(3), codes{}, before{};
+
+  KV4_INLINE TwosInChains() {}
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t*) {
+    before = codes;
+    codes = _mm512_loadu_si512(first);
+  }
+  template <int i>
+  KV4_INLINE __m512i index() const {
+    if constexpr (i == 0) return choose512(pair, shift512<6>(before), shift512<-2>(codes));
+    else return shift512<2 * i - 2>(codes);
+  }
+};
+template <>
+struct Unpack<kTrellis + 2> : TwosInChains {
+  __m512i table{}, mask = byte512(15);
+
+  KV4_INLINE Unpack() {}
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(part512(t)) {}
+  template <int i>
+  KV4_INLINE __m512i bytes() const {
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(index<i>(), mask));
+  }
+};
+
+// Codes of 3 bits from bit 0 on, and above each the two bits that the one before it leaves.
+template <bool kAlone>
+struct ThreesInChains : Threes<kAlone> {
+  __m512i code = byte512(7), last{};
+
+  KV4_INLINE ThreesInChains() {}
+  KV4_INLINE void load(const std::uint8_t* first, const std::uint8_t* second) {
+    last = this->nibbles[1];
+    Threes<kAlone>::load(first, second);
+  }
+  // The register of the code before that at 4 i, and the first of its bits there.
+  template <int i>
+  KV4_INLINE __m512i before() const {
+    return i == 0 ? last : this->nibbles[1 - i % 2];
+  }
+  template <int i>
+  static constexpr int kBefore = i == 0 ? 4 : (i - 1) / 2 * 4;
+  template <int i>
+  KV4_INLINE __m512i pair() const {
+    return choose512(code, this->template index<i>(), shift512<kBefore<i> - 3>(before<i>()));
+  }
+};
+template <>
+struct Unpack<kTrellis + 3> : ThreesInChains<true> {
+  __m512i table[2]{}, mask = byte512(15);
+
+  KV4_INLINE Unpack() {}
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table{part512(t), part512(t, 16)} {}
+  template <int i>
+  KV4_INLINE __m512i bytes() const {
+    const __m512i low = _mm512_and_si512(pair<i>(), mask);
+    return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(table[0], low),
+                                    _mm512_test_epi8_mask(before<i>(), byte512(2 << kBefore<i>)), table[1], low);
+  }
+};
+
 // Among four tables of 16 by the low nibbles of `low` and two masks.
 KV4_INLINE __m512i look_up_64(const __m512i (&table)[4], __m512i low, __mmask64 odd, __mmask64 upper) {
   const __m512i a = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(table[0], low), odd, table[1], low);
@@ -126,7 +192,7 @@ KV4_INLINE __m512i look_up_64(const __m512i (&table)[4], __m512i low, __mmask64 
 
 // A table of 16 for each state, those of even places and of odd ones.
 template <>
-struct Unpack<kTrellis> {
+struct Unpack<kTrellis + 4> {
   __m512i table[2][4]{}, codes{}, before{};
 
   KV4_INLINE Unpack() {}

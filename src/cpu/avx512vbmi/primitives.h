@@ -1,5 +1,5 @@
-// VBMI (Ice Lake 2019, Zen 4 2022 and later) adds look-ups of bytes in a register of 64 to AVX-512's vectors. Included in
-// a target region.
+// VBMI (Ice Lake 2019, Zen 4 2022 and later) adds look-ups of bytes in a register of 64 to AVX-512's vectors. Included
+// in a target region.
 #pragma once
 
 #include "cpu/avx512/primitives.h"

@@ -46,7 +46,7 @@ struct Unpack<4> {
 // A table of 64 by the code and its state: of an even place the low nibble and bits 4 and 5 of the byte before, of an
 // odd one bits 2 to 7 of the byte.
 template <>
-struct Unpack<kTrellis> {
+struct Unpack<kTrellis + 4> {
   __m512i even{}, odd{}, nibble = avx512::byte512(15), codes{}, before{};
 
   KV4_INLINE Unpack() {}
@@ -71,6 +71,30 @@ struct Unpack<3> : avx512::Threes<false> {
   template <int i>
   KV4_INLINE __m512i bytes() const {
     return _mm512_permutexvar_epi8(index<i>(), table);
+  }
+};
+
+template <>
+struct Unpack<kTrellis + 2> : avx512::TwosInChains {
+  __m512i table{};
+
+  KV4_INLINE Unpack() {}
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(whole512(t)) {}
+  template <int i>
+  KV4_INLINE __m512i bytes() const {
+    return _mm512_permutexvar_epi8(index<i>(), table);
+  }
+};
+
+template <>
+struct Unpack<kTrellis + 3> : avx512::ThreesInChains<false> {
+  __m512i table{};
+
+  KV4_INLINE Unpack() {}
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(whole512(t)) {}
+  template <int i>
+  KV4_INLINE __m512i bytes() const {
+    return _mm512_permutexvar_epi8(pair<i>(), table);
   }
 };
 

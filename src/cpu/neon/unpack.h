@@ -64,14 +64,71 @@ struct Unpack<3> {
   }
 };
 
-// Of a trellis a register of the octet before goes along; the first octet of a block, at `start`, has none.
+// Of a trellis the codes before go along; those of a block's first step, at `start`, have none.
+struct Chains {
+  const std::uint8_t* start = nullptr;
+
+  // The register `back` bytes before that at `at`, of the step before.
+  KV4_INLINE uint8x16_t before(const std::uint8_t* first, const std::uint8_t* at, int back) const {
+    return first == start ? vdupq_n_u8(0) : vld1q_u8(at - back);
+  }
+};
+
 template <>
-struct Unpack<kTrellis> {
+struct Unpack<kTrellis + 2> : Chains {
   struct Codes {
-    uint8x16_t now, before;
+    uint8x16_t now, last;
+  };
+  uint8x16_t table;
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : table(vld1q_u8(t.levels)) {}
+  KV4_INLINE Codes load(const std::uint8_t* first, const std::uint8_t*, int quarter) const {
+    const std::uint8_t* const at = first + 16 * quarter;
+    return {vld1q_u8(at), before(first, at, step_bytes(2))};
+  }
+  template <int i>
+  KV4_INLINE uint8x16_t bytes(const Codes& w) const {
+    if constexpr (i == 0)
+      return vqtbl1q_u8(table, low_bits(choose128(3, shift128<6>(w.last), shift128<-2>(w.now)), 15));
+    else return vqtbl1q_u8(table, low_bits(shift128<2 * i - 2>(w.now), 15));
+  }
+};
+
+template <>
+struct Unpack<kTrellis + 3> : Chains {
+  using Plain = Unpack<3>;
+  struct Codes {
+    Plain::Codes now;
+    uint8x16_t last;
+  };
+  Plain plain;
+  uint8x16x2_t table;
+
+  explicit KV4_INLINE Unpack(const LevelTable& t) : plain(t) {
+    table.val[0] = vld1q_u8(t.levels);
+    table.val[1] = vld1q_u8(t.levels + 16);
+  }
+  KV4_INLINE Codes load(const std::uint8_t* first, const std::uint8_t* second, int quarter) const {
+    Codes w{plain.load(first, second, quarter), vdupq_n_u8(0)};
+    if (first != start) w.last = plain.load(first - step_bytes(2), second - step_bytes(1), quarter).nibbles[1];
+    return w;
+  }
+  // Position 4 i's code lies from bit 4 (i / 2) on of nibbles[i % 2].
+  template <int i>
+  KV4_INLINE uint8x16_t bytes(const Codes& w) const {
+    const uint8x16_t before = i == 0 ? w.last : w.now.nibbles[1 - i % 2];
+    constexpr int kBefore = i == 0 ? 4 : (i - 1) / 2 * 4;  // its first bit there
+    return vqtbl2q_u8(
+        table, low_bits(choose128(7, shift128<i / 2 * 4>(w.now.nibbles[i % 2]), shift128<kBefore - 3>(before)), 31));
+  }
+};
+
+template <>
+struct Unpack<kTrellis + 4> : Chains {
+  struct Codes {
+    uint8x16_t now, last;
   };
   uint8x16x4_t even, odd;
-  const std::uint8_t* start = nullptr;
 
   explicit KV4_INLINE Unpack(const LevelTable& t) {
     KV4_UNROLL
@@ -82,11 +139,11 @@ struct Unpack<kTrellis> {
   }
   KV4_INLINE Codes load(const std::uint8_t* first, const std::uint8_t*, int quarter) const {
     const std::uint8_t* const at = first + 16 * quarter;
-    return {vld1q_u8(at), first == start ? vdupq_n_u8(0) : vld1q_u8(at - 64)};
+    return {vld1q_u8(at), before(first, at, 64)};
   }
   template <int i>
   KV4_INLINE uint8x16_t bytes(const Codes& w) const {
-    if constexpr (i == 0) return vqtbl4q_u8(even, low_bits(choose128(15, w.now, w.before), 63));
+    if constexpr (i == 0) return vqtbl4q_u8(even, low_bits(choose128(15, w.now, w.last), 63));
     else return vqtbl4q_u8(odd, shift128<2>(w.now));
   }
 };

@@ -61,10 +61,11 @@ struct Dot {
         for (int lane = 0; lane < 16; ++lane) {
           unsigned code = read<kFirst>(codes, lane, i);
           if constexpr (kSecond > 0) code |= read<kSecond>(more, lane, i) << kFirst;
-          if constexpr (B == kTrellis) {
-            const int place = i / 4, state = Levels::next_state(place + 1, static_cast<int>(last[i % 4][lane]));
+          if constexpr (is_trellis(B)) {
+            const int place = i / 4;
+            const int state = Levels::next_state(bits_of(B), place + 1, static_cast<int>(last[i % 4][lane]));
             last[i % 4][lane] = code;
-            code += static_cast<unsigned>(16 * (place % 2 * Levels::kStates + state));
+            code += static_cast<unsigned>((place % 2 * Levels::kStates + state) << bits_of(B));
           }
           levels[i][lane] = table.levels[code];
         }
