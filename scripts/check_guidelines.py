@@ -63,7 +63,7 @@ PYTHON: dict[str, tuple[set[str], str]] = {
     ),
     "kv4.evaluate": (
         {"kv4", "kv4.hf", "kv4.bench"},
-        "levels rotations variant fake calibration scores state windows widths rows report plots simulation "
+        "levels rotations variant trellis fake calibration scores state windows widths rows report plots simulation "
         "sensitivity calibrate layers oscar learn energy quality ablate peers passkey",
     ),
     "kv4.cli": (

@@ -30,7 +30,9 @@ Status read_settings(Settings* out) {
                     calibration = variable("KV4_CALIBRATION");
   if (recipe == "exact") read.exact = true;
   else if (recipe == "paper") read.recipe = paper_by_pages();
-  else if (!recipe.empty() && recipe != "kv4") return invalid_argument("KV4_RECIPE", "kv4, exact or paper", recipe);
+  else if (recipe == "trellis") read.recipe = Recipe::trellis();
+  else if (!recipe.empty() && recipe != "kv4")
+    return invalid_argument("KV4_RECIPE", "kv4, trellis, exact or paper", recipe);
   if (!verbose.empty() && verbose != "0" && verbose != "1") return invalid_argument("KV4_VERBOSE", "0 or 1", verbose);
   read.verbose = verbose == "1";
   if (!calibration.empty()) {

@@ -18,8 +18,8 @@ struct Settings {
   std::shared_ptr<const Calibration> calibration;  // null: lambda is learnt
 };
 
-// From KV4_RECIPE (kv4, exact or paper), KV4_CALIBRATION (a file) and KV4_VERBOSE (0 or 1). Errors: invalid_argument
-// naming the variable.
+// From KV4_RECIPE (kv4, trellis, exact or paper), KV4_CALIBRATION (a file) and KV4_VERBOSE (0 or 1). Errors:
+// invalid_argument naming the variable.
 Status read_settings(Settings* out);
 // Of the process; read once, as the backend is loaded.
 Settings& settings();

@@ -55,6 +55,8 @@ struct Recipe {
                     // codes, for what the first one left; other than 0 on the CPU
 
   static Recipe kv4() { return {}; }
+  // kv4()'s with the levels of a trellis on both sides. On the CPU.
+  KV4_API static Recipe trellis();
   KV4_API static Recipe exact();
   KV4_API static Recipe paper();
 };

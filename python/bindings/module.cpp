@@ -489,6 +489,23 @@ NB_MODULE(_core, m) {
       "side"_a, "group"_a,
       "(whether by the largest, factor): codes of a group of values x are the levels nearest to x / step, where step "
       "is factor * max |x|, or factor * rms(x).");
+  m.def(
+      "trellis_levels",
+      [](int bits) {
+        kv4::SideRecipe r;
+        r.levels = kv4::LevelKind::trellis;
+        r.bits = bits;
+        raise_if_error(kv4::validate(kv4::Recipe{.key = r}));
+        const kv4::Levels& levels = kv4::levels(r.levels, bits);
+        std::vector<std::vector<int>> found;
+        for (int state = 0; state < kv4::Levels::kStates; ++state) {
+          std::vector<int>& row = found.emplace_back();
+          for (int code = 0; code < levels.count(); ++code) row.push_back(levels.level(1, state, code));
+        }
+        return found;
+      },
+      "bits"_a,
+      "Levels of a trellis, [state][code] at odd places, where a state is the two lower bits of the code before.");
   m.def("backends", &kv4::backends, "Those that are built in and find a device.");
   m.def("why_not", &kv4::why_not, "backend"_a, "Why a backend is not among them; empty where it is.");
   m.def("num_threads", &kv4::cpu::num_threads);

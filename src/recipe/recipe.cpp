@@ -63,6 +63,12 @@ Status check_dim(const SideRecipe& side, int dim, const std::string& side_name, 
 
 }  // namespace
 
+Recipe Recipe::trellis() {
+  Recipe r;
+  r.key.levels = r.value.levels = LevelKind::trellis;
+  return r;
+}
+
 Recipe Recipe::exact() {
   Recipe r;
   r.key = SideRecipe{.rotation = RotationKind::identity};

@@ -131,6 +131,12 @@ inline std::vector<Case> every_case() {
   Recipe refined;
   refined.refined = 1;
   list.push_back({"refined keys", config_of(refined, 2, 64, 80, DType::f16), 2, {0, 7}});
+  Recipe trellis = Recipe::trellis();
+  list.push_back({"a trellis", config_of(trellis, 2, 64, 80, DType::f16), 2, {0, 7}});
+  trellis.key.bits = 2;
+  trellis.value.bits = 3;
+  trellis.refined = 1;
+  list.push_back({"a trellis of 2 and 3 bits", config_of(trellis, 2, 96, 64, DType::f32, 150), 2, {0, 7}});
   refined = other;
   refined.refined = 2;
   Case given_refined{"two refined keys, given lambda", config_of(refined, 2, 64, 128, DType::f32, 150), 2, {0, 7}};

@@ -53,6 +53,8 @@ TEST_F(CudaCache, OtherWidthsAndRefinedKeysAreRefused) {
   refused([](Recipe& r) { r.key.bits = 6; }, "recipe.key.bits: expected 2, 3 or 4 on CUDA; got 6");
   refused([](Recipe& r) { r.value.bits = 8; }, "recipe.value.bits: expected 2, 3 or 4 on CUDA; got 8");
   refused([](Recipe& r) { r.refined = 1; }, "recipe.refined: expected 0 on CUDA; got 1");
+  refused([](Recipe& r) { r.value.levels = LevelKind::trellis; },
+          "recipe.value.levels: expected lloyd_max or uniform on CUDA; got trellis");
 }
 
 // The device's order of codes is not the file's: what it saved the host loads, and the other way round.

@@ -18,7 +18,7 @@ from conftest import BUILT, CPU, EXACT, PACKED, Probe, held, said
             {"GGML_BACKEND_PATH": str(BUILT / "libggml-kv4-for-another.so")},
             "ggml: expected 0.0.0, for which this was built; got ",
         ),
-        ({**EXACT, "KV4_RECIPE": "none such"}, "KV4_RECIPE: expected kv4, exact or paper; got none such"),
+        ({**EXACT, "KV4_RECIPE": "none such"}, "KV4_RECIPE: expected kv4, trellis, exact or paper; got none such"),
         ({**EXACT, "KV4_VERBOSE": "loud"}, "KV4_VERBOSE: expected 0 or 1; got loud"),
         ({**EXACT, "KV4_CPU_ISA": "none such"}, "KV4_CPU_ISA: expected"),
         (

@@ -33,7 +33,7 @@ def test_recipes_say_their_bits_where_they_are_not_4(tmp_path: Path) -> None:
     assert recipe.with_bits(4, 4) == Recipe()
     with pytest.raises(ValueError, match=r"^recipe.key.bits: expected 2, 3, 4, 6 or 8; got 5"):
         Recipe().with_bits(5, 4)
-    with pytest.raises(ValueError, match=r"^recipe.value.levels: expected lloyd_max with 3 bits; got uniform"):
+    with pytest.raises(ValueError, match=r"^recipe.value.levels: expected lloyd_max or trellis with 3 bits; got uni"):
         Recipe(value=Side(bits=3, levels="uniform"))
     data = {**Recipe().to_dict(), "key": {"bits": "3"}}
     with pytest.raises(ValueError, match=r"^recipe.key.bits: expected int; got '3'"):

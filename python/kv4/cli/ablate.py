@@ -173,14 +173,14 @@ def calibrate(
     most_bits: Annotated[
         int | None, typer.Option(min=2, max=8, help="layers: the largest width; 8. CUDA devices read up to 4.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="kv4, paper or a recipe file: the rest of the recipe.")] = "kv4",
+    recipe: Annotated[str, typer.Option(help="kv4, trellis, paper or a recipe file: the rest of the recipe.")] = "kv4",
     dtype: Annotated[options.DType, typer.Option(help="The model's dtype.")] = options.DType.float32,
     threads: options.Threads = None,
 ) -> None:
     """Measure lambda, a full matrix for keys or widths of layers on a text; `kv4 eval` and `kv4 generate --calibration`
     and kv4.hf.attach take it."""
     tokens = common.whole(length, "--length", 256)
-    used = common.recipe(recipe, known=("kv4", "paper"))
+    used = common.recipe(recipe, known=("kv4", "trellis", "paper"))
 
     from kv4.evaluate import layers, oscar
     from kv4.evaluate.calibrate import METHODS
@@ -190,8 +190,9 @@ def calibrate(
     known = (*METHODS, "layers", "oscar")
     if method not in known:
         raise ValueError(f"--method: expected one of {', '.join(known)}; got {method!r}")
-    if method not in METHODS and recipe != "kv4":
-        raise ValueError(f"--recipe: expected kv4 with --method {method}; got {recipe}")
+    allowed = {"layers": ("kv4", "trellis"), "oscar": ("kv4",)}.get(method)
+    if allowed and recipe not in allowed:
+        raise ValueError(f"--recipe: expected {' or '.join(allowed)} with --method {method}; got {recipe}")
     if bits is not None and method != "layers":
         raise ValueError(f"--bits: expected with --method layers only; got --method {method}")
     if refined is not None and method != "layers":
@@ -206,7 +207,9 @@ def calibrate(
     with progress(f"{windows} windows of {tokens:,} tokens", windows * tokens) as advance:
         about = {"identity": b.identity, "text": source, "progress": advance}
         if method == "layers":
-            made = layers.calibrate(b.model, parts, bits=budgets, refined=refined or 0, most=most_bits or 8, **about)
+            made = layers.calibrate(
+                b.model, parts, bits=budgets, recipe=used, refined=refined or 0, most=most_bits or 8, **about
+            )
         elif method == "oscar":
             made = oscar.calibrate(b.model, parts, **about)
         else:

@@ -32,7 +32,7 @@ Markdown = Annotated[
 ]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", callback=new_file, help="A picture.")]
 
-PACKED = ("kv4", "paper", "exact")
+PACKED = ("kv4", "trellis", "paper", "exact")
 SIMULATED = ("q8_0", "q4_0", "int4-token")
 
 

@@ -50,7 +50,9 @@ def quality(
     length: common.Length = "2048",
     recipe: Annotated[
         list[str] | None,
-        typer.Option(help="kv4 (default), paper, exact, a recipe file; q8_0, q4_0, int4-token: simulated. Repeatable."),
+        typer.Option(
+            help="kv4 (default), trellis, paper, exact, a recipe file; q8_0, q4_0, int4-token: simulated. Repeatable."
+        ),
     ] = None,
     calibration: Calibrations = None,
     bits: Annotated[

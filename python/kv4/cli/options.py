@@ -101,7 +101,7 @@ def torch_dtype(dtype: DType, device: Any = None) -> Any:
 
 
 def load_recipe(cache: str, file: Path | None) -> Any:
-    """A kv4.Recipe for --cache kv4, paper or exact, or from --recipe FILE."""
+    """A kv4.Recipe for --cache kv4, trellis, paper or exact, or from --recipe FILE."""
     from kv4 import Recipe
 
     if file is not None:
@@ -113,7 +113,7 @@ def load_recipe(cache: str, file: Path | None) -> Any:
             return Recipe.from_file(file)
         except (ValueError, OSError) as error:
             raise ValueError(f"--recipe: {error}") from None
-    return {"kv4": Recipe, "paper": Recipe.paper, "exact": Recipe.exact}[cache]()
+    return {"kv4": Recipe, "trellis": Recipe.trellis, "paper": Recipe.paper, "exact": Recipe.exact}[cache]()
 
 
 def read_utf8(option: str, path: Path) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from kv4._core import PAGE_TOKENS
 from kv4.evaluate.levels import levels, step_rule
+from kv4.evaluate.trellis import BITS, decode, encode
 from kv4.evaluate.variant import BYTES_GROUP, SideVariant
 
 Tensor = torch.Tensor
@@ -26,8 +27,8 @@ _CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 @dataclass
 class Sealed:
     """rows [heads, T, d]: dequantised, in the model's basis. codes [heads, T, d]: signed magnitude index, i for a
-    value >= 0 and -1 - i below (mid-tread tables: -i). scales [heads, groups, T] as stored; mean [heads, pages, d]:
-    m' as stored, or None."""
+    value >= 0 and -1 - i below (mid-tread tables: -i); of a trellis those of kv4.evaluate.trellis. scales [heads,
+    groups, T] as stored; mean [heads, pages, d]: m' as stored, or None."""
 
     rows: Tensor
     codes: Tensor
@@ -49,10 +50,12 @@ def seal(
     lambda_: Tensor | None = None,
     page: int = PAGE_TOKENS,
     hessian: Tensor | None = None,
+    values: bool = False,
 ) -> Sealed:
     """Seals rows [heads, T, d], pages counted from the first row; the last page may be short. matrix, inverse: R and
     R^-1, [d, d] or [heads, d, d], in float64. lambda_ [heads, d] or None. hessian [heads, d, d]: second moments of
-    what keys are multiplied by in the stored basis, for rounding="moment". Computes in the dtype of rows."""
+    what keys are multiplied by in the stored basis, for rounding="moment". values: which way the chains of a trellis
+    run. Computes in the dtype of rows."""
     heads, tokens, d = rows.shape
     weight = torch.ones(heads, 1, d, dtype=rows.dtype) if lambda_ is None else lambda_.to(rows.dtype)[:, None]
     forth, back = matrix.to(rows.dtype), inverse.to(rows.dtype)
@@ -60,7 +63,8 @@ def seal(
     x = ((rows - mean) * weight if mean is not None else rows * weight) @ forth.mT
     if shift is not None:
         x = x + shift
-    table = levels(side.levels, side.bits)
+    chained = side.levels == "trellis" and side.bits in BITS
+    table = levels("lloyd_max" if side.levels == "trellis" else side.levels, side.bits)
     width = side.group or d
     if d % width:
         raise ValueError(f"group: expected 0 or a divisor of the head dim {d}; got {side.group}")
@@ -73,11 +77,14 @@ def seal(
     step = _step(groups, side, table)
     if side.scale in _GAINS:
         step = _searched(groups, step, table, _GAINS[side.scale])
-    if side.rounding == "moment" and hessian is not None:
+    if chained:
+        codes, level = _paths(groups / step, side.bits, page if values else 0)
+    elif side.rounding == "moment" and hessian is not None:
         codes = _moment_rounding(x, step.expand_as(groups).reshape_as(x), table, hessian)
     else:
         codes = _nearest(groups / step, table).view_as(x)
-    level = _level(codes, table, x.dtype)
+    if not chained:
+        level = _level(codes, table, x.dtype)
     fitted = level.view_as(groups)
     if side.scale != "abs_max":
         scale = (groups * fitted).sum(-1) / fitted.square().sum(-1).clamp(min=1e-30)
@@ -95,7 +102,25 @@ def seal(
     back_rows = y @ back.mT / weight
     if mean is not None:
         back_rows = back_rows + mean
-    return Sealed(back_rows, codes, scale.mT, stored)
+    return Sealed(back_rows, codes.view_as(x), scale.mT, stored)
+
+
+def _paths(y: Tensor, bits: int, page: int) -> tuple[Tensor, Tensor]:
+    """Codes and levels of y [heads, T, groups, width] by a trellis, chains along the channels of a group or, for pages
+    of `page` tokens, along their tokens."""
+    if page == 0:
+        codes = encode(y, bits)
+        return codes, decode(codes, bits, y.dtype)
+    codes, level = [], []
+    whole = y.shape[1] // page * page
+    for some in (y[:, :whole].unflatten(1, (-1, page)) if whole else y[:, :0], y[:, None, whole:]):
+        if not some.numel():
+            continue
+        turned = some.movedim(2, -1)
+        found = encode(turned, bits)
+        codes.append(found.movedim(-1, 2).flatten(1, 2))
+        level.append(decode(found, bits, y.dtype).movedim(-1, 2).flatten(1, 2))
+    return torch.cat(codes, 1), torch.cat(level, 1)
 
 
 def lightest(value: Tensor, count: int, page: int = PAGE_TOKENS) -> Tensor:

@@ -18,12 +18,13 @@ from kv4.evaluate.calibrate import Layer
 from kv4.evaluate.calibration import lambda_from_energies
 from kv4.evaluate.sensitivity import Rows, sensitivities
 from kv4.evaluate.simulation import _Session, seal_layer
-from kv4.evaluate.variant import Variant
+from kv4.evaluate.variant import Variant, from_recipe
 from kv4.evaluate.widths import WIDTHS, allocate
 from kv4.recipe import PACKED_WIDTHS, Recipe
 
 Tensor = torch.Tensor
 BUDGETS = (2.5, 3.25, 4.25)
+_OWN = Recipe()
 
 
 def head_dim(model: Any) -> int:
@@ -96,6 +97,7 @@ def calibrate(
     *,
     bits: Sequence[float] = BUDGETS,
     variant: Variant | None = None,
+    recipe: Recipe | None = None,
     refined: int = 0,
     most: int = max(PACKED_WIDTHS),
     identity: dict[str, Any] | None = None,
@@ -103,8 +105,8 @@ def calibrate(
     progress: Callable[[int], None] | None = None,
 ) -> Calibration:
     """Lambda, and widths of every layer for each of `bits`, all-in per value, from windows of ids [1, T]. variant: what
-    they are for; if not given, the packed cache's own recipe with `refined` keys a page, and its widths up to `most`.
-    Errors: ValueError."""
+    they are for; if not given, `recipe` (kv4's own) with `refined` keys a page, and the packed cache's widths up to
+    `most`. Errors: ValueError."""
     if not windows:
         raise ValueError("windows: expected at least 1; got 0")
     taken = []
@@ -116,7 +118,8 @@ def calibrate(
     about = {"identity": identity, "text": text, "tokens": tokens}
     if variant is None:
         widths = [width for width in PACKED_WIDTHS if width <= most]
-        return from_rows(taken, bits, Variant(refined=refined), head_dim(model), widths, **about)
+        used = from_recipe(recipe or Recipe()).replace(refined=refined)
+        return from_rows(taken, bits, used, head_dim(model), widths, recipe=recipe or Recipe(), **about)
     return from_rows(taken, bits, variant, head_dim(model), **about)
 
 
@@ -127,14 +130,15 @@ def from_rows(
     head_dim: int,
     widths: Sequence[int] = WIDTHS,
     *,
+    recipe: Recipe = _OWN,
     identity: dict[str, Any] | None = None,
     text: str = "",
     tokens: int = 0,
 ) -> Calibration:
-    """`calibrate` from what is already measured; widths: those there are."""
+    """`calibrate` from what is already measured; widths: those there are; recipe: the calibration's."""
     tensors = lambdas(windows)
     made = Calibration(
-        tensors, Recipe(), identity or {}, text, tokens, method="layers", budgets=tuple(bits), refined=variant.refined
+        tensors, recipe, identity or {}, text, tokens, method="layers", budgets=tuple(bits), refined=variant.refined
     )
     table = losses(windows, variant, made, widths)
     chosen = [layer_widths(table, budget, variant, (head_dim, head_dim), widths) for budget in bits]

@@ -63,6 +63,10 @@ def step_rule(kind: str, bits: int, scale: str, width: int) -> tuple[bool, float
     """(by the largest, factor): codes of a group of `width` values x are the levels nearest to x / step, where step is
     factor * max |x|, or factor * rms(x). The core's own tables have its rule (src/recipe/levels.cpp); others go by the
     rms. scale: "least_squares", "rms" or "abs_max"."""
+    if kind == "trellis" and bits > 4:
+        kind = "lloyd_max"
+    if kind == "trellis":
+        return _core.step_rule(Side(levels=kind, bits=bits), width)
     table = levels(kind, bits)
     if scale == "rms":
         return False, 1 / table.gain

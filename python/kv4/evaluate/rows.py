@@ -28,11 +28,12 @@ def layers() -> list[Row]:
     rows = [
         Row(f"refined-{n}", "layers", f"keys of {n} a page refined", Variant(refined=n)) for n in (1, 2)
     ]  # fmt: skip
-    whole = by_layers()
+    whole, trellis = by_layers(), Variant(refined=1).replace(both__levels="trellis")
     for budget in (4.25, 3.25, 2.5):
         for name, label, variant, widths in (
             ("", "", Variant(), WIDTHS),
             ("-refined", ", one key a page refined", Variant(refined=1), WIDTHS),
+            ("-trellis", ", one key a page refined, a trellis", trellis, WIDTHS),
             ("-bytes", ", the same, lambda calibrated, best of 15 gains, scales and means in bytes", whole, WIDTHS),
             ("-no-5", ", as -bytes, no 5 bits", whole, (2, 3, 4, 6, 8)),
             ("-even", ", as -bytes, of 2, 4 and 8", whole, (2, 4, 8)),
@@ -140,6 +141,11 @@ def trials() -> list[Row]:
         ("paper-after", "the paper's, own token exact", "", from_recipe(Recipe.paper()).replace(seal="after")),
         ("lambda-after", "+ mean, sinks, lambda, own token exact", "",
          base.replace(seal="after", window=0, both__levels="uniform", both__scale="abs_max")),
+        ("trellis", "a trellis", "", base.replace(both__levels="trellis")),
+        ("trellis-keys", "a trellis for keys", "", base.replace(key__levels="trellis")),
+        ("trellis-values", "a trellis for values", "", base.replace(value__levels="trellis")),
+        ("trellis-3", "a trellis, 3 bits", "", base.replace(both__levels="trellis", both__bits=3)),
+        ("trellis-2", "a trellis, 2 bits", "", base.replace(both__levels="trellis", both__bits=2)),
         ("shrink-0.1", "energies drawn 10 % to their pairs", "", base.replace(key__shrink=0.1)),
         ("shrink-0.35", "energies drawn 35 % to their pairs", "", base.replace(key__shrink=0.35)),
         ("lambda-0.75", "lambda to the power 3/4", "", base.replace(key__damping=0.75)),

@@ -203,7 +203,9 @@ def _sealed_sides(session: _Session, layer: int, query: Tensor, key: Tensor, val
         hessian = None
         if side.rounding == "moment" and which == "key":
             hessian = _hessian(session.calibration, layer, lam, inverse)
-        done = seal(rows, side, matrix, inverse, lambda_=lam, page=variant.page, hessian=hessian)
+        done = seal(
+            rows, side, matrix, inverse, lambda_=lam, page=variant.page, hessian=hessian, values=which == "value"
+        )
         if variant.refined and which == "key":
             places = lightest(value[:, body:], variant.refined, variant.page)
             done.rows = _refined(done.rows, rows, places, side, (matrix, inverse, lam), variant.page)
@@ -225,7 +227,8 @@ def _refined(
     at = (places + page * torch.arange(places.shape[1])[None, :, None]).flatten(1)
     at = at[..., None].expand(-1, -1, rows.shape[-1])
     matrix, inverse, lam = basis
-    second = dataclasses.replace(side, bits=REFINED_BITS, mean="none", rounding="nearest")
+    levels = "lloyd_max" if side.levels == "trellis" else side.levels
+    second = dataclasses.replace(side, bits=REFINED_BITS, mean="none", rounding="nearest", levels=levels)
     left = seal(rows.gather(1, at) - read.gather(1, at), second, matrix, inverse, lambda_=lam, page=page)
     return read.scatter_add(1, at, left.rows.to(read.dtype))
 

@@ -29,6 +29,7 @@ class SideVariant:
     stored: "fp16" scales and means; "bytes": scales in sixteenths of an octave below the page's largest, which is fp16,
         and means in 8 bits with an fp16 step for 16 channels; codes are those nearest under the scale as stored.
     mean: "page"; "group": one number for `mean_group` neighbouring channels of a page; "none".
+    levels: "trellis" has lloyd_max's beyond 4 bits (kv4.evaluate.trellis).
     lambda_: "auto" is the core's estimate from a sequence's first tokens; "window" that of all its tokens (an oracle);
         "given" a Calibration's. shrink: share of the way that "auto" draws energies to their rotary pair's mean.
         damping: exponent of an "auto" lambda.
@@ -57,14 +58,25 @@ class SideVariant:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}; got {getattr(self, name)!r}")
 
         expect("rotation", (*rotations.KINDS, "given"))
-        expect("levels", level_tables.KINDS)
+        expect("levels", (*level_tables.KINDS, "trellis"))
         expect("scale", ("least_squares", "rms", "abs_max", "search", "search_fine", "affine"))
         expect("stored", ("fp16", "bytes"))
         expect("mean", ("none", "page", "group"))
         expect("lambda_", ("none", "auto", "window", "given"))
         expect("rounding", ("nearest", "moment"))
+        if self.levels == "trellis":
+            for name, allowed in (
+                ("scale", ("least_squares",)), ("stored", ("fp16",)), ("rounding", ("nearest",)),
+            ):  # fmt: skip
+                if getattr(self, name) not in allowed:
+                    raise ValueError(f"{name}: expected {allowed[0]} with a trellis; got {getattr(self, name)}")
         if self.bits not in (*range(2, 9), 16):
             raise ValueError(f"bits: expected 2 to 8, or 16 for exact; got {self.bits}")
+
+    @property
+    def packed_levels(self) -> str:
+        """Those that pages have at this width."""
+        return "lloyd_max" if self.levels == "trellis" and self.bits > 4 else self.levels
 
     def bits_per_value(self, d: int, page: int) -> float:
         """Storage of a sealed token: codes, scales and the mean, without what a format of pages would add."""
@@ -87,8 +99,8 @@ def _has_pages(side: SideVariant, d: int) -> bool:
     return (
         side.bits in PACKED_WIDTHS and side.group % d in (0, 32, 64, 128) and d % (side.group or d) == 0
         and side.scale != "affine"
-        and side.stored == "fp16" and side.mean != "group" and side.levels in ("lloyd_max", "uniform")
-        and (side.bits == 4 or side.levels == "lloyd_max")
+        and side.stored == "fp16" and side.mean != "group" and side.levels in ("lloyd_max", "uniform", "trellis")
+        and (side.bits == 4 or side.levels != "uniform")
     )  # fmt: skip
 
 
@@ -140,7 +152,7 @@ class Variant:
         key, value = self.sides_of(layer)
         if all(_has_pages(x, d) for x, d in ((key, d_k), (value, d_v))) and self._has_pages():
             sides = (
-                Side(group=x.group % d, bits=x.bits, levels=x.levels, mean=x.mean == "page")
+                Side(group=x.group % d, bits=x.bits, levels=x.packed_levels, mean=x.mean == "page")
                 for x, d in ((key, d_k), (value, d_v))
             )
             return Recipe(*sides, refined=self.refined).bits_per_value(d_k, d_v)

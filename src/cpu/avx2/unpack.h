@@ -1,9 +1,10 @@
 // Codes of 8 lanes by 16 positions (layout.h) as bytes L[n] - L[0], four positions of each lane a register.
 //
 // Instructions for 16 positions, beside loads: 2 bits 3 shifts, 2 ands, 4 vpshufb; 3 bits 5 shifts, 4 ands, 2 ors, 4
-// vpshufb; 4 bits 2, 4, 4, of a trellis 10, 4, 16 and 12 vpblendvb (3 bits 19, 16, 8 and 4, 2 bits 6, 6, 4); 6 bits 9
-// shifts, 4 ands, 16 vpshufb, 12 vpblendvb; 8 bits none. vpshufb looks at bits 0 to 3 and 7 of an index alone, so that
-// nibbles below 8 need no mask. Included in a target region.
+// vpshufb; 4 bits 2, 4, 4; 6 bits 9 shifts, 4 ands, 16 vpshufb, 12 vpblendvb; 8 bits none. Of a trellis 2 bits take 4
+// shifts, 5 ands, 1 or, 4 vpshufb; 3 bits 15 shifts, 12 ands, 6 ors, 8 vpshufb, 4 vpblendvb; 4 bits 10 shifts, 4 ands,
+// 16 vpshufb, 12 vpblendvb. vpshufb looks at bits 0 to 3 and 7 of an index alone, so that nibbles below 8 need no mask.
+// Included in a target region.
 #pragma once
 
 #include <immintrin.h>

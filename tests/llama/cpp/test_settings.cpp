@@ -30,6 +30,11 @@ TEST_F(Environment, RecipesHaveNames) {
   setenv("KV4_RECIPE", "exact", 1);
   ASSERT_TRUE(read_settings(&read).ok());
   EXPECT_TRUE(read.exact);
+  setenv("KV4_RECIPE", "trellis", 1);
+  ASSERT_TRUE(read_settings(&read).ok());
+  EXPECT_EQ(read.recipe.key.levels, LevelKind::trellis);
+  EXPECT_EQ(read.recipe.value.levels, LevelKind::trellis);
+  EXPECT_EQ(read.recipe.window, Recipe::kv4().window);
   setenv("KV4_RECIPE", "paper", 1);
   setenv("KV4_VERBOSE", "1", 1);
   ASSERT_TRUE(read_settings(&read).ok());
@@ -44,7 +49,7 @@ TEST_F(Environment, WhatIsNoneIsRefusedAndChangesNothing) {
   Settings read;
   read.exact = true;
   setenv("KV4_RECIPE", "8 bits", 1);
-  EXPECT_EQ(read_settings(&read).message(), "KV4_RECIPE: expected kv4, exact or paper; got 8 bits");
+  EXPECT_EQ(read_settings(&read).message(), "KV4_RECIPE: expected kv4, trellis, exact or paper; got 8 bits");
   setenv("KV4_RECIPE", "paper", 1);
   setenv("KV4_VERBOSE", "yes", 1);
   EXPECT_EQ(read_settings(&read).message(), "KV4_VERBOSE: expected 0 or 1; got yes");
