@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cases.h"
@@ -66,6 +67,13 @@ kv4_cache_config config_of(Input& in) {
     constexpr std::int32_t kBits[] = {0, 2, 3, 4, 6, 8};
     if (c.recipe.key.levels == KV4_LEVELS_LLOYD_MAX) c.bits_k = kBits[in.below(6)];
     if (c.recipe.value.levels == KV4_LEVELS_LLOYD_MAX) c.bits_v = kBits[in.below(6)];
+    if (kind == 3) {
+      for (const auto& [side, bits] : {std::pair(&c.recipe.key, &c.bits_k), {&c.recipe.value, &c.bits_v}}) {
+        side->levels = KV4_LEVELS_TRELLIS;
+        side->scale = KV4_SCALE_LEAST_SQUARES;
+        if (*bits > 4) *bits = 0;
+      }
+    }
     c.recipe.key.mean = in.below(2);
     c.recipe.sinks = in.below(8);
     c.recipe.window = in.below(3) * 32;

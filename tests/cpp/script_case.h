@@ -172,6 +172,7 @@ inline std::vector<saved::Case> script_cases(const std::string& backend) {
       {"sliding window", config_of(with(4, 64), 2, 32, 32, DType::f32, 70), 2, {0, 7}},
       {"sliding window, exact", config_of(Recipe::exact(), 2, 32, 32, DType::f32, 40), 2, {0, 7}},
       {"sliding window, arrival", config_of(Recipe::paper(), 2, 32, 32, DType::f32, 40), 2, {0, 7}}};
+  if (backend == "cpu") list.push_back({"a trellis", config_of(Recipe::trellis(), 2, 64, 32), 2, {0, 7}});
   for (saved::Case& c : list) c.config.backend = backend;
   return list;
 }
