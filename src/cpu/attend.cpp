@@ -573,7 +573,7 @@ Status attend(const AttendJob& job) {
   KV4_RETURN_IF_ERROR(check_isa());
   thread_local Workspace workspace;
   workspace.begin(job.workspace);
-  return Call(job, workspace, attending(*job.spec)).run();
+  return Call(job, workspace, attending(job.spec)).run();
 }
 
 // What Call takes at most: its items and, of the items that are split, up to kManyPieces states a thread and as many
@@ -590,7 +590,7 @@ std::size_t attend_workspace(const AttendJob& job) {
   carver.take<Item>(items);
   carver.take<Split>(items + more);
   carver.take<std::atomic<int>>(items);
-  carver.take<std::byte>(Arena().carve(nullptr, job, rows, attending(*job.spec)) * threads);
+  carver.take<std::byte>(Arena().carve(nullptr, job, rows, attending(job.spec)) * threads);
   States states;
   for (std::size_t i = 0; i < 2 * more; ++i) states.carve(carver, rows, padded(job.head_dim_v));
   constexpr std::size_t kAlignment = 3 * 64;  // of the parts that are taken

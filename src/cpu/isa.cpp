@@ -64,9 +64,10 @@ const Kernels& active() {
   return k != nullptr ? *k : *best();
 }
 
-const Kernels& attending(const PageSpec& spec) {
+const Kernels& attending(const PageSpec* spec) {
   const Kernels& k = active();
-  return k.trellis != nullptr && (spec.key.levels.is_trellis() || spec.value.levels.is_trellis()) ? *k.trellis : k;
+  const bool trellis = spec != nullptr && (spec->key.levels.is_trellis() || spec->value.levels.is_trellis());
+  return trellis && k.trellis != nullptr ? *k.trellis : k;
 }
 
 const Kernels* find(const char* name) {

@@ -71,8 +71,8 @@ KV4_CPU_ISAS(KV4_DECLARE_KERNELS)
 
 // The kernels in use: see kv4/cpu.h.
 const Kernels& active();
-// Those of them that attend over pages of such a format.
-const Kernels& attending(const PageSpec& spec);
+// Those of them that attend over pages of such a format; null where there are none.
+const Kernels& attending(const PageSpec* spec);
 // By name, whether this machine runs them or not; null if not compiled in.
 const Kernels* find(const char* name);
 // Whether queries and weights become bytes at pages of such a format (operand_bits in kv4/cpu.h).

@@ -245,11 +245,12 @@ TEST_F(Isa, WhoAttendsOverATrellis) {
     EXPECT_EQ(kernels.trellis, name == "amx" ? cpu::find("avx512vbmi") : nullptr) << name;
     if (!cpu::supported(name)) continue;
     ASSERT_TRUE(cpu::force_isa(name).ok());
+    EXPECT_EQ(&cpu::attending(nullptr), &kernels) << name;
     for (bool keys : {false, true}) {
       PageSpec spec;
-      EXPECT_EQ(&cpu::attending(spec), &kernels) << name;
+      EXPECT_EQ(&cpu::attending(&spec), &kernels) << name;
       (keys ? spec.key : spec.value).levels = levels(LevelKind::trellis);
-      EXPECT_EQ(&cpu::attending(spec), kernels.trellis != nullptr ? kernels.trellis : &kernels) << name;
+      EXPECT_EQ(&cpu::attending(&spec), kernels.trellis != nullptr ? kernels.trellis : &kernels) << name;
     }
   }
 }
