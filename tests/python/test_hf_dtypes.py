@@ -111,7 +111,9 @@ def test_a_model_under_autocast_is_as_on_its_own_cache(name, attention):
     tokens = slice(-window + 1, None) if window else slice(None)
     for side in ("keys", "values"):
         got, stock = getattr(mine.layers[0], side), getattr(own.layers[0], side)
-        assert got.dtype == stock.dtype and torch.equal(got[:, :, tokens], stock[:, :, tokens])
+        # A layer of kv4 has one dtype, the wider; transformers 5.24 keeps values apart, in bfloat16.
+        assert got.dtype == torch.promote_types(got.dtype, stock.dtype)
+        assert torch.equal(got[:, :, tokens], stock[:, :, tokens].to(got.dtype))
 
 
 @pytest.mark.parametrize("tokens", [1, 30, 100])

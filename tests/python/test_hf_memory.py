@@ -16,7 +16,7 @@ import hf_cases
 import kv4.hf
 from hf_cases import one_thread  # noqa: F401, a fixture
 from kv4 import Recipe, Side, _core
-from kv4.hf.cache import KV4Layer
+from kv4.hf.cache import CACHE_ARGUMENT, KV4Layer
 from kv4.hf.handle import KVHandle
 
 HEADS, DIM = 2, 32
@@ -145,7 +145,7 @@ def mllama_logits(
                 cross_attention_states=x if not first else None,
                 cross_attention_mask=hidden.expand(1, 1, n, states),
                 full_text_row_masked_out_mask=torch.ones(1, 1, n, 1),
-                past_key_values=cache,
+                **{CACHE_ARGUMENT: cache},
             )
             logits.append(out.logits[:, -1])
             each(cache)
