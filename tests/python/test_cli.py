@@ -52,7 +52,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-NAMED = "kv4, paper, exact, q8_0, q4_0, int4-token"
+NAMED = "kv4, trellis, paper, exact, q8_0, q4_0, int4-token"
 BAD_INPUT = [
     (["generate", "no-such-model", "-p", "x"], "model: expected"),
     (["generate", "{bad}/no-model", "-p", "x"], "config.json"),
@@ -76,7 +76,7 @@ BAD_INPUT = [
     (["generate", "{model}", "-p", "x", "--cache", "fp16", "--recipe", "{bad}/group.json"], "--recipe"),
     (
         ["generate", "{model}", "-p", "x", "--cache", "int3"],
-        "--cache: expected one of 'kv4', 'fp16', 'paper', 'exact'; got 'int3'",
+        "--cache: expected one of 'kv4', 'trellis', 'fp16', 'paper', 'exact'; got 'int3'",
     ),
     (
         ["generate", "{model}", "-p", "x", "--max-new-tokens", "0"],
@@ -132,7 +132,7 @@ BAD_INPUT = [
         for wrong, got in (("q9", "q9"), ("{bad}/none.json", "{bad}/none.json"), ("{bad}", "{bad}"), ("", "''"))
     ),
     *(
-        (["calibrate", "{model}", "{bad}/out", "--recipe", wrong], "--recipe: expected one of kv4, paper, or a recipe")
+        (["calibrate", "{model}", "{bad}/out", "--recipe", wrong], "--recipe: expected one of kv4, trellis, paper, or")
         for wrong in ("q9", "q8_0", "exact")
     ),
     (["eval", "{model}", "--peer", "mlx"], "--peer: expected one of llama, quanto, hqq"),

@@ -20,6 +20,7 @@ from kv4.hf.device import usable_devices
 @pytest.fixture
 def model():
     model = hf_cases.model_of("qwen3")
+    model.set_attn_implementation("eager")  # other files' tests have the same model, and may leave another
     yield model
     kv4.hf.detach(model)
 
