@@ -117,7 +117,7 @@ struct TrellisTable {
 
   constexpr explicit TrellisTable(const std::array<std::int8_t, Levels::kStates * kCount>& levels) {
     for (std::size_t i = 0; i < by_place.size(); ++i) by_place[i] = levels[i % levels.size()];
-    // Of one state, from the least of all on.
+    // The first is the least of all.
     for (std::size_t c = 0; c < kCount; ++c) table[c] = levels[c];
     for (std::int8_t level : levels) table[0] = level < table[0] ? level : table[0];
   }
@@ -132,7 +132,7 @@ struct TrellisNumbers {
   static constexpr std::array<std::int8_t, 16> kBase = {-127, -86, 3,  12, -65, -49, 22, 32,
                                                         -37,  -26, 43, 57, -16, -6,  74, 102};
   std::array<std::int8_t, 2 * Levels::kStates * 16> by_place{};
-  std::array<std::int8_t, 64> table{};  // of state 0 at odd places: its first is the least of all
+  std::array<std::int8_t, 64> table{};  // the first is the least of all
 
   constexpr TrellisNumbers() {
     for (int place = 0; place < 2; ++place)

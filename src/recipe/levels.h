@@ -33,7 +33,8 @@ struct StepRule {
 //
 // Of a trellis a level depends on two bits of the code before as well, and codes are found by chains: those of keys run
 // through the channels of a group of a token, c, c + 4, c + 8, ..., those of values through the tokens of a page, t,
-// t + 4, ..., of one channel. The first code of a chain has state 0. There table[] is that of state 0 at odd places.
+// t + 4, ..., of one channel. The first code of a chain has state 0. Of table[] the first alone means something there:
+// the least level of all.
 struct Levels {
   int bits = 4;
   TableView<std::int8_t> table;             // [count()], and 0 up to 64
